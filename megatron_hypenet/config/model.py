@@ -1,0 +1,134 @@
+"""The shape of one model, teacher or student: the same class describes both.
+
+Names are megatron-core's. A teacher (Qwen3) is the configuration whose layers are all softmax, with RoPE and without an output gate;
+a student keeps softmax ("attn") in some layers and has an RNN mixer in the others.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from typing import Annotated, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from megatron_hypenet.errors import ConfigError
+
+SOFTMAX_MIXER = "attn"
+LIGHTNING_MIXER = "lightning_attn"
+
+PositiveInt = Annotated[int, Field(gt=0, strict=True)]
+TokenId = Annotated[int, Field(ge=0, strict=True)]
+LogitsScaling = str | float | None
+
+_HYPE_PATTERN = re.compile(r"hype(?:\s+(\d+(?:\.\d+)?))?")
+
+
+def check_logits_scaling(value: LogitsScaling) -> LogitsScaling:
+    """Accept "hype", "hype <a>" with a > 1, a positive number, or None; ValueError says what was wrong otherwise."""
+    if value is None:
+        return None
+    if isinstance(value, bool):
+        raise ValueError(f"attn_logits_scaling must be 'hype <a>', a number or null, got {value!r}")
+    if isinstance(value, int | float):
+        if not value > 0:
+            raise ValueError(f"attn_logits_scaling as a number multiplies q and must be > 0, got {value!r}")
+        return float(value)
+    match = _HYPE_PATTERN.fullmatch(value.strip())
+    if match is None:
+        raise ValueError(f"attn_logits_scaling must be 'hype', 'hype <a>' (e.g. 'hype 500'), a number or null, got {value!r}")
+    if match.group(1) is not None and float(match.group(1)) <= 1:
+        raise ValueError(f"attn_logits_scaling 'hype <a>' divides by ln(a) and needs a > 1, got {value!r}")
+    return " ".join(value.split())
+
+
+class ModelConfig(BaseModel):
+    """Shape and switches of one model; written to every checkpoint as model.json."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    num_layers: PositiveInt = Field(description="Number of decoder layers.")
+    hidden_size: PositiveInt = Field(description="Width of the residual stream.")
+    ffn_hidden_size: PositiveInt = Field(description="Inner width of the SwiGLU MLP.")
+    num_attention_heads: PositiveInt = Field(description="Query heads of every layer; an RNN mixer has as many key and value heads.")
+    num_query_groups: PositiveInt = Field(description="Key/value heads of a softmax layer; divides num_attention_heads.")
+    kv_channels: PositiveInt = Field(description="Channels of one head; even. Heads times channels need not equal hidden_size.")
+    vocab_size: PositiveInt = Field(description="Rows of the embedding and of the output head.")
+    layernorm_epsilon: float = Field(default=1e-6, gt=0, description="Epsilon of every RMSNorm.")
+    rotary_base: float = Field(default=1e6, gt=0, description="RoPE theta.")
+    share_embeddings_and_output_weights: bool = Field(description="The output head is the embedding matrix; follows the teacher.")
+    mixer_types: tuple[str, ...] = Field(description="Mixer of every layer, first to last: attn or the name of an RNN mixer.")
+    attn_use_rope: bool = Field(description="Softmax layers rotate q and k: true in a teacher, false (NoPE) in a student.")
+    attn_use_output_gate: bool = Field(description="Softmax layers gate their output: false in a teacher, true in a student.")
+    attn_logits_scaling: LogitsScaling = Field(
+        default=None, description="Inference-time factor on q of softmax layers: 'hype <a>' = ln(t+a)/ln(a), a number, or null for off."
+    )
+    max_position_embeddings: PositiveInt = Field(default=32768, description="Longest context the model claims; copied to the HF folder.")
+    init_method_std: float = Field(default=0.02, gt=0, description="Standard deviation of freshly initialised matrices.")
+    bos_token_id: TokenId | None = Field(default=None, description="Begin-of-sequence token, if the tokenizer has one.")
+    eos_token_id: TokenId | None = Field(default=None, description="End-of-sequence token, if the tokenizer has one.")
+    pad_token_id: TokenId | None = Field(default=None, description="Padding token, if the tokenizer has one.")
+
+    @field_validator("attn_logits_scaling", mode="before")
+    @classmethod
+    def _scaling(cls, value: LogitsScaling) -> LogitsScaling:
+        return check_logits_scaling(value)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.num_attention_heads % self.num_query_groups:
+            raise ValueError(f"num_query_groups={self.num_query_groups} does not divide num_attention_heads={self.num_attention_heads}")
+        if self.kv_channels % 2:
+            raise ValueError(f"kv_channels={self.kv_channels} is odd; RoPE rotates pairs of channels, so it must be even")
+        if len(self.mixer_types) != self.num_layers:
+            raise ValueError(f"mixer_types has {len(self.mixer_types)} entries for num_layers={self.num_layers}; give one per layer")
+        if not all(self.mixer_types):
+            raise ValueError("mixer_types has an empty name; write 'attn' or the name of an RNN mixer")
+        return self
+
+    @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """Indices of the softmax layers, ascending."""
+        return tuple(index for index, mixer in enumerate(self.mixer_types) if mixer == SOFTMAX_MIXER)
+
+    @property
+    def is_teacher(self) -> bool:
+        """True for the plain Qwen3 shape: all layers softmax, RoPE on, no output gate."""
+        return len(self.attention_layers) == self.num_layers and self.attn_use_rope and not self.attn_use_output_gate
+
+    @property
+    def query_size(self) -> int:
+        """Width of all query heads together, num_attention_heads * kv_channels."""
+        return self.num_attention_heads * self.kv_channels
+
+    @property
+    def kv_size(self) -> int:
+        """Width of all key (or value) heads of a softmax layer together, num_query_groups * kv_channels."""
+        return self.num_query_groups * self.kv_channels
+
+    @property
+    def heads_per_group(self) -> int:
+        """How often a key/value head repeats when an RNN mixer expands it to all heads."""
+        return self.num_attention_heads // self.num_query_groups
+
+    def replace(self, **changes: object) -> Self:
+        """A copy with `changes`, validated again (pydantic's own model_copy does not validate)."""
+        return type(self).model_validate({**self.model_dump(), **changes})
+
+    def with_mixers(self, mixer_types: Iterable[str]) -> Self:
+        """The student with these mixers: this shape with softmax layers gated and without RoPE (HyPE)."""
+        return self.replace(mixer_types=tuple(mixer_types), attn_use_rope=False, attn_use_output_gate=True)
+
+    def to_json(self) -> str:
+        """The configuration as indented JSON with a closing newline, keys in declaration order."""
+        return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read what `to_json` wrote; ConfigError lists everything that does not fit."""
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            problems = "; ".join(f"{'.'.join(map(str, item['loc'])) or 'model'}: {item['msg']}" for item in error.errors())
+            raise ConfigError(f"model configuration is invalid: {problems}") from error

@@ -1,0 +1,199 @@
+"""Everything that can be set for a run, as frozen pydantic models. Unknown keys are errors; every field says what it means.
+
+Sections follow the pipeline: what goes in (teacher, data), how it is spread (parallel, precision), the three training stages and the
+layer selection between them, then evaluation, checkpoints and export. docs/config.md is generated from the descriptions below.
+A default stands only where one value suits most runs; whatever depends on the model or the data has none and must be written down.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from megatron_hypenet.config.model import LogitsScaling, PositiveInt, check_logits_scaling
+
+Count = Annotated[int, Field(ge=0, strict=True)]
+Seed = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Rate = Annotated[float, Field(gt=0)]
+Switch = Annotated[bool, Field(strict=True)]
+
+STAGES = ("align", "distill", "finetune")
+"""The training stages in the order HALO runs them; layer selection sits between the first two."""
+
+
+class Section(BaseModel):
+    """What all parts share: frozen after load, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataConfig(Section):
+    """What the model reads."""
+
+    train: tuple[Path, ...] = Field(
+        min_length=1, description="Training data: .txt or .jsonl files, or prefixes of prepared .bin/.idx pairs."
+    )
+    heldout: Path | None = Field(default=None, description="Held-out data of the same kinds; null takes heldout_fraction off the training data.")
+    heldout_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.02, description="Share of the training documents kept for held-out loss when heldout is null."
+    )
+    recall_fraction: Fraction = Field(
+        default=0.0, description="Share of training sequences that are generated key-value recall documents instead of text."
+    )
+    recall_pairs: PositiveInt = Field(default=8, description="Key-value pairs in one generated training recall document.")
+    seed: Seed = Field(default=1234, description="Seed of the data order, the held-out split and the recall documents.")
+
+
+class ParallelConfig(Section):
+    """How the processes share the work. Data parallelism is what is left: world size / (tensor * pipeline * context)."""
+
+    tensor_model_parallel_size: PositiveInt = Field(default=1, description="Processes that split every matrix (--tp).")
+    pipeline_model_parallel_size: PositiveInt = Field(default=1, description="Groups of consecutive layers on different processes (--pp).")
+    context_parallel_size: PositiveInt = Field(default=1, description="Processes that split every sequence (--cp).")
+    sequence_parallel: Switch = Field(default=False, description="Split norms and residuals over the tensor-parallel processes too.")
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        default=1, description="DeepSpeed ZeRO: 0 replicates, 1 shards optimizer state, 2 also gradients, 3 also weights."
+    )
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Processes that hold one replica of the model and of its sequence."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+
+class StageConfig(Section):
+    """One training stage: how long, on what sizes, with which optimizer settings (AdamW)."""
+
+    train_iters: PositiveInt = Field(description="Optimizer steps.")
+    seq_length: PositiveInt = Field(description="Tokens per sequence, before context-parallel splitting.")
+    micro_batch_size: PositiveInt = Field(description="Sequences per forward pass on one data-parallel process.")
+    global_batch_size: PositiveInt = Field(description="Sequences per optimizer step over all processes.")
+    lr: Rate = Field(description="Peak learning rate.")
+    min_lr: Annotated[float, Field(ge=0)] = Field(description="Learning rate at the end of the cosine; unused with lr_schedule constant.")
+    lr_schedule: Literal["cosine", "constant"] = Field(default="cosine", description="Shape of the learning rate after warm-up.")
+    warmup_iters: Count = Field(default=0, description="Steps of linear warm-up from zero to lr.")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.0, description="AdamW's decoupled weight decay.")
+    adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        default=(0.9, 0.95), description="AdamW's moment decays."
+    )
+    clip_grad: Annotated[float, Field(ge=0)] = Field(default=1.0, description="Largest global gradient norm; 0 turns clipping off.")
+    save_interval: PositiveInt = Field(default=1000, description="Steps between checkpoints; the last step is always saved.")
+    log_interval: PositiveInt = Field(default=10, description="Steps between log lines and TensorBoard points.")
+    eval_interval: PositiveInt | None = Field(default=None, description="Steps between held-out evaluations; null evaluates only at the end.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.global_batch_size % self.micro_batch_size:
+            raise ValueError(f"micro_batch_size={self.micro_batch_size} does not divide global_batch_size={self.global_batch_size}")
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr={self.min_lr:g} is above lr={self.lr:g}; the schedule only goes down")
+        if self.warmup_iters > self.train_iters:
+            raise ValueError(f"warmup_iters={self.warmup_iters} is longer than train_iters={self.train_iters}")
+        return self
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens one optimizer step reads."""
+        return self.global_batch_size * self.seq_length
+
+    def num_micro_batches(self, dp_size: int) -> int:
+        """Forward passes per step on each of `dp_size` data-parallel processes; checks.check_layout refuses a remainder."""
+        return self.global_batch_size // (self.micro_batch_size * dp_size)
+
+
+class AlignConfig(StageConfig):
+    """HALO stage 1: each RNN mixer learns to give what the attention of its layer gives."""
+
+
+class HeadStageConfig(StageConfig):
+    """HALO stages 2 and 3: the whole student learns through its output head."""
+
+    vocab_chunk_tokens: PositiveInt = Field(
+        default=1024, description="Tokens whose logits exist at one time inside the loss; smaller needs less memory."
+    )
+
+
+class SelectConfig(Section):
+    """Which layers keep softmax attention: each is replaced alone, and recall against held-out quality decides."""
+
+    num_attention_layers: Count | None = Field(default=None, description="Softmax layers to keep; null keeps a quarter (num_layers // 4).")
+    recall_sequences: PositiveInt = Field(default=128, description="Recall documents scored per layer.")
+    recall_pairs: PositiveInt = Field(default=8, description="Key-value pairs in one scored recall document.")
+    heldout_sequences: PositiveInt = Field(default=64, description="Held-out sequences scored per layer.")
+    seq_length: PositiveInt = Field(default=512, description="Tokens per scored sequence.")
+    batch_size: PositiveInt = Field(default=8, description="Sequences per forward pass.")
+    importance_cap: Rate = Field(default=50.0, description="Largest importance a layer can have; the paper caps at 50.")
+
+
+class EvalConfig(Section):
+    """Measurements at the end of a stage and of the run."""
+
+    seq_length: PositiveInt = Field(default=512, description="Tokens per sequence at length multiple 1.")
+    length_multiples: tuple[PositiveInt, ...] = Field(
+        default=(1, 2, 4, 8), min_length=1, description="Multiples of seq_length at which recall and held-out loss are measured."
+    )
+    recall_sequences: PositiveInt = Field(default=64, description="Recall documents per length.")
+    recall_pairs: PositiveInt = Field(default=8, description="Key-value pairs in one recall document.")
+    heldout_sequences: PositiveInt = Field(default=64, description="Held-out sequences per length.")
+    batch_size: PositiveInt = Field(default=8, description="Sequences per forward pass.")
+
+
+class CheckpointConfig(Section):
+    """How many checkpoints stay on disk."""
+
+    keep_last: PositiveInt = Field(default=2, description="Newest committed checkpoints kept per stage.")
+    keep_every: PositiveInt | None = Field(default=None, description="Also keep every checkpoint whose step is a multiple of this.")
+
+
+class ExportConfig(Section):
+    """The Hugging Face folder at the end of a run."""
+
+    attn_logits_scaling: LogitsScaling = Field(
+        default="hype 500", description="Inference-time logit scaling switched on in the exported config; null leaves it off."
+    )
+    dtype: Literal["float32", "bfloat16", "auto"] = Field(default="auto", description="Type of the exported weights; auto keeps the checkpoint's.")
+
+    @field_validator("attn_logits_scaling", mode="before")
+    @classmethod
+    def _scaling(cls, value: LogitsScaling) -> LogitsScaling:
+        return check_logits_scaling(value)
+
+
+class GuardConfig(Section):
+    """Checks that stop a run that cannot succeed."""
+
+    max_teacher_loss: Rate | None = Field(
+        default=None, description="Largest teacher loss on held-out text before training starts; null means 0.9 * ln(vocab_size)."
+    )
+
+
+class RunConfig(Section):
+    """A whole HALO run: teacher in, Hugging Face HypeNet out."""
+
+    output_dir: Path = Field(description="Folder of this run: resolved config, logs, TensorBoard files, checkpoints, export, report.")
+    teacher: Path = Field(description="Teacher: a Hugging Face Qwen3 folder or a converted checkpoint.")
+    data: DataConfig = Field(description="Training and held-out data; on the command line data=PATH sets data.train.")
+    parallel: ParallelConfig = Field(default=ParallelConfig(), description="Parallel layout.")
+    precision: Literal["float32", "bfloat16", "auto"] = Field(
+        default="auto", description="Type of weights and activations while training; auto is bfloat16 on CUDA, float32 on CPU."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Where to compute; auto takes CUDA when present.")
+    seed: Seed = Field(default=1234, description="Seed of freshly initialised weights.")
+    align: AlignConfig = Field(description="Stage 1, hidden-state alignment.")
+    select: SelectConfig = Field(default=SelectConfig(), description="Layer selection.")
+    distill: HeadStageConfig = Field(description="Stage 2, end-to-end distillation.")
+    finetune: HeadStageConfig = Field(description="Stage 3, long-context finetuning.")
+    eval: EvalConfig = Field(default=EvalConfig(), description="Evaluation.")
+    checkpoint: CheckpointConfig = Field(default=CheckpointConfig(), description="Checkpoint retention.")
+    export: ExportConfig = Field(default=ExportConfig(), description="Export to Hugging Face format.")
+    guard: GuardConfig = Field(default=GuardConfig(), description="Guards.")
+
+    def stage(self, name: str) -> StageConfig:
+        """The settings of training stage `name`, one of STAGES."""
+        if name not in STAGES:
+            raise KeyError(f"no stage {name!r}; stages are {', '.join(STAGES)}")
+        config: StageConfig = getattr(self, name)
+        return config
