@@ -1,0 +1,72 @@
+"""From the teacher, the aligned mixers and a selection to the student that stage 2 trains: which tensor comes from where.
+
+Only names and fresh tensors are decided here, without reading or writing anything: engine/run_stage.py moves the data. Kept layers take
+the teacher's attention and get a new random output gate; every other layer takes its aligned RNN mixer; all the rest is the teacher's.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_hypenet.config.model import SOFTMAX_MIXER, ModelConfig
+from megatron_hypenet.errors import CheckpointError
+
+_MIXER_KEY = re.compile(r"decoder\.layers\.(\d+)\.self_attention\.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AssemblyPlan:
+    """Where every tensor of the student comes from, by canonical name."""
+
+    from_teacher: tuple[str, ...]
+    from_aligned: tuple[str, ...]
+    fresh_gates: tuple[str, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All tensors of the student."""
+        return self.from_teacher + self.from_aligned + self.fresh_gates
+
+
+def plan_assembly(student: ModelConfig, teacher_names: Iterable[str], aligned_names: Iterable[str]) -> AssemblyPlan:
+    """Decide the source of every student tensor.
+
+    Raises CheckpointError when the teacher lacks the attention of a kept layer or the alignment lacks the mixer of a converted one.
+    """
+    kept = frozenset(student.attention_layers)
+    converted = frozenset(range(student.num_layers)) - kept
+    from_teacher = tuple(name for name in teacher_names if (layer := mixer_layer(name)) is None or layer in kept)
+    from_aligned = tuple(name for name in aligned_names if mixer_layer(name) in converted)
+    _require_layers("teacher", kept, from_teacher)
+    _require_layers("aligned mixers", converted, from_aligned)
+    gates = tuple(f"decoder.layers.{layer}.self_attention.linear_in.weight.gate" for layer in sorted(kept))
+    return AssemblyPlan(from_teacher=from_teacher, from_aligned=from_aligned, fresh_gates=gates)
+
+
+def mixer_layer(name: str) -> int | None:
+    """The global layer index of a mixer tensor; None for tensors outside the mixers."""
+    match = _MIXER_KEY.match(name)
+    return int(match.group(1)) if match else None
+
+
+def fresh_gate(name: str, student: ModelConfig, *, seed: int, dtype: torch.dtype) -> Tensor:
+    """The output gate [heads * kv_channels, hidden] of a kept layer: normal, std init_method_std, a function of (seed, name) only."""
+    if SOFTMAX_MIXER not in student.mixer_types:
+        raise ValueError("a student without softmax layers has no gates")
+    generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+    values = torch.randn(student.query_size, student.hidden_size, generator=generator, dtype=torch.float32)
+    return values.mul_(student.init_method_std).to(dtype)
+
+
+def _require_layers(source: str, layers: frozenset[int], names: Iterable[str]) -> None:
+    missing = sorted(layers - {mixer_layer(name) for name in names})
+    if missing:
+        raise CheckpointError(
+            f"assemble: the {source} hold no mixer tensors of layers {', '.join(map(str, missing))}; they belong to another model or an unfinished stage"
+        )
