@@ -1,0 +1,156 @@
+"""The `hypenet` command: finds the verb, runs it, and turns its outcome into one error block and an exit code.
+
+Convention for a verb module (`megatron_hypenet/cli/<verb>.py`):
+- it exposes `app = typer.Typer(...)`. One registered command makes `hypenet VERB ...`; several make `hypenet VERB COMMAND ...`;
+- its top imports only the standard library, typer, `megatron_hypenet.errors` and `megatron_hypenet.config`. Everything heavy (torch,
+  transformers, megatron, deepspeed, our other packages) is imported inside the function that needs it: a test holds `--help` to it;
+- it is listed in VERBS below with its one line of help, in pipeline order;
+- a failure the user can act on raises a `megatron_hypenet.errors` class: it becomes the exit code and the `error: ...` block here;
+- results go to stdout, everything else to stderr. `--json` prints one JSON object and nothing else on stdout; `--dry-run` checks and
+  prints what would happen, writes and starts nothing, and exits 0 only when the real command would start;
+- a verb that takes a run configuration uses the argument types and `collect_overrides` of `cli/options.py`.
+
+Verbs are imported on use, through typer's public `get_command`. `--debug` may stand anywhere and shows tracebacks.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.metadata
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+from megatron_hypenet import __version__
+from megatron_hypenet.errors import HypenetError, UsageError
+
+VERBS: dict[str, str] = {
+    "demo": "Run the whole pipeline on the bundled tiny teacher (CPU or GPU).",
+    "doctor": "Check this machine: versions, devices, compilers, disk.",
+    "convert": "Import a Hugging Face model, export a checkpoint, verify both.",
+    "train": "Run one training stage: align, distill or finetune.",
+    "run": "Run all stages in order; resumes where it stopped.",
+    "select": "Choose the layers that keep softmax attention.",
+    "score": "Write logits and per-token losses of given token ids.",
+    "data": "Prepare and inspect training data.",
+    "report": "Summarise a finished run: losses, recall, figures.",
+    "config": "Show, validate or describe a run configuration.",
+}
+"""Verb -> one line of help, in pipeline order; the module is megatron_hypenet.cli.<verb>."""
+
+VERSIONED = ("torch", "megatron-core", "deepspeed", "transformers")
+
+
+
+def help_text() -> str:
+    """The top-level help: verbs in pipeline order, then the options every verb shares."""
+    width = max(map(len, VERBS)) + 2
+    verbs = "\n".join(f"  {name:<{width}}{line}" for name, line in VERBS.items())
+    return (
+        "Usage: hypenet VERB [ARGS]...\n\n"
+        "Distil a softmax-attention teacher into a HypeNet: long context from a hybrid of attention and RNN layers.\n\n"
+        f"Verbs, in pipeline order:\n{verbs}\n\n"
+        "Options:\n"
+        "  --help      Show this text; `hypenet VERB --help` explains a verb.\n"
+        "  --version   Show the versions of this package and of the libraries under it.\n"
+        "  --debug     Show tracebacks; may stand anywhere on the line.\n\n"
+        "Examples:\n"
+        "  hypenet demo\n"
+        "  hypenet run configs/run/quickstart.yaml teacher=/models/Qwen3-0.6B data=corpus.txt\n\n"
+        "Exit codes: 0 done, 1 internal, 2 usage, 3 config or layout, 4 environment, 5 checkpoint or data, 6 verification,\n"
+        "7 diverged, 8 hang, 75 saved and asks to be started again. See docs/errors.md."
+    )
+
+
+def version_text() -> str:
+    """One line per package, read from installed metadata: nothing is imported."""
+    lines = [f"hypenet {__version__} (Python {sys.version.split()[0]})"]
+    for package in VERSIONED:
+        try:
+            lines.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            lines.append(f"{package} not installed")
+    return "\n".join(lines)
+
+
+def split_debug(argv: Sequence[str]) -> tuple[list[str], bool]:
+    """Take --debug out of the words before a `--`; return the rest and whether it was there."""
+    end = argv.index("--") if "--" in argv else len(argv)
+    head = [word for word in argv[:end] if word != "--debug"]
+    return head + list(argv[end:]), len(head) < end
+
+
+def run_verb(verb: str, args: list[str]) -> int:
+    """Import the verb's module and run its typer app on `args`; the exit code, or the exception it ended with."""
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise UsageError(f"unknown verb '{verb}'{hint}\nverbs are {', '.join(VERBS)}; see hypenet --help")
+    import typer
+
+    usage_fault = typer.BadParameter.__mro__[1]  # click's UsageError, wherever this typer keeps click
+    module = importlib.import_module(f"megatron_hypenet.cli.{verb}")
+    command = typer.main.get_command(module.app)
+    try:
+        result = command.main(args=args, prog_name=f"hypenet {verb}", standalone_mode=False)
+    except usage_fault as fault:
+        context = getattr(fault, "ctx", None)
+        path = context.command_path if context is not None else f"hypenet {verb}"
+        if type(fault).__name__ == "NoArgsIsHelpError":
+            print(fault.format_message(), file=sys.stderr)  # type: ignore[attr-defined]
+            return UsageError.exit_code
+        raise UsageError(f"{fault.format_message()}\nsee {path} --help") from fault  # type: ignore[attr-defined]
+    except typer.Abort as fault:
+        raise KeyboardInterrupt from fault
+    return result if isinstance(result, int) else 0
+
+
+def dispatch(argv: Sequence[str]) -> int:
+    """Handle the top-level options, else run the verb; returns the exit code."""
+    if not argv or argv[0] in ("--help", "-h", "help"):
+        print(help_text())
+        return 0 if argv else UsageError.exit_code
+    if argv[0] == "--version":
+        print(version_text())
+        return 0
+    if argv[0].startswith("-"):
+        raise UsageError(f"unknown option '{argv[0]}' before the verb\nsee hypenet --help")
+    return run_verb(argv[0], list(argv[1:]))
+
+
+def report_fault(fault: BaseException, debug: bool) -> int:
+    """Print the one error block for `fault` on stderr and return its exit code."""
+    if debug:
+        traceback.print_exception(fault)
+    if isinstance(fault, KeyboardInterrupt):
+        print("error: interrupted", file=sys.stderr)
+        return 130
+    if isinstance(fault, HypenetError):
+        print(f"error: {fault}", file=sys.stderr)
+        return fault.exit_code
+    summary = str(fault).strip().split("\n")[0] or "no message"
+    hint = "" if debug else "\nthis is a fault of hypenet or of a library under it; add --debug to see where"
+    print(f"error: internal: {type(fault).__name__}: {summary}{hint}", file=sys.stderr)
+    return 1
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run one command line and return its exit code; everything a verb can raise ends here."""
+    words, debug = split_debug(list(argv))
+    try:
+        code = dispatch(words)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader of a pipe left (`| head`): not a fault; keep the interpreter from flushing again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (KeyboardInterrupt, Exception) as fault:
+        return report_fault(fault, debug)
+
+
+def main() -> NoReturn:
+    """Entry point of the console script."""
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,32 @@
+"""Arguments that several verbs share: the run configuration, its overrides, and the layout under its short names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="Run configuration (YAML), e.g. configs/run/quickstart.yaml.")]
+OverridesArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that win over the file, e.g. align.lr=3e-4 teacher=PATH.")
+]
+TensorParallelOption = Annotated[
+    int | None, typer.Option("--tp", "--tensor-model-parallel-size", help="Same as parallel.tensor_model_parallel_size=N.")
+]
+PipelineParallelOption = Annotated[
+    int | None, typer.Option("--pp", "--pipeline-model-parallel-size", help="Same as parallel.pipeline_model_parallel_size=N.")
+]
+ContextParallelOption = Annotated[
+    int | None, typer.Option("--cp", "--context-parallel-size", help="Same as parallel.context_parallel_size=N.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would happen; write and start nothing.")]
+
+
+def collect_overrides(overrides: list[str] | None, *, tp: int | None = None, pp: int | None = None, cp: int | None = None) -> list[str]:
+    """The KEY=VALUE words plus the layout options spelled out, in the order `load_run_config` wants (later wins)."""
+    words = list(overrides or [])
+    axes = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp, "context_parallel_size": cp}
+    words += [f"parallel.{key}={value}" for key, value in axes.items() if value is not None]
+    return words
