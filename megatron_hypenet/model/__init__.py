@@ -1,0 +1,1 @@
+"""HypeNet and its Qwen3 teacher as Megatron-core modules: mixers, layer specs, the model, and attention-to-RNN weight transfer."""

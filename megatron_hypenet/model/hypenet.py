@@ -1,0 +1,166 @@
+"""The language model, teacher or student: embedding, a Megatron `TransformerBlock` with one spec per layer, output head."""
+
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.transformer_block import TransformerBlock
+from torch import Tensor
+
+from megatron_hypenet.config.model import LogitsScaling, ModelConfig
+from megatron_hypenet.config.schema import ParallelConfig
+from megatron_hypenet.model.mixers import Mixer, SoftmaxAttn, without_extra_state
+from megatron_hypenet.model.specs import block_spec, transformer_config
+from megatron_hypenet.parallel import groups
+from megatron_hypenet.parallel.cpu import device
+from megatron_hypenet.parallel.vocab_loss import token_scores
+
+SCORE_CHUNK_TOKENS = 2048
+
+
+class HypeNetModel(LanguageModule):
+    """Decoder-only model whose layers differ in their mixer. Inside, tensors are [s, b, h] as in Megatron; token ids are [b, s]."""
+
+    def __init__(self, config: TransformerConfig, model_config: ModelConfig, *, trunk_only: bool = False) -> None:
+        """`trunk_only` builds nothing after the last mixer (no last MLP, final norm or head): the trunk of hidden-state alignment."""
+        super().__init__(config=config, pg_collection=groups.collection())
+        self.model_config = model_config
+        self.trunk_only = trunk_only
+        stage, num_stages = groups.pipeline_stage()
+        self.pre_process, self.post_process = stage == 0, stage == num_stages - 1
+        self.model_type = ModelType.encoder_or_decoder
+        self.share_embeddings_and_output_weights = model_config.share_embeddings_and_output_weights and not trunk_only
+        if self.pre_process:
+            self.embedding = LanguageModelEmbedding(
+                config=config,
+                vocab_size=model_config.vocab_size,
+                max_sequence_length=model_config.max_position_embeddings,
+                position_embedding_type="rope",
+                tp_group=self.pg_collection.tp,
+            )
+        self.rotary_pos_emb = RotaryEmbedding(
+            kv_channels=model_config.kv_channels,
+            rotary_percent=1.0,
+            rotary_base=model_config.rotary_base,
+            use_cpu_initialization=config.use_cpu_initialization,
+            cp_group=self.pg_collection.cp,
+        )
+        self.decoder = TransformerBlock(
+            config=config,
+            spec=block_spec(config, model_config, stage, trunk_only=trunk_only),
+            pre_process=self.pre_process,
+            post_process=self.post_process,
+            post_layer_norm=not trunk_only,
+            pg_collection=self.pg_collection,
+        )
+        if self.post_process and not trunk_only:
+            self.output_layer = ColumnParallelLinear(
+                config.hidden_size,
+                model_config.vocab_size,
+                config=config,
+                init_method=config.init_method,
+                bias=False,
+                skip_bias_add=False,
+                gather_output=True,
+                skip_weight_param_allocation=self.pre_process and self.share_embeddings_and_output_weights,
+                tp_group=self.pg_collection.tp,
+            )
+        if (self.pre_process or self.post_process) and not trunk_only:
+            self.setup_embeddings_and_output_layer()
+
+    def mixer(self, layer: int) -> Mixer:
+        """The mixer of a global layer index that lies on this pipeline stage."""
+        for block in self.decoder.layers:
+            if block.layer_number == layer + 1:
+                return block.self_attention
+        raise KeyError(f"layer {layer} is not on this pipeline stage")
+
+    def set_mixer(self, layer: int, mixer: torch.nn.Module) -> None:
+        """Put another mixer (or a wrapper with a mixer's call) into a layer of this pipeline stage."""
+        for block in self.decoder.layers:
+            if block.layer_number == layer + 1:
+                block.self_attention = mixer
+                return
+        raise KeyError(f"layer {layer} is not on this pipeline stage")
+
+    def set_attn_logits_scaling(self, value: LogitsScaling) -> None:
+        """Switch the inference-time logit scaling of the softmax layers; training runs with None."""
+        self.model_config = self.model_config.replace(attn_logits_scaling=value)
+        for module in self.modules():
+            if isinstance(module, SoftmaxAttn):
+                module.logits_scaling = self.model_config.attn_logits_scaling
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
+        """Hidden states from the previous pipeline stage (Megatron's schedules call this)."""
+        self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
+
+    def head_weight(self) -> Tensor:
+        """This rank's rows of the output head, [vocab / tp, hidden_size]; the embedding itself when tied."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+    def hidden(self, input_ids: Tensor) -> Tensor:
+        """input_ids [b, s] -> output of the last layer after the final norm, [s, b, h] (before it for a trunk)."""
+        x = self.embedding(input_ids=input_ids, position_ids=None) if self.pre_process else None
+        angles = self.rotary_pos_emb(input_ids.shape[1] * self.config.context_parallel_size)
+        return self.decoder(hidden_states=x, attention_mask=None, rotary_pos_emb=angles)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """input_ids [b, s] -> logits [b, s, vocab] in the model's dtype."""
+        hidden = self.hidden(input_ids)
+        if not self.post_process:
+            return hidden
+        logits, _ = self.output_layer(hidden, weight=self.head_weight())
+        return logits.transpose(0, 1)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[tuple[int, int, int], ...] = (), metadata: dict[str, Any] | None = None
+    ) -> ShardedStateDict:
+        """Megatron's sharded state under layout-free keys; tensors only."""
+        return without_extra_state(super().sharded_state_dict(prefix, sharded_offsets, metadata))
+
+    @torch.no_grad()
+    def hidden_states(self, input_ids: Tensor) -> list[Tensor]:
+        """Input of every layer, then the final-norm output: num_layers + 1 tensors [b, s, h]."""
+        states: list[Tensor] = []
+        handles = [
+            layer.register_forward_pre_hook(
+                lambda _module, args, kwargs: states.append((kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]).transpose(0, 1)),
+                with_kwargs=True,
+            )
+            for layer in self.decoder.layers
+        ]
+        try:
+            final = self.hidden(input_ids)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return [*states, final.transpose(0, 1)]
+
+    @torch.no_grad()
+    def token_scores(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """input_ids [b, s] -> negative log likelihood [b, s-1] (fp32, float64 for float64 models) of each next token, and whether it was
+        the model's first choice [b, s-1]. The head runs in chunks, so long inputs fit."""
+        hidden = self.hidden(input_ids)[:-1]
+        labels = input_ids[:, 1:].transpose(0, 1)
+        nll, correct = token_scores(hidden, self.head_weight(), labels, chunk_tokens=SCORE_CHUNK_TOKENS, group=self.pg_collection.tp)
+        return nll.transpose(0, 1), correct.transpose(0, 1)
+
+
+def build_model(
+    model_config: ModelConfig, parallel: ParallelConfig, *, dtype: torch.dtype, seed: int | None = None, trunk_only: bool = False
+) -> HypeNetModel:
+    """A model with fresh random weights on this process's device; callers load weights into it.
+
+    Starts the process groups if none stand. `seed` fixes the random weights; ConfigError names an unknown mixer."""
+    groups.init_parallel(parallel, seed=1234 if seed is None else seed)
+    config = transformer_config(model_config, parallel, dtype)
+    model = HypeNetModel(config, model_config, trunk_only=trunk_only)
+    return model.to(device=device(), dtype=dtype)

@@ -1,0 +1,79 @@
+"""Megatron layer specs: one per layer, chosen by the layer's mixer, sliced to the pipeline stage of this process."""
+
+import torch
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules, get_transformer_layer_offset
+from megatron.core.utils import init_method_normal
+from megatron_hypenet.config.model import ModelConfig
+from megatron_hypenet.config.schema import ParallelConfig
+from megatron_hypenet.model.mixers import MixerSubmodules, mixer_class
+from megatron_hypenet.parallel.cpu import device
+from megatron_hypenet.parallel.norm import RMSNorm
+
+
+def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
+    """Megatron's configuration of a model in one dtype (float64 too) on one layout."""
+    init = init_method_normal(model.init_method_std)
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.kv_channels,
+        layernorm_epsilon=model.layernorm_epsilon,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method=init,
+        output_layer_init_method=init,
+        use_cpu_initialization=device().type == "cpu",
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        bias_activation_fusion=False,  # the fused kernels are CUDA-only and differ in rounding
+        bias_dropout_fusion=False,
+        gradient_accumulation_fusion=False,
+        # sic: Megatron's spelling. Checkpoint keys carry the global layer index, since layers differ.
+        hetereogenous_dist_checkpoint=True,
+        attention_softmax_in_fp32=dtype != torch.float64,
+    )
+
+
+def block_spec(config: TransformerConfig, model: ModelConfig, pipeline_rank: int, *, trunk_only: bool = False) -> TransformerBlockSubmodules:
+    """Specs of the layers on this pipeline stage. `trunk_only` leaves out the last layer's MLP: nothing after the last mixer is built."""
+    first = get_transformer_layer_offset(config, pp_rank=pipeline_rank)
+    count = get_num_layers_to_build(config, pp_rank=pipeline_rank)
+    last = model.num_layers - 1
+    layers = [layer_spec(model, model.mixer_types[i], with_mlp=not (trunk_only and i == last)) for i in range(first, first + count)]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+
+
+def layer_spec(model: ModelConfig, mixer: str, *, with_mlp: bool = True) -> ModuleSpec:
+    """One pre-norm decoder layer: norm, mixer, residual, norm, SwiGLU, residual."""
+    mlp = ModuleSpec(MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
+    return ModuleSpec(
+        TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(mixer_class(mixer), params={"model": model}, submodules=MixerSubmodules()),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm if with_mlp else IdentityOp,
+            mlp=mlp if with_mlp else IdentityOp,
+            mlp_bda=get_bias_dropout_add if with_mlp else IdentityFuncOp,
+        ),
+    )

@@ -1,0 +1,149 @@
+"""Process groups: the one place that starts torch.distributed and asks Megatron-core's `parallel_state`.
+
+Megatron-core does the model-parallel groups; DeepSpeed gets them through `ModelParallelUnit` and does data parallelism over them
+(context-parallel ranks count as data-parallel there: they hold the same weights and different tokens)."""
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from megatron_hypenet.config.schema import ParallelConfig
+from megatron_hypenet.parallel.cpu import enable_cpu
+
+
+def init_parallel(parallel: ParallelConfig, *, seed: int = 1234, timeout_minutes: float = 30.0) -> None:
+    """Start torch.distributed (from the launcher's environment, or as one process without a port) and Megatron's groups.
+
+    Calling it again with the groups standing does nothing but reseed; `destroy_parallel` ends them."""
+    enable_cpu()
+    if not dist.is_initialized():
+        _init_process_group(timedelta(minutes=timeout_minutes))
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+            context_parallel_size=parallel.context_parallel_size,
+        )
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def _init_process_group(timeout: timedelta) -> None:
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def destroy_parallel() -> None:
+    """Drop Megatron's groups and torch.distributed; safe to call when nothing was started."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def is_initialized() -> bool:
+    """True when Megatron's groups stand."""
+    return parallel_state.model_parallel_is_initialized()
+
+
+def collection() -> ProcessGroupCollection:
+    """Megatron's groups of this process, as its modules take them."""
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def tensor_group() -> dist.ProcessGroup:
+    """Tensor-parallel group of this process."""
+    return parallel_state.get_tensor_model_parallel_group()
+
+
+def data_group() -> dist.ProcessGroup:
+    """Ranks that hold the same weights and see other tokens: data parallel x context parallel."""
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
+def data_rank() -> int:
+    """Rank among those that read different samples (context-parallel ranks share their samples)."""
+    return parallel_state.get_data_parallel_rank()
+
+
+def data_size() -> int:
+    """Number of different sample streams."""
+    return parallel_state.get_data_parallel_world_size()
+
+
+def pipeline_stage() -> tuple[int, int]:
+    """This process's pipeline rank and the number of pipeline stages."""
+    return parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_world_size()
+
+
+class ModelParallelUnit:
+    """The `mpu` of DeepSpeed 0.19: Megatron's groups under the names that its ZeRO optimizers call.
+
+    `initialize_sequence_parallel` must not be added: DeepSpeed would then ignore the model-parallel group."""
+
+    get_tensor_model_parallel_group = staticmethod(parallel_state.get_tensor_model_parallel_group)
+    get_tensor_model_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)
+    get_tensor_model_parallel_world_size = staticmethod(parallel_state.get_tensor_model_parallel_world_size)
+    get_pipeline_model_parallel_group = staticmethod(parallel_state.get_pipeline_model_parallel_group)
+    get_pipeline_model_parallel_world_size = staticmethod(parallel_state.get_pipeline_model_parallel_world_size)
+    get_model_parallel_group = staticmethod(parallel_state.get_model_parallel_group)
+    get_data_parallel_group = staticmethod(data_group)
+
+    @staticmethod
+    def get_data_parallel_rank() -> int:
+        """Rank in `data_group`."""
+        return parallel_state.get_data_parallel_rank(with_context_parallel=True)
+
+    @staticmethod
+    def get_data_parallel_world_size() -> int:
+        """Size of `data_group`."""
+        return parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+
+    @staticmethod
+    def get_data_parallel_group_ranks() -> list[int]:
+        """Global ranks of `data_group`."""
+        return dist.get_process_group_ranks(data_group())
+
+    @staticmethod
+    def get_model_parallel_rank() -> int:
+        """Rank in the tensor x pipeline group."""
+        return dist.get_rank(parallel_state.get_model_parallel_group())
+
+    @staticmethod
+    def get_model_parallel_world_size() -> int:
+        """Size of the tensor x pipeline group."""
+        return dist.get_world_size(parallel_state.get_model_parallel_group())
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    dist.barrier()
+
+
+def rank() -> int:
+    """Global rank, 0 without torch.distributed."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes, 1 without torch.distributed."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
+    """Mean of `tensor` over `data_group`, in place; returns it."""
+    group: Any = data_group()
+    if group.size() > 1:
+        dist.all_reduce(tensor, group=group)
+        tensor /= group.size()
+    return tensor
