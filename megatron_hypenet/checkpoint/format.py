@@ -1,0 +1,148 @@
+"""The checkpoint folder: what each file is called, and how a folder becomes visible only when it is complete.
+
+    weights/          Megatron sharded format (`dist_checkpointing`, backend torch_dist), canonical tensor names
+    optimizer/        same format, keys optim.{fp32_param,exp_avg,exp_avg_sq}.<canonical name>      (training only)
+    model.json        ModelConfig                       train_state.json  step, data position, ...   (training only)
+    rng.safetensors   random generators (training only) config.yaml       resolved run configuration (training only)
+    tokenizer/        Hugging Face tokenizer files, when known
+    manifest.json     kind, stage, versions, and size and sha256 of every other file
+    COMMITTED         empty; written last, after every file above has reached the disk
+
+A save is written into the sibling `.<name>.tmp-<pid>` and renamed: a folder under its final name is whole or was damaged later.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_hypenet.errors import CheckpointError
+
+WEIGHTS = "weights"
+OPTIMIZER = "optimizer"
+TOKENIZER = "tokenizer"
+MODEL_JSON = "model.json"
+TRAIN_STATE = "train_state.json"
+RNG = "rng.safetensors"
+CONFIG = "config.yaml"
+MANIFEST = "manifest.json"
+COMMITTED = "COMMITTED"
+
+OPTIMIZER_STATES = ("fp32_param", "exp_avg", "exp_avg_sq")
+"""Adam's state per parameter: fp32 master weight and the two moments, each stored under its canonical name."""
+
+_ITERATION = re.compile(r"iter_(\d{7,})")
+_TEMPORARY = re.compile(r"\..+\.(?:tmp|old)-\d+")
+
+
+def iteration_name(step: int) -> str:
+    """Folder name of the save after `step` optimizer steps: iter_0000120."""
+    return f"iter_{step:07d}"
+
+
+def iteration_of(folder: Path) -> int | None:
+    """The step in a folder's name, or None when it is not an iter_XXXXXXX folder."""
+    match = _ITERATION.fullmatch(folder.name)
+    return int(match.group(1)) if match else None
+
+
+def iteration_folders(parent: Path) -> list[Path]:
+    """The iter_XXXXXXX folders directly under `parent`, committed or not, oldest first; symbolic links are left out."""
+    if not parent.is_dir():
+        return []
+    found = [entry for entry in parent.iterdir() if iteration_of(entry) is not None and entry.is_dir() and not entry.is_symlink()]
+    return sorted(found, key=lambda entry: iteration_of(entry) or 0)
+
+
+def is_committed(folder: Path) -> bool:
+    """Whether the commit marker is there; says nothing about later damage (see manifest.verify_files)."""
+    return (folder / COMMITTED).is_file()
+
+
+def fsync_path(path: Path) -> None:
+    """Force one file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_tree(folder: Path) -> None:
+    """Force every file below `folder`, every folder and `folder` itself to the disk."""
+    for root, _, names in os.walk(folder):
+        for name in names:
+            fsync_path(Path(root) / name)
+        fsync_path(Path(root))
+
+
+def temporary_sibling(target: Path, pid: int) -> Path:
+    """Where the save of `target` by process `pid` is assembled."""
+    return target.parent / f".{target.name}.tmp-{pid}"
+
+
+def refuse_existing(target: Path, overwrite: bool) -> None:
+    """CheckpointError if something is already at `target` and may not be replaced."""
+    if (target.exists() or target.is_symlink()) and not overwrite:
+        raise CheckpointError(f"{target} already exists; choose another folder, or allow overwriting (--overwrite)")
+
+
+def commit(temporary: Path, target: Path, *, overwrite: bool) -> None:
+    """Make the finished `temporary` folder visible as `target`: fsync, marker, rename, fsync of the parent."""
+    fsync_tree(temporary)
+    (temporary / COMMITTED).touch()
+    fsync_path(temporary / COMMITTED)
+    fsync_path(temporary)
+    refuse_existing(target, overwrite)
+    aside = None
+    if target.exists():
+        aside = target.parent / f".{target.name}.old-{os.getpid()}"
+        os.replace(target, aside)
+    os.replace(temporary, target)
+    fsync_path(target.parent)
+    if aside is not None:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_stale(parent: Path) -> list[Path]:
+    """Delete what interrupted saves left under `parent` and return it. Only for a folder with one writer: a run's own checkpoints."""
+    stale = [entry for entry in parent.iterdir() if _TEMPORARY.fullmatch(entry.name)] if parent.is_dir() else []
+    for entry in stale:
+        shutil.rmtree(entry, ignore_errors=True)
+    return stale
+
+
+@contextmanager
+def staged(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Temporary folder that becomes `target` when the block ends without an exception; removed otherwise. One process only."""
+    refuse_existing(target, overwrite)
+    temporary = temporary_sibling(target, os.getpid())
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        yield temporary
+        commit(temporary, target, overwrite=overwrite)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise as_checkpoint_error(error, target) from error
+
+
+def as_checkpoint_error(error: BaseException, target: Path) -> BaseException:
+    """What a failed save of `target` raises: a CheckpointError for I/O trouble, the error itself for everything else."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    if not isinstance(cause, OSError):
+        return error
+    if cause.errno in (errno.ENOSPC, errno.EDQUOT):
+        return CheckpointError(
+            f"cannot save {target}: no space left on the disk ({cause.strerror}); the unfinished save was removed and older "
+            "checkpoints are untouched. Free space, or lower checkpoint.keep_last, and start the same command again"
+        )
+    return CheckpointError(f"cannot save {target}: {cause}; the unfinished save was removed and older checkpoints are untouched")

@@ -1,0 +1,178 @@
+"""Reading checkpoints: finding one, its configuration and weights, and filling a model of any parallel layout."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_hypenet.checkpoint import format as fmt
+from megatron_hypenet.checkpoint.manifest import Manifest, file_problems, read_manifest, verify_files
+from megatron_hypenet.checkpoint.shards import ShardReader, distributed, tensor_pieces
+from megatron_hypenet.config.model import ModelConfig
+from megatron_hypenet.errors import CheckpointError
+
+__all__ = [
+    "Manifest", "load_model", "load_sharded", "open_weights", "read_manifest", "read_model_config", "read_weights", "resolve",
+    "tokenizer_dir", "verify_files",
+]  # fmt: skip
+
+logger = logging.getLogger(__name__)
+
+
+def resolve(path: Path | str) -> Path:
+    """The committed checkpoint meant by `path`: the folder itself, or the newest usable iter_XXXXXXX folder in it or its checkpoints/.
+
+    Falls back to an older save when the newest is uncommitted or damaged, with a warning that names both. Raises CheckpointError.
+    """
+    path = Path(path)
+    if fmt.is_committed(path):
+        return path
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist; give a checkpoint folder, or the run folder that holds its iter_XXXXXXX folders")
+    candidates = fmt.iteration_folders(path) or fmt.iteration_folders(path / "checkpoints")
+    skipped: list[str] = []
+    for folder in reversed(candidates):
+        reason = _why_unusable(folder)
+        if reason is None:
+            if skipped:
+                logger.warning("using the older checkpoint %s: %s", folder, "; ".join(skipped))
+            return folder
+        skipped.append(f"{folder.name} is skipped ({reason})")
+    if skipped:
+        raise CheckpointError(f"{path} holds no usable checkpoint: {'; '.join(skipped)}; restore one of them or start again")
+    if (path / "config.json").is_file():
+        raise CheckpointError(f"{path} is a Hugging Face folder, not a checkpoint; import it first: hypenet convert import {path} CKPT_DIR")
+    raise CheckpointError(f"{path} is not a checkpoint: it has neither a {fmt.COMMITTED} marker nor iter_XXXXXXX folders")
+
+
+def _why_unusable(folder: Path) -> str | None:
+    """Why a training save cannot be continued from, or None; sizes only, hashes are checked when it is loaded."""
+    if not fmt.is_committed(folder):
+        return "its save was never committed"
+    try:
+        problems = file_problems(folder, read_manifest(folder), hashes=False)
+    except CheckpointError as error:
+        return str(error)
+    return f"damaged: {problems[0]}" if problems else None
+
+
+def open_weights(path: Path | str) -> ShardReader:
+    """The weights as a read-only mapping that reads one tensor per access; sizes of all files are checked first."""
+    folder = resolve(path)
+    verify_files(folder)
+    return ShardReader(folder / fmt.WEIGHTS)
+
+
+def read_weights(path: Path | str, keys: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """Whole tensors by canonical name, on the CPU in their stored dtype; all of them, or `keys` (CheckpointError names missing ones)."""
+    reader = open_weights(path)
+    wanted = list(reader if keys is None else keys)
+    missing = [key for key in wanted if key not in reader]
+    if missing:
+        raise CheckpointError(f"{path} lacks {_some(missing)}; it holds {len(reader)} tensors, e.g. {_some(sorted(reader))}")
+    return {key: reader[key] for key in wanted}
+
+
+def read_model_config(path: Path | str) -> ModelConfig:
+    """The model configuration stored with the weights."""
+    file = resolve(path) / fmt.MODEL_JSON
+    try:
+        return ModelConfig.from_json(file.read_text())
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error}; the checkpoint is damaged, use another one") from error
+
+
+def tokenizer_dir(path: Path | str) -> Path | None:
+    """The checkpoint's tokenizer folder, or None when it was saved without one."""
+    folder = resolve(path) / fmt.TOKENIZER
+    return folder if folder.is_dir() else None
+
+
+def load_model(model: Any, path: Path | str, *, allow_unused: bool = False, hashes: bool = False) -> Path:
+    """Fill `model` from a checkpoint, whatever layout wrote it; returns the folder that was read.
+
+    `model` needs `sharded_state_dict(prefix)`; every process of the layout calls this with its own part, no other communication is
+    needed than the comparison of names. Strict: a tensor that either side lacks, or whose global shape differs, is a CheckpointError;
+    `allow_unused` tolerates stored tensors that no process asks for (a trunk-only teacher). Floating dtypes are cast to the model's.
+    """
+    folder = resolve(path)
+    verify_files(folder, hashes=hashes)
+    load_sharded(ShardReader(folder / fmt.WEIGHTS), model.sharded_state_dict(prefix=""), allow_unused=allow_unused)
+    return folder
+
+
+@torch.no_grad()
+def load_sharded(reader: ShardReader, sharded_state_dict: dict[str, Any], *, allow_unused: bool = False) -> None:
+    """Copy stored values into the tensors of a sharded state dict in place, one entry at a time."""
+    entries = {name: entry for name, entry in sharded_state_dict.items() if getattr(entry, "data", None) is not None}
+    pieces = {name: found for name, entry in entries.items() if (found := tensor_pieces(entry))}
+    check_fit(reader, [piece for found in pieces.values() for piece in found], allow_unused=allow_unused)
+    rounded = [name for name, found in pieces.items() if reader.dtype(found[0].key).itemsize > entries[name].data.element_size()]
+    if rounded:
+        logger.info("%d tensors of %s are stored in a wider dtype and rounded to the model's", len(rounded), reader.folder)
+    for name, entry in entries.items():
+        if name in pieces:
+            entry.data.copy_(read_entry(reader, entry))
+
+
+def read_entry(reader: ShardReader, entry: Any) -> Tensor:
+    """The stored value of one sharded_state_dict entry as one local tensor, on the CPU in the stored dtype."""
+    from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+    def read(piece: Any) -> Any:
+        if not isinstance(piece, ShardedTensor):
+            return piece
+        local = torch.empty((1,) * piece.prepend_axis_num + tuple(piece.local_shape), dtype=reader.dtype(piece.key))
+        reader.read_into([(piece.key, piece.global_offset, local)])
+        return local.view(tuple(piece.local_shape))
+
+    if isinstance(entry, ShardedTensorFactory):
+        return entry.merge_fn(dict_list_map_inplace(read, {"": entry.build()})[""])
+    return read(entry)
+
+
+def check_fit(reader: ShardReader, pieces: list[Any], *, allow_unused: bool = False) -> None:
+    """CheckpointError unless names, shapes and kinds of dtype of `pieces` (over all processes) agree with what is stored."""
+    wanted = {piece.key: tuple(piece.global_shape) for piece in pieces}
+    missing = sorted(key for key in wanted if key not in reader)
+    shapes = [
+        f"{key}: stored {reader.shape(key)}, model {shape}" for key, shape in wanted.items() if key in reader and reader.shape(key) != shape
+    ]
+    kinds = [
+        f"{piece.key}: stored {reader.dtype(piece.key)}, model {piece.dtype}"
+        for piece in pieces
+        if piece.key in reader and reader.dtype(piece.key).is_floating_point != piece.dtype.is_floating_point
+    ]
+    asked = set(wanted)
+    if distributed():
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, (sorted(wanted), missing, shapes, kinds))
+        asked = {key for keys, *_ in gathered for key in keys}
+        missing, shapes, kinds = (sorted({line for row in gathered for line in row[column]}) for column in (1, 2, 3))
+    unused = [] if allow_unused else sorted(key for key in reader if key not in asked)
+    problems = [
+        f"{len(lines)} {what}: {_some(lines)}"
+        for what, lines in (
+            ("tensors of the model are not in it", missing),
+            ("stored tensors have no place in the model", unused),
+            ("shapes differ", shapes),
+            ("dtypes differ", kinds),
+        )
+        if lines
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{reader.folder} does not fit the model: {'; '.join(problems)}. Build the model from the checkpoint's own {fmt.MODEL_JSON}, "
+            "or choose the checkpoint of this model"
+        )
+
+
+def _some(lines: list[str]) -> str:
+    return ", ".join(lines[:3]) + (f" and {len(lines) - 3} more" if len(lines) > 3 else "")

@@ -1,0 +1,55 @@
+"""A folder appears whole or not at all."""
+
+import errno
+import os
+
+import pytest
+
+from megatron_hypenet.checkpoint import format as fmt
+from megatron_hypenet.errors import CheckpointError
+
+
+def test_iteration_names_round_trip_and_sort_by_number(tmp_path):
+    for step in (5, 12_345_678, 70):
+        (tmp_path / fmt.iteration_name(step)).mkdir()
+    (tmp_path / "iter_12").mkdir()
+    (tmp_path / "iter_0000099").symlink_to(tmp_path)
+    assert [fmt.iteration_of(folder) for folder in fmt.iteration_folders(tmp_path)] == [5, 70, 12_345_678]
+
+
+def test_staged_folder_is_committed_at_the_end_only(tmp_path):
+    target = tmp_path / "deep" / "ck"
+    with fmt.staged(target) as temporary:
+        (temporary / "a").write_text("x")
+        assert not target.exists()
+    assert fmt.is_committed(target) and (target / "a").read_text() == "x"
+    assert os.listdir(target.parent) == ["ck"]
+
+
+def test_failed_save_leaves_no_trace_and_keeps_the_old_one(tmp_path):
+    target = tmp_path / "ck"
+    with fmt.staged(target) as temporary:
+        (temporary / "a").write_text("old")
+    with pytest.raises(CheckpointError, match="no space left") as caught, fmt.staged(target, overwrite=True):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert caught.value.exit_code == 5
+    with pytest.raises(ZeroDivisionError), fmt.staged(target, overwrite=True):
+        1 / 0  # noqa: B018
+    assert os.listdir(tmp_path) == ["ck"] and (target / "a").read_text() == "old"
+
+
+def test_existing_target_needs_overwrite(tmp_path):
+    target = tmp_path / "ck"
+    for text in ("1", "2"):
+        with fmt.staged(target, overwrite=text == "2") as temporary:
+            (temporary / "a").write_text(text)
+    assert (target / "a").read_text() == "2" and os.listdir(tmp_path) == ["ck"]
+    with pytest.raises(CheckpointError, match="already exists"), fmt.staged(target):
+        pass
+
+
+def test_remove_stale_takes_only_leftovers(tmp_path):
+    for name in (".iter_0000003.tmp-17", ".iter_0000003.old-17", "iter_0000003", ".hidden"):
+        (tmp_path / name).mkdir()
+    fmt.remove_stale(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [".hidden", "iter_0000003"]

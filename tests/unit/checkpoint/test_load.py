@@ -1,0 +1,94 @@
+"""Finding a checkpoint, reading parts of it, and filling a model strictly."""
+
+import logging
+import shutil
+
+import pytest
+import torch
+
+from megatron_hypenet.checkpoint import format as fmt
+from megatron_hypenet.checkpoint import load, save
+from megatron_hypenet.errors import CheckpointError
+
+
+@pytest.fixture
+def run(tmp_path, tensors, model_config):
+    for step in (10, 20):
+        save.write_weights(tmp_path / "run" / "checkpoints" / fmt.iteration_name(step), tensors, model_config, kind="student")
+    return tmp_path / "run"
+
+
+def test_resolve_takes_the_newest_of_a_run(run):
+    assert load.resolve(run).name == load.resolve(run / "checkpoints").name == "iter_0000020"
+    assert load.resolve(run / "checkpoints" / "iter_0000010").name == "iter_0000010"
+
+
+@pytest.mark.parametrize("damage", ["uncommitted", "missing", "short"])
+def test_resolve_falls_back_and_says_so(run, damage, caplog):
+    newest = run / "checkpoints" / "iter_0000020"
+    data = next(newest.rglob("*.distcp"))
+    match damage:
+        case "uncommitted":
+            (newest / fmt.COMMITTED).unlink()
+        case "missing":
+            data.unlink()
+        case "short":
+            data.write_bytes(data.read_bytes()[:-1])
+    with caplog.at_level(logging.WARNING):
+        assert load.resolve(run).name == "iter_0000010"
+    assert "iter_0000020 is skipped" in caplog.text
+    shutil.rmtree(run / "checkpoints" / "iter_0000010")
+    with pytest.raises(CheckpointError, match="no usable checkpoint"):
+        load.resolve(run)
+
+
+def test_resolve_explains_what_the_path_is(tmp_path):
+    with pytest.raises(CheckpointError, match="does not exist"):
+        load.resolve(tmp_path / "none")
+    with pytest.raises(CheckpointError, match="neither"):
+        load.resolve(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="convert import"):
+        load.resolve(tmp_path)
+
+
+def test_read_weights_takes_a_subset_and_names_what_is_missing(run, tensors):
+    got = load.read_weights(run, ["norm.weight"])
+    assert list(got) == ["norm.weight"] and torch.equal(got["norm.weight"], tensors["norm.weight"])
+    with pytest.raises(CheckpointError, match="lacks nope"):
+        load.read_weights(run, ["nope"])
+
+
+def test_load_model_splits_fused_parameters(run, tensors, fused_model):
+    load.load_model(fused_model, run, hashes=True)
+    assert torch.equal(fused_model.embed, tensors["embed.weight"])
+    assert torch.equal(fused_model.linear, torch.cat([tensors["linear.weight.q"], tensors["linear.weight.k"]]))
+    assert torch.equal(fused_model.norm, tensors["norm.weight"])
+
+
+def test_load_model_casts_floating_dtypes(run, tensors, fused_model):
+    load.load_model(fused_model.to(torch.bfloat16), run)
+    assert torch.equal(fused_model.embed, tensors["embed.weight"].to(torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("linear.weight.k"), "1 tensors of the model are not in it: linear.weight.k"),
+        (lambda t: t.update(extra=torch.ones(1)), "1 stored tensors have no place in the model: extra"),
+        (lambda t: t.update({"embed.weight": torch.ones(12, 8)}), r"stored \(12, 8\), model \(11, 8\)"),
+        (lambda t: t.update({"embed.weight": torch.ones(11, 8, dtype=torch.int64)}), "dtypes differ"),
+    ],
+)
+def test_load_model_is_strict(tmp_path, tensors, model_config, fused_model, change, message):
+    change(tensors)
+    save.write_weights(tmp_path / "ck", tensors, model_config, kind="student")
+    with pytest.raises(CheckpointError, match=message):
+        load.load_model(fused_model, tmp_path / "ck")
+    assert torch.count_nonzero(fused_model.embed) == 0
+
+
+def test_load_model_can_leave_stored_tensors_unused(tmp_path, tensors, model_config, fused_model):
+    save.write_weights(tmp_path / "ck", {**tensors, "extra": torch.ones(1)}, model_config, kind="student")
+    load.load_model(fused_model, tmp_path / "ck", allow_unused=True)
+    assert torch.equal(fused_model.embed, tensors["embed.weight"])

@@ -1,0 +1,50 @@
+"""A pickle that would run code is refused before it runs."""
+
+import os
+import pickle
+import zipfile
+
+import pytest
+import torch
+
+from megatron_hypenet.checkpoint.safety import check_common, load_restricted
+from megatron_hypenet.checkpoint.save import write_weights
+from megatron_hypenet.checkpoint.shards import ShardReader
+from megatron_hypenet.errors import CheckpointError
+
+
+class Evil:
+    """Creates a file when unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_malicious_metadata_is_refused_and_does_not_run(tmp_path, tensors, model_config):
+    write_weights(tmp_path / "ck", tensors, model_config, kind="teacher")
+    (tmp_path / "ck" / "weights" / ".metadata").write_bytes(pickle.dumps(Evil(tmp_path / "owned")))
+    with pytest.raises(CheckpointError, match="posix.mkdir"):
+        ShardReader(tmp_path / "ck" / "weights")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_malicious_common_file_is_refused(tmp_path, tensors, model_config):
+    write_weights(tmp_path / "ck", tensors, model_config, kind="teacher")
+    common = tmp_path / "ck" / "weights" / "common.pt"
+    torch.save({"x": Evil(tmp_path / "owned")}, common)
+    with pytest.raises(CheckpointError, match="posix.mkdir"):
+        ShardReader(common.parent)
+    with zipfile.ZipFile(common, "w") as archive:
+        archive.writestr("common/data.pkl", pickle.dumps(Evil(tmp_path / "owned")))
+    with pytest.raises(CheckpointError, match="foreign code"):
+        check_common(common)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_truncated_pickle_is_damage_not_a_crash(tmp_path):
+    (tmp_path / "m").write_bytes(pickle.dumps([1, 2])[:-3])
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_restricted(tmp_path / "m")

@@ -1,0 +1,48 @@
+"""write_weights: one process, whole tensors, one committed folder."""
+
+import pytest
+import torch
+
+from megatron_hypenet.checkpoint import load, save
+from megatron_hypenet.checkpoint.shards import LazyTensor
+from megatron_hypenet.errors import CheckpointError
+
+
+def test_writes_everything_a_reader_needs(tmp_path, tensors, model_config):
+    (tmp_path / "tok").mkdir()
+    (tmp_path / "tok" / "tokenizer.json").write_text("{}")
+    folder = save.write_weights(
+        tmp_path / "ck", tensors, model_config, kind="teacher", tokenizer_dir=tmp_path / "tok", extra={"hf_config": {"model_type": "qwen3"}}
+    )
+    assert load.read_model_config(folder) == model_config
+    assert (load.tokenizer_dir(folder) / "tokenizer.json").read_text() == "{}"
+    assert load.read_manifest(folder).hf_config == {"model_type": "qwen3"}
+    assert str(tmp_path).encode() not in b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+    got = load.read_weights(folder)
+    assert all(torch.equal(got[key], tensors[key]) for key in tensors)
+
+
+def test_same_tensors_give_the_same_files(tmp_path, tensors, model_config):
+    first, second = (load.read_manifest(save.write_weights(tmp_path / name, tensors, model_config, kind="t")).files for name in "ab")
+    assert first == second
+
+
+def test_a_tensor_that_fails_halfway_leaves_nothing(tmp_path, tensors, model_config):
+    def fail():
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(CheckpointError, match="no space left"):
+        save.write_weights(tmp_path / "ck", {**tensors, "z": LazyTensor((2,), torch.float32, fail)}, model_config, kind="teacher")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_refuses_empty_missing_tokenizer_and_existing(tmp_path, tensors, model_config):
+    with pytest.raises(CheckpointError, match="no tensors"):
+        save.write_weights(tmp_path / "ck", {}, model_config, kind="teacher")
+    with pytest.raises(CheckpointError, match="tokenizer folder"):
+        save.write_weights(tmp_path / "ck", tensors, model_config, kind="teacher", tokenizer_dir=tmp_path / "nowhere")
+    save.write_weights(tmp_path / "ck", tensors, model_config, kind="teacher")
+    with pytest.raises(CheckpointError, match="already exists"):
+        save.write_weights(tmp_path / "ck", tensors, model_config, kind="teacher")
+    save.write_weights(tmp_path / "ck", tensors, model_config, kind="student", overwrite=True)
+    assert load.read_manifest(tmp_path / "ck").kind == "student"
