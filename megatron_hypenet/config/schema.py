@@ -36,7 +36,9 @@ class DataConfig(Section):
     train: tuple[Path, ...] = Field(
         min_length=1, description="Training data: .txt or .jsonl files, or prefixes of prepared .bin/.idx pairs."
     )
-    heldout: Path | None = Field(default=None, description="Held-out data of the same kinds; null takes heldout_fraction off the training data.")
+    heldout: Path | None = Field(
+        default=None, description="Held-out data of the same kinds; null takes heldout_fraction off the training data."
+    )
     heldout_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.02, description="Share of the training documents kept for held-out loss when heldout is null."
     )
@@ -82,7 +84,9 @@ class StageConfig(Section):
     clip_grad: Annotated[float, Field(ge=0)] = Field(default=1.0, description="Largest global gradient norm; 0 turns clipping off.")
     save_interval: PositiveInt = Field(default=1000, description="Steps between checkpoints; the last step is always saved.")
     log_interval: PositiveInt = Field(default=10, description="Steps between log lines and TensorBoard points.")
-    eval_interval: PositiveInt | None = Field(default=None, description="Steps between held-out evaluations; null evaluates only at the end.")
+    eval_interval: PositiveInt | None = Field(
+        default=None, description="Steps between held-out evaluations; null evaluates only at the end."
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -154,7 +158,9 @@ class ExportConfig(Section):
     attn_logits_scaling: LogitsScaling = Field(
         default="hype 500", description="Inference-time logit scaling switched on in the exported config; null leaves it off."
     )
-    dtype: Literal["float32", "bfloat16", "auto"] = Field(default="auto", description="Type of the exported weights; auto keeps the checkpoint's.")
+    dtype: Literal["float32", "bfloat16", "auto"] = Field(
+        default="auto", description="Type of the exported weights; auto keeps the checkpoint's."
+    )
 
     @field_validator("attn_logits_scaling", mode="before")
     @classmethod

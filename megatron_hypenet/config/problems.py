@@ -1,0 +1,82 @@
+"""Turns pydantic's findings into lines a person can act on: origin, key, what is wrong, and the nearest right key."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from megatron_hypenet.config.schema import RunConfig
+
+Origins = dict[tuple[str, ...], str]
+"""Where each key was last set: path of keys -> file name or "CLI"."""
+
+
+def describe(error: ValidationError, origins: Origins, *, default_origin: str, root: type[BaseModel] = RunConfig) -> list[str]:
+    """One line per finding, e.g. `run.yaml: align.lr: should be greater than 0, got int -1`, for a configuration of class `root`."""
+    lines = []
+    for item in error.errors():
+        place = tuple(str(part) for part in item["loc"])
+        origin = _origin(place, origins, default_origin)
+        lines.append(f"{origin}: {'.'.join(place) or 'configuration'}: {_what(item['type'], item['msg'], item.get('input'), place, root)}")
+    return list(dict.fromkeys(lines))
+
+
+def _origin(place: tuple[str, ...], origins: Origins, default: str) -> str:
+    """The file or CLI that set the key, or the nearest section above it."""
+    for length in range(len(place), 0, -1):
+        if place[:length] in origins:
+            return origins[place[:length]]
+    return default
+
+
+def _what(kind: str, message: str, value: Any, place: tuple[str, ...], root: type[BaseModel]) -> str:
+    if kind == "extra_forbidden":
+        return f"unknown key{_near_miss(place, root)}"
+    if kind == "missing":
+        return f"missing; set it in the file or as {'.'.join(place)}=..."
+    if kind == "value_error":
+        return message.removeprefix("Value error, ")
+    text = message[:1].lower() + message[1:]
+    return f"{text.removeprefix('input ')}, got {type(value).__name__} {value!r}"
+
+
+def _near_miss(place: tuple[str, ...], root: type[BaseModel]) -> str:
+    known = section_keys(place[:-1], root)
+    near = difflib.get_close_matches(place[-1], known, n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean '{near[0]}'?"
+    elsewhere = [".".join(path) for path in _all_keys(root) if path[-1] == place[-1]]
+    if elsewhere:
+        return f"; it exists as {', '.join(elsewhere[:3])}"
+    return f"; keys here are {', '.join(known)}" if known else ""
+
+
+def section_keys(place: tuple[str, ...], root: type[BaseModel] = RunConfig) -> list[str]:
+    """The keys of the section at `place` under `root`, empty when there is no such section."""
+    section: type[BaseModel] | None = root
+    for part in place:
+        field = section.model_fields.get(part) if section else None
+        section = section_type(field.annotation) if field else None
+    return list(section.model_fields) if section else []
+
+
+def section_type(annotation: Any) -> type[BaseModel] | None:
+    """The section class behind an annotation, looking through `X | None`."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        found = [section_type(part) for part in typing.get_args(annotation)]
+        return next((part for part in found if part is not None), None)
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def _all_keys(section: type[BaseModel], prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    keys = []
+    for name, field in section.model_fields.items():
+        keys.append((*prefix, name))
+        below = section_type(field.annotation)
+        if below is not None:
+            keys += _all_keys(below, (*prefix, name))
+    return keys
