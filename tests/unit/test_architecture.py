@@ -1,0 +1,176 @@
+"""Three rules of the house: imports point left, each foreign library has one door, every module has its mirrored test."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = "megatron_hypenet"
+ORDER = ["errors", "config", "ops", "parallel", "model", "data", "eval", "stages", "checkpoint", "engine", "cli"]
+SEES = {part: set(ORDER[: index + 1]) for index, part in enumerate(ORDER)}
+# beside the line: export sees four parts only, and only the command may use it
+SEES["export"] = {"errors", "config", "model", "checkpoint", "export"}
+SEES["cli"] |= {"export"}
+SEES["__main__"] = {"cli"}
+SEES["__init__"] = set()
+
+# library -> the places that may import it: a package (all its modules) or one module
+DOORS = {
+    "transformers": {"export", "data"},
+    "tokenizers": {"export", "data"},
+    "sentencepiece": {"export", "data"},
+    "deepspeed": {"engine.deepspeed"},
+    "tensorboard": {"engine.metrics"},
+    "torch.utils.tensorboard": {"engine.metrics"},
+    "megatron.core.parallel_state": {"parallel.groups"},
+    "matplotlib": {"eval.plots"},
+    "typer": {"cli"},
+    "rich": {"cli"},
+    "yaml": {"config.loader"},
+}
+# runs inside a user's transformers, without this package: checked separately
+STANDALONE = "export.hf_remote"
+# verbs may look whether a library works, they do not use it
+PROBES = {"cli.doctor"}
+
+
+def module_name(path: Path, root: Path) -> str:
+    """`a/b.py` -> "a.b", `a/__init__.py` -> "a", relative to the package folder."""
+    parts = path.relative_to(root).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+def imports_of(source: str, module: str, is_package: bool) -> list[str]:
+    """Every dotted name the source imports, anywhere in it; `from a import b` counts as a.b, relative names are made absolute."""
+    names = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                here = [PACKAGE, *module.split(".")]
+                above = here[: len(here) - node.level + (1 if is_package else 0)]
+                base = ".".join([*above, base]).rstrip(".")
+            names += [f"{base}.{alias.name}" for alias in node.names]
+    return names
+
+
+def violations(root: Path) -> list[str]:
+    """Every import under the package folder `root` that breaks the direction or goes round a door."""
+    found = []
+    for path in sorted(root.rglob("*.py")):
+        module = module_name(path, root)
+        names = imports_of(path.read_text(encoding="utf-8"), module, path.name == "__init__.py")
+        part = module.split(".")[0]
+        if module == STANDALONE or module.startswith(STANDALONE + "."):
+            found += [f"{module} imports {name}: it must work without this package" for name in names if name.split(".")[0] == PACKAGE]
+            continue
+        for name in names:
+            if name.startswith(PACKAGE + "."):
+                target = name.split(".")[1]
+                known = target in SEES or (root / target).exists() or (root / f"{target}.py").exists()
+                if known and target not in SEES.get(part, set()):
+                    found.append(f"{module} imports {name}: {part} may not see {target}")
+            elif module not in PROBES:
+                for library, doors in DOORS.items():
+                    through = any(module == door or module.startswith(door + ".") for door in doors)
+                    if (name == library or name.startswith(library + ".")) and not through:
+                        found.append(f"{module} imports {name}: {library} belongs to {', '.join(sorted(doors))}")
+    return found
+
+
+def unmirrored(package: Path, tests: Path) -> list[str]:
+    """Modules without tests/unit/<same path>/test_<name>.py. A package's own __init__ needs one only when it has code of its own."""
+    missing = []
+    for path in sorted(package.rglob("*.py")):
+        relative = path.relative_to(package)
+        if path.name == "__init__.py":
+            body = ast.parse(path.read_text(encoding="utf-8")).body
+            if not any(isinstance(node, ast.FunctionDef | ast.ClassDef) for node in body):
+                continue
+            mirror = tests / relative.parent / f"test_{relative.parent.name}.py"
+        elif path.name == "__main__.py":
+            mirror = tests / "cli" / "test_main.py"
+        else:
+            mirror = tests / relative.parent / f"test_{relative.stem}.py"
+        if not mirror.exists():
+            missing.append(f"{relative} has no {mirror.relative_to(tests.parent)}")
+    return missing
+
+
+def test_imports_point_left_and_pass_through_doors(repo_root):
+    assert violations(repo_root / PACKAGE) == []
+
+
+def test_every_module_has_its_mirrored_test(repo_root):
+    assert unmirrored(repo_root / PACKAGE, repo_root / "tests" / "unit") == []
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("ops/decay.py", "from megatron_hypenet.model import hypenet"),
+        ("ops/decay.py", "from ..model.hypenet import build_model"),
+        ("stages/align.py", "import megatron_hypenet.engine.loop"),
+        ("stages/align.py", "from megatron_hypenet import checkpoint"),
+        ("export/to_hf.py", "from megatron_hypenet.stages import align"),
+        ("model/hypenet.py", "from transformers import AutoConfig"),
+        ("model/hypenet.py", "def f():\n    import deepspeed"),
+        ("model/hypenet.py", "from megatron.core import parallel_state"),
+        ("engine/loop.py", "from torch.utils.tensorboard import SummaryWriter"),
+        ("export/hf_remote/modeling.py", "from megatron_hypenet import errors"),
+    ],
+)
+def test_planted_violation_is_caught(tmp_path, file, line):
+    planted = tmp_path / file
+    for part in ORDER[1:]:
+        (tmp_path / part).mkdir()
+    planted.parent.mkdir(parents=True, exist_ok=True)
+    planted.write_text(line + "\n")
+    assert len(violations(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("engine/loop.py", "from megatron_hypenet.stages.align import Align"),
+        ("engine/loop.py", "from .metrics import Metrics"),
+        ("data/prepare.py", "from transformers import AutoTokenizer"),
+        ("parallel/groups.py", "from megatron.core import parallel_state"),
+        ("cli/convert.py", "from megatron_hypenet.export import to_hf"),
+        ("ops/decay.py", "import torch\nfrom megatron_hypenet import __version__"),
+    ],
+)
+def test_allowed_import_passes(tmp_path, file, line):
+    (tmp_path / file).parent.mkdir(parents=True)
+    (tmp_path / file).write_text(line + "\n")
+    assert violations(tmp_path) == []
+
+
+def test_missing_mirror_is_caught(tmp_path):
+    package, tests = tmp_path / "package", tmp_path / "tests" / "unit"
+    (package / "ops").mkdir(parents=True)
+    (package / "ops" / "__init__.py").write_text('"""Docstring only."""\n')
+    (package / "ops" / "decay.py").write_text("x = 1\n")
+    tests.mkdir(parents=True)
+    assert unmirrored(package, tests) == ["ops/decay.py has no unit/ops/test_decay.py"]
+    (tests / "ops").mkdir()
+    (tests / "ops" / "test_decay.py").write_text("")
+    assert unmirrored(package, tests) == []
+
+
+def test_no_file_or_function_outgrows_the_house(repo_root):
+    too_long = []
+    for path in sorted((repo_root / PACKAGE).rglob("*.py")):
+        source = path.read_text(encoding="utf-8")
+        if len(source.splitlines()) > 400:
+            too_long.append(f"{path.name}: {len(source.splitlines())} lines")
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = (node.end_lineno or node.lineno) - node.lineno + 1
+                if length > 60:
+                    too_long.append(f"{path.name}: {node.name} has {length} lines")
+    assert too_long == []

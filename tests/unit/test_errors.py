@@ -1,0 +1,29 @@
+import inspect
+
+from megatron_hypenet import errors
+from megatron_hypenet.errors import HypenetError
+
+EXIT_CODES = {
+    "HypenetError": 1, "UsageError": 2, "ConfigError": 3, "LayoutError": 3, "SetupError": 4, "CheckpointError": 5, "DataError": 5,
+    "ConversionError": 5, "VerificationError": 6, "DivergedError": 7, "HangError": 8, "SavedAndRequeue": 75,
+}
+
+
+def _classes():
+    return {name: cls for name, cls in inspect.getmembers(errors, inspect.isclass) if issubclass(cls, HypenetError)}
+
+
+def test_every_error_has_its_documented_exit_code():
+    assert {name: cls.exit_code for name, cls in _classes().items()} == EXIT_CODES
+
+
+def test_codes_stay_off_those_other_launchers_use():
+    # 16 and 17 are Megatron's rerun codes, 93 is nvidia-resiliency-ext's "do not restart", 128+n are signals
+    assert not {cls.exit_code for cls in _classes().values()} & {16, 17, 93, *range(128, 256)}
+
+
+def test_errors_page_lists_every_code(repo_root):
+    page = (repo_root / "docs" / "errors.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("|")]
+    for code in {*EXIT_CODES.values(), 0, 130}:
+        assert any(line.startswith(f"| {code} |") for line in rows), f"docs/errors.md has no row for exit code {code}"
