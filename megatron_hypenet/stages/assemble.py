@@ -7,15 +7,15 @@ the teacher's attention and get a new random output gate; every other layer take
 from __future__ import annotations
 
 import re
-import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from megatron_hypenet.config.model import SOFTMAX_MIXER, ModelConfig
+from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.errors import CheckpointError
+from megatron_hypenet.model.transfer import named_normal
 
 _MIXER_KEY = re.compile(r"decoder\.layers\.(\d+)\.self_attention\.")
 
@@ -57,16 +57,13 @@ def mixer_layer(name: str) -> int | None:
 
 def fresh_gate(name: str, student: ModelConfig, *, seed: int, dtype: torch.dtype) -> Tensor:
     """The output gate [heads * kv_channels, hidden] of a kept layer: normal, std init_method_std, a function of (seed, name) only."""
-    if SOFTMAX_MIXER not in student.mixer_types:
-        raise ValueError("a student without softmax layers has no gates")
-    generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
-    values = torch.randn(student.query_size, student.hidden_size, generator=generator, dtype=torch.float32)
-    return values.mul_(student.init_method_std).to(dtype)
+    return named_normal(name, (student.query_size, student.hidden_size), std=student.init_method_std, seed=seed, dtype=dtype)
 
 
 def _require_layers(source: str, layers: frozenset[int], names: Iterable[str]) -> None:
     missing = sorted(layers - {mixer_layer(name) for name in names})
     if missing:
         raise CheckpointError(
-            f"assemble: the {source} hold no mixer tensors of layers {', '.join(map(str, missing))}; they belong to another model or an unfinished stage"
+            f"assemble: the {source} hold no mixer tensors of layers {', '.join(map(str, missing))}; "
+            "they belong to another model or to an unfinished stage"
         )

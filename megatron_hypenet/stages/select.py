@@ -107,7 +107,8 @@ def parse_scores(payload: Any, *, where: str = "scores") -> LayerScores:
         problems.append(f"layers {', '.join(extra)} are beyond num_layers={expected}")
     values = {layer: _metrics_of(layer, entry, problems) for layer, entry in sorted(by_index.items())}
     if problems:
-        raise DataError(f"{where}: the layer scores cannot be ranked:\n  - " + "\n  - ".join(problems) + "\nScore every layer once, then rank again.")
+        listed = "\n  - ".join(problems)
+        raise DataError(f"{where}: the layer scores cannot be ranked:\n  - {listed}\nScore every layer once, then rank again.")
     columns = {name: tuple(values[layer][name] for layer in range(expected)) for name in METRICS}
     return LayerScores(recall=columns["recall"], commonsense=columns["commonsense"])
 
@@ -117,7 +118,8 @@ def load_scores(path: Path) -> LayerScores:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise DataError(f"{path}: the scores file cannot be read ({error.strerror}); run `hypenet select CONFIG.yaml` to make one") from error
+        reason = f"the scores file cannot be read ({error.strerror})"
+        raise DataError(f"{path}: {reason}; run `hypenet select CONFIG.yaml` to make one") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: the scores file is not UTF-8 text ({error.reason} at byte {error.start})") from error
     try:

@@ -10,8 +10,8 @@ from megatron_hypenet.errors import ConfigError, DataError
 from megatron_hypenet.stages.select import LayerScores, importance, load_scores, load_selection, parse_scores, rank
 
 METRIC = st.floats(min_value=0, max_value=100, allow_nan=False)
-SCORES = st.integers(1, 40).flatmap(lambda n: st.tuples(st.lists(METRIC, min_size=n, max_size=n), st.lists(METRIC, min_size=n, max_size=n))).map(
-    lambda pair: LayerScores(recall=tuple(pair[0]), commonsense=tuple(pair[1]))
+SCORES = st.lists(st.tuples(METRIC, METRIC), min_size=1, max_size=40).map(
+    lambda rows: LayerScores(recall=tuple(r for r, _ in rows), commonsense=tuple(c for _, c in rows))
 )
 
 

@@ -1,0 +1,218 @@
+"""The folder of one run: where everything lies, which steps are done, and whether a configuration may continue in it.
+
+    runs/NAME/  config.yaml  manifest.json  logs/  tb/  data/  teacher/  align/  selection/{scores.json,mixers.json,importance.png}
+                assembled/  distill/  finetune/  export/  report/{report.json,report.png}
+
+A step is done when manifest.json records it with the fingerprint of its present inputs and its result is still there. The record is
+written after the result, so a step that was interrupted is run again (and its training continues from its newest checkpoint).
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_hypenet.config.schema import RunConfig
+from megatron_hypenet.errors import ConfigError, DataError, UsageError
+
+MAY_CHANGE = (
+    "output_dir",
+    "parallel.*",
+    "device",
+    "*.micro_batch_size",
+    "*.log_interval",
+    "*.save_interval",
+    "*.eval_interval",
+    "*.vocab_chunk_tokens",
+    "*.batch_size",
+    "checkpoint.*",
+)
+"""Settings that may differ when a run continues: they change where and how fast, not what is computed (up to rounding)."""
+
+_SAMPLE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """Paths of one run folder and the record of its finished steps."""
+
+    root: Path
+
+    @property
+    def config_file(self) -> Path:
+        """The resolved configuration."""
+        return self.root / "config.yaml"
+
+    @property
+    def manifest_file(self) -> Path:
+        """Record of finished steps and of the software that ran them."""
+        return self.root / "manifest.json"
+
+    @property
+    def tensorboard(self) -> Path:
+        """TensorBoard event files of all stages."""
+        return self.root / "tb"
+
+    @property
+    def teacher(self) -> Path:
+        """The imported teacher."""
+        return self.root / "teacher"
+
+    @property
+    def scores_file(self) -> Path:
+        """Per-layer scores of the selection sweep."""
+        return self.root / "selection" / "scores.json"
+
+    @property
+    def mixers_file(self) -> Path:
+        """The chosen mixer of every layer."""
+        return self.root / "selection" / "mixers.json"
+
+    @property
+    def importance_plot(self) -> Path:
+        """Bar chart of the importances."""
+        return self.root / "selection" / "importance.png"
+
+    @property
+    def assembled(self) -> Path:
+        """The student before stage 2."""
+        return self.root / "assembled"
+
+    @property
+    def export(self) -> Path:
+        """The finished Hugging Face folder."""
+        return self.root / "export"
+
+    @property
+    def report(self) -> Path:
+        """report.json and report.png."""
+        return self.root / "report"
+
+    def stage(self, name: str) -> Path:
+        """Checkpoints of training stage `name`."""
+        return self.root / name
+
+    def prepare(self, run: RunConfig, *, overwrite: bool = False) -> None:
+        """Create the folder for `run`, or check that `run` may continue in it; writes config.yaml.
+
+        Raises ConfigError that names the differing settings, UsageError when the folder holds something that is no run.
+        """
+        present = self.root.is_dir() and any(self.root.iterdir())
+        if present and not self.config_file.is_file():
+            raise UsageError(f"{self.root} is not empty and is not a run folder (it has no config.yaml); choose another output_dir")
+        if present and overwrite:
+            shutil.rmtree(self.root)
+        elif present:
+            self.check_same(run)
+        self.root.mkdir(parents=True, exist_ok=True)
+        write_text(self.config_file, yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False))
+
+    def check_same(self, run: RunConfig) -> None:
+        """ConfigError unless `run` has the stored settings, those in MAY_CHANGE aside; does nothing for a new folder."""
+        if not self.config_file.is_file():
+            return
+        try:
+            stored = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError) as error:
+            fix = "use another output_dir, or --overwrite to start again"
+            raise ConfigError(f"{self.config_file} cannot be read: {error}; {fix}") from error
+        differing = difference(stored if isinstance(stored, Mapping) else {}, run.model_dump(mode="json"))
+        if differing:
+            raise ConfigError(
+                f"{self.root} holds a run with other settings:\n  - "
+                + "\n  - ".join(differing)
+                + "\nUse another output_dir, restore these settings to continue that run, or --overwrite to delete it and start again."
+            )
+
+    def records(self) -> dict[str, dict[str, Any]]:
+        """The finished steps by name: fingerprint, seconds, finished, and what the step reported."""
+        return dict(self._manifest().get("steps", {}))
+
+    def is_done(self, step: str, fingerprint: str, results: Iterable[Path]) -> bool:
+        """Whether `step` finished with these inputs and all its results are still there."""
+        record = self.records().get(step)
+        return record is not None and record.get("fingerprint") == fingerprint and all(path.exists() for path in results)
+
+    def record(self, step: str, fingerprint: str, *, seconds: float, software: Mapping[str, Any], **details: Any) -> None:
+        """Note that `step` is done; `software` says which versions ran it."""
+        manifest = self._manifest()
+        steps = dict(manifest.get("steps", {}))
+        finished = datetime.now(UTC).isoformat(timespec="seconds")
+        steps[step] = {"fingerprint": fingerprint, "seconds": round(seconds, 3), "finished": finished, **details}
+        write_json(self.manifest_file, {"format_version": 1, "software": dict(software), "steps": steps})
+
+    def _manifest(self) -> dict[str, Any]:
+        if not self.manifest_file.is_file():
+            return {}
+        try:
+            manifest = json.loads(self.manifest_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{self.manifest_file} cannot be read: {error}; delete it to run every step again") from error
+        return manifest if isinstance(manifest, dict) else {}
+
+
+def difference(stored: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
+    """`key: stored -> present` for every setting that differs and is not in MAY_CHANGE, by dotted key."""
+    old, new = _flat(stored), _flat(present)
+    keys = [key for key in {**old, **new} if old.get(key) != new.get(key) and not any(fnmatch.fnmatch(key, rule) for rule in MAY_CHANGE)]
+    return [f"{key}: {_shown(old, key)} there, {_shown(new, key)} now" for key in keys]
+
+
+def fingerprint_of(payload: Mapping[str, Any]) -> str:
+    """Hash of a JSON-able description of a step's inputs."""
+    return hashlib.sha256(json.dumps(payload, sort_keys=True, default=str).encode()).hexdigest()[:24]
+
+
+def files_identity(path: Path) -> list[list[Any]]:
+    """What a file, or the files of a folder, are by content: name, size, hash of the first and last MiB. Cheap for large weights."""
+    files = sorted(entry for entry in path.rglob("*") if entry.is_file()) if path.is_dir() else [path] if path.is_file() else []
+    base = path if path.is_dir() else path.parent
+    return [[file.relative_to(base).as_posix(), file.stat().st_size, _sampled_hash(file)] for file in files]
+
+
+def write_json(path: Path, payload: Any) -> None:
+    """Write JSON atomically: readers see the old file or the whole new one."""
+    write_text(path, json.dumps(payload, indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small text file atomically, through a temporary sibling that has reached the disk before it takes the name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sampled_hash(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        digest.update(stream.read(_SAMPLE_BYTES))
+        stream.seek(max(0, file.stat().st_size - _SAMPLE_BYTES))
+        digest.update(stream.read(_SAMPLE_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        return {prefix: list(value) if isinstance(value, tuple) else value}
+    return {key: leaf for name, inner in value.items() for key, leaf in _flat(inner, f"{prefix}.{name}" if prefix else str(name)).items()}
+
+
+def _shown(flat: Mapping[str, Any], key: str) -> str:
+    return repr(flat[key]) if key in flat else "not set"

@@ -1,0 +1,110 @@
+"""HALO stage 1: each RNN mixer learns to give what the attention of its layer gives, all layers at once.
+
+The trunk is the frozen teacher: layer l's attention runs on its own input and its output goes on down the trunk, while the RNN mixer of
+layer l gets the same input, detached. Losses are therefore layer-local, and nothing after the last mixer is computed.
+
+All layers share one backward, on the sum of their losses: the engine takes one scalar, and ZeRO's gradient hooks then fire once per
+micro-batch. What that keeps alive is each mixer's own activations; the squared error saves its difference in the model's dtype only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
+from torch import Tensor, nn
+
+from megatron_hypenet.model.hypenet import HypeNetModel
+from megatron_hypenet.parallel import groups
+from megatron_hypenet.stages.base import Batch, StageModule, accumulate_dtype, inputs_and_labels
+from megatron_hypenet.stages.swap import AlignedMixers
+
+
+class AlignStage(StageModule):
+    """Mean over layers, tokens and channels of the squared difference between RNN mixer and attention outputs."""
+
+    name = "align"
+    teacher: HypeNetModel
+
+    def __init__(self, teacher: HypeNetModel, mixers: AlignedMixers) -> None:
+        """`teacher` (best built with trunk_only=True) is changed in place: its attention modules are wrapped for good."""
+        super().__init__(mixers.model_config)
+        self.mixers = mixers
+        self.attach_frozen("teacher", teacher)
+        split = teacher.config.sequence_parallel
+        imitations = tuple(Imitation(layer, teacher.mixer(layer), mixer, sequence_parallel=split) for layer, mixer in mixers.items())
+        for imitation in imitations:
+            teacher.set_mixer(imitation.layer, imitation)
+        self.__dict__["imitations"] = imitations
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Tokens [b, t + 1] -> mean of the layer losses; metrics hold every layer's own as align/layer_NN."""
+        inputs, _ = inputs_and_labels(batch)
+        with torch.no_grad():
+            self.teacher.hidden(inputs)
+        losses = {imitation.layer: imitation.take_loss() for imitation in self.__dict__["imitations"]}
+        loss = torch.stack(list(losses.values())).sum() / self.model_config.num_layers
+        return loss, {f"align/layer_{layer:02d}": value.detach() for layer, value in losses.items()}
+
+    def sharded_state_dict(self, prefix: str = "") -> dict[str, Any]:
+        """The RNN mixers of all layers, under the names they have in a student."""
+        return self.mixers.sharded_state_dict(prefix)
+
+
+class Imitation(nn.Module):
+    """Stands in for a teacher layer's attention: gives the attention's output and notes how far the RNN mixer's is from it."""
+
+    def __init__(self, layer: int, attention: nn.Module, mixer: nn.Module, *, sequence_parallel: bool = False) -> None:
+        super().__init__()
+        self.layer = layer
+        """Global layer index, from 0."""
+        self.sequence_parallel = sequence_parallel
+        self.__dict__["attention"] = attention
+        self.__dict__["mixer"] = mixer
+        self._loss: Tensor | None = None
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """Megatron's call of a mixer: hidden_states [s, b, h] -> (output [s, b, h], bias); runs without grad, the mixer with."""
+        attention, mixer = self.__dict__["attention"], self.__dict__["mixer"]
+        output, bias = attention(hidden_states, *args, **kwargs)
+        with torch.enable_grad():
+            imitated, _ = mixer(hidden_states.detach(), *args, **kwargs)
+            self._loss = mean_squared_error(imitated, output, sequence_parallel=self.sequence_parallel)
+        return output, bias
+
+    def take_loss(self) -> Tensor:
+        """The loss of the last forward pass; the reference is dropped so that its graph dies with the backward."""
+        assert self._loss is not None, "take_loss needs a forward pass first"
+        loss, self._loss = self._loss, None
+        return loss
+
+
+def mean_squared_error(prediction: Tensor, target: Tensor, *, sequence_parallel: bool = False) -> Tensor:
+    """Mean over all tokens and channels of (prediction - target)^2, summed in fp32; scalar.
+
+    Under sequence parallelism [s, b, h] are this rank's tokens: sums are added over the ranks and divided by all tokens, so that the
+    value is the same on every rank, while each rank's gradient is that of its own tokens.
+    """
+    total = _SquaredErrorSum.apply(prediction, target)
+    if sequence_parallel:
+        total = reduce_from_tensor_model_parallel_region(total)  # sums the value; the gradient passes as it is
+        return total / (prediction.numel() * groups.tensor_group().size())
+    return total / prediction.numel()
+
+
+class _SquaredErrorSum(torch.autograd.Function):
+    """sum((a - b)^2) in fp32 that saves one tensor of a's dtype, where autograd would save fp32 copies."""
+
+    @staticmethod
+    def forward(ctx: Any, prediction: Tensor, target: Tensor) -> Tensor:
+        wide = accumulate_dtype(prediction.dtype)
+        difference = prediction.to(wide) - target.to(wide)
+        ctx.save_for_backward(difference.to(prediction.dtype))
+        return difference.square().sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (difference,) = ctx.saved_tensors
+        # Multiplied in fp32: a bf16 product would round the common factor and scale the whole gradient by it.
+        return (difference.to(grad.dtype) * (2 * grad)).to(difference.dtype), None

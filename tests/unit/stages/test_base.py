@@ -1,0 +1,36 @@
+"""The stage contract: what trains is registered, what is frozen is not."""
+
+import torch
+from torch import nn
+
+from megatron_hypenet.stages.base import StageModule, accumulate_dtype, inputs_and_labels
+from tests.unit.stages.conftest import STUDENT
+
+
+def test_a_frozen_module_is_usable_but_not_part_of_the_stage():
+    stage = StageModule(STUDENT)
+    stage.layer = nn.Linear(2, 3)
+    stage.attach_frozen("teacher", nn.Linear(4, 5))
+    assert stage.teacher(torch.ones(1, 4)).shape == (1, 5)
+    assert set(dict(stage.named_parameters())) == {"layer.weight", "layer.bias"} == set(stage.state_dict())
+    assert not any(parameter.requires_grad for parameter in stage.teacher.parameters())
+    stage.train()
+    assert not stage.teacher.training
+
+
+def test_frozen_parameters_do_not_train():
+    stage = StageModule(STUDENT)
+    stage.layer = nn.Linear(2, 3)
+    stage.layer.bias.requires_grad_(False)
+    assert list(stage.trainable_parameters()) == ["layer.weight"]
+
+
+def test_labels_are_the_tokens_after_the_inputs():
+    inputs, labels = inputs_and_labels({"tokens": torch.arange(8).view(2, 4)})
+    assert inputs.tolist() == [[0, 1, 2], [4, 5, 6]]
+    assert labels.tolist() == [[1, 2, 3], [5, 6, 7]]
+
+
+def test_sums_are_kept_in_fp32_or_wider():
+    assert accumulate_dtype(torch.bfloat16) == accumulate_dtype(torch.float32) == torch.float32
+    assert accumulate_dtype(torch.float64) == torch.float64

@@ -1,0 +1,46 @@
+"""Stage 2 against plain torch: forward KL from whole logits."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megatron_hypenet.stages.distill import DistillStage
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 7, 1000])
+def test_loss_and_gradients_are_those_of_whole_logits(student, teacher, batch, chunk_tokens):
+    stage = DistillStage(student, teacher, chunk_tokens=chunk_tokens)
+    loss, metrics = stage(batch)
+    loss.backward()
+    got = {name: parameter.grad.clone() for name, parameter in student.named_parameters()}
+    student.zero_grad()
+    inputs = batch["tokens"][:, :-1]
+    with torch.no_grad():
+        target = teacher(inputs).log_softmax(-1)
+    want = F.kl_div(student(inputs).log_softmax(-1), target, log_target=True, reduction="none").sum(-1).mean()
+    want.backward()
+    torch.testing.assert_close(loss, want, rtol=1e-12, atol=0)
+    assert metrics == {"distill/kl": loss.detach()} and not metrics["distill/kl"].requires_grad
+    for name, parameter in student.named_parameters():
+        torch.testing.assert_close(got[name], parameter.grad, rtol=1e-8, atol=1e-13, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_the_teacher_neither_trains_nor_is_saved(student, teacher, batch):
+    stage = DistillStage(student, teacher, chunk_tokens=8)
+    stage(batch)[0].backward()
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert set(stage.trainable_parameters()) == {f"student.{name}" for name, _ in student.named_parameters()}
+    assert set(stage.sharded_state_dict()) == set(student.sharded_state_dict())
+    assert stage.model_config == student.model_config
+
+
+def test_a_student_that_equals_the_teacher_has_no_loss(teacher, batch):
+    loss, _ = DistillStage(teacher, teacher, chunk_tokens=8)(batch)
+    assert abs(loss.item()) < 1e-12
+
+
+def test_the_last_token_has_no_say(student, teacher, batch):
+    stage = DistillStage(student, teacher, chunk_tokens=8)
+    changed = batch["tokens"].clone()
+    changed[:, -1] = (changed[:, -1] + 1) % 50
+    assert stage(batch)[0] == stage({"tokens": changed})[0]
