@@ -1,0 +1,171 @@
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_hypenet.config.loader import bundled_path, dump_config, load_model_config, load_run_config, read_yaml
+from megatron_hypenet.errors import ConfigError
+
+STAGE = "{train_iters: 10, seq_length: 64, micro_batch_size: 2, global_batch_size: 8, lr: 1e-3, min_lr: 1e-5}"
+RUN = f"output_dir: runs/x\nteacher: t\ndata: {{train: [a.txt]}}\nalign: {STAGE}\ndistill: {STAGE}\nfinetune: {STAGE}\n"
+
+
+@pytest.fixture
+def run_file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(RUN)
+    return path
+
+
+def test_exponent_without_dot_is_a_number(run_file):
+    run = load_run_config(run_file, ["align.lr=3e-4", "distill.lr=2E-3", "finetune.clip_grad=.5e0"])
+    assert (run.align.lr, run.distill.lr, run.finetune.clip_grad, run.align.min_lr) == (3e-4, 2e-3, 0.5, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1e5", 1e5), ("-1e-5", -1e-5), ("1.5e3", 1500.0), ("12", 12), ("1.0", 1.0), ("e5", "e5"), ("1e5x", "1e5x")]
+)
+def test_numbers(tmp_path, text, value):
+    path = tmp_path / "x.yaml"
+    path.write_text(f"key: {text}\n")
+    assert read_yaml(path) == {"key": value}
+
+
+@given(value=st.floats(allow_nan=False, allow_infinity=False))
+def test_every_float_python_prints_reads_back(tmp_path_factory, value):
+    path = tmp_path_factory.getbasetemp() / "float.yaml"
+    path.write_text(f"key: {value!r}\n")
+    assert read_yaml(path) == {"key": value}
+
+
+def test_includes_merge_left_to_right_then_file_then_cli(tmp_path, run_file):
+    (tmp_path / "one.yaml").write_text("seed: 1\nalign: {train_iters: 1, log_interval: 1}\n")
+    (tmp_path / "two.yaml").write_text("seed: 2\nalign: {log_interval: 2}\nselect: {seq_length: 128}\n")
+    run_file.write_text("include: [one.yaml, two.yaml]\n" + RUN)
+    run = load_run_config(run_file, ["align.save_interval=7"])
+    assert run.seed == 2 and run.select.seq_length == 128
+    assert run.align.train_iters == 10  # the file itself is later than its includes
+    assert run.align.log_interval == 2  # and leaves alone what it does not name
+    assert run.align.save_interval == 7
+    assert load_run_config(run_file, ["seed=9", "seed=10"]).seed == 10
+
+
+def test_include_goes_one_level_deep(tmp_path, run_file):
+    (tmp_path / "one.yaml").write_text("include: two.yaml\n")
+    run_file.write_text("include: one.yaml\n" + RUN)
+    with pytest.raises(ConfigError, match=r"one\.yaml: include: .*one level only"):
+        load_run_config(run_file)
+
+
+def test_data_sugar(run_file):
+    assert load_run_config(run_file, ["data=b.txt"]).data.train == (Path("b.txt"),)
+    assert load_run_config(run_file, ["data=[b.txt, c.jsonl]"]).data.train == (Path("b.txt"), Path("c.jsonl"))
+    assert load_run_config(run_file, ["data.train=b.txt"]).data.train == (Path("b.txt"),)
+    assert load_run_config(run_file, ["data=b.txt", "data.seed=5"]).data.seed == 5
+    assert load_run_config(run_file, ["--teacher=elsewhere"]).teacher == Path("elsewhere")
+
+
+def test_all_problems_at_once_with_origin(run_file):
+    run_file.write_text(RUN.replace("teacher: t\n", "") + "algin: {}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_run_config(run_file, ["align.lr=-1", "paralel.zero_stage=1", "word", "seed=[1"])
+    text = str(caught.value)
+    for line in (
+        "6 problems",
+        f"{run_file}: teacher: missing",
+        f"{run_file}: algin: unknown key; did you mean 'align'?",
+        "CLI: align.lr: should be greater than 0, got int -1",
+        "CLI: paralel: unknown key; did you mean 'parallel'?",
+        "CLI: 'word': expected key.sub=value",
+        "CLI: 'seed=[1': the value is not valid YAML",
+    ):
+        assert line in text, text
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("- a\n- b\n", "expected keys and values at the top, got list"),
+        ("a: [1\n", "not valid YAML"),
+        ("seed: 1\nseed: 2\n", "'seed' is written twice"),
+        ("a: !!python/object/apply:os.system ['true']\n", "not valid YAML"),
+        ("include: 5\n", "include: expected a list of file names"),
+        ("include: missing.yaml\n", r"missing\.yaml: no such configuration file"),
+        (b"\xff\xfe\x00", "cannot be read"),
+        ("", "missing"),
+    ],
+)
+def test_bad_files(tmp_path, content, says):
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ConfigError, match=says):
+        load_run_config(path)
+
+
+def test_missing_file_and_folder(tmp_path):
+    with pytest.raises(ConfigError, match="no such configuration file"):
+        load_run_config(tmp_path / "none.yaml")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_run_config(tmp_path)
+
+
+def test_dump_reads_back_equal(run_file, tmp_path):
+    run = load_run_config(run_file, ["export.attn_logits_scaling=null", "align.lr=1.23456789012345e-05", "align.min_lr=0"])
+    again = tmp_path / "config.yaml"
+    again.write_text(dump_config(run))
+    assert load_run_config(again) == run
+    assert list(yaml.safe_load(dump_config(run)))[:2] == ["output_dir", "teacher"]
+
+
+def test_bundled_paths_resolve_outside_the_repository(tmp_path, monkeypatch, run_file):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("megatron_hypenet.config.loader.REPO_ROOT", tmp_path / "repo")
+    (tmp_path / "repo/assets/teacher").mkdir(parents=True)
+    assert bundled_path(Path("assets/teacher")) == tmp_path / "repo/assets/teacher"
+    assert bundled_path(Path("assets/none")) == Path("assets/none")
+    assert load_run_config(run_file, ["teacher=assets/teacher"]).teacher == tmp_path / "repo/assets/teacher"
+    (tmp_path / "assets/teacher").mkdir(parents=True)  # the current directory comes first
+    assert bundled_path(Path("assets/teacher")) == Path("assets/teacher")
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        ("hypenet_2b", (2, 3, 6, 8, 9, 21, 25)),
+        ("hypenet_5b", (0, 1, 7, 14, 15, 22, 24, 31, 33)),
+        ("hypenet_9b", (1, 2, 4, 6, 7, 10, 24, 33, 34)),
+        ("tiny", (1,)),
+    ],
+)
+def test_shipped_models_are_the_published_ones(repo_root, name, kept):
+    config = load_model_config(repo_root / f"configs/model/{name}.yaml")
+    assert config.attention_layers == kept
+    assert len(kept) == config.num_layers // 4
+    assert config.share_embeddings_and_output_weights == (name != "hypenet_9b")
+    assert not config.attn_use_rope and config.attn_use_output_gate
+
+
+def test_model_file_problems_name_the_nearest_key(tmp_path):
+    path = tmp_path / "model.yaml"
+    path.write_text("num_layer: 4\n")
+    with pytest.raises(ConfigError, match="unknown key; did you mean 'num_layers'?"):
+        load_model_config(path)
+
+
+def test_shipped_runs_need_only_what_they_say(repo_root):
+    assert load_run_config(repo_root / "configs/run/demo.yaml")
+    for name in ("quickstart", "distill_2b"):
+        path = repo_root / f"configs/run/{name}.yaml"
+        assert load_run_config(path, ["teacher=t", "data=x.txt"])
+        with pytest.raises(ConfigError) as caught:
+            load_run_config(path)
+        assert "2 problems" in str(caught.value) and "teacher: missing" in str(caught.value)
+
+
+def test_paper_scale_is_the_papers(repo_root):
+    run = load_run_config(repo_root / "configs/run/distill_2b.yaml", ["teacher=t", "data=x.txt"])
+    tokens = {name: run.stage(name).tokens_per_step * run.stage(name).train_iters for name in ("align", "distill", "finetune")}
+    assert tokens == {"align": 327_680_000, "distill": 983_040_000, "finetune": 1_048_576_000}
+    assert (run.align.lr, run.distill.lr, run.finetune.lr) == (1e-3, 1e-4, 1e-5)

@@ -1,0 +1,37 @@
+import pytest
+from pydantic import ValidationError
+
+from megatron_hypenet.config.problems import describe, section_keys, section_type
+from megatron_hypenet.config.schema import DataConfig, ParallelConfig, RunConfig
+
+
+def lines(values, origins=None):
+    with pytest.raises(ValidationError) as caught:
+        RunConfig.model_validate(values)
+    return describe(caught.value, origins or {}, default_origin="run.yaml")
+
+
+def test_each_finding_carries_its_origin():
+    values = {"output_dir": "x", "teacher": "t", "data": {"train": ["a"], "seeed": 1}, "seed": -1}
+    found = lines(values, {("seed",): "CLI", ("data",): "base.yaml"})
+    assert "base.yaml: data.seeed: unknown key; did you mean 'seed'?" in found
+    assert "CLI: seed: should be greater than or equal to 0, got int -1" in found
+    assert "run.yaml: align: missing; set it in the file or as align=..." in found
+
+
+def test_key_of_another_section_is_pointed_to():
+    found = lines({"tensor_model_parallel_size": 2})
+    assert "run.yaml: tensor_model_parallel_size: unknown key; it exists as parallel.tensor_model_parallel_size" in found
+
+
+def test_hopeless_key_lists_the_section():
+    found = lines({"guard": {"qqq": 1}})
+    assert "run.yaml: guard.qqq: unknown key; keys here are max_teacher_loss" in found
+
+
+def test_section_lookup():
+    assert section_keys(("data",))[:2] == ["train", "heldout"]
+    assert section_keys(("nowhere", "below")) == []
+    assert section_type(ParallelConfig | None) is ParallelConfig
+    assert section_type(int) is None
+    assert section_keys((), DataConfig)[0] == "train"

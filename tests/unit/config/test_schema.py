@@ -1,0 +1,71 @@
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from megatron_hypenet.config.problems import section_type
+from megatron_hypenet.config.schema import STAGES, AlignConfig, HeadStageConfig, ParallelConfig, RunConfig, StageConfig
+
+STAGE = {"train_iters": 10, "seq_length": 64, "micro_batch_size": 2, "global_batch_size": 8, "lr": 1e-3, "min_lr": 1e-5}
+RUN = {"output_dir": "runs/x", "teacher": "t", "data": {"train": ["a.txt"]}, "align": STAGE, "distill": STAGE, "finetune": STAGE}
+
+
+def sections(root: type[BaseModel]):
+    yield root
+    for field in root.model_fields.values():
+        below = section_type(field.annotation)
+        if below is not None:
+            yield from sections(below)
+
+
+def test_smallest_run_has_all_sections():
+    run = RunConfig.model_validate(RUN)
+    assert run.data.train == (Path("a.txt"),)
+    assert run.parallel == ParallelConfig()
+    assert [type(run.stage(name)) for name in STAGES] == [AlignConfig, HeadStageConfig, HeadStageConfig]
+    assert run.eval.length_multiples == (1, 2, 4, 8)
+
+
+def test_unknown_stage_names_the_known_ones():
+    with pytest.raises(KeyError, match="align, distill, finetune"):
+        RunConfig.model_validate(RUN).stage("select")
+
+
+@pytest.mark.parametrize("section", list(sections(RunConfig)), ids=lambda cls: cls.__name__)
+def test_every_section_is_strict_and_documented(section):
+    assert section.model_config["frozen"] and section.model_config["extra"] == "forbid"
+    assert section.__doc__
+    for name, field in section.model_fields.items():
+        assert field.description and field.description.endswith("."), f"{section.__name__}.{name} needs a description"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"micro_batch_size": 3}, "micro_batch_size=3 does not divide global_batch_size=8"),
+        ({"min_lr": 1e-2}, "min_lr=0.01 is above lr=0.001"),
+        ({"warmup_iters": 11}, "warmup_iters=11 is longer than train_iters=10"),
+        ({"vocab_chunk_tokens": 8}, "Extra inputs"),  # alignment has no output head
+        ({"train_iters": 2.5}, "valid integer"),
+        ({"adam_betas": (0.9, 1.0)}, "less than 1"),
+    ],
+)
+def test_stage_refused(change, says):
+    with pytest.raises(ValidationError, match=says):
+        AlignConfig.model_validate({**STAGE, **change})
+
+
+def test_batch_arithmetic():
+    stage = StageConfig.model_validate(STAGE)
+    assert stage.tokens_per_step == 8 * 64
+    assert [stage.num_micro_batches(dp) for dp in (1, 2, 4)] == [4, 2, 1]
+
+
+def test_model_parallel_size():
+    parallel = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=3, context_parallel_size=4)
+    assert parallel.model_parallel_size == 24
+
+
+def test_training_data_may_not_be_empty():
+    with pytest.raises(ValidationError, match="at least 1"):
+        RunConfig.model_validate({**RUN, "data": {"train": []}})
