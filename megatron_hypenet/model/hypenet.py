@@ -130,13 +130,12 @@ class HypeNetModel(LanguageModule):
     def hidden_states(self, input_ids: Tensor) -> list[Tensor]:
         """Input of every layer, then the final-norm output: num_layers + 1 tensors [b, s, h]."""
         states: list[Tensor] = []
-        handles = [
-            layer.register_forward_pre_hook(
-                lambda _module, args, kwargs: states.append((kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]).transpose(0, 1)),
-                with_kwargs=True,
-            )
-            for layer in self.decoder.layers
-        ]
+
+        def keep_input(_layer: torch.nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+            x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            states.append(x.transpose(0, 1))
+
+        handles = [layer.register_forward_pre_hook(keep_input, with_kwargs=True) for layer in self.decoder.layers]
         try:
             final = self.hidden(input_ids)
         finally:

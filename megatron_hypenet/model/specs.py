@@ -11,6 +11,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules, get_transformer_layer_offset
 from megatron.core.utils import init_method_normal
+
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.config.schema import ParallelConfig
 from megatron_hypenet.model.mixers import MixerSubmodules, mixer_class
@@ -54,7 +55,9 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torc
     )
 
 
-def block_spec(config: TransformerConfig, model: ModelConfig, pipeline_rank: int, *, trunk_only: bool = False) -> TransformerBlockSubmodules:
+def block_spec(
+    config: TransformerConfig, model: ModelConfig, pipeline_rank: int, *, trunk_only: bool = False
+) -> TransformerBlockSubmodules:
     """Specs of the layers on this pipeline stage. `trunk_only` leaves out the last layer's MLP: nothing after the last mixer is built."""
     first = get_transformer_layer_offset(config, pp_rank=pipeline_rank)
     count = get_num_layers_to_build(config, pp_rank=pipeline_rank)

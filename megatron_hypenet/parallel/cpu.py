@@ -5,6 +5,8 @@ the CPU (0.16.1: rotary_pos_embedding.py, tensor_parallel/random.py, dist_checkp
 answers those calls; nothing of Megatron itself is patched but two RNG helpers. `torch.cuda.is_available()` stays False, because torch
 and DeepSpeed choose their own CPU paths by it. With CUDA present everything here does nothing."""
 
+from typing import Any
+
 import torch
 
 _enabled = False
@@ -23,12 +25,26 @@ def enable_cpu() -> None:
     import megatron.core.tensor_parallel.random as megatron_random
 
     generator = torch.default_generator
-    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
-    torch.cuda.synchronize = lambda device=None: None
-    torch.cuda.manual_seed = lambda seed: generator.manual_seed(seed) and None
-    torch.cuda.get_rng_state = lambda device="cuda": generator.get_state()
-    torch.cuda.set_rng_state = lambda state, device="cuda": generator.set_state(state) and None
-    megatron_random._get_cuda_rng_state = lambda *args, **kwargs: generator.get_state()
-    megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: generator.set_state(state) and None
-    torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor  # type: ignore[method-assign,assignment]
+
+    def get_state(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return generator.get_state()
+
+    def set_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        generator.set_state(state)
+
+    def manual_seed(seed: int) -> None:
+        generator.manual_seed(seed)
+
+    answers = {
+        "current_device": lambda: torch.device("cpu"),
+        "synchronize": lambda device=None: None,
+        "manual_seed": manual_seed,
+        "get_rng_state": get_state,
+        "set_rng_state": set_state,
+    }
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, answer)
+    megatron_random._get_cuda_rng_state = get_state
+    megatron_random._set_cuda_rng_state = set_state
+    setattr(torch.Tensor, "cuda", lambda tensor, *args, **kwargs: tensor)  # noqa: B010 - mypy forbids the plain assignment
     _enabled = True

@@ -17,7 +17,13 @@ from torch import Tensor
 
 
 def linear_kl(
-    hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, *, chunk_tokens: int, group: dist.ProcessGroup | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    *,
+    chunk_tokens: int,
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """Mean forward KL(teacher || student) over all tokens, a scalar in fp32 (float64 for float64 inputs).
 

@@ -20,15 +20,14 @@ def chunked_lightning_attn(
     b, t, h, dk = q.shape
     state = q.new_zeros(b, h, dk, v.shape[-1], dtype=wide) if initial_state is None else initial_state.to(wide)
     decay = log_decay.to(q.device, wide)
-    heads_first = [x.to(wide).transpose(1, 2) for x in (q * scale, k, v)]
+    heads_first = (q.to(wide).transpose(1, 2) * scale, k.to(wide).transpose(1, 2), v.to(wide).transpose(1, 2))
     body = t - t % chunk_size
     outs = []
-    if body:
-        o, state = _run_chunks(*(x[:, :, :body] for x in heads_first), decay, state, chunk_size)
-        outs.append(o)
-    if t - body:
-        o, state = _run_chunks(*(x[:, :, body:] for x in heads_first), decay, state, t - body)
-        outs.append(o)
+    for part, size in ((slice(0, body), chunk_size), (slice(body, t), t - body)):
+        if part.start < part.stop:
+            query, key, value = (x[:, :, part] for x in heads_first)
+            o, state = _run_chunks(query, key, value, decay, state, size)
+            outs.append(o)
     o = outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
     return o.transpose(1, 2).to(q.dtype), state
 

@@ -1,0 +1,69 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megatron_hypenet.config.schema import ParallelConfig
+from megatron_hypenet.model.hypenet import build_model
+from tests.tiny import tiny_model_config, tiny_teacher_config
+
+IDS = torch.randint(0, 61, (2, 11), generator=torch.Generator().manual_seed(0))
+
+
+def build(config=None, **kwargs):
+    return build_model(config or tiny_model_config(), ParallelConfig(), dtype=torch.float64, seed=3, **kwargs)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_scores_are_the_log_softmax_of_the_logits(tied):
+    model = build(tiny_model_config(share_embeddings_and_output_weights=tied))
+    logits = model(IDS)
+    nll, correct = model.token_scores(IDS)
+    want = F.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten(), reduction="none").view(2, 10)
+    torch.testing.assert_close(nll, want)
+    assert torch.equal(correct, logits[:, :-1].argmax(-1) == IDS[:, 1:])
+    assert (model.head_weight() is model.embedding.word_embeddings.weight) == tied
+
+
+def test_hidden_states_are_the_layer_inputs_and_the_final_norm():
+    model = build()
+    states = model.hidden_states(IDS)
+    assert len(states) == 3 and all(state.shape == (2, 11, 24) for state in states)
+    torch.testing.assert_close(states[0], F.embedding(IDS, model.embedding.word_embeddings.weight))
+    torch.testing.assert_close(F.linear(states[-1], model.head_weight()), model(IDS))
+
+
+def test_a_trunk_has_nothing_after_its_last_mixer():
+    config = tiny_teacher_config(share_embeddings_and_output_weights=True)
+    names = [name for name, _ in build(config, trunk_only=True).named_parameters()]
+    assert names[-1].startswith("decoder.layers.1.self_attention.")
+    assert not any("final_layernorm" in name or "output_layer" in name for name in names)
+
+
+def test_logit_scaling_can_be_switched_and_matters_only_past_position_zero():
+    model = build()
+    off = model(IDS)
+    model.set_attn_logits_scaling("hype 4")
+    on = model(IDS)
+    torch.testing.assert_close(on[:, 0], off[:, 0])
+    assert (on[:, 3:] - off[:, 3:]).abs().max() > 1e-9
+    model.set_attn_logits_scaling(None)
+    assert torch.equal(model(IDS), off)
+
+
+def test_checkpoint_keys_are_layout_free_tensors():
+    keys = build().sharded_state_dict()
+    assert not any("_extra_state" in key for key in keys)
+    assert {"embedding.word_embeddings.weight", "output_layer.weight", "decoder.final_layernorm.weight"} <= set(keys)
+    parts = keys["decoder.layers.0.self_attention.linear_in.weight"].build()
+    assert [part.key.rsplit(".", 1)[-1] for part in parts.values()] == ["q", "k", "v", "gate"]
+
+
+def test_mixers_can_be_read_and_replaced_by_global_index():
+    model = build()
+    first = model.mixer(0)
+    model.set_mixer(0, model.mixer(1))
+    assert model.mixer(0) is model.mixer(1) and model.mixer(0) is not first
+    with pytest.raises(KeyError, match="layer 2"):
+        model.mixer(2)
+    with pytest.raises(KeyError, match="layer 5"):
+        model.set_mixer(5, first)
