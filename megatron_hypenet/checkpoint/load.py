@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,25 @@ from torch import Tensor
 
 from megatron_hypenet.checkpoint import format as fmt
 from megatron_hypenet.checkpoint.manifest import Manifest, file_problems, read_manifest, verify_files
+from megatron_hypenet.checkpoint.rng import load_rng
 from megatron_hypenet.checkpoint.shards import ShardReader, distributed, tensor_pieces
+from megatron_hypenet.checkpoint.state import EngineState, TrainState, empty_like_entry
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.errors import CheckpointError
 
 __all__ = [
-    "Manifest", "load_model", "load_sharded", "open_weights", "read_manifest", "read_model_config", "read_weights", "resolve",
-    "tokenizer_dir", "verify_files",
-]  # fmt: skip
+    "Manifest",
+    "load_model",
+    "load_sharded",
+    "load_training",
+    "open_weights",
+    "read_manifest",
+    "read_model_config",
+    "read_weights",
+    "resolve",
+    "tokenizer_dir",
+    "verify_files",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -136,6 +148,49 @@ def read_entry(reader: ShardReader, entry: Any) -> Tensor:
     if isinstance(entry, ShardedTensorFactory):
         return entry.merge_fn(dict_list_map_inplace(read, {"": entry.build()})[""])
     return read(entry)
+
+
+@torch.no_grad()
+def load_training(folder: Path | str, engine: EngineState, *, model_config: ModelConfig, stage: str, hashes: bool = True) -> TrainState:
+    """Continue from a committed training save: weights, optimizer state and random generators; returns where it stood.
+
+    Called by all processes of any layout and ZeRO stage. `hashes` compares every file with the manifest first, the files shared out
+    over the processes. CheckpointError when the save is damaged, of another stage or model, or of another precision.
+    """
+    folder = Path(folder)
+    _verify_shared_out(folder, hashes=hashes)
+    state = TrainState.read(folder / fmt.TRAIN_STATE)
+    if state.stage != stage or read_model_config(folder) != model_config:
+        what = f"stage {state.stage}, not {stage}" if state.stage != stage else "a model of another shape"
+        raise CheckpointError(f"{folder} is a save of {what}; use the output folder of the run that wrote it, or another one for a new run")
+    weights, optimizer = ShardReader(folder / fmt.WEIGHTS), ShardReader(folder / fmt.OPTIMIZER)
+    whole = [entry.described(empty_like_entry(entry, entry.parameter.dtype), owned=False) for entry in engine.template]
+    check_fit(weights, [piece for described in whole for piece in tensor_pieces(described)])
+    stored = {weights.dtype(key) for key in weights} - {entry.parameter.dtype for entry in engine.template}
+    if stored:
+        raise CheckpointError(f"{folder} was trained in {stored.pop()}, this run is in another precision; set `precision` as it was")
+    engine.init_optimizer_state(state.adam_step)
+    for entry, described in zip(engine.template, whole, strict=True):
+        for name in fmt.OPTIMIZER_STATES:
+            wanted = entry.described(empty_like_entry(entry, torch.float32), prefix=f"optim.{name}", owned=False)
+            engine.set_full_state(entry.parameter, name, read_entry(optimizer, wanted))
+        engine.set_weight(entry.parameter, read_entry(weights, described))
+    load_rng(folder / fmt.RNG)
+    return state
+
+
+def _verify_shared_out(folder: Path, *, hashes: bool) -> None:
+    """verify_files with the hashing divided among the processes; all raise when one finds damage."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if distributed() else (0, 1)
+    manifest = read_manifest(folder)
+    share = replace(manifest, files={name: entry for at, (name, entry) in enumerate(manifest.files.items()) if at % world == rank})
+    problems: list[Any] = file_problems(folder, share, hashes=hashes)
+    if world > 1:
+        gathered: list[Any] = [None] * world
+        dist.all_gather_object(gathered, problems)
+        problems = [line for part in gathered for line in part]
+    if problems:
+        raise CheckpointError(f"{folder} is damaged: {_some(problems)}; delete it to continue from an older save, or restore it")
 
 
 def check_fit(reader: ShardReader, pieces: list[Any], *, allow_unused: bool = False) -> None:

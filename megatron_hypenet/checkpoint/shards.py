@@ -96,10 +96,16 @@ class _SavePlanner(DefaultSavePlanner):
 
 
 class _Writer(dcp.FileSystemWriter):
-    """torch's writer, one fsynced file per rank, that does not record the (temporary, absolute) folder name in the metadata."""
+    """torch's writer, one fsynced file per rank, plus Megatron's two files; the temporary folder's name stays out of the metadata."""
 
     def storage_meta(self) -> StorageMeta | None:
         return None
+
+    def finish(self, metadata: Metadata, results: Any) -> None:
+        # Here, on the coordinating rank, a failure reaches all processes.
+        super().finish(metadata, results)
+        (Path(self.path) / "metadata.json").write_text(json.dumps(BACKEND))
+        torch.save({}, Path(self.path) / "common.pt")  # megatron-core <= 0.18 refuses to load without it
 
 
 def distributed() -> bool:
@@ -120,9 +126,6 @@ def write_shards(folder: Path, shards: Iterable[Shard]) -> None:
         except dcp.api.CheckpointException as error:
             first = next(iter(error.failures.values()))[0]
             raise first if isinstance(first, OSError | CheckpointError) else CheckpointError(f"cannot write {folder}: {first}") from error
-    if not distributed() or dist.get_rank() == 0:
-        (folder / "metadata.json").write_text(json.dumps(BACKEND))
-        torch.save({}, folder / "common.pt")  # megatron-core <= 0.18 refuses to load without it
 
 
 class _LoadPlanner(DefaultLoadPlanner):

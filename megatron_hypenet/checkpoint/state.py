@@ -1,0 +1,148 @@
+"""What continues a run: the train state, and the view of an engine through which its weights and optimizer state are reached.
+
+Optimizer state is stored per parameter under the parameter's canonical name, in its global shape: any parallel layout and any ZeRO
+stage can read it. The engine is asked through `EngineState`, so that only engine/deepspeed.py knows DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from megatron_hypenet.errors import CheckpointError
+
+LOSS_TAIL = 50
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainState:
+    """Where a training stage stands; stored as train_state.json."""
+
+    stage: str
+    """Name of the stage: align, distill, finetune."""
+    step: int = 0
+    """Finished optimizer steps."""
+    samples: int = 0
+    """Sequences consumed: the data position, because a sample is a pure function of its index."""
+    tokens: int = 0
+    """Tokens consumed."""
+    adam_step: int = 0
+    """Adam's own step counter, for its bias correction."""
+    lr: float = 0.0
+    """Learning rate of the last step."""
+    seed: int = 0
+    """Data seed of the run."""
+    losses: tuple[float, ...] = ()
+    """Losses of the last steps, newest last."""
+    layout: dict[str, int] = field(default_factory=dict)
+    """Parallel sizes that wrote the state, for information: any other layout may read it."""
+
+    def advance(self, *, samples: int, tokens: int, loss: float, lr: float) -> TrainState:
+        """The state after one more step."""
+        tail = (*self.losses, loss)[-LOSS_TAIL:]
+        return replace(self, step=self.step + 1, samples=self.samples + samples, tokens=self.tokens + tokens, losses=tail, lr=lr)
+
+    def write(self, path: Path) -> None:
+        """Store as JSON; floats keep every bit."""
+        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def read(cls, path: Path) -> TrainState:
+        """Read what `write` stored; CheckpointError when it is missing or does not fit."""
+        try:
+            record = json.loads(path.read_text())
+            return cls(**{**record, "losses": tuple(record["losses"])})
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{path.parent} has no {path.name}: it holds weights only and no run can continue from it") from error
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path} is unreadable: {error}; use an older checkpoint") from error
+
+
+class EngineState(Protocol):
+    """What saving and loading ask of an engine. Every method is called by all processes in the same order."""
+
+    module: nn.Module
+    template: Template
+    data_rank: int
+    data_size: int
+
+    def gathered(self, parameter: nn.Parameter) -> AbstractContextManager[None]:
+        """Context in which `parameter` holds its full local value (ZeRO-3 keeps only a part otherwise)."""
+        ...
+
+    def set_weight(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Overwrite the model weight with the full local value."""
+        ...
+
+    def full_state(self, parameter: nn.Parameter, name: str) -> Tensor:
+        """One of OPTIMIZER_STATES as a full local fp32 tensor; collective over the data-parallel group."""
+        ...
+
+    def set_full_state(self, parameter: nn.Parameter, name: str, value: Tensor) -> None:
+        """Overwrite this process's part of one optimizer state from the full local value."""
+        ...
+
+    def init_optimizer_state(self, adam_step: int) -> None:
+        """Create Adam's state, so that it can be overwritten, as after `adam_step` steps."""
+        ...
+
+    def adam_step(self) -> int:
+        """Adam's step counter."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One trained parameter: its position in the module, its full local shape, and its sharded description without data."""
+
+    index: int
+    parameter: nn.Parameter
+    shape: tuple[int, ...]
+    sharded: Any
+
+    def described(self, value: Tensor, *, prefix: str = "", owned: bool = True) -> Any:
+        """Megatron's description with `value` as its data, under `prefix`.key; `owned` makes this process its data-parallel writer."""
+        from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+
+        sharded = self.sharded
+        if owned and isinstance(sharded.replica_id, tuple):
+            sharded = replace(sharded, replica_id=(*sharded.replica_id[:-1], 0))
+        if prefix:
+            return make_sharded_optimizer_tensor(sharded, value.view(self.shape), prefix)
+        if hasattr(sharded, "dtype"):
+            return replace(sharded, data=value.view(self.shape), dtype=value.dtype)
+        return replace(sharded, data=value.view(self.shape))
+
+
+class Template:
+    """Sharded descriptions of a module's trained parameters, taken while they are whole: before ZeRO-3 partitions them."""
+
+    def __init__(self, module: nn.Module) -> None:
+        described = {id(entry.data): entry for entry in module.sharded_state_dict(prefix="").values() if entry.data is not None}  # type: ignore[operator]
+        self.entries: list[Entry] = []
+        left_out = []
+        for index, (name, parameter) in enumerate(module.named_parameters()):
+            if not parameter.requires_grad:
+                continue
+            entry = described.pop(id(parameter), None)
+            if entry is None:
+                left_out.append(name)
+                continue
+            self.entries.append(Entry(index, parameter, tuple(parameter.shape), replace(entry, data=None)))
+        assert not left_out, f"trained parameters missing in sharded_state_dict: {left_out[:3]}"
+        assert not described, f"sharded_state_dict names tensors that are no trained parameters: {[e.key for e in described.values()][:3]}"
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self.entries)
+
+
+def empty_like_entry(entry: Entry, dtype: torch.dtype) -> Tensor:
+    """A tensor without storage of the entry's shape: enough to ask a checkpoint for its pieces."""
+    return torch.empty(entry.shape, dtype=dtype, device="meta")
