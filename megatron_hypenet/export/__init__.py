@@ -1,0 +1,1 @@
+"""Hugging Face folders <-> our checkpoints: one name table (`mapping`), one config table (`hf_config`), both directions, and the proof."""

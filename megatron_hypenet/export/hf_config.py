@@ -1,0 +1,277 @@
+"""Hugging Face's config.json <-> ModelConfig, for Qwen3 and for HypeNet in both published spellings.
+
+A key that would change the computation and asks for something we do not have is refused, all such keys in one ConfigError; a key that
+changes nothing (token ids, generation defaults, options of mixers that the model does not use) is carried in the checkpoint's manifest.
+Both spellings of transformers 4 (`rope_theta`, `torch_dtype`) and 5 (`rope_parameters`, `dtype`) are read; the former are written, since
+both versions understand them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from pydantic import ValidationError
+
+from megatron_hypenet.config.model import LIGHTNING_MIXER, SOFTMAX_MIXER, ModelConfig
+from megatron_hypenet.errors import ConfigError, ConversionError
+
+HfConfig = dict[str, Any]
+
+QWEN3, HYPENET = "qwen3", "hypenet"
+HF_LIGHTNING_MIXER = "lightning-attn"
+_MIXER_SPELLINGS = {"attn": SOFTMAX_MIXER, HF_LIGHTNING_MIXER: LIGHTNING_MIXER, "lightning_attn": LIGHTNING_MIXER}
+_ARCHITECTURES = {"Qwen3ForCausalLM": QWEN3, "HypeNetForCausalLM": HYPENET, "HybridForCausalLM": HYPENET}
+_MODEL_TYPES = {"qwen3": QWEN3, "hypenet": HYPENET, "hybrid": HYPENET}
+
+_REQUIRED = {
+    "num_hidden_layers": "num_layers",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "ffn_hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_key_value_heads": "num_query_groups",
+    "head_dim": "kv_channels",
+    "vocab_size": "vocab_size",
+}
+_OPTIONAL = {
+    "rms_norm_eps": "layernorm_epsilon",
+    "max_position_embeddings": "max_position_embeddings",
+    "initializer_range": "init_method_std",
+}
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+_SWITCHES: HfConfig = {
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "hidden_act": "silu",
+    "mlp_bias": False,
+    "partial_rotary_factor": 1.0,
+    "use_sliding_window": False,
+    "quantization_config": None,
+}
+"""Switches of every model and the one value each may have. A key that is absent has that value."""
+_HYPENET_SWITCHES: HfConfig = {
+    "attn_use_rope": False,
+    "attn_use_output_gate": True,
+    "expand_kv_proj": True,
+    "lightning_scale": "1/sqrt(d)",
+    "lightning_use_qk_norm": True,
+    "lightning_use_rope": True,
+    "lightning_use_output_norm": True,
+    "lightning_use_output_gate": True,
+    "lightning_use_short_conv": False,
+    "lightning_rope_scaling": None,
+}
+_QK_NORM_SWITCHES = ("qk_norm", "use_qk_norm", "attn_use_qk_norm")
+_EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size", "num_experts_per_tok")
+_UNUSED_PREFIXES = ("gdn_", "kda_", "mamba2_")
+"""Options of mixers that the model does not contain: carried along, never read."""
+_LIGHTNING_SIZES = {"lightning_nh": "num_attention_heads", "lightning_nkv": "num_attention_heads", "lightning_head_dim": "head_dim"}
+_QWEN3_ONLY = ("max_window_layers", "use_sliding_window", "sliding_window", "layer_types")
+_WRITTEN_ELSEWHERE = (
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "model_type",
+    "dtype",
+    "torch_dtype",
+    "rope_parameters",
+    "rope_scaling",
+    "transformers_version",
+)
+
+
+def read_hf_config(hf_dir: Path) -> HfConfig:
+    """The folder's config.json as a dict; ConversionError when it is missing or not a JSON object."""
+    path = hf_dir / "config.json"
+    if not path.is_file():
+        raise ConversionError(f"{hf_dir}: no config.json; give a Hugging Face model folder (config.json, *.safetensors, tokenizer files)")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConversionError(f"{path}: not valid JSON ({error}); copy the file again") from error
+    if not isinstance(raw, dict):
+        raise ConversionError(f"{path}: expected a JSON object, got {type(raw).__name__}")
+    return raw
+
+
+def family(raw: Mapping[str, Any]) -> str | None:
+    """`qwen3`, `hypenet`, or None for a model that we do not know. The architecture decides, then the model type."""
+    architectures = raw.get("architectures")
+    if isinstance(architectures, list) and len(architectures) == 1 and architectures[0] in _ARCHITECTURES:
+        found = _ARCHITECTURES[architectures[0]]
+        return found if _MODEL_TYPES.get(raw.get("model_type") or found) == found else None
+    return None if architectures else _MODEL_TYPES.get(str(raw.get("model_type")))
+
+
+def model_config_from_hf(raw: HfConfig, *, where: str) -> ModelConfig:
+    """The model that this config.json describes; `where` opens the message. ConfigError lists everything unsupported at once."""
+    kind = family(raw)
+    if kind is None:
+        raise ConfigError(
+            f"{where}: model_type {raw.get('model_type')!r} with architectures {raw.get('architectures')!r} is not supported;"
+            f" supported model types are {sorted(_MODEL_TYPES)} with architectures {sorted(_ARCHITECTURES)} (dense Qwen3 and HypeNet)"
+        )
+    problems = _switch_problems(raw, {**_SWITCHES, **(_HYPENET_SWITCHES if kind == HYPENET else {})})
+    fields: HfConfig = {"attn_use_rope": kind == QWEN3, "attn_use_output_gate": kind == HYPENET}
+    fields["share_embeddings_and_output_weights"] = raw.get("tie_word_embeddings", False)
+    for key, name in _REQUIRED.items():
+        if raw.get(key) is None:
+            problems.append(f"{key} is missing; it is required")
+        else:
+            fields[name] = raw[key]
+    fields |= {name: raw[key] for key, name in _OPTIONAL.items() if raw.get(key) is not None}
+    fields |= {key: _first_token(raw[key]) for key in _TOKENS if raw.get(key) is not None}
+    fields["rotary_base"] = _rotary_base(raw, problems)
+    if kind == QWEN3:
+        fields["mixer_types"] = (SOFTMAX_MIXER,) * _as_count(raw.get("num_hidden_layers"))
+    else:
+        fields["mixer_types"] = _mixer_types(raw, problems)
+        fields["attn_logits_scaling"] = raw.get("attn_logits_scaling")
+        problems += _hypenet_problems(raw)
+    if not problems:
+        try:
+            return ModelConfig.model_validate(fields)
+        except ValidationError as error:
+            problems = [f"{'.'.join(map(str, item['loc'])) or 'model'}: {item['msg']}" for item in error.errors()]
+    raise ConfigError(f"{where}: {len(problems)} setting(s) not supported:\n  " + "\n  ".join(problems))
+
+
+def hf_config_from_model(config: ModelConfig, *, torch_dtype: str, origin: HfConfig | None = None) -> HfConfig:
+    """config.json of a model: Qwen3 for a teacher, HypeNet (with our remote code) otherwise. `origin` is the config.json it came from,
+    whose harmless extra keys are kept."""
+    out: HfConfig = {key: getattr(config, name) for key, name in {**_REQUIRED, **_OPTIONAL}.items()}
+    out |= {key: value for key, value in _SWITCHES.items() if key in ("attention_bias", "attention_dropout", "hidden_act")}
+    out |= {"rope_theta": _plain(config.rotary_base), "rope_scaling": None, "torch_dtype": torch_dtype, "use_cache": True}
+    out["tie_word_embeddings"] = config.share_embeddings_and_output_weights
+    out |= {key: _token_like_origin(getattr(config, key), (origin or {}).get(key)) for key in _TOKENS}
+    if config.is_teacher:
+        out |= {"architectures": ["Qwen3ForCausalLM"], "model_type": QWEN3}
+        out |= {"use_sliding_window": False, "sliding_window": None, "max_window_layers": config.num_layers}
+    else:
+        out |= _hypenet_keys(config)
+    carried = {key: value for key, value in (origin or {}).items() if _carry(key, value, teacher=config.is_teacher)}
+    return dict(sorted({**carried, **out}.items()))
+
+
+def _hypenet_keys(config: ModelConfig) -> HfConfig:
+    if config.attn_use_rope or not config.attn_use_output_gate:
+        raise ConfigError(
+            f"a model with attn_use_rope={config.attn_use_rope}, attn_use_output_gate={config.attn_use_output_gate} and mixers"
+            f" {sorted(set(config.mixer_types))} is neither Qwen3 (all attn, RoPE, no gate) nor HypeNet (no RoPE, gate):"
+            " it has no Hugging Face form"
+        )
+    spelling = {ours: theirs for theirs, ours in reversed(_MIXER_SPELLINGS.items())}
+    files = {"AutoConfig": "configuration_hypenet.HypeNetConfig", "AutoModel": "modeling_hypenet.HypeNetModel"}
+    return {
+        "architectures": ["HypeNetForCausalLM"],
+        "auto_map": {**files, "AutoModelForCausalLM": "modeling_hypenet.HypeNetForCausalLM"},
+        "model_type": HYPENET,
+        "mixer_types": [spelling[mixer] for mixer in config.mixer_types],
+        "attn_logits_scaling": config.attn_logits_scaling,
+        "lightning_nh": config.num_attention_heads,
+        "lightning_nkv": config.num_attention_heads,
+        "lightning_head_dim": config.kv_channels,
+        **_HYPENET_SWITCHES,
+    }
+
+
+def _carry(key: str, value: object, *, teacher: bool) -> bool:
+    """Whether a key of the original config.json is given back: not what this module writes, nor what belongs to the other family."""
+    if key in _WRITTEN_ELSEWHERE or (not teacher and key in _QWEN3_ONLY):
+        return False
+    is_hypenet_key = key in {**_HYPENET_SWITCHES, **_LIGHTNING_SIZES, "mixer_types": 0, "attn_logits_scaling": 0}
+    return not (teacher and is_hypenet_key)
+
+
+def _switch_problems(raw: HfConfig, supported: HfConfig) -> list[str]:
+    wrong = [(key, value) for key, value in supported.items() if not _same(raw.get(key, value), value)]
+    problems = [f"{key} = {raw[key]!r}: supported is {value!r}" for key, value in wrong]
+    problems += [f"{key} = {raw[key]!r}: supported is True (q and k are normalised)" for key in _QK_NORM_SWITCHES if raw.get(key) is False]
+    problems += [f"{key} = {raw[key]!r}: supported are dense models only, without experts" for key in _EXPERT_KEYS if raw.get(key)]
+    layers = raw.get("layer_types")
+    if layers is not None and layers != ["full_attention"] * _as_count(raw.get("num_hidden_layers")):
+        problems.append(f"layer_types = {layers!r}: supported is 'full_attention' for every one of num_hidden_layers")
+    return problems
+
+
+def _hypenet_problems(raw: HfConfig) -> list[str]:
+    """Lightning sizes that differ from the attention's, and switches of the two mixers that nobody has taught us."""
+    problems = []
+    for key, reference in _LIGHTNING_SIZES.items():
+        if raw.get(key) is not None and raw[key] != raw.get(reference):
+            problems.append(f"{key} = {raw[key]!r}: supported is {raw.get(reference)!r}, the value of {reference}")
+    known = {*_HYPENET_SWITCHES, *_LIGHTNING_SIZES, *_QK_NORM_SWITCHES, "attn_logits_scaling", "attn_implementation"}
+    for key, value in raw.items():
+        # without the short convolution its own options (kernel size and the like) do nothing
+        if key.startswith(("attn_", "lightning_")) and key not in known and "conv" not in key and value not in (None, False):
+            problems.append(f"{key} = {value!r}: unknown switch of a mixer; supported is leaving it out")
+    return problems
+
+
+def _mixer_types(raw: HfConfig, problems: list[str]) -> tuple[str, ...]:
+    given = raw.get("mixer_types")
+    if not isinstance(given, list):
+        problems.append(f"mixer_types = {given!r}: supported is a list with one of {sorted(_MIXER_SPELLINGS)} per layer")
+        return ()
+    unknown = sorted({str(name) for name in given} - set(_MIXER_SPELLINGS))
+    if unknown:
+        problems.append(f"mixer_types has {unknown}: supported are {sorted(_MIXER_SPELLINGS)}")
+    if len(given) != raw.get("num_hidden_layers"):
+        layers = raw.get("num_hidden_layers")
+        problems.append(f"mixer_types has {len(given)} entries: supported is one per layer, num_hidden_layers = {layers!r}")
+    return tuple(_MIXER_SPELLINGS.get(str(name), str(name)) for name in given)
+
+
+def _rotary_base(raw: HfConfig, problems: list[str]) -> float:
+    """RoPE theta from either spelling; anything but plain RoPE goes to `problems`."""
+    parameters = raw.get("rope_parameters")
+    scaling = raw.get("rope_scaling")
+    theta = raw.get("rope_theta")
+    found = {float(theta)} if _is_number(theta) else set()
+    for key, value in (("rope_parameters", parameters), ("rope_scaling", scaling)):
+        if value is None:
+            continue
+        plain = isinstance(value, dict) and _is_plain_rope(value)
+        if not plain:
+            problems.append(f"{key} = {value!r}: supported is plain RoPE, null or {{'rope_type': 'default', 'rope_theta': <theta>}}")
+        elif _is_number(inner := value.get("rope_theta")):
+            found.add(float(inner))
+    if len(found) != 1:
+        stated = f"states different values {sorted(found)}" if found else "is missing"
+        problems.append(f"rope_theta {stated}; give it once, as rope_theta or in rope_parameters")
+        return 1.0
+    return found.pop()
+
+
+def _is_plain_rope(parameters: Mapping[str, Any]) -> bool:
+    harmless = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0, "rope_theta": parameters.get("rope_theta")}
+    return all(value is None or (key in harmless and _same(value, harmless[key])) for key, value in parameters.items())
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _same(value: object, supported: object) -> bool:
+    """Equality in which True is not 1 and False is not 0, while 0 is 0.0."""
+    return value == supported and isinstance(value, bool) == isinstance(supported, bool)
+
+
+def _as_count(value: object) -> int:
+    return value if isinstance(value, int) and value > 0 else 0
+
+
+def _first_token(value: object) -> object:
+    """Qwen3's chat models list several end tokens; the first is the one a document ends with."""
+    return value[0] if isinstance(value, list) and value else value
+
+
+def _token_like_origin(token: int | None, origin: object) -> object:
+    return origin if isinstance(origin, list) and origin and origin[0] == token else token
+
+
+def _plain(number: float) -> float | int:
+    return int(number) if float(number).is_integer() else number

@@ -1,0 +1,166 @@
+"""A Hugging Face model folder on disk: its safetensors read lazily, and the small files that travel with the weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_hypenet.errors import ConversionError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+GENERATION = "generation_config.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""Files a tokenizer may consist of; those present are copied, in both directions."""
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def torch_dtype(name: str) -> torch.dtype | None:
+    """safetensors' dtype name ("BF16") as torch's, None for one that no model weight of ours may have."""
+    return _DTYPES.get(name)
+
+
+class HfWeights(Mapping[str, Tensor]):
+    """The tensors of a folder by name; each access reads that tensor from its file. Opening reads the headers only.
+
+    ConversionError when a file is missing, truncated or not safetensors, or when the index and the files disagree."""
+
+    def __init__(self, hf_dir: Path) -> None:
+        """`hf_dir`: folder with model.safetensors, or model.safetensors.index.json and the files that it names."""
+        self.hf_dir = hf_dir
+        self._file_of: dict[str, Path] = {}
+        self._headers: dict[str, tuple[tuple[int, ...], str]] = {}
+        self._handles: dict[Path, Any] = {}
+        index = self._read_index()
+        for file in sorted(set(index.values())) if index else [SINGLE]:
+            self._open(hf_dir / file)
+        wrong = sorted(name for name, file in (index or {}).items() if self._file_of.get(name) != hf_dir / file)
+        if wrong:
+            raise ConversionError(
+                f"{hf_dir / INDEX}: {len(wrong)} tensors are not in the file that the index names, first {wrong[0]} in"
+                f" {(index or {})[wrong[0]]}; index and files come from different saves or the download is incomplete: fetch it again"
+            )
+
+    def _read_index(self) -> dict[str, str] | None:
+        path = self.hf_dir / INDEX
+        if not path.is_file():
+            if not (self.hf_dir / SINGLE).is_file():
+                raise ConversionError(f"{self.hf_dir}: {self._no_weights()}")
+            return None
+        try:
+            index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+            if not isinstance(index, dict) or not index:
+                raise TypeError("weight_map is not a mapping of tensor names to files")
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConversionError(f"{path}: cannot be read ({type(error).__name__}: {error}); fetch the folder again") from error
+        for file in set(index.values()):
+            # the index comes from whoever made the folder: it may only point into the folder
+            if not isinstance(file, str) or Path(file).name != file:
+                raise ConversionError(f"{path}: names the file {file!r}, which is not inside the folder")
+        return index
+
+    def _no_weights(self) -> str:
+        found = sorted(path.name for path in self.hf_dir.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".safetensors", ".gguf"))
+        return (
+            f"no {SINGLE} and no {INDEX}" + (f", only {', '.join(found[:4])}" if found else "") + "; only safetensors are read:"
+            " save the model again with save_pretrained(..., safe_serialization=True)"
+        )
+
+    def _open(self, path: Path) -> None:
+        if not path.is_file():
+            raise ConversionError(f"{self.hf_dir / INDEX}: names {path.name}, which is missing; the download is incomplete, fetch it again")
+        try:
+            handle = safe_open(path, framework="pt", device="cpu")
+            headers = {name: handle.get_slice(name) for name in handle.keys()}
+        except (SafetensorError, OSError) as error:
+            raise ConversionError(
+                f"{path}: not a complete safetensors file ({path.stat().st_size:,} bytes: {error});"
+                " the download or copy was cut off, fetch it again"
+            ) from error
+        for name, header in headers.items():
+            if name in self._file_of:
+                raise ConversionError(f"{path}: holds {name}, which {self._file_of[name].name} holds too; remove the stale file")
+            self._file_of[name] = path
+            self._headers[name] = (tuple(header.get_shape()), header.get_dtype())
+        self._handles[path] = handle
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape from the file's header, without reading the tensor."""
+        return self._headers[name][0]
+
+    def dtype(self, name: str) -> str:
+        """safetensors' name of the stored dtype, e.g. BF16, without reading the tensor."""
+        return self._headers[name][1]
+
+    def total_bytes(self) -> int:
+        """Size of all weight files on disk."""
+        return sum(path.stat().st_size for path in self._handles)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of)
+
+    def __len__(self) -> int:
+        return len(self._file_of)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._file_of
+
+    def __getitem__(self, name: str) -> Tensor:
+        path = self._file_of[name]
+        try:
+            return self._handles[path].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise ConversionError(f"{path}: {name} cannot be read ({error}); fetch the file again") from error
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The tokenizer's files that this folder has."""
+    return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+
+
+def read_generation_config(hf_dir: Path) -> dict[str, Any] | None:
+    """generation_config.json as a dict, None when the folder has none; ConversionError when it is not JSON."""
+    path = hf_dir / GENERATION
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConversionError(f"{path}: not valid JSON ({error}); fetch the file again or remove it") from error
+    return found if isinstance(found, dict) else None
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Indented JSON with a closing newline."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def plan_shards(sizes: Iterable[tuple[str, int]], max_shard_bytes: int) -> list[list[str]]:
+    """Names in order, cut into groups of at most `max_shard_bytes`; a larger tensor gets a group of its own."""
+    groups: list[list[str]] = [[]]
+    used = 0
+    for name, size in sizes:
+        if groups[-1] and used + size > max_shard_bytes:
+            groups.append([])
+            used = 0
+        groups[-1].append(name)
+        used += size
+    return groups

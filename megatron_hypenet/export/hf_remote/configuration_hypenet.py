@@ -1,0 +1,100 @@
+"""HypeNet configuration for Hugging Face transformers 4.57 and 5.x (arXiv 2601.22156)."""
+
+from typing import Any
+
+from transformers import PretrainedConfig
+
+_SUPPORTED = {
+    "attention_bias": False,
+    "attn_use_rope": False,
+    "attn_use_output_gate": True,
+    "expand_kv_proj": True,
+    "hidden_act": "silu",
+    "lightning_rope_scaling": None,
+    "lightning_scale": "1/sqrt(d)",
+    "lightning_use_output_gate": True,
+    "lightning_use_output_norm": True,
+    "lightning_use_qk_norm": True,
+    "lightning_use_rope": True,
+    "lightning_use_short_conv": False,
+    "rope_scaling": None,
+}
+"""The only value of each of these switches that the modelling code implements."""
+
+
+class HypeNetConfig(PretrainedConfig):
+    """Shape and switches of a HypeNet.
+
+    `mixer_types` names the mixer of every layer: "attn" (softmax attention without positions, gated) or "lightning-attn" (linear
+    attention with a fixed decay per head, with RoPE). `attn_logits_scaling` multiplies the queries of the softmax layers at 0-based
+    position t: "hype <a>" by ln(t + a) / ln(a), plain "hype" with a = 362, a number by itself, None not at all.
+    """
+
+    model_type = "hypenet"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    def __init__(
+        self,
+        vocab_size: int = 151936,
+        hidden_size: int = 2048,
+        intermediate_size: int = 6144,
+        num_hidden_layers: int = 28,
+        num_attention_heads: int = 16,
+        num_key_value_heads: int = 8,
+        head_dim: int = 128,
+        mixer_types: list[str] | None = None,
+        attn_logits_scaling: str | float | None = None,
+        rms_norm_eps: float = 1e-6,
+        rope_theta: float | None = None,
+        max_position_embeddings: int = 32768,
+        initializer_range: float = 0.02,
+        use_cache: bool = True,
+        tie_word_embeddings: bool = False,
+        bos_token_id: int | None = None,
+        eos_token_id: int | list[int] | None = None,
+        pad_token_id: int | None = None,
+        rope_parameters: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Raise ValueError for a mixer, a switch or a size that the modelling code does not implement."""
+        switches = {name: kwargs.pop(name, supported) for name, supported in _SUPPORTED.items()}
+        sizes = {name: kwargs.pop(name, None) for name in ("lightning_nh", "lightning_nkv", "lightning_head_dim")}
+        kwargs.pop("layer_types", None)
+        super().__init__(**kwargs)
+        self.tie_word_embeddings = tie_word_embeddings
+        self.bos_token_id, self.eos_token_id, self.pad_token_id = bos_token_id, eos_token_id, pad_token_id
+        self.vocab_size, self.hidden_size, self.intermediate_size = vocab_size, hidden_size, intermediate_size
+        self.num_hidden_layers, self.head_dim = num_hidden_layers, head_dim
+        self.num_attention_heads, self.num_key_value_heads = num_attention_heads, num_key_value_heads
+        self.attn_logits_scaling, self.rms_norm_eps = attn_logits_scaling, rms_norm_eps
+        self.max_position_embeddings, self.initializer_range, self.use_cache = max_position_embeddings, initializer_range, use_cache
+        # transformers 5 keeps theta inside rope_parameters
+        rope = rope_parameters or {}
+        self.rope_theta = float(rope_theta if rope_theta is not None else rope.get("rope_theta", 1e6))
+        if rope.get("rope_type", "default") != "default":
+            raise ValueError(f"HypeNet has plain RoPE only, got rope_parameters={rope_parameters!r}")
+        mixers = ["lightning-attn"] * num_hidden_layers if mixer_types is None else list(mixer_types)
+        self.mixer_types = [name.replace("_", "-") for name in mixers]
+        for name, value in switches.items():
+            if name != "rope_scaling":  # transformers 5 makes it an alias of rope_parameters
+                setattr(self, name, value)
+        self.lightning_nh = self.lightning_nkv = num_attention_heads
+        self.lightning_head_dim = head_dim
+        self._check(switches, sizes)
+
+    def _check(self, switches: dict[str, Any], sizes: dict[str, int | None]) -> None:
+        supported = {**_SUPPORTED, **{name: getattr(self, name) for name in sizes}}
+        given = {**switches, **{name: value for name, value in sizes.items() if value is not None}}
+        wrong = [f"{name}={value!r} (supported: {supported[name]!r})" for name, value in given.items() if value != supported[name]]
+        if wrong:
+            raise ValueError(f"this HypeNet code does not implement {', '.join(wrong)}")
+        unknown = sorted(set(self.mixer_types) - {"attn", "lightning-attn"})
+        if unknown or len(self.mixer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"mixer_types must name 'attn' or 'lightning-attn' for {self.num_hidden_layers} layers, got {self.mixer_types}"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(f"num_key_value_heads={self.num_key_value_heads} must divide num_attention_heads={self.num_attention_heads}")
+
+
+__all__ = ["HypeNetConfig"]

@@ -1,0 +1,356 @@
+"""HypeNet for Hugging Face transformers 4.57 and 5.x (arXiv 2601.22156): Lightning linear attention and softmax attention by layer.
+
+Plain torch on CPU or GPU. Prompts run chunk by chunk, decoding one token at a time, with any padding in the batch: positions count real
+tokens only, and padding enters neither an attention nor a Lightning state.
+Shapes: b rows, t new tokens, h heads, g key/value heads, d head_dim, H hidden_size."""
+
+import math
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from .cache_hypenet import HypeNetCache
+from .configuration_hypenet import HypeNetConfig
+from .ops_hypenet import (
+    Step,
+    accumulation_dtype,
+    alibi_slopes,
+    lightning_chunks,
+    lightning_step,
+    query_scale,
+    rope_tables,
+    rotate,
+    softmax_attention,
+)
+
+
+class HypeNetRMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        """`size`: length of the last dimension."""
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., size] -> same shape and dtype."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class HypeNetMixer(nn.Module):
+    """What both mixers share: projections, per-head norms of q and k, and the gated output."""
+
+    gate_name = ""
+    expand_kv = False
+
+    def __init__(self, config: HypeNetConfig, layer: int) -> None:
+        """`layer`: index of the layer, its slot in the cache."""
+        super().__init__()
+        self.config, self.layer = config, layer
+        self.num_kv_heads = config.num_attention_heads if self.expand_kv else config.num_key_value_heads
+        query_size = config.num_attention_heads * config.head_dim
+        kv_size = self.num_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.add_module(self.gate_name, nn.Linear(config.hidden_size, query_size, bias=False))
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+        self.q_norm = HypeNetRMSNorm(config.head_dim, config.rms_norm_eps)
+        self.k_norm = HypeNetRMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [b, t, H] -> q [b, h, t, d], k and v [b, g, t, d]; q and k normalised per head."""
+        b, t, _ = x.shape
+        q = self.q_norm(self.q_proj(x).view(b, t, -1, self.config.head_dim)).transpose(1, 2)
+        k = self.k_norm(self.k_proj(x).view(b, t, -1, self.config.head_dim)).transpose(1, 2)
+        return q, k, self.v_proj(x).view(b, t, -1, self.config.head_dim).transpose(1, 2)
+
+    def merge(self, o: Tensor, x: Tensor) -> Tensor:
+        """o [b, t, h * d], gated by a projection of x, -> [b, t, H]."""
+        return self.o_proj(o * torch.sigmoid(getattr(self, self.gate_name)(x)))
+
+
+class HypeNetSoftmaxMixer(HypeNetMixer):
+    """Grouped-query softmax attention without positions, with logit scaling and an output gate."""
+
+    gate_name = "o_gate"
+
+    def forward(self, x: Tensor, step: Step, cache: HypeNetCache | None) -> Tensor:
+        """x [b, t, H] -> [b, t, H]."""
+        q, k, v = self.project(x)
+        if step.query_scale is not None:
+            q = (q * step.query_scale).to(q.dtype)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v, step.past)
+        o = softmax_attention(q, k, v, step)
+        return self.merge(o.transpose(1, 2).flatten(2), x)
+
+
+class HypeNetLightningMixer(HypeNetMixer):
+    """S_t = gamma S_(t-1) + k_t v_t^T, o_t = q_t S_t / sqrt(d), gamma fixed per head; one norm over all heads, then the gate."""
+
+    gate_name = "z_proj"
+    expand_kv = True
+
+    def __init__(self, config: HypeNetConfig, layer: int) -> None:
+        """`layer`: index of the layer, its slot in the cache."""
+        super().__init__(config, layer)
+        self.o_norm = HypeNetRMSNorm(config.num_attention_heads * config.head_dim, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, step: Step, cache: HypeNetCache | None) -> Tensor:
+        """x [b, t, H] -> [b, t, H]."""
+        q, k, v = self.project(x)
+        q, k = rotate(q, step.cos, step.sin), rotate(k, step.cos, step.sin)
+        b, h, t, d = q.shape
+        state = None if cache is None else cache.states[self.layer]
+        if state is None:
+            state = q.new_zeros(b, h, d, d, dtype=accumulation_dtype(q.dtype))
+        slopes = step.slopes.to(state.dtype)
+        if t == 1:
+            q, k, v = (y.to(state.dtype) for y in (q, k, v))
+            o, state = lightning_step(q, k, v, state, slopes, step.new_real)
+        else:
+            o, state = lightning_chunks(q, k, v, state, slopes, step.new_real)
+        if cache is not None:
+            cache.states[self.layer] = state
+        o = (o / math.sqrt(d)).to(x.dtype).transpose(1, 2).flatten(2)
+        return self.merge(self.o_norm(o), x)
+
+
+class HypeNetMLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: HypeNetConfig) -> None:
+        """Sizes from the configuration."""
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [b, t, H] -> [b, t, H]."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class HypeNetDecoderLayer(nn.Module):
+    """Pre-norm residual block: mixer, then MLP."""
+
+    def __init__(self, config: HypeNetConfig, layer: int) -> None:
+        """`layer`: index of the layer; `config.mixer_types` says which mixer it has."""
+        super().__init__()
+        mixer = HypeNetSoftmaxMixer if config.mixer_types[layer] == "attn" else HypeNetLightningMixer
+        self.self_attn = mixer(config, layer)
+        self.mlp = HypeNetMLP(config)
+        self.input_layernorm = HypeNetRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = HypeNetRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, step: Step, past_key_values: HypeNetCache | None = None) -> Tensor:
+        """x [b, t, H] -> [b, t, H]."""
+        x = x + self.self_attn(self.input_layernorm(x), step, past_key_values)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class HypeNetPreTrainedModel(PreTrainedModel):
+    """Loading and saving, shared by the trunk and the language model."""
+
+    config_class = HypeNetConfig
+    base_model_prefix = "model"
+    _no_split_modules = ["HypeNetDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    # a Lightning state cannot be rolled back: `generate` then refuses assisted decoding
+    _is_stateful = True
+
+
+class HypeNetModel(HypeNetPreTrainedModel):
+    """Embedding, layers and final norm."""
+
+    def __init__(self, config: HypeNetConfig) -> None:
+        """Random weights; use `from_pretrained` to load."""
+        super().__init__(config)
+        self.embed_tokens: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(HypeNetDecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = HypeNetRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding module."""
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the embedding module."""
+        self.embed_tokens = value
+
+    def _step(self, x: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: HypeNetCache | None) -> Step:
+        b, t, _ = x.shape
+        new_real = _new_columns(attention_mask, b, t)
+        past: int = 0
+        first: int | Tensor = 0
+        real = new_real
+        if cache is not None:
+            past, first, real = cache.advance(new_real, b, t, x.device)
+        order = torch.arange(1, t + 1, device=x.device)[None] if new_real is None else new_real.long().cumsum(1)
+        positions = (first + order - 1).clamp(min=0)
+        if position_ids is not None:
+            _check_positions(position_ids, positions, new_real)
+        dtype = accumulation_dtype(x.dtype)
+        cos, sin = rope_tables(self.config.head_dim, self.config.rope_theta, positions, dtype)
+        scale = query_scale(self.config.attn_logits_scaling, positions, dtype)
+        slopes = alibi_slopes(self.config.num_attention_heads, x.device, dtype)
+        return Step(cos, sin, scale, slopes, new_real, real, past)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: HypeNetCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast | tuple:
+        """input_ids [b, t] or inputs_embeds [b, t, H] -> hidden states after the final norm, [b, t, H].
+
+        `attention_mask` [b, t] or [b, past + t] marks real tokens with 1. `output_hidden_states` gives each layer's input and the final
+        output. ValueError for attention maps, other masks, other positions, or a cache of another class."""
+        if kwargs.get("output_attentions"):
+            raise ValueError("HypeNet does not return attention maps: its Lightning layers have none; leave output_attentions out")
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        cache = past_key_values
+        if cache is None and use_cache:
+            cache = HypeNetCache(self.config.num_hidden_layers)
+        if cache is not None and not isinstance(cache, HypeNetCache):
+            raise ValueError(f"past_key_values must be the HypeNetCache of an earlier call, got {type(cache).__name__}")
+        step = self._step(x, attention_mask, position_ids, cache)
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        hidden = []
+        for layer in self.layers:
+            if wanted:
+                hidden.append(x)
+            x = layer(x, step, past_key_values=cache)
+        x = self.norm(x)
+        out = BaseModelOutputWithPast(last_hidden_state=x, past_key_values=cache, hidden_states=(*hidden, x) if wanted else None)
+        return out.to_tuple() if return_dict is False else out
+
+
+def _new_columns(attention_mask: Tensor | None, b: int, t: int) -> Tensor | None:
+    """The last t columns of a mask as bool [b, t], or None when all are real tokens."""
+    if attention_mask is None:
+        return None
+    if attention_mask.dim() != 2 or attention_mask.shape[0] != b or attention_mask.shape[1] < t:
+        raise ValueError(f"attention_mask must be [rows, tokens] = [{b}, >= {t}] of 0 and 1, got {list(attention_mask.shape)}")
+    new = attention_mask[:, -t:].bool()
+    return None if bool(new.all()) else new
+
+
+def _check_positions(given: Tensor, positions: Tensor, new_real: Tensor | None) -> None:
+    """Positions follow from the mask. ValueError for others, such as several documents packed into one row."""
+    same = (given == positions) if new_real is None else (given == positions) | ~new_real
+    if not bool(same.all()):
+        raise ValueError("position_ids must count the real tokens of each row from 0; packed rows and shifted positions are not supported")
+
+
+class HypeNetForCausalLM(HypeNetPreTrainedModel, GenerationMixin):
+    """HypeNet with its output head."""
+
+    # transformers 5 maps each tied weight to its source, 4.57 lists the tied ones
+    _tied_weights_keys = (
+        ["lm_head.weight"] if transformers.__version__.startswith("4.") else {"lm_head.weight": "model.embed_tokens.weight"}
+    )
+
+    def __init__(self, config: HypeNetConfig) -> None:
+        """Random weights; use `from_pretrained` to load."""
+        super().__init__(config)
+        self.model = HypeNetModel(config)
+        self.lm_head: nn.Module = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding module."""
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the embedding module."""
+        self.model.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The output head."""
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replace the output head."""
+        self.lm_head = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: HypeNetCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: int | Tensor | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple:
+        """Next-token logits [b, t, vocab] (the last `logits_to_keep` tokens, 0 for all); with `labels` [b, t] also the mean cross entropy.
+
+        Labels are shifted inside, -100 is left out; `num_items_in_batch` replaces the count in the mean (gradient accumulation)."""
+        inputs = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
+        out = self.model(*inputs, use_cache=use_cache, output_hidden_states=output_hidden_states, return_dict=True, **kwargs)
+        hidden = out.last_hidden_state
+        logits = self.lm_head(hidden[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else hidden[:, logits_to_keep])
+        loss = None
+        if labels is not None:
+            shifted = logits[:, :-1].flatten(0, 1).to(accumulation_dtype(logits.dtype))
+            total = F.cross_entropy(shifted, labels[:, 1:].flatten().to(logits.device), ignore_index=-100, reduction="sum")
+            loss = total / ((labels[:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch)
+        result = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states)
+        return result.to_tuple() if return_dict is False else result
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ValueError(f"HypeNet has its own cache; cache_implementation={generation_config.cache_implementation!r} is not available")
+        if model_kwargs.get("past_key_values") is not None:
+            model_kwargs["past_key_values"]._is_user_defined = True
+        elif generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = HypeNetCache(self.config.num_hidden_layers)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        past_key_values: HypeNetCache | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Feed the tokens that the cache has not seen: transformers 5 says how many (next_sequence_length), 4.57 where (cache_position)."""
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        new = kwargs.get("next_sequence_length")
+        if new is None and kwargs.get("cache_position") is not None:
+            new = kwargs["cache_position"].shape[0]
+        inputs: dict[str, Any] = {"past_key_values": past_key_values, "attention_mask": attention_mask, "use_cache": use_cache}
+        inputs["logits_to_keep"] = logits_to_keep
+        if inputs_embeds is not None and seen < inputs_embeds.shape[1]:
+            return {"inputs_embeds": inputs_embeds[:, seen:], **inputs}
+        return {"input_ids": (input_ids if new is None else input_ids[:, -new:]).contiguous(), **inputs}
+
+
+__all__ = ["HypeNetCache", "HypeNetForCausalLM", "HypeNetModel", "HypeNetPreTrainedModel"]

@@ -1,0 +1,129 @@
+"""HypeNet's mathematics as functions: decay slopes, RoPE, logit scaling, Lightning attention, softmax attention.
+
+Shapes: b rows, t new tokens, h heads, g key/value heads, d head_dim."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_LIGHTNING_CHUNK_TOKENS = 128
+_QUERY_BLOCK_TOKENS = 1024
+_HYPE_DEFAULT = 362.0
+
+
+class Step(NamedTuple):
+    """What the layers need to know about the new tokens of one call."""
+
+    cos: Tensor  # [b or 1, 1, t, d]
+    sin: Tensor
+    query_scale: Tensor | None  # [b or 1, 1, t, 1], the softmax layers' logit scaling
+    slopes: Tensor  # [h], decay of the Lightning layers per real token: exp(-slope)
+    new_real: Tensor | None  # [b, t] bool; None: no padding
+    real: Tensor | None  # [b, past + t] bool; None: no padding
+    past: int  # columns already in the cache
+
+
+def alibi_slopes(num_heads: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """[h] slopes: 2^(-8(i+1)/n) for the power of two n <= h, then every second slope of the set for 2n until h are there."""
+    n = 1 << (num_heads.bit_length() - 1)
+    exponents = torch.arange(1, n + 1, device=device, dtype=dtype) / n
+    more = (1 + 2 * torch.arange(num_heads - n, device=device, dtype=dtype)) / (2 * n)
+    return torch.exp2(-8.0 * torch.cat([exponents, more]))
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp64 for an fp64 model, fp32 for all others: the dtype of states, positions and the loss."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE on x [b, h, t, d] (rotate-half convention), computed in the tables' dtype."""
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+
+
+def rope_tables(head_dim: int, theta: float, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos, sin [b or 1, 1, t, d] of positions [b or 1, t]. Angles are computed in fp64 so that positions near 10^6 stay exact."""
+    angle_dtype = torch.float32 if positions.device.type == "mps" else torch.float64
+    channels = torch.arange(0, head_dim, 2, device=positions.device, dtype=angle_dtype)
+    angles = positions[:, None, :, None].to(angle_dtype) * theta ** (-channels / head_dim)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def query_scale(setting: str | float | None, positions: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Factor of q in softmax layers at 0-based `positions` [b or 1, t]: ln(t + a) / ln(a) for "hype <a>", a constant, or None."""
+    if setting is None:
+        return None
+    if isinstance(setting, str):
+        name, _, number = setting.strip().partition(" ")
+        a = float(number or _HYPE_DEFAULT)
+        if name != "hype" or a <= 1:
+            raise ValueError(f"attn_logits_scaling must be 'hype <a>' with a > 1, a number or null, got {setting!r}")
+        return (torch.log(positions.to(dtype) + a) / math.log(a))[:, None, :, None]
+    return torch.full((1, 1, 1, 1), float(setting), dtype=dtype, device=positions.device)
+
+
+def lightning_step(q: Tensor, k: Tensor, v: Tensor, state: Tensor, slopes: Tensor, new_real: Tensor | None) -> tuple[Tensor, Tensor]:
+    """One token: q, k, v [b, h, 1, d], state [b, h, d, d] -> o [b, h, 1, d], new state. A padded row keeps its state."""
+    decay = torch.exp(-slopes)[:, None, None]
+    new = decay * state + k.transpose(-1, -2) @ v
+    if new_real is not None:
+        new = torch.where(new_real[:, None, :, None], new, state)
+    return q @ new, new
+
+
+def lightning_chunks(q: Tensor, k: Tensor, v: Tensor, state: Tensor, slopes: Tensor, new_real: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Any number of tokens: q, k, v [b, h, t, d], state [b, h, d, d] -> o [b, h, t, d] in the state's dtype, new state.
+
+    Within a chunk o = (q k^T * decay) v, from before it o = decay q S. Decay counts real tokens, so padding leaves a state as it was."""
+    outputs = []
+    for start in range(0, q.shape[2], _LIGHTNING_CHUNK_TOKENS):
+        part = slice(start, start + _LIGHTNING_CHUNK_TOKENS)
+        qc, kc, vc = (x[:, :, part].to(state.dtype) for x in (q, k, v))
+        if new_real is None:
+            count = torch.arange(1, qc.shape[2] + 1, device=q.device, dtype=state.dtype)[None]
+        else:
+            real = new_real[:, part].to(state.dtype)
+            count, kc = real.cumsum(1), kc * real[:, None, :, None]
+        log_decay = -slopes[:, None] * count[:, None, :]  # [b or 1, h, t]: from before the chunk to each token
+        between = log_decay[..., :, None] - log_decay[..., None, :]
+        causal = torch.ones(between.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        weights = (qc @ kc.transpose(-1, -2)) * between.masked_fill(~causal, -torch.inf).exp()
+        outputs.append(weights @ vc + (qc * log_decay.exp()[..., None]) @ state)
+        to_end = log_decay[..., -1:]
+        state = to_end.exp()[..., None] * state + (kc * (to_end - log_decay).exp()[..., None]).transpose(-1, -2) @ vc
+    return torch.cat(outputs, dim=2), state
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
+    """Causal attention of q [b, h, t, d] over k, v [b, g, past + t, d] -> [b, h, t, d]; padded keys are left out."""
+    b, h, t, d = q.shape
+    groups = k.shape[1]
+    if t == 1:
+        # the query heads of one group become its queries: no copy of k and v for grouped heads
+        mask = None if step.real is None else (step.real | _is_last(step.real))[:, None, None, :]
+        return F.scaled_dot_product_attention(q.view(b, groups, h // groups, d), k, v, attn_mask=mask).view(b, h, 1, d)
+    k, v = (x.repeat_interleave(h // groups, dim=1) for x in (k, v))
+    if step.real is None and step.past == 0:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    columns = torch.arange(step.past + t, device=q.device)
+    outputs = []
+    for start in range(0, t, _QUERY_BLOCK_TOKENS):
+        stop = min(start + _QUERY_BLOCK_TOKENS, t)
+        own = columns[step.past + start : step.past + stop, None]
+        mask = (columns <= own)[None]
+        if step.real is not None:
+            # a padded query sees itself: a row without any key would be NaN
+            mask = mask & (step.real[:, None, :] | (columns == own))
+        outputs.append(F.scaled_dot_product_attention(q[:, :, start:stop], k, v, attn_mask=mask[:, None]))
+    return torch.cat(outputs, dim=2)
+
+
+def _is_last(real: Tensor) -> Tensor:
+    last = torch.zeros_like(real[:1])
+    last[:, -1] = True
+    return last

@@ -1,0 +1,177 @@
+"""The one table between our tensor names and Hugging Face's, used for import, export and verification.
+
+Qwen3 and HypeNet share it: a teacher is the case without output gates. Shapes are written with the letters
+V vocab_size, H hidden_size, F ffn_hidden_size, D kv_channels, Q num_attention_heads * D, K num_query_groups * D.
+A new RNN mixer adds its rows to MIXER_ROWS. A tensor without a row, or a row without a tensor, is an error in either direction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_hypenet.config.model import LIGHTNING_MIXER, SOFTMAX_MIXER, ModelConfig
+from megatron_hypenet.errors import ConversionError
+
+HF_EMBEDDING = "model.embed_tokens.weight"
+HF_HEAD = "lm_head.weight"
+SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One of our tensors and the HF tensor it equals, or the HF tensors whose concatenation along dim 0 it equals."""
+
+    ours: str
+    hf: tuple[str, ...]
+    shape: str
+    """Letters of one HF part's shape, e.g. "F H"."""
+    needs: str = ""
+    """ "untied" or "gate": the row exists only in a model with its own head, or with output gates; "" means always."""
+
+
+MODEL_ROWS = (
+    Row("embedding.word_embeddings.weight", (HF_EMBEDDING,), "V H"),
+    Row("decoder.final_layernorm.weight", ("model.norm.weight",), "H"),
+    Row("output_layer.weight", (HF_HEAD,), "V H", needs="untied"),
+)
+
+LAYER_ROWS = (
+    Row("input_layernorm.weight", ("input_layernorm.weight",), "H"),
+    Row("pre_mlp_layernorm.weight", ("post_attention_layernorm.weight",), "H"),
+    Row("mlp.linear_fc1.weight", ("mlp.gate_proj.weight", "mlp.up_proj.weight"), "F H"),
+    Row("mlp.linear_fc2.weight", ("mlp.down_proj.weight",), "H F"),
+)
+
+_COMMON_MIXER_ROWS = (
+    Row("self_attention.linear_in.weight.q", ("self_attn.q_proj.weight",), "Q H"),
+    Row("self_attention.q_norm.weight", ("self_attn.q_norm.weight",), "D"),
+    Row("self_attention.k_norm.weight", ("self_attn.k_norm.weight",), "D"),
+    Row("self_attention.linear_proj.weight", ("self_attn.o_proj.weight",), "H Q"),
+)
+
+MIXER_ROWS: Mapping[str, tuple[Row, ...]] = {
+    SOFTMAX_MIXER: (
+        *_COMMON_MIXER_ROWS,
+        Row("self_attention.linear_in.weight.k", ("self_attn.k_proj.weight",), "K H"),
+        Row("self_attention.linear_in.weight.v", ("self_attn.v_proj.weight",), "K H"),
+        Row("self_attention.linear_in.weight.gate", ("self_attn.o_gate.weight",), "Q H", needs="gate"),
+    ),
+    LIGHTNING_MIXER: (
+        *_COMMON_MIXER_ROWS,
+        Row("self_attention.linear_in.weight.k", ("self_attn.k_proj.weight",), "Q H"),
+        Row("self_attention.linear_in.weight.v", ("self_attn.v_proj.weight",), "Q H"),
+        Row("self_attention.linear_in.weight.gate", ("self_attn.z_proj.weight",), "Q H"),
+        Row("self_attention.o_norm.weight", ("self_attn.o_norm.weight",), "Q"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row applied to one model: full names and the shape of each HF part."""
+
+    ours: str
+    hf: tuple[str, ...]
+    part_shape: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of our tensor: the HF parts stacked along dim 0."""
+        return (self.part_shape[0] * len(self.hf), *self.part_shape[1:])
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """The HF parts, in the order of `hf`, as our one tensor. A single part is handed on, not copied."""
+        return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=0)
+
+    def split(self, tensor: Tensor) -> dict[str, Tensor]:
+        """Our tensor as {HF name: part}; the inverse of `join`. Parts are contiguous, as safetensors requires."""
+        return {name: part.contiguous() for name, part in zip(self.hf, tensor.split(self.part_shape[0], dim=0), strict=True)}
+
+
+def entries(config: ModelConfig) -> list[Entry]:
+    """Every tensor of a model of this shape, in HF's usual order (embedding, layers, norm, head).
+
+    Raises ConversionError when a layer's mixer has no rows here."""
+    unknown = sorted(set(config.mixer_types) - set(MIXER_ROWS))
+    if unknown:
+        raise ConversionError(
+            f"mixers {unknown} have no rows in export/mapping.py; it knows {sorted(MIXER_ROWS)}: add theirs to MIXER_ROWS"
+        )
+    sizes = {
+        "V": config.vocab_size,
+        "H": config.hidden_size,
+        "F": config.ffn_hidden_size,
+        "D": config.kv_channels,
+        "Q": config.query_size,
+        "K": config.kv_size,
+    }
+    present = {"": True, "untied": not config.share_embeddings_and_output_weights, "gate": config.attn_use_output_gate}
+
+    def bind(row: Row, ours_prefix: str = "", hf_prefix: str = "") -> Entry:
+        shape = tuple(sizes[letter] for letter in row.shape.split())
+        return Entry(ours_prefix + row.ours, tuple(hf_prefix + name for name in row.hf), shape)
+
+    embedding, norm, head = MODEL_ROWS
+    table = [bind(embedding)]
+    for layer, mixer in enumerate(config.mixer_types):
+        rows = [row for row in (*MIXER_ROWS[mixer], *LAYER_ROWS) if present[row.needs]]
+        table += [bind(row, f"decoder.layers.{layer}.", f"model.layers.{layer}.") for row in rows]
+    table.append(bind(norm))
+    if present[head.needs]:
+        table.append(bind(head))
+    return table
+
+
+def num_parameters(config: ModelConfig) -> int:
+    """Weights of a model of this shape; a tied head counts once."""
+    return sum(torch.Size(entry.shape).numel() for entry in entries(config))
+
+
+def check_names(expected: Iterable[str], found: Iterable[str], *, where: str) -> None:
+    """ConversionError naming the first missing and the first unmapped tensors, with counts, unless the two sets are equal."""
+    expected, found = list(expected), list(found)
+    missing, extra = sorted(set(expected) - set(found), key=expected.index), sorted(set(found) - set(expected))
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} of {len(expected)} tensors are missing, first {_first(missing)}")
+    if extra:
+        problems.append(f"{len(extra)} tensors have no row in export/mapping.py, first {_first(extra)}")
+    if problems:
+        raise ConversionError(
+            f"{where}: {'; '.join(problems)}. The tensors must be exactly those that the configuration describes: check that config and"
+            " weights belong together (mixer types, number of layers, tied head) and that the download is complete"
+        )
+
+
+def check_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...], *, where: str) -> None:
+    """ConversionError unless the two shapes are equal."""
+    if found != expected:
+        raise ConversionError(
+            f"{where}: {name} has shape {list(found)}, the configuration asks for {list(expected)};"
+            " configuration and weights do not belong together"
+        )
+
+
+def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], *, where: str) -> None:
+    """ConversionError unless the tensor has this shape, a supported dtype and only finite values."""
+    check_shape(name, tuple(tensor.shape), shape, where=where)
+    if tensor.dtype not in SUPPORTED_DTYPES:
+        supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in SUPPORTED_DTYPES)
+        raise ConversionError(
+            f"{where}: {name} is stored as {str(tensor.dtype).removeprefix('torch.')}; supported are {supported}."
+            " Quantized weights must be dequantized first"
+        )
+    finite = torch.isfinite(tensor)
+    if not bool(finite.all()):
+        bad = int((~finite).sum())
+        raise ConversionError(
+            f"{where}: {name} has {bad} of {tensor.numel()} values that are NaN or infinite; the file is damaged or training diverged"
+        )
+
+
+def _first(names: Sequence[str], count: int = 3) -> str:
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")

@@ -1,0 +1,187 @@
+"""Export: a checkpoint becomes a Hugging Face folder, from the checkpoint's own files alone, one shard in memory at a time."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_hypenet.checkpoint import format as fmt
+from megatron_hypenet.checkpoint import load
+from megatron_hypenet.checkpoint.shards import ShardReader
+from megatron_hypenet.config.model import LogitsScaling, ModelConfig, check_logits_scaling
+from megatron_hypenet.errors import ConfigError, ConversionError
+from megatron_hypenet.export import hf_config, hf_folder, mapping
+from megatron_hypenet.export.from_hf import parse_dtype
+
+KEEP = "keep"
+REMOTE_CODE = Path(__file__).parent / "hf_remote"
+REMOTE_FILES = ("configuration_hypenet.py", "modeling_hypenet.py", "cache_hypenet.py", "ops_hypenet.py")
+MAX_SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """What an export would do: everything that can be known without reading a weight."""
+
+    folder: Path
+    """The committed checkpoint that is read."""
+    config: ModelConfig
+    """The exported model, with the logit scaling that was asked for."""
+    reader: ShardReader
+    entries: list[mapping.Entry]
+    dtypes: dict[str, torch.dtype]
+    """HF tensor name -> dtype in the exported folder."""
+    shards: list[list[mapping.Entry]]
+
+    @property
+    def family(self) -> str:
+        """The model type of the exported folder."""
+        return hf_config.QWEN3 if self.config.is_teacher else hf_config.HYPENET
+
+    def bytes(self) -> int:
+        """Size of all exported weights."""
+        return sum(_entry_bytes(entry, self.dtypes) for entry in self.entries)
+
+
+def plan_export(
+    ckpt_dir: Path | str, *, attn_logits_scaling: LogitsScaling = KEEP, dtype: str | None = None, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> ExportPlan:
+    """Resolve the checkpoint and check its tensors' names and shapes. Raises CheckpointError, ConfigError, ConversionError; writes nothing.
+
+    `attn_logits_scaling`: "keep" what the checkpoint says, or the value to export ("hype 500", a number, None for off)."""
+    folder = load.resolve(Path(ckpt_dir))
+    config = with_logits_scaling(load.read_model_config(folder), attn_logits_scaling)
+    reader = load.open_weights(folder)
+    entries = mapping.entries(config)
+    mapping.check_names((entry.ours for entry in entries), reader, where=str(folder))
+    dtypes: dict[str, torch.dtype] = {}
+    for entry in entries:
+        mapping.check_shape(entry.ours, reader.shape(entry.ours), entry.shape, where=str(folder))
+        target = reader.dtype(entry.ours) if dtype is None else parse_dtype(dtype)
+        dtypes |= dict.fromkeys(entry.hf, target)
+    by_name = {entry.ours: entry for entry in entries}
+    sizes = ((entry.ours, _entry_bytes(entry, dtypes)) for entry in entries)
+    shards = [[by_name[name] for name in group] for group in hf_folder.plan_shards(sizes, max_shard_bytes)]
+    return ExportPlan(folder, config, reader, entries, dtypes, shards)
+
+
+def with_logits_scaling(config: ModelConfig, value: LogitsScaling) -> ModelConfig:
+    """The configuration with another logit scaling; "keep" changes nothing. ConfigError for a value that no model accepts."""
+    if value == KEEP:
+        return config
+    try:
+        value = check_logits_scaling(value)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if value is not None and config.is_teacher:
+        raise ConfigError(
+            f"attn_logits_scaling = {value!r} asked for a Qwen3 teacher, which has no logit scaling; leave it out, or export the student"
+        )
+    return config.replace(attn_logits_scaling=value)
+
+
+def export_hf(
+    ckpt_dir: Path | str,
+    hf_dir: Path | str,
+    *,
+    attn_logits_scaling: LogitsScaling = KEEP,
+    dtype: str | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    overwrite: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> ModelConfig:
+    """Write `hf_dir` so that transformers loads it offline; returns the exported model's configuration.
+
+    A teacher becomes a Qwen3 folder; anything else a HypeNet folder with our modelling code (trust_remote_code). Weights keep their dtype
+    unless `dtype` names another, and must be finite. The folder appears complete or not at all. Raises CheckpointError, ConfigError,
+    ConversionError. `progress` gets a line per weight file.
+    """
+    hf_dir = Path(hf_dir)
+    _refuse_existing(hf_dir, overwrite)
+    plan = plan_export(ckpt_dir, attn_logits_scaling=attn_logits_scaling, dtype=dtype, max_shard_bytes=max_shard_bytes)
+    manifest = load.read_manifest(plan.folder)
+    with _staged(hf_dir, overwrite) as temporary:
+        _write_weights(plan, temporary, progress)
+        main_dtype = str(plan.dtypes[mapping.HF_EMBEDDING]).removeprefix("torch.")
+        config = hf_config.hf_config_from_model(plan.config, torch_dtype=main_dtype, origin=manifest.hf_config)
+        hf_folder.write_json(temporary / "config.json", config)
+        hf_folder.write_json(temporary / hf_folder.GENERATION, _generation_config(config, manifest.extra.get("generation_config")))
+        tokenizer = load.tokenizer_dir(plan.folder)
+        for file in hf_folder.tokenizer_files(tokenizer) if tokenizer else []:
+            shutil.copyfile(file, temporary / file.name)
+        if plan.family == hf_config.HYPENET:
+            for name in REMOTE_FILES:
+                shutil.copyfile(REMOTE_CODE / name, temporary / name)
+    return plan.config
+
+
+def _write_weights(plan: ExportPlan, folder: Path, progress: Callable[[str], None] | None) -> None:
+    count = len(plan.shards)
+    weight_map: dict[str, str] = {}
+    for number, group in enumerate(plan.shards, start=1):
+        file = hf_folder.SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+        tensors: dict[str, Tensor] = {}
+        for entry in group:
+            tensor = plan.reader[entry.ours]
+            mapping.check_tensor(entry.ours, tensor, entry.shape, where=str(plan.folder))
+            converted = tensor.to(plan.dtypes[entry.hf[0]])
+            if converted.dtype != tensor.dtype:
+                mapping.check_tensor(f"{entry.ours} as {converted.dtype}", converted, entry.shape, where=str(plan.folder))
+            tensors |= entry.split(converted)
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
+        if progress is not None:
+            progress(f"{file}: {len(tensors)} tensors, {(folder / file).stat().st_size / 1e6:,.1f} MB")
+    if count > 1:
+        index = {"metadata": {"total_size": plan.bytes()}, "weight_map": dict(sorted(weight_map.items()))}
+        hf_folder.write_json(folder / hf_folder.INDEX, index)
+
+
+def _entry_bytes(entry: mapping.Entry, dtypes: dict[str, torch.dtype]) -> int:
+    return torch.Size(entry.shape).numel() * dtypes[entry.hf[0]].itemsize
+
+
+def _generation_config(config: dict[str, Any], origin: dict[str, Any] | None) -> dict[str, Any]:
+    """The original generation settings, or the token ids alone: greedy decoding."""
+    tokens = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config[key] is not None}
+    return {**tokens, **{key: value for key, value in (origin or {}).items() if key != "transformers_version"}}
+
+
+def _refuse_existing(target: Path, overwrite: bool) -> None:
+    if not target.exists():
+        return
+    if not overwrite:
+        raise ConversionError(f"{target} already exists; choose another folder, or allow overwriting (--overwrite)")
+    if not target.is_dir() or (any(target.iterdir()) and not (target / "config.json").is_file()):
+        raise ConversionError(f"{target} is not a Hugging Face folder (no config.json), so it is not replaced; choose another folder")
+
+
+@contextmanager
+def _staged(target: Path, overwrite: bool) -> Iterator[Path]:
+    """A temporary sibling that becomes `target` when the block ends well and is removed otherwise."""
+    temporary = target.parent / f".{target.name}.tmp-{os.getpid()}"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        yield temporary
+        fmt.fsync_tree(temporary)
+        _refuse_existing(target, overwrite)
+        aside = target.parent / f".{target.name}.old-{os.getpid()}"
+        if target.exists():
+            os.replace(target, aside)
+        os.replace(temporary, target)
+        shutil.rmtree(aside, ignore_errors=True)
+    except OSError as error:
+        raise ConversionError(f"cannot write {target}: {error}; nothing was left there. Free space or choose another folder") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
