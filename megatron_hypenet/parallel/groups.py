@@ -43,10 +43,15 @@ def _init_process_group(timeout: timedelta) -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
-def destroy_parallel() -> None:
-    """Drop Megatron's groups and torch.distributed; safe to call when nothing was started."""
+def destroy_model_groups() -> None:
+    """Drop Megatron's groups, so that another layout can be set up over the same processes."""
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
+
+
+def destroy_parallel() -> None:
+    """Drop Megatron's groups and torch.distributed; safe to call when nothing was started."""
+    destroy_model_groups()
     if dist.is_initialized():
         dist.destroy_process_group()
 
