@@ -26,8 +26,7 @@ def shards(model):
 
     for entry in model.sharded_state_dict().values():
         built = entry.build() if isinstance(entry, ShardedTensorFactory) else entry
-        for piece in built.values() if isinstance(built, dict) else built if isinstance(built, list) else [built]:
-            yield piece
+        yield from built.values() if isinstance(built, dict) else built if isinstance(built, list) else [built]
 
 
 def slice_of(full, piece):
