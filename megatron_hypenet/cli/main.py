@@ -22,7 +22,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from megatron_hypenet import __version__
 from megatron_hypenet.errors import HypenetError, UsageError
@@ -91,7 +91,7 @@ def run_verb(verb: str, args: list[str]) -> int:
         raise UsageError(f"unknown verb '{verb}'{hint}\nverbs are {', '.join(VERBS)}; see hypenet --help")
     import typer
 
-    usage_fault = typer.BadParameter.__mro__[1]  # click's UsageError, wherever this typer keeps click
+    usage_fault: Any = typer.BadParameter.__mro__[1]  # click's UsageError, wherever this typer keeps click
     module = importlib.import_module(f"megatron_hypenet.cli.{verb}")
     command = typer.main.get_command(module.app)
     try:
@@ -100,9 +100,9 @@ def run_verb(verb: str, args: list[str]) -> int:
         context = getattr(fault, "ctx", None)
         path = context.command_path if context is not None else f"hypenet {verb}"
         if type(fault).__name__ == "NoArgsIsHelpError":
-            print(fault.format_message(), file=sys.stderr)  # type: ignore[attr-defined]
+            print(fault.format_message(), file=sys.stderr)
             return UsageError.exit_code
-        raise UsageError(f"{fault.format_message()}\nsee {path} --help") from fault  # type: ignore[attr-defined]
+        raise UsageError(f"{fault.format_message()}\nsee {path} --help") from fault
     except typer.Abort as fault:
         raise KeyboardInterrupt from fault
     return result if isinstance(result, int) else 0

@@ -28,7 +28,7 @@ DOORS = {
     "matplotlib": {"eval.plots"},
     "typer": {"cli"},
 }
-# copied into exported folders and run there without this package: its files may import their siblings, by relative name, nothing else of ours
+# copied into exported folders and run there without this package: its files may import their siblings, by relative name, and no more
 STANDALONE = "export.hf_remote"
 # verbs may look whether a library works, they do not use it
 PROBES = {"cli.doctor"}

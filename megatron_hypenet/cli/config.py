@@ -1,0 +1,106 @@
+"""`hypenet config`: look at a configuration without starting anything."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_hypenet.cli.options import (
+    ConfigArgument,
+    ContextParallelOption,
+    JsonOption,
+    OverridesArgument,
+    PipelineParallelOption,
+    TensorParallelOption,
+    collect_overrides,
+)
+from megatron_hypenet.config.checks import check_layout
+from megatron_hypenet.config.loader import dump_config, load_model_config, load_run_config, read_yaml
+from megatron_hypenet.config.model import ModelConfig
+from megatron_hypenet.config.schema import STAGES, RunConfig
+from megatron_hypenet.errors import ConfigError, UsageError
+
+app = typer.Typer(help="Show, validate or describe a run configuration.", no_args_is_help=True, add_completion=False)
+
+
+@app.command()
+def show(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    tp: TensorParallelOption = None,
+    pp: PipelineParallelOption = None,
+    cp: ContextParallelOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Print the resolved configuration: includes, defaults and overrides merged.
+
+    Example: hypenet config show configs/run/demo.yaml align.lr=3e-4
+    """
+    run = load_run_config(config, collect_overrides(overrides, tp=tp, pp=pp, cp=cp))
+    typer.echo(json.dumps(run.model_dump(mode="json"), indent=2) if as_json else dump_config(run).rstrip())
+
+
+@app.command()
+def validate(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    tp: TensorParallelOption = None,
+    pp: PipelineParallelOption = None,
+    cp: ContextParallelOption = None,
+    model: Annotated[Path | None, typer.Option("--model", help="Model shape (YAML of configs/model) to check the layout against.")] = None,
+    world_size: Annotated[int, typer.Option("--world-size", min=1, help="Processes the run will have; used with --model.")] = 1,
+    as_json: JsonOption = False,
+) -> None:
+    """Check a run configuration, or a model shape from configs/model; exit 3 with all problems when it is invalid.
+
+    Example: hypenet config validate configs/run/distill_2b.yaml teacher=T data=D --model configs/model/hypenet_2b.yaml --world-size 8
+    """
+    words = collect_overrides(overrides, tp=tp, pp=pp, cp=cp)
+    if is_model_file(config):
+        if words or model is not None:
+            raise UsageError(f"{config} is a model shape; it takes no overrides and no --model")
+        shape = load_model_config(config)
+        summary = {"file": str(config), "kind": "model", "num_layers": shape.num_layers, "attention_layers": list(shape.attention_layers)}
+    else:
+        run = load_run_config(config, words)
+        if model is not None:
+            check_layout(load_model_config(model), run, world_size)
+        summary = {"file": str(config), "kind": "run", "tokens": stage_tokens(run)}
+    if as_json:
+        typer.echo(json.dumps(summary))
+    else:
+        typer.echo(f"{config}: valid {summary['kind']} configuration; " + describe(summary))
+
+
+@app.command()
+def schema(
+    of: Annotated[str, typer.Argument(metavar="[run|model]", help="Which configuration to describe.")] = "run",
+) -> None:
+    """Print the JSON schema, for editors that complete and check YAML. The same as a page: docs/config.md."""
+    kinds: dict[str, type[RunConfig] | type[ModelConfig]] = {"run": RunConfig, "model": ModelConfig}
+    if of not in kinds:
+        raise UsageError(f"unknown configuration {of!r}; choose run or model")
+    typer.echo(json.dumps(kinds[of].model_json_schema(), indent=2))
+
+
+def is_model_file(path: Path) -> bool:
+    """True when the YAML at `path` has the keys of a model and none that only a run has."""
+    keys = set(read_yaml(path))
+    if not keys:
+        raise ConfigError(f"{path}: the file is empty; a run needs at least output_dir, teacher, data and the stages")
+    return "num_layers" in keys and not keys & (set(RunConfig.model_fields) | {"include"})
+
+
+def stage_tokens(run: RunConfig) -> dict[str, int]:
+    """Tokens each stage reads."""
+    return {name: run.stage(name).tokens_per_step * run.stage(name).train_iters for name in STAGES}
+
+
+def describe(summary: dict[str, object]) -> str:
+    """The part of the summary a person wants on one line."""
+    if isinstance(tokens := summary.get("tokens"), dict):
+        return "tokens: " + ", ".join(f"{name} {count:,}" for name, count in tokens.items())
+    return f"{summary['num_layers']} layers, softmax in {summary['attention_layers']}"

@@ -1,0 +1,204 @@
+"""`hypenet doctor`: is this machine ready? Versions, devices, compilers, memory and disk, each with a verdict and the fix."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from megatron_hypenet.cli.options import JsonOption
+from megatron_hypenet.errors import SetupError
+
+app = typer.Typer(add_completion=False)
+
+Verdict = Literal["ok", "note", "broken"]
+PACKAGE = "megatron-hypenet"
+MIN_PYTHON = (3, 11)
+MIN_FREE_DISK_GIB = 2.0
+MIN_RAM_GIB = 2.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report."""
+
+    name: str
+    verdict: Verdict
+    detail: str
+    fix: str = ""
+
+
+@app.command()
+def doctor(
+    as_json: JsonOption = False,
+    folder: Annotated[Path, typer.Option("--folder", help="Where runs will be written: its free space is checked.")] = Path("."),
+) -> None:
+    """Check this machine and exit 4 when something required is broken.
+
+    Examples: hypenet doctor; hypenet doctor --json --folder /scratch/runs
+    """
+    findings = examine(folder)
+    broken = [finding for finding in findings if finding.verdict == "broken"]
+    if as_json:
+        typer.echo(json.dumps({"ok": not broken, "findings": [asdict(finding) for finding in findings]}))
+    else:
+        typer.echo(as_table(findings))
+    if broken:
+        fixes = "\n".join(f"  {finding.name}: {finding.fix or finding.detail}" for finding in broken)
+        raise SetupError(f"this machine is not ready: {', '.join(finding.name for finding in broken)}\n{fixes}")
+
+
+def examine(folder: Path) -> list[Finding]:
+    """All findings, in the order they are printed. Nothing here raises: what cannot be found out is a finding."""
+    parts: list[Callable[[], list[Finding]]] = [
+        check_python,
+        check_versions,
+        check_torch,
+        lambda: [check_import("megatron.core", "megatron-core"), check_import("deepspeed", "deepspeed")],
+        check_compilers,
+        lambda: [check_memory(), check_disk(folder)],
+    ]
+    findings = []
+    for part in parts:
+        try:
+            findings += part()
+        except Exception as error:
+            findings.append(Finding("doctor", "broken", f"a check failed: {type(error).__name__}: {error}"))
+    return findings
+
+
+def as_table(findings: list[Finding]) -> str:
+    """One line per finding, verdict first, fixes indented below."""
+    width = max(len(finding.name) for finding in findings)
+    lines = []
+    for finding in findings:
+        lines.append(f"{finding.verdict:<6}  {finding.name:<{width}}  {finding.detail}")
+        if finding.fix:
+            lines.append(f"{'':<6}  {'':<{width}}  -> {finding.fix}")
+    return "\n".join(lines)
+
+
+def check_python() -> list[Finding]:
+    """Python itself and the machine it runs on."""
+    version = platform.python_version()
+    good = sys.version_info[:2] >= MIN_PYTHON
+    detail = f"{version} on {platform.system()} {platform.machine()}, {os.cpu_count()} CPUs"
+    return [Finding("python", "ok" if good else "broken", detail, "" if good else "install Python 3.11 or 3.12")]
+
+
+def check_versions() -> list[Finding]:
+    """Every required library against the range that pyproject.toml declares, read from installed metadata."""
+    from packaging.requirements import Requirement
+
+    try:
+        declared = importlib.metadata.requires(PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError:
+        return [Finding(PACKAGE, "broken", "not installed", "make install, or pip install -e .")]
+    findings = []
+    for line in declared:
+        requirement = Requirement(line)
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        findings.append(check_version(requirement.name, str(requirement.specifier)))
+    return findings
+
+
+def check_version(name: str, wanted: str) -> Finding:
+    """One library: installed, and inside the range `wanted`?"""
+    from packaging.specifiers import SpecifierSet
+
+    try:
+        version = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(name, "broken", f"not installed, needs {wanted}", f"pip install '{name}{wanted}'")
+    if SpecifierSet(wanted).contains(version, prereleases=True):
+        return Finding(name, "ok", f"{version} (needs {wanted})")
+    return Finding(name, "broken", f"{version}, needs {wanted}", f"pip install '{name}{wanted}'")
+
+
+def check_torch() -> list[Finding]:
+    """Devices that torch sees and the collectives it was built with."""
+    try:
+        import torch
+    except Exception as error:
+        return [Finding("devices", "broken", f"torch does not import: {error}", "reinstall torch for this machine")]
+    findings = []
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            findings.append(Finding(f"cuda:{index}", "ok", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"))
+    else:
+        findings.append(Finding("devices", "note", "no CUDA device; everything runs on the CPU, in float32", ""))
+    available = torch.distributed.is_available()
+    for backend, needed in (("gloo", not torch.cuda.is_available()), ("nccl", torch.cuda.is_available())):
+        there = available and getattr(torch.distributed, f"is_{backend}_available")()
+        verdict: Verdict = "ok" if there else "broken" if needed else "note"
+        fix = f"install a build of torch with {backend}" if verdict == "broken" else ""
+        findings.append(Finding(backend, verdict, "available" if there else "not in this build of torch", fix))
+    return findings
+
+
+def check_import(module: str, package: str) -> Finding:
+    """Does the library import? Its own warnings are kept off the report."""
+    import contextlib
+    import io
+
+    noise = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(noise), contextlib.redirect_stderr(noise):
+            importlib.import_module(module)
+    except Exception as error:
+        detail = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+        return Finding(f"import {module}", "broken", detail, f"reinstall {package}: make install")
+    return Finding(f"import {module}", "ok", "works")
+
+
+def check_compilers() -> list[Finding]:
+    """g++, ninja and nvcc: needed only to build optional DeepSpeed operations."""
+    findings = []
+    for tool, purpose, fix in (
+        ("g++", "builds DeepSpeed's optional operations, such as CPU offload of the optimizer", "apt-get install g++"),
+        ("ninja", "drives these builds", "pip install ninja"),
+        ("nvcc", "builds CUDA operations", "install the CUDA toolkit, on a GPU machine that needs them"),
+    ):
+        path = shutil.which(tool) or shutil.which(tool, path=str(Path(sys.executable).parent))
+        findings.append(Finding(tool, "ok", path) if path else Finding(tool, "note", f"not found; {purpose}", fix))
+    return findings
+
+
+def check_memory() -> Finding:
+    """RAM: what is free now and what there is."""
+    try:
+        import psutil
+    except ImportError as error:
+        return Finding("memory", "broken", f"psutil does not import: {error}", "pip install psutil")
+    memory = psutil.virtual_memory()
+    free, total = memory.available / 2**30, memory.total / 2**30
+    detail = f"{free:.1f} GiB free of {total:.1f} GiB"
+    if free < MIN_RAM_GIB:
+        return Finding("memory", "note", detail, f"the demo needs about {MIN_RAM_GIB:g} GiB free")
+    return Finding("memory", "ok", detail)
+
+
+def check_disk(folder: Path) -> Finding:
+    """Free space where runs will be written, or at the nearest folder above that exists."""
+    place = folder.resolve()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free / 2**30
+    detail = f"{free:.1f} GiB free at {place}"
+    if not os.access(place, os.W_OK):
+        return Finding("disk", "broken", f"{place} is not writable", "choose another --folder")
+    if free < MIN_FREE_DISK_GIB:
+        return Finding("disk", "broken", detail, f"checkpoints of the demo need {MIN_FREE_DISK_GIB:g} GiB; free some space")
+    return Finding("disk", "ok", detail)
