@@ -106,7 +106,7 @@ def export_hf(
     ConversionError. `progress` gets a line per weight file.
     """
     hf_dir = Path(hf_dir)
-    _refuse_existing(hf_dir, overwrite)
+    refuse_existing(hf_dir, overwrite)
     plan = plan_export(ckpt_dir, attn_logits_scaling=attn_logits_scaling, dtype=dtype, max_shard_bytes=max_shard_bytes)
     manifest = load.read_manifest(plan.folder)
     with _staged(hf_dir, overwrite) as temporary:
@@ -156,7 +156,8 @@ def _generation_config(config: dict[str, Any], origin: dict[str, Any] | None) ->
     return {**tokens, **{key: value for key, value in (origin or {}).items() if key != "transformers_version"}}
 
 
-def _refuse_existing(target: Path, overwrite: bool) -> None:
+def refuse_existing(target: Path, overwrite: bool) -> None:
+    """ConversionError if something stands at `target`, unless it may be replaced and is an exported folder or empty."""
     if not target.exists():
         return
     if not overwrite:
@@ -175,7 +176,7 @@ def _staged(target: Path, overwrite: bool) -> Iterator[Path]:
         temporary.mkdir()
         yield temporary
         fmt.fsync_tree(temporary)
-        _refuse_existing(target, overwrite)
+        refuse_existing(target, overwrite)
         aside = target.parent / f".{target.name}.old-{os.getpid()}"
         if target.exists():
             os.replace(target, aside)

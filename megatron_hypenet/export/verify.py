@@ -1,0 +1,250 @@
+"""Proof that a Hugging Face folder and a checkpoint are the same model: equal bits, and equal logits from two implementations.
+
+transformers runs the folder (its own Qwen3, or the modelling code that our exports carry), Megatron-core runs the checkpoint, both on the
+same random token ids. Code that came with the folder is never run.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_hypenet.checkpoint import load
+from megatron_hypenet.config.model import ModelConfig
+from megatron_hypenet.config.schema import ParallelConfig
+from megatron_hypenet.errors import VerificationError
+from megatron_hypenet.export import hf_config, mapping
+from megatron_hypenet.export.from_hf import ImportPlan, parse_dtype, plan_import
+
+TOLERANCE = {"float64": 1e-5, "float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-3}
+"""Largest accepted difference of logits, relative to the largest logit, by compute dtype. Both sides sum in other orders; Megatron's RoPE
+tables are fp32 in every dtype. Measured on the golden models: 4e-7 in float64, 2e-6 in float32."""
+_COSMETIC = ("attn_logits_scaling", "max_position_embeddings", "init_method_std", "bos_token_id", "eos_token_id", "pad_token_id")
+"""Settings that may differ between a checkpoint and its export; logits are compared with the folder's logit scaling."""
+
+
+@dataclass
+class TensorReport:
+    """Outcome of the bitwise comparison."""
+
+    compared: int = 0
+    equal: int = 0
+    cast: int = 0
+    """Tensors stored in different dtypes, compared after casting the wider to the narrower."""
+    different: list[str] = field(default_factory=list)
+    """Hugging Face names of tensors whose values differ."""
+
+
+@dataclass
+class LogitsReport:
+    """Outcome of running both models; differences are relative to the largest reference value."""
+
+    dtype: str
+    tokens: int
+    max_abs_diff: float
+    max_rel_diff: float
+    cosine: float
+    top1_agreement: float
+    tolerance: float
+    first_diverging: str | None
+    """Where the hidden states part for the first time, None when they agree throughout."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether logits and hidden states agree within the tolerance. NaN never does."""
+        return self.max_rel_diff <= self.tolerance and self.first_diverging is None
+
+
+@dataclass
+class Report:
+    """Everything that was compared."""
+
+    hf_dir: str
+    ckpt_dir: str
+    config_differences: list[str]
+    notes: list[str]
+    """Differences that are allowed, such as another logit scaling."""
+    tensors: TensorReport
+    logits: LogitsReport | None
+
+    @property
+    def ok(self) -> bool:
+        """Whether all comparisons that were made agree."""
+        return not self.problems()
+
+    def problems(self) -> list[str]:
+        """What differs, one line each."""
+        lines = [f"configuration: {line}" for line in self.config_differences]
+        if self.tensors.different:
+            first = ", ".join(self.tensors.different[:3])
+            lines.append(f"{len(self.tensors.different)} of {self.tensors.compared} tensors differ, first {first}")
+        if self.logits is not None and not self.logits.ok:
+            where = f", hidden states part at {self.logits.first_diverging}" if self.logits.first_diverging else ""
+            lines.append(
+                f"logits differ by {self.logits.max_rel_diff:.3g} of the largest logit (limit {self.logits.tolerance:g} in"
+                f" {self.logits.dtype}), top-1 agreement {100 * self.logits.top1_agreement:.2f} %{where}"
+            )
+        return lines
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON, with the verdict."""
+        return {"ok": self.ok, **asdict(self)}
+
+    def require_ok(self) -> None:
+        """VerificationError naming what differs."""
+        if not self.ok:
+            lines = "\n  ".join(self.problems())
+            raise VerificationError(f"{self.hf_dir} and {self.ckpt_dir} are not the same model:\n  {lines}\nimport or export again")
+
+
+def verify(
+    hf_dir: Path | str,
+    ckpt_dir: Path | str,
+    *,
+    dtype: str = "float32",
+    num_tokens: int = 128,
+    seed: int = 1234,
+    logits: bool = True,
+    progress: Callable[[str], None] | None = None,
+) -> Report:
+    """Compare configuration and tensors, then (with `logits`) both models' logits on 2 x `num_tokens` random token ids in `dtype`.
+
+    Raises ConversionError, ConfigError or CheckpointError when a side cannot be read; differences are in the report."""
+    say = progress or (lambda line: None)
+    plan = plan_import(Path(hf_dir))
+    folder = load.resolve(Path(ckpt_dir))
+    different, notes = compare_configs(plan.config, load.read_model_config(folder))
+    say(f"comparing {len(plan.entries)} tensors of {folder} with {hf_dir}")
+    tensors = compare_tensors(plan, folder)
+    report = Report(str(hf_dir), str(folder), different, notes, tensors, None)
+    # two models of different shape cannot be run side by side; the report already says so
+    if logits and not different:
+        ids = torch.randint(plan.config.vocab_size, (2, num_tokens), generator=torch.Generator().manual_seed(seed))
+        say(f"running the checkpoint in Megatron-core ({dtype})")
+        ours = run_checkpoint(folder, plan.config, ids, dtype)
+        say(f"running the folder in transformers ({dtype})")
+        theirs = run_hf(Path(hf_dir), plan.config, ids, dtype)
+        report.logits = compare_logits(theirs, ours, dtype)
+    return report
+
+
+def compare_configs(folder: ModelConfig, checkpoint: ModelConfig) -> tuple[list[str], list[str]]:
+    """(differences that change the model, differences that may be), one line each."""
+    lines: tuple[list[str], list[str]] = ([], [])
+    for name in ModelConfig.model_fields:
+        theirs, ours = getattr(folder, name), getattr(checkpoint, name)
+        if theirs != ours:
+            lines[name in _COSMETIC].append(f"{name}: folder {theirs!r}, checkpoint {ours!r}")
+    return lines
+
+
+def compare_tensors(plan: ImportPlan, folder: Path) -> TensorReport:
+    """Bitwise, one tensor at a time. ConversionError when the checkpoint's names are not those of the folder's model."""
+    reader = load.open_weights(folder)
+    mapping.check_names((entry.ours for entry in plan.entries), reader, where=str(folder))
+    report = TensorReport()
+    for entry in plan.entries:
+        stored = reader[entry.ours]
+        mapping.check_shape(entry.ours, tuple(stored.shape), entry.shape, where=str(folder))
+        for name, ours in entry.split(stored).items():
+            theirs = plan.weights[name]
+            report.compared += 1
+            report.cast += theirs.dtype != ours.dtype
+            narrow = min(theirs.dtype, ours.dtype, key=lambda dtype: dtype.itemsize)
+            if same_bits(theirs.to(narrow), ours.to(narrow)):
+                report.equal += 1
+            else:
+                report.different.append(name)
+    return report
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal bit for bit: unlike torch.equal, NaN equals itself and 0 differs from -0."""
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+@torch.no_grad()
+def run_checkpoint(folder: Path, config: ModelConfig, ids: Tensor, dtype: str) -> list[Tensor]:
+    """Input of each layer, final-norm output, then logits, all [b, t, ...] on the CPU, from Megatron-core in this one process."""
+    from megatron_hypenet.model.hypenet import build_model
+
+    model = build_model(load.read_model_config(folder), ParallelConfig(), dtype=parse_dtype(dtype))
+    load.load_model(model, folder)
+    model.set_attn_logits_scaling(config.attn_logits_scaling)
+    model.eval()
+    ids = ids.to(next(model.parameters()).device)
+    found = [tensor.cpu() for tensor in (*model.hidden_states(ids), model(ids))]
+    del model
+    _release()
+    return found
+
+
+@torch.no_grad()
+def run_hf(hf_dir: Path, config: ModelConfig, ids: Tensor, dtype: str) -> list[Tensor]:
+    """The same from transformers: its Qwen3, or our modelling code with the folder's weights."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    from megatron_hypenet.export.hf_remote.configuration_hypenet import HypeNetConfig
+    from megatron_hypenet.export.hf_remote.modeling_hypenet import HypeNetForCausalLM
+
+    options: dict[str, Any] = {"dtype": parse_dtype(dtype), "local_files_only": True}
+    bar = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        if config.is_teacher:
+            model = AutoModelForCausalLM.from_pretrained(hf_dir, trust_remote_code=False, **options)
+        else:
+            plain = hf_config.hf_config_from_model(config, torch_dtype=dtype)
+            model = HypeNetForCausalLM.from_pretrained(hf_dir, config=HypeNetConfig.from_dict(plain), **options)
+    finally:
+        if bar:
+            logging.enable_progress_bar()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = model.eval().to(device)
+    out = model(ids.to(device), output_hidden_states=True, use_cache=False)
+    found = [tensor.cpu() for tensor in (*out.hidden_states, out.logits)]
+    del model, out
+    _release()
+    return found
+
+
+def compare_logits(reference: list[Tensor], found: list[Tensor], dtype: str) -> LogitsReport:
+    """Compare what `run_hf` and `run_checkpoint` returned; both end with logits [b, t, vocab]."""
+    if len(reference) != len(found):
+        raise VerificationError(f"the folder's model gave {len(reference) - 1} hidden states, the checkpoint's {len(found) - 1}")
+    tolerance = TOLERANCE[dtype]
+    first = None
+    places = ["the embedding", *(f"layer {layer}" for layer in range(len(found) - 3)), f"layer {len(found) - 3} or the final norm"]
+    for place, theirs, ours in zip(places, reference[:-1], found[:-1], strict=True):
+        if not _relative(theirs, ours) <= tolerance:
+            first = place
+            break
+    theirs, ours = reference[-1].double(), found[-1].double()
+    return LogitsReport(
+        dtype=dtype,
+        tokens=theirs[..., 0].numel(),
+        max_abs_diff=float((theirs - ours).abs().max()),
+        max_rel_diff=_relative(theirs, ours),
+        cosine=float(torch.nn.functional.cosine_similarity(theirs, ours, dim=-1).min()),
+        top1_agreement=float((theirs.argmax(-1) == ours.argmax(-1)).double().mean()),
+        tolerance=tolerance,
+        first_diverging=first,
+    )
+
+
+def _relative(reference: Tensor, found: Tensor) -> float:
+    reference, found = reference.double(), found.double()
+    return float((reference - found).abs().max() / reference.abs().max().clamp(min=torch.finfo(torch.float64).tiny))
+
+
+def _release() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
