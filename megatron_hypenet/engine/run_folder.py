@@ -22,6 +22,7 @@ from typing import Any
 
 import yaml
 
+from megatron_hypenet.config.loader import dump_config
 from megatron_hypenet.config.schema import RunConfig
 from megatron_hypenet.errors import ConfigError, DataError, UsageError
 
@@ -115,7 +116,7 @@ class RunFolder:
         elif present:
             self.check_same(run)
         self.root.mkdir(parents=True, exist_ok=True)
-        write_text(self.config_file, yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False))
+        write_text(self.config_file, dump_config(run))
 
     def check_same(self, run: RunConfig) -> None:
         """ConfigError unless `run` has the stored settings, those in MAY_CHANGE aside; does nothing for a new folder."""
@@ -149,7 +150,19 @@ class RunFolder:
         steps = dict(manifest.get("steps", {}))
         finished = datetime.now(UTC).isoformat(timespec="seconds")
         steps[step] = {"fingerprint": fingerprint, "seconds": round(seconds, 3), "finished": finished, **details}
-        write_json(self.manifest_file, {"format_version": 1, "software": dict(software), "steps": steps})
+        write_json(self.manifest_file, {**manifest, "format_version": 1, "software": dict(software), "steps": steps})
+
+    def begin(self, step: str, fingerprint: str) -> None:
+        """Note that `step` was started with these inputs, so that another attempt with the same ones may continue it."""
+        manifest = self._manifest()
+        steps = {name: record for name, record in manifest.get("steps", {}).items() if name != step}
+        started = {**manifest.get("started", {}), step: fingerprint}
+        write_json(self.manifest_file, {**manifest, "format_version": 1, "started": started, "steps": steps})
+
+    def started(self, step: str) -> str | None:
+        """Fingerprint with which `step` was last started; None when it never was."""
+        fingerprint: str | None = self._manifest().get("started", {}).get(step)
+        return fingerprint
 
     def _manifest(self) -> dict[str, Any]:
         if not self.manifest_file.is_file():
@@ -164,8 +177,13 @@ class RunFolder:
 def difference(stored: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
     """`key: stored -> present` for every setting that differs and is not in MAY_CHANGE, by dotted key."""
     old, new = _flat(stored), _flat(present)
-    keys = [key for key in {**old, **new} if old.get(key) != new.get(key) and not any(fnmatch.fnmatch(key, rule) for rule in MAY_CHANGE)]
+    keys = [key for key in {**old, **new} if old.get(key) != new.get(key) and not _may_change(key)]
     return [f"{key}: {_shown(old, key)} there, {_shown(new, key)} now" for key in keys]
+
+
+def settled(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that decide a result, by dotted key: all but those in MAY_CHANGE."""
+    return {key: value for key, value in _flat(settings).items() if not _may_change(key)}
 
 
 def fingerprint_of(payload: Mapping[str, Any]) -> str:
@@ -212,6 +230,10 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(value, Mapping):
         return {prefix: list(value) if isinstance(value, tuple) else value}
     return {key: leaf for name, inner in value.items() for key, leaf in _flat(inner, f"{prefix}.{name}" if prefix else str(name)).items()}
+
+
+def _may_change(key: str) -> bool:
+    return any(fnmatch.fnmatch(key, rule) for rule in MAY_CHANGE)
 
 
 def _shown(flat: Mapping[str, Any], key: str) -> str:

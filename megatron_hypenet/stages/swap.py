@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -38,9 +38,9 @@ class AlignedMixers(nn.Module):
             mixers[block.layer_number - 1] = mixer.init_from_attention(block.self_attention, seed=seed)
         return cls(config, mixers)
 
-    def items(self) -> Iterator[tuple[int, nn.Module]]:
+    def items(self) -> Iterator[tuple[int, Mixer]]:
         """Global layer index and mixer, in order."""
-        return ((int(layer), mixer) for layer, mixer in self.mixers.items())
+        return ((int(layer), cast(Mixer, mixer)) for layer, mixer in self.mixers.items())
 
     def of_layer(self, layer: int) -> nn.Module:
         """The mixer of global layer `layer`."""
@@ -49,7 +49,7 @@ class AlignedMixers(nn.Module):
     def sharded_state_dict(self, prefix: str = "") -> dict[str, Any]:
         """Megatron sharded tensors under the names that the mixers have in a student."""
         tensors: dict[str, Any] = {}
-        for layer, mixer in self.mixers.items():
+        for layer, mixer in self.items():
             tensors.update(mixer.sharded_state_dict(f"{prefix}decoder.layers.{layer}.self_attention."))
         return tensors
 

@@ -1,0 +1,129 @@
+"""Choose the layers that keep softmax attention.
+
+`hypenet select CONFIG.yaml` swaps each layer of the teacher for its aligned RNN mixer, scores it, and ranks the layers.
+`hypenet select rank` only ranks a scores file, which may come from any evaluation harness; it needs no tensors and imports none.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from megatron_hypenet.cli.options import (
+    ConfigArgument,
+    ContextParallelOption,
+    DryRunOption,
+    JsonOption,
+    OverridesArgument,
+    PipelineParallelOption,
+    TensorParallelOption,
+    collect_overrides,
+)
+
+if TYPE_CHECKING:
+    from megatron_hypenet.stages.select import LayerScores, Selection
+
+
+class _ConfigByDefault(typer.core.TyperGroup):
+    """`hypenet select CONFIG.yaml` is short for `hypenet select sweep CONFIG.yaml`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put the default command in front unless a command or --help is there."""
+        if args and args[0] not in self.commands and args[0] not in ("--help", "-h"):
+            args = ["sweep", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, no_args_is_help=True, cls=_ConfigByDefault, help=__doc__)
+
+
+@app.command()
+def rank(
+    scores: Annotated[Path, typer.Option("--scores", help='Scores file: {"layers": {"0": {"recall": .., "commonsense": ..}, ..}}.')],
+    num_attention: Annotated[int, typer.Option("--num-attention", help="Layers that keep attention; the paper keeps a quarter.")],
+    out: Annotated[Path | None, typer.Option("--out", help="File for mixer_types and attention_layers (JSON).")] = None,
+    cap: Annotated[float, typer.Option("--cap", help="Largest importance a layer can have.")] = 50.0,
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Rank the layers of a scores file by importance and write which keep attention.
+
+    Example: hypenet select rank --scores scores.json --num-attention 7 --out mixers.json
+    """
+    from megatron_hypenet.engine.run_folder import write_json
+    from megatron_hypenet.errors import UsageError
+    from megatron_hypenet.stages.select import load_scores
+    from megatron_hypenet.stages.select import rank as rank_layers
+
+    if not cap > 0:
+        raise UsageError(f"--cap={cap}: the largest importance must be above 0")
+    layer_scores = load_scores(scores)
+    selection = rank_layers(layer_scores, num_attention, cap=cap)
+    if out is not None and not dry_run:
+        try:
+            write_json(out, selection.to_json())
+        except OSError as error:
+            raise UsageError(f"--out {out}: cannot be written: {error.strerror}; choose a writable place") from error
+    show(layer_scores, selection, as_json=as_json)
+    if out is not None:
+        print(f"{'would write' if dry_run else 'wrote'} {out}", file=sys.stderr)
+
+
+@app.command()
+def sweep(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    tp: TensorParallelOption = None,
+    pp: PipelineParallelOption = None,
+    cp: ContextParallelOption = None,
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Score every layer of an aligned run, then rank. Continues a sweep that was interrupted. (`sweep` itself may be left out.)
+
+    Example: hypenet select configs/run/quickstart.yaml teacher=/models/Qwen3-0.6B data=corpus.txt
+    """
+    from megatron_hypenet.config.checks import refuse_unbuilt_axes
+    from megatron_hypenet.config.loader import load_run_config
+
+    run = load_run_config(config, collect_overrides(overrides, tp=tp, pp=pp, cp=cp))
+    refuse_unbuilt_axes(run.parallel, "select")
+    if dry_run:
+        from megatron_hypenet.engine.run_folder import RunFolder
+
+        folder = RunFolder(run.output_dir)
+        folder.check_same(run)
+        plan = {"teacher": str(run.teacher), "aligned": str(folder.stage("align")), "scores": str(folder.scores_file)}
+        print(json.dumps(plan) if as_json else "\n".join(f"{name}: {place}" for name, place in plan.items()))
+        return
+    from megatron_hypenet.cli.steps import prepared_pipeline
+
+    with prepared_pipeline(run) as pipeline:
+        pipeline.run_through("select")
+        layer_scores, selection = pipeline.selection()
+        if pipeline.is_main:
+            show(layer_scores, selection, as_json=as_json)
+            print(f"wrote {pipeline.folder.scores_file} and {pipeline.folder.mixers_file}", file=sys.stderr)
+
+
+def show(scores: LayerScores, selection: Selection, *, as_json: bool) -> None:
+    """The ranking on stdout: a table with one row per layer, most important first, or one JSON object."""
+    if as_json:
+        print(json.dumps({**selection.to_json(), "importance": list(selection.importance)}))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    order = sorted(range(scores.num_layers), key=lambda layer: (-selection.importance[layer], layer))
+    table = Table(title=f"{len(selection.attention_layers)} of {scores.num_layers} layers keep attention")
+    for heading in ("rank", "layer", "recall", "commonsense", "importance"):
+        table.add_column(heading, justify="right")
+    table.add_column("mixer")
+    for position, layer in enumerate(order, start=1):
+        numbers = (scores.recall[layer], scores.commonsense[layer], selection.importance[layer])
+        table.add_row(str(position), str(layer), *(f"{value:.3f}" for value in numbers), selection.mixer_types[layer])
+    Console(file=sys.stdout).print(table)

@@ -1,0 +1,141 @@
+"""One HALO stage from checkpoints to checkpoint: build the models, load them strictly, train, hand on."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_hypenet.checkpoint.load import load_model, open_weights, read_manifest, read_model_config, resolve, tokenizer_dir
+from megatron_hypenet.checkpoint.save import write_weights
+from megatron_hypenet.checkpoint.shards import LazyTensor, ShardReader
+from megatron_hypenet.config.model import ModelConfig
+from megatron_hypenet.config.schema import HeadStageConfig, RunConfig
+from megatron_hypenet.errors import CheckpointError, ConfigError
+from megatron_hypenet.model.hypenet import HypeNetModel, build_model
+from megatron_hypenet.parallel.cpu import device
+from megatron_hypenet.stages.align import AlignStage
+from megatron_hypenet.stages.assemble import fresh_gate, plan_assembly
+from megatron_hypenet.stages.base import StageModule
+from megatron_hypenet.stages.distill import DistillStage
+from megatron_hypenet.stages.finetune import FinetuneStage
+from megatron_hypenet.stages.swap import AlignedMixers
+
+logger = logging.getLogger(__name__)
+
+STAGE_ALIASES = {"1": "align", "2": "distill", "3": "finetune"}
+"""HALO's stage numbers for the names of the three training stages."""
+
+
+def compute_dtype(run: RunConfig) -> torch.dtype:
+    """Dtype of weights and activations: as configured; `auto` is bfloat16 on CUDA and float32 on a CPU."""
+    if run.precision == "auto":
+        return torch.bfloat16 if device().type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[run.precision]
+
+
+def load_hypenet(run: RunConfig, folder: Path, *, trunk_only: bool = False) -> HypeNetModel:
+    """The model of a checkpoint in the run's dtype and layout, filled strictly; a trunk leaves the tensors after the last mixer unread."""
+    model = build_model(read_model_config(folder), run.parallel, dtype=compute_dtype(run), seed=run.seed, trunk_only=trunk_only)
+    load_model(model, folder, allow_unused=trunk_only)
+    return model
+
+
+def load_teacher(run: RunConfig, folder: Path, *, trunk_only: bool = False) -> HypeNetModel:
+    """`load_hypenet` for a teacher; CheckpointError when the checkpoint is a HypeNet already."""
+    config = read_model_config(folder)
+    if not config.is_teacher:
+        raise CheckpointError(
+            f"{folder} is not a teacher: a teacher has softmax attention with RoPE and without output gate in every layer, this has "
+            f"{len(config.attention_layers)} softmax layers of {config.num_layers}; point teacher to a Qwen3 model"
+        )
+    return load_hypenet(run, folder, trunk_only=trunk_only)
+
+
+def load_aligned(run: RunConfig, teacher: HypeNetModel, folder: Path) -> AlignedMixers:
+    """The RNN mixers that stage 1 trained, for the layers of `teacher`."""
+    mixers = AlignedMixers.beside(teacher, seed=run.seed)
+    load_model(mixers, folder)
+    return mixers
+
+
+def build_stage(name: str, run: RunConfig, *, teacher: Path | None = None, init: Path | None = None) -> StageModule:
+    """The stage module with all weights loaded.
+
+    `teacher` is needed by align and distill, `init` (the student to start from) by distill and finetune. Raises CheckpointError.
+    """
+    if name == "align":
+        trunk = load_teacher(run, _needed(teacher, name, "teacher"), trunk_only=True)
+        return AlignStage(trunk, AlignedMixers.beside(trunk, seed=run.seed))
+    student = load_hypenet(run, _needed(init, name, "init"))
+    if student.model_config.is_teacher:
+        raise CheckpointError(
+            f"{init} is a teacher, but stage {name} trains a student; give the assembled student or the result of stage 2"
+        )
+    config = run.stage(name)
+    assert isinstance(config, HeadStageConfig), "distill and finetune run through the head"
+    if name == "finetune":
+        return FinetuneStage(student, chunk_tokens=config.vocab_chunk_tokens)
+    mentor = load_teacher(run, _needed(teacher, name, "teacher"))
+    if mentor.model_config.vocab_size != student.model_config.vocab_size:
+        raise CheckpointError(
+            f"teacher {teacher} has vocab_size={mentor.model_config.vocab_size}, student {init} {student.model_config.vocab_size}; "
+            "distillation compares distributions over one vocabulary: use the teacher the student was made from"
+        )
+    return DistillStage(student, mentor, chunk_tokens=config.vocab_chunk_tokens)
+
+
+def assemble(run: RunConfig, teacher: Path, aligned: Path, mixer_types: tuple[str, ...], out: Path) -> ModelConfig:
+    """Write the student that stage 2 starts from; one process, one tensor in memory at a time. Returns its shape."""
+    student = read_model_config(teacher).with_mixers(mixer_types)
+    sources = {"teacher": open_weights(teacher), "aligned": open_weights(aligned)}
+    plan = plan_assembly(student, sources["teacher"], sources["aligned"])
+    tensors: dict[str, Any] = {}
+    for source, names in (("teacher", plan.from_teacher), ("aligned", plan.from_aligned)):
+        for name in names:
+            tensors[name] = _lazy(sources[source], name)
+    for name in plan.fresh_gates:
+        tensors[name] = fresh_gate(name, student, seed=run.seed, dtype=tensors[plan.from_teacher[0]].dtype)
+    origin = read_manifest(resolve(teacher)).hf_config
+    extra = {"teacher": str(teacher), "aligned": str(aligned), "attention_layers": list(student.attention_layers), "hf_config": origin}
+    write_weights(out, tensors, student, kind="student", tokenizer_dir=tokenizer_dir(teacher), extra=extra, overwrite=True)
+    return student
+
+
+def _lazy(reader: ShardReader, name: str) -> LazyTensor:
+    return LazyTensor(reader.shape(name), reader.dtype(name), lambda: reader[name])
+
+
+def parameter_table(stage: StageModule) -> str:
+    """What trains and what is frozen, counted on this process: a stage that trains the wrong thing is seen before its first step."""
+    trains = sum(parameter.numel() for parameter in stage.trainable_parameters().values())
+    lines = [f"  {'trains':<18}{len(stage.trainable_parameters()):>5} tensors {trains:>14,} parameters"]
+    mentor = stage.__dict__.get("teacher")
+    if mentor is not None:
+        frozen = sum(parameter.numel() for parameter in mentor.parameters())
+        lines.append(f"  {'frozen (teacher)':<18}{len(list(mentor.parameters())):>5} tensors {frozen:>14,} parameters")
+    return "\n".join(lines)
+
+
+def release() -> None:
+    """Give the memory of models that went out of scope back, before the next step builds its own."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def stage_name(word: str) -> str:
+    """The stage meant by a name or by HALO's number; ConfigError lists the choices."""
+    name = STAGE_ALIASES.get(word, word)
+    if name not in STAGE_ALIASES.values():
+        raise ConfigError(f"--stage {word}: unknown stage; use align, distill or finetune (or 1, 2, 3)")
+    return name
+
+
+def _needed(path: Path | None, stage: str, role: str) -> Path:
+    if path is None:
+        raise CheckpointError(f"stage {stage} needs a {role} checkpoint; run the step before it, or give --{role} PATH")
+    return path

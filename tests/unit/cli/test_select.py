@@ -1,0 +1,72 @@
+"""`hypenet select rank` as a user starts it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from megatron_hypenet.cli.main import run
+
+SCORES = {
+    "0": {"recall": 80, "commonsense": 50},
+    "1": {"recall": 60, "commonsense": 48},
+    "2": {"recall": 70, "commonsense": 50},
+    "3": {"recall": 60, "commonsense": 48},
+}
+
+
+@pytest.fixture
+def scores(tmp_path):
+    path = tmp_path / "scores.json"
+    path.write_text(json.dumps({"layers": SCORES}))
+    return path
+
+
+def rank(scores, *words):
+    return run(["select", "rank", "--scores", str(scores), *words])
+
+
+def test_rank_writes_the_choice_and_prints_a_table(scores, tmp_path, capsys):
+    out = tmp_path / "new" / "mixers.json"
+    assert rank(scores, "--num-attention", "2", "--out", str(out)) == 0
+    assert json.loads(out.read_text()) == {"mixer_types": ["lightning_attn", "attn", "attn", "lightning_attn"], "attention_layers": [1, 2]}
+    shown = capsys.readouterr()
+    assert "2 of 4 layers keep attention" in shown.out and "50.000" in shown.out
+    assert str(out) in shown.err
+
+
+def test_json_is_one_object_on_stdout(scores, capsys):
+    assert rank(scores, "--num-attention", "1", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["attention_layers"] == [2]
+
+
+def test_dry_run_writes_nothing(scores, tmp_path):
+    assert rank(scores, "--num-attention", "1", "--out", str(tmp_path / "m.json"), "--dry-run") == 0
+    assert not (tmp_path / "m.json").exists()
+
+
+@pytest.mark.parametrize(("number", "code"), [("0", 3), ("5", 3), ("-1", 3), ("many", 2)])
+def test_a_wrong_number_ends_with_its_exit_code(scores, number, code):
+    assert rank(scores, "--num-attention", number) == code
+
+
+def test_a_failed_rank_leaves_an_older_choice_alone(scores, tmp_path, capsys):
+    out = tmp_path / "mixers.json"
+    out.write_text("older")
+    scores.write_text('{"layers": {"0": {"recall": NaN, "commonsense": 1}}}')
+    assert rank(scores, "--num-attention", "1", "--out", str(out)) == 5
+    assert out.read_text() == "older"
+    assert "recall is nan" in capsys.readouterr().err
+
+
+def test_missing_scores_and_bad_cap_are_refused(scores, tmp_path):
+    assert rank(tmp_path / "none.json", "--num-attention", "1") == 5
+    assert rank(scores, "--num-attention", "1", "--cap", "0") == 2
+
+
+def test_ranking_imports_no_tensor_library(scores):
+    code = "import sys; from megatron_hypenet.cli.main import run; run(sys.argv[1:]); print(sorted({'torch', 'numpy'} & set(sys.modules)))"
+    words = ["select", "rank", "--scores", str(scores), "--num-attention", "2", "--json"]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
