@@ -124,7 +124,9 @@ class HypeNetModel(LanguageModule):
         self, prefix: str = "", sharded_offsets: tuple[tuple[int, int, int], ...] = (), metadata: dict[str, Any] | None = None
     ) -> ShardedStateDict:
         """Megatron's sharded state under layout-free keys; tensors only."""
-        return without_extra_state(super().sharded_state_dict(prefix, sharded_offsets, metadata))
+        # LanguageModule's own method insists on an output head, which a trunk does not have.
+        parent = super(LanguageModule, self) if self.trunk_only else super()
+        return without_extra_state(parent.sharded_state_dict(prefix, sharded_offsets, metadata))
 
     @torch.no_grad()
     def hidden_states(self, input_ids: Tensor) -> list[Tensor]:
