@@ -1,0 +1,79 @@
+import json
+
+import pytest
+import yaml
+
+from megatron_hypenet.cli.config import is_model_file
+from megatron_hypenet.cli.main import run
+from megatron_hypenet.errors import ConfigError
+
+
+@pytest.fixture
+def hypenet(capsys, monkeypatch, repo_root):
+    monkeypatch.chdir(repo_root)
+
+    def call(*words):
+        code = run(["config", *words])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def test_show_merges_everything(hypenet):
+    code, out, _ = hypenet("show", "configs/run/distill_2b.yaml", "teacher=T", "data=D", "align.lr=3e-4", "--tp", "2")
+    shown = yaml.safe_load(out)
+    assert code == 0
+    assert shown["align"]["lr"] == 3e-4 and shown["parallel"]["tensor_model_parallel_size"] == 2
+    assert shown["finetune"]["seq_length"] == 16384  # from the include
+    assert shown["checkpoint"]["keep_last"] == 2  # from the schema
+
+
+def test_show_json(hypenet):
+    code, out, _ = hypenet("show", "configs/run/demo.yaml", "--json")
+    assert code == 0 and json.loads(out)["output_dir"] == "runs/demo"
+
+
+def test_validate_says_what_is_trained(hypenet):
+    code, out, _ = hypenet("validate", "configs/run/distill_2b.yaml", "teacher=T", "data=D")
+    assert code == 0 and "align 327,680,000, distill 983,040,000, finetune 1,048,576,000" in out
+    code, out, _ = hypenet("validate", "configs/run/distill_2b.yaml", "teacher=T", "data=D", "--json")
+    assert code == 0 and json.loads(out)["tokens"]["align"] == 327_680_000
+
+
+def test_validate_lists_problems_with_exit_3(hypenet):
+    code, out, err = hypenet("validate", "configs/run/quickstart.yaml", "algin.lr=1")
+    assert code == 3 and out == ""
+    assert "teacher: missing" in err and "data.train: missing" in err and "did you mean 'align'?" in err
+
+
+def test_validate_against_a_model_and_a_world(hypenet):
+    words = ["validate", "configs/run/distill_2b.yaml", "teacher=T", "data=D", "--model", "configs/model/hypenet_2b.yaml"]
+    assert hypenet(*words, "--world-size", "8")[0] == 0
+    assert hypenet(*words, "--world-size", "16", "--tp", "8", "--cp", "2")[0] == 0
+    code, _, err = hypenet(*words, "--world-size", "3", "--tp", "3")
+    assert code == 3 and "tensor_model_parallel_size=3 does not divide" in err
+
+
+@pytest.mark.parametrize("name", ["hypenet_2b", "hypenet_5b", "hypenet_9b", "tiny"])
+def test_validate_model_files(hypenet, name):
+    code, out, _ = hypenet("validate", f"configs/model/{name}.yaml")
+    assert code == 0 and "valid model configuration" in out
+    assert hypenet("validate", f"configs/model/{name}.yaml", "seed=1")[0] == 2
+
+
+def test_empty_file_says_what_a_run_needs(tmp_path):
+    path = tmp_path / "empty.yaml"
+    path.write_text("")
+    with pytest.raises(ConfigError, match="the file is empty"):
+        is_model_file(path)
+
+
+@pytest.mark.parametrize(("kind", "key"), [("run", "align"), ("model", "mixer_types")])
+def test_schema(hypenet, kind, key):
+    code, out, _ = hypenet("schema", kind)
+    assert code == 0 and key in json.loads(out)["properties"]
+
+
+def test_schema_of_something_else(hypenet):
+    assert hypenet("schema", "teacher")[0] == 2
