@@ -133,9 +133,9 @@ def _hashes_of_own_files(temporary: Path) -> dict[str, FileEntry]:
     else:
         gathered = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, (found, failure))
-    for _, error in gathered:
-        if error is not None:
-            raise error
+    for _, fault in gathered:
+        if fault is not None:
+            raise fault
     return {name: entry for part, _ in gathered for name, entry in part.items()}
 
 

@@ -1,0 +1,191 @@
+"""The one door to DeepSpeed: engine configuration, one training step, and access to weights and optimizer state by parameter.
+
+DeepSpeed does data parallelism and ZeRO over Megatron's groups. What is handled here, found with DeepSpeed 0.19.8:
+- ZeRO stage 0 becomes 1: stage 0 has no gradient norm in fp32, and its clipping asks the wrong rank under pipeline parallelism.
+- bf16 with fp32 accumulation at stage 1 selects BF16_Optimizer, which needs `immediate_grad_update`.
+- On a CPU, DeepSpeed compiles a shared-memory collective for inference when its backend starts (24 s, needs a compiler). Training
+  never calls it, so it is marked unusable in DeepSpeed's table of ops.
+- Adam's state is created at the start: DeepSpeed links it to parameters after the first group's first step, and so misses the others.
+- `safe_set_full_*` fails under ZeRO-3 when a parameter's size is no multiple of the group (stage3.py): the local part is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_hypenet.checkpoint.state import Template
+from megatron_hypenet.config.schema import ParallelConfig, StageConfig
+from megatron_hypenet.engine.optim import adamw
+from megatron_hypenet.errors import DivergedError
+from megatron_hypenet.parallel import groups
+
+_MASTER = "fp32_param"
+
+
+def config_dict(stage: StageConfig, *, zero_stage: int, num_micro_batches: int, dtype: torch.dtype) -> dict[str, Any]:
+    """DeepSpeed's configuration for one training stage."""
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": stage.micro_batch_size,
+        "gradient_accumulation_steps": num_micro_batches,
+        "gradient_clipping": stage.clip_grad,
+        "zero_allow_untested_optimizer": True,
+        # overlap_comm has to stay off for Megatron's pipeline schedule at stage 1
+        "zero_optimization": {"stage": max(zero_stage, 1), "overlap_comm": False},
+        "steps_per_print": None,
+    }
+    if dtype == torch.bfloat16:
+        config["bf16"] = {"enabled": True, "immediate_grad_update": True}
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    elif dtype != torch.float32:
+        raise ValueError(f"training runs in float32 or bfloat16, got {dtype}")
+    return config
+
+
+def import_deepspeed() -> Any:
+    """DeepSpeed, told which accelerator to use and to keep quiet, without its CPU inference op."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    os.environ.setdefault("LOCAL_RANK", "0")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+    import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+class TrainingEngine:
+    """A stage module under DeepSpeed. Use: micro_step per micro-batch, then apply; close at the end.
+
+    Also the `EngineState` through which checkpoints reach weights and optimizer state.
+    """
+
+    def __init__(self, module: nn.Module, stage: StageConfig, parallel: ParallelConfig) -> None:
+        """`module` has trainable_parameters() and sharded_state_dict(), lies on its device in its dtype, and stays usable by itself."""
+        self.deepspeed = import_deepspeed()
+        self.module = module
+        trainable: Mapping[str, nn.Parameter] = module.trainable_parameters()  # type: ignore[operator]
+        self.dtype = next(iter(trainable.values())).dtype
+        self.num_micro_batches = stage.num_micro_batches(groups.data_size())
+        self.template = Template(module)
+        self.data_rank = groups.ModelParallelUnit.get_data_parallel_rank()
+        self.data_size = groups.ModelParallelUnit.get_data_parallel_world_size()
+        optimizer = adamw(dict(trainable), stage)
+        self._guard = optimizer.register_step_pre_hook(self._refuse_bad_norm)
+        config = config_dict(stage, zero_stage=parallel.zero_stage, num_micro_batches=self.num_micro_batches, dtype=self.dtype)
+        with _silenced():
+            self.engine, *_ = self.deepspeed.initialize(model=module, optimizer=optimizer, mpu=groups.ModelParallelUnit, config=config)
+        self.zero_stage = self.engine.zero_optimization_stage()
+        self.init_optimizer_state(0)
+
+    def micro_step(self, batch: Mapping[str, Tensor], *, last: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """Forward and backward of one micro-batch; gradients accumulate until the `last` of the step. Returns (loss, metrics) detached."""
+        self.engine.set_gradient_accumulation_boundary(last)
+        loss, metrics = self.engine(batch)
+        self.engine.backward(loss)
+        if not last:
+            self.engine.step()  # only counts: the update waits for the boundary
+        return loss.detach(), metrics
+
+    def apply(self, lr: float) -> float:
+        """Clip, update the weights with learning rate `lr`, clear gradients; returns the gradient norm before clipping.
+
+        DivergedError, with the weights unchanged, when the norm is not finite.
+        """
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        self.engine.step()
+        norm = float(self.engine.get_global_grad_norm())
+        if not math.isfinite(norm) or getattr(self.engine.optimizer, "overflow", False):
+            raise DivergedError(f"the gradient norm is {norm}")
+        return norm
+
+    def _refuse_bad_norm(self, *_: Any) -> None:
+        """Runs inside DeepSpeed's step, between the norm and the first change of a weight; DeepSpeed's own mark for a bad norm is -1."""
+        norm = float(self.engine.optimizer._global_grad_norm)
+        if not math.isfinite(norm) or norm < 0:
+            raise DivergedError("the gradient norm is not finite")
+
+    @contextmanager
+    def gathered(self, parameter: nn.Parameter) -> Iterator[None]:
+        """Inside, `parameter` holds its full local value."""
+        with self.deepspeed.zero.GatheredParameters([parameter]) if self.zero_stage == 3 else contextlib.nullcontext():
+            yield
+
+    def set_weight(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Overwrite the weight the forward pass uses."""
+        if self.zero_stage != 3:
+            parameter.data.copy_(value)
+            return
+        with self.deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            parameter.data.copy_(value)
+
+    def full_state(self, parameter: nn.Parameter, name: str) -> Tensor:
+        """fp32_param, exp_avg or exp_avg_sq of one parameter, full local shape; collective over the data-parallel group."""
+        utils = self.deepspeed.utils
+        full = utils.safe_get_full_fp32_param(parameter) if name == _MASTER else utils.safe_get_full_optimizer_state(parameter, name)
+        assert full is not None, "DeepSpeed holds no optimizer state for a trained parameter"
+        return full
+
+    def set_full_state(self, parameter: nn.Parameter, name: str, value: Tensor) -> None:
+        """Write this rank's part of one state from the full local value."""
+        utils = self.deepspeed.utils
+        if self.zero_stage == 3:
+            self._set_partition(parameter, name, value)
+        elif name == _MASTER:
+            utils.safe_set_full_fp32_param(parameter, value.float())
+        else:
+            utils.safe_set_full_optimizer_state(parameter, value.float(), name)
+
+    def _set_partition(self, parameter: nn.Parameter, name: str, value: Tensor) -> None:
+        optimizer: Any = parameter._z3_optimizer  # type: ignore[attr-defined]
+        key = None if name == _MASTER else name
+        part, _ = optimizer._get_fp32_opt_state_partition(parameter, release_swap_buffers=False, optim_state_key=key)
+        start = part.numel() * optimizer._get_param_partition_rank(parameter)
+        own = value.float().flatten()[start : start + part.numel()]  # the last part is padded beyond the parameter's end
+        part.data.view(-1)[: own.numel()].copy_(own)
+
+    def _flat_parameters(self) -> list[Tensor]:
+        optimizer = self.engine.optimizer
+        if self.zero_stage == 3:
+            return list(optimizer.fp32_partitioned_groups_flat)
+        return [parameter for group in optimizer.optimizer.param_groups for parameter in group["params"]]
+
+    def init_optimizer_state(self, adam_step: int) -> None:
+        """Create Adam's moments (zeros) where they are missing, and set its step counters."""
+        optimizer = self.engine.optimizer
+        fused = any(group.get("fused") for group in optimizer.optimizer.param_groups)
+        for flat in self._flat_parameters():
+            state = optimizer.optimizer.state[flat]
+            for key in ("exp_avg", "exp_avg_sq"):
+                if key not in state:
+                    state[key] = torch.zeros_like(flat.data)
+            state["step"] = torch.tensor(float(adam_step), dtype=torch.float32, device=flat.device if fused else "cpu")
+        if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
+            optimizer._lazy_init_hp_params_optimizer_state()
+
+    def adam_step(self) -> int:
+        """Adam's step counter, 0 before the first step."""
+        return int(self.engine.optimizer.optimizer.state[self._flat_parameters()[0]].get("step", 0))
+
+    def close(self) -> None:
+        """Release DeepSpeed's hooks and buffers; the module keeps its weights (whole ones, except under ZeRO-3)."""
+        self._guard.remove()
+        with _silenced():
+            self.engine.destroy()
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """DeepSpeed reports memory with print while it builds an optimizer."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield

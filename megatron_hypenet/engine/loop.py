@@ -1,0 +1,231 @@
+"""The one training loop: every stage, every layout. Resumes by itself, saves at intervals, on request and at the end."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import yaml
+from torch import Tensor
+
+from megatron_hypenet.checkpoint import format as fmt
+from megatron_hypenet.checkpoint.load import load_training, resolve
+from megatron_hypenet.checkpoint.retention import prune
+from megatron_hypenet.checkpoint.save import save_training
+from megatron_hypenet.checkpoint.state import TrainState
+from megatron_hypenet.config.schema import RunConfig, StageConfig
+from megatron_hypenet.engine import signals
+from megatron_hypenet.engine.deepspeed import TrainingEngine
+from megatron_hypenet.engine.metrics import MetricSums, Recorder, StepRecord
+from megatron_hypenet.engine.optim import lr_at
+from megatron_hypenet.engine.schedule import forward_backward
+from megatron_hypenet.errors import DivergedError, SavedAndRequeue, UsageError
+from megatron_hypenet.parallel import groups
+from megatron_hypenet.parallel.cpu import device
+from megatron_hypenet.stages.base import StageModule
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINTS = "checkpoints"
+
+
+class TokenSource(Protocol):
+    """Training data: a pure function of the sample index, so that a position is one number."""
+
+    def batch(self, sample_start: int, count: int, seq_length: int) -> Tensor:
+        """Samples sample_start .. + count - 1: int64 [count, seq_length + 1]."""
+        ...
+
+
+def finished_checkpoint(out_dir: Path, config: StageConfig) -> Path | None:
+    """The checkpoint of a stage that has done all its steps, or None."""
+    folders = [folder for folder in fmt.iteration_folders(out_dir / CHECKPOINTS) if fmt.is_committed(folder)]
+    done = [folder for folder in folders if (fmt.iteration_of(folder) or 0) >= config.train_iters]
+    return done[-1] if done else None
+
+
+def train(
+    stage: StageModule,
+    data: TokenSource,
+    config: StageConfig,
+    run: RunConfig,
+    out_dir: Path | str,
+    *,
+    tensorboard_dir: Path | None = None,
+    tokenizer_dir: Path | None = None,
+    extra: dict[str, Any] | None = None,
+    on_step: Callable[[StepRecord], None] | None = None,
+    evaluate: Callable[[int], Mapping[str, float]] | None = None,
+    log: Callable[[str], None] | None = None,
+) -> Path:
+    """Train `stage` to config.train_iters and return its final checkpoint, <out_dir>/checkpoints/iter_XXXXXXX.
+
+    Returns at once when that is there. Otherwise continues from the newest usable checkpoint there is; on the same layout the continuation is bit-equal. `on_step` sees every step on
+    every process; `evaluate` gives extra TensorBoard points every eval_interval steps and after the last. `extra` goes into manifests.
+    Raises DivergedError (weights unchanged since the last good step), SavedAndRequeue after a signal or STOP file, CheckpointError.
+    """
+    done = finished_checkpoint(Path(out_dir), config)
+    if done is not None:
+        return done
+    trainer = _Trainer(stage, data, config, run, Path(out_dir), tokenizer_dir=tokenizer_dir, extra=extra or {})
+    stop = trainer.requests.stop_file()
+    if stop is not None:
+        raise UsageError(f"{stop} asks for a stop; delete it to continue training")
+    try:
+        with trainer.requests:
+            trainer.open(tensorboard_dir or Path(out_dir) / "tb", log)
+            return trainer.run_to_end(on_step, evaluate)
+    finally:
+        trainer.close()
+
+
+class _Trainer:
+    """State of one call of `train`."""
+
+    def __init__(
+        self, stage: StageModule, data: TokenSource, config: StageConfig, run: RunConfig, out_dir: Path, *, tokenizer_dir: Path | None,
+        extra: dict[str, Any],
+    ) -> None:  # fmt: skip
+        self.stage, self.data, self.config, self.run, self.out_dir = stage, data, config, run, out_dir
+        self.tokenizer_dir, self.extra = tokenizer_dir, extra
+        self.requests = signals.Requests([run.output_dir, out_dir])
+        self.engine: TrainingEngine | None = None
+        self.recorder: Recorder | None = None
+        self.saved: Path | None = None
+
+    def open(self, tensorboard_dir: Path, log: Callable[[str], None] | None) -> None:
+        """Build the engine, continue from a checkpoint if there is one, and open the logs."""
+        checkpoints = self.out_dir / CHECKPOINTS
+        if groups.rank() == 0:
+            fmt.remove_stale(checkpoints)
+        self.engine = TrainingEngine(self.stage, self.config, self.run.parallel)
+        self.state = TrainState(stage=self.stage.name, seed=self.run.data.seed, layout=self._layout())
+        if any(fmt.is_committed(folder) for folder in fmt.iteration_folders(checkpoints)):
+            self.saved = resolve(checkpoints)
+            stored = load_training(self.saved, self.engine, model_config=self.stage.model_config, stage=self.stage.name)
+            self.state = replace(stored, layout=self._layout())
+        self.recorder = Recorder(
+            stage=self.stage.name,
+            train_iters=self.config.train_iters,
+            step=self.state.step,
+            first=groups.rank() == 0,
+            out_dir=self.out_dir,
+            tensorboard_dir=tensorboard_dir,
+            log=log,
+        )
+        if self.saved is not None:
+            self.recorder.note(f"resumed from {self.saved} at iter {self.state.step}/{self.config.train_iters}")
+
+    def run_to_end(self, on_step: Callable[[StepRecord], None] | None, evaluate: Callable[[int], Mapping[str, float]] | None) -> Path:
+        """The loop itself."""
+        assert self.engine is not None and self.recorder is not None
+        config, sums = self.config, MetricSums()
+        self.stage.train()
+        while self.state.step < config.train_iters:
+            record, metrics = self._one_step()
+            sums.add(metrics)
+            step, last = record.step, record.step == config.train_iters
+            if step % config.log_interval == 0 or last:
+                values = sums.take(groups.all_reduce_mean)
+                record = replace(record, metrics=values)
+                self.recorder.interval(record, values, self.state.tokens)
+            if on_step is not None:
+                on_step(record)
+            if evaluate is not None and (last or (config.eval_interval and step % config.eval_interval == 0)):
+                self.recorder.points(step, self._evaluated(evaluate, step))
+            wish = self.requests.poll()
+            if last or wish != signals.GO_ON or step % config.save_interval == 0:
+                self._save()
+            if wish == signals.LEAVE and not last:
+                raise SavedAndRequeue(
+                    f"stage {self.stage.name} stopped at iter {step}/{config.train_iters} on {self.requests.reason or 'request'} and saved "
+                    f"{self.saved}; start the same command again to continue"
+                )
+        assert self.saved is not None
+        return self.saved
+
+    def _one_step(self) -> tuple[StepRecord, dict[str, Tensor]]:
+        """One optimizer step: forward, backward, checks, update, bookkeeping."""
+        assert self.engine is not None and self.recorder is not None
+        step, lr = self.state.step + 1, lr_at(self.state.step, self.config)
+        loss_tensor, metrics = forward_backward(self.engine, self._micro_batches())
+        loss = float(groups.all_reduce_mean(loss_tensor.double()))  # one wait for the device per step
+        if not math.isfinite(loss):
+            raise self._diverged(step, f"the loss is {loss}", metrics)
+        try:
+            grad_norm = self.engine.apply(lr)
+        except DivergedError as error:
+            raise self._diverged(step, str(error), metrics) from error
+        samples = self.config.global_batch_size
+        tokens = samples * self.config.seq_length
+        self.state = self.state.advance(samples=samples, tokens=tokens, loss=loss, lr=lr)
+        return self.recorder.step(step, loss=loss, grad_norm=grad_norm, lr=lr, tokens=tokens), metrics
+
+    def _micro_batches(self) -> Iterator[dict[str, Tensor]]:
+        """This data-parallel rank's share of the step's samples, one micro-batch at a time."""
+        config = self.config
+        share = config.global_batch_size // groups.data_size()
+        start = self.state.samples + groups.data_rank() * share
+        for offset in range(0, share, config.micro_batch_size):
+            tokens = self.data.batch(start + offset, config.micro_batch_size, config.seq_length)
+            yield {"tokens": tokens.to(device(), non_blocking=True)}
+
+    def _diverged(self, step: int, what: str, metrics: Mapping[str, Tensor]) -> DivergedError:
+        bad = sorted(tag for tag, value in metrics.items() if not torch.isfinite(value).all())
+        where = f"; not finite here: {', '.join(bad[:5])}" if bad else ""
+        kept = f"the last checkpoint is {self.saved}" if self.saved else "there is no checkpoint yet"
+        return DivergedError(
+            f"stage {self.stage.name} diverged at iter {step}: {what}{where}. Samples {self.state.samples} to "
+            f"{self.state.samples + self.config.global_batch_size - 1}, learning rate {lr_at(step - 1, self.config):.3g}; weights were not "
+            f"changed by this step and {kept}. Lower {self.stage.name}.lr or clip_grad, or look at these samples"
+        )
+
+    def _evaluated(self, evaluate: Callable[[int], Mapping[str, float]], step: int) -> Mapping[str, float]:
+        self.stage.eval()
+        try:
+            with torch.no_grad():
+                return evaluate(step)
+        finally:
+            self.stage.train()
+
+    def _save(self) -> None:
+        """Save the present state and drop surplus checkpoints."""
+        assert self.engine is not None and self.recorder is not None
+        folder = self.out_dir / CHECKPOINTS / fmt.iteration_name(self.state.step)
+        self.state = replace(self.state, adam_step=self.engine.adam_step())
+        self.saved = save_training(
+            folder,
+            self.engine,
+            self.state,
+            model_config=self.stage.model_config,
+            kind=self.stage.name,
+            config_yaml=yaml.safe_dump(self.run.model_dump(mode="json"), sort_keys=False),
+            tokenizer_dir=self.tokenizer_dir,
+            extra=self.extra,
+        )
+        if groups.rank() == 0:
+            prune(folder.parent, keep_last=self.run.checkpoint.keep_last, keep_every=self.run.checkpoint.keep_every)
+        self.recorder.note(f"saved {folder}")
+
+    def _layout(self) -> dict[str, int]:
+        parallel = self.run.parallel
+        return {
+            "world": groups.world_size(),
+            "data": groups.data_size(),
+            "tensor": parallel.tensor_model_parallel_size,
+            "pipeline": parallel.pipeline_model_parallel_size,
+            "context": parallel.context_parallel_size,
+            "zero_stage": parallel.zero_stage,
+        }
+
+    def close(self) -> None:
+        """Close logs and engine."""
+        if self.recorder is not None:
+            self.recorder.close()
+        if self.engine is not None:
+            self.engine.close()

@@ -1,0 +1,207 @@
+"""What a training run reports: every loss to losses.jsonl, TensorBoard points and one line per log interval.
+
+TensorBoard tags and units are the table below; a stage adds its own (align/layer_00 ..., distill/kl, finetune/lm_loss).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+TAGS = {
+    "loss": "mean stage loss since the last point (align: mean squared error; distill and finetune: nats per token)",
+    "learning-rate": "of the last step",
+    "grad-norm": "global gradient norm of the last step, before clipping",
+    "tokens-per-second": "tokens of all processes per second, since the last point",
+    "step-time-ms": "milliseconds per step, since the last point",
+    "tokens-seen": "tokens consumed since the stage began",
+    "memory-gib": "peak GPU memory, or resident memory on a CPU, of rank 0",
+}
+"""Tag -> meaning and unit; eval/* comes from the evaluation callback."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepRecord:
+    """One finished optimizer step, as callbacks see it; the same on every process."""
+
+    stage: str
+    step: int
+    train_iters: int
+    loss: float
+    grad_norm: float
+    lr: float
+    tokens_per_second: float
+    """Smoothed over the current log interval."""
+    eta_seconds: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """The stage's metrics, averaged over the log interval; only on steps that are logged."""
+
+    def line(self) -> str:
+        """The log line of this step."""
+        return (
+            f"iter {self.step}/{self.train_iters} | loss {self.loss:.4g} | gnorm {self.grad_norm:.3g} | lr {self.lr:.2e} | "
+            f"{short_count(self.tokens_per_second)} tok/s | eta {short_time(self.eta_seconds)}"
+        )
+
+
+def short_count(value: float) -> str:
+    """1234 -> 1.2k."""
+    for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.1f}{suffix}"
+    return f"{value:.0f}"
+
+
+def short_time(seconds: float) -> str:
+    """72 -> 1m12s, 3700 -> 1h01m."""
+    whole = int(round(seconds))
+    if whole >= 3600:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 60}m{whole % 60:02d}s" if whole >= 60 else f"{whole}s"
+
+
+class LossLog:
+    """losses.jsonl: one line per step with exact values (JSON keeps every bit of a float); rewound when a run continues."""
+
+    def __init__(self, path: Path, resumed_step: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= resumed_step]
+        temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        os.replace(temporary, path)
+        self._stream: IO[str] = path.open("a", buffering=1)
+
+    def append(self, step: int, loss: float, grad_norm: float, lr: float) -> None:
+        """Add one step."""
+        self._stream.write(json.dumps({"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr}) + "\n")
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._stream.close()
+
+
+def _complete_lines(path: Path) -> list[str]:
+    """Lines that were written to their end; a killed process may leave a torn last one."""
+    if not path.is_file():
+        return []
+    text = path.read_text()
+    return [line for line in text[: text.rfind("\n") + 1].splitlines() if line]
+
+
+def read_losses(path: Path) -> list[dict[str, float]]:
+    """The records of a losses.jsonl: step, loss, grad_norm, lr."""
+    return [json.loads(line) for line in _complete_lines(path)]
+
+
+class Recorder:
+    """Rank 0's side of reporting. On the other ranks it only measures time, so that records agree in form."""
+
+    def __init__(
+        self, *, stage: str, train_iters: int, step: int, first: bool, out_dir: Path, tensorboard_dir: Path,
+        log: Callable[[str], None] | None = None,
+    ) -> None:  # fmt: skip
+        self.stage, self.train_iters, self.first = stage, train_iters, first
+        self._log = log or _print_line
+        self._losses = LossLog(out_dir / "losses.jsonl", step) if first else None
+        self._board: Any = None
+        if first:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(tensorboard_dir), purge_step=step + 1 if step else None)
+        self._restart(step)
+
+    def _restart(self, step: int) -> None:
+        self._since, self._from_step, self._loss_sum, self._tokens = time.perf_counter(), step, 0.0, 0
+
+    def step(self, step: int, *, loss: float, grad_norm: float, lr: float, tokens: int) -> StepRecord:
+        """Note one finished step of `tokens` tokens."""
+        self._loss_sum += loss
+        self._tokens += tokens
+        elapsed = max(time.perf_counter() - self._since, 1e-9)
+        if self._losses is not None:
+            self._losses.append(step, loss, grad_norm, lr)
+        eta = elapsed / (step - self._from_step) * (self.train_iters - step)
+        return StepRecord(
+            stage=self.stage, step=step, train_iters=self.train_iters, loss=loss, grad_norm=grad_norm, lr=lr,
+            tokens_per_second=self._tokens / elapsed, eta_seconds=eta,
+        )  # fmt: skip
+
+    def interval(self, record: StepRecord, metrics: Mapping[str, float], tokens_seen: int) -> None:
+        """Log the interval that ends with `record`, and begin the next."""
+        steps = max(record.step - self._from_step, 1)
+        if self._board is not None:
+            points = {
+                "loss": self._loss_sum / steps,
+                "learning-rate": record.lr,
+                "grad-norm": record.grad_norm,
+                "tokens-per-second": record.tokens_per_second,
+                "step-time-ms": 1000 * (time.perf_counter() - self._since) / steps,
+                "tokens-seen": tokens_seen,
+                "memory-gib": memory_gib(),
+            }
+            self.points(record.step, {**points, **metrics})
+            self._log(record.line())
+        self._restart(record.step)
+
+    def points(self, step: int, values: Mapping[str, float]) -> None:
+        """Write TensorBoard points at `step`."""
+        if self._board is not None:
+            for tag, value in values.items():
+                self._board.add_scalar(tag, value, step)
+
+    def note(self, text: str) -> None:
+        """One line that is no step: resumed, saved."""
+        if self.first:
+            self._log(text)
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        if self._losses is not None:
+            self._losses.close()
+        if self._board is not None:
+            self._board.close()
+
+
+class MetricSums:
+    """Running sums of a stage's metrics on the device; fetched once per log interval."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+
+    def add(self, metrics: Mapping[str, Tensor]) -> None:
+        """Add one step's metrics."""
+        self._count += 1
+        for tag, value in metrics.items():
+            self._sums[tag] = value if tag not in self._sums else self._sums[tag] + value
+
+    def take(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Means since the last call, after `reduce` (mean over data-parallel ranks); clears the sums."""
+        if not self._sums:
+            return {}
+        stacked = reduce(torch.stack([value.float() for value in self._sums.values()]) / self._count)
+        values = dict(zip(self._sums, stacked.tolist(), strict=True))
+        self._sums, self._count = {}, 0
+        return values
+
+
+def memory_gib() -> float:
+    """Peak GPU memory since the start, or resident memory of the process without CUDA, in GiB."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    import psutil
+
+    return psutil.Process().memory_info().rss / 2**30
+
+
+def _print_line(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,82 @@
+"""Requests from outside, noticed between steps: SIGTERM and SIGUSR2 (SLURM's warning), and the files SAVE_NOW and STOP.
+
+A signal or STOP: save, then leave; SAVE_NOW: save and go on. All processes act on the same step, whoever received the request.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_hypenet.parallel import groups
+from megatron_hypenet.parallel.cpu import device
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
+SAVE_NOW = "SAVE_NOW"
+STOP = "STOP"
+
+GO_ON, SAVE, LEAVE = 0, 1, 2
+"""What `Requests.poll` answers, the strongest wins."""
+
+_FILE_CHECK_SECONDS = 1.0
+
+
+class Requests:
+    """Context that catches the signals (in the main thread) and watches `folders` for the request files."""
+
+    def __init__(self, folders: Iterable[Path]) -> None:
+        self.folders = tuple(dict.fromkeys(folders))
+        self.reason = ""
+        """What asked to leave, on the process that received it."""
+        self._received: int | None = None
+        self._previous: dict[int, Any] = {}
+        self._next_file_check = 0.0
+
+    def __enter__(self) -> Requests:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._received = number
+
+    def poll(self) -> int:
+        """GO_ON, SAVE or LEAVE, agreed by all processes; call once per step on every one of them."""
+        wish = GO_ON
+        if self._received is not None:
+            wish, self.reason = LEAVE, signal.Signals(self._received).name
+        elif groups.rank() == 0 and time.monotonic() >= self._next_file_check:
+            self._next_file_check = time.monotonic() + _FILE_CHECK_SECONDS
+            wish = self._file_wish()
+        if groups.world_size() == 1:
+            return wish
+        strongest = torch.tensor([wish], dtype=torch.int32, device=device())
+        dist.all_reduce(strongest, op=dist.ReduceOp.MAX)
+        return int(strongest.item())
+
+    def _file_wish(self) -> int:
+        for folder in self.folders:
+            if (folder / STOP).exists():
+                self.reason = f"the file {folder / STOP}"
+                return LEAVE
+        for folder in self.folders:
+            if (folder / SAVE_NOW).exists():
+                (folder / SAVE_NOW).unlink(missing_ok=True)
+                return SAVE
+        return GO_ON
+
+    def stop_file(self) -> Path | None:
+        """The STOP file that is there now, if any."""
+        return next((folder / STOP for folder in self.folders if (folder / STOP).exists()), None)

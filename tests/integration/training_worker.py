@@ -1,0 +1,102 @@
+"""One training process for the kill-and-resume tests: a tiny real stage, killed with SIGKILL where asked.
+
+    python -m tests.integration.training_worker OUT --iters 6 --stage finetune [--zero 2] [--dtype bfloat16] [--kill-after 4] ...
+Run alone, or by torchrun for several data-parallel processes.
+"""
+
+import argparse
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from megatron_hypenet.config.schema import HeadStageConfig, RunConfig
+from megatron_hypenet.engine.loop import train
+from megatron_hypenet.engine.process import leave
+from megatron_hypenet.errors import HypenetError
+from megatron_hypenet.model.hypenet import build_model
+from megatron_hypenet.parallel import groups
+from megatron_hypenet.stages.align import AlignStage
+from megatron_hypenet.stages.distill import DistillStage
+from megatron_hypenet.stages.finetune import FinetuneStage
+from megatron_hypenet.stages.swap import AlignedMixers
+from tests.tiny import tiny_model_config, tiny_teacher_config
+
+
+class RandomTokens:
+    """Tokens that depend on the sample index alone."""
+
+    def batch(self, sample_start: int, count: int, seq_length: int) -> torch.Tensor:
+        rows = [
+            torch.randint(0, 61, (seq_length + 1,), generator=torch.Generator().manual_seed(1000 + sample_start + row)) for row in range(count)
+        ]
+        return torch.stack(rows)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--stage", default="finetune", choices=["align", "distill", "finetune"])
+    parser.add_argument("--iters", type=int, default=6)
+    parser.add_argument("--save-interval", type=int, default=3)
+    parser.add_argument("--zero", type=int, default=1)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--lr", type=float, default=1e-2)
+    parser.add_argument("--kill-after", type=int, default=0)
+    parser.add_argument("--term-after", type=int, default=0)
+    parser.add_argument("--fail-save-after", type=int, default=0)
+    return parser.parse_args(arguments)
+
+
+def run_config(options: argparse.Namespace) -> RunConfig:
+    stage = {
+        "train_iters": options.iters, "seq_length": 16, "micro_batch_size": 2, "global_batch_size": 8, "lr": options.lr, "min_lr": 1e-3,
+        "warmup_iters": 2, "save_interval": options.save_interval, "log_interval": 2, "weight_decay": 0.01,
+    }  # fmt: skip
+    return RunConfig.model_validate(
+        {
+            "output_dir": str(options.out), "teacher": "teacher", "data": {"train": ["x.txt"]}, "parallel": {"zero_stage": options.zero},
+            "precision": options.dtype, "align": stage, "distill": stage, "finetune": stage,
+        }
+    )  # fmt: skip
+
+
+def build(options: argparse.Namespace, run: RunConfig):
+    dtype = getattr(torch, options.dtype)
+    teacher = tiny_teacher_config()
+    if options.stage == "align":
+        trunk = build_model(teacher, run.parallel, dtype=dtype, seed=1, trunk_only=True)
+        return AlignStage(trunk, AlignedMixers.beside(trunk, seed=1))
+    student = build_model(tiny_model_config(), run.parallel, dtype=dtype, seed=2)
+    if options.stage == "distill":
+        return DistillStage(student, build_model(teacher, run.parallel, dtype=dtype, seed=1), chunk_tokens=8)
+    return FinetuneStage(student, chunk_tokens=8)
+
+
+def main(options: argparse.Namespace) -> None:
+    run = run_config(options)
+    groups.init_parallel(run.parallel, seed=3)
+
+    def on_step(record) -> None:
+        if record.step == options.kill_after:
+            sys.stderr.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if record.step == options.term_after:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    stage = build(options, run)
+    final = train(stage, RandomTokens(), HeadStageConfig(**run.finetune.model_dump()), run, options.out / options.stage, on_step=on_step)
+    if groups.rank() == 0:
+        print(final, flush=True)
+
+
+if __name__ == "__main__":
+    code = 0
+    try:
+        main(parse())
+    except HypenetError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        code = error.exit_code
+    leave(code)
