@@ -29,7 +29,7 @@ def check_logits_scaling(value: LogitsScaling) -> LogitsScaling:
     """Accept "hype", "hype <a>" with a > 1, a positive number, or None; ValueError says what was wrong otherwise."""
     if value is None:
         return None
-    if isinstance(value, bool):
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ValueError(f"attn_logits_scaling must be 'hype <a>', a number or null, got {value!r}")
     if isinstance(value, int | float):
         if not value > 0:
@@ -46,7 +46,7 @@ def check_logits_scaling(value: LogitsScaling) -> LogitsScaling:
 class ModelConfig(BaseModel):
     """Shape and switches of one model; written to every checkpoint as model.json."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     num_layers: PositiveInt = Field(description="Number of decoder layers.")
     hidden_size: PositiveInt = Field(description="Width of the residual stream.")

@@ -27,7 +27,7 @@ STAGES = ("align", "distill", "finetune")
 class Section(BaseModel):
     """What all parts share: frozen after load, unknown keys refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class DataConfig(Section):

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_hypenet.config.loader import bundled_path, dump_config, load_model_config, load_run_config, read_yaml
@@ -169,3 +169,30 @@ def test_paper_scale_is_the_papers(repo_root):
     tokens = {name: run.stage(name).tokens_per_step * run.stage(name).train_iters for name in ("align", "distill", "finetune")}
     assert tokens == {"align": 327_680_000, "distill": 983_040_000, "finetune": 1_048_576_000}
     assert (run.align.lr, run.distill.lr, run.finetune.lr) == (1e-3, 1e-4, 1e-5)
+
+
+SCALARS = st.one_of(st.none(), st.booleans(), st.integers(-5, 5000), st.floats(), st.text(max_size=6), st.lists(st.integers(), max_size=3))
+NAMES = ["align", "data", "parallel", "select", "export", "train", "lr", "min_lr", "zero_stage", "seed", "teacher", "attn_logits_scaling"]
+KEYS = st.sampled_from([*NAMES, "device", "heldout", "?"])
+TREES = st.recursive(SCALARS, lambda below: st.dictionaries(KEYS, below, max_size=4), max_leaves=12)
+
+
+@settings(max_examples=60)
+@given(tree=st.dictionaries(KEYS, TREES, max_size=3), words=st.lists(st.text(max_size=12), max_size=2))
+def test_whatever_the_file_and_words_say_only_config_errors_come_out(tmp_path_factory, tree, words):
+    folder = tmp_path_factory.getbasetemp()
+    (folder / "base.yaml").write_text(RUN)
+    (folder / "fuzz.yaml").write_text(yaml.safe_dump({**tree, "include": ["base.yaml"]}))
+    try:
+        run = load_run_config(folder / "fuzz.yaml", words)
+    except ConfigError as error:
+        assert str(error)
+    else:
+        (folder / "again.yaml").write_text(dump_config(run))
+        assert load_run_config(folder / "again.yaml") == run
+
+
+@pytest.mark.parametrize("value", [".inf", ".nan", "-.inf", "1e999"])
+def test_settings_are_finite(run_file, value):
+    with pytest.raises(ConfigError, match="align.lr"):
+        load_run_config(run_file, [f"align.lr={value}"])
