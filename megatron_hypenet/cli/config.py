@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -18,8 +19,9 @@ from megatron_hypenet.cli.options import (
     collect_overrides,
 )
 from megatron_hypenet.config.checks import check_layout
-from megatron_hypenet.config.loader import dump_config, load_model_config, load_run_config, read_yaml
+from megatron_hypenet.config.loader import dump_config, load_model_config, load_run_config, load_with_origins, read_yaml
 from megatron_hypenet.config.model import ModelConfig
+from megatron_hypenet.config.problems import Origins
 from megatron_hypenet.config.schema import STAGES, RunConfig
 from megatron_hypenet.errors import ConfigError, UsageError
 
@@ -33,13 +35,18 @@ def show(
     tp: TensorParallelOption = None,
     pp: PipelineParallelOption = None,
     cp: ContextParallelOption = None,
+    origin: Annotated[bool, typer.Option("--origin", help="One line per setting, with where its value comes from.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Print the resolved configuration: includes, defaults and overrides merged.
 
-    Example: hypenet config show configs/run/demo.yaml align.lr=3e-4
+    Example: hypenet config show configs/run/demo.yaml align.lr=3e-4 --origin
     """
-    run = load_run_config(config, collect_overrides(overrides, tp=tp, pp=pp, cp=cp))
+    run, origins = load_with_origins(config, collect_overrides(overrides, tp=tp, pp=pp, cp=cp))
+    if origin:
+        rows = list(settings_with_origin(run, origins))
+        typer.echo(json.dumps(rows) if as_json else "\n".join(f"{key} = {value}    # {source}" for key, value, source in rows))
+        return
     typer.echo(json.dumps(run.model_dump(mode="json"), indent=2) if as_json else dump_config(run).rstrip())
 
 
@@ -84,6 +91,20 @@ def schema(
     if of not in kinds:
         raise UsageError(f"unknown configuration {of!r}; choose run or model")
     typer.echo(json.dumps(kinds[of].model_json_schema(), indent=2))
+
+
+def settings_with_origin(run: RunConfig, origins: Origins) -> Iterator[tuple[str, str, str]]:
+    """Every setting as (dotted key, value as JSON, file or "CLI" or "default"), in schema order."""
+
+    def walk(values: dict[str, object], above: tuple[str, ...]) -> Iterator[tuple[str, str, str]]:
+        for name, value in values.items():
+            place = (*above, name)
+            if isinstance(value, dict):
+                yield from walk(value, place)
+            else:
+                yield ".".join(place), json.dumps(value), origins.get(place, "default")
+
+    yield from walk(run.model_dump(mode="json"), ())
 
 
 def is_model_file(path: Path) -> bool:

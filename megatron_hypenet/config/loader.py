@@ -7,6 +7,7 @@ starts with `assets/` and is not found there is taken from the repository that h
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -52,6 +53,11 @@ for _first in "-+.0123456789":
 
 def load_run_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     """Read `path`, its includes and `overrides` (`key.sub=value`); ConfigError lists everything wrong, each with its origin."""
+    return load_with_origins(path, overrides)[0]
+
+
+def load_with_origins(path: Path | str, overrides: Sequence[str] = ()) -> tuple[RunConfig, Origins]:
+    """As `load_run_config`, with the file or CLI that set each key; keys that are not in it have their default."""
     path = Path(path)
     origins: Origins = {}
     values = _read_with_includes(path, origins)
@@ -63,7 +69,7 @@ def load_run_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfi
         config = None
     if problems or config is None:
         raise ConfigError(_listing(problems))
-    return _resolve_bundled(config)
+    return _resolve_bundled(config), origins
 
 
 def dump_config(config: RunConfig) -> str:
@@ -102,7 +108,7 @@ def _read_with_includes(path: Path, origins: Origins) -> dict[str, Any]:
         values = read_yaml(included)
         if "include" in values:
             raise ConfigError(f"{included}: include: an included file may not include others (one level only); move it to {path}")
-        _merge(merged, values, str(included), origins)
+        _merge(merged, values, os.path.normpath(included), origins)
     _merge(merged, own, str(path), origins)
     return merged
 

@@ -34,6 +34,19 @@ def test_show_json(hypenet):
     assert code == 0 and json.loads(out)["output_dir"] == "runs/demo"
 
 
+def test_show_origin(hypenet):
+    words = ("show", "configs/run/distill_2b.yaml", "teacher=T", "data=D", "--cp", "2", "--origin")
+    code, out, _ = hypenet(*words)
+    rows = dict(line.split(" = ", 1) for line in out.splitlines())
+    assert code == 0
+    assert rows["teacher"] == '"T"    # CLI' and rows["data.train"] == '["D"]    # CLI'
+    assert rows["parallel.context_parallel_size"] == "2    # CLI"
+    assert rows["align.lr"] == "0.001    # configs/stage/align.yaml"
+    assert rows["eval.seq_length"] == "4096    # configs/run/distill_2b.yaml"
+    assert rows["checkpoint.keep_every"] == "null    # default"
+    assert ["checkpoint.keep_every", "null", "default"] in json.loads(hypenet(*words, "--json")[1])
+
+
 def test_validate_says_what_is_trained(hypenet):
     code, out, _ = hypenet("validate", "configs/run/distill_2b.yaml", "teacher=T", "data=D")
     assert code == 0 and "align 327,680,000, distill 983,040,000, finetune 1,048,576,000" in out
