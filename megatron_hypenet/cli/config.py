@@ -25,7 +25,7 @@ from megatron_hypenet.config.problems import Origins
 from megatron_hypenet.config.schema import STAGES, RunConfig
 from megatron_hypenet.errors import ConfigError, UsageError
 
-app = typer.Typer(help="Show, validate or describe a run configuration.", no_args_is_help=True, add_completion=False)
+app = typer.Typer(help="Show, validate or describe a run configuration.", no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
 
 @app.command()
@@ -38,9 +38,13 @@ def show(
     origin: Annotated[bool, typer.Option("--origin", help="One line per setting, with where its value comes from.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Print the resolved configuration: includes, defaults and overrides merged.
+    """Print the resolved configuration.
 
-    Example: hypenet config show configs/run/demo.yaml align.lr=3e-4 --origin
+    Includes, defaults and overrides are merged; nothing is started.
+
+    Example:
+
+      hypenet config show configs/run/demo.yaml align.lr=3e-4 --origin
     """
     run, origins = load_with_origins(config, collect_overrides(overrides, tp=tp, pp=pp, cp=cp))
     if origin:
@@ -61,9 +65,13 @@ def validate(
     world_size: Annotated[int, typer.Option("--world-size", min=1, help="Processes the run will have; used with --model.")] = 1,
     as_json: JsonOption = False,
 ) -> None:
-    """Check a run configuration, or a model shape from configs/model; exit 3 with all problems when it is invalid.
+    """Check a run configuration or a model shape.
 
-    Example: hypenet config validate configs/run/distill_2b.yaml teacher=T data=D --model configs/model/hypenet_2b.yaml --world-size 8
+    Exit code 3 with all problems listed when it is invalid. Model shapes are the files of configs/model.
+
+    Example:
+
+      hypenet config validate configs/run/distill_2b.yaml teacher=T data=D --model configs/model/hypenet_2b.yaml --world-size 8
     """
     words = collect_overrides(overrides, tp=tp, pp=pp, cp=cp)
     if is_model_file(config):
@@ -86,7 +94,10 @@ def validate(
 def schema(
     of: Annotated[str, typer.Argument(metavar="[run|model]", help="Which configuration to describe.")] = "run",
 ) -> None:
-    """Print the JSON schema, for editors that complete and check YAML. The same as a page: docs/config.md."""
+    """Print the JSON schema, for editors.
+
+    Editors use it to complete and check YAML. The same as a page: docs/config.md.
+    """
     kinds: dict[str, type[RunConfig] | type[ModelConfig]] = {"run": RunConfig, "model": ModelConfig}
     if of not in kinds:
         raise UsageError(f"unknown configuration {of!r}; choose run or model")

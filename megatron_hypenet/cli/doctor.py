@@ -19,7 +19,7 @@ import typer
 from megatron_hypenet.cli.options import JsonOption
 from megatron_hypenet.errors import SetupError
 
-app = typer.Typer(add_completion=False)
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 Verdict = Literal["ok", "note", "broken"]
 PACKAGE = "megatron-hypenet"
@@ -45,7 +45,11 @@ def doctor(
 ) -> None:
     """Check this machine and exit 4 when something required is broken.
 
-    Examples: hypenet doctor; hypenet doctor --json --folder /scratch/runs
+    Examples:
+
+      hypenet doctor
+
+      hypenet doctor --json --folder /scratch/runs
     """
     findings = examine(folder)
     broken = [finding for finding in findings if finding.verdict == "broken"]

@@ -1,7 +1,8 @@
 """The `hypenet` command: finds the verb, runs it, and turns its outcome into one error block and an exit code.
 
 Convention for a verb module (`megatron_hypenet/cli/<verb>.py`):
-- it exposes `app = typer.Typer(...)`. One registered command makes `hypenet VERB ...`; several make `hypenet VERB COMMAND ...`;
+- it exposes `app = typer.Typer(add_completion=False, rich_markup_mode=None)`: help then reads as the docstring is laid out. One
+  registered command makes `hypenet VERB ...`; several make `hypenet VERB COMMAND ...`;
 - its top imports only the standard library, typer, `megatron_hypenet.errors` and `megatron_hypenet.config`. Everything heavy (torch,
   transformers, megatron, deepspeed, our other packages) is imported inside the function that needs it: a test holds `--help` to it;
 - it is listed in VERBS below with its one line of help, in pipeline order;

@@ -9,7 +9,7 @@ import typer
 
 ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="Run configuration (YAML), e.g. configs/run/quickstart.yaml.")]
 OverridesArgument = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that win over the file, e.g. align.lr=3e-4 teacher=PATH.")
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings that win over the file, e.g. align.lr=3e-4 teacher=PATH.")
 ]
 TensorParallelOption = Annotated[
     int | None, typer.Option("--tp", "--tensor-model-parallel-size", help="Same as parallel.tensor_model_parallel_size=N.")
