@@ -1,0 +1,151 @@
+"""Logits and per-token losses of given token ids, for comparing a checkpoint with other software.
+
+The model runs in the dtype that is asked for, on one process; logit scaling is active as the checkpoint's model.json says.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from megatron_hypenet.cli.options import ContextParallelOption, DryRunOption, JsonOption, PipelineParallelOption, TensorParallelOption
+from megatron_hypenet.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from megatron_hypenet.config.model import ModelConfig
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+TOKENS = "input_ids"
+"""Name of the tensor that is read."""
+
+
+class Dtype(StrEnum):
+    """Dtypes a model can be run in."""
+
+    FLOAT32 = "float32"
+    FLOAT64 = "float64"
+    BFLOAT16 = "bfloat16"
+
+
+@app.command()
+def score(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT_DIR", help="Checkpoint, or a folder of iter_XXXXXXX checkpoints.")],
+    tokens: Annotated[Path, typer.Option("--tokens", help="safetensors file with input_ids [B, T] (integers).")],
+    out: Annotated[Path, typer.Option("--out", help="safetensors file to write: logits [B, T, V] and nll [B, T-1].")],
+    dtype: Annotated[Dtype, typer.Option("--dtype", help="Dtype of weights, activations and results.")] = Dtype.FLOAT32,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Sequences per forward pass.")] = 8,
+    tp: TensorParallelOption = None,
+    pp: PipelineParallelOption = None,
+    cp: ContextParallelOption = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file at --out.")] = False,
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the logits of every position and the negative log likelihood of every next token.
+
+    Example: hypenet score runs/demo/finetune --tokens ids.safetensors --out out.safetensors --dtype float64
+    """
+    if out.exists() and not overwrite:
+        raise UsageError(f"--out {out} exists; choose another file, or --overwrite")
+    from megatron_hypenet.checkpoint.load import read_model_config, resolve
+    from megatron_hypenet.config.checks import refuse_unbuilt_axes
+    from megatron_hypenet.config.schema import ParallelConfig
+
+    layout = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp, "context_parallel_size": cp}
+    refuse_unbuilt_axes(ParallelConfig.model_validate({key: size for key, size in layout.items() if size is not None}), "score")
+    folder = resolve(checkpoint)
+    config = read_model_config(folder)
+    ids = read_ids(tokens, config)
+    numbers = {"checkpoint": str(folder), "sequences": ids.shape[0], "tokens_per_sequence": ids.shape[1], "dtype": dtype.value}
+    if not dry_run:
+        logits, nll = compute(folder, config, ids, dtype.value, batch_size)
+        write_result(out, {"logits": logits, "nll": nll})
+        numbers["mean_nll"] = float(nll.double().mean())
+    if as_json:
+        print(json.dumps({**numbers, "out": str(out)}))
+    else:
+        print("\n".join(f"{name}: {value}" for name, value in numbers.items()))
+    print(f"{'would write' if dry_run else 'wrote'} {out}", file=sys.stderr)
+
+
+def read_ids(path: Path, config: ModelConfig) -> torch.Tensor:
+    """`input_ids` [B, T] as int64. DataError unless it is a non-empty integer matrix with T >= 2 and ids inside the vocabulary."""
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path}: cannot be read as safetensors: {error}") from error
+    if TOKENS not in tensors:
+        raise DataError(f"{path}: no tensor named {TOKENS}; it holds {', '.join(sorted(tensors)) or 'nothing'}")
+    ids = tensors[TOKENS]
+    if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
+        raise DataError(f"{path}: {TOKENS} is {str(ids.dtype).removeprefix('torch.')}; token ids are integers")
+    if ids.dim() != 2 or ids.shape[0] < 1 or ids.shape[1] < 2:
+        raise DataError(f"{path}: {TOKENS} has shape {list(ids.shape)}; expected [B, T] with B >= 1 and T >= 2")
+    ids = ids.long()
+    wrong = (ids < 0) | (ids >= config.vocab_size)
+    if wrong.any():
+        row, column = wrong.nonzero()[0].tolist()
+        raise DataError(
+            f"{path}: {int(wrong.sum())} token ids are outside the vocabulary, the first {ids[row, column].item()} at [{row}, {column}]; "
+            f"this model knows 0 to {config.vocab_size - 1}"
+        )
+    return ids
+
+
+def compute(folder: Path, config: ModelConfig, ids: torch.Tensor, dtype: str, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [B, T, V] and negative log likelihoods [B, T-1] on the CPU, both in `dtype`."""
+    import torch
+
+    from megatron_hypenet.checkpoint.load import load_model
+    from megatron_hypenet.config.schema import ParallelConfig
+    from megatron_hypenet.model.hypenet import build_model
+    from megatron_hypenet.parallel.cpu import device
+    from megatron_hypenet.parallel.groups import destroy_parallel
+
+    kind = getattr(torch, dtype)
+    try:
+        model = build_model(config, ParallelConfig(), dtype=kind)
+        load_model(model, folder)
+        model.eval()
+        logits = torch.empty(*ids.shape, config.vocab_size, dtype=kind)
+        nll = torch.empty(ids.shape[0], ids.shape[1] - 1, dtype=kind)
+        with torch.no_grad():
+            for start in range(0, ids.shape[0], batch_size):
+                rows = slice(start, start + batch_size)
+                part = ids[rows].to(device())
+                logits[rows] = model(part).cpu()
+                nll[rows] = model.token_scores(part)[0].to(kind).cpu()
+    finally:
+        destroy_parallel()
+    return logits, nll
+
+
+def write_result(out: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write atomically: the file appears whole or not at all. UsageError when the place cannot be written."""
+    import os
+
+    from safetensors.torch import save_file
+
+    temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, temporary)
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
+        os.replace(temporary, out)
+    except OSError as error:
+        raise UsageError(f"--out {out}: cannot be written: {error.strerror}; choose a writable place") from error
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,85 @@
+"""How much work each step of a run is, and from that, how long the rest will take.
+
+Work is counted in multiply-adds of forward passes: a backward pass counts double, a teacher pass once. Only ratios matter, because the
+machine's speed is measured while the run goes on; steps that move files instead of computing get a fixed share.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+from megatron_hypenet.config.model import ModelConfig
+from megatron_hypenet.config.schema import RunConfig, StageConfig
+
+FIXED_SHARE = {"teacher": 0.01, "data": 0.03, "probe": 0.005, "assemble": 0.01, "export": 0.01}
+"""Share of the computing work that each file-moving step is taken for."""
+EVALUATED_MODELS = 4
+"""Models in the report: teacher, all layers converted, after distillation, after finetuning."""
+
+
+def planned_work(run: RunConfig, teacher: ModelConfig) -> dict[str, float]:
+    """Work of every step by name, in multiply-adds; the order is that of the run."""
+    layers, hidden = teacher.num_layers, teacher.hidden_size
+    mlp = 3 * hidden * teacher.ffn_hidden_size
+    attention = hidden * (2 * teacher.query_size + 2 * teacher.kv_size)
+    rnn = hidden * 5 * teacher.query_size
+    head = hidden * teacher.vocab_size
+    model, student = layers * (attention + mlp) + head, layers * (rnn + mlp) + head
+    pairs = run.select.recall_sequences + run.select.heldout_sequences
+    recall = sum(run.eval.length_multiples) * run.eval.recall_sequences * run.eval.seq_length
+    heldout = run.eval.heldout_sequences * run.eval.seq_length
+    work = {
+        "align": _tokens(run.align) * layers * (attention + mlp + 3 * rnn),
+        "select": (layers + 1) * pairs * run.select.seq_length * model,
+        "distill": _tokens(run.distill) * (model + 3 * student),
+        "finetune": _tokens(run.finetune) * 3 * student,
+        "report": EVALUATED_MODELS * (recall + heldout) * student,
+    }
+    total = float(sum(work.values()))
+    fixed = {name: share * total for name, share in FIXED_SHARE.items()}
+    order = ("teacher", "data", "probe", "align", "select", "assemble", "distill", "finetune", "export", "report")
+    return {name: float(work[name]) if name in work else fixed[name] for name in order}
+
+
+class Clock:
+    """Remaining time of a run from planned work and measured time. Skipped steps count neither as work nor as time."""
+
+    def __init__(self, work: Mapping[str, float], now: Callable[[], float] = time.monotonic) -> None:
+        self.now = now
+        self.remaining = dict(work)
+        self.done_work = 0.0
+        self.start = now()
+        self._fraction: dict[str, float] = {}
+
+    def skip(self, step: str) -> None:
+        """`step` needs no work."""
+        self.remaining.pop(step, None)
+
+    def progress(self, step: str, fraction: float) -> None:
+        """`step` is done to `fraction`, between 0 and 1."""
+        self._fraction[step] = fraction
+
+    def finish(self, step: str) -> None:
+        """`step` is done."""
+        self.done_work += self.remaining.pop(step, 0.0)
+        self._fraction.pop(step, None)
+
+    def fraction(self) -> float:
+        """Share of the run's work that is done, between 0 and 1."""
+        partial = sum(self.remaining.get(step, 0.0) * part for step, part in self._fraction.items())
+        total = self.done_work + sum(self.remaining.values())
+        return (self.done_work + partial) / total if total else 1.0
+
+    def elapsed(self) -> float:
+        """Seconds since the start."""
+        return self.now() - self.start
+
+    def eta(self) -> float | None:
+        """Seconds to the end at the speed so far; None before there is any."""
+        fraction = self.fraction()
+        return self.elapsed() * (1 - fraction) / fraction if fraction > 0 else None
+
+
+def _tokens(stage: StageConfig) -> int:
+    return stage.train_iters * stage.tokens_per_step

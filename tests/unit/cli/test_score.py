@@ -1,0 +1,120 @@
+"""`hypenet score` as a user starts it."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+from megatron_hypenet.checkpoint.save import write_weights
+from megatron_hypenet.checkpoint.shards import tensor_pieces
+from megatron_hypenet.cli.main import run
+from megatron_hypenet.config.schema import ParallelConfig
+from megatron_hypenet.model.hypenet import build_model
+from tests.tiny import tiny_model_config
+
+CONFIG = tiny_model_config(attn_logits_scaling="hype 5")
+
+
+def write_checkpoint(folder, model):
+    """The model's weights as a committed checkpoint."""
+    tensors = {}
+    for entry in model.sharded_state_dict(prefix="").values():
+        for piece in tensor_pieces(entry):
+            whole = tensors.setdefault(piece.key, torch.empty(piece.global_shape, dtype=piece.dtype))
+            place = tuple(slice(start, start + size) for start, size in zip(piece.global_offset, piece.local_shape, strict=True))
+            whole[place] = piece.data.detach()
+    write_weights(folder, tensors, model.model_config, kind="student")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build_model(CONFIG, ParallelConfig(), dtype=torch.float64, seed=3)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("score") / "checkpoint"
+    write_checkpoint(folder, model)
+    return folder
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(0, CONFIG.vocab_size, (3, 10), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def tokens(tmp_path, ids):
+    path = tmp_path / "ids.safetensors"
+    save_file({"input_ids": ids}, path)
+    return path
+
+
+def score(checkpoint, tokens, out, *words):
+    return run(["score", str(checkpoint), "--tokens", str(tokens), "--out", str(out), *words])
+
+
+def test_float64_scores_are_those_of_the_model(model, checkpoint, tokens, ids, tmp_path):
+    with torch.no_grad():
+        logits = model(ids)
+    nll = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(3, 9)
+    assert score(checkpoint, tokens, tmp_path / "out.safetensors", "--dtype", "float64", "--batch-size", "2") == 0
+    got = load_file(tmp_path / "out.safetensors")
+    assert set(got) == {"logits", "nll"} and got["logits"].dtype == got["nll"].dtype == torch.float64
+    torch.testing.assert_close(got["logits"], logits, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(got["nll"], nll, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 5e-2)])
+def test_other_dtypes_are_near(checkpoint, tokens, ids, tmp_path, dtype, tolerance):
+    assert score(checkpoint, tokens, tmp_path / "exact", "--dtype", "float64") == 0
+    assert score(checkpoint, tokens, tmp_path / "got", "--dtype", dtype) == 0
+    exact, got = load_file(tmp_path / "exact"), load_file(tmp_path / "got")
+    for name in exact:
+        assert got[name].dtype == getattr(torch, dtype)
+        torch.testing.assert_close(got[name].double(), exact[name], rtol=tolerance, atol=tolerance)
+
+
+def test_int32_ids_and_json(checkpoint, ids, tmp_path, capsys):
+    save_file({"input_ids": ids.int()}, tmp_path / "ids")
+    assert score(checkpoint, tmp_path / "ids", tmp_path / "out", "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["sequences"] == 3 and shown["mean_nll"] == pytest.approx(load_file(tmp_path / "out")["nll"].double().mean().item())
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"input_ids": torch.tensor([[1, 61]])}, "first 61 at [0, 1]"),
+        ({"input_ids": torch.tensor([[1, 2], [-1, 3]])}, "first -1 at [1, 0]"),
+        ({"input_ids": torch.tensor([[1.0, 2.0]])}, "is float32"),
+        ({"input_ids": torch.tensor([1, 2])}, "shape [2]"),
+        ({"input_ids": torch.tensor([[1]])}, "T >= 2"),
+        ({"ids": torch.tensor([[1, 2]])}, "no tensor named input_ids"),
+    ],
+)
+def test_bad_ids_are_refused_and_nothing_is_written(checkpoint, tmp_path, tensors, message, capsys):
+    save_file(tensors, tmp_path / "bad")
+    assert score(checkpoint, tmp_path / "bad", tmp_path / "out") == 5
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["bad"]
+
+
+def test_files_that_are_missing_or_in_the_way(checkpoint, tokens, tmp_path, capsys):
+    assert score(checkpoint, tmp_path / "none", tmp_path / "out") == 5
+    assert score(tmp_path / "none", tokens, tmp_path / "out") == 5
+    (tmp_path / "out").write_text("mine")
+    assert score(checkpoint, tokens, tmp_path / "out") == 2
+    assert (tmp_path / "out").read_text() == "mine"
+    assert score(checkpoint, tokens, tmp_path / "out", "--overwrite") == 0
+
+
+def test_dry_run_checks_and_writes_nothing(checkpoint, tokens, tmp_path):
+    assert score(checkpoint, tokens, tmp_path / "out", "--dry-run") == 0
+    assert not (tmp_path / "out").exists()
+
+
+def test_layouts_that_are_not_there_yet_are_refused(checkpoint, tokens, tmp_path):
+    assert score(checkpoint, tokens, tmp_path / "out", "--tp", "2") == 3
