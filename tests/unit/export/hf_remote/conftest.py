@@ -1,0 +1,38 @@
+"""A small HypeNet of the exported modelling code, in float64, with 6 heads (no power of two)."""
+
+import pytest
+import torch
+
+from megatron_hypenet.export.hf_remote.configuration_hypenet import HypeNetConfig
+from megatron_hypenet.export.hf_remote.modeling_hypenet import HypeNetForCausalLM
+
+SIZES = dict(
+    vocab_size=53, hidden_size=32, intermediate_size=40, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2, head_dim=8
+)
+MIXERS = ["lightning-attn", "attn", "lightning-attn"]
+
+
+@pytest.fixture
+def make_config():
+    """make_config(**changes) -> HypeNetConfig."""
+    return lambda **changes: HypeNetConfig(**{**SIZES, "mixer_types": MIXERS, "attn_logits_scaling": "hype 50", **changes})
+
+
+@pytest.fixture
+def make_model(make_config):
+    """make_model(**changes) -> HypeNetForCausalLM in float64 with random weights large enough to matter."""
+
+    def build(**changes):
+        torch.manual_seed(5)
+        model = HypeNetForCausalLM(make_config(**changes)).double().eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.3)
+        return model
+
+    return build
+
+
+@pytest.fixture
+def model(make_model):
+    return make_model()

@@ -1,0 +1,69 @@
+import pytest
+import torch
+
+from megatron_hypenet.export.hf_remote.cache_hypenet import HypeNetCache
+
+CPU = torch.device("cpu")
+
+
+def feed(cache, tokens, batch=2, real=None):
+    past, first, mask = cache.advance(real, batch, tokens, CPU)
+    new = torch.randn(batch, 3, tokens, 4)
+    return new, cache.update(0, new, -new, past), first, mask
+
+
+def test_keys_and_values_come_back_in_order_while_the_buffer_grows():
+    cache = HypeNetCache(1)
+    seen, capacities = [], set()
+    for tokens in (100, 1, 155, 1, 400, 1, 1):
+        new, (keys, values), _, mask = feed(cache, tokens)
+        seen.append(new)
+        assert mask is None and torch.equal(keys, torch.cat(seen, 2)) and torch.equal(values, -keys)
+        capacities.add(cache.keys[0].shape[2])
+    assert capacities == {256, 512, 768} and cache.get_seq_length() == 659
+
+
+def test_growth_copies_each_token_a_bounded_number_of_times():
+    cache = HypeNetCache(1)
+    buffers = set()
+    for _ in range(3000):
+        feed(cache, 1, batch=1)
+        buffers.add(cache.keys[0].data_ptr())
+    assert cache.keys[0].shape[2] < 1.6 * 3000 + 256
+    sizes = [256]
+    while sizes[-1] < 3000:
+        sizes.append(-(-int(max(sizes[-1] * 1.5, sizes[-1] + 1)) // 256) * 256)
+    assert len(buffers) <= len(sizes)
+
+
+def test_padding_is_remembered_even_when_it_comes_late():
+    cache = HypeNetCache(1)
+    _, _, first, mask = feed(cache, 3)
+    assert first == 0 and mask is None
+    _, _, first, mask = feed(cache, 2, real=torch.tensor([[False, True], [True, True]]))
+    assert first.tolist() == [[3], [3]] and mask.tolist() == [[True] * 3 + [False, True], [True] * 5]
+    _, _, first, mask = feed(cache, 1)
+    assert first.tolist() == [[4], [5]] and mask[:, -1].all()
+
+
+def test_reordering_moves_everything():
+    cache = HypeNetCache(2)
+    feed(cache, 2, real=torch.tensor([[False, True], [True, True]]))
+    cache.states[1] = torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4)])
+    keys = cache.keys[0].clone()
+    cache.reorder_cache(torch.tensor([1, 1]))
+    assert torch.equal(cache.keys[0][0, :, :2], keys[1, :, :2]) and cache.states[1].min() == 1
+    assert cache.real.all() and cache.num_real.tolist() == [2, 2] and cache.keys[1] is None
+
+
+def test_reset():
+    cache = HypeNetCache(2)
+    feed(cache, 2)
+    cache.reset()
+    assert cache.get_seq_length() == 0 and cache.keys == [None, None] and cache.num_real is None
+
+
+@pytest.mark.parametrize("attribute", ["crop", "to"])
+def test_what_the_cache_must_not_offer(attribute):
+    # crop: a Lightning state cannot be rolled back; to: device hooks would try to move the whole cache
+    assert not hasattr(HypeNetCache(1), attribute)

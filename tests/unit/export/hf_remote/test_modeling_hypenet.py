@@ -1,0 +1,205 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+def tokens(rows, count, seed=0):
+    return torch.randint(53, (rows, count), generator=torch.Generator().manual_seed(seed))
+
+
+def padded(rows, total, *, left=True, filler=1):
+    ids, mask = torch.full((len(rows), total), filler), torch.zeros(len(rows), total, dtype=torch.long)
+    for index, row in enumerate(rows):
+        where = slice(total - len(row), total) if left else slice(0, len(row))
+        ids[index, where], mask[index, where] = row, 1
+    return ids, mask
+
+
+@pytest.fixture
+def rows():
+    return [tokens(1, count, seed=count)[0] for count in (5, 12, 1, 9)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pieces", [[30], [1] * 30, [7, 1, 1, 21], [29, 1]])
+def test_any_split_of_a_sequence_gives_the_same_logits(model, pieces):
+    ids = tokens(2, 30)
+    want = model(ids, use_cache=False)
+    assert want.past_key_values is None
+    cache, got = None, []
+    for piece in ids.split(pieces, dim=1):
+        out = model(piece, past_key_values=cache)
+        cache = out.past_key_values
+        got.append(out.logits)
+    close(torch.cat(got, 1), want.logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("left", [True, False])
+@pytest.mark.parametrize("filler", [0, 52])
+def test_a_padded_batch_is_its_rows(model, rows, left, filler):
+    ids, mask = padded(rows, 14, left=left, filler=filler)
+    logits = model(ids, attention_mask=mask).logits
+    assert torch.isfinite(logits).all()
+    for index, row in enumerate(rows):
+        close(logits[index, mask[index].bool()], model(row[None]).logits[0])
+
+
+@torch.no_grad()
+def test_padded_turns_continue_each_row(model, rows):
+    """Two turns, each padded on the left by itself: padding in the middle of the cache."""
+    second = list(reversed(rows))
+    ids, mask = padded(rows, 13)
+    cache = model(ids, attention_mask=mask).past_key_values
+    more, more_mask = padded(second, 12)
+    out = model(more, attention_mask=torch.cat([mask, more_mask], 1), past_key_values=cache)
+    last = model(torch.full((4, 1), 7), past_key_values=out.past_key_values)  # no mask: everything new is real
+    for index, (a, b) in enumerate(zip(rows, second, strict=True)):
+        whole = model(torch.cat([a, b, torch.tensor([7])])[None]).logits[0]
+        close(out.logits[index, more_mask[index].bool()], whole[len(a) : -1])
+        close(last.logits[index, 0], whole[-1])
+
+
+@torch.no_grad()
+def test_mask_of_the_new_tokens_alone_is_enough(model, rows):
+    ids, mask = padded(rows, 13)
+    first, second = model(ids, attention_mask=mask), model(ids, attention_mask=mask)
+    new = torch.ones(4, 1, dtype=torch.long)
+    full = model(new, attention_mask=torch.cat([mask, new], 1), past_key_values=first.past_key_values)
+    short = model(new, attention_mask=new, past_key_values=second.past_key_values)
+    assert torch.equal(full.logits, short.logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "top_k": 9}, {"num_beams": 3}], ids=["greedy", "sampling", "beams"])
+def test_generation_with_cache_is_generation_without(model, options):
+    ids = tokens(2, 11)
+    found = []
+    for use_cache in (True, False):
+        torch.manual_seed(0)
+        found.append(model.generate(ids, max_new_tokens=12, pad_token_id=0, use_cache=use_cache, **options))
+    assert torch.equal(*found) and found[0].shape == (2, 23)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"prefill_chunk_size": 4}], ids=["whole", "chunked"])
+def test_a_padded_batch_generates_what_its_rows_generate(model, rows, options):
+    rows = [row for row in rows if len(row) > 1]
+    ids, mask = padded(rows, 14)
+    got = model.generate(ids, attention_mask=mask, max_new_tokens=9, pad_token_id=0, **options)
+    for index, row in enumerate(rows):
+        # with a mask: without one `generate` would take real tokens that equal the padding token for padding
+        alone = model.generate(row[None], attention_mask=torch.ones(1, len(row)), max_new_tokens=9, pad_token_id=0)
+        assert torch.equal(got[index, 14:], alone[0, len(row) :])
+
+
+@torch.no_grad()
+def test_generation_continues_from_a_returned_cache(model):
+    ids = tokens(1, 8)
+    whole = model.generate(ids, max_new_tokens=10, pad_token_id=0)
+    first = model.generate(ids, max_new_tokens=4, pad_token_id=0, return_dict_in_generate=True, use_cache=True)
+    again = model.generate(first.sequences, max_new_tokens=6, pad_token_id=0, past_key_values=first.past_key_values)
+    assert torch.equal(again, whole)
+
+
+@torch.no_grad()
+def test_generation_from_embeddings(model):
+    ids = tokens(2, 8)
+    got = model.generate(inputs_embeds=model.get_input_embeddings()(ids), max_new_tokens=6, pad_token_id=0)
+    assert torch.equal(got, model.generate(ids, max_new_tokens=6, pad_token_id=0)[:, 8:])
+
+
+def test_loss_is_the_mean_next_token_cross_entropy(model):
+    ids = tokens(2, 9)
+    labels = ids.clone()
+    labels[:, :3] = -100
+    out = model(ids, labels=labels)
+    want = F.cross_entropy(out.logits[:, 2:-1].flatten(0, 1), ids[:, 3:].flatten())
+    close(out.loss, want)
+    close(model(ids, labels=labels, num_items_in_batch=24).loss, want * 12 / 24)
+    out.loss.backward()
+    assert all(parameter.grad is not None and torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+
+
+def test_training_keeps_no_cache(model):
+    assert model.train()(tokens(1, 4)).past_key_values is None
+    assert model.eval()(tokens(1, 4)).past_key_values is not None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("keep", [0, 1, 3, torch.tensor([0, 4])], ids=str)
+def test_logits_to_keep(model, keep):
+    ids = tokens(2, 6)
+    whole = model(ids).logits
+    close(model(ids, logits_to_keep=keep).logits, whole[:, keep if torch.is_tensor(keep) else slice(-keep, None)])
+
+
+@torch.no_grad()
+def test_hidden_states_are_layer_inputs_and_final_output(model):
+    ids = tokens(1, 6)
+    out = model(ids, output_hidden_states=True)
+    assert len(out.hidden_states) == 4
+    assert torch.equal(out.hidden_states[0], model.model.embed_tokens(ids))
+    assert torch.equal(model.lm_head(out.hidden_states[-1]), out.logits)
+    assert model(ids).hidden_states is None
+    assert isinstance(model(ids, return_dict=False), tuple)
+
+
+@torch.no_grad()
+def test_positions_are_checked(model):
+    ids = tokens(2, 6)
+    plain = model(ids).logits
+    assert torch.equal(model(ids, position_ids=torch.arange(6)[None]).logits, plain)
+    packed = torch.tensor([[0, 1, 2, 0, 1, 2]])
+    with pytest.raises(ValueError, match="packed rows and shifted positions are not supported"):
+        model(ids, position_ids=packed)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"output_attentions": True}, "does not return attention maps"),
+        ({"past_key_values": "cache"}, "must be the HypeNetCache"),
+        ({"attention_mask": torch.ones(2, 3)}, "attention_mask must be"),
+        ({"attention_mask": torch.ones(2, 1, 4, 4)}, "attention_mask must be"),
+        ({"inputs_embeds": torch.zeros(2, 4, 32, dtype=torch.float64)}, "give either input_ids or inputs_embeds"),
+    ],
+)
+def test_refuses_what_it_cannot_do(model, inputs, message):
+    with pytest.raises(ValueError, match=message):
+        model(tokens(2, 4), **inputs)
+
+
+def test_refuses_other_caches_and_rollback(model):
+    with pytest.raises(ValueError, match="has its own cache"):
+        model.generate(tokens(1, 4), max_new_tokens=2, cache_implementation="static")
+    with pytest.raises(ValueError, match="stateful"):
+        model.generate(tokens(1, 4), max_new_tokens=2, prompt_lookup_num_tokens=2)
+
+
+def test_tied_head_shares_storage(make_model):
+    tied, own = make_model(tie_word_embeddings=True), make_model()
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+    assert own.lm_head.weight is not own.model.embed_tokens.weight
+
+
+@torch.no_grad()
+def test_bf16_keeps_its_states_in_fp32_and_stays_close(model):
+    ids = tokens(2, 40)
+    want = model(ids).logits
+    out = model.bfloat16()(ids)
+    assert out.past_key_values.states[0].dtype == torch.float32
+    assert F.cosine_similarity(out.logits.double(), want, dim=-1).min() > 0.99
+
+
+@torch.no_grad()
+def test_logit_scaling_changes_softmax_layers_only(make_model):
+    ids = tokens(1, 40)
+    assert not torch.allclose(make_model(attn_logits_scaling="hype 50")(ids).logits, make_model(attn_logits_scaling=None)(ids).logits)
+    linear = ["lightning-attn"] * 3
+    with_scaling = make_model(mixer_types=linear, attn_logits_scaling="hype 50")(ids).logits
+    assert torch.equal(with_scaling, make_model(mixer_types=linear, attn_logits_scaling=None)(ids).logits)

@@ -1,0 +1,105 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from megatron_hypenet.errors import ConversionError
+from megatron_hypenet.export import hf_folder
+from megatron_hypenet.export.hf_folder import HfWeights
+
+
+@pytest.fixture
+def sharded(hf_model, tmp_path):
+    return hf_model().write(tmp_path / "hf", shards=2)
+
+
+def edit_index(folder, change):
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    change(index["weight_map"])
+    path.write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_reads_what_was_written(hf_model, tmp_path, shards):
+    model = hf_model()
+    weights = HfWeights(model.write(tmp_path / "hf", shards=shards))
+    assert set(weights) == set(model.tensors) and len(weights) == len(model.tensors)
+    for name, tensor in model.tensors.items():
+        assert torch.equal(weights[name], tensor) and weights.shape(name) == tuple(tensor.shape) and weights.dtype(name) == "F32"
+    assert weights.total_bytes() > sum(tensor.nbytes for tensor in model.tensors.values())
+
+
+def test_truncated_file(hf_model, tmp_path):
+    folder = hf_model().write(tmp_path / "hf")
+    data = (folder / "model.safetensors").read_bytes()
+    for keep in (0, 5, 200, len(data) - 1):
+        (folder / "model.safetensors").write_bytes(data[:keep])
+        with pytest.raises(ConversionError, match="not a complete safetensors file.*cut off"):
+            HfWeights(folder)
+
+
+def test_missing_shard(sharded):
+    (sharded / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ConversionError, match="names model-00002-of-00002.safetensors, which is missing"):
+        HfWeights(sharded)
+
+
+def test_index_names_a_tensor_that_is_elsewhere(sharded):
+    edit_index(sharded, lambda index: index.update({"model.norm.weight": _other(index["model.norm.weight"])}))
+    with pytest.raises(ConversionError, match="1 tensors are not in the file that the index names, first model.norm.weight"):
+        HfWeights(sharded)
+
+
+def test_index_names_a_tensor_that_is_nowhere(sharded):
+    edit_index(sharded, lambda index: index.update({"ghost": "model-00001-of-00002.safetensors"}))
+    with pytest.raises(ConversionError, match="first ghost"):
+        HfWeights(sharded)
+
+
+def test_index_cannot_point_outside_the_folder(sharded):
+    edit_index(sharded, lambda index: index.update({"ghost": "../secret.safetensors"}))
+    with pytest.raises(ConversionError, match="not inside the folder"):
+        HfWeights(sharded)
+
+
+def test_tensor_in_two_files(sharded):
+    file = sharded / "model-00001-of-00002.safetensors"
+    weights = HfWeights(sharded)
+    stale = {name: weights[name] for name in weights}
+    save_file(stale, file)
+    with pytest.raises(ConversionError, match="holds too; remove the stale file"):
+        HfWeights(sharded)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": {}}', '{"metadata": {}}'])
+def test_broken_index(sharded, text):
+    (sharded / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ConversionError, match="cannot be read"):
+        HfWeights(sharded)
+
+
+def test_pickled_weights_are_not_read(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(ConversionError, match="only pytorch_model.bin; only safetensors are read"):
+        HfWeights(tmp_path)
+
+
+def test_generation_config(tmp_path):
+    assert hf_folder.read_generation_config(tmp_path) is None
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(ConversionError, match="not valid JSON"):
+        hf_folder.read_generation_config(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"top_p": 0.9}')
+    assert hf_folder.read_generation_config(tmp_path) == {"top_p": 0.9}
+
+
+def test_shards_respect_the_limit_and_keep_the_order():
+    sizes = [("a", 4), ("b", 4), ("c", 12), ("d", 1), ("e", 9), ("f", 1)]
+    assert hf_folder.plan_shards(sizes, 10) == [["a", "b"], ["c"], ["d", "e"], ["f"]]
+    assert hf_folder.plan_shards(sizes, 100) == [["a", "b", "c", "d", "e", "f"]]
+
+
+def _other(file):
+    return file.replace("00001-of", "X-of").replace("00002-of", "00001-of").replace("X-of", "00002-of")

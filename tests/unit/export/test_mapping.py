@@ -1,0 +1,112 @@
+import pytest
+import torch
+
+from megatron_hypenet.config.model import ModelConfig
+from megatron_hypenet.errors import ConversionError
+from megatron_hypenet.export import mapping
+
+QWEN3 = dict(num_query_groups=8, kv_channels=128, vocab_size=151936, attn_use_rope=True, attn_use_output_gate=False)
+
+
+def qwen3(layers, hidden, ffn, heads, tied):
+    return ModelConfig(
+        num_layers=layers,
+        hidden_size=hidden,
+        ffn_hidden_size=ffn,
+        num_attention_heads=heads,
+        share_embeddings_and_output_weights=tied,
+        mixer_types=("attn",) * layers,
+        **QWEN3,
+    )
+
+
+def student(**changes):
+    config = qwen3(2, 8, 12, 16, tied=False).replace(kv_channels=2, vocab_size=11, **changes)
+    return config.with_mixers(("attn", "lightning_attn"))
+
+
+@pytest.mark.parametrize(
+    ("shape", "parameters"),
+    [
+        # published totals of Qwen3-0.6B, 1.7B, 4B, 8B (tied heads counted once)
+        ((28, 1024, 3072, 16, True), 596_049_920),
+        ((28, 2048, 6144, 16, True), 1_720_574_976),
+        ((36, 2560, 9728, 32, True), 4_022_468_096),
+        ((36, 4096, 12288, 32, False), 8_190_735_360),
+    ],
+)
+def test_parameter_counts_of_published_models(shape, parameters):
+    assert mapping.num_parameters(qwen3(*shape)) == parameters
+
+
+def test_names_of_a_hypenet_are_the_published_ones():
+    common = ["q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"]
+    around = ["input_layernorm", "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+    expected = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+    for layer, extra in enumerate((["o_gate"], ["z_proj", "o_norm"])):
+        expected |= {f"model.layers.{layer}.{name}.weight" for name in [*around, *(f"self_attn.{part}" for part in common + extra)]}
+    assert {name for entry in mapping.entries(student()) for name in entry.hf} == expected
+
+
+def test_our_names_and_shapes():
+    table = {entry.ours: entry.shape for entry in mapping.entries(student())}
+    assert table["embedding.word_embeddings.weight"] == (11, 8)
+    assert table["output_layer.weight"] == (11, 8)
+    assert table["decoder.layers.0.mlp.linear_fc1.weight"] == (24, 8)
+    assert table["decoder.layers.0.self_attention.linear_in.weight.k"] == (16, 8)  # 8 groups of 2 channels
+    assert table["decoder.layers.1.self_attention.linear_in.weight.k"] == (32, 8)  # all 16 heads
+    assert table["decoder.layers.1.self_attention.o_norm.weight"] == (32,)
+    assert "decoder.layers.0.self_attention.o_norm.weight" not in table
+
+
+def test_head_and_gate_rows_follow_the_configuration():
+    tied = {entry.ours for entry in mapping.entries(student(share_embeddings_and_output_weights=True))}
+    teacher = {entry.ours for entry in mapping.entries(qwen3(2, 8, 12, 16, tied=False))}
+    assert "output_layer.weight" not in tied
+    assert not any("gate" in name for name in teacher) and "output_layer.weight" in teacher
+
+
+def test_split_undoes_join():
+    for entry in mapping.entries(student()):
+        parts = [torch.randn(entry.part_shape) for _ in entry.hf]
+        joined = entry.join(parts)
+        assert joined.shape == entry.shape
+        back = entry.split(joined)
+        assert list(back) == list(entry.hf)
+        assert all(torch.equal(back[name], part) and back[name].is_contiguous() for name, part in zip(entry.hf, parts, strict=True))
+
+
+def test_gate_comes_before_up():
+    entry = next(entry for entry in mapping.entries(student()) if "linear_fc1" in entry.ours)
+    gate, up = torch.zeros(entry.part_shape), torch.ones(entry.part_shape)
+    assert entry.hf[0].endswith("gate_proj.weight")
+    assert torch.equal(entry.join([gate, up])[: entry.part_shape[0]], gate)
+
+
+def test_unknown_mixer_is_refused():
+    with pytest.raises(ConversionError, match="gdn.*no rows in export/mapping.py"):
+        mapping.entries(student().replace(mixer_types=("attn", "gdn")))
+
+
+def test_missing_and_extra_names_are_counted_and_named():
+    with pytest.raises(ConversionError, match=r"x: 2 of 4 tensors are missing, first c, d; 1 tensors have no row.*first q"):
+        mapping.check_names(["a", "b", "c", "d"], ["a", "b", "q"], where="x")
+    mapping.check_names(["a", "b"], ["b", "a"], where="x")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (torch.zeros(3, 2), r"shape \[3, 2\], the configuration asks for \[2, 3\]"),
+        (torch.zeros(2, 3, dtype=torch.int8), "stored as int8; supported are float32"),
+        (torch.tensor([[0.0, torch.nan, 1], [0, torch.inf, 1]]), "2 of 6 values that are NaN or infinite"),
+    ],
+)
+def test_bad_tensor_is_named(tensor, message):
+    with pytest.raises(ConversionError, match=message):
+        mapping.check_tensor("w", tensor, (2, 3), where="x")
+
+
+@pytest.mark.parametrize("dtype", mapping.SUPPORTED_DTYPES, ids=str)
+def test_good_tensor_passes(dtype):
+    mapping.check_tensor("w", torch.ones(2, 3, dtype=dtype), (2, 3), where="x")
