@@ -70,6 +70,16 @@ class RunFolder:
         return self.root / "teacher"
 
     @property
+    def data(self) -> Path:
+        """Token files made of the text."""
+        return self.root / "data"
+
+    @property
+    def log_file(self) -> Path:
+        """Everything that was said on the screen, with time stamps."""
+        return self.root / "logs" / "hypenet.log"
+
+    @property
     def scores_file(self) -> Path:
         """Per-layer scores of the selection sweep."""
         return self.root / "selection" / "scores.json"
@@ -95,9 +105,14 @@ class RunFolder:
         return self.root / "export"
 
     @property
-    def report(self) -> Path:
-        """report.json and report.png."""
-        return self.root / "report"
+    def report_file(self) -> Path:
+        """Numbers of the report."""
+        return self.root / "report" / "report.json"
+
+    @property
+    def report_plot(self) -> Path:
+        """Figure of the report."""
+        return self.root / "report" / "report.png"
 
     def stage(self, name: str) -> Path:
         """Checkpoints of training stage `name`."""

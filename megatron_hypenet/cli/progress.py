@@ -1,0 +1,97 @@
+"""What a run shows while it works: one line per event, and on a terminal a bar with the time left for the whole run."""
+
+from __future__ import annotations
+
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from megatron_hypenet.engine.metrics import StepRecord
+    from megatron_hypenet.engine.planning import Clock
+
+
+class Screen:
+    """Lines on stderr and in logs/hypenet.log, with a bar below them on a terminal; silent on all processes but the first."""
+
+    def __init__(self, clock: Clock, log_file: Path, *, is_main: bool = True, stream: TextIO | None = None) -> None:
+        stream = sys.stderr if stream is None else stream
+        self.clock, self.is_main, self.stream = clock, is_main, stream
+        self.does: dict[str, str] = {}
+        """Step -> what it does in a few words, in order."""
+        self._log: TextIO | None = None
+        self._bar: Any = None
+        if is_main:
+            log_file.parent.mkdir(parents=True, exist_ok=True)
+            self._log = log_file.open("a", encoding="utf-8", buffering=1)
+            if stream.isatty():
+                self._bar = _bar(stream)
+                self._task = self._bar.add_task("", total=1.0)
+                self._bar.start()
+
+    def say(self, text: str) -> None:
+        """One line, with a time stamp in the log file."""
+        if not self.is_main:
+            return
+        if self._bar is not None:
+            self._bar.console.print(text, highlight=False, markup=False)
+        else:
+            print(text, file=self.stream, flush=True)
+        if self._log is not None:
+            self._log.write(f"{datetime.now().isoformat(timespec='seconds')} {text}\n")
+
+    def announce(self, step: str, what: str) -> None:
+        """A step "starts", is "skipped" or is "done in ..."."""
+        if what == "skipped":
+            self.clock.skip(step)
+            self.say(f"[{self._place(step)}] {step}: done before, skipped")
+        elif what == "starts":
+            self.say(f"[{self._place(step)}] {step}: {self.does[step]}")
+        else:
+            self.clock.finish(step)
+            self.say(f"[{self._place(step)}] {step}: {what} | run {100 * self.clock.fraction():.0f} % done, {self._left()}")
+        self._update(step)
+
+    def on_step(self, record: StepRecord) -> None:
+        """An optimizer step of a training stage is done."""
+        self.part(record.stage, record.step, record.train_iters)
+
+    def part(self, step: str, count: int, total: int) -> None:
+        """`count` of `total` parts of a step are done."""
+        self.clock.progress(step, count / max(total, 1))
+        self._update(step)
+
+    def train_line(self, text: str) -> None:
+        """A line of the training loop."""
+        self.say(f"  {text} | whole run: {self._left()}" if text.startswith("iter ") else f"  {text}")
+
+    def close(self) -> None:
+        """Take the bar away and close the log."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+
+    def _place(self, step: str) -> str:
+        return f"{list(self.does).index(step) + 1}/{len(self.does)}"
+
+    def _left(self) -> str:
+        from megatron_hypenet.engine.metrics import short_time
+
+        eta = self.clock.eta()
+        return "time left unknown" if eta is None else f"{short_time(eta)} left"
+
+    def _update(self, step: str) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.clock.fraction(), description=f"{self._place(step)} {step}, {self._left()}")
+
+
+def _bar(stream: TextIO) -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=Console(file=stream), transient=True)

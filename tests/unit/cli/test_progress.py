@@ -1,0 +1,92 @@
+"""What a run shows: plain lines with the time left, and a log file with stamps."""
+
+import io
+
+import pytest
+
+from megatron_hypenet.cli.progress import Screen
+from megatron_hypenet.engine.metrics import StepRecord
+from megatron_hypenet.engine.planning import Clock
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def time():
+    return [0.0]
+
+
+def make(tmp_path, time, stream, **kwargs):
+    screen = Screen(Clock({"data": 1.0, "align": 3.0}, now=lambda: time[0]), tmp_path / "logs" / "x.log", stream=stream, **kwargs)
+    screen.does.update({"data": "tokenize", "align": "stage 1"})
+    return screen
+
+
+def step(number):
+    return StepRecord(stage="align", step=number, train_iters=2, loss=1.0, grad_norm=1.0, lr=1.0, tokens_per_second=1.0, eta_seconds=1.0)
+
+
+def test_lines_tell_place_share_and_time_left(tmp_path, time):
+    stream = io.StringIO()
+    screen = make(tmp_path, time, stream)
+    screen.announce("data", "starts")
+    time[0] = 10.0
+    screen.announce("data", "done in 10.0 s")
+    screen.announce("align", "starts")
+    time[0] = 25.0
+    screen.on_step(step(1))
+    screen.train_line("iter 1/2 | loss 1")
+    screen.train_line("saved")
+    screen.close()
+    assert stream.getvalue().splitlines() == [
+        "[1/2] data: tokenize",
+        "[1/2] data: done in 10.0 s | run 25 % done, 30s left",
+        "[2/2] align: stage 1",
+        "  iter 1/2 | loss 1 | whole run: 15s left",
+        "  saved",
+    ]
+    log = (tmp_path / "logs" / "x.log").read_text().splitlines()
+    assert len(log) == 5 and log[0].endswith(" [1/2] data: tokenize") and log[0][:2] == "20"
+
+
+def test_skipped_steps_are_said_and_not_counted(tmp_path, time):
+    stream = io.StringIO()
+    screen = make(tmp_path, time, stream)
+    screen.announce("data", "skipped")
+    screen.train_line("iter 1/2")
+    screen.close()
+    assert stream.getvalue() == "[1/2] data: done before, skipped\n  iter 1/2 | whole run: time left unknown\n"
+
+
+def test_other_processes_are_silent(tmp_path, time):
+    stream = io.StringIO()
+    screen = make(tmp_path, time, stream, is_main=False)
+    screen.announce("align", "starts")
+    screen.on_step(step(2))
+    screen.close()
+    assert stream.getvalue() == "" and not (tmp_path / "logs").exists()
+
+
+def test_a_terminal_gets_a_bar_and_keeps_the_lines(tmp_path, time):
+    stream = Terminal()
+    screen = make(tmp_path, time, stream)
+    screen.announce("align", "starts")
+    time[0] = 5.0
+    screen.part("align", 1, 2)
+    screen.say("[a line with brackets]")
+    screen.close()
+    assert "[a line with brackets]" in stream.getvalue() and "[2/2] align: stage 1" in stream.getvalue()
+    assert screen.clock.fraction() == pytest.approx(1.5 / 4)
+
+
+def test_a_continued_run_keeps_its_log(tmp_path, time):
+    for _ in range(2):
+        screen = make(tmp_path, time, io.StringIO())
+        screen.say("hello")
+        screen.close()
+    assert len((tmp_path / "logs" / "x.log").read_text().splitlines()) == 2

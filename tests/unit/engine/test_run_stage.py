@@ -1,0 +1,133 @@
+"""Stages built from checkpoints, and the assembled student."""
+
+import pytest
+import torch
+
+from megatron_hypenet.checkpoint.load import read_manifest, read_model_config, read_weights
+from megatron_hypenet.checkpoint.save import write_weights
+from megatron_hypenet.checkpoint.shards import tensor_pieces
+from megatron_hypenet.config.schema import ParallelConfig
+from megatron_hypenet.engine import run_stage
+from megatron_hypenet.errors import CheckpointError, ConfigError
+from megatron_hypenet.model.hypenet import build_model
+from megatron_hypenet.stages.swap import AlignedMixers
+from tests.tiny import tiny_model_config, tiny_teacher_config
+from tests.unit.engine.test_run_folder import config
+
+TEACHER = tiny_teacher_config(3)
+MIXERS = ("lightning_attn", "attn", "lightning_attn")
+
+
+def whole_tensors(module):
+    """Canonical tensors of a module on one process."""
+    tensors = {}
+    for entry in module.sharded_state_dict(prefix="").values():
+        for piece in tensor_pieces(entry):
+            whole = tensors.setdefault(piece.key, torch.empty(piece.global_shape, dtype=piece.dtype))
+            place = tuple(slice(start, start + size) for start, size in zip(piece.global_offset, piece.local_shape, strict=True))
+            whole[place] = piece.data.detach()
+    return tensors
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return build_model(TEACHER, ParallelConfig(), dtype=torch.float32, seed=0)
+
+
+@pytest.fixture(scope="module")
+def world(teacher, tmp_path_factory):
+    """A folder with a teacher checkpoint and the aligned mixers of all its layers."""
+    root = tmp_path_factory.mktemp("stages")
+    write_weights(root / "teacher", whole_tensors(teacher), TEACHER, kind="teacher", extra={"hf_config": {"model_type": "qwen3"}})
+    aligned = AlignedMixers.beside(teacher, seed=1)
+    with torch.no_grad():
+        for parameter in aligned.parameters():
+            parameter.add_(0.01)  # as if trained: not what a fresh transfer gives
+    write_weights(root / "align", whole_tensors(aligned), aligned.model_config, kind="align")
+    return root
+
+
+@pytest.fixture(scope="module")
+def assembled(world):
+    run_stage.assemble(config(world), world / "teacher", world / "align", MIXERS, world / "student")
+    return world / "student"
+
+
+def test_the_assembled_student_is_put_together_from_its_sources(world, assembled):
+    student, teacher, aligned = (read_weights(folder) for folder in (assembled, world / "teacher", world / "align"))
+    assert read_model_config(assembled) == TEACHER.with_mixers(MIXERS)
+    assert read_manifest(assembled).kind == "student" and read_manifest(assembled).hf_config == {"model_type": "qwen3"}
+    for name, tensor in student.items():
+        if ".1.self_attention.linear_in.weight.gate" in name:
+            assert tensor.std().item() == pytest.approx(0.02, rel=0.2)
+        else:
+            source = aligned if ".self_attention." in name and ".1." not in name else teacher
+            assert torch.equal(tensor, source[name]), name
+
+
+def test_stages_load_strictly_and_run(world, assembled):
+    run = config(world)
+    batch = {"tokens": torch.randint(0, TEACHER.vocab_size, (1, 9), generator=torch.Generator().manual_seed(0))}
+    for name, inputs in (
+        ("align", {"teacher": world / "teacher"}),
+        ("distill", {"teacher": world / "teacher", "init": assembled}),
+        ("finetune", {"init": assembled}),
+    ):
+        stage = run_stage.build_stage(name, run, **inputs)
+        assert stage.name == name
+        loss, _ = stage(batch)
+        loss.backward()
+        assert loss.isfinite() and all(parameter.grad is not None for parameter in stage.trainable_parameters().values())
+        assert ("frozen" in run_stage.parameter_table(stage)) == (name != "finetune")
+
+
+def test_the_student_holds_what_was_assembled(world, assembled):
+    student = run_stage.load_hypenet(config(world), assembled)
+    stored = read_weights(assembled)
+    for name, tensor in whole_tensors(student).items():
+        assert torch.equal(tensor, stored[name]), name
+
+
+def test_aligned_mixers_come_back(world, teacher):
+    mixers = run_stage.load_aligned(config(world), teacher, world / "align")
+    stored = read_weights(world / "align")
+    for name, tensor in whole_tensors(mixers).items():
+        assert torch.equal(tensor, stored[name]), name
+
+
+def test_the_wrong_checkpoint_is_refused(world, assembled, tmp_path):
+    run = config(world)
+    with pytest.raises(CheckpointError, match="is not a teacher"):
+        run_stage.build_stage("align", run, teacher=assembled)
+    with pytest.raises(CheckpointError, match="is a teacher"):
+        run_stage.build_stage("finetune", run, init=world / "teacher")
+    with pytest.raises(CheckpointError, match="needs a teacher"):
+        run_stage.build_stage("distill", run, init=assembled)
+    with pytest.raises(CheckpointError, match="needs a init|needs an init|init"):
+        run_stage.build_stage("finetune", run)
+    with pytest.raises(CheckpointError):
+        run_stage.load_hypenet(run, world / "align")
+
+
+def test_teacher_and_student_share_a_vocabulary(world, tmp_path):
+    other = tiny_model_config(MIXERS, vocab_size=67)
+    write_weights(tmp_path / "other", whole_tensors(build_model(other, ParallelConfig(), dtype=torch.float32)), other, kind="student")
+    with pytest.raises(CheckpointError, match="vocab_size=61, student .* 67"):
+        run_stage.build_stage("distill", config(world), teacher=world / "teacher", init=tmp_path / "other")
+
+
+@pytest.mark.parametrize(("word", "name"), [("1", "align"), ("2", "distill"), ("3", "finetune"), ("align", "align")])
+def test_stages_have_names_and_numbers(word, name):
+    assert run_stage.stage_name(word) == name
+
+
+def test_unknown_stages_are_refused():
+    with pytest.raises(ConfigError, match="use align, distill or finetune"):
+        run_stage.stage_name("4")
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("auto", torch.float32), ("bfloat16", torch.bfloat16), ("float32", torch.float32)])
+def test_precision_on_a_cpu(tmp_path, precision, dtype):
+    if precision == "auto" and torch.cuda.is_available():
+        dtype = torch.bfloat16
+    assert run_stage.compute_dtype(config(tmp_path, precision=precision)) == dtype
