@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -65,8 +66,9 @@ def train(
 ) -> Path:
     """Train `stage` to config.train_iters and return its final checkpoint, <out_dir>/checkpoints/iter_XXXXXXX.
 
-    Returns at once when that is there. Otherwise continues from the newest usable checkpoint there is; on the same layout the continuation is bit-equal. `on_step` sees every step on
-    every process; `evaluate` gives extra TensorBoard points every eval_interval steps and after the last. `extra` goes into manifests.
+    Returns at once when that is there. Otherwise continues from the newest usable checkpoint there is; on the same layout the
+    continuation is bit-equal. `on_step` sees every step on every process; `evaluate` gives extra TensorBoard points every eval_interval
+    steps and after the last. `extra` goes into the manifests.
     Raises DivergedError (weights unchanged since the last good step), SavedAndRequeue after a signal or STOP file, CheckpointError.
     """
     done = finished_checkpoint(Path(out_dir), config)
@@ -136,11 +138,13 @@ class _Trainer:
                 self.recorder.interval(record, values, self.state.tokens)
             if on_step is not None:
                 on_step(record)
+            pause = time.perf_counter()
             if evaluate is not None and (last or (config.eval_interval and step % config.eval_interval == 0)):
                 self.recorder.points(step, self._evaluated(evaluate, step))
             wish = self.requests.poll()
             if last or wish != signals.GO_ON or step % config.save_interval == 0:
                 self._save()
+            self.recorder.exclude(time.perf_counter() - pause)
             if wish == signals.LEAVE and not last:
                 raise SavedAndRequeue(
                     f"stage {self.stage.name} stopped at iter {step}/{config.train_iters} on {self.requests.reason or 'request'} and saved "
@@ -197,6 +201,7 @@ class _Trainer:
         """Save the present state and drop surplus checkpoints."""
         assert self.engine is not None and self.recorder is not None
         folder = self.out_dir / CHECKPOINTS / fmt.iteration_name(self.state.step)
+        started = time.perf_counter()
         self.state = replace(self.state, adam_step=self.engine.adam_step())
         self.saved = save_training(
             folder,
@@ -210,7 +215,7 @@ class _Trainer:
         )
         if groups.rank() == 0:
             prune(folder.parent, keep_last=self.run.checkpoint.keep_last, keep_every=self.run.checkpoint.keep_every)
-        self.recorder.note(f"saved {folder}")
+        self.recorder.note(f"saved {folder} in {time.perf_counter() - started:.1f}s")
 
     def _layout(self) -> dict[str, int]:
         parallel = self.run.parallel

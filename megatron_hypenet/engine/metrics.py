@@ -152,6 +152,10 @@ class Recorder:
             self._log(record.line())
         self._restart(record.step)
 
+    def exclude(self, seconds: float) -> None:
+        """Leave `seconds` (a save, an evaluation) out of the speed of the present interval."""
+        self._since += seconds
+
     def points(self, step: int, values: Mapping[str, float]) -> None:
         """Write TensorBoard points at `step`."""
         if self._board is not None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 
+from megatron_hypenet.checkpoint.format import OPTIMIZER_STATES
 from megatron_hypenet.config.model import ModelConfig
 
 
@@ -65,3 +67,54 @@ class FusedModel(torch.nn.Module):
 def fused_model() -> FusedModel:
     """All zeros."""
     return FusedModel()
+
+
+class MemoryEngine:
+    """An EngineState without DeepSpeed: Adam state in a dictionary; one process."""
+
+    data_rank, data_size = 0, 1
+
+    def __init__(self, module: FusedModel) -> None:
+        from megatron_hypenet.checkpoint.state import Template
+
+        self.module = module
+        self.template = Template(module)
+        self.steps = 0
+        self.states: dict[tuple[int, str], torch.Tensor] = {}
+
+    def randomize(self, seed: int) -> MemoryEngine:
+        """Distinct values everywhere."""
+        generator = torch.Generator().manual_seed(seed)
+        self.init_optimizer_state(7)
+        for entry in self.template:
+            entry.parameter.data.copy_(torch.randn(entry.shape, generator=generator))
+            for name in OPTIMIZER_STATES:
+                self.states[entry.index, name] = torch.randn(entry.shape, generator=generator)
+        return self
+
+    def init_optimizer_state(self, adam_step: int) -> None:
+        self.steps = adam_step
+
+    def adam_step(self) -> int:
+        return self.steps
+
+    def gathered(self, parameter):
+        return nullcontext()
+
+    def set_weight(self, parameter, value) -> None:
+        parameter.data.copy_(value)
+
+    def _key(self, parameter, name):
+        return next(entry.index for entry in self.template if entry.parameter is parameter), name
+
+    def full_state(self, parameter, name) -> torch.Tensor:
+        return self.states[self._key(parameter, name)]
+
+    def set_full_state(self, parameter, name, value) -> None:
+        self.states[self._key(parameter, name)] = value.clone()
+
+
+@pytest.fixture
+def make_engine():
+    """Builds a MemoryEngine around a fresh FusedModel."""
+    return lambda: MemoryEngine(FusedModel())

@@ -8,6 +8,7 @@ import torch
 
 from megatron_hypenet.checkpoint import format as fmt
 from megatron_hypenet.checkpoint import load, save
+from megatron_hypenet.checkpoint.state import TrainState
 from megatron_hypenet.errors import CheckpointError
 
 
@@ -92,3 +93,40 @@ def test_load_model_can_leave_stored_tensors_unused(tmp_path, tensors, model_con
     save.write_weights(tmp_path / "ck", {**tensors, "extra": torch.ones(1)}, model_config, kind="student")
     load.load_model(fused_model, tmp_path / "ck", allow_unused=True)
     assert torch.equal(fused_model.embed, tensors["embed.weight"])
+
+
+@pytest.fixture
+def saved(tmp_path, make_engine, model_config):
+    engine = make_engine().randomize(1)
+    state = TrainState(stage="distill", step=7, samples=56, adam_step=7)
+    return engine, save.save_training(tmp_path / "iter_0000007", engine, state, model_config=model_config, kind="student")
+
+
+def test_load_training_restores_weights_states_and_generators(saved, make_engine, model_config):
+    engine, folder = saved
+    want = torch.rand(4)
+    other = make_engine().randomize(2)
+    state = load.load_training(folder, other, model_config=model_config, stage="distill")
+    assert (state.step, state.samples, other.adam_step()) == (7, 56, 7)
+    assert torch.equal(torch.rand(4), want)
+    for mine, theirs in zip(other.template, engine.template, strict=True):
+        assert torch.equal(mine.parameter, theirs.parameter)
+    assert all(torch.equal(other.states[key], engine.states[key]) for key in engine.states)
+
+
+def test_load_training_refuses_damage_and_other_runs(saved, make_engine, model_config):
+    _, folder = saved
+    engine = make_engine()
+    with pytest.raises(CheckpointError, match="stage distill, not align"):
+        load.load_training(folder, engine, model_config=model_config, stage="align")
+    with pytest.raises(CheckpointError, match="another shape"):
+        load.load_training(folder, engine, model_config=model_config.replace(vocab_size=12), stage="distill")
+    engine.module.to(torch.bfloat16)
+    with pytest.raises(CheckpointError, match="another precision"):
+        load.load_training(folder, engine, model_config=model_config, stage="distill")
+    data = next((folder / "optimizer").glob("*.distcp"))
+    damaged = bytearray(data.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    data.write_bytes(damaged)
+    with pytest.raises(CheckpointError, match="sha256 differs"):
+        load.load_training(folder, make_engine(), model_config=model_config, stage="distill")

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from megatron_hypenet.checkpoint import load, save
+from megatron_hypenet.checkpoint import load, save, shards
 from megatron_hypenet.checkpoint.shards import LazyTensor
+from megatron_hypenet.checkpoint.state import TrainState
 from megatron_hypenet.errors import CheckpointError
 
 
@@ -46,3 +47,35 @@ def test_refuses_empty_missing_tokenizer_and_existing(tmp_path, tensors, model_c
         save.write_weights(tmp_path / "ck", tensors, model_config, kind="teacher")
     save.write_weights(tmp_path / "ck", tensors, model_config, kind="student", overwrite=True)
     assert load.read_manifest(tmp_path / "ck").kind == "student"
+
+
+def training_folder(folder, engine, model_config, **changes):
+    state = TrainState(stage="distill", step=7, samples=56, adam_step=engine.adam_step())
+    arguments = {"model_config": model_config, "kind": "student", "config_yaml": "a: 1\n", "extra": {"run": "x"}}
+    return save.save_training(folder, engine, state, **{**arguments, **changes})
+
+
+def test_training_save_is_complete_and_hashed(tmp_path, make_engine, model_config):
+    folder = training_folder(tmp_path / "iter_0000007", make_engine().randomize(0), model_config)
+    manifest = load.verify_files(folder, hashes=True)
+    assert (manifest.kind, manifest.stage, manifest.extra) == ("student", "distill", {"step": 7, "run": "x"})
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert set(manifest.files) == names - {"manifest.json", "COMMITTED"}
+    assert {"train_state.json", "rng.safetensors", "config.yaml", "model.json"} <= names
+    assert set(load.read_weights(folder)) == {"embed.weight", "linear.weight.q", "linear.weight.k", "norm.weight"}
+
+
+@pytest.mark.parametrize("where", ["write_data", "finish"])
+def test_full_disk_removes_the_save_and_keeps_the_old_one(tmp_path, make_engine, model_config, monkeypatch, where):
+    engine = make_engine().randomize(0)
+    old = training_folder(tmp_path / "iter_0000006", engine, model_config)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shards._Writer, where, full)
+    with pytest.raises(CheckpointError, match="no space left.*older checkpoints are untouched") as caught:
+        training_folder(tmp_path / "iter_0000007", engine, model_config)
+    assert caught.value.exit_code == 5
+    assert [entry.name for entry in tmp_path.iterdir()] == ["iter_0000006"]
+    load.verify_files(old, hashes=True)

@@ -1,0 +1,35 @@
+"""Old saves go, the newest and the marked ones stay."""
+
+import pytest
+
+from megatron_hypenet.checkpoint import format as fmt
+from megatron_hypenet.checkpoint.retention import prune
+
+
+@pytest.fixture
+def parent(tmp_path):
+    for step in (10, 20, 30, 40, 50):
+        with fmt.staged(tmp_path / fmt.iteration_name(step)):
+            pass
+    (tmp_path / fmt.iteration_name(60)).mkdir()  # never committed
+    (tmp_path / fmt.iteration_name(70)).symlink_to(tmp_path / fmt.iteration_name(10))
+    return tmp_path
+
+
+def left(parent):
+    return sorted(fmt.iteration_of(entry) for entry in parent.iterdir())
+
+
+def test_keeps_the_newest_and_never_touches_uncommitted_or_links(parent):
+    prune(parent, keep_last=2)
+    assert left(parent) == [40, 50, 60, 70]
+
+
+def test_keeps_multiples(parent):
+    assert [folder.name for folder in prune(parent, keep_last=1, keep_every=20)] == ["iter_0000010", "iter_0000030"]
+    assert left(parent) == [20, 40, 50, 60, 70]
+
+
+def test_never_removes_the_newest(parent):
+    prune(parent, keep_last=0)
+    assert left(parent) == [50, 60, 70]
