@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -36,7 +37,7 @@ GIB = 2**30
 @app.command("import")
 def import_command(
     hf_dir: HfArgument,
-    ckpt_dir: CkptArgument,
+    ckpt_dir: Annotated[Path, typer.Argument(metavar="CKPT_DIR", help="Checkpoint folder to write.")],
     dtype: DtypeOption = None,
     overwrite: OverwriteOption = False,
     dry_run: DryRunOption = False,
@@ -139,7 +140,11 @@ def parse_scaling(text: str) -> LogitsScaling:
     if text in ("keep", "off"):
         return None if text == "off" else text
     try:
-        return check_logits_scaling(float(text) if text.replace(".", "", 1).isdigit() else text)
+        number = float(text)
+    except ValueError:
+        number = math.nan  # not a number: a word, then
+    try:
+        return check_logits_scaling(number if math.isfinite(number) else text)
     except ValueError as error:
         raise UsageError(f"--attn-logits-scaling {text!r}: {error}; or 'keep', 'off'") from error
 

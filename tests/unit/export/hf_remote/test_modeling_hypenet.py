@@ -203,3 +203,33 @@ def test_logit_scaling_changes_softmax_layers_only(make_model):
     linear = ["lightning-attn"] * 3
     with_scaling = make_model(mixer_types=linear, attn_logits_scaling="hype 50")(ids).logits
     assert torch.equal(with_scaling, make_model(mixer_types=linear, attn_logits_scaling=None)(ids).logits)
+
+
+@torch.no_grad()
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_cuda_is_the_cpu(make_model, rows, dtype):
+    """Whole prompts, padding, pieces and single steps on a GPU against the CPU in float64."""
+    limit = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1}[dtype]
+    # flash and memory-efficient attention need channels that are a multiple of 8 and like them a power of two
+    changes = {"head_dim": 64, "max_position_embeddings": 4096}
+    model, device_model = make_model(**changes), make_model(**changes).to("cuda", dtype)
+
+    def same(found, want):
+        assert torch.isfinite(found).all()
+        assert (found.double().cpu() - want).norm() / want.norm() < limit
+
+    ids, (padded_ids, mask) = tokens(2, 700), padded(rows, 14)
+    same(device_model(ids.cuda()).logits, model(ids).logits)
+    real = mask.bool()
+    same(
+        device_model(padded_ids.cuda(), attention_mask=mask.cuda()).logits[real.cuda()], model(padded_ids, attention_mask=mask).logits[real]
+    )
+    cache, found = None, []
+    for piece in ids[:, :330].cuda().split([300, 1, 28, 1], dim=1):
+        out = device_model(piece, past_key_values=cache)
+        cache = out.past_key_values
+        found.append(out.logits)
+    same(torch.cat(found, 1), model(ids[:, :330]).logits)
+    generated = device_model.generate(padded_ids.cuda(), attention_mask=mask.cuda(), max_new_tokens=5, pad_token_id=0)
+    assert generated.shape == (4, 19)
