@@ -98,11 +98,14 @@ def read_hf_config(hf_dir: Path) -> HfConfig:
 
 
 def family(raw: Mapping[str, Any]) -> str | None:
-    """`qwen3`, `hypenet`, or None for a model that we do not know. The architecture decides, then the model type."""
+    """`qwen3`, `hypenet`, or None for a model that we do not know. The architecture decides, then the model type.
+
+    HypeNets in the wild call their model type differently; their architecture, switches and tensor names say what they are."""
     architectures = raw.get("architectures")
     if isinstance(architectures, list) and len(architectures) == 1 and architectures[0] in _ARCHITECTURES:
         found = _ARCHITECTURES[architectures[0]]
-        return found if _MODEL_TYPES.get(raw.get("model_type") or found) == found else None
+        other = None if found == QWEN3 else found
+        return found if _MODEL_TYPES.get(raw.get("model_type") or found, other) == found else None
     return None if architectures else _MODEL_TYPES.get(str(raw.get("model_type")))
 
 

@@ -62,7 +62,7 @@ def plan_export(
     config = with_logits_scaling(load.read_model_config(folder), attn_logits_scaling)
     reader = load.open_weights(folder)
     entries = mapping.entries(config)
-    mapping.check_names((entry.ours for entry in entries), reader, where=str(folder))
+    mapping.check_names((entry.ours for entry in entries), reader, where=f"{folder} (kind: {load.read_manifest(folder).kind})")
     dtypes: dict[str, torch.dtype] = {}
     for entry in entries:
         mapping.check_shape(entry.ours, reader.shape(entry.ours), entry.shape, where=str(folder))

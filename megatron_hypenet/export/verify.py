@@ -37,6 +37,8 @@ class TensorReport:
     equal: int = 0
     cast: int = 0
     """Tensors stored in different dtypes, compared after casting the wider to the narrower."""
+    cast_to: str | None = None
+    """The narrowest dtype that a tensor was cast to: the logits are compared with the weights of both sides rounded to it."""
     different: list[str] = field(default_factory=list)
     """Hugging Face names of tensors whose values differ."""
 
@@ -127,9 +129,10 @@ def verify(
     if logits and not different:
         ids = torch.randint(plan.config.vocab_size, (2, num_tokens), generator=torch.Generator().manual_seed(seed))
         say(f"running the checkpoint in Megatron-core ({dtype})")
-        ours = run_checkpoint(folder, plan.config, ids, dtype)
+        rounded = None if tensors.cast_to is None else parse_dtype(tensors.cast_to)
+        ours = run_checkpoint(folder, plan.config, ids, dtype, rounded)
         say(f"running the folder in transformers ({dtype})")
-        theirs = run_hf(Path(hf_dir), plan.config, ids, dtype)
+        theirs = run_hf(Path(hf_dir), plan.config, ids, dtype, rounded)
         report.logits = compare_logits(theirs, ours, dtype)
     return report
 
@@ -149,18 +152,23 @@ def compare_tensors(plan: ImportPlan, folder: Path) -> TensorReport:
     reader = load.open_weights(folder)
     mapping.check_names((entry.ours for entry in plan.entries), reader, where=str(folder))
     report = TensorReport()
+    casts = set()
     for entry in plan.entries:
         stored = reader[entry.ours]
         mapping.check_shape(entry.ours, tuple(stored.shape), entry.shape, where=str(folder))
         for name, ours in entry.split(stored).items():
             theirs = plan.weights[name]
             report.compared += 1
-            report.cast += theirs.dtype != ours.dtype
             narrow = min(theirs.dtype, ours.dtype, key=lambda dtype: dtype.itemsize)
+            if theirs.dtype != ours.dtype:
+                report.cast += 1
+                casts.add(narrow)
             if same_bits(theirs.to(narrow), ours.to(narrow)):
                 report.equal += 1
             else:
                 report.different.append(name)
+    if casts:
+        report.cast_to = str(min(casts, key=lambda dtype: dtype.itemsize)).removeprefix("torch.")
     return report
 
 
@@ -170,14 +178,14 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 @torch.no_grad()
-def run_checkpoint(folder: Path, config: ModelConfig, ids: Tensor, dtype: str) -> list[Tensor]:
+def run_checkpoint(folder: Path, config: ModelConfig, ids: Tensor, dtype: str, rounded: torch.dtype | None = None) -> list[Tensor]:
     """Input of each layer, final-norm output, then logits, all [b, t, ...] on the CPU, from Megatron-core in this one process."""
     from megatron_hypenet.model.hypenet import build_model
 
     model = build_model(load.read_model_config(folder), ParallelConfig(), dtype=parse_dtype(dtype))
     load.load_model(model, folder)
     model.set_attn_logits_scaling(config.attn_logits_scaling)
-    model.eval()
+    _round_weights(model.eval(), rounded)
     ids = ids.to(next(model.parameters()).device)
     found = [tensor.cpu() for tensor in (*model.hidden_states(ids), model(ids))]
     del model
@@ -186,7 +194,7 @@ def run_checkpoint(folder: Path, config: ModelConfig, ids: Tensor, dtype: str) -
 
 
 @torch.no_grad()
-def run_hf(hf_dir: Path, config: ModelConfig, ids: Tensor, dtype: str) -> list[Tensor]:
+def run_hf(hf_dir: Path, config: ModelConfig, ids: Tensor, dtype: str, rounded: torch.dtype | None = None) -> list[Tensor]:
     """The same from transformers: its Qwen3, or our modelling code with the folder's weights."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -208,6 +216,7 @@ def run_hf(hf_dir: Path, config: ModelConfig, ids: Tensor, dtype: str) -> list[T
             logging.enable_progress_bar()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = model.eval().to(device)
+    _round_weights(model, rounded)
     out = model(ids.to(device), output_hidden_states=True, use_cache=False)
     found = [tensor.cpu() for tensor in (*out.hidden_states, out.logits)]
     del model, out
@@ -237,6 +246,12 @@ def compare_logits(reference: list[Tensor], found: list[Tensor], dtype: str) -> 
         tolerance=tolerance,
         first_diverging=first,
     )
+
+
+def _round_weights(model: torch.nn.Module, dtype: torch.dtype | None) -> None:
+    if dtype is not None:
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(dtype))
 
 
 def _relative(reference: Tensor, found: Tensor) -> float:

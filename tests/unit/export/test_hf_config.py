@@ -44,6 +44,7 @@ def test_exported_names_are_the_published_ones():
     [
         {"model_type": "hybrid", "architectures": ["HybridForCausalLM"], "auto_map": {"AutoConfig": "configuration_hybrid.HybridConfig"}},
         {"architectures": ["HybridForCausalLM"]},
+        {"model_type": "hybrid_of_another_name", "architectures": ["HybridForCausalLM"]},
         {"model_type": None, "architectures": ["HypeNetForCausalLM"]},
         {"architectures": None},
         {"mixer_types": ["lightning_attn", "attn", "lightning-attn"]},

@@ -4,6 +4,7 @@ import torch
 from megatron_hypenet.errors import VerificationError
 from megatron_hypenet.export import verify
 from megatron_hypenet.export.from_hf import import_hf
+from megatron_hypenet.export.to_hf import export_hf
 
 
 @pytest.fixture
@@ -77,11 +78,14 @@ def test_other_architecture_is_a_difference(pair):
     assert report.logits is None and not report.ok
 
 
-def test_casts_are_counted(hf_model, tmp_path):
+def test_a_narrower_copy_is_the_same_model_up_to_its_rounding(hf_model, tmp_path):
     folder = hf_model(student=True).write(tmp_path / "hf")
     import_hf(folder, tmp_path / "ckpt", dtype="bfloat16")
-    report = verify.verify(folder, tmp_path / "ckpt", logits=False)
-    assert report.ok and report.tensors.cast == report.tensors.compared
+    export_hf(tmp_path / "ckpt", tmp_path / "wide", dtype="float32")
+    for other, checked in ((folder, "bfloat16"), (tmp_path / "wide", "bfloat16")):
+        report = verify.verify(other, tmp_path / "ckpt", num_tokens=20)
+        assert report.ok and report.tensors.cast == report.tensors.compared and report.tensors.cast_to == checked
+        assert report.logits.max_rel_diff < 1e-5
 
 
 def test_same_bits():
