@@ -12,6 +12,8 @@ from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.config.schema import STAGES, ParallelConfig, RunConfig, StageConfig
 from megatron_hypenet.errors import ConfigError, LayoutError
 
+TRAINING_VERBS = ("train", "run", "demo")
+
 
 def check_layout(model_config: ModelConfig, run_config: RunConfig, world_size: int, stages: Iterable[str] = STAGES) -> None:
     """Raise LayoutError listing every rule that this model and run break on `world_size` processes.
@@ -37,10 +39,8 @@ def refuse_unbuilt_axes(parallel: ParallelConfig, verb: str) -> None:
     }
     asked = [f"{key}={size}" for key, size in sizes.items() if size > 1]
     if asked:
-        raise LayoutError(
-            f"{', '.join(asked)} is not available yet for hypenet {verb}, which spreads work by data parallelism and ZeRO only; "
-            f"use 1, and more processes or parallel.zero_stage=2 or 3 to fit larger models"
-        )
+        instead = "1; it spreads work by data parallelism, and parallel.zero_stage=2 or 3 fits larger models" if verb in TRAINING_VERBS else "1"
+        raise LayoutError(f"{', '.join(asked)} is not available yet for hypenet {verb}; use {instead}")
 
 
 def check_model_fits_selection(model_config: ModelConfig, run_config: RunConfig) -> None:

@@ -86,6 +86,8 @@ def test_axes_not_yet_built_are_refused_by_name():
     refuse_unbuilt_axes(ParallelConfig(zero_stage=3), "train")
     with pytest.raises(LayoutError, match=r"tensor_model_parallel_size=2, .*context_parallel_size=4 is not available yet for hypenet run"):
         refuse_unbuilt_axes(ParallelConfig(tensor_model_parallel_size=2, context_parallel_size=4), "run")
+    with pytest.raises(LayoutError, match=r"pipeline_model_parallel_size=2 is not available yet for hypenet score; use 1$"):
+        refuse_unbuilt_axes(ParallelConfig(pipeline_model_parallel_size=2), "score")
 
 
 def test_selection_cannot_keep_more_layers_than_there_are():

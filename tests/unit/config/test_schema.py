@@ -1,3 +1,4 @@
+import ast
 from pathlib import Path
 
 import pytest
@@ -69,3 +70,21 @@ def test_model_parallel_size():
 def test_training_data_may_not_be_empty():
     with pytest.raises(ValidationError, match="at least 1"):
         RunConfig.model_validate({**RUN, "data": {"train": []}})
+
+
+def leaf_keys(root: type[BaseModel], above: tuple[str, ...] = ()):
+    for name, field in root.model_fields.items():
+        below = section_type(field.annotation)
+        if below is None:
+            yield (*above, name)
+        else:
+            yield from leaf_keys(below, (*above, name))
+
+
+def test_no_setting_is_without_effect(repo_root):
+    """Each setting's name is read as an attribute somewhere outside the schema: a setting nobody reads misleads its user."""
+    read = set()
+    for path in (repo_root / "megatron_hypenet").rglob("*.py"):
+        if path.name not in ("schema.py", "model.py"):
+            read |= {node.attr for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Attribute)}
+    assert [".".join(key) for key in leaf_keys(RunConfig) if key[-1] not in read] == []
