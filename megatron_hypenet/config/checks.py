@@ -39,8 +39,8 @@ def refuse_unbuilt_axes(parallel: ParallelConfig, verb: str) -> None:
     }
     asked = [f"{key}={size}" for key, size in sizes.items() if size > 1]
     if asked:
-        instead = "1; it spreads work by data parallelism, and parallel.zero_stage=2 or 3 fits larger models" if verb in TRAINING_VERBS else "1"
-        raise LayoutError(f"{', '.join(asked)} is not available yet for hypenet {verb}; use {instead}")
+        instead = "; work is spread by data parallelism, and parallel.zero_stage=2 or 3 fits larger models" if verb in TRAINING_VERBS else ""
+        raise LayoutError(f"{', '.join(asked)} is not available yet for hypenet {verb}; use 1{instead}")
 
 
 def check_model_fits_selection(model_config: ModelConfig, run_config: RunConfig) -> None:
