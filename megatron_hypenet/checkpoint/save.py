@@ -41,7 +41,7 @@ def write_weights(
     if not tensors:
         raise CheckpointError(f"{folder}: there are no tensors to write")
     with fmt.staged(folder, overwrite=overwrite) as temporary:
-        write_shards(temporary / fmt.WEIGHTS, [Shard.whole(key, tensor) for key, tensor in tensors.items()])
+        write_shards(temporary / fmt.WEIGHTS, [Shard.whole(key, tensor) for key, tensor in tensors.items()], alone=True)
         (temporary / fmt.MODEL_JSON).write_text(model_config.to_json())
         copy_tokenizer(tokenizer_dir, temporary)
         write_manifest(temporary, kind=kind, extra=extra)

@@ -113,16 +113,17 @@ def distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def write_shards(folder: Path, shards: Iterable[Shard]) -> None:
+def write_shards(folder: Path, shards: Iterable[Shard], *, alone: bool = False) -> None:
     """Write this process's shards into `folder` (created if needed); collective over all processes when there are several.
 
-    Shards of one key must tile its global shape exactly once over all processes. Raises CheckpointError or OSError.
+    `alone`: the calling process writes everything and no other takes part, whether or not there are others. Shards of one key must tile its global shape exactly once over all processes. Raises CheckpointError or OSError.
     """
+    alone = alone or not distributed()
     folder.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch announces that it assumes a single process
         try:
-            dcp.save({}, storage_writer=_Writer(folder), planner=_SavePlanner(list(shards)), no_dist=not distributed())
+            dcp.save({}, storage_writer=_Writer(folder), planner=_SavePlanner(list(shards)), no_dist=alone)
         except dcp.api.CheckpointException as error:
             first = next(iter(error.failures.values()))[0]
             raise first if isinstance(first, OSError | CheckpointError) else CheckpointError(f"cannot write {folder}: {first}") from error

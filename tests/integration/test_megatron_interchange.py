@@ -6,7 +6,11 @@ import sys
 import textwrap
 from pathlib import Path
 
+import pytest
+
 import megatron_hypenet
+
+pytestmark = pytest.mark.slow
 
 MEGATRON = textwrap.dedent("""
     import sys, torch

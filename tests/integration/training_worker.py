@@ -30,7 +30,8 @@ class RandomTokens:
 
     def batch(self, sample_start: int, count: int, seq_length: int) -> torch.Tensor:
         rows = [
-            torch.randint(0, 61, (seq_length + 1,), generator=torch.Generator().manual_seed(1000 + sample_start + row)) for row in range(count)
+            torch.randint(0, 61, (seq_length + 1,), generator=torch.Generator().manual_seed(1000 + sample_start + row))
+            for row in range(count)
         ]
         return torch.stack(rows)
 

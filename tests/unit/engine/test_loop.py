@@ -1,0 +1,134 @@
+"""The loop trains, saves, continues bit for bit, and leaves by the right door."""
+
+import os
+import signal
+
+import pytest
+import torch
+
+from megatron_hypenet.checkpoint import format as fmt
+from megatron_hypenet.checkpoint.load import read_manifest, read_weights, verify_files
+from megatron_hypenet.config.schema import ParallelConfig
+from megatron_hypenet.engine import loop, signals
+from megatron_hypenet.engine.metrics import read_losses
+from megatron_hypenet.errors import DivergedError, SavedAndRequeue, UsageError
+from megatron_hypenet.parallel import groups
+from tests.unit.engine.toy import VOCAB, ToyData, ToyStage, run_config, stage_config
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    groups.init_parallel(ParallelConfig())
+    monkeypatch.setattr(signals, "_FILE_CHECK_SECONDS", 0.0)
+    monkeypatch.setattr(loop, "train", lambda *a, _train=loop.train, **k: _train(*a, **{"log": lambda text: None, **k}))
+
+
+class Interrupted(Exception):
+    """Stands for a crash."""
+
+
+def crash_after(step):
+    def on_step(record):
+        if record.step == step:
+            raise Interrupted
+
+    return on_step
+
+
+def test_trains_saves_and_returns_at_once_when_done(tmp_path):
+    records, lines = [], []
+    final = loop.train(
+        ToyStage(), ToyData(), stage_config(), run_config(tmp_path), tmp_path / "a", on_step=records.append, log=lines.append
+    )
+    assert final == tmp_path / "a" / "checkpoints" / "iter_0000006" and verify_files(final, hashes=True).stage == "align"
+    assert [record.step for record in records] == [1, 2, 3, 4, 5, 6]
+    assert records[-1].loss < records[0].loss
+    assert records[1].metrics["align/layer_00"] == pytest.approx(records[0].loss + records[1].loss) and records[0].metrics == {}
+    assert [line.split(" | ")[0] for line in lines if line.startswith("iter")] == ["iter 2/6", "iter 4/6", "iter 6/6"]
+    assert [record["loss"] for record in read_losses(tmp_path / "a" / "losses.jsonl")] == [record.loss for record in records]
+    assert loop.train(ToyStage(), ToyData(), stage_config(), run_config(tmp_path), tmp_path / "a", on_step=pytest.fail) == final
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_continues_bit_for_bit_after_a_crash(tmp_path, zero_stage, dtype):
+    config, run = stage_config(weight_decay=0.1), run_config(tmp_path, zero_stage=zero_stage)
+    straight = loop.train(ToyStage(dtype), ToyData(), config, run, tmp_path / "a")
+    with pytest.raises(Interrupted):
+        loop.train(ToyStage(dtype), ToyData(), config, run, tmp_path / "b", on_step=crash_after(5))
+    resumed = loop.train(ToyStage(dtype), ToyData(), config, run, tmp_path / "b")
+    assert (tmp_path / "a" / "losses.jsonl").read_text() == (tmp_path / "b" / "losses.jsonl").read_text()
+    want, got = read_weights(straight), read_weights(resumed)
+    assert all(torch.equal(want[name], got[name]) for name in want)
+
+
+def test_falls_back_to_the_save_before_a_damaged_one(tmp_path):
+    config, run = stage_config(save_interval=2), run_config(tmp_path)
+    straight = loop.train(ToyStage(), ToyData(), config, run, tmp_path / "a")
+    with pytest.raises(Interrupted):
+        loop.train(ToyStage(), ToyData(), config, run, tmp_path / "b", on_step=crash_after(5))
+    newest = tmp_path / "b" / "checkpoints" / "iter_0000004"
+    next(newest.rglob("*.distcp")).unlink()
+    (tmp_path / "b" / "checkpoints" / ".iter_0000009.tmp-1").mkdir()
+    resumed = loop.train(ToyStage(), ToyData(), config, run, tmp_path / "b")
+    want, got = read_weights(straight), read_weights(resumed)
+    assert all(torch.equal(want[name], got[name]) for name in want)
+    assert not list((tmp_path / "b" / "checkpoints").glob(".*"))
+
+
+def test_retention_follows_the_config(tmp_path):
+    run = run_config(tmp_path, checkpoint={"keep_last": 1, "keep_every": 4})
+    loop.train(ToyStage(), ToyData(), stage_config(save_interval=1), run, tmp_path / "a")
+    assert [fmt.iteration_of(folder) for folder in fmt.iteration_folders(tmp_path / "a" / "checkpoints")] == [4, 6]
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_divergence_names_step_layer_and_samples_and_saves_nothing(tmp_path, gradient):
+    stage = ToyStage(poison=VOCAB - 1)
+    stage.poison_gradient = gradient
+    with pytest.raises(DivergedError, match=r"align diverged at iter 5: .*Samples 16 to 19.*last checkpoint is .*iter_0000003") as caught:
+        loop.train(stage, ToyData(bad=17), stage_config(), run_config(tmp_path), tmp_path / "a")
+    assert caught.value.exit_code == 7
+    assert ("align/layer_00" in str(caught.value)) == (not gradient)
+    assert len(read_losses(tmp_path / "a" / "losses.jsonl")) == 4
+    assert [folder.name for folder in fmt.iteration_folders(tmp_path / "a" / "checkpoints")] == ["iter_0000003"]
+
+
+def test_signal_saves_and_asks_to_be_requeued(tmp_path):
+    def on_step(record):
+        if record.step == 2:
+            os.kill(os.getpid(), signal.SIGUSR2)
+
+    with pytest.raises(SavedAndRequeue, match="iter 2/6 on SIGUSR2") as caught:
+        loop.train(ToyStage(), ToyData(), stage_config(), run_config(tmp_path), tmp_path / "a", on_step=on_step)
+    assert caught.value.exit_code == 75
+    straight = loop.train(ToyStage(), ToyData(), stage_config(), run_config(tmp_path), tmp_path / "b")
+    resumed = loop.train(ToyStage(), ToyData(), stage_config(), run_config(tmp_path), tmp_path / "a")
+    assert (tmp_path / "a" / "losses.jsonl").read_text() == (tmp_path / "b" / "losses.jsonl").read_text()
+    assert read_manifest(straight).files["weights/__0_0.distcp"] == read_manifest(resumed).files["weights/__0_0.distcp"]
+
+
+def test_request_files(tmp_path):
+    def on_step(record):
+        if record.step in (1, 4):
+            (tmp_path / ("SAVE_NOW" if record.step == 1 else "STOP")).touch()
+
+    with pytest.raises(SavedAndRequeue, match="STOP"):
+        loop.train(
+            ToyStage(), ToyData(), stage_config(), run_config(tmp_path, checkpoint={"keep_last": 9}), tmp_path / "a", on_step=on_step
+        )
+    saved = [fmt.iteration_of(folder) for folder in fmt.iteration_folders(tmp_path / "a" / "checkpoints")]
+    assert saved == [1, 3, 4]
+    with pytest.raises(UsageError, match="delete it"):
+        loop.train(ToyStage(), ToyData(), stage_config(), run_config(tmp_path), tmp_path / "a")
+
+
+def test_evaluation_runs_in_eval_mode_at_its_interval_and_at_the_end(tmp_path):
+    stage, seen = ToyStage(), []
+
+    def evaluate(step):
+        seen.append((step, stage.training, torch.is_grad_enabled()))
+        return {"eval/x": 1.0}
+
+    loop.train(stage, ToyData(), stage_config(eval_interval=4), run_config(tmp_path), tmp_path / "a", evaluate=evaluate)
+    assert seen == [(4, False, False), (6, False, False)]

@@ -1,0 +1,83 @@
+"""Losses are exact and rewound, points carry the tags of the table, lines read well."""
+
+import json
+
+import pytest
+import torch
+
+from megatron_hypenet.engine.metrics import TAGS, LossLog, MetricSums, Recorder, StepRecord, read_losses, short_count, short_time
+
+
+def test_losses_keep_every_bit_and_are_rewound(tmp_path):
+    path = tmp_path / "losses.jsonl"
+    log = LossLog(path, 0)
+    for step in (1, 2, 3):
+        log.append(step, 0.1 + 0.2, 1 / 3, 1e-3)
+    log.close()
+    with path.open("a") as stream:
+        stream.write('{"step": 4, "lo')  # torn by a kill
+    log = LossLog(path, 2)
+    log.append(3, 7.0, 1.0, 1e-3)
+    log.close()
+    assert [(record["step"], record["loss"]) for record in read_losses(path)] == [(1, 0.1 + 0.2), (2, 0.1 + 0.2), (3, 7.0)]
+
+
+def test_points_and_lines_of_an_interval(tmp_path):
+    lines = []
+    recorder = Recorder(
+        stage="align", train_iters=4, step=0, first=True, out_dir=tmp_path, tensorboard_dir=tmp_path / "tb", log=lines.append
+    )
+    for step, loss in ((1, 2.0), (2, 4.0)):
+        record = recorder.step(step, loss=loss, grad_norm=0.5, lr=1e-3, tokens=100)
+    recorder.interval(record, {"align/layer_00": 1.5}, 200)
+    recorder.close()
+    assert len(lines) == 1 and lines[0].startswith("iter 2/4 | loss 4 | gnorm 0.5 | lr 1.00e-03 | ")
+    points = scalars(tmp_path / "tb")
+    assert set(points) == set(TAGS) | {"align/layer_00"}
+    assert points["loss"] == [(2, 3.0)] and points["tokens-seen"] == [(2, 200.0)] and points["align/layer_00"] == [(2, 1.5)]
+    assert min(points[tag][0][1].expected for tag in ("memory-gib", "step-time-ms", "tokens-per-second")) > 0
+
+
+def test_resume_purges_points_that_will_be_written_again(tmp_path):
+    for start, value in ((0, 1.0), (2, 9.0)):
+        recorder = Recorder(stage="a", train_iters=4, step=start, first=True, out_dir=tmp_path, tensorboard_dir=tmp_path / "tb", log=print)
+        for step in range(start + 1, 5):
+            recorder.points(step, {"x": value})
+        recorder.close()
+    assert scalars(tmp_path / "tb")["x"] == [(1, 1.0), (2, 1.0), (3, 9.0), (4, 9.0)]
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    recorder = Recorder(stage="a", train_iters=4, step=0, first=False, out_dir=tmp_path, tensorboard_dir=tmp_path / "tb", log=pytest.fail)
+    recorder.interval(recorder.step(1, loss=1.0, grad_norm=1.0, lr=1.0, tokens=1), {}, 1)
+    recorder.note("x")
+    recorder.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_metric_sums_are_means_over_the_interval():
+    sums = MetricSums()
+    assert sums.take(lambda tensor: tensor) == {}
+    for value in (1.0, 3.0):
+        sums.add({"a": torch.tensor(value), "b": torch.tensor(2 * value)})
+    assert sums.take(lambda tensor: tensor * 10) == {"a": 20.0, "b": 40.0}
+    sums.add({"a": torch.tensor(5.0)})
+    assert sums.take(lambda tensor: tensor) == {"a": 5.0}
+
+
+def test_short_forms():
+    assert [short_count(value) for value in (12.3, 1234, 5.67e6, 8e9)] == ["12", "1.2k", "5.7M", "8.0G"]
+    assert [short_time(value) for value in (0.4, 59.4, 72, 3700)] == ["0s", "59s", "1m12s", "1h01m"]
+    record = StepRecord(
+        stage="a", step=120, train_iters=20000, loss=1.23456, grad_norm=0.987, lr=1e-3, tokens_per_second=1234.0, eta_seconds=72
+    )
+    assert record.line() == "iter 120/20000 | loss 1.235 | gnorm 0.987 | lr 1.00e-03 | 1.2k tok/s | eta 1m12s"
+    assert json.loads(json.dumps(record.loss)) == record.loss
+
+
+def scalars(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {tag: [(event.step, pytest.approx(event.value)) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}

@@ -1,0 +1,47 @@
+"""Requests from outside are seen between steps, and the strongest wins."""
+
+import os
+import signal
+
+import pytest
+
+from megatron_hypenet.engine import signals
+from megatron_hypenet.engine.signals import GO_ON, LEAVE, SAVE, Requests
+
+
+@pytest.fixture(autouse=True)
+def look_every_time(monkeypatch):
+    monkeypatch.setattr(signals, "_FILE_CHECK_SECONDS", 0.0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_signals_ask_to_leave_and_handlers_are_put_back(tmp_path, number):
+    before = signal.getsignal(number)
+    with Requests([tmp_path]) as requests:
+        assert requests.poll() == GO_ON
+        os.kill(os.getpid(), number)
+        assert requests.poll() == LEAVE and requests.reason == number.name
+    assert signal.getsignal(number) is before
+
+
+def test_save_now_is_answered_once(tmp_path):
+    (tmp_path / "SAVE_NOW").touch()
+    with Requests([tmp_path / "missing", tmp_path]) as requests:
+        assert [requests.poll(), requests.poll()] == [SAVE, GO_ON]
+    assert not (tmp_path / "SAVE_NOW").exists()
+
+
+def test_stop_stays_until_a_person_deletes_it(tmp_path):
+    (tmp_path / "STOP").touch()
+    (tmp_path / "SAVE_NOW").touch()
+    with Requests([tmp_path]) as requests:
+        assert [requests.poll(), requests.poll()] == [LEAVE, LEAVE]
+        assert requests.stop_file() == tmp_path / "STOP" and "STOP" in requests.reason
+
+
+def test_files_are_not_looked_for_at_every_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(signals, "_FILE_CHECK_SECONDS", 60.0)
+    with Requests([tmp_path]) as requests:
+        assert requests.poll() == GO_ON
+        (tmp_path / "SAVE_NOW").touch()
+        assert requests.poll() == GO_ON
