@@ -39,7 +39,7 @@ def refuse_unbuilt_axes(parallel: ParallelConfig, verb: str) -> None:
     }
     asked = [f"{key}={size}" for key, size in sizes.items() if size > 1]
     if asked:
-        instead = "; work is spread by data parallelism, and parallel.zero_stage=2 or 3 fits larger models" if verb in TRAINING_VERBS else ""
+        instead = "; data parallelism spreads work, and parallel.zero_stage=2 or 3 fits larger models" if verb in TRAINING_VERBS else ""
         raise LayoutError(f"{', '.join(asked)} is not available yet for hypenet {verb}; use 1{instead}")
 
 
