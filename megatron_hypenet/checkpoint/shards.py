@@ -116,7 +116,8 @@ def distributed() -> bool:
 def write_shards(folder: Path, shards: Iterable[Shard], *, alone: bool = False) -> None:
     """Write this process's shards into `folder` (created if needed); collective over all processes when there are several.
 
-    `alone`: the calling process writes everything and no other takes part, whether or not there are others. Shards of one key must tile its global shape exactly once over all processes. Raises CheckpointError or OSError.
+    `alone`: the calling process writes everything and no other takes part, whether or not there are others. Shards of one key must
+    tile its global shape exactly once over all processes. Raises CheckpointError or OSError.
     """
     alone = alone or not distributed()
     folder.mkdir(parents=True, exist_ok=True)
