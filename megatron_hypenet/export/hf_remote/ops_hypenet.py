@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 _LIGHTNING_CHUNK_TOKENS = 128
+_LIGHTNING_GROUP_TOKENS = 4096
 _QUERY_BLOCK_TOKENS = 1024
 _HYPE_DEFAULT = 362.0
 
@@ -79,24 +80,50 @@ def lightning_step(q: Tensor, k: Tensor, v: Tensor, state: Tensor, slopes: Tenso
 def lightning_chunks(q: Tensor, k: Tensor, v: Tensor, state: Tensor, slopes: Tensor, new_real: Tensor | None) -> tuple[Tensor, Tensor]:
     """Any number of tokens: q, k, v [b, h, t, d], state [b, h, d, d] -> o [b, h, t, d] in the state's dtype, new state.
 
-    Within a chunk o = (q k^T * decay) v, from before it o = decay q S. Decay counts real tokens, so padding leaves a state as it was."""
+    Decay counts real tokens, so padding leaves a state as it was. Groups of chunks bound the memory to a few copies of q."""
     outputs = []
-    for start in range(0, q.shape[2], _LIGHTNING_CHUNK_TOKENS):
-        part = slice(start, start + _LIGHTNING_CHUNK_TOKENS)
-        qc, kc, vc = (x[:, :, part].to(state.dtype) for x in (q, k, v))
+    group = max(_LIGHTNING_CHUNK_TOKENS, _LIGHTNING_GROUP_TOKENS // q.shape[0])
+    for start in range(0, q.shape[2], group):
+        part = slice(start, start + group)
+        qg, kg, vg = (x[:, :, part].to(state.dtype) for x in (q, k, v))
         if new_real is None:
-            count = torch.arange(1, qc.shape[2] + 1, device=q.device, dtype=state.dtype)[None]
+            count = torch.arange(1, qg.shape[2] + 1, device=q.device, dtype=state.dtype)[None]
         else:
             real = new_real[:, part].to(state.dtype)
-            count, kc = real.cumsum(1), kc * real[:, None, :, None]
-        log_decay = -slopes[:, None] * count[:, None, :]  # [b or 1, h, t]: from before the chunk to each token
-        between = log_decay[..., :, None] - log_decay[..., None, :]
-        causal = torch.ones(between.shape[-2:], dtype=torch.bool, device=q.device).tril()
-        weights = (qc @ kc.transpose(-1, -2)) * between.masked_fill(~causal, -torch.inf).exp()
-        outputs.append(weights @ vc + (qc * log_decay.exp()[..., None]) @ state)
-        to_end = log_decay[..., -1:]
-        state = to_end.exp()[..., None] * state + (kc * (to_end - log_decay).exp()[..., None]).transpose(-1, -2) @ vc
+            count, kg = real.cumsum(1), kg * real[:, None, :, None]
+        o, state = _lightning_group(qg, kg, vg, state, -slopes[:, None] * count[:, None, :])
+        outputs.append(o)
     return torch.cat(outputs, dim=2), state
+
+
+def _lightning_group(q: Tensor, k: Tensor, v: Tensor, state: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor]:
+    """All chunks of a group at once. `log_decay` [b or 1, h, t]: from before the group to each token, never growing.
+
+    A token sees its own chunk by (q k^T * decay) v, and all before by q times the state at the start of its chunk. Every exponent is
+    <= 0, so strong decay ends in 0 and never overflows."""
+    t = q.shape[2]
+    chunk = min(_LIGHTNING_CHUNK_TOKENS, t)
+    if fill := -t % chunk:
+        q, k, v = (F.pad(x, (0, 0, 0, fill)) for x in (q, k, v))
+        log_decay = torch.cat([log_decay, log_decay[..., -1:].expand(*log_decay.shape[:-1], fill)], dim=-1)
+    q, k, v = (x.unflatten(2, (-1, chunk)) for x in (q, k, v))  # [b, h, n, chunk, d]
+    log_decay = log_decay.unflatten(2, (-1, chunk))
+    end = log_decay[..., -1]  # [b or 1, h, n]
+    begin = F.pad(end[..., :-1], (1, 0))
+    o = (q @ k.transpose(-1, -2) * _decay(log_decay, log_decay, 0)) @ v
+    added = (k * (end[..., None] - log_decay).exp()[..., None]).transpose(-1, -2) @ v  # [b, h, n, d, d]
+    starts = begin.exp()[..., None, None] * state[:, :, None]
+    starts = starts + (_decay(begin, end, -1) @ added.flatten(3)).view_as(added)
+    o = o + (q * (log_decay - begin[..., None]).exp()[..., None]) @ starts
+    state = (end - begin)[..., -1].exp()[..., None, None] * starts[:, :, -1] + added[:, :, -1]
+    return o.flatten(2, 3)[:, :, :t], state
+
+
+def _decay(to: Tensor, since: Tensor, diagonal: int) -> Tensor:
+    """exp(to_i - since_j) [..., i, j] on and below the given diagonal, 0 above it."""
+    between = to[..., :, None] - since[..., None, :]
+    below = torch.ones(between.shape[-2:], dtype=torch.bool, device=to.device).tril(diagonal)
+    return between.masked_fill(~below, -torch.inf).exp()
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
@@ -106,7 +133,8 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
     if t == 1:
         # the query heads of one group become its queries: no copy of k and v for grouped heads
         mask = None if step.real is None else (step.real | _is_last(step.real))[:, None, None, :]
-        return F.scaled_dot_product_attention(q.view(b, groups, h // groups, d), k, v, attn_mask=mask).view(b, h, 1, d)
+        o = F.scaled_dot_product_attention(q.reshape(b, groups, h // groups, d), k, v, attn_mask=mask)
+        return o.reshape(b, h, 1, d)
     k, v = (x.repeat_interleave(h // groups, dim=1) for x in (k, v))
     if step.real is None and step.past == 0:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)

@@ -52,7 +52,9 @@ def test_rope_rotates_halves_by_relative_position():
 
 @pytest.mark.parametrize("t", [1, 2, 127, 128, 129, 300])
 @pytest.mark.parametrize("with_state", [False, True])
-def test_chunks_are_the_recurrence(t, with_state):
+@pytest.mark.parametrize("group", [256, 4096])
+def test_chunks_are_the_recurrence(monkeypatch, t, with_state, group):
+    monkeypatch.setattr(remote, "_LIGHTNING_GROUP_TOKENS", group)
     b, h, d = 2, 3, 4
     q, k, v = (random(b, h, t, d, seed=i) for i in range(3))
     slopes = decay.alibi_slopes(h)
@@ -68,7 +70,9 @@ def test_chunks_are_the_recurrence(t, with_state):
         close(step_state, got_state)
 
 
-def test_padding_anywhere_leaves_the_other_tokens_alone():
+@pytest.mark.parametrize("group", [256, 4096])
+def test_padding_anywhere_leaves_the_other_tokens_alone(monkeypatch, group):
+    monkeypatch.setattr(remote, "_LIGHTNING_GROUP_TOKENS", group)
     b, h, t, d = 2, 3, 200, 4
     q, k, v = (random(b, h, t, d, seed=i) for i in range(3))
     slopes, start = decay.alibi_slopes(h), random(b, h, d, d, seed=9)
