@@ -125,7 +125,7 @@ class HypeNetModel(LanguageModule):
     ) -> ShardedStateDict:
         """Megatron's sharded state under layout-free keys; tensors only."""
         # LanguageModule's own method insists on an output head, which a trunk does not have.
-        parent = super(LanguageModule, self) if self.trunk_only else super()
+        parent: Any = super(LanguageModule, self) if self.trunk_only else super()
         return without_extra_state(parent.sharded_state_dict(prefix, sharded_offsets, metadata))
 
     @torch.no_grad()
