@@ -121,6 +121,9 @@ def export_hf(
         if plan.family == hf_config.HYPENET:
             for name in REMOTE_FILES:
                 shutil.copyfile(REMOTE_CODE / name, temporary / name)
+        # safetensors writes files that only their owner may read; a model is shared like the rest of the folder
+        for file in temporary.glob("*.safetensors"):
+            shutil.copymode(temporary / "config.json", file)
     return plan.config
 
 

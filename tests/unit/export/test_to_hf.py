@@ -74,6 +74,12 @@ def test_shards_and_index(imported, tmp_path):
         assert all(torch.equal(tensor, model.tensors[name]) for name, tensor in found.items())
 
 
+def test_weights_are_as_readable_as_the_rest(imported, tmp_path):
+    _, ckpt = imported()
+    export_hf(ckpt, tmp_path / "hf")
+    assert len({path.stat().st_mode for path in (tmp_path / "hf").iterdir()}) == 1
+
+
 def test_dtype_is_converted(imported, tmp_path):
     model, ckpt = imported()
     export_hf(ckpt, tmp_path / "hf", dtype="bfloat16")
