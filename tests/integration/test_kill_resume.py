@@ -68,12 +68,16 @@ def test_killed_run_of_two_processes_continues_bit_for_bit(tmp_path, zero):
     assert_same_run(tmp_path / "a" / "finetune", tmp_path / "b" / "finetune", 6)
 
 
+ONE, TWO_DATA, TWO_TENSOR = ((), 1), (("--zero", 3), 2), (("--tp", 2), 2)
+
+
 @pytest.mark.distributed
-def test_continues_on_another_layout_and_zero_stage(tmp_path):
-    straight = run(tmp_path / "a", "--zero", 1)
+@pytest.mark.parametrize(("before", "after"), [(ONE, TWO_DATA), (TWO_TENSOR, (("--zero", 2), 1))])
+def test_continues_on_another_layout_and_zero_stage(tmp_path, before, after):
+    straight = run(tmp_path / "a", *before[0], processes=before[1])
     assert straight.returncode == 0, straight.stderr[-3000:]
-    run(tmp_path / "b", "--zero", 1, "--kill-after", 4)
-    resumed = run(tmp_path / "b", "--zero", 3, processes=2)
+    run(tmp_path / "b", *before[0], "--kill-after", 4, processes=before[1])
+    resumed = run(tmp_path / "b", *after[0], processes=after[1])
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     want, got = (read_losses(tmp_path / name / "finetune" / "losses.jsonl") for name in "ab")
     assert [record["loss"] for record in got] == pytest.approx([record["loss"] for record in want], rel=2e-6)

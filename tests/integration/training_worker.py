@@ -24,6 +24,9 @@ from megatron_hypenet.stages.finetune import FinetuneStage
 from megatron_hypenet.stages.swap import AlignedMixers
 from tests.tiny import tiny_model_config, tiny_teacher_config
 
+SHAPE = {"num_attention_heads": 4, "num_query_groups": 2, "vocab_size": 62}
+"""Divisible by two tensor-parallel ranks."""
+
 
 class RandomTokens:
     """Tokens that depend on the sample index alone."""
@@ -43,11 +46,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--iters", type=int, default=6)
     parser.add_argument("--save-interval", type=int, default=3)
     parser.add_argument("--zero", type=int, default=1)
+    parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--lr", type=float, default=1e-2)
     parser.add_argument("--kill-after", type=int, default=0)
     parser.add_argument("--term-after", type=int, default=0)
-    parser.add_argument("--fail-save-after", type=int, default=0)
     return parser.parse_args(arguments)
 
 
@@ -56,21 +59,20 @@ def run_config(options: argparse.Namespace) -> RunConfig:
         "train_iters": options.iters, "seq_length": 16, "micro_batch_size": 2, "global_batch_size": 8, "lr": options.lr, "min_lr": 1e-3,
         "warmup_iters": 2, "save_interval": options.save_interval, "log_interval": 2, "weight_decay": 0.01,
     }  # fmt: skip
+    parallel = {"zero_stage": options.zero, "tensor_model_parallel_size": options.tp}
+    inputs = {"output_dir": str(options.out), "teacher": "teacher", "data": {"train": ["x.txt"]}}
     return RunConfig.model_validate(
-        {
-            "output_dir": str(options.out), "teacher": "teacher", "data": {"train": ["x.txt"]}, "parallel": {"zero_stage": options.zero},
-            "precision": options.dtype, "align": stage, "distill": stage, "finetune": stage,
-        }
-    )  # fmt: skip
+        {**inputs, "parallel": parallel, "precision": options.dtype, "align": stage, "distill": stage, "finetune": stage}
+    )
 
 
 def build(options: argparse.Namespace, run: RunConfig):
     dtype = getattr(torch, options.dtype)
-    teacher = tiny_teacher_config()
+    teacher = tiny_teacher_config(**SHAPE)
     if options.stage == "align":
         trunk = build_model(teacher, run.parallel, dtype=dtype, seed=1, trunk_only=True)
         return AlignStage(trunk, AlignedMixers.beside(trunk, seed=1))
-    student = build_model(tiny_model_config(), run.parallel, dtype=dtype, seed=2)
+    student = build_model(tiny_model_config(**SHAPE), run.parallel, dtype=dtype, seed=2)
     if options.stage == "distill":
         return DistillStage(student, build_model(teacher, run.parallel, dtype=dtype, seed=1), chunk_tokens=8)
     return FinetuneStage(student, chunk_tokens=8)
