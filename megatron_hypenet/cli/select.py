@@ -83,7 +83,9 @@ def sweep(
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Score every layer of an aligned run, then rank. Continues a sweep that was interrupted. (`sweep` itself may be left out.)
+    """Score every layer, then rank; teacher import and alignment are done first where the run folder lacks them.
+
+    An interrupted sweep continues. The word `sweep` may be left out.
 
     Example: hypenet select configs/run/quickstart.yaml teacher=/models/Qwen3-0.6B data=corpus.txt
     """
@@ -92,22 +94,22 @@ def sweep(
 
     run = load_run_config(config, collect_overrides(overrides, tp=tp, pp=pp, cp=cp))
     refuse_unbuilt_axes(run.parallel, "select")
+    from megatron_hypenet.cli import pipeline
+
     if dry_run:
-        from megatron_hypenet.engine.run_folder import RunFolder
-
-        folder = RunFolder(run.output_dir)
-        folder.check_same(run)
-        plan = {"teacher": str(run.teacher), "aligned": str(folder.stage("align")), "scores": str(folder.scores_file)}
-        print(json.dumps(plan) if as_json else "\n".join(f"{name}: {place}" for name, place in plan.items()))
+        rows = pipeline.planned(run)
+        rows = rows[: [row["step"] for row in rows].index("select") + 1]
+        if as_json:
+            print(json.dumps({"config": run.model_dump(mode="json"), "steps": rows}))
+        else:
+            pipeline.print_plan(run, rows)
         return
-    from megatron_hypenet.cli.steps import prepared_pipeline
-
-    with prepared_pipeline(run) as pipeline:
-        pipeline.run_through("select")
-        layer_scores, selection = pipeline.selection()
-        if pipeline.is_main:
-            show(layer_scores, selection, as_json=as_json)
-            print(f"wrote {pipeline.folder.scores_file} and {pipeline.folder.mixers_file}", file=sys.stderr)
+    with pipeline.prepared(run) as ready:
+        ready.runner.run_through("select")
+        if ready.is_main:
+            ready.screen.close()
+            show(*ready.halo.selection(), as_json=as_json)
+            print(f"wrote {ready.folder.scores_file} and {ready.folder.mixers_file}", file=sys.stderr)
 
 
 def show(scores: LayerScores, selection: Selection, *, as_json: bool) -> None:

@@ -65,6 +65,21 @@ def test_missing_scores_and_bad_cap_are_refused(scores, tmp_path):
     assert rank(scores, "--num-attention", "1", "--cap", "0") == 2
 
 
+def test_a_sweep_scores_and_ranks_in_the_run_folder(tmp_path, monkeypatch, capsys):
+    from tests import tiny_run
+
+    tiny_run.fake_material(monkeypatch)
+    tiny_run.write_teacher(tmp_path / "qwen3")
+    config = str(tiny_run.write_config(tmp_path))
+    assert run(["select", config, "--dry-run", "--json"]) == 0
+    assert [row["step"] for row in json.loads(capsys.readouterr().out)["steps"]][-1] == "select" and not (tmp_path / "run").exists()
+    assert run(["select", config, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert json.loads((tmp_path / "run" / "selection" / "mixers.json").read_text())["attention_layers"] == shown["attention_layers"]
+    assert run(["select", "rank", "--scores", str(tmp_path / "run" / "selection" / "scores.json"), "--num-attention", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == shown
+
+
 def test_ranking_imports_no_tensor_library(scores):
     code = "import sys; from megatron_hypenet.cli.main import run; run(sys.argv[1:]); print(sorted({'torch', 'numpy'} & set(sys.modules)))"
     words = ["select", "rank", "--scores", str(scores), "--num-attention", "2", "--json"]

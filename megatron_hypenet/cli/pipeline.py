@@ -1,0 +1,155 @@
+"""A run made ready to start: processes, run folder, screen, and HALO's steps with import and export filled in.
+
+Not a verb: `run`, `train`, `select`, `demo` and `report` share it. Here the engine, which knows checkpoints only, meets `export/`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_hypenet.config.model import ModelConfig
+from megatron_hypenet.config.schema import STAGES, RunConfig
+from megatron_hypenet.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from megatron_hypenet.cli.progress import Screen
+    from megatron_hypenet.engine.halo import Halo
+    from megatron_hypenet.engine.run_folder import RunFolder
+    from megatron_hypenet.engine.steps import Runner
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pipeline:
+    """What a verb needs to do steps of a run."""
+
+    run: RunConfig
+    folder: RunFolder
+    halo: Halo
+    runner: Runner
+    screen: Screen
+    is_main: bool
+
+
+@contextmanager
+def prepared(run: RunConfig, *, overwrite: bool = False) -> Iterator[Pipeline]:
+    """Start the process groups, check or create the run folder, and end both with the block. Raises ConfigError, UsageError."""
+    shape = checked(run, overwrite=overwrite)
+    quieten()
+    from megatron_hypenet.cli.progress import Screen
+    from megatron_hypenet.engine.halo import Halo
+    from megatron_hypenet.engine.planning import Clock, planned_work
+    from megatron_hypenet.engine.run_folder import RunFolder
+    from megatron_hypenet.engine.steps import Runner
+    from megatron_hypenet.parallel import groups
+
+    groups.init_parallel(run.parallel, seed=run.seed)
+    try:
+        folder, is_main = RunFolder(run.output_dir), groups.rank() == 0
+        if is_main:
+            folder.prepare(run, overwrite=overwrite)
+        groups.barrier()
+        screen = Screen(Clock(planned_work(run, shape)), folder.log_file, is_main=is_main)
+        try:
+            halo = Halo(
+                run=run,
+                folder=folder,
+                import_teacher=import_teacher,
+                export_student=lambda checkpoint, out: export_student(run, checkpoint, out),
+                on_step=screen.on_step,
+                on_part=screen.part,
+                log=screen.train_line,
+            )
+            steps = halo.steps()
+            screen.does.update({step.name: step.does for step in steps})
+            runner = Runner(run, folder, steps, is_main=is_main, barrier=groups.barrier, announce=screen.announce)
+            yield Pipeline(run=run, folder=folder, halo=halo, runner=runner, screen=screen, is_main=is_main)
+        finally:
+            screen.close()
+    finally:
+        groups.destroy_parallel()
+
+
+def checked(run: RunConfig, *, overwrite: bool = False, stages: tuple[str, ...] = STAGES) -> ModelConfig:
+    """Everything that can be found wrong before a process group, a folder or a model is made; returns the teacher's shape."""
+    from megatron_hypenet.config.checks import check_layout, check_model_fits_selection
+    from megatron_hypenet.engine.run_folder import RunFolder
+    from megatron_hypenet.engine.steps import identity_of
+
+    if not overwrite:
+        RunFolder(run.output_dir).check_same(run)
+    shape = teacher_shape(run.teacher)
+    check_layout(shape, run, int(os.environ.get("WORLD_SIZE", "1")), stages)
+    check_model_fits_selection(shape, run)
+    identity_of([*run.data.train, *([run.data.heldout] if run.data.heldout else [])])
+    return shape
+
+
+def planned(run: RunConfig, *, overwrite: bool = False) -> list[dict[str, Any]]:
+    """The steps of a run and their state, after `checked`; starts and writes nothing."""
+    checked(run, overwrite=overwrite)
+    from megatron_hypenet.engine.halo import Halo
+    from megatron_hypenet.engine.run_folder import RunFolder
+    from megatron_hypenet.engine.steps import Runner
+
+    folder = RunFolder(run.output_dir)
+    halo = Halo(run=run, folder=folder, import_teacher=import_teacher, export_student=lambda checkpoint, out: None)
+    rows = Runner(run, folder, halo.steps()).plan()
+    return [{**row, "state": "to do"} for row in rows] if overwrite else rows
+
+
+def print_plan(run: RunConfig, rows: list[dict[str, Any]]) -> None:
+    """The resolved configuration and the steps on stdout, for people."""
+    from megatron_hypenet.config.loader import dump_config
+
+    print(dump_config(run))
+    print(f"steps in {run.output_dir}:")
+    for number, row in enumerate(rows, start=1):
+        print(f"  {number:>2}. {row['step']:<10}{row['state']:<7}{row['does']}")
+
+
+def teacher_shape(path: Path) -> ModelConfig:
+    """Shape of the teacher, a Hugging Face folder or a checkpoint, from its headers alone. Raises CheckpointError, ConversionError."""
+    from megatron_hypenet.checkpoint.load import read_model_config
+
+    if not path.exists():
+        raise CheckpointError(f"teacher {path} does not exist; set teacher=PATH to a Hugging Face Qwen3 folder or a converted checkpoint")
+    if (path / "config.json").is_file():
+        from megatron_hypenet.export.from_hf import plan_import
+
+        return plan_import(path).config
+    return read_model_config(path)
+
+
+def import_teacher(source: Path, target: Path) -> None:
+    """A committed teacher checkpoint at `target`: converted from a Hugging Face folder, or a link to a checkpoint that exists."""
+    from megatron_hypenet.checkpoint.load import resolve
+    from megatron_hypenet.export.from_hf import import_hf
+
+    if (source / "config.json").is_file():
+        import_hf(source, target, overwrite=True)
+    else:
+        target.symlink_to(resolve(source).resolve(), target_is_directory=True)
+
+
+def export_student(run: RunConfig, checkpoint: Path, out: Path) -> None:
+    """The Hugging Face folder of the finished student, with the logit scaling of the configuration switched on."""
+    from megatron_hypenet.export.to_hf import export_hf
+
+    dtype = None if run.export.dtype == "auto" else run.export.dtype
+    export_hf(checkpoint, out, attn_logits_scaling=run.export.attn_logits_scaling, dtype=dtype, overwrite=True)
+
+
+def quieten() -> None:
+    """Our own messages as plain lines on stderr; notes of the libraries below us only from warnings up."""
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
+    logging.getLogger("megatron_hypenet").setLevel(logging.INFO)
+    for category in (FutureWarning, DeprecationWarning, UserWarning):
+        warnings.filterwarnings("ignore", category=category, module=r"(megatron|torch|deepspeed|transformers)\b")

@@ -1,0 +1,87 @@
+"""The report of a run: losses and recall of teacher and student, time per step, figures."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from megatron_hypenet.cli.options import JsonOption
+
+if TYPE_CHECKING:
+    from megatron_hypenet.engine.run_folder import RunFolder
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+@app.command()
+def report(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of a finished run, e.g. runs/demo.")],
+    again: Annotated[bool, typer.Option("--again", help="Evaluate again, even when the report is there.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the report of a run; evaluate first what has not been evaluated, and draw the figures anew.
+
+    Example: hypenet report runs/demo
+    """
+    from megatron_hypenet.config.loader import load_run_config
+    from megatron_hypenet.engine.run_folder import RunFolder
+    from megatron_hypenet.errors import DataError
+
+    folder = RunFolder(run_folder)
+    if not folder.config_file.is_file():
+        raise DataError(f"{run_folder} is not a run folder: it has no config.yaml; give the output_dir of a run")
+    if again or not folder.report_file.is_file():
+        evaluate(folder, load_run_config(folder.config_file, [f"output_dir={run_folder}"]), again=again)
+    else:
+        from megatron_hypenet.engine.report import draw_report
+
+        draw_report(folder)
+    show(folder, as_json=as_json)
+
+
+def evaluate(folder: RunFolder, run: Any, *, again: bool) -> None:
+    """Make the report step's results; CheckpointError names what the run lacks."""
+    from megatron_hypenet.cli import pipeline
+    from megatron_hypenet.errors import CheckpointError
+
+    finished = folder.records()
+    missing = [step for step in ("align", "select", "distill", "finetune") if step not in finished]
+    if missing:
+        raise CheckpointError(
+            f"{folder.root} is unfinished: {', '.join(missing)} not done; continue it with `hypenet run {folder.config_file}`"
+        )
+    with pipeline.prepared(run) as ready:
+        if again and ready.is_main:
+            folder.report_file.unlink(missing_ok=True)
+        ready.runner.run_step("report")
+
+
+def show(folder: RunFolder, *, as_json: bool) -> None:
+    """The report on stdout, as a table and the places of everything, or as the JSON that was stored."""
+    from megatron_hypenet.engine.steps import read_json
+
+    content = read_json(folder.report_file)
+    if as_json:
+        print(json.dumps(content))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    rows = content["rows"]
+    multiples = list(rows[0]["recall"])
+    table = Table(title=f"recall accuracy in % by context length (1x = {content['seq_length']} tokens)")
+    table.add_column("model")
+    for heading in ("held-out loss", *(f"recall {multiple}x" for multiple in multiples)):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(row["model"], f"{row['heldout_loss']:.4f}", *(f"{row['recall'][multiple]:.1f}" for multiple in multiples))
+    console = Console(file=sys.stdout)
+    console.print(table)
+    print(f"attention kept in layers {', '.join(map(str, content['attention_layers']))}; whole run {content['seconds']:.0f} s of work")
+    for name, place in (("model", folder.export), ("TensorBoard", folder.tensorboard), ("report", folder.report_file)):
+        print(f"{name + ':':<13}{place}")
+    print(f"{'figure:':<13}{folder.report_plot}")

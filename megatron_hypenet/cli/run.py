@@ -1,0 +1,63 @@
+"""All of HALO in order: teacher in, Hugging Face HypeNet out. Start it again and it continues where it stopped."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from megatron_hypenet.cli.options import (
+    ConfigArgument,
+    ContextParallelOption,
+    DryRunOption,
+    JsonOption,
+    OverridesArgument,
+    PipelineParallelOption,
+    TensorParallelOption,
+    collect_overrides,
+)
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+@app.command()
+def run(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    tp: TensorParallelOption = None,
+    pp: PipelineParallelOption = None,
+    cp: ContextParallelOption = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete an earlier run in output_dir and start again.")] = False,
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Import the teacher, align, select layers, assemble, distil, finetune, export to Hugging Face format, and report.
+
+    Examples:
+
+      hypenet run configs/run/quickstart.yaml teacher=/models/Qwen3-0.6B data=corpus.txt
+
+      deepspeed --num_gpus 8 --module megatron_hypenet run configs/run/distill_2b.yaml teacher=/models/Qwen3-1.7B data=corpus
+    """
+    from megatron_hypenet.config.checks import refuse_unbuilt_axes
+    from megatron_hypenet.config.loader import load_run_config
+
+    settings = load_run_config(config, collect_overrides(overrides, tp=tp, pp=pp, cp=cp))
+    refuse_unbuilt_axes(settings.parallel, "run")
+    from megatron_hypenet.cli import pipeline
+
+    if dry_run:
+        rows = pipeline.planned(settings, overwrite=overwrite)
+        if as_json:
+            print(json.dumps({"config": settings.model_dump(mode="json"), "steps": rows}))
+        else:
+            pipeline.print_plan(settings, rows)
+        return
+    with pipeline.prepared(settings, overwrite=overwrite) as ready:
+        ready.runner.run_all()
+        if ready.is_main:
+            from megatron_hypenet.cli.report import show
+
+            ready.screen.close()
+            show(ready.folder, as_json=as_json)

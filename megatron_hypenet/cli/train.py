@@ -1,0 +1,78 @@
+"""One training stage of HALO: align (1), distill (2) or finetune (3)."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_hypenet.cli.options import (
+    ConfigArgument,
+    ContextParallelOption,
+    DryRunOption,
+    JsonOption,
+    OverridesArgument,
+    PipelineParallelOption,
+    TensorParallelOption,
+    collect_overrides,
+)
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+@app.command()
+def train(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    stage: Annotated[str, typer.Option("--stage", help="align, distill or finetune; 1, 2 or 3 for short.")] = "",
+    init: Annotated[
+        Path | None, typer.Option("--init", help="Student to start from (distill, finetune); default: what the run folder holds.")
+    ] = None,
+    tp: TensorParallelOption = None,
+    pp: PipelineParallelOption = None,
+    cp: ContextParallelOption = None,
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train one stage in the run folder; the steps before it are done first where the run folder lacks them.
+
+    With --init the stage starts from that checkpoint instead, and nothing but teacher and data is made before it. An interrupted stage
+    continues from its newest checkpoint.
+
+    Examples:
+
+      hypenet train configs/run/quickstart.yaml --stage align teacher=/models/Qwen3-0.6B data=corpus.txt
+
+      hypenet train configs/run/quickstart.yaml --stage 3 --init runs/other/distill teacher=/models/Qwen3-0.6B data=corpus.txt
+    """
+    from megatron_hypenet.config.checks import refuse_unbuilt_axes
+    from megatron_hypenet.config.loader import load_run_config
+    from megatron_hypenet.errors import UsageError
+
+    settings = load_run_config(config, collect_overrides(overrides, tp=tp, pp=pp, cp=cp))
+    if not stage:
+        raise UsageError("--stage is missing; use --stage align, distill or finetune (or 1, 2, 3)")
+    refuse_unbuilt_axes(settings.parallel, "train")
+    from megatron_hypenet.cli import pipeline
+    from megatron_hypenet.engine.run_stage import stage_name
+
+    name = stage_name(stage)
+    if init is not None and name == "align":
+        raise UsageError("--init is for distill and finetune; stage align starts from the teacher")
+    if dry_run:
+        rows = [row for row in pipeline.planned(settings) if init is None or row["step"] in ("teacher", "data", name)]
+        rows = rows[: [row["step"] for row in rows].index(name) + 1]
+        if as_json:
+            print(json.dumps({"stage": name, "config": settings.model_dump(mode="json"), "steps": rows}))
+        else:
+            pipeline.print_plan(settings, rows)
+        return
+    with pipeline.prepared(settings) as ready:
+        checkpoint = ready.halo.train_from(ready.runner, name, init)
+        if ready.is_main:
+            ready.screen.close()
+            print(json.dumps({"stage": name, "checkpoint": str(checkpoint)}) if as_json else checkpoint)
+            print(f"TensorBoard: tensorboard --logdir {ready.folder.tensorboard}", file=sys.stderr)

@@ -1,0 +1,242 @@
+"""HALO in order: teacher -> alignment -> layer selection -> assembly -> distillation -> finetuning -> export -> report.
+
+Import and export of Hugging Face folders are handed in, because this package knows checkpoints only.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_hypenet.checkpoint.load import read_manifest, read_model_config, resolve, tokenizer_dir
+from megatron_hypenet.config.schema import RunConfig
+from megatron_hypenet.engine import material, run_stage
+from megatron_hypenet.engine.loop import train
+from megatron_hypenet.engine.metrics import StepRecord
+from megatron_hypenet.engine.report import draw_importance, draw_report, row_line, write_report
+from megatron_hypenet.engine.run_folder import RunFolder, write_json
+from megatron_hypenet.engine.steps import Runner, Step, identity_of, read_json
+from megatron_hypenet.errors import CheckpointError
+from megatron_hypenet.model.hypenet import HypeNetModel
+from megatron_hypenet.parallel import groups
+from megatron_hypenet.stages.select import LayerScores, Selection, load_scores, load_selection, rank
+from megatron_hypenet.stages.swap import score_layers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Halo:
+    """The work behind every step of one run."""
+
+    run: RunConfig
+    folder: RunFolder
+    import_teacher: Callable[[Path, Path], None]
+    """(source, checkpoint folder): make a committed teacher checkpoint of a Hugging Face folder or of a checkpoint."""
+    export_student: Callable[[Path, Path], None]
+    """(checkpoint, Hugging Face folder): write the finished model."""
+    on_step: Callable[[StepRecord], None] = lambda record: None
+    """Hears of every optimizer step of a training stage."""
+    on_part: Callable[[str, int, int], None] = lambda step, count, total: None
+    """(step, parts done, parts in all): hears of the progress of other long steps."""
+    log: Callable[[str], None] = lambda text: None
+    """Gets the lines of the training loop."""
+
+    def steps(self) -> list[Step]:
+        """All steps in order."""
+        folder, training = self.folder, ("data", "seed", "precision")
+        after_text = ("teacher", "data")
+        align, distill, finetune = (folder.stage(name) for name in ("align", "distill", "finetune"))
+        chosen, reported = (folder.scores_file, folder.mixers_file), (folder.report_file, folder.report_plot)
+        return [
+            _step("teacher", "import the teacher", (), (), (folder.teacher,), self.do_teacher, inputs=self._teacher_files, alone=True),
+            _step("data", "tokenize the text", ("teacher",), ("data",), (folder.data,), self.do_data, inputs=self._text_files, alone=True),
+            _step("probe", "check that the teacher predicts text", after_text, ("guard", "precision"), (), self.do_probe),
+            _step("align", "stage 1: align an RNN mixer per layer", ("probe",), ("align", *training), (align,), self.do_align),
+            _step("select", "score and rank the layers", ("align",), ("select",), chosen, self.do_select),
+            _step(
+                "assemble", "assemble the student", ("align", "select"), ("seed",), (folder.assembled,), self.do_assemble,
+                inputs=lambda: identity_of([folder.mixers_file]), alone=True,
+            ),
+            _step("distill", "stage 2: distil from the teacher", ("assemble",), ("distill", *training), (distill,), self.do_distill),
+            _step("finetune", "stage 3: finetune on long sequences", ("distill",), ("finetune", *training), (finetune,), self.do_finetune),
+            _step("export", "export to Hugging Face format", ("finetune",), ("export",), (folder.export,), self.do_export, alone=True),
+            _step("report", "evaluate and report", ("finetune", "select"), ("eval", "export"), reported, self.do_report),
+        ]  # fmt: skip
+
+    def _teacher_files(self) -> list[Any]:
+        return identity_of([self.run.teacher])
+
+    def _text_files(self) -> list[Any]:
+        return identity_of([*self.run.data.train, *([self.run.data.heldout] if self.run.data.heldout else [])])
+
+    def train_from(self, runner: Runner, name: str, init: Path | None) -> Path:
+        """Do training stage `name` with what it needs, from the run's own results or from `init`; returns its final checkpoint."""
+        if init is not None:
+            start = resolve(init)
+            runner.steps[name] = replace(
+                runner.steps[name],
+                after=("teacher", "data"),
+                inputs=lambda: identity_of([start / "manifest.json"]),
+                action=lambda: self.do_training(name, teacher=self.folder.teacher, init=start),
+            )
+        runner.run_through(name)
+        return resolve(self.folder.stage(name))
+
+    def selection(self) -> tuple[LayerScores, Selection]:
+        """The scores and the choice that the selection step left."""
+        scores = load_scores(self.folder.scores_file)
+        return scores, rank(scores, self._num_attention(), cap=self.run.select.importance_cap)
+
+    def do_teacher(self) -> dict[str, Any]:
+        """Import the teacher."""
+        self.import_teacher(self.run.teacher, self.folder.teacher)
+        config = read_model_config(self.folder.teacher)
+        return {"num_layers": config.num_layers, "hidden_size": config.hidden_size, "vocab_size": config.vocab_size}
+
+    def do_data(self) -> dict[str, Any]:
+        """Make token files of the text with the teacher's tokenizer."""
+        return material.prepare(self.run, self.folder, self.log)
+
+    def do_probe(self) -> dict[str, Any]:
+        """Stop a run whose teacher cannot predict text: random or unloaded weights would be distilled faithfully."""
+        teacher = run_stage.load_teacher(self.run, self.folder.teacher)
+        vocab_size = teacher.model_config.vocab_size
+        loss = material.measure(self.run, self.folder).probe_loss(teacher)
+        limit = self.run.guard.max_teacher_loss or 0.9 * math.log(vocab_size)
+        if not loss < limit:
+            raise CheckpointError(
+                f"teacher {self.run.teacher} looks untrained, or its weights were not loaded: its loss on held-out text is {loss:.3f} nats "
+                f"per token, the limit is {limit:.3f} (guessing costs {math.log(vocab_size):.3f}). Check the teacher's folder and that its "
+                "tokenizer belongs to it; guard.max_teacher_loss sets the limit"
+            )
+        return {"teacher_loss": loss, "limit": limit}
+
+    def do_align(self) -> dict[str, Any]:
+        """Stage 1."""
+        return self.do_training("align", teacher=self.folder.teacher)
+
+    def do_distill(self) -> dict[str, Any]:
+        """Stage 2."""
+        return self.do_training("distill", teacher=self.folder.teacher, init=self.folder.assembled)
+
+    def do_finetune(self) -> dict[str, Any]:
+        """Stage 3."""
+        return self.do_training("finetune", init=self.folder.stage("distill"))
+
+    def do_training(self, name: str, *, teacher: Path | None = None, init: Path | None = None) -> dict[str, Any]:
+        """Train one stage to its end."""
+        stage = run_stage.build_stage(name, self.run, teacher=teacher, init=init)
+        self.log(run_stage.parameter_table(stage))
+        final = train(
+            stage,
+            material.training_data(self.run, self.folder),
+            self.run.stage(name),
+            self.run,
+            self.folder.stage(name),
+            tensorboard_dir=self.folder.tensorboard / name,
+            tokenizer_dir=tokenizer_dir(self.folder.teacher),
+            extra={"hf_config": read_manifest(resolve(self.folder.teacher)).hf_config},
+            on_step=self.on_step,
+            log=self.log,
+        )
+        del stage
+        run_stage.release()
+        return {"checkpoint": str(final.relative_to(self.folder.root))}
+
+    def do_select(self) -> dict[str, Any]:
+        """Score every layer alone, then rank; an interrupted sweep continues."""
+        self._sweep()
+        run_stage.release()
+        groups.barrier()
+        scores, selection = self.selection()
+        if groups.rank() == 0:
+            write_json(self.folder.mixers_file, selection.to_json())
+            draw_importance(self.folder, scores, selection)
+        return {"attention_layers": list(selection.attention_layers)}
+
+    def _sweep(self) -> None:
+        teacher = run_stage.load_teacher(self.run, self.folder.teacher)
+        mixers = run_stage.load_aligned(self.run, teacher, self.folder.stage("align"))
+        measure, total = material.measure(self.run, self.folder), teacher.model_config.num_layers
+        known = read_json(self.folder.scores_file) if self.folder.scores_file.is_file() else None
+        groups.barrier()  # all have read what is known before the first one adds to it
+
+        def scored(result: dict[str, Any]) -> None:
+            if groups.rank() == 0:
+                write_json(self.folder.scores_file, result)
+            self.on_part("select", len(result["layers"]), total)
+
+        score_layers(teacher, mixers, lambda: measure.selection_scores(teacher), known=known, on_scored=scored)
+
+    def do_assemble(self) -> dict[str, Any]:
+        """Write the student that stage 2 starts from."""
+        num_layers = read_model_config(self.folder.teacher).num_layers
+        selection = load_selection(self.folder.mixers_file, num_layers=num_layers)
+        run_stage.assemble(self.run, self.folder.teacher, self.folder.stage("align"), selection.mixer_types, self.folder.assembled)
+        return {"attention_layers": list(selection.attention_layers)}
+
+    def do_export(self) -> dict[str, Any]:
+        """Write the Hugging Face folder."""
+        self.export_student(self.folder.stage("finetune"), self.folder.export)
+        return {"attn_logits_scaling": self.run.export.attn_logits_scaling}
+
+    def do_report(self) -> dict[str, Any]:
+        """Evaluate teacher and students, write the numbers and draw them."""
+        start, rows = time.monotonic(), []
+        measure, models = material.measure(self.run, self.folder), self._reported_models()
+        total = measure.num_parts() * len(models)
+        done = iter(range(1, total + 1))
+        for name, make in models.items():
+            model = make()
+            rows.append(measure.row(name, model, lambda: self.on_part("report", next(done), total)))
+            self.log(row_line(rows[-1]))
+            del model
+            run_stage.release()
+        if groups.rank() == 0:
+            write_report(self.run, self.folder, rows, report_seconds=time.monotonic() - start)
+            draw_report(self.folder)
+        return {}
+
+    def _reported_models(self) -> dict[str, Callable[[], HypeNetModel]]:
+        """The models of the report in order, each built when it is called."""
+        return {
+            "teacher": lambda: run_stage.load_teacher(self.run, self.folder.teacher),
+            "all layers converted": self._all_converted,
+            "student after stage 2": lambda: self._student("distill"),
+            "student after stage 3": lambda: self._student("finetune"),
+        }
+
+    def _student(self, stage: str) -> HypeNetModel:
+        """A student as it will be exported: with logit scaling."""
+        student = run_stage.load_hypenet(self.run, self.folder.stage(stage))
+        student.set_attn_logits_scaling(self.run.export.attn_logits_scaling)
+        return student
+
+    def _all_converted(self) -> HypeNetModel:
+        """The teacher with every layer's attention replaced by its aligned RNN mixer: alignment without selection or distillation."""
+        teacher = run_stage.load_teacher(self.run, self.folder.teacher)
+        for layer, mixer in run_stage.load_aligned(self.run, teacher, self.folder.stage("align")).items():
+            teacher.set_mixer(layer, mixer)
+        return teacher
+
+    def _num_attention(self) -> int:
+        wanted = self.run.select.num_attention_layers
+        return max(1, read_model_config(self.folder.teacher).num_layers // 4) if wanted is None else wanted
+
+
+def _step(
+    name: str,
+    does: str,
+    after: tuple[str, ...],
+    settings: tuple[str, ...],
+    results: tuple[Path, ...],
+    action: Callable[[], dict[str, Any]],
+    *,
+    inputs: Callable[[], Any] = lambda: None,
+    alone: bool = False,
+) -> Step:
+    """A Step by position: the table above reads as one row per step."""
+    return Step(name=name, does=does, after=after, settings=settings, results=results, action=action, inputs=inputs, alone=alone)

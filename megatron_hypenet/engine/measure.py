@@ -1,0 +1,75 @@
+"""Measurements of models: the teacher gate, the scores behind layer selection, and the rows of the report.
+
+Recall documents are spread over held-out text, so nothing that is measured was trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from megatron_hypenet.config.schema import RunConfig
+from megatron_hypenet.data.recall import RecallTask
+from megatron_hypenet.eval.heldout import heldout_loss
+from megatron_hypenet.eval.recall import recall_accuracy
+from megatron_hypenet.model.hypenet import HypeNetModel
+
+PROBE_SEQUENCES = 16
+"""Held-out sequences behind the teacher gate."""
+
+Row = dict[str, Any]
+"""One model in the report: heldout_loss, heldout_accuracy, and recall by length multiple."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """Evaluation material of one run and how it is scored; every process measures the same and gets the same numbers."""
+
+    run: RunConfig
+    task: Callable[[int], RecallTask]
+    """Number of key-value pairs -> evaluation documents."""
+    heldout: Callable[[int, int], Tensor]
+    """(count, seq_length) -> held-out sequences, int64 [count or fewer, seq_length + 1]."""
+
+    def probe_loss(self, teacher: HypeNetModel) -> float:
+        """Loss of the teacher on a little held-out text, in nats per token."""
+        settings = self.run.eval
+        loss, _ = heldout_loss(teacher.token_scores, self.heldout(PROBE_SEQUENCES, settings.seq_length), batch_size=settings.batch_size)
+        return loss
+
+    def selection_scores(self, model: HypeNetModel) -> dict[str, float]:
+        """Recall accuracy and, in the place of the paper's commonsense suite, next-token accuracy on held-out text; both in %.
+
+        The text itself is the language measure that needs no download and no harness; scores of a real suite can be ranked by
+        `hypenet select rank`.
+        """
+        settings = self.run.select
+        recall = recall_accuracy(
+            model.token_scores, self.task(settings.recall_pairs), count=settings.recall_sequences, seq_length=settings.seq_length,
+            batch_size=settings.batch_size,
+        )  # fmt: skip
+        texts = self.heldout(settings.heldout_sequences, settings.seq_length)
+        _, accuracy = heldout_loss(model.token_scores, texts, batch_size=settings.batch_size)
+        return {"recall": recall, "commonsense": accuracy}
+
+    def row(self, name: str, model: HypeNetModel, on_part: Callable[[], None] = lambda: None) -> Row:
+        """The measurements of one model for the report; `on_part` hears of each of num_parts() parts."""
+        settings = self.run.eval
+        texts = self.heldout(settings.heldout_sequences, settings.seq_length)
+        loss, accuracy = heldout_loss(model.token_scores, texts, batch_size=settings.batch_size)
+        on_part()
+        recall = {}
+        for multiple in settings.length_multiples:
+            recall[str(multiple)] = recall_accuracy(
+                model.token_scores, self.task(settings.recall_pairs), count=settings.recall_sequences,
+                seq_length=multiple * settings.seq_length, batch_size=max(1, settings.batch_size // multiple),
+            )  # fmt: skip
+            on_part()
+        return {"model": name, "heldout_loss": loss, "heldout_accuracy": accuracy, "recall": recall}
+
+    def num_parts(self) -> int:
+        """Calls of `on_part` in one row."""
+        return 1 + len(self.run.eval.length_multiples)

@@ -1,0 +1,63 @@
+"""report.json: what a run achieved, in numbers, and where its time went."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from megatron_hypenet.config.schema import RunConfig
+from megatron_hypenet.engine.run_folder import RunFolder, write_json
+from megatron_hypenet.engine.steps import read_json, software
+from megatron_hypenet.stages.select import LayerScores, Selection
+
+FORMAT_VERSION = 1
+
+
+def write_report(run: RunConfig, folder: RunFolder, rows: Sequence[Mapping[str, Any]], *, report_seconds: float) -> None:
+    """Write report.json from the measured rows, the selection and the recorded steps; `report_seconds` is the time of the measuring."""
+    write_json(folder.report_file, report_of(run, rows, read_json(folder.mixers_file), folder.records(), report_seconds))
+
+
+def report_of(
+    run: RunConfig,
+    rows: Sequence[Mapping[str, Any]],
+    selection: Mapping[str, Any],
+    records: Mapping[str, Mapping[str, Any]],
+    seconds: float,
+) -> dict[str, Any]:
+    """The content of report.json. Losses are nats per token, accuracies %, times seconds."""
+    steps = {name: record["seconds"] for name, record in records.items() if name != "report"} | {"report": round(seconds, 3)}
+    return {
+        "format_version": FORMAT_VERSION,
+        "seq_length": run.eval.seq_length,
+        "length_multiples": list(run.eval.length_multiples),
+        "train_seq_length": run.distill.seq_length,
+        "attn_logits_scaling": run.export.attn_logits_scaling,
+        "rows": [dict(row) for row in rows],
+        "attention_layers": list(selection["attention_layers"]),
+        "mixer_types": list(selection["mixer_types"]),
+        "teacher_probe_loss": records.get("probe", {}).get("teacher_loss"),
+        "step_seconds": steps,
+        "seconds": round(sum(steps.values()), 3),
+        "software": software(),
+    }
+
+
+def row_line(row: Mapping[str, Any]) -> str:
+    """One row as a line for the log."""
+    recall = ", ".join(f"{multiple}x {value:.1f}" for multiple, value in row["recall"].items())
+    return f"{row['model']}: held-out loss {row['heldout_loss']:.4f}, recall in %: {recall}"
+
+
+def draw_report(folder: RunFolder) -> None:
+    """Draw report.json as report.png."""
+    from megatron_hypenet.eval import plots
+
+    plots.report(read_json(folder.report_file), folder.report_plot)
+
+
+def draw_importance(folder: RunFolder, scores: LayerScores, selection: Selection) -> None:
+    """Draw the importances of all layers as importance.png."""
+    from megatron_hypenet.eval import plots
+
+    plots.importance(selection.importance, selection.attention_layers, folder.importance_plot)

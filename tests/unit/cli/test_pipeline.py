@@ -1,0 +1,52 @@
+"""A run made ready: teachers of both kinds, and everything that can be found wrong early."""
+
+import pytest
+
+from megatron_hypenet.checkpoint.load import read_model_config, resolve
+from megatron_hypenet.cli import pipeline
+from megatron_hypenet.config.loader import load_run_config
+from megatron_hypenet.errors import CheckpointError, LayoutError
+from megatron_hypenet.parallel import groups
+from tests import tiny_run
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    tiny_run.fake_material(monkeypatch)
+    tiny_run.write_teacher(tmp_path / "qwen3")
+    return load_run_config(tiny_run.write_config(tmp_path))
+
+
+def test_a_teacher_may_be_a_folder_or_a_checkpoint(run, tmp_path):
+    pipeline.import_teacher(tmp_path / "qwen3", tmp_path / "imported")
+    assert pipeline.teacher_shape(tmp_path / "qwen3") == pipeline.teacher_shape(tmp_path / "imported") == tiny_run.TEACHER
+    pipeline.import_teacher(tmp_path / "imported", tmp_path / "linked")
+    assert resolve(tmp_path / "linked") == tmp_path / "linked" and read_model_config(tmp_path / "linked") == tiny_run.TEACHER
+
+
+def test_what_is_neither_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="does not exist"):
+        pipeline.teacher_shape(tmp_path / "none")
+    with pytest.raises(CheckpointError, match="not a checkpoint"):
+        pipeline.teacher_shape(tmp_path)
+
+
+def test_the_layout_is_checked_for_the_number_of_processes(run, monkeypatch):
+    assert pipeline.checked(run) == tiny_run.TEACHER
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(LayoutError, match="global_batch_size=2 is not a multiple"):
+        pipeline.checked(run)
+
+
+def test_a_pipeline_ends_its_process_groups_and_keeps_its_folder(run):
+    with pipeline.prepared(run) as ready:
+        assert groups.is_initialized() and ready.is_main and list(ready.runner.steps) == list(ready.screen.does)
+        ready.runner.run_step("teacher")
+    assert not groups.is_initialized()
+    assert ready.folder.config_file.is_file() and "teacher: import the teacher" in ready.folder.log_file.read_text()
+
+
+def test_a_failure_inside_still_ends_the_groups(run):
+    with pytest.raises(RuntimeError), pipeline.prepared(run):
+        raise RuntimeError("inside")
+    assert not groups.is_initialized()

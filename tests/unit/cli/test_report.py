@@ -1,0 +1,41 @@
+"""`hypenet report` as a user starts it."""
+
+import json
+
+import pytest
+
+from megatron_hypenet.cli.main import run
+from tests import tiny_run
+
+
+@pytest.fixture
+def finished(tmp_path, monkeypatch, capsys):
+    """A finished run."""
+    tiny_run.fake_material(monkeypatch)
+    tiny_run.write_teacher(tmp_path / "qwen3")
+    assert run(["run", str(tiny_run.write_config(tmp_path))]) == 0
+    capsys.readouterr()
+    return tmp_path / "run"
+
+
+def test_a_report_is_shown_rebuilt_and_measured_again(finished, capsys):
+    before = (finished / "report" / "report.json").read_bytes()
+    (finished / "report" / "report.png").unlink()
+    assert run(["report", str(finished)]) == 0
+    assert "teacher" in capsys.readouterr().out and (finished / "report" / "report.png").is_file()
+    assert (finished / "report" / "report.json").read_bytes() == before
+    (finished / "report" / "report.json").unlink()
+    assert run(["report", str(finished), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert rows == json.loads(before)["rows"]
+    assert run(["report", str(finished), "--again"]) == 0
+
+
+def test_unfinished_and_foreign_folders_are_refused(tmp_path, capsys):
+    assert run(["report", str(tmp_path)]) == 5
+    assert "not a run folder" in capsys.readouterr().err
+    config = tiny_run.write_config(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(config.read_text())
+    assert run(["report", str(tmp_path / "run")]) == 5
+    assert "align, select, distill, finetune not done" in capsys.readouterr().err

@@ -1,0 +1,51 @@
+"""`hypenet train` as a user starts it, on a random tiny teacher."""
+
+import json
+
+import pytest
+
+from megatron_hypenet.checkpoint.load import read_manifest
+from megatron_hypenet.cli.main import run
+from tests import tiny_run
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    tiny_run.fake_material(monkeypatch)
+    tiny_run.write_teacher(tmp_path / "qwen3")
+    return tiny_run.write_config(tmp_path)
+
+
+def steps_done(tmp_path, name="run"):
+    return list(json.loads((tmp_path / name / "manifest.json").read_text())["steps"])
+
+
+def test_a_stage_brings_what_it_needs(config, tmp_path, capsys):
+    assert run(["train", str(config), "--stage", "1", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["stage"] == "align" and read_manifest(shown["checkpoint"]).stage == "align"
+    assert steps_done(tmp_path) == ["teacher", "data", "probe", "align"]
+    assert run(["train", str(config), "--stage", "distill"]) == 0
+    assert steps_done(tmp_path)[-3:] == ["select", "assemble", "distill"]
+
+
+def test_init_starts_from_a_given_student(config, tmp_path, capsys):
+    assert run(["train", str(config), "--stage", "2", "--json"]) == 0
+    student = json.loads(capsys.readouterr().out)["checkpoint"]
+    assert run(["train", str(config), f"output_dir={tmp_path / 'other'}", "--stage", "3", "--init", student]) == 0
+    assert steps_done(tmp_path, "other") == ["teacher", "data", "finetune"]
+    assert run(["train", str(config), f"output_dir={tmp_path / 'third'}", "--stage", "3", "--init", str(tmp_path / "qwen3")]) == 5
+
+
+def test_dry_run_lists_the_steps_up_to_the_stage(config, tmp_path, capsys):
+    assert run(["train", str(config), "--stage", "align", "--dry-run", "--json"]) == 0
+    assert [row["step"] for row in json.loads(capsys.readouterr().out)["steps"]] == ["teacher", "data", "probe", "align"]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "code"), [([], 2), (["--stage", "4"], 3), (["--stage", "1", "--init", "x"], 2), (["--stage", "1", "--pp", "2"], 3)]
+)
+def test_mistakes_end_with_their_exit_code(config, tmp_path, words, code):
+    assert run(["train", str(config), *words]) == code
+    assert not (tmp_path / "run").exists()
