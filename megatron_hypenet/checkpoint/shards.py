@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -28,8 +30,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from megatron_hypenet.checkpoint.safety import check_common, load_restricted
 from megatron_hypenet.errors import CheckpointError
@@ -96,7 +100,27 @@ class _SavePlanner(DefaultSavePlanner):
 
 
 class _Writer(dcp.FileSystemWriter):
-    """torch's writer, one fsynced file per rank, plus Megatron's two files; the temporary folder's name stays out of the metadata."""
+    """torch's writer with one file per rank, that lets go of each tensor once it is written, plus Megatron's two files.
+
+    The (temporary, absolute) folder name that torch would note in the metadata is left out.
+    """
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        # torch's own loop keeps every tensor of a file alive until the file is closed
+        results = []
+        if plan.items:
+            name = f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}"
+            with (Path(self.path) / name).open("wb") as stream:
+                for item in plan.items:
+                    start = stream.tell()
+                    torch.save(_compact(planner.resolve_data(item)), stream)
+                    length = stream.tell() - start
+                    results.append(WriteResult(item.index, length, _StorageInfo(name, start, length)))
+                stream.flush()
+                os.fsync(stream.fileno())
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(results)
+        return done
 
     def storage_meta(self) -> StorageMeta | None:
         return None
@@ -106,6 +130,12 @@ class _Writer(dcp.FileSystemWriter):
         super().finish(metadata, results)
         (Path(self.path) / "metadata.json").write_text(json.dumps(BACKEND))
         torch.save({}, Path(self.path) / "common.pt")  # megatron-core <= 0.18 refuses to load without it
+
+
+def _compact(tensor: Tensor) -> Tensor:
+    """On the CPU, and alone in its storage: torch.save writes whole storages."""
+    tensor = tensor.detach().cpu()
+    return tensor.clone() if tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size() else tensor
 
 
 def distributed() -> bool:
