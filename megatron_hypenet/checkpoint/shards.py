@@ -113,7 +113,9 @@ class _Writer(dcp.FileSystemWriter):
             with (Path(self.path) / name).open("wb") as stream:
                 for item in plan.items:
                     start = stream.tell()
-                    torch.save(_compact(planner.resolve_data(item)), stream)
+                    data = planner.resolve_data(item)
+                    assert isinstance(data, Tensor)
+                    torch.save(_compact(data), stream)
                     length = stream.tell() - start
                     results.append(WriteResult(item.index, length, _StorageInfo(name, start, length)))
                 stream.flush()

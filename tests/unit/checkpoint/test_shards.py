@@ -1,5 +1,7 @@
 """Any tensor comes back bit for bit, whole or in part; pieces must tile. Megatron's own reader: tests/integration."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -54,3 +56,23 @@ def test_damaged_data_file_is_a_checkpoint_error(tmp_path):
     data.unlink()
     with pytest.raises(CheckpointError, match="cannot be read"):
         ShardReader(tmp_path)["w"]
+
+
+def test_only_one_lazy_tensor_is_alive_while_writing(tmp_path):
+    alive = []
+
+    def produce():
+        tensor = torch.zeros(64)
+        alive.append(weakref.ref(tensor))
+        assert sum(ref() is not None for ref in alive) <= 2  # this one, and the one just written
+        return tensor
+
+    write_shards(tmp_path, [Shard.whole(f"w{at}", LazyTensor((64,), torch.float32, produce)) for at in range(8)])
+    assert len(alive) == 8
+
+
+def test_views_are_written_without_the_storage_behind_them(tmp_path):
+    big = torch.arange(1000.0).view(100, 10)
+    write_shards(tmp_path, [Shard.whole("w", big[3:5])])
+    assert torch.equal(ShardReader(tmp_path)["w"], big[3:5])
+    assert next(tmp_path.glob("*.distcp")).stat().st_size < 3000
