@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from megatron_hypenet.checkpoint.state import Template
 from megatron_hypenet.config.schema import ParallelConfig, StageConfig
 from megatron_hypenet.engine.optim import adamw
-from megatron_hypenet.errors import DivergedError
+from megatron_hypenet.errors import DivergedError, LayoutError
 from megatron_hypenet.parallel import groups
 
 _MASTER = "fp32_param"
@@ -71,6 +71,8 @@ class TrainingEngine:
 
     def __init__(self, module: nn.Module, stage: StageConfig, parallel: ParallelConfig) -> None:
         """`module` has trainable_parameters() and sharded_state_dict(), lies on its device in its dtype, and stays usable by itself."""
+        if groups.pipeline_stage()[1] > 1:
+            raise LayoutError("pipeline_model_parallel_size > 1 has no training schedule here yet; use 1, and ZeRO stages for memory")
         self.deepspeed = import_deepspeed()
         self.module = module
         trainable: Mapping[str, nn.Parameter] = module.trainable_parameters()  # type: ignore[operator]

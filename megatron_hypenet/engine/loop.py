@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -25,7 +26,7 @@ from megatron_hypenet.engine.deepspeed import TrainingEngine
 from megatron_hypenet.engine.metrics import MetricSums, Recorder, StepRecord
 from megatron_hypenet.engine.optim import lr_at
 from megatron_hypenet.engine.schedule import forward_backward
-from megatron_hypenet.errors import DivergedError, SavedAndRequeue, UsageError
+from megatron_hypenet.errors import ConfigError, DivergedError, SavedAndRequeue, UsageError
 from megatron_hypenet.parallel import groups
 from megatron_hypenet.parallel.cpu import device
 from megatron_hypenet.stages.base import StageModule
@@ -110,6 +111,11 @@ class _Trainer:
         if any(fmt.is_committed(folder) for folder in fmt.iteration_folders(checkpoints)):
             self.saved = resolve(checkpoints)
             stored = load_training(self.saved, self.engine, model_config=self.stage.model_config, stage=self.stage.name)
+            if stored.seed != self.run.data.seed:
+                raise ConfigError(
+                    f"data.seed={self.run.data.seed}, but {self.saved} was trained with data.seed={stored.seed}: the samples after "
+                    f"{stored.samples} would be others than in the run it continues; set it back, or use another output_dir"
+                )
             self.state = replace(stored, layout=self._layout())
         self.recorder = Recorder(
             stage=self.stage.name,
@@ -122,6 +128,18 @@ class _Trainer:
         )
         if self.saved is not None:
             self.recorder.note(f"resumed from {self.saved} at iter {self.state.step}/{self.config.train_iters}")
+
+        self._warn_of_small_disk()
+
+    def _warn_of_small_disk(self) -> None:
+        """Say at the start, not hours later, when the disk cannot hold the next two saves (weights and 12 bytes of state per weight)."""
+        assert self.engine is not None and self.recorder is not None
+        local = sum(math.prod(entry.shape) * (entry.parameter.element_size() + 12) for entry in self.engine.template)
+        needed, free = 2 * local * self.run.parallel.model_parallel_size, shutil.disk_usage(self.out_dir).free
+        if free < needed:
+            self.recorder.note(
+                f"warning: two checkpoints need about {needed / 2**30:.1f} GiB, {self.out_dir} has {free / 2**30:.1f} GiB free"
+            )
 
     def run_to_end(self, on_step: Callable[[StepRecord], None] | None, evaluate: Callable[[int], Mapping[str, float]] | None) -> Path:
         """The loop itself."""

@@ -10,7 +10,7 @@ from megatron_hypenet.config.schema import ParallelConfig
 from megatron_hypenet.engine.deepspeed import TrainingEngine, config_dict, import_deepspeed
 from megatron_hypenet.engine.optim import lr_at
 from megatron_hypenet.engine.schedule import forward_backward
-from megatron_hypenet.errors import DivergedError
+from megatron_hypenet.errors import DivergedError, LayoutError
 from megatron_hypenet.parallel import groups
 from tests.unit.engine.toy import VOCAB, ToyData, ToyStage, stage_config
 
@@ -120,3 +120,9 @@ def test_config_covers_precision_and_stage_zero():
     assert bf16["bf16"] == {"enabled": True, "immediate_grad_update": True} and bf16["gradient_accumulation_steps"] == 3
     with pytest.raises(ValueError, match="float16"):
         config_dict(config, zero_stage=1, num_micro_batches=1, dtype=torch.float16)
+
+
+def test_pipeline_parallelism_is_refused(monkeypatch):
+    monkeypatch.setattr(groups, "pipeline_stage", lambda: (0, 2))
+    with pytest.raises(LayoutError, match="pipeline_model_parallel_size"):
+        TrainingEngine(ToyStage(), stage_config(), ParallelConfig())

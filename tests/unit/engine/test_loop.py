@@ -2,6 +2,7 @@
 
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from megatron_hypenet.checkpoint.load import read_manifest, read_weights, verify
 from megatron_hypenet.config.schema import ParallelConfig
 from megatron_hypenet.engine import loop, signals
 from megatron_hypenet.engine.metrics import read_losses
-from megatron_hypenet.errors import DivergedError, SavedAndRequeue, UsageError
+from megatron_hypenet.errors import ConfigError, DivergedError, SavedAndRequeue, UsageError
 from megatron_hypenet.parallel import groups
 from tests.unit.engine.toy import VOCAB, ToyData, ToyStage, run_config, stage_config
 
@@ -132,3 +133,18 @@ def test_evaluation_runs_in_eval_mode_at_its_interval_and_at_the_end(tmp_path):
 
     loop.train(stage, ToyData(), stage_config(eval_interval=4), run_config(tmp_path), tmp_path / "a", evaluate=evaluate)
     assert seen == [(4, False, False), (6, False, False)]
+
+
+def test_another_data_seed_does_not_continue_a_run(tmp_path):
+    with pytest.raises(Interrupted):
+        loop.train(ToyStage(), ToyData(), stage_config(), run_config(tmp_path), tmp_path / "a", on_step=crash_after(4))
+    other = run_config(tmp_path, data={"train": ["x.txt"], "seed": 5})
+    with pytest.raises(ConfigError, match="data.seed=5, but .* data.seed=1234"):
+        loop.train(ToyStage(), ToyData(), stage_config(), other, tmp_path / "a")
+
+
+def test_a_small_disk_is_announced_at_the_start(tmp_path, monkeypatch):
+    lines = []
+    monkeypatch.setattr(loop.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    loop.train(ToyStage(), ToyData(), stage_config(), run_config(tmp_path), tmp_path / "a", log=lines.append)
+    assert lines[0].startswith("warning: two checkpoints need")
