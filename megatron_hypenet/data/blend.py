@@ -1,0 +1,103 @@
+"""Training sequences: windows of a token stream in a seeded order, mixed with recall documents.
+
+Every sample is a pure function of (seed, sample index), so the data position of a run is one number, resuming costs nothing, and any
+number of processes can share the work by index.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_hypenet.data.indexed import TokenStream
+from megatron_hypenet.data.recall import RecallTask
+from megatron_hypenet.errors import DataError
+
+_MASK = 2**64 - 1
+_SHARE_UNITS = 1 << 20
+"""Recall shares are rounded to this many parts, so that counting them is integer arithmetic: exact at any sample index."""
+
+
+def scramble(*words: int) -> int:
+    """A well-mixed 64-bit number from integers (the finaliser of splitmix64, Steele et al. 2014, chained over the words)."""
+    state = 0
+    for word in words:
+        state = (state + word + 0x9E3779B97F4A7C15) & _MASK
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+        state ^= state >> 31
+    return state
+
+
+def permuted(index: int, size: int, key: int) -> int:
+    """Place of `index` in a pseudo-random permutation of range(size) chosen by `key`, in constant time and memory.
+
+    A four-round Feistel network on the smallest even number of bits that holds `size`, walked until it lands inside the range
+    (Black and Rogaway 2002, cycle walking: at most four tries on average).
+    """
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    while True:
+        left, right = index >> half, index & mask
+        for turn in range(4):
+            left, right = right, left ^ (scramble(key, turn, right) & mask)
+        index = (left << half) | right
+        if index < size:
+            return index
+
+
+class TrainData:
+    """Windows of `text` in a new order and at a new offset every epoch, with a share of recall documents spread evenly among them."""
+
+    def __init__(
+        self, text: TokenStream, *, seed: int, vocab_size: int, recall: RecallTask | None = None, recall_fraction: float = 0.0
+    ) -> None:
+        """Raises DataError when a recall share is asked for without a recall task."""
+        if recall_fraction > 0 and recall is None:
+            raise DataError(f"data.recall_fraction={recall_fraction} needs recall documents; the tokenizer must offer the words for them.")
+        self.text = text
+        self.seed = seed
+        self.vocab_size = vocab_size
+        self.recall = recall
+        self._recall_units = round(recall_fraction * _SHARE_UNITS)
+
+    def batch(self, sample_start: int, count: int, seq_length: int) -> Tensor:
+        """Samples sample_start .. sample_start + count - 1 -> int64 [count, seq_length + 1].
+
+        Raises DataError when the text is shorter than one sequence or holds an id outside the vocabulary.
+        """
+        rows = np.stack([self.sample(index, seq_length) for index in range(sample_start, sample_start + count)])
+        if (highest := int(rows.max())) >= self.vocab_size:
+            raise DataError(
+                f"the token files hold id {highest}, but the model's vocabulary has {self.vocab_size} entries; "
+                "they were made with another tokenizer. Run `hypenet data prepare` with the teacher's."
+            )
+        return torch.from_numpy(rows)
+
+    def sample(self, index: int, seq_length: int) -> np.ndarray:
+        """One sample, int64 [seq_length + 1]."""
+        recalls = index * self._recall_units // _SHARE_UNITS
+        if (index + 1) * self._recall_units // _SHARE_UNITS > recalls:
+            assert self.recall is not None, "the constructor refuses a share without a task"
+            return self.recall.document(recalls, seq_length, training=True)[0]
+        return self._window(index - recalls, seq_length)
+
+    def windows_per_epoch(self, seq_length: int) -> int:
+        """Windows that fit whatever the epoch's offset; neighbours share one token, the target of one and the input of the next."""
+        windows = (len(self.text) - seq_length) // seq_length
+        if windows >= 1:
+            return windows
+        if len(self.text) > seq_length:
+            return 1
+        raise DataError(
+            f"the training text has {len(self.text)} tokens, one sequence needs {seq_length + 1} (seq_length + 1); "
+            "add text or use a shorter seq_length."
+        )
+
+    def _window(self, index: int, seq_length: int) -> np.ndarray:
+        epoch, place = divmod(index, windows := self.windows_per_epoch(seq_length))
+        slack = len(self.text) - (windows * seq_length + 1)
+        offset = scramble(self.seed, epoch, 1) % (min(slack, seq_length - 1) + 1)
+        start = offset + seq_length * permuted(place, windows, scramble(self.seed, epoch, 2))
+        return self.text[start : start + seq_length + 1]

@@ -1,0 +1,147 @@
+"""The data of one run: its sources as token files in one folder, split into training and held-out text, and recall documents over both.
+
+    DIR/corpus.json            sources, fingerprints, counts
+    DIR/train_000.bin/.idx     one pair for each text source; prepared pairs are used where they lie
+    DIR/heldout.bin/.idx       the held-out source, when it is text
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_hypenet.data.blend import TrainData
+from megatron_hypenet.data.indexed import TokenStream, is_token_file, open_tokens
+from megatron_hypenet.data.prepare import TEXT_SUFFIXES, prepare_file
+from megatron_hypenet.data.recall import RecallTask, RecallVocabulary
+from megatron_hypenet.data.tokenizer import load_tokenizer, recall_vocabulary
+from megatron_hypenet.errors import DataError
+
+INDEX_FILE = "corpus.json"
+EVALUATION_SEED = 0x5EED
+"""Added to the run's seed for recall documents that are measured on, so that they are not those trained on."""
+
+
+def prepare_corpus(
+    train: Sequence[Path], heldout: Path | None, tokenizer_dir: Path, folder: Path, *, vocab_size: int,
+    log: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:  # fmt: skip
+    """Make the token files of a run in `folder`; a source that has not changed since the last call is not tokenized again.
+
+    Returns what corpus.json holds. Raises DataError as `prepare_file` and `open_tokens` do.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = load_tokenizer(tokenizer_dir)
+    known = _read_index(folder) if (folder / INDEX_FILE).is_file() else {"train": [], "heldout": None}
+    earlier = {record["prefix"]: record for record in [*known["train"], known["heldout"]] if record}
+
+    def one(source: Path, name: str) -> dict[str, Any]:
+        if source.suffix not in TEXT_SUFFIXES and not source.is_file():
+            opened = open_tokens(source)
+            counts = {"documents": len(opened.document_ends), "tokens": len(opened.tokens)}
+            return {"source": str(source), "prefix": str(source.resolve()), "fingerprint": None, **counts}
+        fingerprint = _fingerprint(source, tokenizer_dir, vocab_size)
+        record = earlier.get(name)
+        if record and record["fingerprint"] == fingerprint and is_token_file(folder / name):
+            return record
+        log(f"data: tokenizing {source}")
+        made = prepare_file(source, folder / name, tokenizer, vocab_size=vocab_size)
+        log(f"data: {source}: {made.tokens:,} tokens")
+        return {"source": str(source), "prefix": name, "fingerprint": fingerprint, "documents": made.documents, "tokens": made.tokens}
+
+    vocabulary = recall_vocabulary(tokenizer)
+    content = {
+        "vocab_size": vocab_size,
+        "train": [one(source, f"train_{number:03d}") for number, source in enumerate(train)],
+        "heldout": None if heldout is None else one(heldout, "heldout"),
+        "recall": {name: list(getattr(vocabulary, name)) for name in ("words", "opening", "separator", "closing")},
+    }
+    partial = folder / f".{INDEX_FILE}.partial"
+    partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    partial.replace(folder / INDEX_FILE)
+    return content
+
+
+def _fingerprint(source: Path, tokenizer_dir: Path, vocab_size: int) -> list[Any]:
+    """Changes when the text or the tokenizer may have changed: sizes and modification times, not contents (texts can be terabytes)."""
+    files = [source] if source.is_file() else []
+    files += sorted(path for path in tokenizer_dir.iterdir() if path.suffix in (".json", ".txt", ".model"))
+    return [vocab_size, *([str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files)]
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    path = folder / INDEX_FILE
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file; the text of this run has not been prepared.") from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: damaged: {error}; delete the folder {folder}, it will be made again.") from error
+    return content
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """An opened folder of `prepare_corpus`."""
+
+    train: TokenStream
+    heldout: TokenStream
+    vocabulary: RecallVocabulary
+    vocab_size: int
+    seed: int
+
+    def training_data(self, *, recall_fraction: float, recall_pairs: int) -> TrainData:
+        """Training sequences; recall documents use training text as filler."""
+        task = None
+        if recall_fraction > 0:
+            task = RecallTask(self.vocabulary, self.train, seed=self.seed, num_pairs=recall_pairs)
+        return TrainData(self.train, seed=self.seed, vocab_size=self.vocab_size, recall=task, recall_fraction=recall_fraction)
+
+    def recall_task(self, num_pairs: int) -> RecallTask:
+        """Recall documents to measure on; held-out text is the filler."""
+        return RecallTask(self.vocabulary, self.heldout, seed=self.seed + EVALUATION_SEED, num_pairs=num_pairs)
+
+    def heldout_sequences(self, count: int, seq_length: int) -> Tensor:
+        """The first `count` windows of the held-out text (fewer when it is short), int64 [n, seq_length + 1], overlapping by one token.
+
+        Raises DataError when the held-out text is shorter than one window.
+        """
+        available = (len(self.heldout) - 1) // seq_length
+        if available < 1:
+            raise DataError(
+                f"the held-out text has {len(self.heldout)} tokens, one sequence needs {seq_length + 1}; "
+                "raise data.heldout_fraction, name a data.heldout file, or use a shorter seq_length."
+            )
+        windows = [self.heldout[i * seq_length : (i + 1) * seq_length + 1] for i in range(min(count, available))]
+        return torch.from_numpy(np.stack(windows))
+
+
+def open_corpus(folder: Path, *, heldout_fraction: float, seed: int) -> Corpus:
+    """Open what `prepare_corpus` made. Without a held-out source, the last `heldout_fraction` of each training source is held out.
+
+    Raises DataError when the folder was not prepared, a file is damaged, or no text is left to train on or to measure on.
+    """
+    content = _read_index(folder)
+    files = [open_tokens(folder / record["prefix"]) for record in content["train"]]
+    if content["heldout"]:
+        train = [file.tokens for file in files]
+        heldout = [open_tokens(folder / content["heldout"]["prefix"]).tokens]
+    else:
+        cuts = [file.documents_before(heldout_fraction) for file in files]
+        train = [file.tokens[:cut] for file, cut in zip(files, cuts, strict=True)]
+        heldout = [file.tokens[cut:] for file, cut in zip(files, cuts, strict=True)]
+    streams = TokenStream(train), TokenStream(heldout)
+    if len(streams[1]) == 0:
+        raise DataError(
+            "no held-out text: data.heldout is not set and the training files have one document each or data.heldout_fraction is 0. "
+            "Name a data.heldout file, or give training text of at least two documents."
+        )
+    vocabulary = RecallVocabulary(**{name: tuple(ids) for name, ids in content["recall"].items()})
+    return Corpus(train=streams[0], heldout=streams[1], vocabulary=vocabulary, vocab_size=content["vocab_size"], seed=seed)

@@ -1,0 +1,151 @@
+"""Token files in Megatron's format (prefix.bin, prefix.idx): writing, opening, and reading them as one stream.
+
+Megatron-core writes and parses the index; the tokens themselves are memory-mapped flat, because training reads windows that cross
+documents. Megatron is imported where it is used: it takes seconds and looks for a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_hypenet.errors import DataError
+
+
+def _megatron() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns about optional GPU libraries that token files do not need
+        from megatron.core.datasets import indexed_dataset
+    return indexed_dataset
+
+
+def token_paths(prefix: Path) -> tuple[Path, Path]:
+    """(prefix.bin, prefix.idx)."""
+    return Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
+
+
+def is_token_file(prefix: Path) -> bool:
+    """Whether both files of the pair exist."""
+    return all(path.is_file() for path in token_paths(prefix))
+
+
+class TokenFileWriter:
+    """Writes one pair under a temporary name and moves it into place on a clean exit of the `with` block, index last."""
+
+    def __init__(self, prefix: Path, vocab_size: int) -> None:
+        """Ids are stored as uint16 when the vocabulary allows it (Megatron's rule), else as int32."""
+        self.prefix = prefix
+        self.num_documents = self.num_tokens = 0
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+        self._partial = prefix.with_name(f".{prefix.name}.partial{os.getpid()}")
+        self._indexed = _megatron()
+        self._builder = self._indexed.IndexedDatasetBuilder(str(token_paths(self._partial)[0]), self._indexed.DType.optimal_dtype(vocab_size))
+
+    def add(self, ids: Sequence[int]) -> None:
+        """Append one document."""
+        import torch
+
+        self._builder.add_document(torch.tensor(ids, dtype=torch.int64), [len(ids)])
+        self.num_documents += 1
+        self.num_tokens += len(ids)
+
+    def add_file(self, other: TokenFile) -> None:
+        """Append all documents of another pair (Megatron requires the same id type)."""
+        self._builder.add_index(str(other.prefix))
+        self.num_documents += len(other.document_ends)
+        self.num_tokens += len(other.tokens)
+
+    def __enter__(self) -> Self:
+        """Nothing to open: the constructor did."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None) -> None:
+        """Commit, or remove what was written when the block failed."""
+        parts = token_paths(self._partial)
+        self._builder.finalize(str(parts[1]))
+        for part, final in zip(parts, token_paths(self.prefix), strict=True):
+            if kind is None:
+                part.replace(final)
+            else:
+                part.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """One opened pair."""
+
+    prefix: Path
+    tokens: npt.NDArray[np.integer]
+    """All tokens, in document order [num_tokens], memory-mapped."""
+    document_ends: npt.NDArray[np.int64]
+    """Tokens up to and including each document [num_documents]."""
+
+    def documents_before(self, fraction: float) -> int:
+        """Tokens of the documents that are left when the last `fraction` of the text (whole documents, at least one) is taken off.
+
+        One document alone cannot be split: then nothing is taken off.
+        """
+        if fraction <= 0 or len(self.document_ends) < 2:
+            return len(self.tokens)
+        keep = int(np.searchsorted(self.document_ends, (1 - fraction) * len(self.tokens), side="right"))
+        return int(self.document_ends[min(max(keep, 1), len(self.document_ends) - 1) - 1])
+
+
+def open_tokens(prefix: Path) -> TokenFile:
+    """Open a pair. Raises DataError when a file is missing, is not Megatron's format, or the sizes disagree."""
+    bin_path, idx_path = token_paths(prefix)
+    for path in (bin_path, idx_path):
+        if not path.is_file():
+            raise DataError(f"{path}: no such file; a token file is a .bin/.idx pair, named by its prefix. `hypenet data prepare` makes one.")
+    indexed = _megatron()
+    try:
+        index = indexed.IndexedDataset(str(prefix)).index
+        lengths = np.asarray(index.sequence_lengths, dtype=np.int64)
+        boundaries = np.asarray(index.document_indices, dtype=np.int64)
+        dtype = np.dtype(index.dtype)
+    except (AssertionError, ValueError, KeyError, OSError) as error:
+        raise DataError(f"{idx_path}: not a Megatron index, or damaged: {error}; run `hypenet data prepare` again.") from error
+    total = int(lengths.sum())
+    if total * dtype.itemsize != bin_path.stat().st_size:
+        raise DataError(
+            f"{bin_path}: {bin_path.stat().st_size} bytes, but the index counts {total} tokens of {dtype.itemsize} bytes; "
+            "a write was interrupted or the two files belong to different texts. Run `hypenet data prepare` again."
+        )
+    if total == 0:
+        raise DataError(f"{bin_path}: holds no tokens; the text it was made from is empty.")
+    ends = np.concatenate([[0], np.cumsum(lengths)])[boundaries[1:]]
+    return TokenFile(prefix, np.memmap(bin_path, dtype=dtype, mode="r"), ends)
+
+
+class TokenStream:
+    """Several stretches of token files as one sequence of tokens; it supports len() and slices, as recall documents want."""
+
+    def __init__(self, parts: Iterable[npt.NDArray[np.integer]]) -> None:
+        """Parts are joined in order; empty ones are dropped."""
+        self._parts = [part for part in parts if len(part)]
+        self._starts = np.concatenate([[0], np.cumsum([len(part) for part in self._parts])]).astype(np.int64)
+
+    def __len__(self) -> int:
+        """Number of tokens."""
+        return int(self._starts[-1])
+
+    def __getitem__(self, where: slice) -> npt.NDArray[np.int64]:
+        """Tokens of a slice without step, int64."""
+        start, stop, step = where.indices(len(self))
+        if step != 1:
+            raise ValueError("a token stream has no stepped slices")
+        pieces = []
+        part = int(np.searchsorted(self._starts, start, side="right")) - 1
+        while start < stop:
+            end = min(stop, int(self._starts[part + 1]))
+            pieces.append(np.asarray(self._parts[part][start - self._starts[part] : end - self._starts[part]], dtype=np.int64))
+            start, part = end, part + 1
+        return np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int64)
