@@ -52,9 +52,9 @@ def test_rope_rotates_halves_by_relative_position():
 
 @pytest.mark.parametrize("t", [1, 2, 127, 128, 129, 300])
 @pytest.mark.parametrize("with_state", [False, True])
-@pytest.mark.parametrize("group", [256, 4096])
+@pytest.mark.parametrize("group", [128, 256, 4096])
 def test_chunks_are_the_recurrence(monkeypatch, t, with_state, group):
-    monkeypatch.setattr(remote, "_LIGHTNING_GROUP_TOKENS", group)
+    monkeypatch.setattr(remote, "_group_tokens", lambda q: group)
     b, h, d = 2, 3, 4
     q, k, v = (random(b, h, t, d, seed=i) for i in range(3))
     slopes = decay.alibi_slopes(h)
@@ -70,9 +70,9 @@ def test_chunks_are_the_recurrence(monkeypatch, t, with_state, group):
         close(step_state, got_state)
 
 
-@pytest.mark.parametrize("group", [256, 4096])
+@pytest.mark.parametrize("group", [128, 256, 4096])
 def test_padding_anywhere_leaves_the_other_tokens_alone(monkeypatch, group):
-    monkeypatch.setattr(remote, "_LIGHTNING_GROUP_TOKENS", group)
+    monkeypatch.setattr(remote, "_group_tokens", lambda q: group)
     b, h, t, d = 2, 3, 200, 4
     q, k, v = (random(b, h, t, d, seed=i) for i in range(3))
     slopes, start = decay.alibi_slopes(h), random(b, h, d, d, seed=9)
