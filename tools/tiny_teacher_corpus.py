@@ -24,7 +24,9 @@ Document = list[str]
 
 _SKIPPED_TAGS = {"pre", "script", "style", "table", "nav", "header", "footer", "title", "code-block", "svg", "h1", "h2", "h3", "h4", "h5"}
 _PARAGRAPH_TAGS = {"p", "li", "dd", "div", "section", "blockquote", "ul", "ol", "dl", "dt", "article", "main", "body"}
-_PLAIN = str.maketrans({"\u2019": "'", "\u2018": "'", "\u201c": '"', "\u201d": '"', "\u2013": "-", "\u2014": "-", "\u00a0": " ", "\u2026": "..."})
+_PLAIN = str.maketrans(
+    {"\u2019": "'", "\u2018": "'", "\u201c": '"', "\u201d": '"', "\u2013": "-", "\u2014": "-", "\u00a0": " ", "\u2026": "..."}
+)
 
 
 @dataclass(frozen=True)
@@ -147,9 +149,16 @@ SOURCES = (
     Source("sqlite3-doc", "SQLite documentation", "public domain", read_html("usr/share/doc/sqlite3/**/*.html"), True),
     Source("python3.11-doc", "Python documentation", "PSF-2.0", read_html("usr/share/doc/python3.11/html/**/*.html"), False),
     Source("postgresql-doc-15", "PostgreSQL documentation", "PostgreSQL", read_html("usr/share/doc/postgresql-doc-15/html/*.html"), False),
-    Source("apache2-doc", "Apache HTTP Server documentation", "Apache-2.0", read_html("usr/share/doc/apache2-doc/manual/en/**/*.html"), False),
-    Source("rust-doc", "The Rust books and standard library pages", "MIT or Apache-2.0",
-           read_html("usr/share/doc/rust-doc/html/[benrs]*/**/*.html"), False),
+    Source(
+        "apache2-doc", "Apache HTTP Server documentation", "Apache-2.0", read_html("usr/share/doc/apache2-doc/manual/en/**/*.html"), False
+    ),
+    Source(
+        "rust-doc",
+        "The Rust books and standard library pages",
+        "MIT or Apache-2.0",
+        read_html("usr/share/doc/rust-doc/html/[benrs]*/**/*.html"),
+        False,
+    ),
 )
 
 

@@ -34,9 +34,7 @@ SAMPLE_BYTES, HELDOUT_BYTES = 2_000_000, 260_000
 SEED = 20260122
 ANSWER_WEIGHT = 4.0
 WEIGHT_DECAY = 0.3
-QWEN_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+QWEN_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def train_tokenizer(texts: list[str], folder: Path) -> None:
@@ -50,15 +48,25 @@ def train_tokenizer(texts: list[str], folder: Path) -> None:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE, special_tokens=[END_OF_TEXT], initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+        vocab_size=VOCAB_SIZE,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     tokenizer.model.save(str(folder))
     settings = {
-        "tokenizer_class": "Qwen2Tokenizer", "bos_token": None, "eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT, "unk_token": None,
-        "add_prefix_space": False, "add_bos_token": False, "clean_up_tokenization_spaces": False, "errors": "replace",
+        "tokenizer_class": "Qwen2Tokenizer",
+        "bos_token": None,
+        "eos_token": END_OF_TEXT,
+        "pad_token": END_OF_TEXT,
+        "unk_token": None,
+        "add_prefix_space": False,
+        "add_bos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "errors": "replace",
         "split_special_tokens": False,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
@@ -109,9 +117,23 @@ def build_model() -> Any:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(
-        vocab_size=VOCAB_SIZE, hidden_size=128, intermediate_size=384, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=32, max_position_embeddings=SEQ_LENGTH, rope_theta=10000.0, rms_norm_eps=1e-6, tie_word_embeddings=True,
-        attention_bias=False, use_sliding_window=False, bos_token_id=None, eos_token_id=0, pad_token_id=0, use_cache=True,
+        vocab_size=VOCAB_SIZE,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=SEQ_LENGTH,
+        rope_theta=10000.0,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=True,
+        attention_bias=False,
+        use_sliding_window=False,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=0,
+        use_cache=True,
     )
     config._attn_implementation = "sdpa"
     return Qwen3ForCausalLM(config)
@@ -240,8 +262,9 @@ def train(data: Path, out: Path, *, steps: int, seconds: float, batch: int, reca
     run_model = torch.compile(model) if compile_model else model
 
     recall_rows = round(batch * recall_share)
-    texts = text_batches(torch.from_numpy(np.load(data / "train.npy").astype(np.int32)).to(device), batch - recall_rows,
-                         torch.Generator().manual_seed(SEED))
+    texts = text_batches(
+        torch.from_numpy(np.load(data / "train.npy").astype(np.int32)).to(device), batch - recall_rows, torch.Generator().manual_seed(SEED)
+    )
     workers = max(1, multiprocessing.cpu_count() - 1)
     pool = multiprocessing.get_context("spawn").Pool(workers, _start_worker, (str(data),))
     recalls = pool.imap(_recall_chunk, ((i * recall_rows, recall_rows) for i in range(steps)))
@@ -280,9 +303,19 @@ def train(data: Path, out: Path, *, steps: int, seconds: float, batch: int, reca
     scores = evaluate(model, data, device, full=True)
     print(json.dumps(scores), flush=True)
     record = {
-        "parameters": sum(p.numel() for p in model.parameters()), "steps": step, "batch_sequences": batch, "recall_share": recall_share, "weight_decay": WEIGHT_DECAY, "answer_weight": ANSWER_WEIGHT,
-        "seq_length": SEQ_LENGTH, "learning_rate": lr, "tokens": step * batch * SEQ_LENGTH, "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "scores": scores, "history": history,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "steps": step,
+        "batch_sequences": batch,
+        "recall_share": recall_share,
+        "weight_decay": WEIGHT_DECAY,
+        "answer_weight": ANSWER_WEIGHT,
+        "seq_length": SEQ_LENGTH,
+        "learning_rate": lr,
+        "tokens": step * batch * SEQ_LENGTH,
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "scores": scores,
+        "history": history,
     }
     save(model, data, out, record)
 
@@ -307,8 +340,16 @@ def main() -> None:
         prepare(options.out)
     else:
         options.out.mkdir(parents=True, exist_ok=True)
-        train(options.data, options.out, steps=options.steps, seconds=options.seconds, batch=options.batch,
-              recall_share=options.recall_share, lr=options.lr, compile_model=options.compile)
+        train(
+            options.data,
+            options.out,
+            steps=options.steps,
+            seconds=options.seconds,
+            batch=options.batch,
+            recall_share=options.recall_share,
+            lr=options.lr,
+            compile_model=options.compile,
+        )
 
 
 if __name__ == "__main__":

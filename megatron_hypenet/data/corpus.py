@@ -1,8 +1,8 @@
 """The data of one run: its sources as token files in one folder, split into training and held-out text, and recall documents over both.
 
-    DIR/corpus.json            sources, fingerprints, counts
-    DIR/train_000.bin/.idx     one pair for each text source; prepared pairs are used where they lie
-    DIR/heldout.bin/.idx       the held-out source, when it is text
+DIR/corpus.json            sources, fingerprints, counts
+DIR/train_000.bin/.idx     one pair for each text source; prepared pairs are used where they lie
+DIR/heldout.bin/.idx       the held-out source, when it is text
 """
 
 from __future__ import annotations

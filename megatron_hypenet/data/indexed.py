@@ -40,14 +40,15 @@ def is_token_file(prefix: Path) -> bool:
 class TokenFileWriter:
     """Writes one pair under a temporary name and moves it into place on a clean exit of the `with` block, index last."""
 
-    def __init__(self, prefix: Path, vocab_size: int) -> None:
-        """Ids are stored as uint16 when the vocabulary allows it (Megatron's rule), else as int32."""
+    def __init__(self, prefix: Path, *, vocab_size: int | None = None, dtype: npt.DTypeLike | None = None) -> None:
+        """Ids are stored as `dtype`, or as Megatron chooses for `vocab_size`: uint16 below 65,500 entries, else int32."""
         self.prefix = prefix
         self.num_documents = self.num_tokens = 0
         prefix.parent.mkdir(parents=True, exist_ok=True)
         self._partial = prefix.with_name(f".{prefix.name}.partial{os.getpid()}")
-        self._indexed = _megatron()
-        self._builder = self._indexed.IndexedDatasetBuilder(str(token_paths(self._partial)[0]), self._indexed.DType.optimal_dtype(vocab_size))
+        indexed = _megatron()
+        id_type = indexed.DType.optimal_dtype(vocab_size) if dtype is None else np.dtype(dtype).type
+        self._builder = indexed.IndexedDatasetBuilder(str(token_paths(self._partial)[0]), id_type)
 
     def add(self, ids: Sequence[int]) -> None:
         """Append one document."""
@@ -104,7 +105,9 @@ def open_tokens(prefix: Path) -> TokenFile:
     bin_path, idx_path = token_paths(prefix)
     for path in (bin_path, idx_path):
         if not path.is_file():
-            raise DataError(f"{path}: no such file; a token file is a .bin/.idx pair, named by its prefix. `hypenet data prepare` makes one.")
+            raise DataError(
+                f"{path}: no such file; token files are .bin/.idx pairs, named by their prefix; `hypenet data prepare` makes them."
+            )
     indexed = _megatron()
     try:
         index = indexed.IndexedDataset(str(prefix)).index

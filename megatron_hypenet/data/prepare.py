@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -39,7 +39,7 @@ def prepare_file(
     end = end_of_text_id(tokenizer)
     limit = len(tokenizer) if vocab_size is None else vocab_size
     documents = read_documents(source, text_key=text_key)
-    with TokenFileWriter(prefix, limit) as writer:
+    with TokenFileWriter(prefix, vocab_size=limit) as writer:
         while batch := list(islice(documents, _BATCH_DOCUMENTS)):
             encoded = tokenizer([text for text, _ in batch], add_special_tokens=False, return_attention_mask=False, verbose=False)
             for ids, (_, complete) in zip(encoded["input_ids"], batch, strict=True):
@@ -102,13 +102,13 @@ def _json_lines(source: Path, text_key: str) -> Iterator[tuple[str, bool]]:
                 yield text, True
 
 
-def merge_files(prefixes: list[Path], out: Path, vocab_size: int) -> Counts:
+def merge_files(prefixes: Sequence[Path], out: Path) -> Counts:
     """Join prepared pairs, in order, into the pair `out`. Raises DataError when their id types differ."""
     files = [open_tokens(prefix) for prefix in prefixes]
     types = {str(file.tokens.dtype) for file in files}
     if len(types) > 1:
-        raise DataError(f"token files with different id types cannot be joined: {', '.join(sorted(types))}; prepare them with one tokenizer.")
-    with TokenFileWriter(out, vocab_size) as writer:
+        raise DataError(f"token files of different id types cannot be joined: {', '.join(sorted(types))}; prepare all with one tokenizer.")
+    with TokenFileWriter(out, dtype=files[0].tokens.dtype) as writer:
         for file in files:
             writer.add_file(file)
     return Counts(documents=writer.num_documents, tokens=writer.num_tokens)

@@ -8,8 +8,8 @@ pure function of (seed, index, length, number of facts). This module knows token
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,16 @@ import numpy.typing as npt
 from megatron_hypenet.errors import DataError
 
 TokenArray = npt.NDArray[np.int64]
+
+
+class TokenSlices(Protocol):
+    """A one-dimensional sequence of tokens that gives slices: an array, a memory map or a TokenStream."""
+
+    def __len__(self) -> int:
+        """Number of tokens."""
+
+    def __getitem__(self, where: slice, /) -> npt.NDArray[np.integer]:
+        """Tokens of the slice."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,15 +56,15 @@ class RecallVocabulary:
 class RecallTask:
     """Recall documents for one tokenizer over one stream of filler text."""
 
-    def __init__(self, vocabulary: RecallVocabulary, filler: Sequence[int] | npt.NDArray[np.integer], *, seed: int, num_pairs: int = 8) -> None:
-        """`filler` is a one-dimensional token stream (an array or a memory map); `num_pairs` facts go into an evaluation document.
+    def __init__(self, vocabulary: RecallVocabulary, filler: TokenSlices, *, seed: int, num_pairs: int = 8) -> None:
+        """`filler` is the text between the facts; an evaluation document has `num_pairs` facts.
 
         Raises DataError when the vocabulary has fewer than 4 words a fact, or the stream is empty.
         """
         if len(vocabulary.words) < 4 * num_pairs:
             raise DataError(
-                f"the tokenizer has {len(vocabulary.words)} one-token words of 3 to 8 letters; {num_pairs} recall pairs need {4 * num_pairs}.\n"
-                "Use fewer recall pairs, or a tokenizer with a larger vocabulary."
+                f"the tokenizer has {len(vocabulary.words)} one-token words of 3 to 8 letters; {num_pairs} recall pairs need "
+                f"{4 * num_pairs}. Use fewer recall pairs, or a tokenizer with a larger vocabulary."
             )
         if len(filler) < 2:
             raise DataError("the filler text of the recall documents is empty; give a text with at least one sequence of tokens.")
@@ -71,7 +81,7 @@ class RecallTask:
     def document(self, index: int, seq_length: int, *, training: bool = False) -> tuple[TokenArray, TokenArray]:
         """Document `index` -> (ids [seq_length + 1], answer positions).
 
-        Position p is an answer position when ids[p + 1] is the value asked for; so scores of ids[:, :-1] against ids[:, 1:] are indexed by p.
+        Position p is an answer position when ids[p + 1] is the value asked for: it indexes scores of ids[:-1] against ids[1:].
         Evaluation: facts are spread uniformly over everything before the questions, and each is asked once, at the end, in random order.
         Training: 2 to `num_pairs` facts; about half of the questions come earlier, anywhere after their fact, and every second document
         asks again and again: without such dense documents a small model takes very long to discover how to look a fact up.
@@ -80,8 +90,8 @@ class RecallTask:
         rng = np.random.Generator(np.random.Philox(key=[self.seed & (2**64 - 1), (2 * index + int(training)) & (2**64 - 1)]))
         if seq_length < self.minimum_seq_length():
             raise DataError(
-                f"a recall document with {self.num_pairs} facts needs at least {self.minimum_seq_length()} tokens; seq_length is {seq_length}.\n"
-                "Use a longer seq_length or fewer recall pairs."
+                f"a recall document with {self.num_pairs} facts needs at least {self.minimum_seq_length()} tokens; seq_length is "
+                f"{seq_length}. Use a longer seq_length or fewer recall pairs."
             )
         num_pairs = int(rng.integers(2, self.num_pairs + 1)) if training else self.num_pairs
         words = rng.choice(self._words, size=2 * num_pairs, replace=False)
