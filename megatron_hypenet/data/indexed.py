@@ -19,6 +19,9 @@ import numpy.typing as npt
 
 from megatron_hypenet.errors import DataError
 
+_INDEX_MAGIC = b"MMIDIDX\x00\x00"
+"""First bytes of every .idx file (megatron/core/datasets/indexed_dataset.py)."""
+
 
 def _megatron() -> Any:
     with warnings.catch_warnings():
@@ -108,6 +111,9 @@ def open_tokens(prefix: Path) -> TokenFile:
             raise DataError(
                 f"{path}: no such file; token files are .bin/.idx pairs, named by their prefix; `hypenet data prepare` makes them."
             )
+    with idx_path.open("rb") as stream:
+        if stream.read(len(_INDEX_MAGIC)) != _INDEX_MAGIC:
+            raise DataError(f"{idx_path}: not a Megatron index; run `hypenet data prepare` again.")
     indexed = _megatron()
     try:
         index = indexed.IndexedDataset(str(prefix)).index

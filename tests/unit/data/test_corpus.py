@@ -1,0 +1,85 @@
+import shutil
+
+import pytest
+
+from megatron_hypenet.data.corpus import open_corpus, prepare_corpus
+from megatron_hypenet.data.prepare import prepare_file
+from megatron_hypenet.data.tokenizer import load_tokenizer
+from megatron_hypenet.errors import DataError
+
+
+@pytest.fixture
+def teacher(repo_root):
+    return repo_root / "assets" / "tiny-qwen3"
+
+
+@pytest.fixture
+def sources(tmp_path, teacher):
+    text = (teacher / "heldout.txt").read_text()
+    (tmp_path / "a.txt").write_text(text[:80_000])
+    (tmp_path / "b.txt").write_text(text[80_000:120_000])
+    return [tmp_path / "a.txt", tmp_path / "b.txt"]
+
+
+def make(train, heldout, teacher, folder):
+    log = []
+    content = prepare_corpus(train, heldout, teacher, folder, vocab_size=2048, log=log.append)
+    return content, sum("tokenizing" in line for line in log)
+
+
+def test_unchanged_text_is_not_tokenized_again(tmp_path, sources, teacher):
+    first, made = make(sources, None, teacher, tmp_path / "data")
+    again, remade = make(sources, None, teacher, tmp_path / "data")
+    assert (made, remade) == (2, 0) and first == again
+    sources[1].write_text("Another text, much shorter.")
+    changed, remade = make(sources, None, teacher, tmp_path / "data")
+    assert remade == 1 and changed["train"][0] == first["train"][0] and changed["train"][1]["tokens"] < 20
+
+
+def test_heldout_is_the_end_of_each_source(tmp_path, sources, teacher):
+    content, _ = make(sources, None, teacher, tmp_path / "data")
+    corpus = open_corpus(tmp_path / "data", heldout_fraction=0.1, seed=1)
+    total = sum(record["tokens"] for record in content["train"])
+    assert len(corpus.train) + len(corpus.heldout) == total and 0.1 * total <= len(corpus.heldout) < 0.5 * total
+    text = load_tokenizer(teacher).decode(corpus.heldout[: len(corpus.heldout)])
+    assert text.split("<|endoftext|>")[0] in sources[0].read_text()
+
+
+def test_heldout_file_and_prepared_pair(tmp_path, sources, teacher):
+    prepare_file(sources[0], tmp_path / "ready", load_tokenizer(teacher))
+    content, made = make([tmp_path / "ready"], sources[1], teacher, tmp_path / "data")
+    assert made == 1 and not (tmp_path / "data" / "train_000.bin").exists()
+    corpus = open_corpus(tmp_path / "data", heldout_fraction=0.1, seed=1)
+    assert len(corpus.train) == content["train"][0]["tokens"] and len(corpus.heldout) == content["heldout"]["tokens"]
+
+
+def test_what_an_opened_corpus_gives(tmp_path, sources, teacher):
+    make(sources[:1], sources[1], teacher, tmp_path / "data")
+    corpus = open_corpus(tmp_path / "data", heldout_fraction=0.0, seed=1)
+    batch = corpus.training_data(recall_fraction=0.5, recall_pairs=4).batch(0, 6, 128)
+    assert batch.shape == (6, 129) and int(batch.max()) < 2048
+    windows = corpus.heldout_sequences(3, 64)
+    assert windows.shape == (3, 65) and (windows[0, -1] == windows[1, 0])
+    assert corpus.heldout_sequences(10**6, 64).shape[0] == (len(corpus.heldout) - 1) // 64
+    ids, answers = corpus.recall_task(4).batch(0, 2, 128)
+    assert ids.shape == (2, 129) and answers.shape == (2, 4)
+    with pytest.raises(DataError, match="raise data.heldout_fraction"):
+        corpus.heldout_sequences(1, 10**6)
+
+
+def test_nothing_to_measure_on(tmp_path, sources, teacher):
+    sources[1].write_text("One short text is one document.")
+    make(sources[1:], None, teacher, tmp_path / "data")
+    with pytest.raises(DataError, match="no held-out text"):
+        open_corpus(tmp_path / "data", heldout_fraction=0.1, seed=1)
+
+
+def test_missing_and_damaged_index(tmp_path, sources, teacher):
+    with pytest.raises(DataError, match="has not been prepared"):
+        open_corpus(tmp_path, heldout_fraction=0.1, seed=1)
+    (tmp_path / "corpus.json").write_text("{")
+    with pytest.raises(DataError, match="delete the folder"):
+        open_corpus(tmp_path, heldout_fraction=0.1, seed=1)
+    shutil.rmtree(tmp_path / "data", ignore_errors=True)
+    with pytest.raises(DataError, match="no such file"):
+        make([tmp_path / "nowhere"], None, teacher, tmp_path / "data")

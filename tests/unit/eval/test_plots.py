@@ -1,0 +1,26 @@
+import subprocess
+import sys
+
+from megatron_hypenet.eval import plots
+
+PNG = b"\x89PNG"
+
+
+def test_importance_draws_a_file(tmp_path):
+    path = tmp_path / "new" / "importance.png"
+    plots.importance((0.5, 50.0, 3.0), (1,), path)
+    assert path.read_bytes().startswith(PNG)
+
+
+def test_report_draws_a_file(tmp_path):
+    rows = [
+        {"model": name, "heldout_loss": 2.8, "heldout_accuracy": 42.0, "recall": {"1": 99.0, "2": 40.0, "8": 0.0}}
+        for name in ("teacher", "hypenet")
+    ]
+    plots.report({"rows": rows, "seq_length": 256, "train_seq_length": 256}, tmp_path / "report.png")
+    assert (tmp_path / "report.png").read_bytes().startswith(PNG)
+
+
+def test_importing_plots_loads_no_matplotlib():
+    code = "import sys, megatron_hypenet.eval.plots; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
