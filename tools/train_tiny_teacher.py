@@ -248,76 +248,82 @@ def save(model: Any, data: Path, out: Path, scores: dict[str, Any]) -> None:
     (out / "training.json").write_text(json.dumps(scores, indent=2) + "\n")
 
 
+def mixed_batches(data: Path, batch: int, recall_share: float, steps: int, device: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(ids [batch, SEQ_LENGTH + 1], loss weights [batch, SEQ_LENGTH]) for each step; recall documents are made by worker processes."""
+    recall_rows = round(batch * recall_share)
+    tokens = torch.from_numpy(np.load(data / "train.npy").astype(np.int32)).to(device)
+    texts = text_batches(tokens, batch - recall_rows, torch.Generator().manual_seed(SEED))
+    workers = max(1, multiprocessing.cpu_count() - 1)
+    with multiprocessing.get_context("spawn").Pool(workers, _start_worker, (str(data),)) as pool:
+        for chunk in pool.imap(_recall_chunk, ((i * recall_rows, recall_rows) for i in range(steps))):
+            rows, weights = (torch.from_numpy(part).to(device) for part in chunk)
+            text = next(texts)
+            yield torch.cat([text, rows.long()]), torch.cat([weights.new_ones(len(text), SEQ_LENGTH), weights])
+
+
+def make_optimizer(model: Any, lr: float, device: str) -> torch.optim.Optimizer:
+    """AdamW with weight decay on matrices only."""
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim == 2], "weight_decay": WEIGHT_DECAY},
+        {"params": [p for p in model.parameters() if p.ndim != 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=device == "cuda")
+
+
+def rate_at(progress: float, lr: float) -> float:
+    """Linear warm-up over the first 2 % (never quite zero), then a cosine to 2 % of the peak."""
+    return lr * min(1.0, max(progress, 2e-5) / 0.02) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def optimizer_step(model: Any, forward: Any, optimizer: torch.optim.Optimizer, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """One step on one batch; returns the weighted mean loss in nats per token."""
+    with torch.autocast(ids.device.type, dtype=torch.bfloat16):
+        logits = forward(input_ids=ids[:, :-1], use_cache=False).logits
+    losses = functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    loss = (losses * weights.flatten()).sum() / weights.sum()
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return loss.detach()
+
+
 def train(data: Path, out: Path, *, steps: int, seconds: float, batch: int, recall_share: float, lr: float, compile_model: bool) -> None:
     """Train from scratch and write `out`; prints one line every 100 steps."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(SEED)
     torch.set_float32_matmul_precision("high")
     model = build_model().to(device)
-    print(f"parameters: {sum(p.numel() for p in model.parameters()):,}", flush=True)
-    decayed = [p for p in model.parameters() if p.ndim == 2]
-    plain = [p for p in model.parameters() if p.ndim != 2]
-    groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": plain, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=device == "cuda")
-    run_model = torch.compile(model) if compile_model else model
-
-    recall_rows = round(batch * recall_share)
-    texts = text_batches(
-        torch.from_numpy(np.load(data / "train.npy").astype(np.int32)).to(device), batch - recall_rows, torch.Generator().manual_seed(SEED)
-    )
-    workers = max(1, multiprocessing.cpu_count() - 1)
-    pool = multiprocessing.get_context("spawn").Pool(workers, _start_worker, (str(data),))
-    recalls = pool.imap(_recall_chunk, ((i * recall_rows, recall_rows) for i in range(steps)))
-
-    started = time.monotonic()
-    history, progress, step, warmup = [], 0.0, 0, 0.02
-    while progress < 1.0:
-        rate = lr * min(1.0, progress / warmup if step else 1e-3) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+    optimizer = make_optimizer(model, lr, device)
+    forward = torch.compile(model) if compile_model else model
+    record = {
+        "parameters": sum(p.numel() for p in model.parameters()), "batch_sequences": batch, "recall_share": recall_share,
+        "weight_decay": WEIGHT_DECAY, "answer_weight": ANSWER_WEIGHT, "seq_length": SEQ_LENGTH, "learning_rate": lr,
+        "torch": torch.__version__, "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+    }  # fmt: skip
+    history: list[dict[str, Any]] = []
+    progress, step, started = 0.0, 0, time.monotonic()
+    for ids, weights in mixed_batches(data, batch, recall_share, steps, device):
         for group in optimizer.param_groups:
-            group["lr"] = rate
-        rows, weights = (torch.from_numpy(x).to(device) for x in next(recalls))
-        text = next(texts)
-        ids = torch.cat([text, rows.long()])
-        weights = torch.cat([weights.new_ones(len(text), SEQ_LENGTH), weights]).flatten()
-        with torch.autocast(device, dtype=torch.bfloat16):
-            logits = run_model(input_ids=ids[:, :-1], use_cache=False).logits
-        losses = functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-        loss = (losses * weights).sum() / weights.sum()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+            group["lr"] = rate_at(progress, lr)
+        loss = optimizer_step(model, forward, optimizer, ids, weights)
         step += 1
-        if step == 30:
-            started = time.monotonic() if device == "cuda" else started  # compilation is not training time
+        if step == 30 and compile_model:
+            started = time.monotonic()  # compilation is not training time
         progress = max(step / steps, (time.monotonic() - started) / seconds if step > 30 else 0.0)
         if step % 100 == 0 or step == 1:
             print(f"step {step} progress {progress:.3f} loss {loss.item():.4f} {time.monotonic() - started:.0f} s", flush=True)
         if step % 500 == 0:
-            scores = evaluate(model, data, device, full=False)
-            history.append({"step": step, **scores})
+            history.append({"step": step, **evaluate(model, data, device, full=False)})
             print(json.dumps(history[-1]), flush=True)
             save(model, data, out, {"steps": step, "history": history})
-    pool.terminate()
-    save(model, data, out, {"steps": step, "history": history})
+        if progress >= 1.0:
+            break
+    record |= {"steps": step, "tokens": step * batch * SEQ_LENGTH, "history": history}
+    save(model, data, out, record)
     scores = evaluate(model, data, device, full=True)
     print(json.dumps(scores), flush=True)
-    record = {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "steps": step,
-        "batch_sequences": batch,
-        "recall_share": recall_share,
-        "weight_decay": WEIGHT_DECAY,
-        "answer_weight": ANSWER_WEIGHT,
-        "seq_length": SEQ_LENGTH,
-        "learning_rate": lr,
-        "tokens": step * batch * SEQ_LENGTH,
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "scores": scores,
-        "history": history,
-    }
-    save(model, data, out, record)
+    save(model, data, out, {**record, "scores": scores})
 
 
 def main() -> None:
@@ -330,7 +336,7 @@ def main() -> None:
     second.add_argument("--data", type=Path, required=True)
     second.add_argument("--out", type=Path, required=True)
     second.add_argument("--steps", type=int, default=4500)
-    second.add_argument("--seconds", type=float, default=400.0, help="training time limit; the learning rate is annealed to it")
+    second.add_argument("--seconds", type=float, default=260.0, help="training time limit; the learning rate is annealed to it")
     second.add_argument("--batch", type=int, default=512)
     second.add_argument("--recall-share", type=float, default=0.4)
     second.add_argument("--lr", type=float, default=4e-3)
