@@ -130,6 +130,7 @@ class Halo:
         """Train one stage to its end."""
         stage = run_stage.build_stage(name, self.run, teacher=teacher, init=init)
         self.log(run_stage.parameter_table(stage))
+        self.folder.stage(name).mkdir(exist_ok=True)
         final = train(
             stage,
             material.training_data(self.run, self.folder),

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from megatron_hypenet.config.schema import RunConfig
 from megatron_hypenet.data.recall import RecallTask
-from megatron_hypenet.eval.heldout import heldout_loss
+from megatron_hypenet.eval.heldout import TokenScores, heldout_loss
 from megatron_hypenet.eval.recall import recall_accuracy
 from megatron_hypenet.model.hypenet import HypeNetModel
+from megatron_hypenet.parallel.cpu import device
 
 PROBE_SEQUENCES = 16
 """Held-out sequences behind the teacher gate."""
@@ -37,7 +38,7 @@ class Measure:
     def probe_loss(self, teacher: HypeNetModel) -> float:
         """Loss of the teacher on a little held-out text, in nats per token."""
         settings = self.run.eval
-        loss, _ = heldout_loss(teacher.token_scores, self.heldout(PROBE_SEQUENCES, settings.seq_length), batch_size=settings.batch_size)
+        loss, _ = heldout_loss(_scores(teacher), self.heldout(PROBE_SEQUENCES, settings.seq_length), batch_size=settings.batch_size)
         return loss
 
     def selection_scores(self, model: HypeNetModel) -> dict[str, float]:
@@ -48,23 +49,23 @@ class Measure:
         """
         settings = self.run.select
         recall = recall_accuracy(
-            model.token_scores, self.task(settings.recall_pairs), count=settings.recall_sequences, seq_length=settings.seq_length,
+            _scores(model), self.task(settings.recall_pairs), count=settings.recall_sequences, seq_length=settings.seq_length,
             batch_size=settings.batch_size,
         )  # fmt: skip
         texts = self.heldout(settings.heldout_sequences, settings.seq_length)
-        _, accuracy = heldout_loss(model.token_scores, texts, batch_size=settings.batch_size)
+        _, accuracy = heldout_loss(_scores(model), texts, batch_size=settings.batch_size)
         return {"recall": recall, "commonsense": accuracy}
 
     def row(self, name: str, model: HypeNetModel, on_part: Callable[[], None] = lambda: None) -> Row:
         """The measurements of one model for the report; `on_part` hears of each of num_parts() parts."""
         settings = self.run.eval
         texts = self.heldout(settings.heldout_sequences, settings.seq_length)
-        loss, accuracy = heldout_loss(model.token_scores, texts, batch_size=settings.batch_size)
+        loss, accuracy = heldout_loss(_scores(model), texts, batch_size=settings.batch_size)
         on_part()
         recall = {}
         for multiple in settings.length_multiples:
             recall[str(multiple)] = recall_accuracy(
-                model.token_scores, self.task(settings.recall_pairs), count=settings.recall_sequences,
+                _scores(model), self.task(settings.recall_pairs), count=settings.recall_sequences,
                 seq_length=multiple * settings.seq_length, batch_size=max(1, settings.batch_size // multiple),
             )  # fmt: skip
             on_part()
@@ -73,3 +74,8 @@ class Measure:
     def num_parts(self) -> int:
         """Calls of `on_part` in one row."""
         return 1 + len(self.run.eval.length_multiples)
+
+
+def _scores(model: HypeNetModel) -> TokenScores:
+    """The model's token scores for ids that lie on any device."""
+    return lambda ids: model.token_scores(ids.to(device()))

@@ -51,13 +51,13 @@ def row_line(row: Mapping[str, Any]) -> str:
 
 def draw_report(folder: RunFolder) -> None:
     """Draw report.json as report.png."""
-    from megatron_hypenet.eval import plots
+    from megatron_hypenet.eval.plots import report
 
-    plots.report(read_json(folder.report_file), folder.report_plot)
+    report(read_json(folder.report_file), folder.report_plot)
 
 
 def draw_importance(folder: RunFolder, scores: LayerScores, selection: Selection) -> None:
     """Draw the importances of all layers as importance.png."""
-    from megatron_hypenet.eval import plots
+    from megatron_hypenet.eval.plots import importance
 
-    plots.importance(selection.importance, selection.attention_layers, folder.importance_plot)
+    importance(selection.importance, selection.attention_layers, folder.importance_plot)
