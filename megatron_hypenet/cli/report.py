@@ -73,9 +73,9 @@ def show(folder: RunFolder, *, as_json: bool) -> None:
 
     rows = content["rows"]
     multiples = list(rows[0]["recall"])
-    table = Table(title=f"recall accuracy in % by context length (1x = {content['seq_length']} tokens)")
-    table.add_column("model")
-    for heading in ("held-out loss", *(f"recall {multiple}x" for multiple in multiples)):
+    table = Table(title=f"held-out loss in nats, and recall in % by context length (1x = {content['seq_length']} tokens)")
+    table.add_column("model", no_wrap=True)
+    for heading in ("loss", *(f"{multiple}x" for multiple in multiples)):
         table.add_column(heading, justify="right")
     for row in rows:
         table.add_row(row["model"], f"{row['heldout_loss']:.4f}", *(f"{row['recall'][multiple]:.1f}" for multiple in multiples))
