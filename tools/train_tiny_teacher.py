@@ -33,7 +33,8 @@ END_OF_TEXT = "<|endoftext|>"
 SAMPLE_BYTES, HELDOUT_BYTES = 2_000_000, 260_000
 SEED = 20260122
 ANSWER_WEIGHT = 4.0
-WEIGHT_DECAY = 0.3
+WEIGHT_DECAY = 0.1
+NOISE = 0.3  # of attention outputs while training, relative to their size
 QWEN_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
@@ -112,18 +113,18 @@ def prepare(out: Path) -> None:
         print(f"{name}: {len(ids) / 1e6:.2f} M tokens", flush=True)
 
 
-def build_model() -> Any:
-    """A 1.9 M parameter Qwen3 in float32."""
+def build_model(hidden_size: int, num_heads: int, head_dim: int) -> Any:
+    """A small Qwen3 in float32: 8 layers, two query heads per key/value head, an MLP three times as wide as the model."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(
         vocab_size=VOCAB_SIZE,
-        hidden_size=128,
-        intermediate_size=384,
+        hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size,
         num_hidden_layers=8,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_heads // 2,
+        head_dim=head_dim,
         max_position_embeddings=SEQ_LENGTH,
         rope_theta=10000.0,
         rms_norm_eps=1e-6,
@@ -136,7 +137,21 @@ def build_model() -> Any:
         use_cache=True,
     )
     config._attn_implementation = "sdpa"
-    return Qwen3ForCausalLM(config)
+    model = Qwen3ForCausalLM(config)
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.register_forward_hook(_perturb)
+    return model
+
+
+def _perturb(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:
+    """While training, blur an attention output.
+
+    A teacher whose layers tolerate this regularises better on little text, and tolerates mixers that imitate its attention imperfectly.
+    """
+    if not module.training:
+        return None
+    size = output.detach().float().square().mean(dim=-1, keepdim=True).sqrt()
+    return output + (NOISE * size * torch.randn_like(output)).to(output.dtype)
 
 
 def make_task(data: Path, split: str, seed: int) -> RecallTask:
@@ -288,12 +303,23 @@ def optimizer_step(model: Any, forward: Any, optimizer: torch.optim.Optimizer, i
     return loss.detach()
 
 
-def train(data: Path, out: Path, *, steps: int, seconds: float, batch: int, recall_share: float, lr: float, compile_model: bool) -> None:
+def train(
+    data: Path,
+    out: Path,
+    *,
+    steps: int,
+    seconds: float,
+    batch: int,
+    recall_share: float,
+    lr: float,
+    compile_model: bool,
+    shape: tuple[int, int, int],
+) -> None:
     """Train from scratch and write `out`; prints one line every 100 steps."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(SEED)
     torch.set_float32_matmul_precision("high")
-    model = build_model().to(device)
+    model = build_model(*shape).to(device)
     optimizer = make_optimizer(model, lr, device)
     forward = torch.compile(model) if compile_model else model
     record = {
@@ -335,12 +361,15 @@ def main() -> None:
     second = verbs.add_parser("train")
     second.add_argument("--data", type=Path, required=True)
     second.add_argument("--out", type=Path, required=True)
-    second.add_argument("--steps", type=int, default=4500)
-    second.add_argument("--seconds", type=float, default=260.0, help="training time limit; the learning rate is annealed to it")
+    second.add_argument("--steps", type=int, default=2600)
+    second.add_argument("--seconds", type=float, default=110.0, help="training time limit; the learning rate is annealed to it")
     second.add_argument("--batch", type=int, default=512)
     second.add_argument("--recall-share", type=float, default=0.4)
     second.add_argument("--lr", type=float, default=4e-3)
     second.add_argument("--compile", action="store_true")
+    second.add_argument("--hidden-size", type=int, default=96)
+    second.add_argument("--num-heads", type=int, default=6)
+    second.add_argument("--head-dim", type=int, default=16)
     options = parser.parse_args()
     if options.verb == "prepare":
         prepare(options.out)
@@ -355,6 +384,7 @@ def main() -> None:
             recall_share=options.recall_share,
             lr=options.lr,
             compile_model=options.compile,
+            shape=(options.hidden_size, options.num_heads, options.head_dim),
         )
 
 

@@ -45,7 +45,6 @@ VERBS: dict[str, str] = {
 VERSIONED = ("torch", "megatron-core", "deepspeed", "transformers")
 
 
-
 def help_text() -> str:
     """The top-level help: verbs in pipeline order, then the options every verb shares."""
     width = max(map(len, VERBS)) + 2

@@ -151,5 +151,6 @@ def quieten() -> None:
     """Our own messages as plain lines on stderr; notes of the libraries below us only from warnings up."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
     logging.getLogger("megatron_hypenet").setLevel(logging.INFO)
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)  # 0.18 and later warn of each layer spec they adapt
     for category in (FutureWarning, DeprecationWarning, UserWarning):
         warnings.filterwarnings("ignore", category=category, module=r"(megatron|torch|deepspeed|transformers)\b")

@@ -81,14 +81,20 @@ def _model_problems(model: ModelConfig, parallel: ParallelConfig) -> list[str]:
         named = ", ".join(f"model {key}={size}" for key, size in broken.items())
         problems.append(f"parallel.tensor_model_parallel_size={tp} does not divide {named}; use {_either(valid)}")
     if parallel.sequence_parallel and tp == 1:
-        problems.append("parallel.sequence_parallel=true splits over tensor-parallel processes and needs "
-                        "parallel.tensor_model_parallel_size > 1; use a size of 2 or more, or sequence_parallel=false")
+        problems.append(
+            "parallel.sequence_parallel=true splits over tensor-parallel processes and needs "
+            "parallel.tensor_model_parallel_size > 1; use a size of 2 or more, or sequence_parallel=false"
+        )
     if pp > model.num_layers:
-        problems.append(f"parallel.pipeline_model_parallel_size={pp} exceeds the model's num_layers={model.num_layers}; "
-                        f"use {_either(divisors_near(model.num_layers, pp))}")
+        problems.append(
+            f"parallel.pipeline_model_parallel_size={pp} exceeds the model's num_layers={model.num_layers}; "
+            f"use {_either(divisors_near(model.num_layers, pp))}"
+        )
     if pp > 1 and parallel.zero_stage > 1:
-        problems.append(f"parallel.zero_stage={parallel.zero_stage} with parallel.pipeline_model_parallel_size={pp}: pipeline parallelism "
-                        "accumulates gradients that ZeRO 2 and 3 would have given away; use zero_stage 0 or 1, or a pipeline size of 1")
+        problems.append(
+            f"parallel.zero_stage={parallel.zero_stage} with parallel.pipeline_model_parallel_size={pp}: pipeline parallelism "
+            "accumulates gradients that ZeRO 2 and 3 would have given away; use zero_stage 0 or 1, or a pipeline size of 1"
+        )
     return problems
 
 
@@ -115,8 +121,10 @@ def _stage_problems(name: str, stage: StageConfig, parallel: ParallelConfig, dp_
         why = f"context_parallel_size={cp} * tensor_model_parallel_size={tp} (sequence_parallel)" if segment == 1 else f"{why} and {both}"
         segment = math.lcm(segment, both)
     if stage.seq_length % segment:
-        problems.append(f"{name}.seq_length={stage.seq_length} is not a multiple of {segment}, {why}; "
-                        f"use {_either(multiples_near(segment, stage.seq_length))}")
+        problems.append(
+            f"{name}.seq_length={stage.seq_length} is not a multiple of {segment}, {why}; "
+            f"use {_either(multiples_near(segment, stage.seq_length))}"
+        )
     unit = stage.micro_batch_size * dp_size
     if stage.global_batch_size % unit:
         problems.append(

@@ -5,6 +5,7 @@ the CPU (0.16.1: rotary_pos_embedding.py, tensor_parallel/random.py, dist_checkp
 answers those calls; nothing of Megatron itself is patched but two RNG helpers. `torch.cuda.is_available()` stays False, because torch
 and DeepSpeed choose their own CPU paths by it. With CUDA present everything here does nothing."""
 
+import ctypes
 from typing import Any
 
 import torch
@@ -17,12 +18,27 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def _keep_freed_memory() -> None:
+    """Ask glibc to keep large freed blocks instead of returning them to the kernel, where the C library has that switch.
+
+    Activations of a training step are allocated and freed over and over; mapping their pages anew each time cost 10-35% of a step of the
+    tiny models (measured on 2 cores with glibc 2.36)."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3  # malloc.h
+        mallopt(m_mmap_threshold, 1 << 30)
+        mallopt(m_trim_threshold, (1 << 31) - 1)
+        mallopt(m_top_pad, 1 << 28)
+
+
 def enable_cpu() -> None:
     """Let Megatron-core run without CUDA in this process; call before building a model. Idempotent, no-op with CUDA."""
     global _enabled
     if _enabled or torch.cuda.is_available():
         return
     import megatron.core.tensor_parallel.random as megatron_random
+
+    _keep_freed_memory()
 
     generator = torch.default_generator
 

@@ -33,7 +33,7 @@ def test_predicts_heldout_prose(teacher):
     token_scores, tokens, _ = teacher
     windows = torch.from_numpy(tokens[: 32 * 257].reshape(32, 257))
     loss, accuracy = heldout_loss(token_scores, windows, batch_size=8)
-    assert loss < 3.0 and accuracy > 38  # README: 2.79 and 42.2 on the whole file
+    assert loss < 3.25 and accuracy > 34  # README: 3.11 and 36.8 on the whole file
 
 
 def test_recalls_within_its_context_only(teacher):
