@@ -128,8 +128,8 @@ class _Trainer:
         )
         if self.saved is not None:
             self.recorder.note(f"resumed from {self.saved} at iter {self.state.step}/{self.config.train_iters}")
-
-        self._warn_of_small_disk()
+        if groups.rank() == 0:  # which also has made the folder
+            self._warn_of_small_disk()
 
     def _warn_of_small_disk(self) -> None:
         """Say at the start, not hours later, when the disk cannot hold the next two saves (weights and 12 bytes of state per weight)."""

@@ -38,8 +38,12 @@ def linear_kl(
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk_tokens: int, group: dist.ProcessGroup | None = None
 ) -> Tensor:
-    """Mean cross entropy of `labels` [...] given hidden [..., h] and this rank's head rows weight [v, h]; scalar in fp32 or float64."""
+    """Mean cross entropy of `labels` [...] given hidden [..., h] and this rank's head rows weight [v, h]; scalar in fp32 or float64.
+
+    Raises ValueError when there is not one label per hidden state (as when hidden states are still split over the sequence)."""
     flat = hidden.reshape(-1, hidden.shape[-1])
+    if labels.numel() != flat.shape[0]:
+        raise ValueError(f"{labels.numel()} labels for {flat.shape[0]} hidden states")
     return _LinearCrossEntropy.apply(flat, weight, labels.reshape(-1), chunk_tokens, group) / flat.shape[0]
 
 

@@ -81,5 +81,7 @@ def test_mismatched_token_counts_and_empty_chunks_are_refused():
     h, w, ht, wt, labels = tensors(torch.float32)
     with pytest.raises(ValueError, match="37 tokens, teacher 36"):
         linear_kl(h, w, ht[1:], wt, chunk_tokens=8)
+    with pytest.raises(ValueError, match="36 labels for 37 hidden states"):
+        linear_cross_entropy(h, w, labels[1:], chunk_tokens=8)
     with pytest.raises(ValueError, match="chunk_tokens=0"):
         linear_cross_entropy(h, w, labels, chunk_tokens=0)
