@@ -1,9 +1,14 @@
 """Load an exported folder as a user does and measure it: `python hf_remote_worker.py HF_DIR GOLDEN_FILE LOGITS_NAME`.
 
-Runs in its own process, under whichever transformers is on the path, without this project's package. Prints one JSON object."""
+Runs in its own process, under whichever transformers is on the path. What trains models here cannot be imported, installed or not, as
+for a user who only has the folder. Prints one JSON object."""
+# ruff: noqa: E402 - the block must stand before the imports
 
 import json
 import sys
+
+for absent in ("megatron_hypenet", "megatron", "deepspeed"):
+    sys.modules[absent] = None  # before anything else is imported, so that no library finds them either
 
 import torch
 import transformers

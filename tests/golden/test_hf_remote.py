@@ -1,9 +1,10 @@
 """Exported folders under the installed transformers and under 4.57: the reference's numbers, caching, padding and generation.
 
-Each check runs in a process of its own without this package on its path, as for a user who only has the folder."""
+Each check runs in a process of its own where this package cannot be imported, on a folder that was moved after the export."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -42,7 +43,9 @@ def case(request):
 def measure(case, kind, name, version, tmp_path):
     import_hf(case / kind, tmp_path / "ckpt")
     export_hf(tmp_path / "ckpt", tmp_path / "hf")
-    command = [sys.executable, HERE / "hf_remote_worker.py", tmp_path / "hf", case / "golden.safetensors", name]
+    shutil.rmtree(tmp_path / "ckpt")
+    elsewhere = (tmp_path / "hf").rename(tmp_path / "elsewhere")
+    command = [sys.executable, HERE / "hf_remote_worker.py", elsewhere, case / "golden.safetensors", name]
     done = subprocess.run(
         command, env=environment(version, tmp_path / "modules"), cwd=tmp_path, capture_output=True, text=True, timeout=200
     )
