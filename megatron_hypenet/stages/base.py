@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -14,7 +15,7 @@ Batch = Mapping[str, Tensor]
 """One micro-batch: `tokens` [b, t + 1], int64, from data.blend."""
 
 
-class StageModule(nn.Module):
+class StageModule(nn.Module, ABC):
     """The module the engine wraps. Its parameters are exactly what trains; a frozen teacher hangs beside it, unregistered.
 
     Keeping the teacher out of `modules()` keeps it out of the optimizer, the gradient norm, dtype casts and every checkpoint.
@@ -28,21 +29,21 @@ class StageModule(nn.Module):
         self.model_config = model_config
         """Shape of the student that this stage hands on."""
 
+    @abstractmethod
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """One micro-batch -> (loss, metrics).
 
         The loss is a scalar in fp32 (fp64 for fp64 models), a mean over this process's tokens and already summed over tensor-parallel
         ranks; metrics are detached scalars of the same kind, by TensorBoard tag.
         """
-        raise NotImplementedError
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """What the optimizer gets, by local parameter name."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
+    @abstractmethod
     def sharded_state_dict(self, prefix: str = "") -> dict[str, Any]:
         """Megatron sharded tensors of what this stage hands on, under the student's final names."""
-        raise NotImplementedError
 
     def attach_frozen(self, name: str, module: nn.Module) -> None:
         """Hang a frozen module beside the stage as attribute `name`, without registering it."""

@@ -4,6 +4,7 @@ A mixer is what a Megatron `TransformerLayer` calls as `self_attention`: hidden 
 shape out, before the residual. Every mixer has one fused input projection made of named sections, per-head norms of q and k, and an
 output projection; subclasses say which sections there are and how the heads mix tokens."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -32,7 +33,7 @@ class MixerSubmodules:
     linear_proj: Any = RowParallelLinear
 
 
-class Mixer(MegatronModule):
+class Mixer(MegatronModule, ABC):
     """Base of all mixers. Subclasses define `sections`, `mix_flops_per_token`, and `mix`."""
 
     name: ClassVar[str]
@@ -87,9 +88,9 @@ class Mixer(MegatronModule):
         self.k_norm = RMSNorm(config, self.head_dim, model.layernorm_epsilon, per_head=True)
 
     @classmethod
+    @abstractmethod
     def sections(cls, model: ModelConfig) -> dict[str, int]:
         """Rows of the fused input projection over all ranks, by section name, in order."""
-        raise NotImplementedError
 
     @classmethod
     def num_parameters(cls, model: ModelConfig) -> int:
@@ -97,9 +98,9 @@ class Mixer(MegatronModule):
         return model.hidden_size * (sum(cls.sections(model).values()) + model.query_size) + 2 * model.kv_channels
 
     @classmethod
+    @abstractmethod
     def mix_flops_per_token(cls, model: ModelConfig, seq_length: int) -> float:
         """Floating-point operations of the forward pass per token beside the projections, at the given length."""
-        raise NotImplementedError
 
     @classmethod
     def flops_per_token(cls, model: ModelConfig, seq_length: int) -> float:
@@ -107,9 +108,9 @@ class Mixer(MegatronModule):
         projections = 2.0 * model.hidden_size * (sum(cls.sections(model).values()) + model.query_size)
         return projections + cls.mix_flops_per_token(model, seq_length)
 
+    @abstractmethod
     def mix(self, parts: dict[str, Tensor], rotary_pos_emb: Tensor | None) -> Tensor:
         """Sections [s, b, local rows] -> what `linear_proj` takes, [s, b, local heads * head_dim]."""
-        raise NotImplementedError
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, rotary_pos_emb: Tensor | None = None, **unused: Any

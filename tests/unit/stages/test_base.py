@@ -1,5 +1,6 @@
 """The stage contract: what trains is registered, what is frozen is not."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -7,8 +8,23 @@ from megatron_hypenet.stages.base import StageModule, accumulate_dtype, inputs_a
 from tests.unit.stages.conftest import STUDENT
 
 
+class Stage(StageModule):
+    name = "stage"
+
+    def forward(self, batch):
+        return self.layer(batch["tokens"]), {}
+
+    def sharded_state_dict(self, prefix=""):
+        return {}
+
+
+def test_a_stage_must_say_what_its_loss_is_and_what_it_hands_on():
+    with pytest.raises(TypeError, match="forward.*sharded_state_dict"):
+        StageModule(STUDENT)
+
+
 def test_a_frozen_module_is_usable_but_not_part_of_the_stage():
-    stage = StageModule(STUDENT)
+    stage = Stage(STUDENT)
     stage.layer = nn.Linear(2, 3)
     stage.attach_frozen("teacher", nn.Linear(4, 5))
     assert stage.teacher(torch.ones(1, 4)).shape == (1, 5)
@@ -19,7 +35,7 @@ def test_a_frozen_module_is_usable_but_not_part_of_the_stage():
 
 
 def test_frozen_parameters_do_not_train():
-    stage = StageModule(STUDENT)
+    stage = Stage(STUDENT)
     stage.layer = nn.Linear(2, 3)
     stage.layer.bias.requires_grad_(False)
     assert list(stage.trainable_parameters()) == ["layer.weight"]
