@@ -25,7 +25,13 @@ from megatron_hypenet.config.problems import Origins
 from megatron_hypenet.config.schema import STAGES, RunConfig
 from megatron_hypenet.errors import ConfigError, UsageError
 
-app = typer.Typer(help="Show, validate or describe a run configuration.", no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+app = typer.Typer(
+    help="Show, validate or describe a run configuration.",
+    epilog="Example:  hypenet config show configs/run/demo.yaml --origin",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+)
 
 
 @app.command()
@@ -93,15 +99,20 @@ def validate(
 @app.command()
 def schema(
     of: Annotated[str, typer.Argument(metavar="[run|model]", help="Which configuration to describe.")] = "run",
+    as_json: JsonOption = False,
 ) -> None:
     """Print the JSON schema, for editors.
 
     Editors use it to complete and check YAML. The same as a page: docs/config.md.
+
+    Example:
+
+      hypenet config schema run > run.schema.json
     """
     kinds: dict[str, type[RunConfig] | type[ModelConfig]] = {"run": RunConfig, "model": ModelConfig}
     if of not in kinds:
         raise UsageError(f"unknown configuration {of!r}; choose run or model")
-    typer.echo(json.dumps(kinds[of].model_json_schema(), indent=2))
+    typer.echo(json.dumps(kinds[of].model_json_schema(), indent=None if as_json else 2))
 
 
 def settings_with_origin(run: RunConfig, origins: Origins) -> Iterator[tuple[str, str, str]]:

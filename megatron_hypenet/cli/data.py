@@ -12,7 +12,13 @@ import typer
 from megatron_hypenet.cli.options import DryRunOption, JsonOption
 from megatron_hypenet.errors import DataError, UsageError
 
-app = typer.Typer(help="Prepare and inspect training data.", no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+app = typer.Typer(
+    help="Prepare and inspect training data.",
+    epilog="Example:  hypenet data prepare assets/tiny-qwen3/sample.txt build/sample --tokenizer assets/tiny-qwen3",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+)
 
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace OUT when it exists.")]
 

@@ -38,7 +38,14 @@ class _ConfigByDefault(typer.core.TyperGroup):
         return super().parse_args(ctx, args)
 
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, no_args_is_help=True, cls=_ConfigByDefault, help=__doc__)
+app = typer.Typer(
+    help=__doc__,
+    epilog="Example:  hypenet select rank --scores scores.json --num-attention 7 --out mixers.json",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    cls=_ConfigByDefault,
+)
 
 
 @app.command()
