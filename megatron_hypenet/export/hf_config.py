@@ -66,8 +66,6 @@ _HYPENET_SWITCHES: HfConfig = {
 }
 _QK_NORM_SWITCHES = ("qk_norm", "use_qk_norm", "attn_use_qk_norm")
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size", "num_experts_per_tok")
-_UNUSED_PREFIXES = ("gdn_", "kda_", "mamba2_")
-"""Options of mixers that the model does not contain: carried along, never read."""
 _LIGHTNING_SIZES = {"lightning_nh": "num_attention_heads", "lightning_nkv": "num_attention_heads", "lightning_head_dim": "head_dim"}
 _QWEN3_ONLY = ("max_window_layers", "use_sliding_window", "sliding_window", "layer_types")
 _WRITTEN_ELSEWHERE = (
