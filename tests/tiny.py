@@ -1,5 +1,8 @@
-"""Tiny shapes that tests share."""
+"""Tiny shapes that tests share, and the tensors of tiny models."""
 
+import torch
+
+from megatron_hypenet.checkpoint.shards import tensor_pieces
 from megatron_hypenet.config.model import ModelConfig
 
 
@@ -25,3 +28,14 @@ def tiny_model_config(mixer_types=("lightning_attn", "attn"), **changes) -> Mode
 def tiny_teacher_config(num_layers=2, **changes) -> ModelConfig:
     """The teacher of the same shape: all softmax, RoPE, no gate."""
     return tiny_model_config(("attn",) * num_layers, attn_use_rope=True, attn_use_output_gate=False, **changes)
+
+
+def whole_tensors(module):
+    """Canonical tensors of a module on one process."""
+    tensors = {}
+    for entry in module.sharded_state_dict(prefix="").values():
+        for piece in tensor_pieces(entry):
+            whole = tensors.setdefault(piece.key, torch.empty(piece.global_shape, dtype=piece.dtype))
+            place = tuple(slice(start, start + size) for start, size in zip(piece.global_offset, piece.local_shape, strict=True))
+            whole[place] = piece.data.detach()
+    return tensors

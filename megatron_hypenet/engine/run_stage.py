@@ -77,15 +77,26 @@ def build_stage(name: str, run: RunConfig, *, teacher: Path | None = None, init:
         )
     config = run.stage(name)
     assert isinstance(config, HeadStageConfig), "distill and finetune run through the head"
+    stage: StageModule
     if name == "finetune":
-        return FinetuneStage(student, chunk_tokens=config.vocab_chunk_tokens)
-    mentor = load_teacher(run, _needed(teacher, name, "teacher"))
-    if mentor.model_config.vocab_size != student.model_config.vocab_size:
-        raise CheckpointError(
-            f"teacher {teacher} has vocab_size={mentor.model_config.vocab_size}, student {init} {student.model_config.vocab_size}; "
-            "distillation compares distributions over one vocabulary: use the teacher the student was made from"
-        )
-    return DistillStage(student, mentor, chunk_tokens=config.vocab_chunk_tokens)
+        stage = FinetuneStage(student, chunk_tokens=config.vocab_chunk_tokens)
+    else:
+        mentor = load_teacher(run, _needed(teacher, name, "teacher"))
+        if mentor.model_config.vocab_size != student.model_config.vocab_size:
+            raise CheckpointError(
+                f"teacher {teacher} has vocab_size={mentor.model_config.vocab_size}, student {init} {student.model_config.vocab_size}; "
+                "distillation compares distributions over one vocabulary: use the teacher the student was made from"
+            )
+        stage = DistillStage(student, mentor, chunk_tokens=config.vocab_chunk_tokens)
+    stage.model_config = trained_at(student.model_config, config.seq_length)
+    return stage
+
+
+def trained_at(config: ModelConfig, seq_length: int) -> ModelConfig:
+    """The shape of a student trained on `seq_length` tokens: it claims that length where the teacher's claim is shorter.
+
+    Longer contexts are what HyPE is for, but what was not trained is for the report to show, not for the model to claim."""
+    return config.replace(max_position_embeddings=max(config.max_position_embeddings, seq_length))
 
 
 def assemble(run: RunConfig, teacher: Path, aligned: Path, mixer_types: tuple[str, ...], out: Path) -> ModelConfig:

@@ -8,24 +8,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from megatron_hypenet.checkpoint.save import write_weights
-from megatron_hypenet.checkpoint.shards import tensor_pieces
 from megatron_hypenet.cli.main import run
 from megatron_hypenet.config.schema import ParallelConfig
 from megatron_hypenet.model.hypenet import build_model
-from tests.tiny import tiny_model_config
+from tests.tiny import tiny_model_config, whole_tensors
 
 CONFIG = tiny_model_config(attn_logits_scaling="hype 5")
-
-
-def write_checkpoint(folder, model):
-    """The model's weights as a committed checkpoint."""
-    tensors = {}
-    for entry in model.sharded_state_dict(prefix="").values():
-        for piece in tensor_pieces(entry):
-            whole = tensors.setdefault(piece.key, torch.empty(piece.global_shape, dtype=piece.dtype))
-            place = tuple(slice(start, start + size) for start, size in zip(piece.global_offset, piece.local_shape, strict=True))
-            whole[place] = piece.data.detach()
-    write_weights(folder, tensors, model.model_config, kind="student")
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +24,7 @@ def model():
 @pytest.fixture(scope="module")
 def checkpoint(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("score") / "checkpoint"
-    write_checkpoint(folder, model)
+    write_weights(folder, whole_tensors(model), model.model_config, kind="student")
     return folder
 
 

@@ -5,28 +5,16 @@ import torch
 
 from megatron_hypenet.checkpoint.load import read_manifest, read_model_config, read_weights
 from megatron_hypenet.checkpoint.save import write_weights
-from megatron_hypenet.checkpoint.shards import tensor_pieces
 from megatron_hypenet.config.schema import ParallelConfig
 from megatron_hypenet.engine import run_stage
 from megatron_hypenet.errors import CheckpointError, ConfigError
 from megatron_hypenet.model.hypenet import build_model
 from megatron_hypenet.stages.swap import AlignedMixers
-from tests.tiny import tiny_model_config, tiny_teacher_config
+from tests.tiny import tiny_model_config, tiny_teacher_config, whole_tensors
 from tests.unit.engine.test_run_folder import config
 
 TEACHER = tiny_teacher_config(3)
 MIXERS = ("lightning_attn", "attn", "lightning_attn")
-
-
-def whole_tensors(module):
-    """Canonical tensors of a module on one process."""
-    tensors = {}
-    for entry in module.sharded_state_dict(prefix="").values():
-        for piece in tensor_pieces(entry):
-            whole = tensors.setdefault(piece.key, torch.empty(piece.global_shape, dtype=piece.dtype))
-            place = tuple(slice(start, start + size) for start, size in zip(piece.global_offset, piece.local_shape, strict=True))
-            whole[place] = piece.data.detach()
-    return tensors
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +67,14 @@ def test_stages_load_strictly_and_run(world, assembled):
         loss.backward()
         assert loss.isfinite() and all(parameter.grad is not None for parameter in stage.trainable_parameters().values())
         assert ("frozen" in run_stage.parameter_table(stage)) == (name != "finetune")
+
+
+def test_a_student_claims_the_length_it_was_trained_on(world, assembled):
+    claimed = TEACHER.max_position_embeddings
+    for seq_length, want in ((claimed + 1, claimed + 1), (claimed - 1, claimed)):
+        base = config(world)
+        run = base.model_copy(update={"finetune": base.finetune.model_copy(update={"seq_length": seq_length})})
+        assert run_stage.build_stage("finetune", run, init=assembled).model_config.max_position_embeddings == want
 
 
 def test_the_student_holds_what_was_assembled(world, assembled):
