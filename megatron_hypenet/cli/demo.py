@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Annotated
@@ -40,19 +39,6 @@ def demo(
     # On shared or virtual machines torch may take more threads than there are cores for us, which slows tiny models down badly.
     os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
     settings = load_run_config(CONFIG, [*collect_overrides(overrides), f"output_dir={out}"])
-    from megatron_hypenet.cli import pipeline
+    from megatron_hypenet.cli.run import run_all
 
-    if dry_run:
-        rows = pipeline.planned(settings, overwrite=overwrite)
-        if as_json:
-            print(json.dumps({"config": settings.model_dump(mode="json"), "steps": rows}))
-        else:
-            pipeline.print_plan(settings, rows)
-        return
-    with pipeline.prepared(settings, overwrite=overwrite) as ready:
-        ready.runner.run_all()
-        if ready.is_main:
-            from megatron_hypenet.cli.report import show
-
-            ready.screen.close()
-            show(ready.folder, as_json=as_json)
+    run_all(settings, overwrite=overwrite, dry_run=dry_run, as_json=as_json)

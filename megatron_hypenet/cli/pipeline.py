@@ -5,6 +5,7 @@ Not a verb: `run`, `train`, `select`, `demo` and `report` share it. Here the eng
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -105,10 +106,13 @@ def planned(run: RunConfig, *, overwrite: bool = False) -> list[dict[str, Any]]:
     return [{**row, "state": "to do"} for row in rows] if overwrite else rows
 
 
-def print_plan(run: RunConfig, rows: list[dict[str, Any]]) -> None:
-    """The resolved configuration and the steps on stdout, for people."""
+def show_plan(run: RunConfig, rows: list[dict[str, Any]], *, as_json: bool, **more: Any) -> None:
+    """What --dry-run says on stdout: the resolved configuration and the steps; `more` goes into the JSON form."""
     from megatron_hypenet.config.loader import dump_config
 
+    if as_json:
+        print(json.dumps({**more, "config": run.model_dump(mode="json"), "steps": rows}))
+        return
     print(dump_config(run))
     print(f"steps in {run.output_dir}:")
     for number, row in enumerate(rows, start=1):

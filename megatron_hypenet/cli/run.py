@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,6 +16,9 @@ from megatron_hypenet.cli.options import (
     TensorParallelOption,
     collect_overrides,
 )
+
+if TYPE_CHECKING:
+    from megatron_hypenet.config.schema import RunConfig
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -45,14 +47,15 @@ def run(
 
     settings = load_run_config(config, collect_overrides(overrides, tp=tp, pp=pp, cp=cp))
     refuse_unbuilt_axes(settings.parallel, "run")
+    run_all(settings, overwrite=overwrite, dry_run=dry_run, as_json=as_json)
+
+
+def run_all(settings: RunConfig, *, overwrite: bool, dry_run: bool, as_json: bool) -> None:
+    """Do, or with `dry_run` list, every step of a run that is not done, then show the report."""
     from megatron_hypenet.cli import pipeline
 
     if dry_run:
-        rows = pipeline.planned(settings, overwrite=overwrite)
-        if as_json:
-            print(json.dumps({"config": settings.model_dump(mode="json"), "steps": rows}))
-        else:
-            pipeline.print_plan(settings, rows)
+        pipeline.show_plan(settings, pipeline.planned(settings, overwrite=overwrite), as_json=as_json)
         return
     with pipeline.prepared(settings, overwrite=overwrite) as ready:
         ready.runner.run_all()

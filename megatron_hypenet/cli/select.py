@@ -106,10 +106,7 @@ def sweep(
     if dry_run:
         rows = pipeline.planned(run)
         rows = rows[: [row["step"] for row in rows].index("select") + 1]
-        if as_json:
-            print(json.dumps({"config": run.model_dump(mode="json"), "steps": rows}))
-        else:
-            pipeline.print_plan(run, rows)
+        pipeline.show_plan(run, rows, as_json=as_json)
         return
     with pipeline.prepared(run) as ready:
         ready.runner.run_through("select")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -27,7 +27,9 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 def train(
     config: ConfigArgument,
     overrides: OverridesArgument = None,
-    stage: Annotated[str, typer.Option("--stage", help="align, distill or finetune; 1, 2 or 3 for short.")] = "",
+    stage: Annotated[
+        str, typer.Option("--stage", help="align, distill or finetune (or 1, 2, 3); default: the first that is not done.")
+    ] = "",
     init: Annotated[
         Path | None, typer.Option("--init", help="Student to start from (distill, finetune); default: what the run folder holds.")
     ] = None,
@@ -44,7 +46,7 @@ def train(
 
     Examples:
 
-      hypenet train configs/run/quickstart.yaml --stage align teacher=/models/Qwen3-0.6B data=corpus.txt
+      hypenet train configs/run/quickstart.yaml teacher=/models/Qwen3-0.6B data=corpus.txt
 
       hypenet train configs/run/quickstart.yaml --stage 3 --init runs/other/distill teacher=/models/Qwen3-0.6B data=corpus.txt
     """
@@ -53,22 +55,19 @@ def train(
     from megatron_hypenet.errors import UsageError
 
     settings = load_run_config(config, collect_overrides(overrides, tp=tp, pp=pp, cp=cp))
-    if not stage:
-        raise UsageError("--stage is missing; use --stage align, distill or finetune (or 1, 2, 3)")
     refuse_unbuilt_axes(settings.parallel, "train")
     from megatron_hypenet.cli import pipeline
     from megatron_hypenet.engine.run_stage import stage_name
 
-    name = stage_name(stage)
+    if init is not None and not stage:
+        raise UsageError("--init needs --stage: say which stage starts from it, distill or finetune")
+    name = stage_name(stage) if stage else first_unfinished(pipeline.planned(settings))
     if init is not None and name == "align":
         raise UsageError("--init is for distill and finetune; stage align starts from the teacher")
     if dry_run:
         rows = [row for row in pipeline.planned(settings) if init is None or row["step"] in ("teacher", "data", name)]
         rows = rows[: [row["step"] for row in rows].index(name) + 1]
-        if as_json:
-            print(json.dumps({"stage": name, "config": settings.model_dump(mode="json"), "steps": rows}))
-        else:
-            pipeline.print_plan(settings, rows)
+        pipeline.show_plan(settings, rows, as_json=as_json, stage=name)
         return
     with pipeline.prepared(settings) as ready:
         checkpoint = ready.halo.train_from(ready.runner, name, init)
@@ -76,3 +75,10 @@ def train(
             ready.screen.close()
             print(json.dumps({"stage": name, "checkpoint": str(checkpoint)}) if as_json else checkpoint)
             print(f"TensorBoard: tensorboard --logdir {ready.folder.tensorboard}", file=sys.stderr)
+
+
+def first_unfinished(steps: list[dict[str, Any]]) -> str:
+    """The first training stage among the steps of a run that is not done; the last stage when all are."""
+    from megatron_hypenet.config.schema import STAGES
+
+    return next((row["step"] for row in steps if row["step"] in STAGES and row["state"] != "done"), STAGES[-1])

@@ -29,6 +29,15 @@ def test_a_stage_brings_what_it_needs(config, tmp_path, capsys):
     assert steps_done(tmp_path)[-3:] == ["select", "assemble", "distill"]
 
 
+def test_without_a_word_the_first_unfinished_stage_is_trained(config, tmp_path, capsys):
+    stages = []
+    for _ in range(4):
+        assert run(["train", str(config), "--json"]) == 0
+        stages.append(json.loads(capsys.readouterr().out)["stage"])
+    assert stages == ["align", "distill", "finetune", "finetune"]
+    assert "export" not in steps_done(tmp_path)
+
+
 def test_init_starts_from_a_given_student(config, tmp_path, capsys):
     assert run(["train", str(config), "--stage", "2", "--json"]) == 0
     student = json.loads(capsys.readouterr().out)["checkpoint"]
@@ -44,7 +53,8 @@ def test_dry_run_lists_the_steps_up_to_the_stage(config, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "code"), [([], 2), (["--stage", "4"], 3), (["--stage", "1", "--init", "x"], 2), (["--stage", "1", "--pp", "2"], 3)]
+    ("words", "code"),
+    [(["--init", "x"], 2), (["--stage", "4"], 3), (["--stage", "1", "--init", "x"], 2), (["--stage", "1", "--pp", "2"], 3)],
 )
 def test_mistakes_end_with_their_exit_code(config, tmp_path, words, code):
     assert run(["train", str(config), *words]) == code
