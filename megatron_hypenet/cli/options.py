@@ -12,13 +12,13 @@ OverridesArgument = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings that win over the file, e.g. align.lr=3e-4 teacher=PATH.")
 ]
 TensorParallelOption = Annotated[
-    int | None, typer.Option("--tp", "--tensor-model-parallel-size", help="Same as parallel.tensor_model_parallel_size=N.")
+    int | None, typer.Option("--tp", "--tensor-model-parallel-size", min=1, help="Same as parallel.tensor_model_parallel_size=N.")
 ]
 PipelineParallelOption = Annotated[
-    int | None, typer.Option("--pp", "--pipeline-model-parallel-size", help="Same as parallel.pipeline_model_parallel_size=N.")
+    int | None, typer.Option("--pp", "--pipeline-model-parallel-size", min=1, help="Same as parallel.pipeline_model_parallel_size=N.")
 ]
 ContextParallelOption = Annotated[
-    int | None, typer.Option("--cp", "--context-parallel-size", help="Same as parallel.context_parallel_size=N.")
+    int | None, typer.Option("--cp", "--context-parallel-size", min=1, help="Same as parallel.context_parallel_size=N.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would happen; write and start nothing.")]

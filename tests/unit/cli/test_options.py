@@ -1,3 +1,6 @@
+import pytest
+
+from megatron_hypenet.cli.main import run
 from megatron_hypenet.cli.options import collect_overrides
 
 
@@ -10,3 +13,9 @@ def test_layout_options_become_overrides_after_the_words():
 
 def test_nothing_given():
     assert collect_overrides(None) == []
+
+
+@pytest.mark.parametrize("axis", ["--tp", "--pp", "--cp"])
+def test_an_axis_has_at_least_one_process(axis, capsys):
+    assert run(["score", "ckpt", "--tokens", "ids", "--out", "out", axis, "0"]) == 2
+    assert axis in capsys.readouterr().err
