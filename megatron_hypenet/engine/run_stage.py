@@ -68,9 +68,11 @@ def build_stage(name: str, run: RunConfig, *, teacher: Path | None = None, init:
     `teacher` is needed by align and distill, `init` (the student to start from) by distill and finetune. Raises CheckpointError.
     """
     if name == "align":
-        trunk = load_teacher(run, _needed(teacher, name, "teacher"), trunk_only=True)
+        assert teacher is not None, "align imitates a teacher"
+        trunk = load_teacher(run, teacher, trunk_only=True)
         return AlignStage(trunk, AlignedMixers.beside(trunk, seed=run.seed))
-    student = load_hypenet(run, _needed(init, name, "init"))
+    assert init is not None, f"{name} starts from a student"
+    student = load_hypenet(run, init)
     if student.model_config.is_teacher:
         raise CheckpointError(
             f"{init} is a teacher, but stage {name} trains a student; give the assembled student or the result of stage 2"
@@ -81,7 +83,8 @@ def build_stage(name: str, run: RunConfig, *, teacher: Path | None = None, init:
     if name == "finetune":
         stage = FinetuneStage(student, chunk_tokens=config.vocab_chunk_tokens)
     else:
-        mentor = load_teacher(run, _needed(teacher, name, "teacher"))
+        assert teacher is not None, "distill imitates a teacher"
+        mentor = load_teacher(run, teacher)
         if mentor.model_config.vocab_size != student.model_config.vocab_size:
             raise CheckpointError(
                 f"teacher {teacher} has vocab_size={mentor.model_config.vocab_size}, student {init} {student.model_config.vocab_size}; "
@@ -144,9 +147,3 @@ def stage_name(word: str) -> str:
     if name not in STAGE_ALIASES.values():
         raise ConfigError(f"--stage {word}: unknown stage; use align, distill or finetune (or 1, 2, 3)")
     return name
-
-
-def _needed(path: Path | None, stage: str, role: str) -> Path:
-    if path is None:
-        raise CheckpointError(f"stage {stage} needs a {role} checkpoint; run the step before it, or give --{role} PATH")
-    return path

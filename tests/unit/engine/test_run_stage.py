@@ -97,11 +97,7 @@ def test_the_wrong_checkpoint_is_refused(world, assembled, tmp_path):
         run_stage.build_stage("align", run, teacher=assembled)
     with pytest.raises(CheckpointError, match="is a teacher"):
         run_stage.build_stage("finetune", run, init=world / "teacher")
-    with pytest.raises(CheckpointError, match="needs a teacher"):
-        run_stage.build_stage("distill", run, init=assembled)
-    with pytest.raises(CheckpointError, match="needs a init|needs an init|init"):
-        run_stage.build_stage("finetune", run)
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match="tensors of the model are not in it"):
         run_stage.load_hypenet(run, world / "align")
 
 
