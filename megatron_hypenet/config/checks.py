@@ -49,7 +49,7 @@ def check_model_fits_selection(model_config: ModelConfig, run_config: RunConfig)
     if wanted is not None and wanted > model_config.num_layers:
         raise ConfigError(
             f"select.num_attention_layers={wanted} exceeds the model's num_layers={model_config.num_layers}; "
-            f"use at most {model_config.num_layers}, or null for {model_config.num_layers // 4}"
+            f"use at most {model_config.num_layers}, or null for {max(1, model_config.num_layers // 4)}"
         )
 
 

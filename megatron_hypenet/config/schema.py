@@ -123,7 +123,9 @@ class HeadStageConfig(StageConfig):
 class SelectConfig(Section):
     """Which layers keep softmax attention: each is replaced alone, and recall against held-out quality decides."""
 
-    num_attention_layers: Count | None = Field(default=None, description="Softmax layers to keep; null keeps a quarter (num_layers // 4).")
+    num_attention_layers: PositiveInt | None = Field(
+        default=None, description="Softmax layers to keep; null keeps a quarter (num_layers // 4, at least 1)."
+    )
     recall_sequences: PositiveInt = Field(default=128, description="Recall documents scored per layer.")
     recall_pairs: PositiveInt = Field(default=8, description="Key-value pairs in one scored recall document.")
     heldout_sequences: PositiveInt = Field(default=64, description="Held-out sequences scored per layer.")

@@ -82,6 +82,7 @@ def test_dry_run_touches_nothing(config, tmp_path, capsys):
         ("align.lr=-1", 3, "align.lr"),
         ("align.global_batch_size=3", 0, ""),
         ("select.num_attention_layers=9", 3, "select.num_attention_layers=9"),
+        ("select.num_attention_layers=0", 3, "select.num_attention_layers"),
         ("parallel.tensor_model_parallel_size=2", 3, "tensor_model_parallel_size"),
     ],
 )
