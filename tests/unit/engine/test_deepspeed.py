@@ -1,6 +1,6 @@
 """DeepSpeed's step equals plain AdamW under every ZeRO stage, refuses bad gradients, and gives its state away by parameter."""
 
-import time
+import os
 
 import pytest
 import torch
@@ -106,10 +106,10 @@ def test_state_goes_in_and_out_by_parameter(zero_stage, dtype):
 
 
 def test_starts_fast_and_compiles_nothing(capfd):
-    started = time.monotonic()
+    started = sum(os.times()[:4])  # processor time with children, a compiler for one: other tests run beside this one
     assert import_deepspeed().ops.__compatible_ops__["deepspeed_shm_comm"] is False
     TrainingEngine(ToyStage(torch.bfloat16), stage_config(), ParallelConfig()).close()
-    assert time.monotonic() - started < 10
+    assert sum(os.times()[:4]) - started < 10
     assert capfd.readouterr().out == ""
 
 
