@@ -7,6 +7,7 @@ Faults of our own code stay ordinary exceptions (exit code 1): these classes are
 
 from __future__ import annotations
 
+import errno
 from typing import ClassVar
 
 
@@ -78,3 +79,16 @@ class SavedAndRequeue(HypenetError):  # noqa: N818 - it reports a clean stop, no
     """Training stopped on request with a committed checkpoint; starting the same command again continues it."""
 
     exit_code = 75
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether `error`, or one that led to it, says that the disk (or the quota on it) is full."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        # safetensors writes in Rust and torch.save in C++: a failed write of theirs has a text and no errno
+        text = str(error)
+        if "No space left on device" in text or ("inline_container" in text and "unexpected pos" in text):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -13,7 +13,6 @@ A save is written into the sibling `.<name>.tmp-<pid>` and renamed: a folder und
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import shutil
@@ -21,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_hypenet.errors import CheckpointError
+from megatron_hypenet.errors import CheckpointError, SetupError, is_disk_full
 
 WEIGHTS = "weights"
 OPTIMIZER = "optimizer"
@@ -134,15 +133,15 @@ def staged(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def as_checkpoint_error(error: BaseException, target: Path) -> BaseException:
-    """What a failed save of `target` raises: a CheckpointError for I/O trouble, the error itself for everything else."""
+    """What a failed save of `target` raises: SetupError for a full disk, CheckpointError for other I/O trouble, else the error itself."""
+    if is_disk_full(error):
+        return SetupError(
+            f"cannot save {target}: no space left on the disk; the unfinished save was removed and older "
+            "checkpoints are untouched. Free space, or lower checkpoint.keep_last, and start the same command again"
+        )
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__
     if not isinstance(cause, OSError):
         return error
-    if cause.errno in (errno.ENOSPC, errno.EDQUOT):
-        return CheckpointError(
-            f"cannot save {target}: no space left on the disk ({cause.strerror}); the unfinished save was removed and older "
-            "checkpoints are untouched. Free space, or lower checkpoint.keep_last, and start the same command again"
-        )
     return CheckpointError(f"cannot save {target}: {cause}; the unfinished save was removed and older checkpoints are untouched")

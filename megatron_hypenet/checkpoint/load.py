@@ -18,7 +18,7 @@ from megatron_hypenet.checkpoint.rng import load_rng
 from megatron_hypenet.checkpoint.shards import ShardReader, distributed, tensor_pieces
 from megatron_hypenet.checkpoint.state import EngineState, TrainState, empty_like_entry
 from megatron_hypenet.config.model import ModelConfig
-from megatron_hypenet.errors import CheckpointError
+from megatron_hypenet.errors import CheckpointError, ConfigError
 
 __all__ = [
     "Manifest",
@@ -60,7 +60,10 @@ def resolve(path: Path | str) -> Path:
         raise CheckpointError(f"{path} holds no usable checkpoint: {'; '.join(skipped)}; restore one of them or start again")
     if (path / "config.json").is_file():
         raise CheckpointError(f"{path} is a Hugging Face folder, not a checkpoint; import it first: hypenet convert import {path} CKPT_DIR")
-    raise CheckpointError(f"{path} is not a checkpoint: it has neither a {fmt.COMMITTED} marker nor iter_XXXXXXX folders")
+    raise CheckpointError(
+        f"{path} is not a checkpoint: it has neither a {fmt.COMMITTED} marker (written last, so its save may not have finished) nor "
+        "iter_XXXXXXX folders; give a finished checkpoint, or the run folder that holds one"
+    )
 
 
 def _why_unusable(folder: Path) -> str | None:
@@ -74,10 +77,10 @@ def _why_unusable(folder: Path) -> str | None:
     return f"damaged: {problems[0]}" if problems else None
 
 
-def open_weights(path: Path | str) -> ShardReader:
-    """The weights as a read-only mapping that reads one tensor per access; sizes of all files are checked first."""
+def open_weights(path: Path | str, *, hashes: bool = False) -> ShardReader:
+    """The weights as a read-only mapping that reads one tensor per access; sizes of all files, and `hashes`, are checked first."""
     folder = resolve(path)
-    verify_files(folder)
+    verify_files(folder, hashes=hashes)
     return ShardReader(folder / fmt.WEIGHTS)
 
 
@@ -96,7 +99,7 @@ def read_model_config(path: Path | str) -> ModelConfig:
     file = resolve(path) / fmt.MODEL_JSON
     try:
         return ModelConfig.from_json(file.read_text())
-    except OSError as error:
+    except (OSError, UnicodeDecodeError, ConfigError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}; the checkpoint is damaged, use another one") from error
 
 

@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from megatron_hypenet import __version__
-from megatron_hypenet.errors import HypenetError, UsageError
+from megatron_hypenet.errors import HypenetError, SetupError, UsageError, is_disk_full
 
 VERBS: dict[str, str] = {
     "demo": "Run the whole pipeline on the bundled tiny teacher (CPU or GPU).",
@@ -131,6 +131,15 @@ def report_fault(fault: BaseException, debug: bool) -> int:
     if isinstance(fault, HypenetError):
         print(f"error: {fault}", file=sys.stderr)
         return fault.exit_code
+    if is_disk_full(fault):
+        where = f"{fault.filename}: " if isinstance(fault, OSError) and fault.filename else ""
+        print(f"error: {where}no space left on the disk; free space, then start the same command again", file=sys.stderr)
+        return SetupError.exit_code
+    if isinstance(fault, OSError) and fault.filename:
+        blocked = isinstance(fault, FileExistsError | NotADirectoryError)
+        why = "a file stands where a folder is needed; choose another path" if blocked else f"{fault.strerror}; check path and permissions"
+        print(f"error: {fault.filename}: {why}", file=sys.stderr)
+        return SetupError.exit_code
     summary = str(fault).strip().split("\n")[0] or "no message"
     hint = "" if debug else "\nthis is a fault of hypenet or of a library under it; add --debug to see where"
     print(f"error: internal: {type(fault).__name__}: {summary}{hint}", file=sys.stderr)
@@ -153,4 +162,7 @@ def run(argv: Sequence[str]) -> int:
 
 def main() -> NoReturn:
     """Entry point of the console script."""
+    # Python has no stream where the caller closed one (`>&-`): give it one, so that printing goes nowhere instead of failing
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # open for the whole process
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")
     sys.exit(run(sys.argv[1:]))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from megatron_hypenet.cli.options import ContextParallelOption, DryRunOption, JsonOption, PipelineParallelOption, TensorParallelOption
-from megatron_hypenet.errors import DataError, UsageError
+from megatron_hypenet.errors import DataError, SetupError, UsageError, is_disk_full
 
 if TYPE_CHECKING:
     import torch
@@ -55,6 +55,11 @@ def score(
     """
     if out.exists() and not overwrite:
         raise UsageError(f"--out {out} exists; choose another file, or --overwrite")
+    for folder in out.parents:
+        if folder.exists() and not folder.is_dir():
+            raise UsageError(f"--out {out}: {folder} is a file, not a folder; choose another place")
+    if out.is_dir():
+        raise UsageError(f"--out {out} is a folder; name a file in it")
     from megatron_hypenet.checkpoint.load import read_model_config, resolve
     from megatron_hypenet.config.checks import refuse_unbuilt_axes
     from megatron_hypenet.config.schema import ParallelConfig
@@ -117,7 +122,7 @@ def compute(folder: Path, config: ModelConfig, ids: torch.Tensor, dtype: str, ba
     kind = getattr(torch, dtype)
     try:
         model = build_model(config, ParallelConfig(), dtype=kind)
-        load_model(model, folder)
+        load_model(model, folder, hashes=True)
         model.eval()
         logits = torch.empty(*ids.shape, config.vocab_size, dtype=kind)
         nll = torch.empty(ids.shape[0], ids.shape[1] - 1, dtype=kind)
@@ -134,8 +139,10 @@ def compute(folder: Path, config: ModelConfig, ids: torch.Tensor, dtype: str, ba
 
 def write_result(out: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Write atomically: the file appears whole or not at all. UsageError when the place cannot be written."""
+    import contextlib
     import os
 
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
@@ -145,7 +152,10 @@ def write_result(out: Path, tensors: dict[str, torch.Tensor]) -> None:
         with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
         os.replace(temporary, out)
-    except OSError as error:
-        raise UsageError(f"--out {out}: cannot be written: {error.strerror}; choose a writable place") from error
+    except (OSError, SafetensorError) as error:
+        if is_disk_full(error):
+            raise SetupError(f"--out {out}: no space left on the disk; free space or choose another place") from error
+        raise UsageError(f"--out {out}: cannot be written: {error}; choose a writable place") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the error above says more than that there is nothing to clear away
+            temporary.unlink(missing_ok=True)

@@ -17,7 +17,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from megatron_hypenet.errors import DataError
+from megatron_hypenet.errors import DataError, SetupError, is_disk_full
 
 _INDEX_MAGIC = b"MMIDIDX\x00\x00"
 """First bytes of every .idx file (megatron/core/datasets/indexed_dataset.py)."""
@@ -74,12 +74,22 @@ class TokenFileWriter:
     def __exit__(self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None) -> None:
         """Commit, or remove what was written when the block failed."""
         parts = token_paths(self._partial)
-        self._builder.finalize(str(parts[1]))
-        for part, final in zip(parts, token_paths(self.prefix), strict=True):
+        try:
+            self._builder.finalize(str(parts[1]))
             if kind is None:
-                part.replace(final)
-            else:
+                for part, final in zip(parts, token_paths(self.prefix), strict=True):
+                    part.replace(final)
+        except OSError as error:
+            fault = fault or error
+        finally:
+            for part in parts:
                 part.unlink(missing_ok=True)
+        if is_disk_full(fault):
+            raise SetupError(
+                f"{self.prefix}: no space left on the disk; nothing was left there. Free space or choose another place"
+            ) from fault
+        if kind is None and fault is not None:
+            raise fault
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from megatron_hypenet.checkpoint import format as fmt
 from megatron_hypenet.checkpoint import load
 from megatron_hypenet.checkpoint.shards import ShardReader
 from megatron_hypenet.config.model import LogitsScaling, ModelConfig, check_logits_scaling
-from megatron_hypenet.errors import ConfigError, ConversionError
+from megatron_hypenet.errors import ConfigError, ConversionError, SetupError, is_disk_full
 from megatron_hypenet.export import hf_config, hf_folder, mapping
 from megatron_hypenet.export.from_hf import parse_dtype
 
@@ -60,7 +61,7 @@ def plan_export(
     `attn_logits_scaling`: "keep" what the checkpoint says, or the value to export ("hype 500", a number, None for off)."""
     folder = load.resolve(Path(ckpt_dir))
     config = with_logits_scaling(load.read_model_config(folder), attn_logits_scaling)
-    reader = load.open_weights(folder)
+    reader = load.open_weights(folder, hashes=True)
     entries = mapping.entries(config)
     mapping.check_names((entry.ours for entry in entries), reader, where=f"{folder} (kind: {load.read_manifest(folder).kind})")
     dtypes: dict[str, torch.dtype] = {}
@@ -185,7 +186,11 @@ def _staged(target: Path, overwrite: bool) -> Iterator[Path]:
             os.replace(target, aside)
         os.replace(temporary, target)
         shutil.rmtree(aside, ignore_errors=True)
-    except OSError as error:
-        raise ConversionError(f"cannot write {target}: {error}; nothing was left there. Free space or choose another folder") from error
+    except (OSError, SafetensorError) as error:
+        if is_disk_full(error):
+            raise SetupError(
+                f"cannot write {target}: no space left on the disk; nothing was left there. Free space or choose another folder"
+            ) from error
+        raise ConversionError(f"cannot write {target}: {error}; nothing was left there. Choose another folder") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

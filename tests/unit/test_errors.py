@@ -1,11 +1,22 @@
+import errno
 import inspect
 
 from megatron_hypenet import errors
-from megatron_hypenet.errors import HypenetError
+from megatron_hypenet.errors import HypenetError, is_disk_full
 
 EXIT_CODES = {
-    "HypenetError": 1, "UsageError": 2, "ConfigError": 3, "LayoutError": 3, "SetupError": 4, "CheckpointError": 5, "DataError": 5,
-    "ConversionError": 5, "VerificationError": 6, "DivergedError": 7, "HangError": 8, "SavedAndRequeue": 75,
+    "HypenetError": 1,
+    "UsageError": 2,
+    "ConfigError": 3,
+    "LayoutError": 3,
+    "SetupError": 4,
+    "CheckpointError": 5,
+    "DataError": 5,
+    "ConversionError": 5,
+    "VerificationError": 6,
+    "DivergedError": 7,
+    "HangError": 8,
+    "SavedAndRequeue": 75,
 }
 
 
@@ -27,3 +38,12 @@ def test_errors_page_lists_every_code(repo_root):
     rows = [line for line in page.splitlines() if line.startswith("|")]
     for code in {*EXIT_CODES.values(), 0, 130}:
         assert any(line.startswith(f"| {code} |") for line in rows), f"docs/errors.md has no row for exit code {code}"
+
+
+def test_a_full_disk_is_seen_behind_what_libraries_make_of_it():
+    wrapped = ValueError("save failed")
+    wrapped.__cause__ = OSError(errno.ENOSPC, "No space left on device")
+    torch_says = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+    safetensors_says = Exception("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert all(is_disk_full(error) for error in (wrapped, wrapped.__cause__, torch_says, safetensors_says, OSError(errno.EDQUOT, "")))
+    assert not any(is_disk_full(error) for error in (None, OSError(errno.EACCES, "denied"), RuntimeError("unexpected pos")))

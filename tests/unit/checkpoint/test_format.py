@@ -6,7 +6,7 @@ import os
 import pytest
 
 from megatron_hypenet.checkpoint import format as fmt
-from megatron_hypenet.errors import CheckpointError
+from megatron_hypenet.errors import CheckpointError, SetupError
 
 
 def test_iteration_names_round_trip_and_sort_by_number(tmp_path):
@@ -30,9 +30,9 @@ def test_failed_save_leaves_no_trace_and_keeps_the_old_one(tmp_path):
     target = tmp_path / "ck"
     with fmt.staged(target) as temporary:
         (temporary / "a").write_text("old")
-    with pytest.raises(CheckpointError, match="no space left") as caught, fmt.staged(target, overwrite=True):
+    with pytest.raises(SetupError, match="no space left") as caught, fmt.staged(target, overwrite=True):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    assert caught.value.exit_code == 5
+    assert caught.value.exit_code == 4
     with pytest.raises(ZeroDivisionError), fmt.staged(target, overwrite=True):
         1 / 0  # noqa: B018
     assert os.listdir(tmp_path) == ["ck"] and (target / "a").read_text() == "old"

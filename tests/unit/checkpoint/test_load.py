@@ -130,3 +130,10 @@ def test_load_training_refuses_damage_and_other_runs(saved, make_engine, model_c
     data.write_bytes(damaged)
     with pytest.raises(CheckpointError, match="sha256 differs"):
         load.load_training(folder, make_engine(), model_config=model_config, stage="distill")
+
+
+def test_a_damaged_model_json_is_a_damaged_checkpoint(tmp_path, tensors, model_config):
+    folder = save.write_weights(tmp_path / "ck", tensors, model_config, kind="teacher")
+    (folder / "model.json").write_text("{bad")
+    with pytest.raises(CheckpointError, match="model.json cannot be read.*the checkpoint is damaged"):
+        load.read_model_config(folder)

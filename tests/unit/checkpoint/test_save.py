@@ -6,7 +6,7 @@ import torch
 from megatron_hypenet.checkpoint import load, save, shards
 from megatron_hypenet.checkpoint.shards import LazyTensor
 from megatron_hypenet.checkpoint.state import TrainState
-from megatron_hypenet.errors import CheckpointError
+from megatron_hypenet.errors import CheckpointError, SetupError
 
 
 def test_writes_everything_a_reader_needs(tmp_path, tensors, model_config):
@@ -32,7 +32,7 @@ def test_a_tensor_that_fails_halfway_leaves_nothing(tmp_path, tensors, model_con
     def fail():
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(CheckpointError, match="no space left"):
+    with pytest.raises(SetupError, match="no space left"):
         save.write_weights(tmp_path / "ck", {**tensors, "z": LazyTensor((2,), torch.float32, fail)}, model_config, kind="teacher")
     assert list(tmp_path.iterdir()) == []
 
@@ -74,8 +74,8 @@ def test_full_disk_removes_the_save_and_keeps_the_old_one(tmp_path, make_engine,
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(shards._Writer, where, full)
-    with pytest.raises(CheckpointError, match="no space left.*older checkpoints are untouched") as caught:
+    with pytest.raises(SetupError, match="no space left.*older checkpoints are untouched") as caught:
         training_folder(tmp_path / "iter_0000007", engine, model_config)
-    assert caught.value.exit_code == 5
+    assert caught.value.exit_code == 4
     assert [entry.name for entry in tmp_path.iterdir()] == ["iter_0000006"]
     load.verify_files(old, hashes=True)

@@ -1,6 +1,7 @@
 """`hypenet score` as a user starts it."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -106,3 +107,23 @@ def test_dry_run_checks_and_writes_nothing(checkpoint, tokens, tmp_path):
 
 def test_layouts_that_are_not_there_yet_are_refused(checkpoint, tokens, tmp_path):
     assert score(checkpoint, tokens, tmp_path / "out", "--tp", "2") == 3
+
+
+def test_places_that_cannot_be_written_are_refused_before_any_work(checkpoint, tokens, tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    assert score(checkpoint, tokens, tmp_path / "file" / "out") == 2
+    assert "file is a file, not a folder" in capsys.readouterr().err
+    (tmp_path / "folder").mkdir()
+    assert score(checkpoint, tokens, tmp_path / "folder", "--overwrite") == 2
+    assert "is a folder; name a file in it" in capsys.readouterr().err
+
+
+def test_a_flipped_byte_is_noticed(checkpoint, tokens, tmp_path, capsys):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(checkpoint, damaged)
+    shard = next((damaged / "weights").glob("*.distcp"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    assert score(damaged, tokens, tmp_path / "out") == 5
+    assert "sha256 differs from the manifest" in capsys.readouterr().err and not (tmp_path / "out").exists()

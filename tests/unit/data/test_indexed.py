@@ -3,7 +3,7 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_hypenet.data.indexed import TokenFileWriter, TokenStream, is_token_file, open_tokens, token_paths
-from megatron_hypenet.errors import DataError
+from megatron_hypenet.errors import DataError, SetupError
 
 DOCUMENTS = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
 
@@ -75,3 +75,15 @@ def test_stream_slices_across_parts():
     assert len(TokenStream([])[0:5]) == 0
     with pytest.raises(ValueError, match="stepped"):
         stream[::2]
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
+    with pytest.raises(SetupError, match="no space left on the disk; nothing was left there") as caught:
+        with TokenFileWriter(tmp_path / "text", vocab_size=100) as writer:
+            writer.add([1])
+
+            def full(path):
+                raise OSError(28, "No space left on device")
+
+            monkeypatch.setattr(writer._builder, "finalize", full)
+    assert caught.value.exit_code == 4 and list(tmp_path.iterdir()) == []

@@ -3,11 +3,11 @@ import shutil
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from megatron_hypenet.checkpoint import save
-from megatron_hypenet.errors import CheckpointError, ConfigError, ConversionError
+from megatron_hypenet.errors import CheckpointError, ConfigError, ConversionError, SetupError
 from megatron_hypenet.export import mapping, to_hf
 from megatron_hypenet.export.from_hf import import_hf
 from megatron_hypenet.export.to_hf import export_hf
@@ -152,3 +152,26 @@ def test_existing_destination(imported, tmp_path):
     with pytest.raises(ConversionError, match="not a Hugging Face folder"):
         export_hf(ckpt, ckpt, overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt", "hf"]
+
+
+def test_a_flipped_byte_is_noticed(imported, tmp_path):
+    _, ckpt = imported()
+    shard = next((ckpt / "weights").glob("*.distcp"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"{shard.name}: sha256 differs from the manifest"):
+        export_hf(ckpt, tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_a_full_disk_leaves_nothing(imported, tmp_path, monkeypatch):
+    _, ckpt = imported()
+
+    def full(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(to_hf, "save_file", full)
+    with pytest.raises(SetupError, match="no space left on the disk"):
+        export_hf(ckpt, tmp_path / "hf")
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]
