@@ -48,6 +48,7 @@ def prepared(run: RunConfig, *, overwrite: bool = False) -> Iterator[Pipeline]:
     from megatron_hypenet.engine.halo import Halo
     from megatron_hypenet.engine.planning import Clock, planned_work
     from megatron_hypenet.engine.run_folder import RunFolder
+    from megatron_hypenet.engine.signals import leaving_at_once
     from megatron_hypenet.engine.steps import Runner
     from megatron_hypenet.parallel import groups
 
@@ -71,7 +72,8 @@ def prepared(run: RunConfig, *, overwrite: bool = False) -> Iterator[Pipeline]:
             steps = halo.steps()
             screen.does.update({step.name: step.does for step in steps})
             runner = Runner(run, folder, steps, is_main=is_main, barrier=groups.barrier, announce=screen.announce)
-            yield Pipeline(run=run, folder=folder, halo=halo, runner=runner, screen=screen, is_main=is_main)
+            with leaving_at_once():
+                yield Pipeline(run=run, folder=folder, halo=halo, runner=runner, screen=screen, is_main=is_main)
         finally:
             screen.close()
     finally:
@@ -129,7 +131,13 @@ def teacher_shape(path: Path) -> ModelConfig:
         from megatron_hypenet.export.from_hf import plan_import
 
         return plan_import(path).config
-    return read_model_config(path)
+    try:
+        return read_model_config(path)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"teacher {path}: no Hugging Face folder (it has no config.json), and no checkpoint either: {error}. "
+            "Set teacher=PATH to a Hugging Face Qwen3 folder or a converted checkpoint"
+        ) from error
 
 
 def import_teacher(source: Path, target: Path) -> None:

@@ -27,7 +27,10 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, ImportError, KeyError) as error:
-        raise DataError(f"{folder}: the tokenizer cannot be loaded: {error}") from error
+        raise DataError(
+            f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {error}); its files are damaged or belong to another "
+            "version of transformers: copy them again from the model's original folder"
+        ) from error
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:

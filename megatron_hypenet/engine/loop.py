@@ -163,7 +163,7 @@ class _Trainer:
             if last or wish != signals.GO_ON or step % config.save_interval == 0:
                 self._save()
             self.recorder.exclude(time.perf_counter() - pause)
-            if wish == signals.LEAVE and not last:
+            if wish == signals.LEAVE:  # on the last step too: the steps after this stage are for the next start
                 raise SavedAndRequeue(
                     f"stage {self.stage.name} stopped at iter {step}/{config.train_iters} on {self.requests.reason or 'request'} and saved "
                     f"{self.saved}; start the same command again to continue"

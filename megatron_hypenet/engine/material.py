@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from megatron_hypenet.checkpoint.load import read_model_config, tokenizer_dir
-from megatron_hypenet.config.schema import RunConfig
+from megatron_hypenet.config.schema import STAGES, RunConfig
 from megatron_hypenet.data.blend import TrainData
 from megatron_hypenet.data.corpus import Corpus, open_corpus, prepare_corpus
 from megatron_hypenet.engine.measure import Measure
@@ -27,9 +28,38 @@ def prepare(run: RunConfig, folder: RunFolder, log: Callable[[str], None]) -> di
         )
     vocab_size = read_model_config(folder.teacher).vocab_size
     made = prepare_corpus(run.data.train, run.data.heldout, tokenizer, folder.data, vocab_size=vocab_size, log=log)
-    _open(run, folder)  # a text too short to split is found here, not after hours of training
+    check_lengths(run, folder)  # a text too short for a late stage is found here, not after hours of training
     counts = {"train_tokens": sum(source["tokens"] for source in made["train"])}
     return counts if made["heldout"] is None else {**counts, "heldout_tokens": made["heldout"]["tokens"]}
+
+
+def check_lengths(run: RunConfig, folder: RunFolder) -> None:
+    """DataError, with all problems, when the text or a recall document does not fit the sequence length of a stage or measurement."""
+    source, measured = training_data(run, folder), measure(run, folder)
+    attempts: list[tuple[str, Callable[[], Any]]] = []
+    for name in STAGES:
+        length = run.stage(name).seq_length
+        attempts.append((f"{name}.seq_length={length}", partial(source.windows_per_epoch, length)))
+        if source.recall is not None:
+            attempts.append((f"{name}.seq_length={length}", partial(source.recall.document, 0, length, training=True)))
+    shortest = run.eval.seq_length * min(run.eval.length_multiples)
+    for name, pairs, length in (("select", run.select.recall_pairs, run.select.seq_length), ("eval", run.eval.recall_pairs, shortest)):
+        text_length = run.select.seq_length if name == "select" else run.eval.seq_length
+        attempts.append((f"{name}.seq_length={text_length}", partial(measured.heldout, 1, text_length)))
+        attempts.append((f"{name}.recall_pairs={pairs}", partial(_recall_document, measured, pairs, length)))
+    problems: dict[str, None] = {}  # a dict keeps the order and drops repetitions
+    for setting, attempt in attempts:
+        try:
+            attempt()
+        except DataError as error:
+            problems[f"{setting}: {error}"] = None
+    if problems:
+        names = ", ".join(map(str, run.data.train))
+        raise DataError(f"the data ({names}) does not fit the configuration:\n  - " + "\n  - ".join(problems))
+
+
+def _recall_document(measured: Measure, num_pairs: int, seq_length: int) -> Any:
+    return measured.task(num_pairs).document(0, seq_length)
 
 
 def training_data(run: RunConfig, folder: RunFolder) -> TrainData:

@@ -123,6 +123,9 @@ class RunFolder:
 
         Raises ConfigError that names the differing settings, UsageError when the folder holds something that is no run.
         """
+        for place in (self.root, *self.root.parents):
+            if place.exists() and not place.is_dir():
+                raise UsageError(f"output_dir={self.root}: {place} is a file, not a folder; choose another output_dir")
         present = self.root.is_dir() and any(self.root.iterdir())
         if present and not self.config_file.is_file():
             raise UsageError(f"{self.root} is not empty and is not a run folder (it has no config.yaml); choose another output_dir")

@@ -8,7 +8,8 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_hypenet.errors import SavedAndRequeue
 from megatron_hypenet.parallel import groups
 from megatron_hypenet.parallel.cpu import device
 
@@ -27,6 +29,39 @@ GO_ON, SAVE, LEAVE = 0, 1, 2
 """What `Requests.poll` answers, the strongest wins."""
 
 _FILE_CHECK_SECONDS = 1.0
+
+
+class _StopRequested(BaseException):
+    """Raised by the handler of `leaving_at_once`; no `except Exception` on the way may swallow it."""
+
+
+@contextmanager
+def leaving_at_once() -> Iterator[None]:
+    """Context in which a signal ends the block with SavedAndRequeue (main thread only): for work that keeps what it finished by itself.
+
+    A training stage inside it takes the signals over with `Requests`, finishes its step and saves first.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[int] = []
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        raise _StopRequested
+
+    previous = {number: signal.signal(number, leave) for number in SIGNALS}
+    try:
+        yield
+    except BaseException as error:
+        # a library on the way may have turned the exception into one of its own: what was received decides
+        if not received or isinstance(error, SavedAndRequeue):
+            raise
+        name = signal.Signals(received[0]).name
+        raise SavedAndRequeue(f"stopped on {name}; finished steps are kept, start the same command again to continue") from error
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 class Requests:

@@ -27,7 +27,7 @@ def test_a_teacher_may_be_a_folder_or_a_checkpoint(run, tmp_path):
 def test_what_is_neither_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="does not exist"):
         pipeline.teacher_shape(tmp_path / "none")
-    with pytest.raises(CheckpointError, match="not a checkpoint"):
+    with pytest.raises(CheckpointError, match="no Hugging Face folder .it has no config.json.*not a checkpoint.*Set teacher=PATH"):
         pipeline.teacher_shape(tmp_path)
 
 

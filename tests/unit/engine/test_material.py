@@ -8,7 +8,9 @@ from megatron_hypenet.engine import material
 from megatron_hypenet.engine.run_folder import RunFolder
 from megatron_hypenet.errors import DataError
 from tests import tiny_run
-from tests.unit.engine.test_run_folder import config
+from tests.unit.engine.test_run_folder import STAGE, config
+
+SHORT = {"recall_sequences": 2, "heldout_sequences": 2, "seq_length": 128, "recall_pairs": 2}
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +24,10 @@ def world(repo_root, tmp_path_factory):
     return folder, text
 
 
-def run_config(folder, text, **data):
-    return config(folder.root, data={"train": [str(text)], "heldout_fraction": 0.3, **data})
+def run_config(folder, text, seq_length=128, **data):
+    stage = {**STAGE, "seq_length": seq_length}
+    sections = {name: stage for name in ("align", "distill", "finetune")}
+    return config(folder.root, data={"train": [str(text)], "heldout_fraction": 0.3, **data}, **sections, select=SHORT, eval=SHORT)
 
 
 def test_text_becomes_sequences_and_heldout_material(world):
@@ -47,6 +51,17 @@ def test_text_too_short_to_hold_out_is_found_at_once(world, tmp_path):
     short.write_text("one line\n")
     with pytest.raises(DataError, match="no held-out text"):
         material.prepare(run_config(folder, short), RunFolderWith(folder, tmp_path / "data"), lambda line: None)
+
+
+def test_what_does_not_fit_a_late_stage_is_found_at_once(world, tmp_path):
+    folder, text = world
+    elsewhere = RunFolderWith(folder, tmp_path / "data")
+    with pytest.raises(DataError) as caught:
+        material.prepare(run_config(folder, text, seq_length=100_000), elsewhere, lambda line: None)
+    for name in ("align", "distill", "finetune"):
+        assert f"{name}.seq_length=100000: the training text has" in str(caught.value)
+    with pytest.raises(DataError, match="align.seq_length=32: a recall document with 8 facts needs at least"):
+        material.prepare(run_config(folder, text, seq_length=32, recall_fraction=0.5), elsewhere, lambda line: None)
 
 
 def test_a_teacher_without_tokenizer_is_refused(tmp_path):

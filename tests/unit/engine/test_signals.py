@@ -6,7 +6,8 @@ import signal
 import pytest
 
 from megatron_hypenet.engine import signals
-from megatron_hypenet.engine.signals import GO_ON, LEAVE, SAVE, Requests
+from megatron_hypenet.engine.signals import GO_ON, LEAVE, SAVE, Requests, leaving_at_once
+from megatron_hypenet.errors import CheckpointError, SavedAndRequeue
 
 
 @pytest.fixture(autouse=True)
@@ -45,3 +46,23 @@ def test_files_are_not_looked_for_at_every_step(tmp_path, monkeypatch):
         assert requests.poll() == GO_ON
         (tmp_path / "SAVE_NOW").touch()
         assert requests.poll() == GO_ON
+
+
+def test_between_steps_a_signal_ends_the_work_whatever_a_library_makes_of_it():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SavedAndRequeue, match="stopped on SIGTERM.*start the same command again") as caught, leaving_at_once():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except BaseException as error:
+            raise CheckpointError("a writer failed") from error
+    assert caught.value.exit_code == 75
+    with pytest.raises(ZeroDivisionError), leaving_at_once():
+        1 / 0  # noqa: B018
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_stage_inside_takes_the_signals_over(tmp_path):
+    with leaving_at_once():
+        with Requests([tmp_path]) as requests:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert requests.poll() == LEAVE
