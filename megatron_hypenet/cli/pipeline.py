@@ -142,13 +142,15 @@ def teacher_shape(path: Path) -> ModelConfig:
 
 def import_teacher(source: Path, target: Path) -> None:
     """A committed teacher checkpoint at `target`: converted from a Hugging Face folder, or a link to a checkpoint that exists."""
-    from megatron_hypenet.checkpoint.load import resolve
+    from megatron_hypenet.checkpoint.load import resolve, verify_files
     from megatron_hypenet.export.from_hf import import_hf
 
     if (source / "config.json").is_file():
         import_hf(source, target, overwrite=True)
     else:
-        target.symlink_to(resolve(source).resolve(), target_is_directory=True)
+        checkpoint = resolve(source).resolve()
+        verify_files(checkpoint, hashes=True)  # once, before hours of distilling from it
+        target.symlink_to(checkpoint, target_is_directory=True)
 
 
 def export_student(run: RunConfig, checkpoint: Path, out: Path) -> None:

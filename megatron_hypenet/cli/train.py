@@ -56,6 +56,7 @@ def train(
 
     settings = load_run_config(config, collect_overrides(overrides, tp=tp, pp=pp, cp=cp))
     refuse_unbuilt_axes(settings.parallel, "train")
+    from megatron_hypenet.checkpoint.load import resolve, verify_files
     from megatron_hypenet.cli import pipeline
     from megatron_hypenet.engine.run_stage import stage_name
 
@@ -64,6 +65,8 @@ def train(
     name = stage_name(stage) if stage else first_unfinished(pipeline.planned(settings))
     if init is not None and name == "align":
         raise UsageError("--init is for distill and finetune; stage align starts from the teacher")
+    if init is not None:
+        verify_files(resolve(init), hashes=True)  # before a run folder is made for it
     if dry_run:
         rows = [row for row in pipeline.planned(settings) if init is None or row["step"] in ("teacher", "data", name)]
         rows = rows[: [row["step"] for row in rows].index(name) + 1]

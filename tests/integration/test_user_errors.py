@@ -45,6 +45,23 @@ def test_teachers_that_are_none(capsys, repo_root, tmp_path):
         assert code == 5 and says in err and "teacher=PATH" in err and not (tmp_path / "run").exists()
 
 
+def test_a_damaged_checkpoint_is_no_teacher(capsys, repo_root, tmp_path):
+    demo, assets = repo_root / "configs" / "run" / "demo.yaml", repo_root / "assets" / "tiny-qwen3"
+    assert run(["convert", "import", str(assets), str(tmp_path / "ckpt")]) == 0
+    shard = next((tmp_path / "ckpt" / "weights").glob("*.distcp"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    code, err = block(capsys, "run", demo, f"output_dir={tmp_path / 'run'}", f"teacher={tmp_path / 'ckpt'}", "device=cpu")
+    assert code == 5 and "sha256 differs from the manifest" in err and not (tmp_path / "run" / "teacher").exists()
+
+
+def test_init_that_is_none_makes_no_run_folder(capsys, repo_root, tmp_path):
+    demo = repo_root / "configs" / "run" / "demo.yaml"
+    code, err = block(capsys, "train", demo, f"output_dir={tmp_path / 'run'}", "--stage", "finetune", "--init", tmp_path / "none")
+    assert code == 5 and "does not exist" in err and not (tmp_path / "run").exists()
+
+
 def test_token_files_that_cannot_be_written(capsys, repo_root, tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "text.txt").write_text("some text\n")
