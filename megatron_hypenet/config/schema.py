@@ -85,7 +85,7 @@ class StageConfig(Section):
     save_interval: PositiveInt = Field(default=1000, description="Steps between checkpoints; the last step is always saved.")
     log_interval: PositiveInt = Field(default=10, description="Steps between log lines and TensorBoard points.")
     eval_interval: PositiveInt | None = Field(
-        default=None, description="Steps between held-out evaluations; null evaluates only at the end."
+        default=None, description="Steps between held-out losses in TensorBoard (eval/heldout-loss); null takes one at the end only."
     )
 
     @model_validator(mode="after")

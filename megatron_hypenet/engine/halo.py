@@ -23,6 +23,7 @@ from megatron_hypenet.engine.steps import Runner, Step, identity_of, read_json
 from megatron_hypenet.errors import CheckpointError
 from megatron_hypenet.model.hypenet import HypeNetModel
 from megatron_hypenet.parallel import groups
+from megatron_hypenet.stages.base import StageModule
 from megatron_hypenet.stages.select import LayerScores, Selection, load_scores, load_selection, rank
 from megatron_hypenet.stages.swap import score_layers
 
@@ -141,21 +142,27 @@ class Halo:
             tokenizer_dir=tokenizer_dir(self.folder.teacher),
             extra={"hf_config": read_manifest(resolve(self.folder.teacher)).hf_config},
             on_step=self.on_step,
+            evaluate=self._heldout_loss_of(stage),
             log=self.log,
         )
         del stage
         run_stage.release()
         return {"checkpoint": str(final.relative_to(self.folder.root))}
 
+    def _heldout_loss_of(self, stage: StageModule) -> Callable[[int], dict[str, float]]:
+        """What the training loop puts into TensorBoard every eval_interval steps and at the end."""
+        measure, seq_length = material.measure(self.run, self.folder), self.run.stage(stage.name).seq_length
+        return lambda step: {"eval/heldout-loss": measure.stage_loss(stage, seq_length)}
+
     def do_select(self) -> dict[str, Any]:
         """Score every layer alone, then rank; an interrupted sweep continues."""
         self._sweep()
         run_stage.release()
         groups.barrier()
-        scores, selection = self.selection()
+        _, selection = self.selection()
         if groups.rank() == 0:
             write_json(self.folder.mixers_file, selection.to_json())
-            draw_importance(self.folder, scores, selection)
+            draw_importance(self.folder, selection)
         return {"attention_layers": list(selection.attention_layers)}
 
     def _sweep(self) -> None:

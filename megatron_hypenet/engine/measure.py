@@ -17,6 +17,7 @@ from megatron_hypenet.eval.heldout import TokenScores, heldout_loss
 from megatron_hypenet.eval.recall import recall_accuracy
 from megatron_hypenet.model.hypenet import HypeNetModel
 from megatron_hypenet.parallel.cpu import device
+from megatron_hypenet.stages.base import StageModule
 
 PROBE_SEQUENCES = 16
 """Held-out sequences behind the teacher gate."""
@@ -70,6 +71,16 @@ class Measure:
             )  # fmt: skip
             on_part()
         return {"model": name, "heldout_loss": loss, "heldout_accuracy": accuracy, "recall": recall}
+
+    def stage_loss(self, stage: StageModule, seq_length: int) -> float:
+        """Mean loss of a training stage on held-out text of at most `seq_length` tokens; the caller has put it into eval mode."""
+        settings, total = self.run.eval, 0.0
+        # never longer than the report's sequences, which are known to fit the held-out text
+        texts = self.heldout(settings.heldout_sequences, min(seq_length, settings.seq_length))
+        for part in texts.split(settings.batch_size):
+            loss, _ = stage({"tokens": part.to(device())})
+            total += float(loss.detach()) * len(part)
+        return total / len(texts)
 
     def num_parts(self) -> int:
         """Calls of `on_part` in one row."""

@@ -38,6 +38,22 @@ def test_without_a_word_the_first_unfinished_stage_is_trained(config, tmp_path, 
     assert "export" not in steps_done(tmp_path)
 
 
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_held_out_losses_reach_tensorboard_and_leave_training_alone(config, tmp_path, zero_stage):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    often = [f"{stage}.eval_interval=1" for stage in ("align", "distill", "finetune")]
+    for name, words in (("often", often), ("seldom", [])):
+        where = [f"output_dir={tmp_path / name}", f"parallel.zero_stage={zero_stage}"]
+        assert run(["train", str(config), "--stage", "finetune", *where, *words]) == 0
+    for stage in ("align", "distill", "finetune"):
+        events = EventAccumulator(str(tmp_path / "often" / "tb" / stage)).Reload()
+        points = [(point.step, point.value) for point in events.Scalars("eval/heldout-loss")]
+        assert [step for step, _ in points] == [1, 2] and all(value > 0 for _, value in points)
+        losses = [(tmp_path / name / stage / "losses.jsonl").read_text() for name in ("often", "seldom")]
+        assert losses[0] == losses[1]
+
+
 def test_init_starts_from_a_given_student(config, tmp_path, capsys):
     assert run(["train", str(config), "--stage", "2", "--json"]) == 0
     student = json.loads(capsys.readouterr().out)["checkpoint"]

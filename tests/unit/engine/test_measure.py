@@ -67,6 +67,19 @@ def test_selection_scores_recall_and_text(measure, calls):
     assert calls == [("task of 2", {"count": 7, "seq_length": 8, "batch_size": 3}), ("heldout", (9, 9), 3)]
 
 
+def test_a_stage_is_measured_by_its_own_loss_over_all_sequences(measure):
+    shapes = []
+
+    def stage(batch):
+        shapes.append(tuple(batch["tokens"].shape))
+        return torch.tensor(float(len(shapes))), {}
+
+    assert measure.stage_loss(stage, 12) == pytest.approx((2 * 1 + 2 * 2 + 1 * 3) / 5)
+    assert shapes == [(2, 13), (2, 13), (1, 13)]
+    measure.stage_loss(stage, 99)
+    assert shapes[-1] == (1, 17), "not longer than what the report reads"
+
+
 def test_the_probe_is_small(measure, calls):
     assert measure.probe_loss(Model) == 2.5
     assert calls == [("heldout", (module.PROBE_SEQUENCES, 17), 2)]
