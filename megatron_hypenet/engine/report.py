@@ -8,7 +8,7 @@ from typing import Any
 from megatron_hypenet.config.schema import RunConfig
 from megatron_hypenet.engine.run_folder import RunFolder, write_json
 from megatron_hypenet.engine.steps import read_json, software
-from megatron_hypenet.stages.select import LayerScores, Selection
+from megatron_hypenet.stages.select import Selection
 
 FORMAT_VERSION = 1
 
@@ -56,7 +56,7 @@ def draw_report(folder: RunFolder) -> None:
     report(read_json(folder.report_file), folder.report_plot)
 
 
-def draw_importance(folder: RunFolder, scores: LayerScores, selection: Selection) -> None:
+def draw_importance(folder: RunFolder, selection: Selection) -> None:
     """Draw the importances of all layers as importance.png."""
     from megatron_hypenet.eval.plots import importance
 

@@ -153,7 +153,7 @@ def hf_config_from_model(config: ModelConfig, *, torch_dtype: str, origin: HfCon
         out |= {"use_sliding_window": False, "sliding_window": None, "max_window_layers": config.num_layers}
     else:
         out |= _hypenet_keys(config)
-    carried = {key: value for key, value in (origin or {}).items() if _carry(key, value, teacher=config.is_teacher)}
+    carried = {key: value for key, value in (origin or {}).items() if _carry(key, teacher=config.is_teacher)}
     return dict(sorted({**carried, **out}.items()))
 
 
@@ -179,7 +179,7 @@ def _hypenet_keys(config: ModelConfig) -> HfConfig:
     }
 
 
-def _carry(key: str, value: object, *, teacher: bool) -> bool:
+def _carry(key: str, *, teacher: bool) -> bool:
     """Whether a key of the original config.json is given back: not what this module writes, nor what belongs to the other family."""
     if key in _WRITTEN_ELSEWHERE or (not teacher and key in _QWEN3_ONLY):
         return False
