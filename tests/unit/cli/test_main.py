@@ -64,8 +64,20 @@ def raising(monkeypatch, fault):
     monkeypatch.setattr(cli, "run_verb", stand_in)
 
 
-@pytest.mark.parametrize("name", ["HypenetError", "ConfigError", "LayoutError", "SetupError", "CheckpointError", "VerificationError",
-                                  "DivergedError", "HangError", "SavedAndRequeue"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "HypenetError",
+        "ConfigError",
+        "LayoutError",
+        "SetupError",
+        "CheckpointError",
+        "VerificationError",
+        "DivergedError",
+        "HangError",
+        "SavedAndRequeue",
+    ],
+)
 def test_exit_code_comes_from_the_class(capsys, monkeypatch, name):
     cls = getattr(errors, name)
     raising(monkeypatch, cls("what, where, fix"))

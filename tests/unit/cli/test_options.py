@@ -7,7 +7,10 @@ from megatron_hypenet.cli.options import collect_overrides
 def test_layout_options_become_overrides_after_the_words():
     words = collect_overrides(["seed=1", "parallel.tensor_model_parallel_size=4"], tp=2, cp=8)
     assert words == [
-        "seed=1", "parallel.tensor_model_parallel_size=4", "parallel.tensor_model_parallel_size=2", "parallel.context_parallel_size=8",
+        "seed=1",
+        "parallel.tensor_model_parallel_size=4",
+        "parallel.tensor_model_parallel_size=2",
+        "parallel.context_parallel_size=8",
     ]
 
 

@@ -17,8 +17,17 @@ from megatron_hypenet.errors import ConfigError, LayoutError
 
 STAGE = {"train_iters": 10, "seq_length": 64, "micro_batch_size": 2, "global_batch_size": 8, "lr": 1e-3, "min_lr": 1e-5}
 MODEL = ModelConfig(
-    num_layers=4, hidden_size=64, ffn_hidden_size=128, num_attention_heads=16, num_query_groups=8, kv_channels=16, vocab_size=512,
-    share_embeddings_and_output_weights=True, mixer_types=("attn",) * 4, attn_use_rope=True, attn_use_output_gate=False,
+    num_layers=4,
+    hidden_size=64,
+    ffn_hidden_size=128,
+    num_attention_heads=16,
+    num_query_groups=8,
+    kv_channels=16,
+    vocab_size=512,
+    share_embeddings_and_output_weights=True,
+    mixer_types=("attn",) * 4,
+    attn_use_rope=True,
+    attn_use_output_gate=False,
 )
 
 
@@ -34,8 +43,13 @@ def layout(tp=1, pp=1, cp=1, **more):
 @pytest.mark.parametrize(
     ("parallel", "world"),
     [
-        (layout(), 1), (layout(), 4), (layout(tp=8), 8), (layout(tp=2, pp=2, cp=2), 16), (layout(pp=4, zero_stage=1), 4),
-        (layout(tp=2, sequence_parallel=True), 2), (layout(zero_stage=3), 2),
+        (layout(), 1),
+        (layout(), 4),
+        (layout(tp=8), 8),
+        (layout(tp=2, pp=2, cp=2), 16),
+        (layout(pp=4, zero_stage=1), 4),
+        (layout(tp=2, sequence_parallel=True), 2),
+        (layout(zero_stage=3), 2),
     ],
 )
 def test_valid_layouts_pass(parallel, world):

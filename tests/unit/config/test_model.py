@@ -9,8 +9,16 @@ from megatron_hypenet.config.model import ModelConfig, check_logits_scaling
 from megatron_hypenet.errors import ConfigError
 
 TEACHER = {
-    "num_layers": 4, "hidden_size": 64, "ffn_hidden_size": 128, "num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 16,
-    "vocab_size": 512, "share_embeddings_and_output_weights": True, "mixer_types": ("attn",) * 4, "attn_use_rope": True,
+    "num_layers": 4,
+    "hidden_size": 64,
+    "ffn_hidden_size": 128,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "kv_channels": 16,
+    "vocab_size": 512,
+    "share_embeddings_and_output_weights": True,
+    "mixer_types": ("attn",) * 4,
+    "attn_use_rope": True,
     "attn_use_output_gate": False,
 }
 
