@@ -80,7 +80,7 @@ def prepared(run: RunConfig, *, overwrite: bool = False) -> Iterator[Pipeline]:
         groups.destroy_parallel()
 
 
-def checked(run: RunConfig, *, overwrite: bool = False, stages: tuple[str, ...] = STAGES) -> ModelConfig:
+def checked(run: RunConfig, *, overwrite: bool = False) -> ModelConfig:
     """Everything that can be found wrong before a process group, a folder or a model is made; returns the teacher's shape."""
     from megatron_hypenet.config.checks import check_layout, check_model_fits_selection
     from megatron_hypenet.engine.run_folder import RunFolder
@@ -89,7 +89,7 @@ def checked(run: RunConfig, *, overwrite: bool = False, stages: tuple[str, ...] 
     if not overwrite:
         RunFolder(run.output_dir).check_same(run)
     shape = teacher_shape(run.teacher)
-    check_layout(shape, run, int(os.environ.get("WORLD_SIZE", "1")), stages)
+    check_layout(shape, run, int(os.environ.get("WORLD_SIZE", "1")), STAGES)
     check_model_fits_selection(shape, run)
     identity_of([*run.data.train, *([run.data.heldout] if run.data.heldout else [])])
     return shape
