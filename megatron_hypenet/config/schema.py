@@ -7,6 +7,7 @@ A default stands only where one value suits most runs; whatever depends on the m
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -46,6 +47,11 @@ class DataConfig(Section):
         default=0.0, description="Share of training sequences that are generated key-value recall documents instead of text."
     )
     recall_pairs: PositiveInt = Field(default=8, description="Key-value pairs in one generated training recall document.")
+    separate_documents: Switch = Field(
+        default=False,
+        description="Documents packed into one sequence do not see each other: attention and RNN state start anew after each "
+        "end-of-document token, and the loss skips predicting across the boundary.",
+    )
     seed: Seed = Field(default=1234, description="Seed of the data order, the held-out split and the recall documents.")
 
 
@@ -56,14 +62,33 @@ class ParallelConfig(Section):
     pipeline_model_parallel_size: PositiveInt = Field(default=1, description="Groups of consecutive layers on different processes (--pp).")
     context_parallel_size: PositiveInt = Field(default=1, description="Processes that split every sequence (--cp).")
     sequence_parallel: Switch = Field(default=False, description="Split norms and residuals over the tensor-parallel processes too.")
+    pipeline_layout: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] | None = Field(
+        default=None, description="Layers per pipeline stage, first to last, e.g. [8, 10, 10]; null balances the stages by mixer cost."
+    )
+    context_parallel_method: Literal["all_gather", "ring"] = Field(
+        default="all_gather",
+        description="How softmax attention meets the keys of the other context-parallel processes: all_gather fetches all at once, "
+        "ring passes them on one by one and needs less memory.",
+    )
     zero_stage: Literal[0, 1, 2, 3] = Field(
         default=1, description="DeepSpeed ZeRO: 0 replicates, 1 shards optimizer state, 2 also gradients, 3 also weights."
+    )
+    offload_optimizer: Switch = Field(
+        default=False, description="Keep optimizer state and update in CPU memory: slower steps, less GPU memory."
     )
 
     @property
     def model_parallel_size(self) -> int:
         """Processes that hold one replica of the model and of its sequence."""
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+    @property
+    def sequence_unit(self) -> int:
+        """What sequence lengths are multiples of: two chunks per context-parallel process, each process's tokens split again for
+        sequence parallelism."""
+        context = self.context_parallel_size
+        unit = 2 * context if context > 1 else 1
+        return math.lcm(unit, context * self.tensor_model_parallel_size) if self.sequence_parallel else unit
 
 
 class StageConfig(Section):
@@ -148,10 +173,13 @@ class EvalConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """How many checkpoints stay on disk."""
+    """How checkpoints are written and how many stay on disk."""
 
     keep_last: PositiveInt = Field(default=2, description="Newest committed checkpoints kept per stage.")
     keep_every: PositiveInt | None = Field(default=None, description="Also keep every checkpoint whose step is a multiple of this.")
+    async_save: Switch = Field(
+        default=False, description="Write checkpoints in the background while training goes on; needs host memory for one copy."
+    )
 
 
 class ExportConfig(Section):
@@ -195,7 +223,7 @@ class RunConfig(Section):
     distill: HeadStageConfig = Field(description="Stage 2, end-to-end distillation.")
     finetune: HeadStageConfig = Field(description="Stage 3, long-context finetuning.")
     eval: EvalConfig = Field(default=EvalConfig(), description="Evaluation.")
-    checkpoint: CheckpointConfig = Field(default=CheckpointConfig(), description="Checkpoint retention.")
+    checkpoint: CheckpointConfig = Field(default=CheckpointConfig(), description="Checkpoints: writing and retention.")
     export: ExportConfig = Field(default=ExportConfig(), description="Export to Hugging Face format.")
     guard: GuardConfig = Field(default=GuardConfig(), description="Guards.")
 
