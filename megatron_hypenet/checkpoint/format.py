@@ -36,7 +36,7 @@ OPTIMIZER_STATES = ("fp32_param", "exp_avg", "exp_avg_sq")
 """Adam's state per parameter: fp32 master weight and the two moments, each stored under its canonical name."""
 
 _ITERATION = re.compile(r"iter_(\d{7,})")
-_TEMPORARY = re.compile(r"\..+\.(?:tmp|old)-\d+")
+_TEMPORARY = re.compile(r"\.(.+)\.(tmp|old)-\d+")
 
 
 def iteration_name(step: int) -> str:
@@ -102,15 +102,33 @@ def commit(temporary: Path, target: Path, *, overwrite: bool) -> None:
     if target.exists():
         aside = target.parent / f".{target.name}.old-{os.getpid()}"
         os.replace(target, aside)
-    os.replace(temporary, target)
+    try:
+        os.replace(temporary, target)
+    except OSError:
+        if aside is not None:
+            os.replace(aside, target)
+        raise
     fsync_path(target.parent)
     if aside is not None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
 def remove_stale(parent: Path) -> list[Path]:
-    """Delete what interrupted saves left under `parent` and return it. Only for a folder with one writer: a run's own checkpoints."""
-    stale = [entry for entry in parent.iterdir() if _TEMPORARY.fullmatch(entry.name)] if parent.is_dir() else []
+    """Delete what interrupted saves left under `parent` and return it. Only for a folder with one writer: a run's own checkpoints.
+
+    A save that was finished but for its last rename (the marker is written after everything else has reached the disk) gets its name.
+    """
+    stale = []
+    for entry in sorted(parent.iterdir()) if parent.is_dir() else []:
+        match = _TEMPORARY.fullmatch(entry.name)
+        if match is None:
+            continue
+        target = parent / match.group(1)
+        if match.group(2) == "tmp" and is_committed(entry) and not (target.exists() or target.is_symlink()):
+            os.replace(entry, target)
+            fsync_path(parent)
+        else:
+            stale.append(entry)
     for entry in stale:
         shutil.rmtree(entry, ignore_errors=True)
     return stale

@@ -15,8 +15,9 @@ from torch import Tensor
 from megatron_hypenet.checkpoint import format as fmt
 from megatron_hypenet.checkpoint.manifest import Manifest, file_problems, read_manifest, verify_files
 from megatron_hypenet.checkpoint.rng import load_rng
-from megatron_hypenet.checkpoint.shards import ShardReader, distributed, tensor_pieces
+from megatron_hypenet.checkpoint.shards import ShardReader, tensor_pieces
 from megatron_hypenet.checkpoint.state import EngineState, TrainState, empty_like_entry
+from megatron_hypenet.checkpoint.together import agree, distributed, from_first, gather_to_all, is_first
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.errors import CheckpointError, ConfigError
 
@@ -25,6 +26,7 @@ __all__ = [
     "load_model",
     "load_sharded",
     "load_training",
+    "newest_of_run",
     "open_weights",
     "read_manifest",
     "read_model_config",
@@ -64,6 +66,25 @@ def resolve(path: Path | str) -> Path:
         f"{path} is not a checkpoint: it has neither a {fmt.COMMITTED} marker (written last, so its save may not have finished) nor "
         "iter_XXXXXXX folders; give a finished checkpoint, or the run folder that holds one"
     )
+
+
+def newest_of_run(checkpoints: Path) -> Path | None:
+    """The checkpoint a run continues from, the same on every process, or None when nothing was ever committed; collective.
+
+    The first process looks and clears away what interrupted saves left; for the one writer of this folder, before it saves.
+    """
+    found: Path | None = None
+    failure: Exception | None = None
+    if is_first():
+        try:
+            fmt.remove_stale(checkpoints)
+            if any(fmt.is_committed(folder) for folder in fmt.iteration_folders(checkpoints)):
+                found = resolve(checkpoints)
+        except (CheckpointError, OSError) as error:
+            failure = error
+    agree(failure)
+    chosen: Path | None = from_first(found)
+    return chosen
 
 
 def _why_unusable(folder: Path) -> str | None:
@@ -184,14 +205,10 @@ def load_training(folder: Path | str, engine: EngineState, *, model_config: Mode
 
 def _verify_shared_out(folder: Path, *, hashes: bool) -> None:
     """verify_files with the hashing divided among the processes; all raise when one finds damage."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if distributed() else (0, 1)
+    own, world = (dist.get_rank(), dist.get_world_size()) if distributed() else (0, 1)
     manifest = read_manifest(folder)
-    share = replace(manifest, files={name: entry for at, (name, entry) in enumerate(manifest.files.items()) if at % world == rank})
-    problems: list[Any] = file_problems(folder, share, hashes=hashes)
-    if world > 1:
-        gathered: list[Any] = [None] * world
-        dist.all_gather_object(gathered, problems)
-        problems = [line for part in gathered for line in part]
+    share = replace(manifest, files={name: entry for at, (name, entry) in enumerate(manifest.files.items()) if at % world == own})
+    problems = [line for part in gather_to_all(file_problems(folder, share, hashes=hashes)) for line in part]
     if problems:
         raise CheckpointError(f"{folder} is damaged: {_some(problems)}; delete it to continue from an older save, or restore it")
 
@@ -208,12 +225,9 @@ def check_fit(reader: ShardReader, pieces: list[Any], *, allow_unused: bool = Fa
         for piece in pieces
         if piece.key in reader and reader.dtype(piece.key).is_floating_point != piece.dtype.is_floating_point
     ]
-    asked = set(wanted)
-    if distributed():
-        gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, (sorted(wanted), missing, shapes, kinds))
-        asked = {key for keys, *_ in gathered for key in keys}
-        missing, shapes, kinds = (sorted({line for row in gathered for line in row[column]}) for column in (1, 2, 3))
+    gathered = gather_to_all((sorted(wanted), missing, shapes, kinds))
+    asked = {key for keys, *_ in gathered for key in keys}
+    missing, shapes, kinds = (sorted({line for row in gathered for line in row[column]}) for column in (1, 2, 3))
     unused = [] if allow_unused else sorted(key for key in reader if key not in asked)
     problems = [
         f"{len(lines)} {what}: {_some(lines)}"

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_hypenet.checkpoint import format as fmt
-from megatron_hypenet.checkpoint.manifest import FileEntry, hash_file, write_manifest
+from megatron_hypenet.checkpoint.manifest import write_manifest
+from megatron_hypenet.checkpoint.pending import PendingSave
 from megatron_hypenet.checkpoint.rng import gather_state
-from megatron_hypenet.checkpoint.shards import LazyTensor, Shard, distributed, is_main_replica, piece_shard, tensor_pieces, write_shards
+from megatron_hypenet.checkpoint.shard_writer import ShardWrite, write_shards
+from megatron_hypenet.checkpoint.shards import LazyTensor, Shard, is_main_replica, piece_shard, tensor_pieces
 from megatron_hypenet.checkpoint.state import EngineState, TrainState
+from megatron_hypenet.checkpoint.together import failing_together, from_first, is_first
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.errors import CheckpointError
 
@@ -41,7 +42,7 @@ def write_weights(
     if not tensors:
         raise CheckpointError(f"{folder}: there are no tensors to write")
     with fmt.staged(folder, overwrite=overwrite) as temporary:
-        write_shards(temporary / fmt.WEIGHTS, [Shard.whole(key, tensor) for key, tensor in tensors.items()], alone=True)
+        write_shards(temporary / fmt.WEIGHTS, [Shard.whole(key, tensor) for key, tensor in tensors.items()])
         (temporary / fmt.MODEL_JSON).write_text(model_config.to_json())
         copy_tokenizer(tokenizer_dir, temporary)
         write_manifest(temporary, kind=kind, extra=extra)
@@ -57,7 +58,7 @@ def copy_tokenizer(source: Path | None, folder: Path) -> None:
     shutil.copytree(source, folder / fmt.TOKENIZER, copy_function=shutil.copyfile)
 
 
-def save_training(
+def begin_save(
     folder: Path | str,
     engine: EngineState,
     state: TrainState,
@@ -68,28 +69,59 @@ def save_training(
     tokenizer_dir: Path | None = None,
     extra: dict[str, Any] | None = None,
     overwrite: bool = True,
-) -> Path:
-    """Write everything that continues a run, as a committed checkpoint; called by all processes, returns the folder.
+    background: bool = False,
+) -> PendingSave:
+    """Save everything that continues a run, as far as `PendingSave.commit`; called by all processes.
 
-    Each data-parallel rank writes the parameters whose index it owns. On any failure the temporary folder is removed on rank 0 and all
-    processes raise CheckpointError; older checkpoints are untouched.
+    Each data-parallel rank copies and writes the parameters whose index it owns. With `background` the copies of all of them are taken
+    here (on the CPU: weights and 12 bytes of state per owned parameter) and files are written by a thread; otherwise files are written
+    here, one part after the other. Both write the same bytes. On any failure the temporary folder is removed and all processes raise.
     """
     folder = Path(folder)
-    with _staged_by_all(folder, overwrite=overwrite) as temporary:
-        for name, shards in ((fmt.WEIGHTS, _weight_shards(engine)), (fmt.OPTIMIZER, _optimizer_shards(engine))):
-            write_shards(temporary / name, shards)
+    temporary = fmt.temporary_sibling(folder, from_first(os.getpid()))
+    manifest = {"kind": kind, "stage": state.stage, "extra": {"step": state.step, **(extra or {})}}
+    save = PendingSave(folder, temporary, overwrite=overwrite, manifest=manifest)
+    try:
+        with failing_together(folder):
+            if is_first():
+                fmt.refuse_existing(folder, overwrite)
+                _make_folders(temporary)
+        for name, copy_shards in ((fmt.WEIGHTS, _weight_shards), (fmt.OPTIMIZER, _optimizer_shards)):
+            with failing_together(folder):
+                shards = copy_shards(engine)
+            save.add(ShardWrite(temporary / name, shards))
             del shards
+            if not background:
+                save.write()
         generators = gather_state()
-        known = _hashes_of_own_files(temporary)
-        if _is_first():
+
+        def small_files() -> None:
             save_file(generators, temporary / fmt.RNG)
             state.write(temporary / fmt.TRAIN_STATE)
             (temporary / fmt.MODEL_JSON).write_text(model_config.to_json())
             if config_yaml is not None:
                 (temporary / fmt.CONFIG).write_text(config_yaml)
             copy_tokenizer(tokenizer_dir, temporary)
-            write_manifest(temporary, kind=kind, stage=state.stage, extra={"step": state.step, **(extra or {})}, known=known)
-    return folder
+
+        save.add_small_files(small_files)
+    except BaseException:
+        save.abandon()
+        raise
+    if background:
+        save.write_in_background()
+    return save
+
+
+def save_training(folder: Path | str, engine: EngineState, state: TrainState, **arguments: Any) -> Path:
+    """`begin_save` and its commit: a committed checkpoint that continues a run; called by all processes, returns the folder."""
+    return begin_save(folder, engine, state, **arguments).commit()
+
+
+def _make_folders(temporary: Path) -> None:
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(temporary, ignore_errors=True)
+    for name in (fmt.WEIGHTS, fmt.OPTIMIZER):
+        (temporary / name).mkdir(parents=True)
 
 
 def _weight_shards(engine: EngineState) -> list[Shard]:
@@ -117,84 +149,3 @@ def _optimizer_shards(engine: EngineState) -> list[Shard]:
 
 def _main_shards(described: Any) -> list[Shard]:
     return [piece_shard(piece) for piece in tensor_pieces(described) if is_main_replica(piece)]
-
-
-def _hashes_of_own_files(temporary: Path) -> dict[str, FileEntry]:
-    """Hashes of the data files, each taken by the rank that wrote it; all of them on rank 0. Collective."""
-    own = f"__{dist.get_rank() if distributed() else 0}_*.distcp"
-    found: dict[str, FileEntry] = {}
-    failure: OSError | None = None
-    try:
-        found = {path.relative_to(temporary).as_posix(): hash_file(path) for path in temporary.rglob(own)}
-    except OSError as error:
-        failure = error  # the others wait in the gather below
-    if not distributed():
-        gathered: list[Any] = [(found, failure)]
-    else:
-        gathered = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, (found, failure))
-    for _, fault in gathered:
-        if fault is not None:
-            raise fault
-    return {name: entry for part, _ in gathered for name, entry in part.items()}
-
-
-@contextmanager
-def _staged_by_all(target: Path, *, overwrite: bool) -> Iterator[Path]:
-    """fmt.staged for a group of processes: rank 0 makes, commits and removes the folder, and all agree on success before the commit."""
-    temporary = fmt.temporary_sibling(target, _from_first(os.getpid()))
-    failure: BaseException | None = None
-    try:
-        with _first_fails_for_all(target):
-            if _is_first():
-                fmt.refuse_existing(target, overwrite)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir()
-        try:
-            yield temporary
-        except Exception as error:
-            failure = fmt.as_checkpoint_error(error, target)
-        _agree(failure)
-        with _first_fails_for_all(target):
-            if _is_first():
-                fmt.commit(temporary, target, overwrite=overwrite)
-    except BaseException:
-        if _is_first():
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def _agree(failure: BaseException | None) -> None:
-    """Raise on every process when any of them failed: its own error where it has one, else the first other's message."""
-    messages: list[str | None] = [str(failure) if failure else None]
-    if distributed():
-        messages = [None] * dist.get_world_size()
-        dist.all_gather_object(messages, str(failure) if failure else None)
-    if failure is not None:
-        raise failure
-    first = next((message for message in messages if message), None)
-    if first is not None:
-        raise CheckpointError(first)
-
-
-@contextmanager
-def _first_fails_for_all(target: Path) -> Iterator[None]:
-    """A block that only rank 0 works in: its failure is raised on every process."""
-    failure: BaseException | None = None
-    try:
-        yield
-    except Exception as error:
-        failure = fmt.as_checkpoint_error(error, target)
-    _agree(failure)
-
-
-def _from_first(value: int) -> int:
-    box = [value]
-    if distributed():
-        dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-def _is_first() -> bool:
-    return not distributed() or dist.get_rank() == 0

@@ -18,7 +18,8 @@ MEGATRON = textwrap.dedent("""
     from pathlib import Path
     from megatron.core import dist_checkpointing as dc
     from megatron.core.dist_checkpointing import ShardedTensor
-    from megatron_hypenet.checkpoint.shards import Shard, ShardReader, write_shards
+    from megatron_hypenet.checkpoint.shard_writer import write_shards
+    from megatron_hypenet.checkpoint.shards import Shard, ShardReader
 
     def main(folder):
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

@@ -53,3 +53,33 @@ def test_remove_stale_takes_only_leftovers(tmp_path):
         (tmp_path / name).mkdir()
     fmt.remove_stale(tmp_path)
     assert sorted(os.listdir(tmp_path)) == [".hidden", "iter_0000003"]
+
+
+def test_a_save_that_lacked_only_its_name_gets_it(tmp_path):
+    """Killed between the marker and the rename, or between the two renames of an overwriting save."""
+    for name, text in ((".iter_0000003.tmp-17", "new"), (".iter_0000003.old-17", "old"), (".iter_0000002.tmp-17", "other")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a").write_text(text)
+        (tmp_path / name / fmt.COMMITTED).touch()
+    with fmt.staged(tmp_path / "iter_0000002"):
+        pass
+    fmt.remove_stale(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["iter_0000002", "iter_0000003"]
+    assert (tmp_path / "iter_0000003" / "a").read_text() == "new" and not (tmp_path / "iter_0000002" / "a").exists()
+
+
+def test_a_failed_rename_puts_the_old_one_back(tmp_path, monkeypatch):
+    target = tmp_path / "ck"
+    with fmt.staged(target) as temporary:
+        (temporary / "a").write_text("old")
+    rename = os.replace
+
+    def refuse(source, destination):
+        if ".tmp-" in str(source):
+            raise OSError(errno.EIO, "broken")
+        rename(source, destination)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(CheckpointError, match="broken"), fmt.staged(target, overwrite=True):
+        pass
+    assert os.listdir(tmp_path) == ["ck"] and (target / "a").read_text() == "old"

@@ -137,3 +137,17 @@ def test_a_damaged_model_json_is_a_damaged_checkpoint(tmp_path, tensors, model_c
     (folder / "model.json").write_text("{bad")
     with pytest.raises(CheckpointError, match="model.json cannot be read.*the checkpoint is damaged"):
         load.read_model_config(folder)
+
+
+def test_newest_of_run_cleans_up_and_takes_what_is_whole(run, tmp_path):
+    folder = run / "checkpoints"
+    assert load.newest_of_run(tmp_path / "nothing yet") is None
+    (folder / ".iter_0000030.tmp-7").mkdir()
+    assert load.newest_of_run(folder).name == "iter_0000020"
+    assert sorted(entry.name for entry in folder.iterdir()) == ["iter_0000010", "iter_0000020"]
+    (folder / "iter_0000020").rename(folder / ".iter_0000020.tmp-7")  # killed before the last rename
+    assert load.newest_of_run(folder).name == "iter_0000020"
+    for entry in folder.iterdir():
+        (entry / fmt.MANIFEST).unlink()
+    with pytest.raises(CheckpointError, match="no usable checkpoint"):
+        load.newest_of_run(folder)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_hypenet.checkpoint import load, save, shards
+from megatron_hypenet.checkpoint import load, save, shard_writer
 from megatron_hypenet.checkpoint.shards import LazyTensor
 from megatron_hypenet.checkpoint.state import TrainState
 from megatron_hypenet.errors import CheckpointError, SetupError
@@ -65,7 +65,7 @@ def test_training_save_is_complete_and_hashed(tmp_path, make_engine, model_confi
     assert set(load.read_weights(folder)) == {"embed.weight", "linear.weight.q", "linear.weight.k", "norm.weight"}
 
 
-@pytest.mark.parametrize("where", ["write_data", "finish"])
+@pytest.mark.parametrize("where", ["write", "finish"])
 def test_full_disk_removes_the_save_and_keeps_the_old_one(tmp_path, make_engine, model_config, monkeypatch, where):
     engine = make_engine().randomize(0)
     old = training_folder(tmp_path / "iter_0000006", engine, model_config)
@@ -73,9 +73,33 @@ def test_full_disk_removes_the_save_and_keeps_the_old_one(tmp_path, make_engine,
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shards._Writer, where, full)
+    monkeypatch.setattr(shard_writer.ShardWrite, where, full)
     with pytest.raises(SetupError, match="no space left.*older checkpoints are untouched") as caught:
         training_folder(tmp_path / "iter_0000007", engine, model_config)
     assert caught.value.exit_code == 4
     assert [entry.name for entry in tmp_path.iterdir()] == ["iter_0000006"]
     load.verify_files(old, hashes=True)
+
+
+def test_background_save_is_the_same_bytes(tmp_path, make_engine, model_config):
+    (tmp_path / "tok").mkdir()
+    (tmp_path / "tok" / "tokenizer.json").write_text("{}")
+    engine = make_engine().randomize(0)
+    straight = training_folder(tmp_path / "a", engine, model_config, tokenizer_dir=tmp_path / "tok")
+    state = TrainState(stage="distill", step=7, samples=56, adam_step=engine.adam_step())
+    options = {"model_config": model_config, "kind": "student", "config_yaml": "a: 1\n", "extra": {"run": "x"}}
+    pending = save.begin_save(tmp_path / "b", engine, state, **options, tokenizer_dir=tmp_path / "tok", background=True)
+    engine.randomize(1)  # training goes on: the copies were taken at the request
+    assert not (tmp_path / "b").exists()
+    background = pending.commit()
+    first, second = (load.verify_files(folder, hashes=True) for folder in (straight, background))
+    assert first.files == second.files and "tokenizer/tokenizer.json" in first.files
+    assert (first.kind, first.stage, first.extra) == (second.kind, second.stage, second.extra)
+
+
+def test_a_failure_of_the_request_leaves_nothing(tmp_path, make_engine, model_config):
+    engine = make_engine()
+    engine.randomize(0).states.clear()  # full_state fails
+    with pytest.raises(KeyError):
+        training_folder(tmp_path / "run" / "iter_0000007", engine, model_config)
+    assert list((tmp_path / "run").iterdir()) == []

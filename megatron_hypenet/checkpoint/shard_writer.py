@@ -1,0 +1,166 @@
+"""Tensors into Megatron's sharded format, in three acts: plan together, write alone, finish on the first process.
+
+Megatron's own writer starts a manager and forks one process per file, which costs seconds per save and leaves processes behind when a
+worker dies. Here each process writes one file by itself, from any thread: planning and finishing are the only collectives.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+
+from megatron_hypenet.checkpoint.manifest import FileEntry, hash_file
+from megatron_hypenet.checkpoint.shards import LazyTensor, Shard
+from megatron_hypenet.checkpoint.together import agree, gather_to_first, is_first, rank
+from megatron_hypenet.errors import CheckpointError
+
+BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What one process wrote into a sharded folder: where each piece lies, and its file's size and hash (no file for no pieces)."""
+
+    results: tuple[WriteResult, ...]
+    file: FileEntry | None
+
+
+class ShardWrite:
+    """The writing of one sharded folder, as one process sees it.
+
+    Building it plans the folder, together with all processes unless `alone`. `write` and what it holds are this process's own: it may
+    run in another thread. `finish` turns what all processes wrote into a readable folder; the first process calls it.
+    """
+
+    def __init__(self, folder: Path, shards: Iterable[Shard], *, alone: bool = False) -> None:
+        """CheckpointError, on all processes, when the shards of a key do not tile its global shape exactly once."""
+        self.folder = folder
+        self.name = self.name_of(0 if alone else rank())
+        """This process's file."""
+        self._shards: list[Shard] | None = list(shards)
+        plan = _plan(self._shards)
+        plans = [plan] if alone else gather_to_first(plan)
+        self._metadata: Metadata | None = None
+        failure: CheckpointError | None = None
+        if alone or is_first():
+            try:
+                self._metadata = _global_metadata(plans)
+            except ValueError as error:
+                failure = CheckpointError(f"cannot write {folder}: {error}")
+        if alone and failure is not None:
+            raise failure
+        if not alone:
+            agree(failure)
+
+    @staticmethod
+    def name_of(rank: int) -> str:
+        """The one file that process `rank` writes into a folder, if it owns any piece."""
+        return f"__{rank}_0{DEFAULT_SUFFIX}"
+
+    def write(self, *, cancelled: Callable[[], bool] = lambda: False) -> Written:
+        """Write this process's pieces to disk, letting go of each, and hash the file; once only. InterruptedError when `cancelled`."""
+        assert self._shards is not None, "the shards of a folder are written once"
+        shards, self._shards = self._shards, None
+        shards.reverse()
+        if not shards:
+            return Written((), None)
+        results = []
+        path = self.folder / self.name
+        with path.open("wb") as stream:
+            while shards:
+                if cancelled():
+                    raise InterruptedError(f"the save into {self.folder} was given up")
+                shard = shards.pop()
+                start = stream.tell()
+                torch.save(_compact(_data_of(shard)), stream)
+                length = stream.tell() - start
+                results.append(WriteResult(MetadataIndex(shard.key, shard.offset), length, _StorageInfo(self.name, start, length)))
+            stream.flush()
+            os.fsync(stream.fileno())
+        return Written(tuple(results), hash_file(path))
+
+    def finish(self, written: Sequence[Written]) -> None:
+        """Write the folder's index from what every process wrote, in the order of ranks, plus Megatron's two files."""
+        assert self._metadata is not None, "only the first process has the plan of the whole folder"
+        writer = _IndexWriter(self.folder)
+        writer.set_up_storage_writer(True)
+        writer.finish(self._metadata, [list(one.results) for one in written])
+        (self.folder / "metadata.json").write_text(json.dumps(BACKEND))
+        torch.save({}, self.folder / "common.pt")  # megatron-core <= 0.18 refuses to load without it
+
+
+class _IndexWriter(dcp.FileSystemWriter):
+    """torch's writer of `.metadata`, without the (temporary, absolute) folder name that it would note there."""
+
+    def storage_meta(self) -> StorageMeta | None:
+        return None
+
+
+def write_shards(folder: Path, shards: Iterable[Shard]) -> None:
+    """Write whole tensors or pieces into `folder` (created if needed) from this process alone. Raises CheckpointError or OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    plan = ShardWrite(folder, shards, alone=True)
+    plan.finish([plan.write()])
+
+
+def _plan(shards: Sequence[Shard]) -> SavePlan:
+    """One write per shard; data is not touched."""
+    items = []
+    for shard in shards:
+        chunk = ChunkStorageMetadata(offsets=torch.Size(shard.offset), sizes=torch.Size(shard.data.shape))
+        data = TensorWriteData(chunk=chunk, properties=TensorProperties(dtype=shard.data.dtype), size=torch.Size(shard.global_shape))
+        items.append(WriteItem(index=MetadataIndex(shard.key, shard.offset), type=WriteItemType.SHARD, tensor_data=data))
+    return SavePlan(items=items)
+
+
+def _global_metadata(plans: list[SavePlan]) -> Metadata:
+    """The index of all plans, without places on disk; ValueError when pieces overlap, leave holes or are written twice."""
+    writers: dict[MetadataIndex, int] = {}
+    for writer, plan in enumerate(plans):
+        for item in plan.items:
+            if item.index in writers:  # torch would keep one of them without a word
+                raise ValueError(f"processes {writers[item.index]} and {writer} both write {item.index.fqn} at {item.index.offset}")
+            writers[item.index] = writer
+    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    metadata: Any = planner.create_global_plan(plans)[1]  # checks bounds and overlap; coverage only across several processes
+    for key, stored in metadata.state_dict_metadata.items():
+        if isinstance(stored, TensorStorageMetadata) and sum(math.prod(c.sizes) for c in stored.chunks) != math.prod(stored.size):
+            raise ValueError(f"the shards of {key} do not tile its shape {tuple(stored.size)}")
+    result: Metadata = metadata
+    return result
+
+
+def _data_of(shard: Shard) -> Tensor:
+    data = shard.data.load() if isinstance(shard.data, LazyTensor) else shard.data
+    if tuple(data.shape) != tuple(shard.data.shape) or data.dtype != shard.data.dtype:
+        raise CheckpointError(
+            f"{shard.key}: announced as {shard.data.dtype} {tuple(shard.data.shape)}, got {data.dtype} {tuple(data.shape)}"
+        )
+    return data.detach().contiguous()
+
+
+def _compact(tensor: Tensor) -> Tensor:
+    """On the CPU, and alone in its storage: torch.save writes whole storages."""
+    tensor = tensor.detach().cpu()
+    return tensor.clone() if tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size() else tensor

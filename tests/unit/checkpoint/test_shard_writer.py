@@ -1,0 +1,65 @@
+"""Pieces must tile, each is written once, and nothing but the piece in hand is kept alive."""
+
+import weakref
+
+import pytest
+import torch
+
+from megatron_hypenet.checkpoint import shard_writer
+from megatron_hypenet.checkpoint.shard_writer import ShardWrite, write_shards
+from megatron_hypenet.checkpoint.shards import LazyTensor, Shard, ShardReader
+from megatron_hypenet.errors import CheckpointError
+
+
+def test_pieces_that_do_not_tile_are_refused(tmp_path):
+    full = torch.zeros(6, 4)
+    with pytest.raises(CheckpointError, match="do not tile"):
+        write_shards(tmp_path, [Shard("w", full[:2], (6, 4), (0, 0))])
+
+
+def test_lazy_tensors_are_produced_when_written_and_checked(tmp_path):
+    alive = []
+    lazy = LazyTensor((2, 2), torch.float32, lambda: alive.append(1) or torch.ones(2, 2))
+    write_shards(tmp_path, [Shard.whole("w", lazy)])
+    assert alive == [1] and torch.equal(ShardReader(tmp_path)["w"], torch.ones(2, 2))
+    with pytest.raises(CheckpointError, match="announced"):
+        write_shards(tmp_path, [Shard.whole("w", LazyTensor((2, 2), torch.float32, lambda: torch.ones(3)))])
+
+
+def test_only_one_lazy_tensor_is_alive_while_writing(tmp_path):
+    alive = []
+
+    def produce():
+        tensor = torch.zeros(64)
+        alive.append(weakref.ref(tensor))
+        assert sum(ref() is not None for ref in alive) <= 2  # this one, and the one just written
+        return tensor
+
+    write_shards(tmp_path, [Shard.whole(f"w{at}", LazyTensor((64,), torch.float32, produce)) for at in range(8)])
+    assert len(alive) == 8
+
+
+def test_views_are_written_without_the_storage_behind_them(tmp_path):
+    big = torch.arange(1000.0).view(100, 10)
+    write_shards(tmp_path, [Shard.whole("w", big[3:5])])
+    assert torch.equal(ShardReader(tmp_path)["w"], big[3:5])
+    assert next(tmp_path.glob("*.distcp")).stat().st_size < 3000
+
+
+def test_a_piece_has_one_writer():
+    """Two processes that both claim a tensor: torch's planner would keep either of them without a word."""
+    plans = [shard_writer._plan([Shard.whole("w", torch.full((4,), float(writer)))]) for writer in range(2)]
+    with pytest.raises(ValueError, match="processes 0 and 1 both write w"):
+        shard_writer._global_metadata(plans)
+
+
+def test_writing_can_be_cancelled_between_pieces(tmp_path):
+    calls = iter([False, True])
+    plan = ShardWrite(tmp_path, [Shard.whole(key, torch.ones(3)) for key in "abc"], alone=True)
+    with pytest.raises(InterruptedError, match="given up"):
+        plan.write(cancelled=lambda: next(calls))
+
+
+def test_a_process_without_pieces_writes_no_file(tmp_path):
+    written = ShardWrite(tmp_path, [], alone=True).write()
+    assert written.file is None and list(tmp_path.iterdir()) == []
