@@ -44,17 +44,27 @@ def run(sequence_parallel):
             full = named_normal(piece.key, tuple(piece.global_shape), std=0.3, seed=4, dtype=torch.float64) + shift
             piece.data.copy_(slice_of(full, piece).view(piece.data.shape))
     group, rank = model.pg_collection.tp, dist.get_rank()
-    from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+    tokens, sp = IDS.numel(), parallel.sequence_parallel
+    head = TEACHER_HEAD.chunk(size)[rank]
+    targets = IDS.roll(-1, dims=1).t()  # tokens first, as the hidden states; the last token of a row has no target
+    counted = torch.ones_like(targets, dtype=torch.float64).index_fill_(0, torch.tensor([IDS.shape[1] - 1]), 0.0)
+    tilted = torch.linspace(0.0, 2.0, tokens, dtype=torch.float64)
 
     def hidden():
-        h = model.hidden(IDS)
-        return gather_from_sequence_parallel_region(h, tensor_parallel_output_grad=False) if parallel.sequence_parallel else h
+        return model.hidden(IDS)
 
-    head = TEACHER_HEAD.chunk(size)[rank]
-    kl = linear_kl(hidden(), model.head_weight(), hidden().detach(), head, chunk_tokens=7, group=group)
-    ce = linear_cross_entropy(hidden()[:-1], model.head_weight(), IDS[:, 1:].t(), chunk_tokens=9, group=group)
+    teacher = hidden().detach()
+    kl = linear_kl(hidden(), model.head_weight(), teacher, head, chunk_tokens=7, group=group, sequence_parallel=sp)
+    kl = kl + linear_kl(
+        hidden(), model.head_weight(), teacher, head, chunk_tokens=64, group=group, sequence_parallel=sp, token_weights=tilted
+    )
+    ce = linear_cross_entropy(
+        hidden(), model.head_weight(), targets, chunk_tokens=9, group=group, sequence_parallel=sp, token_weights=counted
+    )
     (kl + 2 * ce).backward()
-    out = {"kl": kl.detach(), "ce": ce.detach(), "hidden": hidden().detach()}
+    out = {"kl": kl.detach(), "ce": ce.detach()}
+    if not sp:
+        out["hidden"] = teacher
     for name, parameter in model.named_parameters():
         parameter.data = parameter.grad  # the shards now describe gradients
         assert parameter.grad is not None, name

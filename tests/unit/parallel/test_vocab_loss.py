@@ -85,3 +85,27 @@ def test_mismatched_token_counts_and_empty_chunks_are_refused():
         linear_cross_entropy(h, w, labels[1:], chunk_tokens=8)
     with pytest.raises(ValueError, match="chunk_tokens=0"):
         linear_cross_entropy(h, w, labels, chunk_tokens=0)
+
+
+@pytest.mark.parametrize("chunk", [8, 1000])
+def test_token_weights_scale_each_token_in_loss_and_gradient(chunk):
+    h, w, ht, wt, labels = tensors(torch.float64)
+    counts = torch.linspace(0.0, 2.0, N, dtype=torch.float64)
+    a, b = h.clone().requires_grad_(), w.clone().requires_grad_()
+    scores = a @ b.t()
+    kl = F.kl_div(scores.log_softmax(-1), (ht @ wt.t()).log_softmax(-1), log_target=True, reduction="none").sum(-1)
+    want = (counts * (kl + F.cross_entropy(scores, labels, reduction="none"))).sum() / N
+    want.backward()
+    c, d = h.clone().requires_grad_(), w.clone().requires_grad_()
+    got = linear_kl(c, d, ht, wt, chunk_tokens=chunk, token_weights=counts)
+    got = got + linear_cross_entropy(c, d, labels, chunk_tokens=chunk, token_weights=counts, sequence_parallel=True)
+    got.backward()
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(c.grad, a.grad, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(d.grad, b.grad, rtol=1e-9, atol=1e-11)
+
+
+def test_token_weights_need_one_number_per_token():
+    h, w, _, _, labels = tensors(torch.float32)
+    with pytest.raises(ValueError, match="36 token weights for 37 hidden states"):
+        linear_cross_entropy(h, w, labels, chunk_tokens=8, token_weights=torch.ones(36))
