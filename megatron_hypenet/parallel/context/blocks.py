@@ -1,0 +1,125 @@
+"""Softmax attention of some queries to some keys, with the log-sum-exp that joins blocks: pure tensor functions.
+
+A block says which positions of the whole sequence its queries and keys hold. `attend` picks torch's flash kernel where it can run (CUDA,
+bf16 or fp16) and plain torch elsewhere, in fp32 or wider, a tile of queries at a time, so that memory grows linearly with the keys.
+Shapes: b batch, m queries, n keys, h heads, g key/value groups, d head_dim; no kernel repeats k or v for the heads of a group."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_hypenet.parallel.context import flash
+from megatron_hypenet.parallel.context.documents import Documents, Span
+
+TILE_QUERIES = 256
+
+
+@dataclass(frozen=True)
+class Block:
+    """Positions [start, stop) of queries and keys, in the order in which the tensors hold them.
+
+    `causal`: the last query is the last key, and earlier ones count back from there (bottom-right alignment; the is_causal switch of
+    torch's scaled_dot_product_attention is aligned top-left). Otherwise all keys lie before all queries."""
+
+    queries: tuple[Span, ...]
+    keys: tuple[Span, ...]
+    causal: bool
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, block: Block, *, scale: float, documents: Documents | None) -> tuple[Tensor, Tensor]:
+    """q [b, m, h, d], k, v [b, n, g, d] -> o [b, m, h, d] (q's dtype or wider), log-sum-exp of the scaled scores [b, h, m] (fp32 or wider).
+
+    A query sees the keys of its own document. One that sees none has o = 0 and log-sum-exp -inf."""
+    if flash.supports(q, documents):
+        return flash.forward(q, k, v, block.queries, block.keys, causal=block.causal, scale=scale, documents=documents)
+    wide = _wide(q.dtype)
+    heads = _Heads(q, k)
+    key, value = (x.to(wide).transpose(1, 2) for x in (k, v))  # [b, g, n, d]
+    outs, sums = [], []
+    for rows, seen in _tiles(q.shape[1], k.shape[1], block.causal):
+        scores = heads.fold(q[:, rows].to(wide) * scale) @ key[:, :, :seen].transpose(-1, -2)
+        scores = _hide(scores, heads, rows, k.shape[1] - q.shape[1], block, documents)
+        top = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(wide).min)  # finite for a query that sees nothing
+        p = (scores - top).exp_()
+        total = p.sum(-1, keepdim=True)
+        outs.append(heads.unfold((p @ value[:, :, :seen]) / total.clamp(min=torch.finfo(wide).tiny)))
+        sums.append((top + total.log()).squeeze(-1).unflatten(2, (heads.per_group, -1)).flatten(1, 2))
+    return torch.cat(outs, dim=1), torch.cat(sums, dim=2)
+
+
+def attend_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    log_sum: Tensor,
+    block: Block,
+    *,
+    scale: float,
+    documents: Documents | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients dq [b, m, h, d], dk, dv [b, n, g, d] of one block, in q's dtype or wider.
+
+    o [b, m, h, d] and log_sum [b, h, m] are those of all blocks of these queries together: with them each block's part is exact."""
+    if flash.supports(q, documents):
+        return flash.backward(grad, q, k, v, o, log_sum, block.queries, block.keys, causal=block.causal, scale=scale, documents=documents)
+    wide = _wide(q.dtype)
+    heads = _Heads(q, k)
+    key, value = (x.to(wide).transpose(1, 2) for x in (k, v))
+    dk, dv = torch.zeros_like(key), torch.zeros_like(value)
+    dq = []
+    for rows, seen in _tiles(q.shape[1], k.shape[1], block.causal):
+        query, d_out = heads.fold(q[:, rows].to(wide) * scale), heads.fold(grad[:, rows].to(wide))
+        scores = _hide(query @ key[:, :, :seen].transpose(-1, -2), heads, rows, k.shape[1] - q.shape[1], block, documents)
+        p = (scores - log_sum[:, :, rows].to(wide).unflatten(1, (-1, heads.per_group)).flatten(2, 3)[..., None]).exp_()
+        dv[:, :, :seen] += p.transpose(-1, -2) @ d_out
+        delta = (d_out * heads.fold(o[:, rows].to(wide))).sum(-1, keepdim=True)
+        d_scores = p * (d_out @ value[:, :, :seen].transpose(-1, -2) - delta)
+        dq.append(heads.unfold(d_scores @ key[:, :, :seen]) * scale)
+        dk[:, :, :seen] += d_scores.transpose(-1, -2) @ query  # query carries the scale
+    return torch.cat(dq, dim=1), dk.transpose(1, 2), dv.transpose(1, 2)
+
+
+class _Heads:
+    """Query heads of a group as more rows of one product: [b, rows, h, d] <-> [b, g, (h / g) * rows, d]."""
+
+    def __init__(self, q: Tensor, k: Tensor) -> None:
+        self.groups = k.shape[2]
+        self.per_group = q.shape[2] // self.groups
+
+    def fold(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, (self.groups, self.per_group)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+
+    def unfold(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, (self.per_group, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def _tiles(queries: int, keys: int, causal: bool) -> Iterator[tuple[slice, int]]:
+    """Rows of each tile of queries, and how many keys the tile's last query can see."""
+    for start in range(0, queries, TILE_QUERIES):
+        stop = min(start + TILE_QUERIES, queries)
+        yield slice(start, stop), stop + keys - queries if causal else keys
+
+
+def _hide(scores: Tensor, heads: _Heads, rows: slice, shift: int, block: Block, documents: Documents | None) -> Tensor:
+    """Scores [b, g, r * rows, seen] with -inf where a query must not look; `shift` keys come before the first query."""
+    seen = scores.shape[-1]
+    hidden = None
+    if block.causal:
+        position = torch.arange(rows.start, rows.stop, device=scores.device) + shift
+        hidden = (torch.arange(seen, device=scores.device) > position[:, None])[None]  # [1, rows, seen]
+    if documents is not None:
+        own, other = documents.ids_at(block.queries)[:, rows], documents.ids_at(block.keys)[:, :seen]
+        elsewhere = own[:, :, None] != other[:, None, :]
+        hidden = elsewhere if hidden is None else hidden | elsewhere
+    if hidden is None:
+        return scores
+    split = scores.unflatten(2, (heads.per_group, -1))
+    return split.masked_fill_(hidden[:, None, None], -torch.inf).flatten(2, 3)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,199 @@
+"""Run by torchrun with 8 processes: context-parallel ops in groups of 1, 2, 4 and 8 against dense float64 definitions.
+
+Rank 0 prints one JSON line per check: its name and the largest absolute errors over all ranks."""
+
+import json
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from megatron_hypenet.ops.decay import log_decay  # noqa: E402
+from megatron_hypenet.parallel import context  # noqa: E402
+from megatron_hypenet.parallel.context.lightning import exchanged_bytes  # noqa: E402
+
+B, T, H, G, DK, DV, SCALE = 2, 48, 6, 2, 5, 5, 0.4
+LIMIT = 1e-12
+"""Largest absolute error allowed in float64; values are of order one."""
+
+
+def ids(*starts_of_rows, length=T):
+    """document_ids [b, length] from the positions at which each row starts a document."""
+    position = torch.arange(length)
+    rows = [torch.bucketize(position, torch.tensor(starts, dtype=torch.int64), right=True) for starts in starts_of_rows]
+    return torch.stack(rows).int()
+
+
+DOCUMENTS = {
+    "none": None,
+    "random": ids((7, 30, 31, 40), (1, 19, 47)),
+    "chunk_edges": ids((6, 12, 24, 36), (3, 9, 24, 45)),
+    "one_boundary": ids((29,), (24,)),
+    "every_few_tokens": ids(range(3, T, 3), range(1, T)),
+    "one_row_whole": ids((), (5, 33)),
+}
+
+
+def visible(document_ids, length=T):
+    """Which key each query sees: bool [b or 1, length, length]."""
+    mask = torch.ones(length, length, dtype=torch.bool).tril()[None]
+    return mask if document_ids is None else mask & (document_ids[:, :, None] == document_ids[:, None, :])
+
+
+def dense_lightning(q, k, v, document_ids):
+    distance = torch.arange(q.shape[1])[:, None] - torch.arange(q.shape[1])[None, :]
+    decay = torch.exp(log_decay(q.shape[2])[:, None, None] * distance.clamp(min=0))
+    weights = (decay[None] * visible(document_ids, q.shape[1])[:, None]).to(q.dtype)
+    return SCALE * torch.einsum("bihk,bjhk,bhij,bjhv->bihv", q, k, weights.expand(q.shape[0], -1, -1, -1), v)
+
+
+def dense_softmax(q, k, v, document_ids):
+    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
+    scores = SCALE * torch.einsum("bihd,bjhd->bhij", q, k)
+    p = scores.masked_fill(~visible(document_ids, q.shape[1])[:, None], -torch.inf).softmax(-1)
+    return torch.einsum("bhij,bjhd->bihd", p, v)
+
+
+def lightning(group, document_ids, q, k, v):
+    return context.context_lightning_attn(q, k, v, log_decay(q.shape[2]), scale=SCALE, group=group, document_ids=document_ids)
+
+
+def softmax(method, group, document_ids, q, k, v):
+    return context.context_softmax_attn(q, k, v, scale=SCALE, group=group, document_ids=document_ids, method=method)
+
+
+OPS = {
+    "lightning": (lightning, dense_lightning, H),
+    "all_gather": (partial(softmax, "all_gather"), dense_softmax, G),
+    "ring": (partial(softmax, "ring"), dense_softmax, G),
+}
+
+
+def draw(groups, length=T, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(length + groups)
+    shapes = ((H, DK), (groups, DK), (groups, DV), (H, DV))
+    return [torch.randn(B, length, heads, d, generator=generator, dtype=torch.float64).to(dtype) for heads, d in shapes]
+
+
+def report(name, errors, limit=LIMIT):
+    """All ranks: largest errors by name over the world, checked and printed."""
+    worst = torch.tensor(list(errors.values()), dtype=torch.float64)
+    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+    line = {"check": name, "limit": limit, **dict(zip(errors, worst.tolist(), strict=True))}
+    if dist.get_rank() == 0:
+        print(json.dumps(line), flush=True)
+    assert worst.max() <= limit, line
+
+
+def compare(got, want, relative_to=None):
+    """Largest absolute error, or that error over the largest value of `relative_to`."""
+    error = (got.detach().double() - want.detach().double()).abs().max()
+    return (error if relative_to is None else error / relative_to.detach().abs().max()).item()
+
+
+def parity(op, dense, groups, group, document_ids, wrap=lambda f: f, dtype=torch.float64, relative=False):
+    """Largest errors of o, dq, dk, dv of this rank's tokens; `want` is float64, whatever dtype the op runs in."""
+    *inputs, weight = draw(groups, dtype=dtype)
+    whole = [x.double().clone().requires_grad_() for x in inputs]
+    want = dense(*whole, document_ids)
+    (want * weight.double()).sum().backward()
+    split = partial(context.split_sequence, group=group, dim=1)
+    local = [split(x).clone().requires_grad_() for x in inputs]
+    o = wrap(partial(op, group, document_ids))(*local)
+    assert o.dtype == dtype
+    # an upstream gradient that is not contiguous: collectives and views must not assume that it is
+    upstream = split(weight).permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
+    o.backward(upstream)
+    errors = {"o": compare(o, split(want), want if relative else None)}
+    for name, mine, full in zip(("dq", "dk", "dv"), local, whole, strict=True):
+        assert mine.grad.dtype == dtype
+        errors[name] = compare(mine.grad, split(full.grad), full.grad if relative else None)
+    return errors
+
+
+def check_parity(group, size):
+    for op_name, (op, dense, groups) in OPS.items():
+        for name, document_ids in DOCUMENTS.items():
+            report(f"{op_name} cp={size} documents={name}", parity(op, dense, groups, group, document_ids))
+
+
+def check_recompute_and_inference(group, size):
+    for op_name, (op, dense, groups) in OPS.items():
+        for reentrant in (False, True):
+            wrap = lambda f, reentrant=reentrant: partial(checkpoint, f, use_reentrant=reentrant)  # noqa: E731
+            errors = parity(op, dense, groups, group, DOCUMENTS["random"], wrap)
+            report(f"{op_name} cp={size} recomputed reentrant={reentrant}", errors)
+        *inputs, _ = draw(groups)
+        with torch.no_grad():
+            o = op(group, None, *(context.split_sequence(x, group, 1) for x in inputs))
+            whole = context.gather_sequence(o, group, 1)
+        report(f"{op_name} cp={size} no_grad", {"o": compare(whole, dense(*inputs, None))})
+
+
+def check_narrow(group, size):
+    """Narrow tensors with fp32 sums behind them: errors relative to the largest value, a few roundings of the dtype."""
+    for op_name, (op, dense, groups) in OPS.items():
+        for dtype, limit in ((torch.bfloat16, 2**-7), (torch.float32, 1e-6)):
+            errors = parity(op, dense, groups, group, DOCUMENTS["random"], dtype=dtype, relative=True)
+            report(f"{op_name} cp={size} {dtype}", errors, limit)
+
+
+def check_layout(group, size):
+    for x in (torch.arange(2 * T).view(2, T), torch.arange(2 * T).view(2, T) % 3 == 0, torch.randn(2, T, 3).bfloat16()):
+        mine = context.split_sequence(x, group, 1)
+        assert mine.shape[1] == T // size and torch.equal(context.gather_sequence(mine, group, 1), x), x.dtype
+    positions = context.local_positions(T // size, group)
+    assert torch.equal(positions, context.split_sequence(torch.arange(T), group, 0))
+    x = torch.randn(T, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    mine = context.split_sequence(x, group, -2).clone().requires_grad_()
+    whole = context.gather_sequence(mine, group, -2)
+    weight = torch.linspace(-1, 1, T, dtype=torch.float64)[:, None]
+    (whole.square() * weight * (group.rank() + 1)).sum().backward()  # every rank has another loss
+    want = 2 * context.split_sequence(x * weight, group, 0) * (size + 1) * size / 2
+    report(f"gather_sequence cp={size} gradient", {"dx": compare(mine.grad, want)})
+
+
+def check_bytes(group, size):
+    """What the collectives of Lightning Attention move is what `exchanged_bytes` says, for any length."""
+    plain, moved = dist.all_gather_into_tensor, []
+
+    def counted(output, mine, **kwargs):
+        moved.append((size - 1) * mine.numel() * mine.element_size())
+        return plain(output, mine, **kwargs)
+
+    dist.all_gather_into_tensor = counted
+    try:
+        for dtype, itemsize in ((torch.float64, 8), (torch.float32, 4), (torch.bfloat16, 4)):
+            for length in (T, 4 * T):
+                *inputs, _ = (context.split_sequence(x, group, 1).requires_grad_() for x in draw(H, length, dtype))
+                lightning(group, None, *inputs).sum().backward()
+                expected = [exchanged_bytes(B, H, DK, DV, size, itemsize)] * 2 if size > 1 else []
+                assert moved == expected, (moved, expected, dtype, length)
+                moved.clear()
+    finally:
+        dist.all_gather_into_tensor = plain
+
+
+def main():
+    dist.init_process_group("gloo")
+    torch.manual_seed(0)
+    rank = dist.get_rank()
+    for size in (1, 2, 4, 8):
+        for first in range(0, 8, size):
+            created = dist.new_group(list(range(first, first + size)))
+            if first <= rank < first + size:
+                group = created
+        for check in (check_layout, check_parity, check_recompute_and_inference, check_narrow, check_bytes):
+            check(group, size)
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
