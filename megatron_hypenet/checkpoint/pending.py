@@ -23,6 +23,8 @@ from megatron_hypenet.checkpoint.together import agree, distributed, failing_tog
 from megatron_hypenet.parallel.cpu import device
 
 _WRITTEN, _WRITING, _FAILED = 0, 1, 2
+_PATIENCE_SECONDS = 60.0
+"""How long a process that leaves after a fault waits for its writer: a disk that hangs must not keep it."""
 
 
 class PendingSave:
@@ -122,7 +124,7 @@ class PendingSave:
         """Give the save up without anybody else: stop this process's writer, and remove the folder on the first process."""
         self._cancelled.set()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(_PATIENCE_SECONDS)
         self._remove()
 
     def _remove(self) -> None:

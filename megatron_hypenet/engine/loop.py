@@ -16,15 +16,14 @@ import yaml
 from torch import Tensor
 
 from megatron_hypenet.checkpoint import format as fmt
-from megatron_hypenet.checkpoint.load import load_training, resolve
-from megatron_hypenet.checkpoint.retention import prune
-from megatron_hypenet.checkpoint.save import save_training
+from megatron_hypenet.checkpoint.load import load_training
 from megatron_hypenet.checkpoint.state import TrainState
 from megatron_hypenet.config.schema import RunConfig, StageConfig
 from megatron_hypenet.engine import signals
 from megatron_hypenet.engine.deepspeed import TrainingEngine
 from megatron_hypenet.engine.metrics import MetricSums, Recorder, StepRecord
 from megatron_hypenet.engine.optim import lr_at
+from megatron_hypenet.engine.saving import Saver
 from megatron_hypenet.engine.schedule import forward_backward
 from megatron_hypenet.errors import ConfigError, DivergedError, SavedAndRequeue, UsageError
 from megatron_hypenet.parallel import groups
@@ -99,21 +98,19 @@ class _Trainer:
         self.requests = signals.Requests([run.output_dir, out_dir])
         self.engine: TrainingEngine | None = None
         self.recorder: Recorder | None = None
-        self.saved: Path | None = None
+        self.saver: Saver | None = None
 
     def open(self, tensorboard_dir: Path, log: Callable[[str], None] | None) -> None:
         """Build the engine, continue from a checkpoint if there is one, and open the logs."""
-        checkpoints = self.out_dir / CHECKPOINTS
-        if groups.rank() == 0:
-            fmt.remove_stale(checkpoints)
+        self.saver = Saver(self.out_dir / CHECKPOINTS, self.run.checkpoint)
         self.engine = TrainingEngine(self.stage, self.config, self.run.parallel)
         self.state = TrainState(stage=self.stage.name, seed=self.run.data.seed, layout=self._layout())
-        if any(fmt.is_committed(folder) for folder in fmt.iteration_folders(checkpoints)):
-            self.saved = resolve(checkpoints)
-            stored = load_training(self.saved, self.engine, model_config=self.stage.model_config, stage=self.stage.name)
+        resumed = self.saver.committed
+        if resumed is not None:
+            stored = load_training(resumed, self.engine, model_config=self.stage.model_config, stage=self.stage.name)
             if stored.seed != self.run.data.seed:
                 raise ConfigError(
-                    f"data.seed={self.run.data.seed}, but {self.saved} was trained with data.seed={stored.seed}: the samples after "
+                    f"data.seed={self.run.data.seed}, but {resumed} was trained with data.seed={stored.seed}: the samples after "
                     f"{stored.samples} would be others than in the run it continues; set it back, or use another output_dir"
                 )
             self.state = replace(stored, layout=self._layout())
@@ -126,8 +123,9 @@ class _Trainer:
             tensorboard_dir=tensorboard_dir,
             log=log,
         )
-        if self.saved is not None:
-            self.recorder.note(f"resumed from {self.saved} at iter {self.state.step}/{self.config.train_iters}")
+        self.saver.note = self.recorder.note
+        if resumed is not None:
+            self.recorder.note(f"resumed from {resumed} at iter {self.state.step}/{self.config.train_iters}")
         if groups.rank() == 0:  # which also has made the folder
             self._warn_of_small_disk()
 
@@ -143,7 +141,7 @@ class _Trainer:
 
     def run_to_end(self, on_step: Callable[[StepRecord], None] | None, evaluate: Callable[[int], Mapping[str, float]] | None) -> Path:
         """The loop itself."""
-        assert self.engine is not None and self.recorder is not None
+        assert self.engine is not None and self.recorder is not None and self.saver is not None
         config, sums = self.config, MetricSums()
         self.stage.train()
         while self.state.step < config.train_iters:
@@ -161,15 +159,17 @@ class _Trainer:
                 self.recorder.points(step, self._evaluated(evaluate, step))
             wish = self.requests.poll()
             if last or wish != signals.GO_ON or step % config.save_interval == 0:
-                self._save()
+                self._save(wait=last or wish == signals.LEAVE)
+            else:
+                self.saver.edge()
             self.recorder.exclude(time.perf_counter() - pause)
             if wish == signals.LEAVE:  # on the last step too: the steps after this stage are for the next start
                 raise SavedAndRequeue(
                     f"stage {self.stage.name} stopped at iter {step}/{config.train_iters} on {self.requests.reason or 'request'} and saved "
-                    f"{self.saved}; start the same command again to continue"
+                    f"{self.saver.committed}; start the same command again to continue"
                 )
-        assert self.saved is not None
-        return self.saved
+        assert self.saver.committed is not None
+        return self.saver.committed
 
     def _one_step(self) -> tuple[StepRecord, dict[str, Tensor]]:
         """One optimizer step: forward, backward, checks, update, bookkeeping."""
@@ -200,7 +200,9 @@ class _Trainer:
     def _diverged(self, step: int, what: str, metrics: Mapping[str, Tensor]) -> DivergedError:
         bad = sorted(tag for tag, value in metrics.items() if not torch.isfinite(value).all())
         where = f"; not finite here: {', '.join(bad[:5])}" if bad else ""
-        kept = f"the last checkpoint is {self.saved}" if self.saved else "there is no checkpoint yet"
+        assert self.saver is not None
+        self.saver.settle_before_fault()
+        kept = f"the last checkpoint is {self.saver.committed}" if self.saver.committed else "there is no checkpoint yet"
         return DivergedError(
             f"stage {self.stage.name} diverged at iter {step}: {what}{where}. Samples {self.state.samples} to "
             f"{self.state.samples + self.config.global_batch_size - 1}, learning rate {lr_at(step - 1, self.config):.3g}; weights were not "
@@ -215,25 +217,20 @@ class _Trainer:
         finally:
             self.stage.train()
 
-    def _save(self) -> None:
-        """Save the present state and drop surplus checkpoints."""
-        assert self.engine is not None and self.recorder is not None
-        folder = self.out_dir / CHECKPOINTS / fmt.iteration_name(self.state.step)
-        started = time.perf_counter()
+    def _save(self, *, wait: bool) -> None:
+        """Save the present state; with `wait` it is committed on return, whatever checkpoint.async_save says."""
+        assert self.engine is not None and self.saver is not None
         self.state = replace(self.state, adam_step=self.engine.adam_step())
-        self.saved = save_training(
-            folder,
+        self.saver.save(
             self.engine,
             self.state,
+            wait=wait,
             model_config=self.stage.model_config,
             kind=self.stage.name,
             config_yaml=yaml.safe_dump(self.run.model_dump(mode="json"), sort_keys=False),
             tokenizer_dir=self.tokenizer_dir,
             extra=self.extra,
         )
-        if groups.rank() == 0:
-            prune(folder.parent, keep_last=self.run.checkpoint.keep_last, keep_every=self.run.checkpoint.keep_every)
-        self.recorder.note(f"saved {folder} in {time.perf_counter() - started:.1f}s")
 
     def _layout(self) -> dict[str, int]:
         parallel = self.run.parallel
@@ -247,7 +244,9 @@ class _Trainer:
         }
 
     def close(self) -> None:
-        """Close logs and engine."""
+        """Close logs and engine; a save that is neither committed nor failed is removed."""
+        if self.saver is not None:
+            self.saver.close()
         if self.recorder is not None:
             self.recorder.close()
         if self.engine is not None:
