@@ -62,7 +62,8 @@ class ParallelConfig(Section):
     pipeline_model_parallel_size: PositiveInt = Field(default=1, description="Groups of consecutive layers on different processes (--pp).")
     context_parallel_size: PositiveInt = Field(default=1, description="Processes that split every sequence (--cp).")
     sequence_parallel: Switch = Field(default=False, description="Split norms and residuals over the tensor-parallel processes too.")
-    pipeline_layout: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] | None = Field(
+    # a stage of 0 layers is left to config/layout_rules.py, which knows the model and can say what would fit
+    pipeline_layout: Annotated[tuple[Count, ...], Field(min_length=1)] | None = Field(
         default=None, description="Layers per pipeline stage, first to last, e.g. [8, 10, 10]; null balances the stages by mixer cost."
     )
     context_parallel_method: Literal["all_gather", "ring"] = Field(

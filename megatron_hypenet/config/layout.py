@@ -1,0 +1,124 @@
+"""One way of spreading a run over processes, as the rules look at it, and small changes to it that may lift a problem."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from megatron_hypenet.config.model import ModelConfig
+from megatron_hypenet.config.schema import STAGES, ParallelConfig, RunConfig
+
+PROCESSES = "processes"
+"""Stands for the number of processes among the keys of a Change."""
+
+TENSOR = "parallel.tensor_model_parallel_size"
+PIPELINE = "parallel.pipeline_model_parallel_size"
+CONTEXT = "parallel.context_parallel_size"
+SEQUENCE = "parallel.sequence_parallel"
+PIPELINE_LAYOUT = "parallel.pipeline_layout"
+ZERO = "parallel.zero_stage"
+OFFLOAD = "parallel.offload_optimizer"
+
+Change = Mapping[str, object]
+"""Settings that would differ: dotted key (section.name), or PROCESSES -> value."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A run on a number of processes. Without a model only the rules that need none apply."""
+
+    model: ModelConfig | None
+    run: RunConfig
+    world_size: int | None = None
+    """None: as many processes as one replica takes."""
+    stages: tuple[str, ...] = STAGES
+    """Training stages that will run; batch and sequence rules are asked for these only."""
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        """The layout's settings."""
+        return self.run.parallel
+
+    @property
+    def processes(self) -> int:
+        """Number of processes that are started."""
+        return self.world_size or self.parallel.model_parallel_size
+
+    @property
+    def dp_size(self) -> int | None:
+        """Number of replicas; None when the processes cannot be divided into replicas."""
+        replicas, left = divmod(self.processes, self.parallel.model_parallel_size)
+        return None if left else replicas
+
+    @property
+    def tensor_unit(self) -> int:
+        """The largest tensor-parallel size that the model allows; every allowed size divides it."""
+        assert self.model is not None, "rules about the model are asked with a model only"
+        sizes = self.model.num_attention_heads, self.model.num_query_groups, self.model.vocab_size, self.model.ffn_hidden_size
+        return math.gcd(*sizes)
+
+    def changed(self, change: Change) -> Layout:
+        """This layout with other settings; what comes out is not validated."""
+        run, world_size = self.run, self.world_size
+        for key, value in change.items():
+            if key == PROCESSES:
+                assert isinstance(value, int)
+                world_size = value
+                continue
+            section, name = key.split(".")
+            run = run.model_copy(update={section: getattr(run, section).model_copy(update={name: value})})
+        return replace(self, run=run, world_size=world_size)
+
+    def with_tensor(self, size: int) -> dict[str, object]:
+        """The change to another tensor-parallel size; sequence parallelism ends with a size of 1."""
+        off = {SEQUENCE: False} if size == 1 and self.parallel.sequence_parallel else {}
+        return {TENSOR: size, **off}
+
+    def with_pipeline(self, size: int) -> dict[str, object]:
+        """The change to another pipeline size; a written layout falls away, because it is for the old size."""
+        off = {PIPELINE_LAYOUT: None} if self.parallel.pipeline_layout is not None else {}
+        return {PIPELINE: size, **off}
+
+    def on_fitting_processes(self, change: Change) -> dict[str, object]:
+        """`change` together with the nearest number of processes that its replicas fill; the change alone if the number is free."""
+        if self.world_size is None:
+            return dict(change)
+        unit = self.changed(change).parallel.model_parallel_size
+        return {**change, PROCESSES: multiples_near(unit, self.world_size)[0]}
+
+
+def divisors_near(value: int, wanted: int, fits: Callable[[int], bool] = lambda _: True) -> list[int]:
+    """The divisors of `value` that satisfy `fits`, nearest to `wanted` first."""
+    found = [size for size in range(1, value + 1) if value % size == 0 and fits(size)]
+    return sorted(found, key=lambda size: (abs(size - wanted), size))
+
+
+def multiples_near(unit: int, wanted: int) -> list[int]:
+    """The positive multiples of `unit` just below and just above `wanted` (the next two when none is below)."""
+    below = wanted // unit * unit
+    return [below, below + unit] if below else [unit, 2 * unit]
+
+
+def even_layout(num_layers: int, num_stages: int) -> tuple[int, ...]:
+    """Layers per pipeline stage that differ by at most one, the longer stages first."""
+    each, more = divmod(num_layers, num_stages)
+    return tuple(each + (stage < more) for stage in range(num_stages))
+
+
+def phrase(changes: Sequence[Change]) -> str:
+    """Changes as advice, each ready to be copied to the command line: `use a=1 or 2`, `use a=1, or b=2 with c=null`."""
+    keys = {tuple(change) for change in changes}
+    if keys == {(PROCESSES,)}:
+        return f"start {' or '.join(str(change[PROCESSES]) for change in changes)} processes"
+    if len(keys) == 1 and len(only := next(iter(keys))) == 1:
+        return f"use {only[0]}={' or '.join(json.dumps(change[only[0]]) for change in changes)}"
+    return "use " + ", or ".join(map(_spelled, changes))
+
+
+def _spelled(change: Change) -> str:
+    settings = " with ".join(f"{key}={json.dumps(value)}" for key, value in change.items() if key != PROCESSES)
+    if PROCESSES not in change:
+        return settings
+    return f"{settings} on {change[PROCESSES]} processes" if settings else f"{change[PROCESSES]} processes"

@@ -1,0 +1,44 @@
+"""Each rule alone; what messages look like and which ways out are offered stands in test_checks.py."""
+
+import pytest
+
+from megatron_hypenet.config.layout import Layout
+from megatron_hypenet.config.layout_rules import RULES
+from tests.unit.config.test_checks import MODEL, STAGE, axes, run
+
+
+@pytest.mark.parametrize(
+    ("rule", "parallel", "world"),
+    [
+        ("tensor-slices", axes(tp=3), None),
+        ("sequence-parallel", axes(sequence_parallel=True), None),
+        ("pipeline-layers", axes(pp=5), None),
+        ("pipeline-layout", axes(pp=2, pipeline_layout=[4, 0]), None),
+        ("pipeline-zero", axes(pp=2, zero_stage=3), None),
+        ("pipeline-offload", axes(pp=2, offload_optimizer=True), None),
+        ("whole-replicas", axes(tp=2, pp=2), 6),
+        ("sequence-split", axes(cp=3), None),
+        ("global-batch", axes(), 3),
+    ],
+)
+def test_each_rule_speaks_alone(rule, parallel, world):
+    layout = Layout(MODEL, run(parallel), world)
+    assert [name for name, ask in RULES.items() if list(ask(layout))] == [rule]
+
+
+def test_every_rule_is_explained_to_users(repo_root):
+    page = (repo_root / "docs" / "errors.md").read_text(encoding="utf-8")
+    assert [name for name in RULES if f"| `{name}` |" not in page] == []
+    assert all(rule.__doc__ for rule in RULES.values())
+
+
+def test_rules_about_stages_name_each_stage_that_breaks_them():
+    layout = Layout(MODEL, run(axes(cp=2), distill={**STAGE, "seq_length": 62}, finetune={**STAGE, "seq_length": 2}), None)
+    assert [finding.where for finding in RULES["sequence-split"](layout)] == ["distill", "finetune"]
+
+
+@pytest.mark.parametrize(("size", "broken"), [("num_query_groups", 3), ("vocab_size", 513), ("ffn_hidden_size", 129)])
+def test_every_size_that_is_sliced_is_looked_at(size, broken):
+    heads = {"num_attention_heads": 6} if size == "num_query_groups" else {}
+    (finding,) = RULES["tensor-slices"](Layout(MODEL.replace(**{size: broken}, **heads), run(axes(tp=2))))
+    assert finding.says.endswith(f"does not divide the model's {size}={broken}")
