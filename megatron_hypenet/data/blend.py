@@ -51,14 +51,24 @@ class TrainData:
     """Windows of `text` in a new order and at a new offset every epoch, with a share of recall documents spread evenly among them."""
 
     def __init__(
-        self, text: TokenStream, *, seed: int, vocab_size: int, recall: RecallTask | None = None, recall_fraction: float = 0.0
+        self,
+        text: TokenStream,
+        *,
+        seed: int,
+        vocab_size: int,
+        end_of_document: int | None = None,
+        recall: RecallTask | None = None,
+        recall_fraction: float = 0.0,
     ) -> None:
-        """Raises DataError when a recall share is asked for without a recall task."""
+        """`end_of_document` is the token that ends each document of the text, where that is known.
+
+        Raises DataError when a recall share is asked for without a recall task."""
         if recall_fraction > 0 and recall is None:
             raise DataError(f"data.recall_fraction={recall_fraction} needs recall documents; the tokenizer must offer the words for them.")
         self.text = text
         self.seed = seed
         self.vocab_size = vocab_size
+        self.end_of_document = end_of_document
         self.recall = recall
         self._recall_units = round(recall_fraction * _SHARE_UNITS)
 

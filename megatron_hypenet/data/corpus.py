@@ -21,7 +21,7 @@ from megatron_hypenet.data.blend import TrainData
 from megatron_hypenet.data.indexed import TokenStream, is_token_file, open_tokens
 from megatron_hypenet.data.prepare import TEXT_SUFFIXES, prepare_file
 from megatron_hypenet.data.recall import RecallTask, RecallVocabulary
-from megatron_hypenet.data.tokenizer import load_tokenizer, recall_vocabulary
+from megatron_hypenet.data.tokenizer import end_of_text_id, load_tokenizer, recall_vocabulary
 from megatron_hypenet.errors import DataError
 
 INDEX_FILE = "corpus.json"
@@ -59,6 +59,7 @@ def prepare_corpus(
     vocabulary = recall_vocabulary(tokenizer)
     content = {
         "vocab_size": vocab_size,
+        "end_of_document": end_of_text_id(tokenizer),
         "train": [one(source, f"train_{number:03d}") for number, source in enumerate(train)],
         "heldout": None if heldout is None else one(heldout, "heldout"),
         "recall": {name: list(getattr(vocabulary, name)) for name in ("words", "opening", "separator", "closing")},
@@ -95,6 +96,7 @@ class Corpus:
     heldout: TokenStream
     vocabulary: RecallVocabulary
     vocab_size: int
+    end_of_document: int | None
     seed: int
 
     def training_data(self, *, recall_fraction: float, recall_pairs: int) -> TrainData:
@@ -102,7 +104,10 @@ class Corpus:
         task = None
         if recall_fraction > 0:
             task = RecallTask(self.vocabulary, self.train, seed=self.seed, num_pairs=recall_pairs)
-        return TrainData(self.train, seed=self.seed, vocab_size=self.vocab_size, recall=task, recall_fraction=recall_fraction)
+        return TrainData(
+            self.train, seed=self.seed, vocab_size=self.vocab_size, end_of_document=self.end_of_document, recall=task,
+            recall_fraction=recall_fraction,
+        )  # fmt: skip
 
     def recall_task(self, num_pairs: int) -> RecallTask:
         """Recall documents to measure on; held-out text is the filler."""
@@ -144,4 +149,7 @@ def open_corpus(folder: Path, *, heldout_fraction: float, seed: int) -> Corpus:
             "Name a data.heldout file, or give training text of at least two documents."
         )
     vocabulary = RecallVocabulary(**{name: tuple(ids) for name, ids in content["recall"].items()})
-    return Corpus(train=streams[0], heldout=streams[1], vocabulary=vocabulary, vocab_size=content["vocab_size"], seed=seed)
+    return Corpus(
+        train=streams[0], heldout=streams[1], vocabulary=vocabulary, vocab_size=content["vocab_size"],
+        end_of_document=content.get("end_of_document"), seed=seed,
+    )  # fmt: skip

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_hypenet.checkpoint.state import Template
@@ -32,7 +33,7 @@ from megatron_hypenet.parallel import groups
 _MASTER = "fp32_param"
 
 
-def config_dict(stage: StageConfig, *, zero_stage: int, num_micro_batches: int, dtype: torch.dtype) -> dict[str, Any]:
+def config_dict(stage: StageConfig, parallel: ParallelConfig, *, num_micro_batches: int, dtype: torch.dtype) -> dict[str, Any]:
     """DeepSpeed's configuration for one training stage."""
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": stage.micro_batch_size,
@@ -40,9 +41,12 @@ def config_dict(stage: StageConfig, *, zero_stage: int, num_micro_batches: int, 
         "gradient_clipping": stage.clip_grad,
         "zero_allow_untested_optimizer": True,
         # overlap_comm has to stay off for Megatron's pipeline schedule at stage 1
-        "zero_optimization": {"stage": max(zero_stage, 1), "overlap_comm": False},
+        "zero_optimization": {"stage": max(parallel.zero_stage, 1), "overlap_comm": False},
         "steps_per_print": None,
     }
+    if parallel.offload_optimizer:
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        config["zero_force_ds_cpu_optimizer"] = False  # torch's fused AdamW runs on the CPU too, without a compiler
     if dtype == torch.bfloat16:
         config["bf16"] = {"enabled": True, "immediate_grad_update": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
@@ -76,8 +80,11 @@ class TrainingEngine:
 
     def __init__(self, module: nn.Module, stage: StageConfig, parallel: ParallelConfig) -> None:
         """`module` has trainable_parameters() and sharded_state_dict(), lies on its device in its dtype, and stays usable by itself."""
-        if groups.pipeline_stage()[1] > 1:
-            raise LayoutError("pipeline_model_parallel_size > 1 has no training schedule here yet; use 1, and ZeRO stages for memory")
+        if groups.pipeline_stage()[1] > 1 and parallel.zero_stage > 1:
+            raise LayoutError(
+                f"parallel.zero_stage={parallel.zero_stage} under pipeline parallelism would give gradients away before they are complete; "
+                "use zero_stage 0 or 1, or a pipeline size of 1"
+            )
         self.deepspeed = import_deepspeed()
         self.module = module
         trainable: Mapping[str, nn.Parameter] = module.trainable_parameters()  # type: ignore[operator]
@@ -86,9 +93,13 @@ class TrainingEngine:
         self.template = Template(module)
         self.data_rank = groups.ModelParallelUnit.get_data_parallel_rank()
         self.data_size = groups.ModelParallelUnit.get_data_parallel_world_size()
+        self.replicated: list[nn.Parameter] = module.replicated_over_pipeline()  # type: ignore[operator]
+        if groups.pipeline_stage()[0] > 0:
+            for parameter in self.replicated:
+                parameter.ds_pipe_replicated = True  # type: ignore[attr-defined] # DeepSpeed: counts once in the gradient norm
         optimizer = adamw(dict(trainable), stage)
         self._guard = optimizer.register_step_pre_hook(self._refuse_bad_norm)
-        config = config_dict(stage, zero_stage=parallel.zero_stage, num_micro_batches=self.num_micro_batches, dtype=self.dtype)
+        config = config_dict(stage, parallel, num_micro_batches=self.num_micro_batches, dtype=self.dtype)
         with _silenced():
             self.engine, *_ = self.deepspeed.initialize(model=module, optimizer=optimizer, mpu=groups.ModelParallelUnit, config=config)
         self.zero_stage = self.engine.zero_optimization_stage()
@@ -102,6 +113,25 @@ class TrainingEngine:
         if not last:
             self.engine.step()  # only counts: the update waits for the boundary
         return loss.detach(), metrics
+
+    def reduce_gradients(self) -> None:
+        """After a pipeline schedule has accumulated gradients in the parameters: complete and average them, as micro_step does itself."""
+        for parameter in self.replicated:
+            dist.all_reduce(self._accumulated(parameter), group=groups.embedding_group())
+        self.engine.set_gradient_accumulation_boundary(True)
+        self.engine.allreduce_gradients()
+
+    def _accumulated(self, parameter: nn.Parameter) -> Tensor:
+        """The local sum of gradients, wherever this DeepSpeed optimizer keeps it."""
+        optimizer: Any = self.engine.optimizer
+        if type(optimizer).__name__ == "BF16_Optimizer":
+            gradient = parameter._hp_grad  # type: ignore[attr-defined]
+        elif getattr(optimizer, "use_grad_accum_attribute", False):
+            gradient = parameter.grad_accum  # type: ignore[attr-defined]
+        else:
+            gradient = parameter.grad
+        assert gradient is not None, "a replicated parameter got no gradient on this pipeline stage"
+        return gradient
 
     def apply(self, lr: float) -> float:
         """Clip, update the weights with learning rate `lr`, clear gradients; returns the gradient norm before clipping.

@@ -140,7 +140,7 @@ class Halo:
             self.folder.stage(name),
             tensorboard_dir=self.folder.tensorboard / name,
             tokenizer_dir=tokenizer_dir(self.folder.teacher),
-            extra={"hf_config": read_manifest(resolve(self.folder.teacher)).hf_config},
+            extra={"hf_config": read_manifest(resolve(self.folder.teacher)).hf_config, "pipeline_layout": list(stage.layout)},
             on_step=self.on_step,
             evaluate=self._heldout_loss_of(stage),
             log=self.log,

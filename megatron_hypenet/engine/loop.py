@@ -6,10 +6,10 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import yaml
@@ -23,24 +23,16 @@ from megatron_hypenet.engine import signals
 from megatron_hypenet.engine.deepspeed import TrainingEngine
 from megatron_hypenet.engine.metrics import MetricSums, Recorder, StepRecord
 from megatron_hypenet.engine.optim import lr_at
+from megatron_hypenet.engine.samples import TokenSource, step_batches
 from megatron_hypenet.engine.saving import Saver
 from megatron_hypenet.engine.schedule import forward_backward
-from megatron_hypenet.errors import ConfigError, DivergedError, SavedAndRequeue, UsageError
+from megatron_hypenet.errors import ConfigError, DataError, DivergedError, SavedAndRequeue, UsageError
 from megatron_hypenet.parallel import groups
-from megatron_hypenet.parallel.cpu import device
-from megatron_hypenet.stages.base import StageModule
+from megatron_hypenet.stages.base import Batch, StageModule
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
-
-
-class TokenSource(Protocol):
-    """Training data: a pure function of the sample index, so that a position is one number."""
-
-    def batch(self, sample_start: int, count: int, seq_length: int) -> Tensor:
-        """Samples sample_start .. + count - 1: int64 [count, seq_length + 1]."""
-        ...
 
 
 def finished_checkpoint(out_dir: Path, config: StageConfig) -> Path | None:
@@ -150,6 +142,7 @@ class _Trainer:
             step, last = record.step, record.step == config.train_iters
             if step % config.log_interval == 0 or last:
                 values = sums.take(groups.all_reduce_mean)
+                values = {tag: value for part in groups.gather_over_pipeline(values) for tag, value in part.items()}
                 record = replace(record, metrics=values)
                 self.recorder.interval(record, values, self.state.tokens)
             if on_step is not None:
@@ -175,8 +168,9 @@ class _Trainer:
         """One optimizer step: forward, backward, checks, update, bookkeeping."""
         assert self.engine is not None and self.recorder is not None
         step, lr = self.state.step + 1, lr_at(self.state.step, self.config)
-        loss_tensor, metrics = forward_backward(self.engine, self._micro_batches())
-        loss = float(groups.all_reduce_mean(loss_tensor.double()))  # one wait for the device per step
+        loss_tensor, metrics = forward_backward(self.engine, self._batches())
+        # one wait for the device per step
+        loss = float(groups.sum_over_pipeline(groups.all_reduce_mean(loss_tensor.double())))
         if not math.isfinite(loss):
             raise self._diverged(step, f"the loss is {loss}", metrics)
         try:
@@ -188,14 +182,16 @@ class _Trainer:
         self.state = self.state.advance(samples=samples, tokens=tokens, loss=loss, lr=lr)
         return self.recorder.step(step, loss=loss, grad_norm=grad_norm, lr=lr, tokens=tokens), metrics
 
-    def _micro_batches(self) -> Iterator[dict[str, Tensor]]:
-        """This data-parallel rank's share of the step's samples, one micro-batch at a time."""
-        config = self.config
-        share = config.global_batch_size // groups.data_size()
-        start = self.state.samples + groups.data_rank() * share
-        for offset in range(0, share, config.micro_batch_size):
-            tokens = self.data.batch(start + offset, config.micro_batch_size, config.seq_length)
-            yield {"tokens": tokens.to(device(), non_blocking=True)}
+    def _batches(self) -> list[Batch]:
+        end = None
+        if self.run.data.separate_documents:
+            end = self.data.end_of_document
+            if end is None:
+                raise DataError(
+                    "data.separate_documents=true, but the prepared data does not name its end-of-document token; "
+                    "delete the data folder of this run, it will be made again"
+                )
+        return step_batches(self.data, self.config, self.state.samples, end_of_document=end)
 
     def _diverged(self, step: int, what: str, metrics: Mapping[str, Tensor]) -> DivergedError:
         bad = sorted(tag for tag, value in metrics.items() if not torch.isfinite(value).all())

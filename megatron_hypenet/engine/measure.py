@@ -13,9 +13,11 @@ from torch import Tensor
 
 from megatron_hypenet.config.schema import RunConfig
 from megatron_hypenet.data.recall import RecallTask
+from megatron_hypenet.engine.schedule import stage_loss
 from megatron_hypenet.eval.heldout import TokenScores, heldout_loss
 from megatron_hypenet.eval.recall import recall_accuracy
 from megatron_hypenet.model.hypenet import HypeNetModel
+from megatron_hypenet.parallel import groups
 from megatron_hypenet.parallel.cpu import device
 from megatron_hypenet.stages.base import StageModule
 
@@ -76,10 +78,12 @@ class Measure:
         """Mean loss of a training stage on held-out text of at most `seq_length` tokens; the caller has put it into eval mode."""
         settings, total = self.run.eval, 0.0
         # never longer than the report's sequences, which are known to fit the held-out text
-        texts = self.heldout(settings.heldout_sequences, min(seq_length, settings.seq_length))
+        length = min(seq_length, settings.seq_length)
+        unit = self.run.parallel.sequence_unit
+        texts = self.heldout(settings.heldout_sequences, max(length - length % unit, unit))
         for part in texts.split(settings.batch_size):
-            loss, _ = stage({"tokens": part.to(device())})
-            total += float(loss.detach()) * len(part)
+            loss = stage_loss(stage, {"tokens": part.to(device())})
+            total += float(groups.all_reduce_mean(loss)) * len(part)
         return total / len(texts)
 
     def num_parts(self) -> int:

@@ -13,7 +13,8 @@ from megatron_hypenet.checkpoint.load import load_model, open_weights, read_mani
 from megatron_hypenet.checkpoint.save import write_weights
 from megatron_hypenet.checkpoint.shards import LazyTensor, ShardReader
 from megatron_hypenet.config.model import ModelConfig
-from megatron_hypenet.config.schema import HeadStageConfig, RunConfig
+from megatron_hypenet.config.schema import HeadStageConfig, ParallelConfig, RunConfig
+from megatron_hypenet.engine.placement import check_placement, placed, placement_table
 from megatron_hypenet.errors import CheckpointError, ConfigError
 from megatron_hypenet.model.hypenet import HypeNetModel, build_model
 from megatron_hypenet.parallel.cpu import device
@@ -37,22 +38,32 @@ def compute_dtype(run: RunConfig) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[run.precision]
 
 
-def load_hypenet(run: RunConfig, folder: Path, *, trunk_only: bool = False) -> HypeNetModel:
-    """The model of a checkpoint in the run's dtype and layout, filled strictly; a trunk leaves the tensors after the last mixer unread."""
-    model = build_model(read_model_config(folder), run.parallel, dtype=compute_dtype(run), seed=run.seed, trunk_only=trunk_only)
+def load_hypenet(run: RunConfig, folder: Path, *, trunk_only: bool = False, parallel: ParallelConfig | None = None) -> HypeNetModel:
+    """The model of a checkpoint in the run's dtype and layout, filled strictly; a trunk leaves the tensors after the last mixer unread.
+
+    `parallel` is the run's layout with the pipeline stages settled, where that matters."""
+    parallel = parallel or run.parallel
+    model = build_model(read_model_config(folder), parallel, dtype=compute_dtype(run), seed=run.seed, trunk_only=trunk_only)
+    check_placement(model)
     load_model(model, folder, allow_unused=trunk_only)
     return model
 
 
-def load_teacher(run: RunConfig, folder: Path, *, trunk_only: bool = False) -> HypeNetModel:
+def load_teacher(run: RunConfig, folder: Path, *, trunk_only: bool = False, parallel: ParallelConfig | None = None) -> HypeNetModel:
     """`load_hypenet` for a teacher; CheckpointError when the checkpoint is a HypeNet already."""
+    read_teacher_config(folder)
+    return load_hypenet(run, folder, trunk_only=trunk_only, parallel=parallel)
+
+
+def read_teacher_config(folder: Path) -> ModelConfig:
+    """Shape of a teacher; CheckpointError when the checkpoint is a HypeNet already."""
     config = read_model_config(folder)
     if not config.is_teacher:
         raise CheckpointError(
             f"{folder} is not a teacher: a teacher has softmax attention with RoPE and without output gate in every layer, this has "
             f"{len(config.attention_layers)} softmax layers of {config.num_layers}; point teacher to a Qwen3 model"
         )
-    return load_hypenet(run, folder, trunk_only=trunk_only)
+    return config
 
 
 def load_aligned(run: RunConfig, teacher: HypeNetModel, folder: Path) -> AlignedMixers:
@@ -67,30 +78,32 @@ def build_stage(name: str, run: RunConfig, *, teacher: Path | None = None, init:
 
     `teacher` is needed by align and distill, `init` (the student to start from) by distill and finetune. Raises CheckpointError.
     """
+    config = run.stage(name)
+    shape = read_teacher_config(teacher) if teacher is not None else None
     if name == "align":
-        assert teacher is not None, "align imitates a teacher"
-        trunk = load_teacher(run, teacher, trunk_only=True)
+        assert teacher is not None and shape is not None, "align imitates a teacher"
+        trunk = load_teacher(run, teacher, trunk_only=True, parallel=placed(name, config, run.parallel, shape, shape))
         return AlignStage(trunk, AlignedMixers.beside(trunk, seed=run.seed))
     assert init is not None, f"{name} starts from a student"
-    student = load_hypenet(run, init)
-    if student.model_config.is_teacher:
+    target = read_model_config(init)
+    if target.is_teacher:
         raise CheckpointError(
             f"{init} is a teacher, but stage {name} trains a student; give the assembled student or the result of stage 2"
         )
-    config = run.stage(name)
+    if shape is not None and shape.vocab_size != target.vocab_size:
+        raise CheckpointError(
+            f"teacher {teacher} has vocab_size={shape.vocab_size}, student {init} {target.vocab_size}; "
+            "distillation compares distributions over one vocabulary: use the teacher the student was made from"
+        )
     assert isinstance(config, HeadStageConfig), "distill and finetune run through the head"
+    parallel = placed(name, config, run.parallel, shape if name == "distill" else None, target)
+    student = load_hypenet(run, init, parallel=parallel)
     stage: StageModule
     if name == "finetune":
         stage = FinetuneStage(student, chunk_tokens=config.vocab_chunk_tokens)
     else:
         assert teacher is not None, "distill imitates a teacher"
-        mentor = load_teacher(run, teacher)
-        if mentor.model_config.vocab_size != student.model_config.vocab_size:
-            raise CheckpointError(
-                f"teacher {teacher} has vocab_size={mentor.model_config.vocab_size}, student {init} {student.model_config.vocab_size}; "
-                "distillation compares distributions over one vocabulary: use the teacher the student was made from"
-            )
-        stage = DistillStage(student, mentor, chunk_tokens=config.vocab_chunk_tokens)
+        stage = DistillStage(student, load_teacher(run, teacher, parallel=parallel), chunk_tokens=config.vocab_chunk_tokens)
     stage.model_config = trained_at(student.model_config, config.seq_length)
     return stage
 
@@ -131,6 +144,8 @@ def parameter_table(stage: StageModule) -> str:
     if mentor is not None:
         frozen = sum(parameter.numel() for parameter in mentor.parameters())
         lines.append(f"  {'frozen (teacher)':<18}{len(list(mentor.parameters())):>5} tensors {frozen:>14,} parameters")
+    if len(stage.layout) > 1:
+        lines.append(placement_table(stage.layout, stage.model_config))
     return "\n".join(lines)
 
 

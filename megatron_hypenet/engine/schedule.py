@@ -1,27 +1,136 @@
-"""Forward and backward over one step's micro-batches. Whatever pipeline parallelism needs differently belongs behind this function."""
+"""Forward and backward over one step's micro-batches, with one pipeline stage or several.
+
+With one, DeepSpeed's engine runs each micro-batch. With several, Megatron's schedules move hidden states between the stages and DeepSpeed
+only reduces and applies the gradients (ZeRO 0 and 1). What flows differs by HALO stage:
+- alignment: the teacher's trunk, forward only; each rank differentiates its own layers' losses on the spot, nothing flows back;
+- distillation: the teacher forward only, the last rank keeps its hidden states; then the student, one forward one backward, with the loss
+  of both on the last rank;
+- finetuning: the student alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from megatron_hypenet.engine.deepspeed import TrainingEngine
+from megatron_hypenet.model.hypenet import HypeNetModel
+from megatron_hypenet.parallel import groups
+from megatron_hypenet.parallel.pipeline import run_pipeline
+from megatron_hypenet.stages.align import AlignStage
+from megatron_hypenet.stages.base import Batch, HeadStage, LocalTokens, StageModule, local_tokens
+
+LossAndMetrics = tuple[Tensor, dict[str, Tensor]]
 
 
-def forward_backward(engine: TrainingEngine, batches: Iterable[Mapping[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Accumulate gradients over `batches` (engine.num_micro_batches of them); (mean loss, mean metrics) of this process.
+def forward_backward(engine: TrainingEngine, batches: Iterable[Batch]) -> LossAndMetrics:
+    """Accumulate gradients over `batches` (engine.num_micro_batches of them); mean loss and metrics of this process.
 
-    Results stay on the device: nothing here waits for it.
+    The loss of a step is the sum over pipeline stages, and metrics are known to the stage they arise on. Results stay on the device:
+    nothing here waits for it.
     """
-    total: Tensor | None = None
-    sums: dict[str, Tensor] = {}
-    count = 0
-    for batch in batches:
-        count += 1
-        loss, metrics = engine.micro_step(batch, last=count == engine.num_micro_batches)
-        total = loss if total is None else total + loss
+    if groups.pipeline_stage()[1] > 1:
+        stage = engine.module
+        assert isinstance(stage, StageModule), "the engine trains a stage"
+        whole = list(batches)
+        assert len(whole) == engine.num_micro_batches, f"{len(whole)} micro-batches for {engine.num_micro_batches}"
+        result = _pipelined(stage, whole, train=True)
+        engine.reduce_gradients()
+        return result
+    results = _Mean()
+    for count, batch in enumerate(batches, start=1):
+        results.add(*engine.micro_step(batch, last=count == engine.num_micro_batches))
+    assert results.count == engine.num_micro_batches, f"{results.count} micro-batches for {engine.num_micro_batches}"
+    return results.take()
+
+
+@torch.no_grad()
+def stage_loss(stage: StageModule, batch: Batch) -> Tensor:
+    """Loss of one micro-batch without training, the same value on every pipeline stage."""
+    loss, _ = stage(batch) if groups.pipeline_stage()[1] == 1 else _pipelined(stage, [batch], train=False)
+    return groups.sum_over_pipeline(loss.detach().clone())
+
+
+class _Mean:
+    """Means over micro-batches of a loss and of metrics by tag."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._loss: Tensor | None = None
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, loss: Tensor, metrics: Mapping[str, Tensor]) -> None:
+        self.count += 1
+        self._loss = loss.detach().clone() if self._loss is None else self._loss + loss.detach()
         for tag, value in metrics.items():
-            sums[tag] = value.detach() if tag not in sums else sums[tag] + value.detach()
-    assert total is not None and count == engine.num_micro_batches, f"{count} micro-batches for {engine.num_micro_batches}"
-    return total / count, {tag: value / count for tag, value in sums.items()}
+            self._sums[tag] = value.detach().clone() if tag not in self._sums else self._sums[tag] + value.detach()
+
+    def take(self) -> LossAndMetrics:
+        assert self._loss is not None, "no micro-batch was run"
+        return self._loss / self.count, {tag: value / self.count for tag, value in self._sums.items()}
+
+
+def _pipelined(stage: StageModule, batches: Sequence[Batch], *, train: bool) -> LossAndMetrics:
+    """One step's micro-batches through several pipeline stages; the share of this rank in loss and metrics."""
+    tokens = [local_tokens(batch) for batch in batches]
+    results = _Mean()
+    if isinstance(stage, AlignStage):
+        _align(stage, tokens, results, train=train)
+    else:
+        assert isinstance(stage, HeadStage), f"no pipeline schedule for {type(stage).__name__}"
+        kept = _kept_hidden(stage.frozen_teacher, tokens) if stage.frozen_teacher is not None else [None] * len(tokens)
+
+        def loss_of(index: int, hidden: Tensor) -> Tensor:
+            loss, metrics = stage.head_loss(tokens[index], hidden, kept[index])
+            results.add(loss, metrics)
+            kept[index] = None
+            return loss
+
+        _flow(stage.student, tokens, loss_of, train=train)
+    if not results.count:  # not the last rank: the loss arises there
+        results.add(torch.zeros((), device=tokens[0].inputs.device), {})
+    return results.take()
+
+
+def _align(stage: AlignStage, tokens: Sequence[LocalTokens], results: _Mean, *, train: bool) -> None:
+    def step(index: int) -> Tensor:
+        output = stage.teacher.hidden(tokens[index].inputs, tokens[index].document_ids)
+        loss, metrics = stage.layer_losses()
+        if train:
+            loss.backward(gradient=torch.full_like(loss, 1.0 / len(tokens)))
+        results.add(loss, metrics)
+        return output
+
+    _flow(stage.teacher, tokens, lambda index, hidden: None, train=False, step=step)
+
+
+def _kept_hidden(teacher: HypeNetModel, tokens: Sequence[LocalTokens]) -> list[Tensor | None]:
+    """The teacher's final hidden states of every micro-batch on the last pipeline stage, None elsewhere."""
+    kept: list[Tensor | None] = [None] * len(tokens)
+
+    def keep(index: int, hidden: Tensor) -> None:
+        kept[index] = hidden
+
+    _flow(teacher, tokens, keep, train=False)
+    return kept
+
+
+def _flow(
+    model: HypeNetModel,
+    tokens: Sequence[LocalTokens],
+    finish: Callable[[int, Tensor], Tensor | None],
+    *,
+    train: bool,
+    step: Callable[[int], Tensor] | None = None,
+) -> None:
+    """run_pipeline over micro-batches that all have the shape of the first."""
+    rows, length = tokens[0].inputs.shape
+
+    def hidden(index: int) -> Tensor:
+        return model.hidden(tokens[index].inputs, tokens[index].document_ids)
+
+    run_pipeline(
+        model, len(tokens), seq_length=length * groups.context_group().size(), micro_batch_size=rows, step=step or hidden,
+        finish=finish, train=train,
+    )  # fmt: skip

@@ -15,22 +15,33 @@ from torch import Tensor
 
 from megatron_hypenet.config.model import LogitsScaling, ModelConfig
 from megatron_hypenet.config.schema import ParallelConfig
+from megatron_hypenet.model import inference
 from megatron_hypenet.model.mixers import Mixer, SoftmaxAttn, without_extra_state
+from megatron_hypenet.model.pipeline_layout import pipeline_layout
 from megatron_hypenet.model.specs import block_spec, transformer_config
 from megatron_hypenet.parallel import groups
+from megatron_hypenet.parallel.context.layout import split_sequence
 from megatron_hypenet.parallel.cpu import device
-from megatron_hypenet.parallel.vocab_loss import token_scores
-
-SCORE_CHUNK_TOKENS = 2048
 
 
 class HypeNetModel(LanguageModule):
     """Decoder-only model whose layers differ in their mixer. Inside, tensors are [s, b, h] as in Megatron; token ids are [b, s]."""
 
-    def __init__(self, config: TransformerConfig, model_config: ModelConfig, *, trunk_only: bool = False) -> None:
-        """`trunk_only` builds nothing after the last mixer (no last MLP, final norm or head): the trunk of hidden-state alignment."""
+    def __init__(
+        self,
+        config: TransformerConfig,
+        model_config: ModelConfig,
+        parallel: ParallelConfig,
+        layout: tuple[int, ...],
+        *,
+        trunk_only: bool = False,
+    ) -> None:
+        """`layout` is the number of layers per pipeline stage; `trunk_only` builds nothing after the last mixer (no last MLP, final norm or
+        head): the trunk of hidden-state alignment."""
         super().__init__(config=config, pg_collection=groups.collection())
         self.model_config = model_config
+        self.parallel = parallel
+        self.layout = layout
         self.trunk_only = trunk_only
         stage, num_stages = groups.pipeline_stage()
         self.pre_process, self.post_process = stage == 0, stage == num_stages - 1
@@ -53,7 +64,7 @@ class HypeNetModel(LanguageModule):
         )
         self.decoder = TransformerBlock(
             config=config,
-            spec=block_spec(config, model_config, stage, trunk_only=trunk_only),
+            spec=block_spec(model_config, layout, stage, trunk_only=trunk_only),
             pre_process=self.pre_process,
             post_process=self.post_process,
             post_layer_norm=not trunk_only,
@@ -106,19 +117,35 @@ class HypeNetModel(LanguageModule):
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
 
-    def hidden(self, input_ids: Tensor) -> Tensor:
-        """input_ids [b, s] -> output of the last layer after the final norm, [s, b, h] (before it for a trunk)."""
+    def replicated_over_pipeline(self) -> list[torch.nn.Parameter]:
+        """Parameters of this pipeline stage that another stage holds too: a tied embedding, on the first and the last of several."""
+        several = not (self.pre_process and self.post_process)
+        if not (several and self.share_embeddings_and_output_weights and (self.pre_process or self.post_process)):
+            return []
+        return [self.shared_embedding_or_output_weight()]
+
+    def hidden(self, input_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
+        """This rank's tokens through the layers of this pipeline stage: the schedule's step, and with one stage the whole trunk.
+
+        input_ids [b, s] are this context-parallel rank's tokens; document_ids [b, s * context ranks] those of the whole sequence, or
+        None when each row is one document. Returns [s, b, h] (s / tp under sequence parallelism): on the last stage after the final norm
+        (before it for a trunk), on others what the next one takes."""
         x = self.embedding(input_ids=input_ids, position_ids=None) if self.pre_process else None
-        angles = self.rotary_pos_emb(input_ids.shape[1] * self.config.context_parallel_size)
-        return self.decoder(hidden_states=x, attention_mask=None, rotary_pos_emb=angles)
+        # `packed_seq` only means: all positions. The zigzag is ours to cut.
+        angles = self.rotary_pos_emb(input_ids.shape[1] * self.pg_collection.cp.size(), packed_seq=True)
+        angles = split_sequence(angles, self.pg_collection.cp, dim=0)
+        # Megatron hands `packed_seq_params` through to the mixers without looking at it.
+        return self.decoder(hidden_states=x, attention_mask=None, rotary_pos_emb=angles, packed_seq_params=document_ids)
+
+    def logits_of(self, hidden: Tensor) -> Tensor:
+        """Output of `hidden` on the last stage -> logits [s, b, vocab] in the model's dtype, whole on every tensor-parallel rank."""
+        logits, _ = self.output_layer(hidden, weight=self.head_weight())
+        return logits
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """input_ids [b, s] -> logits [b, s, vocab] in the model's dtype."""
-        hidden = self.hidden(input_ids)
-        if not self.post_process:
-            return hidden
-        logits, _ = self.output_layer(hidden, weight=self.head_weight())
-        return logits.transpose(0, 1)
+        """input_ids [b, s] (whole sequences, the same on every rank of a replica) -> logits [b, s, vocab] on every rank; for evaluation
+        under any layout, for training on one process."""
+        return inference.logits(self, input_ids)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[tuple[int, int, int], ...] = (), metadata: dict[str, Any] | None = None
@@ -147,12 +174,9 @@ class HypeNetModel(LanguageModule):
 
     @torch.no_grad()
     def token_scores(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """input_ids [b, s] -> negative log likelihood [b, s-1] (fp32, float64 for float64 models) of each next token, and whether it was
-        the model's first choice [b, s-1]. The head runs in chunks, so long inputs fit."""
-        hidden = self.hidden(input_ids)[:-1]
-        labels = input_ids[:, 1:].transpose(0, 1)
-        nll, correct = token_scores(hidden, self.head_weight(), labels, chunk_tokens=SCORE_CHUNK_TOKENS, group=self.pg_collection.tp)
-        return nll.transpose(0, 1), correct.transpose(0, 1)
+        """input_ids [b, s] (whole sequences) -> negative log likelihood [b, s-1] (fp32, float64 for float64 models) of each next token,
+        and whether it was the model's first choice [b, s-1], on every rank of any layout."""
+        return inference.token_scores(self, input_ids)
 
 
 def build_model(
@@ -162,6 +186,7 @@ def build_model(
 
     Starts the process groups if none stand. `seed` fixes the random weights; ConfigError names an unknown mixer."""
     groups.init_parallel(parallel, seed=1234 if seed is None else seed)
-    config = transformer_config(model_config, parallel, dtype)
-    model = HypeNetModel(config, model_config, trunk_only=trunk_only)
+    layout = pipeline_layout(model_config, parallel)
+    config = transformer_config(model_config, parallel, dtype, layout)
+    model = HypeNetModel(config, model_config, parallel, layout, trunk_only=trunk_only)
     return model.to(device=device(), dtype=dtype)

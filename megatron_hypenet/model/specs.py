@@ -8,19 +8,21 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules, get_transformer_layer_offset
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from megatron.core.utils import init_method_normal
 
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.config.schema import ParallelConfig
 from megatron_hypenet.model.mixers import MixerSubmodules, mixer_class
+from megatron_hypenet.model.pipeline_layout import layers_of_stage
 from megatron_hypenet.parallel.cpu import device
 from megatron_hypenet.parallel.norm import RMSNorm
 
 
-def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
-    """Megatron's configuration of a model in one dtype (float64 too) on one layout."""
+def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype, layout: tuple[int, ...] = ()) -> TransformerConfig:
+    """Megatron's configuration of a model in one dtype (float64 too) on one layout, `layout` being the layers per pipeline stage
+    where there are several."""
     init = init_method_normal(model.init_method_std)
     return TransformerConfig(
         num_layers=model.num_layers,
@@ -44,7 +46,9 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torc
         bf16=dtype == torch.bfloat16,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        pipeline_model_parallel_layout=_megatron_layout(layout) if len(layout) > 1 else None,
         context_parallel_size=parallel.context_parallel_size,
+        cp_comm_type="p2p" if parallel.context_parallel_method == "ring" else "all_gather",  # Megatron's names for the two
         sequence_parallel=parallel.sequence_parallel,
         bias_activation_fusion=False,  # the fused kernels are CUDA-only and differ in rounding
         bias_dropout_fusion=False,
@@ -55,14 +59,18 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torc
     )
 
 
-def block_spec(
-    config: TransformerConfig, model: ModelConfig, pipeline_rank: int, *, trunk_only: bool = False
-) -> TransformerBlockSubmodules:
-    """Specs of the layers on this pipeline stage. `trunk_only` leaves out the last layer's MLP: nothing after the last mixer is built."""
-    first = get_transformer_layer_offset(config, pp_rank=pipeline_rank)
-    count = get_num_layers_to_build(config, pp_rank=pipeline_rank)
+def _megatron_layout(layout: tuple[int, ...]) -> list[list[str]]:
+    """Layers per stage as Megatron spells a free layout: the embedding opens the first stage, the loss closes the last."""
+    stages = [["decoder"] * count for count in layout]
+    stages[0].insert(0, "embedding")
+    stages[-1].append("loss")
+    return stages
+
+
+def block_spec(model: ModelConfig, layout: tuple[int, ...], stage: int, *, trunk_only: bool = False) -> TransformerBlockSubmodules:
+    """Specs of the layers on one pipeline stage. `trunk_only` leaves out the last layer's MLP: nothing after the last mixer is built."""
     last = model.num_layers - 1
-    layers = [layer_spec(model, model.mixer_types[i], with_mlp=not (trunk_only and i == last)) for i in range(first, first + count)]
+    layers = [layer_spec(model, model.mixer_types[i], with_mlp=not (trunk_only and i == last)) for i in layers_of_stage(layout, stage)]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
 
 

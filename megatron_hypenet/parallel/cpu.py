@@ -2,7 +2,8 @@
 
 Megatron-core asks `torch.cuda` for the current device, for random-number states and for synchronisation even when every tensor is on
 the CPU (0.16.1: rotary_pos_embedding.py, tensor_parallel/random.py, dist_checkpointing/strategies/filesystem_async.py). This module
-answers those calls; nothing of Megatron itself is patched but two RNG helpers. `torch.cuda.is_available()` stays False, because torch
+answers those calls. Of Megatron itself two RNG helpers are patched, and the name `torch` in its pipeline schedules, which ask for a
+tensor on "cuda" by name. `torch.cuda.is_available()` stays False, because torch
 and DeepSpeed choose their own CPU paths by it. With CUDA present everything here does nothing."""
 
 import ctypes
@@ -31,11 +32,23 @@ def _keep_freed_memory() -> None:
         mallopt(m_top_pad, 1 << 28)
 
 
+class _TorchOnCpu:
+    """torch for a module that writes device="cuda" where it means this process's device."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def zeros(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        kwargs.pop("device", None)
+        return torch.zeros(*args, **kwargs)
+
+
 def enable_cpu() -> None:
     """Let Megatron-core run without CUDA in this process; call before building a model. Idempotent, no-op with CUDA."""
     global _enabled
     if _enabled or torch.cuda.is_available():
         return
+    import megatron.core.pipeline_parallel.schedules as megatron_schedules
     import megatron.core.tensor_parallel.random as megatron_random
 
     _keep_freed_memory()
@@ -62,5 +75,6 @@ def enable_cpu() -> None:
         setattr(torch.cuda, name, answer)
     megatron_random._get_cuda_rng_state = get_state
     megatron_random._set_cuda_rng_state = set_state
+    megatron_schedules.torch = _TorchOnCpu()
     setattr(torch.Tensor, "cuda", lambda tensor, *args, **kwargs: tensor)  # noqa: B010 - mypy forbids the plain assignment
     _enabled = True

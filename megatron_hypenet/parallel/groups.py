@@ -76,6 +76,21 @@ def data_group() -> dist.ProcessGroup:
     return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
 
+def context_group() -> dist.ProcessGroup:
+    """Context-parallel group of this process: the ranks that split every sequence between them."""
+    return parallel_state.get_context_parallel_group()
+
+
+def pipeline_group() -> dist.ProcessGroup:
+    """Pipeline group of this process: the ranks that hold consecutive layers of one replica."""
+    return parallel_state.get_pipeline_model_parallel_group()
+
+
+def embedding_group() -> dist.ProcessGroup:
+    """First and last pipeline rank of this replica, which both hold a tied embedding."""
+    return parallel_state.get_embedding_group()
+
+
 def data_rank() -> int:
     """Rank among those that read different samples (context-parallel ranks share their samples)."""
     return parallel_state.get_data_parallel_rank()
@@ -152,3 +167,37 @@ def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
         dist.all_reduce(tensor, group=group)
         tensor /= group.size()
     return tensor
+
+
+def all_reduce_over_samples(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum of `tensor` over the ranks that read different samples, in place; returns it."""
+    group: Any = parallel_state.get_data_parallel_group()
+    if group.size() > 1:
+        dist.all_reduce(tensor, group=group)
+    return tensor
+
+
+def sum_over_pipeline(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum of `tensor` over the pipeline stages, in place; returns it."""
+    group: Any = pipeline_group()
+    if group.size() > 1:
+        dist.all_reduce(tensor, group=group)
+    return tensor
+
+
+def broadcast_from_last_stage(tensor: torch.Tensor) -> torch.Tensor:
+    """Give every pipeline stage the last stage's values of `tensor` (same shape and dtype everywhere), in place; returns it."""
+    group: Any = pipeline_group()
+    if group.size() > 1:
+        dist.broadcast(tensor, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
+    return tensor
+
+
+def gather_over_pipeline(value: Any) -> list[Any]:
+    """Every pipeline stage's `value` (small and picklable), in order of the stages."""
+    group: Any = pipeline_group()
+    gathered: list[Any] = [value]
+    if group.size() > 1:
+        gathered = [None] * group.size()
+        dist.all_gather_object(gathered, value, group=group)
+    return gathered

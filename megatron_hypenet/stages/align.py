@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from megatron_hypenet.model.hypenet import HypeNetModel
 from megatron_hypenet.parallel import groups
-from megatron_hypenet.stages.base import Batch, StageModule, accumulate_dtype, inputs_and_labels
+from megatron_hypenet.stages.base import Batch, StageModule, accumulate_dtype, local_tokens
 from megatron_hypenet.stages.swap import AlignedMixers
 
 
@@ -38,13 +38,23 @@ class AlignStage(StageModule):
             teacher.set_mixer(imitation.layer, imitation)
         self.__dict__["imitations"] = imitations
 
+    @property
+    def layout(self) -> tuple[int, ...]:
+        """Layers per pipeline stage; each RNN mixer lies beside the layer it imitates."""
+        return self.teacher.layout
+
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Tokens [b, t + 1] -> mean of the layer losses; metrics hold every layer's own as align/layer_NN."""
-        inputs, _ = inputs_and_labels(batch)
+        tokens = local_tokens(batch)
         with torch.no_grad():
-            self.teacher.hidden(inputs)
+            self.teacher.hidden(tokens.inputs, tokens.document_ids)
+        return self.layer_losses()
+
+    def layer_losses(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """(loss, metrics) after a pass of the teacher: the share that this process's layers have in the mean over all layers."""
         losses = {imitation.layer: imitation.take_loss() for imitation in self.__dict__["imitations"]}
-        loss = torch.stack(list(losses.values())).sum() / self.model_config.num_layers
+        with torch.enable_grad():  # the teacher's pass may be still under way, without gradients
+            loss = torch.stack(list(losses.values())).sum() / self.model_config.num_layers
         return loss, {f"align/layer_{layer:02d}": value.detach() for layer, value in losses.items()}
 
     def sharded_state_dict(self, prefix: str = "") -> dict[str, Any]:

@@ -54,6 +54,7 @@ class Mixer(MegatronModule, ABC):
         self.layer_number = layer_number  # global, from 1
         self.model = model
         self.tensor_group = pg_collection.tp
+        self.context_group = pg_collection.cp
         self.tensor_size, self.tensor_rank = self.tensor_group.size(), self.tensor_group.rank()
         self.head_dim = model.kv_channels
         self.num_local_heads = model.num_attention_heads // self.tensor_size
@@ -109,16 +110,26 @@ class Mixer(MegatronModule, ABC):
         return projections + cls.mix_flops_per_token(model, seq_length)
 
     @abstractmethod
-    def mix(self, parts: dict[str, Tensor], rotary_pos_emb: Tensor | None) -> Tensor:
-        """Sections [s, b, local rows] -> what `linear_proj` takes, [s, b, local heads * head_dim]."""
+    def mix(self, parts: dict[str, Tensor], rotary_pos_emb: Tensor | None, document_ids: Tensor | None) -> Tensor:
+        """Sections [s, b, local rows] -> what `linear_proj` takes, [s, b, local heads * head_dim].
+
+        s are this context-parallel rank's tokens; document_ids [b, s * context ranks] those of the whole sequence, or None."""
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, rotary_pos_emb: Tensor | None = None, **unused: Any
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        rotary_pos_emb: Tensor | None = None,
+        packed_seq_params: Tensor | None = None,
+        **unused: Any,
     ) -> tuple[Tensor, None]:
-        """hidden_states [s, b, h] -> ([s, b, h], no bias). Causal by construction: `attention_mask` has no say."""
+        """hidden_states [s, b, h] -> ([s, b, h], no bias). Causal by construction: `attention_mask` has no say.
+
+        `packed_seq_params` is Megatron's name for what tells packed documents apart; here it carries the document ids."""
         projected, _ = self.linear_in(hidden_states)
         parts = dict(zip(self.local_sections, projected.split(list(self.local_sections.values()), dim=-1), strict=True))
-        output, _ = self.linear_proj(self.mix(parts, rotary_pos_emb))
+        output, _ = self.linear_proj(self.mix(parts, rotary_pos_emb, packed_seq_params))
         return output, None
 
     def heads(self, x: Tensor) -> Tensor:
@@ -145,7 +156,7 @@ class Mixer(MegatronModule, ABC):
         """Megatron's sharded state, with the fused projection as one logical tensor per section."""
         state: ShardedStateDict = {}
         for child, module in self.named_children():
-            state.update(sharded_state_dict_default(module, f"{prefix}{child}.", sharded_offsets, metadata))
+            state.update(sharded_state_dict_default(module, f"{prefix}{child}.", sharded_offsets, metadata, tp_group=self.tensor_group))
         key = f"{prefix}linear_in.weight"
         state[key] = split_factory(state[key], self.local_sections)
         return without_extra_state(state)

@@ -3,16 +3,16 @@
 Source: arXiv 2601.22156 (HyPE: no RoPE, output gate, logit scaling at inference); Qwen3 for grouped heads and per-head norms."""
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_hypenet.config.model import SOFTMAX_MIXER, LogitsScaling, ModelConfig
 from megatron_hypenet.model.mixers.base import Mixer, register_mixer
 from megatron_hypenet.ops.logits_scale import logits_scale
 from megatron_hypenet.ops.rope import apply_rope
+from megatron_hypenet.parallel.context import context_softmax_attn, local_positions
 
 
 @register_mixer(SOFTMAX_MIXER)
@@ -24,6 +24,7 @@ class SoftmaxAttn(Mixer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.logits_scaling: LogitsScaling = self.model.attn_logits_scaling
+        self.method: Literal["all_gather", "ring"] = "ring" if self.config.cp_comm_type == "p2p" else "all_gather"
 
     @classmethod
     def sections(cls, model: ModelConfig) -> dict[str, int]:
@@ -36,18 +37,19 @@ class SoftmaxAttn(Mixer):
         """Two products over half the sequence on average: 4 * heads * head_dim * seq_length / 2."""
         return 2.0 * model.query_size * seq_length
 
-    def mix(self, parts: dict[str, Tensor], rotary_pos_emb: Tensor | None) -> Tensor:
+    def mix(self, parts: dict[str, Tensor], rotary_pos_emb: Tensor | None, document_ids: Tensor | None) -> Tensor:
         """Attention over all earlier positions, then the gate."""
         q, k, v = self.q_norm(self.heads(parts["q"])), self.k_norm(self.heads(parts["k"])), self.heads(parts["v"])
         if self.model.attn_use_rope:
             assert rotary_pos_emb is not None, "the model passes RoPE angles to every layer"
             q, k = apply_rope(q, rotary_pos_emb), apply_rope(k, rotary_pos_emb)
-        scale = logits_scale(self.logits_scaling, torch.arange(q.shape[0], device=q.device), q.dtype)
+        positions = local_positions(q.shape[0], self.context_group).to(q.device)
+        scale = logits_scale(self.logits_scaling, positions, q.dtype)
         if scale is not None:
             q = q * scale[:, None, None, None]
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))  # [b, heads, s, head_dim]
-        o = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=1.0 / math.sqrt(self.head_dim), enable_gqa=q.shape[1] != k.shape[1]
+        q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # the op's order: [b, t, heads, head_dim]
+        o = context_softmax_attn(
+            q, k, v, scale=1.0 / math.sqrt(self.head_dim), group=self.context_group, document_ids=document_ids, method=self.method
         )
-        o = o.permute(2, 0, 1, 3).flatten(-2)
+        o = o.transpose(0, 1).flatten(-2)
         return o * torch.sigmoid(parts["gate"]) if "gate" in parts else o

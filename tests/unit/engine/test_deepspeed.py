@@ -115,14 +115,14 @@ def test_starts_fast_and_compiles_nothing(capfd):
 
 def test_config_covers_precision_and_stage_zero():
     config = stage_config(clip_grad=0.0)
-    assert config_dict(config, zero_stage=0, num_micro_batches=3, dtype=torch.float32)["zero_optimization"]["stage"] == 1
-    bf16 = config_dict(config, zero_stage=2, num_micro_batches=3, dtype=torch.bfloat16)
+    assert config_dict(config, ParallelConfig(zero_stage=0), num_micro_batches=3, dtype=torch.float32)["zero_optimization"]["stage"] == 1
+    bf16 = config_dict(config, ParallelConfig(zero_stage=2), num_micro_batches=3, dtype=torch.bfloat16)
     assert bf16["bf16"] == {"enabled": True, "immediate_grad_update": True} and bf16["gradient_accumulation_steps"] == 3
     with pytest.raises(ValueError, match="float16"):
-        config_dict(config, zero_stage=1, num_micro_batches=1, dtype=torch.float16)
+        config_dict(config, ParallelConfig(zero_stage=1), num_micro_batches=1, dtype=torch.float16)
 
 
-def test_pipeline_parallelism_is_refused(monkeypatch):
+def test_pipeline_parallelism_goes_with_zero_one_at_most(monkeypatch):
     monkeypatch.setattr(groups, "pipeline_stage", lambda: (0, 2))
-    with pytest.raises(LayoutError, match="pipeline_model_parallel_size"):
-        TrainingEngine(ToyStage(), stage_config(), ParallelConfig())
+    with pytest.raises(LayoutError, match="zero_stage=2 under pipeline parallelism"):
+        TrainingEngine(ToyStage(), stage_config(), ParallelConfig(zero_stage=2))

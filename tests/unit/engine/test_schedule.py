@@ -3,7 +3,14 @@
 import pytest
 import torch
 
+from megatron_hypenet.config.schema import ParallelConfig
 from megatron_hypenet.engine.schedule import forward_backward
+from megatron_hypenet.parallel import groups
+
+
+@pytest.fixture(autouse=True)
+def process_groups():
+    groups.init_parallel(ParallelConfig())
 
 
 class CountingEngine:

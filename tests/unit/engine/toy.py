@@ -14,6 +14,7 @@ class ToyStage(StageModule):
     """Predicts the next token from the present one; `poison` makes the loss NaN when that token appears."""
 
     name = "align"
+    layout = (1,)
 
     def __init__(self, dtype=torch.float32, poison=None):
         super().__init__(tiny_model_config())
@@ -55,6 +56,8 @@ class Trap(torch.autograd.Function):
 
 class ToyData:
     """Tokens of a sample depend on its index alone; sample `bad` holds token VOCAB - 1."""
+
+    end_of_document = 0
 
     def __init__(self, bad=None):
         self.bad = bad

@@ -12,7 +12,7 @@ from tests.tiny import tiny_model_config
 
 def specs(model, **kwargs):
     init_parallel(ParallelConfig())
-    return block_spec(transformer_config(model, ParallelConfig(), torch.float32), model, 0, **kwargs).layer_specs
+    return block_spec(model, (model.num_layers,), 0, **kwargs).layer_specs
 
 
 def test_every_layer_gets_its_own_mixer():

@@ -4,12 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from megatron_hypenet.stages.base import StageModule, accumulate_dtype, inputs_and_labels
+from megatron_hypenet.config.schema import ParallelConfig
+from megatron_hypenet.parallel import groups
+from megatron_hypenet.stages.base import StageModule, accumulate_dtype, local_tokens
 from tests.unit.stages.conftest import STUDENT
 
 
 class Stage(StageModule):
     name = "stage"
+    layout = (3,)
 
     def forward(self, batch):
         return self.layer(batch["tokens"]), {}
@@ -42,9 +45,11 @@ def test_frozen_parameters_do_not_train():
 
 
 def test_labels_are_the_tokens_after_the_inputs():
-    inputs, labels = inputs_and_labels({"tokens": torch.arange(8).view(2, 4)})
-    assert inputs.tolist() == [[0, 1, 2], [4, 5, 6]]
-    assert labels.tolist() == [[1, 2, 3], [5, 6, 7]]
+    groups.init_parallel(ParallelConfig())
+    tokens = local_tokens({"tokens": torch.arange(8).view(2, 4)})
+    assert tokens.inputs.tolist() == [[0, 1, 2], [4, 5, 6]]
+    assert tokens.labels.tolist() == [[1, 2, 3], [5, 6, 7]]
+    assert tokens.document_ids is None and tokens.weights is None
 
 
 def test_sums_are_kept_in_fp32_or_wider():

@@ -1,0 +1,93 @@
+"""Logits and token scores of whole sequences on any parallel layout: every rank gives the same ids and gets the same answer.
+
+Sequences are padded at the end to what the layout can split; models are causal, so padding changes nothing before it. Under context
+parallelism each rank computes its chunks, under pipeline parallelism the rows travel as micro-batches, and results are put together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from torch import Tensor
+
+from megatron_hypenet.parallel import groups, vocab_loss
+from megatron_hypenet.parallel.context.layout import gather_sequence, split_sequence
+from megatron_hypenet.parallel.pipeline import run_pipeline
+
+if TYPE_CHECKING:
+    from megatron_hypenet.model.hypenet import HypeNetModel
+
+SCORE_CHUNK_TOKENS = 2048
+"""Tokens whose logits exist at one time while scoring."""
+
+
+def logits(model: HypeNetModel, input_ids: Tensor) -> Tensor:
+    """input_ids [b, t] -> logits [b, t, vocab] in the model's dtype, on every rank. Differentiable on one process only."""
+    vocab = model.model_config.vocab_size
+    like = torch.empty(0, dtype=model.config.params_dtype, device=input_ids.device)
+    (found,) = _over_layout(model, input_ids, [(like, (vocab,))], lambda hidden, _rows: (model.logits_of(hidden),))
+    return found
+
+
+@torch.no_grad()
+def token_scores(model: HypeNetModel, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """input_ids [b, t] -> negative log likelihood of each next token [b, t - 1] (fp32, float64 for float64 models), and whether it was the
+    model's first choice [b, t - 1] (bool), on every rank. The head runs in chunks, so long inputs fit."""
+    wide = torch.float64 if model.config.params_dtype == torch.float64 else torch.float32
+    following = F.pad(input_ids[:, 1:], (0, 1))  # the last position has no next token: its score is dropped
+
+    def head(hidden: Tensor, rows: slice) -> tuple[Tensor, ...]:
+        labels = split_sequence(_padded(model, following[rows]), model.pg_collection.cp, dim=1).t()
+        if model.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False, group=model.pg_collection.tp)
+        return vocab_loss.token_scores(hidden, model.head_weight(), labels, chunk_tokens=SCORE_CHUNK_TOKENS, group=model.pg_collection.tp)
+
+    kinds = [torch.empty(0, dtype=dtype, device=input_ids.device) for dtype in (wide, torch.bool)]
+    nll, correct = _over_layout(model, input_ids, [(kind, ()) for kind in kinds], head)
+    return nll[:, :-1], correct[:, :-1]
+
+
+def _over_layout(
+    model: HypeNetModel,
+    input_ids: Tensor,
+    results: list[tuple[Tensor, tuple[int, ...]]],
+    head: Callable[[Tensor, slice], tuple[Tensor, ...]],
+) -> tuple[Tensor, ...]:
+    """Run the model and, on the last stage, `head(hidden [s, b, h], rows)` -> tensors [s, b, ...] of this rank's tokens; gives them whole,
+    [b, t, ...], on every rank. `results` names dtype and device (by an empty tensor) and trailing shape of each."""
+    group, length = model.pg_collection.cp, input_ids.shape[1]
+    local_ids = split_sequence(_padded(model, input_ids), group, dim=1)
+
+    def whole(parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(gather_sequence(part.transpose(0, 1), group, dim=1)[:, :length] for part in parts)
+
+    if groups.pipeline_stage()[1] == 1:
+        return whole(head(model.hidden(local_ids), slice(None)))
+    found = tuple(like.new_empty(*input_ids.shape, *trailing) for like, trailing in results)
+    pieces = local_ids.chunk(_num_micro_batches(len(input_ids)))
+    size = len(pieces[0])
+
+    def keep(index: int, hidden: Tensor) -> None:
+        rows = slice(index * size, (index + 1) * size)
+        for target, part in zip(found, whole(head(hidden, rows)), strict=True):
+            target[rows] = part
+
+    run_pipeline(
+        model, len(pieces), seq_length=local_ids.shape[1] * group.size(), micro_batch_size=size,
+        step=lambda index: model.hidden(pieces[index]), finish=keep, train=False,
+    )  # fmt: skip
+    return tuple(groups.broadcast_from_last_stage(tensor) for tensor in found)
+
+
+def _padded(model: HypeNetModel, ids: Tensor) -> Tensor:
+    """ids [b, t] with zeros at the end, up to a length that the layout can split."""
+    return F.pad(ids, (0, -ids.shape[1] % model.parallel.sequence_unit))
+
+
+def _num_micro_batches(rows: int) -> int:
+    """Into how many equal micro-batches `rows` go: the most that the pipeline profits from."""
+    most = 2 * groups.pipeline_stage()[1]
+    return max(count for count in range(1, min(rows, most) + 1) if rows % count == 0)

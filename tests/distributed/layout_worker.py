@@ -1,0 +1,40 @@
+"""Run by torchrun: train tiny stages on one layout after the other.
+
+layout_worker FOLDER CASES      CASES: JSON list of {name, stage, parallel, [changes], [stage_changes]}; results in FOLDER/<name>/<stage>
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from megatron_hypenet.engine import run_stage
+from megatron_hypenet.engine.loop import train
+from megatron_hypenet.engine.process import leave
+from megatron_hypenet.parallel import groups
+from tests.distributed.layouts import Tokens, run_config
+
+
+def one(folder: Path, case: dict) -> None:
+    run = run_config(folder / case["name"], case.get("stage_changes"), parallel=case["parallel"], **case.get("changes", {}))
+    groups.init_parallel(run.parallel, seed=run.seed)
+    name = case["stage"]
+    stage = run_stage.build_stage(name, run, teacher=folder / "teacher", init=None if name == "align" else folder / "student")
+    train(stage, Tokens(), run.stage(name), run, folder / case["name"] / name, extra={"pipeline_layout": list(stage.layout)})
+    del stage
+    run_stage.release()
+    groups.destroy_model_groups()
+
+
+def main() -> None:
+    folder, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
+    for case in cases:
+        began = time.monotonic()
+        one(folder, case)
+        if groups.rank() == 0:
+            print(f"ran {case['name']} {case['stage']} in {time.monotonic() - began:.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
+    leave(0)

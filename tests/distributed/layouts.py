@@ -1,0 +1,66 @@
+"""Tiny real runs on any layout, for the parity tests: the same checkpoints, tokens and settings, whatever splits the work."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import megatron_hypenet
+from megatron_hypenet.checkpoint.save import write_weights
+from megatron_hypenet.config.schema import RunConfig
+from megatron_hypenet.export.mapping import entries
+from megatron_hypenet.model.transfer import named_normal
+from tests.tiny import tiny_model_config, tiny_teacher_config
+
+ROOT = Path(megatron_hypenet.__file__).parents[1]
+SHAPE = {"num_attention_heads": 4, "num_query_groups": 2, "vocab_size": 64, "share_embeddings_and_output_weights": True}
+"""Divisible by two tensor-parallel ranks; embedding and head are one matrix, as in the smaller Qwen3 models."""
+TEACHER = tiny_teacher_config(5, **SHAPE)
+STUDENT = tiny_model_config(("lightning_attn", "attn", "lightning_attn", "lightning_attn", "attn"), **SHAPE)
+STAGES = ("align", "distill", "finetune")
+
+
+def write_models(folder: Path) -> None:
+    """Teacher and student checkpoints whose every tensor is a function of its name."""
+    for kind, config in (("teacher", TEACHER), ("student", STUDENT)):
+        tensors = {}
+        for entry in entries(config):
+            shape = tuple(entry.shape)
+            shift = 1.0 if "norm" in entry.ours else 0.0
+            tensors[entry.ours] = named_normal(entry.ours, shape, std=0.3 if "norm" in entry.ours else 0.15, seed=len(kind)) + shift
+        write_weights(folder / kind, tensors, config, kind=kind)
+
+
+class Tokens:
+    """Tokens that depend on the sample index alone; the last id ends a document."""
+
+    def batch(self, sample_start: int, count: int, seq_length: int) -> torch.Tensor:
+        rows = [
+            torch.randint(0, SHAPE["vocab_size"], (seq_length + 1,), generator=torch.Generator().manual_seed(1000 + sample_start + row))
+            for row in range(count)
+        ]
+        return torch.stack(rows)
+
+
+def run_config(out: Path, stage_changes: dict | None = None, **changes) -> RunConfig:
+    """Five steps of four samples, one per micro-batch, clipping that bites."""
+    stage = {
+        "train_iters": 5, "seq_length": 16, "micro_batch_size": 1, "global_batch_size": 4, "lr": 1e-2, "min_lr": 1e-3, "clip_grad": 0.5,
+        "warmup_iters": 1, "save_interval": 100, "log_interval": 1, "weight_decay": 0.1, **(stage_changes or {}),
+    }  # fmt: skip
+    head = {**stage, "vocab_chunk_tokens": 7}
+    inputs = {"output_dir": str(out), "teacher": "teacher", "data": {"train": ["x.txt"]}, "precision": "float32"}
+    return RunConfig.model_validate({**inputs, "align": stage, "distill": head, "finetune": head, **changes})
+
+
+def start(processes: int, *arguments: str, module: str = "tests.distributed.layout_worker", timeout: int = 600):
+    """Run a worker module in `processes` fresh processes; returns the finished subprocess."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", module]
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
+    return subprocess.run([*launcher, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout, check=False)
