@@ -16,19 +16,14 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from megatron_hypenet.ops.decay import log_decay  # noqa: E402
 from megatron_hypenet.parallel import context  # noqa: E402
 from megatron_hypenet.parallel.context.lightning import exchanged_bytes  # noqa: E402
+from tests.dense_attention import dense_lightning, dense_softmax, document_ids  # noqa: E402
 
 B, T, H, G, DK, DV, SCALE = 2, 48, 6, 2, 5, 5, 0.4
 LIMIT = 1e-12
 """Largest absolute error allowed in float64; values are of order one."""
 
 
-def ids(*starts_of_rows, length=T):
-    """document_ids [b, length] from the positions at which each row starts a document."""
-    position = torch.arange(length)
-    rows = [torch.bucketize(position, torch.tensor(starts, dtype=torch.int64), right=True) for starts in starts_of_rows]
-    return torch.stack(rows).int()
-
-
+ids = partial(document_ids, length=T)
 DOCUMENTS = {
     "none": None,
     "random": ids((7, 30, 31, 40), (1, 19, 47)),
@@ -39,38 +34,18 @@ DOCUMENTS = {
 }
 
 
-def visible(document_ids, length=T):
-    """Which key each query sees: bool [b or 1, length, length]."""
-    mask = torch.ones(length, length, dtype=torch.bool).tril()[None]
-    return mask if document_ids is None else mask & (document_ids[:, :, None] == document_ids[:, None, :])
+def lightning(group, ids, q, k, v):
+    return context.context_lightning_attn(q, k, v, log_decay(q.shape[2]), scale=SCALE, group=group, document_ids=ids)
 
 
-def dense_lightning(q, k, v, document_ids):
-    distance = torch.arange(q.shape[1])[:, None] - torch.arange(q.shape[1])[None, :]
-    decay = torch.exp(log_decay(q.shape[2])[:, None, None] * distance.clamp(min=0))
-    weights = (decay[None] * visible(document_ids, q.shape[1])[:, None]).to(q.dtype)
-    return SCALE * torch.einsum("bihk,bjhk,bhij,bjhv->bihv", q, k, weights.expand(q.shape[0], -1, -1, -1), v)
-
-
-def dense_softmax(q, k, v, document_ids):
-    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
-    scores = SCALE * torch.einsum("bihd,bjhd->bhij", q, k)
-    p = scores.masked_fill(~visible(document_ids, q.shape[1])[:, None], -torch.inf).softmax(-1)
-    return torch.einsum("bhij,bjhd->bihd", p, v)
-
-
-def lightning(group, document_ids, q, k, v):
-    return context.context_lightning_attn(q, k, v, log_decay(q.shape[2]), scale=SCALE, group=group, document_ids=document_ids)
-
-
-def softmax(method, group, document_ids, q, k, v):
-    return context.context_softmax_attn(q, k, v, scale=SCALE, group=group, document_ids=document_ids, method=method)
+def softmax(method, group, ids, q, k, v):
+    return context.context_softmax_attn(q, k, v, scale=SCALE, group=group, document_ids=ids, method=method)
 
 
 OPS = {
-    "lightning": (lightning, dense_lightning, H),
-    "all_gather": (partial(softmax, "all_gather"), dense_softmax, G),
-    "ring": (partial(softmax, "ring"), dense_softmax, G),
+    "lightning": (lightning, lambda q, k, v, ids: dense_lightning(q, k, v, log_decay(H), SCALE, ids), H),
+    "all_gather": (partial(softmax, "all_gather"), lambda q, k, v, ids: dense_softmax(q, k, v, SCALE, ids), G),
+    "ring": (partial(softmax, "ring"), lambda q, k, v, ids: dense_softmax(q, k, v, SCALE, ids), G),
 }
 
 
@@ -96,15 +71,15 @@ def compare(got, want, relative_to=None):
     return (error if relative_to is None else error / relative_to.detach().abs().max()).item()
 
 
-def parity(op, dense, groups, group, document_ids, wrap=lambda f: f, dtype=torch.float64, relative=False):
+def parity(op, dense, groups, group, ids, wrap=lambda f: f, dtype=torch.float64, relative=False):
     """Largest errors of o, dq, dk, dv of this rank's tokens; `want` is float64, whatever dtype the op runs in."""
     *inputs, weight = draw(groups, dtype=dtype)
     whole = [x.double().clone().requires_grad_() for x in inputs]
-    want = dense(*whole, document_ids)
+    want = dense(*whole, ids)
     (want * weight.double()).sum().backward()
     split = partial(context.split_sequence, group=group, dim=1)
     local = [split(x).clone().requires_grad_() for x in inputs]
-    o = wrap(partial(op, group, document_ids))(*local)
+    o = wrap(partial(op, group, ids))(*local)
     assert o.dtype == dtype
     # an upstream gradient that is not contiguous: collectives and views must not assume that it is
     upstream = split(weight).permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
@@ -118,8 +93,8 @@ def parity(op, dense, groups, group, document_ids, wrap=lambda f: f, dtype=torch
 
 def check_parity(group, size):
     for op_name, (op, dense, groups) in OPS.items():
-        for name, document_ids in DOCUMENTS.items():
-            report(f"{op_name} cp={size} documents={name}", parity(op, dense, groups, group, document_ids))
+        for name, ids in DOCUMENTS.items():
+            report(f"{op_name} cp={size} documents={name}", parity(op, dense, groups, group, ids))
 
 
 def check_recompute_and_inference(group, size):

@@ -1,4 +1,4 @@
-"""Attention over a sequence split over 1, 2, 4 and 8 processes gives one process's numbers, gradients included, with and without documents."""
+"""Attention over a sequence split over 1, 2, 4 and 8 processes gives one process's numbers and gradients, with and without documents."""
 
 import json
 import subprocess

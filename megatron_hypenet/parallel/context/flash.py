@@ -45,15 +45,14 @@ def forward(
         return o, log_sum
     b, m, h, _ = q.shape
     packing = documents.packing(queries, keys)
-    o = q.new_zeros(b * m, h, v.shape[-1])
-    log_sum = q.new_full((h, b * m), -torch.inf, dtype=torch.float32)
-    if not packing.empty:
-        packed = (_take(q, packing.query_rows), _take(k, packing.key_rows), _take(v, packing.key_rows))
-        out, sums, *_ = _FORWARD(*packed, *_lengths(packing), 0.0, causal, False, scale=scale)
-        if packing.query_rows is None:
-            o, log_sum = out, sums
-        else:
-            o[packing.query_rows], log_sum[:, packing.query_rows] = out, sums
+    if packing.empty:
+        return torch.zeros_like(q), q.new_full((b, h, m), -torch.inf, dtype=torch.float32)
+    packed = (_take(q, packing.query_rows), _take(k, packing.key_rows), _take(v, packing.key_rows))
+    o, log_sum, *_ = _FORWARD(*packed, *_lengths(packing), 0.0, causal, False, scale=scale)
+    if packing.query_rows is not None:
+        packed_sums = log_sum
+        o, log_sum = _put(o, packing.query_rows, q).flatten(0, 1), packed_sums.new_full((h, b * m), -torch.inf)
+        log_sum[:, packing.query_rows] = packed_sums
     return o.unflatten(0, (b, m)), log_sum.unflatten(1, (b, m)).transpose(0, 1)
 
 

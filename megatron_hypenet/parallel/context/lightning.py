@@ -46,16 +46,16 @@ def context_lightning_attn(
         return lightning_attn(q, k, v, log_decay, scale=scale, document_ids=document_ids)[0]
     c = local_chunk_tokens(q.shape[1], group.size())
     b, decay = q.shape[0], log_decay.to(q.device)
-    chunks = [x.unflatten(1, (2, c)).flatten(0, 1) for x in (q, k, v)]  # [2b, c, h, .]: row 2i + j is chunk j of sequence i
+    q, k, v = (x.unflatten(1, (2, c)).flatten(0, 1) for x in (q, k, v))  # [2b, c, h, .]: row 2i + j is chunk j of sequence i
     ids = None
     if document_ids is not None:
         ids = local_part(document_ids, group.rank(), group.size(), 1).unflatten(1, (2, c)).flatten(0, 1)
     exchange = _StateExchange(group, carry_weights(decay, c, 2 * group.size(), document_ids))
-    states = lightning_state(chunks[1], chunks[2], decay, document_ids=ids)
+    states = lightning_state(k, v, decay, document_ids=ids)
     started = _StartExchange.apply(states, exchange)
-    o, _ = lightning_attn(*chunks, decay, scale=scale, document_ids=ids)
+    o, _ = lightning_attn(q, k, v, decay, scale=scale, document_ids=ids)
     incoming = _FinishExchange.apply(started, exchange)
-    o = add_incoming(o, chunks[0], incoming, read_factor(decay, scale, c, ids))
+    o = add_incoming(o, q, incoming, read_factor(decay, scale, c, ids))
     return o.unflatten(0, (b, 2)).flatten(1, 2)
 
 

@@ -1,0 +1,112 @@
+from contextlib import contextmanager
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_hypenet.ops.decay import log_decay
+from megatron_hypenet.parallel.context import lightning
+from megatron_hypenet.parallel.context.layout import local_part
+from tests.dense_attention import dense_lightning, document_ids
+from tests.threaded_ranks import on_ranks
+
+DECAY = log_decay(2)
+
+
+def tensors(length, dtype=torch.float64, b=2):
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randn(b, length, 2, d, generator=generator, dtype=torch.float64).to(dtype) for d in (3, 3, 4)]
+
+
+def run(group, q, k, v, ids=None):
+    local = [local_part(x, group.rank(), group.size(), 1) for x in (q, k, v)]
+    return lightning.context_lightning_attn(*local, DECAY, scale=0.5, group=group, document_ids=ids)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("ids", [None, document_ids((5, 6), (12,), length=24)])
+def test_ranks_hold_their_part_of_the_whole(size, ids):
+    q, k, v = tensors(24)
+    want = dense_lightning(q, k, v, DECAY, 0.5, ids)
+    for rank, o in enumerate(on_ranks(size, lambda group: run(group, q, k, v, ids))):
+        torch.testing.assert_close(o, local_part(want, rank, size, 1), rtol=1e-11, atol=1e-12)
+
+
+@contextmanager
+def recorded(events):
+    """The order in which the exchange and the local scan happen, forward and backward."""
+    gather, scan, finish = dist.all_gather_into_tensor, lightning.lightning_attn, lightning._StateExchange.finish
+
+    def recording(name, function):
+        def call(*args, **kwargs):
+            events.append(name)
+            return function(*args, **kwargs)
+
+        return call
+
+    def scan_and_mark(*args, **kwargs):
+        events.append("scan")
+        o, state = scan(*args, **kwargs)
+        o.register_hook(lambda grad: events.append("scan backward"))
+        return o, state
+
+    with (
+        mock.patch.object(dist, "all_gather_into_tensor", recording("send", gather)),
+        mock.patch.object(lightning, "lightning_attn", scan_and_mark),
+        mock.patch.object(lightning._StateExchange, "finish", recording("receive", finish)),
+    ):
+        yield
+
+
+def test_states_travel_while_the_local_scan_works_in_both_directions():
+    inputs = tensors(8)
+
+    def one_rank(group):
+        events = []
+        if group.rank() == 0:
+            with recorded(events):
+                group.shared.barrier.wait()
+                run(group, *(x.clone().requires_grad_() for x in inputs)).sum().backward()
+                group.shared.barrier.wait()
+        else:
+            group.shared.barrier.wait()
+            run(group, *(x.clone().requires_grad_() for x in inputs)).sum().backward()
+            group.shared.barrier.wait()
+        return events
+
+    # both ranks go through the patched functions, so each event is there twice
+    events = on_ranks(2, one_rank)[0]
+    order = list(dict.fromkeys(zip(events, [events[:i].count(e) // 2 for i, e in enumerate(events)], strict=True)))
+    forward, backward = order[:3], order[3:]
+    assert [name for name, _ in forward] == ["send", "scan", "receive"]
+    assert [name for name, _ in backward] == ["send", "scan backward", "receive"]
+
+
+def test_frozen_keys_exchange_nothing_in_backward():
+    q, k, v = tensors(8)
+
+    def one_rank(group):
+        query = local_part(q, group.rank(), 2, 1).clone().requires_grad_()
+        key, value = (local_part(x, group.rank(), 2, 1) for x in (k, v))
+        lightning.context_lightning_attn(query, key, value, DECAY, scale=0.5, group=group).sum().backward()
+        return query.grad
+
+    whole = q.clone().requires_grad_()
+    dense_lightning(whole, k, v, DECAY, 0.5).sum().backward()
+    for rank, grad in enumerate(on_ranks(2, one_rank)):
+        torch.testing.assert_close(grad, local_part(whole.grad, rank, 2, 1))
+
+
+def test_the_bytes_do_not_depend_on_the_length():
+    assert lightning.exchanged_bytes(1, 16, 128, 128, 8) == 7 * 2 * 16 * 128 * 128 * 4  # 14 MiB at any length
+    assert lightning.exchanged_bytes(2, 3, 4, 5, 1) == 0
+
+
+def test_wrong_lengths_and_documents_are_refused():
+    q, k, v = tensors(9)
+    with pytest.raises(ValueError, match="9 local tokens"):
+        on_ranks(2, lambda group: lightning.context_lightning_attn(q, k, v, DECAY, scale=1.0, group=group))
+    ids = torch.zeros(2, 9, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"document_ids has shape \(2, 9\), expected \(2, 18\)"):
+        on_ranks(2, lambda group: lightning.context_lightning_attn(q, k, v, DECAY, scale=1.0, group=group, document_ids=ids))
