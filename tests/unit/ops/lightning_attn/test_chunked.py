@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from megatron_hypenet.ops.decay import log_decay
-from megatron_hypenet.ops.lightning_attn import chunked_lightning_attn, naive_lightning_attn
+from megatron_hypenet.ops.lightning_attn import chunked_lightning_attn, chunked_lightning_state, naive_lightning_attn
 
 
 def run(op, t, h=3, **kwargs):
@@ -22,6 +22,36 @@ def test_matches_the_definition_in_float64_with_all_gradients(t, chunk_size):
     want, got = run(naive_lightning_attn, t), run(chunked_lightning_attn, t, chunk_size=chunk_size)
     for name in want:
         torch.testing.assert_close(got[name], want[name], rtol=1e-10, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def ids_of(*rows):
+    """document_ids from the lengths of the documents of each row."""
+    return torch.stack([torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in rows]).int()
+
+
+PACKED = {
+    "inside a chunk": ids_of([5, 3, 12, 30], [20, 1, 1, 28]),
+    "on chunk edges": ids_of([16, 16, 18], [32, 16, 2]),
+    "one row whole": ids_of([50], [1, 49]),
+    "every token its own": ids_of([1] * 50, [25, 25]),
+}
+
+
+@pytest.mark.parametrize("ids", PACKED.values(), ids=PACKED.keys())
+@pytest.mark.parametrize("chunk_size", [16, 64])
+def test_packed_documents_match_the_definition_with_all_gradients(ids, chunk_size):
+    want = run(naive_lightning_attn, 50, document_ids=ids)
+    got = run(chunked_lightning_attn, 50, document_ids=ids, chunk_size=chunk_size)
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-10, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("ids", [None, *PACKED.values()])
+def test_the_state_alone_is_the_final_state(ids):
+    k, v = torch.randn(2, 50, 3, 4).double(), torch.randn(2, 50, 3, 6).double()
+    _, want = naive_lightning_attn(k, k, v, log_decay(3), scale=1.0, document_ids=ids)
+    got = chunked_lightning_state(k, v, log_decay(3), document_ids=ids, chunk_size=16)
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
 
 
 def test_strong_decay_over_a_long_sequence_stays_finite():

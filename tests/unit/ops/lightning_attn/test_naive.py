@@ -23,3 +23,14 @@ def test_a_sequence_can_be_cut_and_continued():
     second, state = naive_lightning_attn(q[:, 6:], k[:, 6:], v[:, 6:], log_decay(2), scale=1.0, initial_state=state)
     torch.testing.assert_close(torch.cat([first, second], dim=1), whole)
     torch.testing.assert_close(state, final)
+
+
+def test_packed_documents_equal_separate_sequences():
+    q, k, v = torch.randn(3, 1, 10, 2, 4).double().unbind(0)
+    state = torch.randn(1, 2, 4, 4).double()
+    ids = torch.tensor([[3, 3, 3, 7, 8, 8, 8, 8, 8, 8]], dtype=torch.int32)
+    got, final = naive_lightning_attn(q, k, v, log_decay(2), scale=1.0, initial_state=state, document_ids=ids)
+    for part, start in ((slice(0, 3), state), (slice(3, 4), None), (slice(4, 10), None)):
+        want, last = naive_lightning_attn(q[:, part], k[:, part], v[:, part], log_decay(2), scale=1.0, initial_state=start)
+        torch.testing.assert_close(got[:, part], want)
+    torch.testing.assert_close(final, last)
