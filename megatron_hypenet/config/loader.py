@@ -11,15 +11,17 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.config.problems import Origins, describe
 from megatron_hypenet.config.schema import RunConfig
 from megatron_hypenet.errors import ConfigError
+
+Kind = TypeVar("Kind", bound=BaseModel)
 
 CLI = "CLI"
 REPO_ROOT = Path(__file__).resolve().parents[2]
@@ -58,18 +60,24 @@ def load_run_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfi
 
 def load_with_origins(path: Path | str, overrides: Sequence[str] = ()) -> tuple[RunConfig, Origins]:
     """As `load_run_config`, with the file or CLI that set each key; keys that are not in it have their default."""
+    config, origins = load_as(RunConfig, path, overrides)
+    return _resolve_bundled(config), origins
+
+
+def load_as(root: type[Kind], path: Path | str, overrides: Sequence[str] = ()) -> tuple[Kind, Origins]:
+    """A configuration of class `root` by the rules above, and where each key was set; ConfigError lists everything wrong."""
     path = Path(path)
     origins: Origins = {}
     values = _read_with_includes(path, origins)
     problems = _apply_overrides(values, overrides, origins)
     try:
-        config = RunConfig.model_validate(values)
+        config = root.model_validate(values)
     except ValidationError as error:
-        problems += describe(error, origins, default_origin=str(path))
+        problems += describe(error, origins, default_origin=str(path), root=root)
         config = None
     if problems or config is None:
         raise ConfigError(_listing(problems))
-    return _resolve_bundled(config), origins
+    return config, origins
 
 
 def dump_config(config: RunConfig) -> str:

@@ -1,0 +1,129 @@
+"""Cluster profiles (configs/cluster/*.yaml): what `hypenet submit` asks SLURM for and how a job's processes are started.
+
+Same rules as a run configuration: `include:`, overrides as `cluster.KEY=VALUE`, unknown keys refused with the nearest right one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from megatron_hypenet.config.loader import load_as
+from megatron_hypenet.config.model import PositiveInt
+from megatron_hypenet.config.schema import Count, Section
+
+# the forms that sbatch takes: MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS
+_TIME = re.compile(r"\d+|\d+:\d\d|\d+:\d\d:\d\d|\d+-\d+|\d+-\d+:\d\d|\d+-\d+:\d\d:\d\d")
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+class ContainerConfig(Section):
+    """A container for every process, by pyxis and enroot."""
+
+    image: str = Field(min_length=1, description="Image: a registry path (nvcr.io#nvidia/pytorch:25.10-py3) or a .sqsh file.")
+    mounts: tuple[str, ...] = Field(
+        default=(), description="SOURCE:TARGET[:FLAGS] each. The run folder, the data, the teacher and this repository have to be in them."
+    )
+    workdir: Path | None = Field(default=None, description="Folder to start in inside the container; null is the one you submit from.")
+
+
+class RequeueConfig(Section):
+    """When a job that was stopped may start again by itself."""
+
+    limit: Count = Field(default=20, description="Starts again at most; 0 never does.")
+    without_progress: PositiveInt = Field(
+        default=2, description="Starts in a row that may end without a new checkpoint or a finished step; then the job stays down."
+    )
+
+
+class ClusterConfig(Section):
+    """Everything about a cluster that a job script needs."""
+
+    nodes: PositiveInt = Field(description="Nodes of a job.")
+    gpus_per_node: Count = Field(description="GPUs asked for on every node; 0 computes on CPUs.")
+    gpu_type: str | None = Field(default=None, description="GPU type as SLURM calls it (h100); null takes any.")
+    tasks_per_node: PositiveInt | None = Field(default=None, description="Processes per node; null starts one per GPU.")
+    cpus_per_task: PositiveInt | None = Field(default=None, description="CPU cores per process; null takes the partition's default.")
+    memory: str | None = Field(default=None, description="Memory per node as sbatch takes it (0: all of it); null takes the default.")
+    exclusive: Annotated[bool, Field(strict=True)] = Field(default=True, description="Share the nodes with no other job.")
+    time: str = Field(description="Time limit, in quotes: 'HH:MM:SS' or 'D-HH:MM:SS'. The job saves before it and starts again.")
+    grace_seconds: Annotated[int, Field(ge=1, le=65535, strict=True)] = Field(
+        default=300, description="Warning (SIGUSR2) this long before the limit; longer than one step and one save. SLURM may add 60 s."
+    )
+    partition: str | None = Field(default=None, description="Partition; null takes the default one.")
+    account: str | None = Field(default=None, description="Account that is charged.")
+    qos: str | None = Field(default=None, description="Quality of service.")
+    exclude: tuple[str, ...] = Field(default=(), description="Nodes not to use.")
+    requeue: RequeueConfig = Field(default=RequeueConfig(), description="Starting again by itself.")
+    environment: tuple[str, ...] = Field(
+        default=(), description="Variables handed on from your shell, by name only: values, and so secrets, never reach the script."
+    )
+    variables: dict[str, str] = Field(default={}, description="Variables set in the script, such as NCCL's.")
+    setup: tuple[str, ...] = Field(default=(), description="Shell lines before the processes start, such as module load.")
+    python: str | None = Field(
+        default=None, description="Python that has this package; null is the one that submits, and python3 in a container."
+    )
+    container: ContainerConfig | None = Field(default=None, description="Container; null runs on the node itself.")
+    sbatch_args: tuple[str, ...] = Field(default=(), description="More #SBATCH options, e.g. --comment=x.")
+    srun_args: tuple[str, ...] = Field(default=(), description="More srun options, e.g. --cpu-bind=none.")
+
+    @field_validator("variables", mode="before")
+    @classmethod
+    def _as_text(cls, value: Any) -> Any:
+        """Numbers are what NCCL's variables mostly are; YAML's on/off and null are not text and stay errors."""
+        if not isinstance(value, dict):
+            return value
+        return {key: str(entry) if type(entry) in (int, float) else entry for key, entry in value.items()}
+
+    @field_validator("memory", mode="before")
+    @classmethod
+    def _memory_text(cls, value: Any) -> Any:
+        return str(value) if type(value) is int else value
+
+    @field_validator("time", mode="before")
+    @classmethod
+    def _time_form(cls, value: Any) -> Any:
+        """YAML 1.1 reads 4:00:00 as the number 14400, so a number cannot be trusted to mean minutes."""
+        if not isinstance(value, str) or not _TIME.fullmatch(value):
+            raise ValueError(f"expected a time limit in quotes, 'HH:MM:SS' or 'D-HH:MM:SS', got {value!r}")
+        return value
+
+    @field_validator("environment")
+    @classmethod
+    def _names(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if not _NAME.fullmatch(name):
+                raise ValueError(f"{name!r} is not a variable's name; values belong into `variables`, secrets only into your shell")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.tasks_per_node is None and self.gpus_per_node == 0:
+            raise ValueError("tasks_per_node is needed where gpus_per_node is 0: there is no GPU to count processes by")
+        bad = [name for name in self.variables if not _NAME.fullmatch(name)]
+        if bad:
+            raise ValueError(f"variables: {bad[0]!r} is not a variable's name")
+        if self.tasks_per_node is not None and 0 < self.gpus_per_node < self.tasks_per_node:
+            raise ValueError(
+                f"tasks_per_node={self.tasks_per_node} is more than gpus_per_node={self.gpus_per_node}; a process has its own GPU"
+            )
+        return self
+
+    @property
+    def processes_per_node(self) -> int:
+        """Tasks that srun starts on every node."""
+        return self.tasks_per_node or self.gpus_per_node
+
+    @property
+    def world_size(self) -> int:
+        """Processes of a job."""
+        return self.nodes * self.processes_per_node
+
+
+def load_cluster_config(path: Path | str, overrides: Sequence[str] = ()) -> ClusterConfig:
+    """Read a profile and `key=value` overrides; ConfigError lists everything wrong, each with its origin."""
+    return load_as(ClusterConfig, path, overrides)[0]
