@@ -63,6 +63,11 @@ def is_committed(folder: Path) -> bool:
     return (folder / COMMITTED).is_file()
 
 
+def is_temporary(folder: Path) -> bool:
+    """Whether this is the name of an unfinished save, or of a checkpoint on its way out."""
+    return _TEMPORARY.fullmatch(folder.name) is not None
+
+
 def fsync_path(path: Path) -> None:
     """Force one file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -105,6 +105,10 @@ class ShardReader(Mapping[str, Tensor]):
         """Stored dtype of one tensor, without reading it."""
         return self._tensors[key].properties.dtype
 
+    def pieces(self, key: str) -> int:
+        """How many pieces one tensor is stored in: what its writer's layout made of it."""
+        return len(self._tensors[key].chunks)
+
     def __getitem__(self, key: str) -> Tensor:
         whole = torch.empty(self._tensors[key].size, dtype=self.dtype(key))
         self.read_into([(key, (0,) * whole.dim(), whole)])

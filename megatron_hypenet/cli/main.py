@@ -37,6 +37,7 @@ VERBS: dict[str, str] = {
     "select": "Choose the layers that keep softmax attention.",
     "score": "Write logits and per-token losses of given token ids.",
     "data": "Prepare and inspect training data.",
+    "ckpt": "List, inspect and compare checkpoints.",
     "report": "Summarise a finished run: losses, recall, figures.",
     "config": "Show, validate or describe a run configuration.",
 }

@@ -118,7 +118,7 @@ def test_requeue_code_reaches_the_shell(monkeypatch):
 
 
 PAGES = [*cli.VERBS, "convert import", "convert export", "convert verify", "select rank", "select sweep", "data prepare", "data merge",
-         "data inspect", "config show", "config validate", "config schema"]  # fmt: skip
+         "data inspect", "ckpt ls", "ckpt inspect", "ckpt diff", "config show", "config validate", "config schema"]  # fmt: skip
 
 
 @pytest.mark.parametrize("page", PAGES)
