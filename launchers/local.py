@@ -1,0 +1,241 @@
+"""Several processes of one `hypenet` command on this machine, ended together and with the exit code of the one that failed first.
+
+torch's own launcher turns every failure into exit code 1; callers of `hypenet` need to tell 7 (diverged) from 75 (saved, start again).
+Rank 0 keeps the streams of the caller. What other ranks say goes to one file each, shown when one of them is the first to fail.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import queue
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from launchers.command import hypenet_command, place, threads_per_process
+
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+"""Signals that are handed to every process: SIGTERM and SIGUSR2 ask a run to save and leave, SIGINT is the keyboard."""
+
+SAVED_AND_REQUEUE = 75
+PEACEFUL = frozenset({0, SAVED_AND_REQUEUE})
+"""Codes that all processes agree on before any leaves with them: the others are waited for, they may still be writing."""
+
+TAIL_LINES = 40
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+@dataclass(frozen=True, slots=True)
+class LocalLaunch:
+    """`num_processes` processes of one command on this machine."""
+
+    words: tuple[str, ...]
+    """The words after `hypenet`."""
+    num_processes: int
+    grace_seconds: float = 10.0
+    """Time the others have to end by themselves after one failed, and again between SIGTERM and SIGKILL."""
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        """The command of every process."""
+        return hypenet_command(self.words)
+
+    def environment(self, rank: int, port: int, inherited: Mapping[str, str] = os.environ) -> dict[str, str]:
+        """What is set on top of the inherited environment for one process."""
+        count = self.num_processes
+        own = place(rank=rank, world_size=count, local_rank=rank, local_size=count, master="127.0.0.1", port=port)
+        if "OMP_NUM_THREADS" not in inherited:
+            own["OMP_NUM_THREADS"] = str(threads_per_process(count))
+        return own
+
+    def describe(self) -> dict[str, Any]:
+        """The exact start, for --dry-run: the command, and what each process's environment gets on top of ours."""
+        own = [{**self.environment(rank, 0), "MASTER_PORT": "a free port"} for rank in range(self.num_processes)]
+        return {"launcher": "local", "command": shlex.join(self.command), "processes": own}
+
+    def lines(self) -> list[str]:
+        """`describe` for a person."""
+        content = self.describe()
+        variables = [" ".join(f"{key}={shlex.quote(value)}" for key, value in own.items()) for own in content["processes"]]
+        return [
+            f"start on this machine, {self.num_processes} times: {content['command']}",
+            *(f"  process {rank}: {text}" for rank, text in enumerate(variables)),
+        ]
+
+
+def run(launch: LocalLaunch) -> int:
+    """Start the processes, wait for all, and return the exit code: 0, or that of the first that failed (128 + n for signal n).
+
+    Nothing outlives this function, nor this process if it is killed: stragglers and what they started are ended with SIGKILL.
+    """
+    logs = Path(tempfile.mkdtemp(prefix="hypenet-"))
+    try:
+        with held_port() as port, _Group(launch, logs, port) as group:
+            return group.wait()
+    finally:
+        shutil.rmtree(logs, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def held_port() -> Iterator[int]:
+    """A free TCP port that nobody else is given inside the block, while a socket with SO_REUSEADDR (as torch's store) can listen on it.
+
+    A bound socket that does not listen keeps the port out of the kernel's choice for others.
+    """
+    family = socket.AF_INET6 if socket.has_ipv6 and Path("/proc/net/if_inet6").exists() else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("", 0))
+        yield holder.getsockname()[1]
+
+
+class _Group:
+    """The running processes. Entering starts them and takes the signals over; leaving ends whatever still runs."""
+
+    def __init__(self, launch: LocalLaunch, logs: Path, port: int) -> None:
+        self.launch, self.logs, self.port = launch, logs, port
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.running: set[int] = set()
+        self.ended: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()  # (rank, exit code), in the order they ended
+        self.outcome: tuple[int, int] | None = None  # the one that decides the exit code, if it is not 0
+        self.received: list[int] = []
+        self.previous: dict[int, Any] = {}
+        # held while a process is reaped and while one is signalled; the signal handler may come on top of our own sending
+        self.reaping = threading.RLock()
+
+    def __enter__(self) -> _Group:
+        if threading.current_thread() is threading.main_thread():
+            self.previous = {number: signal.signal(number, self._forward) for number in FORWARDED}
+        try:
+            for rank in range(self.launch.num_processes):
+                self.processes.append(self._start(rank))
+                self.running.add(rank)
+                # one thread per process, so that the order in which they end is known
+                threading.Thread(target=self._await, args=(rank,), daemon=True).start()
+                for number in self.received:  # those that came before this process was there
+                    self._send(number, [rank])
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._send(signal.SIGKILL, self.running)
+        while self.running:
+            self._take(None)
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def wait(self) -> int:
+        """Until all have ended; after a failure the rest gets `grace_seconds`, then SIGTERM, then SIGKILL."""
+        while self.running and not self._has_failed():
+            self._take(None)
+        for insist in (None, signal.SIGTERM, signal.SIGKILL):
+            if insist is not None:
+                self._send(insist, self.running)
+            deadline = time.monotonic() + self.launch.grace_seconds
+            while self.running and (left := deadline - time.monotonic()) > 0:
+                self._take(left)
+        if self.outcome is None:
+            return 0
+        rank, code = self.outcome
+        if rank != 0 and self._has_failed():
+            self._show(rank, code)
+        return code
+
+    def _start(self, rank: int) -> subprocess.Popen[bytes]:
+        with contextlib.ExitStack() as stack:
+            log = None if rank == 0 else stack.enter_context(self._log(rank).open("wb"))
+            return subprocess.Popen(
+                self.launch.command,
+                env={**os.environ, **self.launch.environment(rank, self.port)},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                # a group of its own: Ctrl-C at the terminal arrives once, through us, and what a process starts can be ended with it
+                process_group=0,
+                preexec_fn=_die_with(os.getpid()),
+            )
+
+    def _await(self, rank: int) -> None:
+        process = self.processes[rank]
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        with self.reaping:
+            with contextlib.suppress(OSError):
+                os.killpg(process.pid, signal.SIGKILL)  # what it left behind; until it is reaped nobody else has its number
+            code = process.wait()
+        self.ended.put((rank, 128 - code if code < 0 else code))
+
+    def _take(self, timeout: float | None) -> None:
+        """Note the next process that ends, if one does within `timeout` seconds."""
+        try:
+            rank, code = self.ended.get(timeout=timeout)
+        except queue.Empty:
+            return
+        self.running.discard(rank)
+        if code and not self._has_failed():
+            self.outcome = (rank, code)
+
+    def _has_failed(self) -> bool:
+        return self.outcome is not None and self.outcome[1] not in PEACEFUL
+
+    def _send(self, number: int, ranks: Iterable[int]) -> None:
+        for rank in sorted(ranks):
+            process = self.processes[rank]
+            with self.reaping, contextlib.suppress(OSError):
+                if process.returncode is None:
+                    os.kill(process.pid, number)
+
+    def _forward(self, number: int, _frame: FrameType | None) -> None:
+        self.received.append(number)
+        insisted = self.received.count(signal.SIGINT) > 1
+        self._send(signal.SIGKILL if insisted else number, self.running)
+
+    def _log(self, rank: int) -> Path:
+        return self.logs / f"rank{rank}.log"
+
+    def _show(self, rank: int, code: int) -> None:
+        lines = self._log(rank).read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:]
+        head = f"process {rank} of {self.launch.num_processes} ended first, with code {code}; its last lines:"
+        print("\n".join([head, *lines]), file=sys.stderr)
+
+
+def _die_with(parent: int) -> Callable[[], None] | None:
+    """What a new process does first, on Linux: ask to be killed when its parent is gone."""
+    if not sys.platform.startswith("linux"):
+        return None
+    prctl = ctypes.CDLL(None).prctl
+
+    def ask() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it went before we asked
+            os._exit(128 + signal.SIGKILL)
+
+    return ask
+
+
+def visible_gpus(environment: Mapping[str, str] = os.environ) -> int:
+    """CUDA devices that processes started here would see, without importing torch: 0 without a working driver."""
+    try:
+        listing = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    present = sum(line.startswith("GPU ") for line in listing.stdout.splitlines()) if listing.returncode == 0 else 0
+    chosen = environment.get("CUDA_VISIBLE_DEVICES")
+    if not present or chosen is None:
+        return present
+    names = [name.strip() for name in chosen.split(",")]
+    return next((index for index, name in enumerate(names) if name in ("", "-1")), len(names))  # CUDA stops at the first invalid name

@@ -1,0 +1,177 @@
+"""One process of a `hypenet` command as a task of srun: `srun ... python -m launchers.slurm VERB ARGS...`, one task per GPU.
+
+SLURM says which task this is; here that becomes the place that torch.distributed and DeepSpeed read. What cannot be found out ends the
+command with code 4: a process that met nobody would train alone and look healthy. slurm/job.sbatch.j2 is the job script around it.
+
+HYPENET_HEAD_ADDRESS   where rank 0 listens, when the script has resolved it (a container has no scontrol to ask)
+HYPENET_ATTEMPT_LOGS   folder of this attempt; a task that fails leaves rank-0003.error.json there for `hypenet logs --first-error`
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from launchers.command import place
+from megatron_hypenet.errors import HypenetError, SavedAndRequeue, SetupError
+
+HEAD_ADDRESS = "HYPENET_HEAD_ADDRESS"
+ATTEMPT_LOGS = "HYPENET_ATTEMPT_LOGS"
+
+_LOWEST_PORT, _PORTS = 10000, 20000  # below the range from which systems take ports for outgoing connections
+
+
+def place_of(environment: Mapping[str, str]) -> dict[str, str]:
+    """The place of the task that has `environment`: RANK, WORLD_SIZE, MASTER_ADDR and their kin. Raises SetupError."""
+    rank, world_size = _number(environment, "SLURM_PROCID"), _number(environment, "SLURM_STEP_NUM_TASKS")
+    local_size = tasks_per_node(_text(environment, "SLURM_STEP_TASKS_PER_NODE"))[_number(environment, "SLURM_NODEID")]
+    local_rank = _number(environment, "SLURM_LOCALID")
+    if "," not in environment.get("CUDA_VISIBLE_DEVICES", ","):
+        local_rank = 0  # SLURM bound this task to one GPU, which then is the only one it can name
+    port = port_of(_number(environment, "SLURM_JOB_ID"))
+    return place(
+        rank=rank,
+        world_size=world_size,
+        local_rank=local_rank,
+        local_size=local_size,
+        master=head_address(environment, port),
+        port=port,
+    )
+
+
+def port_of(job_id: int) -> int:
+    """The port on which the processes of a job meet: the same in every task, another for the next job."""
+    return _LOWEST_PORT + job_id % _PORTS
+
+
+def tasks_per_node(text: str) -> list[int]:
+    """SLURM's short form as a list: "8(x2),4" -> [8, 8, 4]. Raises SetupError."""
+    counts: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if match is None:
+            raise SetupError(f"SLURM_STEP_TASKS_PER_NODE={text!r} is not a list of counts such as 8(x2),4")
+        counts += [int(match.group(1))] * int(match.group(2) or 1)
+    return counts
+
+
+def head_address(environment: Mapping[str, str], port: int) -> str:
+    """Address of the first node of this step, which runs rank 0. Raises SetupError where it is not known or cannot be looked up."""
+    address = environment.get(HEAD_ADDRESS) or _ask_scontrol(_text(environment, "SLURM_STEP_NODELIST"))
+    try:
+        socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise SetupError(
+            f"the head node's address {address!r} cannot be looked up on {socket.gethostname()}: {error}. Rank 0 listens there; ask the "
+            f"cluster's administrators, or set {HEAD_ADDRESS} in the job script to an address that all nodes know"
+        ) from error
+    return address
+
+
+def _ask_scontrol(nodelist: str) -> str:
+    """The address SLURM itself uses for the first node of `nodelist`; names of nodes need not be names of hosts."""
+    names = _scontrol("show", "hostnames", nodelist).split()
+    if not names:
+        raise SetupError(f"scontrol show hostnames {nodelist} names no node")
+    described = _scontrol("--oneliner", "show", "node", names[0])
+    match = re.search(r"\bNodeAddr=(\S+)", described)
+    if match is None:
+        raise SetupError(f"scontrol show node {names[0]} gives no NodeAddr; it says {described[:200]!r}")
+    return match.group(1)
+
+
+def _scontrol(*words: str) -> str:
+    try:
+        return subprocess.run(["scontrol", *words], check=True, capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        said = (getattr(error, "stderr", None) or "").strip()
+        raise SetupError(
+            f"cannot find the head node: scontrol {' '.join(words)}: {said or error}. Inside a container set {HEAD_ADDRESS} before srun"
+        ) from error
+
+
+def _text(environment: Mapping[str, str], name: str) -> str:
+    try:
+        return environment[name]
+    except KeyError:
+        raise SetupError(
+            f"{name} is not set: this process was not started by srun. Use `hypenet submit`, or srun ... python -m launchers.slurm VERB ..."
+        ) from None
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    text = _text(environment, name)
+    if not text.isdecimal():
+        raise SetupError(f"{name}={text!r} is not a number")
+    return int(text)
+
+
+def _leave_before_start(number: int, _frame: FrameType | None) -> NoReturn:
+    """Asked to stop while nothing trains here yet, or any more: there is nothing to save, and the next start goes on from the disk."""
+    sys.stderr.write(f"{signal.Signals(number).name} while no step was running; leaving\n")
+    sys.stderr.flush()
+    os._exit(SavedAndRequeue.exit_code)
+
+
+def record_fault(fault: BaseException, code: int, environment: Mapping[str, str]) -> None:
+    """Leave what ended this task in the attempt's folder; being asked to stop is no fault."""
+    folder = environment.get(ATTEMPT_LOGS)
+    if folder is None or isinstance(fault, SavedAndRequeue):
+        return
+    rank = int(environment["RANK"])
+    content = {
+        "time": time.time(),
+        "rank": rank,
+        "host": environment.get("SLURMD_NODENAME", socket.gethostname()),
+        "code": code,
+        "error": f"{fault}" if isinstance(fault, HypenetError) else f"{type(fault).__name__}: {fault}",
+        "traceback": "".join(traceback.format_exception(fault)),
+    }
+    Path(folder, f"rank-{rank:04d}.error.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def run(words: Sequence[str]) -> int:
+    """Take this task's place and do the command; returns the exit code."""
+    from megatron_hypenet.cli import main
+
+    try:
+        os.environ.update(place_of(os.environ))
+    except SetupError as fault:
+        return main.report_fault(fault, debug=False)
+    here = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+    node, attempt = os.environ.get("SLURMD_NODENAME", "?"), os.environ.get("SLURM_RESTART_COUNT", "0")
+    print(f"node {node} attempt {attempt} {' '.join(f'{name}={value}' for name, value in here.items())}", file=sys.stderr, flush=True)
+    try:
+        return main.dispatch(list(words))
+    except (KeyboardInterrupt, Exception) as fault:
+        # a log of its own has room for the traceback
+        code = main.report_fault(fault, debug=not isinstance(fault, SavedAndRequeue))
+        record_fault(fault, code, os.environ)
+        return code
+
+
+def main() -> NoReturn:
+    """Entry point of a task."""
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, _leave_before_start)
+    faulthandler.enable()
+    code = run(sys.argv[1:])
+    from megatron_hypenet.engine.process import leave
+
+    leave(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from launchers import slurm
+from megatron_hypenet.errors import CheckpointError, SavedAndRequeue, SetupError
+
+TASK = {
+    "SLURM_JOB_ID": "70001", "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_STEP_NUM_TASKS": "20",
+    "SLURM_STEP_TASKS_PER_NODE": "8(x2),4", "SLURM_STEP_NODELIST": "n[1-3]", "HYPENET_HEAD_ADDRESS": "127.0.0.1",
+}  # fmt: skip
+
+
+def test_the_place_comes_from_slurm():
+    assert slurm.place_of(TASK) == {
+        "RANK": "9", "WORLD_SIZE": "20", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "20001",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("devices", "local_rank"), [("0,1,2,3", "1"), ("1", "0"), ("GPU-12ab", "0")])
+def test_a_task_that_sees_one_gpu_calls_it_the_first(devices, local_rank):
+    assert slurm.place_of({**TASK, "CUDA_VISIBLE_DEVICES": devices})["LOCAL_RANK"] == local_rank
+
+
+@pytest.mark.parametrize("name", [name for name in TASK if name != "HYPENET_HEAD_ADDRESS"])
+def test_what_slurm_does_not_say_is_fatal(name):
+    if name == "SLURM_STEP_NODELIST":
+        task = {key: value for key, value in TASK.items() if key not in (name, "HYPENET_HEAD_ADDRESS")}
+    else:
+        task = {key: value for key, value in TASK.items() if key != name}
+    with pytest.raises(SetupError, match=f"{name} is not set"):
+        slurm.place_of(task)
+
+
+def test_ports_stay_below_those_of_outgoing_connections():
+    ports = {slurm.port_of(job) for job in range(100_000, 120_000)}
+    assert len(ports) == 20_000 and min(ports) >= 10_000 and max(ports) < 32_768
+
+
+@pytest.mark.parametrize("text", ["", "8(x2", "eight", "8,,4"])
+def test_unreadable_task_counts(text):
+    with pytest.raises(SetupError, match="is not a list of counts"):
+        slurm.tasks_per_node(text)
+
+
+def test_unknown_head_is_fatal_and_never_this_machine():
+    with pytest.raises(SetupError, match=r"'no-such-host\.invalid' cannot be looked up"):
+        slurm.place_of({**TASK, "HYPENET_HEAD_ADDRESS": "no-such-host.invalid"})
+
+
+def scontrol(tmp_path, monkeypatch, script):
+    """A program of this name in front of the PATH: what the cluster answers is the input of these tests."""
+    program = tmp_path / "scontrol"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+
+
+def without_head():
+    return {key: value for key, value in TASK.items() if key != "HYPENET_HEAD_ADDRESS"}
+
+
+def test_head_is_the_first_node_at_the_address_slurm_uses(tmp_path, monkeypatch):
+    answers = 'case "$*" in "show hostnames n[1-3]") printf "n1\\nn2\\nn3\\n";; "--oneliner show node n1") echo "NodeName=n1 NodeAddr=127.0.0.2 X=1";; esac'
+    scontrol(tmp_path, monkeypatch, answers)
+    assert slurm.place_of(without_head())["MASTER_ADDR"] == "127.0.0.2"
+
+
+@pytest.mark.parametrize(
+    ("script", "says"),
+    [
+        ("echo 'Unable to contact slurm controller' >&2; exit 1", "scontrol show hostnames .*Unable to contact slurm controller"),
+        ("true", "names no node"),
+        ('[ "$2" = hostnames ] && echo n1 || echo "NodeName=n1"', "gives no NodeAddr"),
+    ],
+)
+def test_a_cluster_that_does_not_answer_is_fatal(tmp_path, monkeypatch, script, says):
+    scontrol(tmp_path, monkeypatch, script)
+    with pytest.raises(SetupError, match=says):
+        slurm.place_of(without_head())
+
+
+def test_a_fault_leaves_a_record(tmp_path):
+    environment = {"HYPENET_ATTEMPT_LOGS": str(tmp_path), "RANK": "3", "SLURMD_NODENAME": "n2"}
+    slurm.record_fault(CheckpointError("teacher is gone"), 5, environment)
+    record = json.loads((tmp_path / "rank-0003.error.json").read_text())
+    assert {key: record[key] for key in ("rank", "host", "code", "error")} == {
+        "rank": 3,
+        "host": "n2",
+        "code": 5,
+        "error": "teacher is gone",
+    }
+    assert "CheckpointError: teacher is gone" in record["traceback"] and abs(record["time"] - time.time()) < 60
+
+
+def test_being_asked_to_stop_is_no_fault(tmp_path):
+    slurm.record_fault(SavedAndRequeue("saved"), 75, {"HYPENET_ATTEMPT_LOGS": str(tmp_path), "RANK": "0"})
+    assert list(tmp_path.iterdir()) == []
+
+
+def start(*words, **environment):
+    return subprocess.Popen(
+        [sys.executable, "-m", "launchers.slurm", *words],
+        env={**os.environ, **environment},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def test_without_srun_it_ends_with_code_4(tmp_path):
+    process = start("config", "show", "x.yaml")
+    assert "was not started by srun" in process.communicate(timeout=60)[1] and process.returncode == 4
+
+
+def test_a_task_runs_the_command_and_reports_its_fault(tmp_path):
+    process = start("config", "validate", str(tmp_path / "no.yaml"), HYPENET_ATTEMPT_LOGS=str(tmp_path), SLURMD_NODENAME="n2", **TASK)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 3 and out == ""
+    assert "node n2 attempt 0 RANK=9 WORLD_SIZE=20 LOCAL_RANK=1 MASTER_ADDR=127.0.0.1 MASTER_PORT=20001" in err
+    assert "no such configuration file" in json.loads((tmp_path / "rank-0009.error.json").read_text())["error"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_asked_to_stop_before_anything_runs(tmp_path, number):
+    # a shell as `scontrol` that waits: the task is stopped while it looks for its head node
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho x > asked; sleep 30\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launchers.slurm", "doctor"], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, **without_head(), "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": os.getcwd()},
+    )  # fmt: skip
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "asked").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    assert process.wait(timeout=30) == 75
+    process.stderr.close()
