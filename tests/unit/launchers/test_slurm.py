@@ -66,7 +66,9 @@ def without_head():
 
 
 def test_head_is_the_first_node_at_the_address_slurm_uses(tmp_path, monkeypatch):
-    answers = 'case "$*" in "show hostnames n[1-3]") printf "n1\\nn2\\nn3\\n";; "--oneliner show node n1") echo "NodeName=n1 NodeAddr=127.0.0.2 X=1";; esac'
+    hosts = '"show hostnames n[1-3]") printf "n1\\nn2\\nn3\\n";;'
+    node = '"--oneliner show node n1") echo "NodeName=n1 NodeAddr=127.0.0.2 X=1";;'
+    answers = f'case "$*" in {hosts} {node} esac'
     scontrol(tmp_path, monkeypatch, answers)
     assert slurm.place_of(without_head())["MASTER_ADDR"] == "127.0.0.2"
 
