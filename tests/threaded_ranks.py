@@ -119,7 +119,9 @@ def on_ranks(size, function):
 
     def run(rank):
         try:
-            results[rank] = function(ThreadGroup(rank, size, shared))
+            # each rank differentiates in its own thread: on a GPU one thread of autograd would serve all ranks, and wait for itself
+            with torch.autograd.set_multithreading_enabled(False):
+                results[rank] = function(ThreadGroup(rank, size, shared))
         except BaseException as error:  # noqa: BLE001 - raised again by the caller
             errors.append(error)
             shared.barrier.abort()
