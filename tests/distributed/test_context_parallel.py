@@ -14,7 +14,7 @@ WORKER = Path(__file__).with_name("context_parallel_worker.py")
 @pytest.mark.slow
 def test_groups_of_every_size_reproduce_the_dense_definitions():
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=8", str(WORKER)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     checks = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
     names = {check["check"] for check in checks}

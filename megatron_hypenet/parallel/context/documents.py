@@ -39,10 +39,7 @@ class Documents:
 
     def __init__(self, ids: Tensor) -> None:
         self.ids = ids
-        kept = _DERIVED.get(ids)
-        if kept is None or kept.version != ids._version:
-            kept = _DERIVED[ids] = _Derived(ids._version)
-        self._derived: _Derived = kept
+        self._derived = _Derived(0) if ids.is_inference() else _kept(ids)  # inference tensors do not count their changes
 
     def ids_at(self, spans: tuple[Span, ...]) -> Tensor:
         """Ids at the given positions, in that order: [b, sum of lengths]."""
@@ -70,6 +67,14 @@ class _Derived:
 
 
 _DERIVED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _kept(ids: Tensor) -> _Derived:
+    """What was derived from `ids` since its last change."""
+    derived = _DERIVED.get(ids)
+    if derived is None or derived.version != ids._version:
+        derived = _DERIVED[ids] = _Derived(ids._version)
+    return derived
 
 
 def _pack(query_ids: np.ndarray, key_ids: np.ndarray, device: torch.device) -> Packing:

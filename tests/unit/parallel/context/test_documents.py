@@ -49,3 +49,9 @@ def test_what_was_derived_is_kept_for_a_tensor_until_it_changes_or_dies():
     del ids
     gc.collect()
     assert len(_DERIVED) == before - 1
+
+
+def test_ids_made_in_inference_mode_work_too():
+    with torch.inference_mode():
+        ids = IDS.clone()
+        assert Documents(ids).packing(((4, 8),), ((0, 4),)).query_rows.tolist() == [0]
