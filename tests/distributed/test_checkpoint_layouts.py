@@ -1,0 +1,56 @@
+"""A checkpoint belongs to no layout: what TP, PP, CP, ZeRO or offload wrote, others read bit for bit, and one process reads whole."""
+
+import json
+
+import pytest
+
+from megatron_hypenet.checkpoint.compare import compare
+from megatron_hypenet.checkpoint.load import verify_files
+from megatron_hypenet.checkpoint.shards import ShardReader
+from megatron_hypenet.export.mapping import entries
+from tests.distributed.checkpoint_worker import known
+from tests.distributed.layouts import STUDENT, start
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
+LAYOUTS = {
+    "tp2-sp-pp2": {TP: 2, PP: 2, "sequence_parallel": True},
+    "pp4-uneven": {PP: 4, "pipeline_layout": [1, 2, 1, 1]},
+    "pp2-dp2": {PP: 2},
+    "cp2-pp2": {CP: 2, PP: 2},
+    "tp2-dp2-zero2": {TP: 2, "zero_stage": 2},
+    "tp2-cp2-zero3": {TP: 2, CP: 2, "zero_stage": 3},
+    "dp4-zero3": {"zero_stage": 3},
+    "dp4-zero1-offload": {"zero_stage": 1, "offload_optimizer": True},
+}
+
+
+@pytest.fixture(scope="module")
+def saves(tmp_path_factory):
+    """One folder per layout, written and read on all of them by four processes."""
+    folder = tmp_path_factory.mktemp("layouts")
+    result = start(4, str(folder), json.dumps(LAYOUTS), module="tests.distributed.checkpoint_worker")
+    assert result.returncode == 0 and "all read" in result.stdout, result.stdout[-2000:] + result.stderr[-6000:]
+    return folder
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_one_process_reads_every_tensor_whole(saves, name):
+    verify_files(saves / name, hashes=True)
+    weights, optimizer = (ShardReader(saves / name / part) for part in ("weights", "optimizer"))
+    shapes = {entry.ours: tuple(entry.shape) for entry in entries(STUDENT)}
+    assert {key: weights.shape(key) for key in weights} == shapes
+    states = {f"optim.{state}.{key}": shape for key, shape in shapes.items() for state in ("fp32_param", "exp_avg", "exp_avg_sq")}
+    assert {key: optimizer.shape(key) for key in optimizer} == states
+    for reader in (weights, optimizer):
+        wrong = [key for key in reader if not (reader[key] == known(key, (0,) * len(reader.shape(key)), reader.shape(key))).all()]
+        assert wrong == []
+
+
+def test_all_hold_the_same_and_share_the_writing(saves):
+    first, *others = LAYOUTS
+    assert [name for name in others if not compare(saves / first, saves / name).equal] == []
+    for name in LAYOUTS:  # every process has a file of its own, with about its share in it
+        sizes = [path.stat().st_size for path in sorted((saves / name / "optimizer").glob("*.distcp"))]
+        assert len(sizes) == 4 and max(sizes) < 0.6 * sum(sizes), (name, sizes)
