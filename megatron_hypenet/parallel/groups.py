@@ -44,9 +44,16 @@ def _init_process_group(timeout: timedelta) -> None:
 
 
 def destroy_model_groups() -> None:
-    """Drop Megatron's groups, so that another layout can be set up over the same processes."""
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+    """End Megatron's groups, so that another layout can be set up over the same processes.
+
+    Megatron only forgets them: their sockets and threads would stay, and a process that changes its layout often drowns in them."""
+    if not parallel_state.model_parallel_is_initialized():
+        return
+    created = [group for group in parallel_state._global_process_group_list or [] if group is not None]
+    parallel_state.destroy_model_parallel()
+    for group in created:
+        if group in dist.distributed_c10d._world.pg_map:  # some it has destroyed itself
+            dist.destroy_process_group(group)
 
 
 def destroy_parallel() -> None:

@@ -3,7 +3,10 @@
 layout_worker FOLDER CASES      CASES: JSON list of {name, stage, parallel, [changes], [stage_changes]}; results in FOLDER/<name>/<stage>
 """
 
+import contextlib
 import json
+import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -11,6 +14,7 @@ from pathlib import Path
 from megatron_hypenet.engine import run_stage
 from megatron_hypenet.engine.loop import train
 from megatron_hypenet.engine.process import leave
+from megatron_hypenet.errors import SavedAndRequeue
 from megatron_hypenet.parallel import groups
 from tests.distributed.layouts import Tokens, run_config
 
@@ -20,7 +24,16 @@ def one(folder: Path, case: dict) -> None:
     groups.init_parallel(run.parallel, seed=run.seed)
     name = case["stage"]
     stage = run_stage.build_stage(name, run, teacher=folder / "teacher", init=None if name == "align" else folder / "student")
-    train(stage, Tokens(), run.stage(name), run, folder / case["name"] / name, extra={"pipeline_layout": list(stage.layout)})
+
+    def on_step(record) -> None:
+        if record.step == case.get("stop_after") and groups.rank() == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with contextlib.suppress(SavedAndRequeue):
+        train(
+            stage, Tokens(), run.stage(name), run, folder / case["name"] / name, extra={"pipeline_layout": list(stage.layout)},
+            on_step=on_step,
+        )  # fmt: skip
     del stage
     run_stage.release()
     groups.destroy_model_groups()
