@@ -47,6 +47,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--save-interval", type=int, default=3)
     parser.add_argument("--zero", type=int, default=1)
     parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--pp", type=int, default=1)
+    parser.add_argument("--async-save", action="store_true")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--lr", type=float, default=1e-2)
     parser.add_argument("--kill-after", type=int, default=0)
@@ -59,8 +61,13 @@ def run_config(options: argparse.Namespace) -> RunConfig:
         "train_iters": options.iters, "seq_length": 16, "micro_batch_size": 2, "global_batch_size": 8, "lr": options.lr, "min_lr": 1e-3,
         "warmup_iters": 2, "save_interval": options.save_interval, "log_interval": 2, "weight_decay": 0.01,
     }  # fmt: skip
-    parallel = {"zero_stage": options.zero, "tensor_model_parallel_size": options.tp}
-    inputs = {"output_dir": str(options.out), "teacher": "teacher", "data": {"train": ["x.txt"]}}
+    parallel = {"zero_stage": options.zero, "tensor_model_parallel_size": options.tp, "pipeline_model_parallel_size": options.pp}
+    inputs = {
+        "checkpoint": {"async_save": options.async_save},
+        "output_dir": str(options.out),
+        "teacher": "teacher",
+        "data": {"train": ["x.txt"]},
+    }
     return RunConfig.model_validate(
         {**inputs, "parallel": parallel, "precision": options.dtype, "align": stage, "distill": stage, "finetune": stage}
     )
