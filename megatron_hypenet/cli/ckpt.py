@@ -187,7 +187,7 @@ def inspect_lines(described: dict[str, Any], *, tensors: bool) -> list[str]:
     rows.append(("written", f"{described['created'] or '-'} by commit {described['git_commit'] or 'unknown'}"))
     rows.append(("versions", ", ".join(f"{name} {version}" for name, version in described["versions"].items()) or "-"))
     rows += [(key, str(value)) for key, value in described["notes"].items()]
-    lines = [f"{key:<12}{value}" for key, value in rows]
+    lines = [f"{key:<11} {value}" for key, value in rows]
     if tensors:
         for part, entries in described.get("tensors", {}).items():
             lines += [f"{part}/{key}  {row['dtype']} {row['shape']} in {row['pieces']} piece{'s' if row['pieces'] != 1 else ''}"

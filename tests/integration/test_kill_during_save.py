@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 import megatron_hypenet
+from megatron_hypenet.checkpoint.load import resolve, verify_files
+from tests.integration.test_kill_resume import assert_same_run, run
 
 pytestmark = pytest.mark.slow
 
@@ -42,3 +44,20 @@ def test_killed_at_random_moments_of_saves(tmp_path, kind):
 def test_killed_training_ends_with_the_same_losses(tmp_path, kind):
     counted = kill("training", tmp_path, "--kills", "4", *kind)
     assert counted["in_save"] >= 2 and (counted["step"], counted["lines"]) == (20, 20)
+
+
+@pytest.mark.distributed
+def test_one_process_of_two_dies_between_two_tensors(tmp_path):
+    """Half of the save's files never come: the other process must neither commit nor wait for ever."""
+    options = ("--save-interval", 2, "--zero", 2)
+    straight = run(tmp_path / "a", *options, processes=2)
+    assert straight.returncode == 0, straight.stderr[-3000:]
+    for step, words in ((4, ("--async-save",)), (6, ())):
+        killed = run(tmp_path / "b", *options, *words, "--die-writing", step, processes=2)
+        assert killed.returncode != 0 and "diverged" not in killed.stderr
+        left = resolve(tmp_path / "b" / "finetune")
+        assert left.name == f"iter_{step - 2:07d}"
+        verify_files(left, hashes=True)
+    resumed = run(tmp_path / "b", *options, "--async-save", processes=2)
+    assert resumed.returncode == 0 and "resumed from" in resumed.stderr, resumed.stderr[-3000:]
+    assert_same_run(tmp_path / "a" / "finetune", tmp_path / "b" / "finetune", 6)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from megatron_hypenet.checkpoint import shard_writer
+from megatron_hypenet.checkpoint.format import iteration_name
 from megatron_hypenet.config.schema import HeadStageConfig, RunConfig
 from megatron_hypenet.engine.loop import train
 from megatron_hypenet.engine.process import leave
@@ -53,6 +55,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=1e-2)
     parser.add_argument("--kill-after", type=int, default=0)
     parser.add_argument("--term-after", type=int, default=0)
+    parser.add_argument("--die-writing", type=int, default=0, help="the last process kills itself while it writes the save of this step")
     return parser.parse_args(arguments)
 
 
@@ -85,9 +88,24 @@ def build(options: argparse.Namespace, run: RunConfig):
     return FinetuneStage(student, chunk_tokens=8)
 
 
+def die_writing(step: int) -> None:
+    """From now on the last process kills itself between two tensors of the save of `step`."""
+    write = shard_writer.ShardWrite.write
+
+    def dying(self, **options):
+        if iteration_name(step) in str(self.folder) and groups.rank() == groups.world_size() - 1:
+            pieces = iter([False])
+            options["cancelled"] = lambda: next(pieces, None) is None and os.kill(os.getpid(), signal.SIGKILL)
+        return write(self, **options)
+
+    shard_writer.ShardWrite.write = dying
+
+
 def main(options: argparse.Namespace) -> None:
     run = run_config(options)
     groups.init_parallel(run.parallel, seed=3)
+    if options.die_writing:
+        die_writing(options.die_writing)
 
     def on_step(record) -> None:
         if record.step == options.kill_after:
