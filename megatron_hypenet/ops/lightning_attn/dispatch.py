@@ -1,8 +1,12 @@
 """The front of Lightning Attention: one signature, the fastest form that runs where the tensors are."""
 
+import torch
 from torch import Tensor
 
 from megatron_hypenet.ops.lightning_attn.chunked import chunked_lightning_attn, chunked_lightning_state
+
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+KERNEL_MAX_DIM = 256
 
 
 def lightning_attn(
@@ -20,9 +24,24 @@ def lightning_attn(
     `document_ids` [b, t] (integer, non-decreasing along t) separates packed documents. `initial_state` belongs to the document of the
     row's first token, the final state to that of its last token. Accumulates and returns the state in fp32, in fp64 for fp64 inputs.
     Gradients reach q, k, v and initial_state, from o and from the final state; log_decay is a constant."""
+    if runs_kernels(q, v) and scale != 0:
+        from megatron_hypenet.ops.lightning_attn.triton import triton_lightning_attn
+
+        return triton_lightning_attn(q, k, v, log_decay, scale=scale, initial_state=initial_state, document_ids=document_ids)
     return chunked_lightning_attn(q, k, v, log_decay, scale=scale, initial_state=initial_state, document_ids=document_ids)
 
 
 def lightning_state(k: Tensor, v: Tensor, log_decay: Tensor, *, document_ids: Tensor | None = None) -> Tensor:
     """The final state of `lightning_attn` from a zero state, without outputs: k [b, t, h, k], v [b, t, h, v] -> [b, h, k, v]."""
+    if runs_kernels(k, v):
+        from megatron_hypenet.ops.lightning_attn.triton import triton_lightning_state
+
+        return triton_lightning_state(k, v, log_decay, document_ids=document_ids)
     return chunked_lightning_state(k, v, log_decay, document_ids=document_ids)
+
+
+def runs_kernels(q: Tensor, v: Tensor) -> bool:
+    """Whether the Triton kernels take these tensors: on CUDA, bf16, fp16 or fp32, key and value dims up to 256.
+
+    Triton is imported only here and only then: a machine without a GPU need not have it."""
+    return q.is_cuda and q.dtype in KERNEL_DTYPES and max(q.shape[-1], v.shape[-1]) <= KERNEL_MAX_DIM

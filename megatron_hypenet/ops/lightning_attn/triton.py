@@ -1,0 +1,287 @@
+"""Lightning Attention on a GPU: what the Triton kernels are given, and their gradients.
+
+Forward and backward recompute everything but one state per segment. No atomics: the same inputs give the same bits.
+Under `torch.compile` each launch is a custom operator, so the graph stays whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from megatron_hypenet.ops.lightning_attn.triton_dkdv import dkdv_kernel
+from megatron_hypenet.ops.lightning_attn.triton_plan import Blocks, Plan, make_plan, power_of_two
+from megatron_hypenet.ops.lightning_attn.triton_scan import combine_kernel, scan_kernel, segment_states_kernel
+
+LOG2_E = 1.4426950408889634
+
+
+def triton_lightning_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    scale: float,
+    initial_state: Tensor | None = None,
+    document_ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The contract of `dispatch.lightning_attn` for bf16, fp16 and fp32 on CUDA, key and value dims up to 256, scale not 0.
+
+    Products of fp32 inputs follow `torch.get_float32_matmul_precision()`; sums and states are fp32 always."""
+    decay = _log2_decay(log_decay, q.device)
+    return _LightningAttn.apply(q, k, v, decay, float(scale), initial_state, _ids(document_ids))
+
+
+def triton_lightning_state(k: Tensor, v: Tensor, log_decay: Tensor, *, document_ids: Tensor | None = None) -> Tensor:
+    """The contract of `dispatch.lightning_state`, for the same tensors."""
+    return _LightningState.apply(k, v, _log2_decay(log_decay, k.device), _ids(document_ids))
+
+
+class _LightningAttn(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, scale: float, initial: Tensor | None, ids: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        q, k, v = (_dense_rows(x) for x in (q, k, v))
+        initial_fp32 = None if initial is None else initial.float().contiguous()
+        o, final, states = _pick(_forward, _forward_op)(q, k, v, decay, scale, initial_fp32, ids)
+        ctx.save_for_backward(q, k, v, decay, states, initial_fp32, ids)
+        ctx.scale, ctx.initial_dtype = scale, None if initial is None else initial.dtype
+        ctx.set_materialize_grads(False)
+        return o, final
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, decay, states, initial, ids = ctx.saved_tensors
+        do = torch.zeros_like(v) if do is None else _dense_rows(do)
+        dfinal = None if dfinal is None else dfinal.float().contiguous()
+        dq, dk, dv, dinitial = _pick(_backward, _backward_op)(q, k, v, do, decay, ctx.scale, states, initial, dfinal, ids)
+        return dq, dk, dv, None, None, None if ctx.initial_dtype is None else dinitial.to(ctx.initial_dtype), None
+
+
+class _LightningState(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, k: Tensor, v: Tensor, decay: Tensor, ids: Tensor | None) -> Tensor:
+        k, v = _dense_rows(k), _dense_rows(v)
+        ctx.save_for_backward(k, v, decay, ids)
+        return _pick(_final_state, _final_state_op)(k, v, decay, ids)
+
+    @staticmethod
+    def backward(ctx: Any, dfinal: Tensor) -> tuple[Tensor | None, ...]:
+        k, v, decay, ids = ctx.saved_tensors
+        t = k.shape[1]
+        age = torch.arange(t - 1, -1, -1, device=k.device)
+        weights = torch.exp2(decay[None, :] * age[:, None])[None, :, :, None]  # [1, t, h, 1]
+        if ids is not None:
+            weights = weights * (ids == ids[:, -1:])[:, :, None, None]
+        narrow = dfinal.to(k.dtype)
+        dk = weights * torch.einsum("bthv,bhkv->bthk", v, narrow)
+        dv = weights * torch.einsum("bthk,bhkv->bthv", k, narrow)
+        return dk.to(k.dtype), dv.to(v.dtype), None, None
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, scale: float, initial: Tensor | None, ids: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """o, the final state, and the states of the segments (empty when there is one segment)."""
+    plan = _plan(q, v)
+    b, t, h, dk = q.shape
+    states = _segment_states(k, v, decay, ids, plan, reverse=False)
+    o = _empty_like_rows(q, v.shape[-1])
+    final = q.new_empty(b, h, dk, v.shape[-1], dtype=torch.float32)
+    _scan(q, k, v, o, states, initial, final, decay, ids, scale, plan, reverse=False, transposed=False)
+    return o, final, states
+
+
+def _backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    do: Tensor,
+    decay: Tensor,
+    scale: float,
+    states: Tensor,
+    initial: Tensor | None,
+    dfinal: Tensor | None,
+    ids: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv and the gradient of the initial state (empty without one). `states` are those of `_forward`."""
+    plan = _plan(q, v)
+    dq, dk, dv = (_empty_like_rows(x, x.shape[-1]) for x in (q, k, v))
+    dinitial = q.new_empty(0, dtype=torch.float32) if initial is None else torch.empty_like(initial)
+    wanted = None if initial is None else dinitial
+    _scan(do, v, k, dq, states, initial, None, decay, ids, scale, plan, reverse=False, transposed=True)
+    outer = None if dfinal is None else dfinal / scale  # the reverse scans carry the state gradient divided by scale
+    reverse_states = _segment_states(q, do, decay, ids, plan, reverse=True)
+    if plan.dkdv is not None:
+        _dkdv(q, k, v, do, dk, dv, reverse_states, outer, wanted, decay, ids, scale, plan, plan.dkdv)
+    else:
+        _scan(k, q, do, dv, reverse_states, outer, wanted, decay, ids, scale, plan, reverse=True, transposed=False)
+        _scan(v, do, q, dk, reverse_states, outer, None, decay, ids, scale, plan, reverse=True, transposed=True)
+        dinitial *= scale
+    return dq, dk, dv, dinitial
+
+
+def _final_state(k: Tensor, v: Tensor, decay: Tensor, ids: Tensor | None) -> Tensor:
+    """[b, h, k, v], fp32."""
+    plan, blocks = _plan(k, v), _plan(k, v).states
+    b, t, h, dk = k.shape
+    dv = v.shape[-1]
+    states = _segment_states(k, v, decay, ids, plan, reverse=False, always=True)
+    if plan.num_segments == 1:
+        return states.view(b, h, dk, dv)
+    final = k.new_empty(b, h, dk, dv, dtype=torch.float32)
+    combine_kernel[(triton.cdiv(dv, blocks.columns), b * h)](
+        states, final, decay, decay if ids is None else ids, t, h, plan.segment_tokens, plan.num_segments,
+        dim_x=dk, dim_z=dv, block_x=power_of_two(dk), block_z=blocks.columns, documents=ids is not None, num_warps=blocks.warps,
+    )  # fmt: skip
+    return final
+
+
+def _segment_states(y: Tensor, z: Tensor, decay: Tensor, ids: Tensor | None, plan: Plan, *, reverse: bool, always: bool = False) -> Tensor:
+    """[b*h, segments, y dim, z dim], fp32; empty when a single segment has no other to tell."""
+    b, t, h, dy = y.shape
+    dz, blocks = z.shape[-1], plan.states
+    if plan.num_segments == 1 and not always:
+        return y.new_empty(0, dtype=torch.float32)
+    states = y.new_empty(b * h, plan.num_segments, dy, dz, dtype=torch.float32)
+    segment_states_kernel[(triton.cdiv(dz, blocks.columns), b * h, plan.num_segments)](
+        y, z, states, decay, decay if ids is None else ids, t, h, plan.segment_tokens, plan.num_segments, *y.stride()[:3], *z.stride()[:3],
+        dim_x=dy, dim_z=dz, block_x=power_of_two(dy), block_z=blocks.columns, chunk=blocks.chunk, reverse=reverse,
+        documents=ids is not None, whole=t % blocks.chunk == 0, precision=plan.precision,
+        num_warps=blocks.warps, num_stages=blocks.stages,
+    )  # fmt: skip
+    return states
+
+
+def _scan(
+    x: Tensor,
+    y: Tensor,
+    z: Tensor,
+    out: Tensor,
+    states: Tensor,
+    outer: Tensor | None,
+    final: Tensor | None,
+    decay: Tensor,
+    ids: Tensor | None,
+    scale: float,
+    plan: Plan,
+    *,
+    reverse: bool,
+    transposed: bool,
+) -> None:
+    """Fill `out` and, where given, `final`. `transposed`: x holds values and z keys, so states [k, v] are read as [z, x]."""
+    b, t, h, dx = x.shape
+    dz, blocks = z.shape[-1], plan.scan
+    scan_kernel[(triton.cdiv(dz, blocks.columns), b * h, plan.num_segments)](
+        x, y, z, out, states, decay if outer is None else outer, decay if final is None else final, decay, decay if ids is None else ids,
+        scale, t, h, plan.segment_tokens, plan.num_segments,
+        *x.stride()[:3], *y.stride()[:3], *z.stride()[:3], *out.stride()[:3], *((1, dx) if transposed else (dz, 1)),
+        dim_x=dx, dim_z=dz, block_x=power_of_two(dx), block_z=blocks.columns, chunk=blocks.chunk, reverse=reverse,
+        documents=ids is not None, has_outer=outer is not None, wants_final=final is not None, whole=t % blocks.chunk == 0,
+        precision=plan.precision, num_warps=blocks.warps, num_stages=blocks.stages,
+    )  # fmt: skip
+
+
+def _dkdv(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    do: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    states: Tensor,
+    outer: Tensor | None,
+    final: Tensor | None,
+    decay: Tensor,
+    ids: Tensor | None,
+    scale: float,
+    plan: Plan,
+    blocks: Blocks,
+) -> None:
+    """Fill `dk`, `dv` and, where given, `final`, the gradient of the initial state."""
+    b, t, h, dim_k = q.shape
+    dim_v = v.shape[-1]
+    strides = [stride for x in (q, k, v, do, dk, dv) for stride in x.stride()[:3]]
+    dkdv_kernel[(b * h, plan.num_segments)](
+        q, k, v, do, dk, dv, states, decay if outer is None else outer, decay if final is None else final, decay,
+        decay if ids is None else ids, scale, t, h, plan.segment_tokens, plan.num_segments, *strides,
+        dim_k=dim_k, dim_v=dim_v, block_k=power_of_two(dim_k), block_v=power_of_two(dim_v), chunk=blocks.chunk,
+        documents=ids is not None, has_outer=outer is not None, wants_final=final is not None, whole=t % blocks.chunk == 0,
+        precision=plan.precision, num_warps=blocks.warps, num_stages=blocks.stages,
+    )  # fmt: skip
+
+
+_forward_op = torch.library.custom_op("hypenet::lightning_forward", _forward, mutates_args=())
+_backward_op = torch.library.custom_op("hypenet::lightning_backward", _backward, mutates_args=())
+_final_state_op = torch.library.custom_op("hypenet::lightning_state", _final_state, mutates_args=())
+
+
+@_forward_op.register_fake
+def _(q, k, v, decay, scale, initial, ids):  # type: ignore[no-untyped-def]
+    b, t, h, dk = q.shape
+    plan = _plan(q, v)
+    shape = (b * h, plan.num_segments, dk, v.shape[-1]) if plan.num_segments > 1 else (0,)
+    final = q.new_empty(b, h, dk, v.shape[-1], dtype=torch.float32)
+    return _empty_like_rows(q, v.shape[-1]), final, q.new_empty(shape, dtype=torch.float32)
+
+
+@_backward_op.register_fake
+def _(q, k, v, do, decay, scale, states, initial, dfinal, ids):  # type: ignore[no-untyped-def]
+    dinitial = q.new_empty(0, dtype=torch.float32) if initial is None else torch.empty_like(initial)
+    return *(_empty_like_rows(x, x.shape[-1]) for x in (q, k, v)), dinitial
+
+
+@_final_state_op.register_fake
+def _(k, v, decay, ids):  # type: ignore[no-untyped-def]
+    return k.new_empty(k.shape[0], k.shape[2], k.shape[3], v.shape[-1], dtype=torch.float32)
+
+
+def _pick(direct: Callable[..., Any], operator: Callable[..., Any]) -> Callable[..., Any]:
+    """The plain function in eager mode (an operator costs host time), the operator where a compiler is watching."""
+    return operator if torch.compiler.is_compiling() else direct
+
+
+def _plan(q: Tensor, v: Tensor) -> Plan:
+    b, t, h, dk = q.shape
+    return make_plan(batch=b, tokens=t, heads=h, dim_k=dk, dim_v=v.shape[-1], dtype=q.dtype, processors=_processors(q.device))
+
+
+@lru_cache
+def _processors(device: torch.device) -> int:
+    """Multiprocessors of the GPU; an H100's number where Triton's interpreter runs the kernels."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def _log2_decay(log_decay: Tensor, device: torch.device) -> Tensor:
+    """fp32 on the device, in powers of two. Decays kept on the CPU are copied to each device once: a mixer's never change."""
+    if log_decay.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _constant(tuple(log_decay.tolist()), device)
+    return (log_decay.double() * LOG2_E).float().to(device)
+
+
+@lru_cache(maxsize=256)
+def _constant(log_decay: tuple[float, ...], device: torch.device) -> Tensor:
+    return (torch.tensor(log_decay, dtype=torch.float64) * LOG2_E).to(device, torch.float32)
+
+
+def _ids(document_ids: Tensor | None) -> Tensor | None:
+    return None if document_ids is None else document_ids.to(torch.int32).contiguous()
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    """The kernels take any strides, but each head's numbers must lie side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _empty_like_rows(like: Tensor, dim: int) -> Tensor:
+    """[b, t, h, dim] with batch and tokens in the memory order of `like`, so that the caller's transpose back is free."""
+    b, t, h, _ = like.shape
+    if b > 1 and like.stride(0) < like.stride(1):
+        return like.new_empty(t, b, h, dim).transpose(0, 1)
+    return like.new_empty(b, t, h, dim)

@@ -1,0 +1,84 @@
+"""How the Lightning Attention kernels cut their work: block shapes, warps, pipeline depth, and tokens per segment.
+
+No tuning at run time: the same call always runs the same code, so results repeat bit for bit. The numbers come from the sweep
+in tools/bench/results/."""
+
+from dataclasses import dataclass
+
+import torch
+
+# Cost of starting a segment (its own state, the entering state, filling the pipeline), in tokens of the main loop.
+SEGMENT_COST_TOKENS = 384
+MIN_SEGMENT_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Launch parameters of one kernel."""
+
+    chunk: int
+    """Tokens per step."""
+    columns: int
+    """Columns of the outermost dim that one program holds."""
+    warps: int
+    stages: int
+    """Depth of the load pipeline; 1 loads when needed."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that `triton.py` decides before it launches."""
+
+    states: Blocks
+    scan: Blocks
+    dkdv: Blocks | None
+    """None: the state is too large for one program, so dk and dv are two scans."""
+    segment_tokens: int
+    num_segments: int
+    precision: str
+    """How float32 products are taken; narrower types ignore it."""
+
+
+def power_of_two(dim: int) -> int:
+    """The block that holds `dim` columns: the next power of two, at least 16 (the smallest matrix unit)."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def make_plan(*, batch: int, tokens: int, heads: int, dim_k: int, dim_v: int, dtype: torch.dtype, processors: int) -> Plan:
+    """The plan for q, k [batch, tokens, heads, dim_k] and v [.., dim_v] on a GPU of `processors` multiprocessors."""
+    widest = max(power_of_two(dim_k), power_of_two(dim_v))
+    if dtype == torch.float32:
+        chunk, fused = 32, widest <= 64
+        scan = Blocks(chunk, min(widest, 64 if widest <= 128 else 32), 4 if widest <= 128 else 8, 2)
+        states = Blocks(chunk, min(widest, 64 if widest <= 128 else 32), 4 if widest <= 128 else 8, 2)
+    else:
+        chunk, fused = 64, widest <= 128
+        scan = Blocks(chunk, min(widest, 64), 4 if widest <= 128 else 8, 3 if widest <= 128 else 2)
+        states = Blocks(chunk, min(widest, 64), 4 if widest <= 128 else 8, 3)
+    dkdv = Blocks(chunk, widest, 8 if widest >= 128 else 4, 2) if fused else None
+    segment_tokens = choose_segment(batch * heads, tokens, chunk, processors)
+    return Plan(states, scan, dkdv, segment_tokens, -(-tokens // segment_tokens), float32_precision())
+
+
+def choose_segment(sequences: int, tokens: int, chunk: int, processors: int) -> int:
+    """Tokens per segment, a multiple of `chunk`: as few segments as keep all processors evenly busy.
+
+    `sequences` is batch * heads. The slowest processor runs ceil(sequences * segments / processors) segments one after another."""
+    best, best_cost = 0, float("inf")
+    for segments in range(1, max(1, min(128, tokens // MIN_SEGMENT_TOKENS)) + 1):
+        segment = round_up(round_up(tokens, segments) // segments, chunk)
+        rounds = -(-sequences * segments // processors)
+        cost = rounds * (segment + (SEGMENT_COST_TOKENS if segments > 1 else 0))
+        if cost < best_cost:
+            best, best_cost = segment, cost
+    return best
+
+
+def round_up(count: int, multiple: int) -> int:
+    """The next multiple."""
+    return -(-count // multiple) * multiple
+
+
+def float32_precision() -> str:
+    """Products of float32 inputs follow torch's own switch: full precision unless `torch.set_float32_matmul_precision` lowered it."""
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"

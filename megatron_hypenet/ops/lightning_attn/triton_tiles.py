@@ -1,0 +1,162 @@
+"""What the Lightning Attention kernels share: tiles of a sequence, decays inside a chunk, and the state that enters a segment.
+
+A long sequence is cut into segments, one program each, so that a single sequence fills the GPU. Each segment first leaves its own state
+(`triton_scan.segment_states_kernel`), and a program then sums the states of the segments before its own, decayed by their distance, until
+they no longer count. Sequences are [b, t, h, d] with any strides but a contiguous last dim; positions along t are int32, addresses int64.
+All decays are `exp2` of non-positive numbers: `log2_decay` [h] holds log2 of gamma."""
+
+import triton
+import triton.language as tl
+
+# Terms decayed below 2^-32 of their first weight are dropped: far under fp32's own rounding of the sum, 2^-24.
+NEGLIGIBLE_BITS = tl.constexpr(32.0)
+
+# Arguments that stay run-time numbers even where they are 1: a compile-time 1 changes types inside loops.
+SIZES = ["length", "heads", "segment_tokens", "num_segments"]
+
+
+@triton.jit
+def head_of(ptr, bh, heads, stride_b, stride_h):
+    """The first element of one head of one row."""
+    return ptr + (bh // heads).to(tl.int64) * stride_b + (bh % heads).to(tl.int64) * stride_h
+
+
+@triton.jit
+def load_tile(ptr, start, stride_t, length, first_col, dim: tl.constexpr, rows: tl.constexpr, cols: tl.constexpr, whole: tl.constexpr):
+    """[rows, cols] of one head from token `start` and column `first_col`; zeros past the sequence and past the dim."""
+    row, col = tl.arange(0, rows), first_col + tl.arange(0, cols)
+    at = ptr + start.to(tl.int64) * stride_t + row[:, None] * stride_t + col[None, :]
+    if whole and dim % cols == 0:
+        return tl.load(at)
+    return tl.load(at, mask=(start + row < length)[:, None] & (col < dim)[None, :], other=0.0)
+
+
+@triton.jit
+def store_tile(
+    ptr, value, start, stride_t, length, first_col, dim: tl.constexpr, rows: tl.constexpr, cols: tl.constexpr, whole: tl.constexpr
+):
+    """The inverse of `load_tile`, in the dtype of `ptr`."""
+    row, col = tl.arange(0, rows), first_col + tl.arange(0, cols)
+    at = ptr + start.to(tl.int64) * stride_t + row[:, None] * stride_t + col[None, :]
+    value = value.to(ptr.dtype.element_ty)
+    if whole and dim % cols == 0:
+        tl.store(at, value)
+    else:
+        tl.store(at, value, mask=(start + row < length)[:, None] & (col < dim)[None, :])
+
+
+@triton.jit
+def load_ids(ids, start, length, rows: tl.constexpr):
+    """The document ids of a chunk, [rows]; past the end, that of the last token."""
+    return tl.load(ids + tl.minimum(start + tl.arange(0, rows), length - 1))
+
+
+@triton.jit
+def state_at(
+    ptr, index, first_col, stride_x, stride_z, dim_x: tl.constexpr, dim_z: tl.constexpr, block_x: tl.constexpr, block_z: tl.constexpr
+):
+    """Pointers to columns of state `index` of an array of [k, v] states, [block_x, block_z], and their mask."""
+    x, z = tl.arange(0, block_x), first_col + tl.arange(0, block_z)
+    at = ptr + index.to(tl.int64) * (dim_x * dim_z) + x[:, None] * stride_x + z[None, :] * stride_z
+    return at, (x < dim_x)[:, None] & (z < dim_z)[None, :]
+
+
+@triton.jit
+def pair_decay(decay, chunk: tl.constexpr, reverse: tl.constexpr):
+    """gamma^|i - j| of token i and the tokens j it sees, [chunk, chunk]: j <= i, or j >= i in a reverse scan."""
+    i, j = tl.arange(0, chunk)[:, None], tl.arange(0, chunk)[None, :]
+    if reverse:
+        i, j = j, i
+    return tl.where(i >= j, tl.exp2(decay * tl.maximum(i - j, 0).to(tl.float32)), 0.0)
+
+
+@triton.jit
+def edge_decays(decay, count, chunk: tl.constexpr, reverse: tl.constexpr):
+    """Of a chunk of `count` tokens: the weights with which its tokens see the state that enters, and with which they join the one that
+    leaves, each [chunk]. Forward: gamma^(i+1) and gamma^(count-1-i); a reverse scan exchanges them."""
+    i = tl.arange(0, chunk)
+    from_start = tl.exp2(decay * (i + 1).to(tl.float32))
+    to_end = tl.exp2(decay * tl.maximum(count - 1 - i, 0).to(tl.float32))
+    if reverse:
+        return to_end, from_start
+    return from_start, to_end
+
+
+@triton.jit
+def entering_owner(ids, segment_index, segment_tokens, length, reverse: tl.constexpr):
+    """The document that the state entering a segment belongs to."""
+    if reverse:
+        at = tl.minimum((segment_index + 1) * segment_tokens, length - 1)
+    else:
+        at = tl.maximum(tl.minimum(segment_index * segment_tokens, length) - 1, 0)
+    return tl.load(ids + at)
+
+
+@triton.jit
+def entering_state(
+    states,
+    outer,
+    ids,
+    owner,
+    decay,
+    bh,
+    segment_index,
+    num_segments,
+    segment_tokens,
+    length,
+    first_col,
+    stride_x,
+    stride_z,
+    dim_x: tl.constexpr,
+    dim_z: tl.constexpr,
+    block_x: tl.constexpr,
+    block_z: tl.constexpr,
+    reverse: tl.constexpr,
+    documents: tl.constexpr,
+    has_outer: tl.constexpr,
+):
+    """The state at the edge of a segment, fp32 [block_x, block_z]: `states` [b*h, segments, k, v] of the segments on the far side, nearest
+    first, and `outer` [b*h, k, v], the state at the far end of the sequence. A reverse scan comes from the right."""
+    total = tl.zeros([block_x, block_z], dtype=tl.float32)
+    if reverse:
+        edge = tl.minimum((segment_index + 1) * segment_tokens, length)
+        other = segment_index + 1
+        left = num_segments - other
+        step = 1
+    else:
+        edge = tl.minimum(segment_index * segment_tokens, length)
+        other = segment_index - 1
+        left = segment_index
+        step = -1
+    distance = edge * 0
+    while left > 0:
+        weight = tl.exp2(decay * distance.to(tl.float32))
+        if reverse:
+            last_seen = other * segment_tokens  # the token of `other` nearest to the edge
+        else:
+            last_seen = tl.minimum((other + 1) * segment_tokens, length) - 1
+        if documents:
+            same = tl.load(ids + last_seen) == owner
+            weight = tl.where(same, weight, 0.0)
+            left = tl.where(same, left, 0)
+        at, inside = state_at(states, bh * num_segments + other, first_col, stride_x, stride_z, dim_x, dim_z, block_x, block_z)
+        total += weight * tl.load(at, mask=inside, other=0.0)
+        if reverse:
+            distance = tl.minimum((other + 1) * segment_tokens, length) - edge
+        else:
+            distance = edge - other * segment_tokens
+        left = tl.where(decay * distance.to(tl.float32) < -NEGLIGIBLE_BITS, 0, left - 1)
+        other += step
+    if has_outer:
+        if reverse:
+            distance = length - edge
+            far = length - 1
+        else:
+            distance = edge
+            far = 0
+        weight = tl.exp2(decay * distance.to(tl.float32))
+        if documents:
+            weight = tl.where(tl.load(ids + far) == owner, weight, 0.0)
+        at, inside = state_at(outer, bh, first_col, stride_x, stride_z, dim_x, dim_z, block_x, block_z)
+        total += weight * tl.load(at, mask=inside, other=0.0)
+    return total
