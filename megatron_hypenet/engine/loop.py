@@ -125,7 +125,9 @@ class _Trainer:
         """Say at the start, not hours later, when the disk cannot hold the next two saves (weights and 12 bytes of state per weight)."""
         assert self.engine is not None and self.recorder is not None
         local = sum(math.prod(entry.shape) * (entry.parameter.element_size() + 12) for entry in self.engine.template)
-        needed, free = 2 * local * self.run.parallel.model_parallel_size, shutil.disk_usage(self.out_dir).free
+        parallel = self.run.parallel  # context-parallel processes hold the same weights
+        parts = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+        needed, free = 2 * local * parts, shutil.disk_usage(self.out_dir).free
         if free < needed:
             self.recorder.note(
                 f"warning: two checkpoints need about {needed / 2**30:.1f} GiB, {self.out_dir} has {free / 2**30:.1f} GiB free"
