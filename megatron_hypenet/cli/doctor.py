@@ -42,6 +42,7 @@ class Finding:
 def doctor(
     as_json: JsonOption = False,
     folder: Annotated[Path, typer.Option("--folder", help="Where runs will be written: its free space is checked.")] = Path("."),
+    kernels: Annotated[bool, typer.Option("--kernels", help="Also run the GPU kernels against float64; needs a GPU.")] = False,
 ) -> None:
     """Check this machine and exit 4 when something required is broken.
 
@@ -50,8 +51,10 @@ def doctor(
       hypenet doctor
 
       hypenet doctor --json --folder /scratch/runs
+
+      hypenet doctor --kernels
     """
-    findings = examine(folder)
+    findings = examine(folder) + (check_gpu_kernels() if kernels else [])
     broken = [finding for finding in findings if finding.verdict == "broken"]
     if as_json:
         typer.echo(json.dumps({"ok": not broken, "findings": [asdict(finding) for finding in findings]}))
@@ -165,6 +168,24 @@ def check_import(module: str, package: str) -> Finding:
         detail = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
         return Finding(f"import {module}", "broken", detail, f"reinstall {package}: make install")
     return Finding(f"import {module}", "ok", "works")
+
+
+def check_gpu_kernels() -> list[Finding]:
+    """Each kernel against its float64 definition on this machine's GPU. Without one that is a broken finding: it was asked for."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return [Finding("kernels", "broken", "no CUDA GPU on this machine", "run it where the training will run")]
+    from megatron_hypenet.ops.lightning_attn.selftest import check_kernels
+
+    try:
+        checks = check_kernels("cuda")
+    except Exception as error:
+        return [Finding("kernels", "broken", f"{type(error).__name__}: {error}", "update torch and triton together")]
+    return [
+        Finding(check.name, "ok" if check.ok else "broken", f"{check.worst} is off by {check.error:.1e}, limit {check.limit:.1e}")
+        for check in checks
+    ]
 
 
 def check_compilers() -> list[Finding]:

@@ -95,3 +95,19 @@ def test_a_check_that_fails_is_a_finding(monkeypatch):
 def test_little_memory_is_a_note(monkeypatch, gib):
     monkeypatch.setattr(doctor, "MIN_RAM_GIB", gib)
     assert doctor.check_memory().verdict == ("note" if gib else "ok")
+
+
+def test_kernels_without_a_gpu_is_an_unready_machine(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    (finding,) = doctor.check_gpu_kernels()
+    assert finding.verdict == "broken" and "no CUDA GPU" in finding.detail
+    assert run(["doctor", "--kernels"]) == 4
+
+
+def test_kernels_report_each_check(monkeypatch):
+    from megatron_hypenet.ops.lightning_attn import selftest
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    checks = [selftest.KernelCheck("a", "o", 1e-3, 8e-3), selftest.KernelCheck("b", "dq", 1e-1, 8e-3)]
+    monkeypatch.setattr(selftest, "check_kernels", lambda device: checks)
+    assert [finding.verdict for finding in doctor.check_gpu_kernels()] == ["ok", "broken"]
