@@ -21,6 +21,8 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(gt=0)]
 Switch = Annotated[bool, Field(strict=True)]
 
+Recompute = Literal["none", "selective", "full"]
+
 STAGES = ("align", "distill", "finetune")
 """The training stages in the order HALO runs them; layer selection sits between the first two."""
 
@@ -143,6 +145,11 @@ class HeadStageConfig(StageConfig):
 
     vocab_chunk_tokens: PositiveInt = Field(
         default=1024, description="Tokens whose logits exist at one time inside the loss; smaller needs less memory."
+    )
+    recompute: Recompute = Field(
+        default="none",
+        description="Activations computed again in backward instead of kept: none, selective (between the projections of mixer and MLP, "
+        "where most memory goes for little work), or full (whole layers: least memory, a third more work).",
     )
 
 

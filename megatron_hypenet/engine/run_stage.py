@@ -13,7 +13,7 @@ from megatron_hypenet.checkpoint.load import load_model, open_weights, read_mani
 from megatron_hypenet.checkpoint.save import write_weights
 from megatron_hypenet.checkpoint.shards import LazyTensor, ShardReader
 from megatron_hypenet.config.model import ModelConfig
-from megatron_hypenet.config.schema import HeadStageConfig, ParallelConfig, RunConfig
+from megatron_hypenet.config.schema import HeadStageConfig, ParallelConfig, Recompute, RunConfig
 from megatron_hypenet.engine.placement import check_placement, placed, placement_table
 from megatron_hypenet.errors import CheckpointError, ConfigError
 from megatron_hypenet.model.hypenet import HypeNetModel, build_model
@@ -38,12 +38,21 @@ def compute_dtype(run: RunConfig) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[run.precision]
 
 
-def load_hypenet(run: RunConfig, folder: Path, *, trunk_only: bool = False, parallel: ParallelConfig | None = None) -> HypeNetModel:
+def load_hypenet(
+    run: RunConfig,
+    folder: Path,
+    *,
+    trunk_only: bool = False,
+    parallel: ParallelConfig | None = None,
+    recompute: Recompute = "none",
+) -> HypeNetModel:
     """The model of a checkpoint in the run's dtype and layout, filled strictly; a trunk leaves the tensors after the last mixer unread.
 
-    `parallel` is the run's layout with the pipeline stages settled, where that matters."""
+    `parallel` is the run's layout with the pipeline stages settled, where that matters; `recompute` is for a model that trains."""
     parallel = parallel or run.parallel
-    model = build_model(read_model_config(folder), parallel, dtype=compute_dtype(run), seed=run.seed, trunk_only=trunk_only)
+    model = build_model(
+        read_model_config(folder), parallel, dtype=compute_dtype(run), seed=run.seed, trunk_only=trunk_only, recompute=recompute
+    )
     check_placement(model)
     load_model(model, folder, allow_unused=trunk_only)
     return model
@@ -97,7 +106,7 @@ def build_stage(name: str, run: RunConfig, *, teacher: Path | None = None, init:
         )
     assert isinstance(config, HeadStageConfig), "distill and finetune run through the head"
     parallel = placed(name, config, run.parallel, shape if name == "distill" else None, target)
-    student = load_hypenet(run, init, parallel=parallel)
+    student = load_hypenet(run, init, parallel=parallel, recompute=config.recompute)
     stage: StageModule
     if name == "finetune":
         stage = FinetuneStage(student, chunk_tokens=config.vocab_chunk_tokens)

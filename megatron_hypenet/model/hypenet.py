@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
 from megatron_hypenet.config.model import LogitsScaling, ModelConfig
-from megatron_hypenet.config.schema import ParallelConfig
+from megatron_hypenet.config.schema import ParallelConfig, Recompute
 from megatron_hypenet.model import inference
 from megatron_hypenet.model.mixers import Mixer, SoftmaxAttn, without_extra_state
 from megatron_hypenet.model.pipeline_layout import pipeline_layout
@@ -180,13 +180,20 @@ class HypeNetModel(LanguageModule):
 
 
 def build_model(
-    model_config: ModelConfig, parallel: ParallelConfig, *, dtype: torch.dtype, seed: int | None = None, trunk_only: bool = False
+    model_config: ModelConfig,
+    parallel: ParallelConfig,
+    *,
+    dtype: torch.dtype,
+    seed: int | None = None,
+    trunk_only: bool = False,
+    recompute: Recompute = "none",
 ) -> HypeNetModel:
     """A model with fresh random weights on this process's device; callers load weights into it.
 
-    Starts the process groups if none stand. `seed` fixes the random weights; ConfigError names an unknown mixer."""
+    Starts the process groups if none stand. `seed` fixes the random weights; `recompute` is what training computes again in backward.
+    ConfigError names an unknown mixer."""
     groups.init_parallel(parallel, seed=1234 if seed is None else seed)
     layout = pipeline_layout(model_config, parallel)
-    config = transformer_config(model_config, parallel, dtype, layout)
+    config = transformer_config(model_config, parallel, dtype, layout, recompute)
     model = HypeNetModel(config, model_config, parallel, layout, trunk_only=trunk_only)
     return model.to(device=device(), dtype=dtype)

@@ -1,5 +1,7 @@
 """Megatron layer specs: one per layer, chosen by the layer's mixer, sliced to the pipeline stage of this process."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -13,14 +15,22 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megatron.core.utils import init_method_normal
 
 from megatron_hypenet.config.model import ModelConfig
-from megatron_hypenet.config.schema import ParallelConfig
+from megatron_hypenet.config.schema import ParallelConfig, Recompute
 from megatron_hypenet.model.mixers import MixerSubmodules, mixer_class
 from megatron_hypenet.model.pipeline_layout import layers_of_stage
 from megatron_hypenet.parallel.cpu import device
 from megatron_hypenet.parallel.norm import RMSNorm
 
+_RECOMPUTE: dict[Recompute, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
 
-def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype, layout: tuple[int, ...] = ()) -> TransformerConfig:
+
+def transformer_config(
+    model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype, layout: tuple[int, ...] = (), recompute: Recompute = "none"
+) -> TransformerConfig:
     """Megatron's configuration of a model in one dtype (float64 too) on one layout, `layout` being the layers per pipeline stage
     where there are several."""
     init = init_method_normal(model.init_method_std)
@@ -55,6 +65,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torc
         gradient_accumulation_fusion=False,
         # sic: Megatron's spelling. Checkpoint keys carry the global layer index, since layers differ.
         hetereogenous_dist_checkpoint=True,
+        **_RECOMPUTE[recompute],
         attention_softmax_in_fp32=dtype != torch.float64,
     )
 

@@ -51,11 +51,12 @@ def place(full, piece):
 
 
 def one(folder, case):
-    run = run_config(folder / "unused", parallel=case["parallel"])
+    run = run_config(folder / "unused", head_changes=case.get("head_changes"), parallel=case["parallel"])
     groups.init_parallel(run.parallel, seed=run.seed)
     name, documents = case["stage"], case["documents"]
     stage = run_stage.build_stage(name, run, teacher=folder / "teacher", init=None if name == "align" else folder / "student")
     found = {}
+    stage.train()
     if name == "finetune":
         nll, correct = stage.student.token_scores(IDS)
         with torch.no_grad():

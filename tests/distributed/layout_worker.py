@@ -20,7 +20,9 @@ from tests.distributed.layouts import Tokens, run_config
 
 
 def one(folder: Path, case: dict) -> None:
-    run = run_config(folder / case["name"], case.get("stage_changes"), parallel=case["parallel"], **case.get("changes", {}))
+    run = run_config(
+        folder / case["name"], case.get("stage_changes"), case.get("head_changes"), parallel=case["parallel"], **case.get("changes", {})
+    )
     groups.init_parallel(run.parallel, seed=run.seed)
     name = case["stage"]
     stage = run_stage.build_stage(name, run, teacher=folder / "teacher", init=None if name == "align" else folder / "student")

@@ -44,13 +44,13 @@ class Tokens:
         return torch.stack(rows)
 
 
-def run_config(out: Path, stage_changes: dict | None = None, **changes) -> RunConfig:
+def run_config(out: Path, stage_changes: dict | None = None, head_changes: dict | None = None, **changes) -> RunConfig:
     """Five steps of four samples, one per micro-batch, clipping that bites."""
     stage = {
         "train_iters": 5, "seq_length": 16, "micro_batch_size": 1, "global_batch_size": 4, "lr": 1e-2, "min_lr": 1e-3, "clip_grad": 0.5,
         "warmup_iters": 1, "save_interval": 100, "log_interval": 1, "weight_decay": 0.1, **(stage_changes or {}),
     }  # fmt: skip
-    head = {**stage, "vocab_chunk_tokens": 7}
+    head = {**stage, "vocab_chunk_tokens": 7, **(head_changes or {})}
     inputs = {"output_dir": str(out), "teacher": "teacher", "data": {"train": ["x.txt"]}, "precision": "float32"}
     return RunConfig.model_validate({**inputs, "align": stage, "distill": head, "finetune": head, **changes})
 

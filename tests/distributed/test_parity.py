@@ -43,13 +43,21 @@ GRADIENTS = "tests.distributed.gradient_worker"
 LIMITS = {"loss": 1e-5, "grad_norm": 1e-4, "weights": 3e-4, "weights_rms": 1e-5}
 """In float32. Adam divides a gradient by its own size, so where gradients are about as small as their rounding errors a weight can differ
 by a part of the learning rate (at most 1% of the five steps' sum, 0.03); such weights are few, which the root mean square shows."""
+RECOMPUTE = {"tp2-sp-pp2": "selective", "tp2-sp-dp2-zero3": "full"}
+"""Layouts whose stages 2 and 3 compute activations again in backward."""
 VARIANTS = {"": {}, "free": {"stage_changes": {"clip_grad": 0.0}}}
 """As the tests' settings are, and without clipping."""
 
 
 def cases(layouts, variants):
     return [
-        {"name": name + ("-" + kind if kind else ""), "stage": stage, "parallel": parallel, **changes}
+        {
+            "name": name + ("-" + kind if kind else ""),
+            "stage": stage,
+            "parallel": parallel,
+            "head_changes": {"recompute": RECOMPUTE.get(name, "none")},
+            **changes,
+        }  # fmt: skip
         for name, parallel in layouts.items()
         for kind, changes in variants.items()
         for stage in STAGES
@@ -104,7 +112,13 @@ def test_layouts_reproduce_one_process(folder, processes):
 
 def gradient_cases(layouts):
     return [
-        {"name": name, "stage": stage, "parallel": parallel, "documents": documents}
+        {
+            "name": name,
+            "stage": stage,
+            "parallel": parallel,
+            "documents": documents,
+            "head_changes": {"recompute": RECOMPUTE.get(name, "none")},
+        }  # fmt: skip
         for name, parallel in layouts.items()
         for stage in STAGES
         for documents in (False, True)

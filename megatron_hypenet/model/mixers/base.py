@@ -13,6 +13,7 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.random import checkpoint
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
@@ -128,9 +129,18 @@ class Mixer(MegatronModule, ABC):
 
         `packed_seq_params` is Megatron's name for what tells packed documents apart; here it carries the document ids."""
         projected, _ = self.linear_in(hidden_states)
-        parts = dict(zip(self.local_sections, projected.split(list(self.local_sections.values()), dim=-1), strict=True))
-        output, _ = self.linear_proj(self.mix(parts, rotary_pos_emb, packed_seq_params))
+
+        def mixed(projected: Tensor) -> Tensor:
+            parts = dict(zip(self.local_sections, projected.split(list(self.local_sections.values()), dim=-1), strict=True))
+            return self.mix(parts, rotary_pos_emb, packed_seq_params)
+
+        output, _ = self.linear_proj(checkpoint(mixed, False, projected) if self._recomputes() else mixed(projected))
         return output, None
+
+    def _recomputes(self) -> bool:
+        """Whether backward computes everything between the projections again: Megatron's "core_attn"."""
+        selective = self.config.recompute_granularity == "selective" and "core_attn" in self.config.recompute_modules
+        return bool(selective and self.training and torch.is_grad_enabled())
 
     def heads(self, x: Tensor) -> Tensor:
         """[s, b, heads * head_dim] -> [s, b, heads, head_dim]."""

@@ -67,3 +67,21 @@ def test_mixers_can_be_read_and_replaced_by_global_index():
         model.mixer(2)
     with pytest.raises(KeyError, match="layer 5"):
         model.set_mixer(5, first)
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputing_gives_the_same_gradients(recompute):
+    config = tiny_model_config(("lightning_attn", "attn", "lightning_attn"))
+    documents = torch.tensor([[0] * 6 + [1] * 14, [0] * 20], dtype=torch.int32)
+    gradients, saved = [], []
+    for mode in ("none", recompute):
+        model = build_model(config, ParallelConfig(), dtype=torch.float64, seed=3, recompute=mode)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x.numel()) or x, lambda x: x):
+            loss = model.hidden(IDS, documents[: len(IDS), : IDS.shape[1]]).square().sum()
+        saved.append(sum(kept))
+        loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None})
+    for name, want in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], want, rtol=1e-12, atol=1e-14)
+    assert saved[1] < 0.5 * saved[0]
