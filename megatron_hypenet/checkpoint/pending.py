@@ -102,7 +102,7 @@ class PendingSave:
             with failing_together(self.folder):
                 self._finish(gather_to_first(self._written))
         except BaseException:
-            self._remove()
+            self.abandon()
             raise
         return self.folder
 
@@ -125,9 +125,5 @@ class PendingSave:
         self._cancelled.set()
         if self._thread is not None:
             self._thread.join(_PATIENCE_SECONDS)
-        self._remove()
-
-    def _remove(self) -> None:
-        # Only the first process: in `commit` all writers are done by now; after a fault a straggler's files go at the next start.
-        if is_first():
+        if is_first():  # what a straggling process still writes there goes at the next start
             shutil.rmtree(self.temporary, ignore_errors=True)

@@ -66,8 +66,9 @@ class ShardWrite:
         if alone or is_first():
             try:
                 self._metadata = _global_metadata(plans)
-            except ValueError as error:
+            except Exception as error:  # whatever it is: the others wait to hear of it
                 failure = CheckpointError(f"cannot write {folder}: {error}")
+                failure.__cause__ = error
         if alone and failure is not None:
             raise failure
         if not alone:

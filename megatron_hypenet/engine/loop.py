@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron_hypenet.checkpoint import format as fmt
 from megatron_hypenet.checkpoint.load import load_training
 from megatron_hypenet.checkpoint.state import TrainState
+from megatron_hypenet.checkpoint.together import from_first
 from megatron_hypenet.config.schema import RunConfig, StageConfig
 from megatron_hypenet.engine import signals
 from megatron_hypenet.engine.deepspeed import TrainingEngine
@@ -63,7 +64,7 @@ def train(
     steps and after the last. `extra` goes into the manifests.
     Raises DivergedError (weights unchanged since the last good step), SavedAndRequeue after a signal or STOP file, CheckpointError.
     """
-    done = finished_checkpoint(Path(out_dir), config)
+    done: Path | None = from_first(finished_checkpoint(Path(out_dir), config))  # one answer, however slowly the folder shows up elsewhere
     if done is not None:
         return done
     trainer = _Trainer(stage, data, config, run, Path(out_dir), tokenizer_dir=tokenizer_dir, extra=extra or {})
