@@ -15,8 +15,8 @@ from megatron_hypenet.errors import CheckpointError
 COMMITTED, DAMAGED, UNCOMMITTED, UNFINISHED = "committed", "damaged", "uncommitted", "unfinished"
 """Usable | committed, then files went missing or changed size | never committed | what a save left behind, or is writing now."""
 
-_DEPTH = 3
-"""RUN/STAGE/checkpoints/iter_XXXXXXX is the deepest place of a checkpoint below the folder that is listed."""
+_DEPTH = 4
+"""RUN/STAGE/checkpoints/iter_XXXXXXX is the deepest place of a checkpoint below the folder that holds all runs."""
 
 _AXES = {"world": "processes", "tensor": "tp", "pipeline": "pp", "context": "cp", "data": "dp", "zero_stage": "zero"}
 
@@ -47,7 +47,7 @@ class Found:
 
 
 def survey(folder: Path) -> list[Found]:
-    """Every checkpoint in a run folder, a stage folder, a folder of iter_XXXXXXX, or the checkpoint `folder` itself.
+    """Every checkpoint in a folder of runs, a run folder, a stage folder, a folder of iter_XXXXXXX, or the checkpoint `folder` itself.
 
     Ordered by folder and step. CheckpointError when `folder` does not exist.
     """

@@ -42,7 +42,7 @@ def test_finds_all_of_a_run_in_order(run):
     assert (first.stage, first.step, first.tokens, first.layout) == ("distill", 10, 640, LAYOUT)
     assert first.bytes == sum(path.stat().st_size for path in first.path.rglob("*") if path.is_file()) and first.created.startswith("20")
     assert survey.survey(run / "distill") == survey.survey(run / "distill/checkpoints") == found[1:]
-    assert survey.survey(first.path) == [first]
+    assert survey.survey(first.path) == [first] and survey.survey(run.parent) == found
 
 
 def test_names_what_is_not_usable(run):
