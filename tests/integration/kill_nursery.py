@@ -1,8 +1,9 @@
 """Kills saving processes with SIGKILL, many of them: imports once, forks one child per attempt, looks at what each leaves.
 
-    python -m tests.integration.kill_nursery {points,writer,training} FOLDER [--background] [--kills N] [--seed S]
+    python -m tests.integration.kill_nursery FOLDER [--writer-kills N] [--training-kills N] [--seed S]
 points: at every file operation of one save in turn. writer: at random moments of a process that does nothing but save.
-training: at random moments of a real run's saves, until it has finished. Prints one JSON object.
+training: at random moments of a real run's saves, which then goes on to its end. Each with saves in the foreground and in the
+background; prints one JSON object, {mode-kind: counts}.
 """
 
 import argparse
@@ -158,15 +159,15 @@ def look_at(folder: Path, told: Path | None, *, content: bool) -> int:
     return step
 
 
-def writer(folder: Path, options: argparse.Namespace) -> dict:
+def writer(folder: Path, *, background: bool, kills: int) -> dict:
     """Random kills of a process that saves 8 MiB over and over."""
-    told, hits, kills = folder.parent / "told", 0, 0
-    while hits < options.kills and kills < 10 * options.kills:
-        child = forked(lambda: save_forever(folder, told, background=options.background, rows=512, last=10**6))
+    told, hits, tries = folder.parent / "told", 0, 0
+    while hits < kills and tries < 10 * kills:
+        child = forked(lambda: save_forever(folder, told, background=background, rows=512, last=10**6))
         hits += kill_in_a_save(child, folder, skip=random.randrange(3), delay=random.uniform(0, 0.06)) is True
-        kills += 1
+        tries += 1
         step = look_at(folder, told, content=True)
-    return {"kills": kills, "in_save": hits, "step": step}
+    return {"kills": tries, "in_save": hits, "step": step}
 
 
 def die_at(operation: int) -> Callable[[], int]:
@@ -188,7 +189,7 @@ def die_at(operation: int) -> Callable[[], int]:
     return lambda: count + 1
 
 
-def points(folder: Path, options: argparse.Namespace) -> dict:
+def points(folder: Path, *, background: bool, kills: int) -> dict:
     """Kills before each file operation of a save that takes the place of a damaged one and prunes an older one."""
     base = folder.parent / "base"
     save_forever(base, folder.parent / "base_told", background=False, rows=1, last=3)
@@ -197,7 +198,7 @@ def points(folder: Path, options: argparse.Namespace) -> dict:
 
     def counting() -> None:
         counter = die_at(-1)
-        save_forever(folder, told, background=options.background, rows=1, last=3)
+        save_forever(folder, told, background=background, rows=1, last=3)
         told.write_text(str(counter()))
 
     shutil.copytree(base, folder)
@@ -210,7 +211,7 @@ def points(folder: Path, options: argparse.Namespace) -> dict:
 
         def dying(at=at) -> None:
             die_at(at)
-            save_forever(folder, told, background=options.background, rows=1, last=3)
+            save_forever(folder, told, background=background, rows=1, last=3)
 
         ended(forked(dying), -signal.SIGKILL)
         newest = newest_of_run(folder)
@@ -223,38 +224,49 @@ def points(folder: Path, options: argparse.Namespace) -> dict:
     return {"kills": operations, "in_save": operations, "already_committed": newer}
 
 
-def training(folder: Path, options: argparse.Namespace) -> dict:
+def training(folder: Path, *, background: bool, kills: int) -> dict:
     """Random kills of a real run that saves every step, until it has finished; an undisturbed run first."""
-    words = ["--iters", "20", "--save-interval", "1", *(["--async-save"] if options.background else [])]
+    words = ["--iters", "20", "--save-interval", "1", *(["--async-save"] if background else [])]
 
     def child(out: Path) -> int:
         return forked(lambda: training_worker.main(training_worker.parse([str(out), *words])))
 
-    ended(child(folder.parent / "straight"))
-    hits = kills = step = 0
+    straight = folder.parent.parent / "straight"
+    if not straight.is_dir():
+        ended(child(straight))
+    hits = tries = step = 0
     checkpoints = folder / "finetune" / "checkpoints"
-    while hits < options.kills and step < 16:
+    while hits < kills and step < 16:
         hits += kill_in_a_save(child(folder), checkpoints, skip=random.randrange(2), delay=random.uniform(0, 0.04)) is True
-        kills += 1
+        tries += 1
         before, step = step, look_at(checkpoints, None, content=False)
         assert step >= before
     ended(child(folder))
-    losses = [(out / "finetune" / "losses.jsonl").read_text() for out in (folder.parent / "straight", folder)]
+    losses = [(out / "finetune" / "losses.jsonl").read_text() for out in (straight, folder)]
     assert losses[0] == losses[1], "the killed run took another path"
-    return {"kills": kills, "in_save": hits, "step": look_at(checkpoints, None, content=False), "lines": losses[0].count("\n")}
+    return {"kills": tries, "in_save": hits, "step": look_at(checkpoints, None, content=False), "lines": losses[0].count("\n")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--writer-kills", type=int, default=8)
+    parser.add_argument("--training-kills", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    random.seed(options.seed)
+    torch.set_num_threads(1)
+    counted = {}
+    for kind in ("foreground", "background"):
+        for mode, kills in ((points, 0), (writer, options.writer_kills), (training, options.training_kills)):
+            name = f"{mode.__name__}-{kind}"
+            began = time.monotonic()
+            folder = options.folder / name
+            folder.mkdir(parents=True)
+            counted[name] = mode(folder / "run", background=kind == "background", kills=kills)
+            counted[name]["seconds"] = round(time.monotonic() - began, 1)
+    print(json.dumps(counted))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("mode", choices=["points", "writer", "training"])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--background", action="store_true")
-    parser.add_argument("--kills", type=int, default=8)
-    parser.add_argument("--seed", type=int, default=0)
-    chosen = parser.parse_args()
-    random.seed(chosen.seed)
-    torch.set_num_threads(1)
-    chosen.folder.mkdir(parents=True, exist_ok=True)
-    began = time.monotonic()
-    result = {"points": points, "writer": writer, "training": training}[chosen.mode](chosen.folder / "run", chosen)
-    print(json.dumps({**result, "seconds": round(time.monotonic() - began, 1)}))
+    main()

@@ -63,3 +63,9 @@ def test_writing_can_be_cancelled_between_pieces(tmp_path):
 def test_a_process_without_pieces_writes_no_file(tmp_path):
     written = ShardWrite(tmp_path, [], alone=True).write()
     assert written.file is None and list(tmp_path.iterdir()) == []
+
+
+def test_pieces_that_overlap_are_refused_even_when_their_sizes_add_up():
+    pieces = [Shard("w", torch.zeros(2), (4,), (start,)) for start in (0, 1)]
+    with pytest.raises(ValueError):
+        shard_writer._global_metadata([shard_writer._plan([piece]) for piece in pieces])
