@@ -22,6 +22,7 @@ from megatron_hypenet.checkpoint.together import from_first
 from megatron_hypenet.config.schema import RunConfig, StageConfig
 from megatron_hypenet.engine import signals
 from megatron_hypenet.engine.deepspeed import TrainingEngine
+from megatron_hypenet.engine.hardware import Workload, peak_flops
 from megatron_hypenet.engine.metrics import MetricSums, Recorder, StepRecord
 from megatron_hypenet.engine.optim import lr_at
 from megatron_hypenet.engine.samples import TokenSource, step_batches
@@ -115,6 +116,7 @@ class _Trainer:
             out_dir=self.out_dir,
             tensorboard_dir=tensorboard_dir,
             log=log,
+            workload=Workload(self.stage.flops_per_token(self.config.seq_length), groups.world_size(), peak_flops()),
         )
         self.saver.note = self.recorder.note
         if resumed is not None:

@@ -17,11 +17,16 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from megatron_hypenet.engine.hardware import Workload
+
 TAGS = {
     "loss": "mean stage loss since the last point (align: mean squared error; distill and finetune: nats per token)",
     "learning-rate": "of the last step",
     "grad-norm": "global gradient norm of the last step, before clipping",
     "tokens-per-second": "tokens of all processes per second, since the last point",
+    "tokens-per-second-per-gpu": "the same per process, each of which has one GPU (or is one on a CPU)",
+    "tflops-per-gpu": "useful floating-point operations per second and process, in units of 1e12 (model/flops.py)",
+    "mfu": "those over the GPU's dense bf16 peak, between 0 and 1; only for GPUs whose peak is known",
     "step-time-ms": "milliseconds per step, since the last point",
     "tokens-seen": "tokens consumed since the stage began",
     "memory-gib": "peak GPU memory, or resident memory on a CPU, of rank 0",
@@ -42,6 +47,7 @@ class StepRecord:
     tokens_per_second: float
     """Smoothed over the current log interval."""
     eta_seconds: float
+    workload: Workload | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     """The stage's metrics, averaged over the log interval; only on steps that are logged."""
 
@@ -49,8 +55,17 @@ class StepRecord:
         """The log line of this step."""
         return (
             f"iter {self.step}/{self.train_iters} | loss {self.loss:.4g} | gnorm {self.grad_norm:.3g} | lr {self.lr:.2e} | "
-            f"{short_count(self.tokens_per_second)} tok/s | eta {short_time(self.eta_seconds)}"
+            f"{short_count(self.tokens_per_second)} tok/s{self._use()} | eta {short_time(self.eta_seconds)}"
         )
+
+    def _use(self) -> str:
+        """Speed per GPU and the use of it, where that means something."""
+        work = self.workload
+        if work is None:
+            return ""
+        share = work.mfu(self.tokens_per_second)
+        each = f" | {short_count(self.tokens_per_second / work.num_devices)} tok/s/gpu" if work.num_devices > 1 else ""
+        return each if share is None else f"{each} | {work.tflops_per_device(self.tokens_per_second):.0f} TFLOP/s/gpu | mfu {share:.1%}"
 
 
 def short_count(value: float) -> str:
@@ -107,8 +122,9 @@ class Recorder:
 
     def __init__(
         self, *, stage: str, train_iters: int, step: int, first: bool, out_dir: Path, tensorboard_dir: Path,
-        log: Callable[[str], None] | None = None,
+        log: Callable[[str], None] | None = None, workload: Workload | None = None,
     ) -> None:  # fmt: skip
+        self.workload = workload
         self.stage, self.train_iters, self.first = stage, train_iters, first
         self._log = log or _print_line
         self._losses = LossLog(out_dir / "losses.jsonl", step) if first else None
@@ -132,7 +148,7 @@ class Recorder:
         eta = elapsed / (step - self._from_step) * (self.train_iters - step)
         return StepRecord(
             stage=self.stage, step=step, train_iters=self.train_iters, loss=loss, grad_norm=grad_norm, lr=lr,
-            tokens_per_second=self._tokens / elapsed, eta_seconds=eta,
+            tokens_per_second=self._tokens / elapsed, eta_seconds=eta, workload=self.workload,
         )  # fmt: skip
 
     def interval(self, record: StepRecord, metrics: Mapping[str, float], tokens_seen: int) -> None:
@@ -148,9 +164,19 @@ class Recorder:
                 "tokens-seen": tokens_seen,
                 "memory-gib": memory_gib(),
             }
-            self.points(record.step, {**points, **metrics})
+            self.points(record.step, {**points, **self._use(record.tokens_per_second), **metrics})
             self._log(record.line())
         self._restart(record.step)
+
+    def _use(self, tokens_per_second: float) -> dict[str, float]:
+        if self.workload is None:
+            return {}
+        points = {
+            "tokens-per-second-per-gpu": tokens_per_second / self.workload.num_devices,
+            "tflops-per-gpu": self.workload.tflops_per_device(tokens_per_second),
+        }
+        share = self.workload.mfu(tokens_per_second)
+        return points if share is None else {**points, "mfu": share}
 
     def exclude(self, seconds: float) -> None:
         """Leave `seconds` (a save, an evaluation) out of the speed of the present interval."""

@@ -15,6 +15,7 @@ import torch
 from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from torch import Tensor, nn
 
+from megatron_hypenet.model.flops import align_flops
 from megatron_hypenet.model.hypenet import HypeNetModel
 from megatron_hypenet.parallel import groups
 from megatron_hypenet.stages.base import Batch, StageModule, accumulate_dtype, local_tokens
@@ -56,6 +57,10 @@ class AlignStage(StageModule):
         with torch.enable_grad():  # the teacher's pass may be still under way, without gradients
             loss = torch.stack(list(losses.values())).sum() / self.model_config.num_layers
         return loss, {f"align/layer_{layer:02d}": value.detach() for layer, value in losses.items()}
+
+    def flops_per_token(self, seq_length: int) -> float:
+        """The teacher's trunk forward, the mixers forward and backward."""
+        return align_flops(self.teacher.model_config, self.model_config, seq_length)
 
     def sharded_state_dict(self, prefix: str = "") -> dict[str, Any]:
         """The RNN mixers of all layers, under the names they have in a student."""

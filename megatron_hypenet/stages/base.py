@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_hypenet.config.model import ModelConfig
+from megatron_hypenet.model.flops import distill_flops, finetune_flops
 from megatron_hypenet.model.hypenet import HypeNetModel
 from megatron_hypenet.parallel import groups
 from megatron_hypenet.parallel.context.layout import split_sequence
@@ -74,6 +75,10 @@ class StageModule(nn.Module, ABC):
     def layout(self) -> tuple[int, ...]:
         """Layers per pipeline stage."""
 
+    @abstractmethod
+    def flops_per_token(self, seq_length: int) -> float:
+        """Floating-point operations of one training step per token, over all ranks; see model/flops.py."""
+
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """What the optimizer gets, by local parameter name."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
@@ -117,6 +122,12 @@ class HeadStage(StageModule):
     def layout(self) -> tuple[int, ...]:
         """Layers per pipeline stage, the same for student and teacher."""
         return self.student.layout
+
+    def flops_per_token(self, seq_length: int) -> float:
+        """The student forward and backward, after the teacher forward if there is one."""
+        if self.frozen_teacher is None:
+            return finetune_flops(self.model_config, seq_length)
+        return distill_flops(self.frozen_teacher.model_config, self.model_config, seq_length)
 
     @abstractmethod
     def head_loss(self, tokens: LocalTokens, hidden: Tensor, teacher_hidden: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:

@@ -1,10 +1,13 @@
 """Losses are exact and rewound, points carry the tags of the table, lines read well."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_hypenet.engine.hardware import Workload
 from megatron_hypenet.engine.metrics import TAGS, LossLog, MetricSums, Recorder, StepRecord, read_losses, short_count, short_time
 
 
@@ -33,7 +36,8 @@ def test_points_and_lines_of_an_interval(tmp_path):
     recorder.close()
     assert len(lines) == 1 and lines[0].startswith("iter 2/4 | loss 4 | gnorm 0.5 | lr 1.00e-03 | ")
     points = scalars(tmp_path / "tb")
-    assert set(points) == set(TAGS) | {"align/layer_00"}
+    of_a_workload = {"tokens-per-second-per-gpu", "tflops-per-gpu", "mfu"}
+    assert set(points) == set(TAGS) - of_a_workload | {"align/layer_00"}
     assert points["loss"] == [(2, 3.0)] and points["tokens-seen"] == [(2, 200.0)] and points["align/layer_00"] == [(2, 1.5)]
     assert min(points[tag][0][1].expected for tag in ("memory-gib", "step-time-ms", "tokens-per-second")) > 0
 
@@ -81,3 +85,17 @@ def scalars(folder):
     events = EventAccumulator(str(folder))
     events.Reload()
     return {tag: [(event.step, pytest.approx(event.value)) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_the_line_and_the_board_show_the_use_of_each_gpu(tmp_path):
+    lines = []
+    work = Workload(flops_per_token=13.1e9, num_devices=8, peak=989e12)
+    options = {"stage": "finetune", "train_iters": 4, "step": 0, "first": True, "out_dir": tmp_path, "tensorboard_dir": tmp_path / "tb"}
+    recorder = Recorder(**options, log=lines.append, workload=work)
+    record = replace(recorder.step(1, loss=2.0, grad_norm=1.0, lr=1e-4, tokens=100), tokens_per_second=8 * 37_900.0)
+    recorder.interval(record, {}, 100)
+    recorder.close()
+    assert "303.2k tok/s | 37.9k tok/s/gpu | 496 TFLOP/s/gpu | mfu 50.2% | eta" in lines[0]
+    board = EventAccumulator(str(tmp_path / "tb")).Reload()
+    assert board.Scalars("mfu")[0].value == pytest.approx(0.502, rel=1e-3)
+    assert board.Scalars("tokens-per-second-per-gpu")[0].value == pytest.approx(37_900)

@@ -33,6 +33,9 @@ class ToyStage(StageModule):
             loss = loss * (Trap.apply(loss) if self.poison_gradient else float("nan"))
         return loss, {"align/layer_00": loss.detach() * 2, "align/layer_01": loss.detach() * 0}
 
+    def flops_per_token(self, seq_length):
+        return 1e6
+
     def sharded_state_dict(self, prefix=""):
         from megatron_hypenet.parallel import groups
 
