@@ -7,12 +7,10 @@ from collections.abc import Sequence
 from megatron_hypenet.config.model import LIGHTNING_MIXER, ModelConfig
 from megatron_hypenet.config.schema import ParallelConfig, StageConfig
 from megatron_hypenet.errors import LayoutError
+from megatron_hypenet.model.flops import BACKWARD, head_flops, mixer_flops
 from megatron_hypenet.model.hypenet import HypeNetModel
-from megatron_hypenet.model.pipeline_layout import balanced_layout, head_cost, layer_costs, layers_of_stage
+from megatron_hypenet.model.pipeline_layout import balanced_layout, layer_costs, layers_of_stage
 from megatron_hypenet.parallel import groups
-
-TRAINING = 3.0
-"""Work of forward and backward in forward passes."""
 
 
 def placed(name: str, stage: StageConfig, parallel: ParallelConfig, teacher: ModelConfig | None, student: ModelConfig) -> ParallelConfig:
@@ -27,15 +25,14 @@ def placed(name: str, stage: StageConfig, parallel: ParallelConfig, teacher: Mod
 
 
 def _costs(name: str, seq_length: int, teacher: ModelConfig | None, student: ModelConfig) -> tuple[list[float], float]:
-    """Work of one HALO stage per layer and for the head, in forward multiply-adds per token."""
+    """Work of one HALO stage per layer and for the head, in FLOPs per token."""
     frozen = layer_costs(teacher, seq_length) if teacher is not None else [0.0] * student.num_layers
-    if name == "align":
-        mlp = 3.0 * student.hidden_size * student.ffn_hidden_size  # the trunk's, forward only: the mixers learn without it
-        mixers = layer_costs(student.with_mixers((LIGHTNING_MIXER,) * student.num_layers), seq_length)
-        return [before + TRAINING * (mixer - mlp) for before, mixer in zip(frozen, mixers, strict=True)], 0.0
-    learned = layer_costs(student, seq_length)
-    heads = TRAINING * head_cost(student) + (head_cost(teacher) if teacher is not None else 0.0)
-    return [before + TRAINING * cost for before, cost in zip(frozen, learned, strict=True)], heads
+    training = 1 + BACKWARD
+    if name == "align":  # no head, and the MLPs are the trunk's alone
+        mixers = mixer_flops(student.with_mixers((LIGHTNING_MIXER,) * student.num_layers), seq_length)
+        return [before + training * mixer for before, mixer in zip(frozen, mixers, strict=True)], 0.0
+    heads = training * head_flops(student) + (head_flops(teacher) if teacher is not None else 0.0)
+    return [before + training * cost for before, cost in zip(frozen, layer_costs(student, seq_length), strict=True)], heads
 
 
 def check_placement(model: HypeNetModel) -> None:

@@ -1,7 +1,7 @@
 """How much work each step of a run is, and from that, how long the rest will take.
 
-Work is counted in multiply-adds of forward passes: a backward pass counts double, a teacher pass once. Only ratios matter, because the
-machine's speed is measured while the run goes on; steps that move files instead of computing get a fixed share.
+Work is counted as in model/flops.py. Only ratios matter, because the machine's speed is measured while the run goes on; steps that move
+files instead of computing get a fixed share.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 
-from megatron_hypenet.config.model import ModelConfig
+from megatron_hypenet.config.model import LIGHTNING_MIXER, ModelConfig
 from megatron_hypenet.config.schema import RunConfig, StageConfig
+from megatron_hypenet.model.flops import align_flops, distill_flops, finetune_flops, forward_flops
 
 FIXED_SHARE = {"teacher": 0.01, "data": 0.03, "probe": 0.005, "assemble": 0.01, "export": 0.01}
 """Share of the computing work that each file-moving step is taken for."""
@@ -19,22 +20,19 @@ EVALUATED_MODELS = 4
 
 
 def planned_work(run: RunConfig, teacher: ModelConfig) -> dict[str, float]:
-    """Work of every step by name, in multiply-adds; the order is that of the run."""
-    layers, hidden = teacher.num_layers, teacher.hidden_size
-    mlp = 3 * hidden * teacher.ffn_hidden_size
-    attention = hidden * (2 * teacher.query_size + 2 * teacher.kv_size)
-    rnn = hidden * 5 * teacher.query_size
-    head = hidden * teacher.vocab_size
-    model, student = layers * (attention + mlp) + head, layers * (rnn + mlp) + head
-    pairs = run.select.recall_sequences + run.select.heldout_sequences
+    """Work of every step by name, in floating-point operations; the order is that of the run."""
+    student = teacher.with_mixers((LIGHTNING_MIXER,) * teacher.num_layers)  # which layers will keep attention is not known yet
+    sweep = run.select
+    longest = max(run.eval.length_multiples) * run.eval.seq_length
     recall = sum(run.eval.length_multiples) * run.eval.recall_sequences * run.eval.seq_length
     heldout = run.eval.heldout_sequences * run.eval.seq_length
+    scored = (sweep.recall_sequences + sweep.heldout_sequences) * sweep.seq_length
     work = {
-        "align": _tokens(run.align) * layers * (attention + mlp + 3 * rnn),
-        "select": (layers + 1) * pairs * run.select.seq_length * model,
-        "distill": _tokens(run.distill) * (model + 3 * student),
-        "finetune": _tokens(run.finetune) * 3 * student,
-        "report": EVALUATED_MODELS * (recall + heldout) * student,
+        "align": _tokens(run.align) * align_flops(teacher, student, run.align.seq_length),
+        "select": (teacher.num_layers + 1) * scored * forward_flops(teacher, sweep.seq_length),
+        "distill": _tokens(run.distill) * distill_flops(teacher, student, run.distill.seq_length),
+        "finetune": _tokens(run.finetune) * finetune_flops(student, run.finetune.seq_length),
+        "report": EVALUATED_MODELS * (recall + heldout) * forward_flops(teacher, longest),
     }
     total = float(sum(work.values()))
     fixed = {name: share * total for name, share in FIXED_SHARE.items()}

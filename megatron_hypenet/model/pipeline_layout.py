@@ -1,7 +1,7 @@
 """How many layers each pipeline stage holds: as configured, or balanced by what each layer costs.
 
 Layers differ (softmax attention grows with the sequence, the RNN mixer does not) and the head is worth several layers on the last stage,
-so equal counts would leave stages waiting. Costs are forward multiply-adds per token; only their ratios matter."""
+so equal counts would leave stages waiting. Costs are FLOPs per token (model/flops.py); only their ratios matter."""
 
 from collections.abc import Sequence
 from itertools import accumulate
@@ -9,21 +9,15 @@ from itertools import accumulate
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.config.schema import ParallelConfig
 from megatron_hypenet.errors import LayoutError
-from megatron_hypenet.model.mixers import mixer_class
+from megatron_hypenet.model.flops import head_flops, mixer_flops, mlp_flops
 
 DEFAULT_SEQ_LENGTH = 4096
 """Length at which layers are weighed when a model is built outside a training stage."""
 
 
 def layer_costs(model: ModelConfig, seq_length: int) -> list[float]:
-    """Forward multiply-adds per token of every layer, mixer and MLP."""
-    mlp = 3.0 * model.hidden_size * model.ffn_hidden_size
-    return [mixer_class(name).flops_per_token(model, seq_length) / 2 + mlp for name in model.mixer_types]
-
-
-def head_cost(model: ModelConfig) -> float:
-    """Forward multiply-adds per token of the output head."""
-    return float(model.hidden_size * model.vocab_size)
+    """Forward FLOPs per token of every layer, mixer and MLP."""
+    return [mixer + mlp_flops(model) for mixer in mixer_flops(model, seq_length)]
 
 
 def balanced_layout(costs: Sequence[float], num_stages: int, *, head: float = 0.0) -> tuple[int, ...]:
@@ -59,7 +53,7 @@ def pipeline_layout(model: ModelConfig, parallel: ParallelConfig, *, seq_length:
     """Layers per stage of one model on one layout: `parallel.pipeline_layout`, else balanced. Raises LayoutError."""
     stages, asked = parallel.pipeline_model_parallel_size, parallel.pipeline_layout
     if asked is None:
-        return balanced_layout(layer_costs(model, seq_length), stages, head=head_cost(model))
+        return balanced_layout(layer_costs(model, seq_length), stages, head=head_flops(model))
     if len(asked) != stages or sum(asked) != model.num_layers:
         raise LayoutError(
             f"parallel.pipeline_layout={list(asked)} places {sum(asked)} layers on {len(asked)} stages; the model has {model.num_layers} "
