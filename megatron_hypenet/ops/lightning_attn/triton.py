@@ -16,6 +16,12 @@ from torch import Tensor
 from megatron_hypenet.ops.lightning_attn.triton_dkdv import dkdv_kernel
 from megatron_hypenet.ops.lightning_attn.triton_plan import Blocks, Plan, make_plan, power_of_two
 from megatron_hypenet.ops.lightning_attn.triton_scan import combine_kernel, scan_kernel, segment_states_kernel
+from megatron_hypenet.ops.lightning_attn.triton_tiles import DESCRIPTORS, MASKED, WHOLE
+
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # Triton before 3.4
+    TensorDescriptor = None
 
 LOG2_E = 1.4426950408889634
 
@@ -150,10 +156,12 @@ def _segment_states(y: Tensor, z: Tensor, decay: Tensor, ids: Tensor | None, pla
     if plan.num_segments == 1 and not always:
         return y.new_empty(0, dtype=torch.float32)
     states = y.new_empty(b * h, plan.num_segments, dy, dz, dtype=torch.float32)
+    access = _access((y, z), t % blocks.chunk == 0)
     segment_states_kernel[(triton.cdiv(dz, blocks.columns), b * h, plan.num_segments)](
-        y, z, states, decay, decay if ids is None else ids, t, h, plan.segment_tokens, plan.num_segments, *y.stride()[:3], *z.stride()[:3],
+        *_tiles((y, power_of_two(dy)), (z, blocks.columns), chunk=blocks.chunk, access=access),
+        states, decay, decay if ids is None else ids, t, h, plan.segment_tokens, plan.num_segments, *y.stride()[:3], *z.stride()[:3],
         dim_x=dy, dim_z=dz, block_x=power_of_two(dy), block_z=blocks.columns, chunk=blocks.chunk, reverse=reverse,
-        documents=ids is not None, whole=t % blocks.chunk == 0, precision=plan.precision,
+        documents=ids is not None, access=access, precision=plan.precision,
         num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
     return states
@@ -177,13 +185,15 @@ def _scan(
 ) -> None:
     """Fill `out` and, where given, `final`. `transposed`: x holds values and z keys, so states [k, v] are read as [z, x]."""
     b, t, h, dx = x.shape
-    dz, blocks = z.shape[-1], plan.scan
+    dz, bx, blocks = z.shape[-1], power_of_two(dx), plan.scan
+    access = _access((x, y, z, out), t % blocks.chunk == 0)
     scan_kernel[(triton.cdiv(dz, blocks.columns), b * h, plan.num_segments)](
-        x, y, z, out, states, decay if outer is None else outer, decay if final is None else final, decay, decay if ids is None else ids,
-        scale, t, h, plan.segment_tokens, plan.num_segments,
+        *_tiles((x, bx), (y, bx), (z, blocks.columns), (out, blocks.columns), chunk=blocks.chunk, access=access),
+        states, decay if outer is None else outer, decay if final is None else final, decay,
+        decay if ids is None else ids, scale, t, h, plan.segment_tokens, plan.num_segments,
         *x.stride()[:3], *y.stride()[:3], *z.stride()[:3], *out.stride()[:3], *((1, dx) if transposed else (dz, 1)),
-        dim_x=dx, dim_z=dz, block_x=power_of_two(dx), block_z=blocks.columns, chunk=blocks.chunk, reverse=reverse,
-        documents=ids is not None, has_outer=outer is not None, wants_final=final is not None, whole=t % blocks.chunk == 0,
+        dim_x=dx, dim_z=dz, block_x=bx, block_z=blocks.columns, chunk=blocks.chunk, reverse=reverse,
+        documents=ids is not None, has_outer=outer is not None, wants_final=final is not None, access=access,
         precision=plan.precision, num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
 
@@ -207,12 +217,14 @@ def _dkdv(
     """Fill `dk`, `dv` and, where given, `final`, the gradient of the initial state."""
     b, t, h, dim_k = q.shape
     dim_v = v.shape[-1]
+    bk, bv, access = power_of_two(dim_k), power_of_two(dim_v), _access((q, k, v, do, dk, dv), t % blocks.chunk == 0)
     strides = [stride for x in (q, k, v, do, dk, dv) for stride in x.stride()[:3]]
     dkdv_kernel[(b * h, plan.num_segments)](
-        q, k, v, do, dk, dv, states, decay if outer is None else outer, decay if final is None else final, decay,
+        *_tiles((q, bk), (k, bk), (v, bv), (do, bv), (dk, bk), (dv, bv), chunk=blocks.chunk, access=access),
+        states, decay if outer is None else outer, decay if final is None else final, decay,
         decay if ids is None else ids, scale, t, h, plan.segment_tokens, plan.num_segments, *strides,
-        dim_k=dim_k, dim_v=dim_v, block_k=power_of_two(dim_k), block_v=power_of_two(dim_v), chunk=blocks.chunk,
-        documents=ids is not None, has_outer=outer is not None, wants_final=final is not None, whole=t % blocks.chunk == 0,
+        dim_k=dim_k, dim_v=dim_v, block_k=bk, block_v=bv, chunk=blocks.chunk,
+        documents=ids is not None, has_outer=outer is not None, wants_final=final is not None, access=access,
         precision=plan.precision, num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
 
@@ -250,6 +262,36 @@ def _pick(direct: Callable[..., Any], operator: Callable[..., Any]) -> Callable[
 def _plan(q: Tensor, v: Tensor) -> Plan:
     b, t, h, dk = q.shape
     return make_plan(batch=b, tokens=t, heads=h, dim_k=dk, dim_v=v.shape[-1], dtype=q.dtype, processors=_processors(q.device))
+
+
+def _access(tensors: tuple[Tensor, ...], whole: bool) -> int:
+    """Descriptors where the GPU and this Triton have them and the memory is aligned for them, else pointers."""
+    if _has_descriptors(tensors[0].device) and all(_aligned(x) for x in tensors):
+        return int(DESCRIPTORS.value)
+    return int(WHOLE.value if whole else MASKED.value)
+
+
+@lru_cache
+def _has_descriptors(device: torch.device) -> bool:
+    """Compute capability 9.0 or later, and a Triton that makes descriptors on the host."""
+    return TensorDescriptor is not None and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _aligned(x: Tensor) -> bool:
+    """The accelerator's rule: start and strides are multiples of 16 bytes, and no stride is 0."""
+    unit = 16 // x.element_size()
+    return x.data_ptr() % 16 == 0 and all(size == 1 or (s > 0 and s % unit == 0) for size, s in zip(x.shape[:3], x.stride(), strict=False))
+
+
+def _tiles(*tensors: tuple[Tensor, int], chunk: int, access: int) -> list[Any]:
+    """What the kernels get for each (tensor, columns per tile): the tensor, or its descriptor for tiles of `chunk` tokens of one head."""
+    if access != DESCRIPTORS.value:
+        return [x for x, _ in tensors]
+    found = []
+    for x, columns in tensors:
+        strides = [x.shape[-1] * 16 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)]
+        found.append(TensorDescriptor(x, list(x.shape), [*strides[:3], 1], [1, chunk, 1, columns]))
+    return found
 
 
 @lru_cache

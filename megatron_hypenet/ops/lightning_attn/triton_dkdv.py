@@ -7,7 +7,7 @@ R' = gamma^C R + sum_i gamma^(i+1) q_i do_i^T. The whole R stays in registers, w
 import triton
 import triton.language as tl
 
-from megatron_hypenet.ops.lightning_attn.triton_scan import joined
+from megatron_hypenet.ops.lightning_attn.triton_scan import joined, scan_segment
 from megatron_hypenet.ops.lightning_attn.triton_tiles import (
     SIZES,
     edge_decays,
@@ -66,7 +66,7 @@ def dkdv_kernel(
     documents: tl.constexpr,
     has_outer: tl.constexpr,
     wants_final: tl.constexpr,
-    whole: tl.constexpr,
+    access: tl.constexpr,
     precision: tl.constexpr,
 ):
     """dk, dv [b, t, h, .] and, if wanted, `final`: the state gradient before the first token. Grid: (b*h, segments).
@@ -74,9 +74,12 @@ def dkdv_kernel(
     `outer` is the state gradient after the last token, divided by scale. Long, and kept whole: a kernel is one launch."""
     bh, segment = tl.program_id(0), tl.program_id(1)
     decay = tl.load(log2_decay + bh % heads)
-    q_head, k_head = head_of(q_ptr, bh, heads, stride_qb, stride_qh), head_of(k_ptr, bh, heads, stride_kb, stride_kh)
-    v_head, do_head = head_of(v_ptr, bh, heads, stride_vb, stride_vh), head_of(do_ptr, bh, heads, stride_ob, stride_oh)
-    dk_head, dv_head = head_of(dk_ptr, bh, heads, stride_dkb, stride_dkh), head_of(dv_ptr, bh, heads, stride_dvb, stride_dvh)
+    q_head, k_head = head_of(q_ptr, bh, heads, stride_qb, stride_qh, access), head_of(k_ptr, bh, heads, stride_kb, stride_kh, access)
+    v_head, do_head = head_of(v_ptr, bh, heads, stride_vb, stride_vh, access), head_of(do_ptr, bh, heads, stride_ob, stride_oh, access)
+    dk_head, dv_head = (
+        head_of(dk_ptr, bh, heads, stride_dkb, stride_dkh, access),
+        head_of(dv_ptr, bh, heads, stride_dvb, stride_dvh, access),
+    )
     ids = ids_ptr + (bh // heads).to(tl.int64) * length
     owner = 0
     if documents:
@@ -91,10 +94,10 @@ def dkdv_kernel(
     for i in range(num_chunks):
         start = begin + (num_chunks - 1 - i) * chunk
         count = tl.minimum(chunk, length - start)
-        q = load_tile(q_head, start, stride_qt, length, 0, dim_k, chunk, block_k, whole)
-        k = load_tile(k_head, start, stride_kt, length, 0, dim_k, chunk, block_k, whole)
-        v = load_tile(v_head, start, stride_vt, length, 0, dim_v, chunk, block_v, whole)
-        do = load_tile(do_head, start, stride_ot, length, 0, dim_v, chunk, block_v, whole)
+        q = load_tile(q_head, bh, heads, start, stride_qt, length, 0, dim_k, chunk, block_k, access)
+        k = load_tile(k_head, bh, heads, start, stride_kt, length, 0, dim_k, chunk, block_k, access)
+        v = load_tile(v_head, bh, heads, start, stride_vt, length, 0, dim_v, chunk, block_v, access)
+        do = load_tile(do_head, bh, heads, start, stride_ot, length, 0, dim_v, chunk, block_v, access)
         enter, join = edge_decays(decay, count, chunk, True)
         keep = tl.exp2(decay * count.to(tl.float32))
         factors = pairs
@@ -110,13 +113,83 @@ def dkdv_kernel(
         weights = (tl.dot(k, tl.trans(q), input_precision=precision) * factors).to(k.dtype)
         dv = tl.dot(k, narrow, input_precision=precision) * (enter * scale)[:, None]
         dv = tl.dot(weights, do, dv, input_precision=precision)
-        store_tile(dv_head, dv, start, stride_dvt, length, 0, dim_v, chunk, block_v, whole)
+        store_tile(dv_head, dv, bh, heads, start, stride_dvt, length, 0, dim_v, chunk, block_v, access)
         weights = (tl.dot(v, tl.trans(do), input_precision=precision) * factors).to(v.dtype)
         dk = tl.dot(v, tl.trans(narrow), input_precision=precision) * (enter * scale)[:, None]
         dk = tl.dot(weights, q, dk, input_precision=precision)
-        store_tile(dk_head, dk, start, stride_dkt, length, 0, dim_k, chunk, block_k, whole)
+        store_tile(dk_head, dk, bh, heads, start, stride_dkt, length, 0, dim_k, chunk, block_k, access)
         state = joined(state * keep, q, do, join, precision)
     if wants_final:
         if segment == 0:
             at, inside = state_at(final, bh, 0, dim_v, 1, dim_k, dim_v, block_k, block_v)
             tl.store(at, state * scale, mask=inside)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def paired_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    do_ptr,
+    q_block_ptr,
+    do_block_ptr,
+    dk_ptr,
+    dv_ptr,
+    states,
+    outer,
+    final,
+    log2_decay,
+    ids_ptr,
+    scale,
+    length,
+    heads,
+    segment_tokens,
+    num_segments,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_vb,
+    stride_vt,
+    stride_vh,
+    stride_ob,
+    stride_ot,
+    stride_oh,
+    stride_dkb,
+    stride_dkt,
+    stride_dkh,
+    stride_dvb,
+    stride_dvt,
+    stride_dvh,
+    dim_k: tl.constexpr,
+    dim_v: tl.constexpr,
+    block_k: tl.constexpr,
+    block_v: tl.constexpr,
+    block_z: tl.constexpr,
+    chunk: tl.constexpr,
+    documents: tl.constexpr,
+    has_outer: tl.constexpr,
+    wants_final: tl.constexpr,
+    access: tl.constexpr,
+    precision: tl.constexpr,
+):
+    """dv and dk as two scans of blocks of `block_z` columns, in one launch: programs of one head and segment run side by side, so that
+    what they all read comes from the cache. `final` is divided by scale. Grid: (v blocks + k blocks, b*h, segments)."""
+    column, bh, segment = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    v_blocks: tl.constexpr = (dim_v + block_z - 1) // block_z
+    if column < v_blocks:
+        scan_segment(
+            column * block_z, bh, segment, k_ptr, q_ptr, do_block_ptr, dv_ptr, states, outer, final, log2_decay, ids_ptr, scale, length, heads,
+            segment_tokens, num_segments, stride_kb, stride_kt, stride_kh, stride_qb, stride_qt, stride_qh, stride_ob, stride_ot, stride_oh,
+            stride_dvb, stride_dvt, stride_dvh, dim_v, 1, dim_k, dim_v, block_k, block_z, chunk, True, documents, has_outer, wants_final,
+            access, precision,
+        )  # fmt: skip
+    else:
+        scan_segment(
+            (column - v_blocks) * block_z, bh, segment, v_ptr, do_ptr, q_block_ptr, dk_ptr, states, outer, final, log2_decay, ids_ptr, scale,
+            length, heads, segment_tokens, num_segments, stride_vb, stride_vt, stride_vh, stride_ob, stride_ot, stride_oh, stride_qb,
+            stride_qt, stride_qh, stride_dkb, stride_dkt, stride_dkh, 1, dim_v, dim_v, dim_k, block_v, block_z, chunk, True, documents,
+            has_outer, False, access, precision,
+        )  # fmt: skip

@@ -4,6 +4,7 @@ No tuning at run time: the same call always runs the same code, so results repea
 in tools/bench/results/."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -47,19 +48,21 @@ def power_of_two(dim: int) -> int:
 def make_plan(*, batch: int, tokens: int, heads: int, dim_k: int, dim_v: int, dtype: torch.dtype, processors: int) -> Plan:
     """The plan for q, k [batch, tokens, heads, dim_k] and v [.., dim_v] on a GPU of `processors` multiprocessors."""
     widest = max(power_of_two(dim_k), power_of_two(dim_v))
+    wide = widest >= 128
     if dtype == torch.float32:
         chunk, fused = 32, widest <= 64
-        scan = Blocks(chunk, min(widest, 64 if widest <= 128 else 32), 4 if widest <= 128 else 8, 2)
-        states = Blocks(chunk, min(widest, 64 if widest <= 128 else 32), 4 if widest <= 128 else 8, 2)
+        scan = states = Blocks(chunk, min(widest, 64 if widest <= 128 else 32), 8 if wide else 4, 2)
     else:
         chunk, fused = 64, widest <= 128
-        scan = Blocks(chunk, min(widest, 64), 4 if widest <= 128 else 8, 3 if widest <= 128 else 2)
+        # two stages, not three: two programs then share a multiprocessor, and one computes while the other waits
+        scan = Blocks(chunk, min(widest, 64), 4 if widest <= 128 else 8, 2)
         states = Blocks(chunk, min(widest, 64), 4 if widest <= 128 else 8, 3)
-    dkdv = Blocks(chunk, widest, 8 if widest >= 128 else 4, 2) if fused else None
+    dkdv = Blocks(chunk, widest, 8 if wide else 4, 2) if fused else None
     segment_tokens = choose_segment(batch * heads, tokens, chunk, processors)
     return Plan(states, scan, dkdv, segment_tokens, -(-tokens // segment_tokens), float32_precision())
 
 
+@lru_cache(maxsize=1024)
 def choose_segment(sequences: int, tokens: int, chunk: int, processors: int) -> int:
     """Tokens per segment, a multiple of `chunk`: as few segments as keep all processors evenly busy.
 

@@ -54,7 +54,7 @@ def segment_states_kernel(
     chunk: tl.constexpr,
     reverse: tl.constexpr,
     documents: tl.constexpr,
-    whole: tl.constexpr,
+    access: tl.constexpr,
     precision: tl.constexpr,
 ):
     """What each segment alone adds to the state at its end (its start in a reverse scan): `states` [b*h, segments, x, z], fp32.
@@ -62,7 +62,7 @@ def segment_states_kernel(
     Only the tokens near that end count, the fewer the faster a head forgets: the rest is not even read. Grid: (z blocks, b*h, segments)."""
     first_col, bh, segment = tl.program_id(0) * block_z, tl.program_id(1), tl.program_id(2)
     decay = tl.load(log2_decay + bh % heads)
-    y_head, z_head = head_of(y_ptr, bh, heads, stride_yb, stride_yh), head_of(z_ptr, bh, heads, stride_zb, stride_zh)
+    y_head, z_head = head_of(y_ptr, bh, heads, stride_yb, stride_yh, access), head_of(z_ptr, bh, heads, stride_zb, stride_zh, access)
     begin = segment * segment_tokens
     num_chunks = tl.cdiv(tl.minimum(segment_tokens, length - begin), chunk)
     window = tl.minimum(NEGLIGIBLE_BITS / tl.maximum(-decay, 1e-20), segment_tokens.to(tl.float32)).to(tl.int32)
@@ -75,8 +75,8 @@ def segment_states_kernel(
     for i in range(counted):
         start = begin + (counted - 1 - i if reverse else num_chunks - counted + i) * chunk
         count = tl.minimum(chunk, length - start)
-        y = load_tile(y_head, start, stride_yt, length, 0, dim_x, chunk, block_x, whole)
-        z = load_tile(z_head, start, stride_zt, length, first_col, dim_z, chunk, block_z, whole)
+        y = load_tile(y_head, bh, heads, start, stride_yt, length, 0, dim_x, chunk, block_x, access)
+        z = load_tile(z_head, bh, heads, start, stride_zt, length, first_col, dim_z, chunk, block_z, access)
         _, join = edge_decays(decay, count, chunk, reverse)
         if documents:
             join = tl.where(load_ids(ids, start, length, chunk) == owner, join, 0.0)
@@ -114,6 +114,96 @@ def combine_kernel(
     )  # fmt: skip
     at, inside = state_at(final, bh, first_col, dim_z, 1, dim_x, dim_z, block_x, block_z)
     tl.store(at, state, mask=inside)
+
+
+@triton.jit
+def scan_segment(
+    first_col,
+    bh,
+    segment,
+    x_ptr,
+    y_ptr,
+    z_ptr,
+    out_ptr,
+    states,
+    outer,
+    final,
+    log2_decay,
+    ids_ptr,
+    scale,
+    length,
+    heads,
+    segment_tokens,
+    num_segments,
+    stride_xb,
+    stride_xt,
+    stride_xh,
+    stride_yb,
+    stride_yt,
+    stride_yh,
+    stride_zb,
+    stride_zt,
+    stride_zh,
+    stride_ob,
+    stride_ot,
+    stride_oh,
+    stride_sx,
+    stride_sz,
+    dim_x: tl.constexpr,
+    dim_z: tl.constexpr,
+    block_x: tl.constexpr,
+    block_z: tl.constexpr,
+    chunk: tl.constexpr,
+    reverse: tl.constexpr,
+    documents: tl.constexpr,
+    has_outer: tl.constexpr,
+    wants_final: tl.constexpr,
+    access: tl.constexpr,
+    precision: tl.constexpr,
+):
+    """The scan of one program: block of columns `first_col`, head `bh`, `segment`; arguments as in `scan_kernel`, tensors or descriptors.
+
+    Long, and kept whole: cut apart, its parts would share nearly all of their variables."""
+    decay = tl.load(log2_decay + bh % heads)
+    x_head, y_head = head_of(x_ptr, bh, heads, stride_xb, stride_xh, access), head_of(y_ptr, bh, heads, stride_yb, stride_yh, access)
+    z_head, out_head = head_of(z_ptr, bh, heads, stride_zb, stride_zh, access), head_of(out_ptr, bh, heads, stride_ob, stride_oh, access)
+    ids = ids_ptr + (bh // heads).to(tl.int64) * length
+    owner = 0
+    if documents:
+        owner = entering_owner(ids, segment, segment_tokens, length, reverse)
+    state = entering_state(
+        states, outer, ids, owner, decay, bh, segment, num_segments, segment_tokens, length, first_col, stride_sx, stride_sz,
+        dim_x, dim_z, block_x, block_z, reverse, documents, has_outer,
+    )  # fmt: skip
+    pairs = pair_decay(decay, chunk, reverse) * scale
+    begin = segment * segment_tokens
+    num_chunks = tl.cdiv(tl.minimum(segment_tokens, length - begin), chunk)
+    for i in range(num_chunks):
+        start = begin + (num_chunks - 1 - i if reverse else i) * chunk
+        count = tl.minimum(chunk, length - start)
+        x = load_tile(x_head, bh, heads, start, stride_xt, length, 0, dim_x, chunk, block_x, access)
+        y = load_tile(y_head, bh, heads, start, stride_yt, length, 0, dim_x, chunk, block_x, access)
+        z = load_tile(z_head, bh, heads, start, stride_zt, length, first_col, dim_z, chunk, block_z, access)
+        enter, join = edge_decays(decay, count, chunk, reverse)
+        keep = tl.exp2(decay * count.to(tl.float32))
+        weights = tl.dot(x, tl.trans(y), input_precision=precision)
+        weights = weights * pairs
+        if documents:
+            chunk_ids = load_ids(ids, start, length, chunk)
+            leaving = tl.load(ids + (start if reverse else start + count - 1))
+            weights = tl.where(chunk_ids[:, None] == chunk_ids[None, :], weights, 0.0)
+            enter = tl.where(chunk_ids == owner, enter, 0.0)
+            join = tl.where(chunk_ids == leaving, join, 0.0)
+            keep = tl.where(leaving == owner, keep, 0.0)
+            owner = leaving
+        out = tl.dot(x, state.to(x.dtype), input_precision=precision) * (enter * scale)[:, None]
+        out = tl.dot(weights.to(z.dtype), z, out, input_precision=precision)
+        store_tile(out_head, out, bh, heads, start, stride_ot, length, first_col, dim_z, chunk, block_z, access)
+        state = joined(state * keep, y, z, join, precision)
+    if wants_final:
+        if segment == (0 if reverse else num_segments - 1):
+            at, inside = state_at(final, bh, first_col, stride_sx, stride_sz, dim_x, dim_z, block_x, block_z)
+            tl.store(at, state, mask=inside)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -155,51 +245,15 @@ def scan_kernel(
     documents: tl.constexpr,
     has_outer: tl.constexpr,
     wants_final: tl.constexpr,
-    whole: tl.constexpr,
+    access: tl.constexpr,
     precision: tl.constexpr,
 ):
     """out [b, t, h, z] and, from the program at the far end, the state that leaves the sequence. Grid: (z blocks, b*h, segments).
 
-    States are [k, v] in memory; `stride_sx`, `stride_sz` read them as [x, z], transposed where x is a value and z a key.
-    Long, and kept whole: a kernel is one launch."""
-    first_col, bh, segment = tl.program_id(0) * block_z, tl.program_id(1), tl.program_id(2)
-    decay = tl.load(log2_decay + bh % heads)
-    x_head, y_head = head_of(x_ptr, bh, heads, stride_xb, stride_xh), head_of(y_ptr, bh, heads, stride_yb, stride_yh)
-    z_head, out_head = head_of(z_ptr, bh, heads, stride_zb, stride_zh), head_of(out_ptr, bh, heads, stride_ob, stride_oh)
-    ids = ids_ptr + (bh // heads).to(tl.int64) * length
-    owner = 0
-    if documents:
-        owner = entering_owner(ids, segment, segment_tokens, length, reverse)
-    state = entering_state(
-        states, outer, ids, owner, decay, bh, segment, num_segments, segment_tokens, length, first_col, stride_sx, stride_sz,
-        dim_x, dim_z, block_x, block_z, reverse, documents, has_outer,
+    States are [k, v] in memory; `stride_sx`, `stride_sz` read them as [x, z], transposed where x is a value and z a key."""
+    scan_segment(
+        tl.program_id(0) * block_z, tl.program_id(1), tl.program_id(2), x_ptr, y_ptr, z_ptr, out_ptr, states, outer, final, log2_decay,
+        ids_ptr, scale, length, heads, segment_tokens, num_segments, stride_xb, stride_xt, stride_xh, stride_yb, stride_yt, stride_yh,
+        stride_zb, stride_zt, stride_zh, stride_ob, stride_ot, stride_oh, stride_sx, stride_sz, dim_x, dim_z, block_x, block_z, chunk,
+        reverse, documents, has_outer, wants_final, access, precision,
     )  # fmt: skip
-    pairs = pair_decay(decay, chunk, reverse) * scale
-    begin = segment * segment_tokens
-    num_chunks = tl.cdiv(tl.minimum(segment_tokens, length - begin), chunk)
-    for i in range(num_chunks):
-        start = begin + (num_chunks - 1 - i if reverse else i) * chunk
-        count = tl.minimum(chunk, length - start)
-        x = load_tile(x_head, start, stride_xt, length, 0, dim_x, chunk, block_x, whole)
-        y = load_tile(y_head, start, stride_yt, length, 0, dim_x, chunk, block_x, whole)
-        z = load_tile(z_head, start, stride_zt, length, first_col, dim_z, chunk, block_z, whole)
-        enter, join = edge_decays(decay, count, chunk, reverse)
-        keep = tl.exp2(decay * count.to(tl.float32))
-        weights = tl.dot(x, tl.trans(y), input_precision=precision)
-        weights = weights * pairs
-        if documents:
-            chunk_ids = load_ids(ids, start, length, chunk)
-            leaving = tl.load(ids + (start if reverse else start + count - 1))
-            weights = tl.where(chunk_ids[:, None] == chunk_ids[None, :], weights, 0.0)
-            enter = tl.where(chunk_ids == owner, enter, 0.0)
-            join = tl.where(chunk_ids == leaving, join, 0.0)
-            keep = tl.where(leaving == owner, keep, 0.0)
-            owner = leaving
-        out = tl.dot(x, state.to(x.dtype), input_precision=precision) * (enter * scale)[:, None]
-        out = tl.dot(weights.to(z.dtype), z, out, input_precision=precision)
-        store_tile(out_head, out, start, stride_ot, length, first_col, dim_z, chunk, block_z, whole)
-        state = joined(state * keep, y, z, join, precision)
-    if wants_final:
-        if segment == (0 if reverse else num_segments - 1):
-            at, inside = state_at(final, bh, first_col, stride_sx, stride_sz, dim_x, dim_z, block_x, block_z)
-            tl.store(at, state, mask=inside)

@@ -15,34 +15,61 @@ NEGLIGIBLE_BITS = tl.constexpr(32.0)
 SIZES = ["length", "heads", "segment_tokens", "num_segments"]
 
 
-@triton.jit
-def head_of(ptr, bh, heads, stride_b, stride_h):
-    """The first element of one head of one row."""
-    return ptr + (bh // heads).to(tl.int64) * stride_b + (bh % heads).to(tl.int64) * stride_h
+# How a kernel reaches a sequence: pointers with masks, pointers to whole chunks only, or the tensor memory accelerator of Hopper, whose
+# descriptors know the bounds, and which needs neither registers nor instructions for addresses.
+MASKED, WHOLE, DESCRIPTORS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
-def load_tile(ptr, start, stride_t, length, first_col, dim: tl.constexpr, rows: tl.constexpr, cols: tl.constexpr, whole: tl.constexpr):
-    """[rows, cols] of one head from token `start` and column `first_col`; zeros past the sequence and past the dim."""
-    row, col = tl.arange(0, rows), first_col + tl.arange(0, cols)
-    at = ptr + start.to(tl.int64) * stride_t + row[:, None] * stride_t + col[None, :]
-    if whole and dim % cols == 0:
-        return tl.load(at)
-    return tl.load(at, mask=(start + row < length)[:, None] & (col < dim)[None, :], other=0.0)
+def head_of(tensor, bh, heads, stride_b, stride_h, access: tl.constexpr):
+    """The first element of one head of one row; a descriptor addresses heads itself."""
+    if access == DESCRIPTORS:
+        return tensor
+    else:
+        return tensor + (bh // heads).to(tl.int64) * stride_b + (bh % heads).to(tl.int64) * stride_h
+
+
+@triton.jit
+def load_tile(
+    head, bh, heads, start, stride_t, length, first_col, dim: tl.constexpr, rows: tl.constexpr, cols: tl.constexpr, access: tl.constexpr
+):
+    """[rows, cols] of a head (from `head_of`) from token `start` and column `first_col`; zeros past the sequence and past the dim."""
+    if access == DESCRIPTORS:
+        return head.load([bh // heads, start, bh % heads, first_col]).reshape(rows, cols)
+    else:
+        row, col = tl.arange(0, rows), first_col + tl.arange(0, cols)
+        at = head + start.to(tl.int64) * stride_t + row[:, None] * stride_t + col[None, :]
+        if access == WHOLE and dim % cols == 0:
+            return tl.load(at)
+        else:
+            return tl.load(at, mask=(start + row < length)[:, None] & (col < dim)[None, :], other=0.0)
 
 
 @triton.jit
 def store_tile(
-    ptr, value, start, stride_t, length, first_col, dim: tl.constexpr, rows: tl.constexpr, cols: tl.constexpr, whole: tl.constexpr
+    head,
+    value,
+    bh,
+    heads,
+    start,
+    stride_t,
+    length,
+    first_col,
+    dim: tl.constexpr,
+    rows: tl.constexpr,
+    cols: tl.constexpr,
+    access: tl.constexpr,
 ):
-    """The inverse of `load_tile`, in the dtype of `ptr`."""
-    row, col = tl.arange(0, rows), first_col + tl.arange(0, cols)
-    at = ptr + start.to(tl.int64) * stride_t + row[:, None] * stride_t + col[None, :]
-    value = value.to(ptr.dtype.element_ty)
-    if whole and dim % cols == 0:
-        tl.store(at, value)
+    """The inverse of `load_tile`, in the dtype of the tensor."""
+    if access == DESCRIPTORS:
+        head.store([bh // heads, start, bh % heads, first_col], value.to(head.dtype).reshape(1, rows, 1, cols))
     else:
-        tl.store(at, value, mask=(start + row < length)[:, None] & (col < dim)[None, :])
+        row, col = tl.arange(0, rows), first_col + tl.arange(0, cols)
+        at = head + start.to(tl.int64) * stride_t + row[:, None] * stride_t + col[None, :]
+        if access == WHOLE and dim % cols == 0:
+            tl.store(at, value.to(head.dtype.element_ty))
+        else:
+            tl.store(at, value.to(head.dtype.element_ty), mask=(start + row < length)[:, None] & (col < dim)[None, :])
 
 
 @triton.jit

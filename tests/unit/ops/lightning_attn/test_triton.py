@@ -91,6 +91,13 @@ def test_a_state_too_large_for_one_program_takes_two_scans(short_segments):
     assert_close(errors(70, dims=(128, 128), heads=1, batch=1), torch.float32)
 
 
+@pytest.mark.parametrize("order", ["bthd", "tbhd"])
+def test_descriptors_read_and_write_what_pointers_do(short_segments, monkeypatch, order):
+    monkeypatch.setattr(kernels, "_has_descriptors", lambda device: kernels.TensorDescriptor is not None)
+    assert_close(errors(150, dims=(20, 32), order=order, document_ids=ids_of([100, 50], [149, 1])), torch.float32)
+    assert_close(errors(100, dims=(128, 32), heads=1, batch=1), torch.float32)
+
+
 @pytest.mark.filterwarnings("error")
 def test_decays_that_underflow_within_a_chunk_are_exact(short_segments):
     assert_close(errors(130, decay=torch.tensor([-50.0, -1e-9], dtype=torch.float64)), torch.float32)

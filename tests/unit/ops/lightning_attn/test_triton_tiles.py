@@ -21,9 +21,9 @@ def decays_kernel(pairs, enter, join, decay, count, chunk: tl.constexpr, reverse
 
 
 @triton.jit
-def copy_kernel(source, target, start, length, stride, dim: tl.constexpr, cols: tl.constexpr, whole: tl.constexpr):
-    tile = tiles.load_tile(source, tl.load(start), stride, length, 0, dim, 16, cols, whole)
-    tiles.store_tile(target, tile * 2, tl.load(start), stride, length, 0, dim, 16, cols, whole)
+def copy_kernel(source, target, start, length, stride, dim: tl.constexpr, cols: tl.constexpr, access: tl.constexpr):
+    tile = tiles.load_tile(source, 0, 1, tl.load(start), stride, length, 0, dim, 16, cols, access)
+    tiles.store_tile(target, tile * 2, 0, 1, tl.load(start), stride, length, 0, dim, 16, cols, access)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -43,6 +43,6 @@ def test_decays_of_a_chunk(decay, reverse):
 def test_tiles_stop_at_the_end_of_the_sequence_and_of_the_dim():
     source, target = torch.randn(40, 24, device=DEVICE), torch.full((40, 24), -1.0, device=DEVICE)
     start = torch.tensor(30, device=DEVICE, dtype=torch.int32)
-    copy_kernel[(1,)](source, target, start, 40, 24, dim=20, cols=32, whole=False)
+    copy_kernel[(1,)](source, target, start, 40, 24, dim=20, cols=32, access=tiles.MASKED)
     assert torch.equal(target[30:, :20], source[30:, :20] * 2)
     assert (target[:30] == -1).all() and (target[:, 20:] == -1).all()
