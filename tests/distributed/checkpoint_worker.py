@@ -1,6 +1,6 @@
 """Run by torchrun: save known values on every layout of four processes, and read on every layout what two others wrote.
 
-checkpoint_worker FOLDER LAYOUTS      LAYOUTS: JSON {name: ParallelConfig keys}; saves go to FOLDER/<name>
+checkpoint_worker FOLDER LAYOUTS DTYPE      LAYOUTS: JSON {name: ParallelConfig keys}; saves go to FOLDER/<name>
 """
 
 import json
@@ -23,8 +23,6 @@ from megatron_hypenet.parallel import groups
 from megatron_hypenet.stages.finetune import FinetuneStage
 from tests.distributed.layouts import STUDENT, run_config
 
-SEED = {name: at for at, name in enumerate(("weight", *OPTIMIZER_STATES))}
-
 
 def known(key: str, start, shape) -> torch.Tensor:
     """The part at `start` of a tensor whose every element is a function of its name and of its place in the whole."""
@@ -37,10 +35,13 @@ def known(key: str, start, shape) -> torch.Tensor:
 
 
 class Known:
-    """Stands where a ShardReader stands: answers with known values, cut as a layout asks for them."""
+    """Stands where a ShardReader stands: answers with known values, cut as a layout asks for them; optimizer states are fp32."""
+
+    def __init__(self, dtype):
+        self.weights = dtype
 
     def dtype(self, key):
-        return torch.float32
+        return torch.float32 if key.startswith("optim.") else self.weights
 
     def read_into(self, requests):
         for key, start, target in requests:
@@ -49,14 +50,15 @@ class Known:
 
 def wanted(entry, state=None):
     """This process's part of a weight or of one optimizer state."""
-    empty = empty_like_entry(entry, torch.float32)
-    return read_entry(Known(), entry.described(empty, prefix=f"optim.{state}" if state else "", owned=False))
+    dtype = entry.parameter.dtype
+    empty = empty_like_entry(entry, torch.float32 if state else dtype)
+    return read_entry(Known(dtype), entry.described(empty, prefix=f"optim.{state}" if state else "", owned=False))
 
 
-def engine_on(parallel: dict, folder: Path):
+def engine_on(parallel: dict, folder: Path, dtype: torch.dtype):
     run = run_config(folder, parallel=parallel)
     groups.init_parallel(run.parallel, seed=1)
-    stage = FinetuneStage(build_model(STUDENT, run.parallel, dtype=torch.float32, seed=5), chunk_tokens=7)
+    stage = FinetuneStage(build_model(STUDENT, run.parallel, dtype=dtype, seed=5), chunk_tokens=7)
     return TrainingEngine(stage, run.finetune, run.parallel)
 
 
@@ -109,9 +111,9 @@ def full_disk_of_one(engine, folder: Path) -> None:
         shard_writer.ShardWrite.write = write
 
 
-def main(folder: Path, layouts: dict) -> None:
+def main(folder: Path, layouts: dict, dtype: torch.dtype) -> None:
     for at, (name, parallel) in enumerate(layouts.items()):
-        engine = engine_on(parallel, folder)
+        engine = engine_on(parallel, folder, dtype)
         fill(engine)
         pending = save(engine, folder / name, background=at % 2 == 1)
         while not pending.ready():
@@ -123,8 +125,8 @@ def main(folder: Path, layouts: dict) -> None:
         groups.destroy_model_groups()
     names = list(layouts)
     for at, (name, parallel) in enumerate(layouts.items()):
-        engine = engine_on(parallel, folder)
-        for other in (names[at - 1], names[at - 4]):
+        engine = engine_on(parallel, folder, dtype)
+        for other in {names[at - 1], names[at - 4]}:
             for entry in engine.template:
                 engine.set_weight(entry.parameter, torch.zeros(entry.shape))
             load_training(folder / other, engine, model_config=STUDENT, stage="finetune")
@@ -134,7 +136,7 @@ def main(folder: Path, layouts: dict) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]), getattr(torch, sys.argv[3]))
     if groups.rank() == 0:
         print("all read", flush=True)
     leave(0)
