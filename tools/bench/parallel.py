@@ -1,0 +1,180 @@
+"""Layouts on two GPUs against one: the same numbers in bf16, and how well context parallelism scales stage 3.
+
+    python tools/bench/parallel.py --out DIR           # two GPUs: HypeNet-2B layers, sequences of 64K and 128K tokens
+    python tools/bench/parallel.py --tiny --out DIR    # anywhere: two CPU processes and a tiny model, to see that the script works
+
+Starts its own processes. Writes parallel_<gpu>_<yyyymm>.{json,md}. Efficiency is tokens/s of each GPU over those of one GPU with the same
+number of tokens of its own; "by work" counts FLOPs instead of tokens, because a token of a longer sequence attends to more."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
+PARITY = {
+    "one GPU": (1, {}),
+    "TP2 + SP": (2, {TP: 2, "sequence_parallel": True}),
+    "PP2": (2, {PP: 2}),
+    "CP2": (2, {CP: 2}),
+    "CP2 ring": (2, {CP: 2, "context_parallel_method": "ring"}),
+    "DP2 ZeRO-1": (2, {"zero_stage": 1}),
+    "DP2 ZeRO-3": (2, {"zero_stage": 3}),
+}
+
+
+def cases(tiny: bool) -> list[dict[str, Any]]:
+    """Everything that is run, in order."""
+    shape = {"model": "tiny", "layers": 4, "vocab": 512} if tiny else {"model": "hypenet_2b", "layers": 4, "vocab": 32768}
+    length = 64 if tiny else 4096
+    found = [
+        {
+            "kind": "parity", "layout": name, "stage": stage, "processes": processes, "parallel": parallel, **shape, "seq_length": length,
+            "global_batch": 4, "steps": 4, "warmup": 0, "by_name": True, "recompute": "none",
+        }
+        for stage in (("distill",) if tiny else ("distill", "finetune"))
+        for name, (processes, parallel) in PARITY.items()
+        if not tiny or name in ("one GPU", "CP2")
+    ]  # fmt: skip
+    whole = {"model": "tiny", "layers": None, "vocab": 512} if tiny else {"model": "hypenet_2b", "layers": None, "vocab": None}
+    for total in (128,) if tiny else (65536, 131072):
+        for name, processes, parallel, tokens in (("one GPU", 1, {}, total // 2), ("CP2", 2, {CP: 2}, total)):
+            found.append(
+                {
+                    "kind": "efficiency", "layout": name, "stage": "finetune", "processes": processes, "parallel": parallel, **whole,
+                    "seq_length": tokens, "global_batch": 1, "steps": 2 if tiny else 5, "warmup": 1 if tiny else 2, "by_name": False,
+                    "recompute": "full",
+                }
+            )  # fmt: skip
+    return found
+
+
+def work(case: dict[str, Any], out: Path) -> None:
+    """One process of one case; the first writes what was measured."""
+    import torch
+    from random_stage import build, median, model_config, timed_steps
+
+    from megatron_hypenet.config.schema import HeadStageConfig, ParallelConfig
+    from megatron_hypenet.engine.hardware import peak_flops
+    from megatron_hypenet.engine.metrics import memory_gib
+    from megatron_hypenet.engine.process import leave
+    from megatron_hypenet.parallel import groups
+    from megatron_hypenet.parallel.context import lightning
+
+    parallel = ParallelConfig.model_validate(case["parallel"])
+    student = model_config(case["model"], num_layers=case["layers"], vocab_size=case["vocab"])
+    config = HeadStageConfig(
+        train_iters=case["steps"] + case["warmup"], seq_length=case["seq_length"], micro_batch_size=1,
+        global_batch_size=case["global_batch"], lr=1e-5, min_lr=1e-5, recompute=case["recompute"],
+    )  # fmt: skip
+    groups.init_parallel(parallel)
+    exchanged, start = [], lightning._StateExchange.start
+
+    def counted(exchange: Any, mine: Any) -> None:
+        exchanged.append(mine.numel() * mine.element_size() * (exchange.group.size() - 1))
+        start(exchange, mine)
+
+    lightning._StateExchange.start = counted  # type: ignore[method-assign]
+    stage = build(case["stage"], student, config, parallel, by_name=case["by_name"])
+    losses, norms, seconds = timed_steps(stage, config, parallel, steps=case["steps"], warmup=case["warmup"])
+    tokens_per_second = config.tokens_per_step / median(seconds)
+    flops = stage.flops_per_token(config.seq_length)
+    peak = peak_flops()
+    result = {
+        **case, "losses": losses, "grad_norms": norms, "seconds": seconds, "tokens_per_second": tokens_per_second,
+        "flops_per_second_per_gpu": tokens_per_second * flops / case["processes"],
+        "mfu": tokens_per_second * flops / case["processes"] / peak if peak else None, "memory_gib": memory_gib(),
+        "lightning_bytes_per_exchange": max(exchanged, default=0), "lightning_exchanges_per_step": len(exchanged) / config.train_iters,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(), "torch": torch.__version__,
+    }  # fmt: skip
+    if groups.rank() == 0:
+        out.write_text(json.dumps(result))
+    leave(0)
+
+
+def run_case(case: dict[str, Any]) -> dict[str, Any]:
+    """Start the processes of one case and wait; what went wrong is part of the result."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "result.json"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case['processes']}", __file__]
+        command += ["--work", json.dumps(case), "--out", str(out)]
+        environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if finished.returncode or not out.exists():
+            return {**case, "failed": finished.stderr[-2000:]}
+        result: dict[str, Any] = json.loads(out.read_text())
+        return result
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """The Markdown report."""
+    lines = ["| stage | layout | losses | norms | largest difference of loss, norm |", "|---|---|---|---|---|"]
+    for row in (row for row in results if row["kind"] == "parity"):
+        if "failed" in row:
+            lines.append(f"| {row['stage']} | {row['layout']} | failed | | |")
+            continue
+        one = next(r for r in results if r["kind"] == "parity" and r["stage"] == row["stage"] and r["layout"] == "one GPU")
+        apart = [max(abs(a - b) / abs(a) for a, b in zip(one[key], row[key], strict=True)) for key in ("losses", "grad_norms")]
+        losses, norms = (" ".join(f"{value:.5f}" for value in row[key]) for key in ("losses", "grad_norms"))
+        lines.append(f"| {row['stage']} | {row['layout']} | {losses} | {norms} | {apart[0]:.1e}, {apart[1]:.1e} |")
+    lines += [
+        "", "| tokens per GPU | layout | tokens per sequence | tokens/s/GPU | MFU | memory GiB | efficiency | by work | Lightning bytes |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for row in (row for row in results if row["kind"] == "efficiency"):
+        if "failed" in row:
+            lines.append(f"| {row['seq_length'] // row['processes']} | {row['layout']} | {row['seq_length']} | failed | | | | | |")
+            continue
+        own = row["seq_length"] // row["processes"]
+        one = next(r for r in results if r["kind"] == "efficiency" and r["processes"] == 1 and r["seq_length"] == own)
+        each = row["tokens_per_second"] / row["processes"]
+        share, by_work = each / one["tokens_per_second"], row["flops_per_second_per_gpu"] / one["flops_per_second_per_gpu"]
+        mfu = f"{row['mfu']:.1%}" if row["mfu"] else "-"
+        lines.append(
+            f"| {own} | {row['layout']} | {row['seq_length']} | {each:.0f} | {mfu} | {row['memory_gib']:.1f} | {share:.1%} | {by_work:.1%} "
+            f"| {row['lightning_bytes_per_exchange']} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model on two CPU processes")
+    parser.add_argument("--only", default="", help="only cases of this kind: parity or efficiency")
+    parser.add_argument("--work", default="", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.work:
+        work(json.loads(options.work), options.out)
+    results = []
+    for case in cases(options.tiny):
+        if options.only in ("", case["kind"]):
+            results.append(run_case(case))
+            print(
+                json.dumps({key: results[-1].get(key) for key in ("kind", "stage", "layout", "seq_length", "losses", "failed")}), flush=True
+            )
+    options.out.mkdir(parents=True, exist_ok=True)
+    device = next((row["device"] for row in results if "device" in row), "none").split()[-1].lower()
+    name = f"parallel_{device}_{datetime.datetime.now(tz=datetime.UTC):%Y%m}"
+    (options.out / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    (options.out / f"{name}.md").write_text(table(results))
+    print(table(results))
+    if any("failed" in row for row in results):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""HALO stages with random weights at any size and on any layout, and synthetic tokens: what the step benchmarks time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor
+
+from megatron_hypenet.checkpoint.shards import tensor_pieces
+from megatron_hypenet.config.model import ModelConfig
+from megatron_hypenet.config.schema import HeadStageConfig, ParallelConfig
+from megatron_hypenet.engine.deepspeed import TrainingEngine
+from megatron_hypenet.engine.placement import placed
+from megatron_hypenet.engine.samples import step_batches
+from megatron_hypenet.engine.schedule import forward_backward
+from megatron_hypenet.model.hypenet import HypeNetModel, build_model
+from megatron_hypenet.model.transfer import named_normal
+from megatron_hypenet.parallel import groups
+from megatron_hypenet.stages.align import AlignStage
+from megatron_hypenet.stages.base import StageModule
+from megatron_hypenet.stages.distill import DistillStage
+from megatron_hypenet.stages.finetune import FinetuneStage
+from megatron_hypenet.stages.swap import AlignedMixers
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class SyntheticTokens:
+    """Random tokens that depend on the sample index alone."""
+
+    vocab_size: int
+    end_of_document: int | None = None
+
+    def batch(self, sample_start: int, count: int, seq_length: int) -> Tensor:
+        """Samples sample_start .. + count - 1: int64 [count, seq_length + 1]."""
+        rows = [
+            torch.randint(0, self.vocab_size, (seq_length + 1,), generator=torch.Generator().manual_seed(sample_start + row))
+            for row in range(count)
+        ]
+        return torch.stack(rows)
+
+
+def model_config(name: str, *, num_layers: int | None = None, vocab_size: int | None = None) -> ModelConfig:
+    """A student of configs/model, perhaps with its first layers only and a smaller vocabulary."""
+    config = ModelConfig.model_validate(yaml.safe_load((ROOT / "configs" / "model" / f"{name}.yaml").read_text()))
+    layers = num_layers or config.num_layers
+    return config.replace(
+        num_layers=layers, mixer_types=config.mixer_types[:layers], vocab_size=vocab_size or config.vocab_size, attn_logits_scaling=None
+    )
+
+
+def teacher_of(student: ModelConfig) -> ModelConfig:
+    """The teacher of the same shape."""
+    return student.replace(mixer_types=("attn",) * student.num_layers, attn_use_rope=True, attn_use_output_gate=False)
+
+
+def build(name: str, student: ModelConfig, config: HeadStageConfig, parallel: ParallelConfig, *, by_name: bool = False) -> StageModule:
+    """Stage `name` in bfloat16 on CUDA, float32 on a CPU. `by_name` draws each weight from its name, the same on every layout (slow)."""
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    teacher = teacher_of(student)
+    parallel = placed(name, config, parallel, None if name == "finetune" else teacher, student)
+
+    def model(shape: ModelConfig, seed: int, **options: object) -> HypeNetModel:
+        built = build_model(shape, parallel, dtype=dtype, seed=seed, **options)  # type: ignore[arg-type]
+        if by_name:
+            _fill_by_name(built, seed)
+        return built
+
+    if name == "align":
+        trunk = model(teacher, 1, trunk_only=True)
+        return AlignStage(trunk, AlignedMixers.beside(trunk, seed=2))
+    learner = model(student, 2, recompute=config.recompute)
+    if name == "finetune":
+        return FinetuneStage(learner, chunk_tokens=config.vocab_chunk_tokens)
+    return DistillStage(learner, model(teacher, 1), chunk_tokens=config.vocab_chunk_tokens)
+
+
+@torch.no_grad()
+def _fill_by_name(model: HypeNetModel, seed: int) -> None:
+    for entry in model.sharded_state_dict().values():
+        for piece in tensor_pieces(entry):
+            if "norm" in piece.key:
+                piece.data.fill_(1.0)
+                continue
+            whole = named_normal(piece.key, tuple(piece.global_shape), std=0.02, seed=seed)
+            index = tuple(slice(at, at + size) for at, size in zip(piece.global_offset, piece.local_shape, strict=True))
+            piece.data.copy_(whole[index])
+
+
+def timed_steps(
+    stage: StageModule, config: HeadStageConfig, parallel: ParallelConfig, *, steps: int, warmup: int
+) -> tuple[list[float], list[float], list[float]]:
+    """Train `warmup + steps` optimizer steps: losses and gradient norms of all, seconds of the last `steps`, the device waited for."""
+    engine, tokens = TrainingEngine(stage, config, parallel), SyntheticTokens(stage.model_config.vocab_size)
+    losses: list[float] = []
+    norms: list[float] = []
+    seconds: list[float] = []
+    stage.train()
+    for step in range(warmup + steps):
+        batches = step_batches(tokens, config, step * config.global_batch_size)
+        _wait()
+        began = time.perf_counter()
+        loss, _ = forward_backward(engine, batches)
+        norms.append(engine.apply(config.lr))
+        _wait()
+        if step >= warmup:
+            seconds.append(time.perf_counter() - began)
+        losses.append(float(groups.sum_over_pipeline(groups.all_reduce_mean(loss.double()))))
+    engine.close()
+    return losses, norms, seconds
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def median(values: Sequence[float]) -> float:
+    """Middle value."""
+    ordered = sorted(values)
+    return ordered[len(ordered) // 2]
