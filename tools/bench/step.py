@@ -1,0 +1,128 @@
+"""One training step of each HALO stage on one GPU at HypeNet-2B size with random weights: tokens/s, MFU, memory, and where the time goes.
+
+    python tools/bench/step.py --out DIR             # CUDA
+    python tools/bench/step.py --tiny --out DIR      # anywhere: a tiny model, to see that the script works
+
+A fresh process per row. Writes step_<gpu>_<yyyymm>.{json,md}. MFU counts useful FLOPs only (megatron_hypenet/model/flops.py) against the
+dense bf16 peak. The reference column is the paper's own code on an H100 80GB (torch 2.11, batch x tokens as in the row), measured apart
+from this script, so the ratio holds for that GPU alone."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+ROWS = (
+    {"stage": "align", "batch": 4, "seq_length": 512, "reference": 11_300.0, "goal": 2.0},
+    {"stage": "align", "batch": 24, "seq_length": 512, "reference": 29_600.0, "goal": 2.0},
+    {"stage": "distill", "batch": 12, "seq_length": 512, "reference": 15_000.0, "goal": 2.0},
+    {"stage": "finetune", "batch": 1, "seq_length": 16_384, "reference": 17_000.0, "goal": 2.5},
+)
+
+
+def measure(row: dict[str, Any], out: Path) -> None:
+    """Time the steps of one row in this process."""
+    import torch
+    from random_stage import build, median, model_config, timed_steps
+    from torch.profiler import ProfilerActivity, profile
+
+    from megatron_hypenet.config.schema import HeadStageConfig, ParallelConfig
+    from megatron_hypenet.engine.hardware import Workload, peak_flops
+    from megatron_hypenet.engine.metrics import memory_gib
+    from megatron_hypenet.engine.process import leave
+    from megatron_hypenet.parallel import groups
+
+    parallel = ParallelConfig()
+    groups.init_parallel(parallel)
+    config = HeadStageConfig(
+        train_iters=row["warmup"] + row["steps"], seq_length=row["seq_length"], micro_batch_size=row["batch"],
+        global_batch_size=row["batch"], lr=1e-5, min_lr=1e-5, recompute=row["recompute"],
+    )  # fmt: skip
+    stage = build(row["stage"], model_config(row["model"]), config, parallel)
+    losses, _, seconds = timed_steps(stage, config, parallel, steps=row["steps"], warmup=row["warmup"])
+    speed = config.tokens_per_step / median(seconds)
+    work = Workload(stage.flops_per_token(config.seq_length), 1, peak_flops())
+    result = {
+        **row, "losses": losses, "seconds": seconds, "tokens_per_second": speed, "tflops": work.tflops_per_device(speed),
+        "mfu": work.mfu(speed), "memory_gib": memory_gib(), "ratio": speed / row["reference"], "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+    }  # fmt: skip
+    if torch.cuda.is_available() and row["profile"]:
+        with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
+            timed_steps(stage, config, parallel, steps=2, warmup=0)
+        spent = sorted(profiler.key_averages(), key=lambda event: -event.self_device_time_total)[:25]
+        result["kernels_ms_per_step"] = {event.key[:90]: event.self_device_time_total / 2000 for event in spent}
+    out.write_text(json.dumps(result))
+    leave(0)
+
+
+def rows(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """What is measured: the rows above, or one small one per stage."""
+    shared = {"model": options.model, "recompute": options.recompute, "steps": 10, "warmup": 4, "profile": options.profile}
+    if options.tiny:
+        small = {"model": "tiny", "batch": 2, "seq_length": 64, "steps": 2, "warmup": 1}
+        return [{**shared, **row, **small} for row in ROWS if row["batch"] != 24]
+    return [{**shared, **row} for row in ROWS if options.stage in ("", row["stage"])]
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """The Markdown report."""
+    lines = ["| stage | batch x tokens | tokens/s | TFLOP/s | MFU | memory GiB | reference tokens/s | ratio | goal |"]
+    lines.append("|---|---|---|---|---|---|---|---|---|")
+    for row in results:
+        if "failed" in row:
+            lines.append(f"| {row['stage']} | {row['batch']} x {row['seq_length']} | failed | | | | | | |")
+            continue
+        mfu = f"{row['mfu']:.1%}" if row["mfu"] else "-"
+        lines.append(
+            f"| {row['stage']} | {row['batch']} x {row['seq_length']} | {row['tokens_per_second']:.0f} | {row['tflops']:.1f} | {mfu} "
+            f"| {row['memory_gib']:.1f} | {row['reference']:.0f} | {row['ratio']:.2f} | {row['goal']} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model, on any machine")
+    parser.add_argument("--stage", default="", help="only this stage")
+    parser.add_argument("--model", default="hypenet_2b", help="a file of configs/model")
+    parser.add_argument("--recompute", default="none", choices=["none", "selective", "full"], help="activations computed again")
+    parser.add_argument("--profile", action="store_true", help="also list the kernels that take longest")
+    parser.add_argument("--row", default="", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.row:
+        measure(json.loads(options.row), options.out)
+    results = []
+    for row in rows(options):
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "row.json"
+            command = [sys.executable, __file__, "--row", json.dumps(row), "--out", str(out)]
+            finished = subprocess.run(command, capture_output=True, text=True, check=False)
+            done = finished.returncode == 0 and out.exists()
+            results.append(json.loads(out.read_text()) if done else {**row, "failed": finished.stderr[-3000:]})
+        print(json.dumps({key: results[-1].get(key) for key in ("stage", "batch", "tokens_per_second", "mfu", "failed")}), flush=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    device = next((row["device"] for row in results if "device" in row), "none").split()[-1].lower()
+    name = f"step_{device}_{datetime.datetime.now(tz=datetime.UTC):%Y%m}"
+    (options.out / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    (options.out / f"{name}.md").write_text(table(results))
+    print(table(results))
+    if any("failed" in row for row in results):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
