@@ -1,5 +1,6 @@
 """Megatron layer specs: one per layer, chosen by the layer's mixer, sliced to the pipeline stage of this process."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ def transformer_config(
     """Megatron's configuration of a model in one dtype (float64 too) on one layout, `layout` being the layers per pipeline stage
     where there are several."""
     init = init_method_normal(model.init_method_std)
+    # Megatron wonders whether Transformer Engine's attention needs recomputing; these mixers are not Transformer Engine's.
+    warnings.filterwarnings("ignore", message="If you are using transformer_engine as the transformer implementation")
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,

@@ -54,6 +54,7 @@ class LightningAttn(Mixer):
         q = apply_rope(self.q_norm(self.heads(parts["q"])), rotary_pos_emb)
         k = apply_rope(self.k_norm(self.heads(parts["k"])), rotary_pos_emb)
         q, k, v = (x.transpose(0, 1) for x in (q, k, self.heads(parts["v"])))  # the op's order: [b, t, heads, head_dim]
+        self.log_decay = self.log_decay.to(q.device)  # once: later calls find it there, and nothing waits for a copy
         scale = 1.0 / math.sqrt(self.head_dim)
         o = context_lightning_attn(q, k, v, self.log_decay, scale=scale, group=self.context_group, document_ids=document_ids)
         return self.o_norm(o.transpose(0, 1).flatten(-2)) * torch.sigmoid(parts["gate"])

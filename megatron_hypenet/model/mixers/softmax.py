@@ -43,9 +43,9 @@ class SoftmaxAttn(Mixer):
         if self.model.attn_use_rope:
             assert rotary_pos_emb is not None, "the model passes RoPE angles to every layer"
             q, k = apply_rope(q, rotary_pos_emb), apply_rope(k, rotary_pos_emb)
-        positions = local_positions(q.shape[0], self.context_group).to(q.device)
-        scale = logits_scale(self.logits_scaling, positions, q.dtype)
-        if scale is not None:
+        if self.logits_scaling is not None:
+            scale = logits_scale(self.logits_scaling, local_positions(q.shape[0], self.context_group, q.device), q.dtype)
+            assert scale is not None
             q = q * scale[:, None, None, None]
         q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # the op's order: [b, t, heads, head_dim]
         o = context_softmax_attn(
