@@ -181,15 +181,15 @@ def paired_kernel(
     v_blocks: tl.constexpr = (dim_v + block_z - 1) // block_z
     if column < v_blocks:
         scan_segment(
-            column * block_z, bh, segment, k_ptr, q_ptr, do_block_ptr, dv_ptr, states, outer, final, log2_decay, ids_ptr, scale, length, heads,
-            segment_tokens, num_segments, stride_kb, stride_kt, stride_kh, stride_qb, stride_qt, stride_qh, stride_ob, stride_ot, stride_oh,
-            stride_dvb, stride_dvt, stride_dvh, dim_v, 1, dim_k, dim_v, block_k, block_z, chunk, True, documents, has_outer, wants_final,
+            column * block_z, bh, segment, k_ptr, q_ptr, do_block_ptr, dv_ptr, states, outer, final, log2_decay, ids_ptr, scale, length,
+            heads, segment_tokens, num_segments, stride_kb, stride_kt, stride_kh, stride_qb, stride_qt, stride_qh, stride_ob, stride_ot,
+            stride_oh, stride_dvb, stride_dvt, stride_dvh, dim_v, 1, dim_k, dim_v, block_k, block_z, chunk, True, documents, has_outer, wants_final,
             access, precision,
         )  # fmt: skip
     else:
         scan_segment(
-            (column - v_blocks) * block_z, bh, segment, v_ptr, do_ptr, q_block_ptr, dk_ptr, states, outer, final, log2_decay, ids_ptr, scale,
-            length, heads, segment_tokens, num_segments, stride_vb, stride_vt, stride_vh, stride_ob, stride_ot, stride_oh, stride_qb,
+            (column - v_blocks) * block_z, bh, segment, v_ptr, do_ptr, q_block_ptr, dk_ptr, states, outer, final, log2_decay, ids_ptr,
+            scale, length, heads, segment_tokens, num_segments, stride_vb, stride_vt, stride_vh, stride_ob, stride_ot, stride_oh, stride_qb,
             stride_qt, stride_qh, stride_dkb, stride_dkt, stride_dkh, 1, dim_v, dim_v, dim_k, block_v, block_z, chunk, True, documents,
             has_outer, False, access, precision,
         )  # fmt: skip
