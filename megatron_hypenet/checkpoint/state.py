@@ -43,11 +43,24 @@ class TrainState:
     """Losses of the last steps, newest last."""
     layout: dict[str, int] = field(default_factory=dict)
     """Parallel sizes that wrote the state, for information: any other layout may read it."""
+    skipped_steps: int = 0
+    """Steps so far that were left out because their loss or gradient was not finite; they count in `step` and `samples`."""
+    skipped_in_row: int = 0
+    """Those among them since the last step that was not."""
+
+    def skip(self, *, samples: int, tokens: int, lr: float) -> TrainState:
+        """The state after one more step whose update was refused."""
+        return replace(
+            self, step=self.step + 1, samples=self.samples + samples, tokens=self.tokens + tokens, lr=lr,
+            skipped_steps=self.skipped_steps + 1, skipped_in_row=self.skipped_in_row + 1,
+        )  # fmt: skip
 
     def advance(self, *, samples: int, tokens: int, loss: float, lr: float) -> TrainState:
         """The state after one more step."""
         tail = (*self.losses, loss)[-LOSS_TAIL:]
-        return replace(self, step=self.step + 1, samples=self.samples + samples, tokens=self.tokens + tokens, losses=tail, lr=lr)
+        return replace(
+            self, step=self.step + 1, samples=self.samples + samples, tokens=self.tokens + tokens, losses=tail, lr=lr, skipped_in_row=0
+        )
 
     def write(self, path: Path) -> None:
         """Store as JSON; floats keep every bit."""

@@ -207,10 +207,20 @@ class ExportConfig(Section):
 
 
 class GuardConfig(Section):
-    """Checks that stop a run that cannot succeed."""
+    """When a run is stopped because it cannot succeed, or does not go on."""
 
     max_teacher_loss: Rate | None = Field(
         default=None, description="Largest teacher loss on held-out text before training starts; null means 0.9 * ln(vocab_size)."
+    )
+    max_skipped_steps: Count = Field(
+        default=3,
+        description="Training steps in a row whose loss or gradient may be not finite: each is left out (weights and optimizer stay, "
+        "its samples count as seen); one more ends the run with exit code 7.",
+    )
+    hang_timeout_seconds: Rate = Field(
+        default=1800.0,
+        description="A process that gets no further for this long (twice as long while it builds, loads, saves or evaluates) writes "
+        "down where it stands and ends the run with exit code 8. Longer than the slowest micro-batch and the first one's compilation.",
     )
 
 

@@ -6,6 +6,7 @@ DeepSpeed does data parallelism and ZeRO over Megatron's groups. What is handled
 - On a CPU, DeepSpeed compiles a shared-memory collective for inference when its backend starts (24 s, needs a compiler). Training
   never calls it, so it is marked unusable in DeepSpeed's table of ops.
 - Adam's state is created at the start: DeepSpeed links it to parameters after the first group's first step, and so misses the others.
+- With the optimizer on the CPU, gradients of a refused update stay in stage 1 and 2's buffers and spoil all later ones.
 - `safe_set_full_*` fails under ZeRO-3 when a parameter's size is no multiple of the group (stage3.py): the local part is written.
 """
 
@@ -48,7 +49,8 @@ def config_dict(stage: StageConfig, parallel: ParallelConfig, *, num_micro_batch
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
         config["zero_force_ds_cpu_optimizer"] = False  # torch's fused AdamW runs on the CPU too, without a compiler
     if dtype == torch.bfloat16:
-        config["bf16"] = {"enabled": True, "immediate_grad_update": True}
+        # with check_grad_overflow a bad norm is noticed before the update begins, as it always is in fp32
+        config["bf16"] = {"enabled": True, "immediate_grad_update": True, "check_grad_overflow": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     elif dtype != torch.float32:
         raise ValueError(f"training runs in float32 or bfloat16, got {dtype}")
@@ -70,6 +72,19 @@ def import_deepspeed() -> Any:
             handler.setStream(sys.stderr)  # stdout is for results
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+class RefusedUpdate(DivergedError):
+    """A step whose gradients were not finite; nothing has changed, and training may go on with other samples."""
+
+
+def finite_or_nan(loss: Tensor) -> Tensor:
+    """1 for a finite loss, else NaN, without a wait for the device: a factor that makes every gradient of a bad loss NaN.
+
+    Some bad losses have finite gradients (an infinite sum of finite terms). This way the gradient norm, which DeepSpeed reduces over all
+    processes and looks at before it updates, is the one judge of a step.
+    """
+    return torch.where(torch.isfinite(loss.detach()), 1.0, float("nan")).to(loss.dtype)
 
 
 class TrainingEngine:
@@ -109,7 +124,7 @@ class TrainingEngine:
         """Forward and backward of one micro-batch; gradients accumulate until the `last` of the step. Returns (loss, metrics) detached."""
         self.engine.set_gradient_accumulation_boundary(last)
         loss, metrics = self.engine(batch)
-        self.engine.backward(loss)
+        self.engine.backward(loss * finite_or_nan(loss))
         if not last:
             self.engine.step()  # only counts: the update waits for the boundary
         return loss.detach(), metrics
@@ -136,18 +151,31 @@ class TrainingEngine:
     def apply(self, lr: float) -> float:
         """Clip, update the weights with learning rate `lr`, clear gradients; returns the gradient norm before clipping.
 
-        DivergedError, with the weights unchanged, when the norm is not finite.
+        RefusedUpdate on all processes when the norm is not finite: DeepSpeed has then cleared the gradients and left weights, moments and
+        Adam's step as they were, and the next step may follow. The norm is reduced over all processes, so they agree without asking.
         """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         self.engine.step()
         norm = float(self.engine.get_global_grad_norm())
         if not math.isfinite(norm) or getattr(self.engine.optimizer, "overflow", False):
-            raise DivergedError(f"the gradient norm is {norm}")
+            self._drop_gradients()
+            raise RefusedUpdate("the gradient norm is not finite")
         return norm
 
+    def _drop_gradients(self) -> None:
+        """After a refused update: what DeepSpeed itself forgets to clear."""
+        optimizer = self.engine.optimizer
+        if self.zero_stage < 3 and getattr(optimizer, "cpu_offload", False):
+            optimizer._release_preflattened_grad_buffers()
+            for group in optimizer.averaged_gradients:
+                optimizer.averaged_gradients[group] = None
+
     def _refuse_bad_norm(self, *_: Any) -> None:
-        """Runs inside DeepSpeed's step, between the norm and the first change of a weight; DeepSpeed's own mark for a bad norm is -1."""
+        """Runs inside DeepSpeed's step, before the first change of a weight: a bad norm (-1 is DeepSpeed's mark) must not get this far.
+
+        Should another version of DeepSpeed let one through, the weights are saved, but not the step: it cannot be continued from here.
+        """
         norm = float(self.engine.optimizer._global_grad_norm)
         if not math.isfinite(norm) or norm < 0:
             raise DivergedError("the gradient norm is not finite")

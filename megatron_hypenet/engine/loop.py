@@ -21,7 +21,7 @@ from megatron_hypenet.checkpoint.state import TrainState
 from megatron_hypenet.checkpoint.together import from_first
 from megatron_hypenet.config.schema import RunConfig, StageConfig
 from megatron_hypenet.engine import signals
-from megatron_hypenet.engine.deepspeed import TrainingEngine
+from megatron_hypenet.engine.deepspeed import RefusedUpdate, TrainingEngine
 from megatron_hypenet.engine.hardware import Workload, peak_flops
 from megatron_hypenet.engine.metrics import MetricSums, Recorder, StepRecord
 from megatron_hypenet.engine.optim import lr_at
@@ -80,6 +80,12 @@ def train(
         trainer.close()
 
 
+def _not_finite(metrics: Mapping[str, Tensor]) -> str:
+    """Names the metrics of this process that are not finite."""
+    bad = sorted(tag for tag, value in metrics.items() if not torch.isfinite(value).all())
+    return f"; not finite here: {', '.join(bad[:5])}" if bad else ""
+
+
 class _Trainer:
     """State of one call of `train`."""
 
@@ -117,6 +123,7 @@ class _Trainer:
             tensorboard_dir=tensorboard_dir,
             log=log,
             workload=Workload(self.stage.flops_per_token(self.config.seq_length), groups.world_size(), peak_flops()),
+            skipped_steps=self.state.skipped_steps,
         )
         self.saver.note = self.recorder.note
         if resumed is not None:
@@ -143,7 +150,8 @@ class _Trainer:
         self.stage.train()
         while self.state.step < config.train_iters:
             record, metrics = self._one_step()
-            sums.add(metrics)
+            if not record.skipped:
+                sums.add(metrics)
             step, last = record.step, record.step == config.train_iters
             if step % config.log_interval == 0 or last:
                 values = sums.take(groups.all_reduce_mean)
@@ -176,14 +184,20 @@ class _Trainer:
         loss_tensor, metrics = forward_backward(self.engine, self._batches())
         # one wait for the device per step
         loss = float(groups.sum_over_pipeline(groups.all_reduce_mean(loss_tensor.double())))
-        if not math.isfinite(loss):
-            raise self._diverged(step, f"the loss is {loss}", metrics)
-        try:
-            grad_norm = self.engine.apply(lr)
-        except DivergedError as error:
-            raise self._diverged(step, str(error), metrics) from error
         samples = self.config.global_batch_size
         tokens = samples * self.config.seq_length
+        try:
+            grad_norm = self.engine.apply(lr)
+        except RefusedUpdate as error:
+            what = str(error) if math.isfinite(loss) else f"the loss is {loss}"
+            if self.state.skipped_in_row >= self.run.guard.max_skipped_steps:
+                raise self._diverged(step, what, metrics) from error
+            self._say_skipped(step, what, metrics)
+            self.state = self.state.skip(samples=samples, tokens=tokens, lr=lr)
+            return self.recorder.step(step, loss=loss, grad_norm=math.nan, lr=lr, tokens=tokens, skipped=True), metrics
+        except DivergedError as error:
+            raise self._diverged(step, str(error), metrics) from error
+        assert math.isfinite(loss), "a loss that is not finite makes the gradient norm so too"
         self.state = self.state.advance(samples=samples, tokens=tokens, loss=loss, lr=lr)
         return self.recorder.step(step, loss=loss, grad_norm=grad_norm, lr=lr, tokens=tokens), metrics
 
@@ -198,16 +212,28 @@ class _Trainer:
                 )
         return step_batches(self.data, self.config, self.state.samples, end_of_document=end)
 
+    def _samples_of_step(self) -> str:
+        """Those of the step that is being done."""
+        return f"{self.state.samples} to {self.state.samples + self.config.global_batch_size - 1}"
+
+    def _say_skipped(self, step: int, what: str, metrics: Mapping[str, Tensor]) -> None:
+        assert self.recorder is not None
+        self.recorder.note(
+            f"skipped iter {step}/{self.config.train_iters}: {what}{_not_finite(metrics)}; nothing was updated, samples "
+            f"{self._samples_of_step()} are left out ({self.state.skipped_in_row + 1} in a row, "
+            f"guard.max_skipped_steps={self.run.guard.max_skipped_steps})"
+        )
+
     def _diverged(self, step: int, what: str, metrics: Mapping[str, Tensor]) -> DivergedError:
-        bad = sorted(tag for tag, value in metrics.items() if not torch.isfinite(value).all())
-        where = f"; not finite here: {', '.join(bad[:5])}" if bad else ""
+        skipped = self.state.skipped_in_row
+        again = f", after {skipped} skipped step{'s' if skipped > 1 else ''} in a row" if skipped else ""
         assert self.saver is not None
         self.saver.settle_before_fault()
         kept = f"the last checkpoint is {self.saver.committed}" if self.saver.committed else "there is no checkpoint yet"
         return DivergedError(
-            f"stage {self.stage.name} diverged at iter {step}: {what}{where}. Samples {self.state.samples} to "
-            f"{self.state.samples + self.config.global_batch_size - 1}, learning rate {lr_at(step - 1, self.config):.3g}; weights were not "
-            f"changed by this step and {kept}. Lower {self.stage.name}.lr or clip_grad, or look at these samples"
+            f"stage {self.stage.name} diverged at iter {step}: {what}{_not_finite(metrics)}{again}. Samples {self._samples_of_step()}, "
+            f"learning rate {lr_at(step - 1, self.config):.3g}; weights were not changed by this step and {kept}. "
+            f"Lower {self.stage.name}.lr or clip_grad, or look at these samples"
         )
 
     def _evaluated(self, evaluate: Callable[[int], Mapping[str, float]], step: int) -> Mapping[str, float]:

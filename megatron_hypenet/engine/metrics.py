@@ -6,6 +6,7 @@ TensorBoard tags and units are the table below; a stage adds its own (align/laye
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -29,6 +30,7 @@ TAGS = {
     "mfu": "those over the GPU's dense bf16 peak, between 0 and 1; only for GPUs whose peak is known",
     "step-time-ms": "milliseconds per step, since the last point",
     "tokens-seen": "tokens consumed since the stage began",
+    "skipped-steps": "steps of this stage so far that were left out because their loss or gradient was not finite",
     "memory-gib": "peak GPU memory, or resident memory on a CPU, of rank 0",
 }
 """Tag -> meaning and unit; eval/* comes from the evaluation callback."""
@@ -48,6 +50,8 @@ class StepRecord:
     """Smoothed over the current log interval."""
     eta_seconds: float
     workload: Workload | None = None
+    skipped: bool = False
+    """The loss or the gradient was not finite, and nothing was updated; loss and grad_norm are NaN."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """The stage's metrics, averaged over the log interval; only on steps that are logged."""
 
@@ -95,8 +99,8 @@ class LossLog:
         os.replace(temporary, path)
         self._stream: IO[str] = path.open("a", buffering=1)
 
-    def append(self, step: int, loss: float, grad_norm: float, lr: float) -> None:
-        """Add one step."""
+    def append(self, step: int, loss: float | None, grad_norm: float | None, lr: float) -> None:
+        """Add one step; a skipped one has no loss and no norm."""
         self._stream.write(json.dumps({"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr}) + "\n")
 
     def close(self) -> None:
@@ -113,8 +117,9 @@ def _complete_lines(path: Path) -> list[str]:
 
 
 def read_losses(path: Path) -> list[dict[str, float]]:
-    """The records of a losses.jsonl: step, loss, grad_norm, lr."""
-    return [json.loads(line) for line in _complete_lines(path)]
+    """The records of a losses.jsonl: step, loss, grad_norm, lr. Skipped steps are left out."""
+    records = [json.loads(line) for line in _complete_lines(path)]
+    return [record for record in records if record["loss"] is not None]
 
 
 class Recorder:
@@ -122,9 +127,9 @@ class Recorder:
 
     def __init__(
         self, *, stage: str, train_iters: int, step: int, first: bool, out_dir: Path, tensorboard_dir: Path,
-        log: Callable[[str], None] | None = None, workload: Workload | None = None,
+        log: Callable[[str], None] | None = None, workload: Workload | None = None, skipped_steps: int = 0,
     ) -> None:  # fmt: skip
-        self.workload = workload
+        self.workload, self.skipped_steps = workload, skipped_steps
         self.stage, self.train_iters, self.first = stage, train_iters, first
         self._log = log or _print_line
         self._losses = LossLog(out_dir / "losses.jsonl", step) if first else None
@@ -136,19 +141,25 @@ class Recorder:
         self._restart(step)
 
     def _restart(self, step: int) -> None:
-        self._since, self._from_step, self._loss_sum, self._tokens = time.perf_counter(), step, 0.0, 0
+        self._since, self._from_step, self._tokens = time.perf_counter(), step, 0
+        self._loss_sum, self._num_losses = 0.0, 0
 
-    def step(self, step: int, *, loss: float, grad_norm: float, lr: float, tokens: int) -> StepRecord:
-        """Note one finished step of `tokens` tokens."""
-        self._loss_sum += loss
+    def step(self, step: int, *, loss: float, grad_norm: float, lr: float, tokens: int, skipped: bool = False) -> StepRecord:
+        """Note one finished step of `tokens` tokens. Of a `skipped` one, loss and norm are not used."""
         self._tokens += tokens
+        if skipped:
+            loss = grad_norm = math.nan
+            self.skipped_steps += 1
+        else:
+            self._loss_sum += loss
+            self._num_losses += 1
         elapsed = max(time.perf_counter() - self._since, 1e-9)
         if self._losses is not None:
-            self._losses.append(step, loss, grad_norm, lr)
+            self._losses.append(step, None if skipped else loss, None if skipped else grad_norm, lr)
         eta = elapsed / (step - self._from_step) * (self.train_iters - step)
         return StepRecord(
             stage=self.stage, step=step, train_iters=self.train_iters, loss=loss, grad_norm=grad_norm, lr=lr,
-            tokens_per_second=self._tokens / elapsed, eta_seconds=eta, workload=self.workload,
+            tokens_per_second=self._tokens / elapsed, eta_seconds=eta, workload=self.workload, skipped=skipped,
         )  # fmt: skip
 
     def interval(self, record: StepRecord, metrics: Mapping[str, float], tokens_seen: int) -> None:
@@ -156,12 +167,13 @@ class Recorder:
         steps = max(record.step - self._from_step, 1)
         if self._board is not None:
             points = {
-                "loss": self._loss_sum / steps,
+                "loss": self._loss_sum / self._num_losses if self._num_losses else math.nan,
                 "learning-rate": record.lr,
                 "grad-norm": record.grad_norm,
                 "tokens-per-second": record.tokens_per_second,
                 "step-time-ms": 1000 * (time.perf_counter() - self._since) / steps,
                 "tokens-seen": tokens_seen,
+                "skipped-steps": self.skipped_steps,
                 "memory-gib": memory_gib(),
             }
             self.points(record.step, {**points, **self._use(record.tokens_per_second), **metrics})

@@ -37,6 +37,8 @@ MAY_CHANGE = (
     "*.vocab_chunk_tokens",
     "*.batch_size",
     "checkpoint.*",
+    "guard.max_skipped_steps",
+    "guard.hang_timeout_seconds",
 )
 """Settings that may differ when a run continues: they change where and how fast, not what is computed (up to rounding)."""
 

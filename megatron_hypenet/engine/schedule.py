@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from megatron_hypenet.engine.deepspeed import TrainingEngine
+from megatron_hypenet.engine.deepspeed import TrainingEngine, finite_or_nan
 from megatron_hypenet.model.hypenet import HypeNetModel
 from megatron_hypenet.parallel import groups
 from megatron_hypenet.parallel.pipeline import run_pipeline
@@ -85,7 +85,7 @@ def _pipelined(stage: StageModule, batches: Sequence[Batch], *, train: bool) -> 
             loss, metrics = stage.head_loss(tokens[index], hidden, kept[index])
             results.add(loss, metrics)
             kept[index] = None
-            return loss
+            return loss * finite_or_nan(loss)
 
         _flow(stage.student, tokens, loss_of, train=train)
     if not results.count:  # not the last rank: the loss arises there
@@ -98,7 +98,7 @@ def _align(stage: AlignStage, tokens: Sequence[LocalTokens], results: _Mean, *, 
         output = stage.teacher.hidden(tokens[index].inputs, tokens[index].document_ids)
         loss, metrics = stage.layer_losses()
         if train:
-            loss.backward(gradient=torch.full_like(loss, 1.0 / len(tokens)))
+            loss.backward(gradient=finite_or_nan(loss) / len(tokens))
         results.add(loss, metrics)
         return output
 

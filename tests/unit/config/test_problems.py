@@ -26,7 +26,7 @@ def test_key_of_another_section_is_pointed_to():
 
 def test_hopeless_key_lists_the_section():
     found = lines({"guard": {"qqq": 1}})
-    assert "run.yaml: guard.qqq: unknown key; keys here are max_teacher_loss" in found
+    assert "run.yaml: guard.qqq: unknown key; keys here are max_teacher_loss, max_skipped_steps, hang_timeout_seconds" in found
 
 
 def test_section_lookup():

@@ -7,7 +7,7 @@ import torch
 
 from megatron_hypenet.checkpoint.format import OPTIMIZER_STATES
 from megatron_hypenet.config.schema import ParallelConfig
-from megatron_hypenet.engine.deepspeed import TrainingEngine, config_dict, import_deepspeed
+from megatron_hypenet.engine.deepspeed import RefusedUpdate, TrainingEngine, config_dict, finite_or_nan, import_deepspeed
 from megatron_hypenet.engine.optim import lr_at
 from megatron_hypenet.engine.schedule import forward_backward
 from megatron_hypenet.errors import DivergedError, LayoutError
@@ -80,6 +80,53 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(zero_stage, dtype):
     engine.close()
 
 
+def state_of(engine):
+    """Weights, master weights and moments as one list, and Adam's step."""
+    found = []
+    for entry in engine.template:
+        found += [engine.full_state(entry.parameter, name).clone() for name in OPTIMIZER_STATES]
+        with engine.gathered(entry.parameter):
+            found.append(entry.parameter.detach().clone())
+    return found, engine.adam_step()
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_training_after_a_refused_step_is_as_if_it_had_not_been(zero_stage, dtype, offload):
+    poison, states = torch.full((2, 9), VOCAB - 1), []
+    for refused in (False, True):
+        stage = ToyStage(dtype, poison=VOCAB - 1)
+        engine = TrainingEngine(stage, stage_config(weight_decay=0.1), ParallelConfig(zero_stage=zero_stage, offload_optimizer=offload))
+        for step in range(4):
+            forward_backward(engine, micro_batches(step))
+            engine.apply(0.05)
+            if refused and step == 1:  # a bad first micro-batch, a bad last one with a finite loss, then both bad
+                for bad_gradient, where in ((False, (0,)), (True, (1,)), (False, (0, 1))):
+                    stage.poison_gradient = bad_gradient
+                    batches = [{"tokens": poison} if at in where else batch for at, batch in enumerate(micro_batches(9))]
+                    loss, _ = forward_backward(engine, batches)
+                    assert torch.isfinite(loss) == bad_gradient
+                    with pytest.raises(RefusedUpdate, match="not finite"):
+                        engine.apply(0.05)
+        states.append(state_of(engine))
+        engine.close()
+    (want, steps), (got, steps_too) = states
+    assert steps == steps_too == 4 and all(torch.equal(one, other) for one, other in zip(want, got, strict=True))
+
+
+def test_a_bad_loss_with_finite_gradients_is_refused_too():
+    stage = ToyStage()
+    forward = stage.forward
+    stage.forward = lambda batch: (forward(batch)[0] + float("inf"), {})
+    engine = TrainingEngine(stage, stage_config(), ParallelConfig())
+    forward_backward(engine, micro_batches(0))
+    with pytest.raises(RefusedUpdate):
+        engine.apply(0.05)
+    engine.close()
+    assert finite_or_nan(torch.tensor(2.0)) == 1 and finite_or_nan(torch.tensor(float("-inf"))).isnan()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
 def test_state_goes_in_and_out_by_parameter(zero_stage, dtype):
@@ -117,7 +164,8 @@ def test_config_covers_precision_and_stage_zero():
     config = stage_config(clip_grad=0.0)
     assert config_dict(config, ParallelConfig(zero_stage=0), num_micro_batches=3, dtype=torch.float32)["zero_optimization"]["stage"] == 1
     bf16 = config_dict(config, ParallelConfig(zero_stage=2), num_micro_batches=3, dtype=torch.bfloat16)
-    assert bf16["bf16"] == {"enabled": True, "immediate_grad_update": True} and bf16["gradient_accumulation_steps"] == 3
+    assert bf16["bf16"] == {"enabled": True, "immediate_grad_update": True, "check_grad_overflow": True}
+    assert bf16["gradient_accumulation_steps"] == 3
     with pytest.raises(ValueError, match="float16"):
         config_dict(config, ParallelConfig(zero_stage=1), num_micro_batches=1, dtype=torch.float16)
 

@@ -9,11 +9,13 @@ import torch
 
 from megatron_hypenet.checkpoint import format as fmt
 from megatron_hypenet.checkpoint.load import read_manifest, read_weights, verify_files
+from megatron_hypenet.checkpoint.state import TrainState
 from megatron_hypenet.config.schema import ParallelConfig
 from megatron_hypenet.engine import loop, signals
 from megatron_hypenet.engine.metrics import read_losses
 from megatron_hypenet.errors import ConfigError, DivergedError, SavedAndRequeue, UsageError
 from megatron_hypenet.parallel import groups
+from tests.unit.engine.test_metrics import scalars
 from tests.unit.engine.toy import VOCAB, ToyData, ToyStage, run_config, stage_config
 
 
@@ -88,11 +90,67 @@ def test_divergence_names_step_layer_and_samples_and_saves_nothing(tmp_path, gra
     stage = ToyStage(poison=VOCAB - 1)
     stage.poison_gradient = gradient
     with pytest.raises(DivergedError, match=r"align diverged at iter 5: .*Samples 16 to 19.*last checkpoint is .*iter_0000003") as caught:
-        loop.train(stage, ToyData(bad=17), stage_config(), run_config(tmp_path), tmp_path / "a")
+        loop.train(stage, ToyData(bad=17), stage_config(), run_config(tmp_path, guard={"max_skipped_steps": 0}), tmp_path / "a")
     assert caught.value.exit_code == 7
     assert ("align/layer_00" in str(caught.value)) == (not gradient)
     assert len(read_losses(tmp_path / "a" / "losses.jsonl")) == 4
     assert [folder.name for folder in fmt.iteration_folders(tmp_path / "a" / "checkpoints")] == ["iter_0000003"]
+
+
+class BadSamples(ToyData):
+    """Every sample of a range is bad."""
+
+    def __init__(self, bad):
+        self.bad_samples = bad
+
+    def batch(self, sample_start, count, seq_length):
+        samples = range(sample_start, sample_start + count)
+        return torch.cat([ToyData(at if at in self.bad_samples else None).batch(at, 1, seq_length) for at in samples])
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_bad_steps_are_skipped_said_and_counted(tmp_path, gradient):
+    stage, lines, records = ToyStage(poison=VOCAB - 1), [], []
+    stage.poison_gradient = gradient
+    run = run_config(tmp_path, guard={"max_skipped_steps": 2})
+    data = BadSamples({5, *range(12, 20)})  # in steps 2, 4 and 5
+    final = loop.train(stage, data, stage_config(), run, tmp_path / "a", log=lines.append, on_step=records.append)
+    assert [record.skipped for record in records] == [False, True, False, True, True, False]
+    said = [line for line in lines if line.startswith("skipped")]
+    what = "the gradient norm is not finite" if gradient else "the loss is nan; not finite here: align/layer_00, align/layer_01"
+    left_out = "nothing was updated, samples {} are left out ({} in a row, guard.max_skipped_steps=2)"
+    assert said == [
+        f"skipped iter {step}/6: {what}; {left_out.format(samples, in_row)}"
+        for step, samples, in_row in ((2, "4 to 7", 1), (4, "12 to 15", 1), (5, "16 to 19", 2))
+    ]
+    assert [record["step"] for record in read_losses(tmp_path / "a" / "losses.jsonl")] == [1, 3, 6]
+    state = TrainState.read(final / "train_state.json")
+    assert (state.step, state.samples, state.adam_step, state.skipped_steps, state.skipped_in_row) == (6, 24, 3, 3, 0)
+    points = scalars(tmp_path / "a" / "tb")
+    assert [value for _, value in points["skipped-steps"]] == [1, 2, 3] and points["loss"][1][1] == pytest.approx(records[2].loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_a_run_with_skipped_steps_continues_bit_for_bit(tmp_path, zero_stage, dtype):
+    run, data = run_config(tmp_path, zero_stage=zero_stage), BadSamples({10, 13})  # steps 3, which is saved, and 4
+    straight = loop.train(ToyStage(dtype, poison=VOCAB - 1), data, stage_config(), run, tmp_path / "a")
+    with pytest.raises(Interrupted):
+        loop.train(ToyStage(dtype, poison=VOCAB - 1), data, stage_config(), run, tmp_path / "b", on_step=crash_after(4))
+    resumed = loop.train(ToyStage(dtype, poison=VOCAB - 1), data, stage_config(), run, tmp_path / "b")
+    assert (tmp_path / "a" / "losses.jsonl").read_text() == (tmp_path / "b" / "losses.jsonl").read_text()
+    assert TrainState.read(straight / "train_state.json") == TrainState.read(resumed / "train_state.json")
+    want, got = read_weights(straight), read_weights(resumed)
+    assert all(torch.equal(want[name], got[name]) for name in want)
+
+
+def test_too_many_bad_steps_in_a_row_end_the_run_even_across_a_resume(tmp_path):
+    run, data = run_config(tmp_path, guard={"max_skipped_steps": 2}), BadSamples(range(8, 99))  # from step 3, which is saved
+    with pytest.raises(Interrupted):
+        loop.train(ToyStage(poison=VOCAB - 1), data, stage_config(), run, tmp_path / "a", on_step=crash_after(3))
+    for _ in range(2):
+        with pytest.raises(DivergedError, match=r"iter 5: the loss is nan.*, after 2 skipped steps in a row\. Samples 16 to 19"):
+            loop.train(ToyStage(poison=VOCAB - 1), data, stage_config(), run, tmp_path / "a")
 
 
 def test_signal_saves_and_asks_to_be_requeued(tmp_path):
