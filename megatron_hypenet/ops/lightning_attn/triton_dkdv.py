@@ -183,8 +183,8 @@ def paired_kernel(
         scan_segment(
             column * block_z, bh, segment, k_ptr, q_ptr, do_block_ptr, dv_ptr, states, outer, final, log2_decay, ids_ptr, scale, length,
             heads, segment_tokens, num_segments, stride_kb, stride_kt, stride_kh, stride_qb, stride_qt, stride_qh, stride_ob, stride_ot,
-            stride_oh, stride_dvb, stride_dvt, stride_dvh, dim_v, 1, dim_k, dim_v, block_k, block_z, chunk, True, documents, has_outer, wants_final,
-            access, precision,
+            stride_oh, stride_dvb, stride_dvt, stride_dvh, dim_v, 1, dim_k, dim_v, block_k, block_z, chunk, True, documents, has_outer,
+            wants_final, access, precision,
         )  # fmt: skip
     else:
         scan_segment(
