@@ -18,7 +18,8 @@ from megatron_hypenet.cli.options import (
     TensorParallelOption,
     collect_overrides,
 )
-from megatron_hypenet.config.checks import check_layout
+from megatron_hypenet.config.checks import check_layout, check_model_fits_selection, layout_warnings
+from megatron_hypenet.config.layout import Layout
 from megatron_hypenet.config.loader import dump_config, load_model_config, load_run_config, load_with_origins, read_yaml
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.config.problems import Origins
@@ -67,13 +68,19 @@ def validate(
     tp: TensorParallelOption = None,
     pp: PipelineParallelOption = None,
     cp: ContextParallelOption = None,
-    model: Annotated[Path | None, typer.Option("--model", help="Model shape (YAML of configs/model) to check the layout against.")] = None,
-    world_size: Annotated[int, typer.Option("--world-size", min=1, help="Processes the run will have; used with --model.")] = 1,
+    model: Annotated[
+        Path | None, typer.Option("--model", help="Model shape (YAML of configs/model) to check against, in the place of the teacher's.")
+    ] = None,
+    world_size: Annotated[
+        int | None,
+        typer.Option("--world-size", min=1, help="Processes the run will have; default: what tensor, pipeline and context need."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check a run configuration or a model shape.
+    """Check a run configuration or a model shape; needs no GPU and no weights.
 
-    Exit code 3 with all problems listed when it is invalid. Model shapes are the files of configs/model.
+    Exit code 3 with all problems listed when it is invalid. The layout is checked against the teacher's config.json (or the model.json of
+    a checkpoint) where the teacher is here, or against --model: a file of configs/model.
 
     Example:
 
@@ -81,19 +88,42 @@ def validate(
     """
     words = collect_overrides(overrides, tp=tp, pp=pp, cp=cp)
     if is_model_file(config):
-        if words or model is not None:
-            raise UsageError(f"{config} is a model shape; it takes no overrides and no --model")
+        if words or model is not None or world_size is not None:
+            raise UsageError(f"{config} is a model shape; it takes no overrides, no --model and no --world-size")
         shape = load_model_config(config)
         summary = {"file": str(config), "kind": "model", "num_layers": shape.num_layers, "attention_layers": list(shape.attention_layers)}
     else:
         run = load_run_config(config, words)
-        if model is not None:
-            check_layout(load_model_config(model), run, world_size)
+        check_run(run, load_model_config(model) if model else teacher_shape(run.teacher), world_size)
         summary = {"file": str(config), "kind": "run", "tokens": stage_tokens(run)}
     if as_json:
         typer.echo(json.dumps(summary))
     else:
         typer.echo(f"{config}: valid {summary['kind']} configuration; " + describe(summary))
+
+
+def check_run(run: RunConfig, shape: ModelConfig | None, world_size: int | None) -> None:
+    """Raise LayoutError or ConfigError for what spans model, run and processes; what is allowed and odd goes to stderr."""
+    check_layout(shape, run, world_size)
+    if shape is None:
+        typer.echo(f"note: teacher {run.teacher} is not here, so rules about its shape are left out; --model names a shape", err=True)
+    else:
+        check_model_fits_selection(shape, run)
+    for line in layout_warnings(Layout(shape, run, world_size)):
+        typer.echo(f"warning: {line}", err=True)
+
+
+def teacher_shape(path: Path) -> ModelConfig | None:
+    """Shape of a teacher from its configuration alone; None where there is no such folder. Raises ConfigError, CheckpointError."""
+    if not path.exists():
+        return None
+    if (path / "config.json").is_file():
+        from megatron_hypenet.export.hf_config import model_config_from_hf, read_hf_config
+
+        return model_config_from_hf(read_hf_config(path), where=str(path / "config.json"))
+    from megatron_hypenet.checkpoint.load import read_model_config
+
+    return read_model_config(path)
 
 
 @app.command()

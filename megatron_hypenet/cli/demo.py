@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from megatron_hypenet.cli.options import DryRunOption, JsonOption, OverridesArgument, collect_overrides
+from megatron_hypenet.cli import processes
+from megatron_hypenet.cli.options import (
+    ContextParallelOption,
+    DryRunOption,
+    JsonOption,
+    OverridesArgument,
+    PipelineParallelOption,
+    ProcessesOption,
+    TensorParallelOption,
+    collect_overrides,
+)
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -18,6 +27,10 @@ CONFIG = Path(__file__).resolve().parents[2] / "configs" / "run" / "demo.yaml"
 @app.command()
 def demo(
     overrides: OverridesArgument = None,
+    tp: TensorParallelOption = None,
+    pp: PipelineParallelOption = None,
+    cp: ContextParallelOption = None,
+    nproc: ProcessesOption = None,
     out: Annotated[Path, typer.Option("--out", help="Run folder; an unfinished demo in it is continued.")] = Path("runs/demo"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete an earlier demo in --out and start again.")] = False,
     dry_run: DryRunOption = False,
@@ -36,9 +49,8 @@ def demo(
 
     if not CONFIG.is_file():
         raise SetupError(f"{CONFIG} is missing: the demo needs the repository's configs/ and assets/; install with `pip install -e .`")
-    # On shared or virtual machines torch may take more threads than there are cores for us, which slows tiny models down badly.
-    os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
-    settings = load_run_config(CONFIG, [*collect_overrides(overrides), f"output_dir={out}"])
+    processes.use_all_cores()
+    settings = load_run_config(CONFIG, [*collect_overrides(overrides, tp=tp, pp=pp, cp=cp), f"output_dir={out}"])
     from megatron_hypenet.cli.run import run_all
 
-    run_all(settings, overwrite=overwrite, dry_run=dry_run, as_json=as_json)
+    run_all(settings, nproc=nproc, overwrite=overwrite, dry_run=dry_run, as_json=as_json)

@@ -20,6 +20,17 @@ PipelineParallelOption = Annotated[
 ContextParallelOption = Annotated[
     int | None, typer.Option("--cp", "--context-parallel-size", min=1, help="Same as parallel.context_parallel_size=N.")
 ]
+SequenceParallelOption = Annotated[
+    bool, typer.Option("--sp", "--sequence-parallel", help="Same as parallel.sequence_parallel=true; needs --tp above 1.")
+]
+ProcessesOption = Annotated[
+    int | None,
+    typer.Option(
+        "--nproc",
+        min=1,
+        help="Processes to start on this machine; default: every GPU that fits, or what tensor, pipeline and context need.",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would happen; write and start nothing.")]
 

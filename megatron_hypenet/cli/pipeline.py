@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_hypenet.cli import processes
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.config.schema import STAGES, RunConfig
 from megatron_hypenet.errors import CheckpointError
@@ -39,10 +39,25 @@ class Pipeline:
     is_main: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What `checked` found out."""
+
+    shape: ModelConfig
+    """The teacher's."""
+    num_processes: int
+
+
 @contextmanager
-def prepared(run: RunConfig, *, overwrite: bool = False) -> Iterator[Pipeline]:
-    """Start the process groups, check or create the run folder, and end both with the block. Raises ConfigError, UsageError."""
-    shape = checked(run, overwrite=overwrite)
+def prepared(run: RunConfig, *, overwrite: bool = False, nproc: int | None = None) -> Iterator[Pipeline]:
+    """Start the process groups, check or create the run folder, and end both with the block. Raises ConfigError, UsageError.
+
+    Where several processes are needed and no launcher started them, they are started here, and this one leaves with their exit code.
+    """
+    found = checked(run, overwrite=overwrite, nproc=nproc)
+    processes.start_here(found.num_processes)
+    if processes.speaks():
+        warn(run, found)
     quieten()
     from megatron_hypenet.cli.progress import Screen
     from megatron_hypenet.engine.halo import Halo
@@ -58,7 +73,7 @@ def prepared(run: RunConfig, *, overwrite: bool = False) -> Iterator[Pipeline]:
         if is_main:
             folder.prepare(run, overwrite=overwrite)
         groups.barrier()
-        screen = Screen(Clock(planned_work(run, shape)), folder.log_file, is_main=is_main)
+        screen = Screen(Clock(planned_work(run, found.shape)), folder.log_file, is_main=is_main)
         try:
             halo = Halo(
                 run=run,
@@ -80,8 +95,11 @@ def prepared(run: RunConfig, *, overwrite: bool = False) -> Iterator[Pipeline]:
         groups.destroy_parallel()
 
 
-def checked(run: RunConfig, *, overwrite: bool = False) -> ModelConfig:
-    """Everything that can be found wrong before a process group, a folder or a model is made; returns the teacher's shape."""
+def checked(run: RunConfig, *, overwrite: bool = False, nproc: int | None = None, world_size: int | None = None) -> Checked:
+    """Everything that can be found wrong before a process, a folder or a model is made.
+
+    `nproc` is what --nproc asks for on this machine; `world_size` is the number of processes of a run that others will start.
+    """
     from megatron_hypenet.config.checks import check_layout, check_model_fits_selection
     from megatron_hypenet.engine.run_folder import RunFolder
     from megatron_hypenet.engine.steps import identity_of
@@ -89,15 +107,24 @@ def checked(run: RunConfig, *, overwrite: bool = False) -> ModelConfig:
     if not overwrite:
         RunFolder(run.output_dir).check_same(run)
     shape = teacher_shape(run.teacher)
-    check_layout(shape, run, int(os.environ.get("WORLD_SIZE", "1")), STAGES)
+    num_processes = world_size or processes.count(run, shape, nproc)
+    check_layout(shape, run, num_processes, STAGES)
     check_model_fits_selection(shape, run)
     identity_of([*run.data.train, *([run.data.heldout] if run.data.heldout else [])])
-    return shape
+    return Checked(shape, num_processes)
+
+
+def warn(run: RunConfig, found: Checked) -> None:
+    """Say on stderr what is allowed and probably not wanted."""
+    from megatron_hypenet.config.checks import layout_warnings
+    from megatron_hypenet.config.layout import Layout
+
+    for line in layout_warnings(Layout(found.shape, run, found.num_processes)):
+        print(f"warning: {line}", file=sys.stderr)
 
 
 def planned(run: RunConfig, *, overwrite: bool = False) -> list[dict[str, Any]]:
-    """The steps of a run and their state, after `checked`; starts and writes nothing."""
-    checked(run, overwrite=overwrite)
+    """The steps of a run that was `checked`, and their state; starts and writes nothing."""
     from megatron_hypenet.engine.halo import Halo
     from megatron_hypenet.engine.run_folder import RunFolder
     from megatron_hypenet.engine.steps import Runner
@@ -108,14 +135,18 @@ def planned(run: RunConfig, *, overwrite: bool = False) -> list[dict[str, Any]]:
     return [{**row, "state": "to do"} for row in rows] if overwrite else rows
 
 
-def show_plan(run: RunConfig, rows: list[dict[str, Any]], *, as_json: bool, **more: Any) -> None:
-    """What --dry-run says on stdout: the resolved configuration and the steps; `more` goes into the JSON form."""
+def show_plan(run: RunConfig, rows: list[dict[str, Any]], found: Checked, *, as_json: bool, **more: Any) -> None:
+    """What --dry-run says on stdout: the resolved configuration, the processes that would start, and the steps; `more` is for JSON."""
     from megatron_hypenet.config.loader import dump_config
 
+    warn(run, found)
+    start = processes.planned_start(found.num_processes)
     if as_json:
-        print(json.dumps({**more, "config": run.model_dump(mode="json"), "steps": rows}))
+        print(json.dumps({**more, "config": run.model_dump(mode="json"), "launch": start and start.describe(), "steps": rows}))
         return
     print(dump_config(run))
+    if start:
+        print("\n".join(start.lines()))
     print(f"steps in {run.output_dir}:")
     for number, row in enumerate(rows, start=1):
         print(f"  {number:>2}. {row['step']:<10}{row['state']:<7}{row['does']}")

@@ -13,6 +13,7 @@ from megatron_hypenet.cli.options import (
     JsonOption,
     OverridesArgument,
     PipelineParallelOption,
+    ProcessesOption,
     TensorParallelOption,
     collect_overrides,
 )
@@ -30,6 +31,7 @@ def run(
     tp: TensorParallelOption = None,
     pp: PipelineParallelOption = None,
     cp: ContextParallelOption = None,
+    nproc: ProcessesOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete an earlier run in output_dir and start again.")] = False,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
@@ -40,24 +42,23 @@ def run(
 
       hypenet run configs/run/quickstart.yaml teacher=/models/Qwen3-0.6B data=corpus.txt
 
-      deepspeed --num_gpus 8 --module megatron_hypenet run configs/run/distill_2b.yaml teacher=/models/Qwen3-1.7B data=corpus
+      hypenet run configs/run/distill_2b.yaml teacher=/models/Qwen3-1.7B data=corpus --tp 2 --nproc 8
     """
-    from megatron_hypenet.config.checks import refuse_unbuilt_axes
     from megatron_hypenet.config.loader import load_run_config
 
     settings = load_run_config(config, collect_overrides(overrides, tp=tp, pp=pp, cp=cp))
-    refuse_unbuilt_axes(settings.parallel, "run")
-    run_all(settings, overwrite=overwrite, dry_run=dry_run, as_json=as_json)
+    run_all(settings, nproc=nproc, overwrite=overwrite, dry_run=dry_run, as_json=as_json)
 
 
-def run_all(settings: RunConfig, *, overwrite: bool, dry_run: bool, as_json: bool) -> None:
+def run_all(settings: RunConfig, *, nproc: int | None, overwrite: bool, dry_run: bool, as_json: bool) -> None:
     """Do, or with `dry_run` list, every step of a run that is not done, then show the report."""
     from megatron_hypenet.cli import pipeline
 
     if dry_run:
-        pipeline.show_plan(settings, pipeline.planned(settings, overwrite=overwrite), as_json=as_json)
+        found = pipeline.checked(settings, overwrite=overwrite, nproc=nproc)
+        pipeline.show_plan(settings, pipeline.planned(settings, overwrite=overwrite), found, as_json=as_json)
         return
-    with pipeline.prepared(settings, overwrite=overwrite) as ready:
+    with pipeline.prepared(settings, overwrite=overwrite, nproc=nproc) as ready:
         ready.runner.run_all()
         if ready.is_main:
             from megatron_hypenet.cli.report import show

@@ -1,6 +1,6 @@
 """Logits and per-token losses of given token ids, for comparing a checkpoint with other software.
 
-The model runs in the dtype that is asked for, on one process; logit scaling is active as the checkpoint's model.json says.
+The model runs in the dtype that is asked for, on any parallel layout; logit scaling is active as the checkpoint's model.json says.
 """
 
 from __future__ import annotations
@@ -9,17 +9,26 @@ import json
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from megatron_hypenet.cli.options import ContextParallelOption, DryRunOption, JsonOption, PipelineParallelOption, TensorParallelOption
+from megatron_hypenet.cli import processes
+from megatron_hypenet.cli.options import (
+    ContextParallelOption,
+    DryRunOption,
+    JsonOption,
+    PipelineParallelOption,
+    SequenceParallelOption,
+    TensorParallelOption,
+)
 from megatron_hypenet.errors import DataError, SetupError, UsageError, is_disk_full
 
 if TYPE_CHECKING:
     import torch
 
     from megatron_hypenet.config.model import ModelConfig
+    from megatron_hypenet.config.schema import ParallelConfig
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -45,13 +54,20 @@ def score(
     tp: TensorParallelOption = None,
     pp: PipelineParallelOption = None,
     cp: ContextParallelOption = None,
+    sp: SequenceParallelOption = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file at --out.")] = False,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write the logits of every position and the negative log likelihood of every next token.
 
-    Example: hypenet score runs/demo/finetune --tokens ids.safetensors --out out.safetensors --dtype float64
+    With a layout of several processes they are started here, unless torchrun or srun did; sequences may have any length.
+
+    Examples:
+
+      hypenet score runs/demo/finetune --tokens ids.safetensors --out out.safetensors --dtype float64
+
+      hypenet score runs/demo/finetune --tokens ids.safetensors --out out.safetensors --tp 2 --cp 2
     """
     if out.exists() and not overwrite:
         raise UsageError(f"--out {out} exists; choose another file, or --overwrite")
@@ -61,23 +77,34 @@ def score(
     if out.is_dir():
         raise UsageError(f"--out {out} is a folder; name a file in it")
     from megatron_hypenet.checkpoint.load import read_model_config, resolve
-    from megatron_hypenet.config.checks import refuse_unbuilt_axes
+    from megatron_hypenet.config.checks import check_model_layout
     from megatron_hypenet.config.schema import ParallelConfig
 
-    layout = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp, "context_parallel_size": cp}
-    refuse_unbuilt_axes(ParallelConfig.model_validate({key: size for key, size in layout.items() if size is not None}), "score")
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=tp or 1, pipeline_model_parallel_size=pp or 1, context_parallel_size=cp or 1, sequence_parallel=sp
+    )
     folder = resolve(checkpoint)
     config = read_model_config(folder)
+    num_processes = processes.fixed(parallel.model_parallel_size)
+    check_model_layout(config, parallel, num_processes)
     ids = read_ids(tokens, config)
-    numbers = {"checkpoint": str(folder), "sequences": ids.shape[0], "tokens_per_sequence": ids.shape[1], "dtype": dtype.value}
-    if not dry_run:
-        logits, nll = compute(folder, config, ids, dtype.value, batch_size)
+    numbers: dict[str, Any] = {
+        "checkpoint": str(folder),
+        "sequences": ids.shape[0],
+        "tokens_per_sequence": ids.shape[1],
+        "dtype": dtype.value,
+    }
+    if dry_run:
+        start = processes.planned_start(num_processes)
+        numbers["launch"] = start and start.describe()
+    else:
+        processes.start_here(num_processes)
+        logits, nll = compute(folder, config, parallel, ids, dtype.value, batch_size)
+        if not processes.speaks():
+            return
         write_result(out, {"logits": logits, "nll": nll})
         numbers["mean_nll"] = float(nll.double().mean())
-    if as_json:
-        print(json.dumps({**numbers, "out": str(out)}))
-    else:
-        print("\n".join(f"{name}: {value}" for name, value in numbers.items()))
+    print(json.dumps({**numbers, "out": str(out)}) if as_json else "\n".join(f"{name}: {value}" for name, value in numbers.items()))
     print(f"{'would write' if dry_run else 'wrote'} {out}", file=sys.stderr)
 
 
@@ -109,29 +136,34 @@ def read_ids(path: Path, config: ModelConfig) -> torch.Tensor:
     return ids
 
 
-def compute(folder: Path, config: ModelConfig, ids: torch.Tensor, dtype: str, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [B, T, V] and negative log likelihoods [B, T-1] on the CPU, both in `dtype`."""
+def compute(
+    folder: Path, config: ModelConfig, parallel: ParallelConfig, ids: torch.Tensor, dtype: str, batch_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [B, T, V] and negative log likelihoods [B, T-1] on the CPU, both in `dtype`; of all processes of the layout, which each call
+    this, only the first keeps them and the others get empty tensors."""
     import torch
 
     from megatron_hypenet.checkpoint.load import load_model
-    from megatron_hypenet.config.schema import ParallelConfig
     from megatron_hypenet.model.hypenet import build_model
     from megatron_hypenet.parallel.cpu import device
-    from megatron_hypenet.parallel.groups import destroy_parallel
+    from megatron_hypenet.parallel.groups import destroy_parallel, rank
 
     kind = getattr(torch, dtype)
     try:
-        model = build_model(config, ParallelConfig(), dtype=kind)
-        load_model(model, folder, hashes=True)
+        model = build_model(config, parallel, dtype=kind)
+        keeps = rank() == 0
+        load_model(model, folder, hashes=keeps)
         model.eval()
-        logits = torch.empty(*ids.shape, config.vocab_size, dtype=kind)
-        nll = torch.empty(ids.shape[0], ids.shape[1] - 1, dtype=kind)
+        kept = ids.shape[0] if keeps else 0
+        logits = torch.empty(kept, ids.shape[1], config.vocab_size, dtype=kind)
+        nll = torch.empty(kept, ids.shape[1] - 1, dtype=kind)
         with torch.no_grad():
             for start in range(0, ids.shape[0], batch_size):
                 rows = slice(start, start + batch_size)
                 part = ids[rows].to(device())
-                logits[rows] = model(part).cpu()
-                nll[rows] = model.token_scores(part)[0].to(kind).cpu()
+                found = model(part), model.token_scores(part)[0]
+                if keeps:
+                    logits[rows], nll[rows] = found[0].cpu(), found[1].to(kind).cpu()
     finally:
         destroy_parallel()
     return logits, nll

@@ -20,6 +20,7 @@ from megatron_hypenet.cli.options import (
     JsonOption,
     OverridesArgument,
     PipelineParallelOption,
+    ProcessesOption,
     TensorParallelOption,
     collect_overrides,
 )
@@ -87,6 +88,7 @@ def sweep(
     tp: TensorParallelOption = None,
     pp: PipelineParallelOption = None,
     cp: ContextParallelOption = None,
+    nproc: ProcessesOption = None,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -96,19 +98,18 @@ def sweep(
 
     Example: hypenet select configs/run/quickstart.yaml teacher=/models/Qwen3-0.6B data=corpus.txt
     """
-    from megatron_hypenet.config.checks import refuse_unbuilt_axes
     from megatron_hypenet.config.loader import load_run_config
 
     run = load_run_config(config, collect_overrides(overrides, tp=tp, pp=pp, cp=cp))
-    refuse_unbuilt_axes(run.parallel, "select")
     from megatron_hypenet.cli import pipeline
 
     if dry_run:
+        found = pipeline.checked(run, nproc=nproc)
         rows = pipeline.planned(run)
         rows = rows[: [row["step"] for row in rows].index("select") + 1]
-        pipeline.show_plan(run, rows, as_json=as_json)
+        pipeline.show_plan(run, rows, found, as_json=as_json)
         return
-    with pipeline.prepared(run) as ready:
+    with pipeline.prepared(run, nproc=nproc) as ready:
         ready.runner.run_through("select")
         if ready.is_main:
             ready.screen.close()

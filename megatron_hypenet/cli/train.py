@@ -16,6 +16,7 @@ from megatron_hypenet.cli.options import (
     JsonOption,
     OverridesArgument,
     PipelineParallelOption,
+    ProcessesOption,
     TensorParallelOption,
     collect_overrides,
 )
@@ -36,6 +37,7 @@ def train(
     tp: TensorParallelOption = None,
     pp: PipelineParallelOption = None,
     cp: ContextParallelOption = None,
+    nproc: ProcessesOption = None,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -50,29 +52,28 @@ def train(
 
       hypenet train configs/run/quickstart.yaml --stage 3 --init runs/other/distill teacher=/models/Qwen3-0.6B data=corpus.txt
     """
-    from megatron_hypenet.config.checks import refuse_unbuilt_axes
     from megatron_hypenet.config.loader import load_run_config
     from megatron_hypenet.errors import UsageError
 
     settings = load_run_config(config, collect_overrides(overrides, tp=tp, pp=pp, cp=cp))
-    refuse_unbuilt_axes(settings.parallel, "train")
     from megatron_hypenet.checkpoint.load import resolve, verify_files
-    from megatron_hypenet.cli import pipeline
+    from megatron_hypenet.cli import pipeline, processes
     from megatron_hypenet.engine.run_stage import stage_name
 
     if init is not None and not stage:
         raise UsageError("--init needs --stage: say which stage starts from it, distill or finetune")
+    found = pipeline.checked(settings, nproc=nproc)
     name = stage_name(stage) if stage else first_unfinished(pipeline.planned(settings))
     if init is not None and name == "align":
         raise UsageError("--init is for distill and finetune; stage align starts from the teacher")
     if init is not None:
-        verify_files(resolve(init), hashes=True)  # before a run folder is made for it
+        verify_files(resolve(init), hashes=processes.speaks())  # before a run folder is made for it
     if dry_run:
         rows = [row for row in pipeline.planned(settings) if init is None or row["step"] in ("teacher", "data", name)]
         rows = rows[: [row["step"] for row in rows].index(name) + 1]
-        pipeline.show_plan(settings, rows, as_json=as_json, stage=name)
+        pipeline.show_plan(settings, rows, found, as_json=as_json, stage=name)
         return
-    with pipeline.prepared(settings) as ready:
+    with pipeline.prepared(settings, nproc=nproc) as ready:
         checkpoint = ready.halo.train_from(ready.runner, name, init)
         if ready.is_main:
             ready.screen.close()

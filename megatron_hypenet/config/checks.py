@@ -5,8 +5,9 @@ Every finding names its rule, the values, and two settings that would lift it, e
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_hypenet.config.layout import Change, Layout, phrase
 from megatron_hypenet.config.layout_rules import RULES, Finding
@@ -39,7 +40,16 @@ def check_layout(model_config: ModelConfig | None, run_config: RunConfig, world_
     Without a model the rules about it are left out; without a number of processes there are as many as one replica takes. `stages` are
     the stages that will run; the batch and sequence rules are checked for these only.
     """
-    problems = layout_problems(Layout(model_config, run_config, world_size, tuple(stages)))
+    _raise(layout_problems(Layout(model_config, run_config, world_size, tuple(stages))))
+
+
+def check_model_layout(model_config: ModelConfig, parallel: ParallelConfig, world_size: int | None) -> None:
+    """As `check_layout` for a model that is only evaluated: no stage trains, and evaluation pads sequences to what the layout splits."""
+    only: dict[str, Any] = {"parallel": parallel}  # all that is looked at where no stage runs
+    _raise(layout_problems(Layout(model_config, RunConfig.model_construct(**only), world_size, stages=())))
+
+
+def _raise(problems: Sequence[Problem]) -> None:
     if len(problems) == 1:
         raise LayoutError(str(problems[0]))
     if problems:
@@ -65,12 +75,6 @@ def layout_warnings(layout: Layout) -> list[str]:
                 f"a smaller {name}.micro_batch_size or a larger {name}.global_batch_size gives more"
             )
     return warnings
-
-
-def refuse_unbuilt_axes(parallel: ParallelConfig, verb: str) -> None:
-    """Raise LayoutError when `verb` cannot yet work with a tensor-, pipeline- or context-parallel size above 1."""
-    if parallel.model_parallel_size > 1:
-        raise LayoutError(f"tensor, pipeline and context parallelism are not available yet for hypenet {verb}; use sizes of 1")
 
 
 def check_model_fits_selection(model_config: ModelConfig, run_config: RunConfig) -> None:

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import yaml
@@ -73,6 +74,34 @@ def test_validate_model_files(hypenet, name):
     code, out, _ = hypenet("validate", f"configs/model/{name}.yaml")
     assert code == 0 and "valid model configuration" in out
     assert hypenet("validate", f"configs/model/{name}.yaml", "seed=1")[0] == 2
+
+
+def test_validate_reads_the_teachers_shape_and_nothing_else(hypenet, tmp_path):
+    (tmp_path / "teacher").mkdir()
+    shutil.copy("assets/tiny-qwen3/config.json", tmp_path / "teacher")  # no weights, no tokenizer
+    words = ("validate", "configs/run/demo.yaml", f"teacher={tmp_path / 'teacher'}")
+    assert hypenet(*words)[0] == 0
+    code, _, err = hypenet(*words, "--pp", "64")
+    assert code == 3 and "error: pipeline-layers: parallel.pipeline_model_parallel_size=64 exceeds" in err
+    assert hypenet(*words, "select.num_attention_layers=99")[0] == 3
+
+
+def test_validate_without_the_teacher_says_what_it_left_out(hypenet):
+    words = ("validate", "configs/run/distill_2b.yaml", "teacher=T", "data=D")
+    code, _, err = hypenet(*words, "--pp", "2")
+    assert code == 0 and "note: teacher T is not here" in err
+    code, _, err = hypenet(*words, "--pp", "2", "parallel.zero_stage=3")
+    assert code == 3 and "pipeline-zero" in err
+
+
+def test_validate_warns_of_an_idle_pipeline(hypenet):
+    code, _, err = hypenet("validate", "configs/run/demo.yaml", "--pp", "2")
+    assert code == 0 and "warning: align: 1 micro-batches per step on 2 pipeline stages" in err
+
+
+def test_validate_against_the_number_of_processes(hypenet):
+    code, _, err = hypenet("validate", "configs/run/demo.yaml", "--tp", "2", "--world-size", "3")
+    assert code == 3 and "whole-replicas: 3 processes cannot be divided into replicas of 2" in err
 
 
 def test_empty_file_says_what_a_run_needs(tmp_path):

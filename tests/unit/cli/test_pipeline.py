@@ -32,7 +32,12 @@ def test_what_is_neither_is_refused(tmp_path):
 
 
 def test_the_layout_is_checked_for_the_number_of_processes(run, monkeypatch):
-    assert pipeline.checked(run) == tiny_run.TEACHER
+    assert pipeline.checked(run) == pipeline.Checked(tiny_run.TEACHER, 1)
+    with pytest.raises(LayoutError, match="global_batch_size=2 is not a multiple"):
+        pipeline.checked(run, nproc=3)
+    with pytest.raises(LayoutError, match="global_batch_size=2 is not a multiple"):
+        pipeline.checked(run, world_size=3)
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(LayoutError, match="global_batch_size=2 is not a multiple"):
         pipeline.checked(run)

@@ -14,7 +14,7 @@ from megatron_hypenet.config.schema import ParallelConfig
 from megatron_hypenet.model.hypenet import build_model
 from tests.tiny import tiny_model_config, whole_tensors
 
-CONFIG = tiny_model_config(attn_logits_scaling="hype 5")
+CONFIG = tiny_model_config(attn_logits_scaling="hype 5", num_query_groups=2, vocab_size=62)  # two processes can split it
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_int32_ids_and_json(checkpoint, ids, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"input_ids": torch.tensor([[1, 61]])}, "first 61 at [0, 1]"),
+        ({"input_ids": torch.tensor([[1, 62]])}, "first 62 at [0, 1]"),
         ({"input_ids": torch.tensor([[1, 2], [-1, 3]])}, "first -1 at [1, 0]"),
         ({"input_ids": torch.tensor([[1.0, 2.0]])}, "is float32"),
         ({"input_ids": torch.tensor([1, 2])}, "shape [2]"),
@@ -100,13 +100,47 @@ def test_files_that_are_missing_or_in_the_way(checkpoint, tokens, tmp_path, caps
     assert score(checkpoint, tokens, tmp_path / "out", "--overwrite") == 0
 
 
-def test_dry_run_checks_and_writes_nothing(checkpoint, tokens, tmp_path):
+def test_dry_run_checks_and_writes_nothing(checkpoint, tokens, tmp_path, capsys):
     assert score(checkpoint, tokens, tmp_path / "out", "--dry-run") == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1].removeprefix("launch: ").replace("None", "null")) is None
+    assert score(checkpoint, tokens, tmp_path / "out", "--dry-run", "--cp", "2", "--json") == 0
+    launch = json.loads(capsys.readouterr().out)["launch"]
+    assert launch["command"].endswith("--cp 2 --json") and [own["RANK"] for own in launch["processes"]] == ["0", "1"]
     assert not (tmp_path / "out").exists()
 
 
-def test_layouts_that_are_not_there_yet_are_refused(checkpoint, tokens, tmp_path):
-    assert score(checkpoint, tokens, tmp_path / "out", "--tp", "2") == 3
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", ["--tp 2 --sp", "--pp 2", "--cp 2", "--tp 2 --pp 2"])
+def test_any_layout_gives_the_numbers_of_one_process(checkpoint, tmp_path, layout, capfd):
+    ids = torch.randint(0, CONFIG.vocab_size, (3, 11), generator=torch.Generator().manual_seed(1))
+    save_file({"input_ids": ids}, tmp_path / "ids")
+    words = ("--dtype", "float64", "--batch-size", "2", "--json")
+    assert score(checkpoint, tmp_path / "ids", tmp_path / "one", *words) == 0
+    capfd.readouterr()
+    assert score(checkpoint, tmp_path / "ids", tmp_path / "many", *words, *layout.split()) == 0
+    shown = capfd.readouterr()
+    assert json.loads(shown.out)["sequences"] == 3  # one process speaks
+    one, many = load_file(tmp_path / "one"), load_file(tmp_path / "many")
+    for name in one:
+        torch.testing.assert_close(many[name], one[name], rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.distributed
+def test_a_failure_in_several_processes_writes_nothing_and_keeps_its_code(checkpoint, tokens, tmp_path, capfd):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(checkpoint, damaged)
+    shard = next((damaged / "weights").glob("*.distcp"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    assert score(damaged, tokens, tmp_path / "out", "--cp", "2") == 5
+    assert "sha256 differs from the manifest" in capfd.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_layouts_the_model_does_not_allow_are_refused(checkpoint, tokens, tmp_path, capsys):
+    for words, rule in (("--tp 3", "tensor-slices"), ("--pp 3", "pipeline-layers"), ("--sp", "sequence-parallel")):
+        assert score(checkpoint, tokens, tmp_path / "out", *words.split()) == 3
+        assert f"error: {rule}: " in capsys.readouterr().err
 
 
 def test_places_that_cannot_be_written_are_refused_before_any_work(checkpoint, tokens, tmp_path, capsys):

@@ -4,11 +4,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_hypenet.config.checks import check_layout, check_model_fits_selection, layout_problems, layout_warnings
+from megatron_hypenet.config.checks import check_layout, check_model_fits_selection, check_model_layout, layout_problems, layout_warnings
 from megatron_hypenet.config.layout import Layout
 from megatron_hypenet.config.layout_rules import RULES
 from megatron_hypenet.config.model import ModelConfig
-from megatron_hypenet.config.schema import RunConfig
+from megatron_hypenet.config.schema import ParallelConfig, RunConfig
 from megatron_hypenet.errors import ConfigError, LayoutError
 
 STAGE = {"train_iters": 10, "seq_length": 64, "micro_batch_size": 2, "global_batch_size": 8, "lr": 1e-3, "min_lr": 1e-5}
@@ -131,6 +131,12 @@ def test_without_a_model_the_other_rules_hold():
     text = str(caught.value)
     assert text.startswith("2 problems") and "pipeline-zero" in text
     assert "use parallel.pipeline_layout=[1, 1, 1, 1, 1, 1, 1, 1] or null" in text
+
+
+def test_evaluation_asks_about_the_model_only():
+    check_model_layout(MODEL, ParallelConfig(context_parallel_size=3), None)
+    with pytest.raises(LayoutError, match="^tensor-slices: "):
+        check_model_layout(MODEL, ParallelConfig(tensor_model_parallel_size=3), 3)
 
 
 def test_an_idle_pipeline_is_a_warning():

@@ -1,0 +1,129 @@
+"""How many processes a verb gets, and starting them on this machine when no launcher has.
+
+Not a verb: every verb that computes uses it. The words of the command line are given again to each process, which finds its place in the
+environment and goes on where the starting process handed over.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from contextvars import ContextVar
+from typing import TYPE_CHECKING
+
+import typer
+
+from launchers.command import launched_world_size, threads_per_process
+from megatron_hypenet.config.model import ModelConfig
+from megatron_hypenet.config.schema import RunConfig
+from megatron_hypenet.errors import SetupError, UsageError
+
+if TYPE_CHECKING:
+    from launchers.local import LocalLaunch
+
+WORDS: ContextVar[tuple[str, ...]] = ContextVar("words after `hypenet`", default=())
+"""The command line that is being done; cli/main.py sets it."""
+
+_THREADS = "OMP_NUM_THREADS"
+_threads_are_ours = False
+
+
+def join() -> int | None:
+    """Number of processes of the launcher that started this one, None when none did. A bare task of srun takes its place from SLURM."""
+    size = launched_world_size()
+    if size is not None and "RANK" not in os.environ:
+        from launchers.slurm import place_of
+
+        os.environ.update(place_of(os.environ))
+    return size
+
+
+def count(run: RunConfig, shape: ModelConfig | None, nproc: int | None) -> int:
+    """Processes that `run` gets: the launcher's, else --nproc, else as many GPUs as its layout and batches can use, else one replica's.
+
+    Raises UsageError when --nproc contradicts the launcher, SetupError when this machine has too few GPUs.
+    """
+    size = run.parallel.model_parallel_size
+    started = join()
+    if started is None and nproc is None and run.device != "cpu":
+        return _fitting(run, shape, size)
+    return fixed(size, nproc)
+
+
+def fixed(size: int, nproc: int | None = None) -> int:
+    """The launcher's number of processes, else `nproc`, else `size`. Raises as `count` does."""
+    started = join()
+    if started is not None:
+        if nproc not in (None, started):
+            raise UsageError(f"--nproc {nproc} in a process that a launcher started as one of {started}; leave --nproc out")
+        return started
+    asked = nproc or size
+    if asked > 1:
+        _refuse_too_few_gpus(asked, _gpus())
+    return asked
+
+
+def planned_start(num_processes: int) -> LocalLaunch | None:
+    """What `start_here` would start: this command, in several processes; None when it would return. --dry-run is not for them."""
+    if num_processes == 1 or launched_world_size() is not None:
+        return None
+    from launchers.local import LocalLaunch
+
+    return LocalLaunch(tuple(word for word in WORDS.get() if word != "--dry-run"), num_processes)
+
+
+def start_here(num_processes: int) -> None:
+    """Do this command in `num_processes` processes and leave with their exit code; returns when one is enough or a launcher was there."""
+    start = planned_start(num_processes)
+    if start is None:
+        return
+    from launchers import local
+
+    if _threads_are_ours:
+        os.environ.pop(_THREADS, None)  # it was for one process
+    more = f" with {gpus} GPUs" if (gpus := _gpus()) > num_processes else ""
+    print(f"starting {num_processes} processes on this machine{more}", file=sys.stderr, flush=True)
+    raise typer.Exit(local.run(start))
+
+
+def speaks() -> bool:
+    """Whether this process is the one that talks to the user: rank 0 of a launcher's, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def use_all_cores() -> None:
+    """Let one process compute on every core it may use. On shared or virtual machines torch may take more threads than there are cores
+    for us, which slows tiny models down badly."""
+    global _threads_are_ours
+    if _THREADS not in os.environ:
+        os.environ[_THREADS] = str(threads_per_process(1))
+        _threads_are_ours = True
+
+
+def _fitting(run: RunConfig, shape: ModelConfig | None, size: int) -> int:
+    """As many of the visible GPUs as form whole replicas that share every global batch evenly; `size` without GPUs."""
+    from megatron_hypenet.config.checks import layout_problems
+    from megatron_hypenet.config.layout import Layout
+
+    gpus = _gpus()
+    _refuse_too_few_gpus(size, gpus)
+    if gpus <= 1:
+        return size
+    most = gpus - gpus % size
+    return next((number for number in range(most, 0, -size) if not layout_problems(Layout(shape, run, number))), size)
+
+
+def _refuse_too_few_gpus(wanted: int, gpus: int) -> None:
+    if 0 < gpus < wanted:
+        raise SetupError(
+            f"{wanted} processes need a GPU each, and {gpus} are visible here; ask for {gpus} or fewer (--nproc, or smaller tensor, "
+            "pipeline and context sizes), or start the command on more machines with `hypenet submit`"
+        )
+
+
+@functools.cache
+def _gpus() -> int:
+    from launchers.local import visible_gpus
+
+    return visible_gpus()

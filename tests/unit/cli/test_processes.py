@@ -1,0 +1,108 @@
+"""Who starts how many processes: the launcher, the user, or the GPUs that are there."""
+
+import pytest
+import typer
+
+from launchers import local
+from megatron_hypenet.cli import processes
+from megatron_hypenet.errors import SetupError, UsageError
+from tests.unit.config.test_checks import MODEL, STAGE, axes, run
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch):
+    """A machine without launcher; call with a number of GPUs."""
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+
+    def with_gpus(number):
+        monkeypatch.setattr(local, "visible_gpus", lambda: number)
+        processes._gpus.cache_clear()
+
+    with_gpus(0)
+    yield with_gpus
+    processes._gpus.cache_clear()
+
+
+def under(monkeypatch, size, rank=0):
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", str(size))
+
+
+def test_a_launcher_decides(monkeypatch):
+    under(monkeypatch, 6)
+    assert processes.count(run(), MODEL, None) == processes.fixed(2) == 6
+    assert processes.count(run(), MODEL, 6) == 6
+    with pytest.raises(UsageError, match="--nproc 4 in a process that a launcher started as one of 6"):
+        processes.count(run(), MODEL, 4)
+    assert processes.planned_start(6) is None
+    processes.start_here(6)
+
+
+def test_a_bare_task_of_srun_takes_its_place(monkeypatch):
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    monkeypatch.setattr("launchers.slurm.place_of", lambda environment: {"RANK": "3", "WORLD_SIZE": "4"})
+    monkeypatch.setattr(processes.os, "environ", dict(processes.os.environ))  # join writes into it
+    assert processes.join() == 4 and processes.os.environ["RANK"] == "3" and not processes.speaks()
+
+
+@pytest.mark.parametrize(
+    ("parallel", "gpus", "nproc", "expected"),
+    [
+        (axes(), 0, None, 1),
+        (axes(tp=2, pp=2), 0, None, 4),
+        (axes(tp=2), 0, 4, 4),
+        (axes(), 8, None, 4),  # 8 sequences in micro-batches of 2 keep 4 replicas busy
+        (axes(tp=2), 8, None, 8),
+        (axes(tp=4), 6, None, 4),
+        (axes(tp=8), 8, None, 8),
+        (axes(tp=3), 8, None, 3),  # broken whatever the number: the layout check speaks
+        (axes(), 8, 1, 1),
+        (axes(), 1, None, 1),
+    ],
+)
+def test_the_number_without_a_launcher(machine, parallel, gpus, nproc, expected):
+    machine(gpus)
+    assert processes.count(run(parallel), MODEL, nproc) == expected
+
+
+def test_gpus_are_left_alone_by_a_run_on_the_cpu(machine):
+    machine(8)
+    assert processes.count(run(device="cpu"), MODEL, None) == 1
+
+
+@pytest.mark.parametrize(("parallel", "nproc"), [(axes(tp=4), None), (axes(), 4)])
+def test_each_process_needs_its_gpu(machine, parallel, nproc):
+    machine(2)
+    with pytest.raises(SetupError, match="4 processes need a GPU each, and 2 are visible here"):
+        processes.count(run(parallel), MODEL, nproc)
+
+
+def test_a_batch_that_fits_nowhere_gives_one_replica(machine):
+    machine(8)
+    single = {**STAGE, "micro_batch_size": 1, "global_batch_size": 1}
+    assert processes.count(run(align=single, distill=single, finetune=single), MODEL, None) == 1
+
+
+def test_starting_hands_on_words_and_exit_code(machine, monkeypatch, capsys):
+    machine(4)
+    seen = []
+    monkeypatch.setattr(local, "run", lambda launch: seen.append(launch) or 75)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(processes, "_threads_are_ours", False)
+    processes.use_all_cores()
+    processes.WORDS.set(("train", "x.yaml", "--dry-run"))
+    with pytest.raises(typer.Exit) as left:
+        processes.start_here(2)
+    assert left.value.exit_code == 75 and "OMP_NUM_THREADS" not in processes.os.environ
+    assert (seen[0].words, seen[0].num_processes) == (("train", "x.yaml"), 2)
+    assert capsys.readouterr().err == "starting 2 processes on this machine with 4 GPUs\n"
+    processes.start_here(1)
+    assert len(seen) == 1
+
+
+def test_a_number_of_threads_that_is_set_is_kept(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    processes.use_all_cores()
+    assert processes.os.environ["OMP_NUM_THREADS"] == "3"
