@@ -42,6 +42,9 @@ class Finding:
 def doctor(
     as_json: JsonOption = False,
     folder: Annotated[Path, typer.Option("--folder", help="Where runs will be written: its free space is checked.")] = Path("."),
+    slurm: Annotated[bool, typer.Option("--slurm", help="Measure all nodes of an allocation beside each other instead.")] = False,
+    nodes: Annotated[int | None, typer.Option("--nodes", min=1, help="With --slurm outside an allocation: nodes to ask for.")] = None,
+    srun_arg: Annotated[list[str] | None, typer.Option("--srun-arg", help="With --slurm: an argument for srun, repeatable.")] = None,
     kernels: Annotated[bool, typer.Option("--kernels", help="Also run the GPU kernels against float64; needs a GPU.")] = False,
 ) -> None:
     """Check this machine and exit 4 when something required is broken.
@@ -53,7 +56,14 @@ def doctor(
       hypenet doctor --json --folder /scratch/runs
 
       hypenet doctor --kernels
+
+      hypenet doctor --slurm --nodes 16 --srun-arg=--partition=gpu --srun-arg=--gpus-per-node=8
     """
+    if slurm:
+        from megatron_hypenet.cli.node_doctor import examine_nodes
+
+        examine_nodes(folder, nodes=nodes, srun_arguments=srun_arg or [], as_json=as_json)
+        return
     findings = examine(folder) + (check_gpu_kernels() if kernels else [])
     broken = [finding for finding in findings if finding.verdict == "broken"]
     if as_json:
