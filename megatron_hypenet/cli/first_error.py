@@ -1,0 +1,164 @@
+"""What went wrong first in a job of many processes: equal faults together, causes before echoes, with host and rank.
+
+Not a verb: `hypenet logs --first-error` shows it. Sources, per start of a job: the records that failing tasks leave
+(launchers/slurm.py), tracebacks in the rank logs of those that left none, and srun's lines about tasks that were killed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# a process that lost its partner says so; the partner knows why
+_ECHO = re.compile(
+    r"Connection (closed|reset|refused)|Broken pipe|recvBytes|sendBytes|socket.*(closed|reset)|NCCL.*remote|remote process exited"
+    r"|DistNetworkError|DistStoreError|store->get|Socket Timeout",
+    re.IGNORECASE,
+)
+# srun: error: n2: task 1: Killed            srun: error: n[1-2]: tasks 0-3,7: Exited with exit code 1
+_SRUN = re.compile(r"^srun: error: (\S+): tasks? ([\d,-]+): (.*)$")
+_ENDS_THE_OTHERS = "Terminating StepId"
+_HEADER = re.compile(r"^node (\S+) attempt \d+ RANK=(\d+)\b")
+_FATAL = re.compile(r"^Fatal Python error: .*|^terminate called.*")
+_LONGEST_LIST = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fault:
+    """How one rank ended."""
+
+    rank: int
+    host: str
+    time: float
+    """Seconds since 1970; 0 where only the order is known, which srun's lines give."""
+    error: str
+    traceback: str = ""
+
+    @property
+    def kind(self) -> str:
+        """Equal for ranks that failed in the same way: the text without its numbers and addresses."""
+        return re.sub(r"0x[0-9a-fA-F]+|\d+", "#", self.traceback or self.error)
+
+    @property
+    def is_echo(self) -> bool:
+        """Whether it only says that another process is gone."""
+        return bool(_ECHO.search(self.error))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Group:
+    """Ranks that ended alike."""
+
+    faults: tuple[Fault, ...]
+
+    @property
+    def first(self) -> Fault:
+        """The earliest of them."""
+        return self.faults[0]
+
+    def who(self) -> str:
+        """e.g. "31 ranks on 4 nodes (n1: 0-7, n2: 8-15, ...)"."""
+        hosts: dict[str, list[int]] = {}
+        for fault in sorted(self.faults, key=lambda fault: fault.rank):
+            hosts.setdefault(fault.host, []).append(fault.rank)
+        if len(self.faults) == 1:
+            return f"rank {self.first.rank} on {self.first.host}"
+        listed = [f"{host}: {ranges(ranks)}" for host, ranks in hosts.items()]
+        more = f", and {len(listed) - _LONGEST_LIST} more" if len(listed) > _LONGEST_LIST else ""
+        plural = "s" if len(hosts) > 1 else ""
+        return f"{len(self.faults)} ranks on {len(hosts)} node{plural} ({', '.join(listed[:_LONGEST_LIST])}{more})"
+
+    def as_json(self) -> dict[str, Any]:
+        """For --json."""
+        return {
+            "ranks": sorted(fault.rank for fault in self.faults),
+            "hosts": sorted({fault.host for fault in self.faults}),
+            "error": self.first.error,
+            "traceback": self.first.traceback,
+            "echo": self.first.is_echo,
+        }
+
+
+def grouped(faults: Iterable[Fault]) -> list[Group]:
+    """Equal faults together; causes before echoes, then by time of the earliest."""
+    groups: dict[str, list[Fault]] = {}
+    for fault in sorted(faults, key=lambda fault: (fault.time, fault.rank)):
+        groups.setdefault(fault.kind, []).append(fault)
+    found = [Group(faults=tuple(members)) for members in groups.values()]
+    return sorted(found, key=lambda group: (group.first.is_echo, group.first.time))
+
+
+def faults_of(attempt_logs: Path, job_log: Path) -> list[Fault]:
+    """Every rank's fault in one start of a job."""
+    found = {fault.rank: fault for fault in _from_job_log(job_log, int(attempt_logs.name.rpartition("-")[2]))}
+    for path in sorted(attempt_logs.glob("rank-*.log")):
+        fault = _from_rank_log(path)
+        if fault is not None:
+            found.setdefault(fault.rank, fault)
+    for path in sorted(attempt_logs.glob("rank-*.error.json")):
+        fault = _from_record(path)
+        if fault is not None:
+            found[fault.rank] = fault
+    return list(found.values())
+
+
+def _from_record(path: Path) -> Fault | None:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return Fault(**{key: record[key] for key in ("rank", "host", "time", "error", "traceback")})
+    except (OSError, ValueError, KeyError):  # torn: the task was killed while writing it, and srun says so
+        return None
+
+
+def _from_rank_log(path: Path) -> Fault | None:
+    """The last traceback or fatal error of a rank that left no record, e.g. because this package could not be imported."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    rank = int(re.sub(r"\D", "", path.stem) or 0)
+    host = next((match.group(1) for line in lines if (match := _HEADER.match(line))), "?")
+    for index in range(len(lines) - 1, -1, -1):
+        if lines[index].startswith("Traceback (most recent call last)"):
+            body = lines[index:]
+            end = next((i for i, line in enumerate(body[1:], start=1) if line and not line.startswith((" ", "\t"))), len(body) - 1)
+            return Fault(rank=rank, host=host, time=path.stat().st_mtime, error=body[end], traceback="\n".join(body[: end + 1]) + "\n")
+        if _FATAL.match(lines[index]):
+            return Fault(rank=rank, host=host, time=path.stat().st_mtime, error=lines[index], traceback="\n".join(lines[index:]) + "\n")
+    return None
+
+
+def _from_job_log(path: Path, attempt: int) -> list[Fault]:
+    """Tasks that srun saw killed by a signal before it ended the others itself."""
+    faults = []
+    inside = False
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        if f" attempt {attempt}: " in line:
+            inside = " started on " in line
+        elif inside and _ENDS_THE_OTHERS in line:
+            inside = False  # whatever ends now was ended by srun
+        elif inside and (match := _SRUN.match(line)) and not match.group(3).startswith("Exited"):
+            host, tasks, how = match.groups()
+            faults += [Fault(rank=rank, host=host, time=0.0, error=f"task ended by a signal: {how}") for rank in numbers_of(tasks)]
+    return faults
+
+
+def numbers_of(text: str) -> list[int]:
+    """SLURM's short form of task numbers as a list: "0-2,7" -> [0, 1, 2, 7]."""
+    found: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        found += range(int(first), int(last or first) + 1)
+    return found
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """The short form again: [0, 1, 2, 7] -> "0-2,7"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)

@@ -1,0 +1,87 @@
+"""The sbatch scripts of a run: which jobs there are, what each one does, and their text from slurm/job.sbatch.j2.
+
+Not a verb: `submit` writes and sends them, `requeue` sends them again.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_hypenet.config.cluster import ClusterConfig
+from megatron_hypenet.config.loader import REPO_ROOT
+from megatron_hypenet.config.schema import STAGES
+from megatron_hypenet.errors import SetupError
+
+TEMPLATES = REPO_ROOT / "slurm"
+TEMPLATE = "job.sbatch.j2"
+WHOLE = "run"
+LAST = "finish"
+
+_DOES = {
+    WHOLE: "the whole run: import, align, select, distil, finetune, export, report",
+    "align": "import the teacher, prepare the data, stage 1 (align)",
+    "distill": "select the layers, assemble the student, stage 2 (distill)",
+    "finetune": "stage 3 (finetune)",
+    LAST: "export to Hugging Face format and report",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobScript:
+    """One job of a run."""
+
+    part: str
+    """What it does of the run: "run" does all of it, in a chain there are the three stages and "finish"."""
+    path: Path
+    """Where the script belongs in the run folder."""
+    text: str
+
+
+def job_scripts(run_folder: Path, cluster: ClusterConfig, *, chain: bool) -> list[JobScript]:
+    """The scripts of a run in order, from the configuration in its folder; `chain` gives every training stage a job of its own."""
+    parts = (*STAGES, LAST) if chain else (WHOLE,)
+    return [_script(part, run_folder.absolute(), cluster) for part in parts]
+
+
+def _script(part: str, folder: Path, cluster: ClusterConfig) -> JobScript:
+    config = str(folder / "config.yaml")
+    words = ["train", config, "--stage", part] if part in STAGES else ["run", config]
+    python = cluster.python or ("python3" if cluster.container else sys.executable)
+    text = render(
+        title=f"{folder.name}: {_DOES[part]}",
+        name=f"{folder.name}-{part}",
+        cluster=cluster,
+        run=str(folder),
+        cwd=str(Path.cwd()),
+        repo=str(REPO_ROOT),
+        command=shlex.join([python, "-m", "launchers.slurm", *words]),
+    )
+    return JobScript(part=part, path=folder / ("job.sbatch" if part == WHOLE else f"job_{part}.sbatch"), text=text)
+
+
+def render(**values: object) -> str:
+    """The template with these values; a name that it uses and nobody gives is an error."""
+    import jinja2
+
+    if not (TEMPLATES / TEMPLATE).is_file():
+        raise SetupError(f"{TEMPLATES / TEMPLATE} is missing: submitting needs the repository's slurm/; install with `pip install -e .`")
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # noqa: S701 - a shell script; `quote` is its escaping
+    )
+    environment.filters["quote"] = lambda value: shlex.quote(str(value))
+    return environment.get_template(TEMPLATE).render(**values)
+
+
+def missing_variables(cluster: ClusterConfig, environment: Iterable[str]) -> list[str]:
+    """Names that the profile hands on from the shell and that are not set there."""
+    present = set(environment)
+    return [name for name in cluster.environment if name not in present]

@@ -1,0 +1,181 @@
+"""The SLURM jobs of a run: which were submitted (jobs.json in its folder), what SLURM says of them, what they wrote down themselves.
+
+Not a verb: submit, status, logs, cancel and requeue share it. SLURM forgets a job minutes after its end, and accounting (sacct) is not
+everywhere; the job script therefore notes each start and end in logs/job-ID/events.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from megatron_hypenet.errors import DataError, SetupError
+
+LIVE = frozenset({"PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "STAGE_OUT", "SIGNALING"})
+"""SLURM's states of a job that runs or will."""
+
+_COMMAND_SECONDS = 60
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """One submitted job."""
+
+    id: int
+    part: str
+    """What it does of the run, as job_script.JobScript names it."""
+    script: str
+    """File name of its script in the run folder."""
+    submitted: str
+    after: int | None = None
+    """The job that has to succeed before it starts."""
+    exclude: tuple[str, ...] = ()
+    """Nodes it may not use."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobState:
+    """Where a job stands."""
+
+    state: str
+    """SLURM's word for it, or what the job's own notes say once SLURM has forgotten it."""
+    live: bool
+    reason: str = ""
+    nodes: str = ""
+    time_left: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Event:
+    """A line of logs/job-ID/events."""
+
+    time: float
+    attempt: int
+    text: str
+
+
+class Jobs:
+    """The jobs of one run folder, oldest first."""
+
+    def __init__(self, run_folder: Path) -> None:
+        """Raises DataError when `run_folder` is not a run folder or its record is damaged."""
+        if not (run_folder / "config.yaml").is_file():
+            raise DataError(f"{run_folder} is not a run folder: it has no config.yaml; give the output_dir of a run")
+        self.folder = run_folder
+        self.file = run_folder / "jobs.json"
+        self.all: list[Job] = self._read()
+
+    def _read(self) -> list[Job]:
+        if not self.file.is_file():
+            return []
+        try:
+            rows = json.loads(self.file.read_text(encoding="utf-8"))["jobs"]
+            return [Job(**{**row, "exclude": tuple(row["exclude"])}) for row in rows]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{self.file} cannot be read: {error}; delete it to forget the jobs of this run") from error
+
+    def required(self) -> list[Job]:
+        """All jobs; DataError when the run was never submitted."""
+        if not self.all:
+            raise DataError(f"{self.folder} has no SLURM jobs; submit it with `hypenet submit CONFIG --cluster PROFILE`")
+        return self.all
+
+    def newest_of_each_part(self) -> list[Job]:
+        """The latest job for each part of the run, in the run's order."""
+        return list({job.part: job for job in self.all}.values())
+
+    def submit(self, script: Path, part: str, *, after: int | None, exclude: Sequence[str]) -> Job:
+        """Hand `script` to sbatch, to start once job `after` has succeeded, and remember the job. Raises SetupError."""
+        words = ["sbatch", "--parsable"]
+        if after is not None:
+            words += [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"]
+        if exclude:
+            words.append(f"--exclude={','.join(exclude)}")
+        answer = slurm(*words, str(script))
+        number = answer.strip().split(";")[0]  # "ID;CLUSTER" where several clusters share a controller
+        if not number.isdecimal():
+            raise SetupError(f"sbatch {script} gave no job number but {answer!r}")
+        job = Job(
+            id=int(number),
+            part=part,
+            script=script.name,
+            submitted=datetime.now(UTC).isoformat(timespec="seconds"),
+            after=after,
+            exclude=tuple(exclude),
+        )
+        self.all.append(job)
+        from megatron_hypenet.engine.run_folder import write_json
+
+        write_json(self.file, {"jobs": [asdict(job) for job in self.all]})
+        return job
+
+    def log(self, job: Job) -> Path:
+        """What the job script and srun said, all starts of the job in one file."""
+        return self.folder / "logs" / f"job-{job.id}.log"
+
+    def attempts(self, job: Job) -> list[Path]:
+        """The folders with the ranks' logs, one per start, oldest first."""
+        found = (self.folder / "logs" / f"job-{job.id}").glob("attempt-*")
+        return sorted((path for path in found if path.name[8:].isdecimal()), key=lambda path: int(path.name[8:]))
+
+    def events(self, job: Job) -> list[Event]:
+        """What the job noted of itself."""
+        path = self.folder / "logs" / f"job-{job.id}" / "events"
+        rows = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        words = [row.split(" ", 2) for row in rows]
+        return [Event(time=float(row[0]), attempt=int(row[1]), text=row[2]) for row in words if len(row) == 3]
+
+    def note(self, job: Job, text: str) -> None:
+        """Add a line to the job's events."""
+        path = self.folder / "logs" / f"job-{job.id}" / "events"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as stream:
+            stream.write(f"{int(datetime.now(UTC).timestamp())} {max(0, len(self.attempts(job)) - 1)} {text}\n")
+
+    def states(self) -> dict[int, JobState]:
+        """Where every job stands: what SLURM says while it knows the job, else what the job noted."""
+        known = queue([job.id for job in self.all]) if self.all else {}
+        return {job.id: known.get(job.id) or self._remembered(job) for job in self.all}
+
+    def _remembered(self, job: Job) -> JobState:
+        events = self.events(job)
+        if not events:
+            return JobState(state="GONE", live=False, reason="SLURM does not know it, and it never started")
+        last = events[-1].text
+        if last == "ended with code 0":
+            return JobState(state="COMPLETED", live=False)
+        return JobState(state="CANCELLED" if last.startswith("cancelled") else "FAILED", live=False, reason=last)
+
+
+def queue(ids: Sequence[int]) -> dict[int, JobState]:
+    """What SLURM says of these jobs; those it has forgotten are left out. Raises SetupError."""
+    # all of the user's jobs: asking for one that is forgotten is an error to squeue
+    rows = slurm("squeue", "--me", "--noheader", "--states=all", "--format=%i|%T|%r|%N|%L").splitlines()
+    wanted, found = set(ids), {}
+    for row in rows:
+        number, state, reason, nodes, left = (part.strip() for part in row.split("|", 4))
+        if number.isdecimal() and int(number) in wanted:
+            told = "" if reason == "None" else reason
+            live = state in LIVE
+            found[int(number)] = JobState(state=state, live=live, reason=told, nodes=nodes, time_left=left if state == "RUNNING" else "")
+    return found
+
+
+def slurm(*words: str, stdin: str | None = None, environment: Mapping[str, str] = os.environ) -> str:
+    """What a SLURM command says (sbatch --test-only says it on stderr: both streams then). Raises SetupError with its words."""
+    try:
+        done = subprocess.run(
+            words, input=stdin, env=dict(environment), capture_output=True, text=True, timeout=_COMMAND_SECONDS, check=False
+        )
+    except FileNotFoundError:
+        raise SetupError(f"{words[0]} is not installed here; run this on a login node of the SLURM cluster") from None
+    except subprocess.TimeoutExpired:
+        raise SetupError(f"{words[0]} has not answered for {_COMMAND_SECONDS} s; SLURM may be down, try again later") from None
+    if done.returncode:
+        raise SetupError(f"{' '.join(words)}: {(done.stderr or done.stdout).strip() or f'exit code {done.returncode}'}")
+    return done.stdout or done.stderr

@@ -1,0 +1,87 @@
+"""`hypenet requeue`: start a run's jobs again from what is saved."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from megatron_hypenet.cli.options import DryRunOption, JsonOption
+from megatron_hypenet.cli.status import RunArgument
+
+if TYPE_CHECKING:
+    from megatron_hypenet.cli.jobs import Job, Jobs, JobState
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+@app.command()
+def requeue(
+    run_folder: RunArgument,
+    exclude: Annotated[list[str] | None, typer.Option("--exclude", metavar="NODES", help="Nodes not to use, e.g. n7 or n[7-9].")] = None,
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Put a running job back into the queue, or submit the jobs of an ended run again from the first that did not succeed.
+
+    A running step is killed without warning and goes on from its last checkpoint; `touch RUN_DIR/SAVE_NOW` before it loses nothing.
+
+    Example: hypenet requeue runs/demo --exclude n7
+    """
+    from megatron_hypenet.cli.jobs import Jobs
+    from megatron_hypenet.errors import UsageError
+
+    jobs = Jobs(run_folder)
+    jobs.required()
+    if (run_folder / "STOP").exists():
+        raise UsageError(f"{run_folder / 'STOP'} asks for a stop; delete it to continue the run")
+    states = jobs.states()
+    alive = [job for job in jobs.newest_of_each_part() if states[job.id].live]
+    excluded = list(exclude or [])
+    if alive:
+        rows = again(alive, states, excluded, dry_run=dry_run)
+    else:
+        rows = anew(jobs, states, excluded, dry_run=dry_run)
+    if as_json:
+        print(json.dumps({"run": str(run_folder), "jobs": rows}))
+    elif not rows:
+        print(f"{run_folder}: every job has succeeded, nothing to start again")
+    else:
+        print("\n".join(f"{'would be ' if dry_run else ''}{row['what']}: job {row['id']} ({row['part']})" for row in rows))
+
+
+def again(alive: list[Job], states: Mapping[int, JobState], exclude: list[str], *, dry_run: bool) -> list[dict[str, object]]:
+    """Requeue the job that runs, with further nodes excluded; those that wait only learn of the nodes."""
+    from megatron_hypenet.cli.jobs import slurm
+
+    rows: list[dict[str, object]] = []
+    for job in alive:
+        running = states[job.id].state != "PENDING"
+        nodes = ",".join([*job.exclude, *exclude])
+        if not dry_run and running:
+            slurm("scontrol", "requeuehold" if exclude else "requeue", str(job.id))
+        if not dry_run and exclude:
+            # only a job that waits can be told; it is held until it has been
+            slurm("scontrol", "update", f"JobId={job.id}", f"ExcNodeList={nodes}")
+            if running:
+                slurm("scontrol", "release", str(job.id))
+        if running or exclude:
+            rows.append({"id": job.id, "part": job.part, "what": "put back into the queue" if running else f"told to avoid {nodes}"})
+    return rows
+
+
+def anew(jobs: Jobs, states: Mapping[int, JobState], exclude: list[str], *, dry_run: bool) -> list[dict[str, object]]:
+    """Submit the scripts of the run again, from the first part whose newest job did not succeed."""
+    latest = jobs.newest_of_each_part()
+    first = next((index for index, job in enumerate(latest) if states[job.id].state != "COMPLETED"), len(latest))
+    rows: list[dict[str, object]] = []
+    after: int | None = None
+    for job in latest[first:]:
+        number = job.id
+        if not dry_run:
+            nodes = list(dict.fromkeys([*job.exclude, *exclude]))
+            number = after = jobs.submit(jobs.folder / job.script, job.part, after=after, exclude=nodes).id
+        rows.append({"id": number, "part": job.part, "what": "submitted again"})
+    return rows

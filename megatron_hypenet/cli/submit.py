@@ -1,0 +1,173 @@
+"""`hypenet submit`: hand a run to SLURM."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from megatron_hypenet.cli.options import (
+    ConfigArgument,
+    ContextParallelOption,
+    DryRunOption,
+    JsonOption,
+    OverridesArgument,
+    PipelineParallelOption,
+    TensorParallelOption,
+    collect_overrides,
+)
+
+if TYPE_CHECKING:
+    from megatron_hypenet.cli.job_script import JobScript
+    from megatron_hypenet.cli.jobs import Job
+    from megatron_hypenet.config.cluster import ClusterConfig
+    from megatron_hypenet.config.schema import RunConfig
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+PREFIX = "cluster."
+
+
+@app.command()
+def submit(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    cluster: Annotated[Path | None, typer.Option("--cluster", help="Cluster profile, e.g. configs/cluster/h100_infiniband.yaml.")] = None,
+    chain: Annotated[bool, typer.Option("--chain", help="One job per training stage, each after the one before it.")] = False,
+    after: Annotated[int | None, typer.Option("--after", metavar="JOBID", help="Start only once this job has succeeded.")] = None,
+    nodes: Annotated[int | None, typer.Option("--nodes", min=1, help="Same as cluster.nodes=N.")] = None,
+    time: Annotated[str | None, typer.Option("--time", metavar="LIMIT", help="Time limit, e.g. 24:00:00 or 2-00:00:00.")] = None,
+    partition: Annotated[str | None, typer.Option("--partition", help="Same as cluster.partition=NAME.")] = None,
+    account: Annotated[str | None, typer.Option("--account", help="Same as cluster.account=NAME.")] = None,
+    qos: Annotated[str | None, typer.Option("--qos", help="Same as cluster.qos=NAME.")] = None,
+    tp: TensorParallelOption = None,
+    pp: PipelineParallelOption = None,
+    cp: ContextParallelOption = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete an earlier run in output_dir and start again.")] = False,
+    test_only: Annotated[
+        bool, typer.Option("--test-only", help="Ask SLURM whether and when the jobs could start; submit nothing.")
+    ] = False,
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the job scripts into the run folder and submit them; the jobs continue by themselves after their time limit.
+
+    KEY=VALUE settings that begin with "cluster." win over the profile, all others over the run configuration.
+
+    Examples:
+
+      hypenet submit configs/run/distill_2b.yaml --cluster configs/cluster/h100_infiniband.yaml teacher=T data=D --nodes 8 --chain
+
+      hypenet submit configs/run/quickstart.yaml --cluster my.yaml cluster.requeue.limit=3 --dry-run
+    """
+    from megatron_hypenet.config.cluster import load_cluster_config
+    from megatron_hypenet.config.loader import load_run_config
+    from megatron_hypenet.errors import UsageError
+
+    if cluster is None:
+        raise UsageError("--cluster is missing: name a profile, such as configs/cluster/h100_infiniband.yaml or a copy of yours")
+    for_run, for_cluster = split_overrides(overrides or [], nodes=nodes, time=time, partition=partition, account=account, qos=qos)
+    profile = load_cluster_config(cluster, for_cluster)
+    settings = load_run_config(config, collect_overrides(for_run, tp=tp, pp=pp, cp=cp))
+    scripts = checked_scripts(settings, profile, chain=chain, overwrite=overwrite)
+    if test_only:
+        try_out(scripts)
+    elif dry_run:
+        show_scripts(scripts, as_json=as_json)
+    else:
+        jobs = send(settings, profile, scripts, after=after, overwrite=overwrite)
+        show_jobs(settings.output_dir, jobs, as_json=as_json)
+
+
+def split_overrides(words: Sequence[str], **options: str | int | None) -> tuple[list[str], list[str]]:
+    """(settings of the run, settings of the profile); `options` are profile settings by name, None where the user gave none."""
+    for_run = [word for word in words if not word.removeprefix("--").startswith(PREFIX)]
+    for_cluster = [word.removeprefix("--").removeprefix(PREFIX) for word in words if word not in for_run]
+    # JSON text is quoted YAML: a time limit must stay the text that it is
+    for_cluster += [f"{name}={json.dumps(value)}" for name, value in options.items() if value is not None]
+    return for_run, for_cluster
+
+
+def checked_scripts(settings: RunConfig, profile: ClusterConfig, *, chain: bool, overwrite: bool) -> list[JobScript]:
+    """The scripts, after all checks that a job would otherwise fail in hours later; touches nothing."""
+    from megatron_hypenet.cli import pipeline
+    from megatron_hypenet.cli.job_script import job_scripts, missing_variables
+    from megatron_hypenet.errors import SetupError
+
+    missing = missing_variables(profile, os.environ)
+    if missing:
+        raise SetupError(
+            f"the profile hands on {', '.join(missing)} from your shell, where it is not set; export it, or take it off the list"
+        )
+    pipeline.checked(settings, overwrite=overwrite, world_size=profile.world_size)
+    return job_scripts(settings.output_dir, profile, chain=chain)
+
+
+def try_out(scripts: Sequence[JobScript]) -> None:
+    """Let sbatch say whether each script could run and when; SetupError with its words when one could not."""
+    from megatron_hypenet.cli.jobs import slurm
+
+    for script in scripts:
+        said = slurm("sbatch", "--test-only", stdin=script.text)
+        print(f"{script.path.name}: {said.strip().removeprefix('sbatch: ')}")
+
+
+def show_scripts(scripts: Sequence[JobScript], *, as_json: bool) -> None:
+    """What --dry-run says."""
+    if as_json:
+        print(json.dumps({"scripts": [{"part": one.part, "path": str(one.path), "text": one.text} for one in scripts]}))
+        return
+    for script in scripts:
+        print(f"==> {script.path}\n{script.text}")
+
+
+def send(settings: RunConfig, profile: ClusterConfig, scripts: Sequence[JobScript], *, after: int | None, overwrite: bool) -> list[Job]:
+    """Make the run folder, write the scripts into it and submit them in order. Raises UsageError while jobs of this run are alive."""
+    from megatron_hypenet.cli.jobs import Jobs
+    from megatron_hypenet.engine.run_folder import RunFolder, write_text
+    from megatron_hypenet.errors import UsageError
+
+    folder = RunFolder(settings.output_dir)
+    if folder.config_file.is_file():
+        earlier = Jobs(folder.root)
+        alive = [job.id for job in earlier.all if earlier.states()[job.id].live]
+        if alive:
+            raise UsageError(
+                f"{folder.root} has jobs that are not done ({', '.join(map(str, alive))}), and two would write over each other; "
+                f"`hypenet status {folder.root}` shows them, `hypenet cancel {folder.root}` ends them"
+            )
+    folder.prepare(settings, overwrite=overwrite)
+    folder.log_file.parent.mkdir(parents=True, exist_ok=True)
+    jobs = Jobs(folder.root)
+    sent: list[Job] = []
+    for script in scripts:
+        write_text(script.path, script.text)
+        before = sent[-1].id if sent else after
+        sent.append(jobs.submit(script.path, script.part, after=before, exclude=profile.exclude))
+    return sent
+
+
+def show_jobs(folder: Path, jobs: Sequence[Job], *, as_json: bool) -> None:
+    """Job numbers on stdout, and what to do next on stderr."""
+    if as_json:
+        print(
+            json.dumps({"run": str(folder), "jobs": [{"id": job.id, "part": job.part, "script": str(folder / job.script)} for job in jobs]})
+        )
+        return
+    for job in jobs:
+        waits = f", after job {job.after}" if job.after else ""
+        print(f"job {job.id} ({job.part}){waits}: {folder / job.script}")
+    print(
+        f"status       hypenet status {folder}\n"
+        f"logs         hypenet logs {folder}      ({folder / 'logs' / f'job-{jobs[0].id}.log'})\n"
+        f"TensorBoard  tensorboard --logdir {folder.absolute() / 'tb'} --reload_multifile=true --port 6006\n"
+        f"             from elsewhere: ssh -N -L 6006:localhost:6006 {getpass.getuser()}@{socket.gethostname()}, then http://localhost:6006",
+        file=sys.stderr,
+    )
