@@ -40,6 +40,11 @@ VERBS: dict[str, str] = {
     "ckpt": "List, inspect and compare checkpoints.",
     "report": "Summarise a finished run: losses, recall, figures.",
     "config": "Show, validate or describe a run configuration.",
+    "submit": "Hand a run to SLURM, as one job or one per stage.",
+    "status": "Show the jobs of a run and how far it is.",
+    "logs": "Show a job's logs, or what failed first in it.",
+    "cancel": "Cancel the jobs of a run; what is saved stays.",
+    "requeue": "Start the jobs of a run again from what is saved.",
 }
 """Verb -> one line of help, in pipeline order; the module is megatron_hypenet.cli.<verb>."""
 
