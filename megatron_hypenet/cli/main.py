@@ -114,8 +114,8 @@ def run_verb(verb: str, args: list[str]) -> int:
     return result if isinstance(result, int) else 0
 
 
-def dispatch(argv: Sequence[str]) -> int:
-    """Handle the top-level options, else run the verb; returns the exit code."""
+def dispatch(argv: Sequence[str], *, debug: bool = False) -> int:
+    """Handle the top-level options, else run the verb; returns the exit code. `debug` is for processes that the verb may start."""
     if not argv or argv[0] in ("--help", "-h", "help"):
         print(help_text())
         return 0 if argv else UsageError.exit_code
@@ -124,6 +124,9 @@ def dispatch(argv: Sequence[str]) -> int:
         return 0
     if argv[0].startswith("-"):
         raise UsageError(f"unknown option '{argv[0]}' before the verb\nsee hypenet --help")
+    from megatron_hypenet.cli import processes
+
+    processes.WORDS.set((*argv, *(["--debug"] if debug else [])))
     return run_verb(argv[0], list(argv[1:]))
 
 
@@ -156,7 +159,7 @@ def run(argv: Sequence[str]) -> int:
     """Run one command line and return its exit code; everything a verb can raise ends here."""
     words, debug = split_debug(list(argv))
     try:
-        code = dispatch(words)
+        code = dispatch(words, debug=debug)
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # the reader of a pipe left (`| head`): not a fault; keep the interpreter from flushing again
@@ -171,4 +174,9 @@ def main() -> NoReturn:
     # Python has no stream where the caller closed one (`>&-`): give it one, so that printing goes nowhere instead of failing
     sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # open for the whole process
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    if "megatron_hypenet.parallel.groups" in sys.modules and "RANK" in os.environ:
+        from megatron_hypenet.engine.process import leave
+
+        leave(code)  # one of several: an ordinary end may abort in what is left of the process groups
+    sys.exit(code)
