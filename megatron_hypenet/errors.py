@@ -75,6 +75,12 @@ class HangError(HypenetError):
     exit_code = 8
 
 
+class PeerError(HypenetError):
+    """Another process of the run ended while this one waited for it: an echo of that process's own error."""
+
+    exit_code = 1
+
+
 class SavedAndRequeue(HypenetError):  # noqa: N818 - it reports a clean stop, not a fault
     """Training stopped on request with a committed checkpoint; starting the same command again continues it."""
 

@@ -16,6 +16,7 @@ EXIT_CODES = {
     "VerificationError": 6,
     "DivergedError": 7,
     "HangError": 8,
+    "PeerError": 1,
     "SavedAndRequeue": 75,
 }
 
