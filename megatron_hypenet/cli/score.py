@@ -69,13 +69,7 @@ def score(
 
       hypenet score runs/demo/finetune --tokens ids.safetensors --out out.safetensors --tp 2 --cp 2
     """
-    if out.exists() and not overwrite:
-        raise UsageError(f"--out {out} exists; choose another file, or --overwrite")
-    for folder in out.parents:
-        if folder.exists() and not folder.is_dir():
-            raise UsageError(f"--out {out}: {folder} is a file, not a folder; choose another place")
-    if out.is_dir():
-        raise UsageError(f"--out {out} is a folder; name a file in it")
+    check_place(out, overwrite=overwrite)
     from megatron_hypenet.checkpoint.load import read_model_config, resolve
     from megatron_hypenet.config.checks import check_model_layout
     from megatron_hypenet.config.schema import ParallelConfig
@@ -106,6 +100,17 @@ def score(
         numbers["mean_nll"] = float(nll.double().mean())
     print(json.dumps({**numbers, "out": str(out)}) if as_json else "\n".join(f"{name}: {value}" for name, value in numbers.items()))
     print(f"{'would write' if dry_run else 'wrote'} {out}", file=sys.stderr)
+
+
+def check_place(out: Path, *, overwrite: bool) -> None:
+    """Raise UsageError when the result could not be written at `out`, before anything is computed."""
+    if out.exists() and not overwrite:
+        raise UsageError(f"--out {out} exists; choose another file, or --overwrite")
+    for folder in out.parents:
+        if folder.exists() and not folder.is_dir():
+            raise UsageError(f"--out {out}: {folder} is a file, not a folder; choose another place")
+    if out.is_dir():
+        raise UsageError(f"--out {out} is a folder; name a file in it")
 
 
 def read_ids(path: Path, config: ModelConfig) -> torch.Tensor:

@@ -70,7 +70,7 @@ def test_dry_run_lists_the_steps_up_to_the_stage(config, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("words", "code"),
-    [(["--init", "x"], 2), (["--stage", "4"], 3), (["--stage", "1", "--init", "x"], 2), (["--stage", "1", "--pp", "2"], 3)],
+    [(["--init", "x"], 2), (["--stage", "4"], 3), (["--stage", "1", "--init", "x"], 2), (["--stage", "1", "--pp", "4"], 3)],
 )
 def test_mistakes_end_with_their_exit_code(config, tmp_path, words, code):
     assert run(["train", str(config), *words]) == code
