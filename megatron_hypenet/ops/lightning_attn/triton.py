@@ -289,8 +289,9 @@ def _tiles(*tensors: tuple[Tensor, int], chunk: int, access: int) -> list[Any]:
         return [x for x, _ in tensors]
     found = []
     for x, columns in tensors:
-        strides = [x.shape[-1] * 16 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)]
-        found.append(TensorDescriptor(x, list(x.shape), [*strides[:3], 1], [1, chunk, 1, columns]))
+        view = x.transpose(1, 2)  # [b, h, t, d]: a tile's outer dims are ones, so that it needs no shuffling to become a matrix
+        strides = [x.shape[-1] * 16 if size == 1 else stride for size, stride in zip(view.shape, view.stride(), strict=True)]
+        found.append(TensorDescriptor(x, list(view.shape), [*strides[:3], 1], [1, 1, chunk, columns]))
     return found
 
 

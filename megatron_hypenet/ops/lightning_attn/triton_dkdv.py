@@ -7,7 +7,7 @@ R' = gamma^C R + sum_i gamma^(i+1) q_i do_i^T. The whole R stays in registers, w
 import triton
 import triton.language as tl
 
-from megatron_hypenet.ops.lightning_attn.triton_scan import joined, scan_segment
+from megatron_hypenet.ops.lightning_attn.triton_scan import joined
 from megatron_hypenet.ops.lightning_attn.triton_tiles import (
     SIZES,
     edge_decays,
@@ -85,10 +85,10 @@ def dkdv_kernel(
     if documents:
         owner = entering_owner(ids, segment, segment_tokens, length, True)
     state = entering_state(
-        states, outer, ids, owner, decay, bh, segment, num_segments, segment_tokens, length, 0, dim_v, 1,
-        dim_k, dim_v, block_k, block_v, True, documents, has_outer,
+        states, outer, ids, owner, decay, bh, segment, num_segments, segment_tokens, length, 0, 1, dim_v,
+        dim_v, dim_k, block_v, block_k, True, documents, has_outer,
     )  # fmt: skip
-    pairs = pair_decay(decay, chunk, True) * scale
+    pairs = pair_decay(decay, chunk, False) * scale  # of token i and the earlier j that it reaches
     begin = segment * segment_tokens
     num_chunks = tl.cdiv(tl.minimum(segment_tokens, length - begin), chunk)
     for i in range(num_chunks):
@@ -109,87 +109,18 @@ def dkdv_kernel(
             join = tl.where(chunk_ids == leaving, join, 0.0)
             keep = tl.where(leaving == owner, keep, 0.0)
             owner = leaving
+        # Columns are tokens j, so that the pairs (i, j) are a right operand: as a left one they would have to cross between warps.
         narrow = state.to(k.dtype)
-        weights = (tl.dot(k, tl.trans(q), input_precision=precision) * factors).to(k.dtype)
-        dv = tl.dot(k, narrow, input_precision=precision) * (enter * scale)[:, None]
-        dv = tl.dot(weights, do, dv, input_precision=precision)
-        store_tile(dv_head, dv, bh, heads, start, stride_dvt, length, 0, dim_v, chunk, block_v, access)
-        weights = (tl.dot(v, tl.trans(do), input_precision=precision) * factors).to(v.dtype)
-        dk = tl.dot(v, tl.trans(narrow), input_precision=precision) * (enter * scale)[:, None]
-        dk = tl.dot(weights, q, dk, input_precision=precision)
-        store_tile(dk_head, dk, bh, heads, start, stride_dkt, length, 0, dim_k, chunk, block_k, access)
-        state = joined(state * keep, q, do, join, precision)
+        weights = (tl.dot(do, tl.trans(v), input_precision=precision) * factors).to(v.dtype)
+        dk = tl.dot(narrow, tl.trans(v), input_precision=precision) * (enter * scale)[None, :]
+        dk = tl.dot(tl.trans(q), weights, dk, input_precision=precision)
+        store_tile(dk_head, tl.trans(dk), bh, heads, start, stride_dkt, length, 0, dim_k, chunk, block_k, access)
+        weights = (tl.dot(q, tl.trans(k), input_precision=precision) * factors).to(k.dtype)
+        dv = tl.dot(tl.trans(narrow), tl.trans(k), input_precision=precision) * (enter * scale)[None, :]
+        dv = tl.dot(tl.trans(do), weights, dv, input_precision=precision)
+        store_tile(dv_head, tl.trans(dv), bh, heads, start, stride_dvt, length, 0, dim_v, chunk, block_v, access)
+        state = joined(state * keep, do, q, join, precision)
     if wants_final:
         if segment == 0:
-            at, inside = state_at(final, bh, 0, dim_v, 1, dim_k, dim_v, block_k, block_v)
+            at, inside = state_at(final, bh, 0, 1, dim_v, dim_v, dim_k, block_v, block_k)
             tl.store(at, state * scale, mask=inside)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def paired_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    do_ptr,
-    q_block_ptr,
-    do_block_ptr,
-    dk_ptr,
-    dv_ptr,
-    states,
-    outer,
-    final,
-    log2_decay,
-    ids_ptr,
-    scale,
-    length,
-    heads,
-    segment_tokens,
-    num_segments,
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_kb,
-    stride_kt,
-    stride_kh,
-    stride_vb,
-    stride_vt,
-    stride_vh,
-    stride_ob,
-    stride_ot,
-    stride_oh,
-    stride_dkb,
-    stride_dkt,
-    stride_dkh,
-    stride_dvb,
-    stride_dvt,
-    stride_dvh,
-    dim_k: tl.constexpr,
-    dim_v: tl.constexpr,
-    block_k: tl.constexpr,
-    block_v: tl.constexpr,
-    block_z: tl.constexpr,
-    chunk: tl.constexpr,
-    documents: tl.constexpr,
-    has_outer: tl.constexpr,
-    wants_final: tl.constexpr,
-    access: tl.constexpr,
-    precision: tl.constexpr,
-):
-    """dv and dk as two scans of blocks of `block_z` columns, in one launch: programs of one head and segment run side by side, so that
-    what they all read comes from the cache. `final` is divided by scale. Grid: (v blocks + k blocks, b*h, segments)."""
-    column, bh, segment = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    v_blocks: tl.constexpr = (dim_v + block_z - 1) // block_z
-    if column < v_blocks:
-        scan_segment(
-            column * block_z, bh, segment, k_ptr, q_ptr, do_block_ptr, dv_ptr, states, outer, final, log2_decay, ids_ptr, scale, length,
-            heads, segment_tokens, num_segments, stride_kb, stride_kt, stride_kh, stride_qb, stride_qt, stride_qh, stride_ob, stride_ot,
-            stride_oh, stride_dvb, stride_dvt, stride_dvh, dim_v, 1, dim_k, dim_v, block_k, block_z, chunk, True, documents, has_outer,
-            wants_final, access, precision,
-        )  # fmt: skip
-    else:
-        scan_segment(
-            (column - v_blocks) * block_z, bh, segment, v_ptr, do_ptr, q_block_ptr, dk_ptr, states, outer, final, log2_decay, ids_ptr,
-            scale, length, heads, segment_tokens, num_segments, stride_vb, stride_vt, stride_vh, stride_ob, stride_ot, stride_oh, stride_qb,
-            stride_qt, stride_qh, stride_dkb, stride_dkt, stride_dkh, 1, dim_v, dim_v, dim_k, block_v, block_z, chunk, True, documents,
-            has_outer, False, access, precision,
-        )  # fmt: skip

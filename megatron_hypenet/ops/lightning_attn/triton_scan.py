@@ -2,8 +2,11 @@
 
 Each is the same sum over tokens with its roles exchanged, `out_i = scale * sum_j gamma^|i-j| (x_i . y_j) z_j`:
     o (x, y, z) = (q, k, v), j <= i      dq (do, v, k), j <= i      dv (k, q, do), j >= i      dk (v, do, q), j >= i
-A program takes one segment of one head and a block of z's columns; it walks the chunks and carries the state [x dim, z block] in fp32
-registers, so no state but one per segment ever reaches memory."""
+A program takes one segment of one head and a block of z's columns; it walks the chunks and carries the state [z block, x dim] in fp32
+registers, so no state but one per segment ever reaches memory.
+
+Everything is computed transposed, tokens as columns: `out^T = S^T x^T + z^T W`. So the state and z^T are left operands, which stay in
+registers, and the pairs W are a right one, shared by all warps; the other way round both W and S would cross between warps."""
 
 import triton
 import triton.language as tl
@@ -25,9 +28,9 @@ from megatron_hypenet.ops.lightning_attn.triton_tiles import (
 
 @triton.jit
 def joined(state, y, z, weight, precision: tl.constexpr):
-    """The state [x, z] after the tokens of one chunk: y [chunk, x], z [chunk, z] weighted by `weight` [chunk]."""
-    weighted = (z.to(tl.float32) * weight[:, None]).to(z.dtype)  # z, not y: it is the narrower of the two
-    return tl.dot(tl.trans(y), weighted, state, input_precision=precision)
+    """The state [z, x] after the tokens of one chunk: y [chunk, x], z [chunk, z] weighted by `weight` [chunk]."""
+    weighted = (z.to(tl.float32) * weight[:, None]).to(z.dtype)
+    return tl.dot(tl.trans(weighted), y, state, input_precision=precision)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -71,7 +74,7 @@ def segment_states_kernel(
     if documents:
         edge = begin if reverse else tl.minimum(begin + segment_tokens, length) - 1
         owner = tl.load(ids + edge)
-    state = tl.zeros([block_x, block_z], dtype=tl.float32)
+    state = tl.zeros([block_z, block_x], dtype=tl.float32)
     for i in range(counted):
         start = begin + (counted - 1 - i if reverse else num_chunks - counted + i) * chunk
         count = tl.minimum(chunk, length - start)
@@ -114,96 +117,6 @@ def combine_kernel(
     )  # fmt: skip
     at, inside = state_at(final, bh, first_col, dim_z, 1, dim_x, dim_z, block_x, block_z)
     tl.store(at, state, mask=inside)
-
-
-@triton.jit
-def scan_segment(
-    first_col,
-    bh,
-    segment,
-    x_ptr,
-    y_ptr,
-    z_ptr,
-    out_ptr,
-    states,
-    outer,
-    final,
-    log2_decay,
-    ids_ptr,
-    scale,
-    length,
-    heads,
-    segment_tokens,
-    num_segments,
-    stride_xb,
-    stride_xt,
-    stride_xh,
-    stride_yb,
-    stride_yt,
-    stride_yh,
-    stride_zb,
-    stride_zt,
-    stride_zh,
-    stride_ob,
-    stride_ot,
-    stride_oh,
-    stride_sx,
-    stride_sz,
-    dim_x: tl.constexpr,
-    dim_z: tl.constexpr,
-    block_x: tl.constexpr,
-    block_z: tl.constexpr,
-    chunk: tl.constexpr,
-    reverse: tl.constexpr,
-    documents: tl.constexpr,
-    has_outer: tl.constexpr,
-    wants_final: tl.constexpr,
-    access: tl.constexpr,
-    precision: tl.constexpr,
-):
-    """The scan of one program: block of columns `first_col`, head `bh`, `segment`; arguments as in `scan_kernel`, tensors or descriptors.
-
-    Long, and kept whole: cut apart, its parts would share nearly all of their variables."""
-    decay = tl.load(log2_decay + bh % heads)
-    x_head, y_head = head_of(x_ptr, bh, heads, stride_xb, stride_xh, access), head_of(y_ptr, bh, heads, stride_yb, stride_yh, access)
-    z_head, out_head = head_of(z_ptr, bh, heads, stride_zb, stride_zh, access), head_of(out_ptr, bh, heads, stride_ob, stride_oh, access)
-    ids = ids_ptr + (bh // heads).to(tl.int64) * length
-    owner = 0
-    if documents:
-        owner = entering_owner(ids, segment, segment_tokens, length, reverse)
-    state = entering_state(
-        states, outer, ids, owner, decay, bh, segment, num_segments, segment_tokens, length, first_col, stride_sx, stride_sz,
-        dim_x, dim_z, block_x, block_z, reverse, documents, has_outer,
-    )  # fmt: skip
-    pairs = pair_decay(decay, chunk, reverse) * scale
-    begin = segment * segment_tokens
-    num_chunks = tl.cdiv(tl.minimum(segment_tokens, length - begin), chunk)
-    for i in range(num_chunks):
-        start = begin + (num_chunks - 1 - i if reverse else i) * chunk
-        count = tl.minimum(chunk, length - start)
-        x = load_tile(x_head, bh, heads, start, stride_xt, length, 0, dim_x, chunk, block_x, access)
-        y = load_tile(y_head, bh, heads, start, stride_yt, length, 0, dim_x, chunk, block_x, access)
-        z = load_tile(z_head, bh, heads, start, stride_zt, length, first_col, dim_z, chunk, block_z, access)
-        enter, join = edge_decays(decay, count, chunk, reverse)
-        keep = tl.exp2(decay * count.to(tl.float32))
-        weights = tl.dot(x, tl.trans(y), input_precision=precision)
-        weights = weights * pairs
-        if documents:
-            chunk_ids = load_ids(ids, start, length, chunk)
-            leaving = tl.load(ids + (start if reverse else start + count - 1))
-            weights = tl.where(chunk_ids[:, None] == chunk_ids[None, :], weights, 0.0)
-            enter = tl.where(chunk_ids == owner, enter, 0.0)
-            join = tl.where(chunk_ids == leaving, join, 0.0)
-            keep = tl.where(leaving == owner, keep, 0.0)
-            owner = leaving
-        out = tl.dot(x, state.to(x.dtype), input_precision=precision) * (enter * scale)[:, None]
-        out = tl.dot(weights.to(z.dtype), z, out, input_precision=precision)
-        store_tile(out_head, out, bh, heads, start, stride_ot, length, first_col, dim_z, chunk, block_z, access)
-        state = joined(state * keep, y, z, join, precision)
-    if wants_final:
-        if segment == (0 if reverse else num_segments - 1):
-            at, inside = state_at(final, bh, first_col, stride_sx, stride_sz, dim_x, dim_z, block_x, block_z)
-            tl.store(at, state, mask=inside)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -250,10 +163,45 @@ def scan_kernel(
 ):
     """out [b, t, h, z] and, from the program at the far end, the state that leaves the sequence. Grid: (z blocks, b*h, segments).
 
-    States are [k, v] in memory; `stride_sx`, `stride_sz` read them as [x, z], transposed where x is a value and z a key."""
-    scan_segment(
-        tl.program_id(0) * block_z, tl.program_id(1), tl.program_id(2), x_ptr, y_ptr, z_ptr, out_ptr, states, outer, final, log2_decay,
-        ids_ptr, scale, length, heads, segment_tokens, num_segments, stride_xb, stride_xt, stride_xh, stride_yb, stride_yt, stride_yh,
-        stride_zb, stride_zt, stride_zh, stride_ob, stride_ot, stride_oh, stride_sx, stride_sz, dim_x, dim_z, block_x, block_z, chunk,
-        reverse, documents, has_outer, wants_final, access, precision,
+    States are [k, v] in memory; `stride_sx`, `stride_sz` read them as [x, z], transposed where x is a value and z a key.
+    Long, and kept whole: a kernel is one launch."""
+    first_col, bh, segment = tl.program_id(0) * block_z, tl.program_id(1), tl.program_id(2)
+    decay = tl.load(log2_decay + bh % heads)
+    x_head, y_head = head_of(x_ptr, bh, heads, stride_xb, stride_xh, access), head_of(y_ptr, bh, heads, stride_yb, stride_yh, access)
+    z_head, out_head = head_of(z_ptr, bh, heads, stride_zb, stride_zh, access), head_of(out_ptr, bh, heads, stride_ob, stride_oh, access)
+    ids = ids_ptr + (bh // heads).to(tl.int64) * length
+    owner = 0
+    if documents:
+        owner = entering_owner(ids, segment, segment_tokens, length, reverse)
+    state = entering_state(
+        states, outer, ids, owner, decay, bh, segment, num_segments, segment_tokens, length, first_col, stride_sx, stride_sz,
+        dim_x, dim_z, block_x, block_z, reverse, documents, has_outer,
     )  # fmt: skip
+    pairs = pair_decay(decay, chunk, not reverse) * scale  # rows: the seen token
+    begin = segment * segment_tokens
+    num_chunks = tl.cdiv(tl.minimum(segment_tokens, length - begin), chunk)
+    for i in range(num_chunks):
+        start = begin + (num_chunks - 1 - i if reverse else i) * chunk
+        count = tl.minimum(chunk, length - start)
+        x = load_tile(x_head, bh, heads, start, stride_xt, length, 0, dim_x, chunk, block_x, access)
+        y = load_tile(y_head, bh, heads, start, stride_yt, length, 0, dim_x, chunk, block_x, access)
+        z = load_tile(z_head, bh, heads, start, stride_zt, length, first_col, dim_z, chunk, block_z, access)
+        enter, join = edge_decays(decay, count, chunk, reverse)
+        keep = tl.exp2(decay * count.to(tl.float32))
+        weights = tl.dot(y, tl.trans(x), input_precision=precision) * pairs
+        if documents:
+            chunk_ids = load_ids(ids, start, length, chunk)
+            leaving = tl.load(ids + (start if reverse else start + count - 1))
+            weights = tl.where(chunk_ids[:, None] == chunk_ids[None, :], weights, 0.0)
+            enter = tl.where(chunk_ids == owner, enter, 0.0)
+            join = tl.where(chunk_ids == leaving, join, 0.0)
+            keep = tl.where(leaving == owner, keep, 0.0)
+            owner = leaving
+        out = tl.dot(state.to(x.dtype), tl.trans(x), input_precision=precision) * (enter * scale)[None, :]
+        out = tl.dot(tl.trans(z), weights.to(z.dtype), out, input_precision=precision)
+        store_tile(out_head, tl.trans(out), bh, heads, start, stride_ot, length, first_col, dim_z, chunk, block_z, access)
+        state = joined(state * keep, y, z, join, precision)
+    if wants_final:
+        if segment == (0 if reverse else num_segments - 1):
+            at, inside = state_at(final, bh, first_col, stride_sx, stride_sz, dim_x, dim_z, block_x, block_z)
+            tl.store(at, state, mask=inside)

@@ -35,7 +35,7 @@ def load_tile(
 ):
     """[rows, cols] of a head (from `head_of`) from token `start` and column `first_col`; zeros past the sequence and past the dim."""
     if access == DESCRIPTORS:
-        return head.load([bh // heads, start, bh % heads, first_col]).reshape(rows, cols)
+        return head.load([bh // heads, bh % heads, start, first_col]).reshape(rows, cols)
     else:
         row, col = tl.arange(0, rows), first_col + tl.arange(0, cols)
         at = head + start.to(tl.int64) * stride_t + row[:, None] * stride_t + col[None, :]
@@ -62,7 +62,7 @@ def store_tile(
 ):
     """The inverse of `load_tile`, in the dtype of the tensor."""
     if access == DESCRIPTORS:
-        head.store([bh // heads, start, bh % heads, first_col], value.to(head.dtype).reshape(1, rows, 1, cols))
+        head.store([bh // heads, bh % heads, start, first_col], value.to(head.dtype).reshape(1, 1, rows, cols))
     else:
         row, col = tl.arange(0, rows), first_col + tl.arange(0, cols)
         at = head + start.to(tl.int64) * stride_t + row[:, None] * stride_t + col[None, :]
@@ -80,12 +80,12 @@ def load_ids(ids, start, length, rows: tl.constexpr):
 
 @triton.jit
 def state_at(
-    ptr, index, first_col, stride_x, stride_z, dim_x: tl.constexpr, dim_z: tl.constexpr, block_x: tl.constexpr, block_z: tl.constexpr
+    ptr, index, first_z, stride_x, stride_z, dim_x: tl.constexpr, dim_z: tl.constexpr, block_x: tl.constexpr, block_z: tl.constexpr
 ):
-    """Pointers to columns of state `index` of an array of [k, v] states, [block_x, block_z], and their mask."""
-    x, z = tl.arange(0, block_x), first_col + tl.arange(0, block_z)
-    at = ptr + index.to(tl.int64) * (dim_x * dim_z) + x[:, None] * stride_x + z[None, :] * stride_z
-    return at, (x < dim_x)[:, None] & (z < dim_z)[None, :]
+    """Pointers to state `index` of an array of [k, v] states, as rows of z from `first_z` on, [block_z, block_x], and their mask."""
+    z, x = first_z + tl.arange(0, block_z), tl.arange(0, block_x)
+    at = ptr + index.to(tl.int64) * (dim_x * dim_z) + z[:, None] * stride_z + x[None, :] * stride_x
+    return at, (z < dim_z)[:, None] & (x < dim_x)[None, :]
 
 
 @triton.jit
@@ -131,7 +131,7 @@ def entering_state(
     num_segments,
     segment_tokens,
     length,
-    first_col,
+    first_z,
     stride_x,
     stride_z,
     dim_x: tl.constexpr,
@@ -142,9 +142,9 @@ def entering_state(
     documents: tl.constexpr,
     has_outer: tl.constexpr,
 ):
-    """The state at the edge of a segment, fp32 [block_x, block_z]: `states` [b*h, segments, k, v] of the segments on the far side, nearest
+    """The state at the edge of a segment, fp32 [block_z, block_x]: `states` [b*h, segments, k, v] of the segments on the far side, nearest
     first, and `outer` [b*h, k, v], the state at the far end of the sequence. A reverse scan comes from the right."""
-    total = tl.zeros([block_x, block_z], dtype=tl.float32)
+    total = tl.zeros([block_z, block_x], dtype=tl.float32)
     if reverse:
         edge = tl.minimum((segment_index + 1) * segment_tokens, length)
         other = segment_index + 1
@@ -166,7 +166,7 @@ def entering_state(
             same = tl.load(ids + last_seen) == owner
             weight = tl.where(same, weight, 0.0)
             left = tl.where(same, left, 0)
-        at, inside = state_at(states, bh * num_segments + other, first_col, stride_x, stride_z, dim_x, dim_z, block_x, block_z)
+        at, inside = state_at(states, bh * num_segments + other, first_z, stride_x, stride_z, dim_x, dim_z, block_x, block_z)
         total += weight * tl.load(at, mask=inside, other=0.0)
         if reverse:
             distance = tl.minimum((other + 1) * segment_tokens, length) - edge
@@ -184,6 +184,6 @@ def entering_state(
         weight = tl.exp2(decay * distance.to(tl.float32))
         if documents:
             weight = tl.where(tl.load(ids + far) == owner, weight, 0.0)
-        at, inside = state_at(outer, bh, first_col, stride_x, stride_z, dim_x, dim_z, block_x, block_z)
+        at, inside = state_at(outer, bh, first_z, stride_x, stride_z, dim_x, dim_z, block_x, block_z)
         total += weight * tl.load(at, mask=inside, other=0.0)
     return total
