@@ -13,6 +13,8 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
+from megatron_hypenet.ops.gated_norm import gated_norm
+from megatron_hypenet.ops.norm_rope import norm_rope
 from megatron_hypenet.parallel.groups import tensor_group
 
 
@@ -28,16 +30,18 @@ class RMSNorm(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         self.partial_gradient = config.tensor_model_parallel_size > 1 and (per_head or config.sequence_parallel)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., hidden_size] -> the same shape and dtype."""
+    def forward(self, x: Tensor, angles: Tensor | None = None) -> Tensor:
+        """x [..., hidden_size] -> the same shape and dtype; with RoPE `angles` [t, 1, 1, d], x [t, b, heads, d] is rotated too."""
         weight = self.weight
         if self.partial_gradient:
             weight = _SumGradient.apply(weight, tensor_group())
+        if angles is not None:
+            return norm_rope(x, weight, angles, self.eps)
         return F.rms_norm(x, (x.shape[-1],), weight, self.eps)
 
 
 class AllHeadsRMSNorm(torch.nn.Module):
-    """HypeNet's `o_norm`: one RMSNorm over heads * head_dim, whose heads are split over the tensor-parallel ranks.
+    """HypeNet's `o_norm` and the gate after it: one RMSNorm over heads * head_dim, whose heads are split over the tensor-parallel ranks.
 
     The mean of squares is a sum over ranks (one all-reduce of [tokens, 1] each way); the weight is split like the heads."""
 
@@ -51,11 +55,11 @@ class AllHeadsRMSNorm(torch.nn.Module):
         self.weight.partition_dim = 0  # type: ignore[attr-defined]
         self.weight.partition_stride = 1  # type: ignore[attr-defined]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., local heads * head_dim] -> the same shape and dtype."""
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        """x, gate [t, b, local heads * head_dim] -> norm of x times sigmoid(gate), in x's shape and dtype; on one rank in one pass."""
         if self.group.size() == 1:
-            return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
-        return _SplitRMSNorm.apply(x, self.weight, self.eps, self.group)
+            return gated_norm(x, gate, self.weight, self.eps)
+        return _SplitRMSNorm.apply(x, self.weight, self.eps, self.group) * torch.sigmoid(gate)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[tuple[int, int, int], ...] = (), metadata: dict[str, Any] | None = None

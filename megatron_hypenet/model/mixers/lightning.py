@@ -14,7 +14,6 @@ from megatron_hypenet.model.mixers.base import Mixer, register_mixer
 from megatron_hypenet.model.mixers.softmax import SoftmaxAttn
 from megatron_hypenet.model.transfer import named_normal, repeat_groups
 from megatron_hypenet.ops.decay import log_decay
-from megatron_hypenet.ops.rope import apply_rope
 from megatron_hypenet.parallel.context import context_lightning_attn
 from megatron_hypenet.parallel.norm import AllHeadsRMSNorm
 
@@ -51,13 +50,12 @@ class LightningAttn(Mixer):
     def mix(self, parts: dict[str, Tensor], rotary_pos_emb: Tensor | None, document_ids: Tensor | None) -> Tensor:
         """The decayed recurrence over the sequence, then one norm over all heads, then the gate."""
         assert rotary_pos_emb is not None, "the model passes RoPE angles to every layer"
-        q = apply_rope(self.q_norm(self.heads(parts["q"])), rotary_pos_emb)
-        k = apply_rope(self.k_norm(self.heads(parts["k"])), rotary_pos_emb)
+        q, k = self.q_norm(self.heads(parts["q"]), rotary_pos_emb), self.k_norm(self.heads(parts["k"]), rotary_pos_emb)
         q, k, v = (x.transpose(0, 1) for x in (q, k, self.heads(parts["v"])))  # the op's order: [b, t, heads, head_dim]
         self.log_decay = self.log_decay.to(q.device)  # once: later calls find it there, and nothing waits for a copy
         scale = 1.0 / math.sqrt(self.head_dim)
         o = context_lightning_attn(q, k, v, self.log_decay, scale=scale, group=self.context_group, document_ids=document_ids)
-        return self.o_norm(o.transpose(0, 1).flatten(-2)) * torch.sigmoid(parts["gate"])
+        return self.o_norm(o.transpose(0, 1).flatten(-2), parts["gate"])
 
     @torch.no_grad()
     def init_from_attention(self, attention: Mixer, *, seed: int) -> Self:

@@ -11,7 +11,6 @@ from torch import Tensor
 from megatron_hypenet.config.model import SOFTMAX_MIXER, LogitsScaling, ModelConfig
 from megatron_hypenet.model.mixers.base import Mixer, register_mixer
 from megatron_hypenet.ops.logits_scale import logits_scale
-from megatron_hypenet.ops.rope import apply_rope
 from megatron_hypenet.parallel.context import context_softmax_attn, local_positions
 
 
@@ -39,10 +38,8 @@ class SoftmaxAttn(Mixer):
 
     def mix(self, parts: dict[str, Tensor], rotary_pos_emb: Tensor | None, document_ids: Tensor | None) -> Tensor:
         """Attention over all earlier positions, then the gate."""
-        q, k, v = self.q_norm(self.heads(parts["q"])), self.k_norm(self.heads(parts["k"])), self.heads(parts["v"])
-        if self.model.attn_use_rope:
-            assert rotary_pos_emb is not None, "the model passes RoPE angles to every layer"
-            q, k = apply_rope(q, rotary_pos_emb), apply_rope(k, rotary_pos_emb)
+        angles = rotary_pos_emb if self.model.attn_use_rope else None
+        q, k, v = self.q_norm(self.heads(parts["q"]), angles), self.k_norm(self.heads(parts["k"]), angles), self.heads(parts["v"])
         if self.logits_scaling is not None:
             scale = logits_scale(self.logits_scaling, local_positions(q.shape[0], self.context_group, q.device), q.dtype)
             assert scale is not None
