@@ -51,7 +51,7 @@ def make_plan(*, batch: int, tokens: int, heads: int, dim_k: int, dim_v: int, dt
     wide = widest >= 128
     if dtype == torch.float32:
         chunk, fused = 32, widest <= 64
-        scan = states = Blocks(chunk, min(widest, 64 if widest <= 128 else 32), 8 if wide else 4, 2)
+        scan = states = Blocks(chunk, widest if widest <= 128 else 32, 8 if wide else 4, 2)
     else:
         chunk, fused = 64, widest <= 128
         # two stages, not three: two programs then share a multiprocessor, and one computes while the other waits
