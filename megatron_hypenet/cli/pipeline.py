@@ -60,14 +60,16 @@ def prepared(run: RunConfig, *, overwrite: bool = False, nproc: int | None = Non
         warn(run, found)
     quieten()
     from megatron_hypenet.cli.progress import Screen
+    from megatron_hypenet.engine.faults import watched
     from megatron_hypenet.engine.halo import Halo
+    from megatron_hypenet.engine.hang import collective_minutes
     from megatron_hypenet.engine.planning import Clock, planned_work
     from megatron_hypenet.engine.run_folder import RunFolder
     from megatron_hypenet.engine.signals import leaving_at_once
     from megatron_hypenet.engine.steps import Runner
     from megatron_hypenet.parallel import groups
 
-    groups.init_parallel(run.parallel, seed=run.seed)
+    groups.init_parallel(run.parallel, seed=run.seed, collective_minutes=collective_minutes(run.guard))
     try:
         folder, is_main = RunFolder(run.output_dir), groups.rank() == 0
         if is_main:
@@ -87,7 +89,7 @@ def prepared(run: RunConfig, *, overwrite: bool = False, nproc: int | None = Non
             steps = halo.steps()
             screen.does.update({step.name: step.does for step in steps})
             runner = Runner(run, folder, steps, is_main=is_main, barrier=groups.barrier, announce=screen.announce)
-            with leaving_at_once():
+            with watched(folder.root, run.guard), leaving_at_once():
                 yield Pipeline(run=run, folder=folder, halo=halo, runner=runner, screen=screen, is_main=is_main)
         finally:
             screen.close()
@@ -108,7 +110,9 @@ def checked(run: RunConfig, *, overwrite: bool = False, nproc: int | None = None
         RunFolder(run.output_dir).check_same(run)
     shape = teacher_shape(run.teacher)
     num_processes = world_size or processes.count(run, shape, nproc)
-    check_layout(shape, run, num_processes, STAGES)
+    # a number that only follows from the layout is no reason to keep to it in what is advised
+    follows = not (world_size or nproc or processes.join()) and num_processes == run.parallel.model_parallel_size
+    check_layout(shape, run, None if follows else num_processes, STAGES)
     check_model_fits_selection(shape, run)
     identity_of([*run.data.train, *([run.data.heldout] if run.data.heldout else [])])
     return Checked(shape, num_processes)

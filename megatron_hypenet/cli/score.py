@@ -80,7 +80,7 @@ def score(
     folder = resolve(checkpoint)
     config = read_model_config(folder)
     num_processes = processes.fixed(parallel.model_parallel_size)
-    check_model_layout(config, parallel, num_processes)
+    check_model_layout(config, parallel, processes.join())
     ids = read_ids(tokens, config)
     numbers: dict[str, Any] = {
         "checkpoint": str(folder),
