@@ -3,8 +3,6 @@
 Forward and backward recompute everything but one state per segment. No atomics: the same inputs give the same bits.
 Under `torch.compile` each launch is a custom operator, so the graph stays whole."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
