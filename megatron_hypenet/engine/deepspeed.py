@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from megatron_hypenet.checkpoint.state import Template
 from megatron_hypenet.config.schema import ParallelConfig, StageConfig
 from megatron_hypenet.engine.optim import adamw
+from megatron_hypenet.engine.stragglers import OwnTime
 from megatron_hypenet.errors import DivergedError, LayoutError
 from megatron_hypenet.parallel import groups
 
@@ -118,12 +119,15 @@ class TrainingEngine:
         with _silenced():
             self.engine, *_ = self.deepspeed.initialize(model=module, optimizer=optimizer, mpu=groups.ModelParallelUnit, config=config)
         self.zero_stage = self.engine.zero_optimization_stage()
+        self.own_time = OwnTime()
+        """Of the forward passes since somebody last asked."""
         self.init_optimizer_state(0)
 
     def micro_step(self, batch: Mapping[str, Tensor], *, last: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Forward and backward of one micro-batch; gradients accumulate until the `last` of the step. Returns (loss, metrics) detached."""
         self.engine.set_gradient_accumulation_boundary(last)
-        loss, metrics = self.engine(batch)
+        with self.own_time.working():
+            loss, metrics = self.engine(batch)
         self.engine.backward(loss * finite_or_nan(loss))
         if not last:
             self.engine.step()  # only counts: the update waits for the boundary

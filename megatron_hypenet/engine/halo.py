@@ -15,6 +15,7 @@ from typing import Any
 from megatron_hypenet.checkpoint.load import read_manifest, read_model_config, resolve, tokenizer_dir
 from megatron_hypenet.config.schema import RunConfig
 from megatron_hypenet.engine import material, run_stage
+from megatron_hypenet.engine.heartbeat import PULSE
 from megatron_hypenet.engine.loop import train
 from megatron_hypenet.engine.metrics import StepRecord
 from megatron_hypenet.engine.report import draw_importance, draw_report, row_line, write_report
@@ -172,7 +173,10 @@ class Halo:
         known = read_json(self.folder.scores_file) if self.folder.scores_file.is_file() else None
         groups.barrier()  # all have read what is known before the first one adds to it
 
+        PULSE.note("evaluate")
+
         def scored(result: dict[str, Any]) -> None:
+            PULSE.note("evaluate")
             if groups.rank() == 0:
                 write_json(self.folder.scores_file, result)
             self.on_part("select", len(result["layers"]), total)
@@ -197,9 +201,14 @@ class Halo:
         measure, models = material.measure(self.run, self.folder), self._reported_models()
         total = measure.num_parts() * len(models)
         done = iter(range(1, total + 1))
+
+        def part_done(count: int) -> None:
+            PULSE.note("evaluate")
+            self.on_part("report", count, total)
+
         for name, make in models.items():
             model = make()
-            rows.append(measure.row(name, model, lambda: self.on_part("report", next(done), total)))
+            rows.append(measure.row(name, model, lambda: part_done(next(done))))
             self.log(row_line(rows[-1]))
             del model
             run_stage.release()

@@ -22,12 +22,16 @@ from megatron_hypenet.checkpoint.together import from_first
 from megatron_hypenet.config.schema import RunConfig, StageConfig
 from megatron_hypenet.engine import signals
 from megatron_hypenet.engine.deepspeed import RefusedUpdate, TrainingEngine
+from megatron_hypenet.engine.faults import record_now
 from megatron_hypenet.engine.hardware import Workload, peak_flops
+from megatron_hypenet.engine.heartbeat import PULSE
 from megatron_hypenet.engine.metrics import MetricSums, Recorder, StepRecord
 from megatron_hypenet.engine.optim import lr_at
 from megatron_hypenet.engine.samples import TokenSource, step_batches
 from megatron_hypenet.engine.saving import Saver
 from megatron_hypenet.engine.schedule import forward_backward
+from megatron_hypenet.engine.stragglers import StepTimes, named
+from megatron_hypenet.engine.timing import Timing
 from megatron_hypenet.errors import ConfigError, DataError, DivergedError, SavedAndRequeue, UsageError
 from megatron_hypenet.parallel import groups
 from megatron_hypenet.stages.base import Batch, StageModule
@@ -76,6 +80,9 @@ def train(
         with trainer.requests:
             trainer.open(tensorboard_dir or Path(out_dir) / "tb", log)
             return trainer.run_to_end(on_step, evaluate)
+    except BaseException as fault:
+        record_now(fault)  # before anything is closed: the other processes are about to fail of it
+        raise
     finally:
         trainer.close()
 
@@ -99,21 +106,27 @@ class _Trainer:
         self.engine: TrainingEngine | None = None
         self.recorder: Recorder | None = None
         self.saver: Saver | None = None
+        self.timing = Timing(stage.name, background=run.checkpoint.async_save)
 
     def open(self, tensorboard_dir: Path, log: Callable[[str], None] | None) -> None:
         """Build the engine, continue from a checkpoint if there is one, and open the logs."""
+        PULSE.begin(self.stage.name, train_iters=self.config.train_iters)
         self.saver = Saver(self.out_dir / CHECKPOINTS, self.run.checkpoint)
         self.engine = TrainingEngine(self.stage, self.config, self.run.parallel)
+        self.step_times = StepTimes(self.engine.own_time)
         self.state = TrainState(stage=self.stage.name, seed=self.run.data.seed, layout=self._layout())
-        resumed = self.saver.committed
+        resumed, elsewhere = self.saver.committed, ""
         if resumed is not None:
+            PULSE.note("load")
             stored = load_training(resumed, self.engine, model_config=self.stage.model_config, stage=self.stage.name)
             if stored.seed != self.run.data.seed:
                 raise ConfigError(
                     f"data.seed={self.run.data.seed}, but {resumed} was trained with data.seed={stored.seed}: the samples after "
                     f"{stored.samples} would be others than in the run it continues; set it back, or use another output_dir"
                 )
+            elsewhere = self._what_changed(stored.layout)
             self.state = replace(stored, layout=self._layout())
+            PULSE.iteration = stored.step
         self.recorder = Recorder(
             stage=self.stage.name,
             train_iters=self.config.train_iters,
@@ -127,7 +140,7 @@ class _Trainer:
         )
         self.saver.note = self.recorder.note
         if resumed is not None:
-            self.recorder.note(f"resumed from {resumed} at iter {self.state.step}/{self.config.train_iters}")
+            self.recorder.note(f"resumed from {resumed} at iter {self.state.step}/{self.config.train_iters}{elsewhere}")
         if groups.rank() == 0:  # which also has made the folder
             self._warn_of_small_disk()
 
@@ -149,7 +162,9 @@ class _Trainer:
         config, sums = self.config, MetricSums()
         self.stage.train()
         while self.state.step < config.train_iters:
+            start = time.perf_counter()
             record, metrics = self._one_step()
+            self._note_step(record, time.perf_counter() - start)
             if not record.skipped:
                 sums.add(metrics)
             step, last = record.step, record.step == config.train_iters
@@ -157,17 +172,21 @@ class _Trainer:
                 values = sums.take(groups.all_reduce_mean)
                 values = {tag: value for part in groups.gather_over_pipeline(values) for tag, value in part.items()}
                 record = replace(record, metrics=values)
-                self.recorder.interval(record, values, self.state.tokens)
+                times, slow = self.step_times.compare(self.recorder.interval_steps(step))
+                self.recorder.interval(record, {**values, **times}, self.state.tokens, slow=named(slow))
             if on_step is not None:
                 on_step(record)
             pause = time.perf_counter()
             if evaluate is not None and (last or (config.eval_interval and step % config.eval_interval == 0)):
                 self.recorder.points(step, self._evaluated(evaluate, step))
+                self.timing.evaluation(time.perf_counter() - pause)
             wish = self.requests.poll()
             if last or wish != signals.GO_ON or step % config.save_interval == 0:
-                self._save(wait=last or wish == signals.LEAVE)
+                with PULSE.doing("save"):
+                    self._save(wait=last or wish == signals.LEAVE)
             else:
                 self.saver.edge()
+            self._note_saves()
             self.recorder.exclude(time.perf_counter() - pause)
             if wish == signals.LEAVE:  # on the last step too: the steps after this stage are for the next start
                 raise SavedAndRequeue(
@@ -182,10 +201,12 @@ class _Trainer:
         assert self.engine is not None and self.recorder is not None
         step, lr = self.state.step + 1, lr_at(self.state.step, self.config)
         loss_tensor, metrics = forward_backward(self.engine, self._batches())
+        PULSE.note("reduce")
         # one wait for the device per step
         loss = float(groups.sum_over_pipeline(groups.all_reduce_mean(loss_tensor.double())))
         samples = self.config.global_batch_size
         tokens = samples * self.config.seq_length
+        PULSE.note("update")
         try:
             grad_norm = self.engine.apply(lr)
         except RefusedUpdate as error:
@@ -201,7 +222,41 @@ class _Trainer:
         self.state = self.state.advance(samples=samples, tokens=tokens, loss=loss, lr=lr)
         return self.recorder.step(step, loss=loss, grad_norm=grad_norm, lr=lr, tokens=tokens), metrics
 
+    def _note_step(self, record: StepRecord, seconds: float) -> None:
+        """Tell the heartbeat and the timing of a step that took `seconds`."""
+        if PULSE.warm:  # the first one also compiles and connects
+            self.timing.step(seconds)
+        PULSE.finish_step(
+            record.step, loss=None if record.skipped else record.loss, tokens_per_second=round(record.tokens_per_second, 1),
+            eta_seconds=round(record.eta_seconds, 1), skipped_steps=self.state.skipped_steps,
+        )  # fmt: skip
+
+    def _note_saves(self) -> None:
+        """Tell them of a save that was committed since the last call."""
+        assert self.saver is not None
+        if self.saver.seconds is None:
+            return
+        self.timing.save(self.saver.seconds)
+        self.saver.seconds = None
+        figures = self.timing.figures()
+        del figures["margin_seconds"]
+        PULSE.facts = {**PULSE.facts, "last_save": str(self.saver.committed), "last_save_time": round(time.time(), 1), **figures}
+        if groups.rank() == 0:
+            self.timing.write(self.run.output_dir)
+
+    def _what_changed(self, stored: Mapping[str, int]) -> str:
+        """Of the layout since the checkpoint was written, and what became of the global batch; empty when nothing did."""
+        now, num_micro_batches = self._layout(), self.config.num_micro_batches(groups.data_size())
+        changed = [f"{axis} {stored[axis]} -> {size}" for axis, size in now.items() if axis in stored and stored[axis] != size]
+        if not changed:
+            return ""
+        return (
+            f" on another layout ({', '.join(changed)}); the global batch stays {self.config.global_batch_size}: {num_micro_batches} "
+            f"micro-batch{'es' if num_micro_batches > 1 else ''} of {self.config.micro_batch_size} per process and step"
+        )
+
     def _batches(self) -> list[Batch]:
+        PULSE.note("data")
         end = None
         if self.run.data.separate_documents:
             end = self.data.end_of_document
@@ -239,7 +294,7 @@ class _Trainer:
     def _evaluated(self, evaluate: Callable[[int], Mapping[str, float]], step: int) -> Mapping[str, float]:
         self.stage.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), PULSE.doing("evaluate"):
                 return evaluate(step)
         finally:
             self.stage.train()

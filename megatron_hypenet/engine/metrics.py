@@ -29,6 +29,9 @@ TAGS = {
     "tflops-per-gpu": "useful floating-point operations per second and process, in units of 1e12 (model/flops.py)",
     "mfu": "those over the GPU's dense bf16 peak, between 0 and 1; only for GPUs whose peak is known",
     "step-time-ms": "milliseconds per step, since the last point",
+    "step-time/min-ms": "of the time each rank spends in its own forward passes per step: the fastest rank's (engine/stragglers.py)",
+    "step-time/median-ms": "the median of the ranks; those above 1.3 times their peers' in three intervals are named in slow-ranks",
+    "step-time/max-ms": "the slowest rank's",
     "tokens-seen": "tokens consumed since the stage began",
     "skipped-steps": "steps of this stage so far that were left out because their loss or gradient was not finite",
     "memory-gib": "peak GPU memory, or resident memory on a CPU, of rank 0",
@@ -162,9 +165,9 @@ class Recorder:
             tokens_per_second=self._tokens / elapsed, eta_seconds=eta, workload=self.workload, skipped=skipped,
         )  # fmt: skip
 
-    def interval(self, record: StepRecord, metrics: Mapping[str, float], tokens_seen: int) -> None:
-        """Log the interval that ends with `record`, and begin the next."""
-        steps = max(record.step - self._from_step, 1)
+    def interval(self, record: StepRecord, metrics: Mapping[str, float], tokens_seen: int, *, slow: str = "") -> None:
+        """Log the interval that ends with `record`, and begin the next; `slow` names ranks that hold the others up."""
+        steps = self.interval_steps(record.step)
         if self._board is not None:
             points = {
                 "loss": self._loss_sum / self._num_losses if self._num_losses else math.nan,
@@ -177,7 +180,9 @@ class Recorder:
                 "memory-gib": memory_gib(),
             }
             self.points(record.step, {**points, **self._use(record.tokens_per_second), **metrics})
-            self._log(record.line())
+            if slow:
+                self._board.add_text("step-time/slow-ranks", slow, record.step)
+            self._log(record.line() + (f" | slow: {slow}" if slow else ""))
         self._restart(record.step)
 
     def _use(self, tokens_per_second: float) -> dict[str, float]:
@@ -189,6 +194,10 @@ class Recorder:
         }
         share = self.workload.mfu(tokens_per_second)
         return points if share is None else {**points, "mfu": share}
+
+    def interval_steps(self, step: int) -> int:
+        """Steps of the present interval, up to and including `step`."""
+        return max(step - self._from_step, 1)
 
     def exclude(self, seconds: float) -> None:
         """Leave `seconds` (a save, an evaluation) out of the speed of the present interval."""

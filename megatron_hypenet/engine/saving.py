@@ -35,6 +35,8 @@ class Saver:
         """Hears that a save is requested, and that it is committed."""
         self._pending: PendingSave | None = None
         self._requested = 0.0
+        self.seconds: float | None = None
+        """From the request of the newest committed save to its commit; who has read it may clear it."""
 
     def save(self, engine: EngineState, state: TrainState, *, wait: bool, **what: Any) -> None:
         """Save `state`. Without `wait`, and with checkpoint.async_save, this only takes copies: a later `edge` commits.
@@ -62,6 +64,7 @@ class Saver:
             return
         pending, self._pending = self._pending, None
         self.committed = pending.commit()
+        self.seconds = time.perf_counter() - self._requested
         if groups.rank() == 0:
             prune(self.checkpoints, keep_last=self.config.keep_last, keep_every=self.config.keep_every)
         self.note(f"saved {self.committed} in {self._seconds()}")

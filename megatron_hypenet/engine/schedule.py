@@ -9,12 +9,15 @@ only reduces and applies the gradients (ZeRO 0 and 1). What flows differs by HAL
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from megatron_hypenet.engine.deepspeed import TrainingEngine, finite_or_nan
+from megatron_hypenet.engine.heartbeat import PULSE
+from megatron_hypenet.engine.stragglers import OwnTime
 from megatron_hypenet.model.hypenet import HypeNetModel
 from megatron_hypenet.parallel import groups
 from megatron_hypenet.parallel.pipeline import run_pipeline
@@ -33,13 +36,16 @@ def forward_backward(engine: TrainingEngine, batches: Iterable[Batch]) -> LossAn
     if groups.pipeline_stage()[1] > 1:
         stage = engine.module
         assert isinstance(stage, StageModule), "the engine trains a stage"
+        PULSE.note("forward-backward")
         whole = list(batches)
         assert len(whole) == engine.num_micro_batches, f"{len(whole)} micro-batches for {engine.num_micro_batches}"
-        result = _pipelined(stage, whole, train=True)
+        result = _pipelined(stage, whole, train=True, clock=engine.own_time)
+        PULSE.note("reduce")
         engine.reduce_gradients()
         return result
     results = _Mean()
     for count, batch in enumerate(batches, start=1):
+        PULSE.note("forward-backward")
         results.add(*engine.micro_step(batch, last=count == engine.num_micro_batches))
     assert results.count == engine.num_micro_batches, f"{results.count} micro-batches for {engine.num_micro_batches}"
     return results.take()
@@ -48,7 +54,8 @@ def forward_backward(engine: TrainingEngine, batches: Iterable[Batch]) -> LossAn
 @torch.no_grad()
 def stage_loss(stage: StageModule, batch: Batch) -> Tensor:
     """Loss of one micro-batch without training, the same value on every pipeline stage."""
-    loss, _ = stage(batch) if groups.pipeline_stage()[1] == 1 else _pipelined(stage, [batch], train=False)
+    PULSE.note("evaluate")
+    loss, _ = stage(batch) if groups.pipeline_stage()[1] == 1 else _pipelined(stage, [batch], train=False, clock=OwnTime())
     return groups.sum_over_pipeline(loss.detach().clone())
 
 
@@ -71,12 +78,12 @@ class _Mean:
         return self._loss / self.count, {tag: value / self.count for tag, value in self._sums.items()}
 
 
-def _pipelined(stage: StageModule, batches: Sequence[Batch], *, train: bool) -> LossAndMetrics:
+def _pipelined(stage: StageModule, batches: Sequence[Batch], *, train: bool, clock: OwnTime) -> LossAndMetrics:
     """One step's micro-batches through several pipeline stages; the share of this rank in loss and metrics."""
     tokens = [local_tokens(batch) for batch in batches]
     results = _Mean()
     if isinstance(stage, AlignStage):
-        _align(stage, tokens, results, train=train)
+        _align(stage, tokens, results, train=train, clock=clock)
     else:
         assert isinstance(stage, HeadStage), f"no pipeline schedule for {type(stage).__name__}"
         kept = _kept_hidden(stage.frozen_teacher, tokens) if stage.frozen_teacher is not None else [None] * len(tokens)
@@ -87,16 +94,20 @@ def _pipelined(stage: StageModule, batches: Sequence[Batch], *, train: bool) -> 
             kept[index] = None
             return loss * finite_or_nan(loss)
 
-        _flow(stage.student, tokens, loss_of, train=train)
+        _flow(stage.student, tokens, loss_of, train=train, clock=clock)
     if not results.count:  # not the last rank: the loss arises there
         results.add(torch.zeros((), device=tokens[0].inputs.device), {})
     return results.take()
 
 
-def _align(stage: AlignStage, tokens: Sequence[LocalTokens], results: _Mean, *, train: bool) -> None:
+def _align(stage: AlignStage, tokens: Sequence[LocalTokens], results: _Mean, *, train: bool, clock: OwnTime) -> None:
+    phase = "forward-backward" if train else "evaluate"
+
     def step(index: int) -> Tensor:
-        output = stage.teacher.hidden(tokens[index].inputs, tokens[index].document_ids)
-        loss, metrics = stage.layer_losses()
+        PULSE.note(phase)
+        with clock.working():
+            output = stage.teacher.hidden(tokens[index].inputs, tokens[index].document_ids)
+            loss, metrics = stage.layer_losses()
         if train:
             loss.backward(gradient=finite_or_nan(loss) / len(tokens))
         results.add(loss, metrics)
@@ -123,12 +134,16 @@ def _flow(
     *,
     train: bool,
     step: Callable[[int], Tensor] | None = None,
+    clock: OwnTime | None = None,
 ) -> None:
-    """run_pipeline over micro-batches that all have the shape of the first."""
+    """run_pipeline over micro-batches that all have the shape of the first; the stage's own work counts on `clock`."""
     rows, length = tokens[0].inputs.shape
+    phase = "forward-backward" if train else PULSE.phase
 
     def hidden(index: int) -> Tensor:
-        return model.hidden(tokens[index].inputs, tokens[index].document_ids)
+        PULSE.note(phase)
+        with contextlib.nullcontext() if clock is None else clock.working():
+            return model.hidden(tokens[index].inputs, tokens[index].document_ids)
 
     run_pipeline(
         model, len(tokens), seq_length=length * groups.context_group().size(), micro_batch_size=rows, step=step or hidden,

@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron_hypenet.checkpoint.manifest import git_commit, library_versions
 from megatron_hypenet.config.schema import RunConfig
+from megatron_hypenet.engine.heartbeat import PULSE
 from megatron_hypenet.engine.run_folder import RunFolder, files_identity, fingerprint_of, settled
 from megatron_hypenet.errors import CheckpointError, DataError
 
@@ -101,6 +102,9 @@ class Runner:
             self.folder.begin(name, fingerprint)
         self.barrier()
         self.announce(name, "starts")
+        PULSE.begin(name)
+        if step.alone:
+            PULSE.note("alone" if self.is_main else "waiting")
         start = time.monotonic()
         details = step.action() if self.is_main or not step.alone else {}
         self.barrier()

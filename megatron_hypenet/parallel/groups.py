@@ -3,6 +3,7 @@
 Megatron-core does the model-parallel groups; DeepSpeed gets them through `ModelParallelUnit` and does data parallelism over them
 (context-parallel ranks count as data-parallel there: they hold the same weights and different tokens)."""
 
+import math
 import os
 from datetime import timedelta
 from typing import Any
@@ -14,21 +15,28 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_hypenet.config.schema import ParallelConfig
-from megatron_hypenet.parallel.cpu import enable_cpu
+from megatron_hypenet.parallel.cpu import device, enable_cpu
 
 
-def init_parallel(parallel: ParallelConfig, *, seed: int = 1234, timeout_minutes: float = 30.0) -> None:
+def init_parallel(
+    parallel: ParallelConfig, *, seed: int = 1234, timeout_minutes: float = 30.0, collective_minutes: float | None = None
+) -> None:
     """Start torch.distributed (from the launcher's environment, or as one process without a port) and Megatron's groups.
 
-    Calling it again with the groups standing does nothing but reseed; `destroy_parallel` ends them."""
+    `timeout_minutes` is how long the processes wait for each other at the start, `collective_minutes` (default: the same) how long in
+    any collective later. Calling it again with the groups standing does nothing but reseed; `destroy_parallel` ends them."""
     enable_cpu()
+    minutes = timeout_minutes if collective_minutes is None else collective_minutes
     if not dist.is_initialized():
         _init_process_group(timedelta(minutes=timeout_minutes))
+        if minutes != timeout_minutes and dist.get_world_size() > 1:
+            dist.distributed_c10d._set_pg_timeout(timedelta(minutes=minutes))
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor_model_parallel_size,
             pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
             context_parallel_size=parallel.context_parallel_size,
+            distributed_timeout_minutes=math.ceil(minutes),
         )
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
@@ -165,6 +173,16 @@ def rank() -> int:
 def world_size() -> int:
     """Number of processes, 1 without torch.distributed."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gather_numbers(value: float) -> list[float]:
+    """The `value` of every process by rank, everywhere; collective."""
+    if world_size() == 1:
+        return [value]
+    own = torch.tensor([value], dtype=torch.float64, device=device())
+    gathered = [torch.empty_like(own) for _ in range(world_size())]
+    dist.all_gather(gathered, own)
+    return [float(number) for number in torch.cat(gathered).tolist()]
 
 
 def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
