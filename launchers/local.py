@@ -110,6 +110,7 @@ class _Group:
         self.processes: list[subprocess.Popen[bytes]] = []
         self.running: set[int] = set()
         self.ended: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()  # (rank, exit code), in the order they ended
+        self.codes: dict[int, int] = {}
         self.outcome: tuple[int, int] | None = None  # the one that decides the exit code, if it is not 0
         self.received: list[int] = []
         self.previous: dict[int, Any] = {}
@@ -152,7 +153,7 @@ class _Group:
         if self.outcome is None:
             return 0
         rank, code = self.outcome
-        if rank != 0 and self._has_failed():
+        if self._has_failed() and self.codes.get(0) != code:  # with the same code, rank 0 has said the same on our streams
             self._show(rank, code)
         return code
 
@@ -186,6 +187,7 @@ class _Group:
         except queue.Empty:
             return
         self.running.discard(rank)
+        self.codes[rank] = code
         if code and not self._has_failed():
             self.outcome = (rank, code)
 

@@ -115,6 +115,12 @@ wait_for("never") if size == 3 and rank == 2 else wait_for("ready0") if rank els
     assert "process 1 of 3 ended first, with code 7; its last lines:\nerror: loss is nan\n" in said
 
 
+def test_what_all_processes_say_is_shown_once(program, capfd):
+    program("print('error: diverged', file=sys.stderr); time.sleep(0.5 * (rank == 0)); sys.exit(7)")
+    assert run(LocalLaunch((), 2)) == 7
+    assert capfd.readouterr().err == "error: diverged\n"
+
+
 def test_a_process_that_ignores_sigterm_is_killed(program):
     program("if rank == 0: wait_for('ready1'); sys.exit(3)\nsignal.signal(signal.SIGTERM, signal.SIG_IGN); ready(); wait_for('never')")
     assert run(LocalLaunch((), 2, grace_seconds=0.5)) == 3
