@@ -136,6 +136,16 @@ def test_the_operators_agree_with_their_fake_forms():
     torch.library.opcheck(kernels._final_state_op, (k, v, decay, None), test_utils=checks)
 
 
+def test_traced_as_one_graph_with_the_same_gradients():
+    q, k, v = torch.randn(3, 1, 40, 2, 16, device=DEVICE).unbind(0)
+    decay = log_decay(2)
+    q.requires_grad_()
+    step = lambda q, k, v: kernels.triton_lightning_attn(q * 2, k, v, decay, scale=SCALE)[0].square().sum()  # noqa: E731
+    want = torch.autograd.grad(step(q, k, v), q)[0]
+    got = torch.autograd.grad(torch.compile(step, fullgraph=True, backend="aot_eager")(q, k, v), q)[0]
+    torch.testing.assert_close(got, want)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("dim", [64, 128, 256])
