@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from megatron_hypenet.ops.lightning_attn.triton_dkdv import dkdv_kernel
-from megatron_hypenet.ops.lightning_attn.triton_plan import Blocks, Plan, make_plan, power_of_two
+from megatron_hypenet.ops.lightning_attn.triton_plan import H100, Blocks, Gpu, Plan, make_plan, power_of_two
 from megatron_hypenet.ops.lightning_attn.triton_scan import combine_kernel, scan_kernel, segment_states_kernel
 from megatron_hypenet.ops.lightning_attn.triton_tiles import DESCRIPTORS, MASKED, WHOLE
 
@@ -259,7 +259,7 @@ def _pick(direct: Callable[..., Any], operator: Callable[..., Any]) -> Callable[
 
 def _plan(q: Tensor, v: Tensor) -> Plan:
     b, t, h, dk = q.shape
-    return make_plan(batch=b, tokens=t, heads=h, dim_k=dk, dim_v=v.shape[-1], dtype=q.dtype, processors=_processors(q.device))
+    return make_plan(batch=b, tokens=t, heads=h, dim_k=dk, dim_v=v.shape[-1], dtype=q.dtype, gpu=_gpu(q.device))
 
 
 def _access(tensors: tuple[Tensor, ...], whole: bool) -> int:
@@ -294,9 +294,12 @@ def _tiles(*tensors: tuple[Tensor, int], chunk: int, access: int) -> list[Any]:
 
 
 @lru_cache
-def _processors(device: torch.device) -> int:
-    """Multiprocessors of the GPU; an H100's number where Triton's interpreter runs the kernels."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+def _gpu(device: torch.device) -> Gpu:
+    """This GPU; an H100 where Triton's interpreter runs the kernels."""
+    if device.type != "cuda":
+        return H100
+    properties = torch.cuda.get_device_properties(device)
+    return Gpu(properties.multi_processor_count, getattr(properties, "shared_memory_per_block_optin", H100.shared_bytes))
 
 
 def _log2_decay(log_decay: Tensor, device: torch.device) -> Tensor:

@@ -3,7 +3,7 @@
 No tuning at run time: the same call always runs the same code, so results repeat bit for bit. The numbers come from the sweep
 in tools/bench/results/."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -11,6 +11,20 @@ import torch
 # Cost of starting a segment (its own state, the entering state, filling the pipeline), in tokens of the main loop.
 SEGMENT_COST_TOKENS = 384
 MIN_SEGMENT_TOKENS = 256
+# What the fused kernel of dk and dv needs at 128 dims, and the pipelines at 256: data-centre GPUs have it, others about 99 KiB.
+SHARED_BYTES_OF_WIDE = 160 * 1024
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What a plan depends on."""
+
+    processors: int
+    shared_bytes: int
+    """The most shared memory of one program."""
+
+
+H100 = Gpu(132, 227 * 1024)
 
 
 @dataclass(frozen=True)
@@ -45,8 +59,8 @@ def power_of_two(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
 
-def make_plan(*, batch: int, tokens: int, heads: int, dim_k: int, dim_v: int, dtype: torch.dtype, processors: int) -> Plan:
-    """The plan for q, k [batch, tokens, heads, dim_k] and v [.., dim_v] on a GPU of `processors` multiprocessors."""
+def make_plan(*, batch: int, tokens: int, heads: int, dim_k: int, dim_v: int, dtype: torch.dtype, gpu: Gpu) -> Plan:
+    """The plan for q, k [batch, tokens, heads, dim_k] and v [.., dim_v] on this GPU."""
     widest = max(power_of_two(dim_k), power_of_two(dim_v))
     wide = widest >= 128
     if dtype == torch.float32:
@@ -57,8 +71,12 @@ def make_plan(*, batch: int, tokens: int, heads: int, dim_k: int, dim_v: int, dt
         # two stages, not three: two programs then share a multiprocessor, and one computes while the other waits
         scan = Blocks(chunk, min(widest, 64), 4 if widest <= 128 else 8, 2)
         states = Blocks(chunk, min(widest, 64), 4 if widest <= 128 else 8, 3)
+    if gpu.shared_bytes < SHARED_BYTES_OF_WIDE:
+        fused = fused and not wide
+        if widest > 128:
+            scan, states = replace(scan, stages=1), replace(states, stages=1)
     dkdv = Blocks(chunk, widest, 8 if wide else 4, 2) if fused else None
-    segment_tokens = choose_segment(batch * heads, tokens, chunk, processors)
+    segment_tokens = choose_segment(batch * heads, tokens, chunk, gpu.processors)
     return Plan(states, scan, dkdv, segment_tokens, -(-tokens // segment_tokens), float32_precision())
 
 
