@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from megatron_hypenet.cli.options import JsonOption
+from megatron_hypenet.errors import DataError
 
 if TYPE_CHECKING:
     from megatron_hypenet.cli.jobs import Jobs
@@ -67,7 +68,12 @@ def progress_of(run_folder: Path) -> dict[str, Any]:
     folder = RunFolder(run_folder)
     text = folder.log_file.read_text(encoding="utf-8", errors="replace") if folder.log_file.is_file() else ""
     step, last_iteration = last_lines(text.splitlines())
-    return {"finished": list(folder.records()), "step": step, "iteration": last_iteration, "last_save": last_save(run_folder)}
+    found: dict[str, Any] = {"finished": [], "step": step, "iteration": last_iteration, "last_save": last_save(run_folder), "problem": ""}
+    try:
+        found["finished"] = list(folder.records())
+    except DataError as error:  # its jobs fail with it, and this verb is how to find out
+        found["problem"] = str(error)
+    return found
 
 
 def last_lines(lines: list[str]) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
@@ -132,4 +138,5 @@ def lines_of(found: dict[str, Any]) -> list[str]:
         lines.append(f"  speed        {iteration['tokens_per_second']} tokens/s, this stage: {iteration['eta']} left{whole}")
     lines.append(f"  last save    {save['checkpoint']}, {short_time(save['seconds_ago'])} ago" if save else "  last save    none yet")
     lines.append(f"  finished     {', '.join(found['finished']) or 'nothing yet'}")
+    lines += [f"  problem      {found['problem']}"] if found["problem"] else []
     return lines
