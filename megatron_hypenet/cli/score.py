@@ -71,6 +71,7 @@ def score(
     """
     check_place(out, overwrite=overwrite)
     from megatron_hypenet.checkpoint.load import read_model_config, resolve
+    from megatron_hypenet.cli.pipeline import quieten
     from megatron_hypenet.config.checks import check_model_layout
     from megatron_hypenet.config.schema import ParallelConfig
 
@@ -93,6 +94,7 @@ def score(
         numbers["launch"] = start and start.describe()
     else:
         processes.start_here(num_processes)
+        quieten()
         logits, nll = compute(folder, config, parallel, ids, dtype.value, batch_size)
         if not processes.speaks():
             return

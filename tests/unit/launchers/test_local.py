@@ -175,11 +175,11 @@ def test_what_a_process_leaves_behind_is_ended(program):
     eventually(lambda: all(gone(int(Path(f"pid{rank}").read_text())) for rank in range(2)))
 
 
-def test_processes_die_with_a_launcher_that_is_killed(program, repo_root):
+def test_processes_die_with_a_launcher_that_is_killed(program, repo_root, tmp_path):
     path = program("ready(); wait_for('never')")
     starter = f"from launchers import local; local.hypenet_command = lambda w: ({sys.executable!r}, {str(path)!r}); "
     starter += "local.run(local.LocalLaunch((), 2))"
-    launcher = subprocess.Popen([sys.executable, "-c", starter], env={**os.environ, "PYTHONPATH": str(repo_root)})
+    launcher = subprocess.Popen([sys.executable, "-c", starter], env={**os.environ, "PYTHONPATH": str(repo_root), "TMPDIR": str(tmp_path)})
     eventually(lambda: all(Path(f"ready{rank}").exists() and Path(f"ready{rank}").read_text() for rank in range(2)))
     launcher.kill()
     launcher.wait()
