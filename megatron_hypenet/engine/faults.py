@@ -218,10 +218,9 @@ def _peer(fault: BaseException, place: Place) -> HypenetError:
 
 
 def _killed(killed: list[Beat], said: str) -> str:
-    where = f"in {killed[0].where()}"
     return (
-        f"{killed[0].who()} was killed {where}, without a word of its own, {said}. Out of memory (the kernel's log says so), or somebody "
-        "ended it"
+        f"{killed[0].who()} was killed, without a word of its own (last heartbeat: {killed[0].where()}), {said}. Out of memory, which the "
+        "kernel's log would say, or somebody ended it"
     )
 
 
@@ -231,4 +230,4 @@ def _here() -> str:
 
 def _first_line(fault: BaseException) -> str:
     text = str(fault).strip().split("\n")[0]
-    return re.sub(r"^\[[^\]]*\]\s*", "", text)[:200]  # without the path of the library's source
+    return re.sub(r"^\[[^\]]*\]\s*", "", text).split(". ")[0][:200]  # without the library's source file and advice

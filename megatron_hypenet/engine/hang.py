@@ -145,7 +145,7 @@ class HangWatch:
 def suspects(beats: dict[int, Beat], silent: Iterable[int], world_size: int) -> list[str]:
     """Lines that name the ranks that hold the others up: gone, never begun, or behind."""
     gone = [beats[rank] for rank in sorted(silent)]
-    lines = _listed(gone, "does not answer: its process is stopped or dead, or its node is; it was last in {where}")
+    lines = _listed(gone, "does not answer: its process is stopped or dead, or its node is (last heartbeat: {where})")
     missing = [rank for rank in range(world_size) if rank not in beats]
     if missing:
         more = f" and {len(missing) - _LONGEST_LIST} more" if len(missing) > _LONGEST_LIST else ""

@@ -1,23 +1,28 @@
-"""One training process for the kill-and-resume tests: a tiny real stage, killed with SIGKILL where asked.
+"""One training process for the tests of faults and resumes: a tiny real stage, hurt where asked.
 
     python -m tests.integration.training_worker OUT --iters 6 --stage finetune [--zero 2] [--dtype bfloat16] [--kill-after 4] ...
-Run alone, or by torchrun for several data-parallel processes.
+Run alone, by torchrun or by launchers/local.py for several data-parallel processes. --kill-after, --stop-after, --fail-after and --slow
+hurt all processes, or the one named by --only-rank.
 """
 
 import argparse
 import os
 import signal
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from megatron_hypenet.checkpoint import shard_writer
 from megatron_hypenet.checkpoint.format import iteration_name
+from megatron_hypenet.cli.main import report_fault
 from megatron_hypenet.config.schema import HeadStageConfig, RunConfig
+from megatron_hypenet.engine.faults import watched
+from megatron_hypenet.engine.hang import collective_minutes
 from megatron_hypenet.engine.loop import train
 from megatron_hypenet.engine.process import leave
-from megatron_hypenet.errors import HypenetError
 from megatron_hypenet.model.hypenet import build_model
 from megatron_hypenet.parallel import groups
 from megatron_hypenet.stages.align import AlignStage
@@ -30,14 +35,25 @@ SHAPE = {"num_attention_heads": 4, "num_query_groups": 2, "vocab_size": 62}
 """Divisible by two tensor-parallel ranks."""
 
 
+BAD_TOKEN = 61
+
+
 class RandomTokens:
-    """Tokens that depend on the sample index alone."""
+    """Tokens that depend on the sample index alone; those of bad samples begin with BAD_TOKEN."""
+
+    def __init__(self, bad=range(0), fails=lambda: False):
+        self.bad, self.fails = bad, fails
 
     def batch(self, sample_start: int, count: int, seq_length: int) -> torch.Tensor:
+        if self.fails():
+            raise ValueError("this shard cannot be read")
         rows = [
             torch.randint(0, 61, (seq_length + 1,), generator=torch.Generator().manual_seed(1000 + sample_start + row))
             for row in range(count)
         ]
+        for row in range(count):
+            if sample_start + row in self.bad:
+                rows[row][0] = BAD_TOKEN
         return torch.stack(rows)
 
 
@@ -55,6 +71,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=1e-2)
     parser.add_argument("--kill-after", type=int, default=0)
     parser.add_argument("--term-after", type=int, default=0)
+    parser.add_argument("--only-rank", type=int)
+    parser.add_argument("--stop-after", type=int, default=0, help="SIGSTOP: the process neither ends nor answers")
+    parser.add_argument("--fail-after", type=int, default=0, help="an exception while the data of the next step is read")
+    parser.add_argument("--fill-disk-after", type=int, default=0, help="the first process leaves no space beside its results")
+    parser.add_argument("--slow", type=float, default=0.0, help="seconds that every forward pass takes longer")
+    parser.add_argument("--bad-samples", type=int, nargs=2, default=(0, 0), help="first, and one beyond the last, whose loss is NaN")
+    parser.add_argument("--max-skipped", type=int, default=3)
+    parser.add_argument("--hang-timeout", type=float, default=1800.0)
     parser.add_argument("--die-writing", type=int, default=0, help="the last process kills itself while it writes the save of this step")
     return parser.parse_args(arguments)
 
@@ -67,6 +91,7 @@ def run_config(options: argparse.Namespace) -> RunConfig:
     parallel = {"zero_stage": options.zero, "tensor_model_parallel_size": options.tp, "pipeline_model_parallel_size": options.pp}
     inputs = {
         "checkpoint": {"async_save": options.async_save},
+        "guard": {"max_skipped_steps": options.max_skipped, "hang_timeout_seconds": options.hang_timeout},
         "output_dir": str(options.out),
         "teacher": "teacher",
         "data": {"train": ["x.txt"]},
@@ -101,21 +126,56 @@ def die_writing(step: int) -> None:
     shard_writer.ShardWrite.write = dying
 
 
-def main(options: argparse.Namespace) -> None:
-    run = run_config(options)
-    groups.init_parallel(run.parallel, seed=3)
-    if options.die_writing:
-        die_writing(options.die_writing)
+def hurt(stage, options: argparse.Namespace, mine: bool) -> None:
+    """Give the stage a loss that is NaN for bad samples, and a forward pass that is slow."""
+    head_loss = stage.head_loss
+
+    def hurting(tokens, hidden, teacher_hidden):
+        time.sleep(options.slow if mine else 0.0)
+        loss, metrics = head_loss(tokens, hidden, teacher_hidden)
+        return (loss * float("nan") if (tokens.inputs == BAD_TOKEN).any() else loss), metrics
+
+    stage.head_loss = hurting
+
+
+def fill_disk(folder: Path) -> None:
+    """Write until nothing fits any more."""
+    with suppress(OSError), (folder / "filler").open("wb", buffering=0) as stream:
+        while stream.write(b"x" * 4096):
+            pass
+
+
+def train_stage(options: argparse.Namespace, run: RunConfig) -> Path:
+    mine = options.only_rank in (None, groups.rank())
+    done = 0
 
     def on_step(record) -> None:
-        if record.step == options.kill_after:
-            sys.stderr.flush()
+        nonlocal done
+        done = record.step
+        sys.stderr.flush()
+        if mine and record.step == options.kill_after:
             os.kill(os.getpid(), signal.SIGKILL)
+        if mine and record.step == options.stop_after:
+            os.kill(os.getpid(), signal.SIGSTOP)
         if record.step == options.term_after:
             os.kill(os.getpid(), signal.SIGTERM)
+        if record.step == options.fill_disk_after and groups.rank() == 0:
+            fill_disk(options.out)
 
     stage = build(options, run)
-    final = train(stage, RandomTokens(), HeadStageConfig(**run.finetune.model_dump()), run, options.out / options.stage, on_step=on_step)
+    if options.stage != "align":
+        hurt(stage, options, mine)
+    data = RandomTokens(range(*options.bad_samples), lambda: mine and options.fail_after and done == options.fail_after)
+    return train(stage, data, HeadStageConfig(**run.finetune.model_dump()), run, options.out / options.stage, on_step=on_step)
+
+
+def main(options: argparse.Namespace) -> None:
+    run = run_config(options)
+    groups.init_parallel(run.parallel, seed=3, collective_minutes=collective_minutes(run.guard))
+    if options.die_writing:
+        die_writing(options.die_writing)
+    with watched(options.out, run.guard):
+        final = train_stage(options, run)
     if groups.rank() == 0:
         print(final, flush=True)
 
@@ -124,7 +184,6 @@ if __name__ == "__main__":
     code = 0
     try:
         main(parse())
-    except HypenetError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        code = error.exit_code
+    except Exception as fault:
+        code = report_fault(fault, debug=False)
     leave(code)

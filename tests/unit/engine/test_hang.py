@@ -110,8 +110,8 @@ def test_suspects():
         "no rank is behind the others: they wait for each other, or all for the same thing; compare their stacks"
     ]
     assert suspects(everyone, {2}, 4) == [
-        "rank 2 on n0 (pid 102) does not answer: its process is stopped or dead, or its node is; it was last in "
-        "iteration 5/9 of distill, reduce"
+        "rank 2 on n0 (pid 102) does not answer: its process is stopped or dead, or its node is (last heartbeat: "
+        "iteration 5/9 of distill, reduce)"
     ]
     assert suspects(everyone | {3: beat(3, phase="data", host="n1")}, (), 5) == [
         "no sign of rank 4 in this start of the run",
