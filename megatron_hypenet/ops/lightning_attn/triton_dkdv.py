@@ -14,64 +14,25 @@ from megatron_hypenet.ops.lightning_attn.triton_tiles import (
     entering_owner,
     entering_state,
     head_of,
-    load_ids,
     load_tile,
     pair_decay,
     state_at,
     store_tile,
+    within_documents,
 )
 
 
 @triton.jit(do_not_specialize=SIZES)
 def dkdv_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    do_ptr,
-    dk_ptr,
-    dv_ptr,
-    states,
-    outer,
-    final,
-    log2_decay,
-    ids_ptr,
-    scale,
-    length,
-    heads,
-    segment_tokens,
-    num_segments,
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_kb,
-    stride_kt,
-    stride_kh,
-    stride_vb,
-    stride_vt,
-    stride_vh,
-    stride_ob,
-    stride_ot,
-    stride_oh,
-    stride_dkb,
-    stride_dkt,
-    stride_dkh,
-    stride_dvb,
-    stride_dvt,
-    stride_dvh,
-    dim_k: tl.constexpr,
-    dim_v: tl.constexpr,
-    block_k: tl.constexpr,
-    block_v: tl.constexpr,
-    chunk: tl.constexpr,
-    documents: tl.constexpr,
-    has_outer: tl.constexpr,
-    wants_final: tl.constexpr,
-    access: tl.constexpr,
-    precision: tl.constexpr,
-):
+    q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, states, outer, final, log2_decay, ids_ptr, scale, length, heads, segment_tokens,
+    num_segments, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_ob,
+    stride_ot, stride_oh, stride_dkb, stride_dkt, stride_dkh, stride_dvb, stride_dvt, stride_dvh, dim_k: tl.constexpr,
+    dim_v: tl.constexpr, block_k: tl.constexpr, block_v: tl.constexpr, chunk: tl.constexpr, documents: tl.constexpr,
+    has_outer: tl.constexpr, wants_final: tl.constexpr, access: tl.constexpr, precision: tl.constexpr,
+):  # fmt: skip
     """dk, dv [b, t, h, .] and, if wanted, `final`: the state gradient before the first token. Grid: (b*h, segments).
 
-    `outer` is the state gradient after the last token, divided by scale. Long, and kept whole: a kernel is one launch."""
+    `outer` is the state gradient after the last token, divided by scale."""
     bh, segment = tl.program_id(0), tl.program_id(1)
     decay = tl.load(log2_decay + bh % heads)
     q_head, k_head = head_of(q_ptr, bh, heads, stride_qb, stride_qh, access), head_of(k_ptr, bh, heads, stride_kb, stride_kh, access)
@@ -102,13 +63,7 @@ def dkdv_kernel(
         keep = tl.exp2(decay * count.to(tl.float32))
         factors = pairs
         if documents:
-            chunk_ids = load_ids(ids, start, length, chunk)
-            leaving = tl.load(ids + start)
-            factors = tl.where(chunk_ids[:, None] == chunk_ids[None, :], factors, 0.0)
-            enter = tl.where(chunk_ids == owner, enter, 0.0)
-            join = tl.where(chunk_ids == leaving, join, 0.0)
-            keep = tl.where(leaving == owner, keep, 0.0)
-            owner = leaving
+            factors, enter, join, keep, owner = within_documents(ids, owner, start, count, length, pairs, enter, join, keep, chunk, True)
         # Columns are tokens j, so that the pairs (i, j) are a right operand: as a left one they would have to cross between warps.
         narrow = state.to(k.dtype)
         weights = (tl.dot(do, tl.trans(v), input_precision=precision) * factors).to(v.dtype)

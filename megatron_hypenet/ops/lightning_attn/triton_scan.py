@@ -23,6 +23,7 @@ from megatron_hypenet.ops.lightning_attn.triton_tiles import (
     pair_decay,
     state_at,
     store_tile,
+    within_documents,
 )
 
 
@@ -35,31 +36,10 @@ def joined(state, y, z, weight, precision: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def segment_states_kernel(
-    y_ptr,
-    z_ptr,
-    states,
-    log2_decay,
-    ids_ptr,
-    length,
-    heads,
-    segment_tokens,
-    num_segments,
-    stride_yb,
-    stride_yt,
-    stride_yh,
-    stride_zb,
-    stride_zt,
-    stride_zh,
-    dim_x: tl.constexpr,
-    dim_z: tl.constexpr,
-    block_x: tl.constexpr,
-    block_z: tl.constexpr,
-    chunk: tl.constexpr,
-    reverse: tl.constexpr,
-    documents: tl.constexpr,
-    access: tl.constexpr,
-    precision: tl.constexpr,
-):
+    y_ptr, z_ptr, states, log2_decay, ids_ptr, length, heads, segment_tokens, num_segments, stride_yb, stride_yt, stride_yh,
+    stride_zb, stride_zt, stride_zh, dim_x: tl.constexpr, dim_z: tl.constexpr, block_x: tl.constexpr, block_z: tl.constexpr,
+    chunk: tl.constexpr, reverse: tl.constexpr, documents: tl.constexpr, access: tl.constexpr, precision: tl.constexpr,
+):  # fmt: skip
     """What each segment alone adds to the state at its end (its start in a reverse scan): `states` [b*h, segments, x, z], fp32.
 
     Only the tokens near that end count, the fewer the faster a head forgets: the rest is not even read. Grid: (z blocks, b*h, segments)."""
@@ -90,20 +70,9 @@ def segment_states_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def combine_kernel(
-    states,
-    final,
-    log2_decay,
-    ids_ptr,
-    length,
-    heads,
-    segment_tokens,
-    num_segments,
-    dim_x: tl.constexpr,
-    dim_z: tl.constexpr,
-    block_x: tl.constexpr,
-    block_z: tl.constexpr,
-    documents: tl.constexpr,
-):
+    states, final, log2_decay, ids_ptr, length, heads, segment_tokens, num_segments, dim_x: tl.constexpr, dim_z: tl.constexpr,
+    block_x: tl.constexpr, block_z: tl.constexpr, documents: tl.constexpr,
+):  # fmt: skip
     """The state after the whole sequence, `final` [b*h, x, z], from those of its segments. Grid: (z blocks, b*h)."""
     first_col, bh = tl.program_id(0) * block_z, tl.program_id(1)
     decay = tl.load(log2_decay + bh % heads)
@@ -121,50 +90,15 @@ def combine_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def scan_kernel(
-    x_ptr,
-    y_ptr,
-    z_ptr,
-    out_ptr,
-    states,
-    outer,
-    final,
-    log2_decay,
-    ids_ptr,
-    scale,
-    length,
-    heads,
-    segment_tokens,
-    num_segments,
-    stride_xb,
-    stride_xt,
-    stride_xh,
-    stride_yb,
-    stride_yt,
-    stride_yh,
-    stride_zb,
-    stride_zt,
-    stride_zh,
-    stride_ob,
-    stride_ot,
-    stride_oh,
-    stride_sx,
-    stride_sz,
-    dim_x: tl.constexpr,
-    dim_z: tl.constexpr,
-    block_x: tl.constexpr,
-    block_z: tl.constexpr,
-    chunk: tl.constexpr,
-    reverse: tl.constexpr,
-    documents: tl.constexpr,
-    has_outer: tl.constexpr,
-    wants_final: tl.constexpr,
-    access: tl.constexpr,
-    precision: tl.constexpr,
-):
+    x_ptr, y_ptr, z_ptr, out_ptr, states, outer, final, log2_decay, ids_ptr, scale, length, heads, segment_tokens, num_segments,
+    stride_xb, stride_xt, stride_xh, stride_yb, stride_yt, stride_yh, stride_zb, stride_zt, stride_zh, stride_ob, stride_ot,
+    stride_oh, stride_sx, stride_sz, dim_x: tl.constexpr, dim_z: tl.constexpr, block_x: tl.constexpr, block_z: tl.constexpr,
+    chunk: tl.constexpr, reverse: tl.constexpr, documents: tl.constexpr, has_outer: tl.constexpr, wants_final: tl.constexpr,
+    access: tl.constexpr, precision: tl.constexpr,
+):  # fmt: skip
     """out [b, t, h, z] and, from the program at the far end, the state that leaves the sequence. Grid: (z blocks, b*h, segments).
 
-    States are [k, v] in memory; `stride_sx`, `stride_sz` read them as [x, z], transposed where x is a value and z a key.
-    Long, and kept whole: a kernel is one launch."""
+    States are [k, v] in memory; `stride_sx`, `stride_sz` read them as [x, z], transposed where x is a value and z a key."""
     first_col, bh, segment = tl.program_id(0) * block_z, tl.program_id(1), tl.program_id(2)
     decay = tl.load(log2_decay + bh % heads)
     x_head, y_head = head_of(x_ptr, bh, heads, stride_xb, stride_xh, access), head_of(y_ptr, bh, heads, stride_yb, stride_yh, access)
@@ -188,15 +122,10 @@ def scan_kernel(
         z = load_tile(z_head, bh, heads, start, stride_zt, length, first_col, dim_z, chunk, block_z, access)
         enter, join = edge_decays(decay, count, chunk, reverse)
         keep = tl.exp2(decay * count.to(tl.float32))
-        weights = tl.dot(y, tl.trans(x), input_precision=precision) * pairs
+        factors = pairs
         if documents:
-            chunk_ids = load_ids(ids, start, length, chunk)
-            leaving = tl.load(ids + (start if reverse else start + count - 1))
-            weights = tl.where(chunk_ids[:, None] == chunk_ids[None, :], weights, 0.0)
-            enter = tl.where(chunk_ids == owner, enter, 0.0)
-            join = tl.where(chunk_ids == leaving, join, 0.0)
-            keep = tl.where(leaving == owner, keep, 0.0)
-            owner = leaving
+            factors, enter, join, keep, owner = within_documents(ids, owner, start, count, length, pairs, enter, join, keep, chunk, reverse)
+        weights = tl.dot(y, tl.trans(x), input_precision=precision) * factors
         out = tl.dot(state.to(x.dtype), tl.trans(x), input_precision=precision) * (enter * scale)[None, :]
         out = tl.dot(tl.trans(z), weights.to(z.dtype), out, input_precision=precision)
         store_tile(out_head, tl.trans(out), bh, heads, start, stride_ot, length, first_col, dim_z, chunk, block_z, access)

@@ -121,27 +121,10 @@ def entering_owner(ids, segment_index, segment_tokens, length, reverse: tl.const
 
 @triton.jit
 def entering_state(
-    states,
-    outer,
-    ids,
-    owner,
-    decay,
-    bh,
-    segment_index,
-    num_segments,
-    segment_tokens,
-    length,
-    first_z,
-    stride_x,
-    stride_z,
-    dim_x: tl.constexpr,
-    dim_z: tl.constexpr,
-    block_x: tl.constexpr,
-    block_z: tl.constexpr,
-    reverse: tl.constexpr,
-    documents: tl.constexpr,
-    has_outer: tl.constexpr,
-):
+    states, outer, ids, owner, decay, bh, segment_index, num_segments, segment_tokens, length, first_z, stride_x, stride_z,
+    dim_x: tl.constexpr, dim_z: tl.constexpr, block_x: tl.constexpr, block_z: tl.constexpr, reverse: tl.constexpr,
+    documents: tl.constexpr, has_outer: tl.constexpr,
+):  # fmt: skip
     """The state at the edge of a segment, fp32 [block_z, block_x]: `states` [b*h, segments, k, v] of the segments on the far side, nearest
     first, and `outer` [b*h, k, v], the state at the far end of the sequence. A reverse scan comes from the right."""
     total = tl.zeros([block_z, block_x], dtype=tl.float32)
@@ -187,3 +170,17 @@ def entering_state(
         at, inside = state_at(outer, bh, first_z, stride_x, stride_z, dim_x, dim_z, block_x, block_z)
         total += weight * tl.load(at, mask=inside, other=0.0)
     return total
+
+
+@triton.jit
+def within_documents(ids, owner, start, count, length, pairs, enter, join, keep, chunk: tl.constexpr, reverse: tl.constexpr):
+    """The weights of a chunk with every term between two documents set to 0, and the document of the state that leaves it.
+
+    `owner` is the document of the state that enters; the arguments after `length` are those of `pair_decay`, of `edge_decays`, and the
+    decay of the whole chunk."""
+    chunk_ids = load_ids(ids, start, length, chunk)
+    leaving = tl.load(ids + (start if reverse else start + count - 1))
+    pairs = tl.where(chunk_ids[:, None] == chunk_ids[None, :], pairs, 0.0)
+    enter = tl.where(chunk_ids == owner, enter, 0.0)
+    join = tl.where(chunk_ids == leaving, join, 0.0)
+    return pairs, enter, join, tl.where(leaving == owner, keep, 0.0), leaving
