@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-TINY = """align.train_iters=3 align.log_interval=1 align.warmup_iters=1 align.save_interval=2 align.seq_length=128 guard.max_teacher_loss=100
-select.recall_sequences=2 select.heldout_sequences=2 eval.recall_sequences=2 eval.heldout_sequences=2""".split()
+TINY = """align.train_iters=3 align.log_interval=1 align.warmup_iters=1 align.save_interval=2 align.seq_length=128
+guard.max_teacher_loss=100 select.recall_sequences=2 select.heldout_sequences=2 eval.recall_sequences=2 eval.heldout_sequences=2""".split()
 
 
 @pytest.fixture
