@@ -34,6 +34,9 @@ SAVED_AND_REQUEUE = 75
 PEACEFUL = frozenset({0, SAVED_AND_REQUEUE})
 """Codes that all processes agree on before any leaves with them: the others are waited for, they may still be writing."""
 
+ECHO = 1
+"""What a process that only lost its partner ends with, too; a code of another process's own says more, even a moment later."""
+
 TAIL_LINES = 40
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -77,7 +80,7 @@ class LocalLaunch:
 
 
 def run(launch: LocalLaunch) -> int:
-    """Start the processes, wait for all, and return the exit code: 0, or that of the first that failed (128 + n for signal n).
+    """Start the processes, wait for all, and return the exit code: 0, or that of the first that failed by itself (128 + n for signal n).
 
     Nothing outlives this function, nor this process if it is killed: stragglers and what they started are ended with SIGKILL.
     """
@@ -112,6 +115,7 @@ class _Group:
         self.ended: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()  # (rank, exit code), in the order they ended
         self.codes: dict[int, int] = {}
         self.outcome: tuple[int, int] | None = None  # the one that decides the exit code, if it is not 0
+        self.insisted = False  # from then on processes end because we ask
         self.received: list[int] = []
         self.previous: dict[int, Any] = {}
         # held while a process is reaped and while one is signalled; the signal handler may come on top of our own sending
@@ -146,6 +150,7 @@ class _Group:
             self._take(None)
         for insist in (None, signal.SIGTERM, signal.SIGKILL):
             if insist is not None:
+                self.insisted = True
                 self._send(insist, self.running)
             deadline = time.monotonic() + self.launch.grace_seconds
             while self.running and (left := deadline - time.monotonic()) > 0:
@@ -189,6 +194,8 @@ class _Group:
         self.running.discard(rank)
         self.codes[rank] = code
         if code and not self._has_failed():
+            self.outcome = (rank, code)
+        elif self.outcome is not None and self.outcome[1] == ECHO and code not in {ECHO, *PEACEFUL} and not self.insisted:
             self.outcome = (rank, code)
 
     def _has_failed(self) -> bool:

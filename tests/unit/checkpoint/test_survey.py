@@ -72,6 +72,7 @@ def test_describes_origin_progress_and_model(run):
     described = survey.describe(run / "distill/checkpoints/iter_0000020")
     assert described["progress"] == {
         "stage": "distill", "step": 20, "samples": 80, "tokens": 1280, "adam_step": 20, "lr": 0.0, "seed": 0, "last_loss": 1.5,
+        "skipped_steps": 0, "skipped_in_row": 0,
     }  # fmt: skip
     assert described["model"]["num_layers"] == 2 and described["versions"]["torch"] and described["layout"] == LAYOUT
     shutil.rmtree(run / "distill/checkpoints/iter_0000020/optimizer")

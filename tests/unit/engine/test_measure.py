@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from megatron_hypenet.config.schema import ParallelConfig
 from megatron_hypenet.engine import measure as module
 from megatron_hypenet.engine.measure import Measure
+from megatron_hypenet.parallel import groups
 from tests.unit.engine.test_run_folder import config
 
 
@@ -68,6 +70,7 @@ def test_selection_scores_recall_and_text(measure, calls):
 
 
 def test_a_stage_is_measured_by_its_own_loss_over_all_sequences(measure):
+    groups.init_parallel(ParallelConfig())
     shapes = []
 
     def stage(batch):

@@ -85,6 +85,8 @@ def test_pruning_waits_for_the_commit(tmp_path, gate):
     seen = {}
 
     def on_step(record):
+        if record.step == 3:  # or its writer could meet the closed gate
+            [writer.join() for writer in threading.enumerate() if writer.name == "save-iter_0000002"]
         if record.step == 4:
             gate.clear()  # holds the save of step 4
         if record.step == 6:
@@ -135,7 +137,8 @@ def test_a_crash_removes_the_pending_save(tmp_path, gate):
 def test_divergence_keeps_the_pending_save(tmp_path, gate):
     threading.Timer(0.5, gate.set).start()
     with pytest.raises(DivergedError, match="the last checkpoint is .*iter_0000004"):
-        train(tmp_path, [], stage=ToyStage(poison=VOCAB - 1), data=ToyData(bad=17), config=stage_config(save_interval=4))
+        poisoned, never_skip = ToyStage(poison=VOCAB - 1), {"max_skipped_steps": 0}
+        train(tmp_path, [], stage=poisoned, data=ToyData(bad=17), config=stage_config(save_interval=4), guard=never_skip)
     assert read_manifest(tmp_path / "checkpoints" / "iter_0000004").stage == "align"
 
 

@@ -115,6 +115,15 @@ wait_for("never") if size == 3 and rank == 2 else wait_for("ready0") if rank els
     assert "process 1 of 3 ended first, with code 7; its last lines:\nerror: loss is nan\n" in said
 
 
+def test_a_fault_of_its_own_outweighs_an_echo_that_came_first(program, capfd):
+    program(
+        "if rank == 1: print('lost rank 0', file=sys.stderr, flush=True); ready(); sys.exit(1)\n"
+        "wait_for('ready1'); time.sleep(0.3); print('damaged', file=sys.stderr); sys.exit(5)"
+    )
+    assert run(LocalLaunch((), 2)) == 5
+    assert capfd.readouterr().err == "damaged\n"
+
+
 def test_what_all_processes_say_is_shown_once(program, capfd):
     program("print('error: diverged', file=sys.stderr); time.sleep(0.5 * (rank == 0)); sys.exit(7)")
     assert run(LocalLaunch((), 2)) == 7
