@@ -143,8 +143,10 @@ class AlignConfig(StageConfig):
 class HeadStageConfig(StageConfig):
     """HALO stages 2 and 3: the whole student learns through its output head."""
 
-    vocab_chunk_tokens: PositiveInt = Field(
-        default=1024, description="Tokens whose logits exist at one time inside the loss; smaller needs less memory."
+    vocab_chunk_tokens: PositiveInt | None = Field(
+        default=None,
+        description="Tokens whose logits exist at one time inside the loss; smaller needs less memory. null takes as many as fill 2 GB "
+        "with logits and their gradients on a GPU, 32 MB on a CPU, and at least 128.",
     )
     recompute: Recompute = Field(
         default="none",

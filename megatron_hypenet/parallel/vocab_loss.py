@@ -6,14 +6,19 @@ token. Sums are fp32 (float64 for float64 inputs), and logits are never rounded 
 
 With logits shifted by each model's maximum, Z = sum e^x and A = sum e^t (t - s), per token
     KL(teacher || student) = A / Z_t - log Z_t + log Z_s          dKL/ds = softmax(s) - softmax(t)
-(arXiv 2601.22156 uses temperature 1 and the mean over all tokens)."""
+(arXiv 2601.22156 uses temperature 1 and the mean over all tokens).
 
-from collections.abc import Iterator
-from typing import Any
+On CUDA the terms are Triton kernels, elsewhere torch; both live in `vocab/`. Nothing here waits for the device."""
+
+from types import ModuleType
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from megatron_hypenet.parallel.vocab import torch_terms
+from megatron_hypenet.parallel.vocab.gradients import CHUNKS_PER_PRODUCT, HeadGradients, blocks, chunk_size, product, wide
 
 
 def linear_kl(
@@ -22,7 +27,7 @@ def linear_kl(
     teacher_hidden: Tensor,
     teacher_weight: Tensor,
     *,
-    chunk_tokens: int,
+    chunk_tokens: int | None,
     group: dist.ProcessGroup | None = None,
     sequence_parallel: bool = False,
     token_weights: Tensor | None = None,
@@ -31,15 +36,16 @@ def linear_kl(
 
     hidden [..., h] and teacher_hidden [..., h_t] hold the same tokens in the same order; weight [v, h], teacher_weight [v, h_t] are this
     rank's rows of the heads. With `sequence_parallel` both hold this rank's contiguous n / group size tokens; they are gathered here and
-    the gradient of `hidden` is reduce-scattered. token_weights [n tokens] w makes the loss sum(w * kl) / n.
-    Gradients flow to `hidden` and `weight` alone. Raises ValueError when the numbers of tokens differ."""
+    the gradient of `hidden` is reduce-scattered. token_weights [n tokens] w makes the loss sum(w * kl) / n. chunk_tokens bounds the
+    tokens whose logits exist at one time; None takes what 2 GB hold (32 MB on a CPU). Gradients flow to `hidden` and `weight` alone.
+    Raises ValueError when the numbers of tokens differ."""
     student, teacher = hidden.reshape(-1, hidden.shape[-1]), teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1])
     if student.shape[0] != teacher.shape[0]:
         raise ValueError(f"student has {student.shape[0]} tokens, teacher {teacher.shape[0]}")
-    scatter = sequence_parallel and group is not None and group.size() > 1
-    count = student.shape[0] * (group.size() if scatter and group is not None else 1)
-    weights = _flat_weights(token_weights, count, student)
-    return _LinearKL.apply(student, weight, teacher, teacher_weight.detach(), weights, chunk_tokens, group, scatter) / count
+    split = _Split(group, sequence_parallel)
+    count = student.shape[0] * split.token_parts
+    loss = _KL(_terms(student), split.gather_tokens(teacher), teacher_weight.detach())
+    return _HeadLoss.apply(student, weight, loss, _flat_weights(token_weights, count, student), chunk_tokens, split) / count
 
 
 def linear_cross_entropy(
@@ -47,7 +53,7 @@ def linear_cross_entropy(
     weight: Tensor,
     labels: Tensor,
     *,
-    chunk_tokens: int,
+    chunk_tokens: int | None,
     group: dist.ProcessGroup | None = None,
     sequence_parallel: bool = False,
     token_weights: Tensor | None = None,
@@ -55,165 +61,202 @@ def linear_cross_entropy(
     """Cross entropy of `labels` averaged over all n tokens, given hidden [..., h] and this rank's head rows weight [v, h]; fp32 or float64.
 
     With `sequence_parallel`, hidden holds this rank's contiguous n / group size tokens: it is gathered here and its gradient is
-    reduce-scattered; labels and token_weights are those of all n tokens. token_weights w makes the loss sum(w * ce) / n.
-    Raises ValueError when there is not one label per hidden state (as when hidden states are split and nobody said so)."""
+    reduce-scattered; labels and token_weights are those of all n tokens. token_weights w makes the loss sum(w * ce) / n. chunk_tokens as in
+    `linear_kl`. Raises ValueError when there is not one label per hidden state (as when hidden states are split and nobody said so)."""
     flat = hidden.reshape(-1, hidden.shape[-1])
-    scatter = sequence_parallel and group is not None and group.size() > 1
-    count = flat.shape[0] * (group.size() if scatter and group is not None else 1)
+    split = _Split(group, sequence_parallel)
+    count = flat.shape[0] * split.token_parts
     if labels.numel() != count:
         raise ValueError(f"{labels.numel()} labels for {count} hidden states")
-    weights = _flat_weights(token_weights, count, flat)
-    return _LinearCrossEntropy.apply(flat, weight, labels.reshape(-1), weights, chunk_tokens, group, scatter) / count
+    loss = _CrossEntropy(_terms(flat), split.local_words(labels, weight.shape[0]))
+    return _HeadLoss.apply(flat, weight, loss, _flat_weights(token_weights, count, flat), chunk_tokens, split) / count
 
 
 @torch.no_grad()
 def token_scores(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk_tokens: int, group: dist.ProcessGroup | None = None
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk_tokens: int | None, group: dist.ProcessGroup | None = None
 ) -> tuple[Tensor, Tensor]:
     """Negative log likelihood [...] (fp32 or float64) of each label and whether it is the most likely token [...] (bool)."""
-    flat, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-    nll = torch.empty(flat.shape[0], dtype=_wide(flat.dtype), device=flat.device)
-    correct = torch.empty(flat.shape[0], dtype=torch.bool, device=flat.device)
-    for rows in _chunks(flat.shape[0], chunk_tokens):
-        logits = _logits(flat[rows], weight)
-        maximum, total, chosen, _ = _cross_entropy_terms(logits, flat_labels[rows], group)
-        nll[rows] = maximum + total.log() - chosen
-        correct[rows] = chosen >= maximum
+    flat, split = hidden.reshape(-1, hidden.shape[-1]), _Split(group, False)
+    loss = _CrossEntropy(_terms(flat), split.local_words(labels, weight.shape[0]))
+    merged = _run(flat, weight, loss, None, chunk_tokens, split, None)
+    nll, correct = loss.per_token(merged), merged[2] >= merged[0]
     return nll.view(labels.shape), correct.view(labels.shape)
 
 
-class _LinearKL(torch.autograd.Function):
-    """Sum over tokens of KL(teacher || student); gradients are formed in forward, chunk by chunk."""
+class _Loss(Protocol):
+    """A loss of student logits [n, v] in wide dtype: statistics, merged over shards, then loss and gradient (see `vocab/torch_terms`)."""
+
+    numbers: int
+    logit_sets: int
+    """Numbers of wide dtype per logit of a chunk: the student's, and for a teacher more."""
+
+    def stats(self, rows: slice, logits: Tensor) -> Tensor: ...
+    def merge(self, stats: Tensor) -> Tensor: ...
+    def per_token(self, merged: Tensor) -> Tensor: ...
+    def gradient(self, rows: slice, logits: Tensor, local: Tensor, merged: Tensor, weights: Tensor | None, out: Tensor) -> None: ...
+    def stats_and_gradient(self, rows: slice, logits: Tensor, weights: Tensor | None, out: Tensor) -> Tensor: ...
+
+
+class _KL:
+    """Forward KL to a teacher with a head of its own."""
+
+    numbers = 5
+
+    def __init__(self, terms: ModuleType, hidden: Tensor, weight: Tensor) -> None:
+        self.terms, self.hidden, self.weight = terms, hidden, weight
+        self.logit_sets = 2 + (terms is torch_terms)  # torch has the difference of both models' logits in memory too
+        self._buffer = hidden.new_empty(0, dtype=wide(hidden.dtype))
+
+    def _logits(self, rows: slice) -> Tensor:
+        part = self.hidden[rows]
+        if len(part) > len(self._buffer):
+            self._buffer = self._buffer.new_empty(len(part), self.weight.shape[0])
+        return product(part, self.weight.t(), self._buffer[: len(part)])
+
+    def stats(self, rows: slice, logits: Tensor) -> Tensor:
+        self._teacher = self._logits(rows)
+        return self.terms.kl_stats(logits, self._teacher)
+
+    def merge(self, stats: Tensor) -> Tensor:
+        return self.terms.kl_merge(stats)
+
+    def per_token(self, merged: Tensor) -> Tensor:
+        return torch_terms.kl_loss(merged)
+
+    def gradient(self, rows: slice, logits: Tensor, local: Tensor, merged: Tensor, weights: Tensor | None, out: Tensor) -> None:
+        self.terms.kl_gradient(logits, self._teacher, local, merged, weights, out)
+
+    def stats_and_gradient(self, rows: slice, logits: Tensor, weights: Tensor | None, out: Tensor) -> Tensor:
+        return self.terms.kl_stats_and_gradient(logits, self._logits(rows), weights, out)
+
+
+class _CrossEntropy:
+    """Cross entropy of labels counted from this shard's first word."""
+
+    numbers, logit_sets = 3, 1
+
+    def __init__(self, terms: ModuleType, labels: Tensor) -> None:
+        self.terms, self.labels = terms, labels
+
+    def stats(self, rows: slice, logits: Tensor) -> Tensor:
+        return self.terms.ce_stats(logits, self.labels[rows])
+
+    def merge(self, stats: Tensor) -> Tensor:
+        return self.terms.ce_merge(stats)
+
+    def per_token(self, merged: Tensor) -> Tensor:
+        return torch_terms.ce_loss(merged)
+
+    def gradient(self, rows: slice, logits: Tensor, local: Tensor, merged: Tensor, weights: Tensor | None, out: Tensor) -> None:
+        self.terms.ce_gradient(logits, self.labels[rows], local, merged, weights, out)
+
+    def stats_and_gradient(self, rows: slice, logits: Tensor, weights: Tensor | None, out: Tensor) -> Tensor:
+        return self.terms.ce_stats_and_gradient(logits, self.labels[rows], weights, out)
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Sum over tokens of w * loss; gradients are formed in forward, chunk by chunk, and scaled in backward."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        teacher_hidden: Tensor,
-        teacher_weight: Tensor,
-        token_weights: Tensor | None,
-        chunk: int,
-        group: Any,
-        scatter: bool,
+        ctx: Any, hidden: Tensor, weight: Tensor, loss: _Loss, weights: Tensor | None, chunk: int | None, split: "_Split"
     ) -> Tensor:
-        if scatter:
-            hidden, teacher_hidden = _gather_tokens(hidden, group), _gather_tokens(teacher_hidden, group)
-        grads = _HeadGradients(ctx, hidden, weight, group, scatter)
-        total = torch.zeros((), dtype=_wide(hidden.dtype), device=hidden.device)
-        for rows in _chunks(hidden.shape[0], chunk):
-            s, t = _logits(hidden[rows], weight), _logits(teacher_hidden[rows], teacher_weight)
-            s_max, t_max = s.amax(-1), t.amax(-1)
-            s.sub_(s_max[:, None])
-            t.sub_(t_max[:, None])
-            difference = t - s
-            p, q = t.exp_(), s.exp_()  # unnormalised teacher and student probabilities
-            stats = _gather([t_max, p.sum(-1), (p * difference).sum(-1), s_max, q.sum(-1)], group)
-            t_top, s_top = stats[:, 0].amax(0), stats[:, 3].amax(0)
-            t_shift, s_shift = stats[:, 0] - t_top, stats[:, 3] - s_top
-            z_t, z_s = (stats[:, 1] * t_shift.exp()).sum(0), (stats[:, 4] * s_shift.exp()).sum(0)
-            a = (t_shift.exp() * (stats[:, 2] + stats[:, 1] * (t_shift - s_shift))).sum(0)
-            total += _weighted_sum(a / z_t - z_t.log() + z_s.log(), token_weights, rows)
-            if grads.wanted:
-                q.mul_(((s_max - s_top).exp() / z_s)[:, None])
-                p.mul_(((t_max - t_top).exp() / z_t)[:, None])
-                grads.add(rows, q.sub_(p), token_weights)
-        grads.save()
-        return total
+        wanted = any(ctx.needs_input_grad[:2])
+        hidden = split.gather_tokens(hidden)
+        grads = HeadGradients(hidden, weight, want_weight=ctx.needs_input_grad[1]) if wanted else None
+        losses = loss.per_token(_run(hidden, weight, loss, weights, chunk, split, grads))
+        ctx.split, ctx.weight_dtype = split, weight.dtype
+        ctx.save_for_backward(*(grads.hidden, grads.weight) if grads else (None, None))
+        return losses.sum() if weights is None else losses @ weights
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return (*_HeadGradients.scaled(ctx, grad), *[None] * 6)
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Sum over tokens of the cross entropy; gradients are formed in forward, chunk by chunk."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor | None, chunk: int, group: Any, scatter: bool
-    ) -> Tensor:
-        if scatter:
-            hidden = _gather_tokens(hidden, group)
-        grads = _HeadGradients(ctx, hidden, weight, group, scatter)
-        total = torch.zeros((), dtype=_wide(hidden.dtype), device=hidden.device)
-        for rows in _chunks(hidden.shape[0], chunk):
-            logits = _logits(hidden[rows], weight)
-            maximum, z, chosen, local = _cross_entropy_terms(logits, labels[rows], group)
-            total += _weighted_sum(maximum + z.log() - chosen, token_weights, rows)
-            if grads.wanted:
-                q = logits.sub_(maximum[:, None]).exp_().div_(z[:, None])
-                mine = (local >= 0) & (local < weight.shape[0])
-                q.scatter_add_(1, local.clamp(0, weight.shape[0] - 1)[:, None], -mine.to(q.dtype)[:, None])
-                grads.add(rows, q, token_weights)
-        grads.save()
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return (*_HeadGradients.scaled(ctx, grad), *[None] * 5)
-
-
-class _HeadGradients:
-    """Accumulates d(sum of losses)/d hidden and d/d weight from the logit gradients of each chunk."""
-
-    def __init__(self, ctx: Any, hidden: Tensor, weight: Tensor, group: dist.ProcessGroup | None, scatter: bool) -> None:
-        self.ctx, self.hidden, self.weight = ctx, hidden, weight
-        ctx.weight_dtype = weight.dtype
-        self.wanted = any(ctx.needs_input_grad[:2])
-        ctx.group, ctx.scatter = group, scatter
-        self.hidden_grad = torch.empty_like(hidden) if self.wanted else None
-        self.weight_grad = torch.zeros_like(weight, dtype=_wide(weight.dtype)) if ctx.needs_input_grad[1] else None
-
-    def add(self, rows: slice, logit_grad: Tensor, token_weights: Tensor | None) -> None:
-        """Use the gradient [tokens of the chunk, v] of the logits of `rows`, times the weights of these tokens."""
-        if token_weights is not None:
-            logit_grad.mul_(token_weights[rows, None])
-        narrow = logit_grad.to(self.hidden.dtype)
-        assert self.hidden_grad is not None, "add() without wanted gradients"
-        torch.matmul(narrow, self.weight, out=self.hidden_grad[rows])
-        if self.weight_grad is not None:
-            self.weight_grad += _product(narrow.t(), self.hidden[rows])
-
-    def save(self) -> None:
-        """Keep the sums for backward."""
-        self.ctx.save_for_backward(self.hidden_grad, self.weight_grad)
-
-    @staticmethod
-    def scaled(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The gradients times the upstream scalar; the hidden gradient is a partial sum over vocabulary shards."""
         hidden_grad, weight_grad = ctx.saved_tensors
-        if hidden_grad is not None:
-            if ctx.scatter:
-                mine = hidden_grad.new_empty(hidden_grad.shape[0] // ctx.group.size(), hidden_grad.shape[1])
-                dist.reduce_scatter_tensor(mine, hidden_grad, group=ctx.group)
-                hidden_grad = mine
-            elif ctx.group is not None and ctx.group.size() > 1:
-                dist.all_reduce(hidden_grad, group=ctx.group)
-            hidden_grad = hidden_grad * grad.to(hidden_grad.dtype)
+        if ctx.needs_input_grad[0]:
+            hidden_grad = ctx.split.reduce_tokens(hidden_grad) * grad.to(hidden_grad.dtype)
         if weight_grad is not None:
             narrow = torch.empty_like(weight_grad, dtype=ctx.weight_dtype)
             weight_grad = torch.mul(weight_grad, grad, out=narrow)  # rounds once, without a wide temporary
-        return hidden_grad if ctx.needs_input_grad[0] else None, weight_grad
+        return hidden_grad if ctx.needs_input_grad[0] else None, weight_grad, None, None, None, None
 
 
-def _cross_entropy_terms(logits: Tensor, labels: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Global maximum [n], sum of e^(logit - maximum) [n], logit of the label [n], and the label's index in this rank's shard [n]."""
-    width = logits.shape[-1]
-    local = labels - (group.rank() * width if group is not None else 0)
-    mine = (local >= 0) & (local < width)
-    chosen = logits.gather(-1, local.clamp(0, width - 1)[:, None]).squeeze(-1) * mine
-    maximum = logits.amax(-1)
-    stats = _gather([maximum, (logits - maximum[:, None]).exp().sum(-1), chosen], group)
-    top = stats[:, 0].amax(0)
-    return top, (stats[:, 1] * (stats[:, 0] - top).exp()).sum(0), stats[:, 2].sum(0), local
+def _run(
+    hidden: Tensor, weight: Tensor, loss: _Loss, weights: Tensor | None, chunk: int | None, split: "_Split", grads: HeadGradients | None
+) -> Tensor:
+    """Merged statistics [numbers, n] of all tokens of hidden [n, h]; fills `grads` on the way unless it is None."""
+    count, words, dtype = hidden.shape[0], weight.shape[0], wide(hidden.dtype)
+    per_token = words * (loss.logit_sets * dtype.itemsize + CHUNKS_PER_PRODUCT * hidden.dtype.itemsize)
+    size = chunk_size(count, chunk, per_token, hidden.device)
+    merged = torch.empty(loss.numbers, count, dtype=dtype, device=hidden.device)
+    buffer = torch.empty(size, words, dtype=dtype, device=hidden.device)
+    narrow = hidden.new_empty(min(size * CHUNKS_PER_PRODUCT, count), words) if grads else None
+    for block, chunks in blocks(count, size):
+        for rows in chunks:
+            logits = product(hidden[rows], weight.t(), buffer[: rows.stop - rows.start])
+            mine = weights if weights is None else weights[rows]
+            out = None if narrow is None else narrow[rows.start - block.start : rows.stop - block.start]
+            if out is not None and split.size == 1:
+                merged[:, rows] = loss.stats_and_gradient(rows, logits, mine, out)
+                continue
+            local = loss.merge(loss.stats(rows, logits))
+            whole = split.merge_shards(loss, local)
+            merged[:, rows] = whole
+            if out is not None:
+                loss.gradient(rows, logits, local, whole, mine, out)
+        if grads is not None and narrow is not None:
+            grads.add(block, narrow[: block.stop - block.start])
+    return merged
 
 
-def _gather_tokens(part: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """This rank's tokens [n / group size, h] -> the tokens of all ranks [n, h]."""
-    whole = part.new_empty(part.shape[0] * group.size(), part.shape[1])
-    dist.all_gather_into_tensor(whole, part.contiguous(), group=group)
-    return whole
+class _Split:
+    """How the vocabulary, and with sequence parallelism the tokens, lie over a tensor-parallel group (None: not at all)."""
+
+    def __init__(self, group: dist.ProcessGroup | None, sequence_parallel: bool) -> None:
+        self.group, self.size = group, group.size() if group is not None else 1
+        self.token_parts = self.size if sequence_parallel else 1
+
+    def local_words(self, labels: Tensor, words: int) -> Tensor:
+        """Labels as [n], counted from this rank's first of `words` head rows."""
+        return labels.reshape(-1) - (self.group.rank() * words if self.group is not None else 0)
+
+    def gather_tokens(self, part: Tensor) -> Tensor:
+        """This rank's tokens [n / parts, h] -> the tokens of all ranks [n, h]; the same tensor when tokens are not split."""
+        if self.token_parts == 1:
+            return part
+        whole = part.new_empty(part.shape[0] * self.token_parts, part.shape[1])
+        dist.all_gather_into_tensor(whole, part.contiguous(), group=self.group)
+        return whole
+
+    def reduce_tokens(self, grad: Tensor) -> Tensor:
+        """Sum the gradients [n, h] that each vocabulary shard gives; with split tokens keep this rank's part [n / parts, h]."""
+        if self.size == 1:
+            return grad
+        if self.token_parts == 1:
+            dist.all_reduce(grad, group=self.group)
+            return grad
+        mine = grad.new_empty(grad.shape[0] // self.token_parts, grad.shape[1])
+        dist.reduce_scatter_tensor(mine, grad, group=self.group)
+        return mine
+
+    def merge_shards(self, loss: _Loss, numbers: Tensor) -> Tensor:
+        """Statistics of this rank's words [numbers, n] -> those of the whole vocabulary, by one all-gather."""
+        if self.size == 1:
+            return numbers
+        gathered = numbers.new_empty(self.size, *numbers.shape)
+        dist.all_gather_into_tensor(gathered.view(-1), numbers.view(-1), group=self.group)
+        return loss.merge(gathered)
+
+
+def _terms(hidden: Tensor) -> ModuleType:
+    """Triton kernels where logits are fp32 on CUDA, torch elsewhere (and where Triton is not installed)."""
+    if not hidden.is_cuda or wide(hidden.dtype) != torch.float32:
+        return torch_terms
+    try:
+        from megatron_hypenet.parallel.vocab import triton_terms
+    except ImportError:
+        return torch_terms
+    return triton_terms
 
 
 def _flat_weights(token_weights: Tensor | None, count: int, like: Tensor) -> Tensor | None:
@@ -222,42 +265,4 @@ def _flat_weights(token_weights: Tensor | None, count: int, like: Tensor) -> Ten
         return None
     if token_weights.numel() != count:
         raise ValueError(f"{token_weights.numel()} token weights for {count} hidden states")
-    return token_weights.detach().reshape(-1).to(device=like.device, dtype=_wide(like.dtype))
-
-
-def _weighted_sum(losses: Tensor, token_weights: Tensor | None, rows: slice) -> Tensor:
-    return losses.sum() if token_weights is None else losses @ token_weights[rows]
-
-
-def _gather(stats: list[Tensor], group: dist.ProcessGroup | None) -> Tensor:
-    """Stack [n]-vectors and gather them over the group in one collective: [group size, number of vectors, n]."""
-    mine = torch.stack(stats)
-    if group is None or group.size() == 1:
-        return mine[None]
-    gathered = mine.new_empty(group.size(), *mine.shape)
-    dist.all_gather_into_tensor(gathered.view(-1), mine.view(-1), group=group)
-    return gathered
-
-
-def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """hidden [n, h] x weight [v, h] -> [n, v] in fp32 (float64 for float64), not rounded to the model's dtype in between."""
-    return _product(hidden, weight.t())
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    wide = _wide(a.dtype)
-    if a.dtype == wide:
-        return a @ b
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=wide)  # tensor cores on bf16 inputs, fp32 result
-    return a.to(wide) @ b.to(wide)
-
-
-def _chunks(count: int, size: int) -> Iterator[slice]:
-    if size < 1:
-        raise ValueError(f"chunk_tokens={size}: at least one token per chunk")
-    return (slice(start, min(start + size, count)) for start in range(0, count, size))
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    return token_weights.detach().reshape(-1).to(device=like.device, dtype=wide(like.dtype))

@@ -18,7 +18,7 @@ class DistillStage(HeadStage):
 
     name = "distill"
 
-    def __init__(self, student: HypeNetModel, teacher: HypeNetModel, *, chunk_tokens: int) -> None:
+    def __init__(self, student: HypeNetModel, teacher: HypeNetModel, *, chunk_tokens: int | None) -> None:
         super().__init__(student, teacher)
         self.chunk_tokens = chunk_tokens
 

@@ -15,7 +15,7 @@ class FinetuneStage(HeadStage):
 
     name = "finetune"
 
-    def __init__(self, student: HypeNetModel, *, chunk_tokens: int) -> None:
+    def __init__(self, student: HypeNetModel, *, chunk_tokens: int | None) -> None:
         super().__init__(student)
         self.chunk_tokens = chunk_tokens
 
