@@ -35,9 +35,7 @@ def test_losses_go_on_as_if_never_stopped(tmp_path, stage):
         assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
     assert result.stderr.count("resumed from") == len(JOURNEY) - 1
     want, got = (read_losses(tmp_path / name / stage / "losses.jsonl") for name in ("straight", "moving"))
-    apart = {
-        key: max(abs(a[key] - b[key]) / abs(a[key]) for a, b in zip(want, got, strict=True)) for key in ("loss", "grad_norm", "lr")
-    }
+    apart = {key: max(abs(a[key] - b[key]) / abs(a[key]) for a, b in zip(want, got, strict=True)) for key in ("loss", "grad_norm", "lr")}
     print(stage, apart)
     assert len(got) == STEPS and apart["loss"] <= 1e-5 and apart["grad_norm"] <= 2e-4 and apart["lr"] == 0
     finals = [tmp_path / name / stage / "checkpoints" for name in ("straight", "moving")]

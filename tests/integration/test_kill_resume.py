@@ -79,6 +79,7 @@ def test_continues_on_another_layout_and_zero_stage(tmp_path, before, after):
     run(tmp_path / "b", *before[0], "--kill-after", 4, processes=before[1])
     resumed = run(tmp_path / "b", *after[0], processes=after[1])
     assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert f"on another layout (world {before[1]} -> {after[1]}, " in resumed.stderr and "; the global batch stays 8: " in resumed.stderr
     want, got = (read_losses(tmp_path / name / "finetune" / "losses.jsonl") for name in "ab")
     assert [record["loss"] for record in got] == pytest.approx([record["loss"] for record in want], rel=2e-6)
     assert [record["grad_norm"] for record in got] == pytest.approx([record["grad_norm"] for record in want], rel=1e-5)

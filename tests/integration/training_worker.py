@@ -1,8 +1,8 @@
 """One training process for the tests of faults and resumes: a tiny real stage, hurt where asked.
 
     python -m tests.integration.training_worker OUT --iters 6 --stage finetune [--zero 2] [--dtype bfloat16] [--kill-after 4] ...
-Run alone, by torchrun or by launchers/local.py for several data-parallel processes. --kill-after, --stop-after, --fail-after and --slow
-hurt all processes, or the one named by --only-rank.
+Run alone, by torchrun or by launchers/local.py for several data-parallel processes. --kill-after, --stop-after, --fail-after, --term-after
+and --slow concern all processes, or the one named by --only-rank.
 """
 
 import argparse
@@ -66,7 +66,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--zero", type=int, default=1)
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--pp", type=int, default=1)
+    parser.add_argument("--cp", type=int, default=1)
     parser.add_argument("--async-save", action="store_true")
+    parser.add_argument("--keep-last", type=int, default=2)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--lr", type=float, default=1e-2)
     parser.add_argument("--kill-after", type=int, default=0)
@@ -88,9 +90,14 @@ def run_config(options: argparse.Namespace) -> RunConfig:
         "train_iters": options.iters, "seq_length": 16, "micro_batch_size": 2, "global_batch_size": 8, "lr": options.lr, "min_lr": 1e-3,
         "warmup_iters": 2, "save_interval": options.save_interval, "log_interval": 2, "weight_decay": 0.01,
     }  # fmt: skip
-    parallel = {"zero_stage": options.zero, "tensor_model_parallel_size": options.tp, "pipeline_model_parallel_size": options.pp}
+    parallel = {
+        "zero_stage": options.zero,
+        "tensor_model_parallel_size": options.tp,
+        "pipeline_model_parallel_size": options.pp,
+        "context_parallel_size": options.cp,
+    }
     inputs = {
-        "checkpoint": {"async_save": options.async_save},
+        "checkpoint": {"async_save": options.async_save, "keep_last": options.keep_last},
         "guard": {"max_skipped_steps": options.max_skipped, "hang_timeout_seconds": options.hang_timeout},
         "output_dir": str(options.out),
         "teacher": "teacher",
@@ -157,7 +164,7 @@ def train_stage(options: argparse.Namespace, run: RunConfig) -> Path:
             os.kill(os.getpid(), signal.SIGKILL)
         if mine and record.step == options.stop_after:
             os.kill(os.getpid(), signal.SIGSTOP)
-        if record.step == options.term_after:
+        if mine and record.step == options.term_after:
             os.kill(os.getpid(), signal.SIGTERM)
         if record.step == options.fill_disk_after and groups.rank() == 0:
             fill_disk(options.out)
