@@ -16,6 +16,7 @@ from megatron_hypenet.checkpoint.shards import tensor_pieces
 from megatron_hypenet.engine import run_stage, schedule
 from megatron_hypenet.engine.process import leave
 from megatron_hypenet.engine.samples import step_batches
+from megatron_hypenet.engine.stragglers import OwnTime
 from megatron_hypenet.parallel import groups
 from tests.distributed.layouts import SHAPE, Tokens, run_config
 
@@ -26,7 +27,7 @@ IDS = torch.randint(0, SHAPE["vocab_size"], (3, 13), generator=torch.Generator()
 def computed(stage, batches):
     """Loss of the step; gradients are left in the parameters, whole ones as one process would have them."""
     if groups.pipeline_stage()[1] > 1:
-        loss, _ = schedule._pipelined(stage, batches, train=True)
+        loss, _ = schedule._pipelined(stage, batches, train=True, clock=OwnTime())
     else:
         loss = torch.zeros((), dtype=torch.float64)
         for batch in batches:
