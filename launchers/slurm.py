@@ -67,6 +67,13 @@ def tasks_per_node(text: str) -> list[int]:
     return counts
 
 
+def step_hosts(environment: Mapping[str, str]) -> list[str]:
+    """Node of every task of this step, by rank, as srun places them unless told otherwise: node after node. Raises SetupError."""
+    names = _scontrol("show", "hostnames", _text(environment, "SLURM_STEP_NODELIST")).split()
+    counts = tasks_per_node(_text(environment, "SLURM_STEP_TASKS_PER_NODE"))
+    return [name for name, count in zip(names, counts, strict=True) for _ in range(count)]
+
+
 def head_address(environment: Mapping[str, str], port: int) -> str:
     """Address of the first node of this step, which runs rank 0. Raises SetupError where it is not known or cannot be looked up."""
     address = environment.get(HEAD_ADDRESS) or _ask_scontrol(_text(environment, "SLURM_STEP_NODELIST"))
@@ -156,8 +163,8 @@ def run(words: Sequence[str]) -> int:
     try:
         return main.dispatch(list(words))
     except (KeyboardInterrupt, Exception) as fault:
-        # a log of its own has room for the traceback
-        code = main.report_fault(fault, debug=not isinstance(fault, SavedAndRequeue))
+        # a job's task has a log of its own, which has room for the traceback
+        code = main.report_fault(fault, debug=ATTEMPT_LOGS in os.environ and not isinstance(fault, SavedAndRequeue))
         record_fault(fault, code, os.environ)
         return code
 

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,32 +22,43 @@ from megatron_hypenet.errors import SetupError, UsageError
 if TYPE_CHECKING:
     from megatron_hypenet.engine.node_check import Survey, Verdict
 
+_WAIT_SECONDS = 30
+
 
 def examine_nodes(folder: Path, *, nodes: int | None, srun_arguments: list[str], as_json: bool) -> None:
-    """Measure, print the table and the verdict; SetupError (exit 4) when nodes are to be left out."""
+    """Measure, print the table and the verdict; SetupError (exit 4) from the first process when nodes are to be left out."""
     if launched_world_size() is None:
         raise SystemExit(_through_srun(folder, nodes=nodes, srun_arguments=srun_arguments, as_json=as_json))
     if nodes is not None:
         raise UsageError("--nodes is for the command that starts srun; this process is one of its tasks already")
     from megatron_hypenet.cli import processes
-    from megatron_hypenet.config.schema import ParallelConfig
     from megatron_hypenet.engine.node_check import judge, survey
     from megatron_hypenet.parallel import groups
 
     processes.join()
-    groups.init_parallel(ParallelConfig())
+    first = processes.speaks()
     try:
-        found = survey(folder)
-        first = groups.rank() == 0
+        found = survey(folder, hosts=_hosts_of_ranks() if first else ())
     finally:
         groups.destroy_parallel()
     verdict = judge(found)
     if first:
         print(as_text(found, verdict) if not as_json else json.dumps({**asdict(found), **asdict(verdict)}), flush=True)
-    if verdict.exclude:
-        if not first:
-            raise SystemExit(SetupError.exit_code)
-        raise SetupError(f"{len(verdict.exclude)} nodes are not fit to train with the others; leave them out: {exclude_option(verdict)}")
+    if first and verdict.exclude:
+        if {*verdict.exclude} >= {node.host for node in found.nodes}:
+            raise SetupError(f"no node is fit to train; the cause may be common to all: {verdict.problems[0]}")
+        count = f"{len(verdict.exclude)} node{'s are' if len(verdict.exclude) > 1 else ' is'}"
+        raise SetupError(f"{count} not fit to train with the others; leave out: {exclude_option(verdict)}")
+
+
+def _hosts_of_ranks() -> list[str]:
+    """Node of each rank where SLURM can be asked (a container may not be able to): to name those that never report."""
+    from launchers.slurm import step_hosts
+
+    try:
+        return step_hosts(os.environ)
+    except SetupError:
+        return []
 
 
 def exclude_option(verdict: Verdict) -> str:
@@ -55,19 +68,19 @@ def exclude_option(verdict: Verdict) -> str:
 
 def as_text(found: Survey, verdict: Verdict) -> str:
     """One line per process, one per link, then the verdict."""
-    width = max(len(node.host) for node in found.nodes)
+    width = max(4, *(len(node.host) for node in found.nodes))
     lines = [f"{'node':<{width}}  rank  TFLOP/s  disk MiB/s  hardware"]
-    lines += [
-        f"{node.host:<{width}}  {node.rank:>4}  {node.gemm_tflops:>7.3g}  {node.disk_mib_per_second:>10.0f}  {node.hardware}"
-        for node in found.nodes
-    ]
+    for node in found.nodes:
+        rate = f"{node.gemm_tflops:.3g}" if node.gemm_tflops else "-"
+        disk = "-" if node.disk_mib_per_second is None else f"{node.disk_mib_per_second:.0f}"
+        lines.append(f"{node.host:<{width}}  {node.rank:>4}  {rate:>7}  {disk:>10}  {node.hardware}")
     lines += [f"link {link.hosts[0]} - {link.hosts[1]}: {link.gib_per_second:.2f} GiB/s" for link in found.links]
     if found.all_reduce_gib_per_second is not None:
         lines.append(f"all-reduce over {len(found.nodes)} processes: {found.all_reduce_gib_per_second:.2f} GiB/s bus bandwidth")
     versions = {name: value for node in found.nodes for name, value in node.versions.items()}
     lines.append("versions: " + ", ".join(f"{name} {value}" for name, value in sorted(versions.items())))
     lines += [f"problem: {problem}" for problem in verdict.problems]
-    if verdict.exclude:
+    if verdict.exclude and not {*verdict.exclude} >= {node.host for node in found.nodes}:
         lines.append(f"leave out: {exclude_option(verdict)}")
     elif not verdict.problems:
         lines.append("all nodes are alike")
@@ -75,10 +88,20 @@ def as_text(found: Survey, verdict: Verdict) -> str:
 
 
 def srun_command(folder: Path, *, nodes: int | None, srun_arguments: list[str], as_json: bool) -> list[str]:
-    """The command that runs this check as one task on each node."""
-    command = ["srun", "--ntasks-per-node=1", *([f"--nodes={nodes}", f"--ntasks={nodes}"] if nodes else []), *srun_arguments]
+    """The command that runs this check as one task for each GPU (one on each node without GPUs)."""
+    command = ["srun", f"--ntasks-per-node={tasks_per_node(srun_arguments, os.environ)}"]
+    command += [f"--nodes={nodes}", "--time=15"] if nodes else []
+    # all end at the same time; one that hangs is not waited for
+    command += [f"--wait={_WAIT_SECONDS}", *srun_arguments]
     command += [sys.executable, "-m", "launchers.slurm", "doctor", "--slurm", "--folder", str(folder.resolve())]
     return [*command, "--json"] if as_json else command
+
+
+def tasks_per_node(srun_arguments: list[str], environment: Mapping[str, str]) -> int:
+    """GPUs of a node, by what srun is asked for, else by what the allocation has; 1 where there are none."""
+    asked = next((word.partition("=")[2] for word in srun_arguments if word.startswith("--gpus-per-node=")), None)
+    count = (asked or environment.get("SLURM_GPUS_ON_NODE", "1")).rpartition(":")[2]
+    return int(count) if count.isdecimal() and int(count) > 0 else 1
 
 
 def _through_srun(folder: Path, *, nodes: int | None, srun_arguments: list[str], as_json: bool) -> int:
@@ -89,5 +112,6 @@ def _through_srun(folder: Path, *, nodes: int | None, srun_arguments: list[str],
             "doctor --slurm outside an allocation: say how many nodes to look at with --nodes N (--srun-arg for the partition)"
         )
     command = srun_command(folder, nodes=nodes, srun_arguments=srun_arguments, as_json=as_json)
-    print("+ " + " ".join(command), file=sys.stderr, flush=True)
-    return subprocess.run(command, check=False).returncode
+    print("+ " + shlex.join(command), file=sys.stderr, flush=True)
+    code = subprocess.run(command, check=False).returncode
+    return code if code < 128 else SetupError.exit_code  # a task that srun had to kill

@@ -1,27 +1,32 @@
 """Are all nodes of an allocation fit to train? Each is measured beside the others, and those that would slow all down are named.
 
 A collective waits for its slowest member: one throttled GPU, one bad cable or one full disk sets the pace of hundreds. What is measured is
-compared with the median of the same allocation, not with a data sheet, so the same rules serve any cluster."""
+compared with the median of the same allocation, not with a data sheet, so the same rules serve any cluster.
+
+First every process examines its node alone and reports through the launcher's store, so that a node that fails, or never reports, is named
+and keeps nobody waiting for ever. Only when all have reported well do they measure what is between them.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import socket
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
-from megatron_hypenet.checkpoint.manifest import library_versions
+from megatron_hypenet.config.schema import ParallelConfig
+from megatron_hypenet.engine import node_measure as measure
+from megatron_hypenet.errors import SetupError
 from megatron_hypenet.parallel import groups
-from megatron_hypenet.parallel.cpu import device
 
 SLOW_COMPUTE = 0.85
 """Share of the median GEMM rate below which a node is to be left out."""
@@ -31,6 +36,11 @@ SLOW_DISK = 0.3
 """Share of the median disk rate below which a node is to be looked at."""
 CLOCK_SECONDS = 2.0
 """Difference of clocks from which logs of several nodes no longer tell what came first."""
+PATIENCE_SECONDS = 180.0
+"""How long the first process waits for the reports of the others after its own."""
+
+_READ_SECONDS = 30.0
+_ALL = "node-reports"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,10 +51,14 @@ class NodeReport:
     rank: int
     hardware: str
     gemm_tflops: float
-    disk_mib_per_second: float
-    clock: float
-    """time.time() right after a barrier."""
+    """0 where it could not be measured; `faults` says why."""
+    disk_mib_per_second: float | None
+    """One process of each node writes; None for the others, and where it could not be measured."""
+    clock: float = 0.0
+    """time.time() right after a barrier; 0 for all where there was none."""
     versions: Mapping[str, str] = field(default_factory=dict)
+    faults: tuple[str, ...] = ()
+    """What did not work at all."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,26 +83,55 @@ class Survey:
     """All measurements of an allocation."""
 
     nodes: tuple[NodeReport, ...]
-    links: tuple[Link, ...]
-    all_reduce_gib_per_second: float | None
-    """Bus bandwidth over all processes: 2 (n - 1) / n times the bytes, over the time. None for one process."""
+    links: tuple[Link, ...] = ()
+    """Not measured while a node fails or is missing."""
+    all_reduce_gib_per_second: float | None = None
+    """Bus bandwidth over all processes. None for one process, and where links are not measured."""
+    missing: tuple[str, ...] = ()
+    """Hosts that never reported."""
 
 
-def survey(folder: Path) -> Survey:
-    """Measure all nodes; collective, called by every process of the launcher, the same answer on each. `folder` is where runs will lie."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    rate, disk = gemm_tflops(), disk_mib_per_second(folder)
-    if groups.world_size() > 1:
-        groups.barrier()
-    mine = NodeReport(
-        host=host_name(), rank=groups.rank(), hardware=name, gemm_tflops=rate, disk_mib_per_second=disk, clock=time.time(),
-        versions=library_versions(),
-    )  # fmt: skip
-    nodes: list[Any] = [mine]
-    if groups.world_size() > 1:
-        nodes = [None] * groups.world_size()
-        dist.all_gather_object(nodes, mine)
-    return Survey(nodes=tuple(nodes), links=tuple(_links(nodes)), all_reduce_gib_per_second=_all_reduce_rate())
+def survey(folder: Path, *, hosts: Sequence[str] = (), patience: float = PATIENCE_SECONDS) -> Survey:
+    """Measure all nodes; collective, called by every process of the launcher, the same answer on each. `folder` is where runs will lie,
+    `hosts` the node of each rank where the launcher knows them. torch.distributed is running afterwards if all nodes were fit for it."""
+    meeting = groups.meeting_point(timedelta(seconds=2 * patience + 60))
+    rank = meeting.rank if meeting else 0
+    mine = examine(folder, rank)
+    if meeting is None:
+        groups.init_parallel(ParallelConfig())
+        return Survey(nodes=(mine,))
+    nodes, missing = exchange_reports(meeting, mine, hosts, patience)
+    if missing or any(node.faults for node in nodes) or len({node.hardware == measure.CPU for node in nodes}) > 1:
+        return Survey(nodes=nodes, missing=missing)
+    groups.init_parallel(ParallelConfig(), timeout_minutes=patience / 60, meeting=meeting)
+    groups.barrier()
+    clocks: list[Any] = [None] * groups.world_size()
+    dist.all_gather_object(clocks, time.time())
+    nodes = tuple(replace(node, clock=clock) for node, clock in zip(nodes, clocks, strict=True))
+    return Survey(nodes=nodes, links=tuple(_links(nodes)), all_reduce_gib_per_second=measure.all_reduce_rate())
+
+
+def examine(folder: Path, rank: int) -> NodeReport:
+    """This process's node alone. What fails here becomes part of the report: the others must hear of it."""
+    faults: list[str] = []
+    writes = os.environ.get("LOCAL_RANK", "0") == "0"
+
+    def tried(what: str, compute: Callable[[], Any], otherwise: Any) -> Any:
+        try:
+            return compute()
+        except (OSError, RuntimeError) as error:
+            faults.append(f"{what}: {error}")
+            return otherwise
+
+    return NodeReport(
+        host=host_name(),
+        rank=rank,
+        hardware=tried("finding the GPU", measure.hardware, "?"),
+        gemm_tflops=tried("computing", measure.gemm_tflops, 0.0),
+        disk_mib_per_second=tried(f"writing to {folder}", lambda: measure.disk_mib_per_second(folder), None) if writes else None,
+        versions=tried("finding versions", measure.versions, {}),
+        faults=tuple(faults),
+    )
 
 
 def host_name() -> str:
@@ -96,107 +139,77 @@ def host_name() -> str:
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
-def gemm_tflops(seconds: float = 1.0) -> float:
-    """Rate of square matrix products, bf16 on a GPU and fp32 on a CPU: the median of repetitions over about `seconds`."""
-    where = device()
-    size, dtype = (8192, torch.bfloat16) if where.type == "cuda" else (512, torch.float32)
-    a, b = (torch.randn(size, size, device=where, dtype=dtype) for _ in range(2))
-    a @ b
-    _wait()
-    rates: list[float] = []
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(rates) < 3:
-        began = time.perf_counter()
-        a @ b
-        _wait()
-        rates.append(2.0 * size**3 / (time.perf_counter() - began) / 1e12)
-    return median(rates)
+def exchange_reports(
+    meeting: groups.Meeting, mine: NodeReport, hosts: Sequence[str], patience: float
+) -> tuple[tuple[NodeReport, ...], tuple[str, ...]]:
+    """(the reports that came, by rank; hosts of those that did not). Raises SetupError where the first process gives no answer."""
+    store, everybody = meeting.store, range(meeting.world_size)
+    store.set(_key(mine.rank), json.dumps(asdict(mine)))
+    if mine.rank == 0:
+        silent = _silent(store, [_key(rank) for rank in everybody], patience)
+        came = [store.get(_key(rank)).decode() for rank in everybody if _key(rank) not in silent]
+        missing = dict.fromkeys(hosts[rank] if rank < len(hosts) else f"rank {rank}" for rank in everybody if _key(rank) in silent)
+        store.set(_ALL, json.dumps({"reports": came, "missing": list(missing)}))
+    try:
+        found = json.loads(store.get(_ALL).decode())
+    except RuntimeError as error:
+        raise SetupError(f"the first node ({os.environ['MASTER_ADDR']}) gives no answer: {error}; leave it out") from error
+    store.set(f"{_key(mine.rank)}/read", "")
+    if mine.rank == 0:  # the store ends with this process
+        _silent(store, [f"{_key(json.loads(text)['rank'])}/read" for text in came], _READ_SECONDS)
+    rows = [json.loads(text) for text in found["reports"]]
+    return tuple(NodeReport(**{**row, "faults": tuple(row["faults"])}) for row in rows), tuple(found["missing"])
 
 
-def disk_mib_per_second(folder: Path, mib: int = 64) -> float:
-    """Rate of writing and syncing a file of `mib` MiB in `folder`, which has to exist."""
-    block = os.urandom(1 << 20)
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".hypenet-disk-check-") as stream:
-        began = time.perf_counter()
-        for _ in range(mib):
-            stream.write(block)
-        stream.flush()
-        os.fsync(stream.fileno())
-        return mib / (time.perf_counter() - began)
+def _key(rank: int) -> str:
+    return f"node-report/{rank}"
+
+
+def _silent(store: dist.Store, keys: Sequence[str], seconds: float) -> set[str]:
+    """Those of `keys` that nobody has set within `seconds`."""
+    deadline = time.monotonic() + seconds
+    silent = set()
+    for key in keys:
+        try:
+            store.wait([key], timedelta(seconds=max(deadline - time.monotonic(), 0.01)))
+        except RuntimeError:  # the name of a timeout depends on torch's version; all are RuntimeErrors
+            silent.add(key)
+    return silent
 
 
 def _links(nodes: Sequence[NodeReport]) -> Iterator[Link]:
     """Bandwidth of pairs of nodes, several pairs at a time; every node meets two others where there are three."""
     leaders = [next(node.rank for node in nodes if node.host == host) for host in dict.fromkeys(node.host for node in nodes)]
-    for pairs in rounds(leaders):
+    for pairs in measure.rounds(leaders):
         partner = {a: b for pair in pairs for a, b in (pair, pair[::-1])}.get(groups.rank())
-        rate = _exchange_rate(partner) if partner is not None else 0.0
+        rate = measure.exchange_rate(partner) if partner is not None else 0.0
         rates: list[Any] = [None] * groups.world_size()
         dist.all_gather_object(rates, rate)
         for a, b in pairs:
             yield Link(hosts=(nodes[a].host, nodes[b].host), gib_per_second=min(rates[a], rates[b]))
 
 
-def rounds(leaders: Sequence[int]) -> list[list[tuple[int, int]]]:
-    """Pairs that can talk at the same time: neighbours on a ring, in two rounds (three for an odd number)."""
-    count = len(leaders)
-    if count < 2:
-        return []
-    if count == 2:
-        return [[(leaders[0], leaders[1])]]
-    ring = [(leaders[i], leaders[(i + 1) % count]) for i in range(count)]
-    even, odd = ring[0 : count - count % 2 : 2], ring[1 : count - count % 2 : 2]
-    return [even, odd] + ([[ring[-1]]] if count % 2 else [])
-
-
-def _exchange_rate(partner: int, repetitions: int = 3) -> float:
-    """GiB/s to and from one other process: the best of several, after one to open the connection."""
-    count = (256 << 20) if device().type == "cuda" else (8 << 20)
-    out, back = (torch.empty(count, dtype=torch.uint8, device=device()) for _ in range(2))
-    best = 0.0
-    for turn in range(repetitions + 1):
-        began = time.perf_counter()
-        for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, out, partner), dist.P2POp(dist.irecv, back, partner)]):
-            work.wait()
-        _wait()
-        if turn:
-            best = max(best, 2 * count / 2**30 / (time.perf_counter() - began))
-    return best
-
-
-def _all_reduce_rate(repetitions: int = 3) -> float | None:
-    size = groups.world_size()
-    if size == 1:
-        return None
-    count = (128 << 20) if device().type == "cuda" else (2 << 20)
-    data = torch.zeros(count, dtype=torch.float32, device=device())
-    best = 0.0
-    for turn in range(repetitions + 1):
-        groups.barrier()
-        began = time.perf_counter()
-        dist.all_reduce(data)
-        _wait()
-        if turn:
-            best = max(best, 2 * (size - 1) / size * 4 * count / 2**30 / (time.perf_counter() - began))
-    return best
-
-
 def judge(found: Survey) -> Verdict:
     """Compare the nodes with each other. Deterministic, without any measurement of its own."""
-    problems: list[str] = []
-    exclude: set[str] = set()
-    usual = {kind: median(n.gemm_tflops for n in found.nodes if n.hardware == kind) for kind in {n.hardware for n in found.nodes}}
-    disk, clock = median(n.disk_mib_per_second for n in found.nodes), median(n.clock for n in found.nodes)
+    problems = [f"{host}: no report within {PATIENCE_SECONDS:.0f} s; its processes do not start, or hang" for host in found.missing]
+    exclude = set(found.missing)
     for node in found.nodes:
+        problems += [f"{node.host} (rank {node.rank}): {fault}" for fault in node.faults]
+        exclude |= {node.host} if node.faults else set()
+    sound = [node for node in found.nodes if not node.faults]
+    usual = {kind: median(n.gemm_tflops for n in sound if n.hardware == kind) for kind in {n.hardware for n in sound}}
+    disks = [n.disk_mib_per_second for n in sound if n.disk_mib_per_second is not None]
+    clock = median(n.clock for n in sound) if sound else 0.0
+    for node in sound:
         where = f"{node.host} (rank {node.rank})"
         if node.gemm_tflops < SLOW_COMPUTE * usual[node.hardware]:
             problems.append(f"{where}: {node.gemm_tflops:.3g} TFLOP/s, the median {node.hardware} here does {usual[node.hardware]:.3g}")
             exclude.add(node.host)
-        if node.disk_mib_per_second < SLOW_DISK * disk:
-            problems.append(f"{where}: writes {node.disk_mib_per_second:.0f} MiB/s, the median here is {disk:.0f}")
+        if node.disk_mib_per_second is not None and node.disk_mib_per_second < SLOW_DISK * median(disks):
+            problems.append(f"{where}: writes {node.disk_mib_per_second:.0f} MiB/s, the median here is {median(disks):.0f}")
         if abs(node.clock - clock) > CLOCK_SECONDS:
             problems.append(f"{where}: its clock is {node.clock - clock:+.1f} s from the others'")
-    for host, lines in _odd_versions(found.nodes).items():
+    for host, lines in _odd_versions(sound).items() if sound else ():
         problems += [f"{host}: {line}" for line in lines]
         exclude.add(host)
     for host, line in _slow_links(found.links).items():
@@ -229,8 +242,3 @@ def _slow_links(links: Sequence[Link]) -> dict[str, str]:
             rates = ", ".join(f"{link.gib_per_second:.2f}" for link in own)
             slow[host] = f"{host}: {rates} GiB/s to its neighbours, the median link has {usual:.2f}"
     return slow
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

@@ -5,6 +5,7 @@ Megatron-core does the model-parallel groups; DeepSpeed gets them through `Model
 
 import math
 import os
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -18,9 +19,31 @@ from megatron_hypenet.config.schema import ParallelConfig
 from megatron_hypenet.parallel.cpu import device, enable_cpu
 
 
+@dataclass(frozen=True, slots=True)
+class Meeting:
+    """The launcher's processes at the store of rank 0, before torch.distributed runs: each can say something and nobody waits for all."""
+
+    store: dist.Store
+    rank: int
+    world_size: int
+
+
+def meeting_point(timeout: timedelta) -> Meeting | None:
+    """Connect to the store at the launcher's address, which rank 0 opens unless its launcher has; None without a launcher.
+
+    `timeout` is the store's: for connecting, and for every later `get`. Give the result to `init_parallel`, which uses the same store."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return None
+    rank, address, port = int(os.environ["RANK"]), os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    opens = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # torchrun's agent has opened it
+    store = dist.TCPStore(address, port, is_master=opens, timeout=timeout, wait_for_workers=False)
+    return Meeting(store=store, rank=rank, world_size=int(os.environ["WORLD_SIZE"]))
+
+
 def init_parallel(
-    parallel: ParallelConfig, *, seed: int = 1234, timeout_minutes: float = 30.0, collective_minutes: float | None = None
-) -> None:
+    parallel: ParallelConfig, *, seed: int = 1234, timeout_minutes: float = 30.0, collective_minutes: float | None = None,
+    meeting: Meeting | None = None,
+) -> None:  # fmt: skip
     """Start torch.distributed (from the launcher's environment, or as one process without a port) and Megatron's groups.
 
     `timeout_minutes` is how long the processes wait for each other at the start, `collective_minutes` (default: the same) how long in
@@ -28,7 +51,7 @@ def init_parallel(
     enable_cpu()
     minutes = timeout_minutes if collective_minutes is None else collective_minutes
     if not dist.is_initialized():
-        _init_process_group(timedelta(minutes=timeout_minutes))
+        _init_process_group(timedelta(minutes=timeout_minutes), meeting)
         if minutes != timeout_minutes and dist.get_world_size() > 1:
             dist.distributed_c10d._set_pg_timeout(timedelta(minutes=minutes))
     if not parallel_state.model_parallel_is_initialized():
@@ -41,11 +64,14 @@ def init_parallel(
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 
-def _init_process_group(timeout: timedelta) -> None:
+def _init_process_group(timeout: timedelta, meeting: Meeting | None) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    if meeting is not None:
+        own = dist.PrefixStore("torch.distributed", meeting.store)
+        dist.init_process_group(backend, store=own, rank=meeting.rank, world_size=meeting.world_size, timeout=timeout)
+    elif "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)

@@ -4,10 +4,11 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
-from megatron_hypenet.cli.node_doctor import as_text, examine_nodes, exclude_option, srun_command
+from megatron_hypenet.cli.node_doctor import as_text, examine_nodes, exclude_option, srun_command, tasks_per_node
 from megatron_hypenet.engine.node_check import Link, NodeReport, Survey, Verdict
 from megatron_hypenet.errors import SetupError, UsageError
 
@@ -25,10 +26,22 @@ def test_report():
     assert as_text(FOUND, bad).endswith("problem: n1: slow\nleave out: --exclude=n1,n7") and exclude_option(bad) == "--exclude=n1,n7"
 
 
-def test_srun_gets_one_task_per_node(tmp_path):
+def test_what_could_not_be_measured_is_a_dash_and_common_faults_exclude_nobody():
+    failing = tuple(replace(node, gemm_tflops=0.0, disk_mib_per_second=None) for node in NODES)
+    text = as_text(Survey(nodes=failing), Verdict(problems=("n0: ...", "n1: ..."), exclude=("n0", "n1")))
+    assert "n1       1        -           -  CPU" in text and "--exclude" not in text
+
+
+def test_srun_gets_one_task_per_gpu(tmp_path, monkeypatch):
+    monkeypatch.delenv("SLURM_GPUS_ON_NODE", raising=False)
     command = srun_command(tmp_path, nodes=16, srun_arguments=["--partition=gpu"], as_json=True)
-    assert command[:5] == ["srun", "--ntasks-per-node=1", "--nodes=16", "--ntasks=16", "--partition=gpu"]
-    assert command[5:] == [sys.executable, "-m", "launchers.slurm", "doctor", "--slurm", "--folder", str(tmp_path), "--json"]
+    assert command[:6] == ["srun", "--ntasks-per-node=1", "--nodes=16", "--time=15", "--wait=30", "--partition=gpu"]
+    assert command[6:] == [sys.executable, "-m", "launchers.slurm", "doctor", "--slurm", "--folder", str(tmp_path), "--json"]
+    assert [tasks_per_node([], {}), tasks_per_node(["--gpus-per-node=h100:8"], {}), tasks_per_node([], {"SLURM_GPUS_ON_NODE": "4"})] == [
+        1,
+        8,
+        4,
+    ]
 
 
 def test_without_slurm_or_nodes_it_says_what_is_missing(tmp_path, monkeypatch):

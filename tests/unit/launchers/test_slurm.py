@@ -87,6 +87,11 @@ def test_a_cluster_that_does_not_answer_is_fatal(tmp_path, monkeypatch, script, 
         slurm.place_of(without_head())
 
 
+def test_hosts_of_the_ranks(tmp_path, monkeypatch):
+    scontrol(tmp_path, monkeypatch, 'printf "n1\\nn2\\n"')
+    assert slurm.step_hosts({"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_STEP_TASKS_PER_NODE": "2,1"}) == ["n1", "n1", "n2"]
+
+
 def test_a_fault_leaves_a_record(tmp_path):
     environment = {"HYPENET_ATTEMPT_LOGS": str(tmp_path), "RANK": "3", "SLURMD_NODENAME": "n2"}
     slurm.record_fault(CheckpointError("teacher is gone"), 5, environment)
