@@ -301,7 +301,8 @@ class _Trainer:
 
     def _save(self, *, wait: bool) -> None:
         """Save the present state; with `wait` it is committed on return, whatever checkpoint.async_save says."""
-        assert self.engine is not None and self.saver is not None
+        assert self.engine is not None and self.saver is not None and self.recorder is not None
+        self.recorder.flush()
         self.state = replace(self.state, adam_step=self.engine.adam_step())
         self.saver.save(
             self.engine,

@@ -140,7 +140,8 @@ class Recorder:
         if first:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(tensorboard_dir), purge_step=step + 1 if step else None)
+            # also from step 0: a start that ended before its first save may have left points
+            self._board = SummaryWriter(str(tensorboard_dir), purge_step=step + 1)
         self._restart(step)
 
     def _restart(self, step: int) -> None:
@@ -208,6 +209,11 @@ class Recorder:
         if self._board is not None:
             for tag, value in values.items():
                 self._board.add_scalar(tag, value, step)
+
+    def flush(self) -> None:
+        """Put the points on the disk. Before a save: a start that continues from it writes none of the points before it again."""
+        if self._board is not None:
+            self._board.flush()
 
     def note(self, text: str) -> None:
         """One line that is no step: resumed, saved."""

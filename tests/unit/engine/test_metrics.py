@@ -52,6 +52,21 @@ def test_resume_purges_points_that_will_be_written_again(tmp_path):
     assert scalars(tmp_path / "tb")["x"] == [(1, 1.0), (2, 1.0), (3, 9.0), (4, 9.0)]
 
 
+def test_points_before_a_save_outlive_a_killed_process_and_a_start_from_nothing_replaces_them(tmp_path):
+    def begin(step):
+        return Recorder(stage="a", train_iters=4, step=step, first=True, out_dir=tmp_path, tensorboard_dir=tmp_path / "tb", log=print)
+
+    killed = begin(0)
+    killed.points(1, {"x": 1.0})
+    killed.flush()
+    assert scalars(tmp_path / "tb")["x"] == [(1, 1.0)]  # while the writer is still open
+    again = begin(0)
+    again.points(1, {"x": 9.0})
+    again.close()
+    assert scalars(tmp_path / "tb")["x"] == [(1, 9.0)]
+    killed.close()
+
+
 def test_other_ranks_write_nothing(tmp_path):
     recorder = Recorder(stage="a", train_iters=4, step=0, first=False, out_dir=tmp_path, tensorboard_dir=tmp_path / "tb", log=pytest.fail)
     recorder.interval(recorder.step(1, loss=1.0, grad_norm=1.0, lr=1.0, tokens=1), {}, 1)
