@@ -21,6 +21,7 @@ _ECHO = re.compile(
 )
 # srun: error: n2: task 1: Killed            srun: error: n[1-2]: tasks 0-3,7: Exited with exit code 1
 _SRUN = re.compile(r"^srun: error: (\S+): tasks? ([\d,-]+): (.*)$")
+_NODE_FAILURE = re.compile(r"^srun: error: Node failure on (\S+)")
 _ENDS_THE_OTHERS = "Terminating StepId"
 _HEADER = re.compile(r"^node (\S+) attempt \d+ RANK=(\d+)\b")
 _FATAL = re.compile(r"^Fatal Python error: .*|^terminate called.*")
@@ -37,6 +38,8 @@ class Fault:
     """Seconds since 1970; 0 where only the order is known, which srun's lines give."""
     error: str
     traceback: str = ""
+    echo: bool = False
+    """The rank itself wrote down that it only lost another one."""
 
     @property
     def kind(self) -> str:
@@ -46,7 +49,7 @@ class Fault:
     @property
     def is_echo(self) -> bool:
         """Whether it only says that another process is gone."""
-        return bool(_ECHO.search(self.error))
+        return self.echo or bool(_ECHO.search(self.error))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,8 +97,14 @@ def grouped(faults: Iterable[Fault]) -> list[Group]:
 
 def faults_of(attempt_logs: Path, job_log: Path) -> list[Fault]:
     """Every rank's fault in one start of a job."""
-    found = {fault.rank: fault for fault in _from_job_log(job_log, int(attempt_logs.name.rpartition("-")[2]))}
+    killed, lost_nodes = _from_job_log(job_log, int(attempt_logs.name.rpartition("-")[2]))
+    found = {fault.rank: fault for fault in killed}
     for path in sorted(attempt_logs.glob("rank-*.log")):
+        host = _host_of(_lines(path))
+        if host in lost_nodes:
+            rank = _rank_of(path)
+            found[rank] = Fault(rank=rank, host=host, time=0.0, error="its node failed: SLURM reached it no more")
+            continue
         fault = _from_rank_log(path)
         if fault is not None:
             found.setdefault(fault.rank, fault)
@@ -109,16 +118,16 @@ def faults_of(attempt_logs: Path, job_log: Path) -> list[Fault]:
 def _from_record(path: Path) -> Fault | None:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        return Fault(**{key: record[key] for key in ("rank", "host", "time", "error", "traceback")})
+        told = {key: record[key] for key in ("rank", "host", "time", "error", "traceback")}
+        return Fault(**told, echo=record.get("echo", False))
     except (OSError, ValueError, KeyError):  # torn: the task was killed while writing it, and srun says so
         return None
 
 
 def _from_rank_log(path: Path) -> Fault | None:
     """The last traceback or fatal error of a rank that left no record, e.g. because this package could not be imported."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    rank = int(re.sub(r"\D", "", path.stem) or 0)
-    host = next((match.group(1) for line in lines if (match := _HEADER.match(line))), "?")
+    lines, rank = _lines(path), _rank_of(path)
+    host = _host_of(lines)
     for index in range(len(lines) - 1, -1, -1):
         if lines[index].startswith("Traceback (most recent call last)"):
             body = lines[index:]
@@ -129,19 +138,35 @@ def _from_rank_log(path: Path) -> Fault | None:
     return None
 
 
-def _from_job_log(path: Path, attempt: int) -> list[Fault]:
-    """Tasks that srun saw killed by a signal before it ended the others itself."""
-    faults = []
-    inside = False
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+def _from_job_log(path: Path, attempt: int) -> tuple[list[Fault], set[str]]:
+    """(tasks that srun saw killed by a signal before it ended the others itself, nodes that SLURM lost) in one start of a job."""
+    faults: list[Fault] = []
+    lost: set[str] = set()
+    inside = ending = False
+    for line in _lines(path):
         if f" attempt {attempt}: " in line:
-            inside = " started on " in line
+            inside, ending = " started on " in line, False
+        elif inside and (match := _NODE_FAILURE.match(line)):
+            lost.add(match.group(1))
+            ending = True
         elif inside and _ENDS_THE_OTHERS in line:
-            inside = False  # whatever ends now was ended by srun
-        elif inside and (match := _SRUN.match(line)) and not match.group(3).startswith("Exited"):
+            ending = True  # whatever ends now was ended by srun
+        elif inside and not ending and (match := _SRUN.match(line)) and not match.group(3).startswith("Exited"):
             host, tasks, how = match.groups()
             faults += [Fault(rank=rank, host=host, time=0.0, error=f"task ended by a signal: {how}") for rank in numbers_of(tasks)]
-    return faults
+    return faults, lost
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+
+
+def _rank_of(path: Path) -> int:
+    return int(re.sub(r"\D", "", path.stem) or 0)
+
+
+def _host_of(lines: Sequence[str]) -> str:
+    return next((match.group(1) for line in lines if (match := _HEADER.match(line))), "?")
 
 
 def numbers_of(text: str) -> list[int]:

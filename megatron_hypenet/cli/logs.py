@@ -98,7 +98,7 @@ def show_first_error(jobs: Jobs, only: Job | None, *, as_json: bool) -> None:
     for number, group in enumerate(groups):
         kind = "then, as an echo" if group.first.is_echo and number else "then" if number else "first"
         print(f"\n{kind}: {group.who()}: {group.first.error}")
-        if group.first.traceback and not (group.first.is_echo and number):
+        if group.first.traceback and not group.first.is_echo:
             print("    " + group.first.traceback.rstrip().replace("\n", "\n    "))
 
 

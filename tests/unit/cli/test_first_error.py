@@ -63,6 +63,27 @@ def test_a_killed_task_is_the_cause_and_those_that_srun_ended_are_not(tmp_path):
     ]
 
 
+def test_a_node_that_slurm_lost_is_the_cause(tmp_path):
+    log = job_log(
+        tmp_path,
+        "srun: error: n1: task 0: Exited with exit code 1",
+        "srun: error: Node failure on n2",
+        "slurmstepd-n1: error: *** JOB 1 ON n1 CANCELLED AT 2026-11-23T12:00:09 DUE TO NODE FAILURE, SEE SLURMCTLD LOG FOR DETAILS ***",
+        "srun: error: n1: task 1: Killed",
+    )
+    folder = attempt(tmp_path)
+    for rank, host in enumerate(("n1", "n1", "n2", "n2")):
+        (folder / f"rank-{rank:04d}.log").write_text(f"node {host} attempt 0 RANK={rank} WORLD_SIZE=4\n")
+    record = {"rank": 0, "host": "n1", "time": 5.0, "code": 1, "error": "another process of this run ended", "traceback": "", "echo": True}
+    (folder / "rank-0000.error.json").write_text(json.dumps(record))
+    groups = grouped(faults_of(folder, log))
+    assert [(group.who(), group.first.error) for group in groups] == [
+        ("2 ranks on 1 node (n2: 2-3)", "its node failed: SLURM reached it no more"),
+        ("rank 0 on n1", "another process of this run ended"),
+    ]
+    assert groups[1].first.is_echo
+
+
 def test_only_this_start_of_the_job_counts(tmp_path):
     log = job_log(
         tmp_path,
