@@ -173,7 +173,7 @@ class _Group:
                 stderr=log,
                 # a group of its own: Ctrl-C at the terminal arrives once, through us, and what a process starts can be ended with it
                 process_group=0,
-                preexec_fn=_die_with(os.getpid()),
+                preexec_fn=die_with(os.getpid()),
             )
 
     def _await(self, rank: int) -> None:
@@ -222,7 +222,7 @@ class _Group:
         print("\n".join([head, *lines]), file=sys.stderr)
 
 
-def _die_with(parent: int) -> Callable[[], None] | None:
+def die_with(parent: int) -> Callable[[], None] | None:
     """What a new process does first, on Linux: ask to be killed when its parent is gone."""
     if not sys.platform.startswith("linux"):
         return None

@@ -31,6 +31,15 @@ ProcessesOption = Annotated[
         help="Processes to start on this machine; default: every GPU that fits, or what tensor, pipeline and context need.",
     ),
 ]
+LauncherOption = Annotated[
+    str, typer.Option("--launcher", metavar="local|hostfile", help="Start processes here, or on the hosts of --hostfile with DeepSpeed.")
+]
+HostfileOption = Annotated[
+    Path | None, typer.Option("--hostfile", metavar="FILE", help="Lines of `HOST slots=N`; needs --launcher hostfile, pdsh and ssh.")
+]
+VariablesOption = Annotated[
+    list[str] | None, typer.Option("--env", metavar="NAME", help="Variable of yours that the hosts' processes get, too; may be repeated.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would happen; write and start nothing.")]
 

@@ -1,4 +1,4 @@
-"""How many processes a verb gets, and starting them on this machine when no launcher has.
+"""How many processes a verb gets, and starting them, here or on the hosts of a hostfile, when no launcher has.
 
 Not a verb: every verb that computes uses it. The words of the command line are given again to each process, which finds its place in the
 environment and goes on where the starting process handed over.
@@ -9,7 +9,9 @@ from __future__ import annotations
 import functools
 import os
 import sys
+from collections.abc import Sequence
 from contextvars import ContextVar
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -20,13 +22,31 @@ from megatron_hypenet.config.schema import RunConfig
 from megatron_hypenet.errors import SetupError, UsageError
 
 if TYPE_CHECKING:
+    from launchers.hostfile import HostfileLaunch
     from launchers.local import LocalLaunch
 
 WORDS: ContextVar[tuple[str, ...]] = ContextVar("words after `hypenet`", default=())
 """The command line that is being done; cli/main.py sets it."""
 
+LAUNCHERS = ("local", "hostfile")
+"""What --launcher takes; SLURM has `hypenet submit`."""
+
+_hostfile: ContextVar[tuple[Path, tuple[str, ...]] | None] = ContextVar("hostfile and names of variables for it", default=None)
+
 _THREADS = "OMP_NUM_THREADS"
 _threads_are_ours = False
+
+
+def choose(launcher: str, hostfile: Path | None, names: Sequence[str] | None) -> None:
+    """Take what --launcher, --hostfile and --env say. In a process that a launcher started they are spent. Raises UsageError."""
+    if launcher not in LAUNCHERS:
+        raise UsageError(f"--launcher {launcher}: choose one of {', '.join(LAUNCHERS)}; `hypenet submit` starts runs under SLURM")
+    if launcher == "hostfile" and hostfile is None:
+        raise UsageError("--launcher hostfile needs --hostfile FILE, with lines such as `worker-1 slots=8`")
+    if launcher == "local" and (hostfile is not None or names):
+        raise UsageError("--hostfile and --env are for other hosts; add --launcher hostfile")
+    elsewhere = hostfile is not None and launched_world_size() is None
+    _hostfile.set((hostfile, tuple(names or ())) if hostfile is not None and elsewhere else None)
 
 
 def join() -> int | None:
@@ -40,13 +60,13 @@ def join() -> int | None:
 
 
 def count(run: RunConfig, shape: ModelConfig | None, nproc: int | None) -> int:
-    """Processes that `run` gets: the launcher's, else --nproc, else as many GPUs as its layout and batches can use, else one replica's.
+    """Processes that `run` gets: the launcher's or hostfile's, else --nproc, else as many GPUs as its layout can use, else one replica's.
 
     Raises UsageError when --nproc contradicts the launcher, SetupError when this machine has too few GPUs.
     """
     size = run.parallel.model_parallel_size
     started = join()
-    if started is None and nproc is None and run.device != "cpu":
+    if started is None and nproc is None and run.device != "cpu" and _hostfile.get() is None:
         return _fitting(run, shape, size)
     return fixed(size, nproc)
 
@@ -58,30 +78,44 @@ def fixed(size: int, nproc: int | None = None) -> int:
         if nproc not in (None, started):
             raise UsageError(f"--nproc {nproc} in a process that a launcher started as one of {started}; leave --nproc out")
         return started
+    if (chosen := _hostfile.get()) is not None:
+        from launchers.hostfile import read_hostfile
+
+        if nproc is not None:
+            raise UsageError(f"--nproc {nproc} with a hostfile; its slots say how many processes each host gets")
+        return sum(host.slots for host in read_hostfile(chosen[0]))
     asked = nproc or size
     if asked > 1:
         _refuse_too_few_gpus(asked, _gpus())
     return asked
 
 
-def planned_start(num_processes: int) -> LocalLaunch | None:
+def planned_start(num_processes: int) -> LocalLaunch | HostfileLaunch | None:
     """What `start_here` would start: this command, in several processes; None when it would return. --dry-run is not for them."""
+    words = tuple(word for word in WORDS.get() if word != "--dry-run")
+    if (chosen := _hostfile.get()) is not None:
+        from launchers import hostfile
+
+        return hostfile.planned(words, *chosen)
     if num_processes == 1 or launched_world_size() is not None:
         return None
     from launchers.local import LocalLaunch
 
-    return LocalLaunch(tuple(word for word in WORDS.get() if word != "--dry-run"), num_processes)
+    return LocalLaunch(words, num_processes)
 
 
 def start_here(num_processes: int) -> None:
     """Do this command in `num_processes` processes and leave with their exit code; returns when one is enough or a launcher was there."""
+    if _threads_are_ours and (num_processes > 1 or _hostfile.get() is not None):
+        os.environ.pop(_THREADS, None)  # it was for one process
     start = planned_start(num_processes)
     if start is None:
         return
-    from launchers import local
+    from launchers import hostfile_job, local
 
-    if _threads_are_ours:
-        os.environ.pop(_THREADS, None)  # it was for one process
+    if not isinstance(start, local.LocalLaunch):
+        print(f"starting {num_processes} processes on the hosts of {start.hostfile}", file=sys.stderr, flush=True)
+        raise typer.Exit(hostfile_job.run(start))
     more = f" with {gpus} GPUs" if (gpus := _gpus()) > num_processes else ""
     print(f"starting {num_processes} processes on this machine{more}", file=sys.stderr, flush=True)
     raise typer.Exit(local.run(start))

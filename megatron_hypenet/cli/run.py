@@ -10,11 +10,14 @@ from megatron_hypenet.cli.options import (
     ConfigArgument,
     ContextParallelOption,
     DryRunOption,
+    HostfileOption,
     JsonOption,
+    LauncherOption,
     OverridesArgument,
     PipelineParallelOption,
     ProcessesOption,
     TensorParallelOption,
+    VariablesOption,
     collect_overrides,
 )
 
@@ -32,6 +35,9 @@ def run(
     pp: PipelineParallelOption = None,
     cp: ContextParallelOption = None,
     nproc: ProcessesOption = None,
+    launcher: LauncherOption = "local",
+    hostfile: HostfileOption = None,
+    env: VariablesOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete an earlier run in output_dir and start again.")] = False,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
@@ -43,9 +49,13 @@ def run(
       hypenet run configs/run/quickstart.yaml teacher=/models/Qwen3-0.6B data=corpus.txt
 
       hypenet run configs/run/distill_2b.yaml teacher=/models/Qwen3-1.7B data=corpus --tp 2 --nproc 8
+
+      hypenet run configs/run/distill_2b.yaml teacher=/models/Qwen3-1.7B data=corpus --launcher hostfile --hostfile hosts
     """
+    from megatron_hypenet.cli import processes
     from megatron_hypenet.config.loader import load_run_config
 
+    processes.choose(launcher, hostfile, env)
     settings = load_run_config(config, collect_overrides(overrides, tp=tp, pp=pp, cp=cp))
     run_all(settings, nproc=nproc, overwrite=overwrite, dry_run=dry_run, as_json=as_json)
 

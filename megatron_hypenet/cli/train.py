@@ -13,11 +13,14 @@ from megatron_hypenet.cli.options import (
     ConfigArgument,
     ContextParallelOption,
     DryRunOption,
+    HostfileOption,
     JsonOption,
+    LauncherOption,
     OverridesArgument,
     PipelineParallelOption,
     ProcessesOption,
     TensorParallelOption,
+    VariablesOption,
     collect_overrides,
 )
 
@@ -38,6 +41,9 @@ def train(
     pp: PipelineParallelOption = None,
     cp: ContextParallelOption = None,
     nproc: ProcessesOption = None,
+    launcher: LauncherOption = "local",
+    hostfile: HostfileOption = None,
+    env: VariablesOption = None,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -52,12 +58,13 @@ def train(
 
       hypenet train configs/run/quickstart.yaml --stage 3 --init runs/other/distill teacher=/models/Qwen3-0.6B data=corpus.txt
     """
+    from megatron_hypenet.cli import pipeline, processes
     from megatron_hypenet.config.loader import load_run_config
     from megatron_hypenet.errors import UsageError
 
+    processes.choose(launcher, hostfile, env)
     settings = load_run_config(config, collect_overrides(overrides, tp=tp, pp=pp, cp=cp))
     from megatron_hypenet.checkpoint.load import resolve, verify_files
-    from megatron_hypenet.cli import pipeline, processes
     from megatron_hypenet.engine.run_stage import stage_name
 
     if init is not None and not stage:

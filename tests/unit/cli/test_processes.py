@@ -106,3 +106,52 @@ def test_a_number_of_threads_that_is_set_is_kept(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     processes.use_all_cores()
     assert processes.os.environ["OMP_NUM_THREADS"] == "3"
+
+
+@pytest.fixture
+def hosts(tmp_path):
+    """A hostfile of six slots, forgotten after the test."""
+    (tmp_path / "hosts").write_text("a slots=4\nb slots=2\n")
+    yield tmp_path / "hosts"
+    processes.choose("local", None, None)
+
+
+def test_a_hostfile_says_how_many(machine, hosts):
+    machine(1)
+    processes.choose("hostfile", hosts, None)
+    assert processes.count(run(), MODEL, None) == processes.fixed(2) == 6
+    with pytest.raises(UsageError, match="--nproc 2 with a hostfile; its slots say how many"):
+        processes.count(run(), MODEL, 2)
+    with pytest.raises(SetupError, match="missing cannot be read"):
+        processes.choose("hostfile", hosts.with_name("missing"), None)
+        processes.count(run(), MODEL, None)
+
+
+def test_a_hostfiles_processes_do_not_start_more(monkeypatch, hosts):
+    under(monkeypatch, 6)
+    processes.choose("hostfile", hosts, ["NAME"])
+    assert processes.count(run(), MODEL, None) == 6 and processes.planned_start(6) is None
+
+
+def test_even_one_process_starts_on_its_host(monkeypatch, hosts):
+    monkeypatch.setattr("launchers.hostfile.planned", lambda *arguments: arguments)
+    processes.choose("hostfile", hosts, ["NAME"])
+    token = processes.WORDS.set(("run", "x.yaml", "--dry-run"))
+    try:
+        assert processes.planned_start(1) == (("run", "x.yaml"), hosts, ("NAME",))
+    finally:
+        processes.WORDS.reset(token)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("ssh", None, None), "--launcher ssh: choose one of local, hostfile"),
+        (("hostfile", None, None), "--launcher hostfile needs --hostfile FILE"),
+        (("local", "hosts", None), "--hostfile and --env are for other hosts; add --launcher hostfile"),
+        (("local", None, ["A"]), "--hostfile and --env are for other hosts"),
+    ],
+)
+def test_launcher_options_that_do_not_fit(words, said):
+    with pytest.raises(UsageError, match=said):
+        processes.choose(*words)

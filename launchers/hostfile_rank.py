@@ -1,0 +1,170 @@
+"""What DeepSpeed's launcher starts for every slot of a hostfile: takes the place it is given, does the command in a process of its own.
+
+    python -m launchers.hostfile_rank WORD...
+
+DeepSpeed and pdsh turn the ways in which processes end into few numbers. So this process tells the one that waits for the job, in lines on
+stderr that launchers/hostfile_job.py takes out, when its command starts and with which code it ends. What rank 0 says goes on as it is; the
+others' words wait in a file, and their last lines are told when one fails. When the connection ends, the command is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from types import FrameType
+from typing import IO, Any, NoReturn
+
+from launchers.command import hypenet_command, place, threads_per_process
+from launchers.hostfile import unpacked
+from launchers.local import FORWARDED, PEACEFUL, TAIL_LINES, die_with
+from megatron_hypenet.errors import SetupError
+
+MARK = "hypenet-rank "
+"""Begins a line for the waiting process; JSON follows."""
+
+_LONGEST_LINE = 4000  # below PIPE_BUF: the lines of several processes never mix
+_LINGER_SECONDS = 20.0
+_HANGUP = select.POLLHUP | select.POLLERR | select.POLLNVAL
+
+
+def environment_of(given: Mapping[str, str]) -> dict[str, str]:
+    """What DeepSpeed says of this process's place, in the words of the other launchers, and the threads it may use. Raises SetupError."""
+    try:
+        rank, world_size, local_rank, local_size = (int(given[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
+        master, port = given["MASTER_ADDR"], int(given["MASTER_PORT"])
+    except (KeyError, ValueError) as error:
+        raise SetupError(f"DeepSpeed's launcher did not say where this process belongs: {error}") from error
+    try:
+        socket.getaddrinfo(master, port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise SetupError(
+            f"the first host's address {master!r} cannot be looked up on {socket.gethostname()}: {error}. Rank 0 listens there; write an "
+            "address into the hostfile that all hosts know"
+        ) from error
+    if rank == 0:
+        _check_port(port)
+    own = place(rank=rank, world_size=world_size, local_rank=local_rank, local_size=local_size, master=master, port=port)
+    return own if "OMP_NUM_THREADS" in given else {**own, "OMP_NUM_THREADS": str(threads_per_process(local_size))}
+
+
+def _check_port(port: int) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise SetupError(
+                f"port {port} of {socket.gethostname()}, where rank 0 would listen: {error.strerror}; is the same command running already? "
+                "HYPENET_MASTER_PORT chooses another"
+            ) from error
+
+
+def tell(event: str, **fields: Any) -> None:
+    """Send one line to the process that waits for the job; `tail` is cut to what fits."""
+    line = json.dumps({"event": event, **fields})
+    while len(line) > _LONGEST_LINE and fields.get("tail"):
+        fields["tail"] = fields["tail"][1:]
+        line = json.dumps({"event": event, **fields})
+    with contextlib.suppress(OSError):
+        os.write(2, f"{MARK}{line}\n".encode())
+
+
+class _Rank:
+    """The command of one rank, and the signals and the connection that may end it."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self.words = words
+        self.process: subprocess.Popen[bytes] | None = None
+        self.pending: list[int] = []
+        for number in FORWARDED:
+            signal.signal(number, self._forward)
+
+    def run(self, environment: Mapping[str, str]) -> int:
+        """Until the command has ended and the waiting process knows; returns its code, 128 + n for signal n."""
+        about = {"rank": int(environment.get("RANK", "-1")), "node": int(environment.get("CROSS_RANK", "0"))}
+        tell("started", **about, pid=os.getpid())
+        try:
+            own = environment_of(environment)
+        except SetupError as fault:
+            code, tail = fault.exit_code, [f"error: {fault}"]
+        else:
+            with contextlib.nullcontext() if about["rank"] == 0 else tempfile.TemporaryFile() as log:
+                code = self._await({**environment, **own}, log)
+                tail = _last_lines(log) if log is not None and code not in PEACEFUL else []
+        tell("ended", **about, code=code, tail=tail)
+        if code:
+            # with this process DeepSpeed would end the others of this host, which may still be writing; the waiting process says when
+            _wait_for_hangup(None, _LINGER_SECONDS)
+        return code
+
+    def _await(self, environment: Mapping[str, str], log: IO[bytes] | None) -> int:
+        process = subprocess.Popen(
+            hypenet_command(self.words), env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0,
+            preexec_fn=die_with(os.getpid()),
+        )  # fmt: skip
+        self.process = process
+        for number in self.pending:
+            self._forward(number, None)
+        ended = os.pidfd_open(process.pid)
+        _wait_for_hangup(ended, None)
+        os.close(ended)
+        with contextlib.suppress(OSError):
+            os.killpg(process.pid, signal.SIGKILL)  # all of it when nobody waits any more, else what it left behind
+        code = process.wait()
+        return 128 - code if code < 0 else code
+
+    def _forward(self, number: int, _frame: FrameType | None) -> None:
+        if self.process is None:
+            self.pending.append(number)
+        elif self.process.returncode is None:
+            self.process.send_signal(number)
+
+
+def _wait_for_hangup(ended: int | None, seconds: float | None) -> None:
+    """Return when the connection is gone, the descriptor `ended` is ready, or after `seconds`."""
+    poll = select.poll()
+    if ended is not None:
+        poll.register(ended, select.POLLIN)
+    if _is_stream(0):
+        poll.register(0, select.POLLIN | _HANGUP)
+    if _is_stream(1):
+        poll.register(1, _HANGUP)
+    deadline = None if seconds is None else time.monotonic() + seconds
+    while True:
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        ready = poll.poll(None if left is None else 1000 * left)
+        if not ready or any(number != 0 or events & _HANGUP or not os.read(0, 4096) for number, events in ready):
+            return
+
+
+def _is_stream(number: int) -> bool:
+    """Whether somebody is at the other end of this descriptor, as of ssh's: then their leaving shows."""
+    try:
+        mode = os.fstat(number).st_mode
+    except OSError:
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
+
+
+def _last_lines(log: IO[bytes]) -> list[str]:
+    log.seek(0)
+    return log.read().decode(errors="replace").splitlines()[-TAIL_LINES:]
+
+
+def main() -> NoReturn:
+    """Entry point of a slot."""
+    sys.exit(_Rank([unpacked(word) for word in sys.argv[1:]]).run(os.environ))
+
+
+if __name__ == "__main__":
+    main()
