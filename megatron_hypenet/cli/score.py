@@ -151,6 +151,7 @@ def compute(
     import torch
 
     from megatron_hypenet.checkpoint.load import load_model
+    from megatron_hypenet.engine.kernel_guard import guard_kernels
     from megatron_hypenet.model.hypenet import build_model
     from megatron_hypenet.parallel.cpu import device
     from megatron_hypenet.parallel.groups import destroy_parallel, rank
@@ -158,6 +159,7 @@ def compute(
     kind = getattr(torch, dtype)
     try:
         model = build_model(config, parallel, dtype=kind)
+        guard_kernels(model)
         keeps = rank() == 0
         load_model(model, folder, hashes=keeps)
         model.eval()

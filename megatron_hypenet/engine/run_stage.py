@@ -14,6 +14,7 @@ from megatron_hypenet.checkpoint.save import write_weights
 from megatron_hypenet.checkpoint.shards import LazyTensor, ShardReader
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.config.schema import HeadStageConfig, ParallelConfig, Recompute, RunConfig
+from megatron_hypenet.engine.kernel_guard import guard_kernels
 from megatron_hypenet.engine.placement import check_placement, placed, placement_table
 from megatron_hypenet.errors import CheckpointError, ConfigError
 from megatron_hypenet.model.hypenet import HypeNetModel, build_model
@@ -54,6 +55,7 @@ def load_hypenet(
         read_model_config(folder), parallel, dtype=compute_dtype(run), seed=run.seed, trunk_only=trunk_only, recompute=recompute
     )
     check_placement(model)
+    guard_kernels(model, documents=run.data.separate_documents)
     load_model(model, folder, allow_unused=trunk_only)
     return model
 

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_hypenet.ops.kernels import enabled
+
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 KERNEL_MAX_WIDTH = 16384
 
@@ -19,9 +21,14 @@ def gated_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x, gate [t, b, n], weight [n] -> [t, b, n] in x's dtype.
 
     On CUDA one kernel, fp32 inside, gradients for all three; elsewhere plain torch, which rounds in between."""
-    if x.is_cuda and x.dtype in KERNEL_DTYPES and x.shape[-1] <= KERNEL_MAX_WIDTH:
+    if x.is_cuda and enabled("gated_norm") and kernel_fits(x.dtype, x.shape[-1]):
         return fused_gated_norm(x, gate, weight, eps)
     return F.rms_norm(x, (x.shape[-1],), weight, eps) * torch.sigmoid(gate)
+
+
+def kernel_fits(dtype: torch.dtype, width: int) -> bool:
+    """Whether the kernel is made for rows of this width, which one program holds, and dtype."""
+    return dtype in KERNEL_DTYPES and width <= KERNEL_MAX_WIDTH
 
 
 def fused_gated_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -6,9 +6,10 @@ import triton.language as tl
 from torch import Tensor
 
 BACKWARD_PROGRAMS = 528  # four for each multiprocessor of an H100
+# `batch` and `rows` stay run-time numbers: a batch of one would otherwise be compiled, and have to be checked, apart.
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def forward_kernel(
     x, gate, y, weight, batch, width, eps, stride_xt, stride_xb, stride_gt, stride_gb, stride_yt, stride_yb, block: tl.constexpr
 ):
@@ -23,7 +24,7 @@ def forward_kernel(
     tl.store(y + t * stride_yt + b * stride_yb + col, (value * inverse_rms * scale * opened).to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "batch"])
 def backward_kernel(
     x, gate, dy, dx, dgate, dweight, weight, rows, batch, width, eps, stride_xt, stride_xb, stride_gt, stride_gb, stride_yt, stride_yb,
     block: tl.constexpr,

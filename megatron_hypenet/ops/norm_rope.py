@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_hypenet.ops.kernels import enabled
 from megatron_hypenet.ops.rope import apply_rope
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -19,14 +20,19 @@ def norm_rope(x: Tensor, weight: Tensor, angles: Tensor, eps: float) -> Tensor:
     """x [t, b, h, d], weight [d], angles [t, 1, 1, d] (each frequency twice, fp32 or wider) -> [t, b, h, d] in x's dtype.
 
     On CUDA one kernel, fp32 inside, gradients for x and weight; elsewhere `rms_norm` and `apply_rope`, which round in between."""
-    half = x.shape[-1] // 2
-    if x.is_cuda and x.dtype in KERNEL_DTYPES and half >= 16 and half & (half - 1) == 0:
+    if x.is_cuda and enabled("norm_rope") and kernel_fits(x.dtype, x.shape[-1]):
         return fused_norm_rope(x, weight, angles, eps)
     return apply_rope(F.rms_norm(x, (x.shape[-1],), weight, eps), angles)
 
 
+def kernel_fits(dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether the kernel is made for heads of this size, d / 2 a power of two from 16 on, and dtype."""
+    half = head_dim // 2
+    return dtype in KERNEL_DTYPES and half >= 16 and half & (half - 1) == 0
+
+
 def fused_norm_rope(x: Tensor, weight: Tensor, angles: Tensor, eps: float) -> Tensor:
-    """The kernel, for d / 2 a power of two from 16 on; arguments as in `norm_rope`."""
+    """The kernel, where `kernel_fits`; arguments as in `norm_rope`."""
     return _NormRope.apply(x, weight, angles.reshape(x.shape[0], -1), eps)
 
 

@@ -7,6 +7,9 @@ from torch import Tensor
 
 TOKENS, WARPS = 8, 2  # with 128 columns a thread then moves 16 bytes at a time
 
+# One kernel for all of them: a batch of one, say, would be compiled, and have to be checked, apart.
+SIZES = ["rows", "batch", "heads"]
+
 
 @triton.jit
 def _places(x_rows, batch, stride_t, stride_b, tokens: tl.constexpr):
@@ -16,7 +19,7 @@ def _places(x_rows, batch, stride_t, stride_b, tokens: tl.constexpr):
     return position.to(tl.int64) * stride_t + (row % batch).to(tl.int64) * stride_b, position, row < x_rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
     x, y, weight, angles, rows, batch, heads, eps,
     stride_xt, stride_xb, stride_xh, stride_yt, stride_yb, stride_yh, stride_at,
@@ -41,7 +44,7 @@ def forward_kernel(
         tl.store(to + half, (b * cos + a * sin).to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def backward_kernel(
     x, dy, dx, dweight, weight, angles, rows, batch, heads, eps,
     stride_xt, stride_xb, stride_xh, stride_yt, stride_yb, stride_yh, stride_dt, stride_db, stride_dh, stride_at,

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_hypenet.ops.kernels import enabled
 from megatron_hypenet.parallel.vocab import torch_terms
 from megatron_hypenet.parallel.vocab.gradients import CHUNKS_PER_PRODUCT, HeadGradients, blocks, chunk_size, product, wide
 
@@ -249,8 +250,8 @@ class _Split:
 
 
 def _terms(hidden: Tensor) -> ModuleType:
-    """Triton kernels where logits are fp32 on CUDA, torch elsewhere (and where Triton is not installed)."""
-    if not hidden.is_cuda or wide(hidden.dtype) != torch.float32:
+    """Triton kernels where logits are fp32 on CUDA, torch elsewhere (and where Triton is not installed, or the kernels are disabled)."""
+    if not hidden.is_cuda or not enabled("vocab_loss") or wide(hidden.dtype) != torch.float32:
         return torch_terms
     try:
         from megatron_hypenet.parallel.vocab import triton_terms

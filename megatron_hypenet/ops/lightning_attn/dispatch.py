@@ -3,10 +3,13 @@
 import torch
 from torch import Tensor
 
+from megatron_hypenet.ops.kernels import enabled
 from megatron_hypenet.ops.lightning_attn.chunked import chunked_lightning_attn, chunked_lightning_state
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 KERNEL_MAX_DIM = 256
+KERNEL_MAX_SEQUENCES = 65535
+"""Batch times heads: CUDA's bound on the second dimension of a grid."""
 
 
 def lightning_attn(
@@ -41,7 +44,13 @@ def lightning_state(k: Tensor, v: Tensor, log_decay: Tensor, *, document_ids: Te
 
 
 def runs_kernels(q: Tensor, v: Tensor) -> bool:
-    """Whether the Triton kernels take these tensors: on CUDA, bf16, fp16 or fp32, key and value dims up to 256.
+    """Whether the Triton kernels take these tensors [b, t, h, d]: on CUDA, bf16, fp16 or fp32, key and value dims up to 256, not disabled.
 
     Triton is imported only here and only then: a machine without a GPU need not have it."""
-    return q.is_cuda and q.dtype in KERNEL_DTYPES and max(q.shape[-1], v.shape[-1]) <= KERNEL_MAX_DIM
+    dims, sequences = max(q.shape[-1], v.shape[-1]), q.shape[0] * q.shape[2]
+    return q.is_cuda and enabled("lightning_attn") and kernel_fits(q.dtype, dims) and sequences <= KERNEL_MAX_SEQUENCES
+
+
+def kernel_fits(dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether the kernels are made for heads of this size and dtype."""
+    return dtype in KERNEL_DTYPES and head_dim <= KERNEL_MAX_DIM

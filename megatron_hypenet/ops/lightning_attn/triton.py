@@ -272,7 +272,8 @@ def _access(tensors: tuple[Tensor, ...], whole: bool) -> int:
 @lru_cache
 def _has_descriptors(device: torch.device) -> bool:
     """Compute capability 9.0 or later, and a Triton that makes descriptors on the host."""
-    return TensorDescriptor is not None and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    nvidia = device.type == "cuda" and torch.version.hip is None  # AMD's capabilities are other numbers
+    return TensorDescriptor is not None and nvidia and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _aligned(x: Tensor) -> bool:
@@ -299,7 +300,11 @@ def _gpu(device: torch.device) -> Gpu:
     if device.type != "cuda":
         return H100
     properties = torch.cuda.get_device_properties(device)
-    return Gpu(properties.multi_processor_count, getattr(properties, "shared_memory_per_block_optin", H100.shared_bytes))
+    shared = getattr(properties, "shared_memory_per_block_optin", None)  # torch 2.6 and builds for AMD do not say
+    if shared is None:
+        index = torch.cuda.current_device() if device.index is None else device.index
+        shared = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
+    return Gpu(properties.multi_processor_count, shared)
 
 
 def _log2_decay(log_decay: Tensor, device: torch.device) -> Tensor:

@@ -105,9 +105,17 @@ def test_kernels_without_a_gpu_is_an_unready_machine(monkeypatch):
 
 
 def test_kernels_report_each_check(monkeypatch):
-    from megatron_hypenet.ops.lightning_attn import selftest
+    from megatron_hypenet.engine import kernel_guard
+    from megatron_hypenet.ops.selftest import KernelCheck
 
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    checks = [selftest.KernelCheck("a", "o", 1e-3, 8e-3), selftest.KernelCheck("b", "dq", 1e-1, 8e-3)]
-    monkeypatch.setattr(selftest, "check_kernels", lambda device: checks)
-    assert [finding.verdict for finding in doctor.check_gpu_kernels()] == ["ok", "broken"]
+    checks = [
+        KernelCheck("a", "o", 1e-3, 8e-3),
+        KernelCheck("b", "dq", 1e-1, 8e-3),
+        KernelCheck("c", "", float("inf"), 8e-3, "CompilationError: no such instruction"),
+    ]
+    monkeypatch.setattr(kernel_guard, "survey", lambda device: iter(checks))
+    good, off, failed = doctor.check_gpu_kernels()
+    assert (good.verdict, good.detail, good.fix) == ("ok", "o is off by 1.0e-03, limit 8.0e-03", "")
+    assert (off.verdict, off.detail) == ("broken", "dq is off by 1.0e-01, limit 8.0e-03") and "torch form" in off.fix
+    assert (failed.verdict, failed.detail) == ("broken", "CompilationError: no such instruction")

@@ -1,0 +1,148 @@
+"""The kernels of the ops against their definitions in float64, launched directly, on inputs like a mixer's.
+
+For `hypenet doctor --kernels`, for the look at the start of a run (`engine.kernel_guard`), and for whoever ports them. Everything here
+imports Triton; a machine without it gets the ImportError."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_hypenet.ops.decay import log_decay
+from megatron_hypenet.ops.gated_norm import fused_gated_norm
+from megatron_hypenet.ops.lightning_attn.chunked import chunked_lightning_attn, chunked_lightning_state
+from megatron_hypenet.ops.norm_rope import fused_norm_rope
+from megatron_hypenet.ops.rope import apply_rope
+
+# Relative RMS errors allowed per dtype. Inputs rounded to bf16 give 2e-3..4e-3 in any kernel that multiplies bf16; a kernel that only
+# rounds its results to bf16 is at 1.7e-3.
+PRODUCT_LIMITS = {torch.bfloat16: 8e-3, torch.float16: 1.5e-3, torch.float32: 1e-5}
+ROUNDING_LIMITS = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 1e-5}
+TF32_LIMIT = 5e-3
+"""For fp32 products where `torch.set_float32_matmul_precision` allows TF32."""
+EPS = 1e-6
+Pairs = dict[str, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class KernelCheck:
+    """One run of a kernel: what ran, the tensor that is furthest off, by how much (relative RMS), or why it did not run."""
+
+    name: str
+    worst: str
+    error: float
+    limit: float
+    failure: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """It ran and is within the limit; NaN is not."""
+        return not self.failure and self.error <= self.limit
+
+    def __str__(self) -> str:
+        return f"{self.name}: " + (self.failure or f"{self.worst} is off by {self.error:.1e}, limit {self.limit:.1e}")
+
+
+def check(name: str, dtype: torch.dtype, limit: float, run: Callable[[], Pairs]) -> KernelCheck:
+    """Call `run` and compare its {name: (got, wanted in float64)}; whatever it raises (a compiler's error too) becomes the finding."""
+    name = f"{name} {str(dtype).removeprefix('torch.')}"
+    try:
+        errors = {key: relative_error(got, want) for key, (got, want) in run().items()}
+    except Exception as error:
+        said = str(error).strip().splitlines()
+        return KernelCheck(name, "", math.inf, limit, f"{type(error).__name__}: {said[0] if said else 'no message'}")
+    worst = max(errors, key=lambda key: (math.isnan(errors[key]), errors[key]))
+    return KernelCheck(name, worst, errors[worst], limit)
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """Root mean square of the error over that of the answer; NaN where `got` has one."""
+    return float((got.double() - want).norm() / want.norm())
+
+
+def check_lightning(
+    device: torch.device, dtype: torch.dtype, *, head_dim: int, documents: bool, states: bool, pieces: bool, tokens: int = 1024
+) -> KernelCheck:
+    """Output and all gradients. `states`: a state enters and the final one is used; `pieces`: also the state alone, as context
+    parallelism sends it. 1024 tokens are several segments."""
+
+    def run() -> Pairs:
+        from megatron_hypenet.ops.lightning_attn.triton import triton_lightning_attn, triton_lightning_state
+
+        heads, draw = 4, _drawer(device)
+        q, k = (draw(tokens, 1, heads, head_dim).to(dtype).transpose(0, 1) for _ in range(2))
+        v = draw(tokens, 1, 2 * heads * head_dim).to(dtype)[..., : heads * head_dim].unflatten(-1, (heads, head_dim)).transpose(0, 1)
+        do = draw(tokens, 1, heads, head_dim).to(dtype).transpose(0, 1)
+        entering, leaving = (draw(1, heads, head_dim, head_dim) if states else None for _ in range(2))
+        ids = (torch.arange(tokens, device=device) * 10 // (3 * tokens)).int()[None] if documents else None
+        decay, results = log_decay(heads), []
+        forms: list[tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., Tensor], torch.dtype | None]] = [
+            (triton_lightning_attn, triton_lightning_state, None),
+            (chunked_lightning_attn, chunked_lightning_state, torch.float64),
+        ]
+        for op, state, wide in forms:
+            inputs = [x.detach().to(wide or x.dtype).requires_grad_() for x in (q, k, v, *([] if entering is None else [entering]))]
+            initial = inputs[3] if states else None
+            o, final = op(*inputs[:3], decay, scale=head_dim**-0.5, initial_state=initial, document_ids=ids)
+            outputs, gradients = ([o], [do.to(o.dtype)]) if leaving is None else ([o, final], [do.to(o.dtype), leaving.to(final.dtype)])
+            found = [*outputs, *torch.autograd.grad(outputs, inputs, gradients)]
+            results.append([*found, *([state(*inputs[1:3], decay, document_ids=ids)] if pieces else [])])
+        names = ["o", *(["final state"] if states else []), "dq", "dk", "dv", *(["d initial state"] if states else []), "state alone"]
+        return {name: (got.detach(), want.detach()) for name, got, want in zip(names, *results, strict=False)}
+
+    limit = TF32_LIMIT if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else PRODUCT_LIMITS[dtype]
+    return check(f"lightning_attn head_dim {head_dim}{' packed' if documents else ''}", dtype, limit, run)
+
+
+def check_norm_rope(device: torch.device, dtype: torch.dtype, *, head_dim: int, tokens: int = 256) -> KernelCheck:
+    """Output and gradients at positions up to 131,072."""
+
+    def run() -> Pairs:
+        heads, draw = 4, _drawer(device)
+        x = draw(tokens, 1, 2 * heads * head_dim).to(dtype)[..., : heads * head_dim].unflatten(-1, (heads, head_dim))
+        weight, dy = (1 + 0.1 * draw(head_dim)).to(dtype), draw(tokens, 1, heads, head_dim).to(dtype)
+        half = torch.linspace(0, 131_072, tokens, device=device)[:, None] * 1e6 ** -torch.linspace(0, 1, head_dim // 2, device=device)
+        angles = torch.cat((half, half), -1)[:, None, None]
+
+        def exact(x: Tensor, weight: Tensor) -> Tensor:
+            return apply_rope(F.rms_norm(x, (head_dim,), weight, EPS), angles.double())
+
+        return _with_gradients(lambda x, w: fused_norm_rope(x, w, angles, EPS), exact, {"x": x, "weight": weight}, dy)
+
+    return check(f"norm_rope head_dim {head_dim}", dtype, ROUNDING_LIMITS[dtype], run)
+
+
+def check_gated_norm(device: torch.device, dtype: torch.dtype, *, width: int, tokens: int = 600) -> KernelCheck:
+    """Output and gradients. 600 rows are more than the programs of the backward kernel."""
+
+    def run() -> Pairs:
+        draw = _drawer(device)
+        x, gate = draw(tokens, 1, width).to(dtype), draw(tokens, 1, 2 * width).to(dtype)[..., width:]
+        weight, dy = (1 + 0.1 * draw(width)).to(dtype), draw(tokens, 1, width).to(dtype)
+
+        def exact(x: Tensor, gate: Tensor, weight: Tensor) -> Tensor:
+            return F.rms_norm(x, (width,), weight, EPS) * torch.sigmoid(gate)
+
+        leaves = {"x": x, "gate": gate, "weight": weight}
+        return _with_gradients(lambda x, gate, w: fused_gated_norm(x, gate, w, EPS), exact, leaves, dy)
+
+    return check(f"gated_norm width {width}", dtype, ROUNDING_LIMITS[dtype], run)
+
+
+def _with_gradients(op: Callable[..., Tensor], exact: Callable[..., Tensor], leaves: dict[str, Tensor], dy: Tensor) -> Pairs:
+    """The output `y` and the gradient of each leaf, of the op and of its definition in float64 on the same numbers."""
+    results = []
+    for form, wide in ((op, None), (exact, torch.float64)):
+        inputs = [x.detach().to(wide or x.dtype).requires_grad_() for x in leaves.values()]
+        y = form(*inputs)
+        results.append([y.detach(), *torch.autograd.grad(y, inputs, dy.to(y.dtype))])
+    return {name: (got, want) for name, got, want in zip(["y", *(f"d {leaf}" for leaf in leaves)], *results, strict=True)}
+
+
+def _drawer(device: torch.device) -> Callable[..., Tensor]:
+    """Normal numbers in fp32, the same on every device and in every process; no global generator is touched."""
+    generator = torch.Generator().manual_seed(5)
+    return lambda *shape: torch.randn(shape, generator=generator).to(device)

@@ -1,0 +1,67 @@
+import pytest
+import torch
+
+from megatron_hypenet.errors import ConfigError
+from megatron_hypenet.ops import gated_norm, kernels, norm_rope
+from megatron_hypenet.ops.lightning_attn import dispatch
+from megatron_hypenet.parallel import vocab_loss
+from megatron_hypenet.parallel.vocab import torch_terms
+
+
+class OnGpu(torch.Tensor):
+    """A CPU tensor that takes the branches of a GPU's."""
+
+    is_cuda = True
+
+
+@pytest.fixture(autouse=True)
+def switches(monkeypatch):
+    monkeypatch.setattr(kernels, "_enabled", dict.fromkeys(kernels.FAMILIES, True))
+
+
+@pytest.mark.parametrize(
+    ("words", "families"),
+    [("", ()), ("norm_rope", ("norm_rope",)), (" norm_rope, vocab_loss,", ("norm_rope", "vocab_loss")), ("all", kernels.FAMILIES)],
+)
+def test_the_environment_names_families(words, families):
+    assert kernels.named(words) == families
+
+
+def test_a_wrong_name_is_refused_with_the_right_ones():
+    with pytest.raises(ConfigError, match="norm is no family of kernels; choose from lightning_attn, norm_rope"):
+        kernels.named("norm")
+    with pytest.raises(KeyError):
+        kernels.disable("norm")
+
+
+def chosen(monkeypatch):
+    """Which families a GPU's tensors reach."""
+    kernel = object()
+    monkeypatch.setattr(norm_rope, "fused_norm_rope", lambda *args: kernel)
+    monkeypatch.setattr(gated_norm, "fused_gated_norm", lambda *args: kernel)
+    x = torch.ones(3, 1, 2, 32).as_subclass(OnGpu)
+    found = {
+        "lightning_attn": dispatch.runs_kernels(x, x),
+        "norm_rope": norm_rope.norm_rope(x, torch.ones(32), torch.zeros(3, 1, 1, 32), 1e-6) is kernel,
+        "gated_norm": gated_norm.gated_norm(x[..., 0, :], x[..., 0, :], torch.ones(32), 1e-6) is kernel,
+        "vocab_loss": vocab_loss._terms(x) is not torch_terms,
+    }
+    return {family for family, runs in found.items() if runs}
+
+
+def test_a_disabled_family_runs_its_torch_form_and_leaves_the_others(monkeypatch):
+    pytest.importorskip("triton")
+    assert chosen(monkeypatch) == set(kernels.FAMILIES)
+    for count, family in enumerate(kernels.FAMILIES, 1):
+        kernels.disable(family)
+        assert chosen(monkeypatch) == set(kernels.FAMILIES[count:])
+
+
+def test_compiled_code_follows_the_switch():
+    def op(x):
+        return x + 1 if kernels.enabled("norm_rope") else x - 1
+
+    compiled, x = torch.compile(op, backend="eager", fullgraph=True), torch.zeros(2)
+    assert compiled(x).tolist() == [1.0, 1.0]
+    kernels.disable("norm_rope")
+    assert compiled(x).tolist() == [-1.0, -1.0]

@@ -1,0 +1,83 @@
+"""The checks pass where kernels are right (in Triton's interpreter without a GPU) and fail where they are wrong or do not run."""
+
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from megatron_hypenet.ops import gated_norm_kernels, norm_rope_kernels, selftest
+from megatron_hypenet.ops.lightning_attn import triton as lightning_kernels
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# the interpreter cannot multiply bf16
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE.type == "cuda" else [])]
+CHECKS = {
+    "lightning": lambda dtype: selftest.check_lightning(
+        DEVICE, dtype, head_dim=16, documents=False, states=False, pieces=False, tokens=200
+    ),
+    "norm_rope": lambda dtype: selftest.check_norm_rope(DEVICE, dtype, head_dim=32, tokens=20),
+    "gated_norm": lambda dtype: selftest.check_gated_norm(DEVICE, dtype, width=48, tokens=20),
+}
+
+
+@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_right_kernels_pass(name, dtype):
+    found = CHECKS[name](dtype)
+    assert found.ok and found.error > 0, found
+
+
+def test_lightning_with_everything():
+    found = selftest.check_lightning(DEVICE, torch.float32, head_dim=16, documents=True, states=True, pieces=True, tokens=300)
+    assert found.ok and "packed float32" in found.name, found
+
+
+@pytest.mark.parametrize("states", [False, True])
+def test_every_tensor_of_lightning_is_compared(monkeypatch, states):
+    seen = {}
+    monkeypatch.setattr(selftest, "check", lambda name, dtype, limit, run: seen.update(run()))
+    selftest.check_lightning(DEVICE, torch.float32, head_dim=16, documents=False, states=states, pieces=True, tokens=64)
+    wanted = {"o", "dq", "dk", "dv"} | ({"final state", "d initial state"} if states else set())
+    assert set(seen) == wanted | ({"state alone"} if states else {"state alone"})
+    assert all(got.shape == want.shape and want.dtype == torch.float64 for got, want in seen.values())
+
+
+def test_tf32_products_are_allowed_where_torch_allows_them(monkeypatch):
+    limits = []
+    monkeypatch.setattr(selftest, "check", lambda name, dtype, limit, run: limits.append(limit))
+    for precision in ("highest", "high"):
+        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda precision=precision: precision)
+        selftest.check_lightning(DEVICE, torch.float32, head_dim=16, documents=False, states=False, pieces=False)
+    assert limits == [selftest.PRODUCT_LIMITS[torch.float32], selftest.TF32_LIMIT]
+
+
+WRONG = {
+    "lightning": (lightning_kernels, "_forward", lambda o, *rest: (o * 1.02, *rest), "o"),
+    "norm_rope": (norm_rope_kernels, "backward", lambda dx, dw: (dx, dw * 1.02), "d weight"),
+    "gated_norm": (gated_norm_kernels, "backward", lambda dx, dgate, dw: (dx, dgate * 1.02, dw), "d gate"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_kernels_fail_and_say_where(monkeypatch, name):
+    module, function, spoil, worst = WRONG[name]
+    right = getattr(module, function)
+    monkeypatch.setattr(module, function, lambda *args: spoil(*right(*args)))
+    found = CHECKS[name](torch.float32)
+    assert not found.ok and found.worst == worst and 0.01 < found.error < 0.03 and worst in str(found)
+
+
+def test_nan_is_the_worst_of_all():
+    one, nan = torch.ones(2, dtype=torch.float64), torch.tensor([1.0, math.nan])
+    found = selftest.check("x", torch.float32, 1.0, lambda: {"far": (one * 9, one), "nan": (nan, one), "right": (one, one)})
+    assert found.worst == "nan" and not found.ok
+
+
+def test_a_kernel_that_does_not_run_is_a_finding():
+    def run():
+        raise RuntimeError("out of resource: shared memory\nmore lines")
+
+    found = selftest.check("x", torch.bfloat16, 1.0, run)
+    assert not found.ok and str(found) == "x bfloat16: RuntimeError: out of resource: shared memory"
