@@ -35,6 +35,7 @@ CARRIED = ("GLOO_", "HF_", "HYPENET_", "MLFLOW", "MV2", "NCCL", "OMP_", "PYTHON"
 _SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|KEY(?!BOARD)", re.IGNORECASE)
 _NAME = re.compile(r"[A-Za-z_]\w*")
 _SSH_SECONDS = 10
+_NOTICES_DEAD_HOSTS = "-o ServerAliveInterval=15 -o ServerAliveCountMax=4"
 _LOWEST_PORT, _PORTS = 10000, 20000  # below the range from which systems take ports for outgoing connections
 
 
@@ -81,21 +82,33 @@ class HostfileLaunch:
             *("--module", "launchers.hostfile_rank", *map(packed, self.words)),
         )
 
+    @property
+    def ssh_options(self) -> str:
+        """What pdsh gives to ssh: your PDSH_SSH_ARGS_APPEND, and after a minute without an answer a connection ends."""
+        return f"{os.environ.get('PDSH_SSH_ARGS_APPEND', '')} {_NOTICES_DEAD_HOSTS}".strip()
+
     def describe(self) -> dict[str, Any]:
-        """The exact start, for --dry-run: the command, the hosts with their ranks, and the environment handed to them."""
+        """The exact start, for --dry-run: the command with its own environment, the hosts with their ranks, and the environment there."""
         first, hosts = 0, []
         for host in self.hosts:
             hosts.append({"host": host.name, "ranks": list(range(first, first + host.slots))})
             first += host.slots
         search = ":".join(filter(None, (os.getcwd(), os.environ.get("PYTHONPATH"))))  # DeepSpeed's doing
         environment = {"PYTHONPATH": search, **self.variables}
-        return {"launcher": "hostfile", "command": shlex.join(self.command), "hosts": hosts, "environment": environment}
+        return {
+            "launcher": "hostfile",
+            "command": shlex.join(self.command),
+            "command_environment": {"PDSH_SSH_ARGS_APPEND": self.ssh_options, "DS_ENV_FILE": "a private file with the variables below"},
+            "hosts": hosts,
+            "environment": environment,
+        }
 
     def lines(self) -> list[str]:
         """`describe` for a person."""
         content = self.describe()
         return [
             f"start through DeepSpeed's launcher: {content['command']}",
+            *(f"  where {name} is {value}" for name, value in content["command_environment"].items()),
             *(f"  {entry['host']}: ranks {entry['ranks'][0]} to {entry['ranks'][-1]}" for entry in content["hosts"]),
             *(f"  with {name}={shlex.quote(value)}" for name, value in content["environment"].items()),
         ]

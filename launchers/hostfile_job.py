@@ -28,12 +28,15 @@ from typing import IO, Any, TextIO
 
 from launchers.hostfile import HostfileLaunch, environment_file, ssh_command, without_secrets
 from launchers.hostfile_rank import MARK
-from launchers.local import ECHO, FORWARDED, PEACEFUL, TAIL_LINES, die_with
+from launchers.local import ECHO, FORWARDED, PEACEFUL, TAIL_LINES
 from megatron_hypenet.errors import SetupError
 
 _DEEPSPEED_LINE = re.compile(r"\[\d{4}-\d\d-\d\d [\d:,]+\] \[[A-Z]+\] \[\w+\.py:\d+:\w+\] ")
 _HOST_ENDED = re.compile(r"pdsh@[^:]*: (\S+): ssh exited with exit code (\d+)")
 _SSH_SECONDS = 30
+
+_WITH_US = 'exec 3<&0; (read gone <&3; kill -s KILL 0) >/dev/null 2>&1 & exec "$@" </dev/null 3<&-'
+"""A shell that becomes its arguments, and kills them and what they start when our end of its input closes, however we end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,7 @@ class _Job:
         self.running: dict[int, _Running] = {}
         self.codes: dict[int, int] = {}
         self.tails: dict[int, list[str]] = {}
+        self.hosts = [host.name for host in launch.hosts for _ in range(host.slots)]  # of each rank
         self.outcome: tuple[int, int] | None = None  # (rank, code) that decides, if it is not 0
         self.lost: str = ""  # what is said of a connection that ended before its ranks
         self.unheard: list[int] = []  # signals that came before a rank was there
@@ -79,11 +83,10 @@ class _Job:
         if threading.current_thread() is threading.main_thread():
             self.previous = {number: signal.signal(number, self._note_signal) for number in FORWARDED}
         self.process = subprocess.Popen(
-            self.launch.command,
-            env={**without_secrets(os.environ), "DS_ENV_FILE": str(self.values)},
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            ["sh", "-c", _WITH_US, "sh", *self.launch.command],
+            env={**without_secrets(os.environ), "DS_ENV_FILE": str(self.values), "PDSH_SSH_ARGS_APPEND": self.launch.ssh_options},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             process_group=0,  # Ctrl-C at the terminal arrives once, here
-            preexec_fn=die_with(os.getpid()),
         )  # fmt: skip
         streams = ((self.process.stdout, sys.stdout), (self.process.stderr, sys.stderr))
         self.readers = [threading.Thread(target=self._read, args=pair, daemon=True) for pair in streams]
@@ -97,6 +100,8 @@ class _Job:
         with contextlib.suppress(OSError):
             os.killpg(self.process.pid, signal.SIGKILL)  # pdsh with it, and so the connections
         self.process.wait()
+        assert self.process.stdin is not None
+        self.process.stdin.close()
         for reader in self.readers:
             reader.join(timeout=5)
         for number, handler in self.previous.items():
@@ -120,8 +125,8 @@ class _Job:
         if self.outcome is not None and not (self.lost and self.outcome[1] == ECHO):
             rank, code = self.outcome
             if code not in PEACEFUL and self.codes.get(0) != code:  # with the same code, rank 0 has said the same on our streams
-                said = [f"process {rank} of {self.launch.num_processes} ended first, with code {code}; its last lines:", *self.tails[rank]]
-                print("\n".join(said if self.tails[rank] else [said[0].partition(";")[0]]), file=sys.stderr)
+                head = f"process {rank} of {self.launch.num_processes}, on {self.hosts[rank]}, ended first, with code {code}"
+                print("\n".join([f"{head}; its last lines:", *self.tails[rank]] if self.tails[rank] else [head]), file=sys.stderr)
             return code
         if len(self.codes) == self.launch.num_processes:
             return 0
@@ -139,14 +144,13 @@ class _Job:
             return
         match event["event"]:
             case "started":
-                self.running[event["rank"]] = _Running(self.launch.hosts[event["node"]].name, event["pid"])
+                self.running[event["rank"]] = _Running(self.hosts[event["rank"]], event["pid"])
                 if event["rank"] == 0 and self.unheard:
                     self._signal(self.unheard.pop(), [self.running[0]])
             case "ended":
                 self._end_of(event["rank"], event["code"], event["tail"])
             case "host":
-                names = {entry.host for entry in self.running.values()}
-                if event["code"] and (event["host"] in names or not self._heard_of(event["host"])):
+                if event["code"] and not self._heard_of(event["host"]):
                     self.lost = f"the connection to {event['host']} ended with code {event['code']} before its processes did"
             case "signal":
                 self._forward(event["number"])
@@ -163,12 +167,7 @@ class _Job:
 
     def _heard_of(self, host: str) -> bool:
         """Whether all ranks of `host` have ended by themselves."""
-        first = 0
-        for entry in self.launch.hosts:
-            if entry.name == host:
-                return all(rank in self.codes for rank in range(first, first + entry.slots))
-            first += entry.slots
-        return True
+        return all(rank in self.codes for rank, name in enumerate(self.hosts) if name == host)
 
     def _note_signal(self, number: int, _frame: FrameType | None) -> None:
         self.events.put({"event": "signal", "number": number})

@@ -33,7 +33,7 @@ MARK = "hypenet-rank "
 """Begins a line for the waiting process; JSON follows."""
 
 _LONGEST_LINE = 4000  # below PIPE_BUF: the lines of several processes never mix
-_LINGER_SECONDS = 20.0
+_LINGER_SECONDS, _LINGER_SAVED_SECONDS = 20.0, 600.0
 _HANGUP = select.POLLHUP | select.POLLERR | select.POLLNVAL
 
 
@@ -91,20 +91,20 @@ class _Rank:
 
     def run(self, environment: Mapping[str, str]) -> int:
         """Until the command has ended and the waiting process knows; returns its code, 128 + n for signal n."""
-        about = {"rank": int(environment.get("RANK", "-1")), "node": int(environment.get("CROSS_RANK", "0"))}
-        tell("started", **about, pid=os.getpid())
+        rank = int(environment.get("RANK", "-1"))
+        tell("started", rank=rank, pid=os.getpid())
         try:
             own = environment_of(environment)
         except SetupError as fault:
             code, tail = fault.exit_code, [f"error: {fault}"]
         else:
-            with contextlib.nullcontext() if about["rank"] == 0 else tempfile.TemporaryFile() as log:
+            with contextlib.nullcontext() if rank == 0 else tempfile.TemporaryFile() as log:
                 code = self._await({**environment, **own}, log)
                 tail = _last_lines(log) if log is not None and code not in PEACEFUL else []
-        tell("ended", **about, code=code, tail=tail)
+        tell("ended", rank=rank, code=code, tail=tail)
         if code:
             # with this process DeepSpeed would end the others of this host, which may still be writing; the waiting process says when
-            _wait_for_hangup(None, _LINGER_SECONDS)
+            _wait_for_hangup(None, _LINGER_SAVED_SECONDS if code in PEACEFUL else _LINGER_SECONDS)
         return code
 
     def _await(self, environment: Mapping[str, str], log: IO[bytes] | None) -> int:

@@ -138,7 +138,7 @@ def test_two_hosts_go_the_way_of_one_machine(train, tmp_path, capsys):
     assert killed.returncode == 137 and seconds < 30, said
     (error,) = [line for line in said.splitlines() if line.startswith("error:")]
     assert f"(pid {victim}) was killed" in error and "rank 0" in error
-    assert said.splitlines()[-1] == "process 1 of 2 ended first, with code 137"
+    assert said.splitlines()[-1] == "process 1 of 2, on second, ended first, with code 137"
     with capsys.disabled():
         print(f"\nSIGKILL of a rank on another host: exit 137, the command ended {seconds:.1f} s after it; said: {error[:160]}")
 

@@ -80,6 +80,7 @@ def test_the_whole_start_is_known_beforehand(ssh, tmp_path, monkeypatch):
     assert words[module - 1] == "--module" and [unpacked(word) for word in words[module + 1 :]] == list(launch.words)
     assert [entry["ranks"] for entry in content["hosts"]] == [list(range(8)), list(range(8, 12))]
     assert content["environment"]["NCCL_SOCKET_IFNAME"] == "ib0" and content["environment"]["PYTHONPATH"] == f"{tmp_path}:src"
+    assert content["command_environment"]["PDSH_SSH_ARGS_APPEND"].startswith("-o ServerAliveInterval=15 ")
     assert "  worker-2: ranks 8 to 11" in launch.lines() and "  with NCCL_SOCKET_IFNAME=ib0" in launch.lines()
     assert planned(["train", "x.yaml", "note=two words"], Path("hosts")) == launch
 

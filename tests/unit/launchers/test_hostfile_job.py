@@ -17,7 +17,7 @@ RUNNER = """
 import os, signal, subprocess, sys
 print("[2026-01-01 00:00:00,000] [INFO] [runner.py:1:main] cmd = pdsh", flush=True)
 def slot(rank):
-    place = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_SIZE": "1", "CROSS_RANK": str(rank)}
+    place = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_SIZE": "1"}
     return subprocess.Popen([sys.executable, "-c", DRIVER, *sys.argv[1:]], env={**os.environ, **place}, stdin=subprocess.PIPE)
 """
 BOTH = "codes = [process.wait() for process in [slot(0), slot(1)]]; sys.exit(max(codes))"
@@ -68,7 +68,7 @@ def test_the_launcher_gets_variables_by_a_private_file_and_no_secrets(job, monke
 def test_the_code_and_the_words_of_the_rank_that_failed(job, capfd):
     code = "\nif rank: print('what went wrong'); sys.exit(7)\nsignal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
     assert job(code) == 7
-    assert capfd.readouterr().err == "process 1 of 2 ended first, with code 7; its last lines:\nwhat went wrong\n"
+    assert capfd.readouterr().err == "process 1 of 2, on second, ended first, with code 7; its last lines:\nwhat went wrong\n"
     assert all(gone(int(Path(f"ready{rank}").read_text())) for rank in (0, 1))
     assert "first kill -s KILL" in Path("asked").read_text()
 
@@ -76,7 +76,7 @@ def test_the_code_and_the_words_of_the_rank_that_failed(job, capfd):
 def test_a_killed_rank_outweighs_its_echo(job, capfd):
     assert job("\nif rank: time.sleep(0.7); os.kill(os.getpid(), 9)\nprint('error: my partner is gone'); sys.exit(1)") == 137
     said = capfd.readouterr()
-    assert said.out == "error: my partner is gone\n" and said.err == "process 1 of 2 ended first, with code 137\n"
+    assert said.out == "error: my partner is gone\n" and said.err == "process 1 of 2, on second, ended first, with code 137\n"
 
 
 def test_what_all_agree_on_is_waited_for(job, capfd):
@@ -122,3 +122,14 @@ def test_a_connection_that_ends_first(job):
     with pytest.raises(SetupError, match="the connection to second ended with code 255 before its processes did"):
         job("time.sleep(60)", runner, grace=0.5)
     assert gone(int(Path("ready0").read_text()))
+
+
+def test_all_end_with_the_command_that_is_killed(job):
+    pid = os.fork()
+    if pid == 0:
+        job("time.sleep(60)")
+        os._exit(1)
+    eventually(lambda: all(Path(f"ready{rank}").exists() and Path(f"ready{rank}").read_text() for rank in (0, 1)))
+    os.kill(pid, 9)
+    os.waitpid(pid, 0)
+    eventually(lambda: all(gone(int(Path(f"ready{rank}").read_text())) for rank in (0, 1)))

@@ -21,7 +21,7 @@ from launchers import hostfile_rank
 hostfile_rank.hypenet_command = lambda words: (sys.executable, "-u", "-c", *words)
 hostfile_rank.main()
 """
-PLACE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "4", "LOCAL_SIZE": "2", "CROSS_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+PLACE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "4", "LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
 
 
 @pytest.fixture
@@ -55,13 +55,13 @@ def test_the_first_rank_speaks_and_the_end_is_told(start):
     out, said = slot.stdout.read(), slot.stderr.read()
     assert out == "['a b', '$c'] 2\n"
     first, middle, last = said.splitlines()
-    assert told(first) == {"event": "started", "rank": 0, "node": 0, "pid": slot.pid} and middle == "to stderr"
-    assert told(last) == {"event": "ended", "rank": 0, "node": 0, "code": 0, "tail": []}
+    assert told(first) == {"event": "started", "rank": 0, "pid": slot.pid} and middle == "to stderr"
+    assert told(last) == {"event": "ended", "rank": 0, "code": 0, "tail": []}
 
 
 def test_another_rank_keeps_its_words_until_it_fails(start):
-    slot = start("print('x' * 5000); print('last words'); raise SystemExit(7)", RANK="3", CROSS_RANK="1")
-    assert told(slot.stderr.readline())["node"] == 1
+    slot = start("print('x' * 5000); print('last words'); raise SystemExit(7)", RANK="3")
+    assert told(slot.stderr.readline())["event"] == "started"
     end = told(slot.stderr.readline())
     assert (end["rank"], end["code"], end["tail"]) == (3, 7, ["last words"])  # as much of the end as fits into one line
     assert slot.poll() is None, "it waits for leave to go, which ends the other slots of its host"
