@@ -34,6 +34,7 @@ from megatron_hypenet.errors import SetupError
 _DEEPSPEED_LINE = re.compile(r"\[\d{4}-\d\d-\d\d [\d:,]+\] \[[A-Z]+\] \[\w+\.py:\d+:\w+\] ")
 _HOST_ENDED = re.compile(r"pdsh@[^:]*: (\S+): ssh exited with exit code (\d+)")
 _SSH_SECONDS = 30
+_DRAIN_SECONDS, _DRAIN_FAILED_SECONDS = 60.0, 0.5
 
 _WITH_US = 'exec 3<&0; (read gone <&3; kill -s KILL 0) >/dev/null 2>&1 & exec "$@" </dev/null 3<&-'
 """A shell that becomes its arguments, and kills them and what they start when our end of its input closes, however we end."""
@@ -117,8 +118,11 @@ class _Job:
             if left is not None and left <= 0:
                 break
             self._take(left)
-        while self.over is not None and not self.events.empty():  # what was said at the very end
-            self._take(0)
+        # what was said at the very end comes on two streams, and does not overtake the end of DeepSpeed's launcher
+        done = self.outcome is None and len(self.codes) == self.launch.num_processes
+        deadline = time.monotonic() + (_DRAIN_SECONDS if done else _DRAIN_FAILED_SECONDS)
+        while (self.over is None or not self.events.empty()) and (left := deadline - time.monotonic()) > 0:
+            self._take(left)
         return self._verdict()
 
     def _verdict(self) -> int:
@@ -167,7 +171,7 @@ class _Job:
 
     def _heard_of(self, host: str) -> bool:
         """Whether all ranks of `host` have ended by themselves."""
-        return all(rank in self.codes for rank, name in enumerate(self.hosts) if name == host)
+        return all(rank in self.codes for rank, name in enumerate(self.hosts) if name.rpartition("@")[2] == host)
 
     def _note_signal(self, number: int, _frame: FrameType | None) -> None:
         self.events.put({"event": "signal", "number": number})

@@ -58,6 +58,11 @@ def test_the_first_rank_speaks_for_all(job, capfd):
     assert (said.out, said.err) == ("result 0\n", "progress 0\n")
 
 
+def test_last_words_are_heard(job, capfd):
+    slow = "import time; [process.wait() for process in (slot(0), slot(1))]; time.sleep(1); print('still on its way')"
+    assert job("", slow) == 0 and capfd.readouterr().out == "still on its way\n"
+
+
 def test_the_launcher_gets_variables_by_a_private_file_and_no_secrets(job, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "t")
     code = "open('seen', 'w').write(open(path := os.environ['DS_ENV_FILE']).read() + oct(os.stat(path).st_mode & 0o777))"
