@@ -1,4 +1,4 @@
-"""A real SLURM of two nodes for the tests of this folder. Where it is not installed they fail: CI installs it."""
+"""A real SLURM of three nodes for the tests of this folder. Where it is not installed they fail: CI installs it."""
 
 import os
 import subprocess
@@ -19,7 +19,8 @@ class Cluster:
 
     def __init__(self, folder, nodes):
         self.folder = Path(folder)
-        done = self.control("up", "--nodes", str(nodes))
+        worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+        done = self.control("up", "--nodes", str(nodes), "--first-job", str(1 + 1000 * worker))
         if done.returncode:
             pytest.fail(f"the test cluster does not start:\n{done.stdout}{done.stderr}")
         self.environment = {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf"), "OMP_NUM_THREADS": "1"}
@@ -36,23 +37,23 @@ class Cluster:
     def hypenet(self, *words, code=0):
         return self.run(ROOT / ".venv" / "bin" / "hypenet", *words, code=code)
 
-    def until(self, what, holds, seconds):
+    def until(self, what, holds, seconds, every=0.3):
         """Wait for `holds()`; what it returned. Fails after `seconds` with the logs of the jobs."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             found = holds()
             if found:
                 return found
-            time.sleep(0.3)
+            time.sleep(every)
         logs = "\n".join(f"--- {path}\n{path.read_text()[-3000:]}" for path in sorted(self.folder.parent.glob("**/run*/logs/**/*.log")))
         pytest.fail(f"{seconds} s without: {what}\n{self.run('squeue')}\n{logs}")
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    """Two nodes of two cores."""
+@pytest.fixture(scope="session")
+def cluster():
+    """Three nodes; runs of two leave a spare one. A test that harms a node heals it again."""
     # below /tmp itself: the path of munge's socket may have 107 characters
-    up = Cluster(f"/tmp/hypenet-slurm-{os.getpid()}", 2)
+    up = Cluster(f"/tmp/hypenet-slurm-{os.getpid()}", 3)
     yield up
     up.control("down")
 
@@ -80,3 +81,11 @@ def config(tmp_path_factory):
     path = tmp_path_factory.mktemp("config") / "small.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
+
+
+@pytest.fixture(scope="session")
+def calm(cluster, config, tmp_path_factory):
+    """Folder of a run of the same configuration and number of processes under another launcher, left in peace."""
+    out = tmp_path_factory.mktemp("calm") / "run"
+    cluster.hypenet("run", config, f"output_dir={out}", "--nproc", "2")
+    return out

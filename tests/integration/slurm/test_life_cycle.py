@@ -9,12 +9,9 @@ from pathlib import Path
 import pytest
 
 from megatron_hypenet.checkpoint.load import verify_files
+from tests.integration.slurm.runs import PROFILE, ROOT, events, jobs_of, losses, run_log, status, submit, task_of
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(300)]
-
-ROOT = Path(__file__).resolve().parents[3]
-PROFILE = ROOT / "configs" / "cluster" / "testcluster.yaml"
-STAGES = ("align", "distill", "finetune")
 
 
 @pytest.fixture(scope="module")
@@ -22,46 +19,8 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("slurm")
 
 
-def submit(cluster, config, out, *words):
-    """Job numbers by part."""
-    said = cluster.hypenet("submit", config, "--cluster", PROFILE, f"output_dir={out}", *words)
-    assert f"tensorboard --logdir {out}/tb" in said and "ssh -N -L 6006:localhost:6006" in said
-    return {line.split()[2].strip("(),:"): int(line.split()[1]) for line in said.splitlines() if line.startswith("job ")}
-
-
-def status(cluster, out):
-    return json.loads(cluster.hypenet("status", out, "--json"))
-
-
-def jobs_of(cluster, out):
-    return {row["part"]: row for row in status(cluster, out)["jobs"]}
-
-
-def events(out, job):
-    path = out / "logs" / f"job-{job}" / "events"
-    return path.read_text() if path.is_file() else ""
-
-
-def losses(out):
-    return {stage: (out / stage / "losses.jsonl").read_text() for stage in STAGES}
-
-
-def task_of(job, rank):
-    """Process number of a task of a job, found as `ps` would."""
-    want = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_PROCID={rank}".encode()}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            try:
-                told, words = (entry / "environ").read_bytes(), (entry / "cmdline").read_bytes()
-            except OSError:
-                continue
-            if want <= set(told.split(b"\0")) and b"launchers.slurm" in words:
-                return int(entry.name)
-    return None
-
-
-def test_chained_run_whose_step_is_killed_ends_like_an_undisturbed_one(cluster, config, folder):
-    out, calm = folder / "run", folder / "run_calm"
+def test_chained_run_whose_step_is_killed_ends_like_an_undisturbed_one(cluster, config, calm, folder):
+    out = folder / "run"
     jobs = submit(cluster, config, out, "--chain")
     assert list(jobs) == ["align", "distill", "finetune", "finish"]
     assert {part: row["state"] for part, row in jobs_of(cluster, out).items() if part != "align"} == dict.fromkeys(
@@ -69,22 +28,19 @@ def test_chained_run_whose_step_is_killed_ends_like_an_undisturbed_one(cluster, 
     )
 
     cluster.until("a save of align", (out / "align" / "checkpoints" / "iter_0000010" / "COMMITTED").is_file, 60)
-    os.kill(task_of(jobs["align"], 1), signal.SIGKILL)
+    os.kill(task_of(cluster, jobs["align"], 1), signal.SIGKILL)
     cluster.until(
         "the requeue", lambda: "ended with code 137" in events(out, jobs["align"]) and "starting again" in events(out, jobs["align"]), 40
     )
     assert "rank 1 on n2: task ended by a signal: Killed" in cluster.hypenet("logs", out, "--first-error")
 
     cluster.until("the end of the chain", lambda: "ended with code 0" in events(out, jobs["finish"]), 200)
-    assert "resumed from" in (out / "logs" / "hypenet.log").read_text()
+    assert "resumed from" in run_log(out)
     found = status(cluster, out)
     assert [row["requeues"] for row in found["jobs"]] == [1, 0, 0, 0]
     assert found["finished"][-1] == "report" and found["step"]["name"] == "report"
     assert found["last_save"]["checkpoint"].endswith("finetune/checkpoints/iter_0000004")
     assert (out / "export" / "model.safetensors").is_file() and (out / "report" / "report.json").is_file()
-
-    # the same configuration and number of processes under another launcher, left in peace
-    cluster.hypenet("run", config, f"output_dir={calm}", "--nproc", "2")
     assert losses(out) == losses(calm)
 
 
@@ -107,7 +63,7 @@ def test_time_limit_saves_and_starts_again_then_cancel_and_requeue(cluster, conf
     assert len(saved) == 1 and 0 < int(saved[0].name[5:]) < 450
     verify_files(saved[0], hashes=True)
     cluster.until("the end of align", lambda: "ended with code 0" in events(out, jobs["align"]), 120)
-    log = (out / "logs" / "hypenet.log").read_text()
+    log = run_log(out)
     assert "stopped at iter" not in log.splitlines()[-1] and f"resumed from {saved[0]}" in log
 
     cluster.until("distill running", lambda: jobs_of(cluster, out)["distill"]["state"] == "RUNNING", 30)
@@ -134,7 +90,7 @@ def test_time_limit_saves_and_starts_again_then_cancel_and_requeue(cluster, conf
 
 def test_a_live_run_is_not_submitted_twice_and_a_waiting_job_learns_of_a_bad_node(cluster, config, folder):
     out = folder / "run_twice"
-    blocker = int(cluster.run("sbatch", "--parsable", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 60"))
+    blocker = int(cluster.run("sbatch", "--parsable", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap", "sleep 60"))
     try:
         job = submit(cluster, config, out, "cluster.nodes=1")["run"]
         assert jobs_of(cluster, out)["run"]["state"] == "PENDING"
