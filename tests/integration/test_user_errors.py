@@ -29,7 +29,7 @@ def block(capsys, *words):
     ],
 )
 def test_faults_of_the_machine_that_no_verb_foresaw(capsys, monkeypatch, fault, code, says):
-    def dispatch(words):
+    def dispatch(*_, **options):
         raise fault
 
     monkeypatch.setattr(cli, "dispatch", dispatch)
