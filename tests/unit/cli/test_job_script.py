@@ -33,6 +33,7 @@ def test_everything_in_the_profile_reaches_the_script(tmp_path):
     ]:  # fmt: skip
         assert line in said
     assert "\nmodule load cuda\n" in text and "\nexport NCCL_DEBUG=WARN\n" in text
+    assert "\n  --cpus-per-task=12 \\\n" in text  # srun does not take it from sbatch
     assert "--container-image='/images/a b.sqsh'" in text and "--container-mounts=/a:/a,/b:/c:ro" in text
     assert f"  --cpu-bind=none \\\n  python3 -m launchers.slurm run {tmp_path}/run/config.yaml\n" in text
 
