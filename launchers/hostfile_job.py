@@ -33,6 +33,7 @@ from megatron_hypenet.errors import SetupError
 
 _DEEPSPEED_LINE = re.compile(r"\[\d{4}-\d\d-\d\d [\d:,]+\] \[[A-Z]+\] \[\w+\.py:\d+:\w+\] ")
 _HOST_ENDED = re.compile(r"pdsh@[^:]*: (\S+): ssh exited with exit code (\d+)")
+_KILLED = 128 + signal.SIGKILL
 _SSH_SECONDS = 30
 _DRAIN_SECONDS, _DRAIN_FAILED_SECONDS = 60.0, 0.5
 
@@ -129,7 +130,10 @@ class _Job:
         if self.outcome is not None and not (self.lost and self.outcome[1] == ECHO):
             rank, code = self.outcome
             if code not in PEACEFUL and self.codes.get(0) != code:  # with the same code, rank 0 has said the same on our streams
-                head = f"process {rank} of {self.launch.num_processes}, on {self.hosts[rank]}, ended first, with code {code}"
+                killed = (
+                    " (SIGKILL: out of memory, which the kernel's log there would say, or somebody ended it)" if code == _KILLED else ""
+                )
+                head = f"process {rank} of {self.launch.num_processes}, on {self.hosts[rank]}, ended first, with code {code}{killed}"
                 print("\n".join([f"{head}; its last lines:", *self.tails[rank]] if self.tails[rank] else [head]), file=sys.stderr)
             return code
         if len(self.codes) == self.launch.num_processes:

@@ -139,7 +139,7 @@ def test_two_hosts_go_the_way_of_one_machine(train, tmp_path, ssh, capsys):
     _, said = hung.communicate(timeout=100)
     seconds = time.monotonic() - at
     assert hung.returncode == 8 and f"rank 1 on node2 (pid {victim['pid']}) does not answer: its process is stopped or dead" in said, said
-    assert not any(str(tmp_path) in words for words in command_lines()), "nothing of the run is left"
+    until(lambda: not any(str(tmp_path) in words for words in command_lines()), seconds=20)  # on any host
     with capsys.disabled():
         print(f"\nSIGSTOP of a rank on another host (limit 6 s): exit 8, the command ended {seconds:.1f} s after it")
 
@@ -162,7 +162,7 @@ def test_two_hosts_go_the_way_of_one_machine(train, tmp_path, ssh, capsys):
     assert killed.returncode == 137 and seconds < 30, said
     (error,) = [line for line in said.splitlines() if line.startswith("error:")]
     assert "another process of this run ended while rank 0 on node1 waited for it in iteration" in error
-    assert said.splitlines()[-1] == "process 1 of 2, on second, ended first, with code 137"
+    assert said.splitlines()[-1].startswith("process 1 of 2, on second, ended first, with code 137 (SIGKILL: out of memory,")
     with capsys.disabled():
         print(f"\nSIGKILL of a rank on another host: exit 137, the command ended {seconds:.1f} s after it; said: {error[:160]}")
 
