@@ -19,16 +19,20 @@ ROOT = Path(megatron_hypenet.__file__).parents[1]
 WORKER = "tests.integration.training_worker"
 
 
+STARTED_TOGETHER = f"""
+import sys
+from launchers import local
+local.hypenet_command = lambda words: (sys.executable, "-m", "{WORKER}", *words)
+sys.exit(local.run(local.LocalLaunch(tuple(sys.argv[2:]), int(sys.argv[1]), grace_seconds=2)))
+"""
+
+
 def run(*arguments, processes=1):
     """The worker in fresh processes; returns the finished subprocess."""
-    start = (
-        [sys.executable]
-        if processes == 1
-        else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    )
+    start = ["-m", WORKER] if processes == 1 else ["-c", STARTED_TOGETHER, str(processes)]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     return subprocess.run(
-        [*start, "-m", WORKER, *map(str, arguments)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, *start, *map(str, arguments)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False
     )
 
 
@@ -62,7 +66,7 @@ def test_killed_run_of_two_processes_continues_bit_for_bit(tmp_path):
     straight = run(tmp_path / "a", "--zero", 3, processes=2)
     assert straight.returncode == 0, straight.stderr[-3000:]
     killed = run(tmp_path / "b", "--zero", 3, "--kill-after", 5, processes=2)
-    assert killed.returncode != 0 and resolve(tmp_path / "b" / "finetune").name == "iter_0000003"
+    assert killed.returncode == 137 and resolve(tmp_path / "b" / "finetune").name == "iter_0000003"
     resumed = run(tmp_path / "b", "--zero", 3, processes=2)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert_same_run(tmp_path / "a" / "finetune", tmp_path / "b" / "finetune", 6)
