@@ -85,7 +85,7 @@ def ssh(tmp_path_factory):
         server.wait()
 
 
-def until(condition, seconds=120.0):
+def until(condition, seconds=240.0):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
@@ -118,7 +118,7 @@ def train(tmp_path, repo_root, ssh):
     return start
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_two_hosts_go_the_way_of_one_machine(train, tmp_path, ssh, capsys):
     """Stopped by a signal to a rank, asked to leave, killed: each time the command ends as promised, and at last it has the same losses."""
     alone = train("alone", "--nproc", "2")
@@ -136,7 +136,7 @@ def test_two_hosts_go_the_way_of_one_machine(train, tmp_path, ssh, capsys):
     victim = of_second_host(hung)
     at = time.monotonic()
     os.kill(victim["pid"], signal.SIGSTOP)
-    _, said = hung.communicate(timeout=100)
+    _, said = hung.communicate(timeout=200)
     seconds = time.monotonic() - at
     assert hung.returncode == 8 and f"rank 1 on node2 (pid {victim['pid']}) does not answer: its process is stopped or dead" in said, said
     until(lambda: not any(str(tmp_path) in words for words in command_lines()), seconds=20)  # on any host
@@ -146,7 +146,7 @@ def test_two_hosts_go_the_way_of_one_machine(train, tmp_path, ssh, capsys):
     asked = train("hosts")
     of_second_host(asked)
     asked.send_signal(signal.SIGTERM)
-    _, said = asked.communicate(timeout=100)
+    _, said = asked.communicate(timeout=200)
     stopped_at = lines_of(losses)
     assert asked.returncode == 75 and f"stopped at iter {stopped_at}/{STEPS} on SIGTERM" in said and stopped_at < STEPS, said
 
@@ -157,9 +157,9 @@ def test_two_hosts_go_the_way_of_one_machine(train, tmp_path, ssh, capsys):
     assert not any(OURS["HF_TOKEN"] in words for words in command_lines())
     at = time.monotonic()
     os.kill(victim["pid"], signal.SIGKILL)
-    _, said = killed.communicate(timeout=100)
+    _, said = killed.communicate(timeout=200)
     seconds = time.monotonic() - at
-    assert killed.returncode == 137 and seconds < 30, said
+    assert killed.returncode == 137 and seconds < 60, said
     (error,) = [line for line in said.splitlines() if line.startswith("error:")]
     assert "another process of this run ended while rank 0 on node1 waited for it in iteration" in error
     assert said.splitlines()[-1].startswith("process 1 of 2, on second, ended first, with code 137 (SIGKILL: out of memory,")
@@ -175,7 +175,7 @@ def test_two_hosts_go_the_way_of_one_machine(train, tmp_path, ssh, capsys):
 
 def test_what_would_start_is_told_and_what_cannot_is_refused(train, ssh):
     shown = train("run", "--launcher", "hostfile", "--hostfile", str(ssh / "hosts"), "--dry-run", "--json")
-    out, said = shown.communicate(timeout=100)
+    out, said = shown.communicate(timeout=200)
     assert shown.returncode == 0, said
     launch = json.loads(out)["launch"]
     assert f"--hostfile {ssh}/hosts --launcher pdsh" in launch["command"] and "--master_addr 127.0.0.1 --master_port " in launch["command"]
@@ -184,5 +184,5 @@ def test_what_would_start_is_told_and_what_cannot_is_refused(train, ssh):
 
     (ssh / "more").write_text("first slots=1\nclosed slots=1\n")
     refused = train("run", "--launcher", "hostfile", "--hostfile", str(ssh / "more"))
-    _, said = refused.communicate(timeout=100)
+    _, said = refused.communicate(timeout=200)
     assert refused.returncode == 4 and "error: 1 of 2 hosts cannot be used:\n  closed: ssh: " in said and "Connection refused" in said, said
