@@ -304,7 +304,9 @@ def _gpu(device: torch.device) -> Gpu:
     if shared is None:
         index = torch.cuda.current_device() if device.index is None else device.index
         shared = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
-    return Gpu(properties.multi_processor_count, shared)
+    # Triton 3.3 fails to compile some of our products for Hopper, and 3.2 takes the process with it
+    all_products = TensorDescriptor is not None or torch.cuda.get_device_capability(device) < (9, 0)
+    return Gpu(properties.multi_processor_count, shared, all_products)
 
 
 def _log2_decay(log_decay: Tensor, device: torch.device) -> Tensor:

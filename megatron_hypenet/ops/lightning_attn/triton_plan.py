@@ -22,6 +22,8 @@ class Gpu:
     processors: int
     shared_bytes: int
     """The most shared memory of one program."""
+    all_products: bool = True
+    """Whether Triton compiles every product for it: before 3.4 it cannot for Hopper in TF32, nor in narrow types over 8 warps."""
 
 
 H100 = Gpu(132, 227 * 1024)
@@ -71,13 +73,19 @@ def make_plan(*, batch: int, tokens: int, heads: int, dim_k: int, dim_v: int, dt
         # two stages, not three: two programs then share a multiprocessor, and one computes while the other waits
         scan = Blocks(chunk, min(widest, 64), 4 if widest <= 128 else 8, 2)
         states = Blocks(chunk, min(widest, 64), 4 if widest <= 128 else 8, 3)
-    if gpu.shared_bytes < SHARED_BYTES_OF_WIDE:
+    small = gpu.shared_bytes < SHARED_BYTES_OF_WIDE
+    if small or not gpu.all_products:
         fused = fused and not wide
-        if widest > 128:
-            scan, states = replace(scan, stages=1), replace(states, stages=1)
+    if not gpu.all_products and dtype != torch.float32:
+        scan, states = replace(scan, warps=4), replace(states, warps=4)
+    if small and wide and dtype == torch.float32:
+        scan = replace(scan, columns=min(scan.columns, 64), stages=1)  # 64 KiB; 128 columns want 160 KiB of Triton 3.2
+    if small and widest > 128:
+        scan, states = replace(scan, stages=1), replace(states, stages=1)
     dkdv = Blocks(chunk, widest, 8 if wide else 4, 2) if fused else None
     segment_tokens = choose_segment(batch * heads, tokens, chunk, gpu.processors)
-    return Plan(states, scan, dkdv, segment_tokens, -(-tokens // segment_tokens), float32_precision())
+    precision = float32_precision() if gpu.all_products else "tf32x3"
+    return Plan(states, scan, dkdv, segment_tokens, -(-tokens // segment_tokens), precision)
 
 
 @lru_cache(maxsize=1024)

@@ -3,6 +3,7 @@
 The interpreter cannot multiply bf16 (it multiplies the bit patterns), so there fp16 stands for the narrow types."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -174,3 +175,28 @@ def test_a_million_tokens_address_beyond_32_bits():
         want, want_state = chunked_lightning_attn(tail, tail, tail, log_decay(32), scale=SCALE)
     assert float((o[:, -512:].float() - want[:, -512:]).norm() / want[:, -512:].norm()) < LIMITS[torch.bfloat16]
     assert float((state - want_state).norm() / want_state.norm()) < LIMITS[torch.bfloat16]
+
+
+@pytest.mark.parametrize(
+    ("capability", "descriptors", "all_products"),
+    [((8, 0), False, True), ((9, 0), False, False), ((9, 0), True, True), ((12, 0), True, True)],
+)
+@pytest.mark.parametrize("told", [True, False])
+def test_a_plan_knows_the_gpu_and_the_triton_at_hand(monkeypatch, capability, descriptors, all_products, told):
+    """Torch 2.6 does not tell the shared memory of a program; Triton's driver does."""
+    properties = SimpleNamespace(multi_processor_count=46, **({"shared_memory_per_block_optin": 101_376} if told else {}))
+    utils = SimpleNamespace(get_device_properties=lambda index: {"max_shared_mem": 101_376})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(kernels.triton.runtime, "driver", SimpleNamespace(active=SimpleNamespace(utils=utils)))
+    monkeypatch.setattr(kernels, "TensorDescriptor", object() if descriptors else None)
+    found = kernels._gpu.__wrapped__(torch.device("cuda", 3))
+    assert (found.processors, found.shared_bytes, found.all_products) == (46, 101_376, all_products)
+
+
+@pytest.mark.parametrize(("capability", "hip", "has"), [((8, 9), None, False), ((9, 0), None, True), ((9, 4), "6.4", False)])
+def test_descriptors_are_for_nvidia_from_hopper_on(monkeypatch, capability, hip, has):
+    monkeypatch.setattr(kernels, "TensorDescriptor", object())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert kernels._has_descriptors.__wrapped__(torch.device("cuda", 0)) is has

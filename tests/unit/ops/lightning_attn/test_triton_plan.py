@@ -54,3 +54,22 @@ def test_fp32_products_follow_torchs_switch():
         assert float32_precision() == "tf32x3"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_an_old_triton_on_hopper_gets_only_products_it_compiles(dim):
+    """Found by compiling every kernel with Triton 3.2 and 3.3 for sm_90: 8 warps of a narrow type, and TF32, fail there."""
+    shape = {"batch": 1, "tokens": 512, "heads": 4, "dim_k": dim, "dim_v": dim, "gpu": Gpu(132, 227 * 1024, all_products=False)}
+    plan, before = make_plan(dtype=torch.bfloat16, **shape), torch.get_float32_matmul_precision()
+    assert (plan.scan.warps, plan.states.warps) == (4, 4) and (plan.dkdv is None or plan.dkdv.warps == 4)
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert make_plan(dtype=torch.float32, **shape).precision == "tf32x3"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_wide_fp32_heads_fit_a_gpu_with_little_shared_memory():
+    shape = {"batch": 1, "tokens": 512, "heads": 4, "dim_k": 128, "dim_v": 128, "dtype": torch.float32}
+    small, large = (make_plan(gpu=gpu, **shape).scan for gpu in (SMALL, H100))
+    assert (small.columns, small.stages) == (64, 1) and (large.columns, large.stages) == (128, 2)
