@@ -19,33 +19,36 @@ class Cluster:
 
     def __init__(self, folder, nodes):
         self.folder = Path(folder)
-        worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
-        done = self.control("up", "--nodes", str(nodes), "--first-job", str(1 + 1000 * worker))
+        self.runs = []
+        # other numbers of jobs, and so other ports, than the cluster of a test beside this one
+        done = self.control("up", "--nodes", str(nodes), "--first-job", str(1 + 50 * (os.getpid() % 390)))
         if done.returncode:
             pytest.fail(f"the test cluster does not start:\n{done.stdout}{done.stderr}")
         self.environment = {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf"), "OMP_NUM_THREADS": "1"}
 
     def control(self, *words):
-        return subprocess.run([TESTCLUSTER, *words, "--dir", self.folder], capture_output=True, text=True, timeout=120, check=False)
+        return subprocess.run([TESTCLUSTER, *words, "--dir", self.folder], capture_output=True, text=True, timeout=300, check=False)
 
     def run(self, *words, code=0):
         """Output of a command that must end with `code`."""
-        done = subprocess.run([*map(str, words)], cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run([*map(str, words)], cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == code, f"{words} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done.stdout + done.stderr
 
     def hypenet(self, *words, code=0):
+        self.runs += [Path(word.partition("=")[2]) for word in map(str, words) if word.startswith("output_dir=")]
         return self.run(ROOT / ".venv" / "bin" / "hypenet", *words, code=code)
 
     def until(self, what, holds, seconds, every=0.3):
-        """Wait for `holds()`; what it returned. Fails after `seconds` with the logs of the jobs."""
-        deadline = time.monotonic() + seconds
+        """Wait for `holds()`; what it returned. Fails with the logs of the last run after four times the `seconds` of a quiet machine."""
+        deadline = time.monotonic() + 4 * seconds
         while time.monotonic() < deadline:
             found = holds()
             if found:
                 return found
             time.sleep(every)
-        logs = "\n".join(f"--- {path}\n{path.read_text()[-3000:]}" for path in sorted(self.folder.parent.glob("**/run*/logs/**/*.log")))
+        paths = [path for run in self.runs[-1:] for path in sorted(run.glob("logs/**/*.log"))]
+        logs = "\n".join(f"--- {path}\n{path.read_text()[-3000:]}" for path in paths)
         pytest.fail(f"{seconds} s without: {what}\n{self.run('squeue')}\n{logs}")
 
 

@@ -27,7 +27,7 @@ from tests.integration.slurm.runs import (
     task_of,
 )
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 class DeadNode:

@@ -1,17 +1,19 @@
-"""Runs on a real SLURM of two nodes, and what happens to runs there: a killed step, a time limit, cancelling, starting again."""
+"""Runs on a real SLURM of two nodes, and what happens to runs there: a killed step, a time limit, a more urgent job, cancelling, starting
+again."""
 
 import json
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
 from megatron_hypenet.checkpoint.load import verify_files
-from tests.integration.slurm.runs import PROFILE, ROOT, events, jobs_of, losses, run_log, status, submit, task_of
+from tests.integration.slurm.runs import PROFILE, ROOT, event_time, events, jobs_of, losses, run_log, status, submit, task_of
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
@@ -46,46 +48,54 @@ def test_chained_run_whose_step_is_killed_ends_like_an_undisturbed_one(cluster, 
 
 def test_time_limit_saves_and_starts_again_then_cancel_and_requeue(cluster, config, folder):
     out = folder / "run_limit"
-    # SLURM looks at its jobs every 30 s, and warns of what ends before it looks again: 15 s to 45 s after the start here
-    jobs = submit(
-        cluster,
-        config,
-        out,
-        "--chain",
-        "--time",
-        "00:01:00",
-        "cluster.grace_seconds=15",
-        "align.train_iters=450",
-        "align.save_interval=450",
-    )
-    cluster.until("the warning", lambda: "ended with code 75" in events(out, jobs["align"]), 75)
+    endless = ("align.train_iters=100000", "align.save_interval=100000", "cluster.grace_seconds=15")
+    jobs = submit(cluster, config, out, "--chain", *endless)
+    cluster.until("a step", lambda: "iter 2/100000" in run_log(out), 60)
+    # SLURM looks at its jobs every 30 s and warns of what ends before it looks again: 15 s to 45 s after the start for a limit of 60 s
+    minutes = 1 if time.time() - event_time(out, jobs["align"], 0, "started on") < 25 else 2
+    cluster.run("scontrol", "update", f"JobId={jobs['align']}", f"TimeLimit={minutes}")
+    cluster.until("the warning", lambda: "ended with code 75" in events(out, jobs["align"]), 110)
+    cluster.run("scontrol", "update", f"JobId={jobs['align']}", "TimeLimit=10")
     saved = [path.parent for path in out.glob("align/checkpoints/iter_*/COMMITTED")]
-    assert len(saved) == 1 and 0 < int(saved[0].name[5:]) < 450
+    assert len(saved) == 1
     verify_files(saved[0], hashes=True)
-    cluster.until("the end of align", lambda: "ended with code 0" in events(out, jobs["align"]), 120)
-    log = run_log(out)
-    assert "stopped at iter" not in log.splitlines()[-1] and f"resumed from {saved[0]}" in log
+    step = int(saved[0].name[5:])
+    cluster.until("the next start", lambda: f"resumed from {saved[0]} at iter {step}/" in run_log(out), 60)
+    cluster.until("its first step", lambda: f"iter {step + 1}/100000" in run_log(out), 30)
 
-    cluster.until("distill running", lambda: jobs_of(cluster, out)["distill"]["state"] == "RUNNING", 30)
     said = cluster.hypenet("cancel", out)
-    assert f"cancelled job {jobs['distill']} (distill, RUNNING)" in said and f"cancelled job {jobs['finish']} (finish, PENDING)" in said
+    assert f"cancelled job {jobs['align']} (align, RUNNING)" in said and f"cancelled job {jobs['finish']} (finish, PENDING)" in said
     cluster.until("nothing left", lambda: not any(row["live"] for row in status(cluster, out)["jobs"]), 40)
-    assert jobs_of(cluster, out)["distill"]["state"] == "CANCELLED" and "starting again" not in events(out, jobs["distill"])
+    assert jobs_of(cluster, out)["align"]["state"] == "CANCELLED" and events(out, jobs["align"]).count("starting again") == 1
+    assert int(status(cluster, out)["last_save"]["checkpoint"][-7:]) > step
     assert "no job waits or runs" in cluster.hypenet("cancel", out)
 
     # every rank meets the same damage; requeue starts what is not done, and the error is shown once
-    manifest = (out / "manifest.json").read_text()
     (out / "manifest.json").write_text("{")
     said = cluster.hypenet("requeue", out)
-    assert "job" in said and "(align)" not in said and "(finish)" in said
-    distill = jobs_of(cluster, out)["distill"]["id"]
-    cluster.until("the failure", lambda: "ended with code" in events(out, distill), 60)
+    assert all(f"({part})" in said for part in jobs)
+    align = jobs_of(cluster, out)["align"]["id"]
+    cluster.until("the failure", lambda: "ended with code" in events(out, align), 60)
     cluster.until("nothing left", lambda: not any(row["live"] for row in status(cluster, out)["jobs"]), 40)
-    assert "ended with code 5" in events(out, distill)
+    assert "ended with code 5" in events(out, align)
     first = json.loads(cluster.hypenet("logs", out, "--first-error", "--json"))
-    assert first["job"] == distill and "manifest.json cannot be read" in first["groups"][0]["error"]
-    assert jobs_of(cluster, out)["distill"]["state"] == "FAILED"
-    (out / "manifest.json").write_text(manifest)
+    assert first["job"] == align and "manifest.json cannot be read" in first["groups"][0]["error"]
+    assert jobs_of(cluster, out)["align"]["state"] == "FAILED"
+
+
+def test_a_run_makes_room_for_a_more_urgent_job(cluster, config, folder):
+    out = folder / "run_preempted"
+    job = submit(cluster, config, out)["run"]
+    cluster.until("a save of align", (out / "align" / "checkpoints" / "iter_0000005" / "COMMITTED").is_file, 60)
+    words = ("--partition=urgent", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap", "sleep 60")
+    urgent = cluster.run("sbatch", "--parsable", *words).strip()
+    cluster.until("its place", lambda: cluster.run("squeue", "--noheader", "--jobs", urgent, "--format=%T").strip() == "RUNNING", 40)
+    assert "ended with code 75" in events(out, job) and "starting again" in events(out, job)
+    assert "saved" in run_log(out).splitlines()[-1]
+    row = jobs_of(cluster, out)["run"]
+    assert (row["state"], row["live"]) == ("PENDING", True)
+    cluster.hypenet("cancel", out)
+    cluster.run("scancel", urgent)
 
 
 def test_a_live_run_is_not_submitted_twice_and_a_waiting_job_learns_of_a_bad_node(cluster, config, folder):
