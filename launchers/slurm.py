@@ -133,11 +133,15 @@ def _leave_before_start(number: int, _frame: FrameType | None) -> NoReturn:
 
 
 def record_fault(fault: BaseException, code: int, environment: Mapping[str, str]) -> None:
-    """Leave what ended this task in the attempt's folder; being asked to stop is no fault."""
+    """Leave what ended this task in the attempt's folder, unless a record is there: the engine's says more. Being asked to stop is no
+    fault."""
     folder = environment.get(ATTEMPT_LOGS)
     if folder is None or isinstance(fault, SavedAndRequeue):
         return
     rank = int(environment["RANK"])
+    path = Path(folder, f"rank-{rank:04d}.error.json")
+    if path.is_file():
+        return
     content = {
         "time": time.time(),
         "rank": rank,
@@ -146,7 +150,7 @@ def record_fault(fault: BaseException, code: int, environment: Mapping[str, str]
         "error": f"{fault}" if isinstance(fault, HypenetError) else f"{type(fault).__name__}: {fault}",
         "traceback": "".join(traceback.format_exception(fault)),
     }
-    Path(folder, f"rank-{rank:04d}.error.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def run(words: Sequence[str]) -> int:

@@ -117,9 +117,9 @@ def test_cluster_can_be_started_again_and_leaves_nothing(tmp_path):
     folder = f"/tmp/hypenet-slurm-again-{os.getpid()}"
     command = [ROOT / "slurm" / "testcluster"]
     for _ in range(2):
-        subprocess.run([*command, "up", "--dir", folder], check=True, timeout=60, stdout=subprocess.DEVNULL)
-    subprocess.run([*command, "status", "--dir", folder], check=True, timeout=60, stdout=subprocess.DEVNULL)
-    subprocess.run([*command, "down", "--dir", folder], check=True, timeout=60)
+        subprocess.run([*command, "up", "--dir", folder], check=True, timeout=300, stdout=subprocess.DEVNULL)
+    subprocess.run([*command, "status", "--dir", folder], check=True, timeout=300, stdout=subprocess.DEVNULL)
+    subprocess.run([*command, "down", "--dir", folder], check=True, timeout=300)
     assert not Path(folder).exists()
     environs = [path for path in Path("/proc").glob("[0-9]*/environ")]
     assert not [path for path in environs if folder.encode() in _read(path)]

@@ -105,6 +105,12 @@ def test_a_fault_leaves_a_record(tmp_path):
     assert "CheckpointError: teacher is gone" in record["traceback"] and abs(record["time"] - time.time()) < 60
 
 
+def test_the_record_of_the_engine_stays(tmp_path):
+    (tmp_path / "rank-0003.error.json").write_text('{"echo": true}')
+    slurm.record_fault(CheckpointError("x"), 5, {"HYPENET_ATTEMPT_LOGS": str(tmp_path), "RANK": "3"})
+    assert (tmp_path / "rank-0003.error.json").read_text() == '{"echo": true}'
+
+
 def test_being_asked_to_stop_is_no_fault(tmp_path):
     slurm.record_fault(SavedAndRequeue("saved"), 75, {"HYPENET_ATTEMPT_LOGS": str(tmp_path), "RANK": "0"})
     assert list(tmp_path.iterdir()) == []
