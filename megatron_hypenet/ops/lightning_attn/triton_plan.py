@@ -23,7 +23,7 @@ class Gpu:
     shared_bytes: int
     """The most shared memory of one program."""
     all_products: bool = True
-    """Whether Triton compiles every product for it: before 3.4 it cannot for Hopper in TF32, nor in narrow types over 8 warps."""
+    """Whether Triton compiles every product for it: for Hopper not narrow types over 8 warps before 3.4, nor TF32 with 3.2."""
 
 
 H100 = Gpu(132, 227 * 1024)

@@ -58,7 +58,7 @@ def test_fp32_products_follow_torchs_switch():
 
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_an_old_triton_on_hopper_gets_only_products_it_compiles(dim):
-    """Found by compiling every kernel with Triton 3.2 and 3.3 for sm_90: 8 warps of a narrow type, and TF32, fail there."""
+    """Found by compiling every kernel for sm_90: 8 warps of a narrow type fail with Triton 3.2 and 3.3, TF32 with 3.2."""
     shape = {"batch": 1, "tokens": 512, "heads": 4, "dim_k": dim, "dim_v": dim, "gpu": Gpu(132, 227 * 1024, all_products=False)}
     plan, before = make_plan(dtype=torch.bfloat16, **shape), torch.get_float32_matmul_precision()
     assert (plan.scan.warps, plan.states.warps) == (4, 4) and (plan.dkdv is None or plan.dkdv.warps == 4)
