@@ -24,11 +24,13 @@ USE = KernelUse(torch.float32, head_dim=32, width=64, words=150, tensor_ranks=1,
 def fresh(monkeypatch, caplog):
     monkeypatch.setattr(kernels, "_enabled", dict.fromkeys(kernels.FAMILIES, True))
     monkeypatch.setattr(kernel_guard, "_looked_at", set())
+    caplog.set_level(logging.INFO, logger="megatron_hypenet")
+    if DEVICE.type == "cuda":
+        return
     monkeypatch.setattr(triton_terms, "TILE", 256)
     for name in ("check_lightning", "check_norm_rope", "check_gated_norm"):  # few tokens: the interpreter is slow
         check = getattr(selftest, name)
         monkeypatch.setattr(selftest, name, lambda *args, check=check, **kwargs: check(*args, **{**kwargs, "tokens": 48}))
-    caplog.set_level(logging.INFO, logger="megatron_hypenet")
 
 
 def enabled():
@@ -135,6 +137,12 @@ def test_a_cpu_pays_nothing_and_a_gpu_is_looked_at(monkeypatch):
         monkeypatch.setattr(kernel_guard, "device", lambda kind=kind: torch.device(kind))
         kernel_guard.guard_kernels(model())
     assert seen == [(128, "cuda", GPU)]
+
+
+@pytest.mark.gpu
+def test_every_kernel_is_right_on_this_gpu():
+    wrong = [str(found) for found in kernel_guard.survey(torch.device("cuda")) if not found.ok]
+    assert not wrong, wrong
 
 
 def test_the_doctor_sees_every_family_in_every_dtype(monkeypatch):
