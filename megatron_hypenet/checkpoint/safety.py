@@ -6,6 +6,7 @@ loader would open it.
 
 from __future__ import annotations
 
+import enum
 import io
 import pickle
 import zipfile
@@ -40,12 +41,24 @@ class _RestrictedUnpickler(pickle.Unpickler):
         self.origin = origin
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return self._enum_member
         if (module, name) not in ALLOWED_GLOBALS:
-            raise CheckpointError(
-                f"{self.origin} refers to {module}.{name}, which a checkpoint has no use for: it may run foreign code, so nothing was "
-                "loaded. Use a checkpoint from a source you trust, or convert the weights from safetensors"
-            )
+            raise self._refusal(f"{module}.{name}")
         return super().find_class(module, name)
+
+    def _enum_member(self, kind: Any, name: Any) -> enum.Enum:
+        """Stands in for getattr, with which Python 3.11.0 to 3.11.3 (Debian 12's) pickle the members of enumerations, and only those."""
+        if not isinstance(kind, enum.EnumMeta) or not isinstance(name, str) or name not in kind.__members__:
+            raise self._refusal(f"builtins.getattr({kind!r}, {name!r})")
+        member: enum.Enum = kind.__members__[name]
+        return member
+
+    def _refusal(self, what: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.origin} refers to {what}, which a checkpoint has no use for: it may run foreign code, so nothing was loaded. "
+            "Use a checkpoint from a source you trust, or convert the weights from safetensors"
+        )
 
 
 def load_restricted(path: Path) -> Any:

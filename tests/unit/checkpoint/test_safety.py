@@ -6,6 +6,7 @@ import zipfile
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
 from megatron_hypenet.checkpoint.safety import check_common, load_restricted
 from megatron_hypenet.checkpoint.save import write_weights
@@ -47,4 +48,26 @@ def test_malicious_common_file_is_refused(tmp_path, tensors, model_config):
 def test_truncated_pickle_is_damage_not_a_crash(tmp_path):
     (tmp_path / "m").write_bytes(pickle.dumps([1, 2])[:-3])
     with pytest.raises(CheckpointError, match="damaged"):
+        load_restricted(tmp_path / "m")
+
+
+class ByGetattr:
+    """Pickled as a call of getattr."""
+
+    def __init__(self, *args):
+        self.args = args
+
+    def __reduce__(self):
+        return getattr, self.args
+
+
+def test_enumerations_as_debian_12_pickles_them_are_read(tmp_path):
+    (tmp_path / "m").write_bytes(pickle.dumps([ByGetattr(_MEM_FORMAT_ENCODING, one.name) for one in _MEM_FORMAT_ENCODING]))
+    assert load_restricted(tmp_path / "m") == list(_MEM_FORMAT_ENCODING)
+
+
+@pytest.mark.parametrize("args", [(set, "pop"), (_MEM_FORMAT_ENCODING, "__class__"), (_MEM_FORMAT_ENCODING, "mro"), (Metadata, "__init__")])
+def test_getattr_gives_nothing_else(tmp_path, args):
+    (tmp_path / "m").write_bytes(pickle.dumps(ByGetattr(*args)))
+    with pytest.raises(CheckpointError, match=r"builtins.getattr\(.*foreign code"):
         load_restricted(tmp_path / "m")
