@@ -76,6 +76,7 @@ def submit(
     for_run, for_cluster = split_overrides(overrides or [], nodes=nodes, time=time, partition=partition, account=account, qos=qos)
     profile = load_cluster_config(cluster, for_cluster)
     settings = load_run_config(config, collect_overrides(for_run, tp=tp, pp=pp, cp=cp))
+    profile = with_measured_grace(profile, settings.output_dir)
     scripts = checked_scripts(settings, profile, chain=chain, overwrite=overwrite)
     if test_only:
         try_out(scripts)
@@ -93,6 +94,21 @@ def split_overrides(words: Sequence[str], **options: str | int | None) -> tuple[
     # JSON text is quoted YAML: a time limit must stay the text that it is
     for_cluster += [f"{name}={json.dumps(value)}" for name, value in options.items() if value is not None]
     return for_run, for_cluster
+
+
+def with_measured_grace(profile: ClusterConfig, folder: Path) -> ClusterConfig:
+    """`profile` with as much warning as this run's steps and saves were measured to need, where it gives less; says so then."""
+    from megatron_hypenet.config.cluster import ClusterConfig
+    from megatron_hypenet.engine import timing
+
+    needed = timing.read(folder).get("grace_seconds", 0)
+    if not isinstance(needed, int) or needed <= profile.grace_seconds:
+        return profile
+    print(
+        f"grace_seconds {profile.grace_seconds} -> {needed}: what a step and a save of this run took ({folder / timing.FILE})",
+        file=sys.stderr,
+    )
+    return ClusterConfig.model_validate({**profile.model_dump(), "grace_seconds": needed})
 
 
 def checked_scripts(settings: RunConfig, profile: ClusterConfig, *, chain: bool, overwrite: bool) -> list[JobScript]:

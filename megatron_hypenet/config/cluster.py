@@ -21,6 +21,17 @@ _TIME = re.compile(r"\d+|\d+:\d\d|\d+:\d\d:\d\d|\d+-\d+|\d+-\d+:\d\d|\d+-\d+:\d\
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
+def seconds_of(limit: str) -> int:
+    """A time limit as sbatch reads it: MM, MM:SS, HH:MM:SS, and after D- HH, HH:MM, HH:MM:SS."""
+    days, dash, rest = limit.rpartition("-")
+    numbers = [int(part) for part in rest.split(":")]
+    if dash or len(numbers) == 3:
+        hours, minutes, seconds = (numbers + [0, 0])[:3]
+    else:
+        hours, (minutes, seconds) = 0, (numbers + [0])[:2]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
 class ContainerConfig(Section):
     """A container for every process, by pyxis and enroot."""
 
@@ -104,6 +115,8 @@ class ClusterConfig(Section):
     def _consistent(self) -> Self:
         if self.tasks_per_node is None and self.gpus_per_node == 0:
             raise ValueError("tasks_per_node is needed where gpus_per_node is 0: there is no GPU to count processes by")
+        if self.grace_seconds >= seconds_of(self.time):
+            raise ValueError(f"grace_seconds={self.grace_seconds} leaves nothing of time={self.time!r}: every start would be told to leave")
         bad = [name for name in self.variables if not _NAME.fullmatch(name)]
         if bad:
             raise ValueError(f"variables: {bad[0]!r} is not a variable's name")

@@ -42,6 +42,15 @@ def test_dry_run_prints_the_script_and_touches_nothing(run, tmp_path, capsys):
     assert code == 0 and [one["part"] for one in json.loads(out)["scripts"]] == ["align", "distill", "finetune", "finish"]
 
 
+def test_the_warning_is_as_early_as_measured_steps_and_saves_need(run, tmp_path, capsys):
+    config, profile = run
+    (tmp_path / "run").mkdir()
+    for measured, asked in ((20, 300), (900, 900)):
+        (tmp_path / "run" / "timing.json").write_text(json.dumps({"grace_seconds": measured}))
+        code, out, err = invoke(capsys, "submit", config, "--cluster", profile, "--dry-run")
+        assert code == 0 and f"#SBATCH --signal=USR2@{asked}\n" in out and ("grace_seconds 300 -> 900" in err) == (measured == 900)
+
+
 def test_jobs_of_a_chain_wait_for_each_other(run, tmp_path, capsys, monkeypatch):
     config, profile = run
     answers = Answers(tmp_path, monkeypatch)

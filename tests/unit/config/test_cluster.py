@@ -1,6 +1,6 @@
 import pytest
 
-from megatron_hypenet.config.cluster import ClusterConfig, load_cluster_config
+from megatron_hypenet.config.cluster import ClusterConfig, load_cluster_config, seconds_of
 from megatron_hypenet.errors import ConfigError
 
 SMALL = "nodes: 2\ngpus_per_node: 8\ntime: '01:00:00'\n"
@@ -58,6 +58,19 @@ def test_mistakes_are_named(tmp_path, words, says):
 def test_all_mistakes_at_once(tmp_path):
     with pytest.raises(ConfigError, match="3 problems"):
         profile(tmp_path, SMALL, "nodes=0", "tiem=1", "container.mounts=[a]")
+
+
+@pytest.mark.parametrize(
+    ("limit", "seconds"),
+    [("90", 5400), ("1:30", 90), ("01:00:30", 3630), ("2-0", 172800), ("2-12:30", 217800), ("2-12:30:05", 217805)],
+)
+def test_time_limits_in_seconds(limit, seconds):
+    assert seconds_of(limit) == seconds
+
+
+def test_a_warning_longer_than_the_limit_is_refused():
+    with pytest.raises(ValueError, match=r"grace_seconds=300 leaves nothing of time='00:05:00'"):
+        ClusterConfig(nodes=1, gpus_per_node=1, time="00:05:00")
 
 
 @pytest.mark.parametrize("time", ["90", "90:00", "24:00:00", "2-0", "2-12:30", "2-12:30:00"])
