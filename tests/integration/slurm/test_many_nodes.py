@@ -2,12 +2,14 @@
 
 import pytest
 
+from tests.integration.slurm.runs import PROFILE, ROOT
+
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 BATCH = [f"{stage}.{key}={value}" for stage in ("align", "distill", "finetune") for key, value in (("global_batch_size", 512),)]
 
 
-@pytest.mark.parametrize("name", ["h100_infiniband", "h100_pyxis"])
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs" / "cluster").glob("*.yaml") if path != PROFILE))
 @pytest.mark.parametrize("chain", [(), ("--chain",)])
 def test_slurm_takes_the_scripts(paper_cluster, config, tmp_path, name, chain):
     words = ("--cluster", f"configs/cluster/{name}.yaml", "--nodes", "64", f"output_dir={tmp_path}/run", *BATCH, *chain, "--test-only")
