@@ -83,7 +83,7 @@ def test_time_limit_saves_and_starts_again_then_cancel_and_requeue(cluster, conf
     assert jobs_of(cluster, out)["align"]["state"] == "FAILED"
 
 
-def test_a_run_makes_room_for_a_more_urgent_job(cluster, config, folder):
+def test_a_run_makes_room_for_a_more_urgent_job_and_leaves_a_node(cluster, config, folder):
     out = folder / "run_preempted"
     job = submit(cluster, config, out)["run"]
     cluster.until("a save of align", (out / "align" / "checkpoints" / "iter_0000005" / "COMMITTED").is_file, 60)
@@ -94,8 +94,14 @@ def test_a_run_makes_room_for_a_more_urgent_job(cluster, config, folder):
     assert "saved" in run_log(out).splitlines()[-1]
     row = jobs_of(cluster, out)["run"]
     assert (row["state"], row["live"]) == ("PENDING", True)
-    cluster.hypenet("cancel", out)
     cluster.run("scancel", urgent)
+
+    # a node may be taken from a job that runs
+    cluster.until("the next start", lambda: events(out, job).count("started on n[1-2]") == 2, 40)
+    assert f"put back into the queue: job {job} (run)" in cluster.hypenet("requeue", out, "--exclude", "n2")
+    cluster.until("the start elsewhere", lambda: "started on n[1,3]" in events(out, job), 40)
+    assert "starts again due to job requeue" in events(out, job)
+    cluster.hypenet("cancel", out)
 
 
 def test_a_live_run_is_not_submitted_twice_and_a_waiting_job_learns_of_a_bad_node(cluster, config, folder):

@@ -106,6 +106,12 @@ def test_two_starts_in_a_row_without_progress_are_enough(job):
     assert job.start("exit 0", attempt=2) == 75 and "started on" not in job.events()[-1]  # SLURM itself started it again
 
 
+def test_a_start_whose_first_node_died_is_told_of(job):
+    assert job.start("kill -9 $PPID") == -9
+    job.start("exit 0", attempt=1)
+    assert job.events()[1].startswith("starts again after a start that ended without a word")
+
+
 def test_a_start_that_slurm_ended_says_why(job):
     ended = "echo 'slurmstepd-n1: error: *** JOB 7 ON n1 CANCELLED AT 2026-11-23T14:28:33 DUE TO NODE FAILURE, SEE LOG ***'; kill -9 $PPID"
     assert job.start(ended) == -9
