@@ -32,6 +32,7 @@ def test_everything_in_the_profile_reaches_the_script(tmp_path):
         "--export=PATH,HOME,USER,LANG,HF_HOME", f"--output={tmp_path}/run/logs/job-%j.log",
     ]:  # fmt: skip
         assert line in said
+    assert text.index("TORCH_NCCL_DEBUG_INFO_TEMP_FILE=$HYPENET_ATTEMPT_LOGS/nccl-trace-rank-") < text.index("export NCCL_DEBUG=WARN")
     assert "\nmodule load cuda\n" in text and "\nexport NCCL_DEBUG=WARN\n" in text
     assert "\n  --cpus-per-task=12 \\\n" in text  # srun does not take it from sbatch
     assert "--container-image='/images/a b.sqsh'" in text and "--container-mounts=/a:/a,/b:/c:ro" in text
@@ -40,6 +41,7 @@ def test_everything_in_the_profile_reaches_the_script(tmp_path):
 
 def test_what_the_profile_leaves_open_is_not_mentioned(tmp_path):
     said = directives(script(tmp_path, nodes=1, gpus_per_node=0, tasks_per_node=2, exclusive=False, time="10").text)
+    assert "nccl" not in script(tmp_path, nodes=1, gpus_per_node=0, tasks_per_node=2, time="10").text
     names = {line.partition("=")[0] for line in said}
     assert names == {
         "--job-name", "--nodes", "--ntasks-per-node", "--time", "--chdir", "--output", "--open-mode", "--requeue", "--signal", "--export",
