@@ -60,9 +60,11 @@ def test_a_node_that_cannot_write_is_to_be_left_out(cluster, tmp_path):
 
 @contextlib.contextmanager
 def busy(core):
-    """Three processes that compete for a core; sessions of their own, or the kernel may count them as one."""
+    """Processes that compete for a core; sessions of their own, or the kernel may count them as one.
+
+    Many, because the other node shares its core too: with the processes of another test."""
     words = [sys.executable, "-c", f"import os; os.sched_setaffinity(0, {{{core}}})\nwhile True: pass"]
-    load = [subprocess.Popen(words, start_new_session=True) for _ in range(3)]
+    load = [subprocess.Popen(words, start_new_session=True) for _ in range(10)]
     try:
         yield
     finally:
