@@ -59,7 +59,7 @@ class Screen:
 
     def part(self, step: str, count: int, total: int) -> None:
         """`count` of `total` parts of a step are done."""
-        self.clock.progress(step, count / max(total, 1))
+        self.clock.progress(step, count, max(total, 1))
         self._update(step)
 
     def train_line(self, text: str) -> None:

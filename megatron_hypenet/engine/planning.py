@@ -41,42 +41,53 @@ def planned_work(run: RunConfig, teacher: ModelConfig) -> dict[str, float]:
 
 
 class Clock:
-    """Remaining time of a run from planned work and measured time. Skipped steps count neither as work nor as time."""
+    """Remaining time of a run from planned work and measured time. What an earlier start has done counts neither as work nor as time."""
 
     def __init__(self, work: Mapping[str, float], now: Callable[[], float] = time.monotonic) -> None:
         self.now = now
         self.remaining = dict(work)
         self.done_work = 0.0
         self.start = now()
+        self._before: dict[str, float] = {}
+        """Share of a step that was done when its first part was reported here."""
         self._fraction: dict[str, float] = {}
+        self._earlier = 0.0
+        """Of `done_work`, what an earlier start did."""
 
     def skip(self, step: str) -> None:
         """`step` needs no work."""
         self.remaining.pop(step, None)
 
-    def progress(self, step: str, fraction: float) -> None:
-        """`step` is done to `fraction`, between 0 and 1."""
-        self._fraction[step] = fraction
+    def progress(self, step: str, count: int, total: int) -> None:
+        """`count` of `total` equal parts of `step` are done, the last of them just now."""
+        self._before.setdefault(step, max(count - 1, 0) / total)
+        self._fraction[step] = count / total
 
     def finish(self, step: str) -> None:
         """`step` is done."""
-        self.done_work += self.remaining.pop(step, 0.0)
+        work = self.remaining.pop(step, 0.0)
+        self.done_work += work
+        self._earlier += work * self._before.pop(step, 0.0)
         self._fraction.pop(step, None)
 
     def fraction(self) -> float:
         """Share of the run's work that is done, between 0 and 1."""
-        partial = sum(self.remaining.get(step, 0.0) * part for step, part in self._fraction.items())
         total = self.done_work + sum(self.remaining.values())
-        return (self.done_work + partial) / total if total else 1.0
+        return self._done() / total if total else 1.0
 
     def elapsed(self) -> float:
         """Seconds since the start."""
         return self.now() - self.start
 
     def eta(self) -> float | None:
-        """Seconds to the end at the speed so far; None before there is any."""
-        fraction = self.fraction()
-        return self.elapsed() * (1 - fraction) / fraction if fraction > 0 else None
+        """Seconds to the end at the speed since the start; None before there is any."""
+        done = self._done()
+        here = done - self._earlier - sum(self.remaining.get(step, 0.0) * part for step, part in self._before.items())
+        left = self.done_work + sum(self.remaining.values()) - done
+        return self.elapsed() * left / here if here > 0 else None
+
+    def _done(self) -> float:
+        return self.done_work + sum(self.remaining.get(step, 0.0) * part for step, part in self._fraction.items())
 
 
 def _tokens(stage: StageConfig) -> int:

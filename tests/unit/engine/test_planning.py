@@ -34,11 +34,23 @@ def test_time_left_follows_the_measured_speed():
     time[0] = 10.0
     clock.finish("a")
     assert clock.fraction() == pytest.approx(1 / 3) and clock.eta() == pytest.approx(20.0)
-    clock.progress("b", 0.5)
+    clock.progress("b", 1, 2)
     time[0] = 30.0
     assert clock.fraction() == pytest.approx(2 / 3) and clock.eta() == pytest.approx(15.0)
     clock.finish("b")
     assert clock.fraction() == 1 and clock.eta() == 0 and clock.elapsed() == 30.0
+
+
+def test_what_an_earlier_start_did_is_no_speed_of_this_one():
+    time = [0.0]
+    clock = Clock({"a": 10.0, "b": 10.0}, now=lambda: time[0])
+    clock.progress("a", 8, 10)  # goes on after the seventh part
+    time[0] = 2.0
+    clock.progress("a", 9, 10)
+    assert clock.fraction() == pytest.approx(0.45) and clock.eta() == pytest.approx(11.0)  # 2 units of work in 2 seconds, 11 are left
+    time[0] = 3.0
+    clock.finish("a")
+    assert clock.fraction() == 0.5 and clock.eta() == pytest.approx(10.0)
 
 
 def test_a_run_of_skipped_steps_is_finished():
