@@ -9,19 +9,18 @@ number of tokens of its own; "by work" counts FLOPs instead of tokens, because a
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
 import platform
-import subprocess
 import sys
-import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from fresh_process import measured, report  # noqa: E402
 
 TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
 PARITY = {
@@ -106,19 +105,11 @@ def work(case: dict[str, Any], out: Path) -> None:
 
 def run_case(case: dict[str, Any]) -> dict[str, Any]:
     """Start the processes of one case and wait; what went wrong is part of the result."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "result.json"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case['processes']}", __file__]
-        command += ["--work", json.dumps(case), "--out", str(out)]
-        environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-        finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        if finished.returncode or not out.exists():
-            return {**case, "failed": finished.stderr[-2000:]}
-        result: dict[str, Any] = json.loads(out.read_text())
-        return result
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case['processes']}", __file__]
+    return measured([*command, "--work", json.dumps(case)], case)
 
 
-def table(results: list[dict[str, Any]]) -> str:
+def table(results: Sequence[dict[str, Any]]) -> str:
     """The Markdown report."""
     lines = ["| stage | layout | losses | norms | largest difference of loss, norm |", "|---|---|---|---|---|"]
     for row in (row for row in results if row["kind"] == "parity"):
@@ -166,14 +157,7 @@ def main() -> None:
             print(
                 json.dumps({key: results[-1].get(key) for key in ("kind", "stage", "layout", "seq_length", "losses", "failed")}), flush=True
             )
-    options.out.mkdir(parents=True, exist_ok=True)
-    device = next((row["device"] for row in results if "device" in row), "none").split()[-1].lower()
-    name = f"parallel_{device}_{datetime.datetime.now(tz=datetime.UTC):%Y%m}"
-    (options.out / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
-    (options.out / f"{name}.md").write_text(table(results))
-    print(table(results))
-    if any("failed" in row for row in results):
-        raise SystemExit(1)
+    report(results, table, options.out, "parallel")
 
 
 if __name__ == "__main__":

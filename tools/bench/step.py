@@ -10,18 +10,18 @@ from this script, so the ratio holds for that GPU alone."""
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import platform
-import subprocess
 import sys
-import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from fresh_process import measured, report  # noqa: E402
 
 ROWS = (
     {"stage": "align", "batch": 4, "seq_length": 512, "reference": 11_300.0, "goal": 2.0},
@@ -76,7 +76,7 @@ def rows(options: argparse.Namespace) -> list[dict[str, Any]]:
     return [{**shared, **row} for row in ROWS if options.stage in ("", row["stage"])]
 
 
-def table(results: list[dict[str, Any]]) -> str:
+def table(results: Sequence[dict[str, Any]]) -> str:
     """The Markdown report."""
     lines = ["| stage | batch x tokens | tokens/s | TFLOP/s | MFU | memory GiB | reference tokens/s | ratio | goal |"]
     lines.append("|---|---|---|---|---|---|---|---|---|")
@@ -107,21 +107,9 @@ def main() -> None:
         measure(json.loads(options.row), options.out)
     results = []
     for row in rows(options):
-        with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder) / "row.json"
-            command = [sys.executable, __file__, "--row", json.dumps(row), "--out", str(out)]
-            finished = subprocess.run(command, capture_output=True, text=True, check=False)
-            done = finished.returncode == 0 and out.exists()
-            results.append(json.loads(out.read_text()) if done else {**row, "failed": finished.stderr[-3000:]})
+        results.append(measured([sys.executable, __file__, "--row", json.dumps(row)], row))
         print(json.dumps({key: results[-1].get(key) for key in ("stage", "batch", "tokens_per_second", "mfu", "failed")}), flush=True)
-    options.out.mkdir(parents=True, exist_ok=True)
-    device = next((row["device"] for row in results if "device" in row), "none").split()[-1].lower()
-    name = f"step_{device}_{datetime.datetime.now(tz=datetime.UTC):%Y%m}"
-    (options.out / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
-    (options.out / f"{name}.md").write_text(table(results))
-    print(table(results))
-    if any("failed" in row for row in results):
-        raise SystemExit(1)
+    report(results, table, options.out, "step")
 
 
 if __name__ == "__main__":
