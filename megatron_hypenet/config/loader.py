@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import to_jsonable_python
 
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.config.problems import Origins, describe
@@ -84,6 +85,21 @@ def dump_config(config: RunConfig) -> str:
     """The resolved configuration as YAML, keys in schema order; `load_run_config` reads it back to an equal RunConfig."""
     text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
     return text
+
+
+def completed(values: Mapping[str, Any], section: type[BaseModel] = RunConfig) -> dict[str, Any]:
+    """What `dump_config` wrote, perhaps in an earlier version, with what it lacks at the default that it would get now; nothing is checked.
+
+    A required value that is missing stays missing, and a key that `section` does not know is kept.
+    """
+    found = dict(values)
+    for name, field in section.model_fields.items():
+        below, value = field.annotation, found.get(name)
+        if name not in found and not field.is_required():
+            found[name] = to_jsonable_python(field.get_default(call_default_factory=True))
+        elif isinstance(value, Mapping) and isinstance(below, type) and issubclass(below, BaseModel):
+            found[name] = completed(value, below)
+    return found
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -5,6 +5,9 @@
 
 A step is done when manifest.json records it with the fingerprint of its present inputs and its result is still there. The record is
 written after the result, so a step that was interrupted is run again (and its training continues from its newest checkpoint).
+
+A newer version may know more settings than the one that began a run. Such a setting counts as set to its default there: left at that, the
+run continues and no step is done again, because manifest.json lists it as added later and fingerprints leave it out.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +25,7 @@ from typing import Any
 
 import yaml
 
-from megatron_hypenet.config.loader import dump_config
+from megatron_hypenet.config.loader import completed, dump_config
 from megatron_hypenet.config.schema import RunConfig
 from megatron_hypenet.errors import ConfigError, DataError, UsageError
 
@@ -136,24 +139,49 @@ class RunFolder:
         elif present:
             self.check_same(run)
         self.root.mkdir(parents=True, exist_ok=True)
+        if added := self.added_settings(run):  # before config.yaml has them, too
+            write_json(self.manifest_file, {**self._manifest(), "format_version": 1, "added_settings": sorted(added)})
         write_text(self.config_file, dump_config(run))
 
     def check_same(self, run: RunConfig) -> None:
         """ConfigError unless `run` has the stored settings, those in MAY_CHANGE aside; does nothing for a new folder."""
-        if not self.config_file.is_file():
+        stored = self._stored_settings()
+        if stored is None:
             return
-        try:
-            stored = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
-            fix = "use another output_dir, or --overwrite to start again"
-            raise ConfigError(f"{self.config_file} cannot be read: {error}; {fix}") from error
-        differing = difference(stored if isinstance(stored, Mapping) else {}, run.model_dump(mode="json"))
+        present = run.model_dump(mode="json")
+        gone = removed(stored, present)
+        if gone:
+            software = self._manifest().get("software", {})
+            raise ConfigError(
+                f"{self.root} holds a run with settings that this version of hypenet does not have:\n  - "
+                + "\n  - ".join(gone)
+                + f"\nContinue it with the version that it was run with ({_named(software)}), use another output_dir, or --overwrite to "
+                "delete it and start again."
+            )
+        differing = difference(completed(stored), present)
         if differing:
             raise ConfigError(
                 f"{self.root} holds a run with other settings:\n  - "
                 + "\n  - ".join(differing)
                 + "\nUse another output_dir, restore these settings to continue that run, or --overwrite to delete it and start again."
             )
+
+    def added_settings(self, run: RunConfig) -> frozenset[str]:
+        """The settings of `run`, by dotted key, that the version which began the run in this folder did not have; none in a new folder."""
+        noted = frozenset(self._manifest().get("added_settings", ()))
+        stored = self._stored_settings()
+        return noted if stored is None else noted | (settled(run.model_dump(mode="json")).keys() - _flat(stored).keys())
+
+    def _stored_settings(self) -> Mapping[str, Any] | None:
+        """What config.yaml holds; None when there is none."""
+        if not self.config_file.is_file():
+            return None
+        try:
+            stored = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            fix = "use another output_dir, or --overwrite to start again"
+            raise ConfigError(f"{self.config_file} cannot be read: {error}; {fix}") from error
+        return stored if isinstance(stored, Mapping) else {}
 
     def records(self) -> dict[str, dict[str, Any]]:
         """The finished steps by name: fingerprint, seconds, finished, and what the step reported."""
@@ -201,9 +229,15 @@ def difference(stored: Mapping[str, Any], present: Mapping[str, Any]) -> list[st
     return [f"{key}: {_shown(old, key)} there, {_shown(new, key)} now" for key in keys]
 
 
-def settled(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that decide a result, by dotted key: all but those in MAY_CHANGE."""
-    return {key: value for key, value in _flat(settings).items() if not _may_change(key)}
+def removed(stored: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
+    """`key: stored` for every stored setting that decides a result and that `present`, which has every setting there is, lacks."""
+    old, new = settled(stored), _flat(present)
+    return [f"{key}: {value!r}" for key, value in old.items() if key not in new]
+
+
+def settled(settings: Mapping[str, Any], *, without: Collection[str] = ()) -> dict[str, Any]:
+    """The settings that decide a result, by dotted key: all but those in MAY_CHANGE and in `without`."""
+    return {key: value for key, value in _flat(settings).items() if not _may_change(key) and key not in without}
 
 
 def fingerprint_of(payload: Mapping[str, Any]) -> str:
@@ -254,6 +288,12 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def _may_change(key: str) -> bool:
     return any(fnmatch.fnmatch(key, rule) for rule in MAY_CHANGE)
+
+
+def _named(software: Mapping[str, Any]) -> str:
+    """The version and commit in a record of `software`, as far as it has them."""
+    version, commit = software.get("versions", {}).get("megatron-hypenet"), software.get("git_commit")
+    return ", ".join(filter(None, (version and f"megatron-hypenet {version}", commit and f"commit {commit}"))) or "which is not recorded"
 
 
 def _shown(flat: Mapping[str, Any], key: str) -> str:

@@ -57,6 +57,7 @@ class Runner:
         """`announce(step, what)` hears of every step: "skipped", "starts" or "done in 12.3 s"."""
         self.run, self.folder, self.steps = run, folder, {step.name: step for step in steps}
         self.is_main, self.barrier, self.announce = is_main, barrier, announce
+        self.added = folder.added_settings(run)
 
     def fingerprint(self, name: str) -> str:
         """Hash of everything that decides the result of step `name`, its predecessors included."""
@@ -65,7 +66,7 @@ class Runner:
         return fingerprint_of(
             {
                 "step": name,
-                "settings": settled({section: dump[section] for section in step.settings}),
+                "settings": settled({section: dump[section] for section in step.settings}, without=self.added),
                 "inputs": step.inputs(),
                 "after": [self.fingerprint(before) for before in step.after],
             }

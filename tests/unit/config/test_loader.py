@@ -5,7 +5,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_hypenet.config.loader import bundled_path, dump_config, load_model_config, load_run_config, read_yaml
+from megatron_hypenet.config.loader import bundled_path, completed, dump_config, load_model_config, load_run_config, read_yaml
 from megatron_hypenet.errors import ConfigError
 
 STAGE = "{train_iters: 10, seq_length: 64, micro_batch_size: 2, global_batch_size: 8, lr: 1e-3, min_lr: 1e-5}"
@@ -190,6 +190,15 @@ def test_whatever_the_file_and_words_say_only_config_errors_come_out(tmp_path_fa
     else:
         (folder / "again.yaml").write_text(dump_config(run))
         assert load_run_config(folder / "again.yaml") == run
+
+
+def test_what_was_written_earlier_is_completed_with_the_defaults_of_today(run_file):
+    """A file with nothing but what is required becomes the resolved configuration; other keys and missing required ones are left alone."""
+    now, written = load_run_config(run_file).model_dump(mode="json"), read_yaml(run_file)
+    assert completed(written) == now
+    written["align"]["warp"] = 9
+    assert completed(written)["align"] == {**now["align"], "warp": 9}
+    assert "teacher" not in completed({}) and completed({"align": None})["align"] is None
 
 
 @pytest.mark.parametrize("value", [".inf", ".nan", "-.inf", "1e999"])

@@ -3,7 +3,9 @@
 import json
 
 import pytest
+import yaml
 
+from megatron_hypenet.config.loader import load_run_config
 from megatron_hypenet.config.schema import RunConfig
 from megatron_hypenet.engine.run_folder import RunFolder, difference, files_identity, fingerprint_of, settled, write_json
 from megatron_hypenet.errors import ConfigError, DataError, UsageError
@@ -23,8 +25,6 @@ def folder(tmp_path):
 
 
 def test_a_new_folder_gets_the_resolved_configuration(folder):
-    from megatron_hypenet.config.loader import load_run_config
-
     run = config(folder.root)
     folder.prepare(run)
     assert load_run_config(folder.config_file) == run
@@ -45,6 +45,63 @@ def test_other_settings_are_refused_by_name(folder):
     assert "align.lr: 0.001 there, 0.005 now" in str(caught.value)
     assert "--overwrite" in str(caught.value) and caught.value.exit_code == 3
     assert "distill" not in str(caught.value)
+
+
+def written_by_an_older_version(folder, *unknown):
+    """A run folder as a version wrote it that did not know the settings `unknown`."""
+    folder.prepare(config(folder.root))
+    stored = yaml.safe_load(folder.config_file.read_text())
+    for key in unknown:
+        *sections, name = key.split(".")
+        section = stored
+        for part in sections:
+            section = section[part]
+        del section[name]
+    folder.config_file.write_text(yaml.safe_dump(stored))
+    return stored
+
+
+@pytest.mark.parametrize("unknown", ["align.weight_decay", "data.separate_documents", "precision", "eval"])
+def test_a_setting_that_came_later_counts_as_set_to_its_default(folder, unknown):
+    written_by_an_older_version(folder, unknown)
+    folder.check_same(config(folder.root))
+    added = folder.added_settings(config(folder.root))
+    assert added and all(key == unknown or key.startswith(f"{unknown}.") for key in added)
+    for _ in range(2):  # noted when it first continues, and still known when config.yaml has it, too
+        folder.prepare(config(folder.root))
+        assert folder.added_settings(config(folder.root)) == added
+    assert load_run_config(folder.config_file) == config(folder.root)
+
+
+def test_a_setting_that_came_later_and_was_set_is_another_run(folder):
+    written_by_an_older_version(folder, "align.weight_decay")
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"align.weight_decay: 0\.0 there, 0\.1 now"):
+            folder.prepare(config(folder.root, align={**STAGE, "weight_decay": 0.1}))
+        folder.prepare(config(folder.root))
+
+
+def test_a_new_folder_knows_every_setting(folder):
+    assert folder.added_settings(config(folder.root)) == frozenset()
+    folder.prepare(config(folder.root))
+    folder.prepare(config(folder.root))
+    assert folder.added_settings(config(folder.root)) == frozenset() and not folder.manifest_file.exists()
+    folder.begin("align", "f1")
+    written_by_an_older_version(folder, "precision")
+    folder.prepare(config(folder.root))
+    assert folder.started("align") == "f1"
+    folder.prepare(config(folder.root), overwrite=True)
+    assert folder.added_settings(config(folder.root)) == frozenset()
+
+
+def test_a_setting_that_no_longer_exists_is_named_with_the_version_that_had_it(folder):
+    folder.prepare(config(folder.root))
+    with folder.config_file.open("a") as stream:
+        stream.write("warp: 9\n")
+    folder.record("teacher", "f1", seconds=1.0, software={"versions": {"megatron-hypenet": "0.0.7"}, "git_commit": "abc"})
+    with pytest.raises(ConfigError, match=r"does not have:\n  - warp: 9\nContinue it .*megatron-hypenet 0\.0\.7, commit abc.*--overwrite"):
+        folder.prepare(config(folder.root))
+    folder.prepare(config(folder.root), overwrite=True)
 
 
 def test_settings_of_layout_and_logging_may_change(folder, tmp_path):
@@ -100,6 +157,7 @@ def test_settled_leaves_out_what_may_change():
     assert settled({"align": STAGE, "parallel": {"zero_stage": 1}}) == {
         f"align.{key}": value for key, value in STAGE.items() if key != "micro_batch_size"
     }
+    assert settled({"seed": 1, "align": {"lr": 2.0}}, without={"align.lr"}) == {"seed": 1}
 
 
 def test_identity_follows_content_not_place(tmp_path):

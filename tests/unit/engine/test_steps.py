@@ -1,6 +1,7 @@
 """Steps run once for the same inputs, in order, and continue after an interruption."""
 
 import pytest
+import yaml
 
 from megatron_hypenet.engine.run_folder import RunFolder
 from megatron_hypenet.engine.steps import Runner, Step, identity_of, read_json
@@ -70,6 +71,22 @@ def test_changed_settings_run_only_what_reads_them(world):
     assert world.log[3:] == ["second"]
     world.runner(config(world.folder.root, align={**STAGE, "lr": 1.0})).run_all()
     assert world.log[4:] == ["first", "second"]
+
+
+def test_a_setting_that_a_newer_version_adds_runs_nothing_again(world):
+    """The older version knew no align.weight_decay: neither its config.yaml nor its fingerprints have it."""
+    older = world.runner()
+    older.added = frozenset({"align.weight_decay"})
+    assert older.fingerprint("second") != world.runner().fingerprint("second")
+    older.run_all()
+    stored = yaml.safe_load(world.folder.config_file.read_text())
+    del stored["align"]["weight_decay"]
+    world.folder.config_file.write_text(yaml.safe_dump(stored))
+    assert {row["state"] for row in world.runner().plan()} == {"done"}  # a dry run, before anything is brought up to date
+    for _ in range(2):
+        world.folder.prepare(config(world.folder.root))
+        world.runner().run_all()
+    assert world.log == ["first", "second", "third"]
 
 
 def test_settings_that_may_change_run_nothing_again(world):
