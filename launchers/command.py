@@ -6,6 +6,15 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 
+UNDER_WAY = "HYPENET_UNDER_WAY"
+"""Set for processes that do what another has begun: the ranks of a command of ours, and what a submitted job runs. Who has begun has looked
+for what stands in the way of a start; what comes later, such as a STOP file, is for a run that goes on."""
+
+
+def under_way(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process goes on with what was begun before it; False for the command that a person has just given."""
+    return UNDER_WAY in environment
+
 
 def hypenet_command(words: Sequence[str]) -> tuple[str, ...]:
     """The words after `hypenet` as a command for this interpreter, which needs no console script on the PATH."""

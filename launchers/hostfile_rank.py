@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import IO, Any, NoReturn
 
-from launchers.command import hypenet_command, place, threads_per_process
+from launchers.command import UNDER_WAY, hypenet_command, place, threads_per_process
 from launchers.hostfile import unpacked
 from launchers.local import FORWARDED, PEACEFUL, TAIL_LINES, die_with
 from megatron_hypenet.errors import SetupError
@@ -54,6 +54,7 @@ def environment_of(given: Mapping[str, str]) -> dict[str, str]:
     if rank == 0:
         _check_port(port)
     own = place(rank=rank, world_size=world_size, local_rank=local_rank, local_size=local_size, master=master, port=port)
+    own[UNDER_WAY] = "1"
     return own if "OMP_NUM_THREADS" in given else {**own, "OMP_NUM_THREADS": str(threads_per_process(local_size))}
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from launchers.command import hypenet_command, place, threads_per_process
+from launchers.command import UNDER_WAY, hypenet_command, place, threads_per_process
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 """Signals that are handed to every process: SIGTERM and SIGUSR2 ask a run to save and leave, SIGINT is the keyboard."""
@@ -60,6 +60,7 @@ class LocalLaunch:
         """What is set on top of the inherited environment for one process."""
         count = self.num_processes
         own = place(rank=rank, world_size=count, local_rank=rank, local_size=count, master="127.0.0.1", port=port)
+        own[UNDER_WAY] = "1"
         if "OMP_NUM_THREADS" not in inherited:
             own["OMP_NUM_THREADS"] = str(threads_per_process(count))
         return own

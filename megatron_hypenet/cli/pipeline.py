@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launchers.command import under_way
 from megatron_hypenet.cli import processes
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.config.schema import STAGES, RunConfig
@@ -65,7 +66,7 @@ def prepared(run: RunConfig, *, overwrite: bool = False, nproc: int | None = Non
     from megatron_hypenet.engine.hang import collective_minutes
     from megatron_hypenet.engine.planning import Clock, planned_work
     from megatron_hypenet.engine.run_folder import RunFolder
-    from megatron_hypenet.engine.signals import leaving_at_once
+    from megatron_hypenet.engine.signals import leave_if_stopped, leaving_at_once
     from megatron_hypenet.engine.steps import Runner
     from megatron_hypenet.parallel import groups
 
@@ -88,7 +89,15 @@ def prepared(run: RunConfig, *, overwrite: bool = False, nproc: int | None = Non
             )
             steps = halo.steps()
             screen.does.update({step.name: step.does for step in steps})
-            runner = Runner(run, folder, steps, is_main=is_main, barrier=groups.barrier, announce=screen.announce)
+            runner = Runner(
+                run,
+                folder,
+                steps,
+                is_main=is_main,
+                barrier=groups.barrier,
+                announce=screen.announce,
+                may_start=lambda step: leave_if_stopped(f"step {step}", [folder.root]),
+            )
             with watched(folder.root, run.guard), leaving_at_once():
                 yield Pipeline(run=run, folder=folder, halo=halo, runner=runner, screen=screen, is_main=is_main)
         finally:
@@ -108,6 +117,8 @@ def checked(run: RunConfig, *, overwrite: bool = False, nproc: int | None = None
 
     if not overwrite:
         RunFolder(run.output_dir).check_same(run)
+        if not under_way():
+            RunFolder(run.output_dir).refuse_stop()
     shape = teacher_shape(run.teacher)
     num_processes = world_size or processes.count(run, shape, nproc)
     # a number that only follows from the layout is no reason to keep to it in what is advised

@@ -31,12 +31,11 @@ def requeue(
     Example: hypenet requeue runs/demo --exclude n7
     """
     from megatron_hypenet.cli.jobs import Jobs
-    from megatron_hypenet.errors import UsageError
+    from megatron_hypenet.engine.run_folder import RunFolder
 
     jobs = Jobs(run_folder)
     jobs.required()
-    if (run_folder / "STOP").exists():
-        raise UsageError(f"{run_folder / 'STOP'} asks for a stop; delete it to continue the run")
+    RunFolder(run_folder).refuse_stop()
     states = jobs.states()
     alive = [job for job in jobs.newest_of_each_part() if states[job.id].live]
     excluded = list(exclude or [])

@@ -32,7 +32,7 @@ from megatron_hypenet.engine.saving import Saver
 from megatron_hypenet.engine.schedule import forward_backward
 from megatron_hypenet.engine.stragglers import StepTimes, named
 from megatron_hypenet.engine.timing import Timing
-from megatron_hypenet.errors import ConfigError, DataError, DivergedError, SavedAndRequeue, UsageError
+from megatron_hypenet.errors import ConfigError, DataError, DivergedError, SavedAndRequeue
 from megatron_hypenet.parallel import groups
 from megatron_hypenet.stages.base import Batch, StageModule
 
@@ -73,9 +73,7 @@ def train(
     if done is not None:
         return done
     trainer = _Trainer(stage, data, config, run, Path(out_dir), tokenizer_dir=tokenizer_dir, extra=extra or {})
-    stop = trainer.requests.stop_file()
-    if stop is not None:
-        raise UsageError(f"{stop} asks for a stop; delete it to continue training")
+    signals.leave_if_stopped(f"stage {stage.name}", trainer.requests.folders)
     try:
         with trainer.requests:
             trainer.open(tensorboard_dir or Path(out_dir) / "tb", log)

@@ -26,7 +26,7 @@ from typing import Any
 import yaml
 
 from megatron_hypenet.config.loader import completed, dump_config
-from megatron_hypenet.config.schema import RunConfig
+from megatron_hypenet.config.schema import STAGES, RunConfig
 from megatron_hypenet.errors import ConfigError, DataError, UsageError
 
 MAY_CHANGE = (
@@ -44,6 +44,9 @@ MAY_CHANGE = (
     "guard.hang_timeout_seconds",
 )
 """Settings that may differ when a run continues: they change where and how fast, not what is computed (up to rounding)."""
+
+STOP = "STOP"
+"""Name of the file by which a person stops a run; in the run folder, or in the folder of one training stage."""
 
 _SAMPLE_BYTES = 1 << 20
 
@@ -122,6 +125,11 @@ class RunFolder:
     def stage(self, name: str) -> Path:
         """Checkpoints of training stage `name`."""
         return self.root / name
+
+    def refuse_stop(self) -> None:
+        """UsageError when a STOP file is there: for the start of a command, before it does anything."""
+        if (stop := stop_file([self.root, *map(self.stage, STAGES)])) is not None:
+            raise UsageError(f"{stop} asks for a stop, and it was there before this command; delete it to start or continue the run")
 
     def prepare(self, run: RunConfig, *, overwrite: bool = False) -> None:
         """Create the folder for `run`, or check that `run` may continue in it; writes config.yaml.
@@ -220,6 +228,11 @@ class RunFolder:
         except (OSError, ValueError) as error:
             raise DataError(f"{self.manifest_file} cannot be read: {error}; delete it to run every step again") from error
         return manifest if isinstance(manifest, dict) else {}
+
+
+def stop_file(places: Iterable[Path]) -> Path | None:
+    """The STOP file that is there now, if any."""
+    return next((place / STOP for place in places if (place / STOP).exists()), None)
 
 
 def difference(stored: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:

@@ -17,13 +17,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_hypenet.checkpoint.together import from_first
+from megatron_hypenet.engine.run_folder import stop_file
 from megatron_hypenet.errors import SavedAndRequeue
 from megatron_hypenet.parallel import groups
 from megatron_hypenet.parallel.cpu import device
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 SAVE_NOW = "SAVE_NOW"
-STOP = "STOP"
 
 GO_ON, SAVE, LEAVE = 0, 1, 2
 """What `Requests.poll` answers, the strongest wins."""
@@ -64,6 +65,15 @@ def leaving_at_once() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def leave_if_stopped(what: str, places: Iterable[Path]) -> None:
+    """Before `what` begins: SavedAndRequeue on every process when the first one sees a STOP file in one of `places`; collective."""
+    stop: Path | None = from_first(stop_file(places))
+    if stop is not None:
+        raise SavedAndRequeue(
+            f"stopped before {what} on the file {stop}; finished steps are kept, delete it and start the same command again to continue"
+        )
+
+
 class Requests:
     """Context that catches the signals (in the main thread) and watches `folders` for the request files."""
 
@@ -102,16 +112,11 @@ class Requests:
         return int(strongest.item())
 
     def _file_wish(self) -> int:
-        for folder in self.folders:
-            if (folder / STOP).exists():
-                self.reason = f"the file {folder / STOP}"
-                return LEAVE
+        if (stop := stop_file(self.folders)) is not None:
+            self.reason = f"the file {stop} (delete it to continue)"
+            return LEAVE
         for folder in self.folders:
             if (folder / SAVE_NOW).exists():
                 (folder / SAVE_NOW).unlink(missing_ok=True)
                 return SAVE
         return GO_ON
-
-    def stop_file(self) -> Path | None:
-        """The STOP file that is there now, if any."""
-        return next((folder / STOP for folder in self.folders if (folder / STOP).exists()), None)

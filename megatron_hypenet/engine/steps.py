@@ -53,10 +53,14 @@ class Runner:
         is_main: bool = True,
         barrier: Callable[[], None] = lambda: None,
         announce: Callable[[str, str], None] = lambda step, what: None,
+        may_start: Callable[[str], None] = lambda step: None,
     ) -> None:
-        """`announce(step, what)` hears of every step: "skipped", "starts" or "done in 12.3 s"."""
+        """`announce(step, what)` hears of every step: "skipped", "starts" or "done in 12.3 s".
+
+        `may_start(step)` is called on all processes before a step that has work to do, and ends the run there by raising."""
         self.run, self.folder, self.steps = run, folder, {step.name: step for step in steps}
         self.is_main, self.barrier, self.announce = is_main, barrier, announce
+        self.may_start = may_start
         self.added = folder.added_settings(run)
 
     def fingerprint(self, name: str) -> str:
@@ -96,6 +100,7 @@ class Runner:
         if done:
             self.announce(name, "skipped")
             return
+        self.may_start(name)
         if self.is_main:
             if self.folder.started(name) != fingerprint:
                 for result in step.results:

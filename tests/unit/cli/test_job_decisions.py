@@ -73,8 +73,16 @@ def test_the_first_fault_decides(job, srun, code, again):
 
 def test_it_stays_down_when_it_is_cancelled_or_told_to_stop(job):
     assert job.start("exit 75", STATE="CANCELLED") == 75 and job.events()[-1] == "not started again: CANCELLED"
+    assert job.start(f"touch '{job.run / 'STOP'}'; exit 75") == 75 and job.requeued() == 0
+    assert job.events()[-1].startswith("not started again: ") and job.events()[-1].endswith("STOP is there")
+
+
+def test_it_does_not_start_where_a_stop_file_came_after_it_was_submitted(job):
     (job.run / "STOP").touch()
-    assert job.start("exit 75") == 75 and job.events()[-1].endswith("STOP is there") and job.requeued() == 0
+    assert job.start("exit 0") == 75 and job.requeued() == 0
+    assert job.events() == [f"not started: {job.run / 'STOP'} is there"]
+    (job.run / "STOP").unlink()
+    assert job.start("exit $((HYPENET_UNDER_WAY == 1 ? 0 : 9))") == 0
 
 
 def test_a_job_that_is_still_being_warned_of_its_limit_starts_again(job):

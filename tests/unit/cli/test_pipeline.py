@@ -5,7 +5,7 @@ import pytest
 from megatron_hypenet.checkpoint.load import read_model_config, resolve
 from megatron_hypenet.cli import pipeline
 from megatron_hypenet.config.loader import load_run_config
-from megatron_hypenet.errors import CheckpointError, LayoutError
+from megatron_hypenet.errors import CheckpointError, LayoutError, SavedAndRequeue, UsageError
 from megatron_hypenet.parallel import groups
 from tests import tiny_run
 
@@ -49,6 +49,25 @@ def test_a_pipeline_ends_its_process_groups_and_keeps_its_folder(run):
         ready.runner.run_step("teacher")
     assert not groups.is_initialized()
     assert ready.folder.config_file.is_file() and "teacher: import the teacher" in ready.folder.log_file.read_text()
+
+
+def test_a_stop_file_of_yesterday_is_named_before_anything_starts(run, monkeypatch):
+    run.output_dir.mkdir()
+    (run.output_dir / "STOP").touch()
+    for prepare in (pipeline.checked, lambda run: pipeline.prepared(run).__enter__()):
+        with pytest.raises(UsageError, match="it was there before this command"):
+            prepare(run)
+    pipeline.checked(run, overwrite=True)  # which deletes the folder
+    monkeypatch.setenv("HYPENET_UNDER_WAY", "1")  # as in a rank: whoever started it has looked, so the file is for this run
+    pipeline.checked(run)
+
+
+def test_a_stop_file_that_comes_between_steps_is_a_stop(run):
+    with pytest.raises(SavedAndRequeue, match="stopped before step data on the file"), pipeline.prepared(run) as ready:
+        ready.runner.run_step("teacher")
+        (run.output_dir / "STOP").touch()
+        ready.runner.run_step("teacher")  # done, so nothing starts
+        ready.runner.run_step("data")
 
 
 def test_a_failure_inside_still_ends_the_groups(run):

@@ -60,4 +60,4 @@ def test_a_run_that_is_done(chain, answers, capsys):
 def test_the_stop_file_has_to_go_first(chain, answers, capsys):
     (chain / "STOP").touch()
     assert cli.run(["requeue", str(chain)]) == 2
-    assert "delete it to continue the run" in capsys.readouterr().err and answers.calls() == []
+    assert "delete it to start or continue the run" in capsys.readouterr().err and answers.calls() == []

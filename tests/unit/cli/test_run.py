@@ -41,7 +41,7 @@ def test_a_run_makes_a_model_and_running_again_does_nothing(config, tmp_path, ca
     assert {Path(path).name for path in changed} <= {"hypenet.log", "config.yaml", "rank_00000.json"}  # the last one is its heartbeat
 
 
-def test_an_interrupted_run_continues_with_the_same_losses(config, tmp_path, monkeypatch):
+def test_an_interrupted_run_continues_with_the_same_losses(config, tmp_path, monkeypatch, capsys):
     """Stopped in the middle of distillation and started again, every loss is that of a run in one piece."""
     assert run(["run", str(config), f"output_dir={tmp_path / 'whole'}"]) == 0
     stop = tmp_path / "run" / "distill" / "STOP"
@@ -55,6 +55,8 @@ def test_an_interrupted_run_continues_with_the_same_losses(config, tmp_path, mon
 
     monkeypatch.setattr("megatron_hypenet.engine.material.training_data", lambda run, folder: Stopping())
     assert run(["run", str(config)]) == 75
+    assert run(["run", str(config)]) == run(["run", str(config), "--dry-run"]) == 2
+    assert capsys.readouterr().err.count(f"error: {stop} asks for a stop, and it was there before this command; delete it") == 2
     monkeypatch.setattr("megatron_hypenet.engine.material.training_data", lambda run, folder: tiny_run.Sequences())
     stop.unlink()
     assert run(["run", str(config)]) == 0

@@ -13,7 +13,7 @@ from megatron_hypenet.checkpoint.state import TrainState
 from megatron_hypenet.config.schema import ParallelConfig
 from megatron_hypenet.engine import loop, signals
 from megatron_hypenet.engine.metrics import read_losses
-from megatron_hypenet.errors import ConfigError, DivergedError, SavedAndRequeue, UsageError
+from megatron_hypenet.errors import ConfigError, DivergedError, SavedAndRequeue
 from megatron_hypenet.parallel import groups
 from tests.unit.engine.test_metrics import scalars
 from tests.unit.engine.toy import VOCAB, ToyData, ToyStage, run_config, stage_config
@@ -178,7 +178,7 @@ def test_request_files(tmp_path):
         )
     saved = [fmt.iteration_of(folder) for folder in fmt.iteration_folders(tmp_path / "a" / "checkpoints")]
     assert saved == [1, 3, 4]
-    with pytest.raises(UsageError, match="delete it"):
+    with pytest.raises(SavedAndRequeue, match="stopped before stage .*STOP; .*delete it"):
         loop.train(ToyStage(), ToyData(), stage_config(), run_config(tmp_path), tmp_path / "a")
 
 

@@ -104,6 +104,16 @@ def test_a_setting_that_no_longer_exists_is_named_with_the_version_that_had_it(f
     folder.prepare(config(folder.root), overwrite=True)
 
 
+@pytest.mark.parametrize("place", ["", "distill"])
+def test_a_stop_file_that_is_there_is_a_mistake_of_who_starts(folder, place):
+    folder.refuse_stop()
+    (folder.root / place).mkdir(parents=True)
+    stop = folder.root / place / "STOP"
+    stop.touch()
+    with pytest.raises(UsageError, match=f"{stop} asks for a stop, and it was there before this command; delete it"):
+        folder.refuse_stop()
+
+
 def test_settings_of_layout_and_logging_may_change(folder, tmp_path):
     folder.prepare(config(folder.root))
     faster = {**STAGE, "micro_batch_size": 2, "log_interval": 1, "save_interval": 3}

@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from megatron_hypenet.engine import signals
-from megatron_hypenet.engine.signals import GO_ON, LEAVE, SAVE, Requests, leaving_at_once
+from megatron_hypenet.engine.signals import GO_ON, LEAVE, SAVE, Requests, leave_if_stopped, leaving_at_once
 from megatron_hypenet.errors import CheckpointError, SavedAndRequeue
 
 
@@ -37,7 +37,15 @@ def test_stop_stays_until_a_person_deletes_it(tmp_path):
     (tmp_path / "SAVE_NOW").touch()
     with Requests([tmp_path]) as requests:
         assert [requests.poll(), requests.poll()] == [LEAVE, LEAVE]
-        assert requests.stop_file() == tmp_path / "STOP" and "STOP" in requests.reason
+        assert f"{tmp_path / 'STOP'} (delete it to continue)" in requests.reason
+
+
+def test_between_steps_a_stop_file_ends_the_work_as_a_stop(tmp_path):
+    leave_if_stopped("stage align", [tmp_path / "missing", tmp_path])
+    (tmp_path / "STOP").touch()
+    with pytest.raises(SavedAndRequeue, match=r"stopped before stage align on the file .*STOP; .*delete it and start the same") as caught:
+        leave_if_stopped("stage align", [tmp_path / "missing", tmp_path])
+    assert caught.value.exit_code == 75
 
 
 def test_files_are_not_looked_for_at_every_step(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import yaml
 
 from megatron_hypenet.engine.run_folder import RunFolder
 from megatron_hypenet.engine.steps import Runner, Step, identity_of, read_json
-from megatron_hypenet.errors import CheckpointError, DataError
+from megatron_hypenet.errors import CheckpointError, DataError, SavedAndRequeue
 from tests.unit.engine.test_run_folder import STAGE, config
 
 
@@ -51,6 +51,18 @@ def test_steps_run_once_and_in_order(world):
     assert heard[-3:] == [("first", "skipped"), ("second", "skipped"), ("third", "skipped")]
     record = world.folder.records()["first"]
     assert record["note"] == "first" and record["seconds"] >= 0
+
+
+def test_a_run_may_be_ended_before_a_step_that_has_work_to_do(world):
+    def may_start(step):
+        world.log.append(f"{step}?")
+        if step == "second":
+            raise SavedAndRequeue("stopped")
+
+    for _ in range(2):
+        with pytest.raises(SavedAndRequeue):
+            world.runner(may_start=may_start).run_all()
+    assert world.log == ["first?", "first", "second?", "second?"] and world.folder.started("second") is None
 
 
 def test_only_what_a_step_needs_is_run(world):

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from launchers.command import under_way
 from launchers.hostfile import packed
 from launchers.hostfile_rank import MARK, environment_of
 from launchers.local import held_port
@@ -112,7 +113,8 @@ def test_a_place_that_cannot_be_taken(start):
         slot.stderr.readline()
         end = told(slot.stderr.readline())
         assert end["code"] == 4 and f"port {port} of " in end["tail"][0] and "HYPENET_MASTER_PORT chooses another" in end["tail"][0]
-        assert environment_of({**PLACE, "RANK": "1", "MASTER_PORT": port})["LOCAL_WORLD_SIZE"] == "2"
+        own = environment_of({**PLACE, "RANK": "1", "MASTER_PORT": port})
+        assert own["LOCAL_WORLD_SIZE"] == "2" and under_way(own)
 
 
 def test_threads_are_shared_out_unless_the_user_did(monkeypatch):

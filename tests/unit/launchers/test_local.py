@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from launchers import local
+from launchers.command import under_way
 from launchers.local import LocalLaunch, held_port, run, visible_gpus
 
 PROGRAM = """
@@ -84,6 +85,7 @@ open(f"env{rank}", "w").write(" ".join([os.environ[name] for name in names] + sy
 
 def test_a_thread_number_that_is_set_stays(monkeypatch):
     assert "OMP_NUM_THREADS" not in LocalLaunch((), 2).environment(0, 1, {"OMP_NUM_THREADS": "3"})
+    assert under_way(LocalLaunch((), 2).environment(0, 1, {}))
     assert LocalLaunch((), 2).environment(0, 1, {})["OMP_NUM_THREADS"] == str(max(1, len(os.sched_getaffinity(0)) // 2))
 
 
