@@ -1,4 +1,4 @@
-"""Reading checkpoints: finding one, its configuration and weights, and filling a model of any parallel layout."""
+"""Reading checkpoints: weights, and filling a model of any parallel layout; finding one and its shape is in find.py."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_hypenet.checkpoint import format as fmt
+from megatron_hypenet.checkpoint.find import read_model_config, resolve, tokenizer_dir
 from megatron_hypenet.checkpoint.manifest import Manifest, file_problems, read_manifest, verify_files
 from megatron_hypenet.checkpoint.rng import load_rng
 from megatron_hypenet.checkpoint.shards import ShardReader, tensor_pieces
 from megatron_hypenet.checkpoint.state import EngineState, TrainState, empty_like_entry
 from megatron_hypenet.checkpoint.together import agree, distributed, from_first, gather_to_all, is_first
 from megatron_hypenet.config.model import ModelConfig
-from megatron_hypenet.errors import CheckpointError, ConfigError
+from megatron_hypenet.errors import CheckpointError
 
 __all__ = [
     "Manifest",
@@ -37,35 +38,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-
-def resolve(path: Path | str) -> Path:
-    """The committed checkpoint meant by `path`: the folder itself, or the newest usable iter_XXXXXXX folder in it or its checkpoints/.
-
-    Falls back to an older save when the newest is uncommitted or damaged, with a warning that names both. Raises CheckpointError.
-    """
-    path = Path(path)
-    if fmt.is_committed(path):
-        return path
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist; give a checkpoint folder, or the run folder that holds its iter_XXXXXXX folders")
-    candidates = fmt.iteration_folders(path) or fmt.iteration_folders(path / "checkpoints")
-    skipped: list[str] = []
-    for folder in reversed(candidates):
-        reason = _why_unusable(folder)
-        if reason is None:
-            if skipped:
-                logger.warning("using the older checkpoint %s: %s", folder, "; ".join(skipped))
-            return folder
-        skipped.append(f"{folder.name} is skipped ({reason})")
-    if skipped:
-        raise CheckpointError(f"{path} holds no usable checkpoint: {'; '.join(skipped)}; restore one of them or start again")
-    if (path / "config.json").is_file():
-        raise CheckpointError(f"{path} is a Hugging Face folder, not a checkpoint; import it first: hypenet convert import {path} CKPT_DIR")
-    raise CheckpointError(
-        f"{path} is not a checkpoint: it has neither a {fmt.COMMITTED} marker (written last, so its save may not have finished) nor "
-        "iter_XXXXXXX folders; give a finished checkpoint, or the run folder that holds one"
-    )
 
 
 def newest_of_run(checkpoints: Path) -> Path | None:
@@ -87,17 +59,6 @@ def newest_of_run(checkpoints: Path) -> Path | None:
     return chosen
 
 
-def _why_unusable(folder: Path) -> str | None:
-    """Why a training save cannot be continued from, or None; sizes only, hashes are checked when it is loaded."""
-    if not fmt.is_committed(folder):
-        return "its save was never committed"
-    try:
-        problems = file_problems(folder, read_manifest(folder), hashes=False)
-    except CheckpointError as error:
-        return str(error)
-    return f"damaged: {problems[0]}" if problems else None
-
-
 def open_weights(path: Path | str, *, hashes: bool = False) -> ShardReader:
     """The weights as a read-only mapping that reads one tensor per access; sizes of all files, and `hashes`, are checked first."""
     folder = resolve(path)
@@ -113,21 +74,6 @@ def read_weights(path: Path | str, keys: Iterable[str] | None = None) -> dict[st
     if missing:
         raise CheckpointError(f"{path} lacks {_some(missing)}; it holds {len(reader)} tensors, e.g. {_some(sorted(reader))}")
     return {key: reader[key] for key in wanted}
-
-
-def read_model_config(path: Path | str) -> ModelConfig:
-    """The model configuration stored with the weights."""
-    file = resolve(path) / fmt.MODEL_JSON
-    try:
-        return ModelConfig.from_json(file.read_text())
-    except (OSError, UnicodeDecodeError, ConfigError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}; the checkpoint is damaged, use another one") from error
-
-
-def tokenizer_dir(path: Path | str) -> Path | None:
-    """The checkpoint's tokenizer folder, or None when it was saved without one."""
-    folder = resolve(path) / fmt.TOKENIZER
-    return folder if folder.is_dir() else None
 
 
 def load_model(model: Any, path: Path | str, *, allow_unused: bool = False, hashes: bool = False) -> Path:

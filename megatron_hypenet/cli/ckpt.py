@@ -102,7 +102,7 @@ def diff_command(
     """
     print(f"reading {first} and {second}", file=sys.stderr, flush=True)
     from megatron_hypenet.checkpoint.compare import compare
-    from megatron_hypenet.checkpoint.load import resolve
+    from megatron_hypenet.checkpoint.find import resolve
 
     folders = resolve(first), resolve(second)
     report = compare(*folders, weights_only=weights_only, progress=lambda line: print(line, file=sys.stderr, flush=True))
@@ -121,7 +121,7 @@ def resolve_any(path: Path) -> Path:
     one = fmt.iteration_of(path) is not None or fmt.is_temporary(path) or (path / fmt.MODEL_JSON).is_file()
     if path.is_dir() and one:
         return path
-    from megatron_hypenet.checkpoint.load import resolve
+    from megatron_hypenet.checkpoint.find import resolve
 
     return resolve(path)
 

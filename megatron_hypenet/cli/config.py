@@ -121,7 +121,7 @@ def teacher_shape(path: Path) -> ModelConfig | None:
         from megatron_hypenet.export.hf_config import model_config_from_hf, read_hf_config
 
         return model_config_from_hf(read_hf_config(path), where=str(path / "config.json"))
-    from megatron_hypenet.checkpoint.load import read_model_config
+    from megatron_hypenet.checkpoint.find import read_model_config
 
     return read_model_config(path)
 

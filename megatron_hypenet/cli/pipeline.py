@@ -140,13 +140,12 @@ def warn(run: RunConfig, found: Checked) -> None:
 
 def planned(run: RunConfig, *, overwrite: bool = False) -> list[dict[str, Any]]:
     """The steps of a run that was `checked`, and their state; starts and writes nothing."""
-    from megatron_hypenet.engine.halo import Halo
+    from megatron_hypenet.engine.halo_steps import halo_steps
     from megatron_hypenet.engine.run_folder import RunFolder
     from megatron_hypenet.engine.steps import Runner
 
     folder = RunFolder(run.output_dir)
-    halo = Halo(run=run, folder=folder, import_teacher=import_teacher, export_student=lambda checkpoint, out: None)
-    rows = Runner(run, folder, halo.steps()).plan()
+    rows = Runner(run, folder, halo_steps(run, folder)).plan()
     return [{**row, "state": "to do"} for row in rows] if overwrite else rows
 
 
@@ -169,7 +168,7 @@ def show_plan(run: RunConfig, rows: list[dict[str, Any]], found: Checked, *, as_
 
 def teacher_shape(path: Path) -> ModelConfig:
     """Shape of the teacher, a Hugging Face folder or a checkpoint, from its headers alone. Raises CheckpointError, ConversionError."""
-    from megatron_hypenet.checkpoint.load import read_model_config
+    from megatron_hypenet.checkpoint.find import read_model_config
 
     if not path.exists():
         raise CheckpointError(f"teacher {path} does not exist; set teacher=PATH to a Hugging Face Qwen3 folder or a converted checkpoint")
@@ -188,7 +187,8 @@ def teacher_shape(path: Path) -> ModelConfig:
 
 def import_teacher(source: Path, target: Path) -> None:
     """A committed teacher checkpoint at `target`: converted from a Hugging Face folder, or a link to a checkpoint that exists."""
-    from megatron_hypenet.checkpoint.load import resolve, verify_files
+    from megatron_hypenet.checkpoint.find import resolve
+    from megatron_hypenet.checkpoint.manifest import verify_files
     from megatron_hypenet.export.from_hf import import_hf
 
     if (source / "config.json").is_file():

@@ -70,7 +70,7 @@ def score(
       hypenet score runs/demo/finetune --tokens ids.safetensors --out out.safetensors --tp 2 --cp 2
     """
     check_place(out, overwrite=overwrite)
-    from megatron_hypenet.checkpoint.load import read_model_config, resolve
+    from megatron_hypenet.checkpoint.find import read_model_config, resolve
     from megatron_hypenet.cli.pipeline import quieten
     from megatron_hypenet.config.checks import check_model_layout
     from megatron_hypenet.config.schema import ParallelConfig

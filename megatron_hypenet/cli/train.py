@@ -64,8 +64,9 @@ def train(
 
     processes.choose(launcher, hostfile, env)
     settings = load_run_config(config, collect_overrides(overrides, tp=tp, pp=pp, cp=cp))
-    from megatron_hypenet.checkpoint.load import resolve, verify_files
-    from megatron_hypenet.engine.run_stage import stage_name
+    from megatron_hypenet.checkpoint.find import resolve
+    from megatron_hypenet.checkpoint.manifest import verify_files
+    from megatron_hypenet.engine.halo_steps import stage_name
 
     if init is not None and not stage:
         raise UsageError("--init needs --stage: say which stage starts from it, distill or finetune")

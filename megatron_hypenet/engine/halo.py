@@ -1,4 +1,4 @@
-"""HALO in order: teacher -> alignment -> layer selection -> assembly -> distillation -> finetuning -> export -> report.
+"""What HALO's steps do; which there are, in which order and with which inputs, is the table in halo_steps.py.
 
 Import and export of Hugging Face folders are handed in, because this package knows checkpoints only.
 """
@@ -15,6 +15,7 @@ from typing import Any
 from megatron_hypenet.checkpoint.load import read_manifest, read_model_config, resolve, tokenizer_dir
 from megatron_hypenet.config.schema import RunConfig
 from megatron_hypenet.engine import material, run_stage
+from megatron_hypenet.engine.halo_steps import halo_steps
 from megatron_hypenet.engine.heartbeat import PULSE
 from megatron_hypenet.engine.loop import train
 from megatron_hypenet.engine.metrics import StepRecord
@@ -48,31 +49,7 @@ class Halo:
 
     def steps(self) -> list[Step]:
         """All steps in order."""
-        folder, training = self.folder, ("data", "seed", "precision")
-        after_text = ("teacher", "data")
-        align, distill, finetune = (folder.stage(name) for name in ("align", "distill", "finetune"))
-        chosen, reported = (folder.scores_file, folder.mixers_file), (folder.report_file, folder.report_plot)
-        return [
-            _step("teacher", "import the teacher", (), (), (folder.teacher,), self.do_teacher, inputs=self._teacher_files, alone=True),
-            _step("data", "tokenize the text", ("teacher",), ("data",), (folder.data,), self.do_data, inputs=self._text_files, alone=True),
-            _step("probe", "check that the teacher predicts text", after_text, ("guard", "precision"), (), self.do_probe),
-            _step("align", "stage 1: align an RNN mixer per layer", ("probe",), ("align", *training), (align,), self.do_align),
-            _step("select", "score and rank the layers", ("align",), ("select",), chosen, self.do_select),
-            _step(
-                "assemble", "assemble the student", ("align", "select"), ("seed",), (folder.assembled,), self.do_assemble,
-                inputs=lambda: identity_of([folder.mixers_file]), alone=True,
-            ),
-            _step("distill", "stage 2: distil from the teacher", ("assemble",), ("distill", *training), (distill,), self.do_distill),
-            _step("finetune", "stage 3: finetune on long sequences", ("distill",), ("finetune", *training), (finetune,), self.do_finetune),
-            _step("export", "export to Hugging Face format", ("finetune",), ("export",), (folder.export,), self.do_export, alone=True),
-            _step("report", "evaluate and report", ("finetune", "select"), ("eval", "export"), reported, self.do_report),
-        ]  # fmt: skip
-
-    def _teacher_files(self) -> list[Any]:
-        return identity_of([self.run.teacher])
-
-    def _text_files(self) -> list[Any]:
-        return identity_of([*self.run.data.train, *([self.run.data.heldout] if self.run.data.heldout else [])])
+        return halo_steps(self.run, self.folder, lambda name: getattr(self, f"do_{name}"))
 
     def train_from(self, runner: Runner, name: str, init: Path | None) -> Path:
         """Do training stage `name` with what it needs, from the run's own results or from `init`; returns its final checkpoint."""
@@ -242,18 +219,3 @@ class Halo:
     def _num_attention(self) -> int:
         wanted = self.run.select.num_attention_layers
         return max(1, read_model_config(self.folder.teacher).num_layers // 4) if wanted is None else wanted
-
-
-def _step(
-    name: str,
-    does: str,
-    after: tuple[str, ...],
-    settings: tuple[str, ...],
-    results: tuple[Path, ...],
-    action: Callable[[], dict[str, Any]],
-    *,
-    inputs: Callable[[], Any] = lambda: None,
-    alone: bool = False,
-) -> Step:
-    """A Step by position: the table above reads as one row per step."""
-    return Step(name=name, does=does, after=after, settings=settings, results=results, action=action, inputs=inputs, alone=alone)

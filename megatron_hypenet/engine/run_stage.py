@@ -16,7 +16,7 @@ from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.config.schema import HeadStageConfig, ParallelConfig, Recompute, RunConfig
 from megatron_hypenet.engine.kernel_guard import guard_kernels
 from megatron_hypenet.engine.placement import check_placement, placed, placement_table
-from megatron_hypenet.errors import CheckpointError, ConfigError
+from megatron_hypenet.errors import CheckpointError
 from megatron_hypenet.model.hypenet import HypeNetModel, build_model
 from megatron_hypenet.parallel.cpu import device
 from megatron_hypenet.stages.align import AlignStage
@@ -27,9 +27,6 @@ from megatron_hypenet.stages.finetune import FinetuneStage
 from megatron_hypenet.stages.swap import AlignedMixers
 
 logger = logging.getLogger(__name__)
-
-STAGE_ALIASES = {"1": "align", "2": "distill", "3": "finetune"}
-"""HALO's stage numbers for the names of the three training stages."""
 
 
 def compute_dtype(run: RunConfig) -> torch.dtype:
@@ -165,11 +162,3 @@ def release() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def stage_name(word: str) -> str:
-    """The stage meant by a name or by HALO's number; ConfigError lists the choices."""
-    name = STAGE_ALIASES.get(word, word)
-    if name not in STAGE_ALIASES.values():
-        raise ConfigError(f"--stage {word}: unknown stage; use align, distill or finetune (or 1, 2, 3)")
-    return name

@@ -1,7 +1,4 @@
-"""Finding a checkpoint, reading parts of it, and filling a model strictly."""
-
-import logging
-import shutil
+"""Reading parts of a checkpoint, and filling a model strictly."""
 
 import pytest
 import torch
@@ -17,40 +14,6 @@ def run(tmp_path, tensors, model_config):
     for step in (10, 20):
         save.write_weights(tmp_path / "run" / "checkpoints" / fmt.iteration_name(step), tensors, model_config, kind="student")
     return tmp_path / "run"
-
-
-def test_resolve_takes_the_newest_of_a_run(run):
-    assert load.resolve(run).name == load.resolve(run / "checkpoints").name == "iter_0000020"
-    assert load.resolve(run / "checkpoints" / "iter_0000010").name == "iter_0000010"
-
-
-@pytest.mark.parametrize("damage", ["uncommitted", "missing", "short"])
-def test_resolve_falls_back_and_says_so(run, damage, caplog):
-    newest = run / "checkpoints" / "iter_0000020"
-    data = next(newest.rglob("*.distcp"))
-    match damage:
-        case "uncommitted":
-            (newest / fmt.COMMITTED).unlink()
-        case "missing":
-            data.unlink()
-        case "short":
-            data.write_bytes(data.read_bytes()[:-1])
-    with caplog.at_level(logging.WARNING):
-        assert load.resolve(run).name == "iter_0000010"
-    assert "iter_0000020 is skipped" in caplog.text
-    shutil.rmtree(run / "checkpoints" / "iter_0000010")
-    with pytest.raises(CheckpointError, match="no usable checkpoint"):
-        load.resolve(run)
-
-
-def test_resolve_explains_what_the_path_is(tmp_path):
-    with pytest.raises(CheckpointError, match="does not exist"):
-        load.resolve(tmp_path / "none")
-    with pytest.raises(CheckpointError, match="neither"):
-        load.resolve(tmp_path)
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="convert import"):
-        load.resolve(tmp_path)
 
 
 def test_read_weights_takes_a_subset_and_names_what_is_missing(run, tensors):
@@ -130,13 +93,6 @@ def test_load_training_refuses_damage_and_other_runs(saved, make_engine, model_c
     data.write_bytes(damaged)
     with pytest.raises(CheckpointError, match="sha256 differs"):
         load.load_training(folder, make_engine(), model_config=model_config, stage="distill")
-
-
-def test_a_damaged_model_json_is_a_damaged_checkpoint(tmp_path, tensors, model_config):
-    folder = save.write_weights(tmp_path / "ck", tensors, model_config, kind="teacher")
-    (folder / "model.json").write_text("{bad")
-    with pytest.raises(CheckpointError, match="model.json cannot be read.*the checkpoint is damaged"):
-        load.read_model_config(folder)
 
 
 def test_newest_of_run_cleans_up_and_takes_what_is_whole(run, tmp_path):

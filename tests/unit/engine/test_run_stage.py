@@ -7,7 +7,7 @@ from megatron_hypenet.checkpoint.load import read_manifest, read_model_config, r
 from megatron_hypenet.checkpoint.save import write_weights
 from megatron_hypenet.config.schema import ParallelConfig
 from megatron_hypenet.engine import run_stage
-from megatron_hypenet.errors import CheckpointError, ConfigError
+from megatron_hypenet.errors import CheckpointError
 from megatron_hypenet.model.hypenet import build_model
 from megatron_hypenet.stages.swap import AlignedMixers
 from tests.tiny import tiny_model_config, tiny_teacher_config, whole_tensors
@@ -106,16 +106,6 @@ def test_teacher_and_student_share_a_vocabulary(world, tmp_path):
     write_weights(tmp_path / "other", whole_tensors(build_model(other, ParallelConfig(), dtype=torch.float32)), other, kind="student")
     with pytest.raises(CheckpointError, match="vocab_size=61, student .* 67"):
         run_stage.build_stage("distill", config(world), teacher=world / "teacher", init=tmp_path / "other")
-
-
-@pytest.mark.parametrize(("word", "name"), [("1", "align"), ("2", "distill"), ("3", "finetune"), ("align", "align")])
-def test_stages_have_names_and_numbers(word, name):
-    assert run_stage.stage_name(word) == name
-
-
-def test_unknown_stages_are_refused():
-    with pytest.raises(ConfigError, match="use align, distill or finetune"):
-        run_stage.stage_name("4")
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("auto", torch.float32), ("bfloat16", torch.bfloat16), ("float32", torch.float32)])

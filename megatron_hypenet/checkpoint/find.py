@@ -1,0 +1,68 @@
+"""Finding a checkpoint and its small files. No tensor library is imported here: a command that only starts processes needs no more."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from megatron_hypenet.checkpoint import format as fmt
+from megatron_hypenet.checkpoint.manifest import file_problems, read_manifest
+from megatron_hypenet.config.model import ModelConfig
+from megatron_hypenet.errors import CheckpointError, ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+def resolve(path: Path | str) -> Path:
+    """The committed checkpoint meant by `path`: the folder itself, or the newest usable iter_XXXXXXX folder in it or its checkpoints/.
+
+    Falls back to an older save when the newest is uncommitted or damaged, with a warning that names both. Raises CheckpointError.
+    """
+    path = Path(path)
+    if fmt.is_committed(path):
+        return path
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist; give a checkpoint folder, or the run folder that holds its iter_XXXXXXX folders")
+    candidates = fmt.iteration_folders(path) or fmt.iteration_folders(path / "checkpoints")
+    skipped: list[str] = []
+    for folder in reversed(candidates):
+        reason = _why_unusable(folder)
+        if reason is None:
+            if skipped:
+                logger.warning("using the older checkpoint %s: %s", folder, "; ".join(skipped))
+            return folder
+        skipped.append(f"{folder.name} is skipped ({reason})")
+    if skipped:
+        raise CheckpointError(f"{path} holds no usable checkpoint: {'; '.join(skipped)}; restore one of them or start again")
+    if (path / "config.json").is_file():
+        raise CheckpointError(f"{path} is a Hugging Face folder, not a checkpoint; import it first: hypenet convert import {path} CKPT_DIR")
+    raise CheckpointError(
+        f"{path} is not a checkpoint: it has neither a {fmt.COMMITTED} marker (written last, so its save may not have finished) nor "
+        "iter_XXXXXXX folders; give a finished checkpoint, or the run folder that holds one"
+    )
+
+
+def read_model_config(path: Path | str) -> ModelConfig:
+    """The model configuration stored with the weights."""
+    file = resolve(path) / fmt.MODEL_JSON
+    try:
+        return ModelConfig.from_json(file.read_text())
+    except (OSError, UnicodeDecodeError, ConfigError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}; the checkpoint is damaged, use another one") from error
+
+
+def tokenizer_dir(path: Path | str) -> Path | None:
+    """The checkpoint's tokenizer folder, or None when it was saved without one."""
+    folder = resolve(path) / fmt.TOKENIZER
+    return folder if folder.is_dir() else None
+
+
+def _why_unusable(folder: Path) -> str | None:
+    """Why a training save cannot be continued from, or None; sizes only, hashes are checked when it is loaded."""
+    if not fmt.is_committed(folder):
+        return "its save was never committed"
+    try:
+        problems = file_problems(folder, read_manifest(folder), hashes=False)
+    except CheckpointError as error:
+        return str(error)
+    return f"damaged: {problems[0]}" if problems else None

@@ -1,0 +1,65 @@
+"""Finding a checkpoint and its shape."""
+
+import logging
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from megatron_hypenet.checkpoint import find, save
+from megatron_hypenet.checkpoint import format as fmt
+from megatron_hypenet.errors import CheckpointError
+
+
+@pytest.fixture
+def run(tmp_path, tensors, model_config):
+    for step in (10, 20):
+        save.write_weights(tmp_path / "run" / "checkpoints" / fmt.iteration_name(step), tensors, model_config, kind="student")
+    return tmp_path / "run"
+
+
+def test_resolve_takes_the_newest_of_a_run(run):
+    assert find.resolve(run).name == find.resolve(run / "checkpoints").name == "iter_0000020"
+    assert find.resolve(run / "checkpoints" / "iter_0000010").name == "iter_0000010"
+
+
+@pytest.mark.parametrize("damage", ["uncommitted", "missing", "short"])
+def test_resolve_falls_back_and_says_so(run, damage, caplog):
+    newest = run / "checkpoints" / "iter_0000020"
+    data = next(newest.rglob("*.distcp"))
+    match damage:
+        case "uncommitted":
+            (newest / fmt.COMMITTED).unlink()
+        case "missing":
+            data.unlink()
+        case "short":
+            data.write_bytes(data.read_bytes()[:-1])
+    with caplog.at_level(logging.WARNING):
+        assert find.resolve(run).name == "iter_0000010"
+    assert "iter_0000020 is skipped" in caplog.text
+    shutil.rmtree(run / "checkpoints" / "iter_0000010")
+    with pytest.raises(CheckpointError, match="no usable checkpoint"):
+        find.resolve(run)
+
+
+def test_resolve_explains_what_the_path_is(tmp_path):
+    with pytest.raises(CheckpointError, match="does not exist"):
+        find.resolve(tmp_path / "none")
+    with pytest.raises(CheckpointError, match="neither"):
+        find.resolve(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="convert import"):
+        find.resolve(tmp_path)
+
+
+def test_a_damaged_model_json_is_a_damaged_checkpoint(tmp_path, tensors, model_config):
+    folder = save.write_weights(tmp_path / "ck", tensors, model_config, kind="teacher")
+    (folder / "model.json").write_text("{bad")
+    with pytest.raises(CheckpointError, match="model.json cannot be read.*the checkpoint is damaged"):
+        find.read_model_config(folder)
+
+
+def test_no_tensor_library_is_imported():
+    code = "import megatron_hypenet.checkpoint.find, sys; print([name for name in ('torch', 'numpy') if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
