@@ -14,7 +14,7 @@ import torch
 
 from megatron_hypenet.errors import SetupError
 from megatron_hypenet.model.hypenet import HypeNetModel
-from megatron_hypenet.ops import gated_norm, kernels, norm_rope, selftest
+from megatron_hypenet.ops import gated_norm, kernels, norm_rope, selftest, swiglu
 from megatron_hypenet.ops.lightning_attn import dispatch
 from megatron_hypenet.ops.selftest import KernelCheck
 from megatron_hypenet.parallel import groups
@@ -24,8 +24,8 @@ from megatron_hypenet.parallel.vocab.selftest import check_vocab
 logger = logging.getLogger(__name__)
 
 Checks = dict[str, Callable[[], KernelCheck]]
-DOCTOR_WIDTH, DOCTOR_WORDS = 4096, 151_936
-"""What `survey` looks at: the width of 32 heads, Qwen3's vocabulary."""
+DOCTOR_WIDTH, DOCTOR_FFN, DOCTOR_WORDS = 4096, 12_288, 151_936
+"""What `survey` looks at: the width of 32 heads, the MLP of Qwen3-8B, Qwen3's vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class KernelUse:
     head_dim: int
     width: int
     """Heads times head_dim."""
+    ffn: int
+    """Columns of the MLP's inner product."""
     words: int
     tensor_ranks: int
     context_ranks: int
@@ -50,6 +52,7 @@ class KernelUse:
             dtype=model.config.params_dtype,
             head_dim=shape.kv_channels,
             width=shape.query_size // ranks,
+            ffn=shape.ffn_hidden_size // ranks,
             words=shape.vocab_size // ranks,
             tensor_ranks=ranks,
             context_ranks=model.parallel.context_parallel_size,
@@ -67,6 +70,8 @@ class KernelUse:
             found["norm_rope"] = lambda: selftest.check_norm_rope(where, self.dtype, head_dim=self.head_dim)
         if gated_norm.kernel_fits(self.dtype, self.width) and self.tensor_ranks == 1:
             found["gated_norm"] = lambda: selftest.check_gated_norm(where, self.dtype, width=self.width)
+        if swiglu.kernel_fits(self.dtype):
+            found["swiglu"] = lambda: selftest.check_swiglu(where, self.dtype, width=self.ffn)
         if self.dtype != torch.float64:
             shards = min(self.tensor_ranks, 2)
             found["vocab_loss"] = lambda: check_vocab(where, self.dtype, words=self.words, shards=shards)
@@ -136,5 +141,6 @@ def survey(where: torch.device) -> Iterator[KernelCheck]:
             yield selftest.check_lightning(where, dtype, head_dim=head_dim, documents=full, states=full, pieces=full, tokens=1000)
         yield selftest.check_norm_rope(where, dtype, head_dim=128)
         yield selftest.check_gated_norm(where, dtype, width=DOCTOR_WIDTH)
+        yield selftest.check_swiglu(where, dtype, width=DOCTOR_FFN)
         for shards in (1, 2):
             yield check_vocab(where, dtype, words=DOCTOR_WORDS // shards, shards=shards)

@@ -7,7 +7,7 @@ import os
 
 from megatron_hypenet.errors import ConfigError
 
-FAMILIES = ("lightning_attn", "norm_rope", "gated_norm", "vocab_loss")
+FAMILIES = ("lightning_attn", "norm_rope", "gated_norm", "swiglu", "vocab_loss")
 VARIABLE = "HYPENET_DISABLE_KERNELS"
 
 

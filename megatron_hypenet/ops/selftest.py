@@ -16,6 +16,7 @@ from megatron_hypenet.ops.gated_norm import fused_gated_norm
 from megatron_hypenet.ops.lightning_attn.chunked import chunked_lightning_attn, chunked_lightning_state
 from megatron_hypenet.ops.norm_rope import fused_norm_rope
 from megatron_hypenet.ops.rope import apply_rope
+from megatron_hypenet.ops.swiglu import fused_swiglu
 
 # Relative RMS errors allowed per dtype. Inputs rounded to bf16 give 2e-3..4e-3 in any kernel that multiplies bf16; a kernel that only
 # rounds its results to bf16 is at 1.7e-3.
@@ -130,6 +131,22 @@ def check_gated_norm(device: torch.device, dtype: torch.dtype, *, width: int, to
         return _with_gradients(lambda x, gate, w: fused_gated_norm(x, gate, w, EPS), exact, leaves, dy)
 
     return check(f"gated_norm width {width}", dtype, ROUNDING_LIMITS[dtype], run)
+
+
+def check_swiglu(device: torch.device, dtype: torch.dtype, *, width: int, tokens: int = 64) -> KernelCheck:
+    """Output and gradient. Rows lie apart in memory, as a slice of a wider projection does."""
+
+    def run() -> Pairs:
+        draw = _drawer(device)
+        x, dy = draw(tokens, 1, 3 * width).to(dtype)[..., : 2 * width], draw(tokens, 1, width).to(dtype)
+
+        def exact(x: Tensor) -> Tensor:
+            gate, up = x.chunk(2, dim=-1)
+            return F.silu(gate) * up
+
+        return _with_gradients(fused_swiglu, exact, {"x": x}, dy)
+
+    return check(f"swiglu width {width}", dtype, ROUNDING_LIMITS[dtype], run)
 
 
 def _with_gradients(op: Callable[..., Tensor], exact: Callable[..., Tensor], leaves: dict[str, Tensor], dy: Tensor) -> Pairs:

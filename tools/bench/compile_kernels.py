@@ -26,7 +26,7 @@ import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from megatron_hypenet.ops import gated_norm_kernels, norm_rope_kernels  # noqa: E402
+from megatron_hypenet.ops import gated_norm_kernels, norm_rope_kernels, swiglu_kernels  # noqa: E402
 from megatron_hypenet.ops.lightning_attn import triton_dkdv, triton_scan  # noqa: E402
 from megatron_hypenet.ops.lightning_attn.triton_plan import Blocks, Gpu, make_plan, power_of_two  # noqa: E402
 from megatron_hypenet.ops.lightning_attn.triton_tiles import DESCRIPTORS, WHOLE  # noqa: E402
@@ -81,8 +81,8 @@ def lightning(capability: int, dtype: str, dim: int, documents: bool) -> Iterato
         yield Job("dkdv", triton_dkdv.dkdv_kernel, own, constants | {"has_outer": False, "wants_final": False}, dkdv.warps, dkdv.stages)
 
 
-def norms(dtype: str) -> Iterator[Job]:
-    """Norm with RoPE for 128 dims, norm with gate for narrow and for the widest rows."""
+def rows(dtype: str) -> Iterator[Job]:
+    """Norm with RoPE for 128 dims, norm with gate for narrow and for the widest rows, SwiGLU."""
     own, tokens, warps = f"*{dtype}", norm_rope_kernels.TOKENS, norm_rope_kernels.WARPS
     types = dict.fromkeys(("x", "y", "dy", "dx", "weight", "gate", "dgate"), own) | {"angles": "*fp32", "dweight": "*fp32", "eps": "fp32"}
     for name in ("forward", "backward"):
@@ -91,6 +91,8 @@ def norms(dtype: str) -> Iterator[Job]:
         for width in (2048, 16384):
             kernel = getattr(gated_norm_kernels, f"{name}_kernel")
             yield Job(f"gated_norm {name} {width}", kernel, types, {"block": width}, gated_norm_kernels._warps(width))
+        kernel = getattr(swiglu_kernels, f"{name}_kernel")
+        yield Job(f"swiglu {name}", kernel, types, {"block": swiglu_kernels.BLOCK}, swiglu_kernels.WARPS)
 
 
 def head(dtype: str) -> Iterator[Job]:
@@ -132,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
         for dtype in args.dtypes:
             jobs = [(f"lightning {dim}{' packed' if docs else ''}", job) for dim in args.dims for docs in (False, True)
                     for job in lightning(capability, dtype, dim, docs)]  # fmt: skip
-            for group, job in [*jobs, *((("norms", job)) for job in norms(dtype)), *(("head", job) for job in head(dtype))]:
+            for group, job in [*jobs, *(("rows", job) for job in rows(dtype)), *(("head", job) for job in head(dtype))]:
                 try:
                     shared = compiled(job, capability)
                     verdict = f"{shared} bytes" + (" OVER" if shared > GPUS[capability][1] else "")

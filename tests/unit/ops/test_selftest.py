@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from megatron_hypenet.ops import gated_norm_kernels, norm_rope_kernels, selftest
+from megatron_hypenet.ops import gated_norm_kernels, norm_rope_kernels, selftest, swiglu_kernels
 from megatron_hypenet.ops.lightning_attn import triton as lightning_kernels
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -19,6 +19,7 @@ CHECKS = {
     ),
     "norm_rope": lambda dtype: selftest.check_norm_rope(DEVICE, dtype, head_dim=32, tokens=20),
     "gated_norm": lambda dtype: selftest.check_gated_norm(DEVICE, dtype, width=48, tokens=20),
+    "swiglu": lambda dtype: selftest.check_swiglu(DEVICE, dtype, width=48, tokens=20),
 }
 
 
@@ -57,6 +58,7 @@ WRONG = {
     "lightning": (lightning_kernels, "_forward", lambda o, *rest: (o * 1.02, *rest), "o"),
     "norm_rope": (norm_rope_kernels, "backward", lambda dx, dw: (dx, dw * 1.02), "d weight"),
     "gated_norm": (gated_norm_kernels, "backward", lambda dx, dgate, dw: (dx, dgate * 1.02, dw), "d gate"),
+    "swiglu": (swiglu_kernels, "backward", lambda *rows: (torch.stack(rows) * 1.02,), "d x"),
 }
 
 
