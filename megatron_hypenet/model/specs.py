@@ -6,10 +6,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
@@ -18,13 +16,15 @@ from megatron.core.utils import init_method_normal
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.config.schema import ParallelConfig, Recompute
 from megatron_hypenet.model.mixers import MixerSubmodules, mixer_class
+from megatron_hypenet.model.mlp import SwiGLU
 from megatron_hypenet.model.pipeline_layout import layers_of_stage
 from megatron_hypenet.parallel.cpu import device
 from megatron_hypenet.parallel.norm import RMSNorm
+from megatron_hypenet.parallel.recompute import use_in_megatron
 
 _RECOMPUTE: dict[Recompute, dict[str, Any]] = {
     "none": {},
-    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "layernorm"]},
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 }
 
@@ -35,6 +35,7 @@ def transformer_config(
     """Megatron's configuration of a model in one dtype (float64 too) on one layout, `layout` being the layers per pipeline stage
     where there are several."""
     init = init_method_normal(model.init_method_std)
+    use_in_megatron()  # for "layernorm"; "core_attn" is read by the mixers, and the MLP goes by the granularity
     # Megatron wonders whether Transformer Engine's attention needs recomputing; these mixers are not Transformer Engine's.
     warnings.filterwarnings("ignore", message="If you are using transformer_engine as the transformer implementation")
     return TransformerConfig(
@@ -63,7 +64,7 @@ def transformer_config(
         context_parallel_size=parallel.context_parallel_size,
         cp_comm_type="p2p" if parallel.context_parallel_method == "ring" else "all_gather",  # Megatron's names for the two
         sequence_parallel=parallel.sequence_parallel,
-        bias_activation_fusion=False,  # the fused kernels are CUDA-only and differ in rounding
+        bias_activation_fusion=False,  # model.mlp has its own
         bias_dropout_fusion=False,
         gradient_accumulation_fusion=False,
         # sic: Megatron's spelling. Checkpoint keys carry the global layer index, since layers differ.
@@ -90,7 +91,6 @@ def block_spec(model: ModelConfig, layout: tuple[int, ...], stage: int, *, trunk
 
 def layer_spec(model: ModelConfig, mixer: str, *, with_mlp: bool = True) -> ModuleSpec:
     """One pre-norm decoder layer: norm, mixer, residual, norm, SwiGLU, residual."""
-    mlp = ModuleSpec(MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
     return ModuleSpec(
         TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -98,7 +98,7 @@ def layer_spec(model: ModelConfig, mixer: str, *, with_mlp: bool = True) -> Modu
             self_attention=ModuleSpec(mixer_class(mixer), params={"model": model}, submodules=MixerSubmodules()),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm if with_mlp else IdentityOp,
-            mlp=mlp if with_mlp else IdentityOp,
+            mlp=SwiGLU if with_mlp else IdentityOp,
             mlp_bda=get_bias_dropout_add if with_mlp else IdentityFuncOp,
         ),
     )

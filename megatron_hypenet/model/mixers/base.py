@@ -13,7 +13,6 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.tensor_parallel.random import checkpoint
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
@@ -24,6 +23,7 @@ from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.errors import ConfigError
 from megatron_hypenet.parallel.fused_sections import split_factory
 from megatron_hypenet.parallel.norm import RMSNorm
+from megatron_hypenet.parallel.recompute import DropOutput
 
 
 @dataclass
@@ -134,13 +134,19 @@ class Mixer(MegatronModule, ABC):
             parts = dict(zip(self.local_sections, projected.split(list(self.local_sections.values()), dim=-1), strict=True))
             return self.mix(parts, rotary_pos_emb, packed_seq_params)
 
-        output, _ = self.linear_proj(checkpoint(mixed, False, projected) if self._recomputes() else mixed(projected))
+        if not self._recomputes():
+            output, _ = self.linear_proj(mixed(projected))
+            return output, None
+        drop = DropOutput()
+        output, _ = self.linear_proj(drop.checkpoint(mixed, projected))
+        drop.discard_output_and_register_recompute(output)
         return output, None
 
     def _recomputes(self) -> bool:
-        """Whether backward computes everything between the projections again: Megatron's "core_attn"."""
-        selective = self.config.recompute_granularity == "selective" and "core_attn" in self.config.recompute_modules
-        return bool(selective and self.training and torch.is_grad_enabled())
+        """Whether backward computes everything between the projections again: Megatron's "core_attn", where that costs little.
+
+        Softmax attention is the expensive part of its layer, and keeps little besides q, k, v and the output."""
+        return self.recurrent and self.config.recompute_granularity == "selective" and "core_attn" in self.config.recompute_modules
 
     def heads(self, x: Tensor) -> Tensor:
         """[s, b, heads * head_dim] -> [s, b, heads, head_dim]."""

@@ -1,9 +1,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megatron_hypenet.config.schema import ParallelConfig
 from megatron_hypenet.model.hypenet import build_model
+from megatron_hypenet.model.mixers import LightningAttn, SoftmaxAttn
 from tests.tiny import tiny_model_config, tiny_teacher_config
 
 IDS = torch.randint(0, 61, (2, 11), generator=torch.Generator().manual_seed(0))
@@ -69,19 +73,56 @@ def test_mixers_can_be_read_and_replaced_by_global_index():
         model.set_mixer(5, first)
 
 
-@pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_recomputing_gives_the_same_gradients(recompute):
+def bytes_held(model, *args):
+    """Result of the model's hidden states, and the memory that its forward pass left alive: unique storages made in it."""
+    made, own = {}, {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            for x in tree_leaves(result):
+                if isinstance(x, torch.Tensor) and (storage := x.untyped_storage())._cdata not in own:
+                    made.setdefault(storage._cdata, StorageWeakRef(storage))
+            return result
+
+    with Watch():
+        hidden = model.hidden(*args)
+    alive = [torch.UntypedStorage._new_with_weak_ptr(found.cdata) for found in made.values() if not found.expired()]
+    return hidden, sum(storage.nbytes() for storage in alive)
+
+
+def test_recomputing_gives_the_same_gradients_and_holds_less():
     config = tiny_model_config(("lightning_attn", "attn", "lightning_attn"))
     documents = torch.tensor([[0] * 6 + [1] * 14, [0] * 20], dtype=torch.int32)
-    gradients, saved = [], []
-    for mode in ("none", recompute):
+    gradients, held = {}, {}
+    for mode in ("none", "selective", "full"):
         model = build_model(config, ParallelConfig(), dtype=torch.float64, seed=3, recompute=mode)
-        kept = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x.numel()) or x, lambda x: x):
-            loss = model.hidden(IDS, documents[: len(IDS), : IDS.shape[1]]).square().sum()
-        saved.append(sum(kept))
-        loss.backward()
-        gradients.append({name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None})
-    for name, want in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], want, rtol=1e-12, atol=1e-14)
-    assert saved[1] < 0.5 * saved[0]
+        hidden, held[mode] = bytes_held(model, IDS, documents[: len(IDS), : IDS.shape[1]])
+        hidden.square().sum().backward()
+        gradients[mode] = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    for mode in ("selective", "full"):
+        assert gradients[mode].keys() == gradients["none"].keys()
+        for name, want in gradients["none"].items():
+            torch.testing.assert_close(gradients[mode][name], want, rtol=1e-12, atol=1e-14)
+    assert held["selective"] < 0.7 * held["none"] and held["full"] < 0.5 * held["selective"]
+
+
+def test_selective_holds_what_the_products_read_or_made():
+    """Per token of a recurrent layer: its input and the residual in the middle, and the results of both input projections."""
+    held = [bytes_held(build(tiny_model_config(("lightning_attn",) * layers), recompute="selective"), IDS)[1] for layers in (1, 2)]
+    assert (held[1] - held[0]) / 8 / IDS.numel() == pytest.approx(2 * 24 + 4 * 48 + 2 * 40, rel=0.01)
+
+
+def test_selective_computes_only_recurrent_mixers_again(monkeypatch):
+    calls = []
+    for mixer in (LightningAttn, SoftmaxAttn):
+        mix = mixer.mix
+        monkeypatch.setattr(mixer, "mix", lambda self, *args, mix=mix: calls.append(self.name) or mix(self, *args))
+    build(recompute="selective").hidden(IDS).sum().backward()
+    assert calls == ["lightning_attn", "attn", "lightning_attn"]
+
+
+def test_selective_recomputing_changes_nothing_without_gradients():
+    model = build(recompute="selective").eval()
+    with torch.no_grad():
+        assert torch.equal(model(IDS), build()(IDS))
