@@ -1,5 +1,9 @@
 """A run made ready: teachers of both kinds, and everything that can be found wrong early."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from megatron_hypenet.checkpoint.load import read_model_config, resolve
@@ -41,6 +45,31 @@ def test_the_layout_is_checked_for_the_number_of_processes(run, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(LayoutError, match="global_batch_size=2 is not a multiple"):
         pipeline.checked(run)
+
+
+STARTING = """
+import sys
+from launchers import local
+def start(launch):
+    print([name for name in ("torch", "megatron.core", "deepspeed") if name in sys.modules])
+    return launch.num_processes
+local.run = start
+from megatron_hypenet.cli.main import main
+main()
+"""
+
+
+@pytest.mark.parametrize(("teacher", "imported"), [("qwen3", "['torch']"), ("imported", "[]")])
+@pytest.mark.parametrize("verb", ["run", "train"])
+def test_a_command_that_only_starts_processes_imports_no_models(run, tmp_path, repo_root, verb, teacher, imported):
+    """torch reads the headers of a Hugging Face folder; for a checkpoint nothing heavy is needed."""
+    pipeline.import_teacher(tmp_path / "qwen3", tmp_path / "imported")
+    words = [verb, str(tmp_path / "run.yaml"), f"teacher={tmp_path / teacher}", "--nproc", "2"]
+    environment = {name: value for name, value in os.environ.items() if name != "RANK"}
+    done = subprocess.run(
+        [sys.executable, "-c", STARTING, *words], capture_output=True, text=True, cwd=repo_root, env=environment, check=False
+    )
+    assert (done.stdout.strip(), done.returncode) == (imported, 2), done.stderr
 
 
 def test_a_pipeline_ends_its_process_groups_and_keeps_its_folder(run):
