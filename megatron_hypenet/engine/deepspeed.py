@@ -6,6 +6,7 @@ DeepSpeed does data parallelism and ZeRO over Megatron's groups. What is handled
 - On a CPU, DeepSpeed compiles a shared-memory collective for inference when its backend starts (24 s, needs a compiler). Training
   never calls it, so it is marked unusable in DeepSpeed's table of ops.
 - Adam's state is created at the start: DeepSpeed links it to parameters after the first group's first step, and so misses the others.
+- BF16_Optimizer rounds fp32 sums to bf16 before it reduces them, on one rank too, and passes over memory too often: gradient_sums.py.
 - With the optimizer on the CPU, gradients of a refused update stay in stage 1 and 2's buffers and spoil all later ones.
 - `safe_set_full_*` fails under ZeRO-3 when a parameter's size is no multiple of the group (stage3.py): the local part is written.
 """
@@ -26,13 +27,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_hypenet.checkpoint.state import Template
-from megatron_hypenet.config.schema import ParallelConfig, StageConfig
+from megatron_hypenet.config.schema import HeadStageConfig, ParallelConfig, StageConfig
+from megatron_hypenet.engine.cuda_graph import CudaGraphs
+from megatron_hypenet.engine.gradient_sums import GradientSums
 from megatron_hypenet.engine.optim import adamw
 from megatron_hypenet.engine.stragglers import OwnTime
 from megatron_hypenet.errors import DivergedError, LayoutError
 from megatron_hypenet.parallel import groups
 
 _MASTER = "fp32_param"
+_EXCHANGE = {"float32": "fp32", "bfloat16": "bf16"}
+"""DeepSpeed's names for the types in which gradients travel."""
 
 
 def config_dict(stage: StageConfig, parallel: ParallelConfig, *, num_micro_batches: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -53,6 +58,7 @@ def config_dict(stage: StageConfig, parallel: ParallelConfig, *, num_micro_batch
         # with check_grad_overflow a bad norm is noticed before the update begins, as it always is in fp32
         config["bf16"] = {"enabled": True, "immediate_grad_update": True, "check_grad_overflow": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
+        config["communication_data_type"] = _EXCHANGE[parallel.gradient_exchange]
     elif dtype != torch.float32:
         raise ValueError(f"training runs in float32 or bfloat16, got {dtype}")
     return config
@@ -120,11 +126,28 @@ class TrainingEngine:
             self.engine, *_ = self.deepspeed.initialize(model=module, optimizer=optimizer, mpu=groups.ModelParallelUnit, config=config)
         self.zero_stage = self.engine.zero_optimization_stage()
         self.own_time = OwnTime()
-        """Of the forward passes since somebody last asked."""
+        """Of the forward passes since somebody last asked; with CUDA graphs, of forward and backward."""
+        self.sums: GradientSums | None = None
+        self.graphs: CudaGraphs | None = None
+        if type(self.engine.optimizer).__name__ == "BF16_Optimizer":
+            undivided = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size == 1
+            self.sums = GradientSums(self.engine.optimizer, whole_buffers=undivided, exchange=getattr(torch, parallel.gradient_exchange))
+            # micro-batches so small have no need to recompute, and Megatron's way of it restores random states, which no graph holds
+            recomputes = isinstance(stage, HeadStageConfig) and stage.recompute != "none"
+            if torch.cuda.is_available() and parallel.model_parallel_size == 1 and stage.cuda_graphs and not recomputes:
+                self.graphs = CudaGraphs(self._forward_backward, self.sums, several=self.num_micro_batches > 1)
         self.init_optimizer_state(0)
 
     def micro_step(self, batch: Mapping[str, Tensor], *, last: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        """Forward and backward of one micro-batch; gradients accumulate until the `last` of the step. Returns (loss, metrics) detached."""
+        """Forward and backward of one micro-batch; gradients accumulate until the `last` of the step.
+
+        Returns (loss, metrics) detached, good until the next call."""
+        if self.graphs is not None and self.sums is not None and self.graphs.takes(batch):
+            with self.own_time.working():
+                result = self.graphs.replay(batch, first=self.sums.empty)
+            if last:
+                self.reduce_gradients()
+            return result
         self.engine.set_gradient_accumulation_boundary(last)
         with self.own_time.working():
             loss, metrics = self.engine(batch)
@@ -133,8 +156,14 @@ class TrainingEngine:
             self.engine.step()  # only counts: the update waits for the boundary
         return loss.detach(), metrics
 
+    def _forward_backward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """A micro-batch without DeepSpeed's part in it but its gradient hooks: what a CUDA graph can hold."""
+        loss, metrics = self.module(batch)
+        loss.backward(gradient=finite_or_nan(loss) / self.num_micro_batches)
+        return loss.detach(), metrics
+
     def reduce_gradients(self) -> None:
-        """After a pipeline schedule has accumulated gradients in the parameters: complete and average them, as micro_step does itself."""
+        """After gradients were accumulated past DeepSpeed's engine, by a pipeline schedule or a CUDA graph: complete and average them."""
         for parameter in self.replicated:
             dist.all_reduce(self._accumulated(parameter), group=groups.embedding_group())
         self.engine.set_gradient_accumulation_boundary(True)
@@ -249,6 +278,7 @@ class TrainingEngine:
     def close(self) -> None:
         """Release DeepSpeed's hooks and buffers; the module keeps its weights (whole ones, except under ZeRO-3)."""
         self._guard.remove()
+        self.graphs = None
         with _silenced():
             self.engine.destroy()
 

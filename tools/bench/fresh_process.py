@@ -29,7 +29,7 @@ def measured(command: Sequence[str], case: Row) -> Row:
 def report(results: Sequence[Row], table: Callable[[Sequence[Row]], str], out: Path, kind: str) -> None:
     """Write KIND_DEVICE_YYYYMM.{json,md} into `out` and print the table; SystemExit 1 when a case failed."""
     out.mkdir(parents=True, exist_ok=True)
-    device = next((row["device"] for row in results if "device" in row), "none").split()[-1].lower()
+    device = next((row["device"] for row in results if "device" in row), "none").removeprefix("NVIDIA ").split()[0].lower()
     stem = out / f"{kind}_{device}_{datetime.datetime.now(tz=datetime.UTC):%Y%m}"
     stem.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
     stem.with_suffix(".md").write_text(table(results))

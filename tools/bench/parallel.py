@@ -63,7 +63,7 @@ def cases(tiny: bool) -> list[dict[str, Any]]:
 def work(case: dict[str, Any], out: Path) -> None:
     """One process of one case; the first writes what was measured."""
     import torch
-    from random_stage import build, median, model_config, timed_steps
+    from random_stage import TimedSteps, build, median, model_config
 
     from megatron_hypenet.config.schema import HeadStageConfig, ParallelConfig
     from megatron_hypenet.engine.hardware import peak_flops
@@ -87,12 +87,15 @@ def work(case: dict[str, Any], out: Path) -> None:
 
     lightning._StateExchange.start = counted  # type: ignore[method-assign]
     stage = build(case["stage"], student, config, parallel, by_name=case["by_name"])
-    losses, norms, seconds = timed_steps(stage, config, parallel, steps=case["steps"], warmup=case["warmup"])
-    tokens_per_second = config.tokens_per_step / median(seconds)
+    steps = TimedSteps(stage, config, parallel)
+    steps.run(case["warmup"])
+    steps.run(case["steps"])
+    steps.close()
+    tokens_per_second = config.tokens_per_step / median(steps.seconds)
     flops = stage.flops_per_token(config.seq_length)
     peak = peak_flops()
     result = {
-        **case, "losses": losses, "grad_norms": norms, "seconds": seconds, "tokens_per_second": tokens_per_second,
+        **case, "losses": steps.losses, "grad_norms": steps.norms, "seconds": steps.seconds, "tokens_per_second": tokens_per_second,
         "flops_per_second_per_gpu": tokens_per_second * flops / case["processes"],
         "mfu": tokens_per_second * flops / case["processes"] / peak if peak else None, "memory_gib": memory_gib(),
         "lightning_bytes_per_exchange": max(exchanged, default=0), "lightning_exchanges_per_step": len(exchanged) / config.train_iters,

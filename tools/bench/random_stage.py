@@ -93,27 +93,33 @@ def _fill_by_name(model: HypeNetModel, seed: int) -> None:
             piece.data.copy_(whole[index])
 
 
-def timed_steps(
-    stage: StageModule, config: HeadStageConfig, parallel: ParallelConfig, *, steps: int, warmup: int
-) -> tuple[list[float], list[float], list[float]]:
-    """Train `warmup + steps` optimizer steps: losses and gradient norms of all, seconds of the last `steps`, the device waited for."""
-    engine, tokens = TrainingEngine(stage, config, parallel), SyntheticTokens(stage.model_config.vocab_size)
-    losses: list[float] = []
-    norms: list[float] = []
-    seconds: list[float] = []
-    stage.train()
-    for step in range(warmup + steps):
-        batches = step_batches(tokens, config, step * config.global_batch_size)
-        _wait()
-        began = time.perf_counter()
-        loss, _ = forward_backward(engine, batches)
-        norms.append(engine.apply(config.lr))
-        _wait()
-        if step >= warmup:
-            seconds.append(time.perf_counter() - began)
-        losses.append(float(groups.sum_over_pipeline(groups.all_reduce_mean(loss.double()))))
-    engine.close()
-    return losses, norms, seconds
+class TimedSteps:
+    """Optimizer steps of a stage, timed with the device waited for: losses and gradient norms of all steps, seconds of the last `run`."""
+
+    def __init__(self, stage: StageModule, config: HeadStageConfig, parallel: ParallelConfig) -> None:
+        self.engine, self.config = TrainingEngine(stage, config, parallel), config
+        self.tokens = SyntheticTokens(stage.model_config.vocab_size)
+        self.losses: list[float] = []
+        self.norms: list[float] = []
+        self.seconds: list[float] = []
+        stage.train()
+
+    def run(self, steps: int) -> None:
+        """Train so many steps more."""
+        self.seconds = []
+        for _ in range(steps):
+            batches = step_batches(self.tokens, self.config, len(self.losses) * self.config.global_batch_size)
+            _wait()
+            began = time.perf_counter()
+            loss, _ = forward_backward(self.engine, batches)
+            self.norms.append(self.engine.apply(self.config.lr))
+            _wait()
+            self.seconds.append(time.perf_counter() - began)
+            self.losses.append(float(groups.sum_over_pipeline(groups.all_reduce_mean(loss.double()))))
+
+    def close(self) -> None:
+        """Release the engine."""
+        self.engine.close()
 
 
 def _wait() -> None:

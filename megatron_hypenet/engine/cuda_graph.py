@@ -1,0 +1,125 @@
+"""Forward and backward of a micro-batch as one CUDA graph, where launching a thousand kernels takes longer than they run.
+
+A graph is captured once, at the first micro-batch, and then replayed: same kernels, same order, same memory, one launch. What it can hold
+is limited: one shape, no communication between ranks, no random numbers, and gradients that end up at fixed addresses. The engine makes one
+only where that holds; everything else runs kernel by kernel."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_hypenet.engine.gradient_sums import GradientSums
+
+logger = logging.getLogger(__name__)
+
+LAUNCH_BOUND_TOKENS = 12_288
+"""Micro-batches up to this size are replayed: above it the GPU is busy longer than the launches take (HypeNet-2B on an H100)."""
+
+TOLERANCE = 1e-3
+"""Largest relative difference of loss and gradient norms between a replay and the same kernels launched one by one: they are equal but for
+the order of sums in matrix products."""
+
+Batch = Mapping[str, Tensor]
+MicroStep = Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
+"""Forward and backward of one micro-batch: adds its gradients to the sums; (loss, metrics) detached."""
+
+
+def eligible(batch: Batch) -> bool:
+    """Whether a micro-batch is of the kind that graphs are captured for: small, and tokens alone (the masks of separate documents are made
+    with the host's help)."""
+    tokens = batch["tokens"]
+    return set(batch) == {"tokens"} and tokens.is_cuda and tokens.shape[0] * (tokens.shape[1] - 1) <= LAUNCH_BOUND_TOKENS
+
+
+@dataclass(frozen=True)
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    loss: Tensor
+    metrics: dict[str, Tensor]
+    marks: list[list[bool]]
+    """Which gradient sums hold something after a replay."""
+
+    def replay(self, sums: GradientSums) -> tuple[Tensor, dict[str, Tensor]]:
+        self.graph.replay()
+        sums.set_marks(self.marks)
+        return self.loss, self.metrics
+
+
+class CudaGraphs:
+    """Captures `run` for the first micro-batch of a step, which overwrites the gradient sums, and for later ones, which add to them."""
+
+    def __init__(self, run: MicroStep, sums: GradientSums, *, several: bool) -> None:
+        """`several`: whether a step has more than one micro-batch."""
+        self._run, self._sums, self._several = run, sums, several
+        self._tokens: Tensor | None = None
+        self._graphs: dict[bool, _Captured] = {}
+        self._failed = False
+
+    def takes(self, batch: Batch) -> bool:
+        """Whether `replay` takes this micro-batch."""
+        same = self._tokens is None or self._tokens.shape == batch["tokens"].shape
+        return eligible(batch) and same and not self._failed
+
+    def replay(self, batch: Batch, *, first: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and metrics of a micro-batch, in memory that the next replay overwrites; gradients are in the sums.
+
+        The first call captures, and compares a replay with the same micro-batch launched kernel by kernel. Where either fails, it says so,
+        and this and all later micro-batches are launched."""
+        if self._tokens is None:
+            self._tokens = batch["tokens"].clone()
+            try:
+                self._capture()
+            except (RuntimeError, torch.OutOfMemoryError) as error:
+                self._give_up(error)
+        if self._failed:
+            return self._run(batch)
+        self._tokens.copy_(batch["tokens"])
+        return self._graphs[first].replay(self._sums)
+
+    def _capture(self) -> None:
+        assert self._tokens is not None
+        batch = {"tokens": self._tokens}
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # compiles and loads every kernel; what it leaves in the sums is overwritten by the first replay
+            self._sums.forget()
+            loss, _ = self._run(batch)
+            launched = self._figures(loss)
+            self._run(batch)
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        gc.collect()
+        torch.cuda.empty_cache()  # the graph's memory is its own: what the warm-up took must not stay taken beside it
+        pool = None
+        for first in (True, False) if self._several else (True,):
+            if first:
+                self._sums.forget()
+            graph = torch.cuda.CUDAGraph()
+            # thread_local: other threads of this process (heartbeat, NCCL's watchdog) may go on using CUDA meanwhile
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                loss, metrics = self._run(batch)
+            pool = graph.pool()
+            self._graphs[first] = _Captured(graph, loss, metrics, self._sums.marks)
+        loss, _ = self._graphs[True].replay(self._sums)
+        off = float(((self._figures(loss) - launched) / launched.clamp(min=1e-30)).abs().max())
+        if not off <= TOLERANCE:
+            raise RuntimeError(f"a replay differs from launched kernels by {off:.1e} in loss or gradients, allowed {TOLERANCE:.0e}")
+        self._sums.forget()
+
+    def _figures(self, loss: Tensor) -> Tensor:
+        """What tells two passes over the same micro-batch apart: the loss, and the norm of every gradient sum; fp32 on the host."""
+        return torch.stack([loss.float(), *self._sums.norms()]).cpu()
+
+    def _give_up(self, error: Exception) -> None:
+        logger.warning("WARNING: no CUDA graph (%s): each kernel is launched by itself, which is slower", str(error).splitlines()[0])
+        self._failed = True
+        self._graphs.clear()
+        self._sums.forget()
+        gc.collect()
+        torch.cuda.empty_cache()

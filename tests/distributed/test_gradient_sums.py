@@ -1,0 +1,17 @@
+"""Two processes average the fp32 sums of their bf16 gradients without loss; sent as bf16, within bf16's rounding."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+WORKER = Path(__file__).with_name("gradient_sums_worker.py")
+
+
+@pytest.mark.distributed
+def test_sums_of_two_ranks():
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(WORKER)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "sums agree" in result.stdout, result.stdout
