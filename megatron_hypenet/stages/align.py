@@ -109,17 +109,16 @@ def mean_squared_error(prediction: Tensor, target: Tensor, *, sequence_parallel:
 
 
 class _SquaredErrorSum(torch.autograd.Function):
-    """sum((a - b)^2) in fp32 that saves one tensor of a's dtype, where autograd would save fp32 copies."""
+    """sum((a - b)^2) in fp32 that saves one tensor of a's dtype, where autograd would save fp32 copies; in few passes over memory."""
 
     @staticmethod
     def forward(ctx: Any, prediction: Tensor, target: Tensor) -> Tensor:
-        wide = accumulate_dtype(prediction.dtype)
-        difference = prediction.to(wide) - target.to(wide)
+        difference = prediction.to(accumulate_dtype(prediction.dtype), copy=True).sub_(target)
         ctx.save_for_backward(difference.to(prediction.dtype))
-        return difference.square().sum()
+        return torch.linalg.vector_norm(difference, dim=-1).square().sum()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         (difference,) = ctx.saved_tensors
-        # Multiplied in fp32: a bf16 product would round the common factor and scale the whole gradient by it.
-        return (difference.to(grad.dtype) * (2 * grad)).to(difference.dtype), None
+        # The factor has a dimension so that it stays fp32: rounded to bf16, it would scale the whole gradient.
+        return torch.mul(difference, (2 * grad)[None], out=torch.empty_like(difference)), None
