@@ -50,12 +50,14 @@ def import_command(
     _announce("reading", hf_dir)
     from megatron_hypenet.checkpoint.format import refuse_existing
     from megatron_hypenet.export import from_hf, mapping
+    from megatron_hypenet.export.plan import plan_import
+    from megatron_hypenet.export.tensors import parse_dtype
 
     started = time.monotonic()
     if dtype is not None:
-        from_hf.parse_dtype(dtype)
+        parse_dtype(dtype)
     refuse_existing(ckpt_dir, overwrite)
-    plan = from_hf.plan_import(hf_dir)
+    plan = plan_import(hf_dir)
     result = {"verb": "convert import", "source": str(hf_dir), "destination": str(ckpt_dir), "kind": plan.kind, "dry_run": dry_run}
     result |= {"tensors": len(plan.weights), "parameters": mapping.num_parameters(plan.config), "source_bytes": plan.weights.total_bytes()}
     if not dry_run:
@@ -114,13 +116,14 @@ def verify_command(
     """
     _announce("reading", hf_dir)
     from megatron_hypenet.checkpoint import load
-    from megatron_hypenet.export import from_hf, verify
+    from megatron_hypenet.export import verify
+    from megatron_hypenet.export.plan import plan_import
 
     if dtype not in verify.TOLERANCE:
         raise UsageError(f"--dtype {dtype}: use one of {', '.join(verify.TOLERANCE)}")
     started = time.monotonic()
     if dry_run:
-        plan = from_hf.plan_import(hf_dir)
+        plan = plan_import(hf_dir)
         result = {"verb": "convert verify", "source": str(hf_dir), "destination": str(load.resolve(ckpt_dir)), "dry_run": True}
         _finish({**result, "tensors": len(plan.weights)}, plan.config, started, as_json)
         return

@@ -173,7 +173,7 @@ def teacher_shape(path: Path) -> ModelConfig:
     if not path.exists():
         raise CheckpointError(f"teacher {path} does not exist; set teacher=PATH to a Hugging Face Qwen3 folder or a converted checkpoint")
     if (path / "config.json").is_file():
-        from megatron_hypenet.export.from_hf import plan_import
+        from megatron_hypenet.export.plan import plan_import
 
         return plan_import(path).config
     try:

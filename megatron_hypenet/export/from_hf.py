@@ -5,10 +5,8 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from shutil import copyfile
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,49 +16,11 @@ from megatron_hypenet.checkpoint.format import is_committed, refuse_existing
 from megatron_hypenet.checkpoint.shards import LazyTensor
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.errors import CheckpointError, ConversionError
-from megatron_hypenet.export import hf_config, hf_folder, mapping
+from megatron_hypenet.export import hf_folder, mapping
+from megatron_hypenet.export.plan import ImportPlan, plan_import
+from megatron_hypenet.export.tensors import check_tensor, join, parse_dtype
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-"""Names of the dtypes that a conversion can be asked for."""
 _PROGRESS_SECONDS = 5.0
-
-
-@dataclass(frozen=True)
-class ImportPlan:
-    """What an import would do: everything that can be known from config.json and the headers of the weight files."""
-
-    config: ModelConfig
-    hf_config: dict[str, Any]
-    weights: hf_folder.HfWeights
-    entries: list[mapping.Entry]
-    duplicate_head: bool
-    """The folder stores the tied head a second time."""
-
-    @property
-    def kind(self) -> str:
-        """What the checkpoint will be called in its manifest: teacher or student."""
-        return "teacher" if self.config.is_teacher else "student"
-
-
-def plan_import(hf_dir: Path) -> ImportPlan:
-    """Read configuration and headers, and check names, shapes and dtypes. Raises ConfigError or ConversionError; writes nothing."""
-    raw = hf_config.read_hf_config(hf_dir)
-    config = hf_config.model_config_from_hf(raw, where=str(hf_dir / "config.json"))
-    weights = hf_folder.HfWeights(hf_dir)
-    entries = mapping.entries(config)
-    tied = config.share_embeddings_and_output_weights
-    duplicate_head = tied and mapping.HF_HEAD in weights
-    expected = [name for entry in entries for name in entry.hf]
-    mapping.check_names(expected, (name for name in weights if not (duplicate_head and name == mapping.HF_HEAD)), where=str(hf_dir))
-    for entry in entries:
-        for name in entry.hf:
-            mapping.check_shape(name, weights.shape(name), entry.part_shape, where=str(hf_dir))
-            if hf_folder.torch_dtype(weights.dtype(name)) is None:
-                supported = ", ".join(DTYPES)
-                raise ConversionError(
-                    f"{hf_dir}: {name} is stored as {weights.dtype(name)}; supported are {supported}. Dequantize the model first"
-                )
-    return ImportPlan(config, raw, weights, entries, duplicate_head)
 
 
 def import_hf(
@@ -110,16 +70,16 @@ def _lazy(
             parts = []
             for name in entry.hf:
                 part = plan.weights[name]
-                mapping.check_tensor(name, part, entry.part_shape, where=str(plan.weights.hf_dir))
+                check_tensor(name, part, entry.part_shape, where=str(plan.weights.hf_dir))
                 converted = part.to(dtype)
                 if converted.dtype != part.dtype:
-                    mapping.check_tensor(f"{name} as {_name(dtype)}", converted, entry.part_shape, where=str(plan.weights.hf_dir))
+                    check_tensor(f"{name} as {_name(dtype)}", converted, entry.part_shape, where=str(plan.weights.hf_dir))
                 parts.append(converted)
         except ConversionError as error:
             failures.append(error)
             raise
         say(entry)
-        return entry.join(parts)
+        return join(parts)
 
     return LazyTensor(entry.shape, dtype, load)
 
@@ -133,16 +93,7 @@ def _target_dtype(plan: ImportPlan, entry: mapping.Entry, wanted: str | None) ->
             f"{plan.weights.hf_dir}: {' and '.join(entry.hf)} become one tensor but are stored as {', '.join(sorted(stored))};"
             " choose one with --dtype"
         )
-    dtype = hf_folder.torch_dtype(stored.pop())
-    assert dtype is not None, "plan_import refuses other dtypes"
-    return dtype
-
-
-def parse_dtype(name: str) -> torch.dtype:
-    """ "bfloat16" -> torch.bfloat16; ConversionError lists the known names."""
-    if name not in DTYPES:
-        raise ConversionError(f"dtype {name!r} is not supported; use one of {', '.join(DTYPES)}")
-    return DTYPES[name]
+    return parse_dtype(hf_folder.DTYPES[stored.pop()])  # plan_import refuses others
 
 
 def _refuse_foreign(target: Path) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from megatron_hypenet.errors import ConversionError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -30,16 +31,12 @@ TOKENIZER_FILES = (
 )
 """Files a tokenizer may consist of; those present are copied, in both directions."""
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
+"""safetensors' names of the dtypes that a model weight of ours may have, and torch's."""
 
 
-def torch_dtype(name: str) -> torch.dtype | None:
-    """safetensors' dtype name ("BF16") as torch's, None for one that no model weight of ours may have."""
-    return _DTYPES.get(name)
-
-
-class HfWeights(Mapping[str, Tensor]):
-    """The tensors of a folder by name; each access reads that tensor from its file. Opening reads the headers only.
+class HfWeights(Mapping[str, "Tensor"]):
+    """The tensors of a folder by name; each access reads that tensor from its file. Opening reads the headers only, without torch.
 
     ConversionError when a file is missing, truncated or not safetensors, or when the index and the files disagree."""
 
@@ -48,7 +45,8 @@ class HfWeights(Mapping[str, Tensor]):
         self.hf_dir = hf_dir
         self._file_of: dict[str, Path] = {}
         self._headers: dict[str, tuple[tuple[int, ...], str]] = {}
-        self._handles: dict[Path, Any] = {}
+        self._files: list[Path] = []
+        self._handles: dict[Path, Any] = {}  # those that were read from
         index = self._read_index()
         for file in sorted(set(index.values())) if index else [SINGLE]:
             self._open(hf_dir / file)
@@ -88,7 +86,7 @@ class HfWeights(Mapping[str, Tensor]):
         if not path.is_file():
             raise ConversionError(f"{self.hf_dir / INDEX}: names {path.name}, which is missing; the download is incomplete, fetch it again")
         try:
-            handle = safe_open(path, framework="pt", device="cpu")
+            handle = safe_open(path, framework="np")
             headers = {name: handle.get_slice(name) for name in handle.keys()}
         except (SafetensorError, OSError) as error:
             raise ConversionError(
@@ -100,7 +98,7 @@ class HfWeights(Mapping[str, Tensor]):
                 raise ConversionError(f"{path}: holds {name}, which {self._file_of[name].name} holds too; remove the stale file")
             self._file_of[name] = path
             self._headers[name] = (tuple(header.get_shape()), header.get_dtype())
-        self._handles[path] = handle
+        self._files.append(path)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape from the file's header, without reading the tensor."""
@@ -112,7 +110,7 @@ class HfWeights(Mapping[str, Tensor]):
 
     def total_bytes(self) -> int:
         """Size of all weight files on disk."""
-        return sum(path.stat().st_size for path in self._handles)
+        return sum(path.stat().st_size for path in self._files)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._file_of)
@@ -126,6 +124,8 @@ class HfWeights(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         path = self._file_of[name]
         try:
+            if path not in self._handles:
+                self._handles[path] = safe_open(path, framework="pt", device="cpu")
             return self._handles[path].get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise ConversionError(f"{path}: {name} cannot be read ({error}); fetch the file again") from error

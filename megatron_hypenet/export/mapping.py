@@ -3,22 +3,24 @@
 Qwen3 and HypeNet share it: a teacher is the case without output gates. Shapes are written with the letters
 V vocab_size, H hidden_size, F ffn_hidden_size, D kv_channels, Q num_attention_heads * D, K num_query_groups * D.
 A new RNN mixer adds its rows to MIXER_ROWS. A tensor without a row, or a row without a tensor, is an error in either direction.
+No tensor library is imported here: names and shapes are known without weights.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from megatron_hypenet.config.model import LIGHTNING_MIXER, SOFTMAX_MIXER, ModelConfig
 from megatron_hypenet.errors import ConversionError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 HF_EMBEDDING = "model.embed_tokens.weight"
 HF_HEAD = "lm_head.weight"
-SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -83,12 +85,8 @@ class Entry:
         """Shape of our tensor: the HF parts stacked along dim 0."""
         return (self.part_shape[0] * len(self.hf), *self.part_shape[1:])
 
-    def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """The HF parts, in the order of `hf`, as our one tensor. A single part is handed on, not copied."""
-        return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=0)
-
     def split(self, tensor: Tensor) -> dict[str, Tensor]:
-        """Our tensor as {HF name: part}; the inverse of `join`. Parts are contiguous, as safetensors requires."""
+        """Our tensor as {HF name: part}; the inverse of tensors.join. Parts are contiguous, as safetensors requires."""
         return {name: part.contiguous() for name, part in zip(self.hf, tensor.split(self.part_shape[0], dim=0), strict=True)}
 
 
@@ -128,7 +126,7 @@ def entries(config: ModelConfig) -> list[Entry]:
 
 def num_parameters(config: ModelConfig) -> int:
     """Weights of a model of this shape; a tied head counts once."""
-    return sum(torch.Size(entry.shape).numel() for entry in entries(config))
+    return sum(math.prod(entry.shape) for entry in entries(config))
 
 
 def check_names(expected: Iterable[str], found: Iterable[str], *, where: str) -> None:
@@ -153,23 +151,6 @@ def check_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...], *,
         raise ConversionError(
             f"{where}: {name} has shape {list(found)}, the configuration asks for {list(expected)};"
             " configuration and weights do not belong together"
-        )
-
-
-def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], *, where: str) -> None:
-    """ConversionError unless the tensor has this shape, a supported dtype and only finite values."""
-    check_shape(name, tuple(tensor.shape), shape, where=where)
-    if tensor.dtype not in SUPPORTED_DTYPES:
-        supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in SUPPORTED_DTYPES)
-        raise ConversionError(
-            f"{where}: {name} is stored as {str(tensor.dtype).removeprefix('torch.')}; supported are {supported}."
-            " Quantized weights must be dequantized first"
-        )
-    finite = torch.isfinite(tensor)
-    if not bool(finite.all()):
-        bad = int((~finite).sum())
-        raise ConversionError(
-            f"{where}: {name} has {bad} of {tensor.numel()} values that are NaN or infinite; the file is damaged or training diverged"
         )
 
 

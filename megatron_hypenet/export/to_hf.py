@@ -21,7 +21,7 @@ from megatron_hypenet.checkpoint.shards import ShardReader
 from megatron_hypenet.config.model import LogitsScaling, ModelConfig, check_logits_scaling
 from megatron_hypenet.errors import ConfigError, ConversionError, SetupError, is_disk_full
 from megatron_hypenet.export import hf_config, hf_folder, mapping
-from megatron_hypenet.export.from_hf import parse_dtype
+from megatron_hypenet.export.tensors import check_tensor, parse_dtype
 
 KEEP = "keep"
 REMOTE_CODE = Path(__file__).parent / "hf_remote"
@@ -136,10 +136,10 @@ def _write_weights(plan: ExportPlan, folder: Path, progress: Callable[[str], Non
         tensors: dict[str, Tensor] = {}
         for entry in group:
             tensor = plan.reader[entry.ours]
-            mapping.check_tensor(entry.ours, tensor, entry.shape, where=str(plan.folder))
+            check_tensor(entry.ours, tensor, entry.shape, where=str(plan.folder))
             converted = tensor.to(plan.dtypes[entry.hf[0]])
             if converted.dtype != tensor.dtype:
-                mapping.check_tensor(f"{entry.ours} as {converted.dtype}", converted, entry.shape, where=str(plan.folder))
+                check_tensor(f"{entry.ours} as {converted.dtype}", converted, entry.shape, where=str(plan.folder))
             tensors |= entry.split(converted)
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)

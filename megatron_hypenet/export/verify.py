@@ -20,7 +20,8 @@ from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.config.schema import ParallelConfig
 from megatron_hypenet.errors import VerificationError
 from megatron_hypenet.export import hf_config, mapping
-from megatron_hypenet.export.from_hf import ImportPlan, parse_dtype, plan_import
+from megatron_hypenet.export.plan import ImportPlan, plan_import
+from megatron_hypenet.export.tensors import parse_dtype
 
 TOLERANCE = {"float64": 1e-5, "float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-3}
 """Largest accepted difference of logits, relative to the largest logit, by compute dtype. Both sides sum in other orders; Megatron's RoPE

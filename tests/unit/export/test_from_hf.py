@@ -5,7 +5,6 @@ import torch
 
 from megatron_hypenet.checkpoint import load
 from megatron_hypenet.errors import CheckpointError, ConfigError, ConversionError
-from megatron_hypenet.export import from_hf
 from megatron_hypenet.export.from_hf import import_hf
 
 NORM = "model.norm.weight"
@@ -153,10 +152,3 @@ def test_a_failed_overwrite_leaves_the_old_checkpoint(hf_model, tmp_path):
     with pytest.raises(ConversionError):
         import_hf(broken.write(tmp_path / "broken"), tmp_path / "ckpt", overwrite=True)
     assert torch.isfinite(load.read_weights(tmp_path / "ckpt")["decoder.final_layernorm.weight"]).all()
-
-
-def test_plan_reads_no_weights_and_writes_nothing(hf_model, tmp_path):
-    model = hf_model(student=True)
-    model.tensors[NORM][0] = torch.nan
-    plan = from_hf.plan_import(model.write(tmp_path / "hf"))
-    assert plan.kind == "student" and plan.config == model.model and not plan.duplicate_head

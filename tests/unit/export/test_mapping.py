@@ -1,5 +1,4 @@
 import pytest
-import torch
 
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.errors import ConversionError
@@ -66,23 +65,6 @@ def test_head_and_gate_rows_follow_the_configuration():
     assert not any("gate" in name for name in teacher) and "output_layer.weight" in teacher
 
 
-def test_split_undoes_join():
-    for entry in mapping.entries(student()):
-        parts = [torch.randn(entry.part_shape) for _ in entry.hf]
-        joined = entry.join(parts)
-        assert joined.shape == entry.shape
-        back = entry.split(joined)
-        assert list(back) == list(entry.hf)
-        assert all(torch.equal(back[name], part) and back[name].is_contiguous() for name, part in zip(entry.hf, parts, strict=True))
-
-
-def test_gate_comes_before_up():
-    entry = next(entry for entry in mapping.entries(student()) if "linear_fc1" in entry.ours)
-    gate, up = torch.zeros(entry.part_shape), torch.ones(entry.part_shape)
-    assert entry.hf[0].endswith("gate_proj.weight")
-    assert torch.equal(entry.join([gate, up])[: entry.part_shape[0]], gate)
-
-
 def test_unknown_mixer_is_refused():
     with pytest.raises(ConversionError, match="gdn.*no rows in export/mapping.py"):
         mapping.entries(student().replace(mixer_types=("attn", "gdn")))
@@ -92,21 +74,3 @@ def test_missing_and_extra_names_are_counted_and_named():
     with pytest.raises(ConversionError, match=r"x: 2 of 4 tensors are missing, first c, d; 1 tensors have no row.*first q"):
         mapping.check_names(["a", "b", "c", "d"], ["a", "b", "q"], where="x")
     mapping.check_names(["a", "b"], ["b", "a"], where="x")
-
-
-@pytest.mark.parametrize(
-    ("tensor", "message"),
-    [
-        (torch.zeros(3, 2), r"shape \[3, 2\], the configuration asks for \[2, 3\]"),
-        (torch.zeros(2, 3, dtype=torch.int8), "stored as int8; supported are float32"),
-        (torch.tensor([[0.0, torch.nan, 1], [0, torch.inf, 1]]), "2 of 6 values that are NaN or infinite"),
-    ],
-)
-def test_bad_tensor_is_named(tensor, message):
-    with pytest.raises(ConversionError, match=message):
-        mapping.check_tensor("w", tensor, (2, 3), where="x")
-
-
-@pytest.mark.parametrize("dtype", mapping.SUPPORTED_DTYPES, ids=str)
-def test_good_tensor_passes(dtype):
-    mapping.check_tensor("w", torch.ones(2, 3, dtype=dtype), (2, 3), where="x")

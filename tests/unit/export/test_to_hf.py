@@ -10,6 +10,7 @@ from megatron_hypenet.checkpoint import save
 from megatron_hypenet.errors import CheckpointError, ConfigError, ConversionError, SetupError
 from megatron_hypenet.export import mapping, to_hf
 from megatron_hypenet.export.from_hf import import_hf
+from megatron_hypenet.export.tensors import join
 from megatron_hypenet.export.to_hf import export_hf
 
 
@@ -109,7 +110,7 @@ def test_a_teacher_has_no_logits_scaling(imported, tmp_path):
 
 
 def write_checkpoint(model, folder, change):
-    tensors = {entry.ours: entry.join([model.tensors[name] for name in entry.hf]).clone() for entry in mapping.entries(model.model)}
+    tensors = {entry.ours: join([model.tensors[name] for name in entry.hf]).clone() for entry in mapping.entries(model.model)}
     change(tensors)
     return save.write_weights(folder, tensors, model.model, kind="student")
 
