@@ -40,16 +40,33 @@ class DropOutput:
             consumed.register_hook(self._fill)
 
     def _fill(self, _: Tensor) -> None:
-        """Storages, not tensors, are filled: the consumer may have kept a view of the result."""
+        """Runs in backward, before that of the consumer."""
         if self._output is None:
             return
         if not torch.autograd._is_checkpoint_valid():
             raise RuntimeError("results that are made again in backward need .backward(): torch.autograd.grad() cannot be used")
         self._made_by.again = _again(self._made_by)
-        new, old = self._made_by.again[0].untyped_storage(), self._output.untyped_storage()
-        old.resize_(new.size())
-        old.copy_(new)
+        _restore(self._output, self._made_by.again[0])
         self._output = self._made_by = None
+
+
+def _restore(dropped: Tensor, made: Tensor) -> None:
+    """Let everything that shares the dropped tensor's storage see the numbers of `made`.
+
+    A consumer that kept the tensor itself gets the other storage for nothing; views that it may have kept instead (as behind hooks of
+    ZeRO-3, or Megatron's copy to tensor-parallel ranks) have to find the numbers in the old one."""
+    if _references(dropped) == _references(torch.empty(0)):
+        dropped.data = made.detach()
+    else:
+        storage = dropped.untyped_storage()
+        storage.resize_(made.untyped_storage().size())
+        storage.copy_(made.untyped_storage())
+
+
+def _references(x: Tensor) -> int:
+    """How many tensors share x's storage, and what Python adds to that."""
+    storage = x.untyped_storage()
+    return torch._C._storage_Use_Count(storage._cdata)
 
 
 class _Dropped(torch.autograd.Function):

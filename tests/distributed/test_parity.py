@@ -43,7 +43,7 @@ GRADIENTS = "tests.distributed.gradient_worker"
 LIMITS = {"loss": 1e-5, "grad_norm": 1e-4, "weights": 3e-4, "weights_rms": 1e-5}
 """In float32. Adam divides a gradient by its own size, so where gradients are about as small as their rounding errors a weight can differ
 by a part of the learning rate (at most 1% of the five steps' sum, 0.03); such weights are few, which the root mean square shows."""
-RECOMPUTE = {"tp2-sp-pp2": "selective", "tp2-sp-dp2-zero3": "full"}
+RECOMPUTE = {"tp2-sp": "selective", "dp2-zero3": "selective", "tp2-sp-pp2": "selective", "tp2-sp-dp2-zero3": "full"}
 """Layouts whose stages 2 and 3 compute activations again in backward."""
 VARIANTS = {"": {}, "free": {"stage_changes": {"clip_grad": 0.0}}}
 """As the tests' settings are, and without clipping."""

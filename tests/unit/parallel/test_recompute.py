@@ -19,28 +19,32 @@ class Scaled(torch.nn.Module):
         return torch.tanh(x * self.scale) if y is None else torch.tanh(x * self.scale * y)
 
 
-def step(drops, **changes):
-    """A cheap part, a product that reads a view of it, once with and once without dropping."""
+def step(drops, view=False):
+    """A cheap part and a product that reads it, or a view of it, with or without dropping."""
     cheap = Scaled()
     x = torch.arange(12.0, dtype=torch.float64).view(3, 4).div(10).requires_grad_()
     weight = WEIGHT.clone().requires_grad_()
     drop = DropOutput()
     middle = drop.checkpoint(cheap, x) if drops else cheap(x)
-    out = F.linear(middle.view(1, 3, 4), weight)
+    out = F.linear(middle.view(1, 3, 4) if view else middle, weight)
     if drops:
         drop.discard_output_and_register_recompute(out)
     held = middle.untyped_storage().nbytes()
     return cheap, (out * x.sum()).square().sum(), (x, weight, cheap.scale), held
 
 
-def test_the_result_is_dropped_and_gradients_are_the_same():
-    kept_cheap, kept_loss, kept, held = step(drops=False)
-    cheap, loss, dropped, nothing = step(drops=True)
+@pytest.mark.parametrize("view", [False, True])
+def test_the_result_is_dropped_and_gradients_are_the_same(view, monkeypatch):
+    """Numbers are copied only where the consumer kept another tensor than the one it was given."""
+    copies, copy = [], torch.UntypedStorage.copy_
+    monkeypatch.setattr(torch.UntypedStorage, "copy_", lambda *storages: copies.append(1) or copy(*storages))
+    kept_cheap, kept_loss, kept, held = step(drops=False, view=view)
+    cheap, loss, dropped, nothing = step(drops=True, view=view)
     assert held == 3 * 4 * 8 and nothing == 0
     assert torch.equal(loss, kept_loss) and cheap.calls == 1
     kept_loss.backward()
     loss.backward()
-    assert cheap.calls == 2 and kept_cheap.calls == 1
+    assert cheap.calls == 2 and kept_cheap.calls == 1 and len(copies) == view
     for got, want in zip(dropped, kept, strict=True):
         torch.testing.assert_close(got.grad, want.grad, rtol=1e-14, atol=0)
 
