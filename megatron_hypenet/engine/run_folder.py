@@ -39,6 +39,7 @@ MAY_CHANGE = (
     "*.eval_interval",
     "*.vocab_chunk_tokens",
     "*.batch_size",
+    "*.cuda_graphs",
     "checkpoint.*",
     "guard.max_skipped_steps",
     "guard.hang_timeout_seconds",
