@@ -161,8 +161,8 @@ class HeadStageConfig(StageConfig):
     recompute: Recompute = Field(
         default="none",
         description="Activations computed again in backward instead of kept: none, selective (layer norms, the MLP's activation, and "
-        "recurrent mixers between their projections: saves about a third for a few percent more time), or full (whole layers: least memory, "
-        "a third more work).",
+        "recurrent mixers between their projections: saves about a third for a few percent more time), or full (whole layers: least "
+        "memory, a third more work).",
     )
 
 
