@@ -40,6 +40,7 @@ MAY_CHANGE = (
     "*.vocab_chunk_tokens",
     "*.batch_size",
     "*.cuda_graphs",
+    "*.recompute",
     "checkpoint.*",
     "guard.max_skipped_steps",
     "guard.hang_timeout_seconds",

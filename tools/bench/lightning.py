@@ -1,11 +1,15 @@
 """Lightning Attention against its peers on one GPU: first correctness, then time, in one run.
 
     python tools/bench/lightning.py                 # CUDA: the whole table; needs fla-core for the peer
+    python tools/bench/lightning.py --only D64      # the rows whose name holds a word: "fp32", "of 512", "D256", ...
     python tools/bench/lightning.py --tiny --out D  # anywhere: small shapes, no peer, to see that the script works
 
 Writes lightning_<gpu>_<yyyymm>.{json,csv,md,png} to --out. The peer is `fla.ops.simple_gla.chunk_simple_gla` with `g_gamma`, called
 directly, its tuning forgotten before each shape (its keys leave out the length). Errors are relative RMS against the recurrence in
-float64, chunked, head by head. Roofline: each input read once, each output written once, at the copy bandwidth of the same run."""
+float64, chunked, head by head. Roofline: each input read once, each output written once, at the copy bandwidth of the same run.
+
+Before its first row the peer compiles for minutes, one kernel after the other. Processes with different --only, started beside each other
+and thrown away, fill Triton's cache sooner; time alone afterwards."""
 
 from __future__ import annotations
 
@@ -273,12 +277,16 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--tiny", action="store_true", help="small shapes only; the default without a GPU")
+    parser.add_argument("--only", default="", metavar="WORD", help="rows whose name holds this word")
     args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     copy_gbps = copy_bandwidth(device)
     about = environment(device, copy_gbps)
     rows = []
-    for shape in TINY if args.tiny or device == "cpu" else TABLE:
+    shapes = [shape for shape in (TINY if args.tiny or device == "cpu" else TABLE) if args.only in shape.name]
+    if not shapes:
+        parser.error(f"--only {args.only}: no row's name holds it")
+    for shape in shapes:
         rows += measure(shape, device, copy_gbps)
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -37,9 +37,9 @@ Row = dict[str, Any]
 class Sweep:
     """Inputs of one shape and a way to launch each kernel under any plan; every launch returns what it wrote."""
 
-    def __init__(self, tokens: int, heads: int, dim: int, dtype: torch.dtype, device: str) -> None:
+    def __init__(self, batch: int, tokens: int, heads: int, dim: int, dtype: torch.dtype, device: str) -> None:
         generator = torch.Generator(device).manual_seed(4)
-        draw = [torch.randn(1, tokens, heads, dim, generator=generator, device=device).to(dtype) for _ in range(4)]
+        draw = [torch.randn(batch, tokens, heads, dim, generator=generator, device=device).to(dtype) for _ in range(4)]
         self.q, self.k, self.v, self.do = draw
         self.decay, self.scale, self.device = kernels._log2_decay(log_decay(heads), self.q.device), dim**-0.5, device
         self.plan = kernels._plan(self.q, self.v)
@@ -93,6 +93,7 @@ class Sweep:
 def main(argv: list[str] | None = None) -> int:
     """Print the rows; with --out write them as one JSON file too."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=131072)
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--dim", type=int, default=128)
@@ -103,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.pointers:
         kernels._has_descriptors = lambda device: False
-    shape = (256, 1, 128, torch.float16) if args.tiny else (args.tokens, args.heads, args.dim, torch.bfloat16)
+    shape = (1, 256, 1, 128, torch.float16) if args.tiny else (args.batch, args.tokens, args.heads, args.dim, torch.bfloat16)
     rows = []
     for row in Sweep(*shape, device).rows():
         rows.append(row)
