@@ -40,6 +40,7 @@ VERBS: dict[str, str] = {
     "ckpt": "List, inspect and compare checkpoints.",
     "report": "Summarise a finished run: losses, recall, figures.",
     "config": "Show, validate or describe a run configuration.",
+    "plan": "Show the GPU memory of each stage, and layouts that fit.",
     "submit": "Hand a run to SLURM, as one job or one per stage.",
     "status": "Show the jobs of a run and how far it is.",
     "logs": "Show a job's logs, or what failed first in it.",

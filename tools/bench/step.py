@@ -4,8 +4,8 @@
     python tools/bench/step.py --tiny --out DIR      # anywhere: a tiny model, to see that the script works
 
 A fresh process per row. Writes step_<gpu>_<yyyymm>.{json,md}. MFU counts useful FLOPs only (megatron_hypenet/model/flops.py) against the
-dense bf16 peak. The reference column is the paper's own code on an H100 80GB (torch 2.11, batch x tokens as in the row), measured apart
-from this script, so the ratio holds for that GPU alone."""
+dense bf16 peak. Memory is the peak of what torch allocated, beside what `hypenet plan` expects. The reference column is the paper's own
+code on an H100 80GB (torch 2.11, batch x tokens as in the row), measured apart from this script, so the ratio holds for that GPU alone."""
 
 from __future__ import annotations
 
@@ -34,31 +34,35 @@ ROWS = (
 def measure(row: dict[str, Any], out: Path) -> None:
     """Time the steps of one row in this process."""
     import torch
-    from random_stage import TimedSteps, build, median, model_config
+    from random_stage import TimedSteps, build, median, model_config, teacher_of
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     from megatron_hypenet.config.schema import HeadStageConfig, ParallelConfig
     from megatron_hypenet.engine.hardware import Workload, peak_flops
+    from megatron_hypenet.engine.memory import stage_memory
     from megatron_hypenet.engine.metrics import memory_gib
     from megatron_hypenet.engine.process import leave
     from megatron_hypenet.parallel import groups
 
-    parallel = ParallelConfig()
+    parallel = ParallelConfig(zero_stage=row["zero_stage"])
     groups.init_parallel(parallel)
     config = HeadStageConfig(
         train_iters=row["warmup"] + row["steps"], seq_length=row["seq_length"], micro_batch_size=row["batch"],
         global_batch_size=row["batch"], lr=1e-5, min_lr=1e-5, recompute=row["recompute"],
     )  # fmt: skip
-    stage = build(row["stage"], model_config(row["model"]), config, parallel)
+    student = model_config(row["model"], num_layers=row["layers"])
+    stage = build(row["stage"], student, config, parallel)
     steps = TimedSteps(stage, config, parallel)
     steps.run(row["warmup"])
     steps.run(row["steps"])
     speed = config.tokens_per_step / median(steps.seconds)
+    (memory,) = stage_memory(row["stage"], teacher_of(student), student, config, parallel, data_ranks=1)
     work = Workload(stage.flops_per_token(config.seq_length), 1, peak_flops())
     result = {
-        **row, "losses": steps.losses, "seconds": steps.seconds, "tokens_per_second": speed, "tflops": work.tflops_per_device(speed),
-        "mfu": work.mfu(speed), "memory_gib": memory_gib(), "ratio": speed / row["reference"], "torch": torch.__version__,
+        **row, "losses": steps.losses, "seconds": steps.seconds, "tokens_per_second": speed, "ratio": speed / row["reference"],
+        "tflops": work.tflops_per_device(speed), "mfu": work.mfu(speed), "memory_gib": memory_gib(),
+        "estimated_gib": memory.total / 2**30, "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
     }  # fmt: skip
     if torch.cuda.is_available() and row["profile"]:
@@ -75,6 +79,7 @@ def measure(row: dict[str, Any], out: Path) -> None:
 def rows(options: argparse.Namespace) -> list[dict[str, Any]]:
     """What is measured: the rows above, or one small one per stage."""
     shared = {"model": options.model, "steps": 10, "warmup": 4, "profile": options.profile, "recompute": "none"}
+    shared |= {"layers": options.layers, "zero_stage": options.zero_stage}
     chosen = {"recompute": options.recompute} if options.recompute else {}
     if options.tiny:
         small = {"model": "tiny", "batch": 2, "seq_length": 64, "steps": 2, "warmup": 1}
@@ -84,7 +89,9 @@ def rows(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def table(results: Sequence[dict[str, Any]]) -> str:
     """The Markdown report."""
-    lines = ["| stage | batch x tokens | recompute | tokens/s | TFLOP/s | MFU | memory GiB | reference tokens/s | ratio | goal |"]
+    lines = [
+        "| stage | batch x tokens | recompute | tokens/s | TFLOP/s | MFU | memory GiB (estimate) | reference tokens/s | ratio | goal |"
+    ]
     lines.append("|---|---|---|---|---|---|---|---|---|---|")
     for row in results:
         if "failed" in row:
@@ -94,7 +101,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         lines.append(
             f"| {row['stage']} | {row['batch']} x {row['seq_length']} | {row['recompute']} "
             f"| {row['tokens_per_second']:.0f} | {row['tflops']:.1f} | {mfu} "
-            f"| {row['memory_gib']:.1f} | {row['reference']:.0f} | {row['ratio']:.2f} | {row['goal']} |"
+            f"| {row['memory_gib']:.1f} ({row['estimated_gib']:.1f}) | {row['reference']:.0f} | {row['ratio']:.2f} | {row['goal']} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -107,6 +114,8 @@ def main() -> None:
     parser.add_argument("--stage", default="", help="only this stage")
     parser.add_argument("--model", default="hypenet_2b", help="a file of configs/model")
     parser.add_argument("--recompute", choices=["none", "selective", "full"], help="activations computed again, in every row")
+    parser.add_argument("--layers", type=int, help="only so many layers of the model; references and goals do not apply then")
+    parser.add_argument("--zero-stage", type=int, default=1, choices=[0, 1, 2, 3])
     parser.add_argument("--profile", action="store_true", help="also list the kernels that take longest")
     parser.add_argument("--row", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()

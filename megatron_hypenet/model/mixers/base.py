@@ -101,6 +101,12 @@ class Mixer(MegatronModule, ABC):
 
     @classmethod
     @abstractmethod
+    def kept_numbers(cls, model: ModelConfig, tensor_ranks: int, *, dropped: bool) -> float:
+        """Numbers per token that one rank keeps for backward, from the projected sections to what `linear_proj` takes, with this package's
+        kernels; `dropped`: under selective recomputation."""
+
+    @classmethod
+    @abstractmethod
     def mix_flops_per_token(cls, model: ModelConfig, seq_length: int) -> float:
         """Floating-point operations of the forward pass per token beside the projections, at the given length."""
 

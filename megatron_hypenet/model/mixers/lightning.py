@@ -42,6 +42,12 @@ class LightningAttn(Mixer):
         return super().num_parameters(model) + model.query_size
 
     @classmethod
+    def kept_numbers(cls, model: ModelConfig, tensor_ranks: int, *, dropped: bool) -> float:
+        """The four sections; unless dropped also rotated q and k, o, and the gated norm of o, which over several ranks is three steps."""
+        inside = 0 if dropped else 4 if tensor_ranks == 1 else 6
+        return (4 + inside) * model.query_size / tensor_ranks
+
+    @classmethod
     def mix_flops_per_token(cls, model: ModelConfig, seq_length: int) -> float:
         """Per head: state update and read, 4 d^2, and half a 64-token chunk of two products, 2 * 64 * d."""
         d = model.kv_channels

@@ -32,6 +32,12 @@ class SoftmaxAttn(Mixer):
         return {**rows, "gate": model.query_size} if model.attn_use_output_gate else rows
 
     @classmethod
+    def kept_numbers(cls, model: ModelConfig, tensor_ranks: int, *, dropped: bool) -> float:
+        """The sections, normalised q and k, and o, with a gate also its sigmoid and the product; nothing is dropped."""
+        gated = 2 * model.query_size if model.attn_use_output_gate else 0
+        return (sum(cls.sections(model).values()) + 2 * model.query_size + model.kv_size + gated) / tensor_ranks
+
+    @classmethod
     def mix_flops_per_token(cls, model: ModelConfig, seq_length: int) -> float:
         """Two products over half the sequence on average: 4 * heads * head_dim * seq_length / 2."""
         return 2.0 * model.query_size * seq_length

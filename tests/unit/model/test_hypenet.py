@@ -1,13 +1,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from megatron_hypenet.config.schema import ParallelConfig
 from megatron_hypenet.model.hypenet import build_model
 from megatron_hypenet.model.mixers import LightningAttn, SoftmaxAttn
+from tests.held import bytes_held
 from tests.tiny import tiny_model_config, tiny_teacher_config
 
 IDS = torch.randint(0, 61, (2, 11), generator=torch.Generator().manual_seed(0))
@@ -71,24 +69,6 @@ def test_mixers_can_be_read_and_replaced_by_global_index():
         model.mixer(2)
     with pytest.raises(KeyError, match="layer 5"):
         model.set_mixer(5, first)
-
-
-def bytes_held(model, *args):
-    """Result of the model's hidden states, and the memory that its forward pass left alive: unique storages made in it."""
-    made, own = {}, {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            result = function(*args, **(kwargs or {}))
-            for x in tree_leaves(result):
-                if isinstance(x, torch.Tensor) and (storage := x.untyped_storage())._cdata not in own:
-                    made.setdefault(storage._cdata, StorageWeakRef(storage))
-            return result
-
-    with Watch():
-        hidden = model.hidden(*args)
-    alive = [torch.UntypedStorage._new_with_weak_ptr(found.cdata) for found in made.values() if not found.expired()]
-    return hidden, sum(storage.nbytes() for storage in alive)
 
 
 def test_recomputing_gives_the_same_gradients_and_holds_less():

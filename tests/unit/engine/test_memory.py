@@ -1,0 +1,134 @@
+"""The memory of a training stage: against an H100's own count, against DeepSpeed's tensors, and against what forward keeps."""
+
+import gc
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from megatron_hypenet.config.model import ModelConfig
+from megatron_hypenet.config.schema import HeadStageConfig, ParallelConfig
+from megatron_hypenet.engine import memory
+from megatron_hypenet.engine.deepspeed import TrainingEngine
+from megatron_hypenet.engine.fitting import teacher_and_student
+from megatron_hypenet.engine.memory import stage_memory
+from megatron_hypenet.model.hypenet import build_model
+from megatron_hypenet.parallel import groups
+from tests.held import bytes_held
+from tests.tiny import tiny_model_config
+from tests.unit.engine.toy import ToyData, ToyStage, stage_config
+
+GIB = 2**30
+
+
+@pytest.fixture
+def model(repo_root):
+    return lambda name: ModelConfig.model_validate(yaml.safe_load((repo_root / "configs" / "model" / f"{name}.yaml").read_text()))
+
+
+def config(batch, length, *, ranks=1, micro_batches=1, **changes):
+    return HeadStageConfig(
+        train_iters=1,
+        seq_length=length,
+        micro_batch_size=batch,
+        global_batch_size=batch * ranks * micro_batches,
+        lr=1e-5,
+        min_lr=1e-5,
+        **changes,
+    )
+
+
+def estimate(shape, name, stage, *, ranks=1, **parallel):
+    return stage_memory(name, *teacher_and_student(shape), stage, ParallelConfig(**parallel), data_ranks=ranks)
+
+
+@pytest.mark.parametrize(("batch", "measured"), [(4, 15.30), (24, 26.59)])
+def test_what_an_h100_counted(model, batch, measured):
+    """Peak of allocated memory that tools/bench/step.py printed for stage 1 of HypeNet-2B on an H100 80GB, torch 2.11, 2026-11-23."""
+    (found,) = estimate(model("hypenet_2b"), "align", config(batch, 512))
+    assert found.total / GIB == pytest.approx(measured, rel=0.01)
+
+
+class Wide(ToyStage):
+    """A million weights, so that DeepSpeed's own small tensors do not count."""
+
+    def __init__(self):
+        super().__init__(torch.bfloat16)
+        del self.table, self.head, self.bias
+        self.layers = nn.ParameterList([nn.Parameter(torch.randn(500, 500).bfloat16()) for _ in range(4)])
+
+    def forward(self, batch):
+        x = torch.ones(4, 500, dtype=torch.bfloat16)
+        for weight in self.layers:
+            x = torch.tanh(x @ weight)
+        return x.float().mean(), {}
+
+
+def storages():
+    """Memory of all tensors that live, gradients too, by address."""
+    gc.collect()
+    found = [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]
+    gradients = [x.grad for x in found if x.is_leaf and x.grad is not None]
+    return {x.untyped_storage().data_ptr(): x.untyped_storage() for x in [*found, *gradients]}
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_weights_gradients_and_optimizer_are_deepspeeds_tensors(zero_stage, monkeypatch):
+    monkeypatch.setattr("megatron_hypenet.engine.deepspeed.BUCKET_NUMBERS", 250_000)
+    groups.init_parallel(ParallelConfig())
+    parallel, weights, before = ParallelConfig(zero_stage=zero_stage, gradient_exchange="bfloat16"), 1e6, storages()
+    engine = TrainingEngine(Wide(), stage_config(global_batch_size=2), parallel)
+    engine.micro_step({"tokens": ToyData().batch(0, 2, 8)}, last=True)
+    held = sum(storage.nbytes() for address, storage in storages().items() if address not in before)
+    engine.close()
+    monkeypatch.setattr(memory, "BUCKET_NUMBERS", 250_000)
+    rank = memory._Rank("finetune", stage_config(), parallel, 1, (1,), 0)
+    states = memory._states(rank, weights)
+    live = memory.NARROW * weights if zero_stage == 3 else 0.0  # gathered only while they are used, and on one rank not copied
+    assert held == pytest.approx(sum(states.values()) - live, rel=0.02)
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recurrent_layers_keep_what_they_say(recompute):
+    """With recomputation a CPU keeps what a GPU keeps."""
+    shapes = [tiny_model_config(("lightning_attn",) * layers) for layers in (1, 2)]
+    ids = torch.randint(0, 61, (2, 11), generator=torch.Generator().manual_seed(0))
+    built = [build_model(shape, ParallelConfig(), dtype=torch.bfloat16, seed=3, recompute=recompute) for shape in shapes]
+    held = [bytes_held(model, ids)[1] for model in built]
+    rank = memory._Rank("finetune", config(1, 64), ParallelConfig(), 1, (2,), 0)
+    want = memory.NARROW * memory._kept_numbers(rank, shapes[1], 0, recompute)
+    assert (held[1] - held[0]) / ids.numel() == pytest.approx(want, rel=0.02)
+
+
+def test_sharding_and_splitting_take_their_share(model):
+    shape = model("hypenet_9b")
+    (alone,) = estimate(shape, "distill", config(12, 512))
+    (eight,) = estimate(shape, "distill", config(12, 512, ranks=8), ranks=8)
+    (zero3,) = estimate(shape, "distill", config(12, 512, ranks=8), ranks=8, zero_stage=3)
+    assert (
+        eight.optimizer == pytest.approx(alone.optimizer / 8) and eight.weights == alone.weights and eight.activations == alone.activations
+    )
+    assert zero3.weights < 0.3 * eight.weights
+    (split,) = estimate(shape, "distill", config(12, 512), tensor_model_parallel_size=2, sequence_parallel=True)
+    assert split.weights == pytest.approx(alone.weights / 2, rel=1e-3) and split.teacher == pytest.approx(alone.teacher / 2, rel=1e-3)
+    assert alone.activations / 2 <= split.activations < 0.6 * alone.activations  # over two ranks the output norm is three steps
+    (offloaded,) = estimate(shape, "distill", config(12, 512), offload_optimizer=True)
+    assert offloaded.optimizer == 0 and alone.optimizer > 0
+
+
+def test_pipeline_stages_together_hold_the_model_and_the_first_holds_most_micro_batches(model):
+    shape = model("hypenet_2b")
+    (whole,) = estimate(shape, "finetune", config(1, 16384))
+    parts = estimate(shape, "finetune", config(1, 16384, micro_batches=8), pipeline_model_parallel_size=4)
+    table = 2 * shape.vocab_size * shape.hidden_size  # the tied embedding is there twice
+    assert sum(part.weights for part in parts) == pytest.approx(whole.weights + table, rel=1e-6)
+    assert parts[0].activations > parts[1].activations > parts[3].activations
+    assert parts[3].work > 4 * shape.vocab_size * shape.hidden_size, "the last stage has the loss"
+
+
+def test_recomputation_trades_activations(model):
+    shape = model("hypenet_2b")
+    none, selective, full = (estimate(shape, "finetune", config(1, 16384, recompute=kind))[0] for kind in ("none", "selective", "full"))
+    assert none.activations > 1.5 * selective.activations > 5 * full.activations
+    assert none.weights == selective.weights == full.weights
