@@ -132,8 +132,8 @@ class TrainingEngine:
         self.sums: GradientSums | None = None
         self.graphs: CudaGraphs | None = None
         if type(self.engine.optimizer).__name__ == "BF16_Optimizer":
-            undivided = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size == 1
-            self.sums = GradientSums(self.engine.optimizer, whole_buffers=undivided, exchange=getattr(torch, parallel.gradient_exchange))
+            exchange = getattr(torch, parallel.gradient_exchange)
+            self.sums = GradientSums(self.engine.optimizer, counts=self._counts_in_norm, exchange=exchange)
             # micro-batches so small have no need to recompute, and Megatron's way of it restores random states, which no graph holds
             recomputes = isinstance(stage, HeadStageConfig) and stage.recompute != "none"
             if torch.cuda.is_available() and parallel.model_parallel_size == 1 and stage.cuda_graphs and not recomputes:
@@ -170,6 +170,13 @@ class TrainingEngine:
             dist.all_reduce(self._accumulated(parameter), group=groups.embedding_group())
         self.engine.set_gradient_accumulation_boundary(True)
         self.engine.allreduce_gradients()
+
+    def _counts_in_norm(self, parameter: nn.Parameter) -> bool:
+        """Of weights that several model-parallel ranks hold whole, one rank's gradient counts, as in DeepSpeed's own norm."""
+        if getattr(parameter, "ds_pipe_replicated", False):
+            return False
+        split = getattr(parameter, "tensor_model_parallel", False) or getattr(parameter, "model_parallel", False)
+        return split or groups.tensor_group().rank() == 0
 
     def _accumulated(self, parameter: nn.Parameter) -> Tensor:
         """The local sum of gradients, wherever this DeepSpeed optimizer keeps it."""

@@ -2,20 +2,24 @@
 
 Found with DeepSpeed 0.19.8, in bytes of memory traffic per weight: each micro-batch's gradient is copied to fp32 (6) and added to the sum
 (12), the sums are set to zero twice between steps (8), and even a single rank takes them through bf16 and back for the reduction (20),
-which rounds them. Here the first gradient of a step overwrites the sum (6), later ones are added as they are (10), and the sums of all
-ranks are added in place, in fp32 unless the layout asks for bf16. The norm takes whole buffers where all of them count."""
+which rounds them. Here the first gradient of a step overwrites the sum (6), later ones are added as they are (10), and the ranks' sums are
+reduced in place, in fp32 unless the layout asks for bf16.
+
+Every data-parallel rank updates its own part of the weights (ZeRO-1), so the sums are scattered while they are reduced: half of what an
+all-reduce sends. Afterwards a rank's part is right and the rest of its buffer is not; the norm adds up the ranks' parts."""
 
 from __future__ import annotations
 
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-PIECE = 2**27
-"""Gradients in one collective: enough to use the links fully, few enough for a bf16 copy."""
+PIECE = 2**24
+"""Gradients of each rank in one collective of bf16 copies: enough to use the links fully, few enough to copy."""
 
 
 class GradientSums:
@@ -23,11 +27,11 @@ class GradientSums:
 
     `optimizer.fp32_groups_has_gradients` stays the record of what this step's sums hold: one not marked there holds an earlier step's."""
 
-    def __init__(self, optimizer: Any, *, whole_buffers: bool, exchange: torch.dtype = torch.float32) -> None:
-        """`whole_buffers`: every gradient counts in this process's norm, as without tensor and pipeline parallelism; `exchange`: dtype in
-        which sums travel between data-parallel ranks."""
-        self.optimizer, self.whole_buffers, self.exchange = optimizer, whole_buffers, exchange
-        self._norm = optimizer.get_grads_for_norm
+    def __init__(self, optimizer: Any, *, counts: Callable[[nn.Parameter], bool], exchange: torch.dtype = torch.float32) -> None:
+        """`counts`: whether a parameter's gradient is part of this process's share of the norm, and not of another's that holds the same
+        weights; `exchange`: dtype in which sums travel between data-parallel ranks."""
+        self.optimizer, self.exchange = optimizer, exchange
+        self._counted = _counted(optimizer, counts)
         optimizer._update_hp_grad = self._accumulate
         optimizer.clear_hp_grads = self.forget
         optimizer.get_grads_for_reduction = self._for_reduction
@@ -80,18 +84,50 @@ class GradientSums:
             for total, holds in zip(sums, marked, strict=True):
                 if not holds:  # a parameter that got no gradient here may have got one on another rank
                     total.zero_()
-        ranks = dist.get_world_size(group)
-        for flat in optimizer.fp32_groups_gradients_flat if ranks > 1 else ():
-            for piece in flat.split(PIECE):
-                travelling = piece.to(self.exchange)  # the piece itself in fp32
-                dist.all_reduce(travelling, group=group)
-                if travelling is not piece:
-                    piece.copy_(travelling)
-                piece.mul_(1 / ranks)
+        if (ranks := dist.get_world_size(group)) > 1:
+            for whole, own in zip(optimizer.fp32_groups_gradients_flat, optimizer.fp32_groups_gradient_flat_partition, strict=True):
+                self._scatter(whole, own, group)
+                own.mul_(1 / ranks)
         return [], {}
 
+    def _scatter(self, whole: Tensor, own: Tensor, group: dist.ProcessGroup) -> None:
+        """Sum `whole` over the ranks into `own`, this rank's part of it."""
+        if self.exchange == whole.dtype:
+            dist.reduce_scatter_tensor(own, whole, group=group)
+            return
+        parts = whole.view(dist.get_world_size(group), -1)
+        for start in range(0, parts.shape[1], PIECE):
+            sent = parts[:, start : start + PIECE].to(self.exchange)
+            received = sent.new_empty(sent.shape[1])
+            dist.reduce_scatter_tensor(received, sent.flatten(), group=group)
+            own[start : start + PIECE] = received
+
+    @torch.no_grad()
     def _for_norm(self, for_clipping: bool = False) -> Any:
-        if not self.whole_buffers:
-            return self._norm(for_clipping)
-        flat = self.optimizer.fp32_groups_actual_gradients_flat
-        return flat if for_clipping else (flat, {})
+        """What DeepSpeed takes the norm of and then adds over the model-parallel ranks: one number, over the data-parallel ones."""
+        own = self.optimizer.fp32_groups_gradient_flat_partition
+        if for_clipping:
+            return list(own)
+        square = torch.zeros((), dtype=torch.float32, device=own[0].device)
+        for group, start, stop in self._counted:
+            square += own[group][start:stop].norm().square()
+        if dist.get_world_size(self.optimizer.dp_process_group) > 1:
+            dist.all_reduce(square, group=self.optimizer.dp_process_group)
+        return [square.sqrt()], {}
+
+
+def _counted(optimizer: Any, counts: Callable[[nn.Parameter], bool]) -> list[tuple[int, int, int]]:
+    """(group, start, stop) of the stretches of this rank's parts that count in the norm, as few as possible."""
+    found: list[tuple[int, int, int]] = []
+    for group, (parameters, own) in enumerate(zip(optimizer.bf16_groups, optimizer.fp32_groups_gradient_flat_partition, strict=True)):
+        first = own.storage_offset()
+        begin = 0
+        for parameter in parameters:
+            start, stop = max(begin - first, 0), min(begin + parameter.numel() - first, own.numel())
+            begin += parameter.numel()
+            if start >= stop or not counts(parameter):
+                continue
+            if found and found[-1][0] == group and found[-1][2] == start:
+                start = found.pop()[1]
+            found.append((group, start, stop))
+    return found
