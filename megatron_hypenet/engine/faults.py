@@ -24,12 +24,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_hypenet.checkpoint.together import from_first
 from megatron_hypenet.config.schema import GuardConfig
 from megatron_hypenet.engine import heartbeat
 from megatron_hypenet.engine.hang import HangWatch, suspects
 from megatron_hypenet.engine.heartbeat import PULSE, Beat, Writer
-from megatron_hypenet.errors import HangError, HypenetError, PeerError, SavedAndRequeue, SetupError, is_disk_full
+from megatron_hypenet.errors import HangError, HypenetError, LayoutError, PeerError, SavedAndRequeue, SetupError, is_disk_full
 from megatron_hypenet.parallel import groups
 
 FOLDER = "errors"
@@ -170,6 +172,20 @@ def record_now(fault: BaseException) -> None:
     if _Current.place is not None and not isinstance(fault, SavedAndRequeue) and isinstance(fault, Exception | KeyboardInterrupt):
         if not (timed_out(fault) or lost_peer(fault)):  # those are explained first, which takes a while
             _Current.place.record(fault)
+
+
+def out_of_gpu_memory(fault: BaseException) -> LayoutError | None:
+    """What to do about a training stage that does not fit the GPU; None for any other fault."""
+    if not isinstance(fault, torch.OutOfMemoryError):
+        return None
+    stage = PULSE.stage
+    recompute = f"{stage}.recompute=selective or full, " if stage != "align" else ""
+    return LayoutError(
+        f"rank {groups.rank()} on {heartbeat.host_name()} ran out of GPU memory in {_here()}: {_first_line(fault)}\n"
+        f"  less memory take a smaller {stage}.micro_batch_size, {recompute}parallel.zero_stage=2 or 3, more tensor or context "
+        "parallelism;\n  `hypenet plan` shows what each part takes and which layouts fit. Start the same command with any of these: it "
+        "goes on from the last save"
+    )
 
 
 def explained(fault: BaseException, place: Place) -> BaseException:

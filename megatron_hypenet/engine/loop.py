@@ -22,10 +22,10 @@ from megatron_hypenet.checkpoint.together import from_first
 from megatron_hypenet.config.schema import RunConfig, StageConfig
 from megatron_hypenet.engine import signals
 from megatron_hypenet.engine.deepspeed import RefusedUpdate, TrainingEngine
-from megatron_hypenet.engine.faults import record_now
+from megatron_hypenet.engine.faults import out_of_gpu_memory, record_now
 from megatron_hypenet.engine.hardware import Workload, peak_flops
 from megatron_hypenet.engine.heartbeat import PULSE
-from megatron_hypenet.engine.metrics import MetricSums, Recorder, StepRecord
+from megatron_hypenet.engine.metrics import MetricSums, Recorder, StepRecord, memory_gib, reset_peak_memory
 from megatron_hypenet.engine.optim import lr_at
 from megatron_hypenet.engine.samples import TokenSource, step_batches
 from megatron_hypenet.engine.saving import Saver
@@ -67,7 +67,8 @@ def train(
     Returns at once when that is there. Otherwise continues from the newest usable checkpoint there is; on the same layout the
     continuation is bit-equal. `on_step` sees every step on every process; `evaluate` gives extra TensorBoard points every eval_interval
     steps and after the last. `extra` goes into the manifests.
-    Raises DivergedError (weights unchanged since the last good step), SavedAndRequeue after a signal or STOP file, CheckpointError.
+    Raises DivergedError (weights unchanged since the last good step), SavedAndRequeue after a signal or STOP file, LayoutError when the
+    stage does not fit the GPU, CheckpointError.
     """
     done: Path | None = from_first(finished_checkpoint(Path(out_dir), config))  # one answer, however slowly the folder shows up elsewhere
     if done is not None:
@@ -79,8 +80,11 @@ def train(
             trainer.open(tensorboard_dir or Path(out_dir) / "tb", log)
             return trainer.run_to_end(on_step, evaluate)
     except BaseException as fault:
-        record_now(fault)  # before anything is closed: the other processes are about to fail of it
-        raise
+        told = out_of_gpu_memory(fault) or fault
+        record_now(told)  # before anything is closed: the other processes are about to fail of it
+        if told is fault:
+            raise
+        raise told from fault
     finally:
         trainer.close()
 
@@ -109,6 +113,7 @@ class _Trainer:
     def open(self, tensorboard_dir: Path, log: Callable[[str], None] | None) -> None:
         """Build the engine, continue from a checkpoint if there is one, and open the logs."""
         PULSE.begin(self.stage.name, train_iters=self.config.train_iters)
+        reset_peak_memory()
         self.saver = Saver(self.out_dir / CHECKPOINTS, self.run.checkpoint)
         self.engine = TrainingEngine(self.stage, self.config, self.run.parallel)
         self.step_times = StepTimes(self.engine.own_time)
@@ -171,7 +176,8 @@ class _Trainer:
                 values = {tag: value for part in groups.gather_over_pipeline(values) for tag, value in part.items()}
                 record = replace(record, metrics=values)
                 times, slow = self.step_times.compare(self.recorder.interval_steps(step))
-                self.recorder.interval(record, {**values, **times}, self.state.tokens, slow=named(slow))
+                memory = max(groups.gather_numbers(memory_gib()))
+                self.recorder.interval(record, {**values, **times}, self.state.tokens, memory=memory, slow=named(slow))
             if on_step is not None:
                 on_step(record)
             pause = time.perf_counter()

@@ -34,7 +34,7 @@ TAGS = {
     "step-time/max-ms": "the slowest rank's",
     "tokens-seen": "tokens consumed since the stage began",
     "skipped-steps": "steps of this stage so far that were left out because their loss or gradient was not finite",
-    "memory-gib": "peak GPU memory, or resident memory on a CPU, of rank 0",
+    "memory-gib": "peak GPU memory of the stage, or resident memory on a CPU, of the rank where it is largest",
 }
 """Tag -> meaning and unit; eval/* comes from the evaluation callback."""
 
@@ -166,8 +166,9 @@ class Recorder:
             tokens_per_second=self._tokens / elapsed, eta_seconds=eta, workload=self.workload, skipped=skipped,
         )  # fmt: skip
 
-    def interval(self, record: StepRecord, metrics: Mapping[str, float], tokens_seen: int, *, slow: str = "") -> None:
-        """Log the interval that ends with `record`, and begin the next; `slow` names ranks that hold the others up."""
+    def interval(self, record: StepRecord, metrics: Mapping[str, float], tokens_seen: int, *, memory: float, slow: str = "") -> None:
+        """Log the interval that ends with `record`, and begin the next; `memory` is the fullest rank's `memory_gib`, `slow` names ranks
+        that hold the others up."""
         steps = self.interval_steps(record.step)
         if self._board is not None:
             points = {
@@ -178,7 +179,7 @@ class Recorder:
                 "step-time-ms": 1000 * (time.perf_counter() - self._since) / steps,
                 "tokens-seen": tokens_seen,
                 "skipped-steps": self.skipped_steps,
-                "memory-gib": memory_gib(),
+                "memory-gib": memory,
             }
             self.points(record.step, {**points, **self._use(record.tokens_per_second), **metrics})
             if slow:
@@ -251,8 +252,14 @@ class MetricSums:
         return values
 
 
+def reset_peak_memory() -> None:
+    """Begin to look for the peak of GPU memory anew."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
 def memory_gib() -> float:
-    """Peak GPU memory since the start, or resident memory of the process without CUDA, in GiB."""
+    """Peak GPU memory since `reset_peak_memory`, or resident memory of the process without CUDA, in GiB."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     import psutil

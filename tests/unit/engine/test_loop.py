@@ -13,7 +13,7 @@ from megatron_hypenet.checkpoint.state import TrainState
 from megatron_hypenet.config.schema import ParallelConfig
 from megatron_hypenet.engine import loop, signals
 from megatron_hypenet.engine.metrics import read_losses
-from megatron_hypenet.errors import ConfigError, DivergedError, SavedAndRequeue
+from megatron_hypenet.errors import ConfigError, DivergedError, LayoutError, SavedAndRequeue
 from megatron_hypenet.parallel import groups
 from tests.unit.engine.test_metrics import scalars
 from tests.unit.engine.toy import VOCAB, ToyData, ToyStage, run_config, stage_config
@@ -206,3 +206,25 @@ def test_a_small_disk_is_announced_at_the_start(tmp_path, monkeypatch):
     monkeypatch.setattr(loop.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     loop.train(ToyStage(), ToyData(), stage_config(), run_config(tmp_path), tmp_path / "a", log=lines.append)
     assert lines[0].startswith("warning: two checkpoints need")
+
+
+class Large(ToyStage):
+    """Fails as torch does where memory runs out, in the third step."""
+
+    def __init__(self):
+        super().__init__()
+        self.passes = 0
+
+    def forward(self, batch):
+        self.passes += 1
+        if self.passes > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 64.00 MiB. GPU 0 has a total capacity of 79.18 GiB")
+        return super().forward(batch)
+
+
+def test_a_stage_that_does_not_fit_says_what_takes_less(tmp_path):
+    with pytest.raises(LayoutError) as caught:
+        loop.train(Large(), ToyData(), stage_config(), run_config(tmp_path), tmp_path / "a")
+    said = str(caught.value)
+    assert "ran out of GPU memory in iteration 3/6 of align, forward-backward: CUDA out of memory" in said
+    assert "align.micro_batch_size" in said and "hypenet plan" in said and "align.recompute" not in said

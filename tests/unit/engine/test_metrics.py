@@ -32,7 +32,7 @@ def test_points_and_lines_of_an_interval(tmp_path):
     )
     for step, loss in ((1, 2.0), (2, 4.0)):
         record = recorder.step(step, loss=loss, grad_norm=0.5, lr=1e-3, tokens=100)
-    recorder.interval(record, {"align/layer_00": 1.5}, 200)
+    recorder.interval(record, {"align/layer_00": 1.5}, 200, memory=3.5)
     recorder.close()
     assert len(lines) == 1 and lines[0].startswith("iter 2/4 | loss 4 | gnorm 0.5 | lr 1.00e-03 | ")
     points = scalars(tmp_path / "tb")
@@ -69,7 +69,7 @@ def test_points_before_a_save_outlive_a_killed_process_and_a_start_from_nothing_
 
 def test_other_ranks_write_nothing(tmp_path):
     recorder = Recorder(stage="a", train_iters=4, step=0, first=False, out_dir=tmp_path, tensorboard_dir=tmp_path / "tb", log=pytest.fail)
-    recorder.interval(recorder.step(1, loss=1.0, grad_norm=1.0, lr=1.0, tokens=1), {}, 1)
+    recorder.interval(recorder.step(1, loss=1.0, grad_norm=1.0, lr=1.0, tokens=1), {}, 1, memory=0.5)
     recorder.note("x")
     recorder.close()
     assert list(tmp_path.iterdir()) == []
@@ -109,7 +109,7 @@ def test_the_line_and_the_board_show_the_use_of_each_gpu(tmp_path):
     options = {"stage": "finetune", "train_iters": 4, "step": 0, "first": True, "out_dir": tmp_path, "tensorboard_dir": tmp_path / "tb"}
     recorder = Recorder(**options, log=lines.append, workload=work)
     record = replace(recorder.step(1, loss=2.0, grad_norm=1.0, lr=1e-4, tokens=100), tokens_per_second=8 * 37_900.0)
-    recorder.interval(record, {}, 100)
+    recorder.interval(record, {}, 100, memory=0.5)
     recorder.close()
     assert "303.2k tok/s | 37.9k tok/s/gpu | 496 TFLOP/s/gpu | mfu 50.2% | eta" in lines[0]
     board = EventAccumulator(str(tmp_path / "tb")).Reload()
