@@ -1,11 +1,14 @@
 """A replayed micro-batch gives what kernel-by-kernel launches give; where nothing can be captured, training goes on without."""
 
 import logging
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from megatron_hypenet.config.schema import HeadStageConfig, ParallelConfig
+from megatron_hypenet.engine import cuda_graph
 from megatron_hypenet.engine.cuda_graph import LAUNCH_BOUND_TOKENS, CudaGraphs, eligible
 from megatron_hypenet.engine.deepspeed import TrainingEngine
 from megatron_hypenet.engine.schedule import forward_backward
@@ -70,3 +73,91 @@ def test_large_or_packed_micro_batches_are_launched():
     large = torch.zeros(1, LAUNCH_BOUND_TOKENS + 2, dtype=torch.long, device="cuda")
     assert eligible({"tokens": large[:, :-1]}) and not eligible({"tokens": large})
     assert not eligible({"tokens": large[:, :9], "document_ids": large[:, :8]})
+
+
+class StandIn:
+    """What a CUDA graph does, on a CPU: captures calls without their effects, and runs them again into the same memory."""
+
+    recording = None
+
+    def __init__(self):
+        self.calls = []
+
+    def pool(self):
+        return None
+
+    def replay(self):
+        for call in self.calls:
+            call()
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Replaces CUDA's graphs and streams in the module under test; gives a way to wrap an engine's micro-step."""
+
+    @contextmanager
+    def graph(captured, pool=None, capture_error_mode=None):
+        StandIn.recording = captured
+        yield
+        StandIn.recording = None
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in {
+        "CUDAGraph": StandIn, "graph": graph, "Stream": lambda: stream, "current_stream": lambda: stream, "stream": nullcontext,
+        "synchronize": lambda: None, "empty_cache": lambda: None,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(cuda_graph, "eligible", lambda batch: True)
+
+    def wrap(engine, factor=1.0):
+        def run(batch):
+            if StandIn.recording is None:
+                return engine._forward_backward(batch)
+            marks, before = engine.sums.marks, [flat.clone() for flat in engine.engine.optimizer.fp32_groups_gradients_flat]
+            loss, metrics = engine._forward_backward(batch)
+            for flat, old in zip(engine.engine.optimizer.fp32_groups_gradients_flat, before, strict=True):
+                flat.copy_(old)
+
+            def again():
+                engine.sums.set_marks(marks)
+                new_loss, new_metrics = engine._forward_backward(batch)
+                loss.copy_(new_loss * factor)
+                for tag, value in new_metrics.items():
+                    metrics[tag].copy_(value)
+
+            StandIn.recording.calls.append(again)
+            return loss, metrics
+
+        return run
+
+    return wrap
+
+
+def trained(wrap, *, factor=1.0):
+    """Losses, norms and weights of three steps of two micro-batches, and the graphs that ran them if there is a way to make some."""
+    groups.init_parallel(ParallelConfig())
+    stage, found = ToyStage(torch.bfloat16), []
+    engine = TrainingEngine(stage, stage_config(), ParallelConfig())
+    if wrap is not None:
+        engine.graphs = CudaGraphs(wrap(engine, factor), engine.sums, several=True)
+    for step in range(3):
+        loss, metrics = forward_backward(engine, [{"tokens": ToyData().batch(4 * step + at, 2, 8)} for at in (0, 2)])
+        found += [float(loss), float(metrics["align/layer_00"]), engine.apply(0.05)]
+    graphs = engine.graphs
+    engine.close()
+    return found, [parameter.detach().clone() for parameter in stage.parameters()], graphs
+
+
+def test_replays_add_up_to_the_same_steps(stand_in):
+    figures, weights, graphs = trained(stand_in)
+    wanted, launched, _ = trained(None)
+    assert figures == wanted and all(torch.equal(a, b) for a, b in zip(weights, launched, strict=True))
+    assert set(graphs._graphs) == {True, False}, "one graph overwrites the sums, one adds to them"
+
+
+def test_a_replay_that_is_off_is_not_used(stand_in, caplog):
+    with caplog.at_level(logging.WARNING):
+        figures, weights, graphs = trained(stand_in, factor=1.01)
+    wanted, launched, _ = trained(None)
+    assert figures == wanted and all(torch.equal(a, b) for a, b in zip(weights, launched, strict=True))
+    assert "a replay is off launched kernels by 1.0e-02" in caplog.text and graphs._graphs == {}
