@@ -14,7 +14,7 @@ import torch
 
 from megatron_hypenet.errors import SetupError
 from megatron_hypenet.model.hypenet import HypeNetModel
-from megatron_hypenet.ops import gated_norm, kernels, norm_rope, selftest, swiglu
+from megatron_hypenet.ops import gated_norm, kernels, lightning_mix, norm_rope, selftest, swiglu
 from megatron_hypenet.ops.lightning_attn import dispatch
 from megatron_hypenet.ops.selftest import KernelCheck
 from megatron_hypenet.parallel import groups
@@ -70,6 +70,11 @@ class KernelUse:
             found["norm_rope"] = lambda: selftest.check_norm_rope(where, self.dtype, head_dim=self.head_dim)
         if gated_norm.kernel_fits(self.dtype, self.width) and self.tensor_ranks == 1:
             found["gated_norm"] = lambda: selftest.check_gated_norm(where, self.dtype, width=self.width)
+        alone = self.tensor_ranks == self.context_ranks == 1
+        if alone and lightning_mix.kernel_fits(self.dtype, self.head_dim, self.width):
+            found["lightning_mix"] = lambda: selftest.check_lightning_mix(
+                where, self.dtype, head_dim=self.head_dim, documents=self.documents
+            )
         if swiglu.kernel_fits(self.dtype):
             found["swiglu"] = lambda: selftest.check_swiglu(where, self.dtype, width=self.ffn)
         if self.dtype != torch.float64:
@@ -141,6 +146,7 @@ def survey(where: torch.device) -> Iterator[KernelCheck]:
             yield selftest.check_lightning(where, dtype, head_dim=head_dim, documents=full, states=full, pieces=full, tokens=1000)
         yield selftest.check_norm_rope(where, dtype, head_dim=128)
         yield selftest.check_gated_norm(where, dtype, width=DOCTOR_WIDTH)
+        yield selftest.check_lightning_mix(where, dtype, head_dim=128, documents=True)
         yield selftest.check_swiglu(where, dtype, width=DOCTOR_FFN)
         for shards in (1, 2):
             yield check_vocab(where, dtype, words=DOCTOR_WORDS // shards, shards=shards)

@@ -27,9 +27,9 @@ def forward_kernel(
 @triton.jit(do_not_specialize=["rows", "batch"])
 def backward_kernel(
     x, gate, dy, dx, dgate, dweight, weight, rows, batch, width, eps, stride_xt, stride_xb, stride_gt, stride_gb, stride_yt, stride_yb,
-    block: tl.constexpr,
+    stride_dt, stride_db, block: tl.constexpr,
 ):  # fmt: skip
-    """dx, dgate (contiguous), and this program's share of dweight, one row of `dweight` [programs, width]."""
+    """dx (contiguous), dgate, and this program's share of dweight, one row of `dweight` [programs, width]."""
     program, col = tl.program_id(0), tl.arange(0, block)
     inside = col < width
     scale = tl.load(weight + col, mask=inside, other=0.0).to(tl.float32)
@@ -45,7 +45,9 @@ def backward_kernel(
         total += grad * opened * normal
         grad = grad * scale
         to = row.to(tl.int64) * width + col
-        tl.store(dgate + to, (grad * normal * opened * (1 - opened)).to(dgate.dtype.element_ty), mask=inside)
+        tl.store(
+            dgate + t * stride_dt + b * stride_db + col, (grad * normal * opened * (1 - opened)).to(dgate.dtype.element_ty), mask=inside
+        )
         grad = grad * opened
         mean = tl.sum(grad * normal, axis=0) / width
         tl.store(dx + to, ((grad - normal * mean) * inverse_rms).to(dx.dtype.element_ty), mask=inside)
@@ -63,14 +65,15 @@ def forward(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     return y
 
 
-def backward(x: Tensor, gate: Tensor, weight: Tensor, dy: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dgate [t, b, n] contiguous, dweight [n] in weight's dtype."""
+def backward(x: Tensor, gate: Tensor, weight: Tensor, dy: Tensor, eps: float, dgate: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """dx [t, b, n] contiguous, dgate [t, b, n], contiguous or the one that is given to be filled, dweight [n] in weight's dtype."""
     t, b, n = x.shape
     programs = min(t * b, BACKWARD_PROGRAMS)
-    dx, dgate, partial = x.new_empty(x.shape), gate.new_empty(x.shape), x.new_empty(programs, n, dtype=torch.float32)
+    dx, partial = x.new_empty(x.shape), x.new_empty(programs, n, dtype=torch.float32)
+    dgate = gate.new_empty(x.shape) if dgate is None else dgate
     backward_kernel[(programs,)](
         x, gate, dy, dx, dgate, partial, weight, t * b, b, n, eps, *x.stride()[:2], *gate.stride()[:2], *dy.stride()[:2],
-        block=triton.next_power_of_2(n), num_warps=_warps(n),
+        *dgate.stride()[:2], block=triton.next_power_of_2(n), num_warps=_warps(n),
     )  # fmt: skip
     return dx, dgate, partial.sum(0).to(weight.dtype)
 
@@ -81,7 +84,13 @@ def _warps(width: int) -> int:
 
 
 forward_op = torch.library.custom_op("hypenet::gated_norm", forward, mutates_args=())
-backward_op = torch.library.custom_op("hypenet::gated_norm_backward", backward, mutates_args=())
+
+
+def _backward(x: Tensor, gate: Tensor, weight: Tensor, dy: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    return backward(x, gate, weight, dy, eps)
+
+
+backward_op = torch.library.custom_op("hypenet::gated_norm_backward", _backward, mutates_args=())
 
 
 @forward_op.register_fake

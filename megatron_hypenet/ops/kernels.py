@@ -7,7 +7,9 @@ import os
 
 from megatron_hypenet.errors import ConfigError
 
-FAMILIES = ("lightning_attn", "norm_rope", "gated_norm", "swiglu", "vocab_loss")
+FAMILIES = ("lightning_mix", "lightning_attn", "norm_rope", "gated_norm", "swiglu", "vocab_loss")
+NEEDS = {"lightning_mix": ("norm_rope", "lightning_attn", "gated_norm")}
+"""Families that launch kernels of others, and run only where those do."""
 VARIABLE = "HYPENET_DISABLE_KERNELS"
 
 
@@ -26,7 +28,7 @@ _enabled = {family: family not in _off for family in FAMILIES}
 
 def enabled(family: str) -> bool:
     """Whether kernels of the family may run where they fit; KeyError for an unknown one."""
-    return _enabled[family]
+    return _enabled[family] and all(_enabled[other] for other in NEEDS.get(family, ()))
 
 
 def disable(family: str) -> None:

@@ -105,11 +105,12 @@ def forward(x: Tensor, weight: Tensor, angles: Tensor, eps: float) -> Tensor:
     return y
 
 
-def backward(x: Tensor, weight: Tensor, angles: Tensor, dy: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """dx [t, b, h, d] contiguous, dweight [d] in weight's dtype."""
+def backward(x: Tensor, weight: Tensor, angles: Tensor, dy: Tensor, eps: float, dx: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """dx [t, b, h, d], contiguous or the one that is given to be filled, dweight [d] in weight's dtype."""
     t, b, h, d = x.shape
     programs = triton.cdiv(t * b, TOKENS)
-    dx, partial = x.new_empty(x.shape), x.new_empty(programs, d, dtype=torch.float32)
+    dx = x.new_empty(x.shape) if dx is None else dx
+    partial = x.new_empty(programs, d, dtype=torch.float32)
     backward_kernel[(programs,)](
         x, dy, dx, partial, weight, angles, t * b, b, h, eps, *x.stride()[:3], *dy.stride()[:3], *dx.stride()[:3], angles.stride(0),
         half=d // 2, tokens=TOKENS, num_warps=WARPS,
@@ -118,7 +119,13 @@ def backward(x: Tensor, weight: Tensor, angles: Tensor, dy: Tensor, eps: float) 
 
 
 forward_op = torch.library.custom_op("hypenet::norm_rope", forward, mutates_args=())
-backward_op = torch.library.custom_op("hypenet::norm_rope_backward", backward, mutates_args=())
+
+
+def _backward(x: Tensor, weight: Tensor, angles: Tensor, dy: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return backward(x, weight, angles, dy, eps)
+
+
+backward_op = torch.library.custom_op("hypenet::norm_rope_backward", _backward, mutates_args=())
 
 
 @forward_op.register_fake

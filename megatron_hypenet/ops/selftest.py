@@ -22,6 +22,8 @@ from megatron_hypenet.ops.swiglu import fused_swiglu
 # rounds its results to bf16 is at 1.7e-3.
 PRODUCT_LIMITS = {torch.bfloat16: 8e-3, torch.float16: 1.5e-3, torch.float32: 1e-5}
 ROUNDING_LIMITS = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 1e-5}
+MIX_LIMITS = {torch.bfloat16: 1.2e-2, torch.float16: 2e-3, torch.float32: 1e-5}
+"""Of several steps, each of which rounds its result."""
 TF32_LIMIT = 5e-3
 """For fp32 products where `torch.set_float32_matmul_precision` allows TF32."""
 EPS = 1e-6
@@ -147,6 +149,38 @@ def check_swiglu(device: torch.device, dtype: torch.dtype, *, width: int, tokens
         return _with_gradients(fused_swiglu, exact, {"x": x}, dy)
 
     return check(f"swiglu width {width}", dtype, ROUNDING_LIMITS[dtype], run)
+
+
+def check_lightning_mix(
+    device: torch.device, dtype: torch.dtype, *, head_dim: int, heads: int = 4, documents: bool, tokens: int = 600
+) -> KernelCheck:
+    """Output and gradients of the whole mixer between its projections, in several segments."""
+
+    def run() -> Pairs:
+        from megatron_hypenet.ops.lightning_mix import lightning_mix
+
+        draw, width, decay = _drawer(device), heads * head_dim, log_decay(heads)
+        projected, dy = draw(tokens, 1, 4 * width).to(dtype), draw(tokens, 1, width).to(dtype)
+        weights = {name: (1 + 0.1 * draw(size)).to(dtype) for name, size in (("wq", head_dim), ("wk", head_dim), ("wo", width))}
+        half = torch.linspace(0, 2000, tokens, device=device)[:, None] * 1e4 ** -torch.linspace(0, 1, head_dim // 2, device=device)
+        angles = torch.cat((half, half), -1)[:, None, None]
+        ids = (torch.arange(tokens, device=device) * 10 // (3 * tokens)).int()[None] if documents else None
+
+        def exact(projected: Tensor, wq: Tensor, wk: Tensor, wo: Tensor) -> Tensor:
+            q, k, v, gate = projected.chunk(4, -1)
+            q, k, v = (x.unflatten(-1, (heads, head_dim)) for x in (q, k, v))
+            q, k = (apply_rope(F.rms_norm(x, (head_dim,), w, EPS), angles.double()) for x, w in ((q, wq), (k, wk)))
+            q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+            o, _ = chunked_lightning_attn(q, k, v, decay, scale=head_dim**-0.5, document_ids=ids)
+            return F.rms_norm(o.transpose(0, 1).flatten(-2), (width,), wo, EPS) * torch.sigmoid(gate)
+
+        def fused(projected: Tensor, wq: Tensor, wk: Tensor, wo: Tensor) -> Tensor:
+            return lightning_mix(projected, wq, wk, wo, angles, decay, scale=head_dim**-0.5, eps=EPS, document_ids=ids)
+
+        return _with_gradients(fused, exact, {"projected": projected, **weights}, dy)
+
+    limit = TF32_LIMIT if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else MIX_LIMITS[dtype]
+    return check(f"lightning_mix head_dim {head_dim}{' packed' if documents else ''}", dtype, limit, run)
 
 
 def _with_gradients(op: Callable[..., Tensor], exact: Callable[..., Tensor], leaves: dict[str, Tensor], dy: Tensor) -> Pairs:

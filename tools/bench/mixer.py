@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from lightning import environment, median_ms  # noqa: E402
 
+from megatron_hypenet.ops import lightning_mix  # noqa: E402
 from megatron_hypenet.ops.decay import log_decay  # noqa: E402
 from megatron_hypenet.ops.gated_norm import gated_norm  # noqa: E402
 from megatron_hypenet.ops.lightning_attn import chunked_lightning_attn, lightning_attn  # noqa: E402
@@ -60,7 +61,9 @@ class Case:
 
 
 def ours(case: Case, projected: Tensor, wq: Tensor, wk: Tensor, wo: Tensor) -> Tensor:
-    """As the mixer runs it on one tensor-parallel rank."""
+    """As the mixer runs it on one rank: one node of the graph where its kernels run, else step by step."""
+    if lightning_mix.fits(projected, case.d):
+        return lightning_mix.lightning_mix(projected, wq, wk, wo, case.angles, case.decay, scale=case.d**-0.5, eps=EPS)
     q, k, v, gate = case.sections(projected)
     q, k = norm_rope(q, wq, case.angles, EPS), norm_rope(k, wk, case.angles, EPS)
     o, _ = lightning_attn(*(x.transpose(0, 1) for x in (q, k, v)), case.decay, scale=case.d**-0.5)

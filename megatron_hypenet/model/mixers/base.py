@@ -122,6 +122,11 @@ class Mixer(MegatronModule, ABC):
 
         s are this context-parallel rank's tokens; document_ids [b, s * context ranks] those of the whole sequence, or None."""
 
+    def mix_projected(self, projected: Tensor, rotary_pos_emb: Tensor | None, document_ids: Tensor | None) -> Tensor:
+        """All sections [s, b, local rows] as `linear_in` gives them -> what `mix` gives."""
+        parts = dict(zip(self.local_sections, projected.split(list(self.local_sections.values()), dim=-1), strict=True))
+        return self.mix(parts, rotary_pos_emb, document_ids)
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -137,8 +142,7 @@ class Mixer(MegatronModule, ABC):
         projected, _ = self.linear_in(hidden_states)
 
         def mixed(projected: Tensor) -> Tensor:
-            parts = dict(zip(self.local_sections, projected.split(list(self.local_sections.values()), dim=-1), strict=True))
-            return self.mix(parts, rotary_pos_emb, packed_seq_params)
+            return self.mix_projected(projected, rotary_pos_emb, packed_seq_params)
 
         if not self._recomputes():
             output, _ = self.linear_proj(mixed(projected))

@@ -13,8 +13,10 @@ from megatron_hypenet.config.model import LIGHTNING_MIXER, ModelConfig
 from megatron_hypenet.model.mixers.base import Mixer, register_mixer
 from megatron_hypenet.model.mixers.softmax import SoftmaxAttn
 from megatron_hypenet.model.transfer import named_normal, repeat_groups
+from megatron_hypenet.ops import lightning_mix
 from megatron_hypenet.ops.decay import log_decay
 from megatron_hypenet.parallel.context import context_lightning_attn
+from megatron_hypenet.parallel.context.layout import check_document_ids
 from megatron_hypenet.parallel.norm import AllHeadsRMSNorm
 
 
@@ -52,6 +54,19 @@ class LightningAttn(Mixer):
         """Per head: state update and read, 4 d^2, and half a 64-token chunk of two products, 2 * 64 * d."""
         d = model.kv_channels
         return model.num_attention_heads * (4.0 * d * d + 2.0 * 64 * d)
+
+    def mix_projected(self, projected: Tensor, rotary_pos_emb: Tensor | None, document_ids: Tensor | None) -> Tensor:
+        """One node of the graph where this rank has all heads, the whole sequence, and kernels for it; else step by step."""
+        alone = self.tensor_size == 1 and self.context_group.size() == 1
+        gathered = self.q_norm.weight.numel() == self.head_dim  # ZeRO-3 may hold norms in pieces until their own module runs
+        if not (alone and gathered and lightning_mix.fits(projected, self.head_dim)):
+            return super().mix_projected(projected, rotary_pos_emb, document_ids)
+        assert rotary_pos_emb is not None, "the model passes RoPE angles to every layer"
+        check_document_ids(document_ids, projected.shape[1], projected.shape[0])
+        return lightning_mix.lightning_mix(
+            projected, self.q_norm.weight, self.k_norm.weight, self.o_norm.weight, rotary_pos_emb, self.log_decay,
+            scale=1.0 / math.sqrt(self.head_dim), eps=self.q_norm.eps, document_ids=document_ids,
+        )  # fmt: skip
 
     def mix(self, parts: dict[str, Tensor], rotary_pos_emb: Tensor | None, document_ids: Tensor | None) -> Tensor:
         """The decayed recurrence over the sequence, then one norm over all heads, then the gate."""

@@ -53,7 +53,7 @@ class _LightningAttn(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         q, k, v = (_dense_rows(x) for x in (q, k, v))
         initial_fp32 = None if initial is None else initial.float().contiguous()
-        o, final, states = _pick(_forward, _forward_op)(q, k, v, decay, scale, initial_fp32, ids)
+        o, final, states = _pick(forward, _forward_op)(q, k, v, decay, scale, initial_fp32, ids)
         ctx.save_for_backward(q, k, v, decay, states, initial_fp32, ids)
         ctx.scale, ctx.initial_dtype = scale, None if initial is None else initial.dtype
         ctx.set_materialize_grads(False)
@@ -89,7 +89,7 @@ class _LightningState(torch.autograd.Function):
         return dk.to(k.dtype), dv.to(v.dtype), None, None
 
 
-def _forward(
+def forward(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor, scale: float, initial: Tensor | None, ids: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """o, the final state, and the states of the segments (empty when there is one segment)."""
@@ -114,21 +114,41 @@ def _backward(
     dfinal: Tensor | None,
     ids: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv and the gradient of the initial state (empty without one). `states` are those of `_forward`."""
-    plan = _plan(q, v)
+    """dq, dk, dv and the gradient of the initial state (empty without one). `states` are those of `forward`."""
     dq, dk, dv = (_empty_like_rows(x, x.shape[-1]) for x in (q, k, v))
-    dinitial = q.new_empty(0, dtype=torch.float32) if initial is None else torch.empty_like(initial)
-    wanted = None if initial is None else dinitial
+    dinitial = None if initial is None else torch.empty_like(initial)
+    backward_into(q, k, v, do, decay, scale, states, initial, dfinal, ids, dq, dk, dv, dinitial)
+    return dq, dk, dv, q.new_empty(0, dtype=torch.float32) if dinitial is None else dinitial
+
+
+def backward_into(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    do: Tensor,
+    decay: Tensor,
+    scale: float,
+    states: Tensor,
+    initial: Tensor | None,
+    dfinal: Tensor | None,
+    ids: Tensor | None,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dinitial: Tensor | None,
+) -> None:
+    """Fill dq, dk, dv (any strides, each head's numbers side by side) and, with an initial state, dinitial."""
+    plan = _plan(q, v)
     _scan(do, v, k, dq, states, initial, None, decay, ids, scale, plan, reverse=False, transposed=True)
     outer = None if dfinal is None else dfinal / scale  # the reverse scans carry the state gradient divided by scale
     reverse_states = _segment_states(q, do, decay, ids, plan, reverse=True)
     if plan.dkdv is not None:
-        _dkdv(q, k, v, do, dk, dv, reverse_states, outer, wanted, decay, ids, scale, plan, plan.dkdv)
+        _dkdv(q, k, v, do, dk, dv, reverse_states, outer, dinitial, decay, ids, scale, plan, plan.dkdv)
     else:
-        _scan(k, q, do, dv, reverse_states, outer, wanted, decay, ids, scale, plan, reverse=True, transposed=False)
+        _scan(k, q, do, dv, reverse_states, outer, dinitial, decay, ids, scale, plan, reverse=True, transposed=False)
         _scan(v, do, q, dk, reverse_states, outer, None, decay, ids, scale, plan, reverse=True, transposed=True)
-        dinitial *= scale
-    return dq, dk, dv, dinitial
+        if dinitial is not None:
+            dinitial *= scale
 
 
 def _final_state(k: Tensor, v: Tensor, decay: Tensor, ids: Tensor | None) -> Tensor:
@@ -227,7 +247,7 @@ def _dkdv(
     )  # fmt: skip
 
 
-_forward_op = torch.library.custom_op("hypenet::lightning_forward", _forward, mutates_args=())
+_forward_op = torch.library.custom_op("hypenet::lightning_forward", forward, mutates_args=())
 _backward_op = torch.library.custom_op("hypenet::lightning_backward", _backward, mutates_args=())
 _final_state_op = torch.library.custom_op("hypenet::lightning_state", _final_state, mutates_args=())
 

@@ -28,7 +28,13 @@ def fresh(monkeypatch, caplog):
     if DEVICE.type == "cuda":
         return
     monkeypatch.setattr(triton_terms, "TILE", 256)
-    for name in ("check_lightning", "check_norm_rope", "check_gated_norm", "check_swiglu"):  # few tokens: the interpreter is slow
+    for name in (
+        "check_lightning",
+        "check_norm_rope",
+        "check_gated_norm",
+        "check_lightning_mix",
+        "check_swiglu",
+    ):  # few tokens: the interpreter is slow
         check = getattr(selftest, name)
         monkeypatch.setattr(selftest, name, lambda *args, check=check, **kwargs: check(*args, **{**kwargs, "tokens": 48}))
 
@@ -75,7 +81,7 @@ def test_one_use_is_looked_at_once(monkeypatch):
 
 def test_the_failure_of_any_rank_decides_for_all(monkeypatch, caplog):
     """Two ranks: this one passes everything, the other fails in lightning_attn, the first family."""
-    others = iter([0.0, 1.0, 1.0, 1.0, 1.0])
+    others = iter([0.0, 1.0, 1.0, 0.0, 1.0, 1.0])
     monkeypatch.setattr(groups, "gather_numbers", lambda own: [own, next(others)])
     guard(USE, DEVICE, GPU)
     assert enabled() == ["norm_rope", "gated_norm", "swiglu", "vocab_loss"]
@@ -89,7 +95,7 @@ def test_a_family_disabled_by_hand_is_not_run_and_off_for_all(monkeypatch):
     monkeypatch.setattr(selftest, "check_norm_rope", lambda *args, **kwargs: pytest.fail("it is disabled"))
     kernels.disable("norm_rope")
     guard(USE, DEVICE, GPU)
-    assert told == [1.0, 0.0, 1.0, 1.0, 1.0] and "norm_rope" not in enabled()
+    assert told == [1.0, 0.0, 1.0, 0.0, 1.0, 1.0] and "norm_rope" not in enabled()
 
 
 @pytest.mark.parametrize(
@@ -149,10 +155,10 @@ def test_every_kernel_is_right_on_this_gpu():
 def test_the_doctor_sees_every_family_in_every_dtype(monkeypatch):
     seen = []
     for module, names in (
-        (selftest, ("check_lightning", "check_norm_rope", "check_gated_norm", "check_swiglu")),
+        (selftest, ("check_lightning", "check_norm_rope", "check_gated_norm", "check_lightning_mix", "check_swiglu")),
         (kernel_guard, ("check_vocab",)),
     ):
         for name in names:
             monkeypatch.setattr(module, name, lambda where, dtype, name=name, **kwargs: seen.append((name, dtype)))
-    assert len(list(kernel_guard.survey(DEVICE))) == len(seen) == 21
-    assert len(set(seen)) == 15
+    assert len(list(kernel_guard.survey(DEVICE))) == len(seen) == 24
+    assert len(set(seen)) == 18

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from megatron_hypenet.errors import ConfigError
-from megatron_hypenet.ops import gated_norm, kernels, norm_rope, swiglu
+from megatron_hypenet.ops import gated_norm, kernels, lightning_mix, norm_rope, swiglu
 from megatron_hypenet.ops.lightning_attn import dispatch
 from megatron_hypenet.parallel import vocab_loss
 from megatron_hypenet.parallel.vocab import torch_terms
@@ -28,7 +28,7 @@ def test_the_environment_names_families(words, families):
 
 
 def test_a_wrong_name_is_refused_with_the_right_ones():
-    with pytest.raises(ConfigError, match="norm is no family of kernels; choose from lightning_attn, norm_rope"):
+    with pytest.raises(ConfigError, match="norm is no family of kernels; choose from lightning_mix, lightning_attn"):
         kernels.named("norm")
     with pytest.raises(KeyError):
         kernels.disable("norm")
@@ -42,6 +42,7 @@ def chosen(monkeypatch):
     monkeypatch.setattr(swiglu, "fused_swiglu", lambda *args: kernel)
     x = torch.ones(3, 1, 2, 32).as_subclass(OnGpu)
     found = {
+        "lightning_mix": lightning_mix.fits(x.flatten(-2).repeat(1, 1, 4), 32),
         "lightning_attn": dispatch.runs_kernels(x, x),
         "norm_rope": norm_rope.norm_rope(x, torch.ones(32), torch.zeros(3, 1, 1, 32), 1e-6) is kernel,
         "gated_norm": gated_norm.gated_norm(x[..., 0, :], x[..., 0, :], torch.ones(32), 1e-6) is kernel,

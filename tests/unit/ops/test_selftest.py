@@ -19,6 +19,7 @@ CHECKS = {
     ),
     "norm_rope": lambda dtype: selftest.check_norm_rope(DEVICE, dtype, head_dim=32, tokens=20),
     "gated_norm": lambda dtype: selftest.check_gated_norm(DEVICE, dtype, width=48, tokens=20),
+    "lightning_mix": lambda dtype: selftest.check_lightning_mix(DEVICE, dtype, head_dim=32, heads=2, documents=True, tokens=70),
     "swiglu": lambda dtype: selftest.check_swiglu(DEVICE, dtype, width=48, tokens=20),
 }
 
@@ -55,9 +56,10 @@ def test_tf32_products_are_allowed_where_torch_allows_them(monkeypatch):
 
 
 WRONG = {
-    "lightning": (lightning_kernels, "_forward", lambda o, *rest: (o * 1.02, *rest), "o"),
+    "lightning": (lightning_kernels, "forward", lambda o, *rest: (o * 1.02, *rest), "o"),
     "norm_rope": (norm_rope_kernels, "backward", lambda dx, dw: (dx, dw * 1.02), "d weight"),
     "gated_norm": (gated_norm_kernels, "backward", lambda dx, dgate, dw: (dx, dgate * 1.02, dw), "d gate"),
+    "lightning_mix": (gated_norm_kernels, "forward", lambda *rows: torch.stack(rows) * 1.02, "y"),
     "swiglu": (swiglu_kernels, "backward", lambda *rows: (torch.stack(rows) * 1.02,), "d x"),
 }
 

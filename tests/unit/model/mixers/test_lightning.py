@@ -5,6 +5,7 @@ import torch
 
 from megatron_hypenet.config.schema import ParallelConfig
 from megatron_hypenet.model.hypenet import build_model
+from megatron_hypenet.ops import lightning_mix
 from megatron_hypenet.ops.decay import alibi_slopes
 from megatron_hypenet.ops.lightning_attn import naive_lightning_attn
 from megatron_hypenet.ops.rope import apply_rope
@@ -54,3 +55,23 @@ def test_weights_come_from_softmax_attention_only():
     lightning = mixer_of(tiny_model_config(("lightning_attn",)))
     with pytest.raises(TypeError, match="LightningAttn"):
         lightning.init_from_attention(lightning, seed=1)
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_one_node_gives_what_the_steps_give(monkeypatch, documents):
+    """As on a GPU, with the kernels in Triton's interpreter where there is none."""
+    pytest.importorskip("triton")
+    mixer = mixer_of(tiny_model_config(("lightning_attn",), kv_channels=32), torch.float32)
+    where = mixer.linear_in.weight.device
+    x, dy = torch.randn(70, 2, 24, device=where), torch.randn(70, 2, 24, device=where)
+    half = torch.randn(70, 1, 1, 16, device=where)
+    angles = torch.cat((half, half), -1)
+    ids = (torch.arange(70, device=where) // 30).int().expand(2, 70) if documents else None
+    found = []
+    for one_node in (True, False):
+        monkeypatch.setattr(lightning_mix, "fits", lambda projected, head_dim, one_node=one_node: one_node)
+        inputs = [x.clone().requires_grad_(), *mixer.parameters()]
+        y, _ = mixer(inputs[0], rotary_pos_emb=angles, packed_seq_params=ids)
+        found.append([y.detach(), *torch.autograd.grad(y, inputs, dy)])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
