@@ -1,23 +1,23 @@
 """The memory of a training stage: against an H100's own count, against DeepSpeed's tensors, and against what forward keeps."""
 
-import gc
+import json
+import subprocess
+import sys
 
 import pytest
 import torch
 import yaml
-from torch import nn
 
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.config.schema import HeadStageConfig, ParallelConfig
 from megatron_hypenet.engine import memory
-from megatron_hypenet.engine.deepspeed import TrainingEngine
 from megatron_hypenet.engine.fitting import teacher_and_student
 from megatron_hypenet.engine.memory import stage_memory
 from megatron_hypenet.model.hypenet import build_model
-from megatron_hypenet.parallel import groups
 from tests.held import bytes_held
 from tests.tiny import tiny_model_config
-from tests.unit.engine.toy import ToyData, ToyStage, stage_config
+from tests.unit.engine.memory_worker import BUCKET
+from tests.unit.engine.toy import stage_config
 
 GIB = 2**30
 
@@ -50,44 +50,17 @@ def test_what_an_h100_counted(model, batch, measured):
     assert found.total / GIB == pytest.approx(measured, rel=0.01)
 
 
-class Wide(ToyStage):
-    """A million weights, so that DeepSpeed's own small tensors do not count."""
-
-    def __init__(self):
-        super().__init__(torch.bfloat16)
-        del self.table, self.head, self.bias
-        self.layers = nn.ParameterList([nn.Parameter(torch.randn(500, 500).bfloat16()) for _ in range(4)])
-
-    def forward(self, batch):
-        x = torch.ones(4, 500, dtype=torch.bfloat16)
-        for weight in self.layers:
-            x = torch.tanh(x @ weight)
-        return x.float().mean(), {}
-
-
-def storages():
-    """Memory of all tensors that live, gradients too, by address."""
-    gc.collect()
-    found = [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]
-    gradients = [x.grad for x in found if x.is_leaf and x.grad is not None]
-    return {x.untyped_storage().data_ptr(): x.untyped_storage() for x in [*found, *gradients]}
-
-
-@pytest.mark.parametrize("zero_stage", [1, 2, 3])
-def test_weights_gradients_and_optimizer_are_deepspeeds_tensors(zero_stage, monkeypatch):
-    monkeypatch.setattr("megatron_hypenet.engine.deepspeed.BUCKET_NUMBERS", 250_000)
-    groups.init_parallel(ParallelConfig())
-    parallel, weights, before = ParallelConfig(zero_stage=zero_stage, gradient_exchange="bfloat16"), 1e6, storages()
-    engine = TrainingEngine(Wide(), stage_config(global_batch_size=2), parallel)
-    engine.micro_step({"tokens": ToyData().batch(0, 2, 8)}, last=True)
-    held = sum(storage.nbytes() for address, storage in storages().items() if address not in before)
-    engine.close()
-    monkeypatch.setattr(memory, "BUCKET_NUMBERS", 250_000)
-    rank = memory._Rank("finetune", stage_config(), parallel, 1, (1,), 0)
-    states = memory._states(rank, weights)
-    # on one rank ZeRO-3 gathers nothing, and the bucket of ZeRO-2 and 3 may be gone already
-    passing = memory.NARROW * ((weights if zero_stage == 3 else 0) + (250_000 if zero_stage >= 2 else 0))
-    assert 0.99 * (sum(states.values()) - passing) <= held <= 1.01 * sum(states.values())
+def test_weights_gradients_and_optimizer_are_deepspeeds_tensors(repo_root, monkeypatch):
+    command = [sys.executable, "-m", "tests.unit.engine.memory_worker"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=repo_root, timeout=200, check=False)
+    assert result.returncode == 0, result.stderr
+    monkeypatch.setattr(memory, "BUCKET_NUMBERS", BUCKET)
+    for zero_stage, held in json.loads(result.stdout.splitlines()[-1]).items():
+        parallel, weights = ParallelConfig(zero_stage=int(zero_stage), gradient_exchange="bfloat16"), 1e6
+        states = memory._states(memory._Rank("finetune", stage_config(), parallel, 1, (1,), 0), weights)
+        # on one rank ZeRO-3 gathers nothing, and the bucket of ZeRO-2 and 3 may be gone already
+        passing = memory.NARROW * ((weights if parallel.zero_stage == 3 else 0) + (BUCKET if parallel.zero_stage >= 2 else 0))
+        assert 0.99 * (sum(states.values()) - passing) <= held <= 1.01 * sum(states.values()), f"ZeRO {zero_stage}: {held}"
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
