@@ -15,7 +15,9 @@ from megatron_hypenet.cli.options import (
     JsonOption,
     OverridesArgument,
     PipelineParallelOption,
+    ShapeOption,
     TensorParallelOption,
+    WorldSizeOption,
     collect_overrides,
 )
 from megatron_hypenet.config.checks import check_layout, check_model_fits_selection, layout_warnings
@@ -68,13 +70,8 @@ def validate(
     tp: TensorParallelOption = None,
     pp: PipelineParallelOption = None,
     cp: ContextParallelOption = None,
-    model: Annotated[
-        Path | None, typer.Option("--model", help="Model shape (YAML of configs/model) to check against, in the place of the teacher's.")
-    ] = None,
-    world_size: Annotated[
-        int | None,
-        typer.Option("--world-size", min=1, help="Processes the run will have; default: what tensor, pipeline and context need."),
-    ] = None,
+    model: ShapeOption = None,
+    world_size: WorldSizeOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check a run configuration or a model shape; needs no GPU and no weights.

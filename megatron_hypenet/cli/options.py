@@ -40,6 +40,12 @@ HostfileOption = Annotated[
 VariablesOption = Annotated[
     list[str] | None, typer.Option("--env", metavar="NAME", help="Variable of yours that the hosts' processes get, too; may be repeated.")
 ]
+ShapeOption = Annotated[
+    Path | None, typer.Option("--model", help="Model shape (YAML of configs/model) to go by, in the place of the teacher's.")
+]
+WorldSizeOption = Annotated[
+    int | None, typer.Option("--world-size", min=1, help="Processes the run will have; default: what tensor, pipeline and context need.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would happen; write and start nothing.")]
 

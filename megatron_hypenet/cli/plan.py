@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,7 +14,9 @@ from megatron_hypenet.cli.options import (
     JsonOption,
     OverridesArgument,
     PipelineParallelOption,
+    ShapeOption,
     TensorParallelOption,
+    WorldSizeOption,
     collect_overrides,
 )
 from megatron_hypenet.config.layout import SEQUENCE, ZERO, Layout
@@ -41,12 +42,8 @@ def plan(
     tp: TensorParallelOption = None,
     pp: PipelineParallelOption = None,
     cp: ContextParallelOption = None,
-    model: Annotated[
-        Path | None, typer.Option("--model", help="Model shape (YAML of configs/model) to plan for, in the place of the teacher's.")
-    ] = None,
-    world_size: Annotated[
-        int | None, typer.Option("--world-size", min=1, help="GPUs of the run; default: what tensor, pipeline and context need.")
-    ] = None,
+    model: ShapeOption = None,
+    world_size: WorldSizeOption = None,
     gpu_memory: Annotated[
         float, typer.Option("--gpu-memory", min=1.0, metavar="GIB", help="Memory of one GPU in GiB; the default is an H100 of 80 GB.")
     ] = H100_GIB,
