@@ -1,6 +1,7 @@
 """Losses are exact and rewound, points carry the tags of the table, lines read well."""
 
 import json
+import time
 from dataclasses import replace
 
 import pytest
@@ -43,8 +44,16 @@ def test_points_and_lines_of_an_interval(tmp_path):
     assert min(points[tag][0][1].expected for tag in ("memory-gib", "step-time-ms", "tokens-per-second")) > 0
 
 
+def next_second():
+    """TensorBoard reads files by name, which has whole seconds and then a counter in the process: 10 would come before 9."""
+    now = int(time.time())
+    while int(time.time()) == now:
+        time.sleep(0.02)
+
+
 def test_resume_purges_points_that_will_be_written_again(tmp_path):
     for start, value in ((0, 1.0), (2, 9.0)):
+        next_second()
         recorder = Recorder(stage="a", train_iters=4, step=start, first=True, out_dir=tmp_path, tensorboard_dir=tmp_path / "tb", log=print)
         for step in range(start + 1, 5):
             recorder.points(step, {"x": value})
@@ -60,6 +69,7 @@ def test_points_before_a_save_outlive_a_killed_process_and_a_start_from_nothing_
     killed.points(1, {"x": 1.0})
     killed.flush()
     assert scalars(tmp_path / "tb")["x"] == [(1, 1.0)]  # while the writer is still open
+    next_second()
     again = begin(0)
     again.points(1, {"x": 9.0})
     again.close()
