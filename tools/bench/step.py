@@ -49,7 +49,7 @@ def measure(row: dict[str, Any], out: Path) -> None:
     groups.init_parallel(parallel)
     config = HeadStageConfig(
         train_iters=row["warmup"] + row["steps"], seq_length=row["seq_length"], micro_batch_size=row["batch"],
-        global_batch_size=row["batch"], lr=1e-5, min_lr=1e-5, recompute=row["recompute"],
+        global_batch_size=row["batch"], lr=1e-5, min_lr=1e-5, recompute=row["recompute"], cuda_graphs=row["cuda_graphs"],
     )  # fmt: skip
     student = model_config(row["model"], num_layers=row["layers"])
     stage = build(row["stage"], student, config, parallel)
@@ -79,7 +79,7 @@ def measure(row: dict[str, Any], out: Path) -> None:
 def rows(options: argparse.Namespace) -> list[dict[str, Any]]:
     """What is measured: the rows above, or one small one per stage."""
     shared = {"model": options.model, "steps": 10, "warmup": 4, "profile": options.profile, "recompute": "none"}
-    shared |= {"layers": options.layers, "zero_stage": options.zero_stage}
+    shared |= {"layers": options.layers, "zero_stage": options.zero_stage, "cuda_graphs": options.cuda_graphs}
     chosen = {"recompute": options.recompute} if options.recompute else {}
     if options.tiny:
         small = {"model": "tiny", "batch": 2, "seq_length": 64, "steps": 2, "warmup": 1}
@@ -115,6 +115,7 @@ def main() -> None:
     parser.add_argument("--model", default="hypenet_2b", help="a file of configs/model")
     parser.add_argument("--recompute", choices=["none", "selective", "full"], help="activations computed again, in every row")
     parser.add_argument("--layers", type=int, help="only so many layers of the model; references and goals do not apply then")
+    parser.add_argument("--cuda-graphs", action="store_true", help="replay micro-batches where they are small")
     parser.add_argument("--zero-stage", type=int, default=1, choices=[0, 1, 2, 3])
     parser.add_argument("--profile", action="store_true", help="also list the kernels that take longest")
     parser.add_argument("--row", default="", help=argparse.SUPPRESS)
