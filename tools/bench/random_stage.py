@@ -15,6 +15,7 @@ from megatron_hypenet.checkpoint.shards import tensor_pieces
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.config.schema import HeadStageConfig, ParallelConfig
 from megatron_hypenet.engine.deepspeed import TrainingEngine
+from megatron_hypenet.engine.fitting import teacher_and_student
 from megatron_hypenet.engine.placement import placed
 from megatron_hypenet.engine.samples import step_batches
 from megatron_hypenet.engine.schedule import forward_backward
@@ -55,15 +56,10 @@ def model_config(name: str, *, num_layers: int | None = None, vocab_size: int | 
     )
 
 
-def teacher_of(student: ModelConfig) -> ModelConfig:
-    """The teacher of the same shape."""
-    return student.replace(mixer_types=("attn",) * student.num_layers, attn_use_rope=True, attn_use_output_gate=False)
-
-
 def build(name: str, student: ModelConfig, config: HeadStageConfig, parallel: ParallelConfig, *, by_name: bool = False) -> StageModule:
     """Stage `name` in bfloat16 on CUDA, float32 on a CPU. `by_name` draws each weight from its name, the same on every layout (slow)."""
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    teacher = teacher_of(student)
+    teacher, _ = teacher_and_student(student)
     parallel = placed(name, config, parallel, None if name == "finetune" else teacher, student)
 
     def model(shape: ModelConfig, seed: int, **options: object) -> HypeNetModel:

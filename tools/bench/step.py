@@ -34,11 +34,12 @@ ROWS = (
 def measure(row: dict[str, Any], out: Path) -> None:
     """Time the steps of one row in this process."""
     import torch
-    from random_stage import TimedSteps, build, median, model_config, teacher_of
+    from random_stage import TimedSteps, build, median, model_config
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     from megatron_hypenet.config.schema import HeadStageConfig, ParallelConfig
+    from megatron_hypenet.engine.fitting import teacher_and_student
     from megatron_hypenet.engine.hardware import Workload, peak_flops
     from megatron_hypenet.engine.memory import stage_memory
     from megatron_hypenet.engine.metrics import memory_gib
@@ -57,7 +58,7 @@ def measure(row: dict[str, Any], out: Path) -> None:
     steps.run(row["warmup"])
     steps.run(row["steps"])
     speed = config.tokens_per_step / median(steps.seconds)
-    (memory,) = stage_memory(row["stage"], teacher_of(student), student, config, parallel, data_ranks=1)
+    (memory,) = stage_memory(row["stage"], *teacher_and_student(student), config, parallel, data_ranks=1)
     work = Workload(stage.flops_per_token(config.seq_length), 1, peak_flops())
     result = {
         **row, "losses": steps.losses, "seconds": steps.seconds, "tokens_per_second": speed, "ratio": speed / row["reference"],
