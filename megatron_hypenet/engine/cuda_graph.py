@@ -60,12 +60,18 @@ class CudaGraphs:
         self._run, self._sums, self._several = run, sums, several
         self._tokens: Tensor | None = None
         self._graphs: dict[bool, _Captured] = {}
-        self._failed = False
+        self.failure: str | None = None
+        """Why there is no graph, once that is known."""
+
+    @property
+    def captured(self) -> bool:
+        """Whether micro-batches are replayed."""
+        return bool(self._graphs)
 
     def takes(self, batch: Batch) -> bool:
         """Whether `replay` takes this micro-batch."""
         same = self._tokens is None or self._tokens.shape == batch["tokens"].shape
-        return eligible(batch) and same and not self._failed
+        return eligible(batch) and same and self.failure is None
 
     def replay(self, batch: Batch, *, first: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of a micro-batch, in memory that the next replay overwrites; gradients are in the sums.
@@ -77,8 +83,10 @@ class CudaGraphs:
             try:
                 self._capture()
             except Exception as error:  # the compilers' too: whatever it is, launching one by one either works or fails with a better text
-                self._give_up(error)
-        if self._failed:
+                self.failure = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no text'}"
+            if self.failure is not None:
+                self._give_up()  # here, where the error is gone, and with it what its frames held of the graph's memory
+        if self.failure is not None:
             return self._run(batch)
         self._tokens.copy_(batch["tokens"])
         return self._graphs[first].replay(self._sums)
@@ -118,9 +126,8 @@ class CudaGraphs:
         """What tells two passes over the same micro-batch apart: the loss, and the norm of every gradient sum; fp32 on the host."""
         return torch.stack([loss.float(), *self._sums.norms()]).cpu()
 
-    def _give_up(self, error: Exception) -> None:
-        logger.warning("WARNING: no CUDA graph (%s): each kernel is launched by itself, which is slower", str(error).splitlines()[0])
-        self._failed = True
+    def _give_up(self) -> None:
+        logger.warning("WARNING: no CUDA graph (%s): each kernel is launched by itself, which is slower", self.failure)
         self._graphs.clear()
         self._sums.forget()
         gc.collect()

@@ -88,12 +88,13 @@ class RefusedUpdate(DivergedError):
 
 
 def finite_or_nan(loss: Tensor) -> Tensor:
-    """1 for a finite loss, else NaN, without a wait for the device: a factor that makes every gradient of a bad loss NaN.
+    """1 for a finite loss, else NaN: a factor that makes every gradient of a bad loss NaN. Scalars would be copied to the device, and waited
+    for; products stay there.
 
     Some bad losses have finite gradients (an infinite sum of finite terms). This way the gradient norm, which DeepSpeed reduces over all
     processes and looks at before it updates, is the one judge of a step.
     """
-    return torch.where(torch.isfinite(loss.detach()), 1.0, float("nan")).to(loss.dtype)
+    return loss.detach() * 0 + 1
 
 
 class TrainingEngine:

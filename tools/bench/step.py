@@ -59,20 +59,24 @@ def measure(row: dict[str, Any], out: Path) -> None:
     steps.run(row["steps"])
     speed = config.tokens_per_step / median(steps.seconds)
     (memory,) = stage_memory(row["stage"], *teacher_and_student(student), config, parallel, data_ranks=1)
+    graphs = steps.engine.graphs
     work = Workload(stage.flops_per_token(config.seq_length), 1, peak_flops())
     result = {
         **row, "losses": steps.losses, "seconds": steps.seconds, "tokens_per_second": speed, "ratio": speed / row["reference"],
         "tflops": work.tflops_per_device(speed), "mfu": work.mfu(speed), "memory_gib": memory_gib(),
-        "estimated_gib": memory.total / 2**30, "torch": torch.__version__,
+        "estimated_gib": memory.total / 2**30, "replayed": graphs is not None and graphs.captured,
+        "no_graph": graphs.failure if graphs else None, "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
     }  # fmt: skip
     if torch.cuda.is_available() and row["profile"]:
         with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
             steps.run(2)
-        kernels = [event for event in profiler.key_averages() if event.device_type == DeviceType.CUDA]
-        spent = sorted(kernels, key=lambda event: -event.self_device_time_total)
-        result["gpu_busy_ms_per_step"] = sum(event.self_device_time_total for event in kernels) / 2000
-        result["kernels_ms_per_step"] = {event.key[:90]: event.self_device_time_total / 2000 for event in spent[:40]}
+        events = [event for event in profiler.key_averages() if not event.is_user_annotation]
+        for name, kind, length in (("kernels", DeviceType.CUDA, 240), ("operators", DeviceType.CPU, 90)):
+            spent = [(event.self_device_time_total / 2000, event) for event in events if event.device_type == kind]
+            result[f"{name}_ms_per_step"] = sum(ms for ms, _ in spent)
+            longest = sorted(spent, key=lambda item: -item[0])[:40]
+            result[name] = [{"name": event.key[:length], "calls": event.count / 2, "ms": ms} for ms, event in longest]
     out.write_text(json.dumps(result))
     leave(0)
 
