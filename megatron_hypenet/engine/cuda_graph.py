@@ -105,15 +105,18 @@ class CudaGraphs:
         torch.cuda.synchronize()
         gc.collect()
         torch.cuda.empty_cache()  # the graph's memory is its own: what the warm-up took must not stay taken beside it
-        pool = None
+        pool = torch.cuda.graph_pool_handle()
         for first in (True, False) if self._several else (True,):
             if first:
                 self._sums.forget()
             graph = torch.cuda.CUDAGraph()
-            # thread_local: other threads of this process (heartbeat, NCCL's watchdog) may go on using CUDA meanwhile
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                loss, metrics = self._run(batch)
-            pool = graph.pool()
+            try:
+                # thread_local: other threads of this process (heartbeat, NCCL's watchdog) may go on using CUDA meanwhile
+                with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                    loss, metrics = self._run(batch)
+            except Exception:
+                torch._C._cuda_releasePool(torch.cuda.current_device(), pool)  # torch keeps the memory of a capture that failed
+                raise
             self._graphs[first] = _Captured(graph, loss, metrics, self._sums.marks)
         loss, _ = self._graphs[True].replay(self._sums)
         replayed = self._figures(loss)

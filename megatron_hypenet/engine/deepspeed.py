@@ -52,6 +52,7 @@ def config_dict(stage: StageConfig, parallel: ParallelConfig, *, num_micro_batch
         # overlap_comm has to stay off for Megatron's pipeline schedule at stage 1
         "zero_optimization": {"stage": max(parallel.zero_stage, 1), "overlap_comm": False, "reduce_bucket_size": BUCKET_NUMBERS},
         "steps_per_print": None,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device in every forward and step
     }
     if parallel.offload_optimizer:
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
@@ -88,8 +89,9 @@ class RefusedUpdate(DivergedError):
 
 
 def finite_or_nan(loss: Tensor) -> Tensor:
-    """1 for a finite loss, else NaN: a factor that makes every gradient of a bad loss NaN. Scalars would be copied to the device, and waited
-    for; products stay there.
+    """1 for a finite loss, else NaN: a factor that makes every gradient of a bad loss NaN.
+
+    Choosing between two numbers would copy them to the device and wait for it; a product stays there.
 
     Some bad losses have finite gradients (an infinite sum of finite terms). This way the gradient norm, which DeepSpeed reduces over all
     processes and looks at before it updates, is the one judge of a step.
@@ -125,7 +127,10 @@ class TrainingEngine:
         optimizer = adamw(dict(trainable), stage)
         self._guard = optimizer.register_step_pre_hook(self._refuse_bad_norm)
         config = config_dict(stage, parallel, num_micro_batches=self.num_micro_batches, dtype=self.dtype)
-        with _silenced():
+        with (
+            _silenced(),
+            torch.no_grad(),
+        ):  # else its flat copies of the weights are results of a graph that lives, with nodes of all weights
             self.engine, *_ = self.deepspeed.initialize(model=module, optimizer=optimizer, mpu=groups.ModelParallelUnit, config=config)
         self.zero_stage = self.engine.zero_optimization_stage()
         self.own_time = OwnTime()
@@ -161,7 +166,7 @@ class TrainingEngine:
 
     def _forward_backward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """A micro-batch without DeepSpeed's part in it but its gradient hooks: what a CUDA graph can hold."""
-        loss, metrics = self.module(batch)
+        loss, metrics = self.module.forward(batch)  # not the call: DeepSpeed hooks into that, and its timer waits for the device
         loss.backward(gradient=finite_or_nan(loss) / self.num_micro_batches)
         return loss.detach(), metrics
 

@@ -69,11 +69,11 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 def check_lightning(
     device: torch.device, dtype: torch.dtype, *, head_dim: int, documents: bool, states: bool, pieces: bool, tokens: int = 1024
 ) -> KernelCheck:
-    """Output and all gradients. `states`: a state enters and the final one is used; `pieces`: also the state alone, as context
-    parallelism sends it. 1024 tokens are several segments."""
+    """Output and all gradients, with every way that the kernels reach memory here. `states`: a state enters and the final one is used;
+    `pieces`: also the state alone, as context parallelism sends it. 1024 tokens are several segments."""
 
     def run() -> Pairs:
-        from megatron_hypenet.ops.lightning_attn.triton import triton_lightning_attn, triton_lightning_state
+        from megatron_hypenet.ops.lightning_attn.triton import triton_lightning_attn, triton_lightning_state, ways
 
         heads, draw = 4, _drawer(device)
         q, k = (draw(tokens, 1, heads, head_dim).to(dtype).transpose(0, 1) for _ in range(2))
@@ -81,20 +81,24 @@ def check_lightning(
         do = draw(tokens, 1, heads, head_dim).to(dtype).transpose(0, 1)
         entering, leaving = (draw(1, heads, head_dim, head_dim) if states else None for _ in range(2))
         ids = (torch.arange(tokens, device=device) * 10 // (3 * tokens)).int()[None] if documents else None
-        decay, results = log_decay(heads), []
-        forms: list[tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., Tensor], torch.dtype | None]] = [
-            (triton_lightning_attn, triton_lightning_state, None),
-            (chunked_lightning_attn, chunked_lightning_state, torch.float64),
-        ]
-        for op, state, wide in forms:
+        decay = log_decay(heads)
+
+        def found(op: Callable[..., tuple[Tensor, Tensor]], state: Callable[..., Tensor], wide: torch.dtype | None) -> list[Tensor]:
             inputs = [x.detach().to(wide or x.dtype).requires_grad_() for x in (q, k, v, *([] if entering is None else [entering]))]
             initial = inputs[3] if states else None
             o, final = op(*inputs[:3], decay, scale=head_dim**-0.5, initial_state=initial, document_ids=ids)
             outputs, gradients = ([o], [do.to(o.dtype)]) if leaving is None else ([o, final], [do.to(o.dtype), leaving.to(final.dtype)])
-            found = [*outputs, *torch.autograd.grad(outputs, inputs, gradients)]
-            results.append([*found, *([state(*inputs[1:3], decay, document_ids=ids)] if pieces else [])])
+            together = [*outputs, *torch.autograd.grad(outputs, inputs, gradients)]
+            return [*together, *([state(*inputs[1:3], decay, document_ids=ids)] if pieces else [])]
+
         names = ["o", *(["final state"] if states else []), "dq", "dk", "dv", *(["d initial state"] if states else []), "state alone"]
-        return {name: (got.detach(), want.detach()) for name, got, want in zip(names, *results, strict=False)}
+        wanted = found(chunked_lightning_attn, chunked_lightning_state, torch.float64)
+        pairs: Pairs = {}
+        for label, way in ways(device).items():
+            with way:
+                got = found(triton_lightning_attn, triton_lightning_state, None)
+            pairs |= {name + label: (x.detach(), want.detach()) for name, x, want in zip(names, got, wanted, strict=False)}
+        return pairs
 
     limit = TF32_LIMIT if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else PRODUCT_LIMITS[dtype]
     return check(f"lightning_attn head_dim {head_dim}{' packed' if documents else ''}", dtype, limit, run)
@@ -157,6 +161,7 @@ def check_lightning_mix(
     """Output and gradients of the whole mixer between its projections, in several segments."""
 
     def run() -> Pairs:
+        from megatron_hypenet.ops.lightning_attn.triton import ways
         from megatron_hypenet.ops.lightning_mix import lightning_mix
 
         draw, width, decay = _drawer(device), heads * head_dim, log_decay(heads)
@@ -177,7 +182,12 @@ def check_lightning_mix(
         def fused(projected: Tensor, wq: Tensor, wk: Tensor, wo: Tensor) -> Tensor:
             return lightning_mix(projected, wq, wk, wo, angles, decay, scale=head_dim**-0.5, eps=EPS, document_ids=ids)
 
-        return _with_gradients(fused, exact, {"projected": projected, **weights}, dy)
+        pairs: Pairs = {}
+        for label, way in ways(device).items():
+            with way:
+                found = _with_gradients(fused, exact, {"projected": projected, **weights}, dy)
+            pairs |= {name + label: pair for name, pair in found.items()}
+        return pairs
 
     limit = TF32_LIMIT if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else MIX_LIMITS[dtype]
     return check(f"lightning_mix head_dim {head_dim}{' packed' if documents else ''}", dtype, limit, run)

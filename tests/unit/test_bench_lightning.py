@@ -41,11 +41,14 @@ def test_goals_are_judged_by_ratio_and_error(bench):
 
     text = bench.markdown([row("ours", 1.0, 9.5, 3e-3), row("fla", 2.0, 9.0, 2e-3)], {"gpu": "X"})
     assert "fwd: 2.00x, goal 2.0x: met" in text and "fwd+bwd: 0.95x, goal 2.8x: missed" in text
-    assert "slower than FLA: B1 T131072 H16 fwd+bwd" in text and "errors above FLA's: B1 T131072 H16 o," in text
+    assert "slower than FLA: B1 T131072 H16 fwd+bwd (0.95x)" in text
+    assert "errors at most FLA's: missed; the largest against it is 1.5000 of it" in text
+    text = bench.markdown([row("ours", 1.0, 3.0, 2.001e-3), row("fla", 2.0, 9.0, 2e-3)], {"gpu": "X"})
+    assert "slower than FLA: none" in text and "errors at most FLA's: met; the largest against it is 1.0005 of it" in text
 
 
 def test_one_word_chooses_rows(bench, tmp_path, capsys):
-    assert bench.main(["--tiny", "--only", "fp32", "--out", str(tmp_path)]) == 0
+    assert bench.main(["--tiny", "--only", "fp32,D999", "--out", str(tmp_path)]) == 0
     assert [row["shape"] for row in json.loads(next(tmp_path.glob("*.json")).read_text())["rows"]] == ["B2 T33 H3 D16 fp32"]
     with pytest.raises(SystemExit):
         bench.main(["--tiny", "--only", "no such row", "--out", str(tmp_path)])

@@ -36,6 +36,25 @@ def test_without_a_gpu_nothing_is_captured_and_a_failed_capture_runs_eagerly(cap
     engine.close()
 
 
+def test_no_node_of_a_weight_outlives_its_graph():
+    """A node made on another stream than the captured one, and kept, ends a capture."""
+    groups.init_parallel(ParallelConfig())
+    stage = ToyStage(torch.bfloat16)
+    engine = TrainingEngine(stage, stage_config(), ParallelConfig())
+
+    def marked():
+        nodes = [torch.autograd.graph.get_gradient_edge(parameter).node for parameter in stage.trainable_parameters().values()]
+        found = [node.metadata.get("seen", False) for node in nodes]
+        for node in nodes:
+            node.metadata["seen"] = True
+        return found
+
+    assert not any(marked())
+    engine._forward_backward({"tokens": ToyData().batch(0, 2, 8)})
+    assert not any(marked())
+    engine.close()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_replays_equal_launches(micro_batches):
@@ -104,7 +123,7 @@ def stand_in(monkeypatch):
     stream = SimpleNamespace(wait_stream=lambda other: None)
     for name, value in {
         "CUDAGraph": StandIn, "graph": graph, "Stream": lambda: stream, "current_stream": lambda: stream, "stream": nullcontext,
-        "synchronize": lambda: None, "empty_cache": lambda: None,
+        "synchronize": lambda: None, "empty_cache": lambda: None, "graph_pool_handle": lambda: None,
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(cuda_graph, "eligible", lambda batch: True)

@@ -95,8 +95,20 @@ def test_a_state_too_large_for_one_program_takes_two_scans(short_segments):
 @pytest.mark.parametrize("order", ["bthd", "tbhd"])
 def test_descriptors_read_and_write_what_pointers_do(short_segments, monkeypatch, order):
     monkeypatch.setattr(kernels, "_has_descriptors", lambda device: kernels.TensorDescriptor is not None)
-    assert_close(errors(150, dims=(20, 32), order=order, document_ids=ids_of([100, 50], [149, 1])), torch.float32)
-    assert_close(errors(100, dims=(128, 32), heads=1, batch=1), torch.float32)
+    with kernels.descriptors_for_all():
+        assert_close(errors(150, dims=(20, 32), order=order, document_ids=ids_of([100, 50], [149, 1])), torch.float32)
+        assert_close(errors(100, dims=(128, 32), heads=1, batch=1), torch.float32)
+
+
+def test_small_inputs_are_reached_by_pointers_unless_a_graph_is_captured(monkeypatch):
+    monkeypatch.setattr(kernels, "_has_descriptors", lambda device: True)
+    x, capturing = torch.empty(1, 64, 2, 16), False
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    assert kernels._access((x,), True) == kernels.WHOLE.value and kernels._access((x,), False) == kernels.MASKED.value
+    assert kernels._access((torch.empty(1, 2**19, 1, 32, dtype=torch.bfloat16),), True) == kernels.WHOLE.value
+    assert kernels._access((torch.empty(1, 2**19 + 1, 1, 32, dtype=torch.bfloat16),), True) == kernels.DESCRIPTORS.value
+    capturing = True
+    assert kernels._access((x,), True) == kernels.DESCRIPTORS.value
 
 
 @pytest.mark.filterwarnings("error")
