@@ -96,14 +96,13 @@ def rows(dtype: str) -> Iterator[Job]:
 
 
 def head(dtype: str) -> Iterator[Job]:
-    """The vocabulary losses at Qwen3's 75 (KL) and 38 (cross entropy) tiles per token."""
+    """The vocabulary losses at Qwen3's 75 tiles per token."""
     types = dict.fromkeys(("s_ptr", "t_ptr", "x_ptr", "stats_ptr", "tile_ptr", "merged_ptr", "weight_ptr"), "*fp32")
     types |= {"label_ptr": "*i64", "count_ptr": "*i32", "out_ptr": f"*{dtype}"}
-    values = {"PARTS": 128, "TOKENS": triton_terms.MERGE_TOKENS, "WEIGHTED": True}
+    values = {"TILE": triton_terms.TILE, "PARTS": 128, "TOKENS": triton_terms.MERGE_TOKENS, "WEIGHTED": True}
     for name in ("kl_stats", "kl_merge", "kl_gradient", "kl_one_pass", "ce_stats", "ce_merge", "ce_gradient", "ce_one_pass"):
         kernel = getattr(triton_terms, f"_{name}_kernel")
-        tile = triton_terms.KL_TILE if name.startswith("kl") else triton_terms.CE_TILE
-        constants = {key: value for key, value in ({"TILE": tile} | values).items() if key in kernel.arg_names}
+        constants = {key: value for key, value in values.items() if key in kernel.arg_names}
         own = types | ({"out_ptr": "*fp32"} if name.endswith("merge") else {})
         yield Job(name, kernel, own, constants, triton_terms.NUM_WARPS)
 

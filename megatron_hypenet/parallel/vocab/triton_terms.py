@@ -16,8 +16,7 @@ from megatron_hypenet.parallel.vocab.torch_terms import ce_loss, kl_loss
 __all__ = ["ce_gradient", "ce_loss", "ce_merge", "ce_stats", "ce_stats_and_gradient"]
 __all__ += ["kl_gradient", "kl_loss", "kl_merge", "kl_stats", "kl_stats_and_gradient"]
 
-KL_TILE, CE_TILE = 2048, 4096
-"""Words of one program: where only one model's logits have to stay in registers there is room for more, and fewer programs meet."""
+TILE = 2048
 NUM_WARPS = 4
 MERGE_TOKENS = 32
 
@@ -224,9 +223,9 @@ def _ce_one_pass_kernel(
 
 def kl_stats(student: Tensor, teacher: Tensor) -> Tensor:
     """fp32 logits [n, v] of both models -> statistics [tiles, 5, n]."""
-    n, v, tiles = _sizes(KL_TILE, student, teacher)
+    n, v, tiles = _sizes(student, teacher)
     stats = student.new_empty(tiles, 5, n)
-    _kl_stats_kernel[(n * tiles,)](student, teacher, stats, n, v, tiles, TILE=KL_TILE, num_warps=NUM_WARPS)
+    _kl_stats_kernel[(n * tiles,)](student, teacher, stats, n, v, tiles, TILE=TILE, num_warps=NUM_WARPS)
     return stats
 
 
@@ -237,16 +236,16 @@ def kl_merge(stats: Tensor) -> Tensor:
 
 def kl_gradient(student: Tensor, teacher: Tensor, local: Tensor, merged: Tensor, weights: Tensor | None, out: Tensor) -> None:
     """As `torch_terms.kl_gradient`, from the logits as `kl_stats` left them: untouched; `local` is not needed."""
-    n, v, tiles = _sizes(KL_TILE, student, teacher, out)
+    n, v, tiles = _sizes(student, teacher, out)
     given = merged if weights is None else weights
     _kl_gradient_kernel[(n * tiles,)](
-        student, teacher, merged, given, out, n, v, tiles, TILE=KL_TILE, WEIGHTED=weights is not None, num_warps=NUM_WARPS
+        student, teacher, merged, given, out, n, v, tiles, TILE=TILE, WEIGHTED=weights is not None, num_warps=NUM_WARPS
     )
 
 
 def kl_stats_and_gradient(student: Tensor, teacher: Tensor, weights: Tensor | None, out: Tensor) -> Tensor:
     """As `torch_terms.kl_stats_and_gradient`, in one pass over the logits where the device holds a token's tiles at once."""
-    n, v, tiles = _sizes(KL_TILE, student, teacher, out)
+    n, v, tiles = _sizes(student, teacher, out)
     if not _fits(student, tiles):
         merged = kl_merge(kl_stats(student, teacher))
         kl_gradient(student, teacher, merged, merged, weights, out)
@@ -255,16 +254,16 @@ def kl_stats_and_gradient(student: Tensor, teacher: Tensor, weights: Tensor | No
     given = merged if weights is None else weights
     _kl_one_pass_kernel[(n * tiles,)](
         student, teacher, given, out, tile_stats, merged, count, n, v, tiles,
-        TILE=KL_TILE, PARTS=parts, WEIGHTED=weights is not None, num_warps=NUM_WARPS,
+        TILE=TILE, PARTS=parts, WEIGHTED=weights is not None, num_warps=NUM_WARPS,
     )  # fmt: skip
     return merged
 
 
 def ce_stats(logits: Tensor, labels: Tensor) -> Tensor:
     """fp32 logits [n, v], labels [n] counted from this shard's first row -> statistics [tiles, 3, n]."""
-    n, v, tiles = _sizes(CE_TILE, logits)
+    n, v, tiles = _sizes(logits)
     stats = logits.new_empty(tiles, 3, n)
-    _ce_stats_kernel[(n * tiles,)](logits, labels, stats, n, v, tiles, TILE=CE_TILE, num_warps=NUM_WARPS)
+    _ce_stats_kernel[(n * tiles,)](logits, labels, stats, n, v, tiles, TILE=TILE, num_warps=NUM_WARPS)
     return stats
 
 
@@ -275,16 +274,16 @@ def ce_merge(stats: Tensor) -> Tensor:
 
 def ce_gradient(logits: Tensor, labels: Tensor, local: Tensor, merged: Tensor, weights: Tensor | None, out: Tensor) -> None:
     """As `torch_terms.ce_gradient`, from the logits as `ce_stats` left them: untouched; `local` is not needed."""
-    n, v, tiles = _sizes(CE_TILE, logits, out)
+    n, v, tiles = _sizes(logits, out)
     given = merged if weights is None else weights
     _ce_gradient_kernel[(n * tiles,)](
-        logits, labels, merged, given, out, n, v, tiles, TILE=CE_TILE, WEIGHTED=weights is not None, num_warps=NUM_WARPS
+        logits, labels, merged, given, out, n, v, tiles, TILE=TILE, WEIGHTED=weights is not None, num_warps=NUM_WARPS
     )
 
 
 def ce_stats_and_gradient(logits: Tensor, labels: Tensor, weights: Tensor | None, out: Tensor) -> Tensor:
     """As `torch_terms.ce_stats_and_gradient`, in one pass over the logits where the device holds a token's tiles at once."""
-    n, v, tiles = _sizes(CE_TILE, logits, out)
+    n, v, tiles = _sizes(logits, out)
     if not _fits(logits, tiles):
         merged = ce_merge(ce_stats(logits, labels))
         ce_gradient(logits, labels, merged, merged, weights, out)
@@ -293,7 +292,7 @@ def ce_stats_and_gradient(logits: Tensor, labels: Tensor, weights: Tensor | None
     given = merged if weights is None else weights
     _ce_one_pass_kernel[(n * tiles,)](
         logits, labels, given, out, tile_stats, merged, count, n, v, tiles,
-        TILE=CE_TILE, PARTS=parts, WEIGHTED=weights is not None, num_warps=NUM_WARPS,
+        TILE=TILE, PARTS=parts, WEIGHTED=weights is not None, num_warps=NUM_WARPS,
     )  # fmt: skip
     return merged
 
@@ -313,9 +312,9 @@ def _meeting(like: Tensor, n: int, tiles: int, numbers: int) -> tuple[Tensor, Te
     return like.new_empty(numbers, n), like.new_empty(n, numbers, parts), count, parts
 
 
-def _sizes(tile: int, logits: Tensor, *others: Tensor) -> tuple[int, int, int]:
+def _sizes(logits: Tensor, *others: Tensor) -> tuple[int, int, int]:
     assert all(x.is_contiguous() and x.shape == logits.shape for x in (logits, *others)), "chunks of logits lie densely in memory"
-    return *logits.shape, triton.cdiv(logits.shape[-1], tile)
+    return *logits.shape, triton.cdiv(logits.shape[-1], TILE)
 
 
 def _fits(logits: Tensor, tiles: int) -> bool:

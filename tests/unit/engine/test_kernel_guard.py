@@ -27,8 +27,7 @@ def fresh(monkeypatch, caplog):
     caplog.set_level(logging.INFO, logger="megatron_hypenet")
     if DEVICE.type == "cuda":
         return
-    for tile in ("KL_TILE", "CE_TILE"):
-        monkeypatch.setattr(triton_terms, tile, 256)
+    monkeypatch.setattr(triton_terms, "TILE", 256)
     for name in (
         "check_lightning",
         "check_norm_rope",

@@ -13,8 +13,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    for tile in ("KL_TILE", "CE_TILE"):
-        monkeypatch.setattr(triton_terms, tile, 256)
+    monkeypatch.setattr(triton_terms, "TILE", 256)
 
 
 @pytest.mark.parametrize("shards", [1, 2])

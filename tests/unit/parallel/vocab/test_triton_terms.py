@@ -17,8 +17,7 @@ TILES = [64, 256]  # three tiles of a token, the last not full; one tile
 
 @pytest.fixture(params=TILES)
 def tile(request, monkeypatch):
-    for tile in ("KL_TILE", "CE_TILE"):
-        monkeypatch.setattr(triton_terms, tile, request.param)
+    monkeypatch.setattr(triton_terms, "TILE", request.param)
     return request.param
 
 
