@@ -109,6 +109,8 @@ class _Trainer:
         self.recorder: Recorder | None = None
         self.saver: Saver | None = None
         self.timing = Timing(stage.name, background=run.checkpoint.async_save)
+        self._ahead: tuple[int, list[Batch]] | None = None
+        """First sample and micro-batches of a step that has not begun."""
 
     def open(self, tensorboard_dir: Path, log: Callable[[str], None] | None) -> None:
         """Build the engine, continue from a checkpoint if there is one, and open the logs."""
@@ -205,6 +207,7 @@ class _Trainer:
         assert self.engine is not None and self.recorder is not None
         step, lr = self.state.step + 1, lr_at(self.state.step, self.config)
         loss_tensor, metrics = forward_backward(self.engine, self._batches())
+        self._read_ahead()
         PULSE.note("reduce")
         # one wait for the device per step
         loss = float(groups.sum_over_pipeline(groups.all_reduce_mean(loss_tensor.double())))
@@ -260,6 +263,20 @@ class _Trainer:
         )
 
     def _batches(self) -> list[Batch]:
+        """Of this step."""
+        first = self.state.samples
+        if self._ahead is None or self._ahead[0] != first:
+            self._ahead = (first, self._read(first))
+        (_, batches), self._ahead = self._ahead, None
+        return batches
+
+    def _read_ahead(self) -> None:
+        """The micro-batches of the next step, while the device is at this one's."""
+        if self.state.step + 1 < self.config.train_iters:
+            first = self.state.samples + self.config.global_batch_size
+            self._ahead = (first, self._read(first))
+
+    def _read(self, first_sample: int) -> list[Batch]:
         PULSE.note("data")
         end = None
         if self.run.data.separate_documents:
@@ -269,7 +286,7 @@ class _Trainer:
                     "data.separate_documents=true, but the prepared data does not name its end-of-document token; "
                     "delete the data folder of this run, it will be made again"
                 )
-        return step_batches(self.data, self.config, self.state.samples, end_of_document=end)
+        return step_batches(self.data, self.config, first_sample, end_of_document=end)
 
     def _samples_of_step(self) -> str:
         """Those of the step that is being done."""

@@ -35,9 +35,12 @@ def step_batches(data: TokenSource, config: StageConfig, first_sample: int, *, e
     share = config.global_batch_size // groups.data_size()
     start = first_sample + groups.data_rank() * share
     batches: list[Batch] = []
+    where = device()
     for offset in range(0, share, config.micro_batch_size):
         tokens = data.batch(start + offset, config.micro_batch_size, config.seq_length)
-        batches.append({"tokens": tokens.to(device(), non_blocking=True)})
+        if where.type == "cuda":
+            tokens = tokens.pin_memory()  # a copy from other memory waits for all that the device has to do
+        batches.append({"tokens": tokens.to(where, non_blocking=True)})
     return batches if end_of_document is None else _separated(batches, end_of_document, config.tokens_per_step)
 
 

@@ -52,6 +52,21 @@ def test_trains_saves_and_returns_at_once_when_done(tmp_path):
     assert loop.train(ToyStage(), ToyData(), stage_config(), run_config(tmp_path), tmp_path / "a", on_step=pytest.fail) == final
 
 
+def test_the_next_step_is_read_while_the_device_is_busy_and_nothing_twice(tmp_path):
+    events = []
+
+    class Watched(ToyData):
+        def batch(self, sample_start, count, seq_length):
+            events.append(sample_start)
+            return super().batch(sample_start, count, seq_length)
+
+    def note(record):
+        events.append(f"step {record.step}")
+
+    loop.train(ToyStage(), Watched(), stage_config(train_iters=3), run_config(tmp_path), tmp_path / "a", on_step=note)
+    assert events == [0, 2, 4, 6, "step 1", 8, 10, "step 2", "step 3"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
 def test_continues_bit_for_bit_after_a_crash(tmp_path, zero_stage, dtype):
