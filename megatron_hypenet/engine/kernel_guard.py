@@ -14,7 +14,7 @@ import torch
 
 from megatron_hypenet.errors import SetupError
 from megatron_hypenet.model.hypenet import HypeNetModel
-from megatron_hypenet.ops import gated_norm, kernels, lightning_mix, norm_rope, selftest, swiglu
+from megatron_hypenet.ops import gated_norm, kernels, lightning_mix, norm_rope, rms_norm, selftest, swiglu
 from megatron_hypenet.ops.lightning_attn import dispatch
 from megatron_hypenet.ops.selftest import KernelCheck
 from megatron_hypenet.parallel import groups
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 Checks = dict[str, Callable[[], KernelCheck]]
 DOCTOR_WIDTH, DOCTOR_FFN, DOCTOR_WORDS = 4096, 12_288, 151_936
-"""What `survey` looks at: the width of 32 heads, the MLP of Qwen3-8B, Qwen3's vocabulary."""
+"""What `survey` looks at: the width of 32 heads and of a layer, the MLP of Qwen3-8B, Qwen3's vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class KernelUse:
     head_dim: int
     width: int
     """Heads times head_dim."""
+    hidden: int
+    """Columns of what goes from layer to layer."""
     ffn: int
     """Columns of the MLP's inner product."""
     words: int
@@ -52,6 +54,7 @@ class KernelUse:
             dtype=model.config.params_dtype,
             head_dim=shape.kv_channels,
             width=shape.query_size // ranks,
+            hidden=shape.hidden_size,
             ffn=shape.ffn_hidden_size // ranks,
             words=shape.vocab_size // ranks,
             tensor_ranks=ranks,
@@ -75,6 +78,8 @@ class KernelUse:
             found["lightning_mix"] = lambda: selftest.check_lightning_mix(
                 where, self.dtype, head_dim=self.head_dim, documents=self.documents
             )
+        if rms_norm.kernel_fits(self.dtype, self.hidden):
+            found["rms_norm"] = lambda: selftest.check_rms_norm(where, self.dtype, width=self.hidden)
         if swiglu.kernel_fits(self.dtype):
             found["swiglu"] = lambda: selftest.check_swiglu(where, self.dtype, width=self.ffn)
         if self.dtype != torch.float64:
@@ -147,6 +152,7 @@ def survey(where: torch.device) -> Iterator[KernelCheck]:
         yield selftest.check_norm_rope(where, dtype, head_dim=128)
         yield selftest.check_gated_norm(where, dtype, width=DOCTOR_WIDTH)
         yield selftest.check_lightning_mix(where, dtype, head_dim=128, documents=True)
+        yield selftest.check_rms_norm(where, dtype, width=DOCTOR_WIDTH)
         yield selftest.check_swiglu(where, dtype, width=DOCTOR_FFN)
         for shards in (1, 2):
             yield check_vocab(where, dtype, words=DOCTOR_WORDS // shards, shards=shards)

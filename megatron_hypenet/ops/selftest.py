@@ -15,6 +15,7 @@ from megatron_hypenet.ops.decay import log_decay
 from megatron_hypenet.ops.gated_norm import fused_gated_norm
 from megatron_hypenet.ops.lightning_attn.chunked import chunked_lightning_attn, chunked_lightning_state
 from megatron_hypenet.ops.norm_rope import fused_norm_rope
+from megatron_hypenet.ops.rms_norm import fused_rms_norm
 from megatron_hypenet.ops.rope import apply_rope
 from megatron_hypenet.ops.swiglu import fused_swiglu
 
@@ -137,6 +138,22 @@ def check_gated_norm(device: torch.device, dtype: torch.dtype, *, width: int, to
         return _with_gradients(lambda x, gate, w: fused_gated_norm(x, gate, w, EPS), exact, leaves, dy)
 
     return check(f"gated_norm width {width}", dtype, ROUNDING_LIMITS[dtype], run)
+
+
+def check_rms_norm(device: torch.device, dtype: torch.dtype, *, width: int, tokens: int = 600) -> KernelCheck:
+    """Output and gradients, on more rows than the backward kernel has programs."""
+
+    def run() -> Pairs:
+        draw = _drawer(device)
+        x, dy = draw(tokens, 1, width).to(dtype), draw(tokens, 1, width).to(dtype)
+        weight = (1 + 0.1 * draw(width)).to(dtype)
+
+        def exact(x: Tensor, weight: Tensor) -> Tensor:
+            return F.rms_norm(x, (width,), weight, EPS)
+
+        return _with_gradients(lambda x, w: fused_rms_norm(x, w, EPS), exact, {"x": x, "weight": weight}, dy)
+
+    return check(f"rms_norm width {width}", dtype, ROUNDING_LIMITS[dtype], run)
 
 
 def check_swiglu(device: torch.device, dtype: torch.dtype, *, width: int, tokens: int = 64) -> KernelCheck:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from megatron_hypenet.ops.gated_norm import gated_norm
 from megatron_hypenet.ops.norm_rope import norm_rope
+from megatron_hypenet.ops.rms_norm import rms_norm
 from megatron_hypenet.parallel.groups import tensor_group
 
 
@@ -37,7 +37,7 @@ class RMSNorm(torch.nn.Module):
             weight = _SumGradient.apply(weight, tensor_group())
         if angles is not None:
             return norm_rope(x, weight, angles, self.eps)
-        return F.rms_norm(x, (x.shape[-1],), weight, self.eps)
+        return rms_norm(x, weight, self.eps)
 
 
 class AllHeadsRMSNorm(torch.nn.Module):

@@ -26,7 +26,7 @@ import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from megatron_hypenet.ops import gated_norm_kernels, norm_rope_kernels, swiglu_kernels  # noqa: E402
+from megatron_hypenet.ops import gated_norm_kernels, norm_rope_kernels, rms_norm_kernels, swiglu_kernels  # noqa: E402
 from megatron_hypenet.ops.lightning_attn import triton_dkdv, triton_scan  # noqa: E402
 from megatron_hypenet.ops.lightning_attn.triton_plan import Blocks, Gpu, make_plan, power_of_two  # noqa: E402
 from megatron_hypenet.ops.lightning_attn.triton_tiles import DESCRIPTORS, WHOLE  # noqa: E402
@@ -82,7 +82,7 @@ def lightning(capability: int, dtype: str, dim: int, documents: bool) -> Iterato
 
 
 def rows(dtype: str) -> Iterator[Job]:
-    """Norm with RoPE for 128 dims, norm with gate for narrow and for the widest rows, SwiGLU."""
+    """Norm with RoPE for 128 dims, norms with and without gate for narrow and for the widest rows, SwiGLU."""
     own, tokens, warps = f"*{dtype}", norm_rope_kernels.TOKENS, norm_rope_kernels.WARPS
     types = dict.fromkeys(("x", "y", "dy", "dx", "weight", "gate", "dgate"), own) | {"angles": "*fp32", "dweight": "*fp32", "eps": "fp32"}
     for name in ("forward", "backward"):
@@ -91,6 +91,9 @@ def rows(dtype: str) -> Iterator[Job]:
         for width in (2048, 16384):
             kernel = getattr(gated_norm_kernels, f"{name}_kernel")
             yield Job(f"gated_norm {name} {width}", kernel, types, {"block": width}, gated_norm_kernels._warps(width))
+        for width in (2048, 8192):
+            kernel = getattr(rms_norm_kernels, f"{name}_kernel")
+            yield Job(f"rms_norm {name} {width}", kernel, types, {"block": width}, rms_norm_kernels._warps(width))
         kernel = getattr(swiglu_kernels, f"{name}_kernel")
         yield Job(f"swiglu {name}", kernel, types, {"block": swiglu_kernels.BLOCK}, swiglu_kernels.WARPS)
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from megatron_hypenet.errors import ConfigError
-from megatron_hypenet.ops import gated_norm, kernels, lightning_mix, norm_rope, swiglu
+from megatron_hypenet.ops import gated_norm, kernels, lightning_mix, norm_rope, rms_norm, swiglu
 from megatron_hypenet.ops.lightning_attn import dispatch
 from megatron_hypenet.parallel import vocab_loss
 from megatron_hypenet.parallel.vocab import torch_terms
@@ -39,6 +39,7 @@ def chosen(monkeypatch):
     kernel = object()
     monkeypatch.setattr(norm_rope, "fused_norm_rope", lambda *args: kernel)
     monkeypatch.setattr(gated_norm, "fused_gated_norm", lambda *args: kernel)
+    monkeypatch.setattr(rms_norm, "fused_rms_norm", lambda *args: kernel)
     monkeypatch.setattr(swiglu, "fused_swiglu", lambda *args: kernel)
     x = torch.ones(3, 1, 2, 32).as_subclass(OnGpu)
     found = {
@@ -46,6 +47,7 @@ def chosen(monkeypatch):
         "lightning_attn": dispatch.runs_kernels(x, x),
         "norm_rope": norm_rope.norm_rope(x, torch.ones(32), torch.zeros(3, 1, 1, 32), 1e-6) is kernel,
         "gated_norm": gated_norm.gated_norm(x[..., 0, :], x[..., 0, :], torch.ones(32), 1e-6) is kernel,
+        "rms_norm": rms_norm.rms_norm(x[:, :, 0].repeat(1, 1, 16), torch.ones(512), 1e-6) is kernel,
         "swiglu": swiglu.swiglu(x) is kernel,
         "vocab_loss": vocab_loss._terms(x) is not torch_terms,
     }

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from megatron_hypenet.ops import gated_norm_kernels, norm_rope_kernels, selftest, swiglu_kernels
+from megatron_hypenet.ops import gated_norm_kernels, norm_rope_kernels, rms_norm_kernels, selftest, swiglu_kernels
 from megatron_hypenet.ops.lightning_attn import triton as lightning_kernels
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -20,6 +20,7 @@ CHECKS = {
     "norm_rope": lambda dtype: selftest.check_norm_rope(DEVICE, dtype, head_dim=32, tokens=20),
     "gated_norm": lambda dtype: selftest.check_gated_norm(DEVICE, dtype, width=48, tokens=20),
     "lightning_mix": lambda dtype: selftest.check_lightning_mix(DEVICE, dtype, head_dim=32, heads=2, documents=True, tokens=70),
+    "rms_norm": lambda dtype: selftest.check_rms_norm(DEVICE, dtype, width=520, tokens=20),
     "swiglu": lambda dtype: selftest.check_swiglu(DEVICE, dtype, width=48, tokens=20),
 }
 
@@ -60,6 +61,7 @@ WRONG = {
     "norm_rope": (norm_rope_kernels, "backward", lambda dx, dw: (dx, dw * 1.02), "d weight"),
     "gated_norm": (gated_norm_kernels, "backward", lambda dx, dgate, dw: (dx, dgate * 1.02, dw), "d gate"),
     "lightning_mix": (gated_norm_kernels, "forward", lambda *rows: torch.stack(rows) * 1.02, "y"),
+    "rms_norm": (rms_norm_kernels, "backward", lambda dx, dw: (dx * 1.02, dw), "d x"),
     "swiglu": (swiglu_kernels, "backward", lambda *rows: (torch.stack(rows) * 1.02,), "d x"),
 }
 

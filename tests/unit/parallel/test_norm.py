@@ -1,10 +1,14 @@
+import pytest
 import torch
 
 from megatron_hypenet.config.schema import ParallelConfig
 from megatron_hypenet.model.specs import transformer_config
+from megatron_hypenet.ops.rms_norm import fused_rms_norm
 from megatron_hypenet.ops.rope import apply_rope
+from megatron_hypenet.parallel import norm as norms
 from megatron_hypenet.parallel.groups import init_parallel, tensor_group
 from megatron_hypenet.parallel.norm import AllHeadsRMSNorm, RMSNorm
+from megatron_hypenet.parallel.recompute import DropOutput
 from tests.tiny import tiny_model_config
 
 
@@ -26,6 +30,27 @@ def test_a_per_head_norm_rotates_when_it_gets_angles():
     norm = RMSNorm(transformer_config(tiny_model_config(), ParallelConfig(), torch.float64), 8, 1e-6, per_head=True)
     x, angles = torch.randn(5, 2, 3, 8, dtype=torch.float64), torch.randn(5, 1, 1, 4, dtype=torch.float64).repeat(1, 1, 1, 2)
     torch.testing.assert_close(norm(x, angles), apply_rope(norm(x), angles))
+
+
+def test_the_kernels_output_may_be_dropped_and_made_again(monkeypatch):
+    """As Megatron does it in a layer; the numbers are those of the norm that keeps its output."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(norms, "rms_norm", fused_rms_norm)
+    init_parallel(ParallelConfig())
+    norm, linear = RMSNorm(transformer_config(tiny_model_config(), ParallelConfig(), torch.float32), 24, 1e-6), torch.nn.Linear(24, 5)
+    x, results = torch.randn(6, 2, 24, requires_grad=True), []
+    for drop in (False, True):
+        dropping = DropOutput()
+        normal = dropping.checkpoint(norm, x) if drop else norm(x)
+        y = linear(normal)
+        if drop:
+            dropping.discard_output_and_register_recompute(y)
+            assert normal.untyped_storage().nbytes() == 0
+        y.square().sum().backward()
+        results.append([p.grad for p in (x, *norm.parameters(), *linear.parameters())])
+        for p in (x, *norm.parameters(), *linear.parameters()):
+            p.grad = None
+    assert all(torch.equal(kept, again) for kept, again in zip(*results, strict=True))
 
 
 def test_the_all_heads_weight_is_marked_as_split_for_optimizer_and_checkpoint():

@@ -1,0 +1,94 @@
+"""Triton kernels of `rms_norm.py`: forward one row per program, backward a strided set of rows, so that dweight has few partial sums."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BACKWARD_PROGRAMS = 528  # four for each multiprocessor of an H100
+# `rows` stays a run-time number: a single row would otherwise be compiled, and have to be checked, apart.
+
+
+@triton.jit
+def forward_kernel(x, y, weight, width, eps, stride_x, block: tl.constexpr):
+    """y = x r w (contiguous), r = (mean x^2 + eps)^(-1/2)."""
+    row, col = tl.program_id(0).to(tl.int64), tl.arange(0, block)
+    inside = col < width
+    value = tl.load(x + row * stride_x + col, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.load(weight + col, mask=inside, other=0.0).to(tl.float32)
+    inverse_rms = tl.rsqrt(tl.sum(value * value, axis=0) / width + eps)
+    tl.store(y + row * width + col, (value * inverse_rms * scale).to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def backward_kernel(x, dy, dx, dweight, weight, rows, width, eps, stride_x, stride_dy, block: tl.constexpr):
+    """dx (contiguous) = r (w dy - x r^2 mean(w dy x)), and this program's share of dweight, one row of `dweight` [programs, width].
+
+    A row is asked for while the one before it is worked on; the two means do not wait for each other."""
+    program, programs, col = tl.program_id(0), tl.num_programs(0), tl.arange(0, block)
+    inside = col < width
+    scale = tl.load(weight + col, mask=inside, other=0.0).to(tl.float32)
+    total = tl.zeros([block], dtype=tl.float32)
+    first = program.to(tl.int64)
+    next_x = tl.load(x + first * stride_x + col, mask=inside, other=0.0)
+    next_dy = tl.load(dy + first * stride_dy + col, mask=inside, other=0.0)
+    for turn in range(tl.cdiv(rows - program, programs)):
+        row = first + turn * programs
+        value, grad = next_x.to(tl.float32), next_dy.to(tl.float32)
+        asked = col < tl.where(row + programs < rows, width, 0)
+        next_x = tl.load(x + (row + programs) * stride_x + col, mask=asked, other=0.0)
+        next_dy = tl.load(dy + (row + programs) * stride_dy + col, mask=asked, other=0.0)
+        weighted = grad * scale
+        inverse_rms = tl.rsqrt(tl.sum(value * value, axis=0) / width + eps)
+        mean = tl.sum(weighted * value, axis=0) / width * inverse_rms
+        normal = value * inverse_rms
+        total += grad * normal
+        tl.store(dx + row * width + col, ((weighted - normal * mean) * inverse_rms).to(dx.dtype.element_ty), mask=inside)
+    tl.store(dweight + first * width + col, total, mask=inside)
+
+
+def forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [..., n] -> contiguous [..., n]."""
+    n, y, rows = x.shape[-1], x.new_empty(x.shape), _rows(x)
+    if y.numel():
+        grid, block = (rows.shape[0],), triton.next_power_of_2(n)
+        forward_kernel[grid](rows, y, weight.contiguous(), n, eps, rows.stride(0), block=block, num_warps=_warps(n))
+    return y
+
+
+def backward(x: Tensor, weight: Tensor, dy: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x, dy [..., n] -> dx [..., n] contiguous, dweight [n] in weight's dtype, the same in every run."""
+    n, dx, rows, grads = x.shape[-1], x.new_empty(x.shape), _rows(x), _rows(dy)
+    programs = min(rows.shape[0], BACKWARD_PROGRAMS)
+    partial = x.new_empty(programs, n, dtype=torch.float32)
+    if dx.numel():
+        backward_kernel[(programs,)](
+            rows, grads, dx, partial, weight.contiguous(), rows.shape[0], n, eps, rows.stride(0), grads.stride(0),
+            block=triton.next_power_of_2(n), num_warps=_warps(n),
+        )  # fmt: skip
+    return dx, partial.sum(0).to(weight.dtype)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., n] as [rows, n] with each row contiguous; copies only what is laid out otherwise."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _warps(width: int) -> int:
+    """Sixteen numbers for each thread, in 4 to 16 warps."""
+    return max(4, min(16, triton.next_power_of_2(width) // 512))
+
+
+forward_op = torch.library.custom_op("hypenet::rms_norm", forward, mutates_args=())
+backward_op = torch.library.custom_op("hypenet::rms_norm_backward", backward, mutates_args=())
+
+
+@forward_op.register_fake
+def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@backward_op.register_fake
+def _(x: Tensor, weight: Tensor, dy: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)

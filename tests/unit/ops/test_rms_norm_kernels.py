@@ -1,0 +1,83 @@
+"""The kernels launched directly: every row is worked on once, rows past the end are not read, sums have one order."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from megatron_hypenet.ops import rms_norm_kernels as kernels
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def exact(x, weight, dy, eps):
+    x, weight = (a.double().requires_grad_() for a in (x, weight))
+    y = x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
+    return y.detach(), *torch.autograd.grad(y, (x, weight), dy.double())
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 5, 8, 21])
+@pytest.mark.parametrize("width", [20, 520, 1000])
+def test_any_number_of_rows_per_program(monkeypatch, rows, width):
+    monkeypatch.setattr(kernels, "BACKWARD_PROGRAMS", 4)
+    x, dy, weight = (torch.randn(*shape, device=DEVICE) for shape in ((rows, width), (rows, width), (width,)))
+    found = kernels.forward(x, weight, 1e-6), *kernels.backward(x, weight, dy, 1e-6)
+    for got, want in zip(found, exact(x, weight, dy, 1e-6), strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=2e-5)
+
+
+def test_rows_past_the_end_are_not_read(monkeypatch):
+    """What follows the last row in memory is NaN."""
+    monkeypatch.setattr(kernels, "BACKWARD_PROGRAMS", 4)
+    memory = torch.full((2, 12, 40), float("nan"), device=DEVICE)
+    x, dy = memory[:, :6, :30]
+    x.normal_(), dy.normal_()
+    dx, dweight = kernels.backward(x, torch.ones(30, device=DEVICE), dy, 0.0)
+    assert dx.isfinite().all() and dweight.isfinite().all() and kernels.forward(x, dweight, 0.0).isfinite().all()
+
+
+def test_the_sum_over_rows_is_the_same_every_time(monkeypatch):
+    monkeypatch.setattr(kernels, "BACKWARD_PROGRAMS", 8)
+    x, dy, weight = (torch.randn(*shape, device=DEVICE) for shape in ((50, 2, 520), (50, 2, 520), (520,)))
+    once = kernels.backward(x, weight, dy, 1e-6)
+    assert all(torch.equal(a, b) for a, b in zip(once, kernels.backward(x, weight, dy, 1e-6), strict=True))
+
+
+def test_a_row_of_zeros_gives_zeros():
+    x, weight = torch.zeros(2, 520, device=DEVICE), torch.ones(520, device=DEVICE)
+    dx, dweight = kernels.backward(x, weight, torch.ones_like(x), 1e-6)
+    assert not kernels.forward(x, weight, 1e-6).any() and not dweight.any()
+    torch.testing.assert_close(dx, torch.full_like(x, 1e3))
+
+
+def test_narrow_inputs_give_narrow_outputs():
+    x, weight = torch.randn(3, 1, 520, device=DEVICE).half(), torch.ones(520, device=DEVICE).half()
+    outputs = (kernels.forward(x, weight, 1e-6), *kernels.backward(x, weight, x, 1e-6))
+    assert all(output.dtype == torch.float16 for output in outputs)
+
+
+def test_rows_past_two_to_the_31_elements_are_found():
+    """Three rows in a block of memory of which only their pages are touched."""
+    apart, width = 2**30, 16
+    x = torch.empty(2 * apart + width, dtype=torch.float16, device=DEVICE).as_strided((3, width), (apart, 1))
+    x.copy_(torch.randn(3, width))
+    weight = torch.ones(width, device=DEVICE).half()
+    assert torch.equal(kernels.forward(x, weight, 1e-6), kernels.forward(x.contiguous(), weight, 1e-6))
+    for got, want in zip(kernels.backward(x, weight, x, 1e-6), kernels.backward(x.contiguous(), weight, x.contiguous(), 1e-6), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.gpu
+def test_more_than_two_to_the_31_elements():
+    rows, width = 131_072 * 8 + 1, 2048
+    x = torch.randn(1, width, device=DEVICE).bfloat16().expand(rows, -1).contiguous()
+    weight = torch.randn(width, device=DEVICE).bfloat16()
+    y = kernels.forward(x, weight, 1e-6)
+    assert torch.equal(y[-1], y[0]) and torch.equal(y[:1], kernels.forward(x[:1], weight, 1e-6))
+    dx, _ = kernels.backward(x, weight, y, 1e-6)
+    assert torch.equal(dx[-1], dx[0]) and torch.equal(dx[:1], kernels.backward(x[:1], weight, y[:1], 1e-6)[0])
+
+
+@pytest.mark.parametrize(("width", "warps"), [(512, 4), (2048, 4), (4096, 8), (16384, 16)])
+def test_warps_grow_with_the_row(width, warps):
+    assert kernels._warps(width) == warps
