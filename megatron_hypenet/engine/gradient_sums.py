@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_hypenet.ops.gradient_sum import gradient_sum
+
 PIECE = 2**24
 """Gradients of each rank in one collective of bf16 copies: enough to use the links fully, few enough to copy."""
 
@@ -67,10 +69,7 @@ class GradientSums:
             return
         total: Tensor = self.optimizer.fp32_groups_gradients[group][index]
         gradient, marked = parameter.grad.reshape(-1), self.optimizer.fp32_groups_has_gradients[group]
-        if marked[index]:
-            total.add_(gradient)
-        else:
-            total.copy_(gradient)
+        gradient_sum(total, gradient, add=marked[index])
         marked[index] = True
         parameter._hp_grad = total  # type: ignore[attr-defined] # where DeepSpeed itself looks for it
         if clear_lp_grads:

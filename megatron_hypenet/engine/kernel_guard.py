@@ -14,7 +14,7 @@ import torch
 
 from megatron_hypenet.errors import SetupError
 from megatron_hypenet.model.hypenet import HypeNetModel
-from megatron_hypenet.ops import gated_norm, kernels, lightning_mix, norm_rope, rms_norm, selftest, swiglu
+from megatron_hypenet.ops import gated_norm, gradient_sum, kernels, lightning_mix, norm_rope, rms_norm, selftest, swiglu
 from megatron_hypenet.ops.lightning_attn import dispatch
 from megatron_hypenet.ops.selftest import KernelCheck
 from megatron_hypenet.parallel import groups
@@ -85,6 +85,8 @@ class KernelUse:
         if self.dtype != torch.float64:
             shards = min(self.tensor_ranks, 2)
             found["vocab_loss"] = lambda: check_vocab(where, self.dtype, words=self.words, shards=shards)
+        if gradient_sum.kernel_fits(self.dtype):
+            found["gradient_sum"] = lambda: selftest.check_gradient_sum(where, self.dtype)
         return found
 
 
@@ -154,5 +156,6 @@ def survey(where: torch.device) -> Iterator[KernelCheck]:
         yield selftest.check_lightning_mix(where, dtype, head_dim=128, documents=True)
         yield selftest.check_rms_norm(where, dtype, width=DOCTOR_WIDTH)
         yield selftest.check_swiglu(where, dtype, width=DOCTOR_FFN)
+        yield selftest.check_gradient_sum(where, dtype)
         for shards in (1, 2):
             yield check_vocab(where, dtype, words=DOCTOR_WORDS // shards, shards=shards)

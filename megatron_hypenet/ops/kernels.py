@@ -7,7 +7,7 @@ import os
 
 from megatron_hypenet.errors import ConfigError
 
-FAMILIES = ("lightning_mix", "lightning_attn", "norm_rope", "gated_norm", "rms_norm", "swiglu", "vocab_loss")
+FAMILIES = ("lightning_mix", "lightning_attn", "norm_rope", "gated_norm", "rms_norm", "swiglu", "vocab_loss", "gradient_sum")
 NEEDS = {"lightning_mix": ("norm_rope", "lightning_attn", "gated_norm")}
 """Families that launch kernels of others, and run only where those do."""
 VARIABLE = "HYPENET_DISABLE_KERNELS"

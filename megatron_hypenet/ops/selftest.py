@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_hypenet.ops.decay import log_decay
 from megatron_hypenet.ops.gated_norm import fused_gated_norm
+from megatron_hypenet.ops.gradient_sum import fused_gradient_sum
 from megatron_hypenet.ops.lightning_attn.chunked import chunked_lightning_attn, chunked_lightning_state
 from megatron_hypenet.ops.norm_rope import fused_norm_rope
 from megatron_hypenet.ops.rms_norm import fused_rms_norm
@@ -170,6 +171,23 @@ def check_swiglu(device: torch.device, dtype: torch.dtype, *, width: int, tokens
         return _with_gradients(fused_swiglu, exact, {"x": x}, dy)
 
     return check(f"swiglu width {width}", dtype, ROUNDING_LIMITS[dtype], run)
+
+
+def check_gradient_sum(device: torch.device, dtype: torch.dtype, *, count: int = 10_000) -> KernelCheck:
+    """Both forms, bit for bit, where memory is aligned and where it is not. The answer is rounded once, from float64 to fp32."""
+
+    def run() -> Pairs:
+        draw, pairs = _drawer(device), {}
+        sums, gradients = draw(count + 3), draw(count + 3).to(dtype)
+        for start, stop in ((0, count // 16 * 16), (0, count - 1), (1, count), (2, count + 2), (3, count + 3)):
+            total, gradient = sums.clone()[start:stop], gradients[start:stop]
+            fused_gradient_sum(total, gradient, add=False)
+            pairs[f"copy of {start}:{stop}"] = (total.clone(), gradient.double())
+            fused_gradient_sum(total.copy_(sums[start:stop]), gradient, add=True)
+            pairs[f"sum of {start}:{stop}"] = (total, (sums[start:stop].double() + gradient.double()).float().double())
+        return pairs
+
+    return check("gradient_sum", dtype, 0.0, run)
 
 
 def check_lightning_mix(

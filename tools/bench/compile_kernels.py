@@ -26,7 +26,7 @@ import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from megatron_hypenet.ops import gated_norm_kernels, norm_rope_kernels, rms_norm_kernels, swiglu_kernels  # noqa: E402
+from megatron_hypenet.ops import gated_norm_kernels, gradient_sum_kernels, norm_rope_kernels, rms_norm_kernels, swiglu_kernels  # noqa: E402
 from megatron_hypenet.ops.lightning_attn import triton_dkdv, triton_scan  # noqa: E402
 from megatron_hypenet.ops.lightning_attn.triton_plan import Blocks, Gpu, make_plan, power_of_two  # noqa: E402
 from megatron_hypenet.ops.lightning_attn.triton_tiles import DESCRIPTORS, WHOLE  # noqa: E402
@@ -110,6 +110,15 @@ def head(dtype: str) -> Iterator[Job]:
         yield Job(name, kernel, own, constants, triton_terms.NUM_WARPS)
 
 
+def sums(dtype: str) -> Iterator[Job]:
+    """The first gradient of a step, and those that are added to it."""
+    types, sizes = {"total": "*fp32", "gradient": f"*{dtype}"}, {"block": gradient_sum_kernels.BLOCK, "vector": gradient_sum_kernels.VECTOR}
+    for add in (False, True):
+        yield Job(
+            f"gradient {'sum' if add else 'copy'}", gradient_sum_kernels.kernel, types, {"add": add} | sizes, gradient_sum_kernels.WARPS
+        )
+
+
 def compiled(job: Job, capability: int) -> int:
     """Shared memory in bytes of one program; raises whatever Triton raises. Arguments without a given type are int32."""
     names = job.kernel.arg_names
@@ -137,7 +146,8 @@ def main(argv: list[str] | None = None) -> int:
         for dtype in args.dtypes:
             jobs = [(f"lightning {dim}{' packed' if docs else ''}", job) for dim in args.dims for docs in (False, True)
                     for job in lightning(capability, dtype, dim, docs)]  # fmt: skip
-            for group, job in [*jobs, *(("rows", job) for job in rows(dtype)), *(("head", job) for job in head(dtype))]:
+            jobs += [(group, job) for group, made in (("rows", rows), ("head", head), ("sums", sums)) for job in made(dtype)]
+            for group, job in jobs:
                 try:
                     shared = compiled(job, capability)
                     verdict = f"{shared} bytes" + (" OVER" if shared > GPUS[capability][1] else "")

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from megatron_hypenet.errors import ConfigError
-from megatron_hypenet.ops import gated_norm, kernels, lightning_mix, norm_rope, rms_norm, swiglu
+from megatron_hypenet.ops import gated_norm, gradient_sum, kernels, lightning_mix, norm_rope, rms_norm, swiglu
 from megatron_hypenet.ops.lightning_attn import dispatch
 from megatron_hypenet.parallel import vocab_loss
 from megatron_hypenet.parallel.vocab import torch_terms
@@ -41,7 +41,10 @@ def chosen(monkeypatch):
     monkeypatch.setattr(gated_norm, "fused_gated_norm", lambda *args: kernel)
     monkeypatch.setattr(rms_norm, "fused_rms_norm", lambda *args: kernel)
     monkeypatch.setattr(swiglu, "fused_swiglu", lambda *args: kernel)
+    summed = []
+    monkeypatch.setattr(gradient_sum, "fused_gradient_sum", lambda *args, add: summed.append(add))
     x = torch.ones(3, 1, 2, 32).as_subclass(OnGpu)
+    gradient_sum.gradient_sum(x.flatten(), x.flatten(), add=True)
     found = {
         "lightning_mix": lightning_mix.fits(x.flatten(-2).repeat(1, 1, 4), 32),
         "lightning_attn": dispatch.runs_kernels(x, x),
@@ -50,6 +53,7 @@ def chosen(monkeypatch):
         "rms_norm": rms_norm.rms_norm(x[:, :, 0].repeat(1, 1, 16), torch.ones(512), 1e-6) is kernel,
         "swiglu": swiglu.swiglu(x) is kernel,
         "vocab_loss": vocab_loss._terms(x) is not torch_terms,
+        "gradient_sum": summed == [True],
     }
     return {family for family, runs in found.items() if runs}
 

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from megatron_hypenet.ops import gated_norm_kernels, norm_rope_kernels, rms_norm_kernels, selftest, swiglu_kernels
+from megatron_hypenet.ops import gated_norm_kernels, gradient_sum_kernels, norm_rope_kernels, rms_norm_kernels, selftest, swiglu_kernels
 from megatron_hypenet.ops.lightning_attn import triton as lightning_kernels
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -22,6 +22,7 @@ CHECKS = {
     "lightning_mix": lambda dtype: selftest.check_lightning_mix(DEVICE, dtype, head_dim=32, heads=2, documents=True, tokens=70),
     "rms_norm": lambda dtype: selftest.check_rms_norm(DEVICE, dtype, width=520, tokens=20),
     "swiglu": lambda dtype: selftest.check_swiglu(DEVICE, dtype, width=48, tokens=20),
+    "gradient_sum": lambda dtype: selftest.check_gradient_sum(DEVICE, dtype, count=50),
 }
 
 
@@ -29,7 +30,7 @@ CHECKS = {
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_right_kernels_pass(name, dtype):
     found = CHECKS[name](dtype)
-    assert found.ok and found.error > 0, found
+    assert found.ok and (found.error > 0) == (name != "gradient_sum"), found
 
 
 def test_lightning_with_everything():
@@ -73,6 +74,19 @@ def test_wrong_kernels_fail_and_say_where(monkeypatch, name):
     monkeypatch.setattr(module, function, lambda *args: spoil(*right(*args)))
     found = CHECKS[name](torch.float32)
     assert not found.ok and found.worst == worst and 0.01 < found.error < 0.03 and worst in str(found)
+
+
+def test_a_sum_that_is_off_by_its_last_bit_fails(monkeypatch):
+    right = gradient_sum_kernels.run
+
+    def rounded(total, gradient, add):
+        right(total, gradient, add)
+        if add:
+            total[-1] = torch.nextafter(total[-1], total.new_tensor(torch.inf))
+
+    monkeypatch.setattr(gradient_sum_kernels, "run", rounded)
+    found = CHECKS["gradient_sum"](torch.float16)
+    assert not found.ok and found.worst.startswith("sum of") and 0 < found.error < 1e-6 and "limit 0.0e+00" in str(found)
 
 
 def test_nan_is_the_worst_of_all():
