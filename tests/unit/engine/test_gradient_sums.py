@@ -5,8 +5,10 @@ import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
 from megatron_hypenet.config.schema import ParallelConfig
+from megatron_hypenet.engine import gradient_sums
 from megatron_hypenet.engine.deepspeed import TrainingEngine
 from megatron_hypenet.engine.schedule import forward_backward
+from megatron_hypenet.ops.gradient_sum import fused_gradient_sum
 from megatron_hypenet.parallel import groups
 from tests.unit.engine.toy import ToyData, ToyStage, stage_config
 
@@ -45,6 +47,20 @@ def test_sums_are_those_of_the_step_alone():
             assert parameter.grad is None and torch.equal(parameter._hp_grad.view_as(want), want)
         norm = torch.cat([x.flatten() for x in gradients(step)]).double().norm()
         assert engine.apply(0.0) == pytest.approx(float(norm), rel=1e-6)  # learning rate 0: the weights stay
+    engine.close()
+
+
+def test_the_kernel_gives_the_same_sums(monkeypatch):
+    """Of two micro-batches, into views of one flat buffer."""
+    pytest.importorskip("triton")
+    calls = []
+    monkeypatch.setattr(gradient_sums, "gradient_sum", lambda *args, add: calls.append(add) or fused_gradient_sum(*args, add=add))
+    stage = ToyStage(torch.bfloat16)
+    engine = engine_of(stage)
+    forward_backward(engine, batches(0))
+    assert sorted(calls) == [False] * 3 + [True] * 3
+    for parameter, want in zip(stage.parameters(), gradients(0), strict=True):
+        assert torch.equal(parameter._hp_grad.view_as(want), want)
     engine.close()
 
 
