@@ -1,4 +1,4 @@
-"""The fp32 sum of narrow gradients, `total = gradient` or `total += gradient`, at the speed of memory on a GPU.
+"""The fp32 sum of narrow gradients, `total = gradient` or `total += gradient`, by wide accesses to memory on a GPU.
 
 torch's own `copy_` and `add_` between two dtypes move one number at a time: on an H100 1.8 TB/s of 3.0. The numbers are the same."""
 

@@ -1,7 +1,7 @@
 """RMSNorm of whole rows, in one pass over memory each way on a GPU.
 
 Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (arXiv 1910.07467). torch's own backward reads x and dy once for dx and
-once more for dweight: on an H100 0.20 ms for 16,384 rows of 2,048 in bf16, whose 201 MB take 0.07 ms."""
+once more for dweight: on an H100 0.20 ms for 16,384 rows of 2,048 in bf16, whose 201 MB take 0.07 ms at 3 TB/s."""
 
 from __future__ import annotations
 
