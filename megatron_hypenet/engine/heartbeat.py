@@ -40,7 +40,7 @@ PHASES = {
     "data": "the samples of a step are read",
     "forward-backward": "one micro-batch after the other, with the collectives of model parallelism and ZeRO",
     "reduce": "gradients and loss are summed over the processes",
-    "update": "the optimizer's step",
+    "update": "the norm of all gradients, and the optimizer's step",
     "evaluate": "a model is measured",
     "edge": "after a step: the processes agree on requests from outside",
     "save": "a checkpoint is written",

@@ -29,7 +29,7 @@ from megatron_hypenet.engine.metrics import MetricSums, Recorder, StepRecord, me
 from megatron_hypenet.engine.optim import lr_at
 from megatron_hypenet.engine.samples import TokenSource, step_batches
 from megatron_hypenet.engine.saving import Saver
-from megatron_hypenet.engine.schedule import forward_backward
+from megatron_hypenet.engine.schedule import OnItsWay, forward_backward
 from megatron_hypenet.engine.stragglers import StepTimes, named
 from megatron_hypenet.engine.timing import Timing
 from megatron_hypenet.errors import ConfigError, DataError, DivergedError, SavedAndRequeue
@@ -209,14 +209,14 @@ class _Trainer:
         loss_tensor, metrics = forward_backward(self.engine, self._batches())
         self._read_ahead()
         PULSE.note("reduce")
-        # one wait for the device per step
-        loss = float(groups.sum_over_pipeline(groups.all_reduce_mean(loss_tensor.double())))
+        arriving = OnItsWay(groups.sum_over_pipeline(groups.all_reduce_mean(loss_tensor.double())))
         samples = self.config.global_batch_size
         tokens = samples * self.config.seq_length
         PULSE.note("update")
         try:
-            grad_norm = self.engine.apply(lr)
+            grad_norm = self.engine.apply(lr)  # waits for the norm; until then the device has everything that it can begin
         except RefusedUpdate as error:
+            loss = arriving.value()
             what = str(error) if math.isfinite(loss) else f"the loss is {loss}"
             if self.state.skipped_in_row >= self.run.guard.max_skipped_steps:
                 raise self._diverged(step, what, metrics) from error
@@ -225,6 +225,7 @@ class _Trainer:
             return self.recorder.step(step, loss=loss, grad_norm=math.nan, lr=lr, tokens=tokens, skipped=True), metrics
         except DivergedError as error:
             raise self._diverged(step, str(error), metrics) from error
+        loss = arriving.value()
         assert math.isfinite(loss), "a loss that is not finite makes the gradient norm so too"
         self.state = self.state.advance(samples=samples, tokens=tokens, loss=loss, lr=lr)
         return self.recorder.step(step, loss=loss, grad_norm=grad_norm, lr=lr, tokens=tokens), metrics
