@@ -19,4 +19,5 @@ def test_tiny_run_writes_its_table(repo_root, tmp_path):
     rows = json.loads(file.read_text())
     assert [row["stage"] for row in rows] == ["align", "distill", "finetune"]
     assert all(row["tokens_per_second"] > 0 and row["tflops"] > 0 and len(row["losses"]) == 3 for row in rows)
+    assert next(tmp_path.glob("step_*.png")).stat().st_size > 1000
     assert "| finetune | 2 x 64 |" in next(tmp_path.glob("step_*.md")).read_text()

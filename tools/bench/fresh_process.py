@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from figures import Panel, bars
+
 Row = dict[str, Any]
 
 
@@ -26,13 +28,24 @@ def measured(command: Sequence[str], case: Row) -> Row:
         return result
 
 
-def report(results: Sequence[Row], table: Callable[[Sequence[Row]], str], out: Path, kind: str) -> None:
-    """Write KIND_DEVICE_YYYYMM.{json,md} into `out` and print the table; SystemExit 1 when a case failed."""
+def report(
+    results: Sequence[Row],
+    table: Callable[[Sequence[Row]], str],
+    out: Path,
+    kind: str,
+    *,
+    figure: tuple[str, Sequence[Panel]] | None = None,
+) -> None:
+    """Write KIND_DEVICE_YYYYMM.{json,md}, and with a `figure` (title, panels) a .png, into `out`, and print the table.
+
+    SystemExit 1 when a case failed."""
     out.mkdir(parents=True, exist_ok=True)
     device = next((row["device"] for row in results if "device" in row), "none").removeprefix("NVIDIA ").split()[0].lower()
     stem = out / f"{kind}_{device}_{datetime.datetime.now(tz=datetime.UTC):%Y%m}"
     stem.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
     stem.with_suffix(".md").write_text(table(results))
+    if figure is not None:
+        bars(stem.with_suffix(".png"), *figure)
     print(table(results))
     if any("failed" in row for row in results):
         raise SystemExit(1)

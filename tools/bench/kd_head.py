@@ -24,6 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from figures import Panel, bars  # noqa: E402
+
 from megatron_hypenet.parallel.vocab_loss import linear_cross_entropy, linear_kl  # noqa: E402
 
 SHAPES = ((2048, 8192), (2048, 4096), (2048, 16384), (1024, 8192), (4096, 8192))
@@ -231,32 +234,15 @@ def write(record: dict, stem: Path) -> None:
 
 
 def plot(record: dict, path: Path) -> None:
-    """For each loss and shape three panels: time, memory, and the larger gradient error; ours in another colour."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    cases = list(dict.fromkeys((row["loss"], row["hidden"], row["tokens"]) for row in record["times"]))
-    figure, axes = pyplot.subplots(len(cases), 3, figsize=(16, 2.3 * len(cases) + 0.6), squeeze=False)
-    for (loss, hidden, tokens), (time_axis, memory_axis, error_axis) in zip(cases, axes, strict=True):
+    """For each loss and shape three panels: time, memory, and the larger gradient error."""
+    panels = []
+    for loss, hidden, tokens in dict.fromkeys((row["loss"], row["hidden"], row["tokens"]) for row in record["times"]):
         rows = [row for row in record["times"] if (row["loss"], row["hidden"], row["tokens"]) == (loss, hidden, tokens)]
         wrong = {row["name"]: max(row["dX_error"], row["dW_error"]) for row in record["errors"] if row["loss"] == loss}
-        names = [row["name"] for row in rows]
-        colours = ["tab:orange" if name == "ours" else "tab:gray" if name == "bare products" else "tab:blue" for name in names]
-        panels = [(time_axis, "ms", [row.get("ms", 0) for row in rows]), (memory_axis, "GB peak", [row.get("peak_gb", 0) for row in rows]),
-                  (error_axis, "% gradient error near p = q", [100 * wrong.get(name, 0) for name in names])]  # fmt: skip
-        for axis, label, values in panels:
-            axis.bar_label(axis.barh(names, values, color=colours), [f" {value:.3g}" if value else "" for value in values])
-            axis.set_xlabel(label)
-            axis.invert_yaxis()
-            axis.margins(x=0.15)
-        time_axis.set_title(f"{loss}, hidden {hidden}, {tokens} tokens", loc="left")
-        for axis in (memory_axis, error_axis):
-            axis.set_yticks([])
-    figure.suptitle(f"Distillation head, {record['machine']['gpu']}, {record['machine']['date']}")
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
+        panels.append(Panel(f"{loss}, hidden {hidden}, {tokens} tokens", "ms", {row["name"]: row.get("ms") for row in rows}))
+        panels.append(Panel("", "GB peak", {row["name"]: row.get("peak_gb") for row in rows}))
+        panels.append(Panel("", "% gradient error near p = q", {row["name"]: 100 * wrong.get(row["name"], 0.0) for row in rows}))
+    bars(path, f"Distillation head, {record['machine']['gpu']}, {record['machine']['date']}", panels, columns=3)
 
 
 def stem_of(out: Path, facts: dict) -> Path:

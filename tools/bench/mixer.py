@@ -24,6 +24,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from figures import Panel, bars  # noqa: E402
 from lightning import environment, median_ms, replayed  # noqa: E402
 
 from megatron_hypenet.ops import lightning_mix  # noqa: E402
@@ -139,7 +140,7 @@ def measure(case: Case, device: str, dtype: torch.dtype) -> list[dict[str, Any]]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, print, and write mixer_<gpu>_<yyyymm>.{json,md}."""
+    """Measure, print, and write mixer_<gpu>_<yyyymm>.{json,md,png}."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--tiny", action="store_true")
@@ -156,6 +157,13 @@ def main(argv: list[str] | None = None) -> int:
     stem = args.out / f"mixer_{about['gpu'].replace('NVIDIA ', '').split()[0].lower()}_{datetime.date.today():%Y%m}"
     stem.with_suffix(".json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     stem.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    ways = [way for way in ("fwd+bwd ms", "fwd+bwd graph ms") if any(row[way] for row in rows)]
+    panels = [
+        Panel(shape if way == ways[0] else "", way, {row["form"]: row[way] for row in rows if row["shape"] == shape})
+        for shape in dict.fromkeys(row["shape"] for row in rows)
+        for way in ways
+    ]
+    bars(stem.with_suffix(".png"), f"Lightning mixer without matrix products, {about['gpu']}, {about['date']}", panels, columns=len(ways))
     print("\n".join(lines))
     return 0
 

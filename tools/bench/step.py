@@ -3,8 +3,8 @@
     python tools/bench/step.py --out DIR             # CUDA
     python tools/bench/step.py --tiny --out DIR      # anywhere: a tiny model, to see that the script works
 
-A fresh process per row. Writes step_<gpu>_<yyyymm>.{json,md}. MFU counts useful FLOPs only (megatron_hypenet/model/flops.py) against the
-dense bf16 peak. Memory is the peak of what torch allocated, beside what `hypenet plan` expects. The reference column is the paper's own
+A fresh process per row. Writes step_<gpu>_<yyyymm>.{json,md,png}. MFU counts useful FLOPs only (megatron_hypenet/model/flops.py) against
+the dense bf16 peak. Memory is the peak of what torch allocated, beside what `hypenet plan` expects. The reference column is the paper's own
 code on an H100 80GB (torch 2.11, batch x tokens as in the row), measured apart from this script, so the ratio holds for that GPU alone."""
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from figures import Panel  # noqa: E402
 from fresh_process import measured, report  # noqa: E402
 
 ROWS = (
-    {"stage": "align", "batch": 4, "seq_length": 512, "reference": 11_300.0, "goal": 2.0},
-    {"stage": "align", "batch": 24, "seq_length": 512, "reference": 29_600.0, "goal": 2.0},
-    {"stage": "distill", "batch": 12, "seq_length": 512, "reference": 15_000.0, "goal": 2.0},
-    {"stage": "finetune", "batch": 1, "seq_length": 16_384, "reference": 17_000.0, "goal": 2.5},
+    {"stage": "align", "batch": 4, "seq_length": 512, "reference": 11_295.0, "goal": 2.0},
+    {"stage": "align", "batch": 24, "seq_length": 512, "reference": 29_606.0, "goal": 2.0},
+    {"stage": "distill", "batch": 12, "seq_length": 512, "reference": 14_969.0, "goal": 2.0},
+    {"stage": "finetune", "batch": 1, "seq_length": 16_384, "reference": 17_042.0, "goal": 2.5},
 )
 
 
@@ -38,6 +39,7 @@ def measure(row: dict[str, Any], out: Path) -> None:
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
+    from megatron_hypenet.checkpoint.manifest import library_versions
     from megatron_hypenet.config.schema import HeadStageConfig, ParallelConfig
     from megatron_hypenet.engine.fitting import teacher_and_student
     from megatron_hypenet.engine.hardware import Workload, peak_flops
@@ -65,7 +67,7 @@ def measure(row: dict[str, Any], out: Path) -> None:
         **row, "losses": steps.losses, "seconds": steps.seconds, "tokens_per_second": speed, "ratio": speed / row["reference"],
         "tflops": work.tflops_per_device(speed), "mfu": work.mfu(speed), "memory_gib": memory_gib(),
         "estimated_gib": memory.total / 2**30, "replayed": graphs is not None and graphs.captured,
-        "no_graph": graphs.failure if graphs else None, "torch": torch.__version__,
+        "no_graph": graphs.failure if graphs else None, "versions": library_versions(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
     }  # fmt: skip
     if torch.cuda.is_available() and row["profile"]:
@@ -94,21 +96,36 @@ def rows(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def table(results: Sequence[dict[str, Any]]) -> str:
     """The Markdown report."""
-    lines = [
-        "| stage | batch x tokens | recompute | tokens/s | TFLOP/s | MFU | memory GiB (estimate) | reference tokens/s | ratio | goal |"
+    about = next((row for row in results if "versions" in row), None)
+    lines = [] if about is None else [", ".join([about["model"], about["device"], *(f"{k} {v}" for k, v in about["versions"].items())]), ""]
+    lines += [
+        "| stage | batch x tokens | recompute | CUDA graph | tokens/s | TFLOP/s | MFU | memory GiB (estimate) | reference | ratio | goal |"
     ]
-    lines.append("|---|---|---|---|---|---|---|---|---|---|")
+    lines += ["|" + "---|" * 11]
     for row in results:
         if "failed" in row:
-            lines.append(f"| {row['stage']} | {row['batch']} x {row['seq_length']} | {row['recompute']} | failed | | | | | | |")
+            lines.append(f"| {row['stage']} | {row['batch']} x {row['seq_length']} | {row['recompute']} | | failed | | | | | | |")
             continue
         mfu = f"{row['mfu']:.1%}" if row["mfu"] else "-"
         lines.append(
             f"| {row['stage']} | {row['batch']} x {row['seq_length']} | {row['recompute']} "
-            f"| {row['tokens_per_second']:.0f} | {row['tflops']:.1f} | {mfu} "
+            f"| {'yes' if row['replayed'] else row['no_graph'] or 'no'} | {row['tokens_per_second']:.0f} | {row['tflops']:.1f} | {mfu} "
             f"| {row['memory_gib']:.1f} ({row['estimated_gib']:.1f}) | {row['reference']:.0f} | {row['ratio']:.2f} | {row['goal']} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def panels(results: Sequence[dict[str, Any]]) -> list[Panel]:
+    """The speed of each row that was measured."""
+    return [
+        Panel(
+            f"{row['stage']}, {row['batch']} x {row['seq_length']} tokens",
+            "tokens/s",
+            {"ours": row["tokens_per_second"], "the paper's code, timed apart": row["reference"]},
+        )
+        for row in results
+        if "failed" not in row
+    ]
 
 
 def main() -> None:
@@ -131,7 +148,7 @@ def main() -> None:
     for row in rows(options):
         results.append(measured([sys.executable, __file__, "--row", json.dumps(row)], row))
         print(json.dumps({key: results[-1].get(key) for key in ("stage", "batch", "tokens_per_second", "mfu", "failed")}), flush=True)
-    report(results, table, options.out, "step")
+    report(results, table, options.out, "step", figure=(f"Training steps of {options.model}", panels(results)))
 
 
 if __name__ == "__main__":
