@@ -6,7 +6,8 @@ DeepSpeed does data parallelism and ZeRO over Megatron's groups. What is handled
 - On a CPU, DeepSpeed compiles a shared-memory collective for inference when its backend starts (24 s, needs a compiler). Training
   never calls it, so it is marked unusable in DeepSpeed's table of ops.
 - Adam's state is created at the start: DeepSpeed links it to parameters after the first group's first step, and so misses the others.
-- BF16_Optimizer rounds fp32 sums to bf16 before it reduces them, on one rank too, and passes over memory too often: gradient_sums.py.
+- BF16_Optimizer rounds fp32 sums to bf16 before it reduces them, on one rank too, and passes over memory too often: gradient_sums.py,
+  master_weights.py.
 - With the optimizer on the CPU, gradients of a refused update stay in stage 1 and 2's buffers and spoil all later ones.
 - `safe_set_full_*` fails under ZeRO-3 when a parameter's size is no multiple of the group (stage3.py): the local part is written.
 """
@@ -140,6 +141,7 @@ class TrainingEngine:
         if type(self.engine.optimizer).__name__ == "BF16_Optimizer":
             exchange = getattr(torch, parallel.gradient_exchange)
             self.sums = GradientSums(self.engine.optimizer, counts=self._counts_in_norm, exchange=exchange)
+            optimizer.take_over(self.engine.optimizer)
             # micro-batches so small have no need to recompute, and Megatron's way of it restores random states, which no graph holds
             recomputes = isinstance(stage, HeadStageConfig) and stage.recompute != "none"
             if torch.cuda.is_available() and parallel.model_parallel_size == 1 and stage.cuda_graphs and not recomputes:

@@ -102,11 +102,9 @@ class GradientSums:
             own[start : start + PIECE] = received
 
     @torch.no_grad()
-    def _for_norm(self, for_clipping: bool = False) -> Any:
+    def _for_norm(self) -> Any:
         """What DeepSpeed takes the norm of and then adds over the model-parallel ranks: one number, over the data-parallel ones."""
         own = self.optimizer.fp32_groups_gradient_flat_partition
-        if for_clipping:
-            return list(own)
         square = torch.zeros((), dtype=torch.float32, device=own[0].device)
         for group, start, stop in self._counted:
             square += own[group][start:stop].norm().square()

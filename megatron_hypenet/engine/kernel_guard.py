@@ -14,7 +14,18 @@ import torch
 
 from megatron_hypenet.errors import SetupError
 from megatron_hypenet.model.hypenet import HypeNetModel
-from megatron_hypenet.ops import gated_norm, gradient_sum, kernels, lightning_mix, norm_rope, rms_norm, selftest, swiglu
+from megatron_hypenet.ops import (
+    adamw,
+    gated_norm,
+    gradient_sum,
+    kernels,
+    lightning_mix,
+    norm_rope,
+    rms_norm,
+    selftest,
+    sigmoid_gate,
+    swiglu,
+)
 from megatron_hypenet.ops.lightning_attn import dispatch
 from megatron_hypenet.ops.selftest import KernelCheck
 from megatron_hypenet.parallel import groups
@@ -78,6 +89,8 @@ class KernelUse:
             found["lightning_mix"] = lambda: selftest.check_lightning_mix(
                 where, self.dtype, head_dim=self.head_dim, documents=self.documents
             )
+        if sigmoid_gate.kernel_fits(self.dtype):
+            found["sigmoid_gate"] = lambda: selftest.check_sigmoid_gate(where, self.dtype, width=self.width)
         if rms_norm.kernel_fits(self.dtype, self.hidden):
             found["rms_norm"] = lambda: selftest.check_rms_norm(where, self.dtype, width=self.hidden)
         if swiglu.kernel_fits(self.dtype):
@@ -87,6 +100,8 @@ class KernelUse:
             found["vocab_loss"] = lambda: check_vocab(where, self.dtype, words=self.words, shards=shards)
         if gradient_sum.kernel_fits(self.dtype):
             found["gradient_sum"] = lambda: selftest.check_gradient_sum(where, self.dtype)
+        if adamw.kernel_fits(self.dtype):
+            found["adamw"] = lambda: selftest.check_adamw(where, self.dtype)
         return found
 
 
@@ -154,8 +169,10 @@ def survey(where: torch.device) -> Iterator[KernelCheck]:
         yield selftest.check_norm_rope(where, dtype, head_dim=128)
         yield selftest.check_gated_norm(where, dtype, width=DOCTOR_WIDTH)
         yield selftest.check_lightning_mix(where, dtype, head_dim=128, documents=True)
+        yield selftest.check_sigmoid_gate(where, dtype, width=DOCTOR_WIDTH)
         yield selftest.check_rms_norm(where, dtype, width=DOCTOR_WIDTH)
         yield selftest.check_swiglu(where, dtype, width=DOCTOR_FFN)
         yield selftest.check_gradient_sum(where, dtype)
+        yield selftest.check_adamw(where, dtype)
         for shards in (1, 2):
             yield check_vocab(where, dtype, words=DOCTOR_WORDS // shards, shards=shards)

@@ -7,7 +7,18 @@ import os
 
 from megatron_hypenet.errors import ConfigError
 
-FAMILIES = ("lightning_mix", "lightning_attn", "norm_rope", "gated_norm", "rms_norm", "swiglu", "vocab_loss", "gradient_sum")
+FAMILIES = (
+    "lightning_mix",
+    "lightning_attn",
+    "norm_rope",
+    "gated_norm",
+    "sigmoid_gate",
+    "rms_norm",
+    "swiglu",
+    "vocab_loss",
+    "gradient_sum",
+    "adamw",
+)
 NEEDS = {"lightning_mix": ("norm_rope", "lightning_attn", "gated_norm")}
 """Families that launch kernels of others, and run only where those do."""
 VARIABLE = "HYPENET_DISABLE_KERNELS"

@@ -1,4 +1,4 @@
-"""Per-head RMSNorm and then RoPE, of queries or keys, in one pass over memory on a GPU.
+"""Per-head RMSNorm and then, where there are angles, RoPE, of queries or keys, in one pass over memory on a GPU.
 
 Source: Qwen3's q/k norm followed by rotate-half RoPE (arXiv 2104.09864), as HypeNet's Lightning layers apply them (arXiv 2601.22156)."""
 
@@ -16,13 +16,14 @@ from megatron_hypenet.ops.rope import apply_rope
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def norm_rope(x: Tensor, weight: Tensor, angles: Tensor, eps: float) -> Tensor:
-    """x [t, b, h, d], weight [d], angles [t, 1, 1, d] (each frequency twice, fp32 or wider) -> [t, b, h, d] in x's dtype.
+def norm_rope(x: Tensor, weight: Tensor, angles: Tensor | None, eps: float) -> Tensor:
+    """x [t, b, h, d], weight [d], angles [t, 1, 1, d] (each frequency twice, fp32 or wider) or None -> [t, b, h, d] in x's dtype.
 
     On CUDA one kernel, fp32 inside, gradients for x and weight; elsewhere `rms_norm` and `apply_rope`, which round in between."""
     if x.is_cuda and enabled("norm_rope") and kernel_fits(x.dtype, x.shape[-1]):
         return fused_norm_rope(x, weight, angles, eps)
-    return apply_rope(F.rms_norm(x, (x.shape[-1],), weight, eps), angles)
+    normal = F.rms_norm(x, (x.shape[-1],), weight, eps)
+    return normal if angles is None else apply_rope(normal, angles)
 
 
 def kernel_fits(dtype: torch.dtype, head_dim: int) -> bool:
@@ -31,14 +32,14 @@ def kernel_fits(dtype: torch.dtype, head_dim: int) -> bool:
     return dtype in KERNEL_DTYPES and half >= 16 and half & (half - 1) == 0
 
 
-def fused_norm_rope(x: Tensor, weight: Tensor, angles: Tensor, eps: float) -> Tensor:
+def fused_norm_rope(x: Tensor, weight: Tensor, angles: Tensor | None, eps: float) -> Tensor:
     """The kernel, where `kernel_fits`; arguments as in `norm_rope`."""
-    return _NormRope.apply(x, weight, angles.reshape(x.shape[0], -1), eps)
+    return _NormRope.apply(x, weight, None if angles is None else angles.reshape(x.shape[0], -1), eps)
 
 
 class _NormRope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, angles: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, angles: Tensor | None, eps: float) -> Tensor:
         from megatron_hypenet.ops import norm_rope_kernels as kernels
 
         x = x if x.stride(-1) == 1 else x.contiguous()

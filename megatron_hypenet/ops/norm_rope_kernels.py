@@ -25,13 +25,14 @@ def forward_kernel(
     stride_xt, stride_xb, stride_xh, stride_yt, stride_yb, stride_yh, stride_at,
     half: tl.constexpr, tokens: tl.constexpr,
 ):  # fmt: skip
-    """y1 = a cos - b sin, y2 = b cos + a sin with (a, b) the normalised and weighted halves of x."""
+    """y1 = a cos - b sin, y2 = b cos + a sin with (a, b) the normalised and weighted halves of x; without angles y = (a, b)."""
     col = tl.arange(0, half)[None, :]
     x_at, position, exists = _places(rows, batch, stride_xt, stride_xb, tokens)
     y_at, _, _ = _places(rows, batch, stride_yt, stride_yb, tokens)
     inside = exists[:, None]
-    angle = tl.load(angles + position[:, None].to(tl.int64) * stride_at + col, mask=inside, other=0.0).to(tl.float32)
-    cos, sin = tl.cos(angle), tl.sin(angle)
+    if angles is not None:
+        angle = tl.load(angles + position[:, None].to(tl.int64) * stride_at + col, mask=inside, other=0.0).to(tl.float32)
+        cos, sin = tl.cos(angle), tl.sin(angle)
     w1, w2 = tl.load(weight + col).to(tl.float32), tl.load(weight + half + col).to(tl.float32)
     for head in range(heads):
         at = x + (x_at + head * stride_xh)[:, None] + col
@@ -40,8 +41,10 @@ def forward_kernel(
         inverse_rms = tl.rsqrt(tl.sum(x1 * x1 + x2 * x2, axis=1) / (2 * half) + eps)[:, None]
         a, b = x1 * inverse_rms * w1, x2 * inverse_rms * w2
         to = y + (y_at + head * stride_yh)[:, None] + col
-        tl.store(to, (a * cos - b * sin).to(y.dtype.element_ty), mask=inside)
-        tl.store(to + half, (b * cos + a * sin).to(y.dtype.element_ty), mask=inside)
+        if angles is not None:
+            a, b = a * cos - b * sin, b * cos + a * sin
+        tl.store(to, a.to(y.dtype.element_ty), mask=inside)
+        tl.store(to + half, b.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -56,8 +59,9 @@ def backward_kernel(
     y_at, _, _ = _places(rows, batch, stride_yt, stride_yb, tokens)
     dx_at, _, _ = _places(rows, batch, stride_dt, stride_db, tokens)
     inside = exists[:, None]
-    angle = tl.load(angles + position[:, None].to(tl.int64) * stride_at + col, mask=inside, other=0.0).to(tl.float32)
-    cos, sin = tl.cos(angle), tl.sin(angle)
+    if angles is not None:
+        angle = tl.load(angles + position[:, None].to(tl.int64) * stride_at + col, mask=inside, other=0.0).to(tl.float32)
+        cos, sin = tl.cos(angle), tl.sin(angle)
     w1, w2 = tl.load(weight + col).to(tl.float32), tl.load(weight + half + col).to(tl.float32)
     sum1, sum2 = tl.zeros([tokens, half], dtype=tl.float32), tl.zeros([tokens, half], dtype=tl.float32)
     for head in range(heads):
@@ -69,7 +73,9 @@ def backward_kernel(
         mean_square = tl.sum(x1 * x1 + x2 * x2, axis=1) / (2 * half) + eps
         inverse_rms = tl.where(exists, tl.rsqrt(mean_square), 0.0)[:, None]  # rows past the end add nothing to dweight, whatever eps
         n1, n2 = x1 * inverse_rms, x2 * inverse_rms
-        da, db = dy1 * cos + dy2 * sin, dy2 * cos - dy1 * sin
+        da, db = dy1, dy2
+        if angles is not None:
+            da, db = dy1 * cos + dy2 * sin, dy2 * cos - dy1 * sin
         sum1 += da * n1
         sum2 += db * n2
         da, db = da * w1, db * w2
@@ -82,38 +88,26 @@ def backward_kernel(
     tl.store(own + half, tl.sum(sum2, axis=0))
 
 
-def forward(x: Tensor, weight: Tensor, angles: Tensor, eps: float) -> Tensor:
-    """x [t, b, h, d], angles [t, d] -> contiguous [t, b, h, d]."""
+def forward(x: Tensor, weight: Tensor, angles: Tensor | None, eps: float) -> Tensor:
+    """x [t, b, h, d], angles [t, d] or None -> contiguous [t, b, h, d]."""
     t, b, h, d = x.shape
     y = x.new_empty(x.shape)
     forward_kernel[(triton.cdiv(t * b, TOKENS),)](
-        x,
-        y,
-        weight,
-        angles,
-        t * b,
-        b,
-        h,
-        eps,
-        *x.stride()[:3],
-        *y.stride()[:3],
-        angles.stride(0),
-        half=d // 2,
-        tokens=TOKENS,
-        num_warps=WARPS,
-    )
+        x, y, weight, angles, t * b, b, h, eps, *x.stride()[:3], *y.stride()[:3], 0 if angles is None else angles.stride(0),
+        half=d // 2, tokens=TOKENS, num_warps=WARPS,
+    )  # fmt: skip
     return y
 
 
-def backward(x: Tensor, weight: Tensor, angles: Tensor, dy: Tensor, eps: float, dx: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def backward(x: Tensor, weight: Tensor, angles: Tensor | None, dy: Tensor, eps: float, dx: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """dx [t, b, h, d], contiguous or the one that is given to be filled, dweight [d] in weight's dtype."""
     t, b, h, d = x.shape
     programs = triton.cdiv(t * b, TOKENS)
     dx = x.new_empty(x.shape) if dx is None else dx
     partial = x.new_empty(programs, d, dtype=torch.float32)
     backward_kernel[(programs,)](
-        x, dy, dx, partial, weight, angles, t * b, b, h, eps, *x.stride()[:3], *dy.stride()[:3], *dx.stride()[:3], angles.stride(0),
-        half=d // 2, tokens=TOKENS, num_warps=WARPS,
+        x, dy, dx, partial, weight, angles, t * b, b, h, eps, *x.stride()[:3], *dy.stride()[:3], *dx.stride()[:3],
+        0 if angles is None else angles.stride(0), half=d // 2, tokens=TOKENS, num_warps=WARPS,
     )  # fmt: skip
     return dx, partial.sum(0).to(weight.dtype)
 
@@ -121,7 +115,7 @@ def backward(x: Tensor, weight: Tensor, angles: Tensor, dy: Tensor, eps: float, 
 forward_op = torch.library.custom_op("hypenet::norm_rope", forward, mutates_args=())
 
 
-def _backward(x: Tensor, weight: Tensor, angles: Tensor, dy: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _backward(x: Tensor, weight: Tensor, angles: Tensor | None, dy: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return backward(x, weight, angles, dy, eps)
 
 
@@ -129,10 +123,10 @@ backward_op = torch.library.custom_op("hypenet::norm_rope_backward", _backward, 
 
 
 @forward_op.register_fake
-def _(x: Tensor, weight: Tensor, angles: Tensor, eps: float) -> Tensor:
+def _(x: Tensor, weight: Tensor, angles: Tensor | None, eps: float) -> Tensor:
     return x.new_empty(x.shape)
 
 
 @backward_op.register_fake
-def _(x: Tensor, weight: Tensor, angles: Tensor, dy: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, weight: Tensor, angles: Tensor | None, dy: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), torch.empty_like(weight)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_hypenet.ops.adamw import AdamWStep, fused_adamw
 from megatron_hypenet.ops.decay import log_decay
 from megatron_hypenet.ops.gated_norm import fused_gated_norm
 from megatron_hypenet.ops.gradient_sum import fused_gradient_sum
@@ -18,6 +19,7 @@ from megatron_hypenet.ops.lightning_attn.chunked import chunked_lightning_attn, 
 from megatron_hypenet.ops.norm_rope import fused_norm_rope
 from megatron_hypenet.ops.rms_norm import fused_rms_norm
 from megatron_hypenet.ops.rope import apply_rope
+from megatron_hypenet.ops.sigmoid_gate import fused_sigmoid_gate
 from megatron_hypenet.ops.swiglu import fused_swiglu
 
 # Relative RMS errors allowed per dtype. Inputs rounded to bf16 give 2e-3..4e-3 in any kernel that multiplies bf16; a kernel that only
@@ -107,7 +109,7 @@ def check_lightning(
 
 
 def check_norm_rope(device: torch.device, dtype: torch.dtype, *, head_dim: int, tokens: int = 256) -> KernelCheck:
-    """Output and gradients at positions up to 131,072."""
+    """Output and gradients, at positions up to 131,072 and without positions."""
 
     def run() -> Pairs:
         heads, draw = 4, _drawer(device)
@@ -117,9 +119,15 @@ def check_norm_rope(device: torch.device, dtype: torch.dtype, *, head_dim: int, 
         angles = torch.cat((half, half), -1)[:, None, None]
 
         def exact(x: Tensor, weight: Tensor) -> Tensor:
-            return apply_rope(F.rms_norm(x, (head_dim,), weight, EPS), angles.double())
+            return apply_rope(normal(x, weight), angles.double())
 
-        return _with_gradients(lambda x, w: fused_norm_rope(x, w, angles, EPS), exact, {"x": x, "weight": weight}, dy)
+        def normal(x: Tensor, weight: Tensor) -> Tensor:
+            return F.rms_norm(x, (head_dim,), weight, EPS)
+
+        leaves = {"x": x, "weight": weight}
+        pairs = _with_gradients(lambda x, w: fused_norm_rope(x, w, angles, EPS), exact, leaves, dy)
+        alone = _with_gradients(lambda x, w: fused_norm_rope(x, w, None, EPS), normal, leaves, dy)
+        return pairs | {f"{name} without angles": pair for name, pair in alone.items()}
 
     return check(f"norm_rope head_dim {head_dim}", dtype, ROUNDING_LIMITS[dtype], run)
 
@@ -139,6 +147,21 @@ def check_gated_norm(device: torch.device, dtype: torch.dtype, *, width: int, to
         return _with_gradients(lambda x, gate, w: fused_gated_norm(x, gate, w, EPS), exact, leaves, dy)
 
     return check(f"gated_norm width {width}", dtype, ROUNDING_LIMITS[dtype], run)
+
+
+def check_sigmoid_gate(device: torch.device, dtype: torch.dtype, *, width: int, tokens: int = 64) -> KernelCheck:
+    """Output and gradients; the gate is a slice of a wider projection."""
+
+    def run() -> Pairs:
+        draw = _drawer(device)
+        x, gate = draw(tokens, 1, width).to(dtype), draw(tokens, 1, 2 * width).to(dtype)[..., width:]
+
+        def exact(x: Tensor, gate: Tensor) -> Tensor:
+            return x * torch.sigmoid(gate)
+
+        return _with_gradients(fused_sigmoid_gate, exact, {"x": x, "gate": gate}, draw(tokens, 1, width).to(dtype))
+
+    return check(f"sigmoid_gate width {width}", dtype, ROUNDING_LIMITS[dtype], run)
 
 
 def check_rms_norm(device: torch.device, dtype: torch.dtype, *, width: int, tokens: int = 600) -> KernelCheck:
@@ -188,6 +211,36 @@ def check_gradient_sum(device: torch.device, dtype: torch.dtype, *, count: int =
         return pairs
 
     return check("gradient_sum", dtype, 0.0, run)
+
+
+def check_adamw(device: torch.device, dtype: torch.dtype, *, count: int = 10_000) -> KernelCheck:
+    """Two clipped steps, the second from the first one's moments: how the weights move, and bit for bit the narrow ones, of `dtype`."""
+
+    def run() -> Pairs:
+        draw, betas = _drawer(device), (0.9, 0.95)
+        # tensors of any size begin anywhere in a flat piece of memory
+        weight, exp_avg, exp_avg_sq = (x[1:] for x in (draw(count + 1), *torch.zeros(2, count + 1, device=device)))
+        narrow = torch.zeros(count + 1, dtype=dtype, device=device)[1:]
+        want, m, s = weight.double(), torch.zeros(count, device=device).double(), torch.zeros(count, device=device).double()
+        before, pairs = want, {}
+        for turn in (1, 2):
+            gradient = draw(count + 1)[1:]
+            step = AdamWStep(count=turn, lr=0.1, betas=betas, eps=EPS, weight_decay=0.1, scale=0.3)
+            fused_adamw(weight, gradient, exp_avg, exp_avg_sq, narrow, step)
+            g = gradient.double() * step.scale
+            m, s = betas[0] * m + (1 - betas[0]) * g, betas[1] * s + (1 - betas[1]) * g * g
+            denominator = (s / (1 - betas[1] ** turn)).sqrt() + step.eps
+            want = want * (1 - step.lr * step.weight_decay) - step.lr * m / (1 - betas[0] ** turn) / denominator
+            for name, got, exact in (
+                ("first moment", exp_avg, m),
+                ("second moment", exp_avg_sq, s),
+                ("change", weight - before, want - before),
+            ):
+                pairs[f"{name} of step {turn}"] = (got.clone(), exact)
+            assert torch.equal(narrow, weight.to(dtype)), "the narrow weights are not the weights rounded"
+        return pairs
+
+    return check("adamw", dtype, ROUNDING_LIMITS[torch.float32], run)
 
 
 def check_lightning_mix(

@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_hypenet.ops.gated_norm import gated_norm
 from megatron_hypenet.ops.norm_rope import norm_rope
 from megatron_hypenet.ops.rms_norm import rms_norm
+from megatron_hypenet.ops.sigmoid_gate import sigmoid_gate
 from megatron_hypenet.parallel.groups import tensor_group
 
 
@@ -26,18 +27,16 @@ class RMSNorm(torch.nn.Module):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, per_head: bool = False, **unused: Any) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.per_head = eps, per_head
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         self.partial_gradient = config.tensor_model_parallel_size > 1 and (per_head or config.sequence_parallel)
 
     def forward(self, x: Tensor, angles: Tensor | None = None) -> Tensor:
-        """x [..., hidden_size] -> the same shape and dtype; with RoPE `angles` [t, 1, 1, d], x [t, b, heads, d] is rotated too."""
+        """x [..., hidden_size] -> the same shape and dtype; of heads, x [t, b, heads, d], with RoPE `angles` [t, 1, 1, d] rotated too."""
         weight = self.weight
         if self.partial_gradient:
             weight = _SumGradient.apply(weight, tensor_group())
-        if angles is not None:
-            return norm_rope(x, weight, angles, self.eps)
-        return rms_norm(x, weight, self.eps)
+        return norm_rope(x, weight, angles, self.eps) if self.per_head else rms_norm(x, weight, self.eps)
 
 
 class AllHeadsRMSNorm(torch.nn.Module):
@@ -59,7 +58,7 @@ class AllHeadsRMSNorm(torch.nn.Module):
         """x, gate [t, b, local heads * head_dim] -> norm of x times sigmoid(gate), in x's shape and dtype; on one rank in one pass."""
         if self.group.size() == 1:
             return gated_norm(x, gate, self.weight, self.eps)
-        return _SplitRMSNorm.apply(x, self.weight, self.eps, self.group) * torch.sigmoid(gate)
+        return sigmoid_gate(_SplitRMSNorm.apply(x, self.weight, self.eps, self.group), gate)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[tuple[int, int, int], ...] = (), metadata: dict[str, Any] | None = None

@@ -26,7 +26,15 @@ import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from megatron_hypenet.ops import gated_norm_kernels, gradient_sum_kernels, norm_rope_kernels, rms_norm_kernels, swiglu_kernels  # noqa: E402
+from megatron_hypenet.ops import (  # noqa: E402
+    adamw_kernels,
+    gated_norm_kernels,
+    gradient_sum_kernels,
+    norm_rope_kernels,
+    rms_norm_kernels,
+    sigmoid_gate_kernels,
+    swiglu_kernels,
+)
 from megatron_hypenet.ops.lightning_attn import triton_dkdv, triton_scan  # noqa: E402
 from megatron_hypenet.ops.lightning_attn.triton_plan import Blocks, Gpu, make_plan, power_of_two  # noqa: E402
 from megatron_hypenet.ops.lightning_attn.triton_tiles import DESCRIPTORS, WHOLE  # noqa: E402
@@ -87,7 +95,9 @@ def rows(dtype: str) -> Iterator[Job]:
     types = dict.fromkeys(("x", "y", "dy", "dx", "weight", "gate", "dgate"), own) | {"angles": "*fp32", "dweight": "*fp32", "eps": "fp32"}
     for name in ("forward", "backward"):
         kernel = getattr(norm_rope_kernels, f"{name}_kernel")
-        yield Job(f"norm_rope {name}", kernel, types, {"half": 64, "tokens": tokens}, warps)
+        for rotates in (True, False):
+            constants = {"half": 64, "tokens": tokens} | ({} if rotates else {"angles": None})
+            yield Job(f"norm_rope {name}{'' if rotates else ' without angles'}", kernel, types, constants, warps)
         for width in (2048, 16384):
             kernel = getattr(gated_norm_kernels, f"{name}_kernel")
             yield Job(f"gated_norm {name} {width}", kernel, types, {"block": width}, gated_norm_kernels._warps(width))
@@ -96,6 +106,8 @@ def rows(dtype: str) -> Iterator[Job]:
             yield Job(f"rms_norm {name} {width}", kernel, types, {"block": width}, rms_norm_kernels._warps(width))
         kernel = getattr(swiglu_kernels, f"{name}_kernel")
         yield Job(f"swiglu {name}", kernel, types, {"block": swiglu_kernels.BLOCK}, swiglu_kernels.WARPS)
+        kernel = getattr(sigmoid_gate_kernels, f"{name}_kernel")
+        yield Job(f"sigmoid_gate {name}", kernel, types, {"block": sigmoid_gate_kernels.BLOCK}, sigmoid_gate_kernels.WARPS)
 
 
 def head(dtype: str) -> Iterator[Job]:
@@ -111,12 +123,18 @@ def head(dtype: str) -> Iterator[Job]:
 
 
 def sums(dtype: str) -> Iterator[Job]:
-    """The first gradient of a step, and those that are added to it."""
+    """The first gradient of a step, those that are added to it, and the update."""
     types, sizes = {"total": "*fp32", "gradient": f"*{dtype}"}, {"block": gradient_sum_kernels.BLOCK, "vector": gradient_sum_kernels.VECTOR}
     for add in (False, True):
         yield Job(
             f"gradient {'sum' if add else 'copy'}", gradient_sum_kernels.kernel, types, {"add": add} | sizes, gradient_sum_kernels.WARPS
         )
+    floats = ("scale", "kept", "beta1", "rest1", "beta2", "rest2", "step_size", "root_correction", "eps")
+    types = (
+        dict.fromkeys(("weight", "gradient", "exp_avg", "exp_avg_sq"), "*fp32") | {"narrow": f"*{dtype}"} | dict.fromkeys(floats, "fp32")
+    )
+    constants = {"block": adamw_kernels.BLOCK, "vector": adamw_kernels.VECTOR}
+    yield Job("adamw", adamw_kernels.kernel, types, constants, adamw_kernels.WARPS)
 
 
 def compiled(job: Job, capability: int) -> int:

@@ -5,12 +5,12 @@ Source: arXiv 2601.22156 (HyPE: no RoPE, output gate, logit scaling at inference
 import math
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from megatron_hypenet.config.model import SOFTMAX_MIXER, LogitsScaling, ModelConfig
 from megatron_hypenet.model.mixers.base import Mixer, register_mixer
 from megatron_hypenet.ops.logits_scale import logits_scale
+from megatron_hypenet.ops.sigmoid_gate import sigmoid_gate
 from megatron_hypenet.parallel.context import context_softmax_attn, local_positions
 
 
@@ -33,8 +33,8 @@ class SoftmaxAttn(Mixer):
 
     @classmethod
     def kept_numbers(cls, model: ModelConfig, tensor_ranks: int, *, dropped: bool) -> float:
-        """The sections, normalised q and k, and o, with a gate also its sigmoid and the product; nothing is dropped."""
-        gated = 2 * model.query_size if model.attn_use_output_gate else 0
+        """The sections, normalised q and k, and o, with a gate also the product; nothing is dropped."""
+        gated = model.query_size if model.attn_use_output_gate else 0
         return (sum(cls.sections(model).values()) + 2 * model.query_size + model.kv_size + gated) / tensor_ranks
 
     @classmethod
@@ -55,4 +55,4 @@ class SoftmaxAttn(Mixer):
             q, k, v, scale=1.0 / math.sqrt(self.head_dim), group=self.context_group, document_ids=document_ids, method=self.method
         )
         o = o.transpose(0, 1).flatten(-2)
-        return o * torch.sigmoid(parts["gate"]) if "gate" in parts else o
+        return sigmoid_gate(o, parts["gate"]) if "gate" in parts else o

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from megatron_hypenet.errors import ConfigError
-from megatron_hypenet.ops import gated_norm, gradient_sum, kernels, lightning_mix, norm_rope, rms_norm, swiglu
+from megatron_hypenet.ops import adamw, gated_norm, gradient_sum, kernels, lightning_mix, norm_rope, rms_norm, sigmoid_gate, swiglu
 from megatron_hypenet.ops.lightning_attn import dispatch
 from megatron_hypenet.parallel import vocab_loss
 from megatron_hypenet.parallel.vocab import torch_terms
@@ -41,19 +41,25 @@ def chosen(monkeypatch):
     monkeypatch.setattr(gated_norm, "fused_gated_norm", lambda *args: kernel)
     monkeypatch.setattr(rms_norm, "fused_rms_norm", lambda *args: kernel)
     monkeypatch.setattr(swiglu, "fused_swiglu", lambda *args: kernel)
-    summed = []
+    monkeypatch.setattr(sigmoid_gate, "fused_sigmoid_gate", lambda *args: kernel)
+    summed, updated = [], []
+    monkeypatch.setattr(adamw, "fused_adamw", lambda *args: updated.append(args))
     monkeypatch.setattr(gradient_sum, "fused_gradient_sum", lambda *args, add: summed.append(add))
     x = torch.ones(3, 1, 2, 32).as_subclass(OnGpu)
     gradient_sum.gradient_sum(x.flatten(), x.flatten(), add=True)
+    step = adamw.AdamWStep(count=1, lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    adamw.adamw(*(torch.ones(3).as_subclass(OnGpu) for _ in range(5)), step)
     found = {
         "lightning_mix": lightning_mix.fits(x.flatten(-2).repeat(1, 1, 4), 32),
         "lightning_attn": dispatch.runs_kernels(x, x),
         "norm_rope": norm_rope.norm_rope(x, torch.ones(32), torch.zeros(3, 1, 1, 32), 1e-6) is kernel,
         "gated_norm": gated_norm.gated_norm(x[..., 0, :], x[..., 0, :], torch.ones(32), 1e-6) is kernel,
+        "sigmoid_gate": sigmoid_gate.sigmoid_gate(x, x) is kernel,
         "rms_norm": rms_norm.rms_norm(x[:, :, 0].repeat(1, 1, 16), torch.ones(512), 1e-6) is kernel,
         "swiglu": swiglu.swiglu(x) is kernel,
         "vocab_loss": vocab_loss._terms(x) is not torch_terms,
         "gradient_sum": summed == [True],
+        "adamw": len(updated) == 1,
     }
     return {family for family, runs in found.items() if runs}
 

@@ -39,11 +39,22 @@ def test_matches_float64_with_gradients(op, shape):
         torch.testing.assert_close(got.double(), exact, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("op", [norm_rope, fused_norm_rope])
+def test_without_angles_it_is_the_norm(op):
+    if op is fused_norm_rope:
+        pytest.importorskip("triton")
+    x, weight, angles, dy = case()
+    want = gradients(definition, x, weight, torch.zeros_like(angles), dy, torch.float64)
+    for got, exact in zip(gradients(op, x, weight, None, dy, torch.float32), want, strict=True):
+        torch.testing.assert_close(got.double(), exact, rtol=1e-4, atol=2e-5)
+
+
 def test_the_operators_have_right_fake_forms():
     pytest.importorskip("triton")
     from megatron_hypenet.ops import norm_rope_kernels as kernels
 
     x, weight, angles, dy = case()
     angles, checks = angles.reshape(x.shape[0], -1), ("test_schema", "test_faketensor")
-    torch.library.opcheck(kernels.forward_op, (x, weight, angles, 1e-6), test_utils=checks)
-    torch.library.opcheck(kernels.backward_op, (x, weight, angles, dy, 1e-6), test_utils=checks)
+    for turned in (angles, None):
+        torch.library.opcheck(kernels.forward_op, (x, weight, turned, 1e-6), test_utils=checks)
+        torch.library.opcheck(kernels.backward_op, (x, weight, turned, dy, 1e-6), test_utils=checks)

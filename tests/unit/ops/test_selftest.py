@@ -7,7 +7,16 @@ import torch
 
 pytest.importorskip("triton")
 
-from megatron_hypenet.ops import gated_norm_kernels, gradient_sum_kernels, norm_rope_kernels, rms_norm_kernels, selftest, swiglu_kernels
+from megatron_hypenet.ops import (
+    adamw_kernels,
+    gated_norm_kernels,
+    gradient_sum_kernels,
+    norm_rope_kernels,
+    rms_norm_kernels,
+    selftest,
+    sigmoid_gate_kernels,
+    swiglu_kernels,
+)
 from megatron_hypenet.ops.lightning_attn import triton as lightning_kernels
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -21,8 +30,10 @@ CHECKS = {
     "gated_norm": lambda dtype: selftest.check_gated_norm(DEVICE, dtype, width=48, tokens=20),
     "lightning_mix": lambda dtype: selftest.check_lightning_mix(DEVICE, dtype, head_dim=32, heads=2, documents=True, tokens=70),
     "rms_norm": lambda dtype: selftest.check_rms_norm(DEVICE, dtype, width=520, tokens=20),
+    "sigmoid_gate": lambda dtype: selftest.check_sigmoid_gate(DEVICE, dtype, width=48, tokens=20),
     "swiglu": lambda dtype: selftest.check_swiglu(DEVICE, dtype, width=48, tokens=20),
     "gradient_sum": lambda dtype: selftest.check_gradient_sum(DEVICE, dtype, count=50),
+    "adamw": lambda dtype: selftest.check_adamw(DEVICE, dtype, count=1100),
 }
 
 
@@ -63,6 +74,7 @@ WRONG = {
     "gated_norm": (gated_norm_kernels, "backward", lambda dx, dgate, dw: (dx, dgate * 1.02, dw), "d gate"),
     "lightning_mix": (gated_norm_kernels, "forward", lambda *rows: torch.stack(rows) * 1.02, "y"),
     "rms_norm": (rms_norm_kernels, "backward", lambda dx, dw: (dx * 1.02, dw), "d x"),
+    "sigmoid_gate": (sigmoid_gate_kernels, "backward", lambda dx, dgate: (dx, dgate * 1.02), "d gate"),
     "swiglu": (swiglu_kernels, "backward", lambda *rows: (torch.stack(rows) * 1.02,), "d x"),
 }
 
@@ -73,7 +85,7 @@ def test_wrong_kernels_fail_and_say_where(monkeypatch, name):
     right = getattr(module, function)
     monkeypatch.setattr(module, function, lambda *args: spoil(*right(*args)))
     found = CHECKS[name](torch.float32)
-    assert not found.ok and found.worst == worst and 0.01 < found.error < 0.03 and worst in str(found)
+    assert not found.ok and found.worst.removesuffix(" without angles") == worst and 0.01 < found.error < 0.03 and worst in str(found)
 
 
 def test_a_sum_that_is_off_by_its_last_bit_fails(monkeypatch):
@@ -87,6 +99,25 @@ def test_a_sum_that_is_off_by_its_last_bit_fails(monkeypatch):
     monkeypatch.setattr(gradient_sum_kernels, "run", rounded)
     found = CHECKS["gradient_sum"](torch.float16)
     assert not found.ok and found.worst.startswith("sum of") and 0 < found.error < 1e-6 and "limit 0.0e+00" in str(found)
+
+
+def test_an_update_that_is_off_fails(monkeypatch):
+    right = adamw_kernels.run
+
+    def spoilt(weight, gradient, exp_avg, exp_avg_sq, narrow, step):
+        right(weight, gradient, exp_avg, exp_avg_sq, narrow, step)
+        exp_avg_sq.mul_(1.02)
+
+    monkeypatch.setattr(adamw_kernels, "run", spoilt)
+    found = CHECKS["adamw"](torch.float32)
+    assert not found.ok and found.worst == "second moment of step 2" and 0.01 < found.error < 0.05, found
+
+
+def test_narrow_weights_that_are_not_the_weights_rounded_fail(monkeypatch):
+    right = adamw_kernels.run
+    monkeypatch.setattr(adamw_kernels, "run", lambda *args: right(*args) or args[4].mul_(0.999))
+    found = CHECKS["adamw"](torch.float16)
+    assert not found.ok and "the narrow weights are not the weights rounded" in str(found)
 
 
 def test_nan_is_the_worst_of_all():

@@ -1,0 +1,121 @@
+"""The update against AdamW in float64, and its torch form against torch's own optimizer."""
+
+import pytest
+import torch
+
+from megatron_hypenet.ops.adamw import AdamWStep, adamw, fused_adamw, kernel_fits
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def kernel(*tensors):
+    pytest.importorskip("triton")
+    fused_adamw(*tensors)
+
+
+def numbers(count, **changes):
+    return AdamWStep(**{"count": count, "lr": 0.05, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "scale": 0.25} | changes)
+
+
+NARROW = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # Triton's interpreter cuts bf16 off instead of rounding it
+
+
+def state(count):
+    weight, narrow = torch.randn(count, device=DEVICE), torch.full((count,), torch.nan, dtype=NARROW, device=DEVICE)
+    return weight, torch.zeros_like(weight), torch.zeros_like(weight), narrow
+
+
+def definition(weight, gradients, **changes):
+    """Weights and both moments after all gradients, in float64."""
+    weight = weight.double()
+    mean, square = torch.zeros_like(weight), torch.zeros_like(weight)
+    for count, gradient in enumerate(gradients, 1):
+        step = numbers(count, **changes)
+        scaled, (beta1, beta2) = gradient.double() * step.scale, step.betas
+        mean, square = beta1 * mean + (1 - beta1) * scaled, beta2 * square + (1 - beta2) * scaled**2
+        direction = mean / (1 - beta1**count) / ((square / (1 - beta2**count)).sqrt() + step.eps)
+        weight = weight - step.lr * step.weight_decay * weight - step.lr * direction
+    return weight, mean, square
+
+
+@pytest.mark.parametrize("op", [adamw, kernel])
+@pytest.mark.parametrize("count", [1, 7, 1024, 2500])
+@pytest.mark.parametrize("changes", [{}, {"scale": 1.0, "weight_decay": 0.0}, {"betas": (0.0, 0.999)}])
+def test_three_steps_match_float64(op, count, changes):
+    weight, mean, square, narrow = state(count)
+    gradients = [torch.randn(count, device=DEVICE) * 10.0**-turn for turn in range(3)]
+    want = definition(weight, gradients, **changes)
+    for turn, gradient in enumerate(gradients, 1):
+        op(weight, gradient.clone(), mean, square, narrow, numbers(turn, **changes))
+        assert torch.equal(narrow, weight.to(NARROW))
+    for got, exact in zip((weight, mean, square), want, strict=True):
+        torch.testing.assert_close(got.double(), exact, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("op", [adamw, kernel])
+def test_only_their_piece_of_memory_is_written(op):
+    memory = [torch.randn(1400, device=DEVICE).abs() for _ in range(4)]
+    memory.append(torch.randn(1400, device=DEVICE).half())
+    before = [x.clone() for x in memory]
+    op(*(x[start : start + 1100] for start, x in enumerate(memory, 1)), numbers(3))
+    for start, (now, old) in enumerate(zip(memory, before, strict=True), 1):
+        same = now == old
+        assert same[:start].all() and same[start + 1100 :].all()
+        assert start == 2 or not same[start : start + 1100].all()  # the gradient may stay
+
+
+@pytest.mark.parametrize("op", [adamw, kernel])
+def test_a_weight_that_never_had_a_gradient_only_decays(op):
+    weight, mean, square, narrow = state(40)
+    want = weight * (1 - 0.05 * 0.1)
+    op(weight, torch.zeros_like(weight), mean, square, narrow, numbers(1))
+    torch.testing.assert_close(weight, want, rtol=1e-6, atol=0)
+    assert not mean.any() and not square.any()
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU the kernel runs")
+def test_the_torch_form_is_torchs_own_optimizer_bit_for_bit():
+    weight, mean, square, narrow = state(300)
+    parameter = torch.nn.Parameter(weight.clone())
+    theirs = torch.optim.AdamW([parameter], lr=0.05, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused=True)
+    for turn in (1, 2, 3):
+        gradient = torch.randn(300)
+        parameter.grad = gradient * 0.25
+        theirs.step()
+        adamw(weight, gradient, mean, square, narrow, numbers(turn))
+    assert torch.equal(weight, parameter) and torch.equal(mean, theirs.state[parameter]["exp_avg"])
+    assert torch.equal(narrow, parameter.to(NARROW))
+
+
+def test_what_does_not_belong_together_is_refused():
+    pytest.importorskip("triton")
+    weight, mean, square, narrow = state(8)
+    with pytest.raises(ValueError, match=r"do not belong together: \(8,\), \(1,\)"):
+        fused_adamw(weight, torch.ones(1, device=DEVICE), mean, square, narrow, numbers(1))
+    with pytest.raises(ValueError, match="do not belong together"):
+        fused_adamw(weight, torch.ones(16, device=DEVICE)[::2], mean, square, narrow, numbers(1))
+
+
+def test_nothing_is_launched_for_no_numbers(monkeypatch):
+    pytest.importorskip("triton")
+    from megatron_hypenet.ops import adamw_kernels
+
+    monkeypatch.setattr(adamw_kernels, "kernel", None)
+    weight, mean, square, narrow = state(0)
+    fused_adamw(weight, weight.clone(), mean, square, narrow, numbers(1))
+
+
+def test_float64_has_no_kernel():
+    assert kernel_fits(torch.bfloat16) and kernel_fits(torch.float16) and not kernel_fits(torch.float64)
+
+
+@pytest.mark.gpu
+def test_more_than_two_to_the_31_numbers():
+    count = 2**31 + 5
+    weight, gradient = torch.ones(count, device=DEVICE), torch.ones(count, device=DEVICE)
+    mean, square = torch.zeros(count, device=DEVICE), torch.zeros(count, device=DEVICE)
+    narrow = torch.zeros(count, dtype=torch.bfloat16, device=DEVICE)
+    fused_adamw(weight, gradient, mean, square, narrow, numbers(1, weight_decay=0.0, scale=1.0))
+    for x, value in ((weight, 0.95), (mean, 0.1), (square, 0.05), (narrow, 0.95)):
+        assert torch.allclose(x[[0, 2**31 - 1, 2**31, -1]].float(), torch.full((4,), value, device=DEVICE), rtol=4e-3)
+        assert bool((x == x[0]).all())
