@@ -132,6 +132,7 @@ def measure(case: Case, device: str, dtype: torch.dtype) -> list[dict[str, Any]]
         replay = None if graph is None else median_ms(graph, device)
         row = {"shape": case.name, "form": name, "fwd+bwd ms": median_ms(step, device), "fwd+bwd graph ms": replay}
         rows.append({**row, "error y": errors[0], "error dx": errors[1]})
+        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     for row in rows:
         for way in ("fwd+bwd", "fwd+bwd graph"):
             mine, other = rows[0][f"{way} ms"], row[f"{way} ms"]
@@ -143,12 +144,14 @@ def main(argv: list[str] | None = None) -> int:
     """Measure, print, and write mixer_<gpu>_<yyyymm>.{json,md,png}."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--tiny", action="store_true", help="one small shape")
+    parser.add_argument("--only", default="", help="only shapes whose name has this in it")
     args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shapes = [(1, 16384, 16, 128), (1, 16384, 32, 128), (8, 512, 16, 128)] if device == "cuda" and not args.tiny else [(2, 40, 2, 32)]
     about = environment(device, 0.0)
-    rows = [row for shape in shapes for row in measure(Case(*shape, device, torch.bfloat16), device, torch.bfloat16)]
+    cases = [case for case in (Case(*shape, device, torch.bfloat16) for shape in shapes) if args.only in case.name]
+    rows = [row for case in cases for row in measure(case, device, torch.bfloat16)]
     lines = ["# Lightning mixer without matrix products", "", ", ".join(f"{k} {v}" for k, v in about.items() if k != "copy_gbps"), ""]
     lines += ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
     lines += ["| " + " | ".join(f"{x:.4g}" if isinstance(x, float) else x or "" for x in row.values()) + " |" for row in rows]
