@@ -1,4 +1,4 @@
-# make install | test | lint | demo | clean. Each can be repeated: install runs again only when pyproject.toml or its script changed.
+# make install | test | test-gpu | lint | demo | clean. Each can be repeated: install runs again only when pyproject.toml or its script changed.
 SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # two workers suit the two cores of CI; whole files go to one worker, so that expensive module fixtures are built once
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
-.PHONY: install test lint demo clean
+.PHONY: install test test-gpu lint demo clean
 
 install: $(STAMP)
 
@@ -20,6 +20,10 @@ lint: install
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# kernels and CUDA graphs on this machine's GPU; `make test` runs on the CPU everywhere
+test-gpu: install
+	HYPENET_TEST_GPU=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/unit
 
 demo: install
 	$(BIN)/hypenet demo

@@ -1,9 +1,8 @@
-"""Shared by all tests: few threads, no network, and a line in the report when GPU tests are left out."""
+"""Shared by all tests: few threads, no network, and which tests run on a CPU and which on a GPU."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -13,8 +12,11 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
-# Without a GPU the kernels run in Triton's interpreter. It must be chosen before anything imports triton.
-if shutil.which("nvidia-smi") is None:
+# The suite runs on the CPU, with the kernels in Triton's interpreter, also where there is a GPU: a workstation sees what CI sees. Under
+# HYPENET_TEST_GPU=1 (make test-gpu) runs what is made for a GPU, on it. To be said before anything imports torch or triton.
+ON_GPU = os.environ.get("HYPENET_TEST_GPU") == "1"
+if not ON_GPU:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
@@ -32,12 +34,19 @@ def seeded() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect GPU tests where there is no CUDA device; pytest's summary counts them as deselected."""
-    gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if not gpu:
-        return
-    import torch
+    """On a GPU run tests marked `gpu` and those of modules that choose a DEVICE, elsewhere all but the marked ones; the summary counts
+    what is deselected."""
+    if ON_GPU:
+        import torch
 
-    if not torch.cuda.is_available():
-        config.hook.pytest_deselected(items=gpu)
-        items[:] = [item for item in items if item not in gpu]
+        if not torch.cuda.is_available():
+            raise pytest.UsageError("HYPENET_TEST_GPU=1, but torch finds no CUDA device")
+    left_out = [item for item in items if not runs_here(item)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if runs_here(item)]
+
+
+def runs_here(item: pytest.Item) -> bool:
+    """Whether a test is made for what this run runs on."""
+    marked = item.get_closest_marker("gpu") is not None
+    return marked or hasattr(getattr(item, "module", None), "DEVICE") if ON_GPU else not marked

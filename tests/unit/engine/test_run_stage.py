@@ -110,6 +110,4 @@ def test_teacher_and_student_share_a_vocabulary(world, tmp_path):
 
 @pytest.mark.parametrize(("precision", "dtype"), [("auto", torch.float32), ("bfloat16", torch.bfloat16), ("float32", torch.float32)])
 def test_precision_on_a_cpu(tmp_path, precision, dtype):
-    if precision == "auto" and torch.cuda.is_available():
-        dtype = torch.bfloat16
     assert run_stage.compute_dtype(config(tmp_path, precision=precision)) == dtype

@@ -39,8 +39,8 @@ def test_wrong_number_of_micro_batches_is_our_own_fault():
         forward_backward(CountingEngine(), batches(1.0, 2.0))
 
 
-def test_a_number_on_its_way_is_the_one_of_its_time():
-    where = "cuda" if torch.cuda.is_available() else "cpu"
+@pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_number_on_its_way_is_the_one_of_its_time(where):
     number = torch.tensor(2.5, dtype=torch.float64, device=where)
     arriving = OnItsWay(number * 2)
     number += 1

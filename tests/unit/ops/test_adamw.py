@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from megatron_hypenet.ops import kernels
 from megatron_hypenet.ops.adamw import AdamWStep, adamw, fused_adamw, kernel_fits
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -73,13 +74,13 @@ def test_a_weight_that_never_had_a_gradient_only_decays(op):
     assert not mean.any() and not square.any()
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU the kernel runs")
-def test_the_torch_form_is_torchs_own_optimizer_bit_for_bit():
+def test_the_torch_form_is_torchs_own_optimizer_bit_for_bit(monkeypatch):
+    monkeypatch.setitem(kernels._enabled, "adamw", False)
     weight, mean, square, narrow = state(300)
     parameter = torch.nn.Parameter(weight.clone())
     theirs = torch.optim.AdamW([parameter], lr=0.05, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused=True)
     for turn in (1, 2, 3):
-        gradient = torch.randn(300)
+        gradient = torch.randn(300, device=DEVICE)
         parameter.grad = gradient * 0.25
         theirs.step()
         adamw(weight, gradient, mean, square, narrow, numbers(turn))
