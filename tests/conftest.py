@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,20 @@ def seeded() -> None:
     """Random tensors of a test are the same in every run, whichever tests ran before it."""
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture
+def takes_gib() -> Iterator[Callable[[float], None]]:
+    """For GPU tests of large tensors: told how much memory they take, skips them where so much is not free; gives it back afterwards."""
+    import torch
+
+    def take(gib: float) -> None:
+        free = torch.cuda.mem_get_info()[0] / 2**30
+        if free < gib:
+            pytest.skip(f"takes {gib} GiB of the GPU's memory, of which {free:.0f} are free")
+
+    yield take
+    torch.cuda.empty_cache()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

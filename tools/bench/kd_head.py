@@ -217,6 +217,10 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines + ["| " + " | ".join(cell(row.get(key, "")) for key in keys) + " |" for row in rows])
 
 
+COLUMNS = """hidden: size of both models; ratio: to the bare products of the same run; extra_gb: peak without the fp32 sum of the weight's
+gradient. bf16, student = teacher with 1% noise. Errors are relative, of the gradients of hidden states and weight."""
+
+
 def write(record: dict, stem: Path) -> None:
     """<stem>.json with everything, .csv with the times, .md to read and .png to look at."""
     stem.parent.mkdir(parents=True, exist_ok=True)
@@ -226,7 +230,7 @@ def write(record: dict, stem: Path) -> None:
         writer.writeheader()
         writer.writerows(record["times"])
     text = "# Distillation head\n" + ", ".join(f"{key} {value}" for key, value in record["machine"].items())
-    text += "".join(f"\n\n{note}" for note in record.get("notes", []))
+    text += "".join(f"\n\n{note}" for note in (COLUMNS, *record.get("notes", [])))
     text += f"\n\n## Errors against float64\n{table(record['errors'])}\n\n"
     text += f"## Time and memory, forward and backward\n{table(record['times'])}\n"
     stem.with_suffix(".md").write_text(text, encoding="utf-8")

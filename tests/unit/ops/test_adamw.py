@@ -111,9 +111,10 @@ def test_float64_has_no_kernel():
 
 
 @pytest.mark.gpu
-def test_more_than_two_to_the_31_numbers():
+def test_more_than_two_to_the_31_numbers(takes_gib):
+    takes_gib(34)
     count = 2**31 + 5
-    weight, gradient = torch.ones(count, device=DEVICE), torch.ones(count, device=DEVICE)
+    weight = gradient = torch.ones(count, device=DEVICE)  # one piece of memory for both: each number is read before it is written
     mean, square = torch.zeros(count, device=DEVICE), torch.zeros(count, device=DEVICE)
     narrow = torch.zeros(count, dtype=torch.bfloat16, device=DEVICE)
     fused_adamw(weight, gradient, mean, square, narrow, numbers(1, weight_decay=0.0, scale=1.0))

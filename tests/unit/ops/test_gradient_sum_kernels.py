@@ -27,7 +27,8 @@ def test_nothing_is_launched_for_no_numbers(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("extra", [16, 5])
-def test_more_than_two_to_the_31_numbers(extra):
+def test_more_than_two_to_the_31_numbers(takes_gib, extra):
+    takes_gib(15)
     total = torch.ones(2**31 + extra, device=DEVICE)
     gradient = torch.full_like(total, 0.5, dtype=torch.bfloat16)
     kernels.run(total, gradient, True)

@@ -39,7 +39,8 @@ def test_rows_past_two_to_the_31_elements_are_found():
 
 
 @pytest.mark.gpu
-def test_more_than_two_to_the_31_elements():
+def test_more_than_two_to_the_31_elements(takes_gib):
+    takes_gib(16)
     rows, width = 131_072, 12_288
     x = torch.randn(1, 2 * width, device=DEVICE).bfloat16().expand(rows, -1).contiguous()
     y = kernels.forward(x)
