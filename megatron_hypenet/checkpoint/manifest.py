@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from megatron_hypenet.checkpoint import format as fmt
 from megatron_hypenet.errors import CheckpointError
@@ -82,6 +84,51 @@ def hash_file(path: Path) -> FileEntry:
             digest.update(block)
             size += len(block)
     return FileEntry(bytes=size, sha256=digest.hexdigest())
+
+
+class HashedFile:
+    """A new file that knows its size and sha256 when it is closed, without being read again: large pieces are hashed by a second thread
+    while they are written. A context manager; `entry` holds after it, and what was written is on the disk then."""
+
+    entry: FileEntry
+
+    def __init__(self, path: Path) -> None:
+        self._stream, self._digest, self._size = path.open("wb"), hashlib.sha256(), 0
+        self._hashing = ThreadPoolExecutor(1)
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Append `data`, which may change once this has returned; the number of bytes."""
+        with memoryview(data).cast("B") as view:
+            if view.nbytes < _CHUNK_BYTES:
+                self._digest.update(view)
+                self._stream.write(view)
+            else:
+                hashed = self._hashing.submit(self._digest.update, view)
+                try:
+                    self._stream.write(view)
+                finally:
+                    hashed.result()
+            self._size += view.nbytes
+            return view.nbytes
+
+    def tell(self) -> int:
+        """Bytes written so far."""
+        return self._size
+
+    def flush(self) -> None:
+        """Hand what is buffered to the operating system."""
+        self._stream.flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._hashing.shutdown()
+        with self._stream:
+            if kind is None:
+                self._stream.flush()
+                os.fsync(self._stream.fileno())
+                self.entry = FileEntry(bytes=self._size, sha256=self._digest.hexdigest())
 
 
 def write_manifest(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron_hypenet.checkpoint.manifest import FileEntry, hash_file
+from megatron_hypenet.checkpoint.manifest import FileEntry, HashedFile
 from megatron_hypenet.checkpoint.shards import LazyTensor, Shard
 from megatron_hypenet.checkpoint.together import agree, gather_to_first, is_first, rank
 from megatron_hypenet.errors import CheckpointError
@@ -87,19 +86,16 @@ class ShardWrite:
         if not shards:
             return Written((), None)
         results = []
-        path = self.folder / self.name
-        with path.open("wb") as stream:
+        with HashedFile(self.folder / self.name) as stream:
             while shards:
                 if cancelled():
                     raise InterruptedError(f"the save into {self.folder} was given up")
                 shard = shards.pop()
                 start = stream.tell()
-                torch.save(_compact(_data_of(shard)), stream)
+                torch.save(_compact(_data_of(shard)), stream)  # type: ignore[arg-type] # writes and flushes only
                 length = stream.tell() - start
                 results.append(WriteResult(MetadataIndex(shard.key, shard.offset), length, _StorageInfo(self.name, start, length)))
-            stream.flush()
-            os.fsync(stream.fileno())
-        return Written(tuple(results), hash_file(path))
+        return Written(tuple(results), stream.entry)
 
     def finish(self, written: Sequence[Written]) -> None:
         """Write the folder's index from what every process wrote, in the order of ranks, plus Megatron's two files."""

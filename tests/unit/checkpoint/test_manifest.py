@@ -1,6 +1,8 @@
 """The manifest finds every kind of damage."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 
@@ -48,3 +50,27 @@ def test_uncommitted_unreadable_and_newer_formats(folder):
     (folder / fmt.COMMITTED).unlink()
     with pytest.raises(CheckpointError, match="COMMITTED"):
         mf.read_manifest(folder)
+
+
+@pytest.mark.parametrize("sizes", [[], [0, 1, 5], [100, 3000, 0, 2000, 1]])
+def test_a_hashed_file_is_what_was_written_and_knows_it(tmp_path, monkeypatch, sizes):
+    """Small pieces, and large ones that a second thread hashes."""
+    monkeypatch.setattr(mf, "_CHUNK_BYTES", 1000)
+    pieces = [os.urandom(size) for size in sizes]
+    with mf.HashedFile(tmp_path / "file") as file:
+        for piece in pieces:
+            scratch = bytearray(piece)
+            assert file.write(memoryview(scratch)) == len(piece)
+            scratch[:] = bytes(len(piece))  # the writer has let go of it
+            file.flush()
+        assert file.tell() == sum(sizes)
+    assert (tmp_path / "file").read_bytes() == b"".join(pieces)
+    assert file.entry == mf.hash_file(tmp_path / "file")
+
+
+@pytest.mark.parametrize("size", [10, 3000])
+def test_a_disk_that_is_full_is_heard_of(monkeypatch, size):
+    monkeypatch.setattr(mf, "_CHUNK_BYTES", 1000)
+    with pytest.raises(OSError, match="No space left"), mf.HashedFile(Path("/dev/full")) as file:
+        file.write(bytes(size))
+    assert not hasattr(file, "entry")

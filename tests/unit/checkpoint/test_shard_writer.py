@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron_hypenet.checkpoint import shard_writer
+from megatron_hypenet.checkpoint.manifest import hash_file
 from megatron_hypenet.checkpoint.shard_writer import ShardWrite, write_shards
 from megatron_hypenet.checkpoint.shards import LazyTensor, Shard, ShardReader
 from megatron_hypenet.errors import CheckpointError
@@ -69,3 +70,8 @@ def test_pieces_that_overlap_are_refused_even_when_their_sizes_add_up():
     pieces = [Shard("w", torch.zeros(2), (4,), (start,)) for start in (0, 1)]
     with pytest.raises(ValueError):
         shard_writer._global_metadata([shard_writer._plan([piece]) for piece in pieces])
+
+
+def test_the_hash_of_a_written_file_is_right(tmp_path):
+    written = ShardWrite(tmp_path, [Shard.whole(key, torch.randn(300, 70)) for key in "abc"], alone=True).write()
+    assert written.file == hash_file(tmp_path / ShardWrite.name_of(0))
