@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_hypenet.ops.rows import warps_of_row
+
 BACKWARD_PROGRAMS = 528  # four for each multiprocessor of an H100
 # `batch` and `rows` stay run-time numbers: a batch of one would otherwise be compiled, and have to be checked, apart.
 
@@ -60,7 +62,7 @@ def forward(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     y = x.new_empty(x.shape)
     forward_kernel[(t * b,)](
         x, gate, y, weight, b, n, eps, *x.stride()[:2], *gate.stride()[:2], *y.stride()[:2],
-        block=triton.next_power_of_2(n), num_warps=_warps(n),
+        block=triton.next_power_of_2(n), num_warps=warps_of_row(n),
     )  # fmt: skip
     return y
 
@@ -73,14 +75,9 @@ def backward(x: Tensor, gate: Tensor, weight: Tensor, dy: Tensor, eps: float, dg
     dgate = gate.new_empty(x.shape) if dgate is None else dgate
     backward_kernel[(programs,)](
         x, gate, dy, dx, dgate, partial, weight, t * b, b, n, eps, *x.stride()[:2], *gate.stride()[:2], *dy.stride()[:2],
-        *dgate.stride()[:2], block=triton.next_power_of_2(n), num_warps=_warps(n),
+        *dgate.stride()[:2], block=triton.next_power_of_2(n), num_warps=warps_of_row(n),
     )  # fmt: skip
     return dx, dgate, partial.sum(0).to(weight.dtype)
-
-
-def _warps(width: int) -> int:
-    """Sixteen numbers for each thread, in 4 to 16 warps."""
-    return max(4, min(16, triton.next_power_of_2(width) // 512))
 
 
 forward_op = torch.library.custom_op("hypenet::gated_norm", forward, mutates_args=())

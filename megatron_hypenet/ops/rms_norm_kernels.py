@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_hypenet.ops.rows import as_rows, warps_of_row
+
 BACKWARD_PROGRAMS = 528  # four for each multiprocessor of an H100
 # `rows` stays a run-time number: a single row would otherwise be compiled, and have to be checked, apart.
 
@@ -49,35 +51,24 @@ def backward_kernel(x, dy, dx, dweight, weight, rows, width, eps, stride_x, stri
 
 def forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [..., n] -> contiguous [..., n]."""
-    n, y, rows = x.shape[-1], x.new_empty(x.shape), _rows(x)
+    n, y, rows = x.shape[-1], x.new_empty(x.shape), as_rows(x)
     if y.numel():
         grid, block = (rows.shape[0],), triton.next_power_of_2(n)
-        forward_kernel[grid](rows, y, weight.contiguous(), n, eps, rows.stride(0), block=block, num_warps=_warps(n))
+        forward_kernel[grid](rows, y, weight.contiguous(), n, eps, rows.stride(0), block=block, num_warps=warps_of_row(n))
     return y
 
 
 def backward(x: Tensor, weight: Tensor, dy: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x, dy [..., n] -> dx [..., n] contiguous, dweight [n] in weight's dtype, the same in every run."""
-    n, dx, rows, grads = x.shape[-1], x.new_empty(x.shape), _rows(x), _rows(dy)
+    n, dx, rows, grads = x.shape[-1], x.new_empty(x.shape), as_rows(x), as_rows(dy)
     programs = min(rows.shape[0], BACKWARD_PROGRAMS)
     partial = x.new_empty(programs, n, dtype=torch.float32)
     if dx.numel():
         backward_kernel[(programs,)](
             rows, grads, dx, partial, weight.contiguous(), rows.shape[0], n, eps, rows.stride(0), grads.stride(0),
-            block=triton.next_power_of_2(n), num_warps=_warps(n),
+            block=triton.next_power_of_2(n), num_warps=warps_of_row(n),
         )  # fmt: skip
     return dx, partial.sum(0).to(weight.dtype)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """[..., n] as [rows, n] with each row contiguous; copies only what is laid out otherwise."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
-def _warps(width: int) -> int:
-    """Sixteen numbers for each thread, in 4 to 16 warps."""
-    return max(4, min(16, triton.next_power_of_2(width) // 512))
 
 
 forward_op = torch.library.custom_op("hypenet::rms_norm", forward, mutates_args=())

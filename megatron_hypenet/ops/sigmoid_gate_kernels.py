@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_hypenet.ops.rows import as_rows
+
 BLOCK, WARPS = 1024, 4
 """Eight numbers for each thread: one access of 16 bytes in bf16."""
 
@@ -35,7 +37,7 @@ def backward_kernel(x, gate, dy, dx, dgate, width, stride_x, stride_g, stride_dy
 
 def forward(x: Tensor, gate: Tensor) -> Tensor:
     """x, gate [..., n] -> contiguous [..., n]."""
-    y, rows, gates = x.new_empty(x.shape), _rows(x), _rows(gate)
+    y, rows, gates = x.new_empty(x.shape), as_rows(x), as_rows(gate)
     if y.numel():
         forward_kernel[_grid(rows)](rows, gates, y, rows.shape[1], rows.stride(0), gates.stride(0), block=BLOCK, num_warps=WARPS)
     return y
@@ -43,17 +45,11 @@ def forward(x: Tensor, gate: Tensor) -> Tensor:
 
 def backward(x: Tensor, gate: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     """x, gate, dy [..., n] -> dx, dgate [..., n], contiguous."""
-    dx, dgate, rows, gates, grads = x.new_empty(x.shape), gate.new_empty(x.shape), _rows(x), _rows(gate), _rows(dy)
+    dx, dgate, rows, gates, grads = x.new_empty(x.shape), gate.new_empty(x.shape), as_rows(x), as_rows(gate), as_rows(dy)
     if dx.numel():
         strides = rows.stride(0), gates.stride(0), grads.stride(0)
         backward_kernel[_grid(rows)](rows, gates, grads, dx, dgate, rows.shape[1], *strides, block=BLOCK, num_warps=WARPS)
     return dx, dgate
-
-
-def _rows(x: Tensor) -> Tensor:
-    """[..., n] as [rows, n] with each row contiguous; copies only what is laid out otherwise."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def _grid(rows: Tensor) -> tuple[int]:

@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_hypenet.ops.rows import as_rows
+
 BLOCK, WARPS = 1024, 4
 """Eight numbers for each thread: one load of 16 bytes in bf16, from each half."""
 
@@ -39,7 +41,7 @@ def forward(x: Tensor) -> Tensor:
     """x [..., 2f] -> contiguous [..., f]."""
     width = x.shape[-1] // 2
     y = x.new_empty(*x.shape[:-1], width)
-    rows = _rows(x)
+    rows = as_rows(x)
     if y.numel():
         forward_kernel[_grid(rows)](rows, y, width, rows.stride(0), block=BLOCK, num_warps=WARPS)
     return y
@@ -49,17 +51,11 @@ def backward(x: Tensor, dy: Tensor) -> Tensor:
     """x [..., 2f], dy [..., f] -> contiguous dx [..., 2f]."""
     width = x.shape[-1] // 2
     dx = x.new_empty(x.shape)
-    rows, grads = _rows(x), _rows(dy)
+    rows, grads = as_rows(x), as_rows(dy)
     if dx.numel():
         strides = rows.stride(0), grads.stride(0)
         backward_kernel[_grid(rows)](rows, grads, dx, width, *strides, block=BLOCK, num_warps=WARPS)
     return dx
-
-
-def _rows(x: Tensor) -> Tensor:
-    """[..., n] as [rows, n] with each row contiguous; copies only what is laid out otherwise."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def _grid(rows: Tensor) -> tuple[int]:

@@ -38,6 +38,7 @@ from megatron_hypenet.ops import (  # noqa: E402
 from megatron_hypenet.ops.lightning_attn import triton_dkdv, triton_scan  # noqa: E402
 from megatron_hypenet.ops.lightning_attn.triton_plan import Blocks, Gpu, make_plan, power_of_two  # noqa: E402
 from megatron_hypenet.ops.lightning_attn.triton_tiles import DESCRIPTORS, WHOLE  # noqa: E402
+from megatron_hypenet.ops.rows import warps_of_row  # noqa: E402
 from megatron_hypenet.parallel.vocab import triton_terms  # noqa: E402
 
 # compute capability -> processors and bytes of shared memory of one program
@@ -100,10 +101,10 @@ def rows(dtype: str) -> Iterator[Job]:
             yield Job(f"norm_rope {name}{'' if rotates else ' without angles'}", kernel, types, constants, warps)
         for width in (2048, 16384):
             kernel = getattr(gated_norm_kernels, f"{name}_kernel")
-            yield Job(f"gated_norm {name} {width}", kernel, types, {"block": width}, gated_norm_kernels._warps(width))
+            yield Job(f"gated_norm {name} {width}", kernel, types, {"block": width}, warps_of_row(width))
         for width in (2048, 8192):
             kernel = getattr(rms_norm_kernels, f"{name}_kernel")
-            yield Job(f"rms_norm {name} {width}", kernel, types, {"block": width}, rms_norm_kernels._warps(width))
+            yield Job(f"rms_norm {name} {width}", kernel, types, {"block": width}, warps_of_row(width))
         kernel = getattr(swiglu_kernels, f"{name}_kernel")
         yield Job(f"swiglu {name}", kernel, types, {"block": swiglu_kernels.BLOCK}, swiglu_kernels.WARPS)
         kernel = getattr(sigmoid_gate_kernels, f"{name}_kernel")

@@ -25,8 +25,3 @@ def test_narrow_inputs_give_narrow_outputs():
     x, weight = torch.randn(3, 1, 20, device=DEVICE).half(), torch.ones(20, device=DEVICE).half()
     outputs = (kernels.forward(x, x, weight, 1e-6), *kernels.backward(x, x, weight, x, 1e-6))
     assert all(output.dtype == torch.float16 for output in outputs)
-
-
-@pytest.mark.parametrize(("width", "warps"), [(16, 4), (2048, 4), (4096, 8), (16384, 16)])
-def test_warps_grow_with_the_row(width, warps):
-    assert kernels._warps(width) == warps

@@ -77,8 +77,3 @@ def test_more_than_two_to_the_31_elements(takes_gib):
     assert torch.equal(y[-1], y[0]) and torch.equal(y[:1], kernels.forward(x[:1], weight, 1e-6))
     dx, _ = kernels.backward(x, weight, y, 1e-6)
     assert torch.equal(dx[-1], dx[0]) and torch.equal(dx[:1], kernels.backward(x[:1], weight, y[:1], 1e-6)[0])
-
-
-@pytest.mark.parametrize(("width", "warps"), [(512, 4), (2048, 4), (4096, 8), (16384, 16)])
-def test_warps_grow_with_the_row(width, warps):
-    assert kernels._warps(width) == warps
