@@ -38,7 +38,7 @@ def place_of(environment: Mapping[str, str]) -> dict[str, str]:
     rank, world_size = _number(environment, "SLURM_PROCID"), _number(environment, "SLURM_STEP_NUM_TASKS")
     local_size = tasks_per_node(_text(environment, "SLURM_STEP_TASKS_PER_NODE"))[_number(environment, "SLURM_NODEID")]
     local_rank = _number(environment, "SLURM_LOCALID")
-    if "," not in environment.get("CUDA_VISIBLE_DEVICES", ","):
+    if (visible := environment.get("CUDA_VISIBLE_DEVICES")) and "," not in visible:
         local_rank = 0  # SLURM bound this task to one GPU, which then is the only one it can name
     port = port_of(_number(environment, "SLURM_JOB_ID"))
     return place(

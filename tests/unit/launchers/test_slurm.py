@@ -22,7 +22,7 @@ def test_the_place_comes_from_slurm():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(("devices", "local_rank"), [("0,1,2,3", "1"), ("1", "0"), ("GPU-12ab", "0")])
+@pytest.mark.parametrize(("devices", "local_rank"), [("0,1,2,3", "1"), ("1", "0"), ("GPU-12ab", "0"), ("", "1")])
 def test_a_task_that_sees_one_gpu_calls_it_the_first(devices, local_rank):
     assert slurm.place_of({**TASK, "CUDA_VISIBLE_DEVICES": devices})["LOCAL_RANK"] == local_rank
 
