@@ -1,4 +1,5 @@
-# make install | test | test-gpu | lint | demo | clean. Each can be repeated: install runs again only when pyproject.toml or its script changed.
+# make install | test | test-gpu | lint | demo | clean. Each can be repeated: install runs again only when pyproject.toml or its script
+# changed.
 SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
