@@ -31,6 +31,7 @@ from megatron_hypenet.checkpoint.state import Template
 from megatron_hypenet.config.schema import HeadStageConfig, ParallelConfig, StageConfig
 from megatron_hypenet.engine.cuda_graph import CudaGraphs
 from megatron_hypenet.engine.gradient_sums import GradientSums
+from megatron_hypenet.engine.master_weights import MasterUpdate
 from megatron_hypenet.engine.optim import adamw
 from megatron_hypenet.engine.stragglers import OwnTime
 from megatron_hypenet.errors import DivergedError, LayoutError
@@ -141,7 +142,7 @@ class TrainingEngine:
         if type(self.engine.optimizer).__name__ == "BF16_Optimizer":
             exchange = getattr(torch, parallel.gradient_exchange)
             self.sums = GradientSums(self.engine.optimizer, counts=self._counts_in_norm, exchange=exchange)
-            optimizer.take_over(self.engine.optimizer)
+            MasterUpdate(self.engine.optimizer, self.sums.norm)
             # micro-batches so small have no need to recompute, and Megatron's way of it restores random states, which no graph holds
             recomputes = isinstance(stage, HeadStageConfig) and stage.recompute != "none"
             if torch.cuda.is_available() and parallel.model_parallel_size == 1 and stage.cuda_graphs and not recomputes:
@@ -165,6 +166,11 @@ class TrainingEngine:
         if not last:
             self.engine.step()  # only counts: the update waits for the boundary
         return loss.detach(), metrics
+
+    def make_room(self) -> None:
+        """Before other work than training, which may need the GPU's memory."""
+        if self.graphs is not None:
+            self.graphs.make_room()
 
     def _forward_backward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """A micro-batch without DeepSpeed's part in it but its gradient hooks: what a CUDA graph can hold."""

@@ -37,7 +37,6 @@ class GradientSums:
         optimizer._update_hp_grad = self._accumulate
         optimizer.clear_hp_grads = self.forget
         optimizer.get_grads_for_reduction = self._for_reduction
-        optimizer.get_grads_for_norm = self._for_norm
         # the hooks that call these are bound to the optimizer and look them up by name
         assert isinstance(optimizer.accumulate_hp_grads_and_remove_lp, types.MethodType)
 
@@ -102,15 +101,16 @@ class GradientSums:
             own[start : start + PIECE] = received
 
     @torch.no_grad()
-    def _for_norm(self) -> Any:
-        """What DeepSpeed takes the norm of and then adds over the model-parallel ranks: one number, over the data-parallel ones."""
+    def norm(self) -> Tensor:
+        """Of the gradients of all ranks, once they are reduced: 0-dimensional, fp32, on their device. Collective."""
         own = self.optimizer.fp32_groups_gradient_flat_partition
         square = torch.zeros((), dtype=torch.float32, device=own[0].device)
         for group, start, stop in self._counted:
             square += own[group][start:stop].norm().square()
-        if dist.get_world_size(self.optimizer.dp_process_group) > 1:
-            dist.all_reduce(square, group=self.optimizer.dp_process_group)
-        return [square.sqrt()], {}
+        for ranks in (self.optimizer.dp_process_group, self.optimizer.mpu.get_model_parallel_group()):
+            if dist.get_world_size(ranks) > 1:
+                dist.all_reduce(square, group=ranks)
+        return square.sqrt()
 
 
 def _counted(optimizer: Any, counts: Callable[[nn.Parameter], bool]) -> list[tuple[int, int, int]]:

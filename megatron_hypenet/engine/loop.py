@@ -26,10 +26,11 @@ from megatron_hypenet.engine.faults import out_of_gpu_memory, record_now
 from megatron_hypenet.engine.hardware import Workload, peak_flops
 from megatron_hypenet.engine.heartbeat import PULSE
 from megatron_hypenet.engine.metrics import MetricSums, Recorder, StepRecord, memory_gib, reset_peak_memory
+from megatron_hypenet.engine.on_its_way import OnItsWay
 from megatron_hypenet.engine.optim import lr_at
 from megatron_hypenet.engine.samples import TokenSource, step_batches
 from megatron_hypenet.engine.saving import Saver
-from megatron_hypenet.engine.schedule import OnItsWay, forward_backward
+from megatron_hypenet.engine.schedule import forward_backward
 from megatron_hypenet.engine.stragglers import StepTimes, named
 from megatron_hypenet.engine.timing import Timing
 from megatron_hypenet.errors import ConfigError, DataError, DivergedError, SavedAndRequeue
@@ -214,7 +215,7 @@ class _Trainer:
         tokens = samples * self.config.seq_length
         PULSE.note("update")
         try:
-            grad_norm = self.engine.apply(lr)  # waits for the norm; until then the device has everything that it can begin
+            grad_norm = self.engine.apply(lr)  # waits for the norm, while the device is at the update
         except RefusedUpdate as error:
             loss = arriving.value()
             what = str(error) if math.isfinite(loss) else f"the loss is {loss}"
@@ -314,9 +315,11 @@ class _Trainer:
         )
 
     def _evaluated(self, evaluate: Callable[[int], Mapping[str, float]], step: int) -> Mapping[str, float]:
+        assert self.engine is not None
         self.stage.eval()
         try:
             with torch.no_grad(), PULSE.doing("evaluate"):
+                self.engine.make_room()
                 return evaluate(step)
         finally:
             self.stage.train()

@@ -1,7 +1,11 @@
-"""AdamW on the fp32 master weights of DeepSpeed's BF16_Optimizer, with clipping and the copy to bf16 in the same pass over memory."""
+"""The step of DeepSpeed's BF16_Optimizer on its fp32 master weights: clipping, AdamW and the copy to bf16 in one pass over memory.
+
+The host waits for nothing before the device has the whole step. Scale and refusal of a bad gradient norm are decided on the device; the
+host learns of both from the norm, which arrives while the update runs."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,55 +13,59 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_hypenet.engine.on_its_way import OnItsWay
 from megatron_hypenet.ops.adamw import AdamWStep, adamw
 
 NORM_FLOOR = 1e-6
 """What DeepSpeed adds to the norm it divides by."""
 
 
-class MasterAdamW(torch.optim.AdamW):
-    """torch's fused AdamW until `take_over`: then it updates BF16_Optimizer's masters in one pass (`ops/adamw.py`), as that reads the
-    gradients anyway and has the new weights in hand."""
+class MasterUpdate:
+    """Takes the place of `owner.step`, where `owner` is a BF16_Optimizer around torch's AdamW.
 
-    def __init__(self, params: Any, **settings: Any) -> None:
-        super().__init__(params, **settings, fused=True)
-        self._owner: Any = None
+    DeepSpeed's scaling, update and copy are three passes over gradients or weights that `ops/adamw.py` has in hand."""
 
-    def take_over(self, owner: Any) -> None:
-        """`owner`, the BF16_Optimizer around this one, from now on leaves it to this one to scale gradients and to write bf16 weights.
+    def __init__(self, owner: Any, norm: Callable[[], Tensor]) -> None:
+        """`norm`: of this step's gradients over all ranks, 0-dimensional, fp32, on their device.
 
-        The step counter moves to the CPU, where reading it waits for nothing."""
-        assert owner.optimizer is self and all(len(group["params"]) == 1 for group in self.param_groups), "one flat master per group"
-        self._owner = owner
-        for group in self.param_groups:
+        Adam's step counters move to the CPU, where reading them waits for nothing."""
+        self._owner, self._norm = owner, norm
+        assert all(len(group["params"]) == 1 for group in owner.optimizer.param_groups), "one flat master per group"
+        for group in owner.optimizer.param_groups:
             group["fused"] = None
-        for state in self.state.values():
+        for state in owner.optimizer.state.values():
             state["step"] = state["step"].cpu()
-        measured: Callable[[], Any] = owner.get_grads_for_norm
-        owner.get_grads_for_norm = lambda for_clipping=False: [] if for_clipping else measured()
-        owner.update_lp_params = self._gather
+        owner.step = self.step
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        """One update of every group; `closure` as in torch, and None once this has taken over."""
-        if self._owner is None:
-            return super().step(closure)
-        assert closure is None, "BF16_Optimizer has none"
-        scale = self._scale()
-        for group, narrow in zip(self.param_groups, self._own_parts(), strict=True):
+    def step(self) -> None:
+        """One update of every group, or none where the norm is not finite: `overflow` and `_global_grad_norm` tell, as DeepSpeed's own."""
+        owner = self._owner
+        norm = self._norm()
+        arriving, scale = OnItsWay(norm), self._scale(norm)
+        states = []
+        for group, gradient, narrow in zip(
+            owner.optimizer.param_groups, owner.fp32_groups_gradient_flat_partition, self._own_parts(), strict=True
+        ):
             (weight,) = group["params"]
-            state = self.state[weight]
-            state["step"] += 1
-            numbers = AdamWStep(
-                int(state["step"]), float(group["lr"]), tuple(group["betas"]), group["eps"], group["weight_decay"], scale=scale
-            )
-            adamw(weight, weight.grad, state["exp_avg"], state["exp_avg_sq"], narrow, numbers)
-        return None
+            state = owner.optimizer.state[weight]
+            states.append(state)
+            count = int(state["step"]) + 1
+            numbers = AdamWStep(count, float(group["lr"]), tuple(group["betas"]), group["eps"], group["weight_decay"])
+            adamw(weight, gradient, state["exp_avg"], state["exp_avg_sq"], narrow, numbers, scale)
+        self._gather()
+        owner.clear_hp_grads()
+        owner._global_grad_norm = arriving.value()
+        owner.overflow = not math.isfinite(owner._global_grad_norm)
+        if not owner.overflow:
+            for state in states:
+                state["step"] += 1
 
-    def _scale(self) -> float:
-        """What takes gradients down to the largest norm allowed: 1 within it, or where there is none."""
+    def _scale(self, norm: Tensor) -> Tensor:
+        """What takes gradients down to the largest norm allowed: 1 within it or where there is none, NaN where the norm is not finite."""
         largest = float(self._owner.clip_grad)
-        return min(largest / (float(self._owner._global_grad_norm) + NORM_FLOOR), 1.0) if largest > 0 else 1.0
+        fitting = (largest / (norm + NORM_FLOOR)).clamp(max=1.0) if largest > 0 else torch.ones_like(norm)
+        return fitting + norm * 0
 
     def _own_parts(self) -> list[Tensor]:
         """The bf16 weights that this data-parallel rank updates, one flat piece per group."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import nn
 
 from megatron_hypenet.config.schema import StageConfig
-from megatron_hypenet.engine.master_weights import MasterAdamW
 
 ADAM_EPSILON = 1e-8
 
@@ -26,7 +26,7 @@ def lr_at(step: int, config: StageConfig) -> float:
     return config.lr - (config.lr - config.min_lr) * 0.5 * (1.0 - math.cos(math.pi * progress))
 
 
-def adamw(parameters: dict[str, nn.Parameter], config: StageConfig) -> MasterAdamW:
+def adamw(parameters: dict[str, nn.Parameter], config: StageConfig) -> torch.optim.AdamW:
     """Fused AdamW over named parameters; weight decay, where there is any, spares vectors (norm weights)."""
     groups = [{"params": list(parameters.values()), "weight_decay": config.weight_decay}]
     if config.weight_decay > 0:
@@ -34,4 +34,4 @@ def adamw(parameters: dict[str, nn.Parameter], config: StageConfig) -> MasterAda
         vectors = [parameter for parameter in parameters.values() if parameter.dim() <= 1]
         groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
-    return MasterAdamW(groups, lr=config.lr, betas=config.adam_betas, eps=ADAM_EPSILON)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.adam_betas, eps=ADAM_EPSILON, fused=True)

@@ -10,11 +10,12 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from megatron.core.utils import init_method_normal
 
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.config.schema import ParallelConfig, Recompute
+from megatron_hypenet.model.layer import PreNormLayer
 from megatron_hypenet.model.mixers import MixerSubmodules, mixer_class
 from megatron_hypenet.model.mlp import SwiGLU
 from megatron_hypenet.model.pipeline_layout import layers_of_stage
@@ -92,7 +93,7 @@ def block_spec(model: ModelConfig, layout: tuple[int, ...], stage: int, *, trunk
 def layer_spec(model: ModelConfig, mixer: str, *, with_mlp: bool = True) -> ModuleSpec:
     """One pre-norm decoder layer: norm, mixer, residual, norm, SwiGLU, residual."""
     return ModuleSpec(
-        TransformerLayer,
+        PreNormLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=ModuleSpec(mixer_class(mixer), params={"model": model}, submodules=MixerSubmodules()),

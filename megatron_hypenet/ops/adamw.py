@@ -19,14 +19,13 @@ KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclass(frozen=True)
 class AdamWStep:
-    """The numbers of one step: `count` from 1, `scale` that the gradient is multiplied with first."""
+    """The numbers of one step; `count` from 1."""
 
     count: int
     lr: float
     betas: tuple[float, float]
     eps: float
     weight_decay: float
-    scale: float = 1.0
 
     @property
     def step_size(self) -> float:
@@ -40,15 +39,20 @@ class AdamWStep:
 
 
 @torch.no_grad()
-def adamw(weight: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, narrow: Tensor, step: AdamWStep) -> None:
+def adamw(weight: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, narrow: Tensor, step: AdamWStep, scale: Tensor) -> None:
     """Update `weight`, `exp_avg`, `exp_avg_sq` [n], fp32, and overwrite `narrow` [n] with the weight in its own dtype; all contiguous.
 
-    On CUDA one kernel; elsewhere torch's fused step, with the gradient scaled in place before it and the copy after it."""
+    `scale` (0-dimensional, fp32, on the same device) is what the gradient is multiplied with first; where it is NaN nothing changes.
+    On CUDA one kernel, and the host does not wait; elsewhere torch's fused step, with the gradient scaled in place before it and the copy
+    after it."""
     if weight.is_cuda and enabled("adamw") and kernel_fits(narrow.dtype) and weight.dtype == torch.float32:
-        fused_adamw(weight, gradient, exp_avg, exp_avg_sq, narrow, step)
+        fused_adamw(weight, gradient, exp_avg, exp_avg_sq, narrow, step, scale)
         return
-    if step.scale != 1.0:
-        gradient.mul_(step.scale)
+    factor = float(scale)
+    if math.isnan(factor):
+        return
+    if factor != 1.0:
+        gradient.mul_(factor)
     before = torch.tensor(step.count - 1.0, device=weight.device)
     torch_adamw(
         [weight], [gradient], [exp_avg], [exp_avg_sq], [], [before], fused=True, amsgrad=False, maximize=False,
@@ -62,11 +66,13 @@ def kernel_fits(dtype: torch.dtype) -> bool:
     return dtype in KERNEL_DTYPES
 
 
-def fused_adamw(weight: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, narrow: Tensor, step: AdamWStep) -> None:
+def fused_adamw(
+    weight: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, narrow: Tensor, step: AdamWStep, scale: Tensor
+) -> None:
     """The kernel; arguments as in `adamw`. ValueError unless all five have as many numbers, in one piece of memory each."""
     from megatron_hypenet.ops import adamw_kernels as kernels
 
     tensors = (weight, gradient, exp_avg, exp_avg_sq, narrow)
     if len({x.numel() for x in tensors}) > 1 or not all(x.is_contiguous() for x in tensors):
         raise ValueError(f"weights, gradients and moments do not belong together: {', '.join(str(tuple(x.shape)) for x in tensors)}")
-    kernels.run(*tensors, step)
+    kernels.run(*tensors, step, scale)

@@ -18,23 +18,27 @@ VECTOR = 4
 
 @triton.jit
 def kernel(
-    weight, gradient, exp_avg, exp_avg_sq, narrow, count, scale, kept, beta1, rest1, beta2, rest2, step_size, root_correction, eps,
+    weight, gradient, exp_avg, exp_avg_sq, narrow, scale, count, kept, beta1, rest1, beta2, rest2, step_size, root_correction, eps,
     block: tl.constexpr, vector: tl.constexpr,
 ):  # fmt: skip
-    """m = beta1 m + rest1 g, s = beta2 s + rest2 g^2, w = kept w - step_size m / (sqrt(s) / root_correction + eps), with g scaled."""
+    """m = beta1 m + rest1 g, s = beta2 s + rest2 g^2, w = kept w - step_size m / (sqrt(s) / root_correction + eps), with g scaled.
+
+    Nothing where the scale is NaN."""
+    factor = tl.load(scale)
     at = tl.program_id(0).to(tl.int64) * block + tl.max_contiguous(tl.arange(0, block), vector)
     inside = at < count
-    grad = tl.load(gradient + at, mask=inside, other=0.0) * scale
-    mean = beta1 * tl.load(exp_avg + at, mask=inside, other=0.0) + rest1 * grad
-    square = beta2 * tl.load(exp_avg_sq + at, mask=inside, other=0.0) + rest2 * grad * grad
-    value = kept * tl.load(weight + at, mask=inside, other=0.0) - step_size * mean / (tl.sqrt(square) / root_correction + eps)
-    tl.store(exp_avg + at, mean, mask=inside)
-    tl.store(exp_avg_sq + at, square, mask=inside)
-    tl.store(weight + at, value, mask=inside)
-    tl.store(narrow + at, value.to(narrow.dtype.element_ty), mask=inside)
+    if factor < float("inf"):
+        grad = tl.load(gradient + at, mask=inside, other=0.0) * factor
+        mean = beta1 * tl.load(exp_avg + at, mask=inside, other=0.0) + rest1 * grad
+        square = beta2 * tl.load(exp_avg_sq + at, mask=inside, other=0.0) + rest2 * grad * grad
+        value = kept * tl.load(weight + at, mask=inside, other=0.0) - step_size * mean / (tl.sqrt(square) / root_correction + eps)
+        tl.store(exp_avg + at, mean, mask=inside)
+        tl.store(exp_avg_sq + at, square, mask=inside)
+        tl.store(weight + at, value, mask=inside)
+        tl.store(narrow + at, value.to(narrow.dtype.element_ty), mask=inside)
 
 
-def run(weight: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, narrow: Tensor, step: AdamWStep) -> None:
+def run(weight: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, narrow: Tensor, step: AdamWStep, scale: Tensor) -> None:
     """All contiguous and of as many numbers. What is left of a whole number of blocks is a launch of its own, so that a size that no power
     of two divides costs the wide accesses nowhere else."""
     tensors = [x.detach().view(-1) for x in (weight, gradient, exp_avg, exp_avg_sq, narrow)]
@@ -44,7 +48,7 @@ def run(weight: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, n
         if start == stop:
             continue
         kernel[(triton.cdiv(stop - start, BLOCK),)](
-            *(x[start:stop] for x in tensors), stop - start, step.scale, 1.0 - step.lr * step.weight_decay,
+            *(x[start:stop] for x in tensors), scale, stop - start, 1.0 - step.lr * step.weight_decay,
             beta1, 1.0 - beta1, beta2, 1.0 - beta2, step.step_size, step.root_correction, step.eps,
             block=BLOCK, vector=VECTOR, num_warps=WARPS,
         )  # fmt: skip

@@ -12,19 +12,27 @@ BACKWARD_PROGRAMS = 528  # four for each multiprocessor of an H100
 
 
 @triton.jit
-def forward_kernel(x, y, weight, width, eps, stride_x, block: tl.constexpr):
-    """y = x r w (contiguous), r = (mean x^2 + eps)^(-1/2)."""
+def forward_kernel(x, residual, summed, y, weight, width, eps, stride_x, stride_residual, block: tl.constexpr):
+    """y = x r w, r = (mean x^2 + eps)^(-1/2); with a residual all that of summed = x + residual, rounded. Outputs are contiguous."""
     row, col = tl.program_id(0).to(tl.int64), tl.arange(0, block)
     inside = col < width
     value = tl.load(x + row * stride_x + col, mask=inside, other=0.0).to(tl.float32)
+    if residual is not None:
+        value += tl.load(residual + row * stride_residual + col, mask=inside, other=0.0).to(tl.float32)
+        rounded = value.to(summed.dtype.element_ty)
+        tl.store(summed + row * width + col, rounded, mask=inside)
+        value = rounded.to(tl.float32)
     scale = tl.load(weight + col, mask=inside, other=0.0).to(tl.float32)
     inverse_rms = tl.rsqrt(tl.sum(value * value, axis=0) / width + eps)
     tl.store(y + row * width + col, (value * inverse_rms * scale).to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows"])
-def backward_kernel(x, dy, dx, dweight, weight, rows, width, eps, stride_x, stride_dy, block: tl.constexpr):
-    """dx (contiguous) = r (w dy - x r^2 mean(w dy x)), and this program's share of dweight, one row of `dweight` [programs, width].
+def backward_kernel(
+    x, dy, dresidual, dx, dweight, weight, rows, width, eps, stride_x, stride_dy, stride_dresidual, block: tl.constexpr
+):  # fmt: skip
+    """dx (contiguous) = r (w dy - x r^2 mean(w dy x)), plus dresidual where there is one, and this program's share of dweight, one row
+    of `dweight` [programs, width].
 
     A row is asked for while the one before it is worked on; the two means do not wait for each other."""
     program, programs, col = tl.program_id(0), tl.num_programs(0), tl.arange(0, block)
@@ -37,6 +45,8 @@ def backward_kernel(x, dy, dx, dweight, weight, rows, width, eps, stride_x, stri
     for turn in range(tl.cdiv(rows - program, programs)):
         row = first + turn * programs
         value, grad = next_x.to(tl.float32), next_dy.to(tl.float32)
+        if dresidual is not None:
+            beside = tl.load(dresidual + row * stride_dresidual + col, mask=inside, other=0.0)  # needed only after the means
         asked = col < tl.where(row + programs < rows, width, 0)
         next_x = tl.load(x + (row + programs) * stride_x + col, mask=asked, other=0.0)
         next_dy = tl.load(dy + (row + programs) * stride_dy + col, mask=asked, other=0.0)
@@ -45,33 +55,54 @@ def backward_kernel(x, dy, dx, dweight, weight, rows, width, eps, stride_x, stri
         mean = tl.sum(weighted * value, axis=0) / width * inverse_rms
         normal = value * inverse_rms
         total += grad * normal
-        tl.store(dx + row * width + col, ((weighted - normal * mean) * inverse_rms).to(dx.dtype.element_ty), mask=inside)
+        dvalue = (weighted - normal * mean) * inverse_rms
+        if dresidual is not None:
+            dvalue += beside.to(tl.float32)
+        tl.store(dx + row * width + col, dvalue.to(dx.dtype.element_ty), mask=inside)
     tl.store(dweight + first * width + col, total, mask=inside)
 
 
 def forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [..., n] -> contiguous [..., n]."""
+    return _forward(x, None, weight, eps)[0]
+
+
+def add_forward(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x, residual [..., n] -> norm of their sum, and the sum, contiguous [..., n] in x's dtype."""
+    return _forward(x, residual, weight, eps)
+
+
+def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The norm, and what it is the norm of: x, or its sum with the residual."""
     n, y, rows = x.shape[-1], x.new_empty(x.shape), as_rows(x)
+    added, summed = (None, None) if residual is None else (as_rows(residual), x.new_empty(x.shape))
     if y.numel():
-        grid, block = (rows.shape[0],), triton.next_power_of_2(n)
-        forward_kernel[grid](rows, y, weight.contiguous(), n, eps, rows.stride(0), block=block, num_warps=warps_of_row(n))
-    return y
+        forward_kernel[(rows.shape[0],)](
+            rows, added, summed, y, weight.contiguous(), n, eps, rows.stride(0), 0 if added is None else added.stride(0),
+            block=triton.next_power_of_2(n), num_warps=warps_of_row(n),
+        )  # fmt: skip
+    return y, x if summed is None else summed
 
 
-def backward(x: Tensor, weight: Tensor, dy: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x, dy [..., n] -> dx [..., n] contiguous, dweight [n] in weight's dtype, the same in every run."""
+def backward(x: Tensor, weight: Tensor, dy: Tensor, eps: float, dresidual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x, dy [..., n] -> dx [..., n] contiguous, dweight [n] in weight's dtype, the same in every run.
+
+    `dresidual` [..., n] is the gradient that x has from elsewhere: dx is then the sum, rounded once."""
     n, dx, rows, grads = x.shape[-1], x.new_empty(x.shape), as_rows(x), as_rows(dy)
+    beside = None if dresidual is None else as_rows(dresidual)
     programs = min(rows.shape[0], BACKWARD_PROGRAMS)
     partial = x.new_empty(programs, n, dtype=torch.float32)
     if dx.numel():
         backward_kernel[(programs,)](
-            rows, grads, dx, partial, weight.contiguous(), rows.shape[0], n, eps, rows.stride(0), grads.stride(0),
+            rows, grads, beside, dx, partial, weight.contiguous(), rows.shape[0], n, eps,
+            rows.stride(0), grads.stride(0), 0 if beside is None else beside.stride(0),
             block=triton.next_power_of_2(n), num_warps=warps_of_row(n),
         )  # fmt: skip
     return dx, partial.sum(0).to(weight.dtype)
 
 
 forward_op = torch.library.custom_op("hypenet::rms_norm", forward, mutates_args=())
+add_forward_op = torch.library.custom_op("hypenet::add_rms_norm", add_forward, mutates_args=())
 backward_op = torch.library.custom_op("hypenet::rms_norm_backward", backward, mutates_args=())
 
 
@@ -80,6 +111,11 @@ def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x.new_empty(x.shape)
 
 
+@add_forward_op.register_fake
+def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
 @backward_op.register_fake
-def _(x: Tensor, weight: Tensor, dy: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, weight: Tensor, dy: Tensor, eps: float, dresidual: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), weight.new_empty(weight.shape)

@@ -17,7 +17,7 @@ from megatron_hypenet.ops.gated_norm import fused_gated_norm
 from megatron_hypenet.ops.gradient_sum import fused_gradient_sum
 from megatron_hypenet.ops.lightning_attn.chunked import chunked_lightning_attn, chunked_lightning_state
 from megatron_hypenet.ops.norm_rope import fused_norm_rope
-from megatron_hypenet.ops.rms_norm import fused_rms_norm
+from megatron_hypenet.ops.rms_norm import fused_residual_rms_norm, fused_rms_norm
 from megatron_hypenet.ops.rope import apply_rope
 from megatron_hypenet.ops.sigmoid_gate import fused_sigmoid_gate
 from megatron_hypenet.ops.swiglu import fused_swiglu
@@ -165,17 +165,25 @@ def check_sigmoid_gate(device: torch.device, dtype: torch.dtype, *, width: int, 
 
 
 def check_rms_norm(device: torch.device, dtype: torch.dtype, *, width: int, tokens: int = 600) -> KernelCheck:
-    """Output and gradients, on more rows than the backward kernel has programs."""
+    """Output and gradients, alone and with a residual, on more rows than the backward kernel has programs."""
 
     def run() -> Pairs:
         draw = _drawer(device)
-        x, dy = draw(tokens, 1, width).to(dtype), draw(tokens, 1, width).to(dtype)
-        weight = (1 + 0.1 * draw(width)).to(dtype)
+        x, residual, dy, dtotal = (draw(tokens, 1, width).to(dtype) for _ in range(4))
+        leaves = {"x": x, "weight": (1 + 0.1 * draw(width)).to(dtype)}
 
         def exact(x: Tensor, weight: Tensor) -> Tensor:
             return F.rms_norm(x, (width,), weight, EPS)
 
-        return _with_gradients(lambda x, w: fused_rms_norm(x, w, EPS), exact, {"x": x, "weight": weight}, dy)
+        def both(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
+            return torch.stack(fused_residual_rms_norm(x, residual, weight, EPS))
+
+        def exact_both(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
+            return torch.stack((exact(x + residual, weight), x + residual))
+
+        pairs = _with_gradients(lambda x, w: fused_rms_norm(x, w, EPS), exact, leaves, dy)
+        beside = _with_gradients(both, exact_both, leaves | {"residual": residual}, torch.stack((dy, dtotal)))
+        return pairs | {f"{name} with a residual": pair for name, pair in beside.items()}
 
     return check(f"rms_norm width {width}", dtype, ROUNDING_LIMITS[dtype], run)
 
@@ -214,7 +222,8 @@ def check_gradient_sum(device: torch.device, dtype: torch.dtype, *, count: int =
 
 
 def check_adamw(device: torch.device, dtype: torch.dtype, *, count: int = 10_000) -> KernelCheck:
-    """Two clipped steps, the second from the first one's moments: how the weights move, and bit for bit the narrow ones, of `dtype`."""
+    """Two clipped steps, the second from the first one's moments: how the weights move, and bit for bit the narrow ones, of `dtype`.
+    After them one whose scale is NaN, which must change nothing."""
 
     def run() -> Pairs:
         draw, betas = _drawer(device), (0.9, 0.95)
@@ -223,11 +232,12 @@ def check_adamw(device: torch.device, dtype: torch.dtype, *, count: int = 10_000
         narrow = torch.zeros(count + 1, dtype=dtype, device=device)[1:]
         want, m, s = weight.double(), torch.zeros(count, device=device).double(), torch.zeros(count, device=device).double()
         before, pairs = want, {}
+        scale = torch.tensor(0.3, device=device)
         for turn in (1, 2):
             gradient = draw(count + 1)[1:]
-            step = AdamWStep(count=turn, lr=0.1, betas=betas, eps=EPS, weight_decay=0.1, scale=0.3)
-            fused_adamw(weight, gradient, exp_avg, exp_avg_sq, narrow, step)
-            g = gradient.double() * step.scale
+            step = AdamWStep(count=turn, lr=0.1, betas=betas, eps=EPS, weight_decay=0.1)
+            fused_adamw(weight, gradient, exp_avg, exp_avg_sq, narrow, step, scale)
+            g = gradient.double() * 0.3
             m, s = betas[0] * m + (1 - betas[0]) * g, betas[1] * s + (1 - betas[1]) * g * g
             denominator = (s / (1 - betas[1] ** turn)).sqrt() + step.eps
             want = want * (1 - step.lr * step.weight_decay) - step.lr * m / (1 - betas[0] ** turn) / denominator
@@ -238,6 +248,10 @@ def check_adamw(device: torch.device, dtype: torch.dtype, *, count: int = 10_000
             ):
                 pairs[f"{name} of step {turn}"] = (got.clone(), exact)
             assert torch.equal(narrow, weight.to(dtype)), "the narrow weights are not the weights rounded"
+        state = (weight, exp_avg, exp_avg_sq, narrow)
+        kept = [x.clone() for x in state]
+        fused_adamw(weight, draw(count + 1)[1:], exp_avg, exp_avg_sq, narrow, step, scale * torch.nan)
+        assert all(torch.equal(x, y) for x, y in zip(state, kept, strict=True)), "a refused update changed something"
         return pairs
 
     return check("adamw", dtype, ROUNDING_LIMITS[torch.float32], run)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_hypenet.ops.gated_norm import gated_norm
 from megatron_hypenet.ops.norm_rope import norm_rope
-from megatron_hypenet.ops.rms_norm import rms_norm
+from megatron_hypenet.ops.rms_norm import residual_rms_norm, rms_norm
 from megatron_hypenet.ops.sigmoid_gate import sigmoid_gate
 from megatron_hypenet.parallel.groups import tensor_group
 
@@ -31,11 +31,18 @@ class RMSNorm(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         self.partial_gradient = config.tensor_model_parallel_size > 1 and (per_head or config.sequence_parallel)
 
-    def forward(self, x: Tensor, angles: Tensor | None = None) -> Tensor:
-        """x [..., hidden_size] -> the same shape and dtype; of heads, x [t, b, heads, d], with RoPE `angles` [t, 1, 1, d] rotated too."""
+    def forward(
+        self, x: Tensor, angles: Tensor | None = None, *, residual: Tensor | None = None, prenorm: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """x [..., hidden_size] -> the same shape and dtype; of heads, x [t, b, heads, d], with RoPE `angles` [t, 1, 1, d] rotated too.
+
+        `prenorm`: (norm of total, total), total being x plus the `residual`, if there is one; what a pre-norm layer goes on with. No
+        method of its own: ZeRO-3 gathers the weight for a module's call."""
         weight = self.weight
         if self.partial_gradient:
             weight = _SumGradient.apply(weight, tensor_group())
+        if prenorm:
+            return residual_rms_norm(x, residual, weight, self.eps)
         return norm_rope(x, weight, angles, self.eps) if self.per_head else rms_norm(x, weight, self.eps)
 
 

@@ -91,9 +91,10 @@ def lightning(capability: int, dtype: str, dim: int, documents: bool) -> Iterato
 
 
 def rows(dtype: str) -> Iterator[Job]:
-    """Norm with RoPE for 128 dims, norms with and without gate for narrow and for the widest rows, SwiGLU."""
+    """Norm with RoPE for 128 dims, norms with and without gate or residual for narrow and for the widest rows, SwiGLU."""
     own, tokens, warps = f"*{dtype}", norm_rope_kernels.TOKENS, norm_rope_kernels.WARPS
-    types = dict.fromkeys(("x", "y", "dy", "dx", "weight", "gate", "dgate"), own) | {"angles": "*fp32", "dweight": "*fp32", "eps": "fp32"}
+    pointers = ("x", "y", "dy", "dx", "weight", "gate", "dgate", "residual", "summed", "dresidual")
+    types = dict.fromkeys(pointers, own) | {"angles": "*fp32", "dweight": "*fp32", "eps": "fp32"}
     for name in ("forward", "backward"):
         kernel = getattr(norm_rope_kernels, f"{name}_kernel")
         for rotates in (True, False):
@@ -104,7 +105,9 @@ def rows(dtype: str) -> Iterator[Job]:
             yield Job(f"gated_norm {name} {width}", kernel, types, {"block": width}, warps_of_row(width))
         for width in (2048, 8192):
             kernel = getattr(rms_norm_kernels, f"{name}_kernel")
-            yield Job(f"rms_norm {name} {width}", kernel, types, {"block": width}, warps_of_row(width))
+            alone = dict.fromkeys({"residual", "summed", "dresidual"} & set(kernel.arg_names))
+            for label, constants in (("", alone), (" with a residual", {})):
+                yield Job(f"rms_norm {name} {width}{label}", kernel, types, {"block": width} | constants, warps_of_row(width))
         kernel = getattr(swiglu_kernels, f"{name}_kernel")
         yield Job(f"swiglu {name}", kernel, types, {"block": swiglu_kernels.BLOCK}, swiglu_kernels.WARPS)
         kernel = getattr(sigmoid_gate_kernels, f"{name}_kernel")
@@ -130,9 +133,11 @@ def sums(dtype: str) -> Iterator[Job]:
         yield Job(
             f"gradient {'sum' if add else 'copy'}", gradient_sum_kernels.kernel, types, {"add": add} | sizes, gradient_sum_kernels.WARPS
         )
-    floats = ("scale", "kept", "beta1", "rest1", "beta2", "rest2", "step_size", "root_correction", "eps")
+    floats = ("kept", "beta1", "rest1", "beta2", "rest2", "step_size", "root_correction", "eps")
     types = (
-        dict.fromkeys(("weight", "gradient", "exp_avg", "exp_avg_sq"), "*fp32") | {"narrow": f"*{dtype}"} | dict.fromkeys(floats, "fp32")
+        dict.fromkeys(("weight", "gradient", "exp_avg", "exp_avg_sq", "scale"), "*fp32")
+        | {"narrow": f"*{dtype}"}
+        | dict.fromkeys(floats, "fp32")
     )
     constants = {"block": adamw_kernels.BLOCK, "vector": adamw_kernels.VECTOR}
     yield Job("adamw", adamw_kernels.kernel, types, constants, adamw_kernels.WARPS)

@@ -1,6 +1,7 @@
 """A replayed micro-batch gives what kernel-by-kernel launches give; where nothing can be captured, training goes on without."""
 
 import logging
+import math
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
@@ -98,6 +99,7 @@ class StandIn:
     """What a CUDA graph does, on a CPU: captures calls without their effects, and runs them again into the same memory."""
 
     recording = None
+    free = 2**40
 
     def __init__(self):
         self.calls = []
@@ -124,6 +126,7 @@ def stand_in(monkeypatch):
     for name, value in {
         "CUDAGraph": StandIn, "graph": graph, "Stream": lambda: stream, "current_stream": lambda: stream, "stream": nullcontext,
         "synchronize": lambda: None, "empty_cache": lambda: None, "graph_pool_handle": lambda: None,
+        "mem_get_info": lambda: (StandIn.free, 2**40),
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(cuda_graph, "eligible", lambda batch: True)
@@ -152,7 +155,7 @@ def stand_in(monkeypatch):
     return wrap
 
 
-def trained(wrap, *, factor=1.0):
+def trained(wrap, *, factor=1.0, between=lambda engine: None):
     """Losses, norms and weights of three steps of two micro-batches, and the graphs that ran them if there is a way to make some."""
     groups.init_parallel(ParallelConfig())
     stage, found = ToyStage(torch.bfloat16), []
@@ -162,6 +165,7 @@ def trained(wrap, *, factor=1.0):
     for step in range(3):
         loss, metrics = forward_backward(engine, [{"tokens": ToyData().batch(4 * step + at, 2, 8)} for at in (0, 2)])
         found += [float(loss), float(metrics["align/layer_00"]), engine.apply(0.05)]
+        between(engine)
     graphs = engine.graphs
     engine.close()
     return found, [parameter.detach().clone() for parameter in stage.parameters()], graphs
@@ -180,3 +184,45 @@ def test_a_replay_that_is_off_is_not_used(stand_in, caplog):
     wanted, launched, _ = trained(None)
     assert figures == wanted and all(torch.equal(a, b) for a, b in zip(weights, launched, strict=True))
     assert "a replay is off launched kernels by 1.0e-02" in caplog.text and graphs._graphs == {}
+
+
+def test_a_replay_may_be_off_by_what_launches_are_off_among_themselves(stand_in, caplog, monkeypatch):
+    figures = CudaGraphs._figures
+    for factor, kept in ((1.01, True), (1.02, False)):
+        noise = iter([1.0, 1.004, 1.0])  # of two launched passes and the replay
+        monkeypatch.setattr(CudaGraphs, "_figures", lambda self, loss, noise=noise: figures(self, loss) * next(noise))
+        with caplog.at_level(logging.WARNING):
+            assert bool(trained(stand_in, factor=factor)[2]._graphs) == kept
+    assert "a replay is off launched kernels by 2.0e-02 in loss or gradients, limit 1.6e-02" in caplog.text
+
+
+@pytest.mark.parametrize(("free", "kept"), [(2**31 - 1, False), (2**31, True)])
+def test_graphs_that_leave_no_memory_are_not_used(stand_in, caplog, monkeypatch, free, kept):
+    monkeypatch.setattr(StandIn, "free", free)
+    with caplog.at_level(logging.WARNING):
+        figures, _, graphs = trained(stand_in)
+    assert figures == trained(None)[0] and bool(graphs._graphs) == kept
+    assert ("it leaves 2.0 GiB of the GPU's memory free, less than 2" in caplog.text) != kept
+
+
+def test_graphs_make_room_where_memory_is_short(stand_in, monkeypatch):
+    """And the next step captures them again."""
+    left = []
+
+    def evaluate(engine):
+        monkeypatch.setattr(StandIn, "free", 2**40 if not left else 2**32)
+        engine.make_room()
+        left.append(len(engine.graphs._graphs))
+
+    figures, weights, graphs = trained(stand_in, between=evaluate)
+    wanted, launched, _ = trained(None)
+    assert left == [2, 0, 0] and graphs.failure is None
+    assert figures == wanted and all(torch.equal(a, b) for a, b in zip(weights, launched, strict=True))
+
+
+@pytest.mark.parametrize(("figures", "others", "off"), [
+    ([1.0, 2.0], [1.0, 2.002], 1e-3), ([math.nan, 1.0], [math.nan, 1.0], 0.0), ([math.nan], [1.0], math.inf), ([1.0], [math.nan], math.inf),
+    ([0.0], [0.0], 0.0), ([math.inf], [1.0], math.inf),
+])  # fmt: skip
+def test_the_difference_of_two_passes(figures, others, off):
+    assert cuda_graph._difference(torch.tensor(figures), torch.tensor(others)) == pytest.approx(off, rel=2e-3)

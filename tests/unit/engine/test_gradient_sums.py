@@ -1,5 +1,7 @@
 """The fp32 sums of bf16 gradients are DeepSpeed's own numbers, taken in fewer passes."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
@@ -70,7 +72,8 @@ def test_equals_deepspeeds_own_sums(monkeypatch):
     for shortcut in (True, False):
         stage = ToyStage(torch.bfloat16)
         if not shortcut:
-            monkeypatch.setattr("megatron_hypenet.engine.deepspeed.GradientSums", lambda *args, **kwargs: None)
+            monkeypatch.setattr("megatron_hypenet.engine.deepspeed.GradientSums", lambda *args, **kwargs: SimpleNamespace(norm=None))
+            monkeypatch.setattr("megatron_hypenet.engine.deepspeed.MasterUpdate", lambda *args: None)
         engine = TrainingEngine(stage, stage_config(weight_decay=0.1), ParallelConfig())
         for step in range(4):
             forward_backward(engine, batches(step))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_hypenet.config.schema import ParallelConfig
-from megatron_hypenet.engine.schedule import OnItsWay, forward_backward
+from megatron_hypenet.engine.schedule import forward_backward
 from megatron_hypenet.parallel import groups
 
 
@@ -37,11 +37,3 @@ def test_means_and_boundary():
 def test_wrong_number_of_micro_batches_is_our_own_fault():
     with pytest.raises(AssertionError, match="2 micro-batches for 3"):
         forward_backward(CountingEngine(), batches(1.0, 2.0))
-
-
-@pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_a_number_on_its_way_is_the_one_of_its_time(where):
-    number = torch.tensor(2.5, dtype=torch.float64, device=where)
-    arriving = OnItsWay(number * 2)
-    number += 1
-    assert arriving.value() == arriving.value() == 5.0

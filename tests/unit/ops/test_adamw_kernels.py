@@ -19,7 +19,7 @@ def test_blocks_cover_every_number_once(monkeypatch, count):
     before, gradient = torch.randn(count + 8, device=DEVICE), torch.randn(count, device=DEVICE)
     weight, moments = before.clone(), torch.zeros(2, count + 8, device=DEVICE)
     narrow = torch.zeros(count + 8, device=DEVICE).half()
-    kernels.run(weight[:count], gradient, moments[0, :count], moments[1, :count], narrow[:count], STEP)
+    kernels.run(weight[:count], gradient, moments[0, :count], moments[1, :count], narrow[:count], STEP, torch.ones((), device=DEVICE))
     torch.testing.assert_close(weight[:count], before[:count] - 0.05 * gradient.sign(), rtol=0, atol=1e-5)
     torch.testing.assert_close(moments[0, :count], 0.1 * gradient)
     torch.testing.assert_close(moments[1, :count], 0.05 * gradient.square())
@@ -35,10 +35,10 @@ def test_whole_blocks_are_one_launch_and_the_rest_another(monkeypatch, count, la
 
     class Kernel:
         def __getitem__(self, grid):
-            return lambda *args, **options: found.append((grid, args[5]))
+            return lambda *args, **options: found.append((grid, args[6]))
 
     monkeypatch.setattr(kernels, "kernel", Kernel())
-    kernels.run(*(torch.zeros(count) for _ in range(5)), STEP)
+    kernels.run(*(torch.zeros(count) for _ in range(5)), STEP, torch.ones(()))
     assert found == [((-(-size // 16),), size) for size in launches]
 
 
@@ -49,7 +49,7 @@ def test_more_than_two_to_the_31_numbers(takes_gib):
     weight = gradient = torch.ones(count, device=DEVICE)  # one piece of memory for both: each number is read before it is written
     mean, square = torch.zeros(count, device=DEVICE), torch.zeros(count, device=DEVICE)
     narrow = torch.zeros(count, dtype=torch.bfloat16, device=DEVICE)
-    kernels.run(weight, gradient, mean, square, narrow, STEP)
+    kernels.run(weight, gradient, mean, square, narrow, STEP, torch.ones((), device=DEVICE))
     for x, value in ((weight, 0.95), (mean, 0.1), (square, 0.05), (narrow, 0.95)):
         assert torch.allclose(x[[0, 2**31 - 1, 2**31, -1]].float(), torch.full((4,), value, device=DEVICE), rtol=4e-3)
         assert bool((x == x[0]).all())

@@ -48,7 +48,7 @@ def chosen(monkeypatch):
     x = torch.ones(3, 1, 2, 32).as_subclass(OnGpu)
     gradient_sum.gradient_sum(x.flatten(), x.flatten(), add=True)
     step = adamw.AdamWStep(count=1, lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
-    adamw.adamw(*(torch.ones(3).as_subclass(OnGpu) for _ in range(5)), step)
+    adamw.adamw(*(torch.ones(3).as_subclass(OnGpu) for _ in range(5)), step, torch.ones(()))
     found = {
         "lightning_mix": lightning_mix.fits(x.flatten(-2).repeat(1, 1, 4), 32),
         "lightning_attn": dispatch.runs_kernels(x, x),

@@ -26,14 +26,30 @@ def test_any_number_of_rows_per_program(monkeypatch, rows, width):
         torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("rows", [1, 4, 5, 21])
+@pytest.mark.parametrize("width", [20, 520])
+def test_any_number_of_rows_with_a_residual(monkeypatch, rows, width):
+    monkeypatch.setattr(kernels, "BACKWARD_PROGRAMS", 4)
+    x, residual, dy, dresidual = torch.randn(4, rows, width, device=DEVICE)
+    weight = torch.randn(width, device=DEVICE)
+    y, total = kernels.add_forward(x, residual, weight, 1e-6)
+    found = y, *kernels.backward(total, weight, dy, 1e-6, dresidual)
+    assert torch.equal(total, x + residual)
+    want_y, want_dx, want_dweight = exact(total, weight, dy, 1e-6)
+    for got, want in zip(found, (want_y, want_dx + dresidual, want_dweight), strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=2e-5)
+
+
 def test_rows_past_the_end_are_not_read(monkeypatch):
     """What follows the last row in memory is NaN."""
     monkeypatch.setattr(kernels, "BACKWARD_PROGRAMS", 4)
-    memory = torch.full((2, 12, 40), float("nan"), device=DEVICE)
-    x, dy = memory[:, :6, :30]
-    x.normal_(), dy.normal_()
-    dx, dweight = kernels.backward(x, torch.ones(30, device=DEVICE), dy, 0.0)
-    assert dx.isfinite().all() and dweight.isfinite().all() and kernels.forward(x, dweight, 0.0).isfinite().all()
+    memory = torch.full((3, 12, 40), float("nan"), device=DEVICE)
+    x, dy, other = memory[:, :6, :30]
+    x.normal_(), dy.normal_(), other.normal_()
+    weight = torch.ones(30, device=DEVICE)
+    outputs = [kernels.forward(x, weight, 0.0), *kernels.add_forward(x, other, weight, 0.0)]
+    outputs += [*kernels.backward(x, weight, dy, 0.0), *kernels.backward(x, weight, dy, 0.0, other)]
+    assert all(output.isfinite().all() for output in outputs)
 
 
 def test_the_sum_over_rows_is_the_same_every_time(monkeypatch):
@@ -52,7 +68,8 @@ def test_a_row_of_zeros_gives_zeros():
 
 def test_narrow_inputs_give_narrow_outputs():
     x, weight = torch.randn(3, 1, 520, device=DEVICE).half(), torch.ones(520, device=DEVICE).half()
-    outputs = (kernels.forward(x, weight, 1e-6), *kernels.backward(x, weight, x, 1e-6))
+    outputs = [kernels.forward(x, weight, 1e-6), *kernels.backward(x, weight, x, 1e-6)]
+    outputs += [*kernels.add_forward(x, x, weight, 1e-6), *kernels.backward(x, weight, x, 1e-6, x)]
     assert all(output.dtype == torch.float16 for output in outputs)
 
 
@@ -62,9 +79,14 @@ def test_rows_past_two_to_the_31_elements_are_found():
     x = torch.empty(2 * apart + width, dtype=torch.float16, device=DEVICE).as_strided((3, width), (apart, 1))
     x.copy_(torch.randn(3, width))
     weight = torch.ones(width, device=DEVICE).half()
-    assert torch.equal(kernels.forward(x, weight, 1e-6), kernels.forward(x.contiguous(), weight, 1e-6))
-    for got, want in zip(kernels.backward(x, weight, x, 1e-6), kernels.backward(x.contiguous(), weight, x.contiguous(), 1e-6), strict=True):
-        assert torch.equal(got, want)
+    far, near = (
+        [
+            kernels.forward(x, weight, 1e-6), *kernels.add_forward(x, x, weight, 1e-6),
+            *kernels.backward(x, weight, x, 1e-6), *kernels.backward(x, weight, x, 1e-6, x),
+        ]
+        for x in (x, x.contiguous())
+    )  # fmt: skip
+    assert all(torch.equal(got, want) for got, want in zip(far, near, strict=True))
 
 
 @pytest.mark.gpu

@@ -73,7 +73,8 @@ WRONG = {
     "norm_rope": (norm_rope_kernels, "backward", lambda dx, dw: (dx, dw * 1.02), "d weight"),
     "gated_norm": (gated_norm_kernels, "backward", lambda dx, dgate, dw: (dx, dgate * 1.02, dw), "d gate"),
     "lightning_mix": (gated_norm_kernels, "forward", lambda *rows: torch.stack(rows) * 1.02, "y"),
-    "rms_norm": (rms_norm_kernels, "backward", lambda dx, dw: (dx * 1.02, dw), "d x"),
+    "rms_norm": (rms_norm_kernels, "backward", lambda dx, dw: (dx, dw * 1.02), "d weight"),
+    "rms_norm of a sum": (rms_norm_kernels, "add_forward", lambda y, total: (y, total * 1.02), "y"),
     "sigmoid_gate": (sigmoid_gate_kernels, "backward", lambda dx, dgate: (dx, dgate * 1.02), "d gate"),
     "swiglu": (swiglu_kernels, "backward", lambda *rows: (torch.stack(rows) * 1.02,), "d x"),
 }
@@ -84,8 +85,8 @@ def test_wrong_kernels_fail_and_say_where(monkeypatch, name):
     module, function, spoil, worst = WRONG[name]
     right = getattr(module, function)
     monkeypatch.setattr(module, function, lambda *args: spoil(*right(*args)))
-    found = CHECKS[name](torch.float32)
-    assert not found.ok and found.worst.removesuffix(" without angles") == worst and 0.01 < found.error < 0.03 and worst in str(found)
+    found = CHECKS[name.partition(" ")[0]](torch.float32)
+    assert not found.ok and found.worst.partition(" with")[0] == worst and 0.01 < found.error < 0.03 and worst in str(found)
 
 
 def test_a_sum_that_is_off_by_its_last_bit_fails(monkeypatch):
@@ -104,9 +105,9 @@ def test_a_sum_that_is_off_by_its_last_bit_fails(monkeypatch):
 def test_an_update_that_is_off_fails(monkeypatch):
     right = adamw_kernels.run
 
-    def spoilt(weight, gradient, exp_avg, exp_avg_sq, narrow, step):
-        right(weight, gradient, exp_avg, exp_avg_sq, narrow, step)
-        exp_avg_sq.mul_(1.02)
+    def spoilt(weight, gradient, exp_avg, exp_avg_sq, narrow, step, scale):
+        right(weight, gradient, exp_avg, exp_avg_sq, narrow, step, scale)
+        exp_avg_sq.mul_(1.02 if scale.isfinite() else 1.0)
 
     monkeypatch.setattr(adamw_kernels, "run", spoilt)
     found = CHECKS["adamw"](torch.float32)

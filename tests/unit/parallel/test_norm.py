@@ -25,6 +25,20 @@ def test_norms_are_weight_times_normalised_value():
         torch.testing.assert_close(norm(x, *options), want)
 
 
+@pytest.mark.parametrize("partial", [False, True])
+def test_a_prenorm_gives_the_sum_and_its_norm(partial):
+    """Also where the weight's gradient is summed over ranks, here over one."""
+    init_parallel(ParallelConfig())
+    norm = RMSNorm(transformer_config(tiny_model_config(), ParallelConfig(), torch.float64), 24, 1e-6)
+    norm.partial_gradient = partial
+    x, residual, dy = torch.randn(3, 5, 2, 24, dtype=torch.float64)
+    for added, summed in ((None, x), (residual, x + residual)):
+        normal, total = norm(x, residual=added, prenorm=True)
+        assert torch.equal(total, summed) and torch.equal(normal, norm(summed))
+        want, got = (torch.autograd.grad(y, norm.weight, dy) for y in (norm(summed), normal))
+        torch.testing.assert_close(got, want, rtol=1e-13, atol=0)
+
+
 def test_a_per_head_norm_rotates_when_it_gets_angles():
     init_parallel(ParallelConfig())
     norm = RMSNorm(transformer_config(tiny_model_config(), ParallelConfig(), torch.float64), 8, 1e-6, per_head=True)
