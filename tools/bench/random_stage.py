@@ -23,7 +23,7 @@ from megatron_hypenet.model.hypenet import HypeNetModel, build_model
 from megatron_hypenet.model.transfer import named_normal
 from megatron_hypenet.parallel import groups
 from megatron_hypenet.stages.align import AlignStage
-from megatron_hypenet.stages.base import StageModule
+from megatron_hypenet.stages.base import Batch, StageModule
 from megatron_hypenet.stages.distill import DistillStage
 from megatron_hypenet.stages.finetune import FinetuneStage
 from megatron_hypenet.stages.swap import AlignedMixers
@@ -90,7 +90,10 @@ def _fill_by_name(model: HypeNetModel, seed: int) -> None:
 
 
 class TimedSteps:
-    """Optimizer steps of a stage, timed with the device waited for: losses and gradient norms of all steps, seconds of the last `run`."""
+    """Optimizer steps of a stage, one behind the other as in training: losses and gradient norms of all, seconds of the last `run`'s.
+
+    A step ends where its gradient norm reaches the host, which from there on gives the device the next one. So a step holds the update of
+    the one before, and the first of a run none."""
 
     def __init__(self, stage: StageModule, config: HeadStageConfig, parallel: ParallelConfig) -> None:
         self.engine, self.config = TrainingEngine(stage, config, parallel), config
@@ -101,17 +104,24 @@ class TimedSteps:
         stage.train()
 
     def run(self, steps: int) -> None:
-        """Train so many steps more."""
-        self.seconds = []
-        for _ in range(steps):
-            batches = step_batches(self.tokens, self.config, len(self.losses) * self.config.global_batch_size)
-            _wait()
-            began = time.perf_counter()
-            loss, _ = forward_backward(self.engine, batches)
+        """Train so many steps more; the device has nothing to do before and afterwards."""
+        self.seconds, losses = [], []
+        batches = self._batches(0)
+        _wait()
+        began = time.perf_counter()
+        for ahead in range(1, steps + 1):
+            losses.append(forward_backward(self.engine, batches)[0].double())
+            batches = self._batches(ahead)
             self.norms.append(self.engine.apply(self.config.lr))
-            _wait()
-            self.seconds.append(time.perf_counter() - began)
-            self.losses.append(float(groups.sum_over_pipeline(groups.all_reduce_mean(loss.double()))))
+            now = time.perf_counter()
+            self.seconds.append(now - began)
+            began = now
+        _wait()
+        self.losses += [float(groups.sum_over_pipeline(groups.all_reduce_mean(loss))) for loss in losses]
+
+    def _batches(self, ahead: int) -> list[Batch]:
+        """Micro-batches of the step that is so many behind the last run's last."""
+        return step_batches(self.tokens, self.config, (len(self.losses) + ahead) * self.config.global_batch_size)
 
     def close(self) -> None:
         """Release the engine."""

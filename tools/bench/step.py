@@ -4,9 +4,10 @@
     python tools/bench/step.py --tiny --out DIR      # anywhere: a tiny model, to see that the script works
 
 A fresh process per row. Writes step_<gpu>_<yyyymm>.{json,md,png}. MFU counts useful FLOPs only (megatron_hypenet/model/flops.py) against
-the dense bf16 peak. Memory is the peak of what torch allocated, beside what `hypenet plan` expects. The reference column is the paper's own
-code on an H100 80GB (torch 2.11, batch x tokens as in the row), measured apart from this script, so the ratio holds for that GPU alone. The
-last row is stage 3 as the recipe has it on 8 GPUs, 16 micro-batches per GPU and step, beside the paper's code with one."""
+the dense bf16 peak. Clock and power are medians over the timed steps. Memory is the peak of what torch allocated, beside what `hypenet
+plan` expects. The reference column is the paper's own code on an H100 80GB (torch 2.11, batch x tokens as in the row), measured apart from
+this script, so the ratio holds for that GPU alone. The last row is stage 3 as the recipe has it on 8 GPUs, 16 micro-batches per GPU and
+step, beside the paper's code with one."""
 
 from __future__ import annotations
 
@@ -38,6 +39,7 @@ ROWS = (
 def measure(row: dict[str, Any], out: Path) -> None:
     """Time the steps of one row in this process."""
     import torch
+    from gpu_power import GpuPower
     from random_stage import TimedSteps, build, median, model_config
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
@@ -62,7 +64,8 @@ def measure(row: dict[str, Any], out: Path) -> None:
     stage = build(row["stage"], student, config, parallel)
     steps = TimedSteps(stage, config, parallel)
     steps.run(row["warmup"])
-    steps.run(row["steps"])
+    with GpuPower() as power:
+        steps.run(row["steps"])
     speed = config.tokens_per_step / median(steps.seconds)
     (memory,) = stage_memory(row["stage"], *teacher_and_student(student), config, parallel, data_ranks=1)
     graphs = steps.engine.graphs
@@ -71,7 +74,8 @@ def measure(row: dict[str, Any], out: Path) -> None:
         **row, "losses": steps.losses, "seconds": steps.seconds, "tokens_per_second": speed, "ratio": speed / row["reference"],
         "tflops": work.tflops_per_device(speed), "mfu": work.mfu(speed), "memory_gib": memory_gib(),
         "estimated_gib": memory.total / 2**30, "replayed": graphs is not None and graphs.captured,
-        "no_graph": graphs.failure if graphs else None, "versions": library_versions(),
+        "no_graph": graphs.failure if graphs else None, "clock_mhz": power.clock_mhz, "watts": power.watts,
+        "limit_watts": power.limit_watts, "versions": library_versions(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
     }  # fmt: skip
     if torch.cuda.is_available() and row["profile"] and row["micro_batches"] == 1:
@@ -103,18 +107,21 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     about = next((row for row in results if "versions" in row), None)
     lines = [] if about is None else [", ".join([about["model"], about["device"], *(f"{k} {v}" for k, v in about["versions"].items())]), ""]
     lines += [
-        "| stage | batch x tokens | recompute | CUDA graph | tokens/s | TFLOP/s | MFU | memory GiB (estimate) | reference | ratio | goal |"
+        "| stage | batch x tokens | recompute | CUDA graph | tokens/s | step ms | TFLOP/s | MFU | MHz | W (limit) | memory GiB (estimate) "
+        "| reference | ratio | goal |"
     ]
-    lines += ["|" + "---|" * 11]
+    lines += ["|" + "---|" * 14]
     for row in results:
         begin = f"| {row['stage']} | {size(row)} | {row['recompute']} "
         if "failed" in row:
-            lines.append(f"{begin}| | failed | | | | | | |")
+            lines.append(f"{begin}| | failed" + " |" * 10)
             continue
         mfu = f"{row['mfu']:.1%}" if row["mfu"] else "-"
         replays = "yes" if row["replayed"] else row["no_graph"] or "no"
+        drawn = f"{row['clock_mhz']:.0f} | {row['watts']:.0f} ({row['limit_watts']:.0f})" if row["clock_mhz"] else "- | -"
+        milliseconds = 1000 * row["batch"] * row["seq_length"] * row["micro_batches"] / row["tokens_per_second"]
         lines.append(
-            f"{begin}| {replays} | {row['tokens_per_second']:.0f} | {row['tflops']:.1f} | {mfu} "
+            f"{begin}| {replays} | {row['tokens_per_second']:.0f} | {milliseconds:.1f} | {row['tflops']:.1f} | {mfu} | {drawn} "
             f"| {row['memory_gib']:.1f} ({row['estimated_gib']:.1f}) | {row['reference']:.0f} | {row['ratio']:.2f} | {row['goal'] or ''} |"
         )
     return "\n".join(lines) + "\n"
