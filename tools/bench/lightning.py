@@ -322,8 +322,9 @@ def main(argv: list[str] | None = None) -> int:
     if not shapes:
         parser.error(f"--only {args.only}: no row's name holds it")
     for shape in shapes:
-        rows += measure(shape, device, copy_gbps)
-        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+        found = measure(shape, device, copy_gbps)
+        print(*map(json.dumps, found), sep="\n", file=sys.stderr, flush=True)
+        rows += found
     args.out.mkdir(parents=True, exist_ok=True)
     gpu = about["gpu"].replace("NVIDIA ", "").split()[0].lower()
     stem = args.out / f"lightning_{gpu}_{datetime.date.today():%Y%m}"
