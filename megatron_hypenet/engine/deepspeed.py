@@ -207,8 +207,8 @@ class TrainingEngine:
     def apply(self, lr: float) -> float:
         """Clip, update the weights with learning rate `lr`, clear gradients; returns the gradient norm before clipping.
 
-        RefusedUpdate on all processes when the norm is not finite: DeepSpeed has then cleared the gradients and left weights, moments and
-        Adam's step as they were, and the next step may follow. The norm is reduced over all processes, so they agree without asking.
+        RefusedUpdate on all processes when the norm is not finite: gradients are then cleared, weights, moments and Adam's step are as
+        they were, and the next step may follow. The norm is reduced over all processes, so they agree without asking.
         """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
@@ -229,6 +229,7 @@ class TrainingEngine:
 
     def _refuse_bad_norm(self, *_: Any) -> None:
         """Runs inside DeepSpeed's step, before the first change of a weight: a bad norm (-1 is DeepSpeed's mark) must not get this far.
+        Where MasterUpdate has taken that step's place, it refuses such a norm itself.
 
         Should another version of DeepSpeed let one through, the weights are saved, but not the step: it cannot be continued from here.
         """

@@ -10,9 +10,14 @@ from types import TracebackType
 
 QUERY = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw,power.limit", "--format=csv,noheader,nounits", "--loop-ms=100"]
 
+SAMPLES = 10
+"""Fewest that count: the driver's power is an average over a second, so shorter work would be mixed with what was before it."""
+
 
 class GpuPower:
-    """Around some work on the first GPU that CUDA sees: medians of what it ran at, ten times a second. Without a driver all stay None."""
+    """Around some work on the first GPU that CUDA sees: medians of what it ran at, ten times a second.
+
+    Without a driver, and of work shorter than a second, all stay None."""
 
     clock_mhz: float | None = None
     watts: float | None = None
@@ -39,5 +44,5 @@ class GpuPower:
             except ValueError:
                 continue
             samples.append((clock, watts, limit))
-        if samples:
+        if len(samples) >= SAMPLES:
             self.clock_mhz, self.watts, self.limit_watts = (median(column) for column in zip(*samples, strict=True))

@@ -42,8 +42,9 @@ OUTPUTS = ("o", "dq", "dk", "dv")
 GOALS = {"fwd": 2.0, "fwd+bwd": 2.8}
 WAYS = (*GOALS, *(f"{key} graph" for key in GOALS))
 NOISE = 1.01
-ROUNDS = 3
 """Errors this much apart are equal: rounding the results alone gives nearly all of them."""
+ROUNDS = 3
+"""Each time is the least of so many medians: the host of a virtual machine may be at half its speed for tenths of a second."""
 GOAL_SHAPES = ("B1 T131072 H16", "B1 T131072 H32")
 
 
@@ -179,8 +180,7 @@ def replayed(call: Callable[[], Any]) -> Callable[[], Any] | None:
 
 
 def times(op: Op, inputs: list[Tensor], device: str) -> dict[str, float]:
-    """Milliseconds of forward without gradients, and of forward and backward, called and (on a GPU) replayed: each the least of a few
-    rounds, since the host of a virtual machine may be at half its speed for tenths of a second."""
+    """Milliseconds of forward without gradients, and of forward and backward, called and (on a GPU) replayed."""
     q, k, v = (x.detach().clone().requires_grad_() for x in inputs[:3])
 
     def forward() -> None:

@@ -90,7 +90,7 @@ def _fill_by_name(model: HypeNetModel, seed: int) -> None:
 
 
 class TimedSteps:
-    """Optimizer steps of a stage, one behind the other as in training: losses and gradient norms of all, seconds of the last `run`'s.
+    """Optimizer steps of a stage, one behind the other as in training: losses and gradient norms of all, seconds of each in the last `run`.
 
     A step ends where its gradient norm reaches the host, which from there on gives the device the next one. So a step holds the update of
     the one before, and the first of a run none."""
