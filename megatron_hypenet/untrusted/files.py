@@ -1,0 +1,108 @@
+"""Read bytes and text of a file that somebody else wrote, within limits."""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from megatron_hypenet.errors import HypenetError
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileKind:
+    """One kind of file: the error that a bad one raises, what to do about it, and its limits."""
+
+    error: type[HypenetError]
+    """Class of every error about such a file; it decides the exit code."""
+    advice: str
+    """How to fix it, the last clause of every message: "fetch the folder again"."""
+    max_bytes: int = 16 * MIB
+    """Largest accepted size in bytes."""
+    max_depth: int = 64
+    """Deepest accepted nesting of lists and mappings."""
+    max_values: int = 2_000_000
+    """Largest accepted number of values: list items, and keys and values of mappings."""
+    max_digits: int = 100
+    """Longest accepted integer, in decimal digits. Python's own conversion takes quadratic time."""
+
+    def refuse(self, path: Path | str, reason: object) -> NoReturn:
+        """Raise this kind's error about `path`."""
+        raise self.error(f"{shown(path)}: {reason}; {self.advice}") from None
+
+    def read_bytes(self, path: Path) -> bytes:
+        """Return the content of the regular file `path`; raise `error` for anything else and above `max_bytes`."""
+        try:
+            # O_NONBLOCK: opening a named pipe without it waits for a writer
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except FileNotFoundError:
+            self.refuse(path, "no such file")
+        except (OSError, ValueError) as error:  # ValueError: a NUL character in the name
+            self.refuse(path, f"cannot be read: {reason_of(error)}")
+        try:
+            with open(descriptor, "rb") as stream:
+                if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                    self.refuse(path, "not a regular file")
+                content = stream.read(self.max_bytes + 1)
+        except OSError as error:
+            self.refuse(path, f"cannot be read: {reason_of(error)}")
+        if len(content) > self.max_bytes:
+            limit = f"{self.max_bytes / MIB:g} MiB"
+            self.refuse(path, f"larger than {limit}, the limit for this kind of file")
+        return content
+
+    def read_text(self, path: Path) -> str:
+        """Return the content of `path` as UTF-8 text, with a leading byte order mark dropped; raise `error` for other bytes and for NUL."""
+        return self.decode(path, self.read_bytes(path))
+
+    def decode(self, path: Path | str, content: bytes) -> str:
+        """Return `content`, which came from `path`, as text; see `read_text`."""
+        try:
+            text = content.decode("utf-8").removeprefix("\ufeff")
+        except UnicodeDecodeError as error:
+            self.refuse(path, f"not UTF-8 text (byte {error.start} is 0x{content[error.start]:02x})")
+        if "\0" in text:
+            self.refuse(path, f"holds a NUL character (at character {text.index(chr(0))}): it is damaged or no text")
+        return text
+
+
+def inside(folder: Path, name: object, kind: FileKind) -> Path:
+    """Return the path of the file or folder `name`, relative to `folder`, that a foreign file refers to.
+
+    Raise `kind`'s error when `name` is no relative path, or leads out of `folder` by itself or through a symbolic link.
+    """
+    if not isinstance(name, str) or not name or "\0" in name or not name.isprintable():
+        kind.refuse(folder, f"refers to the file {name!r}, which is no file name")
+    path = Path(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name:
+        kind.refuse(folder, f"refers to {name!r}, which is not inside the folder")
+    target = folder / path
+    if not is_inside(folder, target):
+        kind.refuse(target, f"a symbolic link that leads out of the folder, to {target.resolve()}")
+    return target
+
+
+def is_inside(folder: Path, path: Path) -> bool:
+    """Whether `path`, with all symbolic links followed, is `folder` or lies in it."""
+    try:
+        return path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):  # a loop of symbolic links
+        return False
+
+
+def reason_of(error: BaseException) -> str:
+    """Return what an exception says in one line: an OSError's reason without its path, else its first line."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+def shown(value: object, limit: int = 200) -> str:
+    """Return `value` as text for a message: one printable line of at most `limit` characters."""
+    text = value if isinstance(value, str) else str(value)
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text[: limit + 1])
+    return text if len(text) <= limit else text[: limit - 3] + "..."

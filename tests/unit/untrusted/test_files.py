@@ -1,0 +1,76 @@
+import os
+
+import pytest
+
+from megatron_hypenet.errors import ConversionError
+from megatron_hypenet.untrusted.files import FileKind, inside, is_inside, reason_of, shown
+
+KIND = FileKind(error=ConversionError, advice="fetch it again", max_bytes=10)
+
+
+def refused(call, *words):
+    with pytest.raises(ConversionError) as caught:
+        call()
+    for word in (*words, "fetch it again"):
+        assert word in str(caught.value)
+
+
+def test_text_within_the_limit_is_returned_without_its_byte_order_mark(tmp_path):
+    (tmp_path / "a").write_bytes(b"0123456789")
+    (tmp_path / "b").write_bytes("\ufeffä".encode())
+    assert KIND.read_text(tmp_path / "a") == "0123456789"
+    assert KIND.read_text(tmp_path / "b") == "ä"
+
+
+def test_a_larger_file_is_refused_without_being_read(tmp_path):
+    with (tmp_path / "large").open("wb") as stream:
+        stream.truncate(1 << 40)  # sparse
+    refused(lambda: KIND.read_bytes(tmp_path / "large"), "large: larger than", "limit")
+
+
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    refused(lambda: KIND.read_bytes(tmp_path / "pipe"), "pipe: not a regular file")
+    refused(lambda: KIND.read_bytes(tmp_path), "cannot be read: Is a directory")
+    with pytest.raises(ConversionError, match="not a regular file"):
+        KIND.read_bytes(__import__("pathlib").Path("/dev/zero"))
+
+
+def test_missing_files_and_impossible_names_are_refused(tmp_path):
+    refused(lambda: KIND.read_bytes(tmp_path / "none"), "none: no such file")
+    refused(lambda: KIND.read_bytes(tmp_path / "a\0b"), "a\\x00b: cannot be read")
+    refused(lambda: KIND.read_bytes(tmp_path / ("a" * 300)), "File name too long")
+
+
+@pytest.mark.parametrize(("content", "word"), [(b"ab\xff", "byte 2 is 0xff"), (b"ab\0", "NUL character (at character 2)")])
+def test_bytes_that_are_no_text_are_refused(tmp_path, content, word):
+    (tmp_path / "x").write_bytes(content)
+    refused(lambda: KIND.read_text(tmp_path / "x"), word)
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x", "", 3, None, "a\0b", "a\nb", "..\\x"])
+def test_a_name_that_leads_out_of_the_folder_is_refused(tmp_path, name):
+    with pytest.raises(ConversionError, match=r"no file name|not inside the folder"):
+        inside(tmp_path, name, KIND)
+
+
+def test_symbolic_links_count_where_they_lead(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "file").write_text("x")
+    (folder / "near").symlink_to("file")
+    (folder / "far").symlink_to(tmp_path)
+    (folder / "loop").symlink_to("loop")
+    assert inside(folder, "near", KIND) == folder / "near"
+    assert inside(folder, "sub/new", KIND) == folder / "sub" / "new"
+    refused(lambda: inside(folder, "far", KIND), "symbolic link that leads out of the folder")
+    refused(lambda: inside(folder, "far/x", KIND), "symbolic link that leads out of the folder")
+    assert not is_inside(folder, folder / "far")
+
+
+def test_messages_stay_one_short_printable_line():
+    assert shown("a\nb\x1b[31m\ud800") == "a\\nb\\x1b[31m\\ud800"
+    assert shown("x" * 500, 10) == "xxxxxxx..."
+    assert reason_of(ValueError("first\nsecond")) == "first"
+    assert reason_of(ValueError()) == "ValueError"
+    assert reason_of(FileNotFoundError(2, "No such file", "/x")) == "No such file"
