@@ -49,9 +49,10 @@ def read_typed(kind: FileKind, path: Path, form: type[T]) -> T:
 
 def typed(kind: FileKind, path: Path | str, value: Any, form: type[T]) -> T:
     """Return the parsed JSON `value`, which came from `path`, as a `form`; see `read_typed`."""
+    adapter: TypeAdapter[T] = _adapter(form)  # type: ignore[arg-type]  # mypy takes a type variable for unhashable
     try:
         # through JSON text: pydantic's strict mode accepts a list for a tuple from JSON only
-        return _adapter(form).validate_json(json.dumps(value), strict=True)
+        return adapter.validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
         found = error.errors(include_url=False, include_context=False)
         lines = [f"{shown('.'.join(map(str, item['loc'])), 80) or 'the top'}: {_what(item)}" for item in found]
