@@ -1,31 +1,25 @@
 """Pieces of tensors, and reading them out of Megatron's sharded format on any layout; shard_writer.py is the other direction.
 
 On disk this is what `megatron.core.dist_checkpointing` writes and reads (backend torch_dist: torch's distributed checkpoint plus
-metadata.json and common.pt). The planner here hands its ShardedTensors to torch's reader directly; one process needs no
-torch.distributed.
+metadata.json and common.pt). It is read here without torch's reader, which trusts the files; one process needs no torch.distributed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
-from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_hypenet.checkpoint.safety import check_common, load_restricted
+from megatron_hypenet.checkpoint.safety import PICKLE, check_common
+from megatron_hypenet.checkpoint.shard_index import METADATA, overlaps, read_index
+from megatron_hypenet.checkpoint.stored_tensor import read_tensor
 from megatron_hypenet.errors import CheckpointError
-
-METADATA = ".metadata"
-"""The file that says which tensors a sharded folder holds and where their pieces lie."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,23 +46,6 @@ class Shard:
         return cls(key, data, tuple(data.shape), (0,) * len(data.shape))
 
 
-class _LoadPlanner(DefaultLoadPlanner):
-    """Copies stored pieces into given targets; `targets[key, offset]` is the tensor that starts at `offset`."""
-
-    def __init__(self, targets: Mapping[tuple[str, torch.Size], Tensor]) -> None:
-        super().__init__()
-        self.targets = targets
-
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        target = self.targets[read_item.dest_index.fqn, torch.Size(read_item.dest_index.offset or ())]
-        for axis, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
-            target = target.narrow(axis, start, length)
-        return target
-
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """Nothing to do: resolve_tensor returned a view of the target."""
-
-
 class ShardReader(Mapping[str, Tensor]):
     """The tensors of one sharded folder by global name; each access reads that tensor whole, on the CPU, in its stored dtype."""
 
@@ -77,16 +54,9 @@ class ShardReader(Mapping[str, Tensor]):
         for name in ("metadata.json", METADATA):
             if not (self.folder / name).is_file():
                 raise CheckpointError(f"{self.folder} is not a Megatron sharded checkpoint: {name} is missing; use another checkpoint")
-        if (self.folder / "common.pt").is_file():
+        if (self.folder / "common.pt").exists():
             check_common(self.folder / "common.pt")
-        self._metadata = load_restricted(self.folder / METADATA)
-        state = self._metadata.state_dict_metadata
-        self._tensors: dict[str, TensorStorageMetadata] = {k: v for k, v in state.items() if isinstance(v, TensorStorageMetadata)}
-        for info in self._metadata.storage_data.values():
-            if Path(info.relative_path).name != info.relative_path:
-                raise CheckpointError(f"{self.folder / METADATA} points outside its folder ({info.relative_path!r}); nothing was loaded")
-        self._reader = dcp.FileSystemReader(self.folder)
-        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+        self._tensors = read_index(self.folder)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -99,38 +69,45 @@ class ShardReader(Mapping[str, Tensor]):
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Global shape of one tensor, without reading it."""
-        return tuple(self._tensors[key].size)
+        return self._tensors[key].shape
 
     def dtype(self, key: str) -> torch.dtype:
         """Stored dtype of one tensor, without reading it."""
-        return self._tensors[key].properties.dtype
+        return self._tensors[key].dtype
 
     def pieces(self, key: str) -> int:
         """How many pieces one tensor is stored in: what its writer's layout made of it."""
-        return len(self._tensors[key].chunks)
+        return len(self._tensors[key].pieces)
 
     def __getitem__(self, key: str) -> Tensor:
-        whole = torch.empty(self._tensors[key].size, dtype=self.dtype(key))
+        whole = torch.empty(self.shape(key), dtype=self.dtype(key))
         self.read_into([(key, (0,) * whole.dim(), whole)])
         return whole
 
     def read_into(self, requests: Iterable[tuple[str, Sequence[int], Tensor]]) -> None:
-        """Fill each target tensor with the part of `key` that starts at the given global offset, casting to the target's dtype."""
-        targets: dict[tuple[str, torch.Size], Tensor] = {}
-        items: list[ReadItem] = []
-        for key, start, target in requests:
-            offset = torch.Size(start)
-            targets[key, offset] = target
-            found = create_read_items_for_chunk_list(key, self._tensors[key], [ChunkStorageMetadata(offset, target.shape)])
-            if sum(math.prod(item.lengths) for item in found) != target.numel():
-                raise CheckpointError(
-                    f"{self.folder}: the stored pieces of {key} do not cover it; the checkpoint is damaged, use another one"
-                )
-            items += found
-        try:
-            self._reader.read_data(LoadPlan(items), _LoadPlanner(targets)).wait()
-        except Exception as error:  # a damaged file surfaces as almost anything: pickle, zip, struct and OS errors
-            raise CheckpointError(f"{self.folder} cannot be read: {type(error).__name__}: {error}; use another checkpoint") from error
+        """Fill each target tensor with the part of `key` that starts at the given global offset, casting to the target's dtype.
+
+        CheckpointError when a stored piece cannot be read, or is not what the folder's index says.
+        """
+        with contextlib.ExitStack() as stack:
+            streams: dict[Path, BinaryIO] = {}
+            for key, start, target in requests:
+                stored, origin, filled = self._tensors[key], tuple(start), 0
+                for piece, offset, shape in overlaps(stored, origin, tuple(target.shape)):
+                    if piece.file not in streams:
+                        streams[piece.file] = stack.enter_context(PICKLE.open(piece.file))
+                    value = read_tensor(piece.file, streams[piece.file], piece.start, piece.length, shape=piece.shape, dtype=stored.dtype)
+                    _part(target, offset, origin, shape).copy_(_part(value, offset, piece.offset, shape))
+                    filled += math.prod(shape)
+                if filled != target.numel():
+                    PICKLE.refuse(self.folder, f"the stored pieces of {key} do not cover {list(target.shape)} at {list(origin)}")
+
+
+def _part(tensor: Tensor, offset: Sequence[int], origin: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """The view of `shape` at the global `offset` of a tensor that itself lies at `origin`."""
+    for axis, (start, length) in enumerate(zip(offset, shape, strict=True)):
+        tensor = tensor.narrow(axis, start - origin[axis], length)
+    return tensor
 
 
 def tensor_pieces(entry: Any) -> list[Any]:

@@ -6,7 +6,7 @@ import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import BinaryIO, NoReturn
 
 from megatron_hypenet.errors import HypenetError
 
@@ -37,16 +37,7 @@ class FileKind:
     def read_bytes(self, path: Path) -> bytes:
         """Return the content of the regular file `path`; raise `error` for anything else and above `max_bytes`."""
         try:
-            # O_NONBLOCK: opening a named pipe without it waits for a writer
-            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        except FileNotFoundError:
-            self.refuse(path, "no such file")
-        except (OSError, ValueError) as error:  # ValueError: a NUL character in the name
-            self.refuse(path, f"cannot be read: {reason_of(error)}")
-        try:
-            with open(descriptor, "rb") as stream:
-                if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                    self.refuse(path, "not a regular file")
+            with self.open(path) as stream:
                 content = stream.read(self.max_bytes + 1)
         except OSError as error:
             self.refuse(path, f"cannot be read: {reason_of(error)}")
@@ -54,6 +45,24 @@ class FileKind:
             limit = f"{self.max_bytes / MIB:g} MiB"
             self.refuse(path, f"larger than {limit}, the limit for this kind of file")
         return content
+
+    def open(self, path: Path) -> BinaryIO:
+        """Open the regular file `path` of any size for reading; raise `error` for anything else."""
+        try:
+            # O_NONBLOCK: opening a named pipe without it waits for a writer
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except FileNotFoundError:
+            self.refuse(path, "no such file")
+        except (OSError, ValueError) as error:  # ValueError: a NUL character in the name
+            self.refuse(path, f"cannot be read: {reason_of(error)}")
+        try:
+            stream = open(descriptor, "rb")  # noqa: SIM115 - handed to the caller
+        except OSError as error:  # a folder; Python closes the descriptor
+            self.refuse(path, f"cannot be read: {reason_of(error)}")
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            stream.close()
+            self.refuse(path, "not a regular file")
+        return stream
 
     def read_text(self, path: Path) -> str:
         """Return the content of `path` as UTF-8 text, with a leading byte order mark dropped; raise `error` for other bytes and for NUL."""

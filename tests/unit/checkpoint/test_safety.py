@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
-from megatron_hypenet.checkpoint.safety import check_common, load_restricted
+from megatron_hypenet.checkpoint.safety import check_common, read_plain
 from megatron_hypenet.checkpoint.save import write_weights
 from megatron_hypenet.checkpoint.shards import ShardReader
 from megatron_hypenet.errors import CheckpointError
@@ -46,9 +46,8 @@ def test_malicious_common_file_is_refused(tmp_path, tensors, model_config):
 
 
 def test_truncated_pickle_is_damage_not_a_crash(tmp_path):
-    (tmp_path / "m").write_bytes(pickle.dumps([1, 2])[:-3])
     with pytest.raises(CheckpointError, match="damaged"):
-        load_restricted(tmp_path / "m")
+        read_plain(tmp_path / "m", pickle.dumps([1, 2])[:-3])
 
 
 class ByGetattr:
@@ -62,12 +61,24 @@ class ByGetattr:
 
 
 def test_enumerations_as_debian_12_pickles_them_are_read(tmp_path):
-    (tmp_path / "m").write_bytes(pickle.dumps([ByGetattr(_MEM_FORMAT_ENCODING, one.name) for one in _MEM_FORMAT_ENCODING]))
-    assert load_restricted(tmp_path / "m") == list(_MEM_FORMAT_ENCODING)
+    payload = pickle.dumps([ByGetattr(_MEM_FORMAT_ENCODING, one.name) for one in _MEM_FORMAT_ENCODING])
+    assert [record.args[1] for record in read_plain(tmp_path / "m", payload)] == [one.name for one in _MEM_FORMAT_ENCODING]
 
 
 @pytest.mark.parametrize("args", [(set, "pop"), (_MEM_FORMAT_ENCODING, "__class__"), (_MEM_FORMAT_ENCODING, "mro"), (Metadata, "__init__")])
 def test_getattr_gives_nothing_else(tmp_path, args):
-    (tmp_path / "m").write_bytes(pickle.dumps(ByGetattr(*args)))
     with pytest.raises(CheckpointError, match=r"builtins.getattr\(.*foreign code"):
-        load_restricted(tmp_path / "m")
+        read_plain(tmp_path / "m", pickle.dumps(ByGetattr(*args)))
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"no zip file", b"\0" * 1000])
+def test_a_common_file_that_is_no_zip_file_is_refused(tmp_path, content):
+    (tmp_path / "common.pt").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"common.pt: damaged"):
+        check_common(tmp_path / "common.pt")
+
+
+def test_a_common_file_in_torchs_old_format_is_refused(tmp_path):
+    torch.save({"x": Evil(tmp_path / "owned")}, tmp_path / "common.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match="damaged"):
+        check_common(tmp_path / "common.pt")
