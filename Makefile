@@ -1,5 +1,5 @@
-# make install | test | test-gpu | lint | demo | clean. Each can be repeated: install runs again only when pyproject.toml or its script
-# changed.
+# make install | test | test-gpu | test-newest | lock | lint | demo | clean. Each can be repeated: install runs again only when
+# pyproject.toml, a lock file or one of its scripts changed.
 SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,11 +7,11 @@ STAMP := $(VENV)/.installed
 # two workers suit the two cores of CI; whole files go to one worker, so that expensive module fixtures are built once
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
-.PHONY: install test test-gpu lint demo clean
+.PHONY: install test test-gpu test-newest lock lint demo clean system-packages
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml tools/install.sh $(wildcard tools/install_compat.sh)
+$(STAMP): pyproject.toml $(wildcard requirements/*.txt) tools/install.sh tools/install_compat.sh
 	bash tools/install.sh $(VENV)
 	@touch $@
 
@@ -19,16 +19,30 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-test: lint
+# before anything is installed or tested: what Debian must give, or the names of it
+system-packages:
+	bash tools/system_packages.sh test
+
+test: | system-packages
+	$(MAKE) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 # kernels and CUDA graphs on this machine's GPU; `make test` runs on the CPU everywhere
 test-gpu: install
 	HYPENET_TEST_GPU=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/unit
 
+# other releases than the locked ones; not part of CI, but before every new lock
+test-newest: | system-packages
+	$(MAKE) install
+	bash tools/test_newest.sh
+
+# the lock files anew, from the ranges in pyproject.toml
+lock:
+	bash tools/lock.sh
+
 demo: install
 	$(BIN)/hypenet demo
 
 clean:
-	rm -rf $(VENV) .compat build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-newest .compat build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find megatron_hypenet tests tools -name __pycache__ -type d -prune -exec rm -rf {} +

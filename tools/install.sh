@@ -1,67 +1,54 @@
 #!/usr/bin/env bash
-# Builds the virtual environment in $1 (default .venv): Python 3.11 or 3.12, torch for this machine, DeepSpeed, then this package.
-# Run through `make install`. Order matters: DeepSpeed's build and megatron-core must find the torch that was chosen here.
+# Build the virtual environment in $1 (default .venv) from the lock file of this machine: Python 3.11 or 3.12, with CUDA or without. What is
+# there already is brought to the locked versions. Run through `make install`.
+#   LOCK=newest      take the newest releases inside pyproject.toml's ranges instead of the locked ones (`make test-newest`)
+#   TORCH_CPU_SPEC   where pip finds the CPU build of the locked torch, if its index holds another build ("torch @ file:///...whl")
 set -euo pipefail
 cd "$(dirname "$0")/.."
+. tools/find_python.sh
 venv=${1:-.venv}
 
 say() { printf '== %s\n' "$*"; }
 fail() { printf 'error: %s\n' "$*" >&2; exit 4; }
 
-# The first of the candidates that is 3.11 or newer and really starts (a pyenv shim may not).
-find_python() {
-  local candidate
-  for candidate in "${PYTHON:-}" python3.11 python3.12 python3 /usr/bin/python3.11 /usr/bin/python3.12 /usr/bin/python3; do
-    [ -n "$candidate" ] || continue
-    if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null; then
-      command -v "$candidate"
-      return
-    fi
-  done
-  return 1
-}
-
-# Install a Debian package when root, else say how.
-debian() {
-  if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-    say "apt-get install $*"
-    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "$@" >/dev/null
-  else
-    fail "missing on this machine: $*. Run: sudo apt-get update && sudo apt-get install -y $*"
-  fi
-}
-
-python=$(find_python) || { debian python3 python3-venv; python=$(find_python) || fail "Python 3.11 or 3.12 is needed; set PYTHON=/path/to/python"; }
+bash tools/system_packages.sh install
+python=$(find_python) || fail "Python 3.11 or 3.12 is needed; set PYTHON=/path/to/python"
 if [ ! -x "$venv/bin/python" ]; then
   say "creating $venv with $python ($("$python" --version))"
-  "$python" -c 'import ensurepip, venv' 2>/dev/null || debian python3-venv
   "$python" -m venv "$venv"
 fi
-pip=("$venv/bin/python" -m pip --disable-pip-version-check install --quiet)
+python=$venv/bin/python
+pip=("$python" -m pip --disable-pip-version-check install --quiet)
 
-# setuptools 81 removed pkg_resources, which tensorboard and DeepSpeed's build still import
-say "build tools"
-"${pip[@]}" --upgrade pip 'setuptools>=77,<81' 'wheel' 'packaging>=24.2' 'numpy>=1.26' 'ninja>=1.11'
+device=cpu
+if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then device=cuda; fi
+lock=requirements/$device-$("$python" -c 'import sys; print("py%d%d" % sys.version_info[:2])').txt
+[ -f "$lock" ] || fail "$lock is missing: $venv has a Python that is not supported; remove the folder"
+[ "$(uname -sm)" = "Linux x86_64" ] || say "$lock was made for Linux on x86-64; on $(uname -sm) a pinned release may be missing"
+locked() { grep -E "^($1)==" "$lock"; }
 
-# torch first, alone: whatever depends on it must not choose another build
-if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
-  say "torch for CUDA"
-  "${pip[@]}" 'torch>=2.6'
-elif "$venv/bin/python" -c 'import torch' 2>/dev/null; then
-  say "torch is there: $("$venv/bin/python" -c 'import torch; print(torch.__version__)')"
+# the index that this pip uses decides which build of torch comes; whatever depends on torch must find it in place
+torch=$(locked torch)
+if [ $device = cpu ]; then torch=${TORCH_CPU_SPEC:-$torch}; fi
+
+if [ "${LOCK:-}" = newest ]; then
+  say "the newest releases, and torch as locked"
+  "${pip[@]}" --upgrade pip $(locked 'setuptools|wheel')
+  "${pip[@]}" "$torch"
+  DS_BUILD_OPS=0 "${pip[@]}" --upgrade --upgrade-strategy eager --no-build-isolation --constraint <(locked 'torch|setuptools') \
+    numpy ninja --editable '.[dev]'
 else
-  say "torch for the CPU"
-  "${pip[@]}" "${TORCH_CPU_SPEC:-torch==2.13.0}"
+  say "$lock: build tools"
+  mapfile -t tools < <(locked 'pip|setuptools|wheel|packaging|numpy|ninja')
+  "${pip[@]}" "${tools[@]}"
+  say "$lock: torch"
+  "${pip[@]}" --constraint "$lock" "$torch"
+  say "$lock: everything else; DeepSpeed without compiling its operations"
+  DS_BUILD_OPS=0 "${pip[@]}" --no-deps --no-build-isolation --requirement "$lock"
+  "${pip[@]}" --no-deps --no-build-isolation --editable .
+  "$python" -m pip --disable-pip-version-check check >/dev/null || "$python" -m pip --disable-pip-version-check check >&2 || fail "$lock is not whole"
 fi
 
-say "DeepSpeed, without compiling its operations"
-DS_BUILD_OPS=0 "${pip[@]}" --no-build-isolation 'deepspeed>=0.19,<0.20'
-
-say "this package and its development tools"
-"${pip[@]}" --no-build-isolation --editable '.[dev]'
-
-if [ -f tools/install_compat.sh ]; then
-  say "the older transformers that exports are tested against too"
-  bash tools/install_compat.sh "$venv"
-fi
+say "the older transformers that exports are tested against too"
+bash tools/install_compat.sh "$venv"
 say "done: $("$venv/bin/hypenet" --version | head -n 1)"
