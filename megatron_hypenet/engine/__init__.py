@@ -1,0 +1,1 @@
+"""The training loop, what it calls, and HALO's steps around it."""
