@@ -32,7 +32,12 @@ A run is one YAML file plus `key.sub=value` words on the command line:
 - Unknown keys, wrong types and missing keys are errors, all listed at once. Keys without a default must be set.
 - `data=PATH` is short for `data.train=PATH`; `--tp N`, `--pp N`, `--cp N` stand for the sizes under `parallel`.
 - Relative paths start at the current directory; `assets/...` is also found in the repository.
-- Values are YAML: `true`, `null`, `[1, 2]`; `3e-4` is a number.
+- Values are YAML, and the type of the setting decides what they mean: `3e-4` and `.5` are numbers for a number, `yes` is true for a switch,
+  and `12.10`, `0755` or `1:30` stay as they are written for a text. What YAML 1.1 would turn into another number (`0755`, `1:30`) is
+  refused for a number. `<<: *name` takes over a section with an anchor; what is written beside it wins.
+- On the command line, a path or text is what stands behind the first `=`, with `#`, `:`, `*` or spaces inside of it; only lists and
+  sections (`[1, 2]`, `{lr: 1e-3}`) are read as YAML. An empty value is refused; write `null` for none.
+- `~`, `~user`, `$NAME` and `${NAME}` in paths are replaced, in files and on the command line; an unknown user or variable is an error.
 
 The stages `align`, `distill` and `finetune` share most keys. `configs/stage/` has them at the scale of the paper.
 """

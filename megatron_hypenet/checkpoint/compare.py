@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from megatron_hypenet.checkpoint import format as fmt
 from megatron_hypenet.checkpoint.manifest import verify_files
 from megatron_hypenet.checkpoint.shards import ShardReader
 from megatron_hypenet.checkpoint.survey import read_progress
+from megatron_hypenet.config.loader import read_stored
 
 _CHUNK_ELEMENTS = 1 << 22
 _PROGRESS = ("stage", "step", "samples", "tokens", "adam_step")
@@ -137,7 +137,7 @@ def _model(folder: Path) -> dict[str, Any]:
 
 def _settings(folder: Path) -> dict[str, Any]:
     file = folder / fmt.CONFIG
-    return _flat(yaml.safe_load(file.read_text())) if file.is_file() else {}
+    return _flat(read_stored(file)) if file.is_file() else {}
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

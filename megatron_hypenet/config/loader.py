@@ -7,8 +7,8 @@ starts with `assets/` and is not found there is taken from the repository that h
 
 from __future__ import annotations
 
+import functools
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,10 +17,15 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import to_jsonable_python
 
+from megatron_hypenet.config.meaning import YAML, as_meant, from_word, member
 from megatron_hypenet.config.model import ModelConfig
+from megatron_hypenet.config.paths import expanded
 from megatron_hypenet.config.problems import Origins, describe
 from megatron_hypenet.config.schema import RunConfig
 from megatron_hypenet.errors import ConfigError
+from megatron_hypenet.untrusted import yaml_text
+from megatron_hypenet.untrusted.files import shown
+from megatron_hypenet.untrusted.yaml_text import value_of
 
 Kind = TypeVar("Kind", bound=BaseModel)
 
@@ -31,27 +36,6 @@ BUNDLED = "assets"
 # `data=corpus.txt` on the command line means the training files; the other keys of the section keep their long names.
 SUGAR = {"data": "data.train"}
 LIST_KEYS = frozenset({"data.train"})
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads 3e-4 as the float it looks like (YAML 1.1 reads text) and refuses a key written twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is written twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.yaml_implicit_resolvers = {key: list(rows) for key, rows in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-for _first in "-+.0123456789":
-    # in front of YAML 1.1's own float rule: an exponent needs neither a dot nor a sign
-    _Loader.yaml_implicit_resolvers.setdefault(_first, []).insert(
-        0, ("tag:yaml.org,2002:float", re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)[eE][-+]?\d+$"))
-    )
 
 
 def load_run_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -70,9 +54,9 @@ def load_as(root: type[Kind], path: Path | str, overrides: Sequence[str] = ()) -
     path = Path(path)
     origins: Origins = {}
     values = _read_with_includes(path, origins)
-    problems = _apply_overrides(values, overrides, origins)
+    problems = _apply_overrides(root, values, overrides, origins)
     try:
-        config = root.model_validate(values)
+        config = root.model_validate(as_meant(values, root))
     except ValidationError as error:
         problems += describe(error, origins, default_origin=str(path), root=root)
         config = None
@@ -103,33 +87,43 @@ def completed(values: Mapping[str, Any], section: type[BaseModel] = RunConfig) -
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in one YAML file; ConfigError when it is missing, not UTF-8, not YAML, or not a mapping."""
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such configuration file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
+    """The mapping in one YAML file, values by their looks; ConfigError when it is missing, not YAML, not a mapping, or too large."""
+    found: dict[str, Any] = value_of(_read(path))
+    return found
+
+
+def read_stored(path: Path) -> dict[str, Any]:
+    """The mapping in a file that `dump_config` wrote, perhaps in another version, as the settings mean it; nothing is checked."""
+    found: dict[str, Any] = as_meant(_read(path), RunConfig)
+    return value_of(found)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The mapping in one YAML file, as it is written."""
+    if not os.path.lexists(path):
+        raise ConfigError(f"{shown(path)}: no such configuration file")
+    values = yaml_text.read_yaml(YAML, path)
+    if isinstance(values, dict):
+        return values
+    values = value_of(values)
+    if values is not None:
         raise ConfigError(f"{path}: expected keys and values at the top, got {type(values).__name__}")
-    return values
+    return {}
 
 
 def _read_with_includes(path: Path, origins: Origins) -> dict[str, Any]:
-    own = read_yaml(path)
+    own = dict(_read(path))
     includes = own.pop("include", [])
-    if isinstance(includes, str):
-        includes = [includes]
-    if not isinstance(includes, list) or not all(isinstance(name, str) for name in includes):
-        raise ConfigError(f"{path}: include: expected a list of file names, got {includes!r}")
+    names = value_of(includes) if isinstance(includes, list) else [value_of(includes)]
+    if not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{path}: include: expected a list of file names, got {shown(repr(value_of(includes)))}")
     merged: dict[str, Any] = {}
-    for name in includes:
-        included = path.parent / name
-        values = read_yaml(included)
+    for name in names:
+        try:
+            included = path.parent / expanded(name)
+        except ValueError as error:
+            raise ConfigError(f"{path}: include: {error}") from None
+        values = _read(included)
         if "include" in values:
             raise ConfigError(f"{included}: include: an included file may not include others (one level only); move it to {path}")
         _merge(merged, values, os.path.normpath(included), origins)
@@ -151,7 +145,7 @@ def _merge(target: dict[str, Any], values: Mapping[Any, Any], origin: str, origi
             origins[place] = origin
 
 
-def _apply_overrides(values: dict[str, Any], overrides: Sequence[str], origins: Origins) -> list[str]:
+def _apply_overrides(root: type[BaseModel], values: dict[str, Any], overrides: Sequence[str], origins: Origins) -> list[str]:
     """Set each KEY=VALUE in place; returns the words that could not be understood."""
     problems = []
     for word in overrides:
@@ -159,16 +153,19 @@ def _apply_overrides(values: dict[str, Any], overrides: Sequence[str], origins: 
         key = key.strip().removeprefix("--")
         parts = SUGAR.get(key, key).split(".")
         if not equals or not all(parts):
-            problems.append(f"{CLI}: {word!r}: expected key.sub=value")
+            problems.append(f"{CLI}: {shown(repr(word))}: expected key.sub=value")
             continue
+        dotted, annotation = ".".join(parts), functools.reduce(member, parts, root)
         try:
-            value = yaml.load(text, Loader=_Loader)
-        except yaml.YAMLError as error:
-            problems.append(f"{CLI}: {word!r}: the value is not valid YAML: {str(error).splitlines()[0]}")
+            value = from_word(text, annotation, f"{CLI}: {dotted}")
+        except ConfigError as error:
+            problems.append(str(error))
             continue
-        dotted = ".".join(parts)
+        except ValueError as error:
+            problems.append(f"{CLI}: {dotted}: {error}")
+            continue
         if dotted in LIST_KEYS and not isinstance(value, list):
-            value = [] if value is None else [value]
+            value = [] if value_of(value) is None else [value]
         nested: dict[str, Any] = {parts[-1]: value}
         for part in reversed(parts[:-1]):
             nested = {part: nested}
@@ -192,7 +189,6 @@ def _resolve_bundled(config: RunConfig) -> RunConfig:
 
 def bundled_path(path: Path) -> Path:
     """`path`, or its twin in the repository when it starts with assets/ and is not in the current directory."""
-    path = path.expanduser()
     inside = not path.is_absolute() and path.parts[:1] == (BUNDLED,)
     if inside and not path.exists() and (REPO_ROOT / path).exists():
         return REPO_ROOT / path
@@ -203,6 +199,6 @@ def load_model_config(path: Path | str) -> ModelConfig:
     """One model's shape from a YAML file such as configs/model/hypenet_2b.yaml; ConfigError lists everything wrong."""
     path = Path(path)
     try:
-        return ModelConfig.model_validate(read_yaml(path))
+        return ModelConfig.model_validate(as_meant(_read(path), ModelConfig))
     except ValidationError as error:
         raise ConfigError(_listing(describe(error, {}, default_origin=str(path), root=ModelConfig))) from error

@@ -9,7 +9,10 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from megatron_hypenet.config.meaning import hint
 from megatron_hypenet.config.schema import RunConfig
+from megatron_hypenet.untrusted.files import shown
+from megatron_hypenet.untrusted.yaml_text import Plain, value_of
 
 Origins = dict[tuple[str, ...], str]
 """Where each key was last set: path of keys -> file name or "CLI"."""
@@ -40,8 +43,12 @@ def _what(kind: str, message: str, value: Any, place: tuple[str, ...], root: typ
         return f"missing; set it in the file or as {'.'.join(place)}=..."
     if kind == "value_error":
         return message.removeprefix("Value error, ")
-    text = message[:1].lower() + message[1:]
-    return f"{text.removeprefix('input ')}, got {type(value).__name__} {value!r}"
+    text = (message[:1].lower() + message[1:]).removeprefix("input ")
+    if isinstance(value, Plain):
+        integer = "integer" if kind.startswith("int") or kind == "literal_error" else "number"
+        looks = type(value_of(value)).__name__
+        return f"{text}, got {looks} {shown(repr(str(value)) if looks == 'str' else value, 60)}{hint(value, wanted=integer)}"
+    return f"{text}, got {type(value).__name__} {shown(repr(value), 100)}"
 
 
 def _near_miss(place: tuple[str, ...], root: type[BaseModel]) -> str:

@@ -8,17 +8,19 @@ A default stands only where one value suits most runs; whatever depends on the m
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from megatron_hypenet.config.model import LogitsScaling, PositiveInt, check_logits_scaling
+from megatron_hypenet.config.paths import PathSetting
 
 Count = Annotated[int, Field(ge=0, strict=True)]
 Seed = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Rate = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1, strict=True)]
+Rate = Annotated[float, Field(gt=0, strict=True)]
+NotNegative = Annotated[float, Field(ge=0, strict=True)]
+BelowOne = Annotated[float, Field(ge=0, lt=1, strict=True)]
 Switch = Annotated[bool, Field(strict=True)]
 
 Recompute = Literal["none", "selective", "full"]
@@ -36,13 +38,13 @@ class Section(BaseModel):
 class DataConfig(Section):
     """What the model reads."""
 
-    train: tuple[Path, ...] = Field(
+    train: tuple[PathSetting, ...] = Field(
         min_length=1, description="Training data: .txt or .jsonl files, or prefixes of prepared .bin/.idx pairs."
     )
-    heldout: Path | None = Field(
+    heldout: PathSetting | None = Field(
         default=None, description="Held-out data of the same kinds; null takes heldout_fraction off the training data."
     )
-    heldout_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
+    heldout_fraction: BelowOne = Field(
         default=0.02, description="Share of the training documents kept for held-out loss when heldout is null."
     )
     recall_fraction: Fraction = Field(
@@ -107,14 +109,12 @@ class StageConfig(Section):
     micro_batch_size: PositiveInt = Field(description="Sequences per forward pass on one data-parallel process.")
     global_batch_size: PositiveInt = Field(description="Sequences per optimizer step over all processes.")
     lr: Rate = Field(description="Peak learning rate.")
-    min_lr: Annotated[float, Field(ge=0)] = Field(description="Learning rate at the end of the cosine; unused with lr_schedule constant.")
+    min_lr: NotNegative = Field(description="Learning rate at the end of the cosine; unused with lr_schedule constant.")
     lr_schedule: Literal["cosine", "constant"] = Field(default="cosine", description="Shape of the learning rate after warm-up.")
     warmup_iters: Count = Field(default=0, description="Steps of linear warm-up from zero to lr.")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.0, description="AdamW's decoupled weight decay.")
-    adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
-        default=(0.9, 0.95), description="AdamW's moment decays."
-    )
-    clip_grad: Annotated[float, Field(ge=0)] = Field(default=1.0, description="Largest global gradient norm; 0 turns clipping off.")
+    weight_decay: NotNegative = Field(default=0.0, description="AdamW's decoupled weight decay.")
+    adam_betas: tuple[BelowOne, BelowOne] = Field(default=(0.9, 0.95), description="AdamW's moment decays.")
+    clip_grad: NotNegative = Field(default=1.0, description="Largest global gradient norm; 0 turns clipping off.")
     save_interval: PositiveInt = Field(default=1000, description="Steps between checkpoints; the last step is always saved.")
     log_interval: PositiveInt = Field(default=10, description="Steps between log lines and TensorBoard points.")
     eval_interval: PositiveInt | None = Field(
@@ -241,8 +241,10 @@ class GuardConfig(Section):
 class RunConfig(Section):
     """A whole HALO run: teacher in, Hugging Face HypeNet out."""
 
-    output_dir: Path = Field(description="Folder of this run: resolved config, logs, TensorBoard files, checkpoints, export, report.")
-    teacher: Path = Field(description="Teacher: a Hugging Face Qwen3 folder or a converted checkpoint.")
+    output_dir: PathSetting = Field(
+        description="Folder of this run: resolved config, logs, TensorBoard files, checkpoints, export, report."
+    )
+    teacher: PathSetting = Field(description="Teacher: a Hugging Face Qwen3 folder or a converted checkpoint.")
     data: DataConfig = Field(description="Training and held-out data; on the command line data=PATH sets data.train.")
     parallel: ParallelConfig = Field(default=ParallelConfig(), description="Parallel layout.")
     precision: Literal["float32", "bfloat16", "auto"] = Field(

@@ -23,9 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from megatron_hypenet.config.loader import completed, dump_config
+from megatron_hypenet.config.loader import completed, dump_config, read_stored
 from megatron_hypenet.config.schema import STAGES, RunConfig
 from megatron_hypenet.errors import ConfigError, DataError, UsageError
 
@@ -187,11 +185,9 @@ class RunFolder:
         if not self.config_file.is_file():
             return None
         try:
-            stored = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            fix = "use another output_dir, or --overwrite to start again"
-            raise ConfigError(f"{self.config_file} cannot be read: {error}; {fix}") from error
-        return stored if isinstance(stored, Mapping) else {}
+            return read_stored(self.config_file)
+        except ConfigError as error:
+            raise ConfigError(f"{error}; use another output_dir, or --overwrite to start again") from None
 
     def records(self) -> dict[str, dict[str, Any]]:
         """The finished steps by name: fingerprint, seconds, finished, and what the step reported."""

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -5,7 +6,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_hypenet.config.loader import bundled_path, completed, dump_config, load_model_config, load_run_config, read_yaml
+from megatron_hypenet.config.loader import bundled_path, completed, dump_config, load_model_config, load_run_config, read_stored, read_yaml
 from megatron_hypenet.errors import ConfigError
 
 STAGE = "{train_iters: 10, seq_length: 64, micro_batch_size: 2, global_batch_size: 8, lr: 1e-3, min_lr: 1e-5}"
@@ -79,7 +80,7 @@ def test_all_problems_at_once_with_origin(run_file):
         "CLI: align.lr: should be greater than 0, got int -1",
         "CLI: paralel: unknown key; did you mean 'parallel'?",
         "CLI: 'word': expected key.sub=value",
-        "CLI: 'seed=[1': the value is not valid YAML",
+        "CLI: seed: should be a valid integer, got str '[1'",
     ):
         assert line in text, text
 
@@ -93,7 +94,7 @@ def test_all_problems_at_once_with_origin(run_file):
         ("a: !!python/object/apply:os.system ['true']\n", "not valid YAML"),
         ("include: 5\n", "include: expected a list of file names"),
         ("include: missing.yaml\n", r"missing\.yaml: no such configuration file"),
-        (b"\xff\xfe\x00", "cannot be read"),
+        (b"\xff\xfe\x00", "not UTF-8 text"),
         ("", "missing"),
     ],
 )
@@ -177,7 +178,7 @@ KEYS = st.sampled_from([*NAMES, "device", "heldout", "?"])
 TREES = st.recursive(SCALARS, lambda below: st.dictionaries(KEYS, below, max_size=4), max_leaves=12)
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(tree=st.dictionaries(KEYS, TREES, max_size=3), words=st.lists(st.text(max_size=12), max_size=2))
 def test_whatever_the_file_and_words_say_only_config_errors_come_out(tmp_path_factory, tree, words):
     folder = tmp_path_factory.getbasetemp()
@@ -205,3 +206,86 @@ def test_what_was_written_earlier_is_completed_with_the_defaults_of_today(run_fi
 def test_settings_are_finite(run_file, value):
     with pytest.raises(ConfigError, match="align.lr"):
         load_run_config(run_file, [f"align.lr={value}"])
+
+
+def test_merge_keys_take_over_another_stage(tmp_path):
+    (tmp_path / "stages.yaml").write_text(f"align: &stage {STAGE}\ndistill: {{<<: *stage, lr: 2e-3}}\n")
+    (tmp_path / "run.yaml").write_text(
+        f"include: stages.yaml\n{RUN.split('align')[0]}finetune: &f\n  <<: [{{seq_length: 128}}, {STAGE}]\n  lr: 5e-4\n"
+    )
+    run = load_run_config(tmp_path / "run.yaml", ["distill.lr=1e-4", "finetune.train_iters=3"])
+    assert (run.align.lr, run.distill.lr, run.finetune.lr) == (1e-3, 1e-4, 5e-4)
+    assert (run.align.train_iters, run.finetune.train_iters, run.finetune.seq_length) == (10, 3, 128)
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("align.train_iters=1e3", "CLI: align.train_iters: should be a valid integer, got float 1e3; write 1000 if that is meant"),
+        ("align.train_iters=1.0", "got float 1.0; write 1"),
+        ("align.train_iters=true", "should be a valid integer, got bool true"),
+        ("align.train_iters=0755", "got str '0755'; YAML 1.1 reads a leading zero as octal"),
+        ("align.train_iters=1:30", "base 60"),
+        ("seed=" + "9" * 5000, "CLI: seed: should be a valid integer"),
+        ("align.lr=true", "CLI: align.lr: should be a valid number, got bool true"),
+        ("align.lr=3e-4 #x", "got str '3e-4 #x'"),
+        ("align.lr=" + "[" * 3000, "CLI: align.lr: should be a valid number"),
+        ("align.adam_betas=" + "[" * 3000 + "]", "nested more than"),
+        ("align.cuda_graphs=1", "should be a valid boolean, got int 1"),
+        ("parallel.zero_stage=true", "CLI: parallel.zero_stage: should be 0, 1, 2 or 3, got bool true"),
+        ("parallel.zero_stage=1.0", "got float 1.0; write 1"),
+        ("teacher=~nosuchuser/x", "CLI: teacher: the path '~nosuchuser/x' begins with ~nosuchuser"),
+        ("output_dir=${UNSET_VARIABLE}/x", "CLI: output_dir: .*variable UNSET_VARIABLE, which is not set"),
+        ("output_dir=", "CLI: output_dir: the value is empty"),
+        ("output_dir==x", "CLI: output_dir: two equals signs"),
+        ("data.heldout=", "CLI: data.heldout: the value is empty"),
+    ],
+)
+def test_what_has_two_meanings_is_refused_by_name(run_file, word, says):
+    with pytest.raises(ConfigError, match=says.replace("(", r"\(")) as caught:
+        load_run_config(run_file, [word])
+    assert len(str(caught.value)) < 400
+
+
+def test_values_mean_what_their_setting_is(run_file):
+    words = [
+        "align.train_iters=1_000",
+        "seed=0x1F",
+        "checkpoint.async_save=yes",
+        "data=my#file.txt",
+        "output_dir=runs/a #b",
+        "teacher=12.10",
+    ]
+    run = load_run_config(run_file, words)
+    assert (run.align.train_iters, run.seed, run.checkpoint.async_save) == (1000, 31, True)
+    assert (run.data.train, run.output_dir, run.teacher) == ((Path("my#file.txt"),), Path("runs/a #b"), Path("12.10"))
+    run_file.write_text(RUN.replace("runs/x", "2024-01-01").replace("teacher: t", "teacher: 0755").replace("lr: 1e-3", 'lr: "1e-3"'))
+    run = load_run_config(run_file, ["data.train=[a=b.txt, 'c #d.txt']", "data.heldout=null"])
+    assert (run.output_dir, run.teacher, run.align.lr, run.data.heldout) == (Path("2024-01-01"), Path("0755"), 1e-3, None)
+    assert run.data.train == (Path("a=b.txt"), Path("c #d.txt"))
+
+
+def test_paths_are_expanded_once_and_stored_so(run_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("SCRATCH", str(tmp_path / "scratch"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/base.yaml").write_text("seed: 7\ndata: {heldout: $SCRATCH/h.txt}\n")
+    run_file.write_text("include: ~/base.yaml\n" + RUN.replace("runs/x", "~/runs/x").replace("[a.txt]", "['${SCRATCH}/a.txt', ~/b]"))
+    run = load_run_config(run_file, ["teacher=~/t"])
+    assert run.output_dir == tmp_path / "home/runs/x" and run.teacher == tmp_path / "home/t" and run.seed == 7
+    assert run.data.train == (tmp_path / "scratch/a.txt", tmp_path / "home/b") and run.data.heldout == tmp_path / "scratch/h.txt"
+    (tmp_path / "stored.yaml").write_text(dump_config(run))
+    monkeypatch.delenv("SCRATCH")
+    assert load_run_config(tmp_path / "stored.yaml") == run
+    assert read_stored(tmp_path / "stored.yaml") == run.model_dump(mode="json")
+    run_file.write_text("include: $SCRATCH/base.yaml\n" + RUN)
+    with pytest.raises(ConfigError, match=r"run\.yaml: include: .*SCRATCH, which is not set"):
+        load_run_config(run_file)
+
+
+@pytest.mark.parametrize("include", ["/dev/zero", ".", "pipe", '"a\\0b"', "run.yaml", "~nosuchuser/x"])
+def test_includes_that_are_no_files_are_refused_at_once(run_file, include):
+    os.mkfifo(run_file.parent / "pipe")
+    run_file.write_text(f"include: [{include}]\n" + RUN)
+    with pytest.raises(ConfigError, match=r"not a regular file|cannot be read|not valid YAML|one level only|no such user"):
+        load_run_config(run_file)

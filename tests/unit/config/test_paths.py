@@ -1,0 +1,47 @@
+from pathlib import Path
+
+import pytest
+
+from megatron_hypenet.config.paths import expanded
+
+
+@pytest.fixture(autouse=True)
+def variables(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    monkeypatch.setenv("EMPTY", "")
+    monkeypatch.setenv("AGAIN", "/x/$SCRATCH")
+    monkeypatch.delenv("UNSET", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        ("~/runs/x", "/home/me/runs/x"), ("~", "/home/me"), ("~root/x", "/root/x"), ("a/~b", "a/~b"), 
+        ("$SCRATCH/x", "/scratch/x"), ("${SCRATCH}/x", "/scratch/x"), ("a-${SCRATCH}b$SCRATCH", "a-/scratchb/scratch"),
+        ("cost$", "cost$"), ("a$1", "a$1"), ("a b #c", "a b #c"), (".", "."), ("runs/x", "runs/x"),
+    ],
+)  # fmt: skip
+def test_paths_mean_what_they_mean_in_a_shell(text, path):
+    assert expanded(text) == Path(path) == expanded(expanded(text))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("~nosuchuser/x", "begins with ~nosuchuser, and there is no such user"),
+        ("$UNSET/x", "names the variable UNSET, which is not set"),
+        ("${UNSET}/x", "UNSET, which is not set"),
+        ("$EMPTY/x", "EMPTY, which is empty"),
+        ("${SCRATCH:-x}/x", "which is no variable"),
+        ("${SCRATCH/x", "which is no variable"),
+        ("${}/x", "which is no variable"),
+        ("./~", "begins with ~"),
+        ("$AGAIN", "variables stand again"),
+        ("", "is empty"), ("  ", "is empty"), ("a\nb", "control character"), ("a\0b", "control character"),
+    ],
+)  # fmt: skip
+def test_what_stands_for_nothing_is_refused_by_name(text, says):
+    with pytest.raises(ValueError, match=r".") as caught:
+        expanded(text)
+    assert says in str(caught.value)
