@@ -43,7 +43,8 @@ def as_meant(value: Any, annotation: Any) -> Any:
 def from_word(text: str, annotation: Any, where: str = "the value") -> Any:
     """Return the VALUE of a word KEY=VALUE for a setting of type `annotation`, as `parse_yaml` would have built it.
 
-    `where` names the setting in errors. Raises ValueError that says how to write it where it can be read in two ways, ConfigError where it is a broken list or mapping.
+    `where` names the setting in errors. Raises ValueError that says how to write it where it can be read in two ways, ConfigError where
+    it is a broken list or mapping.
     """
     kinds, bare = scalar_kinds(annotation), text.strip()
     if not bare:
