@@ -17,7 +17,6 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterable
@@ -29,6 +28,7 @@ from typing import IO, Any, TextIO
 from launchers.hostfile import HostfileLaunch, environment_file, ssh_command, without_secrets
 from launchers.hostfile_rank import MARK
 from launchers.local import ECHO, FORWARDED, PEACEFUL, TAIL_LINES
+from megatron_hypenet.atomic_files import temporary_folder
 from megatron_hypenet.errors import SetupError
 
 _DEEPSPEED_LINE = re.compile(r"\[\d{4}-\d\d-\d\d [\d:,]+\] \[[A-Z]+\] \[\w+\.py:\d+:\w+\] ")
@@ -55,8 +55,8 @@ def run(launch: HostfileLaunch) -> int:
 
     When it returns no rank is left on any host that ssh still reaches. Raises SetupError when the start or a connection failed.
     """
-    with tempfile.TemporaryDirectory(prefix="hypenet-") as folder:
-        values = Path(folder) / "environment"
+    with temporary_folder() as folder:
+        values = folder / "environment"
         values.touch(mode=0o600)
         values.write_text(environment_file(launch.variables), encoding="utf-8")
         with _Job(launch, values) as job:

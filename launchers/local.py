@@ -11,12 +11,10 @@ import ctypes
 import os
 import queue
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,6 +24,7 @@ from types import FrameType
 from typing import Any
 
 from launchers.command import UNDER_WAY, hypenet_command, place, threads_per_process
+from megatron_hypenet.atomic_files import temporary_folder
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 """Signals that are handed to every process: SIGTERM and SIGUSR2 ask a run to save and leave, SIGINT is the keyboard."""
@@ -85,12 +84,8 @@ def run(launch: LocalLaunch) -> int:
 
     Nothing outlives this function, nor this process if it is killed: stragglers and what they started are ended with SIGKILL.
     """
-    logs = Path(tempfile.mkdtemp(prefix="hypenet-"))
-    try:
-        with held_port() as port, _Group(launch, logs, port) as group:
-            return group.wait()
-    finally:
-        shutil.rmtree(logs, ignore_errors=True)
+    with temporary_folder() as logs, held_port() as port, _Group(launch, logs, port) as group:
+        return group.wait()
 
 
 @contextlib.contextmanager

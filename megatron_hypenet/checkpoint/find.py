@@ -23,7 +23,7 @@ def resolve(path: Path | str) -> Path:
         return path
     if not path.exists():
         raise CheckpointError(f"{path} does not exist; give a checkpoint folder, or the run folder that holds its iter_XXXXXXX folders")
-    candidates = fmt.iteration_folders(path) or fmt.iteration_folders(path / "checkpoints")
+    candidates = fmt.iteration_folders(path) or fmt.iteration_folders(path / fmt.CHECKPOINTS)
     skipped: list[str] = []
     for folder in reversed(candidates):
         reason = _why_unusable(folder)

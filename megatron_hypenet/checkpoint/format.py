@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron_hypenet.atomic_files import target_of, temporary_beside, was_replaced
 from megatron_hypenet.errors import CheckpointError, SetupError, is_disk_full
 
 WEIGHTS = "weights"
@@ -32,11 +33,13 @@ CONFIG = "config.yaml"
 MANIFEST = "manifest.json"
 COMMITTED = "COMMITTED"
 
+CHECKPOINTS = "checkpoints"
+"""Folder of a training stage that holds its saves, an iter_XXXXXXX folder each."""
+
 OPTIMIZER_STATES = ("fp32_param", "exp_avg", "exp_avg_sq")
 """Adam's state per parameter: fp32 master weight and the two moments, each stored under its canonical name."""
 
 _ITERATION = re.compile(r"iter_(\d{7,})")
-_TEMPORARY = re.compile(r"\.(.+)\.(tmp|old)-\d+")
 
 
 def iteration_name(step: int) -> str:
@@ -63,11 +66,6 @@ def is_committed(folder: Path) -> bool:
     return (folder / COMMITTED).is_file()
 
 
-def is_temporary(folder: Path) -> bool:
-    """Whether this is the name of an unfinished save, or of a checkpoint on its way out."""
-    return _TEMPORARY.fullmatch(folder.name) is not None
-
-
 def fsync_path(path: Path) -> None:
     """Force one file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -85,11 +83,6 @@ def fsync_tree(folder: Path) -> None:
         fsync_path(Path(root))
 
 
-def temporary_sibling(target: Path, pid: int) -> Path:
-    """Where the save of `target` by process `pid` is assembled."""
-    return target.parent / f".{target.name}.tmp-{pid}"
-
-
 def refuse_existing(target: Path, overwrite: bool) -> None:
     """CheckpointError if something is already at `target` and may not be replaced."""
     if (target.exists() or target.is_symlink()) and not overwrite:
@@ -105,7 +98,7 @@ def commit(temporary: Path, target: Path, *, overwrite: bool) -> None:
     refuse_existing(target, overwrite)
     aside = None
     if target.exists():
-        aside = target.parent / f".{target.name}.old-{os.getpid()}"
+        aside = temporary_beside(target, kind="old")
         os.replace(target, aside)
     try:
         os.replace(temporary, target)
@@ -121,15 +114,13 @@ def commit(temporary: Path, target: Path, *, overwrite: bool) -> None:
 def remove_stale(parent: Path) -> list[Path]:
     """Delete what interrupted saves left under `parent` and return it. Only for a folder with one writer: a run's own checkpoints.
 
-    A save that was finished but for its last rename (the marker is written after everything else has reached the disk) gets its name.
+    A save that was finished but for its last rename (the marker is written after everything else has reached the disk) gets its name, and
+    so does one that was being replaced when nothing has taken its place.
     """
     stale = []
-    for entry in sorted(parent.iterdir()) if parent.is_dir() else []:
-        match = _TEMPORARY.fullmatch(entry.name)
-        if match is None:
-            continue
-        target = parent / match.group(1)
-        if match.group(2) == "tmp" and is_committed(entry) and not (target.exists() or target.is_symlink()):
+    left = [(entry, target) for entry in parent.iterdir() if (target := target_of(entry)) is not None] if parent.is_dir() else []
+    for entry, target in sorted(left, key=lambda pair: (was_replaced(pair[0]), pair[0])):  # what was finished comes before what it replaces
+        if is_committed(entry) and not (target.exists() or target.is_symlink()):
             os.replace(entry, target)
             fsync_path(parent)
         else:
@@ -143,7 +134,7 @@ def remove_stale(parent: Path) -> list[Path]:
 def staged(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Temporary folder that becomes `target` when the block ends without an exception; removed otherwise. One process only."""
     refuse_existing(target, overwrite)
-    temporary = temporary_sibling(target, os.getpid())
+    temporary = temporary_beside(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)

@@ -11,6 +11,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_hypenet.atomic_files import temporary_beside
 from megatron_hypenet.checkpoint import format as fmt
 from megatron_hypenet.checkpoint.manifest import write_manifest
 from megatron_hypenet.checkpoint.pending import PendingSave
@@ -78,7 +79,7 @@ def begin_save(
     here, one part after the other. Both write the same bytes. On any failure the temporary folder is removed and all processes raise.
     """
     folder = Path(folder)
-    temporary = fmt.temporary_sibling(folder, from_first(os.getpid()))
+    temporary = temporary_beside(folder, pid=from_first(os.getpid()))
     manifest = {"kind": kind, "stage": state.stage, "extra": {"step": state.step, **(extra or {})}}
     save = PendingSave(folder, temporary, overwrite=overwrite, manifest=manifest)
     try:

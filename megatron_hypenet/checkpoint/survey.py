@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_hypenet.atomic_files import is_temporary
 from megatron_hypenet.checkpoint import format as fmt
 from megatron_hypenet.checkpoint.manifest import FORMAT_VERSION, Manifest, file_problems, read_manifest
 from megatron_hypenet.errors import CheckpointError
@@ -66,7 +67,7 @@ def _checkpoints(folder: Path, depth: int) -> Iterator[Path]:
 
 
 def _looks_like_one(folder: Path) -> bool:
-    name = fmt.iteration_of(folder) is not None or fmt.is_temporary(folder)
+    name = fmt.iteration_of(folder) is not None or is_temporary(folder)
     return name or fmt.is_committed(folder) or (folder / fmt.WEIGHTS / "metadata.json").is_file()
 
 
@@ -90,7 +91,7 @@ def look_at(folder: Path) -> Found:
 
 
 def _state(folder: Path) -> tuple[str, str | None, Manifest | None]:
-    if fmt.is_temporary(folder):
+    if is_temporary(folder):
         return UNFINISHED, "left by a save that was interrupted, or one that is running; the run's next start clears it away", None
     if not fmt.is_committed(folder):
         return UNCOMMITTED, f"it has no {fmt.COMMITTED} marker", None

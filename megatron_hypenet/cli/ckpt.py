@@ -116,9 +116,10 @@ def diff_command(
 
 def resolve_any(path: Path) -> Path:
     """A checkpoint folder as it is, usable or not; else the newest usable one below a stage folder."""
+    from megatron_hypenet.atomic_files import is_temporary
     from megatron_hypenet.checkpoint import format as fmt
 
-    one = fmt.iteration_of(path) is not None or fmt.is_temporary(path) or (path / fmt.MODEL_JSON).is_file()
+    one = fmt.iteration_of(path) is not None or is_temporary(path) or (path / fmt.MODEL_JSON).is_file()
     if path.is_dir() and one:
         return path
     from megatron_hypenet.checkpoint.find import resolve

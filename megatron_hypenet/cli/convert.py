@@ -14,6 +14,7 @@ import typer
 from megatron_hypenet.cli.options import DryRunOption, JsonOption
 from megatron_hypenet.config.model import LogitsScaling, ModelConfig, check_logits_scaling
 from megatron_hypenet.errors import UsageError
+from megatron_hypenet.ownership import writing
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -61,7 +62,8 @@ def import_command(
     result = {"verb": "convert import", "source": str(hf_dir), "destination": str(ckpt_dir), "kind": plan.kind, "dry_run": dry_run}
     result |= {"tensors": len(plan.weights), "parameters": mapping.num_parameters(plan.config), "source_bytes": plan.weights.total_bytes()}
     if not dry_run:
-        from_hf.import_hf(hf_dir, ckpt_dir, dtype=dtype, overwrite=overwrite, progress=_progress)
+        with writing(ckpt_dir):
+            from_hf.import_hf(hf_dir, ckpt_dir, dtype=dtype, overwrite=overwrite, progress=_progress)
     _finish(result, plan.config, started, as_json)
 
 
@@ -95,7 +97,8 @@ def export_command(
     result |= {"tensors": len(plan.dtypes), "files": len(plan.shards), "bytes": plan.bytes()}
     result["attn_logits_scaling"] = plan.config.attn_logits_scaling
     if not dry_run:
-        to_hf.export_hf(ckpt_dir, hf_dir, **options, overwrite=overwrite, progress=_progress)
+        with writing(hf_dir):
+            to_hf.export_hf(ckpt_dir, hf_dir, **options, overwrite=overwrite, progress=_progress)
     _finish(result, plan.config, started, as_json)
 
 

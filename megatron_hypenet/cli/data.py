@@ -11,6 +11,7 @@ import typer
 
 from megatron_hypenet.cli.options import DryRunOption, JsonOption
 from megatron_hypenet.errors import DataError, UsageError
+from megatron_hypenet.ownership import writing
 
 app = typer.Typer(
     help="Prepare and inspect training data.",
@@ -72,7 +73,8 @@ def prepare(
         if sys.stderr.isatty():
             print(f"\r{count:,} documents", end="", file=sys.stderr, flush=True)
 
-    counts = prepare_file(source, out, loaded, text_key=text_key, on_documents=progress)
+    with writing(out):
+        counts = prepare_file(source, out, loaded, text_key=text_key, on_documents=progress)
     content = {"out": str(out), "documents": counts.documents, "tokens": counts.tokens}
     _say(as_json, content, f"{out}: {counts.documents:,} documents, {counts.tokens:,} tokens")
 
@@ -133,5 +135,6 @@ def merge(
         total = sum(len(open_tokens(prefix).tokens) for prefix in prefixes)
         _say(as_json, {"out": str(out), "tokens": total}, f"would join {len(prefixes)} pairs with {total:,} tokens into {out}")
         return
-    counts = merge_files(prefixes, out)
+    with writing(out):
+        counts = merge_files(prefixes, out)
     _say(as_json, {"out": str(out), "documents": counts.documents, "tokens": counts.tokens}, f"{out}: {counts.tokens:,} tokens")

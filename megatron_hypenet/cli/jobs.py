@@ -7,6 +7,7 @@ everywhere; the job script therefore notes each start and end in logs/job-ID/eve
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,9 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from megatron_hypenet.errors import DataError, SetupError
+from megatron_hypenet.errors import DataError, SetupError, UsageError
+
+logger = logging.getLogger(__name__)
 
 LIVE = frozenset({"PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "STAGE_OUT", "SIGNALING"})
 """SLURM's states of a job that runs or will."""
@@ -109,7 +112,7 @@ class Jobs:
             exclude=tuple(exclude),
         )
         self.all.append(job)
-        from megatron_hypenet.engine.run_folder import write_json
+        from megatron_hypenet.atomic_files import write_json
 
         write_json(self.file, {"jobs": [asdict(job) for job in self.all]})
         return job
@@ -150,6 +153,23 @@ class Jobs:
         if last == "ended with code 0":
             return JobState(state="COMPLETED", live=False)
         return JobState(state="CANCELLED" if last.startswith("cancelled") else "FAILED", live=False, reason=last)
+
+
+def refuse_live_jobs(run_folder: Path) -> None:
+    """Raise UsageError while jobs of the run in this folder wait or run; where there is no SLURM, what the jobs noted themselves counts."""
+    if not (run_folder / "jobs.json").is_file() or not (run_folder / "config.yaml").is_file():
+        return
+    jobs = Jobs(run_folder)
+    try:
+        states = jobs.states()
+    except SetupError as error:
+        logger.warning("%s has jobs of SLURM, which does not say whether they still run: %s", run_folder, error)
+        return
+    if live := [job.id for job in jobs.all if states[job.id].live]:
+        raise UsageError(
+            f"{run_folder} has jobs that are not done ({', '.join(map(str, live))}), and two would write over each other; "
+            f"`hypenet status {run_folder}` shows them, `hypenet cancel {run_folder}` ends them"
+        )
 
 
 def queue(ids: Sequence[int]) -> dict[int, JobState]:

@@ -10,7 +10,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,6 +56,7 @@ def prepared(run: RunConfig, *, overwrite: bool = False, nproc: int | None = Non
     Where several processes are needed and no launcher started them, they are started here, and this one leaves with their exit code.
     """
     found = checked(run, overwrite=overwrite, nproc=nproc)
+    refuse_in_use(run.output_dir)
     processes.start_here(found.num_processes)
     if processes.speaks():
         warn(run, found)
@@ -70,40 +71,53 @@ def prepared(run: RunConfig, *, overwrite: bool = False, nproc: int | None = Non
     from megatron_hypenet.engine.steps import Runner
     from megatron_hypenet.parallel import groups
 
-    groups.init_parallel(run.parallel, seed=run.seed, collective_minutes=collective_minutes(run.guard))
-    try:
-        folder, is_main = RunFolder(run.output_dir), groups.rank() == 0
+    folder, is_main = RunFolder(run.output_dir), processes.speaks()
+    with ExitStack() as stack:
+        if is_main:
+            stack.enter_context(folder.owned())
+        stack.callback(groups.destroy_parallel)
+        groups.init_parallel(run.parallel, seed=run.seed, collective_minutes=collective_minutes(run.guard))
         if is_main:
             folder.prepare(run, overwrite=overwrite)
         groups.barrier()
         screen = Screen(Clock(planned_work(run, found.shape)), folder.log_file, is_main=is_main)
-        try:
-            halo = Halo(
-                run=run,
-                folder=folder,
-                import_teacher=import_teacher,
-                export_student=lambda checkpoint, out: export_student(run, checkpoint, out),
-                on_step=screen.on_step,
-                on_part=screen.part,
-                log=screen.train_line,
-            )
-            steps = halo.steps()
-            screen.does.update({step.name: step.does for step in steps})
-            runner = Runner(
-                run,
-                folder,
-                steps,
-                is_main=is_main,
-                barrier=groups.barrier,
-                announce=screen.announce,
-                may_start=lambda step: leave_if_stopped(f"step {step}", [folder.root]),
-            )
-            with watched(folder.root, run.guard), leaving_at_once():
-                yield Pipeline(run=run, folder=folder, halo=halo, runner=runner, screen=screen, is_main=is_main)
-        finally:
-            screen.close()
-    finally:
-        groups.destroy_parallel()
+        stack.callback(screen.close)
+        halo = Halo(
+            run=run,
+            folder=folder,
+            import_teacher=import_teacher,
+            export_student=lambda checkpoint, out: export_student(run, checkpoint, out),
+            on_step=screen.on_step,
+            on_part=screen.part,
+            log=screen.train_line,
+        )
+        steps = halo.steps()
+        screen.does.update({step.name: step.does for step in steps})
+        runner = Runner(
+            run,
+            folder,
+            steps,
+            is_main=is_main,
+            barrier=groups.barrier,
+            announce=screen.announce,
+            may_start=lambda step: leave_if_stopped(f"step {step}", [folder.root]),
+        )
+        with watched(folder.root, run.guard), leaving_at_once():
+            yield Pipeline(run=run, folder=folder, halo=halo, runner=runner, screen=screen, is_main=is_main)
+
+
+def refuse_in_use(folder: Path) -> None:
+    """Raise UsageError when another command or a job of SLURM works in the run folder; for the command that a person gives.
+
+    It costs little and comes before anything is started. Who then writes into the folder owns it (RunFolder.owned).
+    """
+    from megatron_hypenet.cli.jobs import refuse_live_jobs
+    from megatron_hypenet.ownership import refuse_if_owned
+
+    if under_way() or processes.join() is not None:
+        return
+    refuse_if_owned(folder)
+    refuse_live_jobs(folder)
 
 
 def checked(run: RunConfig, *, overwrite: bool = False, nproc: int | None = None, world_size: int | None = None) -> Checked:

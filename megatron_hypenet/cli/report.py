@@ -39,7 +39,8 @@ def report(
     else:
         from megatron_hypenet.engine.report import draw_report
 
-        draw_report(folder)
+        with folder.owned():
+            draw_report(folder)
     show(folder, as_json=as_json)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from megatron_hypenet.atomic_files import replacing
 from megatron_hypenet.cli import processes
 from megatron_hypenet.cli.options import (
     ContextParallelOption,
@@ -180,23 +181,14 @@ def compute(
 
 def write_result(out: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Write atomically: the file appears whole or not at all. UsageError when the place cannot be written."""
-    import contextlib
-    import os
-
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary)
-        with temporary.open("rb") as stream:
-            os.fsync(stream.fileno())
-        os.replace(temporary, out)
+        with replacing(out) as temporary:
+            save_file(tensors, temporary)
     except (OSError, SafetensorError) as error:
         if is_disk_full(error):
             raise SetupError(f"--out {out}: no space left on the disk; free space or choose another place") from error
         raise UsageError(f"--out {out}: cannot be written: {error}; choose a writable place") from error
-    finally:
-        with contextlib.suppress(OSError):  # the error above says more than that there is nothing to clear away
-            temporary.unlink(missing_ok=True)

@@ -62,7 +62,7 @@ def rank(
 
     Example: hypenet select rank --scores scores.json --num-attention 7 --out mixers.json
     """
-    from megatron_hypenet.engine.run_folder import write_json
+    from megatron_hypenet.atomic_files import write_json
     from megatron_hypenet.errors import UsageError
     from megatron_hypenet.stages.select import load_scores
     from megatron_hypenet.stages.select import rank as rank_layers

@@ -67,6 +67,7 @@ def submit(
 
       hypenet submit configs/run/quickstart.yaml --cluster my.yaml cluster.requeue.limit=3 --dry-run
     """
+    from megatron_hypenet.cli.pipeline import refuse_in_use
     from megatron_hypenet.config.cluster import load_cluster_config
     from megatron_hypenet.config.loader import load_run_config
     from megatron_hypenet.errors import UsageError
@@ -77,6 +78,8 @@ def submit(
     profile = load_cluster_config(cluster, for_cluster)
     settings = load_run_config(config, collect_overrides(for_run, tp=tp, pp=pp, cp=cp))
     profile = with_measured_grace(profile, settings.output_dir)
+    if not (test_only or dry_run):
+        refuse_in_use(settings.output_dir)
     scripts = checked_scripts(settings, profile, chain=chain, overwrite=overwrite)
     if test_only:
         try_out(scripts)
@@ -146,27 +149,21 @@ def show_scripts(scripts: Sequence[JobScript], *, as_json: bool) -> None:
 
 def send(settings: RunConfig, profile: ClusterConfig, scripts: Sequence[JobScript], *, after: int | None, overwrite: bool) -> list[Job]:
     """Make the run folder, write the scripts into it and submit them in order. Raises UsageError while jobs of this run are alive."""
-    from megatron_hypenet.cli.jobs import Jobs
-    from megatron_hypenet.engine.run_folder import RunFolder, write_text
-    from megatron_hypenet.errors import UsageError
+    from megatron_hypenet.atomic_files import write_text
+    from megatron_hypenet.cli.jobs import Jobs, refuse_live_jobs
+    from megatron_hypenet.engine.run_folder import RunFolder
 
     folder = RunFolder(settings.output_dir)
-    if folder.config_file.is_file():
-        earlier = Jobs(folder.root)
-        alive = [job.id for job in earlier.all if earlier.states()[job.id].live]
-        if alive:
-            raise UsageError(
-                f"{folder.root} has jobs that are not done ({', '.join(map(str, alive))}), and two would write over each other; "
-                f"`hypenet status {folder.root}` shows them, `hypenet cancel {folder.root}` ends them"
-            )
-    folder.prepare(settings, overwrite=overwrite)
-    folder.log_file.parent.mkdir(parents=True, exist_ok=True)
-    jobs = Jobs(folder.root)
-    sent: list[Job] = []
-    for script in scripts:
-        write_text(script.path, script.text)
-        before = sent[-1].id if sent else after
-        sent.append(jobs.submit(script.path, script.part, after=before, exclude=profile.exclude))
+    with folder.owned():
+        refuse_live_jobs(folder.root)  # again: of two that submit at the same time, one was first
+        folder.prepare(settings, overwrite=overwrite)
+        folder.log_file.parent.mkdir(parents=True, exist_ok=True)
+        jobs = Jobs(folder.root)
+        sent: list[Job] = []
+        for script in scripts:
+            write_text(script.path, script.text)
+            before = sent[-1].id if sent else after
+            sent.append(jobs.submit(script.path, script.part, after=before, exclude=profile.exclude))
     return sent
 
 

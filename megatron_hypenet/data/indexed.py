@@ -6,7 +6,6 @@ documents. Megatron is imported where it is used: it takes seconds and looks for
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from megatron_hypenet.atomic_files import temporary_beside
 from megatron_hypenet.errors import DataError, SetupError, is_disk_full
 
 _INDEX_MAGIC = b"MMIDIDX\x00\x00"
@@ -48,7 +48,7 @@ class TokenFileWriter:
         self.prefix = prefix
         self.num_documents = self.num_tokens = 0
         prefix.parent.mkdir(parents=True, exist_ok=True)
-        self._partial = prefix.with_name(f".{prefix.name}.partial{os.getpid()}")
+        self._partial = temporary_beside(prefix)
         indexed = _megatron()
         id_type = indexed.DType.optimal_dtype(vocab_size) if dtype is None else np.dtype(dtype).type
         self._builder = indexed.IndexedDatasetBuilder(str(token_paths(self._partial)[0]), id_type)

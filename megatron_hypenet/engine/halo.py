@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_hypenet.atomic_files import write_json
 from megatron_hypenet.checkpoint.load import read_manifest, read_model_config, resolve, tokenizer_dir
 from megatron_hypenet.config.schema import RunConfig
 from megatron_hypenet.engine import material, run_stage
@@ -20,7 +21,7 @@ from megatron_hypenet.engine.heartbeat import PULSE
 from megatron_hypenet.engine.loop import train
 from megatron_hypenet.engine.metrics import StepRecord
 from megatron_hypenet.engine.report import draw_importance, draw_report, row_line, write_report
-from megatron_hypenet.engine.run_folder import RunFolder, write_json
+from megatron_hypenet.engine.run_folder import RunFolder
 from megatron_hypenet.engine.steps import Runner, Step, identity_of, read_json
 from megatron_hypenet.errors import CheckpointError
 from megatron_hypenet.model.hypenet import HypeNetModel

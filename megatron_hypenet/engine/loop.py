@@ -39,12 +39,10 @@ from megatron_hypenet.stages.base import Batch, StageModule
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINTS = "checkpoints"
-
 
 def finished_checkpoint(out_dir: Path, config: StageConfig) -> Path | None:
     """The checkpoint of a stage that has done all its steps, or None."""
-    folders = [folder for folder in fmt.iteration_folders(out_dir / CHECKPOINTS) if fmt.is_committed(folder)]
+    folders = [folder for folder in fmt.iteration_folders(out_dir / fmt.CHECKPOINTS) if fmt.is_committed(folder)]
     done = [folder for folder in folders if (fmt.iteration_of(folder) or 0) >= config.train_iters]
     return done[-1] if done else None
 
@@ -117,7 +115,7 @@ class _Trainer:
         """Build the engine, continue from a checkpoint if there is one, and open the logs."""
         PULSE.begin(self.stage.name, train_iters=self.config.train_iters)
         reset_peak_memory()
-        self.saver = Saver(self.out_dir / CHECKPOINTS, self.run.checkpoint)
+        self.saver = Saver(self.out_dir / fmt.CHECKPOINTS, self.run.checkpoint)
         self.engine = TrainingEngine(self.stage, self.config, self.run.parallel)
         self.step_times = StepTimes(self.engine.own_time)
         self.state = TrainState(stage=self.stage.name, seed=self.run.data.seed, layout=self._layout())

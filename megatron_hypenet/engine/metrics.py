@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -18,6 +17,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from megatron_hypenet.atomic_files import write_text
 from megatron_hypenet.engine.hardware import Workload
 
 TAGS = {
@@ -97,9 +97,7 @@ class LossLog:
     def __init__(self, path: Path, resumed_step: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= resumed_step]
-        temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        os.replace(temporary, path)
+        write_text(path, "".join(line + "\n" for line in kept))
         self._stream: IO[str] = path.open("a", buffering=1)
 
     def append(self, step: int, loss: float | None, grad_norm: float | None, lr: float) -> None:

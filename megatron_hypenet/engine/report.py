@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megatron_hypenet.atomic_files import write_json
 from megatron_hypenet.config.schema import RunConfig
-from megatron_hypenet.engine.run_folder import RunFolder, write_json
+from megatron_hypenet.engine.run_folder import RunFolder
 from megatron_hypenet.engine.steps import read_json, software
 from megatron_hypenet.stages.select import Selection
 

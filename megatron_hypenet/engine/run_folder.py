@@ -12,17 +12,22 @@ run continues and no step is done again, because manifest.json lists it as added
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from megatron_hypenet import ownership
+from megatron_hypenet.atomic_files import is_temporary, sweep, write_json, write_text
+from megatron_hypenet.checkpoint import format as fmt
 from megatron_hypenet.config.loader import completed, dump_config, read_stored
 from megatron_hypenet.config.schema import STAGES, RunConfig
 from megatron_hypenet.errors import ConfigError, DataError, UsageError
@@ -131,25 +136,50 @@ class RunFolder:
         if (stop := stop_file([self.root, *map(self.stage, STAGES)])) is not None:
             raise UsageError(f"{stop} asks for a stop, and it was there before this command; delete it to start or continue the run")
 
-    def prepare(self, run: RunConfig, *, overwrite: bool = False) -> None:
-        """Create the folder for `run`, or check that `run` may continue in it; writes config.yaml.
+    @contextmanager
+    def owned(self) -> Iterator[None]:
+        """Own the folder for the block, which may then write into it; made if it is missing. What killed processes left is removed.
 
-        Raises ConfigError that names the differing settings, UsageError when the folder holds something that is no run.
+        Raises UsageError when the folder holds something that is no run, and when another process owns it (ownership.py).
         """
         for place in (self.root, *self.root.parents):
             if place.exists() and not place.is_dir():
                 raise UsageError(f"output_dir={self.root}: {place} is a file, not a folder; choose another output_dir")
-        present = self.root.is_dir() and any(self.root.iterdir())
-        if present and not self.config_file.is_file():
+        if not self.config_file.is_file() and not all(map(is_temporary, self._content())):
             raise UsageError(f"{self.root} is not empty and is not a run folder (it has no config.yaml); choose another output_dir")
-        if present and overwrite:
-            shutil.rmtree(self.root)
-        elif present:
-            self.check_same(run)
         self.root.mkdir(parents=True, exist_ok=True)
+        try:
+            # `submit` still owns the folder while the first of its jobs may start already
+            patience = 60.0 if "SLURM_JOB_ID" in os.environ else 1.0
+            with ownership.owning(self.root, inside=True, patience_seconds=patience):
+                for stage in STAGES:  # before the sweep: a save that was finished but for its name gets it
+                    fmt.remove_stale(self.stage(stage) / fmt.CHECKPOINTS)
+                sweep(self.root)
+                yield
+        finally:
+            with contextlib.suppress(OSError):
+                self.root.rmdir()  # if it is still empty
+
+    def prepare(self, run: RunConfig, *, overwrite: bool = False) -> None:
+        """Make the folder, which this process owns, ready for `run`, or check that `run` may continue in it; writes config.yaml.
+
+        Raises ConfigError that names the differing settings.
+        """
+        if overwrite:
+            for entry in self._content():
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry)
+                else:
+                    entry.unlink()
+        else:
+            self.check_same(run)
         if added := self.added_settings(run):  # before config.yaml has them, too
             write_json(self.manifest_file, {**self._manifest(), "format_version": 1, "added_settings": sorted(added)})
         write_text(self.config_file, dump_config(run))
+
+    def _content(self) -> list[Path]:
+        """What the folder holds beside the name of its owner."""
+        return [entry for entry in self.root.iterdir() if entry.name != ownership.FILE] if self.root.is_dir() else []
 
     def check_same(self, run: RunConfig) -> None:
         """ConfigError unless `run` has the stored settings, those in MAY_CHANGE aside; does nothing for a new folder."""
@@ -261,25 +291,6 @@ def files_identity(path: Path) -> list[list[Any]]:
     files = sorted(entry for entry in path.rglob("*") if entry.is_file()) if path.is_dir() else [path] if path.is_file() else []
     base = path if path.is_dir() else path.parent
     return [[file.relative_to(base).as_posix(), file.stat().st_size, _sampled_hash(file)] for file in files]
-
-
-def write_json(path: Path, payload: Any) -> None:
-    """Write JSON atomically: readers see the old file or the whole new one."""
-    write_text(path, json.dumps(payload, indent=2, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small text file atomically, through a temporary sibling that has reached the disk before it takes the name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _sampled_hash(file: Path) -> str:

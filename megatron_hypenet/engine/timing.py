@@ -16,7 +16,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from megatron_hypenet.engine.run_folder import write_json
+from megatron_hypenet.atomic_files import write_json
 
 FILE = "timing.json"
 

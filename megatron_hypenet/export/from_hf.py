@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from shutil import copyfile
 import torch
 from torch import Tensor
 
+from megatron_hypenet.atomic_files import temporary_folder
 from megatron_hypenet.checkpoint import save
 from megatron_hypenet.checkpoint.format import is_committed, refuse_existing
 from megatron_hypenet.checkpoint.shards import LazyTensor
@@ -47,11 +47,11 @@ def import_hf(
     say = _Progress(progress, plan)
     tensors = {entry.ours: _lazy(plan, entry, _target_dtype(plan, entry, dtype), failures, say) for entry in plan.entries}
     extra = {"hf_config": plan.hf_config, "generation_config": hf_folder.read_generation_config(hf_dir)}
-    with tempfile.TemporaryDirectory() as staging:
+    with temporary_folder() as staging:
         files = hf_folder.tokenizer_files(hf_dir)
         for file in files:
-            copyfile(file, Path(staging) / file.name)
-        tokenizer = Path(staging) if files else None
+            copyfile(file, staging / file.name)
+        tokenizer = staging if files else None
         try:
             save.write_weights(ckpt_dir, tensors, plan.config, kind=plan.kind, tokenizer_dir=tokenizer, extra=extra, overwrite=overwrite)
         except CheckpointError:

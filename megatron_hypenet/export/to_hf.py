@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_hypenet.atomic_files import temporary_beside
 from megatron_hypenet.checkpoint import format as fmt
 from megatron_hypenet.checkpoint import load
 from megatron_hypenet.checkpoint.shards import ShardReader
@@ -173,7 +174,7 @@ def refuse_existing(target: Path, overwrite: bool) -> None:
 @contextmanager
 def _staged(target: Path, overwrite: bool) -> Iterator[Path]:
     """A temporary sibling that becomes `target` when the block ends well and is removed otherwise."""
-    temporary = target.parent / f".{target.name}.tmp-{os.getpid()}"
+    temporary = temporary_beside(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
@@ -181,7 +182,7 @@ def _staged(target: Path, overwrite: bool) -> Iterator[Path]:
         yield temporary
         fmt.fsync_tree(temporary)
         refuse_existing(target, overwrite)
-        aside = target.parent / f".{target.name}.old-{os.getpid()}"
+        aside = temporary_beside(target, kind="old")
         if target.exists():
             os.replace(target, aside)
         os.replace(temporary, target)

@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 
 PACKAGE = "megatron_hypenet"
-ORDER = ["errors", "untrusted", "config", "ops", "parallel", "model", "data", "eval", "stages", "checkpoint", "engine", "cli"]
+ORDER = [
+    "errors", "untrusted", "atomic_files", "ownership", "config", "ops", "parallel", "model", "data", "eval", "stages", "checkpoint",
+    "engine", "cli",
+]  # fmt: skip
 SEES = {part: set(ORDER[: index + 1]) for index, part in enumerate(ORDER)}
-# beside the line: export sees five parts only, and only the command may use it
-SEES["export"] = {"errors", "untrusted", "config", "model", "checkpoint", "export"}
+# beside the line: export sees six parts only, and only the command may use it
+SEES["export"] = {"errors", "untrusted", "atomic_files", "config", "model", "checkpoint", "export"}
 SEES["cli"] |= {"export"}
 SEES["__main__"] = {"cli"}
 SEES["__init__"] = set()

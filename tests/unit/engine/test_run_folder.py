@@ -5,9 +5,11 @@ import json
 import pytest
 import yaml
 
+from megatron_hypenet import ownership
+from megatron_hypenet.atomic_files import write_json
 from megatron_hypenet.config.loader import load_run_config
 from megatron_hypenet.config.schema import RunConfig
-from megatron_hypenet.engine.run_folder import RunFolder, difference, files_identity, fingerprint_of, settled, write_json
+from megatron_hypenet.engine.run_folder import RunFolder, difference, files_identity, fingerprint_of, settled
 from megatron_hypenet.errors import ConfigError, DataError, UsageError
 
 STAGE = {"train_iters": 2, "seq_length": 8, "micro_batch_size": 1, "global_batch_size": 2, "lr": 1e-3, "min_lr": 1e-4}
@@ -132,7 +134,8 @@ def test_a_folder_of_something_else_is_never_touched(folder, overwrite):
     folder.root.mkdir()
     (folder.root / "thesis.tex").touch()
     with pytest.raises(UsageError, match="not a run folder"):
-        folder.prepare(config(folder.root), overwrite=overwrite)
+        with folder.owned():
+            folder.prepare(config(folder.root), overwrite=overwrite)
     assert (folder.root / "thesis.tex").exists()
 
 
@@ -197,4 +200,29 @@ def test_a_file_in_the_place_of_a_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("x")
     for root in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(UsageError, match="file is a file, not a folder; choose another output_dir"):
-            RunFolder(root).prepare(config(root))
+            with RunFolder(root).owned():
+                RunFolder(root).prepare(config(root))
+
+
+def test_the_owner_finds_no_leftovers_and_its_own_mark_counts_for_nothing(folder):
+    folder.root.mkdir()
+    (folder.root / ".config.yaml.tmp-3").write_text("a start that was killed")
+    with folder.owned():
+        assert [path.name for path in folder.root.iterdir()] == [ownership.FILE]
+        folder.prepare(config(folder.root))
+        (folder.root / "align" / "checkpoints" / ".iter_0000001.tmp-9").mkdir(parents=True)
+        (folder.root / ".teacher.tmp-3").mkdir()
+    with folder.owned():
+        folder.prepare(config(folder.root))
+        left = {str(path.relative_to(folder.root)) for path in folder.root.rglob("*")}
+        assert left == {ownership.FILE, "config.yaml", "align", "align/checkpoints"}
+        folder.prepare(config(folder.root), overwrite=True)
+        assert {path.name for path in folder.root.iterdir()} == {ownership.FILE, "config.yaml"}
+    assert not (folder.root / ownership.FILE).exists()
+
+
+def test_a_second_owner_is_refused_and_an_empty_folder_does_not_stay(folder):
+    with folder.owned():
+        with pytest.raises(UsageError, match="is in use by process"), RunFolder(folder.root.parent / "x" / ".." / "run").owned():
+            pass
+    assert not folder.root.exists()

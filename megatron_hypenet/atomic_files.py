@@ -1,0 +1,120 @@
+"""Write files that appear whole or not at all, under temporary names that tell who writes them.
+
+A file or folder is made under a temporary name beside its target, brought to the disk, and renamed. What a killed process leaves under
+such a name is recognised by it, and removed by whoever owns the target next (`sweep`; see ownership.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+# .NAME.tmp-4711, .NAME.old-4711, .NAME.tmp-4711.bin; .NAME.partial4711.bin was written by version 0.1
+_TEMPORARY = re.compile(r"\.(?P<target>.+)\.(?:(?P<kind>tmp|old)-|partial)(?P<pid>\d+)(?P<suffix>\.\w+)?")
+
+
+def temporary_beside(target: Path, *, kind: str = "tmp", pid: int | None = None) -> Path:
+    """Return the name under which this process, or process `pid`, makes `target`, or with kind "old" keeps what it is about to replace."""
+    return target.with_name(f".{target.name}.{kind}-{os.getpid() if pid is None else pid}")
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether this is the name of an unfinished file or folder, or of one that was being replaced."""
+    return _TEMPORARY.fullmatch(path.name) is not None
+
+
+def target_of(path: Path) -> Path | None:
+    """Return what the temporary `path` was to become, or was; None when its name is none of ours."""
+    match = _TEMPORARY.fullmatch(path.name)
+    return None if match is None else path.with_name(match["target"])
+
+
+def was_replaced(path: Path) -> bool:
+    """Whether the temporary `path` holds what was being replaced, not what was being made."""
+    match = _TEMPORARY.fullmatch(path.name)
+    return match is not None and match["kind"] == "old"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary name to write the file `path` under; it takes the name `path` when the block ends, and is removed on an error.
+
+    Readers see the old file or the whole new one, and the new one has reached the disk before it takes the name.
+    """
+    temporary = temporary_beside(path)
+    try:
+        yield temporary
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):  # an error of the block says more than that there is nothing to remove
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small UTF-8 text file as `replacing` does; its folder is made if it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, payload: Any) -> None:
+    """Write indented JSON as `write_text` does; ValueError for NaN and infinity, which JSON does not have."""
+    write_text(path, json.dumps(payload, indent=2, allow_nan=False) + "\n")
+
+
+def sweep(folder: Path, *, name: str | None = None) -> list[Path]:
+    """Remove what killed processes left below `folder`, or directly in it for the target `name`, and return it.
+
+    Only for the one process that owns the folder, or the target: whatever is there under a temporary name is then nobody's work any more.
+    What was being replaced gets its name back if nothing has taken its place. Symbolic links are not followed.
+    """
+    swept = []
+    for root, folders, files in os.walk(folder):
+        for entry in (*folders, *files):
+            path = Path(root) / entry
+            match = _TEMPORARY.fullmatch(entry)
+            if match is not None and name in (None, match["target"]):
+                swept.append(path)
+        folders[:] = [] if name is not None else [entry for entry in folders if _TEMPORARY.fullmatch(entry) is None]
+    for path in swept:
+        target = target_of(path)
+        if was_replaced(path) and target is not None and not (target.exists() or target.is_symlink()):
+            os.replace(path, target)
+        elif path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+    return swept
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """Yield a new folder in the system's place for temporary files, removed with the block; those that killed processes left go first."""
+    place = Path(tempfile.gettempdir())
+    numbers = _process_numbers()
+    for left in place.glob(f"hypenet-{numbers}-*"):
+        pid = left.name.split("-")[2]
+        with contextlib.suppress(OSError):
+            if pid.isdecimal() and not Path(f"/proc/{pid}").exists() and left.stat(follow_symlinks=False).st_uid == os.getuid():
+                shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f"hypenet-{numbers}-{os.getpid()}-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+def _process_numbers() -> str:
+    """Name the space that process numbers belong to: containers that share a folder for temporary files have one each."""
+    try:
+        return re.sub(r"\D", "", os.readlink("/proc/self/ns/pid"))
+    except OSError:
+        return "x"

@@ -1,0 +1,352 @@
+"""One writer per folder: who writes it is named in a file, and a second writer is refused with that name.
+
+The file names host, process, SLURM job and command of the owner. It is locked for as long as the owner lives, where the file system has
+locks, and its `beat` grows every few seconds. A process that finds it asks, in this order:
+
+    1. the lock: if another process holds it, the folder is in use
+    2. the process table, when the owner ran on this machine since its last start: a process that ended owns nothing
+    3. SLURM, when the owner was a job: a job that is over owns nothing, and a later start of the same job goes on
+    4. the file itself, when the owner was on another machine: if `beat` does not grow for WATCH_SECONDS, the owner is gone. Clocks of two
+       machines are never compared
+
+An owner that is gone is replaced, with a line in the log. On a network file system, where a lock may be local to one machine, the new owner
+looks once more after a moment whether the file still names it: of two that came at the same time, the last one to write goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import os
+import shlex
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from megatron_hypenet.atomic_files import sweep
+from megatron_hypenet.errors import UsageError
+from megatron_hypenet.untrusted.files import FileKind, shown
+from megatron_hypenet.untrusted.json_text import parse_json, typed
+
+logger = logging.getLogger(__name__)
+
+FILE = "owner.json"
+"""Name of the file in a folder that is owned as a whole; of another target NAME it is the sibling .NAME.owner.json."""
+
+BEAT_SECONDS = 5.0
+WATCH_SECONDS = 30.0
+"""Time without a beat after which an owner on another machine counts as gone: several beats, and the 3 to 30 s for which NFS may show an
+old state of a file (acregmin and acregmax of nfs(5); opening a file asks the server)."""
+
+_NETWORK_SETTLE_SECONDS = 2.0
+_LOCAL_FILE_SYSTEMS = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "tmpfs", "ramfs", "overlay", "f2fs", "bcachefs", "apfs"})
+_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
+_SQUEUE_SECONDS = 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Owner:
+    """The content of the file."""
+
+    host: str
+    boot: str
+    """This start of the machine's kernel and its process numbers: boot id, and pid namespace. Empty where the system does not tell."""
+    pid: int
+    started: int
+    """When the process started, in clock ticks since the start of the machine: process numbers are used again."""
+    job: str = ""
+    """SLURM job, "" outside of one."""
+    restarts: int = 0
+    """How often SLURM had started that job again."""
+    command: str
+    since: str
+    """UTC time, ISO 8601."""
+    token: str
+    """Names this ownership; no other has the same."""
+    beat: int = 0
+
+    def __str__(self) -> str:
+        job = f", SLURM job {self.job}" if self.job else ""
+        return shown(f"process {self.pid} on {self.host}{job}, since {self.since}: {self.command}", 400)
+
+
+_KIND = FileKind(error=UsageError, advice="delete it if nobody uses the folder", max_bytes=1 << 16)
+
+
+class _Unwritable(UsageError):
+    """The file that names the owner cannot be made."""
+
+
+def this_process() -> Owner:
+    """Return the record of this process as an owner."""
+    return Owner(
+        host=socket.gethostname(),
+        boot=_boot(),
+        pid=os.getpid(),
+        started=_started(os.getpid()) or 0,
+        job=job if (job := os.environ.get("SLURM_JOB_ID", "")).isdecimal() else "",
+        restarts=int(count) if (count := os.environ.get("SLURM_RESTART_COUNT", "0")).isdecimal() else 0,
+        command=shown(shlex.join(sys.argv), 300),
+        since=datetime.now(UTC).isoformat(timespec="seconds"),
+        token=uuid.uuid4().hex,
+    )
+
+
+def owner_file(target: Path, *, inside: bool) -> Path:
+    """Return where the owner of `target` is named: in the folder itself, or beside a target that is replaced as a whole."""
+    return target / FILE if inside else target.with_name(f".{target.name}.{FILE}")
+
+
+def refuse_if_owned(folder: Path) -> None:
+    """Raise UsageError when another living process owns the run folder `folder`; a question whose answer takes time is left to `owning`."""
+    path = owner_file(folder, inside=True)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return  # nobody, or nobody who could be told; `owning` says what is wrong with the folder
+    try:
+        found, free = _read(descriptor), _lock(descriptor)
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # at once: who starts now must not take this question for an owner
+        if not free or (found is not None and _known(found, this_process())):
+            raise UsageError(_refusal(folder, path, found))
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def owning(
+    target: Path, *, inside: bool, watch_seconds: float = WATCH_SECONDS, patience_seconds: float = 1.0
+) -> Iterator[None]:
+    """Own `target` for the block. UsageError, which names the owner, when another process does.
+
+    Args:
+        target: A folder, which has to exist with `inside`; else any file or folder to be written, in a folder that exists.
+        inside: Whether the owner is named in the folder itself.
+        watch_seconds: How long an owner on another machine without SLURM is watched.
+        patience_seconds: How long to wait for an owner that lives before giving up.
+    """
+    path = owner_file(target, inside=inside)
+    mine = this_process()
+    deadline = time.monotonic() + patience_seconds
+    while (descriptor := _take(target, path, mine, watch_seconds, deadline)) is None:
+        time.sleep(0.1)
+    stop = threading.Event()
+    thread = threading.Thread(target=_beat, args=(path, descriptor, mine, stop), name="ownership", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        if _names(descriptor, mine):
+            with contextlib.suppress(OSError):
+                path.unlink()
+        os.close(descriptor)
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Own the file or folder `target`, which the block makes or replaces as a whole. What killed processes left of it is removed first.
+
+    UsageError, which names the owner, when another process is making it. Where nothing can be written nothing is owned: the block says so.
+    """
+    with ExitStack() as stack:
+        with contextlib.suppress(OSError, _Unwritable):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(owning(target, inside=False))
+            sweep(target.parent, name=target.name)
+        yield
+
+
+def _take(target: Path, path: Path, mine: Owner, watch_seconds: float, deadline: float) -> int | None:
+    """Make this process the owner, and return the open, locked file; None when another try is due. UsageError after the deadline."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        raise _Unwritable(
+            f"{path}: cannot be written ({error.strerror}), and it marks a folder that is in use; choose another place"
+        ) from error
+    taken = False
+    try:
+        locked, found = _lock(descriptor), _read(descriptor)
+        lives = not locked or (found is not None and _lives(found, mine, path, watch_seconds))
+        if not _is_still(descriptor, path):
+            return None  # its owner has just removed it
+        if lives:
+            if time.monotonic() < deadline:
+                return None
+            raise UsageError(_refusal(target, path, found))
+        if found is not None:
+            logger.warning("%s was in use by %s, which is gone; this command takes its place", target, found)
+        with contextlib.suppress(OSError):  # a full disk; the lock counts, and who saves says that the disk is full
+            _write(descriptor, mine)
+        if not _is_local(path):
+            time.sleep(_NETWORK_SETTLE_SECONDS)
+            if not _names_in(path, mine):
+                raise UsageError(_refusal(target, path, _read_path(path)))
+        taken = True
+        return descriptor
+    finally:
+        if not taken:
+            os.close(descriptor)
+
+
+def _refusal(target: Path, path: Path, owner: Owner | None) -> str:
+    who = f"is in use by {owner}" if owner is not None else "is in use by another process"
+    return (
+        f"{target} {who}. Two commands in one folder would overwrite each other's work: wait for it, or end it, or choose another place. "
+        f"If it is certain that nothing uses the folder, delete {path}"
+    )
+
+
+def _lives(found: Owner, mine: Owner, path: Path, watch_seconds: float) -> bool:
+    """Whether the owner of a file that nobody has locked lives; may take `watch_seconds`."""
+    if (known := _known(found, mine)) is not None:
+        return known
+    logger.warning("%s says that %s uses the folder; waiting up to %.0f s for a sign of it", path, found, watch_seconds)
+    deadline = time.monotonic() + watch_seconds
+    while time.monotonic() < deadline:
+        time.sleep(min(1.0, watch_seconds / 10))
+        if _read_path(path) != found:
+            return True
+    return False
+
+
+def _known(found: Owner, mine: Owner) -> bool | None:
+    """Whether an owner lives, as the process table or SLURM says it; None when neither knows."""
+    if found.boot and found.boot == mine.boot:
+        return _started(found.pid) == found.started
+    if found.job and found.job == mine.job:
+        return False if found.restarts < mine.restarts else None  # SLURM starts a job again only after its end
+    return _job_lives(found.job)
+
+
+def _job_lives(job: str) -> bool | None:
+    """Whether SLURM says that a job runs; None where there is no SLURM or it does not answer."""
+    if not job.isdecimal():
+        return None
+    try:
+        words = ["squeue", "--noheader", "--states=all", "--format=%T", f"--jobs={job}"]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=_SQUEUE_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if done.returncode != 0:
+        return False if "Invalid job id" in done.stderr else None
+    # PENDING: the job waits for another start, and the one that owned the folder is over
+    return bool({"RUNNING", "SUSPENDED", "COMPLETING", "SIGNALING", "STAGE_OUT", "STOPPED"} & set(done.stdout.split()))
+
+
+def _beat(path: Path, descriptor: int, mine: Owner, stop: threading.Event) -> None:
+    beat = 0
+    while not stop.wait(BEAT_SECONDS):
+        beat += 1
+        try:
+            if not _names(descriptor, mine) or not _is_still(descriptor, path):
+                logger.error("%s no longer names this process: the folder was taken over or cleared by another one", path)
+                return
+            _write(descriptor, replace(mine, beat=beat))
+        except OSError as error:  # a full disk, a server that is away: the next beat may succeed
+            logger.debug("%s: %s", path, error)
+
+
+def _write(descriptor: int, owner: Owner) -> None:
+    content = (json.dumps(asdict(owner), indent=2) + "\n").encode()
+    os.pwrite(descriptor, content, 0)
+    os.ftruncate(descriptor, len(content))
+    os.fsync(descriptor)
+
+
+def _read(descriptor: int) -> Owner | None:
+    """Return the owner in an open file; None for an empty or unreadable one, as a killed process may leave it."""
+    try:
+        text = os.pread(descriptor, _KIND.max_bytes, 0).decode("utf-8")
+        return typed(_KIND, FILE, parse_json(_KIND, FILE, text), Owner) if text.strip("\0 \n") else None
+    except (OSError, UnicodeDecodeError, UsageError):
+        return None
+
+
+def _read_path(path: Path) -> Owner | None:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return None
+    try:
+        return _read(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _names(descriptor: int, mine: Owner) -> bool:
+    found = _read(descriptor)
+    return found is not None and found.token == mine.token
+
+
+def _names_in(path: Path, mine: Owner) -> bool:
+    found = _read_path(path)
+    return found is not None and found.token == mine.token
+
+
+def _lock(descriptor: int) -> bool:
+    """Lock an open file until it is closed; False when another process has it locked.
+
+    True where the file system has no locks: then the content of the file decides.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+    return True
+
+
+def _is_still(descriptor: int, path: Path) -> bool:
+    """Whether `path` still is the open file."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat(follow_symlinks=False))
+    except FileNotFoundError:
+        return False
+
+
+def _is_local(path: Path) -> bool:
+    """Whether a lock on `path` is seen by everybody who can see the file: its file system is one of this machine's own."""
+    try:
+        mounts = [line.split() for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()]
+    except OSError:
+        return True
+    real, best, kind = os.path.realpath(path.parent), "", ""
+    for fields in mounts:
+        place = fields[4].encode().decode("unicode_escape")
+        if os.path.commonpath((real, place)) == place and len(place) >= len(best):
+            best, kind = place, fields[fields.index("-") + 1]
+    return kind in _LOCAL_FILE_SYSTEMS
+
+
+def _boot() -> str:
+    try:
+        number = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{number}/{os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _started(pid: int) -> int | None:
+    """Return the start time of a process in clock ticks since the machine started; None when there is no such process."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    fields = status.rpartition(")")[2].split()  # the name before it may hold anything
+    return None if fields[0] == "Z" else int(fields[19])
