@@ -26,7 +26,7 @@ from megatron_hypenet.export.tensors import check_tensor, parse_dtype
 
 KEEP = "keep"
 REMOTE_CODE = Path(__file__).parent / "hf_remote"
-REMOTE_FILES = ("configuration_hypenet.py", "modeling_hypenet.py", "cache_hypenet.py", "ops_hypenet.py")
+REMOTE_FILES = tuple(f"{part}_hypenet.py" for part in ("configuration", "modeling", "generation", "cache", "ops"))
 MAX_SHARD_BYTES = 5_000_000_000
 
 

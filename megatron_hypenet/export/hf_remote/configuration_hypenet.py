@@ -4,6 +4,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from .ops_hypenet import hype_constant
+
 _SUPPORTED = {
     "attention_bias": False,
     "attn_use_rope": False,
@@ -21,6 +23,9 @@ _SUPPORTED = {
 }
 """The only value of each of these switches that the modelling code implements."""
 
+_ALSO_SUPPORTED = {"attention_dropout": 0.0, "mlp_bias": False, "partial_rotary_factor": 1.0, "use_sliding_window": False}
+"""The same for switches of other models, which a config.json may carry."""
+
 
 class HypeNetConfig(PretrainedConfig):
     """Shape and switches of a HypeNet.
@@ -31,7 +36,7 @@ class HypeNetConfig(PretrainedConfig):
     """
 
     model_type = "hypenet"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
 
     def __init__(
         self,
@@ -56,7 +61,7 @@ class HypeNetConfig(PretrainedConfig):
         rope_parameters: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Raise ValueError for a mixer, a switch or a size that the modelling code does not implement."""
+        """Raise ValueError for settings that the modelling code does not implement."""
         switches = {name: kwargs.pop(name, supported) for name, supported in _SUPPORTED.items()}
         sizes = {name: kwargs.pop(name, None) for name in ("lightning_nh", "lightning_nkv", "lightning_head_dim")}
         kwargs.pop("layer_types", None)
@@ -76,18 +81,30 @@ class HypeNetConfig(PretrainedConfig):
         mixers = ["lightning-attn"] * num_hidden_layers if mixer_types is None else list(mixer_types)
         self.mixer_types = [name.replace("_", "-") for name in mixers]
         for name, value in switches.items():
-            if name != "rope_scaling":  # transformers 5 makes it an alias of rope_parameters
+            if name != "rope_scaling" or value is not None:  # transformers 5 makes it an alias of rope_parameters
                 setattr(self, name, value)
-        self.lightning_nh = self.lightning_nkv = num_attention_heads
-        self.lightning_head_dim = head_dim
-        self._check(switches, sizes)
+        for name, default in self._sizes().items():
+            setattr(self, name, default if sizes[name] is None else sizes[name])
+        self.check()
 
-    def _check(self, switches: dict[str, Any], sizes: dict[str, int | None]) -> None:
-        supported = {**_SUPPORTED, **{name: getattr(self, name) for name in sizes}}
-        given = {**switches, **{name: value for name, value in sizes.items() if value is not None}}
+    def _sizes(self) -> dict[str, int]:
+        """The only supported sizes of the Lightning layers: those of the attention."""
+        heads = self.num_attention_heads
+        return {"lightning_nh": heads, "lightning_nkv": heads, "lightning_head_dim": self.head_dim}
+
+    def check(self) -> None:
+        """Raise ValueError for a mixer, a switch or a size that the modelling code does not implement.
+
+        The model calls it too: `from_pretrained(..., name=value)` changes a configuration that is already made."""
+        supported = {**_SUPPORTED, **_ALSO_SUPPORTED, **self._sizes()}
+        given = {name: getattr(self, name, value) for name, value in supported.items()}
         wrong = [f"{name}={value!r} (supported: {supported[name]!r})" for name, value in given.items() if value != supported[name]]
         if wrong:
             raise ValueError(f"this HypeNet code does not implement {', '.join(wrong)}")
+        rope = getattr(self, "rope_parameters", None)
+        if rope is not None and rope != {"rope_type": "default", "rope_theta": self.rope_theta}:
+            raise ValueError(f"HypeNet has plain RoPE with rope_theta={self.rope_theta}, got rope_parameters={rope!r}")
+        hype_constant(self.attn_logits_scaling)
         unknown = sorted(set(self.mixer_types) - {"attn", "lightning-attn"})
         if unknown or len(self.mixer_types) != self.num_hidden_layers:
             raise ValueError(

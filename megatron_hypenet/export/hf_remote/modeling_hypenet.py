@@ -11,15 +11,18 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .cache_hypenet import HypeNetCache
 from .configuration_hypenet import HypeNetConfig
+from .generation_hypenet import CACHE, HypeNetGenerationMixin, check_positions, given_cache
 from .ops_hypenet import (
     Step,
     accumulation_dtype,
     alibi_slopes,
+    causal_lm_loss,
     lightning_chunks,
     lightning_step,
     query_scale,
@@ -88,7 +91,7 @@ class HypeNetSoftmaxMixer(HypeNetMixer):
             q = (q * step.query_scale).to(q.dtype)
         if cache is not None:
             k, v = cache.update(self.layer, k, v, step.past)
-        o = softmax_attention(q, k, v, step)
+        o = softmax_attention(q, k, v, step, plain=self.config._attn_implementation == "eager")
         return self.merge(o.transpose(1, 2).flatten(2), x)
 
 
@@ -138,7 +141,7 @@ class HypeNetMLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class HypeNetDecoderLayer(nn.Module):
+class HypeNetDecoderLayer(GradientCheckpointingLayer):
     """Pre-norm residual block: mixer, then MLP."""
 
     def __init__(self, config: HypeNetConfig, layer: int) -> None:
@@ -150,9 +153,9 @@ class HypeNetDecoderLayer(nn.Module):
         self.input_layernorm = HypeNetRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = HypeNetRMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, step: Step, past_key_values: HypeNetCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, step: Step, cache: HypeNetCache | None = None) -> Tensor:
         """x [b, t, H] -> [b, t, H]."""
-        x = x + self.self_attn(self.input_layernorm(x), step, past_key_values)
+        x = x + self.self_attn(self.input_layernorm(x), step, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -162,10 +165,21 @@ class HypeNetPreTrainedModel(PreTrainedModel):
     config_class = HypeNetConfig
     base_model_prefix = "model"
     _no_split_modules = ["HypeNetDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
+    supports_gradient_checkpointing = True
     # a Lightning state cannot be rolled back: `generate` then refuses assisted decoding
     _is_stateful = True
+
+    def __init__(self, config: HypeNetConfig) -> None:
+        """Raise ValueError for settings that this code does not implement, also those changed after the configuration was made."""
+        config.check()
+        super().__init__(config)
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
+        if attn_implementation not in (None, "sdpa", "eager"):
+            raise ValueError(f"HypeNet has attn_implementation 'sdpa' and 'eager', got {attn_implementation!r}")
+        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
 
 class HypeNetModel(HypeNetPreTrainedModel):
@@ -189,8 +203,8 @@ class HypeNetModel(HypeNetPreTrainedModel):
 
     def _step(self, x: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: HypeNetCache | None) -> Step:
         b, t, _ = x.shape
-        new_real = _new_columns(attention_mask, b, t)
-        past: int = 0
+        past: int = 0 if cache is None else cache.length
+        new_real = _new_columns(attention_mask, b, t, past)
         first: int | Tensor = 0
         real = new_real
         if cache is not None:
@@ -198,12 +212,25 @@ class HypeNetModel(HypeNetPreTrainedModel):
         order = torch.arange(1, t + 1, device=x.device)[None] if new_real is None else new_real.long().cumsum(1)
         positions = (first + order - 1).clamp(min=0)
         if position_ids is not None:
-            _check_positions(position_ids, positions, new_real)
+            check_positions(position_ids, positions, new_real)
         dtype = accumulation_dtype(x.dtype)
         cos, sin = rope_tables(self.config.head_dim, self.config.rope_theta, positions, dtype)
         scale = query_scale(self.config.attn_logits_scaling, positions, dtype)
         slopes = alibi_slopes(self.config.num_attention_heads, x.device, dtype)
         return Step(cos, sin, scale, slopes, new_real, real, past)
+
+    def _cache(self, given: HypeNetCache | None, use_cache: bool | None) -> HypeNetCache | None:
+        """The cache of this call: the given one, a new one, or None. ValueError where a given one cannot be used."""
+        recomputes = self.training and torch.is_grad_enabled() and self.is_gradient_checkpointing
+        if given is not None:
+            if not isinstance(given, HypeNetCache):
+                raise ValueError(f"past_key_values must be the HypeNetCache of an earlier call, got {type(given).__name__}")
+            if recomputes:
+                raise ValueError("gradient checkpointing runs each layer twice, which would enter its tokens twice into the given cache")
+            return given
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        return HypeNetCache(self.config.num_hidden_layers) if use_cache and not recomputes else None
 
     def forward(
         self,
@@ -215,54 +242,46 @@ class HypeNetModel(HypeNetPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        **kwargs: Any,
+        output_attentions: bool | None = None,
+        cache: HypeNetCache | None = None,
     ) -> BaseModelOutputWithPast | tuple:
         """input_ids [b, t] or inputs_embeds [b, t, H] -> hidden states after the final norm, [b, t, H].
 
-        `attention_mask` [b, t] or [b, past + t] marks real tokens with 1. `output_hidden_states` gives each layer's input and the final
-        output. ValueError for attention maps, other masks, other positions, or a cache of another class."""
-        if kwargs.get("output_attentions"):
+        `attention_mask` [b, t] or [b, past + t] marks real tokens with 1. `past_key_values` and `cache` are two names of one argument.
+        `output_hidden_states` gives each layer's input and the final output. Training with gradient checkpointing makes no cache.
+        ValueError for attention maps, other masks, other positions, or a cache of another class; TypeError for an unknown keyword."""
+        if self.config.output_attentions if output_attentions is None else output_attentions:
             raise ValueError("HypeNet does not return attention maps: its Lightning layers have none; leave output_attentions out")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
-        cache = past_key_values
-        if cache is None and use_cache:
-            cache = HypeNetCache(self.config.num_hidden_layers)
-        if cache is not None and not isinstance(cache, HypeNetCache):
-            raise ValueError(f"past_key_values must be the HypeNetCache of an earlier call, got {type(cache).__name__}")
-        step = self._step(x, attention_mask, position_ids, cache)
+        memory = self._cache(given_cache(past_key_values, cache), use_cache)
+        step = self._step(x, attention_mask, position_ids, memory)
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         hidden = []
         for layer in self.layers:
             if wanted:
                 hidden.append(x)
-            x = layer(x, step, past_key_values=cache)
+            x = layer(x, step, memory)
         x = self.norm(x)
-        out = BaseModelOutputWithPast(last_hidden_state=x, past_key_values=cache, hidden_states=(*hidden, x) if wanted else None)
-        return out.to_tuple() if return_dict is False else out
+        out = BaseModelOutputWithPast(last_hidden_state=x, hidden_states=(*hidden, x) if wanted else None, **{CACHE: memory})
+        return out if (self.config.return_dict if return_dict is None else return_dict) else out.to_tuple()
 
 
-def _new_columns(attention_mask: Tensor | None, b: int, t: int) -> Tensor | None:
+def _new_columns(attention_mask: Tensor | None, b: int, t: int, past: int) -> Tensor | None:
     """The last t columns of a mask as bool [b, t], or None when all are real tokens."""
     if attention_mask is None:
         return None
-    if attention_mask.dim() != 2 or attention_mask.shape[0] != b or attention_mask.shape[1] < t:
-        raise ValueError(f"attention_mask must be [rows, tokens] = [{b}, >= {t}] of 0 and 1, got {list(attention_mask.shape)}")
+    shape = list(getattr(attention_mask, "shape", [type(attention_mask).__name__]))
+    if shape not in ([b, t], [b, past + t]):
+        either = f"[{b}, {t}]" + (f" or, with the cached ones, [{b}, {past + t}]" if past else "")
+        raise ValueError(f"attention_mask must be [rows, tokens] = {either} of 0 and 1, got {shape}")
     new = attention_mask[:, -t:].bool()
-    return None if bool(new.all()) else new
+    # a compiled graph cannot depend on values: there every mask is applied
+    return None if not torch.compiler.is_compiling() and bool(new.all()) else new
 
 
-def _check_positions(given: Tensor, positions: Tensor, new_real: Tensor | None) -> None:
-    """Positions follow from the mask. ValueError for others, such as several documents packed into one row."""
-    same = (given == positions) if new_real is None else (given == positions) | ~new_real
-    if not bool(same.all()):
-        raise ValueError("position_ids must count the real tokens of each row from 0; packed rows and shifted positions are not supported")
-
-
-class HypeNetForCausalLM(HypeNetPreTrainedModel, GenerationMixin):
+class HypeNetForCausalLM(HypeNetPreTrainedModel, HypeNetGenerationMixin):
     """HypeNet with its output head."""
 
     # transformers 5 maps each tied weight to its source, 4.57 lists the tied ones
@@ -275,6 +294,7 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = HypeNetModel(config)
         self.lm_head: nn.Module = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.loss_function = causal_lm_loss
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -306,51 +326,50 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: int | Tensor | None = None,
+        output_attentions: bool | None = None,
+        cache: HypeNetCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
         """Next-token logits [b, t, vocab] (the last `logits_to_keep` tokens, 0 for all); with `labels` [b, t] also the mean cross entropy.
 
-        Labels are shifted inside, -100 is left out; `num_items_in_batch` replaces the count in the mean (gradient accumulation)."""
-        inputs = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
-        out = self.model(*inputs, use_cache=use_cache, output_hidden_states=output_hidden_states, return_dict=True, **kwargs)
+        Labels are shifted inside, unless they come shifted, as `shift_labels`; -100 is left out; `num_items_in_batch` replaces the count in
+        the mean (gradient accumulation). `model.loss_function = f` puts another function in the place of `causal_lm_loss`; it gets the
+        further keywords. TypeError for keywords without labels, and for those that `causal_lm_loss` does not know."""
+        has_labels = labels is not None or kwargs.get("shift_labels") is not None
+        _refuse_unknown(kwargs, loss=self.loss_function if has_labels else None)
+        out = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+            output_attentions=output_attentions,
+            cache=cache,
+        )
         hidden = out.last_hidden_state
         logits = self.lm_head(hidden[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else hidden[:, logits_to_keep])
         loss = None
-        if labels is not None:
-            shifted = logits[:, :-1].flatten(0, 1).to(accumulation_dtype(logits.dtype))
-            total = F.cross_entropy(shifted, labels[:, 1:].flatten().to(logits.device), ignore_index=-100, reduction="sum")
-            loss = total / ((labels[:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch)
-        result = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states)
-        return result.to_tuple() if return_dict is False else result
+        if has_labels:
+            if num_items_in_batch is not None:
+                kwargs["num_items_in_batch"] = num_items_in_batch
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        named = {CACHE: out.get(CACHE)}
+        result = CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=out.hidden_states, **named)
+        return result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
 
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        if generation_config.cache_implementation not in (None, "dynamic"):
-            raise ValueError(f"HypeNet has its own cache; cache_implementation={generation_config.cache_implementation!r} is not available")
-        if model_kwargs.get("past_key_values") is not None:
-            model_kwargs["past_key_values"]._is_user_defined = True
-        elif generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = HypeNetCache(self.config.num_hidden_layers)
 
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        past_key_values: HypeNetCache | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int = 0,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """Feed the tokens that the cache has not seen: transformers 5 says how many (next_sequence_length), 4.57 where (cache_position)."""
-        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-        new = kwargs.get("next_sequence_length")
-        if new is None and kwargs.get("cache_position") is not None:
-            new = kwargs["cache_position"].shape[0]
-        inputs: dict[str, Any] = {"past_key_values": past_key_values, "attention_mask": attention_mask, "use_cache": use_cache}
-        inputs["logits_to_keep"] = logits_to_keep
-        if inputs_embeds is not None and seen < inputs_embeds.shape[1]:
-            return {"inputs_embeds": inputs_embeds[:, seen:], **inputs}
-        return {"input_ids": (input_ids if new is None else input_ids[:, -new:]).contiguous(), **inputs}
+def _refuse_unknown(keywords: dict[str, Any], loss: Any) -> None:
+    """TypeError for keywords that nothing takes; `loss` is the loss function of this call, None without labels."""
+    packing = sorted({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"} & set(keywords))
+    if packing:
+        raise TypeError(f"HypeNet does not take rows with several documents ({', '.join(packing)}); give each document its own row")
+    known = {"shift_labels"} if loss in (None, causal_lm_loss) else set(keywords)
+    unknown = sorted(set(keywords) - known)
+    if unknown:
+        raise TypeError(f"HypeNetForCausalLM.forward() got unexpected keyword arguments: {', '.join(unknown)}")
 
 
 __all__ = ["HypeNetCache", "HypeNetForCausalLM", "HypeNetModel", "HypeNetPreTrainedModel"]

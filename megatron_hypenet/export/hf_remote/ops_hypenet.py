@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 _LIGHTNING_CHUNK_TOKENS = 128
 _LIGHTNING_GROUP_TOKENS = 4096
@@ -40,6 +41,31 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def causal_lm_loss(
+    logits: Tensor,
+    labels: Tensor | None,
+    vocab_size: int,
+    num_items_in_batch: int | Tensor | None = None,
+    ignore_index: int = -100,
+    shift_labels: Tensor | None = None,
+) -> Tensor:
+    """Mean cross entropy of logits [b, t, vocab_size] against the next of labels [b, t], or against shift_labels [b, t] as they are.
+
+    Labels equal to `ignore_index` are left out; `num_items_in_batch` replaces the count in the mean. ValueError for other shapes."""
+    given = labels if shift_labels is None else shift_labels
+    if given is None or given.shape != logits.shape[:-1]:
+        shape = None if given is None else list(given.shape)
+        raise ValueError(f"labels must be {list(logits.shape[:-1])}, one per row of logits (leave logits_to_keep out), got {shape}")
+    if shift_labels is None:
+        logits, given = logits[:, :-1], given[:, 1:]
+    given = given.to(logits.device)
+    flat = logits.flatten(0, 1).to(accumulation_dtype(logits.dtype))
+    total = F.cross_entropy(flat, given.flatten(), ignore_index=ignore_index, reduction="sum")
+    if num_items_in_batch is None:
+        return total / (given != ignore_index).sum()
+    return total / (num_items_in_batch.to(total.device) if torch.is_tensor(num_items_in_batch) else num_items_in_batch)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE on x [b, h, t, d] (rotate-half convention), computed in the tables' dtype."""
     first, second = x.chunk(2, dim=-1)
@@ -57,15 +83,24 @@ def rope_tables(head_dim: int, theta: float, positions: Tensor, dtype: torch.dty
 
 def query_scale(setting: str | float | None, positions: Tensor, dtype: torch.dtype) -> Tensor | None:
     """Factor of q in softmax layers at 0-based `positions` [b or 1, t]: ln(t + a) / ln(a) for "hype <a>", a constant, or None."""
-    if setting is None:
-        return None
-    if isinstance(setting, str):
-        name, _, number = setting.strip().partition(" ")
-        a = float(number or _HYPE_DEFAULT)
-        if name != "hype" or a <= 1:
-            raise ValueError(f"attn_logits_scaling must be 'hype <a>' with a > 1, a number or null, got {setting!r}")
+    a = hype_constant(setting)
+    if a is not None:
         return (torch.log(positions.to(dtype) + a) / math.log(a))[:, None, :, None]
-    return torch.full((1, 1, 1, 1), float(setting), dtype=dtype, device=positions.device)
+    return None if setting is None else torch.full((1, 1, 1, 1), float(setting), dtype=dtype, device=positions.device)
+
+
+def hype_constant(setting: str | float | None) -> float | None:
+    """The a of "hype <a>", None for a number or None; ValueError for another setting."""
+    if setting is None or (isinstance(setting, int | float) and not isinstance(setting, bool)):
+        return None
+    try:
+        name, _, number = str(setting).strip().partition(" ")
+        a = float(number or _HYPE_DEFAULT)
+    except ValueError:
+        a = math.nan
+    if name != "hype" or not 1 < a < math.inf:
+        raise ValueError(f"attn_logits_scaling must be 'hype <a>' with a > 1, a number or null, got {setting!r}")
+    return a
 
 
 def lightning_step(q: Tensor, k: Tensor, v: Tensor, state: Tensor, slopes: Tensor, new_real: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -131,8 +166,13 @@ def _decay(to: Tensor, since: Tensor, diagonal: int) -> Tensor:
     return between.masked_fill(~below, -torch.inf).exp()
 
 
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
-    """Causal attention of q [b, h, t, d] over k, v [b, g, past + t, d] -> [b, h, t, d]; padded keys are left out."""
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, step: Step, *, plain: bool = False) -> Tensor:
+    """Causal attention of q [b, h, t, d] over k, v [b, g, past + t, d] -> [b, h, t, d]; padded keys are left out.
+
+    `plain`: by products and a softmax, not by a fused kernel."""
+    if plain:
+        with sdpa_kernel(SDPBackend.MATH):
+            return softmax_attention(q, k, v, step)
     b, h, t, d = q.shape
     groups = k.shape[1]
     if t == 1:

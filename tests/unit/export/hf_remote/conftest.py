@@ -36,3 +36,20 @@ def make_model(make_config):
 @pytest.fixture
 def model(make_model):
     return make_model()
+
+
+def tokens(rows, count, seed=0):
+    return torch.randint(53, (rows, count), generator=torch.Generator().manual_seed(seed))
+
+
+def padded(rows, total, *, left=True, filler=1):
+    ids, mask = torch.full((len(rows), total), filler), torch.zeros(len(rows), total, dtype=torch.long)
+    for index, row in enumerate(rows):
+        where = slice(total - len(row), total) if left else slice(0, len(row))
+        ids[index, where], mask[index, where] = row, 1
+    return ids, mask
+
+
+@pytest.fixture
+def rows():
+    return [tokens(1, count, seed=count)[0] for count in (5, 12, 1, 9)]

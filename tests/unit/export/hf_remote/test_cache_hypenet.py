@@ -63,7 +63,57 @@ def test_reset():
     assert cache.get_seq_length() == 0 and cache.keys == [None, None] and cache.num_real is None
 
 
-@pytest.mark.parametrize("attribute", ["crop", "to"])
-def test_what_the_cache_must_not_offer(attribute):
-    # crop: a Lightning state cannot be rolled back; to: device hooks would try to move the whole cache
-    assert not hasattr(HypeNetCache(1), attribute)
+def test_rows_are_selected_and_repeated():
+    cache = HypeNetCache(2)
+    feed(cache, 2, real=torch.tensor([[False, True], [True, True]]))
+    cache.states[1] = torch.arange(2.0)[:, None, None, None].expand(2, 3, 4, 4)
+    keys = cache.keys[0].clone()
+    cache.batch_repeat_interleave(2)
+    assert cache.batch_size == 4 and cache.num_real.tolist() == [1, 1, 2, 2]
+    assert cache.states[1][:, 0, 0, 0].tolist() == [0, 0, 1, 1]
+    cache.batch_select_indices(torch.tensor([False, False, False, True]))
+    assert cache.batch_size == 1 and cache.num_real.tolist() == [2]
+    assert torch.equal(cache.keys[0][0, :, :2], keys[1, :, :2])
+
+
+def test_another_number_of_rows_is_refused():
+    cache = HypeNetCache(1)
+    feed(cache, 2)
+    with pytest.raises(ValueError, match="holds 2 rows and the input has 6; repeat the rows"):
+        feed(cache, 1, batch=6)
+
+
+def test_what_transformers_asks_of_a_cache():
+    cache = HypeNetCache(3)
+    assert not cache.is_initialized and cache.batch_size == -1 and cache.get_mask_sizes(4) == (4, 0)
+    feed(cache, 5)
+    assert cache.is_initialized and len(cache) == 3 and cache.get_query_offset() == 5
+    assert cache.get_mask_sizes(2, 1) == cache.get_mask_sizes(torch.tensor([5, 6]), 1) == (7, 0)
+    assert cache.get_max_length() == cache.get_max_cache_shape() == -1
+    assert cache.is_linear == cache.is_sliding == [False] * 3
+    assert not cache.is_compileable and not cache.is_croppable
+
+
+def test_earlier_keys_keep_their_gradients():
+    cache = HypeNetCache(1)
+    parts = [torch.randn(1, 1, 2, 4, requires_grad=True) for _ in range(3)]
+    sums = []
+    for part in parts:
+        past, _, _ = cache.advance(None, 1, 2, CPU)
+        keys, _ = cache.update(0, part, part, past)
+        sums.append((keys**2).sum())
+    sum(sums).backward()
+    for index, part in enumerate(parts):
+        torch.testing.assert_close(part.grad, 2 * part * (3 - index))
+
+
+def test_a_lightning_state_is_never_rolled_back():
+    cache = HypeNetCache(1)
+    for refused in (lambda: cache.crop(3), cache.activate_past_recording):
+        with pytest.raises(ValueError, match="cannot be cropped: its Lightning layers keep one state"):
+            refused()
+
+
+def test_device_hooks_do_not_move_the_cache():
+    # accelerate would call `to` on whatever has it
+    assert not hasattr(HypeNetCache(1), "to")

@@ -2,26 +2,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from .conftest import padded, tokens
+
 
 def close(a, b):
     torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
-
-
-def tokens(rows, count, seed=0):
-    return torch.randint(53, (rows, count), generator=torch.Generator().manual_seed(seed))
-
-
-def padded(rows, total, *, left=True, filler=1):
-    ids, mask = torch.full((len(rows), total), filler), torch.zeros(len(rows), total, dtype=torch.long)
-    for index, row in enumerate(rows):
-        where = slice(total - len(row), total) if left else slice(0, len(row))
-        ids[index, where], mask[index, where] = row, 1
-    return ids, mask
-
-
-@pytest.fixture
-def rows():
-    return [tokens(1, count, seed=count)[0] for count in (5, 12, 1, 9)]
 
 
 @torch.no_grad()
@@ -72,45 +57,6 @@ def test_mask_of_the_new_tokens_alone_is_enough(model, rows):
     full = model(new, attention_mask=torch.cat([mask, new], 1), past_key_values=first.past_key_values)
     short = model(new, attention_mask=new, past_key_values=second.past_key_values)
     assert torch.equal(full.logits, short.logits)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("options", [{}, {"do_sample": True, "top_k": 9}, {"num_beams": 3}], ids=["greedy", "sampling", "beams"])
-def test_generation_with_cache_is_generation_without(model, options):
-    ids = tokens(2, 11)
-    found = []
-    for use_cache in (True, False):
-        torch.manual_seed(0)
-        found.append(model.generate(ids, max_new_tokens=12, pad_token_id=0, use_cache=use_cache, **options))
-    assert torch.equal(*found) and found[0].shape == (2, 23)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("options", [{}, {"prefill_chunk_size": 4}], ids=["whole", "chunked"])
-def test_a_padded_batch_generates_what_its_rows_generate(model, rows, options):
-    rows = [row for row in rows if len(row) > 1]
-    ids, mask = padded(rows, 14)
-    got = model.generate(ids, attention_mask=mask, max_new_tokens=9, pad_token_id=0, **options)
-    for index, row in enumerate(rows):
-        # with a mask: without one `generate` would take real tokens that equal the padding token for padding
-        alone = model.generate(row[None], attention_mask=torch.ones(1, len(row)), max_new_tokens=9, pad_token_id=0)
-        assert torch.equal(got[index, 14:], alone[0, len(row) :])
-
-
-@torch.no_grad()
-def test_generation_continues_from_a_returned_cache(model):
-    ids = tokens(1, 8)
-    whole = model.generate(ids, max_new_tokens=10, pad_token_id=0)
-    first = model.generate(ids, max_new_tokens=4, pad_token_id=0, return_dict_in_generate=True, use_cache=True)
-    again = model.generate(first.sequences, max_new_tokens=6, pad_token_id=0, past_key_values=first.past_key_values)
-    assert torch.equal(again, whole)
-
-
-@torch.no_grad()
-def test_generation_from_embeddings(model):
-    ids = tokens(2, 8)
-    got = model.generate(inputs_embeds=model.get_input_embeddings()(ids), max_new_tokens=6, pad_token_id=0)
-    assert torch.equal(got, model.generate(ids, max_new_tokens=6, pad_token_id=0)[:, 8:])
 
 
 def test_loss_is_the_mean_next_token_cross_entropy(model):
@@ -172,13 +118,6 @@ def test_positions_are_checked(model):
 def test_refuses_what_it_cannot_do(model, inputs, message):
     with pytest.raises(ValueError, match=message):
         model(tokens(2, 4), **inputs)
-
-
-def test_refuses_other_caches_and_rollback(model):
-    with pytest.raises(ValueError, match="has its own cache"):
-        model.generate(tokens(1, 4), max_new_tokens=2, cache_implementation="static")
-    with pytest.raises(ValueError, match="stateful"):
-        model.generate(tokens(1, 4), max_new_tokens=2, prompt_lookup_num_tokens=2)
 
 
 def test_tied_head_shares_storage(make_model):
