@@ -27,7 +27,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launchers.command import chosen_port, is_host
 from megatron_hypenet.errors import SetupError, UsageError
+from megatron_hypenet.untrusted.files import MIB, FileKind, shown
+
+HOSTFILE = FileKind(error=SetupError, advice="a hostfile has lines such as `worker-1 slots=8`", max_bytes=MIB)
+"""What --hostfile names."""
 
 CARRIED = ("GLOO_", "HF_", "HYPENET_", "MLFLOW", "MV2", "NCCL", "OMP_", "PYTHON", "TORCH_", "TRANSFORMERS_", "TRITON_", "UCX")
 """Beginnings of the names of variables that go to the hosts unasked: those DeepSpeed hands on, and settings of the libraries below us."""
@@ -140,21 +145,26 @@ def planned(words: Sequence[str], hostfile: Path, names: Sequence[str] = ()) -> 
 
 def read_hostfile(path: Path) -> tuple[Host, ...]:
     """The hosts, in the order of the file; lines are `NAME slots=N`, empty or comments (#). Raises SetupError."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SetupError(f"hostfile {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     hosts: list[Host] = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(HOSTFILE.read_text(path).split("\n"), start=1):
+        line = line.removesuffix("\r").replace("\t", " ")
+        if not line.isprintable():  # DeepSpeed, which reads the file again, takes some of these for the end of a line
+            raise SetupError(f"{path}:{number}: {shown(repr(line))} holds a control character; write it anew")
         text = line.partition("#")[0].strip()
         if not text:
             continue
-        match = re.fullmatch(r"([\w.:@-]+)\s+slots=([1-9]\d*)", text)
-        if match is None:
-            raise SetupError(f"{path}:{number}: {text!r} is not of the form `worker-1 slots=8`")
-        if match.group(1) in (host.name for host in hosts):
-            raise SetupError(f"{path}:{number}: {match.group(1)} is there twice; give each host one line with all its slots")
-        hosts.append(Host(match.group(1), int(match.group(2))))
+        name, _, slots = (part.strip() for part in text.partition(" "))
+        count = re.fullmatch(r"slots=([1-9]\d{0,3})", slots, re.ASCII)
+        if count is None:
+            raise SetupError(f"{path}:{number}: {shown(text)!r} is not of the form `worker-1 slots=8`")
+        if not is_host(name):
+            raise SetupError(
+                f"{path}:{number}: {shown(name)!r} is not a host's name or address: letters, digits and "
+                ". - _ : after a first letter or digit, perhaps with user@ before it, one host a line"
+            )
+        if any(name.rpartition("@")[2].lower() == host.name.rpartition("@")[2].lower() for host in hosts):
+            raise SetupError(f"{path}:{number}: {name} is there twice; give each host one line with all its slots")
+        hosts.append(Host(name, int(count.group(1))))
     if not hosts:
         raise SetupError(f"hostfile {path} names no host; write lines such as `worker-1 slots=8`")
     return tuple(hosts)
@@ -173,13 +183,10 @@ def head_address(hosts: Sequence[Host]) -> str:
 
 def port_of(hosts: Sequence[Host], folder: str, words: Sequence[str], environment: Mapping[str, str]) -> int:
     """The port on which the processes meet: HYPENET_MASTER_PORT, else one in 10000 to 29999 that follows from hosts, folder and command."""
-    chosen = environment.get("HYPENET_MASTER_PORT")
-    if chosen is None:
-        text = "\n".join([*(host.name for host in hosts), folder, *words])
-        return _LOWEST_PORT + zlib.crc32(text.encode()) % _PORTS
-    if not chosen.isdecimal() or not 0 < int(chosen) < 65536:
-        raise SetupError(f"HYPENET_MASTER_PORT={chosen!r} is not a port")
-    return int(chosen)
+    if (chosen := chosen_port(environment)) is not None:
+        return chosen
+    text = "\n".join([*(host.name for host in hosts), folder, *words])
+    return _LOWEST_PORT + zlib.crc32(text.encode(errors="surrogateescape")) % _PORTS
 
 
 def variables(environment: Mapping[str, str], names: Sequence[str]) -> dict[str, str]:
@@ -231,7 +238,11 @@ def unpacked(word: str) -> str:
 
 def ssh_command(host: str, *words: str) -> list[str]:
     """`words` on `host`, with the options that pdsh gives to ssh, and never a question."""
-    options = shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", ""))
+    given = os.environ.get("PDSH_SSH_ARGS_APPEND", "")
+    try:
+        options = shlex.split(given)
+    except ValueError as error:
+        raise SetupError(f"PDSH_SSH_ARGS_APPEND={given!r} cannot be split into words: {error}; correct or unset it") from error
     return ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={_SSH_SECONDS}", *options, host, *words]
 
 

@@ -51,23 +51,9 @@ def environment_of(given: Mapping[str, str]) -> dict[str, str]:
             f"the first host's address {master!r} cannot be looked up on {socket.gethostname()}: {error}. Rank 0 listens there; write an "
             "address into the hostfile that all hosts know"
         ) from error
-    if rank == 0:
-        _check_port(port)
     own = place(rank=rank, world_size=world_size, local_rank=local_rank, local_size=local_size, master=master, port=port)
     own[UNDER_WAY] = "1"
     return own if "OMP_NUM_THREADS" in given else {**own, "OMP_NUM_THREADS": str(threads_per_process(local_size))}
-
-
-def _check_port(port: int) -> None:
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError as error:
-            raise SetupError(
-                f"port {port} of {socket.gethostname()}, where rank 0 would listen: {error.strerror}; is the same command running already? "
-                "HYPENET_MASTER_PORT chooses another"
-            ) from error
 
 
 def tell(event: str, **fields: Any) -> None:

@@ -37,6 +37,9 @@ ECHO = 1
 """What a process that only lost its partner ends with, too; a code of another process's own says more, even a moment later."""
 
 TAIL_LINES = 40
+LOOPBACK = "127.0.0.1"
+"""Where the processes of one machine meet: nobody else reaches it."""
+
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -58,7 +61,7 @@ class LocalLaunch:
     def environment(self, rank: int, port: int, inherited: Mapping[str, str] = os.environ) -> dict[str, str]:
         """What is set on top of the inherited environment for one process."""
         count = self.num_processes
-        own = place(rank=rank, world_size=count, local_rank=rank, local_size=count, master="127.0.0.1", port=port)
+        own = place(rank=rank, world_size=count, local_rank=rank, local_size=count, master=LOOPBACK, port=port)
         own[UNDER_WAY] = "1"
         if "OMP_NUM_THREADS" not in inherited:
             own["OMP_NUM_THREADS"] = str(threads_per_process(count))
@@ -90,14 +93,13 @@ def run(launch: LocalLaunch) -> int:
 
 @contextlib.contextmanager
 def held_port() -> Iterator[int]:
-    """A free TCP port that nobody else is given inside the block, while a socket with SO_REUSEADDR (as torch's store) can listen on it.
+    """A free TCP port of loopback that nobody else is given inside the block, while a socket with SO_REUSEADDR can listen on it.
 
     A bound socket that does not listen keeps the port out of the kernel's choice for others.
     """
-    family = socket.AF_INET6 if socket.has_ipv6 and Path("/proc/net/if_inet6").exists() else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as holder:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as holder:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        holder.bind(("", 0))
+        holder.bind((LOOPBACK, 0))
         yield holder.getsockname()[1]
 
 

@@ -4,6 +4,7 @@ SLURM says which task this is; here that becomes the place that torch.distribute
 command with code 4: a process that met nobody would train alone and look healthy. slurm/job.sbatch.j2 is the job script around it.
 
 HYPENET_HEAD_ADDRESS   where rank 0 listens, when the script has resolved it (a container has no scontrol to ask)
+HYPENET_MASTER_PORT    its port there, when the script has looked for a free one, or a person has chosen one
 HYPENET_ATTEMPT_LOGS   folder of this attempt; a task that fails leaves rank-0003.error.json there for `hypenet logs --first-error`
 """
 
@@ -24,23 +25,27 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from launchers.command import place
+from launchers.command import MOST_PROCESSES, chosen_port, is_host, number_of, place
 from megatron_hypenet.errors import HypenetError, SavedAndRequeue, SetupError
 
 HEAD_ADDRESS = "HYPENET_HEAD_ADDRESS"
 ATTEMPT_LOGS = "HYPENET_ATTEMPT_LOGS"
 
 _LOWEST_PORT, _PORTS = 10000, 20000  # below the range from which systems take ports for outgoing connections
+_HIGHEST_JOB = (1 << 32) - 1
+_NODE_LIST = re.compile(r"[A-Za-z0-9_][\w.,\[\]-]*", re.ASCII)
 
 
 def place_of(environment: Mapping[str, str]) -> dict[str, str]:
     """The place of the task that has `environment`: RANK, WORLD_SIZE, MASTER_ADDR and their kin. Raises SetupError."""
-    rank, world_size = _number(environment, "SLURM_PROCID"), _number(environment, "SLURM_STEP_NUM_TASKS")
-    local_size = tasks_per_node(_text(environment, "SLURM_STEP_TASKS_PER_NODE"))[_number(environment, "SLURM_NODEID")]
-    local_rank = _number(environment, "SLURM_LOCALID")
+    world_size = _number(environment, "SLURM_STEP_NUM_TASKS", 1, MOST_PROCESSES)
+    rank = _number(environment, "SLURM_PROCID", 0, world_size - 1)
+    counts = tasks_per_node(_text(environment, "SLURM_STEP_TASKS_PER_NODE"))
+    local_size = counts[_number(environment, "SLURM_NODEID", 0, len(counts) - 1)]
+    local_rank = _number(environment, "SLURM_LOCALID", 0, local_size - 1)
     if (visible := environment.get("CUDA_VISIBLE_DEVICES")) and "," not in visible:
         local_rank = 0  # SLURM bound this task to one GPU, which then is the only one it can name
-    port = port_of(_number(environment, "SLURM_JOB_ID"))
+    port = chosen_port(environment) or port_of(_number(environment, "SLURM_JOB_ID", 0, _HIGHEST_JOB))
     return place(
         rank=rank,
         world_size=world_size,
@@ -52,7 +57,8 @@ def place_of(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def port_of(job_id: int) -> int:
-    """The port on which the processes of a job meet: the same in every task, another for the next job."""
+    """The port on which the processes of a job meet unless HYPENET_MASTER_PORT says otherwise: the same in every task, another for the next
+    job. slurm/job.sbatch.j2 begins with it, looks which ports the head node uses, and sets the variable."""
     return _LOWEST_PORT + job_id % _PORTS
 
 
@@ -60,26 +66,40 @@ def tasks_per_node(text: str) -> list[int]:
     """SLURM's short form as a list: "8(x2),4" -> [8, 8, 4]. Raises SetupError."""
     counts: list[int] = []
     for part in text.split(","):
-        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
-        if match is None:
-            raise SetupError(f"SLURM_STEP_TASKS_PER_NODE={text!r} is not a list of counts such as 8(x2),4")
+        match = re.fullmatch(r"([1-9]\d{0,6})(?:\(x([1-9]\d{0,6})\))?", part, re.ASCII)
+        if match is None or len(counts) > MOST_PROCESSES:
+            raise SetupError(f"SLURM_STEP_TASKS_PER_NODE={text[:60]!r} is not a list of counts such as 8(x2),4")
         counts += [int(match.group(1))] * int(match.group(2) or 1)
     return counts
 
 
 def step_hosts(environment: Mapping[str, str]) -> list[str]:
     """Node of every task of this step, by rank, as srun places them unless told otherwise: node after node. Raises SetupError."""
-    names = _scontrol("show", "hostnames", _text(environment, "SLURM_STEP_NODELIST")).split()
+    names = _names_of(_text(environment, "SLURM_STEP_NODELIST"))
     counts = tasks_per_node(_text(environment, "SLURM_STEP_TASKS_PER_NODE"))
+    if len(names) != len(counts):
+        raise SetupError(f"SLURM speaks of {len(names)} nodes (SLURM_STEP_NODELIST) and of tasks on {len(counts)}")
     return [name for name, count in zip(names, counts, strict=True) for _ in range(count)]
+
+
+def _names_of(nodelist: str) -> list[str]:
+    """The nodes of a list such as n[1-3]. Raises SetupError."""
+    if not _NODE_LIST.fullmatch(nodelist):
+        raise SetupError(f"SLURM_STEP_NODELIST={nodelist[:60]!r} is not a list of nodes such as n[1-3]")
+    names = _scontrol("show", "hostnames", nodelist).split()
+    if not names or not all(map(is_host, names)):
+        raise SetupError(f"scontrol show hostnames {nodelist} names no node, or none that can be a host: {names[:3]}")
+    return names
 
 
 def head_address(environment: Mapping[str, str], port: int) -> str:
     """Address of the first node of this step, which runs rank 0. Raises SetupError where it is not known or cannot be looked up."""
     address = environment.get(HEAD_ADDRESS) or _ask_scontrol(_text(environment, "SLURM_STEP_NODELIST"))
     try:
+        if not is_host(address):
+            raise OSError("it is not a host's name or address")
         socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise SetupError(
             f"the head node's address {address!r} cannot be looked up on {socket.gethostname()}: {error}. Rank 0 listens there; ask the "
             f"cluster's administrators, or set {HEAD_ADDRESS} in the job script to an address that all nodes know"
@@ -89,13 +109,11 @@ def head_address(environment: Mapping[str, str], port: int) -> str:
 
 def _ask_scontrol(nodelist: str) -> str:
     """The address SLURM itself uses for the first node of `nodelist`; names of nodes need not be names of hosts."""
-    names = _scontrol("show", "hostnames", nodelist).split()
-    if not names:
-        raise SetupError(f"scontrol show hostnames {nodelist} names no node")
-    described = _scontrol("--oneliner", "show", "node", names[0])
+    first = _names_of(nodelist)[0]
+    described = _scontrol("--oneliner", "show", "node", first)
     match = re.search(r"\bNodeAddr=(\S+)", described)
     if match is None:
-        raise SetupError(f"scontrol show node {names[0]} gives no NodeAddr; it says {described[:200]!r}")
+        raise SetupError(f"scontrol show node {first} gives no NodeAddr; it says {described[:200]!r}")
     return match.group(1)
 
 
@@ -118,11 +136,9 @@ def _text(environment: Mapping[str, str], name: str) -> str:
         ) from None
 
 
-def _number(environment: Mapping[str, str], name: str) -> int:
-    text = _text(environment, name)
-    if not text.isdecimal():
-        raise SetupError(f"{name}={text!r} is not a number")
-    return int(text)
+def _number(environment: Mapping[str, str], name: str, least: int, most: int) -> int:
+    _text(environment, name)
+    return number_of(environment, name, least, most)
 
 
 def _leave_before_start(number: int, _frame: FrameType | None) -> NoReturn:

@@ -1,7 +1,8 @@
 """What went wrong first in a job of many processes: equal faults together, causes before echoes, with host and rank.
 
 Not a verb: `hypenet logs --first-error` shows it. Sources, per start of a job: the records that failing tasks leave
-(launchers/slurm.py), tracebacks in the rank logs of those that left none, and srun's lines about tasks that were killed.
+(launchers/slurm.py), tracebacks in the rank logs of those that left none, and srun's lines about tasks that were killed. Where no task
+has said anything, it is the job log that does: srun's and slurmstepd's own errors, such as why no task could start.
 """
 
 from __future__ import annotations
@@ -24,7 +25,12 @@ _SRUN = re.compile(r"^srun: error: (\S+): tasks? ([\d,-]+): (.*)$")
 _NODE_FAILURE = re.compile(r"^srun: error: Node failure on (\S+)")
 _ENDS_THE_OTHERS = "Terminating StepId"
 _HEADER = re.compile(r"^node (\S+) attempt \d+ RANK=(\d+)\b")
-_FATAL = re.compile(r"^Fatal Python error: .*|^terminate called.*")
+# srun: fatal: SLURM_MEM_PER_CPU, ... are mutually exclusive.       slurmstepd: error: execve(): python3: No such file or directory
+# A job that is cancelled, preempted or at its time limit is no error, nor is a task that has saved and leaves with 75.
+_SLURMS_OWN = re.compile(
+    r"^(?:srun|slurmstepd(?:-\S+)?): (?:error|fatal): (?!\*\*\* (?:JOB|STEP) )(?!.*Exited with exit code 75$)"
+)
+_FATAL = re.compile(rf"^Fatal Python error: .*|^terminate called.*|{_SLURMS_OWN.pattern}.*")
 _LONGEST_LIST = 8
 
 
@@ -32,7 +38,8 @@ _LONGEST_LIST = 8
 class Fault:
     """How one rank ended."""
 
-    rank: int
+    rank: int | None
+    """None for an error of SLURM itself, which is no task's."""
     host: str
     time: float
     """Seconds since 1970; 0 where only the order is known, which srun's lines give."""
@@ -65,9 +72,11 @@ class Group:
 
     def who(self) -> str:
         """e.g. "31 ranks on 4 nodes (n1: 0-7, n2: 8-15, ...)"."""
+        if self.first.rank is None:
+            return "SLURM"
         hosts: dict[str, list[int]] = {}
-        for fault in sorted(self.faults, key=lambda fault: fault.rank):
-            hosts.setdefault(fault.host, []).append(fault.rank)
+        for rank, host in sorted((fault.rank, fault.host) for fault in self.faults if fault.rank is not None):
+            hosts.setdefault(host, []).append(rank)
         if len(self.faults) == 1:
             return f"rank {self.first.rank} on {self.first.host}"
         listed = [f"{host}: {ranges(ranks)}" for host, ranks in hosts.items()]
@@ -78,8 +87,8 @@ class Group:
     def as_json(self) -> dict[str, Any]:
         """For --json."""
         return {
-            "ranks": sorted(fault.rank for fault in self.faults),
-            "hosts": sorted({fault.host for fault in self.faults}),
+            "ranks": sorted(fault.rank for fault in self.faults if fault.rank is not None),
+            "hosts": sorted({fault.host for fault in self.faults if fault.rank is not None}),
             "error": self.first.error,
             "traceback": self.first.traceback,
             "echo": self.first.is_echo,
@@ -89,15 +98,16 @@ class Group:
 def grouped(faults: Iterable[Fault]) -> list[Group]:
     """Equal faults together; causes before echoes, then by time of the earliest."""
     groups: dict[str, list[Fault]] = {}
-    for fault in sorted(faults, key=lambda fault: (fault.time, fault.rank)):
+    for fault in sorted(faults, key=lambda fault: (fault.time, fault.rank or 0)):
         groups.setdefault(fault.kind, []).append(fault)
     found = [Group(faults=tuple(members)) for members in groups.values()]
     return sorted(found, key=lambda group: (group.first.is_echo, group.first.time))
 
 
 def faults_of(attempt_logs: Path, job_log: Path) -> list[Fault]:
-    """Every rank's fault in one start of a job."""
-    killed, lost_nodes = _from_job_log(job_log, int(attempt_logs.name.rpartition("-")[2]))
+    """Every rank's fault in one start of a job; where no rank has one, what SLURM itself says in the job's log."""
+    said = _start_of(job_log, int(attempt_logs.name.rpartition("-")[2]))
+    killed, lost_nodes = _killed_and_lost(said)
     found = {fault.rank: fault for fault in killed}
     for path in sorted(attempt_logs.glob("rank-*.log")):
         host = _host_of(_lines(path))
@@ -112,7 +122,16 @@ def faults_of(attempt_logs: Path, job_log: Path) -> list[Fault]:
         fault = _from_record(path)
         if fault is not None:
             found[fault.rank] = fault
-    return list(found.values())
+    return list(found.values()) or _slurms_own(said)
+
+
+def _slurms_own(lines: Sequence[str]) -> list[Fault]:
+    """SLURM's errors as one fault: a fatal one if there is one, else the first, with all of them below."""
+    own = [line for line in lines if _SLURMS_OWN.match(line)]
+    if not own:
+        return []
+    first = next((line for line in own if ": fatal: " in line), own[0])
+    return [Fault(rank=None, host="", time=0.0, error=first, traceback="\n".join(own) + "\n" if len(own) > 1 else "")]
 
 
 def _from_record(path: Path) -> Fault | None:
@@ -138,20 +157,30 @@ def _from_rank_log(path: Path) -> Fault | None:
     return None
 
 
-def _from_job_log(path: Path, attempt: int) -> tuple[list[Fault], set[str]]:
+def _start_of(job_log: Path, attempt: int) -> list[str]:
+    """The lines of the job's log from the note of one start to the next note."""
+    found: list[str] = []
+    inside = False
+    for line in _lines(job_log):
+        if f" attempt {attempt}: " in line:
+            inside = " started on " in line
+        elif inside:
+            found.append(line)
+    return found
+
+
+def _killed_and_lost(lines: Sequence[str]) -> tuple[list[Fault], set[str]]:
     """(tasks that srun saw killed by a signal before it ended the others itself, nodes that SLURM lost) in one start of a job."""
     faults: list[Fault] = []
     lost: set[str] = set()
-    inside = ending = False
-    for line in _lines(path):
-        if f" attempt {attempt}: " in line:
-            inside, ending = " started on " in line, False
-        elif inside and (match := _NODE_FAILURE.match(line)):
+    ending = False
+    for line in lines:
+        if match := _NODE_FAILURE.match(line):
             lost.add(match.group(1))
             ending = True
-        elif inside and _ENDS_THE_OTHERS in line:
+        elif _ENDS_THE_OTHERS in line:
             ending = True  # whatever ends now was ended by srun
-        elif inside and not ending and (match := _SRUN.match(line)) and not match.group(3).startswith("Exited"):
+        elif not ending and (match := _SRUN.match(line)) and not match.group(3).startswith("Exited"):
             host, tasks, how = match.groups()
             faults += [Fault(rank=rank, host=host, time=0.0, error=f"task ended by a signal: {how}") for rank in numbers_of(tasks)]
     return faults, lost

@@ -5,16 +5,18 @@ Not a verb: `submit` writes and sends them, `requeue` sends them again.
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_hypenet.config.cluster import ClusterConfig
+from megatron_hypenet.config import sbatch_options
+from megatron_hypenet.config.cluster import ClusterConfig, control_character
 from megatron_hypenet.config.loader import REPO_ROOT
 from megatron_hypenet.config.schema import STAGES
-from megatron_hypenet.errors import SetupError
+from megatron_hypenet.errors import ConfigError, SetupError
 
 TEMPLATES = REPO_ROOT / "slurm"
 TEMPLATE = "job.sbatch.j2"
@@ -42,7 +44,11 @@ class JobScript:
 
 
 def job_scripts(run_folder: Path, cluster: ClusterConfig, *, chain: bool) -> list[JobScript]:
-    """The scripts of a run in order, from the configuration in its folder; `chain` gives every training stage a job of its own."""
+    """The scripts of a run in order, from the configuration in its folder; `chain` gives every training stage a job of its own.
+
+    Raises ConfigError for paths that a job script cannot hold.
+    """
+    _check_paths(run_folder)
     parts = (*STAGES, LAST) if chain else (WHOLE,)
     return [_script(part, run_folder.absolute(), cluster) for part in parts]
 
@@ -63,6 +69,35 @@ def _script(part: str, folder: Path, cluster: ClusterConfig) -> JobScript:
     return JobScript(part=part, path=folder / ("job.sbatch" if part == WHOLE else f"job_{part}.sbatch"), text=text)
 
 
+def _check_paths(run_folder: Path) -> None:
+    """Raise ConfigError that names the path which sbatch or a shell would take for something else."""
+    paths = {
+        "output_dir": run_folder.absolute(),
+        "the current folder": Path.cwd(),
+        "this repository": REPO_ROOT,
+        "this Python": Path(sys.executable),
+    }
+    for name, path in paths.items():
+        if (found := control_character(str(path))) is not None:
+            raise ConfigError(
+                f"{name}: {str(path)!r} holds the control character {found}, which could become a "
+                "line of the job script; use another folder"
+            )
+    if "\\" in str(run_folder.absolute()):
+        raise ConfigError(
+            f"output_dir: {str(run_folder.absolute())!r} holds a backslash: in the name of a log file "
+            "SLURM drops it, and no longer puts in the job's number; choose another output_dir"
+        )
+
+
+def sbatch_quoted(value: object) -> str:
+    """`value` as one word of an #SBATCH line. sbatch takes a backslash for an escape inside all quotes, and knows no $ or `."""
+    text = str(value)
+    if re.fullmatch(r"[\w@%+=:,./\[\]-]+", text, re.ASCII):
+        return text
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
 def render(**values: object) -> str:
     """The template with these values; a name that it uses and nobody gives is an error."""
     import jinja2
@@ -78,6 +113,8 @@ def render(**values: object) -> str:
         autoescape=False,  # noqa: S701 - a shell script; `quote` is its escaping
     )
     environment.filters["quote"] = lambda value: shlex.quote(str(value))
+    environment.filters["sbatch"] = sbatch_quoted
+    environment.filters["sbatch_words"] = lambda option: " ".join(map(sbatch_quoted, sbatch_options.words_of(option)))
     return environment.get_template(TEMPLATE).render(**values)
 
 

@@ -24,6 +24,9 @@ LIVE = frozenset({"PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING"
 
 _COMMAND_SECONDS = 60
 
+_INPUTS = ("SLURM", "SBATCH_", "SALLOC_", "SRUN_", "SQUEUE_", "SCANCEL_", "SCONTROL_", "PMI_", "PMIX_")
+_SAY_WHICH_CLUSTER = frozenset({"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT"})
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
@@ -186,11 +189,20 @@ def queue(ids: Sequence[int]) -> dict[int, JobState]:
     return found
 
 
+def own_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """`environment` without the variables that SLURM's commands take for options, but for those that say which cluster to ask.
+
+    A shell inside an allocation is full of them. sbatch prefers them to the script and hands all SLURM_* to the job, where srun would
+    obey them.
+    """
+    return {name: value for name, value in environment.items() if not name.startswith(_INPUTS) or name in _SAY_WHICH_CLUSTER}
+
+
 def slurm(*words: str, stdin: str | None = None, environment: Mapping[str, str] = os.environ) -> str:
     """What a SLURM command says (sbatch --test-only says it on stderr: both streams then). Raises SetupError with its words."""
     try:
         done = subprocess.run(
-            words, input=stdin, env=dict(environment), capture_output=True, text=True, timeout=_COMMAND_SECONDS, check=False
+            words, input=stdin, env=own_environment(environment), capture_output=True, text=True, timeout=_COMMAND_SECONDS, check=False
         )
     except FileNotFoundError:
         raise SetupError(f"{words[0]} is not installed here; run this on a login node of the SLURM cluster") from None

@@ -7,7 +7,7 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -125,8 +125,35 @@ def checked_scripts(settings: RunConfig, profile: ClusterConfig, *, chain: bool,
         raise SetupError(
             f"the profile hands on {', '.join(missing)} from your shell, where it is not set; export it, or take it off the list"
         )
+    check_texts(settings)
+    scripts = job_scripts(settings.output_dir, profile, chain=chain)
     pipeline.checked(settings, overwrite=overwrite, world_size=profile.world_size)
-    return job_scripts(settings.output_dir, profile, chain=chain)
+    return scripts
+
+
+def check_texts(settings: RunConfig) -> None:
+    """Raise ConfigError that names the settings which hold line breaks or other control characters."""
+    from megatron_hypenet.config.cluster import control_character
+    from megatron_hypenet.errors import ConfigError
+
+    texts = _texts("", settings.model_dump(mode="json"))
+    bad = [(key, text, found) for key, text in texts if (found := control_character(text)) is not None]
+    if bad:
+        raise ConfigError(
+            "\n".join(f"{key}: {text!r} holds the control character {found}; leave it out" for key, text, found in bad)
+        )
+
+
+def _texts(key: str, value: object) -> Iterator[tuple[str, str]]:
+    """The texts in nested settings, each with its dotted key."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _texts(f"{key}.{name}" if key else name, inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts(key, inner)
 
 
 def try_out(scripts: Sequence[JobScript]) -> None:

@@ -6,12 +6,14 @@ Same rules as a run configuration: `include:`, overrides as `cluster.KEY=VALUE`,
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from megatron_hypenet.config import sbatch_options
 from megatron_hypenet.config.loader import load_as
 from megatron_hypenet.config.model import PositiveInt
 from megatron_hypenet.config.schema import Count, Section
@@ -19,6 +21,39 @@ from megatron_hypenet.config.schema import Count, Section
 # the forms that sbatch takes: MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS
 _TIME = re.compile(r"\d+|\d+:\d\d|\d+:\d\d:\d\d|\d+-\d+|\d+-\d+:\d\d|\d+-\d+:\d\d:\d\d")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+# what a process finds its place by: the job script and srun set these anew for every start
+_PLACE = re.compile(
+    r"RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT|PMIX?_.*|HYPENET_(UNDER_WAY|ATTEMPT_LOGS|HEAD_ADDRESS)"
+)
+_SHELLS_OWN = re.compile(r"(SLURMD?|SBATCH|SALLOC|SRUN)_.*")
+
+
+def control_character(text: str, *, allowed: str = "") -> str | None:
+    """The first character of `text` that ends a line or steers a terminal, as Python writes it; None where there is none.
+
+    Unicode's own line separators count, and what stands for a byte that is not UTF-8.
+    """
+    found = (one for one in text if unicodedata.category(one) in ("Cc", "Cs", "Zl", "Zp") and one not in allowed)
+    return next((repr(one).strip("'") for one in found), None)
+
+
+def _printable(value: Any, *, allowed: str = "") -> Any:
+    """`value`, a text or path of one line. Raises ValueError."""
+    if (found := control_character(str(value), allowed=allowed)) is not None:
+        raise ValueError(f"{str(value)!r} holds the control character {found}, which could become a line of the job script; leave it out")
+    return value
+
+
+def _printable_lines(value: str) -> str:
+    text: str = _printable(value, allowed="\n\t")
+    return text
+
+
+Line = Annotated[str, AfterValidator(_printable)]
+"""Text without line breaks and other control characters."""
+
+Lines = Annotated[str, AfterValidator(_printable_lines)]
+"""Text with line breaks and tabs, but without other control characters."""
 
 
 def seconds_of(limit: str) -> int:
@@ -35,11 +70,13 @@ def seconds_of(limit: str) -> int:
 class ContainerConfig(Section):
     """A container for every process, by pyxis and enroot."""
 
-    image: str = Field(min_length=1, description="Image: a registry path (nvcr.io#nvidia/pytorch:25.10-py3) or a .sqsh file.")
-    mounts: tuple[str, ...] = Field(
+    image: Line = Field(min_length=1, description="Image: a registry path (nvcr.io#nvidia/pytorch:25.10-py3) or a .sqsh file.")
+    mounts: tuple[Line, ...] = Field(
         default=(), description="SOURCE:TARGET[:FLAGS] each. The run folder, the data, the teacher and this repository have to be in them."
     )
-    workdir: Path | None = Field(default=None, description="Folder to start in inside the container; null is the one you submit from.")
+    workdir: Annotated[Path, AfterValidator(_printable)] | None = Field(
+        default=None, description="Folder to start in inside the container; null is the one you submit from."
+    )
 
 
 class RequeueConfig(Section):
@@ -56,31 +93,31 @@ class ClusterConfig(Section):
 
     nodes: PositiveInt = Field(description="Nodes of a job.")
     gpus_per_node: Count = Field(description="GPUs asked for on every node; 0 computes on CPUs.")
-    gpu_type: str | None = Field(default=None, description="GPU type as SLURM calls it (h100); null takes any.")
+    gpu_type: Line | None = Field(default=None, description="GPU type as SLURM calls it (h100); null takes any.")
     tasks_per_node: PositiveInt | None = Field(default=None, description="Processes per node; null starts one per GPU.")
     cpus_per_task: PositiveInt | None = Field(default=None, description="CPU cores per process; null takes the partition's default.")
-    memory: str | None = Field(default=None, description="Memory per node as sbatch takes it (0: all of it); null takes the default.")
+    memory: Line | None = Field(default=None, description="Memory per node as sbatch takes it (0: all of it); null takes the default.")
     exclusive: Annotated[bool, Field(strict=True)] = Field(default=True, description="Share the nodes with no other job.")
     time: str = Field(description="Time limit, in quotes: 'HH:MM:SS' or 'D-HH:MM:SS'. The job saves before it and starts again.")
     grace_seconds: Annotated[int, Field(ge=1, le=65535, strict=True)] = Field(
         default=300, description="Warning (SIGUSR2) this long before the limit; longer than one step and one save. SLURM may add 60 s."
     )
-    partition: str | None = Field(default=None, description="Partition; null takes the default one.")
-    account: str | None = Field(default=None, description="Account that is charged.")
-    qos: str | None = Field(default=None, description="Quality of service.")
-    exclude: tuple[str, ...] = Field(default=(), description="Nodes not to use.")
+    partition: Line | None = Field(default=None, description="Partition; null takes the default one.")
+    account: Line | None = Field(default=None, description="Account that is charged.")
+    qos: Line | None = Field(default=None, description="Quality of service.")
+    exclude: tuple[Line, ...] = Field(default=(), description="Nodes not to use.")
     requeue: RequeueConfig = Field(default=RequeueConfig(), description="Starting again by itself.")
     environment: tuple[str, ...] = Field(
         default=(), description="Variables handed on from your shell, by name only: values, and so secrets, never reach the script."
     )
-    variables: dict[str, str] = Field(default={}, description="Variables set in the script, such as NCCL's.")
-    setup: tuple[str, ...] = Field(default=(), description="Shell lines before the processes start, such as module load.")
-    python: str | None = Field(
+    variables: dict[str, Line] = Field(default={}, description="Variables set in the script, such as NCCL's.")
+    setup: tuple[Lines, ...] = Field(default=(), description="Shell lines before the processes start, such as module load.")
+    python: Line | None = Field(
         default=None, description="Python that has this package; null is the one that submits, and python3 in a container."
     )
     container: ContainerConfig | None = Field(default=None, description="Container; null runs on the node itself.")
-    sbatch_args: tuple[str, ...] = Field(default=(), description="More #SBATCH options, e.g. --comment=x.")
-    srun_args: tuple[str, ...] = Field(default=(), description="More srun options, e.g. --cpu-bind=none.")
+    sbatch_args: tuple[Line, ...] = Field(default=(), description="More #SBATCH options, e.g. --comment=x.")
+    srun_args: tuple[Line, ...] = Field(default=(), description="More srun options, e.g. --cpu-bind=none.")
 
     @field_validator("variables", mode="before")
     @classmethod
@@ -109,6 +146,23 @@ class ClusterConfig(Section):
         for name in value:
             if not _NAME.fullmatch(name):
                 raise ValueError(f"{name!r} is not a variable's name; values belong into `variables`, secrets only into your shell")
+            if _PLACE.fullmatch(name):
+                raise ValueError(f"{name} tells a process its place, and the job sets it anew; leave it out")
+            if _SHELLS_OWN.fullmatch(name):
+                raise ValueError(f"{name} belongs to the shell that submits, or to the job that it is in; put a value into `variables`")
+        return value
+
+    @field_validator("sbatch_args")
+    @classmethod
+    def _sbatch_options(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        words = [word for option in value for word in sbatch_options.words_of(option)]
+        sbatch_options.check_options(words, sbatch_options.SBATCH)
+        return value
+
+    @field_validator("srun_args")
+    @classmethod
+    def _srun_options(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        sbatch_options.check_options(value, sbatch_options.SRUN)
         return value
 
     @model_validator(mode="after")
@@ -120,6 +174,9 @@ class ClusterConfig(Section):
         bad = [name for name in self.variables if not _NAME.fullmatch(name)]
         if bad:
             raise ValueError(f"variables: {bad[0]!r} is not a variable's name")
+        taken = [name for name in self.variables if _PLACE.fullmatch(name)]
+        if taken:
+            raise ValueError(f"variables: {taken[0]} tells a process its place, and the job sets it anew; leave it out")
         if self.tasks_per_node is not None and 0 < self.gpus_per_node < self.tasks_per_node:
             raise ValueError(
                 f"tasks_per_node={self.tasks_per_node} is more than gpus_per_node={self.gpus_per_node}; a process has its own GPU"

@@ -27,6 +27,7 @@ from megatron_hypenet.config.schema import ParallelConfig
 from megatron_hypenet.engine import node_measure as measure
 from megatron_hypenet.errors import SetupError
 from megatron_hypenet.parallel import groups
+from megatron_hypenet.parallel.rendezvous import Meeting, meeting_point
 
 SLOW_COMPUTE = 0.85
 """Share of the median GEMM rate below which a node is to be left out."""
@@ -94,7 +95,7 @@ class Survey:
 def survey(folder: Path, *, hosts: Sequence[str] = (), patience: float = PATIENCE_SECONDS) -> Survey:
     """Measure all nodes; collective, called by every process of the launcher, the same answer on each. `folder` is where runs will lie,
     `hosts` the node of each rank where the launcher knows them. torch.distributed is running afterwards if all nodes were fit for it."""
-    meeting = groups.meeting_point(timedelta(seconds=2 * patience + 60))
+    meeting = meeting_point(timedelta(seconds=2 * patience + 60))
     rank = meeting.rank if meeting else 0
     mine = examine(folder, rank)
     if meeting is None:
@@ -140,7 +141,7 @@ def host_name() -> str:
 
 
 def exchange_reports(
-    meeting: groups.Meeting, mine: NodeReport, hosts: Sequence[str], patience: float
+    meeting: Meeting, mine: NodeReport, hosts: Sequence[str], patience: float
 ) -> tuple[tuple[NodeReport, ...], tuple[str, ...]]:
     """(the reports that came, by rank; hosts of those that did not). Raises SetupError where the first process gives no answer."""
     store, everybody = meeting.store, range(meeting.world_size)

@@ -5,7 +5,6 @@ Megatron-core does the model-parallel groups; DeepSpeed gets them through `Model
 
 import math
 import os
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -15,36 +14,18 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+from launchers.command import launched_place
 from megatron_hypenet.config.schema import ParallelConfig
+from megatron_hypenet.errors import SetupError
 from megatron_hypenet.parallel.cpu import device, enable_cpu
-
-
-@dataclass(frozen=True, slots=True)
-class Meeting:
-    """The launcher's processes at the store of rank 0, before torch.distributed runs: each can say something and nobody waits for all."""
-
-    store: dist.Store
-    rank: int
-    world_size: int
-
-
-def meeting_point(timeout: timedelta) -> Meeting | None:
-    """Connect to the store at the launcher's address, which rank 0 opens unless its launcher has; None without a launcher.
-
-    `timeout` is the store's: for connecting, and for every later `get`. Give the result to `init_parallel`, which uses the same store."""
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        return None
-    rank, address, port = int(os.environ["RANK"]), os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    opens = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # torchrun's agent has opened it
-    store = dist.TCPStore(address, port, is_master=opens, timeout=timeout, wait_for_workers=False)
-    return Meeting(store=store, rank=rank, world_size=int(os.environ["WORLD_SIZE"]))
+from megatron_hypenet.parallel.rendezvous import Meeting, choose_interfaces, meeting_point, wait_for_all
 
 
 def init_parallel(
     parallel: ParallelConfig, *, seed: int = 1234, timeout_minutes: float = 30.0, collective_minutes: float | None = None,
     meeting: Meeting | None = None,
 ) -> None:  # fmt: skip
-    """Start torch.distributed (from the launcher's environment, or as one process without a port) and Megatron's groups.
+    """Start torch.distributed (at the launcher's address, or as one process without one) and Megatron's groups.
 
     `timeout_minutes` is how long the processes wait for each other at the start, `collective_minutes` (default: the same) how long in
     any collective later. Calling it again with the groups standing does nothing but reseed; `destroy_parallel` ends them."""
@@ -65,16 +46,24 @@ def init_parallel(
 
 
 def _init_process_group(timeout: timedelta, meeting: Meeting | None) -> None:
+    place = launched_place()
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        local_rank = place.local_rank if place else 0
+        if local_rank >= torch.cuda.device_count():
+            raise SetupError(
+                f"LOCAL_RANK={local_rank}, and {torch.cuda.device_count()} GPUs are visible here (CUDA_VISIBLE_DEVICES="
+                f"{os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}); each process needs its own: start fewer, or show more GPUs"
+            )
+        torch.cuda.set_device(local_rank)
+    choose_interfaces(place)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    if meeting is not None:
-        own = dist.PrefixStore("torch.distributed", meeting.store)
-        dist.init_process_group(backend, store=own, rank=meeting.rank, world_size=meeting.world_size, timeout=timeout)
-    elif "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
+    meeting = meeting or meeting_point(timeout)
+    if meeting is None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return
+    wait_for_all(meeting, timeout)
+    own = dist.PrefixStore("torch.distributed", meeting.store)
+    dist.init_process_group(backend, store=own, rank=meeting.rank, world_size=meeting.world_size, timeout=timeout)
 
 
 def destroy_model_groups() -> None:

@@ -121,3 +121,43 @@ def test_a_torn_record_counts_for_nothing(tmp_path):
 @pytest.mark.parametrize(("text", "numbers"), [("3", [3]), ("0-2,7", [0, 1, 2, 7]), ("0-1,4-5", [0, 1, 4, 5])])
 def test_slurms_short_form_of_numbers(text, numbers):
     assert numbers_of(text) == numbers and ranges(numbers) == text
+
+
+FATAL = "srun: fatal: SLURM_MEM_PER_CPU, SLURM_MEM_PER_GPU, and SLURM_MEM_PER_NODE are mutually exclusive."
+
+
+def test_why_srun_could_start_nothing(tmp_path):
+    log = job_log(tmp_path, "srun: error: something before it", FATAL)
+    (found,) = grouped(faults_of(attempt(tmp_path), log))
+    assert found.first.error == FATAL and found.who() == "SLURM"
+    assert found.as_json()["ranks"] == [] and "something before it" in found.as_json()["traceback"]
+
+
+def test_srun_speaks_only_where_no_rank_does(tmp_path):
+    folder = attempt(tmp_path)
+    (folder / "rank-0000.log").write_text("Traceback (most recent call last):\nKeyError: 'x'\n")
+    (found,) = faults_of(folder, job_log(tmp_path, FATAL))
+    assert (found.rank, found.error) == (0, "KeyError: 'x'")
+
+
+def test_a_task_that_slurmstepd_could_not_start(tmp_path):
+    folder = attempt(tmp_path)
+    line = "slurmstepd-n1: error: execve(): no-such-python: No such file or directory"
+    (folder / "rank-0001.log").write_text(f"{line}\n")
+    (found,) = faults_of(folder, job_log(tmp_path, "srun: error: n1: task 1: Exited with exit code 2"))
+    assert (found.rank, found.error) == (1, line)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "slurmstepd-n1: error: *** JOB 1 ON n1 CANCELLED AT 2026-11-23T12:00:09 DUE TO TIME LIMIT ***",
+        "slurmstepd-n1: error: *** STEP 1.0 ON n1 CANCELLED AT 2026-11-23T12:00:09 DUE TO PREEMPTION ***",
+        "srun: error: n1: task 0: Exited with exit code 75",
+        "srun: Job step aborted: Waiting up to 32 seconds for job step to finish.",
+    ],
+)
+def test_the_ordinary_end_of_a_start_is_no_error(tmp_path, line):
+    folder = attempt(tmp_path)
+    (folder / "rank-0000.log").write_text(f"{line}\n")
+    assert faults_of(folder, job_log(tmp_path, line)) == []

@@ -1,7 +1,9 @@
 """What a submitted script decides when its processes have ended: the real script, with programs in the place of srun and scontrol."""
 
+import contextlib
 import json
 import os
+import socket
 import subprocess
 
 import pytest
@@ -127,3 +129,24 @@ def test_a_start_that_slurm_ended_says_why(job):
     assert job.events()[1] == "starts again due to node failure" and job.events()[2].startswith("started on n1")
     job.start("exit 0", attempt=2)
     assert sum(event.startswith("starts again") for event in job.events()) == 1  # not where the script itself asked for it
+
+
+def held(address, port):
+    return socket.create_server((address, port), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_the_port_follows_from_the_number_of_the_job_unless_something_listens_there(tmp_path, monkeypatch, address):
+    job = Job(tmp_path, monkeypatch, limit=9, without_progress=9)
+    ports = tmp_path / "ports"
+    for number in range(os.getpid() % 10_000, 20_000, 7):
+        with contextlib.suppress(OSError), held(address, 10_000 + number):
+            own = {"SLURM_JOB_ID": str(number), "PORTS": str(ports)}
+            for more in ({}, {"HYPENET_MASTER_PORT": "4711"}):
+                job.start('echo "$HYPENET_MASTER_PORT" >>"$PORTS"', **own, **more)
+            break
+    job.start('echo "$HYPENET_MASTER_PORT" >>"$PORTS"', **own)
+    moved, chosen, first = map(int, ports.read_text().split())
+    assert (moved - first) % 20_000 % 997 == 0 and moved != first and chosen == 4711
+    assert first == 10_000 + number
+    assert f"something listens at port {first} of n1 already" in (job.run / "logs" / "job-7.log").read_text()

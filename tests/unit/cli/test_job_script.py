@@ -3,8 +3,9 @@ import sys
 
 import pytest
 
-from megatron_hypenet.cli.job_script import job_scripts, missing_variables, render
+from megatron_hypenet.cli.job_script import job_scripts, missing_variables, render, sbatch_quoted
 from megatron_hypenet.config.cluster import ClusterConfig, load_cluster_config
+from megatron_hypenet.errors import ConfigError
 
 FULL = {
     "nodes": 4, "gpus_per_node": 8, "gpu_type": "h100", "cpus_per_task": 12, "memory": 0, "time": "24:00:00", "partition": "big",
@@ -82,3 +83,39 @@ def test_a_value_that_nobody_gives_is_an_error():
 def test_variables_that_the_shell_lacks():
     cluster = ClusterConfig(nodes=1, gpus_per_node=1, time="10", environment=("A", "B"))
     assert missing_variables(cluster, {"A": "1"}) == ["B"]
+
+
+def test_words_of_sbatch_lines():
+    assert sbatch_quoted("n[1-3],n7") == "n[1-3],n7"
+    assert sbatch_quoted("a b") == '"a b"'
+    assert sbatch_quoted("a\\b\"c'#$") == '"a\\\\b\\"c\'#$"'  # seen with a real sbatch: \\ escapes, $ does nothing
+
+
+def test_values_make_no_options_of_their_own(tmp_path):
+    said = directives(script(tmp_path / "r", **{**FULL, "partition": "x --wrap=y", "sbatch_args": ["--comment='a b' -C gpu"]}).text)
+    assert '--partition="x --wrap=y"' in said and '--comment="a b" -C gpu' not in said and '"--comment=a b" -C gpu' in said
+
+
+def test_an_odd_run_folder_keeps_its_logs(tmp_path):
+    odd = tmp_path / "a b%j$(touch X)'\"#ü"
+    text = script(odd, nodes=1, gpus_per_node=1, time="10").text
+    assert f'--output="{tmp_path}/a b%%j$(touch X)\'\\"#ü/logs/job-%j.log"' in directives(text)
+    line = next(line for line in text.splitlines() if line.startswith("run="))
+    assert subprocess.run(["bash", "-c", f'{line}; printf %s "$run"'], capture_output=True, text=True, check=True).stdout == str(odd)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [(f"x{one}y", "output_dir: .* holds the control character") for one in ("\n", "\x1b", "\u2028", "\x85", "\ud800")]
+    + [("a\\b", "output_dir: .* holds a backslash")],
+)
+def test_a_run_folder_that_no_script_can_hold(tmp_path, name, says):
+    with pytest.raises(ConfigError, match=says):
+        script(tmp_path / name, nodes=1, gpus_per_node=1, time="10")
+
+
+def test_the_current_folder_reaches_the_script_too(tmp_path, monkeypatch):
+    (tmp_path / "x\n#SBATCH --wrap=y").mkdir()
+    monkeypatch.chdir(tmp_path / "x\n#SBATCH --wrap=y")
+    with pytest.raises(ConfigError, match="the current folder: .* holds the control character"):
+        script(tmp_path / "run", nodes=1, gpus_per_node=1, time="10")

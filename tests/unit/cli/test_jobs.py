@@ -1,6 +1,6 @@
 import pytest
 
-from megatron_hypenet.cli.jobs import Jobs, JobState, queue, slurm
+from megatron_hypenet.cli.jobs import Jobs, JobState, own_environment, queue, slurm
 from megatron_hypenet.errors import DataError, SetupError
 from tests.unit.cli.slurm_answers import Answers, attempt, run_with_jobs
 
@@ -84,3 +84,12 @@ def test_a_machine_without_slurm(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(SetupError, match="squeue is not installed here; run this on a login node"):
         slurm("squeue")
+
+
+def test_a_shell_inside_an_allocation_does_not_change_what_slurm_is_asked(answers, monkeypatch):
+    for name in ("SLURM_MEM_PER_CPU", "SLURMD_NODENAME", "SBATCH_PARTITION", "SQUEUE_USERS", "PMIX_RANK", "SALLOC_QOS"):
+        monkeypatch.setenv(name, "stale")
+    monkeypatch.setenv("SLURM_CONF", "/c")
+    answers["sbatch"] = "env | cut -d= -f1 | grep -E '^(SLURM|SBATCH|SQUEUE|PMI|SALLOC)'"
+    assert slurm("sbatch") == "SLURM_CONF\n"
+    assert own_environment({"A": "1", "SLURM_CLUSTERS": "c", "SLURM_JOB_ID": "1"}) == {"A": "1", "SLURM_CLUSTERS": "c"}

@@ -27,6 +27,8 @@ def machine(monkeypatch):
 def under(monkeypatch, size, rank=0):
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setenv("WORLD_SIZE", str(size))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
 
 
 def test_a_launcher_decides(monkeypatch):
@@ -122,7 +124,7 @@ def test_a_hostfile_says_how_many(machine, hosts):
     assert processes.count(run(), MODEL, None) == processes.fixed(2) == 6
     with pytest.raises(UsageError, match="--nproc 2 with a hostfile; its slots say how many"):
         processes.count(run(), MODEL, 2)
-    with pytest.raises(SetupError, match="missing cannot be read"):
+    with pytest.raises(SetupError, match="missing: no such file; a hostfile has lines"):
         processes.choose("hostfile", hosts.with_name("missing"), None)
         processes.count(run(), MODEL, None)
 

@@ -99,6 +99,9 @@ def test_test_only_asks_slurm_and_touches_nothing(run, tmp_path, capsys, monkeyp
             4,
             "hands on NOT_SET_ANYWHERE from your shell, where it is not set",
         ),
+        (["--cluster", "PROFILE", "cluster.sbatch_args=[--array=1-3]"], 3, "'--array=1-3' is not possible"),
+        (["--cluster", "PROFILE", "--partition", "x\n#SBATCH --wrap=y"], 3, "partition: 'x\\n#SBATCH --wrap=y' holds"),
+        (["--cluster", "PROFILE", 'data="x\\ty"'], 3, "data.train: 'x\\ty' holds the control character"),
         (["--cluster", "PROFILE", "teacher=nowhere"], 5, "teacher nowhere does not exist"),
     ],
 )

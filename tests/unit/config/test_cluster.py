@@ -1,4 +1,5 @@
 import pytest
+from pydantic import ValidationError
 
 from megatron_hypenet.config.cluster import ClusterConfig, load_cluster_config, seconds_of
 from megatron_hypenet.errors import ConfigError
@@ -76,3 +77,56 @@ def test_a_warning_longer_than_the_limit_is_refused():
 @pytest.mark.parametrize("time", ["90", "90:00", "24:00:00", "2-0", "2-12:30", "2-12:30:00"])
 def test_time_limits_as_sbatch_takes_them(time):
     assert ClusterConfig(nodes=1, gpus_per_node=1, time=time).time == time
+
+
+CONTROL = ["\n", "\r", "\t", "\x00", "\x1b", "\x7f", "\x85", "\u2028", "\u2029", "\ud800"]
+KEYS = [
+    "gpu_type", "memory", "partition", "account", "qos", "python", "container.image", "container.mounts", "container.workdir",
+    "exclude", "sbatch_args", "srun_args", "setup", "variables", "environment",
+]  # fmt: skip
+
+
+def holding(key, text):
+    """A profile whose setting `key` is `text`, or has it as an entry."""
+    outer, _, inner = key.partition(".")
+    value = {"variables": {"X": text}, "container": {"image": "i"}}.get(outer, text)
+    if outer in ("exclude", "sbatch_args", "srun_args", "setup", "environment"):
+        value = [text]
+    elif inner:
+        value[inner] = [text] if inner == "mounts" else text
+    return {"nodes": 1, "gpus_per_node": 1, "time": "10", outer: value}
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_no_text_holds_a_control_character(key):
+    for character in CONTROL:
+        if key == "setup" and character in "\n\t":
+            continue
+        with pytest.raises(ValidationError) as fault:
+            ClusterConfig.model_validate(holding(key, f"--x{character}y"))
+        assert key.partition(".")[0] in str(fault.value)
+
+
+def test_setup_may_have_several_lines():
+    text = "if true; then\n\tmodule load cuda\nfi"
+    assert ClusterConfig.model_validate(holding("setup", text)).setup == (text,)
+
+
+@pytest.mark.parametrize("name", ["RANK", "MASTER_PORT", "PMIX_RANK", "HYPENET_HEAD_ADDRESS", "HYPENET_UNDER_WAY"])
+def test_the_place_of_a_process_is_not_for_a_profile(tmp_path, name):
+    for words in ([f"environment=[{name}]"], [f"variables={{{name}: '1'}}"]):
+        with pytest.raises(ConfigError, match=f"{name} tells a process its place"):
+            profile(tmp_path, SMALL, *words)
+
+
+def test_variables_of_the_submitting_shells_own_job(tmp_path):
+    with pytest.raises(ConfigError, match="SLURM_CPU_BIND belongs to the shell that submits"):
+        profile(tmp_path, SMALL, "environment=[SLURM_CPU_BIND]")
+    assert profile(tmp_path, SMALL, "variables={SLURM_CPU_BIND: none}").variables == {"SLURM_CPU_BIND": "none"}
+
+
+def test_options_that_the_job_script_cannot_do_with(tmp_path):
+    with pytest.raises(ConfigError, match=r"sbatch_args: '--array=1-3%1' is not possible .*cluster.requeue.limit"):
+        profile(tmp_path, SMALL, 'sbatch_args=["--array=1-3%1"]')
+    with pytest.raises(ConfigError, match="srun_args: '--pty' is not possible"):
+        profile(tmp_path, SMALL, "srun_args=[--pty]")

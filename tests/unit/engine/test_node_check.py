@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron_hypenet.engine import node_check
 from megatron_hypenet.engine.node_check import Link, NodeReport, Survey, examine, exchange_reports, judge, survey
 from megatron_hypenet.errors import SetupError
-from megatron_hypenet.parallel import groups
+from megatron_hypenet.parallel.rendezvous import Meeting
 
 NODES = tuple(
     NodeReport(
@@ -75,7 +75,7 @@ def meetings(count):
     """The same store as each of `count` processes sees it."""
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=20))
     clients = [dist.TCPStore("127.0.0.1", server.port, is_master=False, timeout=timedelta(seconds=20)) for _ in range(count - 1)]
-    return [groups.Meeting(store, rank, count) for rank, store in enumerate([server, *clients])]
+    return [Meeting(store, rank, count) for rank, store in enumerate([server, *clients])]
 
 
 def test_reports_reach_everybody_and_a_silent_node_is_missing():

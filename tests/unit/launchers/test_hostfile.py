@@ -52,10 +52,20 @@ def test_a_hostfile_is_read_in_its_order(tmp_path):
     [
         ("worker-1\n", ":1: 'worker-1' is not of the form `worker-1 slots=8`"),
         ("a slots=1\nb slots=0\n", ":2: 'b slots=0' is not of the form"),
-        ("worker-[1-4] slots=8\n", ":1: 'worker-[1-4] slots=8' is not of the form"),
+        ("worker-[1-4] slots=8\n", ":1: 'worker-[1-4]' is not a host's name"),
+        ("-oProxyCommand=x slots=8\n", ":1: '-oProxyCommand=x' is not a host's name"),
+        ("a slots=1\n-v slots=8\n", ":2: '-v' is not a host's name"),
+        ("a slots=1\n^b slots=8\n", ":2: '^b' is not a host's name"),
+        ("a slots=1 # x\rb slots=8\n", ":1: 'a slots=1 # x\\rb slots=8' holds a control character"),
+        ("a\x1b[2J slots=1\n", "holds a control character"),
+        ("a slots=\u0664\n", "is not of the form"),
+        ("a slots=10000\n", "is not of the form"),
+        ("a slots=1\nme@A slots=2\n", ":2: me@A is there twice"),
+        ("a slots=1\0\n", "holds a NUL character"),
+        ("#" * (1 << 20) + "\na slots=1\n", "larger than 1 MiB"),
         ("a slots=1\n\na slots=2\n", ":3: a is there twice"),
         ("# nobody\n", "names no host"),
-        (None, "cannot be read: No such file or directory"),
+        (None, "no such file"),
     ],
 )
 def test_a_hostfile_that_is_not_one(tmp_path, text, said):
@@ -203,3 +213,15 @@ def test_words_stay_readable_where_they_can():
         assert packed(word) == word
     for word in ("a b", "$HOME", "100%", "it's", "[1,2]", "@x", "", "é"):
         assert packed(word).startswith("@") and packed(packed(word)) != packed(word) and unpacked(packed(word)) == word
+
+
+def test_a_hostfile_with_other_line_ends(tmp_path):
+    (tmp_path / "hosts").write_bytes(b"a\tslots=1\r\nb slots=2\r\n")
+    assert read_hostfile(tmp_path / "hosts") == (Host("a", 1), Host("b", 2))
+
+
+def test_options_for_ssh_that_are_not_closed(ssh, tmp_path, monkeypatch):
+    ssh()
+    monkeypatch.setenv("PDSH_SSH_ARGS_APPEND", "-o 'User=x")
+    with pytest.raises(SetupError, match="PDSH_SSH_ARGS_APPEND=.* cannot be split into words"):
+        planned(["run"], tmp_path / "hosts")

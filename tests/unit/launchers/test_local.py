@@ -201,9 +201,9 @@ def test_processes_die_with_a_launcher_that_is_killed(program, repo_root, tmp_pa
 def test_the_port_is_held_and_can_be_listened_on():
     with held_port() as port, held_port() as other:
         assert port != other
-        with socket.socket(socket.AF_INET6) as store:  # as torch's store does
+        with socket.socket(socket.AF_INET) as store:  # as the first process does
             store.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            store.bind(("::", port))
+            store.bind(("127.0.0.1", port))
             store.listen()
             socket.create_connection(("127.0.0.1", port), timeout=5).close()
 

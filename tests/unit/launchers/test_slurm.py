@@ -42,7 +42,35 @@ def test_ports_stay_below_those_of_outgoing_connections():
     assert len(ports) == 20_000 and min(ports) >= 10_000 and max(ports) < 32_768
 
 
-@pytest.mark.parametrize("text", ["", "8(x2", "eight", "8,,4"])
+def test_the_port_that_the_job_script_found_free():
+    assert slurm.place_of({**TASK, "HYPENET_MASTER_PORT": "12345"})["MASTER_PORT"] == "12345"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("SLURM_PROCID", "20"), ("SLURM_PROCID", "-1"), ("SLURM_PROCID", ""), ("SLURM_STEP_NUM_TASKS", "0"),
+        ("SLURM_STEP_NUM_TASKS", "9" * 30), ("SLURM_NODEID", "3"), ("SLURM_LOCALID", "8"), ("SLURM_JOB_ID", "seven"),
+    ],
+)  # fmt: skip
+def test_numbers_that_cannot_be_slurms(name, value):
+    with pytest.raises(SetupError, match=f"{name}='{value[:20]}.*' is set here, which is not a whole number from"):
+        slurm.place_of({**TASK, name: value})
+
+
+@pytest.mark.parametrize("nodes", ["--help", "-o", "n1 n2", "n1;x", ""])
+def test_a_list_of_nodes_is_no_option_of_scontrol(nodes):
+    with pytest.raises(SetupError, match="is not a list of nodes"):
+        slurm.place_of({**without_head(), "SLURM_STEP_NODELIST": nodes})
+
+
+@pytest.mark.parametrize("address", ["-oX", "a b"])
+def test_a_head_that_is_no_host(address):
+    with pytest.raises(SetupError, match="it is not a host's name or address"):
+        slurm.place_of({**TASK, "HYPENET_HEAD_ADDRESS": address})
+
+
+@pytest.mark.parametrize("text", ["", "8(x2", "eight", "8,,4", "0", "8(x0)", "8(x99999999)"])
 def test_unreadable_task_counts(text):
     with pytest.raises(SetupError, match="is not a list of counts"):
         slurm.tasks_per_node(text)
@@ -90,6 +118,8 @@ def test_a_cluster_that_does_not_answer_is_fatal(tmp_path, monkeypatch, script, 
 def test_hosts_of_the_ranks(tmp_path, monkeypatch):
     scontrol(tmp_path, monkeypatch, 'printf "n1\\nn2\\n"')
     assert slurm.step_hosts({"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_STEP_TASKS_PER_NODE": "2,1"}) == ["n1", "n1", "n2"]
+    with pytest.raises(SetupError, match=r"2 nodes .* and of tasks on 3"):
+        slurm.step_hosts({"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_STEP_TASKS_PER_NODE": "2,1,1"})
 
 
 def test_a_fault_leaves_a_record(tmp_path):
