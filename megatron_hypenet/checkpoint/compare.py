@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,10 +11,11 @@ import torch
 from torch import Tensor
 
 from megatron_hypenet.checkpoint import format as fmt
-from megatron_hypenet.checkpoint.manifest import verify_files
+from megatron_hypenet.checkpoint.manifest import KIND, WEIGHTS_PARTS, verify_files
 from megatron_hypenet.checkpoint.shards import ShardReader
 from megatron_hypenet.checkpoint.survey import read_progress
 from megatron_hypenet.config.loader import read_stored
+from megatron_hypenet.untrusted.json_text import read_object
 
 _CHUNK_ELEMENTS = 1 << 22
 _PROGRESS = ("stage", "step", "samples", "tokens", "adam_step")
@@ -66,7 +66,7 @@ def compare(first: Path, second: Path, *, weights_only: bool = False, progress: 
     `weights_only` leaves optimizer state and progress aside. CheckpointError when one of them is damaged.
     """
     for folder in (first, second):
-        verify_files(folder)
+        verify_files(folder, hashes=True, parts=WEIGHTS_PARTS if weights_only else ())
     result = Comparison(model=_differences(_model(first), _model(second)))
     settings = [_settings(folder) for folder in (first, second)]
     if all(settings):
@@ -131,8 +131,7 @@ def _chunks(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def _model(folder: Path) -> dict[str, Any]:
-    record: dict[str, Any] = json.loads((folder / fmt.MODEL_JSON).read_text())
-    return record
+    return read_object(KIND, folder / fmt.MODEL_JSON)
 
 
 def _settings(folder: Path) -> dict[str, Any]:

@@ -6,9 +6,10 @@ import logging
 from pathlib import Path
 
 from megatron_hypenet.checkpoint import format as fmt
-from megatron_hypenet.checkpoint.manifest import file_problems, read_manifest
+from megatron_hypenet.checkpoint.manifest import KIND, file_problems, read_listed, read_manifest
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.errors import CheckpointError, ConfigError
+from megatron_hypenet.untrusted.json_text import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -44,11 +45,31 @@ def resolve(path: Path | str) -> Path:
 
 def read_model_config(path: Path | str) -> ModelConfig:
     """The model configuration stored with the weights."""
-    file = resolve(path) / fmt.MODEL_JSON
+    folder = resolve(path)
+    file = folder / fmt.MODEL_JSON
+    text = KIND.decode(file, read_listed(folder, fmt.MODEL_JSON))
+    parse_json(KIND, file, text)  # bounds what pydantic then parses
     try:
-        return ModelConfig.from_json(file.read_text())
-    except (OSError, UnicodeDecodeError, ConfigError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}; the checkpoint is damaged, use another one") from error
+        return ModelConfig.from_json(text)
+    except ConfigError as error:
+        KIND.refuse(file, error)
+
+
+def finished_checkpoint(stage_folder: Path, train_iters: int) -> Path | None:
+    """The checkpoint of a training stage that has done all its steps, or None; one that is not whole does not count.
+
+    Presence and sizes decide; who reads the checkpoint compares hashes.
+    """
+    done = [folder for folder in fmt.iteration_folders(stage_folder / fmt.CHECKPOINTS) if (fmt.iteration_of(folder) or 0) >= train_iters]
+    return next((folder for folder in reversed(done) if is_whole(folder)), None)
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a checkpoint is committed and all its files are there with their sizes; a warning says why it is not."""
+    reason = _why_unusable(folder)
+    if reason is not None and folder.exists():
+        logger.warning("%s cannot be used: %s", folder, reason)
+    return reason is None
 
 
 def tokenizer_dir(path: Path | str) -> Path | None:

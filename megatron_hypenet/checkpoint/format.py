@@ -6,13 +6,14 @@
     rng.safetensors   random generators (training only) config.yaml       resolved run configuration (training only)
     tokenizer/        Hugging Face tokenizer files, when known
     manifest.json     kind, stage, versions, and size and sha256 of every other file
-    COMMITTED         empty; written last, after every file above has reached the disk
+    COMMITTED         sha256 of manifest.json; written last, after every file above has reached the disk (empty in version 0.1's folders)
 
 A save is written into the sibling `.<name>.tmp-<pid>` and renamed: a folder under its final name is whole or was damaged later.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -92,7 +93,8 @@ def refuse_existing(target: Path, overwrite: bool) -> None:
 def commit(temporary: Path, target: Path, *, overwrite: bool) -> None:
     """Make the finished `temporary` folder visible as `target`: fsync, marker, rename, fsync of the parent."""
     fsync_tree(temporary)
-    (temporary / COMMITTED).touch()
+    manifest = temporary / MANIFEST
+    (temporary / COMMITTED).write_text(hashlib.sha256(manifest.read_bytes()).hexdigest() + "\n" if manifest.is_file() else "")
     fsync_path(temporary / COMMITTED)
     fsync_path(temporary)
     refuse_existing(target, overwrite)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,17 @@ from torch import Tensor
 
 from megatron_hypenet.checkpoint import format as fmt
 from megatron_hypenet.checkpoint.find import read_model_config, resolve, tokenizer_dir
-from megatron_hypenet.checkpoint.manifest import Manifest, file_problems, read_manifest, verify_files
+from megatron_hypenet.checkpoint.manifest import (
+    WEIGHTS_PARTS,
+    Manifest,
+    file_problems,
+    hash_problems,
+    is_part,
+    read_manifest,
+    refuse_damaged,
+    remember,
+    verify_files,
+)
 from megatron_hypenet.checkpoint.rng import load_rng
 from megatron_hypenet.checkpoint.shards import ShardReader, tensor_pieces
 from megatron_hypenet.checkpoint.state import EngineState, TrainState, empty_like_entry
@@ -35,6 +45,7 @@ __all__ = [
     "resolve",
     "tokenizer_dir",
     "verify_files",
+    "verify_together",
 ]
 
 logger = logging.getLogger(__name__)
@@ -59,10 +70,10 @@ def newest_of_run(checkpoints: Path) -> Path | None:
     return chosen
 
 
-def open_weights(path: Path | str, *, hashes: bool = False) -> ShardReader:
-    """The weights as a read-only mapping that reads one tensor per access; sizes of all files, and `hashes`, are checked first."""
+def open_weights(path: Path | str) -> ShardReader:
+    """The weights as a read-only mapping that reads one tensor per access, after their hashes were compared; by one process."""
     folder = resolve(path)
-    verify_files(folder, hashes=hashes)
+    verify_files(folder, hashes=True, parts=WEIGHTS_PARTS)
     return ShardReader(folder / fmt.WEIGHTS)
 
 
@@ -76,15 +87,16 @@ def read_weights(path: Path | str, keys: Iterable[str] | None = None) -> dict[st
     return {key: reader[key] for key in wanted}
 
 
-def load_model(model: Any, path: Path | str, *, allow_unused: bool = False, hashes: bool = False) -> Path:
-    """Fill `model` from a checkpoint, whatever layout wrote it; returns the folder that was read.
+def load_model(model: Any, path: Path | str, *, allow_unused: bool = False) -> Path:
+    """Fill `model` from a checkpoint, whatever layout wrote it, after its hashes were compared; returns the folder that was read.
 
-    `model` needs `sharded_state_dict(prefix)`; every process of the layout calls this with its own part, no other communication is
-    needed than the comparison of names. Strict: a tensor that either side lacks, or whose global shape differs, is a CheckpointError;
-    `allow_unused` tolerates stored tensors that no process asks for (a trunk-only teacher). Floating dtypes are cast to the model's.
+    `model` needs `sharded_state_dict(prefix)`; every process of the layout calls this with its own part. They share the hashing, and
+    compare names; no other communication is needed. Strict: a tensor that either side lacks, or whose global shape differs, is a
+    CheckpointError; `allow_unused` tolerates stored tensors that no process asks for (a trunk-only teacher). Floating dtypes are cast to the
+    model's.
     """
     folder = resolve(path)
-    verify_files(folder, hashes=hashes)
+    verify_together(folder, parts=WEIGHTS_PARTS)
     load_sharded(ShardReader(folder / fmt.WEIGHTS), model.sharded_state_dict(prefix=""), allow_unused=allow_unused)
     return folder
 
@@ -121,15 +133,15 @@ def read_entry(reader: ShardReader, entry: Any) -> Tensor:
 
 
 @torch.no_grad()
-def load_training(folder: Path | str, engine: EngineState, *, model_config: ModelConfig, stage: str, hashes: bool = True) -> TrainState:
+def load_training(folder: Path | str, engine: EngineState, *, model_config: ModelConfig, stage: str) -> TrainState:
     """Continue from a committed training save: weights, optimizer state and random generators; returns where it stood.
 
-    Called by all processes of any layout and ZeRO stage. `hashes` compares every file with the manifest first, the files shared out
-    over the processes. CheckpointError when the save is damaged, of another stage or model, or of another precision.
+    Called by all processes of any layout and ZeRO stage, which share the hashing of its files. CheckpointError when the save is damaged,
+    of another stage or model, or of another precision.
     """
     folder = Path(folder)
-    _verify_shared_out(folder, hashes=hashes)
-    state = TrainState.read(folder / fmt.TRAIN_STATE)
+    verify_together(folder)
+    state = TrainState.read(folder)
     if state.stage != stage or read_model_config(folder) != model_config:
         what = f"stage {state.stage}, not {stage}" if state.stage != stage else "a model of another shape"
         raise CheckpointError(f"{folder} is a save of {what}; use the output folder of the run that wrote it, or another one for a new run")
@@ -149,14 +161,29 @@ def load_training(folder: Path | str, engine: EngineState, *, model_config: Mode
     return state
 
 
-def _verify_shared_out(folder: Path, *, hashes: bool) -> None:
-    """verify_files with the hashing divided among the processes; all raise when one finds damage."""
+def verify_together(folder: Path, *, parts: Collection[str] = ()) -> None:
+    """Compare the files of a checkpoint, or `parts` of it, with their hashes, divided among the processes; collective.
+
+    All raise CheckpointError when one finds damage. Files that were compared before and have not changed are not read again.
+    """
     own, world = (dist.get_rank(), dist.get_world_size()) if distributed() else (0, 1)
-    manifest = read_manifest(folder)
-    share = replace(manifest, files={name: entry for at, (name, entry) in enumerate(manifest.files.items()) if at % world == own})
-    problems = [line for part in gather_to_all(file_problems(folder, share, hashes=hashes)) for line in part]
-    if problems:
-        raise CheckpointError(f"{folder} is damaged: {_some(problems)}; delete it to continue from an older save, or restore it")
+    problems: list[str] = []
+    failure: Exception | None = None
+    manifest = None
+    try:
+        manifest = read_manifest(folder)
+        # large files first, so that every process gets about as many bytes
+        names = sorted((name for name in manifest.files if is_part(name, parts)), key=lambda name: -manifest.files[name].bytes)
+        problems = file_problems(folder, manifest, hashes=False, parts=parts)
+        if not problems:
+            share = replace(manifest, files={name: manifest.files[name] for name in names[own::world]})
+            problems = hash_problems(folder, share)
+    except (CheckpointError, OSError) as error:
+        failure = error
+    agree(failure)
+    refuse_damaged(folder, list(dict.fromkeys(line for part in gather_to_all(problems) for line in part)))
+    assert manifest is not None
+    remember(folder, manifest, names)
 
 
 def check_fit(reader: ShardReader, pieces: list[Any], *, allow_unused: bool = False) -> None:

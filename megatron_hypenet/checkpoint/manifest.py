@@ -2,22 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import json
+import logging
 import os
 import platform
 import subprocess
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
+
+from pydantic import ConfigDict, Field
 
 from megatron_hypenet.checkpoint import format as fmt
 from megatron_hypenet.errors import CheckpointError
+from megatron_hypenet.untrusted.files import FileKind, inside, reason_of
+from megatron_hypenet.untrusted.json_text import parse_json, typed
+
+logger = logging.getLogger(__name__)
+
+KIND = FileKind(error=CheckpointError, advice="the checkpoint is damaged, use another one", max_bytes=64 << 20)
+"""How the small files of a checkpoint are read."""
+
+WEIGHTS_PARTS = (fmt.WEIGHTS, fmt.MODEL_JSON)
+"""What a reader of the weights reads."""
 
 FORMAT_VERSION = 1
+_READ_FILES = (fmt.MODEL_JSON, fmt.TRAIN_STATE, fmt.RNG, fmt.CONFIG)
+_READ_FOLDERS = (fmt.WEIGHTS, fmt.OPTIMIZER, fmt.TOKENIZER)
+_HASHING_THREADS = min(8, os.cpu_count() or 1)
+_hashed: dict[tuple[int, ...], FileEntry] = {}
+"""Hashes of files by device, inode, size and times."""
 _LIBRARIES = ("megatron-hypenet", "torch", "megatron-core", "deepspeed", "transformers")
 _CHUNK_BYTES = 4 << 20
 
@@ -26,13 +47,17 @@ _CHUNK_BYTES = 4 << 20
 class FileEntry:
     """Size in bytes and sha256 (hex) of one file of a checkpoint."""
 
-    bytes: int
-    sha256: str
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    bytes: Annotated[int, Field(ge=0)]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
     """The content of manifest.json."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     kind: str
     """What the folder holds: teacher, student, align, distill, finetune, ..."""
@@ -52,6 +77,12 @@ class Manifest:
     """Whatever else the writer recorded."""
     format_version: int = FORMAT_VERSION
     """Version of the folder layout."""
+
+    @property
+    def step(self) -> int | None:
+        """Finished optimizer steps of a training save, as its writer noted them."""
+        step = self.extra.get("step")
+        return step if type(step) is int else None
 
 
 def library_versions() -> dict[str, str]:
@@ -159,47 +190,132 @@ def write_manifest(
 
 
 def read_manifest(folder: Path | str) -> Manifest:
-    """The manifest of one committed folder; CheckpointError if the folder is uncommitted or its manifest unreadable."""
+    """The manifest of one committed folder; CheckpointError if the folder is uncommitted, or its manifest unreadable or changed.
+
+    COMMITTED holds the manifest's hash. A folder of format 0.1 has an empty one; then the manifest cannot be checked, which is said once.
+    """
     folder = Path(folder)
     if not fmt.is_committed(folder):
         raise CheckpointError(
             f"{folder} has no {fmt.COMMITTED} marker: it is not a checkpoint, or its save never finished; use another one"
         )
-    try:
-        record = json.loads((folder / fmt.MANIFEST).read_text())
-        record["files"] = {name: FileEntry(**entry) for name, entry in record["files"].items()}
-        manifest = Manifest(**record)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / fmt.MANIFEST} is unreadable: {error}; the checkpoint is damaged, use another one") from error
-    if manifest.format_version > FORMAT_VERSION:
+    path = folder / fmt.MANIFEST
+    content = KIND.read_bytes(path)
+    marker = KIND.read_text(folder / fmt.COMMITTED).strip()
+    if marker and marker != hashlib.sha256(content).hexdigest():
+        KIND.refuse(path, f"differs from what {fmt.COMMITTED} says was written")
+    record = parse_json(KIND, path, KIND.decode(path, content))
+    version = record.get("format_version") if isinstance(record, dict) else None
+    if type(version) is int and version > FORMAT_VERSION:
         raise CheckpointError(
-            f"{folder} has checkpoint format {manifest.format_version}, this version reads up to {FORMAT_VERSION}; update megatron-hypenet"
+            f"{folder} has checkpoint format {version}, this version reads up to {FORMAT_VERSION}; update megatron-hypenet"
         )
+    manifest = typed(KIND, path, record, Manifest)
+    for name in manifest.files:
+        inside(folder, name, KIND)
+    if not marker:
+        _say_older(folder)
     return manifest
 
 
-def file_problems(folder: Path, manifest: Manifest, *, hashes: bool) -> list[str]:
-    """What is wrong with the files named in the manifest, one line each, empty when all is well."""
-    problems = []
-    for name, entry in manifest.files.items():
+@functools.cache
+def _say_older(folder: Path) -> None:
+    logger.info(
+        "%s was written by an older version, which kept no hash of %s: its files are checked, that list is not", folder, fmt.MANIFEST
+    )
+
+
+def read_listed(folder: Path, name: str) -> bytes:
+    """The content of a small file of a committed folder, as the manifest says it was written. CheckpointError otherwise."""
+    entry = read_manifest(folder).files.get(name)
+    path = folder / name
+    content = KIND.read_bytes(path)
+    if entry is None:
+        KIND.refuse(path, f"{fmt.MANIFEST} does not list it")
+    if len(content) != entry.bytes or hashlib.sha256(content).hexdigest() != entry.sha256:
+        KIND.refuse(path, f"differs from what {fmt.MANIFEST} says was written")
+    return content
+
+
+def file_problems(folder: Path, manifest: Manifest, *, hashes: bool, parts: Collection[str] = ()) -> list[str]:
+    """What is wrong with the files of a checkpoint, one line each, empty when all is well.
+
+    Checked are presence and size, with `hashes` the content, and that no file lies where files are read from that the manifest does not
+    list. `parts` bounds that to some files and folders of the checkpoint, such as WEIGHTS_PARTS. A file that was hashed by this process and
+    has not changed since is not read again.
+    """
+    listed = {name: entry for name, entry in manifest.files.items() if is_part(name, parts)}
+    problems = [f"{name}: {fmt.MANIFEST} does not list it" for name in _unlisted(folder, manifest) if is_part(name, parts)]
+    for name, entry in listed.items():
         path = folder / name
         if not path.is_file():
             problems.append(f"{name}: missing")
         elif path.stat().st_size != entry.bytes:
             problems.append(f"{name}: {path.stat().st_size} bytes, manifest says {entry.bytes}")
-        elif hashes and hash_file(path).sha256 != entry.sha256:
-            problems.append(f"{name}: sha256 differs from the manifest")
+    if hashes and not problems:
+        problems = hash_problems(folder, replace(manifest, files=listed))
     return problems
 
 
-def verify_files(folder: Path | str, *, hashes: bool = False) -> Manifest:
-    """Check presence and size of every file, and with `hashes` its content; CheckpointError names the first few and counts the rest."""
+def hash_problems(folder: Path, manifest: Manifest) -> list[str]:
+    """The files whose content is not what the manifest says, one line each; several files are hashed at a time."""
+    with ThreadPoolExecutor(_HASHING_THREADS) as pool:
+        right = pool.map(lambda item: is_as_written(folder / item[0], item[1]), manifest.files.items())
+        return [f"{name}: sha256 differs from the manifest" for name, same in zip(manifest.files, right, strict=True) if not same]
+
+
+def is_part(name: str, parts: Collection[str]) -> bool:
+    """Whether a file of a checkpoint is one of `parts`, or lies in one of them; with no parts every file does."""
+    return not parts or name in parts or name.partition("/")[0] in parts
+
+
+def is_as_written(path: Path, entry: FileEntry) -> bool:
+    """Whether a file has the content that `entry` says; its hash is remembered for as long as the file does not change."""
+    try:
+        key = _state_of(path)
+        if key not in _hashed:
+            found = hash_file(path)
+            if _state_of(path) != key:
+                return False  # it was changed meanwhile
+            _hashed[key] = found
+    except OSError as error:
+        KIND.refuse(path, f"cannot be read: {reason_of(error)}")
+    return _hashed[key] == entry
+
+
+def remember(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
+    """Note that another process of this command has found these files as written: they are not hashed here again."""
+    for name in names:
+        with contextlib.suppress(OSError):
+            _hashed[_state_of(folder / name)] = manifest.files[name]
+
+
+def _state_of(path: Path) -> tuple[int, ...]:
+    status = path.stat()
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+def _unlisted(folder: Path, manifest: Manifest) -> list[str]:
+    """Files that a reader would take for a part of the checkpoint and that the manifest does not list."""
+    found = [name for name in _READ_FILES if (folder / name).exists()]
+    for part in _READ_FOLDERS:
+        found += [path.relative_to(folder).as_posix() for path in sorted((folder / part).rglob("*")) if not path.is_dir()]
+    return [name for name in found if name not in manifest.files]
+
+
+def verify_files(folder: Path | str, *, hashes: bool = False, parts: Collection[str] = ()) -> Manifest:
+    """Check the files of a checkpoint as `file_problems` does; CheckpointError names the first few and counts the rest."""
     folder = Path(folder)
     manifest = read_manifest(folder)
-    problems = file_problems(folder, manifest, hashes=hashes)
+    refuse_damaged(folder, file_problems(folder, manifest, hashes=hashes, parts=parts))
+    return manifest
+
+
+def refuse_damaged(folder: Path, problems: Sequence[str]) -> None:
+    """CheckpointError when there are problems, with the first few of them."""
     if problems:
         shown = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
         raise CheckpointError(
-            f"{folder} is damaged: {len(problems)} of {len(manifest.files)} files ({shown}); restore them or use an older checkpoint"
+            f"{folder} is damaged: {len(problems)} of its files ({shown}); restore them, or delete the folder: a run then continues from "
+            "an older save, or makes it again"
         )
-    return manifest

@@ -10,8 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+
+from megatron_hypenet.checkpoint.manifest import KIND
 
 logger = logging.getLogger(__name__)
 
@@ -63,12 +66,18 @@ def gather_state() -> dict[str, Tensor]:
 
 def load_rng(path: Path) -> bool:
     """Restore this process's generators; False, with a note, when the number of processes changed and no state is its own."""
-    stored = load_file(path)
+    try:
+        stored = load_file(path)
+    except (OSError, SafetensorError) as error:
+        KIND.refuse(path, error)
     world = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if dist.is_initialized() else 0
     if len({name.split(".")[0] for name in stored}) != world:
         logger.info("random generators start afresh: the checkpoint was written by another number of processes")
         return False
     prefix = f"rank{rank}."
-    restore_local_state({name.removeprefix(prefix): tensor for name, tensor in stored.items() if name.startswith(prefix)})
+    try:
+        restore_local_state({name.removeprefix(prefix): tensor for name, tensor in stored.items() if name.startswith(prefix)})
+    except (KeyError, ValueError, TypeError, IndexError, OverflowError, RuntimeError) as error:
+        KIND.refuse(path, f"holds no state of the random generators ({type(error).__name__}: {error})")
     return True

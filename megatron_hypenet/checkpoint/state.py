@@ -11,29 +11,37 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
+from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
+from megatron_hypenet.checkpoint import format as fmt
+from megatron_hypenet.checkpoint.manifest import KIND, read_listed
 from megatron_hypenet.errors import CheckpointError
+from megatron_hypenet.untrusted.json_text import parse_json, typed
 
 LOSS_TAIL = 50
+
+Count = Annotated[int, Field(ge=0, le=1 << 62)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainState:
     """Where a training stage stands; stored as train_state.json."""
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
     stage: str
     """Name of the stage: align, distill, finetune."""
-    step: int = 0
+    step: Count = 0
     """Finished optimizer steps."""
-    samples: int = 0
+    samples: Count = 0
     """Sequences consumed: the data position, because a sample is a pure function of its index."""
-    tokens: int = 0
+    tokens: Count = 0
     """Tokens consumed."""
-    adam_step: int = 0
+    adam_step: Count = 0
     """Adam's own step counter, for its bias correction."""
     lr: float = 0.0
     """Learning rate of the last step."""
@@ -43,9 +51,9 @@ class TrainState:
     """Losses of the last steps, newest last."""
     layout: dict[str, int] = field(default_factory=dict)
     """Parallel sizes that wrote the state, for information: any other layout may read it."""
-    skipped_steps: int = 0
+    skipped_steps: Count = 0
     """Steps so far that were left out because their loss or gradient was not finite; they count in `step` and `samples`."""
-    skipped_in_row: int = 0
+    skipped_in_row: Count = 0
     """Those among them since the last step that was not."""
 
     def skip(self, *, samples: int, tokens: int, lr: float) -> TrainState:
@@ -67,15 +75,13 @@ class TrainState:
         path.write_text(json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
-    def read(cls, path: Path) -> TrainState:
-        """Read what `write` stored; CheckpointError when it is missing or does not fit."""
-        try:
-            record = json.loads(path.read_text())
-            return cls(**{**record, "losses": tuple(record["losses"])})
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{path.parent} has no {path.name}: it holds weights only and no run can continue from it") from error
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path} is unreadable: {error}; use an older checkpoint") from error
+    def read(cls, folder: Path) -> TrainState:
+        """Read what `write` stored in a committed checkpoint; CheckpointError when it is missing, changed or does not fit."""
+        path = folder / fmt.TRAIN_STATE
+        if not path.exists():
+            raise CheckpointError(f"{folder} has no {path.name}: it holds weights only and no run can continue from it")
+        text = KIND.decode(path, read_listed(folder, fmt.TRAIN_STATE))
+        return typed(KIND, path, parse_json(KIND, path, text), cls)
 
 
 class EngineState(Protocol):

@@ -10,8 +10,10 @@ from typing import Any
 
 from megatron_hypenet.atomic_files import is_temporary
 from megatron_hypenet.checkpoint import format as fmt
-from megatron_hypenet.checkpoint.manifest import FORMAT_VERSION, Manifest, file_problems, read_manifest
-from megatron_hypenet.errors import CheckpointError
+from megatron_hypenet.checkpoint.manifest import FORMAT_VERSION, KIND, Manifest, file_problems, read_manifest
+from megatron_hypenet.config.model import ModelConfig
+from megatron_hypenet.errors import CheckpointError, ConfigError
+from megatron_hypenet.untrusted.json_text import read_object, typed
 
 COMMITTED, DAMAGED, UNCOMMITTED, UNFINISHED = "committed", "damaged", "uncommitted", "unfinished"
 """Usable | committed, then files went missing or changed size | never committed | what a save left behind, or is writing now."""
@@ -20,6 +22,20 @@ _DEPTH = 4
 """RUN/STAGE/checkpoints/iter_XXXXXXX is the deepest place of a checkpoint below the folder that holds all runs."""
 
 _AXES = {"world": "processes", "tensor": "tp", "pipeline": "pp", "context": "cp", "data": "dp", "zero_stage": "zero"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Progress:
+    """The entries of train_state.json that are shown, in any version of it."""
+
+    stage: str | None = None
+    step: int | None = None
+    tokens: int | None = None
+    losses: tuple[float, ...] = ()
+    layout: dict[str, int] | None = None
+
+
+_PROGRESS = tuple(_Progress.__dataclass_fields__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +91,7 @@ def look_at(folder: Path) -> Found:
     """The state of one checkpoint folder, by presence and size of its files (hashes are for manifest.verify_files)."""
     state, problem, manifest = _state(folder)
     progress = read_progress(folder)
-    step = manifest.extra.get("step") if manifest is not None else None
+    step = manifest.step if manifest is not None else None
     return Found(
         path=folder,
         state=state,
@@ -105,11 +121,13 @@ def _state(folder: Path) -> tuple[str, str | None, Manifest | None]:
 
 def read_progress(folder: Path) -> dict[str, Any]:
     """train_state.json as it stands; empty when there is none or it cannot be read."""
+    path = folder / fmt.TRAIN_STATE
     try:
-        record = json.loads((folder / fmt.TRAIN_STATE).read_text())
-    except (OSError, ValueError):
+        record = read_object(KIND, path)
+        typed(KIND, path, {key: value for key, value in record.items() if key in _PROGRESS}, _Progress)
+    except CheckpointError:
         return {}
-    return record if isinstance(record, dict) else {}
+    return record
 
 
 def layout_text(layout: dict[str, Any] | None) -> str:
@@ -139,8 +157,10 @@ def describe(folder: Path) -> dict[str, Any]:
     else:
         described |= {"versions": {}, "git_commit": None, "format_version": FORMAT_VERSION, "files": None, "notes": {}}
     try:
-        described["model"] = json.loads((folder / fmt.MODEL_JSON).read_text())
-    except (OSError, ValueError):
+        stored = read_object(KIND, folder / fmt.MODEL_JSON)
+        ModelConfig.from_json(json.dumps(stored))
+        described["model"] = stored
+    except (CheckpointError, ConfigError):
         described["model"] = None
     described["tokenizer"] = (folder / fmt.TOKENIZER).is_dir()
     return described

@@ -5,15 +5,17 @@ A process that failed must not leave the others waiting in a collective: every a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from megatron_hypenet.checkpoint import format as fmt
 from megatron_hypenet.errors import CheckpointError, SetupError
+
+T = TypeVar("T")
 
 
 def distributed() -> bool:
@@ -37,6 +39,20 @@ def from_first(value: Any) -> Any:
     if distributed():
         dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def decided_by_first(decide: Callable[[], T]) -> T:
+    """What `decide` returns on the first process, on every process; an error there is raised on all of them. Collective."""
+    value: T | None = None
+    failure: Exception | None = None
+    if is_first():
+        try:
+            value = decide()
+        except Exception as error:
+            failure = error
+    agree(failure)
+    found: T = from_first(value)
+    return found
 
 
 def gather_to_first(value: Any) -> list[Any]:

@@ -61,6 +61,9 @@ def prepared(run: RunConfig, *, overwrite: bool = False, nproc: int | None = Non
     if processes.speaks():
         warn(run, found)
     quieten()
+    from megatron_hypenet.checkpoint.load import verify_together
+    from megatron_hypenet.checkpoint.manifest import WEIGHTS_PARTS
+    from megatron_hypenet.checkpoint.together import decided_by_first
     from megatron_hypenet.cli.progress import Screen
     from megatron_hypenet.engine.faults import watched
     from megatron_hypenet.engine.halo import Halo
@@ -101,6 +104,8 @@ def prepared(run: RunConfig, *, overwrite: bool = False, nproc: int | None = Non
             barrier=groups.barrier,
             announce=screen.announce,
             may_start=lambda step: leave_if_stopped(f"step {step}", [folder.root]),
+            decided=decided_by_first,
+            verify=lambda checkpoint: verify_together(checkpoint, parts=WEIGHTS_PARTS),
         )
         with watched(folder.root, run.guard), leaving_at_once():
             yield Pipeline(run=run, folder=folder, halo=halo, runner=runner, screen=screen, is_main=is_main)
@@ -210,6 +215,8 @@ def import_teacher(source: Path, target: Path) -> None:
     else:
         checkpoint = resolve(source).resolve()
         verify_files(checkpoint, hashes=True)  # once, before hours of distilling from it
+        if target.is_symlink():
+            target.unlink()
         target.symlink_to(checkpoint, target_is_directory=True)
 
 

@@ -162,7 +162,7 @@ def compute(
         model = build_model(config, parallel, dtype=kind)
         guard_kernels(model)
         keeps = rank() == 0
-        load_model(model, folder, hashes=keeps)
+        load_model(model, folder)
         model.eval()
         kept = ids.shape[0] if keeps else 0
         logits = torch.empty(kept, ids.shape[1], config.vocab_size, dtype=kind)

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hypenet.atomic_files import write_json
+from megatron_hypenet.checkpoint import format as fmt
 from megatron_hypenet.checkpoint.load import read_manifest, read_model_config, resolve, tokenizer_dir
 from megatron_hypenet.config.schema import RunConfig
 from megatron_hypenet.engine import material, run_stage
-from megatron_hypenet.engine.halo_steps import halo_steps
+from megatron_hypenet.engine.halo_steps import halo_steps, required_checkpoint
 from megatron_hypenet.engine.heartbeat import PULSE
 from megatron_hypenet.engine.loop import train
 from megatron_hypenet.engine.metrics import StepRecord
@@ -59,11 +60,15 @@ class Halo:
             runner.steps[name] = replace(
                 runner.steps[name],
                 after=("teacher", "data"),
-                inputs=lambda: identity_of([start / "manifest.json"]),
+                inputs=lambda: identity_of([start / fmt.MANIFEST]),
                 action=lambda: self.do_training(name, teacher=self.folder.teacher, init=start),
             )
         runner.run_through(name)
-        return resolve(self.folder.stage(name))
+        return required_checkpoint(self.run, self.folder, name)
+
+    def _of(self, step: str) -> Path:
+        """The checkpoint that a finished step left."""
+        return required_checkpoint(self.run, self.folder, step)
 
     def selection(self) -> tuple[LayerScores, Selection]:
         """The scores and the choice that the selection step left."""
@@ -104,7 +109,7 @@ class Halo:
 
     def do_finetune(self) -> dict[str, Any]:
         """Stage 3."""
-        return self.do_training("finetune", init=self.folder.stage("distill"))
+        return self.do_training("finetune", init=self._of("distill"))
 
     def do_training(self, name: str, *, teacher: Path | None = None, init: Path | None = None) -> dict[str, Any]:
         """Train one stage to its end."""
@@ -146,7 +151,7 @@ class Halo:
 
     def _sweep(self) -> None:
         teacher = run_stage.load_teacher(self.run, self.folder.teacher)
-        mixers = run_stage.load_aligned(self.run, teacher, self.folder.stage("align"))
+        mixers = run_stage.load_aligned(self.run, teacher, self._of("align"))
         measure, total = material.measure(self.run, self.folder), teacher.model_config.num_layers
         known = read_json(self.folder.scores_file) if self.folder.scores_file.is_file() else None
         groups.barrier()  # all have read what is known before the first one adds to it
@@ -165,12 +170,12 @@ class Halo:
         """Write the student that stage 2 starts from."""
         num_layers = read_model_config(self.folder.teacher).num_layers
         selection = load_selection(self.folder.mixers_file, num_layers=num_layers)
-        run_stage.assemble(self.run, self.folder.teacher, self.folder.stage("align"), selection.mixer_types, self.folder.assembled)
+        run_stage.assemble(self.run, self.folder.teacher, self._of("align"), selection.mixer_types, self.folder.assembled)
         return {"attention_layers": list(selection.attention_layers)}
 
     def do_export(self) -> dict[str, Any]:
         """Write the Hugging Face folder."""
-        self.export_student(self.folder.stage("finetune"), self.folder.export)
+        self.export_student(self._of("finetune"), self.folder.export)
         return {"attn_logits_scaling": self.run.export.attn_logits_scaling}
 
     def do_report(self) -> dict[str, Any]:
@@ -206,14 +211,14 @@ class Halo:
 
     def _student(self, stage: str) -> HypeNetModel:
         """A student as it will be exported: with logit scaling."""
-        student = run_stage.load_hypenet(self.run, self.folder.stage(stage))
+        student = run_stage.load_hypenet(self.run, self._of(stage))
         student.set_attn_logits_scaling(self.run.export.attn_logits_scaling)
         return student
 
     def _all_converted(self) -> HypeNetModel:
         """The teacher with every layer's attention replaced by its aligned RNN mixer: alignment without selection or distillation."""
         teacher = run_stage.load_teacher(self.run, self.folder.teacher)
-        for layer, mixer in run_stage.load_aligned(self.run, teacher, self.folder.stage("align")).items():
+        for layer, mixer in run_stage.load_aligned(self.run, teacher, self._of("align")).items():
             teacher.set_mixer(layer, mixer)
         return teacher
 

@@ -9,10 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_hypenet.config.schema import RunConfig
+from megatron_hypenet.checkpoint import format as fmt
+from megatron_hypenet.checkpoint.find import finished_checkpoint, is_whole
+from megatron_hypenet.config.schema import STAGES, RunConfig
 from megatron_hypenet.engine.run_folder import RunFolder
 from megatron_hypenet.engine.steps import Step, identity_of
-from megatron_hypenet.errors import ConfigError
+from megatron_hypenet.errors import CheckpointError, ConfigError
 
 Action = Callable[[], dict[str, Any]]
 
@@ -33,7 +35,10 @@ def halo_steps(run: RunConfig, folder: RunFolder, action_of: Callable[[str], Act
         alone: bool = False,
     ) -> Step:
         action = action_of(name) if action_of is not None else _only_planned
-        return Step(name=name, does=does, after=after, settings=settings, results=results, action=action, inputs=inputs, alone=alone)
+        return Step(
+            name=name, does=does, after=after, settings=settings, results=results, action=action, inputs=inputs, alone=alone,
+            checkpoint=checkpoint_of(run, folder, name),
+        )  # fmt: skip
 
     training, after_text = ("data", "seed", "precision"), ("teacher", "data")
     align, distill, finetune = (folder.stage(name) for name in ("align", "distill", "finetune"))
@@ -54,6 +59,30 @@ def halo_steps(run: RunConfig, folder: RunFolder, action_of: Callable[[str], Act
         step("export", "export to Hugging Face format", ("finetune",), ("export",), (folder.export,), alone=True),
         step("report", "evaluate and report", ("finetune", "select"), ("eval", "export"), reported),
     ]  # fmt: skip
+
+
+def checkpoint_of(run: RunConfig, folder: RunFolder, name: str) -> Callable[[], Path | None] | None:
+    """Where the checkpoint lies that step `name` leaves: a function that gives its folder, or None when it is not there whole.
+
+    None for a step that leaves no checkpoint.
+    """
+    if name in STAGES:
+        return lambda: finished_checkpoint(folder.stage(name), run.stage(name).train_iters)
+    place = {"teacher": folder.teacher, "assemble": folder.assembled}.get(name)
+    return None if place is None else lambda: place if is_whole(place) else None
+
+
+def required_checkpoint(run: RunConfig, folder: RunFolder, name: str) -> Path:
+    """The checkpoint that the finished step `name` left. CheckpointError when it is missing or not whole: an older one would not do."""
+    find = checkpoint_of(run, folder, name)
+    assert find is not None, f"{name} leaves no checkpoint"
+    found = find()
+    if found is None:
+        place = folder.stage(name) / fmt.CHECKPOINTS if name in STAGES else folder.root
+        raise CheckpointError(
+            f"the result of step {name} is missing or damaged in {place}; `hypenet run {folder.config_file}` makes it again"
+        )
+    return found
 
 
 def _only_planned() -> dict[str, Any]:

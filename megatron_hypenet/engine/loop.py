@@ -16,6 +16,7 @@ import yaml
 from torch import Tensor
 
 from megatron_hypenet.checkpoint import format as fmt
+from megatron_hypenet.checkpoint.find import finished_checkpoint
 from megatron_hypenet.checkpoint.load import load_training
 from megatron_hypenet.checkpoint.state import TrainState
 from megatron_hypenet.checkpoint.together import from_first
@@ -40,13 +41,6 @@ from megatron_hypenet.stages.base import Batch, StageModule
 logger = logging.getLogger(__name__)
 
 
-def finished_checkpoint(out_dir: Path, config: StageConfig) -> Path | None:
-    """The checkpoint of a stage that has done all its steps, or None."""
-    folders = [folder for folder in fmt.iteration_folders(out_dir / fmt.CHECKPOINTS) if fmt.is_committed(folder)]
-    done = [folder for folder in folders if (fmt.iteration_of(folder) or 0) >= config.train_iters]
-    return done[-1] if done else None
-
-
 def train(
     stage: StageModule,
     data: TokenSource,
@@ -69,7 +63,8 @@ def train(
     Raises DivergedError (weights unchanged since the last good step), SavedAndRequeue after a signal or STOP file, LayoutError when the
     stage does not fit the GPU, CheckpointError.
     """
-    done: Path | None = from_first(finished_checkpoint(Path(out_dir), config))  # one answer, however slowly the folder shows up elsewhere
+    # one answer, however slowly the folder shows up elsewhere
+    done: Path | None = from_first(finished_checkpoint(Path(out_dir), config.train_iters))
     if done is not None:
         return done
     trainer = _Trainer(stage, data, config, run, Path(out_dir), tokenizer_dir=tokenizer_dir, extra=extra or {})

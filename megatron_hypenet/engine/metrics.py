@@ -6,19 +6,28 @@ TensorBoard tags and units are the table below; a stage adds its own (align/laye
 from __future__ import annotations
 
 import json
+import logging
 import math
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from megatron_hypenet.atomic_files import write_text
 from megatron_hypenet.engine.hardware import Workload
+from megatron_hypenet.errors import DataError
+from megatron_hypenet.untrusted.files import FileKind
+from megatron_hypenet.untrusted.json_text import parse_json, typed
+
+logger = logging.getLogger(__name__)
+
+_KIND = FileKind(error=DataError, advice="restore the file, or delete the damaged lines: the run goes on without them", max_bytes=1 << 30)
 
 TAGS = {
     "loss": "mean stage loss since the last point (align: mean squared error; distill and finetune: nats per token)",
@@ -96,7 +105,11 @@ class LossLog:
 
     def __init__(self, path: Path, resumed_step: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= resumed_step]
+        records = _read(path)
+        kept = [line for line, record in records if record.step <= resumed_step]
+        reached = max((record.step for _, record in records), default=0)
+        if reached < resumed_step:
+            logger.warning("%s ends at step %d, the run continues after step %d: the losses between are lost", path, reached, resumed_step)
         write_text(path, "".join(line + "\n" for line in kept))
         self._stream: IO[str] = path.open("a", buffering=1)
 
@@ -109,18 +122,38 @@ class LossLog:
         self._stream.close()
 
 
-def _complete_lines(path: Path) -> list[str]:
-    """Lines that were written to their end; a killed process may leave a torn last one."""
+@dataclass(frozen=True, kw_only=True)
+class _Line:
+    """One line of losses.jsonl; entries of a later version are ignored."""
+
+    step: Annotated[int, Field(ge=1)]
+    loss: float | None
+    grad_norm: float | None
+    lr: float
+
+
+def _read(path: Path) -> list[tuple[str, _Line]]:
+    """The lines of a losses.jsonl and what they say, steps ascending. A torn last line, as a killed process leaves it, is dropped.
+
+    DataError names the first line that is damaged otherwise.
+    """
     if not path.is_file():
         return []
-    text = path.read_text()
-    return [line for line in text[: text.rfind("\n") + 1].splitlines() if line]
+    text = _KIND.read_text(path)
+    found: list[tuple[str, _Line]] = []
+    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), start=1):
+        where = f"{path}, line {number}"
+        record = typed(_KIND, where, parse_json(_KIND, where, line), _Line)
+        if found and record.step <= found[-1][1].step:
+            _KIND.refuse(where, f"step {record.step} follows step {found[-1][1].step}")
+        found.append((line, record))
+    return found
 
 
 def read_losses(path: Path) -> list[dict[str, float]]:
     """The records of a losses.jsonl: step, loss, grad_norm, lr. Skipped steps are left out."""
-    records = [json.loads(line) for line in _complete_lines(path)]
-    return [record for record in records if record["loss"] is not None]
+    return [asdict(record) for _, record in _read(path) if record.loss is not None]
+
 
 
 class Recorder:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import functools
 import hashlib
 import json
 import os
@@ -294,10 +295,16 @@ def files_identity(path: Path) -> list[list[Any]]:
 
 
 def _sampled_hash(file: Path) -> str:
+    status = file.stat()
+    return _sampled_hash_of(file, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+@functools.cache  # a run asks for its teacher's before every step; a file that changes has another state
+def _sampled_hash_of(file: Path, _inode: int, size: int, _modified: int, _changed: int) -> str:
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         digest.update(stream.read(_SAMPLE_BYTES))
-        stream.seek(max(0, file.stat().st_size - _SAMPLE_BYTES))
+        stream.seek(max(0, size - _SAMPLE_BYTES))
         digest.update(stream.read(_SAMPLE_BYTES))
     return digest.hexdigest()[:16]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_hypenet.checkpoint.manifest import git_commit, library_versions
+from megatron_hypenet.checkpoint.manifest import WEIGHTS_PARTS, git_commit, library_versions, verify_files
 from megatron_hypenet.config.schema import RunConfig
 from megatron_hypenet.engine.heartbeat import PULSE
 from megatron_hypenet.engine.run_folder import RunFolder, files_identity, fingerprint_of, settled
@@ -39,6 +39,8 @@ class Step:
     """Content of files outside the run's own steps, for the fingerprint."""
     alone: bool = False
     """Done by the first process only, while the others wait."""
+    checkpoint: Callable[[], Path | None] | None = None
+    """Gives the checkpoint that the step leaves, None when it is not there whole; for steps that leave one."""
 
 
 class Runner:
@@ -54,13 +56,19 @@ class Runner:
         barrier: Callable[[], None] = lambda: None,
         announce: Callable[[str, str], None] = lambda step, what: None,
         may_start: Callable[[str], None] = lambda step: None,
+        decided: Callable[[Callable[[], Any]], Any] = lambda decide: decide(),
+        verify: Callable[[Path], Any] = lambda checkpoint: verify_files(checkpoint, hashes=True, parts=WEIGHTS_PARTS),
     ) -> None:
-        """`announce(step, what)` hears of every step: "skipped", "starts" or "done in 12.3 s".
+        """Callbacks, which all processes call in the same order:
 
-        `may_start(step)` is called on all processes before a step that has work to do, and ends the run there by raising."""
+        - `announce(step, what)` hears of every step: "skipped", "starts" or "done in 12.3 s".
+        - `may_start(step)` comes before a step that has work to do, and ends the run there by raising.
+        - `decided(decide)` gives what `decide` returns on the first process.
+        - `verify(checkpoint)` compares the weights of a finished step with their hashes. CheckpointError.
+        """
         self.run, self.folder, self.steps = run, folder, {step.name: step for step in steps}
         self.is_main, self.barrier, self.announce = is_main, barrier, announce
-        self.may_start = may_start
+        self.may_start, self.decided, self.verify = may_start, decided, verify
         self.added = folder.added_settings(run)
 
     def fingerprint(self, name: str) -> str:
@@ -77,8 +85,12 @@ class Runner:
         )
 
     def is_done(self, name: str) -> bool:
-        """Whether step `name` needs no work."""
-        return self.folder.is_done(name, self.fingerprint(name), self.steps[name].results)
+        """Whether step `name` needs no work: it finished with the present inputs, and what it left is there, a checkpoint whole."""
+        return self._is_done(name, self.fingerprint(name))
+
+    def _is_done(self, name: str, fingerprint: str) -> bool:
+        step = self.steps[name]
+        return self.folder.is_done(name, fingerprint, step.results) and (step.checkpoint is None or step.checkpoint() is not None)
 
     def run_through(self, last: str) -> None:
         """Do every step up to and including `last` that `last` depends on and that is not done."""
@@ -94,10 +106,17 @@ class Runner:
 
     def run_step(self, name: str) -> None:
         """Do one step unless it is done; an earlier attempt with other inputs is cleared away, one with the same is continued."""
-        step, fingerprint = self.steps[name], self.fingerprint(name)
-        done = self.folder.is_done(name, fingerprint, step.results)
-        self.barrier()  # nobody may see the record that another process is about to write
+        step = self.steps[name]
+
+        def decide() -> tuple[str, bool, Path | None]:
+            fingerprint = self.fingerprint(name)
+            done = self._is_done(name, fingerprint)
+            return fingerprint, done, step.checkpoint() if done and step.checkpoint is not None else None
+
+        fingerprint, done, checkpoint = self.decided(decide)
         if done:
+            if checkpoint is not None:
+                self.verify(checkpoint)
             self.announce(name, "skipped")
             return
         self.may_start(name)
@@ -119,6 +138,8 @@ class Runner:
             missing = [str(path) for path in step.results if not path.exists()]
             if missing:
                 raise CheckpointError(f"step {name} ended without {', '.join(missing)}; start the same command again")
+            if step.checkpoint is not None and step.checkpoint() is None:
+                raise CheckpointError(f"step {name} ended without a whole checkpoint in {step.results[0]}; start the same command again")
             self.folder.record(name, fingerprint, seconds=seconds, software=software(), **details)
         self.barrier()
         self.announce(name, f"done in {seconds:.1f} s")

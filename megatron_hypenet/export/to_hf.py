@@ -20,7 +20,7 @@ from megatron_hypenet.checkpoint import format as fmt
 from megatron_hypenet.checkpoint import load
 from megatron_hypenet.checkpoint.shards import ShardReader
 from megatron_hypenet.config.model import LogitsScaling, ModelConfig, check_logits_scaling
-from megatron_hypenet.errors import ConfigError, ConversionError, SetupError, is_disk_full
+from megatron_hypenet.errors import CheckpointError, ConfigError, ConversionError, SetupError, is_disk_full
 from megatron_hypenet.export import hf_config, hf_folder, mapping
 from megatron_hypenet.export.tensors import check_tensor, parse_dtype
 
@@ -62,7 +62,7 @@ def plan_export(
     `attn_logits_scaling`: "keep" what the checkpoint says, or the value to export ("hype 500", a number, None for off)."""
     folder = load.resolve(Path(ckpt_dir))
     config = with_logits_scaling(load.read_model_config(folder), attn_logits_scaling)
-    reader = load.open_weights(folder, hashes=True)
+    reader = load.open_weights(folder)
     entries = mapping.entries(config)
     mapping.check_names((entry.ours for entry in entries), reader, where=f"{folder} (kind: {load.read_manifest(folder).kind})")
     dtypes: dict[str, torch.dtype] = {}
@@ -116,7 +116,7 @@ def export_hf(
         main_dtype = str(plan.dtypes[mapping.HF_EMBEDDING]).removeprefix("torch.")
         config = hf_config.hf_config_from_model(plan.config, torch_dtype=main_dtype, origin=manifest.hf_config)
         hf_folder.write_json(temporary / "config.json", config)
-        hf_folder.write_json(temporary / hf_folder.GENERATION, _generation_config(config, manifest.extra.get("generation_config")))
+        hf_folder.write_json(temporary / hf_folder.GENERATION, _generation_config(config, _noted_generation_config(plan.folder, manifest)))
         tokenizer = load.tokenizer_dir(plan.folder)
         for file in hf_folder.tokenizer_files(tokenizer) if tokenizer else []:
             shutil.copyfile(file, temporary / file.name)
@@ -159,6 +159,16 @@ def _generation_config(config: dict[str, Any], origin: dict[str, Any] | None) ->
     """The original generation settings, or the token ids alone: greedy decoding."""
     tokens = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config[key] is not None}
     return {**tokens, **{key: value for key, value in (origin or {}).items() if key != "transformers_version"}}
+
+
+def _noted_generation_config(folder: Path, manifest: load.Manifest) -> dict[str, Any] | None:
+    """The generation_config.json that came with the weights; CheckpointError when the checkpoint holds something else for it."""
+    noted = manifest.extra.get("generation_config")
+    if noted is not None and not isinstance(noted, dict):
+        raise CheckpointError(
+            f"{folder}: its manifest notes a generation_config that is no object but {type(noted).__name__}; use another checkpoint"
+        )
+    return noted
 
 
 def refuse_existing(target: Path, overwrite: bool) -> None:

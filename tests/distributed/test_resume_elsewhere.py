@@ -39,6 +39,6 @@ def test_losses_go_on_as_if_never_stopped(tmp_path, stage):
     print(stage, apart)
     assert len(got) == STEPS and apart["loss"] <= 1e-5 and apart["grad_norm"] <= 2e-4 and apart["lr"] == 0
     finals = [tmp_path / name / stage / "checkpoints" for name in ("straight", "moving")]
-    states = [TrainState.read(folder / f"iter_{STEPS:07d}" / "train_state.json") for folder in finals]
+    states = [TrainState.read(folder / f"iter_{STEPS:07d}") for folder in finals]
     assert [(state.samples, state.tokens, state.adam_step) for state in states] == [(4 * STEPS, 4 * 16 * STEPS, STEPS)] * 2
     assert set(read_weights(finals[0])) == set(read_weights(finals[1]))

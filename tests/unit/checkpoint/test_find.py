@@ -1,6 +1,7 @@
 """Finding a checkpoint and its shape."""
 
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 from megatron_hypenet.checkpoint import find, save
 from megatron_hypenet.checkpoint import format as fmt
 from megatron_hypenet.errors import CheckpointError
+from tests.reseal import reseal
 
 
 @pytest.fixture
@@ -56,8 +58,25 @@ def test_resolve_explains_what_the_path_is(tmp_path):
 def test_a_damaged_model_json_is_a_damaged_checkpoint(tmp_path, tensors, model_config):
     folder = save.write_weights(tmp_path / "ck", tensors, model_config, kind="teacher")
     (folder / "model.json").write_text("{bad")
-    with pytest.raises(CheckpointError, match="model.json cannot be read.*the checkpoint is damaged"):
+    with pytest.raises(CheckpointError, match="model.json: differs from what manifest.json says.*damaged"):
         find.read_model_config(folder)
+    for text in ("{bad", "[]", "[" * 100_000, '{"num_layers": "3"}'):
+        (folder / "model.json").write_text(text)
+        with pytest.raises(CheckpointError, match="model.json: .*the checkpoint is damaged"):
+            find.read_model_config(reseal(folder, "model.json"))
+
+
+def test_a_stage_is_finished_by_a_checkpoint_of_all_its_steps_that_is_whole(tmp_path, tensors, model_config, caplog):
+    for step in (2, 6):
+        save.write_weights(tmp_path / "checkpoints" / fmt.iteration_name(step), tensors, model_config, kind="align")
+    last = tmp_path / "checkpoints" / "iter_0000006"
+    assert find.finished_checkpoint(tmp_path, 6) == last
+    assert find.finished_checkpoint(tmp_path, 7) is None
+    for file in (path for path in last.rglob("*") if path.is_file()):
+        os.truncate(file, 0)
+    assert find.finished_checkpoint(tmp_path, 6) is None
+    assert f"{last} cannot be used" in caplog.text
+    assert find.finished_checkpoint(tmp_path / "none", 6) is None
 
 
 def test_no_tensor_library_is_imported():

@@ -24,7 +24,7 @@ def test_read_weights_takes_a_subset_and_names_what_is_missing(run, tensors):
 
 
 def test_load_model_splits_fused_parameters(run, tensors, fused_model):
-    load.load_model(fused_model, run, hashes=True)
+    load.load_model(fused_model, run)
     assert torch.equal(fused_model.embed, tensors["embed.weight"])
     assert torch.equal(fused_model.linear, torch.cat([tensors["linear.weight.q"], tensors["linear.weight.k"]]))
     assert torch.equal(fused_model.norm, tensors["norm.weight"])

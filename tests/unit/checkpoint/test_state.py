@@ -1,11 +1,16 @@
 """The train state survives its file exactly; the template describes every trained parameter once."""
 
+import json
+
 import pytest
 import torch
 
+from megatron_hypenet.checkpoint import format as fmt
+from megatron_hypenet.checkpoint.manifest import write_manifest
 from megatron_hypenet.checkpoint.shards import tensor_pieces
 from megatron_hypenet.checkpoint.state import LOSS_TAIL, Template, TrainState
 from megatron_hypenet.errors import CheckpointError
+from tests.reseal import reseal
 
 
 def test_advance_counts_and_keeps_a_tail():
@@ -16,18 +21,27 @@ def test_advance_counts_and_keeps_a_tail():
     assert len(state.losses) == LOSS_TAIL and state.losses[-1] == 54.0
 
 
+def committed(folder, state):
+    with fmt.staged(folder) as temporary:
+        state.write(temporary / fmt.TRAIN_STATE)
+        write_manifest(temporary, kind="align")
+    return folder
+
+
 def test_file_keeps_every_bit(tmp_path):
     state = TrainState(stage="distill", step=3, losses=(0.1 + 0.2, 1e-310), lr=1 / 3, layout={"world": 2})
-    state.write(tmp_path / "train_state.json")
-    assert TrainState.read(tmp_path / "train_state.json") == state
+    assert TrainState.read(committed(tmp_path / "ck", state)) == state
 
 
 def test_missing_and_foreign_files_are_checkpoint_errors(tmp_path):
     with pytest.raises(CheckpointError, match="weights only"):
-        TrainState.read(tmp_path / "train_state.json")
-    (tmp_path / "train_state.json").write_text('{"iteration": 3, "losses": []}')
-    with pytest.raises(CheckpointError, match="unreadable"):
-        TrainState.read(tmp_path / "train_state.json")
+        TrainState.read(tmp_path)
+    folder = committed(tmp_path / "ck", TrainState(stage="align"))
+    good = json.loads((folder / fmt.TRAIN_STATE).read_text())
+    for change in ({"losses": 5}, {"layout": "x"}, {"tokens": {}}, {"step": -1}, {"iteration": 3}, {"lr": "1e-3"}, {"stage": None}):
+        (folder / fmt.TRAIN_STATE).write_text(json.dumps(good | change))
+        with pytest.raises(CheckpointError, match=f"train_state.json: {next(iter(change))}"):
+            TrainState.read(reseal(folder, fmt.TRAIN_STATE))
 
 
 def test_template_names_pieces_of_weights_and_states(fused_model):

@@ -59,7 +59,7 @@ def test_names_what_is_not_usable(run):
     ]
     assert "missing" in found[1].problem and all(one.problem for one in found)
     (folder / "iter_0000020" / fmt.MANIFEST).write_text("{")
-    assert "unreadable" in survey.look_at(folder / "iter_0000020").problem
+    assert "differs from what COMMITTED says" in survey.look_at(folder / "iter_0000020").problem
 
 
 def test_refuses_what_is_no_folder(tmp_path):

@@ -139,7 +139,7 @@ def test_bad_steps_are_skipped_said_and_counted(tmp_path, gradient):
         for step, samples, in_row in ((2, "4 to 7", 1), (4, "12 to 15", 1), (5, "16 to 19", 2))
     ]
     assert [record["step"] for record in read_losses(tmp_path / "a" / "losses.jsonl")] == [1, 3, 6]
-    state = TrainState.read(final / "train_state.json")
+    state = TrainState.read(final)
     assert (state.step, state.samples, state.adam_step, state.skipped_steps, state.skipped_in_row) == (6, 24, 3, 3, 0)
     points = scalars(tmp_path / "a" / "tb")
     assert [value for _, value in points["skipped-steps"]] == [1, 2, 3] and points["loss"][1][1] == pytest.approx(records[2].loss)
@@ -154,7 +154,7 @@ def test_a_run_with_skipped_steps_continues_bit_for_bit(tmp_path, zero_stage, dt
         loop.train(ToyStage(dtype, poison=VOCAB - 1), data, stage_config(), run, tmp_path / "b", on_step=crash_after(4))
     resumed = loop.train(ToyStage(dtype, poison=VOCAB - 1), data, stage_config(), run, tmp_path / "b")
     assert (tmp_path / "a" / "losses.jsonl").read_text() == (tmp_path / "b" / "losses.jsonl").read_text()
-    assert TrainState.read(straight / "train_state.json") == TrainState.read(resumed / "train_state.json")
+    assert TrainState.read(straight) == TrainState.read(resumed)
     want, got = read_weights(straight), read_weights(resumed)
     assert all(torch.equal(want[name], got[name]) for name in want)
 

@@ -10,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_hypenet.engine.hardware import Workload
 from megatron_hypenet.engine.metrics import TAGS, LossLog, MetricSums, Recorder, StepRecord, read_losses, short_count, short_time
+from megatron_hypenet.errors import DataError
 
 
 def test_losses_keep_every_bit_and_are_rewound(tmp_path):
@@ -125,3 +126,27 @@ def test_the_line_and_the_board_show_the_use_of_each_gpu(tmp_path):
     board = EventAccumulator(str(tmp_path / "tb")).Reload()
     assert board.Scalars("mfu")[0].value == pytest.approx(0.502, rel=1e-3)
     assert board.Scalars("tokens-per-second-per-gpu")[0].value == pytest.approx(37_900)
+
+
+def test_damage_in_the_losses_is_named_and_a_torn_end_is_not_damage(tmp_path, caplog):
+    path = tmp_path / "losses.jsonl"
+    lines = ['{"step": %d, "loss": 1.5, "grad_norm": 0.5, "lr": 0.1}' % step for step in (1, 2, 3)]  # noqa: UP031 - braces
+    for bad, word in [
+        ("{", "not valid JSON"),
+        ("\0\0\0", "NUL"),
+        ('{"step": 2, "loss": NaN, "grad_norm": 0.5, "lr": 0.1}', "NaN"),
+        ('{"step": "2", "loss": 1.5, "grad_norm": 0.5, "lr": 0.1}', "step: "),
+        ('{"step": 2, "grad_norm": 0.5, "lr": 0.1}', "loss: missing"),
+        (lines[0], "step 1 follows step 1"),
+        ("[]", "should be an object"),
+    ]:
+        path.write_text("\n".join([lines[0], bad, lines[2]]) + "\n")
+        with pytest.raises(DataError, match=word) as caught:
+            LossLog(path, 3)
+        assert str(path) in str(caught.value)
+        assert "line 2" in str(caught.value) or word == "NUL"
+        assert path.read_text().splitlines()[1] == bad
+    path.write_text(lines[0] + "\n" + lines[1][:20])
+    LossLog(path, 3).close()
+    assert path.read_text() == lines[0] + "\n"
+    assert "ends at step 1, the run continues after step 3" in caplog.text

@@ -1,5 +1,7 @@
 """Steps run once for the same inputs, in order, and continue after an interruption."""
 
+from dataclasses import replace
+
 import pytest
 import yaml
 
@@ -175,3 +177,40 @@ def test_damaged_json_is_named(tmp_path):
     (tmp_path / "x.json").write_text("[")
     with pytest.raises(DataError, match="x.json cannot be read"):
         read_json(tmp_path / "x.json")
+
+
+def test_a_step_whose_checkpoint_is_not_whole_is_not_done(world):
+    root, whole = world.folder.root, [True]
+
+    def runner(**kwargs):
+        made = world.runner(**kwargs)
+        made.steps["first"] = replace(made.steps["first"], checkpoint=lambda: root / "first" if whole[0] else None)
+        return made
+
+    verified = []
+    runner(verify=verified.append).run_all()
+    assert verified == []
+    runner(verify=verified.append).run_all()
+    assert verified == [root / "first"]
+    whole[0] = False
+    assert [row["state"] for row in runner().plan()] == ["to do", "to do", "to do"]
+    whole[0] = True
+
+    def damaged(checkpoint):
+        raise CheckpointError(f"{checkpoint} is damaged")
+
+    with pytest.raises(CheckpointError, match="first is damaged"):
+        runner(verify=damaged).run_all()
+    world.log.clear()
+    whole[0] = False
+    with pytest.raises(CheckpointError, match="ended without a whole checkpoint"):
+        runner(verify=verified.append).run_step("first")
+    assert world.log == ["first"]
+
+
+def test_only_the_first_process_decides(world):
+    world.runner().run_all()
+    other = world.runner(is_main=False, decided=lambda decide: ("fingerprint of the first", True, None))
+    other.fingerprint = None
+    other.run_step("first")
+    assert world.log == ["first", "second", "third"]
