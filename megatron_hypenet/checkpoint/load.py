@@ -92,8 +92,8 @@ def load_model(model: Any, path: Path | str, *, allow_unused: bool = False) -> P
 
     `model` needs `sharded_state_dict(prefix)`; every process of the layout calls this with its own part. They share the hashing, and
     compare names; no other communication is needed. Strict: a tensor that either side lacks, or whose global shape differs, is a
-    CheckpointError; `allow_unused` tolerates stored tensors that no process asks for (a trunk-only teacher). Floating dtypes are cast to the
-    model's.
+    CheckpointError; `allow_unused` tolerates stored tensors that no process asks for (a trunk-only teacher). Floating dtypes are cast
+    to the model's.
     """
     folder = resolve(path)
     verify_together(folder, parts=WEIGHTS_PARTS)
