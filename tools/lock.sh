@@ -29,9 +29,8 @@ for version in 3.11 3.12; do
   short=py${version/./}
   resolve $version pyproject.toml requirements/build.in --extra dev --extra gpu |
     write cuda-$short.txt "Python $version with CUDA"
-  # the same versions without what only CUDA needs: a CPU build of torch has none of it, and another build pins it by itself. Triton is free
-  # here: the interpreter of the release that torch's CUDA build pins (3.7.1) computes the scans wrongly, later ones and its compiler do not
-  grep -vE '^(#|nvidia-|cuda-|triton==)' requirements/cuda-$short.txt >"$work/shared"
+  # the same versions without what only CUDA needs: a CPU build of torch has none of it, and another build pins it by itself
+  grep -vE '^(#|nvidia-|cuda-)' requirements/cuda-$short.txt >"$work/shared"
   resolve $version pyproject.toml requirements/build.in --extra dev --constraint "$work/shared" |
     grep -vE '^(nvidia-|cuda-)' | write cpu-$short.txt "Python $version without CUDA"
 done

@@ -48,7 +48,9 @@ def segment_states_kernel(
     y_head, z_head = head_of(y_ptr, bh, heads, stride_yb, stride_yh, access), head_of(z_ptr, bh, heads, stride_zb, stride_zh, access)
     begin = segment * segment_tokens
     num_chunks = tl.cdiv(tl.minimum(segment_tokens, length - begin), chunk)
-    window = tl.minimum(NEGLIGIBLE_BITS / tl.maximum(-decay, 1e-20), segment_tokens.to(tl.float32)).to(tl.int32)
+    # a tensor on the left: triton 3.7's interpreter wraps what a constant divided by a tensor gives
+    bits = tl.full([], NEGLIGIBLE_BITS, tl.float32)
+    window = tl.minimum(bits / tl.maximum(-decay, 1e-20), segment_tokens.to(tl.float32)).to(tl.int32)
     counted = tl.minimum(tl.cdiv(window, chunk) + 1, num_chunks)
     ids = ids_ptr + (bh // heads).to(tl.int64) * length
     if documents:
