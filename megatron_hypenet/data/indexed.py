@@ -1,11 +1,14 @@
 """Token files in Megatron's format (prefix.bin, prefix.idx): writing, opening, and reading them as one stream.
 
-Megatron-core writes and parses the index; the tokens themselves are memory-mapped flat, because training reads windows that cross
-documents. Megatron is imported where it is used: it takes seconds and looks for a GPU.
+Megatron-core writes the index. It is read here, because Megatron's reader believes every number in it; the tokens themselves are
+memory-mapped flat, because training reads windows that cross documents. Megatron is imported where it is used: it takes seconds and looks
+for a GPU.
 """
 
 from __future__ import annotations
 
+import os
+import struct
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,9 +21,17 @@ import numpy.typing as npt
 
 from megatron_hypenet.atomic_files import temporary_beside
 from megatron_hypenet.errors import DataError, SetupError, is_disk_full
+from megatron_hypenet.untrusted.files import FileKind
 
 _INDEX_MAGIC = b"MMIDIDX\x00\x00"
 """First bytes of every .idx file (megatron/core/datasets/indexed_dataset.py)."""
+_HEADER = struct.Struct("<9sQBQQ")
+"""Magic, version (1), code of the id type, number of sequences, number of document bounds. After it: lengths of the sequences in tokens
+(int32), their first bytes in the .bin file (int64), and the bounds of the documents, counted in sequences and starting with 0 (int64)."""
+_ID_TYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64", 7: "float32", 8: "uint16"}
+_CHUNK = 1 << 20
+
+_INDEX = FileKind(error=DataError, advice="run `hypenet data prepare` again")
 
 
 def _megatron() -> Any:
@@ -114,34 +125,70 @@ class TokenFile:
 
 
 def open_tokens(prefix: Path) -> TokenFile:
-    """Open a pair. Raises DataError when a file is missing, is not Megatron's format, or the sizes disagree."""
+    """Open a pair. Raises DataError when a file is missing or is not Megatron's format, or when the two do not fit each other."""
     bin_path, idx_path = token_paths(prefix)
     for path in (bin_path, idx_path):
         if not path.is_file():
             raise DataError(
                 f"{path}: no such file; token files are .bin/.idx pairs, named by their prefix; `hypenet data prepare` makes them."
             )
-    with idx_path.open("rb") as stream:
-        if stream.read(len(_INDEX_MAGIC)) != _INDEX_MAGIC:
-            raise DataError(f"{idx_path}: not a Megatron index; run `hypenet data prepare` again.")
-    indexed = _megatron()
-    try:
-        index = indexed.IndexedDataset(str(prefix)).index
-        lengths = np.asarray(index.sequence_lengths, dtype=np.int64)
-        boundaries = np.asarray(index.document_indices, dtype=np.int64)
-        dtype = np.dtype(index.dtype)
-    except (AssertionError, ValueError, KeyError, OSError) as error:
-        raise DataError(f"{idx_path}: not a Megatron index, or damaged: {error}; run `hypenet data prepare` again.") from error
-    total = int(lengths.sum())
-    if total * dtype.itemsize != bin_path.stat().st_size:
-        raise DataError(
-            f"{bin_path}: {bin_path.stat().st_size} bytes, but the index counts {total} tokens of {dtype.itemsize} bytes; "
-            "a write was interrupted or the two files belong to different texts. Run `hypenet data prepare` again."
+    dtype, lengths, pointers, bounds = _read_index(idx_path)
+    with _INDEX.open(bin_path) as stream:
+        num_bytes = os.fstat(stream.fileno()).st_size
+    total = _check_lengths(idx_path, lengths, pointers, dtype.itemsize)
+    if total * dtype.itemsize != num_bytes:
+        _INDEX.refuse(
+            bin_path,
+            f"{num_bytes} bytes, but the index counts {total} tokens of {dtype.itemsize} bytes; "
+            "a write was interrupted or the two files belong to different texts",
         )
     if total == 0:
         raise DataError(f"{bin_path}: holds no tokens; the text it was made from is empty.")
-    ends = np.concatenate([[0], np.cumsum(lengths)])[boundaries[1:]]
+    if bounds[0] != 0 or bounds[-1] != len(lengths) or (np.diff(bounds) < 0).any():
+        _INDEX.refuse(idx_path, f"the bounds of its {len(bounds) - 1} documents do not ascend from 0 to its {len(lengths)} sequences")
+    ends = np.append(pointers, num_bytes)[bounds[1:]] // dtype.itemsize
     return TokenFile(prefix, np.memmap(bin_path, dtype=dtype, mode="r"), ends)
+
+
+def _read_index(path: Path) -> tuple[np.dtype[Any], npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return (id type, lengths, first bytes, document bounds) of an .idx file whose size is what its header says."""
+    with _INDEX.open(path) as stream:
+        head, size = stream.read(_HEADER.size), os.fstat(stream.fileno()).st_size
+        if head[: len(_INDEX_MAGIC)] != _INDEX_MAGIC:
+            _INDEX.refuse(path, "not a Megatron index")
+        if len(head) < _HEADER.size:
+            _INDEX.refuse(path, f"cut off in its header of {_HEADER.size} bytes: it has {size}")
+        _, version, code, num_sequences, num_bounds = _HEADER.unpack(head)
+        if version != 1:
+            _INDEX.refuse(path, f"a Megatron index of version {version}; version 1 is supported")
+        if code not in _ID_TYPES or _ID_TYPES[code].startswith("float"):
+            _INDEX.refuse(path, f"its ids are {_ID_TYPES.get(code, f'of the unknown type {code}')}; token ids are integers")
+        needed = _HEADER.size + 12 * num_sequences + 8 * num_bounds
+        if size != needed:
+            _INDEX.refuse(path, f"damaged: {num_sequences} sequences and {num_bounds} document bounds take {needed} bytes, it has {size}")
+        if num_bounds == 0:
+            _INDEX.refuse(path, "damaged: it has no document bounds")
+        lengths = np.memmap(stream, np.int32, "r", _HEADER.size, (num_sequences,)) if num_sequences else np.zeros(0, np.int32)
+        pointers = (
+            np.memmap(stream, np.int64, "r", _HEADER.size + 4 * num_sequences, (num_sequences,)) if num_sequences else np.zeros(0, np.int64)
+        )
+        bounds = np.memmap(stream, np.int64, "r", _HEADER.size + 12 * num_sequences, (num_bounds,))
+    return np.dtype(_ID_TYPES[code]), lengths, pointers, bounds
+
+
+def _check_lengths(path: Path, lengths: npt.NDArray[np.int32], pointers: npt.NDArray[np.int64], item_bytes: int) -> int:
+    """Return the number of tokens of all sequences, which must follow each other without a gap; a part at a time, for large files."""
+    total = 0
+    for start in range(0, len(lengths), _CHUNK):
+        part = lengths[start : start + _CHUNK].astype(np.int64)
+        if (part < 0).any():
+            first = start + int(np.argmax(part < 0))
+            _INDEX.refuse(path, f"damaged: sequence {first} has the length {lengths[first]}")
+        ends = total + np.cumsum(part)
+        if not np.array_equal((ends - part) * item_bytes, pointers[start : start + _CHUNK]):
+            _INDEX.refuse(path, f"damaged: the sequences from {start} on do not follow each other in the .bin file")
+        total = int(ends[-1])
+    return total
 
 
 class TokenStream:

@@ -96,9 +96,13 @@ def inside(folder: Path, name: object, kind: FileKind) -> Path:
 
 
 def is_inside(folder: Path, path: Path) -> bool:
-    """Whether `path`, with all symbolic links followed, is `folder` or lies in it."""
+    """Whether `path`, with all symbolic links followed, is `folder` or lies in it.
+
+    The snapshot folders of Hugging Face's cache hold links to the blobs of the same model, ../../blobs/HASH, which count as inside.
+    """
     try:
-        return path.resolve().is_relative_to(folder.resolve())
+        found, home = path.resolve(), folder.resolve()
+        return found.is_relative_to(home) or (home.parent.name == "snapshots" and found.parent == home.parent.parent / "blobs")
     except (OSError, RuntimeError):  # a loop of symbolic links
         return False
 

@@ -1,3 +1,5 @@
+import struct
+
 import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
@@ -61,6 +63,57 @@ def test_damage_is_named(tmp_path):
         open_tokens(prefix)
     idx_path.unlink()
     with pytest.raises(DataError, match="no such file"):
+        open_tokens(prefix)
+
+
+def changed(
+    prefix, version=1, code=8, sequences=None, bounds=None, lengths=(3, 2, 4), pointers=(0, 6, 10), documents=(0, 1, 2, 3), rest=b""
+):
+    """Write the index of DOCUMENTS anew, with something changed."""
+    head = struct.pack("<9sQBQQ", b"MMIDIDX\0\0", version, code, sequences or len(lengths), len(documents) if bounds is None else bounds)
+    body = struct.pack(f"<{len(lengths)}i{len(pointers)}q{len(documents)}q", *lengths, *pointers, *documents)
+    token_paths(prefix)[1].write_bytes(head + body + rest)
+    return prefix
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"version": 2}, "version 2"), ({"code": 99}, "unknown type 99"), ({"code": 7}, "its ids are float32"),
+        ({"sequences": 1 << 40}, "damaged: 1099511627776 sequences"), ({"bounds": 1 << 63}, "document bounds take"),
+        ({"bounds": 0}, "document bounds take"), ({"bounds": 0, "documents": ()}, "no document bounds"), ({"rest": b"x"}, "it has 103"),
+        ({"lengths": (3, -2, 8)}, "sequence 1 has the length -2"), ({"lengths": (2, 3, 4)}, "do not follow each other"),
+        ({"pointers": (0, 6, -10)}, "do not follow each other"), ({"pointers": (2, 8, 12)}, "do not follow each other"),
+        ({"documents": (0, 1, 2, 4)}, "do not ascend from 0 to its 3"), ({"documents": (0, 2, 1, 3)}, "do not ascend"),
+        ({"documents": (0, -5, 2, 3)}, "do not ascend"), ({"documents": (1, 1, 2, 3)}, "do not ascend"),
+        ({"documents": (0, 1, 2, 2)}, "do not ascend"), ({"code": 1}, "do not follow each other"),
+        ({"lengths": (), "pointers": (), "documents": (0,)}, "0 tokens"),
+    ],
+)  # fmt: skip
+def test_every_number_of_the_index_is_checked(tmp_path, change, word):
+    prefix = write(tmp_path / "text")
+    assert open_tokens(changed(prefix)).document_ends.tolist() == [3, 5, 9]
+    with pytest.raises(DataError, match=word) as caught:
+        open_tokens(changed(prefix, **change))
+    assert "text." in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [0, 8, 9, 20, 33, 34, 50, 89])
+def test_an_index_cut_off_anywhere_is_refused(tmp_path, size):
+    idx_path = token_paths(write(tmp_path / "text"))[1]
+    idx_path.write_bytes(idx_path.read_bytes()[:size])
+    with pytest.raises(DataError, match="text.idx: (not a Megatron index|cut off|damaged)"):
+        open_tokens(tmp_path / "text")
+
+
+def test_documents_of_several_sequences_and_empty_ones_are_read(tmp_path):
+    assert open_tokens(changed(write(tmp_path / "text"), documents=(0, 2, 2, 3))).document_ends.tolist() == [5, 5, 9]
+
+
+def test_an_empty_pair_is_named(tmp_path):
+    prefix = changed(write(tmp_path / "text"), lengths=(), pointers=(), documents=(0,))
+    token_paths(prefix)[0].write_bytes(b"")
+    with pytest.raises(DataError, match="holds no tokens"):
         open_tokens(prefix)
 
 
