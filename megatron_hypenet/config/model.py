@@ -18,8 +18,15 @@ from megatron_hypenet.errors import ConfigError
 SOFTMAX_MIXER = "attn"
 LIGHTNING_MIXER = "lightning_attn"
 
-PositiveInt = Annotated[int, Field(gt=0, strict=True)]
-TokenId = Annotated[int, Field(ge=0, strict=True)]
+MAX_LAYERS = 10_000
+"""Layers a model may have; this bound and those below keep a damaged file from asking for memory that no model needs."""
+
+PositiveInt = Annotated[int, Field(gt=0, le=1 << 40, strict=True)]
+Layers = Annotated[int, Field(gt=0, le=MAX_LAYERS, strict=True)]
+Width = Annotated[int, Field(gt=0, le=1 << 24, strict=True)]
+Heads = Annotated[int, Field(gt=0, le=1 << 16, strict=True)]
+Vocabulary = Annotated[int, Field(gt=0, le=1 << 31, strict=True)]
+TokenId = Annotated[int, Field(ge=0, le=1 << 31, strict=True)]
 LogitsScaling = str | float | None
 
 _HYPE_PATTERN = re.compile(r"hype(?:\s+(\d+(?:\.\d+)?))?")
@@ -48,13 +55,13 @@ class ModelConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    num_layers: PositiveInt = Field(description="Number of decoder layers.")
-    hidden_size: PositiveInt = Field(description="Width of the residual stream.")
-    ffn_hidden_size: PositiveInt = Field(description="Inner width of the SwiGLU MLP.")
-    num_attention_heads: PositiveInt = Field(description="Query heads of every layer; an RNN mixer has as many key and value heads.")
-    num_query_groups: PositiveInt = Field(description="Key/value heads of a softmax layer; divides num_attention_heads.")
-    kv_channels: PositiveInt = Field(description="Channels of one head; even. Heads times channels need not equal hidden_size.")
-    vocab_size: PositiveInt = Field(description="Rows of the embedding and of the output head.")
+    num_layers: Layers = Field(description="Number of decoder layers.")
+    hidden_size: Width = Field(description="Width of the residual stream.")
+    ffn_hidden_size: Width = Field(description="Inner width of the SwiGLU MLP.")
+    num_attention_heads: Heads = Field(description="Query heads of every layer; an RNN mixer has as many key and value heads.")
+    num_query_groups: Heads = Field(description="Key/value heads of a softmax layer; divides num_attention_heads.")
+    kv_channels: Heads = Field(description="Channels of one head; even. Heads times channels need not equal hidden_size.")
+    vocab_size: Vocabulary = Field(description="Rows of the embedding and of the output head.")
     layernorm_epsilon: float = Field(default=1e-6, gt=0, description="Epsilon of every RMSNorm.")
     rotary_base: float = Field(default=1e6, gt=0, description="RoPE theta.")
     share_embeddings_and_output_weights: bool = Field(description="The output head is the embedding matrix; follows the teacher.")

@@ -8,15 +8,17 @@ both versions understand them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from pydantic import ValidationError
 
-from megatron_hypenet.config.model import LIGHTNING_MIXER, SOFTMAX_MIXER, ModelConfig
+from megatron_hypenet.config.model import LIGHTNING_MIXER, MAX_LAYERS, SOFTMAX_MIXER, ModelConfig
 from megatron_hypenet.errors import ConfigError, ConversionError
+from megatron_hypenet.export.hf_folder import JSON
+from megatron_hypenet.untrusted.files import inside, shown
+from megatron_hypenet.untrusted.json_text import read_object
 
 HfConfig = dict[str, Any]
 
@@ -83,28 +85,21 @@ _WRITTEN_ELSEWHERE = (
 
 def read_hf_config(hf_dir: Path) -> HfConfig:
     """The folder's config.json as a dict; ConversionError when it is missing or not a JSON object."""
-    path = hf_dir / "config.json"
-    if not path.is_file():
+    if not (hf_dir / "config.json").is_file():
         raise ConversionError(f"{hf_dir}: no config.json; give a Hugging Face model folder (config.json, *.safetensors, tokenizer files)")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConversionError(f"{path}: not valid JSON ({error}); copy the file again") from error
-    if not isinstance(raw, dict):
-        raise ConversionError(f"{path}: expected a JSON object, got {type(raw).__name__}")
-    return raw
+    return read_object(JSON, inside(hf_dir, "config.json", JSON))
 
 
 def family(raw: Mapping[str, Any]) -> str | None:
     """`qwen3`, `hypenet`, or None for a model that we do not know. The architecture decides, then the model type.
 
     HypeNets in the wild call their model type differently; their architecture, switches and tensor names say what they are."""
-    architectures = raw.get("architectures")
-    if isinstance(architectures, list) and len(architectures) == 1 and architectures[0] in _ARCHITECTURES:
-        found = _ARCHITECTURES[architectures[0]]
+    architectures, model_type = raw.get("architectures"), raw.get("model_type")
+    if isinstance(architectures, list) and len(architectures) == 1 and str(architectures[0]) in _ARCHITECTURES:
+        found = _ARCHITECTURES[str(architectures[0])]
         other = None if found == QWEN3 else found
-        return found if _MODEL_TYPES.get(raw.get("model_type") or found, other) == found else None
-    return None if architectures else _MODEL_TYPES.get(str(raw.get("model_type")))
+        return found if _MODEL_TYPES.get(str(model_type or found), other) == found else None
+    return None if architectures else _MODEL_TYPES.get(str(model_type))
 
 
 def model_config_from_hf(raw: HfConfig, *, where: str) -> ModelConfig:
@@ -112,7 +107,7 @@ def model_config_from_hf(raw: HfConfig, *, where: str) -> ModelConfig:
     kind = family(raw)
     if kind is None:
         raise ConfigError(
-            f"{where}: model_type {raw.get('model_type')!r} with architectures {raw.get('architectures')!r} is not supported;"
+            f"{where}: model_type {_told(raw.get('model_type'))} with architectures {_told(raw.get('architectures'))} is not supported;"
             f" supported model types are {sorted(_MODEL_TYPES)} with architectures {sorted(_ARCHITECTURES)} (dense Qwen3 and HypeNet)"
         )
     problems = _switch_problems(raw, {**_SWITCHES, **(_HYPENET_SWITCHES if kind == HYPENET else {})})
@@ -127,7 +122,7 @@ def model_config_from_hf(raw: HfConfig, *, where: str) -> ModelConfig:
     fields |= {key: _first_token(raw[key]) for key in _TOKENS if raw.get(key) is not None}
     fields["rotary_base"] = _rotary_base(raw, problems)
     if kind == QWEN3:
-        fields["mixer_types"] = (SOFTMAX_MIXER,) * _as_count(raw.get("num_hidden_layers"))
+        fields["mixer_types"] = (SOFTMAX_MIXER,) * min(_as_count(raw.get("num_hidden_layers")), MAX_LAYERS)
     else:
         fields["mixer_types"] = _mixer_types(raw, problems)
         fields["attn_logits_scaling"] = raw.get("attn_logits_scaling")
@@ -189,12 +184,15 @@ def _carry(key: str, *, teacher: bool) -> bool:
 
 def _switch_problems(raw: HfConfig, supported: HfConfig) -> list[str]:
     wrong = [(key, value) for key, value in supported.items() if not _same(raw.get(key, value), value)]
-    problems = [f"{key} = {raw[key]!r}: supported is {value!r}" for key, value in wrong]
-    problems += [f"{key} = {raw[key]!r}: supported is True (q and k are normalised)" for key in _QK_NORM_SWITCHES if raw.get(key) is False]
-    problems += [f"{key} = {raw[key]!r}: supported are dense models only, without experts" for key in _EXPERT_KEYS if raw.get(key)]
+    problems = [f"{key} = {_told(raw[key])}: supported is {value!r}" for key, value in wrong]
+    problems += [
+        f"{key} = {_told(raw[key])}: supported is True (q and k are normalised)" for key in _QK_NORM_SWITCHES if raw.get(key) is False
+    ]
+    problems += [f"{key} = {_told(raw[key])}: supported are dense models only, without experts" for key in _EXPERT_KEYS if raw.get(key)]
     layers = raw.get("layer_types")
-    if layers is not None and layers != ["full_attention"] * _as_count(raw.get("num_hidden_layers")):
-        problems.append(f"layer_types = {layers!r}: supported is 'full_attention' for every one of num_hidden_layers")
+    full = isinstance(layers, list) and all(kind == "full_attention" for kind in layers)
+    if layers is not None and not (full and len(layers) == _as_count(raw.get("num_hidden_layers"))):
+        problems.append(f"layer_types = {_told(layers)}: supported is 'full_attention' for every one of num_hidden_layers")
     return problems
 
 
@@ -203,26 +201,26 @@ def _hypenet_problems(raw: HfConfig) -> list[str]:
     problems = []
     for key, reference in _LIGHTNING_SIZES.items():
         if raw.get(key) is not None and raw[key] != raw.get(reference):
-            problems.append(f"{key} = {raw[key]!r}: supported is {raw.get(reference)!r}, the value of {reference}")
+            problems.append(f"{key} = {_told(raw[key])}: supported is {_told(raw.get(reference))}, the value of {reference}")
     known = {*_HYPENET_SWITCHES, *_LIGHTNING_SIZES, *_QK_NORM_SWITCHES, "attn_logits_scaling", "attn_implementation"}
     for key, value in raw.items():
         # without the short convolution its own options (kernel size and the like) do nothing
         if key.startswith(("attn_", "lightning_")) and key not in known and "conv" not in key and value not in (None, False):
-            problems.append(f"{key} = {value!r}: unknown switch of a mixer; supported is leaving it out")
+            problems.append(f"{key} = {_told(value)}: unknown switch of a mixer; supported is leaving it out")
     return problems
 
 
 def _mixer_types(raw: HfConfig, problems: list[str]) -> tuple[str, ...]:
     given = raw.get("mixer_types")
     if not isinstance(given, list):
-        problems.append(f"mixer_types = {given!r}: supported is a list with one of {sorted(_MIXER_SPELLINGS)} per layer")
+        problems.append(f"mixer_types = {_told(given)}: supported is a list with one of {sorted(_MIXER_SPELLINGS)} per layer")
         return ()
     unknown = sorted({str(name) for name in given} - set(_MIXER_SPELLINGS))
     if unknown:
-        problems.append(f"mixer_types has {unknown}: supported are {sorted(_MIXER_SPELLINGS)}")
+        problems.append(f"mixer_types has {_told(unknown)}: supported are {sorted(_MIXER_SPELLINGS)}")
     if len(given) != raw.get("num_hidden_layers"):
         layers = raw.get("num_hidden_layers")
-        problems.append(f"mixer_types has {len(given)} entries: supported is one per layer, num_hidden_layers = {layers!r}")
+        problems.append(f"mixer_types has {len(given)} entries: supported is one per layer, num_hidden_layers = {_told(layers)}")
     return tuple(_MIXER_SPELLINGS.get(str(name), str(name)) for name in given)
 
 
@@ -237,7 +235,7 @@ def _rotary_base(raw: HfConfig, problems: list[str]) -> float:
             continue
         plain = isinstance(value, dict) and _is_plain_rope(value)
         if not plain:
-            problems.append(f"{key} = {value!r}: supported is plain RoPE, null or {{'rope_type': 'default', 'rope_theta': <theta>}}")
+            problems.append(f"{key} = {_told(value)}: supported is plain RoPE, null or {{'rope_type': 'default', 'rope_theta': <theta>}}")
         elif _is_number(inner := value.get("rope_theta")):
             found.add(float(inner))
     if len(found) != 1:
@@ -254,6 +252,11 @@ def _is_plain_rope(parameters: Mapping[str, Any]) -> bool:
 
 def _is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _told(value: object) -> str:
+    """A value of config.json for a message."""
+    return shown(repr(value), 120)
 
 
 def _same(value: object, supported: object) -> bool:

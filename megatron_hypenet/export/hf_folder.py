@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from megatron_hypenet.errors import ConversionError
+from megatron_hypenet.untrusted.files import FileKind, inside, shown
+from megatron_hypenet.untrusted.json_text import read_object
+from megatron_hypenet.untrusted.safetensors_header import TensorHeader, read_header
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,6 +34,10 @@ TOKENIZER_FILES = (
 )
 """Files a tokenizer may consist of; those present are copied, in both directions."""
 
+JSON = FileKind(error=ConversionError, advice="fetch the folder again")
+"""The small JSON files of a folder."""
+_WEIGHTS = FileKind(error=ConversionError, advice="the download or copy was cut off or is damaged, fetch it again")
+
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 """safetensors' names of the dtypes that a model weight of ours may have, and torch's."""
 
@@ -44,16 +51,16 @@ class HfWeights(Mapping[str, "Tensor"]):
         """`hf_dir`: folder with model.safetensors, or model.safetensors.index.json and the files that it names."""
         self.hf_dir = hf_dir
         self._file_of: dict[str, Path] = {}
-        self._headers: dict[str, tuple[tuple[int, ...], str]] = {}
+        self._headers: dict[str, TensorHeader] = {}
         self._files: list[Path] = []
         self._handles: dict[Path, Any] = {}  # those that were read from
         index = self._read_index()
         for file in sorted(set(index.values())) if index else [SINGLE]:
-            self._open(hf_dir / file)
+            self._open(file)
         wrong = sorted(name for name, file in (index or {}).items() if self._file_of.get(name) != hf_dir / file)
         if wrong:
             raise ConversionError(
-                f"{hf_dir / INDEX}: {len(wrong)} tensors are not in the file that the index names, first {wrong[0]} in"
+                f"{hf_dir / INDEX}: {len(wrong)} tensors are not in the file that the index names, first {shown(wrong[0])} in"
                 f" {(index or {})[wrong[0]]}; index and files come from different saves or the download is incomplete: fetch it again"
             )
 
@@ -63,16 +70,13 @@ class HfWeights(Mapping[str, "Tensor"]):
             if not (self.hf_dir / SINGLE).is_file():
                 raise ConversionError(f"{self.hf_dir}: {self._no_weights()}")
             return None
-        try:
-            index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-            if not isinstance(index, dict) or not index:
-                raise TypeError("weight_map is not a mapping of tensor names to files")
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConversionError(f"{path}: cannot be read ({type(error).__name__}: {error}); fetch the folder again") from error
-        for file in set(index.values()):
+        index = read_object(JSON, inside(self.hf_dir, INDEX, JSON)).get("weight_map")
+        if not isinstance(index, dict) or not index:
+            JSON.refuse(path, "cannot be read: weight_map is no mapping of tensor names to files")
+        for file in index.values():
             # the index comes from whoever made the folder: it may only point into the folder
             if not isinstance(file, str) or Path(file).name != file:
-                raise ConversionError(f"{path}: names the file {file!r}, which is not inside the folder")
+                JSON.refuse(path, f"names the file {shown(repr(file), 80)}, which is not inside the folder")
         return index
 
     def _no_weights(self) -> str:
@@ -82,31 +86,24 @@ class HfWeights(Mapping[str, "Tensor"]):
             " save the model again with save_pretrained(..., safe_serialization=True)"
         )
 
-    def _open(self, path: Path) -> None:
+    def _open(self, file: str) -> None:
+        path = inside(self.hf_dir, file, _WEIGHTS)
         if not path.is_file():
             raise ConversionError(f"{self.hf_dir / INDEX}: names {path.name}, which is missing; the download is incomplete, fetch it again")
-        try:
-            handle = safe_open(path, framework="np")
-            headers = {name: handle.get_slice(name) for name in handle.keys()}
-        except (SafetensorError, OSError) as error:
-            raise ConversionError(
-                f"{path}: not a complete safetensors file ({path.stat().st_size:,} bytes: {error});"
-                " the download or copy was cut off, fetch it again"
-            ) from error
-        for name, header in headers.items():
+        for name, header in read_header(_WEIGHTS, path).items():
             if name in self._file_of:
-                raise ConversionError(f"{path}: holds {name}, which {self._file_of[name].name} holds too; remove the stale file")
+                raise ConversionError(f"{path}: holds {shown(name)}, which {self._file_of[name].name} holds too; remove the stale file")
             self._file_of[name] = path
-            self._headers[name] = (tuple(header.get_shape()), header.get_dtype())
+            self._headers[name] = header
         self._files.append(path)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape from the file's header, without reading the tensor."""
-        return self._headers[name][0]
+        return self._headers[name].shape
 
     def dtype(self, name: str) -> str:
         """safetensors' name of the stored dtype, e.g. BF16, without reading the tensor."""
-        return self._headers[name][1]
+        return self._headers[name].dtype
 
     def total_bytes(self) -> int:
         """Size of all weight files on disk."""
@@ -127,7 +124,7 @@ class HfWeights(Mapping[str, "Tensor"]):
             if path not in self._handles:
                 self._handles[path] = safe_open(path, framework="pt", device="cpu")
             return self._handles[path].get_tensor(name)
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: it was cut after its header was read
             raise ConversionError(f"{path}: {name} cannot be read ({error}); fetch the file again") from error
 
 
@@ -137,15 +134,11 @@ def tokenizer_files(folder: Path) -> list[Path]:
 
 
 def read_generation_config(hf_dir: Path) -> dict[str, Any] | None:
-    """generation_config.json as a dict, None when the folder has none; ConversionError when it is not JSON."""
+    """generation_config.json as a dict, None when the folder has none; ConversionError when it is no JSON object."""
     path = hf_dir / GENERATION
-    if not path.is_file():
+    if not (path.exists() or path.is_symlink()):
         return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConversionError(f"{path}: not valid JSON ({error}); fetch the file again or remove it") from error
-    return found if isinstance(found, dict) else None
+    return read_object(JSON, inside(hf_dir, GENERATION, JSON))
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -172,7 +172,30 @@ def test_reading_the_file(tmp_path):
     with pytest.raises(ConversionError, match="not valid JSON"):
         hf_config.read_hf_config(tmp_path)
     (tmp_path / "config.json").write_text("[1]")
-    with pytest.raises(ConversionError, match="expected a JSON object, got list"):
+    with pytest.raises(ConversionError, match="expected an object at the top, got list"):
         hf_config.read_hf_config(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(hf()))
     assert hf_config.read_hf_config(tmp_path) == hf()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_hidden_layers": 500_000_000, "layer_types": None}, {"num_hidden_layers": 10**90}, {"vocab_size": 10**15}, {"hidden_size": 1 << 40},
+        {"num_attention_heads": 10**9, "num_key_value_heads": 1}, {"head_dim": 1 << 30}, {"intermediate_size": 10**90}, {"num_hidden_layers": True},
+        {"hidden_size": [1]}, {"architectures": [[1]]}, {"architectures": [{}], "model_type": {}}, {"model_type": [1]}, {"rope_theta": 10**90 * 10**8},
+        {"rope_parameters": [1]}, {"eos_token_id": [[1]]}, {"eos_token_id": 10**90}, {"layer_types": "full_attention"}, {"hidden_act": ["silu"]},
+    ],
+)  # fmt: skip
+def test_sizes_and_types_that_no_model_has_are_refused_at_once(change):
+    with pytest.raises(ConfigError) as caught:
+        hf_config.model_config_from_hf({**hf(), **change}, where="config.json")
+    assert len(str(caught.value)) < 2000
+
+
+def test_a_link_out_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "secret").write_text("{}")
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(ConversionError, match="leads out of the folder"):
+        hf_config.read_hf_config(tmp_path / "hf")

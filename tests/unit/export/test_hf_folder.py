@@ -76,7 +76,7 @@ def test_tensor_in_two_files(sharded):
 @pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": {}}', '{"metadata": {}}'])
 def test_broken_index(sharded, text):
     (sharded / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(ConversionError, match="cannot be read"):
+    with pytest.raises(ConversionError, match="cannot be read|not valid JSON|expected an object"):
         HfWeights(sharded)
 
 

@@ -68,6 +68,17 @@ def test_symbolic_links_count_where_they_lead(tmp_path):
     assert not is_inside(folder, folder / "far")
 
 
+def test_the_cache_of_hugging_face_links_to_its_blobs(tmp_path):
+    snapshot, blobs = tmp_path / "models--a" / "snapshots" / "abc", tmp_path / "models--a" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "hash").write_text("x")
+    (snapshot / "config.json").symlink_to("../../blobs/hash")
+    (snapshot / "far").symlink_to(tmp_path)
+    assert inside(snapshot, "config.json", KIND) == snapshot / "config.json"
+    refused(lambda: inside(snapshot, "far", KIND), "symbolic link that leads out of the folder")
+
+
 def test_messages_stay_one_short_printable_line():
     assert shown("a\nb\x1b[31m\ud800") == "a\\nb\\x1b[31m\\ud800"
     assert shown("x" * 500, 10) == "xxxxxxx..."
