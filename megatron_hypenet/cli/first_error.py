@@ -7,12 +7,17 @@ has said anything, it is the job log that does: srun's and slurmstepd's own erro
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from megatron_hypenet.errors import DataError
+from megatron_hypenet.untrusted.files import FileKind
+from megatron_hypenet.untrusted.json_text import read_typed
+
+_RECORD = FileKind(error=DataError, advice="it is only for people")
 
 # a process that lost its partner says so; the partner knows why
 _ECHO = re.compile(
@@ -27,9 +32,7 @@ _ENDS_THE_OTHERS = "Terminating StepId"
 _HEADER = re.compile(r"^node (\S+) attempt \d+ RANK=(\d+)\b")
 # srun: fatal: SLURM_MEM_PER_CPU, ... are mutually exclusive.       slurmstepd: error: execve(): python3: No such file or directory
 # A job that is cancelled, preempted or at its time limit is no error, nor is a task that has saved and leaves with 75.
-_SLURMS_OWN = re.compile(
-    r"^(?:srun|slurmstepd(?:-\S+)?): (?:error|fatal): (?!\*\*\* (?:JOB|STEP) )(?!.*Exited with exit code 75$)"
-)
+_SLURMS_OWN = re.compile(r"^(?:srun|slurmstepd(?:-\S+)?): (?:error|fatal): (?!\*\*\* (?:JOB|STEP) )(?!.*Exited with exit code 75$)")
 _FATAL = re.compile(rf"^Fatal Python error: .*|^terminate called.*|{_SLURMS_OWN.pattern}.*")
 _LONGEST_LIST = 8
 
@@ -136,10 +139,8 @@ def _slurms_own(lines: Sequence[str]) -> list[Fault]:
 
 def _from_record(path: Path) -> Fault | None:
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        told = {key: record[key] for key in ("rank", "host", "time", "error", "traceback")}
-        return Fault(**told, echo=record.get("echo", False))
-    except (OSError, ValueError, KeyError):  # torn: the task was killed while writing it, and srun says so
+        return read_typed(_RECORD, path, Fault)
+    except DataError:  # torn: the task was killed while writing it, and srun says so
         return None
 
 

@@ -6,9 +6,9 @@ everywhere; the job script therefore notes each start and end in logs/job-ID/eve
 
 from __future__ import annotations
 
-import json
 import logging
 import os
+import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +16,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from megatron_hypenet.errors import DataError, SetupError, UsageError
+from megatron_hypenet.untrusted.files import FileKind, inside
+from megatron_hypenet.untrusted.json_text import read_typed
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +25,9 @@ LIVE = frozenset({"PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING"
 """SLURM's states of a job that runs or will."""
 
 _COMMAND_SECONDS = 60
+_JOBS = FileKind(error=DataError, advice="delete it to forget the jobs of this run")
+_EVENTS = FileKind(error=DataError, advice="remove it")
+_EVENT = re.compile(r"(\d{1,15}(?:\.\d+)?) (\d{1,9}) (.+)")
 
 _INPUTS = ("SLURM", "SBATCH_", "SALLOC_", "SRUN_", "SQUEUE_", "SCANCEL_", "SCONTROL_", "PMI_", "PMIX_")
 _SAY_WHICH_CLUSTER = frozenset({"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT"})
@@ -65,6 +70,13 @@ class Event:
     text: str
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Jobs:
+    """The content of jobs.json."""
+
+    jobs: list[Job]
+
+
 class Jobs:
     """The jobs of one run folder, oldest first."""
 
@@ -79,11 +91,10 @@ class Jobs:
     def _read(self) -> list[Job]:
         if not self.file.is_file():
             return []
-        try:
-            rows = json.loads(self.file.read_text(encoding="utf-8"))["jobs"]
-            return [Job(**{**row, "exclude": tuple(row["exclude"])}) for row in rows]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{self.file} cannot be read: {error}; delete it to forget the jobs of this run") from error
+        jobs = read_typed(_JOBS, self.file, _Jobs).jobs
+        for job in jobs:
+            inside(self.folder, job.script, _JOBS)
+        return jobs
 
     def required(self) -> list[Job]:
         """All jobs; DataError when the run was never submitted."""
@@ -132,9 +143,9 @@ class Jobs:
     def events(self, job: Job) -> list[Event]:
         """What the job noted of itself."""
         path = self.folder / "logs" / f"job-{job.id}" / "events"
-        rows = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        words = [row.split(" ", 2) for row in rows]
-        return [Event(time=float(row[0]), attempt=int(row[1]), text=row[2]) for row in words if len(row) == 3]
+        rows = _EVENTS.read_bytes(path).decode(errors="replace").splitlines() if path.is_file() else []
+        found = [match.groups() for row in rows if (match := _EVENT.fullmatch(row))]  # a torn line says nothing
+        return [Event(time=float(time), attempt=int(attempt), text=text) for time, attempt, text in found]
 
     def note(self, job: Job, text: str) -> None:
         """Add a line to the job's events."""

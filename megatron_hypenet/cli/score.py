@@ -119,16 +119,20 @@ def check_place(out: Path, *, overwrite: bool) -> None:
 def read_ids(path: Path, config: ModelConfig) -> torch.Tensor:
     """`input_ids` [B, T] as int64. DataError unless it is a non-empty integer matrix with T >= 2 and ids inside the vocabulary."""
     import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError, safe_open
 
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"{path}: cannot be read as safetensors: {error}") from error
+    from megatron_hypenet.untrusted.files import FileKind, shown
+    from megatron_hypenet.untrusted.safetensors_header import read_header
+
+    kind = FileKind(error=DataError, advice=f"write a safetensors file with {TOKENS}")
+    tensors = read_header(kind, path)
     if TOKENS not in tensors:
-        raise DataError(f"{path}: no tensor named {TOKENS}; it holds {', '.join(sorted(tensors)) or 'nothing'}")
-    ids = tensors[TOKENS]
+        raise DataError(f"{path}: no tensor named {TOKENS}; it holds {shown(', '.join(sorted(tensors)) or 'nothing')}")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            ids = file.get_tensor(TOKENS)
+    except (OSError, SafetensorError, RuntimeError, AttributeError, KeyError) as error:  # the last two: a dtype that torch lacks
+        kind.refuse(path, f"cannot be read as safetensors: {error}")
     if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
         raise DataError(f"{path}: {TOKENS} is {str(ids.dtype).removeprefix('torch.')}; token ids are integers")
     if ids.dim() != 2 or ids.shape[0] < 1 or ids.shape[1] < 2:

@@ -23,6 +23,8 @@ from megatron_hypenet.data.prepare import TEXT_SUFFIXES, prepare_file
 from megatron_hypenet.data.recall import RecallTask, RecallVocabulary
 from megatron_hypenet.data.tokenizer import end_of_text_id, load_tokenizer, recall_vocabulary
 from megatron_hypenet.errors import DataError
+from megatron_hypenet.untrusted.files import FileKind
+from megatron_hypenet.untrusted.json_text import read_object, typed
 
 INDEX_FILE = "corpus.json"
 EVALUATION_SEED = 0x5EED
@@ -79,13 +81,33 @@ def _fingerprint(source: Path, tokenizer_dir: Path, vocab_size: int) -> list[Any
 
 def _read_index(folder: Path) -> dict[str, Any]:
     path = folder / INDEX_FILE
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file; the text of this run has not been prepared.") from error
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}: damaged: {error}; delete the folder {folder}, it will be made again.") from error
+    if not path.exists():
+        raise DataError(f"{path}: no such file; the text of this run has not been prepared.")
+    kind = FileKind(error=DataError, advice=f"delete the folder {folder}, it will be made again")
+    content = read_object(kind, path)
+    typed(kind, path, content, _Index)
     return content
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Source:
+    """One token file in corpus.json."""
+
+    prefix: str
+    documents: int
+    tokens: int
+    fingerprint: list[Any] | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Index:
+    """The form of corpus.json."""
+
+    vocab_size: int
+    train: list[_Source]
+    heldout: _Source | None
+    recall: RecallVocabulary
+    end_of_document: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

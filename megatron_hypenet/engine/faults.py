@@ -31,8 +31,10 @@ from megatron_hypenet.config.schema import GuardConfig
 from megatron_hypenet.engine import heartbeat
 from megatron_hypenet.engine.hang import HangWatch, suspects
 from megatron_hypenet.engine.heartbeat import PULSE, Beat, Writer
-from megatron_hypenet.errors import HangError, HypenetError, LayoutError, PeerError, SavedAndRequeue, SetupError, is_disk_full
+from megatron_hypenet.errors import DataError, HangError, HypenetError, LayoutError, PeerError, SavedAndRequeue, SetupError, is_disk_full
 from megatron_hypenet.parallel import groups
+from megatron_hypenet.untrusted.files import FileKind
+from megatron_hypenet.untrusted.json_text import read_object, typed
 
 FOLDER = "errors"
 
@@ -68,6 +70,9 @@ def code_of(fault: BaseException) -> int:
     if isinstance(fault, KeyboardInterrupt):
         return 130
     return SetupError.exit_code if is_disk_full(fault) else 1
+
+
+_RECORD = FileKind(error=DataError, advice="it is only for people")
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,10 +123,30 @@ class Place:
 
 def _read_record(path: Path, life: str) -> dict[str, Any] | None:
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        return record if record["life"] == life else None
-    except (OSError, ValueError, KeyError, TypeError):
+        record = read_object(_RECORD, path)
+        typed(_RECORD, path, record, _Record)
+    except DataError:  # torn, or none
         return None
+    return record if record["life"] == life else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Record:
+    """What others read of a record."""
+
+    life: str
+    time: float
+    rank: int
+    host: str
+    stage: str
+    phase: str
+    iteration: int
+    train_iters: int
+    type: str
+    error: str
+    code: int
+    echo: bool
+    traceback: str
 
 
 @contextmanager

@@ -29,7 +29,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_hypenet.errors import DataError
+from megatron_hypenet.untrusted.files import FileKind
+from megatron_hypenet.untrusted.json_text import read_object, typed
+
 FOLDER = "heartbeat"
+_KIND = FileKind(error=DataError, advice="it is written again while the process lives", max_bytes=1 << 20)
 
 PHASES = {
     "start": "before the first step of HALO",
@@ -149,11 +154,9 @@ def file_of(folder: Path, rank: int) -> Path:
 def read_beat(path: Path, life: str) -> Beat | None:
     """The content of one file; None when it is missing, torn, or of another start of the run."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["life"] != life:
-            return None
-        return Beat(**{name: content[name] for name in Beat.__slots__})
-    except (OSError, ValueError, KeyError, TypeError):
+        content = read_object(_KIND, path)
+        return typed(_KIND, path, content, Beat) if content.get("life") == life else None
+    except DataError:
         return None
 
 

@@ -21,7 +21,7 @@ import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,10 @@ from megatron_hypenet.checkpoint import format as fmt
 from megatron_hypenet.config.loader import completed, dump_config, read_stored
 from megatron_hypenet.config.schema import STAGES, RunConfig
 from megatron_hypenet.errors import ConfigError, DataError, UsageError
+from megatron_hypenet.untrusted.files import FileKind
+from megatron_hypenet.untrusted.json_text import read_object, typed
+
+_MANIFEST = FileKind(error=DataError, advice="delete it to run every step again")
 
 MAY_CHANGE = (
     "output_dir",
@@ -252,11 +256,36 @@ class RunFolder:
     def _manifest(self) -> dict[str, Any]:
         if not self.manifest_file.is_file():
             return {}
-        try:
-            manifest = json.loads(self.manifest_file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise DataError(f"{self.manifest_file} cannot be read: {error}; delete it to run every step again") from error
-        return manifest if isinstance(manifest, dict) else {}
+        manifest = read_object(_MANIFEST, self.manifest_file)
+        typed(_MANIFEST, self.manifest_file, manifest, _Manifest)
+        return manifest
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Step:
+    """What the record of a finished step has; a step may add its own."""
+
+    fingerprint: str
+    seconds: float
+    finished: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Software:
+    """Which code and libraries ran a step."""
+
+    versions: dict[str, str] = field(default_factory=dict)
+    git_commit: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Manifest:
+    """The form of the run's manifest."""
+
+    steps: dict[str, _Step] = field(default_factory=dict)
+    started: dict[str, str] = field(default_factory=dict)
+    added_settings: list[str] = field(default_factory=list)
+    software: _Software = field(default_factory=_Software)
 
 
 def stop_file(places: Iterable[Path]) -> Path | None:

@@ -5,7 +5,6 @@ What the steps of HALO are is in halo.py; here is only when a step has to be don
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +17,10 @@ from megatron_hypenet.config.schema import RunConfig
 from megatron_hypenet.engine.heartbeat import PULSE
 from megatron_hypenet.engine.run_folder import RunFolder, files_identity, fingerprint_of, settled
 from megatron_hypenet.errors import CheckpointError, DataError
+from megatron_hypenet.untrusted import json_text
+from megatron_hypenet.untrusted.files import FileKind
+
+_RESULT = FileKind(error=DataError, advice="delete it to make it again")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -191,7 +194,4 @@ def identity_of(paths: Sequence[Path]) -> list[Any]:
 
 def read_json(path: Path) -> Any:
     """Decoded JSON of a file of the run folder; DataError when it is damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {error}; delete it to make it again") from error
+    return json_text.read_json(_RESULT, path)

@@ -10,15 +10,18 @@ save; where saves are written in the background, for the one that is pending as 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections import deque
 from pathlib import Path
 from typing import Any
 
 from megatron_hypenet.atomic_files import write_json
+from megatron_hypenet.errors import DataError
+from megatron_hypenet.untrusted.files import FileKind
+from megatron_hypenet.untrusted.json_text import read_typed
 
 FILE = "timing.json"
+_KIND = FileKind(error=DataError, advice="it is measured again", max_bytes=1 << 20)
 
 MARGIN_SECONDS = 30.0
 """For what is not measured: the signal's way to the processes, and their end."""
@@ -74,7 +77,6 @@ class Timing:
 def read(folder: Path) -> dict[str, Any]:
     """The content of a run folder's timing.json; empty when there is none that can be read."""
     try:
-        content = json.loads((folder / FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_typed(_KIND, folder / FILE, dict[str, int | float | dict[str, dict[str, int | float]]])
+    except DataError:
         return {}
-    return content if isinstance(content, dict) else {}

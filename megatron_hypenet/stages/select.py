@@ -10,14 +10,20 @@ and the `num_attention` layers of the highest importance keep attention. No tens
 
 from __future__ import annotations
 
-import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_hypenet.config.model import MAX_LAYERS, SOFTMAX_MIXER
 from megatron_hypenet.errors import ConfigError, DataError
+from megatron_hypenet.untrusted.files import FileKind, shown
+from megatron_hypenet.untrusted.json_text import read_json, read_typed
+
+_SCORES = FileKind(error=DataError, advice="score every layer once, then rank again")
+_MIXERS = FileKind(error=DataError, advice="write the file with `hypenet select rank`")
 
 IMPORTANCE_CAP = 50.0
 """Upper bound of an importance (paper's code): a layer whose loss costs no commonsense at all would otherwise divide by eps."""
@@ -94,11 +100,13 @@ def parse_scores(payload: Any, *, where: str = "scores") -> LayerScores:
     problems: list[str] = []
     by_index: dict[int, Any] = {}
     for key, entry in layers.items():
-        if not (isinstance(key, str) and key.isascii() and key.isdigit() and str(int(key)) == key):
-            problems.append(f"layer key {key!r} is not a plain layer index such as '0'")
+        if not (isinstance(key, str) and re.fullmatch("0|[1-9][0-9]{0,8}", key)):
+            problems.append(f"layer key {shown(repr(key), 40)} is not a plain layer index such as '0'")
         else:
             by_index[int(key)] = entry
     expected = _expected_layers(payload, by_index)
+    if expected > MAX_LAYERS:
+        raise DataError(f"{where}: scores of {expected} layers; a model has at most {MAX_LAYERS}")
     missing = [str(layer) for layer in range(expected) if layer not in by_index]
     extra = [str(layer) for layer in sorted(by_index) if layer >= expected]
     if missing:
@@ -115,47 +123,28 @@ def parse_scores(payload: Any, *, where: str = "scores") -> LayerScores:
 
 def load_scores(path: Path) -> LayerScores:
     """Read and check a scores file. Raises DataError when it is absent, not JSON, or names a layer twice."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        reason = f"the scores file cannot be read ({error.strerror})"
-        raise DataError(f"{path}: {reason}; run `hypenet select CONFIG.yaml` to make one") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: the scores file is not UTF-8 text ({error.reason} at byte {error.start})") from error
-    try:
-        payload = json.loads(text, object_pairs_hook=_no_duplicates)
-    except _DuplicateKeyError as error:
-        raise DataError(f"{path}: {error}; each layer may be scored once") from error
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}: not valid JSON: {error.msg} at line {error.lineno} column {error.colno}") from error
-    return parse_scores(payload, where=str(path))
+    if not path.exists():
+        raise DataError(f"{path}: there is no scores file; run `hypenet select CONFIG.yaml` to make one")
+    return parse_scores(read_json(_SCORES, path), where=str(path))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Mixers:
+    """What must be in `mixers.json`; other keys are free."""
+
+    mixer_types: list[str]
+    attention_layers: list[int]
 
 
 def load_selection(path: Path, *, num_layers: int) -> Selection:
     """Read `mixers.json`; the two keys must agree with each other and with the model's depth. Raises DataError."""
-    try:
-        payload = json.loads(path.read_text(encoding="utf-8"))
-        types, layers = list(payload["mixer_types"]), list(payload["attention_layers"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: not a mixers file ({type(error).__name__}: {error}); write one with `hypenet select rank`") from error
+    found = read_typed(_MIXERS, path, _Mixers)
+    types, layers = found.mixer_types, found.attention_layers
     if len(types) != num_layers:
         raise DataError(f"{path}: {len(types)} mixer_types, but the teacher has {num_layers} layers; rank the scores of this teacher")
-    if [layer for layer, kind in enumerate(types) if kind == "attn"] != sorted(layers):
-        raise DataError(f"{path}: attention_layers {layers} and mixer_types {types} disagree; write the file with `hypenet select rank`")
+    if [layer for layer, kind in enumerate(types) if kind == SOFTMAX_MIXER] != sorted(layers):
+        _MIXERS.refuse(path, f"attention_layers {shown(layers)} and mixer_types {shown(types)} disagree")
     return Selection(mixer_types=tuple(types), attention_layers=tuple(sorted(layers)), importance=())
-
-
-class _DuplicateKeyError(ValueError):
-    """A JSON object names the same key twice."""
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """`json` hook: plain decoding silently keeps the last of two equal keys, and a layer scored twice must not pass."""
-    keys = [key for key, _ in pairs]
-    twice = sorted({key for key in keys if keys.count(key) > 1})
-    if twice:
-        raise _DuplicateKeyError(f"duplicate keys {', '.join(map(repr, twice))}")
-    return dict(pairs)
 
 
 def _expected_layers(payload: Mapping[str, Any], by_index: Mapping[int, Any]) -> int:
@@ -175,7 +164,7 @@ def _metrics_of(layer: int, entry: Any, problems: list[str]) -> dict[str, float]
     for name in METRICS:
         value = entry.get(name)
         if isinstance(value, bool) or not isinstance(value, int | float):
-            problems.append(f"layer {layer}: {name} is {'missing' if name not in entry else repr(value)}, expected a number")
+            problems.append(f"layer {layer}: {name} is {'missing' if name not in entry else shown(repr(value), 40)}, expected a number")
         elif not math.isfinite(value):
             problems.append(f"layer {layer}: {name} is {value}, expected a finite number")
         else:

@@ -79,7 +79,7 @@ def test_time_limit_saves_and_starts_again_then_cancel_and_requeue(cluster, conf
     cluster.until("nothing left", lambda: not any(row["live"] for row in status(cluster, out)["jobs"]), 40)
     assert "ended with code 5" in events(out, align)
     first = json.loads(cluster.hypenet("logs", out, "--first-error", "--json"))
-    assert first["job"] == align and "manifest.json cannot be read" in first["groups"][0]["error"]
+    assert first["job"] == align and "manifest.json: not valid JSON" in first["groups"][0]["error"]
     assert jobs_of(cluster, out)["align"]["state"] == "FAILED"
 
 

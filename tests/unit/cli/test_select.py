@@ -57,7 +57,7 @@ def test_a_failed_rank_leaves_an_older_choice_alone(scores, tmp_path, capsys):
     scores.write_text('{"layers": {"0": {"recall": NaN, "commonsense": 1}}}')
     assert rank(scores, "--num-attention", "1", "--out", str(out)) == 5
     assert out.read_text() == "older"
-    assert "recall is nan" in capsys.readouterr().err
+    assert "NaN is no number" in capsys.readouterr().err
 
 
 def test_missing_scores_and_bad_cap_are_refused(scores, tmp_path):

@@ -57,7 +57,7 @@ def test_a_damaged_manifest_is_a_line_of_the_status(tmp_path, capsys):
     folder = run_folder(tmp_path)
     (folder / "manifest.json").write_text("{")
     assert cli.run(["status", str(folder)]) == 0
-    assert "manifest.json cannot be read" in capsys.readouterr().out
+    assert "manifest.json: not valid JSON" in capsys.readouterr().out
 
 
 def test_what_is_no_run_folder(tmp_path, capsys):

@@ -175,7 +175,7 @@ def test_inputs_must_exist(tmp_path):
 
 def test_damaged_json_is_named(tmp_path):
     (tmp_path / "x.json").write_text("[")
-    with pytest.raises(DataError, match="x.json cannot be read"):
+    with pytest.raises(DataError, match="x.json: not valid JSON"):
         read_json(tmp_path / "x.json")
 
 

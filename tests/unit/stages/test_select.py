@@ -95,9 +95,9 @@ def test_all_problems_are_named_at_once():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"layers": {"0": {"recall": 1, "commonsense": 1}, "0": {"recall": 2, "commonsense": 1}}}', "duplicate keys '0'"),
+        ('{"layers": {"0": {"recall": 1, "commonsense": 1}, "0": {"recall": 2, "commonsense": 1}}}', "the key '0' is written twice"),
         ('{"layers": ', "not valid JSON"),
-        ('{"layers": {"0": {"recall": NaN, "commonsense": 1}}}', "recall is nan"),
+        ('{"layers": {"0": {"recall": NaN, "commonsense": 1}}}', "NaN is no number"),
     ],
 )
 def test_a_broken_file_is_refused_with_its_path(tmp_path, text, message):
@@ -106,6 +106,31 @@ def test_a_broken_file_is_refused_with_its_path(tmp_path, text, message):
     with pytest.raises(DataError, match=message) as caught:
         load_scores(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"num_layers": 10**9, "layers": {"0": {"recall": 1, "commonsense": 1}}},
+        {"layers": {"999999999": {"recall": 1, "commonsense": 1}}},
+        {"layers": {"9" * 5000: {"recall": 1, "commonsense": 1}}},
+        {"layers": {"0": {"recall": 10**90, "commonsense": [1]}}},
+    ],
+)
+def test_huge_numbers_are_refused_at_once(tmp_path, broken):
+    (tmp_path / "scores.json").write_text(json.dumps(broken))
+    with pytest.raises(DataError) as caught:
+        load_scores(tmp_path / "scores.json")
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", '{"mixer_types": 3, "attention_layers": [0]}', '{"mixer_types": ["attn"], "attention_layers": ["0"]}', "{"]
+)
+def test_a_selection_file_of_another_form_is_refused(tmp_path, text):
+    (tmp_path / "mixers.json").write_text(text)
+    with pytest.raises(DataError, match="mixers.json: .*hypenet select rank"):
+        load_selection(tmp_path / "mixers.json", num_layers=1)
 
 
 def test_a_missing_file_says_how_to_make_one(tmp_path):
