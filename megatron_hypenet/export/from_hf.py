@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from shutil import copyfile
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from megatron_hypenet.checkpoint.format import is_committed, refuse_existing
 from megatron_hypenet.checkpoint.shards import LazyTensor
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.errors import CheckpointError, ConversionError
-from megatron_hypenet.export import hf_folder, mapping
+from megatron_hypenet.export import hf_folder, mapping, tokenizer
 from megatron_hypenet.export.plan import ImportPlan, plan_import
 from megatron_hypenet.export.tensors import check_tensor, join, parse_dtype
 
@@ -41,6 +40,7 @@ def import_hf(
     refuse_existing(ckpt_dir, overwrite)
     _refuse_foreign(ckpt_dir)
     plan = plan_import(hf_dir)
+    files = tokenizer.read(hf_dir)
     if plan.duplicate_head:
         _check_tied_head(plan)
     failures: list[ConversionError] = []
@@ -48,12 +48,11 @@ def import_hf(
     tensors = {entry.ours: _lazy(plan, entry, _target_dtype(plan, entry, dtype), failures, say) for entry in plan.entries}
     extra = {"hf_config": plan.hf_config, "generation_config": hf_folder.read_generation_config(hf_dir)}
     with temporary_folder() as staging:
-        files = hf_folder.tokenizer_files(hf_dir)
-        for file in files:
-            copyfile(file, staging / file.name)
-        tokenizer = staging if files else None
+        for name, content in files.items():
+            (staging / name).write_bytes(content)
+        words = staging if files else None
         try:
-            save.write_weights(ckpt_dir, tensors, plan.config, kind=plan.kind, tokenizer_dir=tokenizer, extra=extra, overwrite=overwrite)
+            save.write_weights(ckpt_dir, tensors, plan.config, kind=plan.kind, tokenizer_dir=words, extra=extra, overwrite=overwrite)
         except CheckpointError:
             # the writer reports whatever a tensor's loader raised as its own error
             if failures:

@@ -230,14 +230,17 @@ def _rotary_base(raw: HfConfig, problems: list[str]) -> float:
     scaling = raw.get("rope_scaling")
     theta = raw.get("rope_theta")
     found = {float(theta)} if _is_number(theta) else set()
+    plain = True
     for key, value in (("rope_parameters", parameters), ("rope_scaling", scaling)):
         if value is None:
             continue
-        plain = isinstance(value, dict) and _is_plain_rope(value)
-        if not plain:
+        if not isinstance(value, dict) or not _is_plain_rope(value):
             problems.append(f"{key} = {_told(value)}: supported is plain RoPE, null or {{'rope_type': 'default', 'rope_theta': <theta>}}")
-        elif _is_number(inner := value.get("rope_theta")):
+            plain = False
+        if isinstance(value, dict) and _is_number(inner := value.get("rope_theta")):
             found.add(float(inner))
+    if not found and not plain:
+        return 1.0  # whether a theta stands in what is not understood is not known
     if len(found) != 1:
         stated = f"states different values {sorted(found)}" if found else "is missing"
         problems.append(f"rope_theta {stated}; give it once, as rope_theta or in rope_parameters")

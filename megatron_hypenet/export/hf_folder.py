@@ -20,20 +20,6 @@ if TYPE_CHECKING:
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 GENERATION = "generation_config.json"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-"""Files a tokenizer may consist of; those present are copied, in both directions."""
-
 JSON = FileKind(error=ConversionError, advice="fetch the folder again")
 """The small JSON files of a folder."""
 _WEIGHTS = FileKind(error=ConversionError, advice="the download or copy was cut off or is damaged, fetch it again")
@@ -65,9 +51,9 @@ class HfWeights(Mapping[str, "Tensor"]):
             )
 
     def _read_index(self) -> dict[str, str] | None:
-        path = self.hf_dir / INDEX
+        path, single = self.hf_dir / INDEX, self.hf_dir / SINGLE
         if not path.is_file():
-            if not (self.hf_dir / SINGLE).is_file():
+            if not single.is_file():
                 raise ConversionError(f"{self.hf_dir}: {self._no_weights()}")
             return None
         index = read_object(JSON, inside(self.hf_dir, INDEX, JSON)).get("weight_map")
@@ -77,6 +63,12 @@ class HfWeights(Mapping[str, "Tensor"]):
             # the index comes from whoever made the folder: it may only point into the folder
             if not isinstance(file, str) or Path(file).name != file:
                 JSON.refuse(path, f"names the file {shown(repr(file), 80)}, which is not inside the folder")
+        if single.is_file() and set(index.values()) != {SINGLE}:
+            others = shown(", ".join(sorted(set(index.values()))[:4]))
+            raise ConversionError(
+                f"{self.hf_dir} holds two models: {SINGLE}, which transformers would load, and {INDEX} with {others};"
+                " remove those of the one that you do not mean"
+            )
         return index
 
     def _no_weights(self) -> str:
@@ -126,11 +118,6 @@ class HfWeights(Mapping[str, "Tensor"]):
             return self._handles[path].get_tensor(name)
         except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: it was cut after its header was read
             raise ConversionError(f"{path}: {name} cannot be read ({error}); fetch the file again") from error
-
-
-def tokenizer_files(folder: Path) -> list[Path]:
-    """The tokenizer's files that this folder has."""
-    return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
 
 
 def read_generation_config(hf_dir: Path) -> dict[str, Any] | None:

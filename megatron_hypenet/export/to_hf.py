@@ -21,7 +21,7 @@ from megatron_hypenet.checkpoint import load
 from megatron_hypenet.checkpoint.shards import ShardReader
 from megatron_hypenet.config.model import LogitsScaling, ModelConfig, check_logits_scaling
 from megatron_hypenet.errors import CheckpointError, ConfigError, ConversionError, SetupError, is_disk_full
-from megatron_hypenet.export import hf_config, hf_folder, mapping
+from megatron_hypenet.export import hf_config, hf_folder, mapping, tokenizer
 from megatron_hypenet.export.tensors import check_tensor, parse_dtype
 
 KEEP = "keep"
@@ -117,9 +117,8 @@ def export_hf(
         config = hf_config.hf_config_from_model(plan.config, torch_dtype=main_dtype, origin=manifest.hf_config)
         hf_folder.write_json(temporary / "config.json", config)
         hf_folder.write_json(temporary / hf_folder.GENERATION, _generation_config(config, _noted_generation_config(plan.folder, manifest)))
-        tokenizer = load.tokenizer_dir(plan.folder)
-        for file in hf_folder.tokenizer_files(tokenizer) if tokenizer else []:
-            shutil.copyfile(file, temporary / file.name)
+        if (words := load.tokenizer_dir(plan.folder)) is not None:
+            tokenizer.export(words, temporary, progress)
         if plan.family == hf_config.HYPENET:
             for name in REMOTE_FILES:
                 shutil.copyfile(REMOTE_CODE / name, temporary / name)

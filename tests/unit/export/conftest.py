@@ -13,6 +13,16 @@ from safetensors.torch import save_file
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.export import hf_config, mapping
 
+TOKENIZER = json.dumps(
+    {
+        "version": "1.0",
+        "added_tokens": [],
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1, "<end>": 2}, "unk_token": "a"},
+    }
+)
+"""A small tokenizer.json."""
+
 
 @dataclass
 class HfModel:

@@ -7,6 +7,8 @@ from megatron_hypenet.checkpoint import load
 from megatron_hypenet.errors import CheckpointError, ConfigError, ConversionError
 from megatron_hypenet.export.from_hf import import_hf
 
+from .conftest import TOKENIZER
+
 NORM = "model.norm.weight"
 GATE = "model.layers.0.mlp.gate_proj.weight"
 
@@ -39,7 +41,7 @@ def test_tensors_arrive_bit_for_bit(hf_model, tmp_path, student, tied, shards):
 def test_everything_an_export_needs_is_kept(hf_model, tmp_path):
     model = hf_model()
     model.config["note"] = "kept"
-    model.files = {"tokenizer.json": "{}", "merges.txt": "a b", "generation_config.json": '{"top_p": 0.9}', "README.md": "not kept"}
+    model.files = {"tokenizer.json": TOKENIZER, "merges.txt": "a b", "generation_config.json": '{"top_p": 0.9}', "README.md": "not kept"}
     import_hf(model.write(tmp_path / "hf"), tmp_path / "ckpt")
     manifest = load.read_manifest(tmp_path / "ckpt")
     assert manifest.hf_config == model.config

@@ -200,3 +200,20 @@ def test_a_link_out_of_the_folder_is_refused(tmp_path):
     (tmp_path / "hf" / "config.json").symlink_to(tmp_path / "secret")
     with pytest.raises(ConversionError, match="leads out of the folder"):
         hf_config.read_hf_config(tmp_path / "hf")
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256, "rope_theta": 1e4},
+        {"full_attention": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}},
+        "yarn",
+    ],
+    ids=["transformers 5", "by layer type", "text"],
+)
+def test_yarn_alone_is_what_is_wrong_with_yarn(rope):
+    raw = hf_config.hf_config_from_model(model_config(), torch_dtype="float32")
+    raw = {key: value for key, value in raw.items() if key not in ("rope_theta", "rope_scaling")} | {"rope_parameters": rope}
+    with pytest.raises(ConfigError, match="rope_parameters = .*yarn") as failure:
+        hf_config.model_config_from_hf(raw, where="here")
+    assert "1 setting" in str(failure.value) and "missing" not in str(failure.value)

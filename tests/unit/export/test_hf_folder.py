@@ -103,3 +103,26 @@ def test_shards_respect_the_limit_and_keep_the_order():
 
 def _other(file):
     return file.replace("00001-of", "X-of").replace("00002-of", "00001-of").replace("X-of", "00002-of")
+
+
+def test_one_file_beside_the_index_of_another_model_is_refused(hf_model, tmp_path):
+    folder = hf_model().write(tmp_path / "hf", shards=2)
+    save_file({"other": torch.zeros(1)}, folder / "model.safetensors")
+    with pytest.raises(ConversionError, match=r"two models: model.safetensors, .* model-00001-of-00002.safetensors"):
+        HfWeights(folder)
+
+
+def test_an_index_of_one_file_may_name_it_as_if_there_were_none(hf_model, tmp_path):
+    model = hf_model()
+    folder = model.write(tmp_path / "hf")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(model.tensors, "model.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert set(HfWeights(folder)) == set(model.tensors)
+
+
+def test_generation_settings_are_read_from_the_folder_alone(hf_model, tmp_path):
+    folder = hf_model().write(tmp_path / "hf")
+    (tmp_path / "auth.json").write_text('{"token": "secret"}')
+    (folder / "generation_config.json").symlink_to(tmp_path / "auth.json")
+    with pytest.raises(ConversionError, match="leads out of the folder"):
+        hf_folder.read_generation_config(folder)

@@ -13,6 +13,8 @@ from megatron_hypenet.export.from_hf import import_hf
 from megatron_hypenet.export.tensors import join
 from megatron_hypenet.export.to_hf import export_hf
 
+from .conftest import TOKENIZER
+
 
 @pytest.fixture
 def imported(hf_model, tmp_path):
@@ -20,7 +22,7 @@ def imported(hf_model, tmp_path):
 
     def run(**changes):
         model = hf_model(**changes)
-        model.files = {"tokenizer.json": '{"a": 1}', "generation_config.json": '{"top_p": 0.9, "transformers_version": "4.57.1"}'}
+        model.files = {"tokenizer.json": TOKENIZER, "generation_config.json": '{"top_p": 0.9, "transformers_version": "4.57.1"}'}
         import_hf(model.write(tmp_path / "source"), tmp_path / "ckpt")
         shutil.rmtree(tmp_path / "source")
         return model, tmp_path / "ckpt"

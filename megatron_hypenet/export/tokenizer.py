@@ -1,0 +1,101 @@
+"""The tokenizer's files of a model folder: checked when they are imported, exported so that transformers 4.57 and 5.x read them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_hypenet.errors import ConversionError
+from megatron_hypenet.untrusted.files import MIB, FileKind, inside, reason_of, shown
+from megatron_hypenet.untrusted.json_text import parse_json
+
+MODEL = "tokenizer.json"
+CONFIG = "tokenizer_config.json"
+_TABLES = ("vocab.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json", CONFIG)
+_TEXTS = ("merges.txt", "vocab.txt", "chat_template.jinja")
+FILES = (MODEL, "tokenizer.model", *_TABLES, *_TEXTS)
+"""Files that a tokenizer may consist of; those present are kept, in both directions."""
+
+# Gemma's, among the largest, has 35 MB and some 2.5 million values
+_KIND = FileKind(error=ConversionError, advice="fetch the tokenizer's files again", max_bytes=128 * MIB, max_values=10_000_000)
+
+
+def read(folder: Path) -> dict[str, bytes]:
+    """Return the tokenizer's files of `folder` by name, each of them checked; empty when there are none.
+
+    Raise ConversionError, which names the file, for one that leads out of the folder, is cut off, or is no tokenizer's.
+    """
+    found = {name: inside(folder, name, _KIND) for name in FILES if os.path.lexists(folder / name)}
+    contents = {name: _KIND.read_bytes(path) for name, path in found.items()}
+    for name, content in contents.items():
+        path = found[name]
+        if name in _TEXTS:
+            _KIND.decode(path, content)
+        elif name in _TABLES:
+            _table(path, content)
+        elif name == MODEL:
+            _check_model(path, content)
+        elif not content:
+            _KIND.refuse(path, "an empty file")
+    return contents
+
+
+def export(source: Path, target: Path, say: Callable[[str], None] | None = None) -> None:
+    """Copy the tokenizer's files of a checkpoint from `source` to `target`, in the spelling that transformers 4.57 and 5.x both read.
+
+    `say` gets a line when one of them cannot read it. Raises ConversionError for a damaged file.
+    """
+    for name in (name for name in FILES if (source / name).is_file()):
+        content = _KIND.read_bytes(source / name)
+        if name in (CONFIG, "special_tokens_map.json"):
+            old = _table(source / name, content)
+            new = _for_both(old, (source / MODEL).is_file()) if name == CONFIG else _with_older_tokens(old)
+            if new != old:
+                content = (json.dumps(new, indent=2, ensure_ascii=False) + "\n").encode()
+            if (kind := str(new.get("tokenizer_class"))).endswith("Backend") and say is not None:
+                say(f"{name}: this tokenizer needs transformers 5; transformers 4.57 has no {shown(kind, 80)}")
+        (target / name).write_bytes(content)
+
+
+def _for_both(config: dict[str, Any], has_model: bool) -> dict[str, Any]:
+    """The tokenizer_config.json in transformers 4's spelling, which 5.x reads too."""
+    config = _with_older_tokens(config)
+    if has_model and config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        # the older class would make token_type_ids, too, which the model does not take
+        config.setdefault("model_input_names", ["input_ids", "attention_mask"])
+    return config
+
+
+def _with_older_tokens(config: dict[str, Any]) -> dict[str, Any]:
+    """The same with a list of extra_special_tokens under its older name; there 4.57 takes named tokens only."""
+    extra, older = config.get("extra_special_tokens"), config.get("additional_special_tokens") or []
+    if not isinstance(extra, list) or not isinstance(older, list):
+        return dict(config)
+    tokens = older + [token for token in extra if token not in older]
+    config = {key: value for key, value in config.items() if key != "extra_special_tokens"}
+    return {**config, "additional_special_tokens": tokens} if tokens else config
+
+
+def _table(path: Path, content: bytes) -> dict[str, Any]:
+    value = parse_json(_KIND, path, _KIND.decode(path, content))
+    if not isinstance(value, dict):
+        _KIND.refuse(path, f"expected a JSON object at the top, got {type(value).__name__}")
+    return value
+
+
+def _check_model(path: Path, content: bytes) -> None:
+    """ConversionError unless the library that will tokenize accepts tokenizer.json."""
+    if not isinstance(_table(path, content).get("model"), dict):
+        _KIND.refuse(path, "not a tokenizer: it has no 'model'")
+    from tokenizers import Tokenizer
+
+    try:
+        Tokenizer.from_str(content.decode())
+    except BaseException as error:  # what panics in the library derives from BaseException
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        _KIND.refuse(path, f"not a tokenizer ({shown(reason_of(error))})")
