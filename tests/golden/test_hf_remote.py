@@ -10,8 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from megatron_hypenet.export import to_hf, tokenizer
 from megatron_hypenet.export.from_hf import import_hf
+from megatron_hypenet.export.hf_remote.configuration_hypenet import HypeNetConfig
+from megatron_hypenet.export.hf_remote.modeling_hypenet import HypeNetForCausalLM
 from megatron_hypenet.export.to_hf import export_hf
 
 HERE = Path(__file__).parent
@@ -74,3 +78,64 @@ def test_modelling_code_passes_its_unit_tests_under_4_57(repo_root, tmp_path):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/unit/export/hf_remote"]
     done = subprocess.run(command, env=environment("4.57", tmp_path), cwd=repo_root, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+def write_tokenizers_of_transformers_5(source, folder):
+    """Two tokenizer folders as transformers 5 saves them: with a list of special tokens, and of its own class."""
+    model = json.loads((source / "tokenizer.json").read_text())
+    common = {"backend": "tokenizers", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "model_max_length": 10**30}
+    chat = ["<|im_start|>", "<|im_end|>"]
+    configs = {
+        "listed": {**common, "tokenizer_class": "Qwen2Tokenizer", "extra_special_tokens": chat},
+        "backend": {**common, "tokenizer_class": "TokenizersBackend", "extra_special_tokens": chat},
+    }
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    vocabulary = model["model"]["vocab"]
+    last = sorted(vocabulary, key=vocabulary.get)[-2:]
+    model["model"]["merges"] = [
+        pair for pair in model["model"]["merges"] if "".join(pair if isinstance(pair, list) else pair.split(" ")) not in last
+    ]
+    model["added_tokens"] += [{"id": vocabulary.pop(old), "content": new, **plain} for old, new in zip(last, chat, strict=True)]
+    for name, config in configs.items():
+        (folder / name).mkdir(parents=True)
+        (folder / name / "tokenizer.json").write_text(json.dumps(model))
+        (folder / name / "tokenizer_config.json").write_text(json.dumps(config))
+    return [folder / name for name in configs]
+
+
+def test_model_card_code_runs_without_warnings_and_tokenizers_agree(repo_root, tmp_path):
+    """The same text, ids and tokens in both versions, from tokenizers that transformers 5 saved."""
+    teacher = repo_root / "assets/tiny-qwen3"
+    raw = {**json.loads((CASES[0] / "hypenet/config.json").read_text()), "vocab_size": 2048}
+    config = HypeNetConfig(**{key: value for key, value in raw.items() if key not in ("architectures", "auto_map", "model_type")})
+    torch.manual_seed(0)
+    HypeNetForCausalLM(config).save_pretrained(tmp_path / "made")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(teacher / file, tmp_path / "made" / file)
+    import_hf(tmp_path / "made", tmp_path / "ckpt")
+    export_hf(tmp_path / "ckpt", tmp_path / "hf")
+    exported = []
+    for folder in write_tokenizers_of_transformers_5(teacher, tmp_path / "saved"):
+        exported.append(tmp_path / "exported" / folder.name)
+        exported[-1].mkdir(parents=True)
+        tokenizer.export(folder, exported[-1])
+        shutil.copyfile(tmp_path / "hf/config.json", exported[-1] / "config.json")
+        for code in tmp_path.glob("hf/*.py"):
+            shutil.copyfile(code, exported[-1] / code.name)
+    found = []
+    for version in ("installed", "4.57"):
+        warn = [
+            f"-Werror::{kind}" for kind in ("FutureWarning", "DeprecationWarning:transformers", "DeprecationWarning:transformers_modules")
+        ]
+        command = [sys.executable, *warn, HERE / "hf_use_worker.py", tmp_path / "hf", *exported]
+        done = subprocess.run(
+            command, env=environment(version, tmp_path / version), cwd=tmp_path, capture_output=True, text=True, timeout=200
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+        assert found[-1].pop("transformers").startswith("4.57.") == (version == "4.57")
+    assert found[0] == found[1]
+    assert found[0]["continued"] and found[0]["round_trip"] and found[0]["warnings"] == []
+    assert found[0]["saved"] == sorted(to_hf.REMOTE_FILES)
+    for one in found[0]["tokenizers"]:
+        assert one["ids"][-1] == one["end"] == 0 and {2046, 2047} & set(one["ids"]) and one["others"] == ["attention_mask"]

@@ -221,7 +221,7 @@ class HypeNetModel(HypeNetPreTrainedModel):
 
     def _cache(self, given: HypeNetCache | None, use_cache: bool | None) -> HypeNetCache | None:
         """The cache of this call: the given one, a new one, or None. ValueError where a given one cannot be used."""
-        recomputes = self.training and torch.is_grad_enabled() and self.is_gradient_checkpointing
+        recomputes = self.training and torch.is_grad_enabled() and any(layer.gradient_checkpointing for layer in self.layers)
         if given is not None:
             if not isinstance(given, HypeNetCache):
                 raise ValueError(f"past_key_values must be the HypeNetCache of an earlier call, got {type(given).__name__}")

@@ -1,3 +1,5 @@
+import warnings
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -69,6 +71,121 @@ def test_loss_is_the_mean_next_token_cross_entropy(model):
     close(model(ids, labels=labels, num_items_in_batch=24).loss, want * 12 / 24)
     out.loss.backward()
     assert all(parameter.grad is not None and torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+
+
+def test_labels_that_are_already_shifted(model):
+    ids = tokens(2, 9)
+    shifted = torch.cat([ids[:, 1:], torch.full((2, 1), -100)], 1)
+    assert torch.equal(model(ids, shift_labels=shifted).loss, model(ids, labels=ids).loss)
+    with pytest.raises(ValueError, match=r"labels must be \[2, 4\]"):
+        model(ids, labels=ids, logits_to_keep=4)
+
+
+def test_another_loss_function_gets_what_it_asks_for(model):
+    def loss(logits, labels, vocab_size, num_items_in_batch=None, weight=1.0):
+        return weight * logits.sum() / num_items_in_batch + vocab_size
+
+    ids = tokens(1, 5)
+    model.loss_function = loss
+    out = model(ids, labels=ids, num_items_in_batch=7, weight=2.0)
+    close(out.loss, 2 * out.logits.sum() / 7 + 53)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(model, rows, reentrant):
+    ids, mask = padded(rows, 14)
+
+    def gradients(**inputs):
+        model.zero_grad()
+        model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100), **inputs).loss.backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    want = gradients()
+    model.train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # transformers 5.24 has another name for it, and warns
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    runs, forward = [], model.model.layers[1].mlp.forward
+    model.model.layers[1].mlp.forward = lambda x: runs.append(1) or forward(x)
+    for inputs in ({}, {"use_cache": True}):
+        for a, b in zip(gradients(**inputs), want, strict=True):
+            close(a, b)
+    assert len(runs) == 4, "forward and once more in backward, twice"
+    assert model(ids, use_cache=True).get("past_key_values") is None
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).get("past_key_values")
+    with pytest.raises(ValueError, match="gradient checkpointing runs each layer twice"):
+        model(ids[:, :1], past_key_values=cache)
+
+
+@pytest.mark.parametrize("inputs", [{"foo": 1}, {"token_type_ids": torch.zeros(1)}, {"output_router_logits": True}])
+def test_unknown_keywords_are_refused(model, inputs):
+    ids = tokens(1, 4)
+    for call in (lambda: model(ids, **inputs), lambda: model(ids, labels=ids, **inputs), lambda: model.model(ids, **inputs)):
+        with pytest.raises(TypeError, match=next(iter(inputs))):
+            call()
+
+
+def test_several_documents_in_a_row_are_refused(model):
+    with pytest.raises(TypeError, match=r"rows with several documents \(cu_seq_lens_q, max_length_q\)"):
+        model(tokens(1, 4), cu_seq_lens_q=torch.tensor([0, 2, 4]), max_length_q=2)
+
+
+@torch.no_grad()
+def test_eager_attention_is_sdpa(make_model):
+    ids = tokens(2, 9)
+    plain, eager = make_model(), make_model(attn_implementation="eager")
+    assert eager.config._attn_implementation == "eager"
+    close(eager(ids).logits, plain(ids).logits)
+
+
+@pytest.mark.parametrize("name", ["flash_attention_2", "flex_attention", "kernels-community/flash-attn", "paged|sdpa"])
+def test_other_attention_kernels_are_refused(make_model, name):
+    with pytest.raises(ValueError, match="HypeNet has attn_implementation 'sdpa' and 'eager'"):
+        make_model(attn_implementation=name)
+    with pytest.raises(ValueError, match="HypeNet has attn_implementation 'sdpa' and 'eager'"):
+        make_model().set_attn_implementation(name)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"attn_use_rope": True}, "attn_use_rope=True"),
+        ({"attn_logits_scaling": "log"}, "attn_logits_scaling must be"),
+        ({"lightning_nh": 3}, "lightning_nh=3"),
+        ({"mixer_types": ["attn"]}, "for 3 layers"),
+        ({"attn_implementation": "flex_attention"}, "attn_implementation 'sdpa' and 'eager'"),
+    ],
+    ids=str,
+)
+def test_settings_given_while_loading_are_checked(model, tmp_path, change, message):
+    model.float().save_pretrained(tmp_path)
+    assert torch.equal(type(model).from_pretrained(tmp_path)(tokens(1, 3)).logits, model(tokens(1, 3)).logits)
+    with pytest.raises(ValueError, match=message):
+        type(model).from_pretrained(tmp_path, **change)
+    with pytest.raises(TypeError, match="unheard_of"):
+        type(model).from_pretrained(tmp_path, unheard_of=1)
+
+
+@torch.no_grad()
+def test_export_takes_any_mask(model, rows):
+    ids, mask = padded(rows, 14)
+    inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    exported = torch.export.export(model, (), inputs).module()
+    for other in (mask, torch.ones_like(mask), mask.flip(1)):
+        inputs["attention_mask"] = other
+        real = other.bool()
+        close(exported(**inputs).logits[real], model(**inputs).logits[real])
+
+
+@torch.no_grad()
+def test_exported_positions_are_asserted(model):
+    ids = tokens(1, 6)
+    inputs = {"input_ids": ids, "position_ids": torch.arange(6)[None], "use_cache": False}
+    exported = torch.export.export(model, (), inputs).module()
+    close(exported(**inputs).logits, model(ids).logits)
+    with pytest.raises(RuntimeError, match="packed rows and shifted positions"):
+        exported(**{**inputs, "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])})
 
 
 def test_training_keeps_no_cache(model):
