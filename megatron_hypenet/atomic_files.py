@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,26 +44,27 @@ def was_replaced(path: Path) -> bool:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """Yield a temporary name to write the file `path` under; it takes the name `path` when the block ends, and is removed on an error.
 
-    Readers see the old file or the whole new one, and the new one has reached the disk before it takes the name.
+    Readers see the old file or the whole new one. If `durable`, the new one has reached the disk before it takes the name.
     """
     temporary = temporary_beside(path)
     try:
         yield temporary
-        with temporary.open("rb") as stream:
-            os.fsync(stream.fileno())
+        if durable:
+            with temporary.open("rb") as stream:
+                os.fsync(stream.fileno())
         os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):  # an error of the block says more than that there is nothing to remove
             temporary.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, *, durable: bool = True) -> None:
     """Write a small UTF-8 text file as `replacing` does; its folder is made if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
+    with replacing(path, durable=durable) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
@@ -72,20 +73,23 @@ def write_json(path: Path, payload: Any) -> None:
     write_text(path, json.dumps(payload, indent=2, allow_nan=False) + "\n")
 
 
-def sweep(folder: Path, *, name: str | None = None) -> list[Path]:
-    """Remove what killed processes left below `folder`, or directly in it for the target `name`, and return it.
+def sweep(folder: Path, *, names: Collection[str] | None = None) -> list[Path]:
+    """Remove what killed processes left below `folder`, or directly in it for the targets `names`, and return it.
 
-    Only for the one process that owns the folder, or the target: whatever is there under a temporary name is then nobody's work any more.
-    What was being replaced gets its name back if nothing has taken its place. Symbolic links are not followed.
+    Only for the one process that owns the folder, or the targets: whatever is there under a temporary name is then nobody's work any more.
+    A folder in which people may keep files of their own is swept by `names`. What was being replaced gets its name back if nothing has
+    taken its place. Symbolic links are not followed.
     """
+    if folder.is_symlink():
+        return []
     swept = []
     for root, folders, files in os.walk(folder):
         for entry in (*folders, *files):
             path = Path(root) / entry
             match = _TEMPORARY.fullmatch(entry)
-            if match is not None and name in (None, match["target"]):
+            if match is not None and (names is None or match["target"] in names):
                 swept.append(path)
-        folders[:] = [] if name is not None else [entry for entry in folders if _TEMPORARY.fullmatch(entry) is None]
+        folders[:] = [] if names is not None else [entry for entry in folders if _TEMPORARY.fullmatch(entry) is None]
     for path in swept:
         target = target_of(path)
         if was_replaced(path) and target is not None and not (target.exists() or target.is_symlink()):

@@ -142,7 +142,7 @@ def owning(
     while (descriptor := _take(target, path, mine, watch_seconds, deadline)) is None:
         time.sleep(0.1)
     stop = threading.Event()
-    thread = threading.Thread(target=_beat, args=(path, descriptor, mine, stop), name="ownership", daemon=True)
+    thread = threading.Thread(target=_beat, args=(target, path, descriptor, mine, stop), name="ownership", daemon=True)
     thread.start()
     try:
         yield
@@ -159,13 +159,16 @@ def owning(
 def writing(target: Path) -> Iterator[None]:
     """Own the file or folder `target`, which the block makes or replaces as a whole. What killed processes left of it is removed first.
 
-    UsageError, which names the owner, when another process is making it. Where nothing can be written nothing is owned: the block says so.
+    UsageError, which names the owner, when another process is making it, or owns a folder that it lies in. Where nothing can be written
+    nothing is owned: the block says so.
     """
+    for folder in target.absolute().parents:
+        refuse_if_owned(folder)  # a run that is under way may read or write there
     with ExitStack() as stack:
         with contextlib.suppress(OSError, _Unwritable):
             target.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(owning(target, inside=False))
-            sweep(target.parent, name=target.name)
+            sweep(target.parent, names=(target.name,))
         yield
 
 
@@ -224,37 +227,39 @@ def _lives(found: Owner, mine: Owner, path: Path, watch_seconds: float) -> bool:
 
 
 def _known(found: Owner, mine: Owner) -> bool | None:
-    """Whether an owner lives, as the process table or SLURM says it; None when neither knows."""
+    """Whether an owner lives, as far as the process table or SLURM know; None when neither does."""
     if found.boot and found.boot == mine.boot:
         return _started(found.pid) == found.started
     if found.job and found.job == mine.job:
         return False if found.restarts < mine.restarts else None  # SLURM starts a job again only after its end
-    return _job_lives(found.job)
+    return False if _is_over(found.job) else None
 
 
-def _job_lives(job: str) -> bool | None:
-    """Whether SLURM says that a job runs; None where there is no SLURM or it does not answer."""
+def _is_over(job: str) -> bool:
+    """Whether SLURM says that a job has ended, or waits for another start. That it runs says nothing: a process may end before its job."""
     if not job.isdecimal():
-        return None
+        return False
     try:
         words = ["squeue", "--noheader", "--states=all", "--format=%T", f"--jobs={job}"]
         done = subprocess.run(words, capture_output=True, text=True, timeout=_SQUEUE_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired):
-        return None
+        return False
     if done.returncode != 0:
-        return False if "Invalid job id" in done.stderr else None
+        return "Invalid job id" in done.stderr
     # PENDING: the job waits for another start, and the one that owned the folder is over
-    return bool({"RUNNING", "SUSPENDED", "COMPLETING", "SIGNALING", "STAGE_OUT", "STOPPED"} & set(done.stdout.split()))
+    return not {"RUNNING", "SUSPENDED", "COMPLETING", "SIGNALING", "STAGE_OUT", "STOPPED"} & set(done.stdout.split())
 
 
-def _beat(path: Path, descriptor: int, mine: Owner, stop: threading.Event) -> None:
+def _beat(target: Path, path: Path, descriptor: int, mine: Owner, stop: threading.Event) -> None:
+    """Write the growing number; end the process when the file was deleted or names another one."""
     beat = 0
     while not stop.wait(BEAT_SECONDS):
         beat += 1
         try:
             if not _names(descriptor, mine) or not _is_still(descriptor, path):
-                logger.error("%s no longer names this process: the folder was taken over or cleared by another one", path)
-                return
+                # to save and leave in good order would be to write where another process writes
+                print(f"error: {path} no longer names this process: {target} was taken over, so it ends here", file=sys.stderr, flush=True)
+                os._exit(UsageError.exit_code)
             _write(descriptor, replace(mine, beat=beat))
         except OSError as error:  # a full disk, a server that is away: the next beat may succeed
             logger.debug("%s: %s", path, error)

@@ -32,10 +32,13 @@ def requeue(
     """
     from megatron_hypenet.cli.jobs import Jobs
     from megatron_hypenet.engine.run_folder import RunFolder
+    from megatron_hypenet.ownership import refuse_if_owned
 
     jobs = Jobs(run_folder)
     jobs.required()
     RunFolder(run_folder).refuse_stop()
+    if not any(state.live for state in jobs.states().values()):
+        refuse_if_owned(run_folder)  # by a command that works in it without SLURM
     states = jobs.states()
     alive = [job for job in jobs.newest_of_each_part() if states[job.id].live]
     excluded = list(exclude or [])

@@ -24,6 +24,7 @@ from megatron_hypenet.cli.options import (
     TensorParallelOption,
 )
 from megatron_hypenet.errors import DataError, SetupError, UsageError, is_disk_full
+from megatron_hypenet.ownership import writing
 
 if TYPE_CHECKING:
     import torch
@@ -190,7 +191,7 @@ def write_result(out: Path, tensors: dict[str, torch.Tensor]) -> None:
 
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(out) as temporary:
+        with writing(out), replacing(out) as temporary:
             save_file(tensors, temporary)
     except (OSError, SafetensorError) as error:
         if is_disk_full(error):

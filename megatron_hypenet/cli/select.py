@@ -64,6 +64,7 @@ def rank(
     """
     from megatron_hypenet.atomic_files import write_json
     from megatron_hypenet.errors import UsageError
+    from megatron_hypenet.ownership import writing
     from megatron_hypenet.stages.select import load_scores
     from megatron_hypenet.stages.select import rank as rank_layers
 
@@ -73,7 +74,8 @@ def rank(
     selection = rank_layers(layer_scores, num_attention, cap=cap)
     if out is not None and not dry_run:
         try:
-            write_json(out, selection.to_json())
+            with writing(out):
+                write_json(out, selection.to_json())
         except OSError as error:
             raise UsageError(f"--out {out}: cannot be written: {error.strerror}; choose a writable place") from error
     show(layer_scores, selection, as_json=as_json)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_hypenet.atomic_files import write_text
 from megatron_hypenet.data.blend import TrainData
 from megatron_hypenet.data.indexed import TokenStream, is_token_file, open_tokens
 from megatron_hypenet.data.prepare import TEXT_SUFFIXES, prepare_file
@@ -66,9 +67,7 @@ def prepare_corpus(
         "heldout": None if heldout is None else one(heldout, "heldout"),
         "recall": {name: list(getattr(vocabulary, name)) for name in ("words", "opening", "separator", "closing")},
     }
-    partial = folder / f".{INDEX_FILE}.partial"
-    partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
-    partial.replace(folder / INDEX_FILE)
+    write_text(folder / INDEX_FILE, json.dumps(content) + "\n")
     return content
 
 

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from megatron_hypenet.atomic_files import write_text
 from megatron_hypenet.checkpoint.together import from_first
 from megatron_hypenet.config.schema import GuardConfig
 from megatron_hypenet.engine import heartbeat
@@ -110,10 +111,7 @@ class Place:
             paths.append(Path(logs, f"rank-{self.rank:04d}.error.json"))  # beside the logs of a SLURM job, see launchers/slurm.py
         for path in paths:
             with contextlib.suppress(OSError):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                temporary = path.with_name(f".{path.name}.tmp")
-                temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-                os.replace(temporary, path)
+                write_text(path, json.dumps(content, indent=2) + "\n", durable=False)
 
     def causes(self) -> list[dict[str, Any]]:
         """The records of this start of the run that are no echoes, the earliest first."""

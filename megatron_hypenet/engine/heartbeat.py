@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_hypenet.atomic_files import replacing
 from megatron_hypenet.errors import DataError
 from megatron_hypenet.untrusted.files import FileKind
 from megatron_hypenet.untrusted.json_text import read_object, typed
@@ -206,10 +207,8 @@ class Writer:
         """Replace the file."""
         with self._writing, contextlib.suppress(OSError):
             self.beats += 1
-            path = file_of(self.folder, self.rank)
-            temporary = path.with_name(f".{path.name}.tmp")
-            temporary.write_text(json.dumps(self.content()) + "\n", encoding="utf-8")
-            os.replace(temporary, path)
+            with replacing(file_of(self.folder, self.rank), durable=False) as temporary:
+                temporary.write_text(json.dumps(self.content()) + "\n", encoding="utf-8")
 
 
 def is_dead(beat: Beat) -> bool:

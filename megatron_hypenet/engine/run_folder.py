@@ -59,6 +59,11 @@ STOP = "STOP"
 """Name of the file by which a person stops a run; in the run folder, or in the folder of one training stage."""
 
 _SAMPLE_BYTES = 1 << 20
+_OWN_FOLDERS = ("teacher", "data", *STAGES, "selection", "assembled", "export", "report", "logs", "tb", "heartbeat", "errors")
+_OWN_FILES = (
+    "config.yaml", "manifest.json", "jobs.json", "timing.json", "job.sbatch", *(f"job_{part}.sbatch" for part in (*STAGES, "finish")),
+)  # fmt: skip
+"""What a run writes in its folder; whatever else lies there is somebody's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +164,9 @@ class RunFolder:
             with ownership.owning(self.root, inside=True, patience_seconds=patience):
                 for stage in STAGES:  # before the sweep: a save that was finished but for its name gets it
                     fmt.remove_stale(self.stage(stage) / fmt.CHECKPOINTS)
-                sweep(self.root)
+                sweep(self.root, names=(*_OWN_FOLDERS, *_OWN_FILES))
+                for name in _OWN_FOLDERS:
+                    sweep(self.root / name)
                 yield
         finally:
             with contextlib.suppress(OSError):

@@ -66,7 +66,7 @@ def test_a_sweep_for_one_target_leaves_the_others_and_folders_below(tmp_path):
     for name in (".one.tmp-1", ".one.tmp-2.bin", ".other.tmp-1", "sub/.one.tmp-1"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
-    assert {path.name for path in sweep(tmp_path, name="one")} == {".one.tmp-1", ".one.tmp-2.bin"}
+    assert {path.name for path in sweep(tmp_path, names=("one",))} == {".one.tmp-1", ".one.tmp-2.bin"}
     assert (tmp_path / ".other.tmp-1").exists() and (tmp_path / "sub" / ".one.tmp-1").exists()
 
 

@@ -119,17 +119,17 @@ def test_an_owner_on_another_machine_lives_while_its_beat_grows(tmp_path, monkey
         owning(tmp_path, inside=True, watch_seconds=5, patience_seconds=0).__enter__()
 
 
-@pytest.mark.parametrize(("state", "lives"), [("RUNNING", True), ("COMPLETING", True), ("PENDING", False), ("FAILED", False), ("", False)])
-def test_slurm_says_whether_a_job_lives(tmp_path, monkeypatch, state, lives):
+STATES = {"RUNNING": False, "COMPLETING": False, "PENDING": True, "FAILED": True, "": True}
+
+
+@pytest.mark.parametrize(("state", "known_over"), STATES.items())
+def test_slurm_says_whether_a_job_is_over(tmp_path, monkeypatch, caplog, state, known_over):
     plant(tmp_path / FILE, **ELSEWHERE, job="4711")
     said = subprocess.CompletedProcess([], 0, stdout=f"{state}\n", stderr="")
     monkeypatch.setattr(ownership.subprocess, "run", lambda words, **_: said)
-    if lives:
-        with pytest.raises(UsageError, match="SLURM job 4711"):
-            refuse_if_owned(tmp_path)
-    else:
-        with owning(tmp_path, inside=True):
-            pass
+    with owning(tmp_path, inside=True, watch_seconds=0.2):  # the process may have ended before its job
+        pass
+    assert ("waiting up to" in caplog.text) == (not known_over)
 
 
 def test_a_job_that_slurm_started_again_goes_on(tmp_path, monkeypatch):
@@ -178,3 +178,18 @@ def test_a_target_has_its_owner_beside_it_and_leftovers_go(tmp_path):
     (tmp_path / "file").write_text("x")
     with writing(tmp_path / "file" / "out"):  # nothing can be written there: the block says so
         pass
+
+
+def test_a_target_inside_of_an_owned_folder_is_refused(tmp_path, holder):
+    (tmp_path / "sub").mkdir()
+    with pytest.raises(UsageError, match=f"process {holder.pid} on"), writing(tmp_path / "sub" / "teacher"):
+        pass
+
+
+def test_an_owner_whose_file_is_gone_ends_at_once(tmp_path):
+    code = HOLD.replace("with owning", "from megatron_hypenet import ownership\nownership.BEAT_SECONDS = 0.05\nwith owning")
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "owned\n"
+    (tmp_path / FILE).unlink()
+    assert process.wait(10) == 2
+    assert process.stderr is not None and "no longer names this process" in process.stderr.read()

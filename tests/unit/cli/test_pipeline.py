@@ -102,3 +102,42 @@ def test_a_failure_inside_still_ends_the_groups(run):
     with pytest.raises(RuntimeError), pipeline.prepared(run):
         raise RuntimeError("inside")
     assert not groups.is_initialized()
+
+
+@pytest.fixture
+def somebody_else(run):
+    """A process that owns the run folder of `run`."""
+    with pipeline.prepared(run) as ready:
+        ready.runner.run_step("teacher")
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom megatron_hypenet.ownership import owning\n"
+        "with owning(Path(sys.argv[1]), inside=True):\n    print('owned', flush=True)\n    time.sleep(60)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(run.output_dir)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "owned\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_in_use_is_refused_by_its_owner_and_nothing_in_it_changes(run, somebody_else, overwrite):
+    before = {path: path.stat().st_mtime_ns for path in run.output_dir.rglob("*")}
+    with pytest.raises(UsageError, match=f"is in use by process {somebody_else.pid} on "):
+        pipeline.prepared(run, overwrite=overwrite).__enter__()
+    assert {path: path.stat().st_mtime_ns for path in run.output_dir.rglob("*")} == before
+    pipeline.checked(run)  # --dry-run only reads
+    assert pipeline.planned(run)[0]["state"] == "done"
+
+
+def test_an_owner_that_was_killed_is_replaced(run, somebody_else):
+    somebody_else.kill()
+    somebody_else.wait()
+    with pipeline.prepared(run) as ready:
+        ready.runner.run_step("teacher")
+    assert not (run.output_dir / "owner.json").exists()
+
+
+def test_a_rank_and_a_job_do_not_ask_twice(run, somebody_else, monkeypatch):
+    monkeypatch.setenv("HYPENET_UNDER_WAY", "1")
+    pipeline.refuse_in_use(run.output_dir)

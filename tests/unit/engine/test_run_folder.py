@@ -212,10 +212,11 @@ def test_the_owner_finds_no_leftovers_and_its_own_mark_counts_for_nothing(folder
         folder.prepare(config(folder.root))
         (folder.root / "align" / "checkpoints" / ".iter_0000001.tmp-9").mkdir(parents=True)
         (folder.root / ".teacher.tmp-3").mkdir()
+        (folder.root / ".plan.tmp-1").write_text("somebody's own")
     with folder.owned():
         folder.prepare(config(folder.root))
         left = {str(path.relative_to(folder.root)) for path in folder.root.rglob("*")}
-        assert left == {ownership.FILE, "config.yaml", "align", "align/checkpoints"}
+        assert left == {ownership.FILE, "config.yaml", "align", "align/checkpoints", ".plan.tmp-1"}
         folder.prepare(config(folder.root), overwrite=True)
         assert {path.name for path in folder.root.iterdir()} == {ownership.FILE, "config.yaml"}
     assert not (folder.root / ownership.FILE).exists()
