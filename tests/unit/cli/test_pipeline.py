@@ -41,8 +41,8 @@ def test_the_layout_is_checked_for_the_number_of_processes(run, monkeypatch):
         pipeline.checked(run, nproc=3)
     with pytest.raises(LayoutError, match="global_batch_size=2 is not a multiple"):
         pipeline.checked(run, world_size=3)
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    for name, value in {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(LayoutError, match="global_batch_size=2 is not a multiple"):
         pipeline.checked(run)
 
