@@ -54,12 +54,14 @@ def prepare(
       hypenet data prepare corpus.jsonl /data/corpus --tokenizer /models/Qwen3-1.7B --text-key content
     """
     from megatron_hypenet.data.prepare import prepare_file, read_documents
-    from megatron_hypenet.data.tokenizer import end_of_text_id, load_tokenizer
+    from megatron_hypenet.data.tokenizer import end_of_text, load_tokenizer, model_end_of
 
     _refuse_existing(out, overwrite)
     loaded = load_tokenizer(tokenizer)
+    end = end_of_text(loaded, model_end_of(tokenizer))
+    if end.note:
+        print(f"note: {end.note}", file=sys.stderr)
     if dry_run:
-        end_of_text_id(loaded)
         if next(read_documents(source, text_key=text_key), None) is None:
             raise DataError(f"{source}: holds no text; give a file with at least one sequence of tokens.")
         _say(
@@ -74,8 +76,10 @@ def prepare(
             print(f"\r{count:,} documents", end="", file=sys.stderr, flush=True)
 
     with writing(out):
-        counts = prepare_file(source, out, loaded, text_key=text_key, on_documents=progress)
-    content = {"out": str(out), "documents": counts.documents, "tokens": counts.tokens}
+        counts = prepare_file(source, out, loaded, end=end.id, text_key=text_key, on_documents=progress)
+    if counts.note:
+        print(f"note: {counts.note}", file=sys.stderr)
+    content = {"out": str(out), "documents": counts.documents, "tokens": counts.tokens, "end_of_document": end.id}
     _say(as_json, content, f"{out}: {counts.documents:,} documents, {counts.tokens:,} tokens")
 
 
@@ -88,26 +92,35 @@ def inspect(
 ) -> None:
     """Say what a pair of token files holds: documents, tokens, id type, ids at the start.
 
+    Negative ids, and with --tokenizer ids outside its model's vocabulary, are an error that names the first one.
+
     Example:
 
       hypenet data inspect build/sample --tokenizer assets/tiny-qwen3
     """
     from megatron_hypenet.data.indexed import open_tokens
+    from megatron_hypenet.data.token_ids import scan_ids
 
     opened = open_tokens(prefix)
+    vocab_size = loaded = None
+    if tokenizer is not None:
+        from megatron_hypenet.data.tokenizer import load_tokenizer, model_vocabulary
+
+        loaded = load_tokenizer(tokenizer)
+        vocab_size = model_vocabulary(tokenizer) or len(loaded)
+    found = scan_ids(opened, vocab_size)
     first = opened.tokens[:tokens].tolist()
     content: dict[str, Any] = {
         "prefix": str(prefix),
         "documents": len(opened.document_ends),
         "tokens": len(opened.tokens),
         "id_type": str(opened.tokens.dtype),
-        "highest_id": int(opened.tokens.max()),
+        "lowest_id": found.lowest,
+        "highest_id": found.highest,
         "first_ids": first,
     }
-    if tokenizer is not None:
-        from megatron_hypenet.data.tokenizer import load_tokenizer
-
-        content["text"] = load_tokenizer(tokenizer).decode(first)
+    if loaded is not None:
+        content["text"] = loaded.decode(first)
     _say(as_json, content, "\n".join(f"{name}: {value}" for name, value in content.items()))
 
 

@@ -54,7 +54,8 @@ class DataConfig(Section):
     separate_documents: Switch = Field(
         default=False,
         description="Documents packed into one sequence do not see each other: attention and RNN state start anew after each "
-        "end-of-document token, and the loss skips predicting across the boundary.",
+        "end-of-document token (in prepared files without any: at the document boundaries of the .idx), and "
+        "the loss skips predicting across the boundary.",
     )
     seed: Seed = Field(default=1234, description="Seed of the data order, the held-out split and the recall documents.")
 

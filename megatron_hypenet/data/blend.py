@@ -47,6 +47,16 @@ def permuted(index: int, size: int, key: int) -> int:
             return index
 
 
+def check_ids(ids: np.ndarray, vocab_size: int) -> None:
+    """DataError when a token id is negative or not below `vocab_size`."""
+    lowest, highest = int(ids.min()), int(ids.max())
+    if lowest < 0 or highest >= vocab_size:
+        raise DataError(
+            f"the token files hold id {lowest if lowest < 0 else highest}, but the model's vocabulary has {vocab_size} entries; "
+            "they were made with another tokenizer. Run `hypenet data prepare` with the teacher's."
+        )
+
+
 class TrainData:
     """Windows of `text` in a new order and at a new offset every epoch, with a share of recall documents spread evenly among them."""
 
@@ -75,23 +85,42 @@ class TrainData:
     def batch(self, sample_start: int, count: int, seq_length: int) -> Tensor:
         """Samples sample_start .. sample_start + count - 1 -> int64 [count, seq_length + 1].
 
-        Raises DataError when the text is shorter than one sequence or holds an id outside the vocabulary.
+        Raises DataError when the text is shorter than one sequence or holds an id outside the vocabulary: the files were looked at before
+        (data/corpus.py), but may have changed since.
         """
         rows = np.stack([self.sample(index, seq_length) for index in range(sample_start, sample_start + count)])
-        if (highest := int(rows.max())) >= self.vocab_size:
-            raise DataError(
-                f"the token files hold id {highest}, but the model's vocabulary has {self.vocab_size} entries; "
-                "they were made with another tokenizer. Run `hypenet data prepare` with the teacher's."
-            )
+        check_ids(rows, self.vocab_size)
         return torch.from_numpy(rows)
+
+    def document_ends(self, tokens: Tensor, sample_start: int) -> Tensor:
+        """Where documents end in `tokens`, a batch that starts with sample `sample_start`: bool of the same shape.
+
+        At end-of-document tokens, and in text from files without any at the boundaries that their index has. Raises DataError when the
+        prepared data names neither.
+        """
+        if self.end_of_document is None and not self.text.has_document_ends:
+            raise DataError(
+                "data.separate_documents=true, but the prepared data does not name its end-of-document token; "
+                "delete the data folder of this run, it will be made again"
+            )
+        ends = torch.zeros_like(tokens, dtype=torch.bool) if self.end_of_document is None else tokens == self.end_of_document
+        if self.text.has_document_ends:
+            seq_length = tokens.shape[1] - 1
+            for row, index in enumerate(range(sample_start, sample_start + len(tokens))):
+                recalls, is_recall = self._recalls_before(index)
+                if not is_recall:
+                    start = self._window_start(index - recalls, seq_length)
+                    ends[row] |= torch.from_numpy(self.text.last_tokens(start, start + seq_length + 1))
+        return ends
 
     def sample(self, index: int, seq_length: int) -> np.ndarray:
         """One sample, int64 [seq_length + 1]."""
-        recalls = index * self._recall_units // _SHARE_UNITS
-        if (index + 1) * self._recall_units // _SHARE_UNITS > recalls:
+        recalls, is_recall = self._recalls_before(index)
+        if is_recall:
             assert self.recall is not None, "the constructor refuses a share without a task"
             return self.recall.document(recalls, seq_length, training=True)[0]
-        return self._window(index - recalls, seq_length)
+        start = self._window_start(index - recalls, seq_length)
+        return self.text[start : start + seq_length + 1]
 
     def windows_per_epoch(self, seq_length: int) -> int:
         """Windows that fit whatever the epoch's offset; neighbours share one token, the target of one and the input of the next."""
@@ -105,9 +134,14 @@ class TrainData:
             "add text or use a shorter seq_length."
         )
 
-    def _window(self, index: int, seq_length: int) -> np.ndarray:
+    def _recalls_before(self, index: int) -> tuple[int, bool]:
+        """How many recall documents come before sample `index`, and whether it is one."""
+        recalls = index * self._recall_units // _SHARE_UNITS
+        return recalls, (index + 1) * self._recall_units // _SHARE_UNITS > recalls
+
+    def _window_start(self, index: int, seq_length: int) -> int:
+        """First token of window `index` of the text."""
         epoch, place = divmod(index, windows := self.windows_per_epoch(seq_length))
         slack = len(self.text) - (windows * seq_length + 1)
         offset = scramble(self.seed, epoch, 1) % (min(slack, seq_length - 1) + 1)
-        start = offset + seq_length * permuted(place, windows, scramble(self.seed, epoch, 2))
-        return self.text[start : start + seq_length + 1]
+        return offset + seq_length * permuted(place, windows, scramble(self.seed, epoch, 2))

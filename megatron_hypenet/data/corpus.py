@@ -8,6 +8,7 @@ DIR/heldout.bin/.idx       the held-out source, when it is text
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +19,12 @@ import torch
 from torch import Tensor
 
 from megatron_hypenet.atomic_files import write_text
-from megatron_hypenet.data.blend import TrainData
-from megatron_hypenet.data.indexed import TokenStream, is_token_file, open_tokens
+from megatron_hypenet.data.blend import TrainData, check_ids
+from megatron_hypenet.data.indexed import TokenStream, is_token_file, open_tokens, token_paths
 from megatron_hypenet.data.prepare import TEXT_SUFFIXES, prepare_file
 from megatron_hypenet.data.recall import RecallTask, RecallVocabulary
-from megatron_hypenet.data.tokenizer import end_of_text_id, load_tokenizer, recall_vocabulary
+from megatron_hypenet.data.token_ids import scan_ids
+from megatron_hypenet.data.tokenizer import end_of_text, load_tokenizer, recall_vocabulary
 from megatron_hypenet.errors import DataError
 from megatron_hypenet.untrusted.files import FileKind
 from megatron_hypenet.untrusted.json_text import read_object, typed
@@ -34,41 +36,65 @@ EVALUATION_SEED = 0x5EED
 
 def prepare_corpus(
     train: Sequence[Path], heldout: Path | None, tokenizer_dir: Path, folder: Path, *, vocab_size: int,
-    log: Callable[[str], None] = lambda text: None,
+    model_end: int | Sequence[int] | None = None, log: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Make the token files of a run in `folder`; a source that has not changed since the last call is not tokenized again.
+    """Make the token files of a run in `folder`; a source that has not changed since the last call is not tokenized again, and a prepared
+    pair that has not changed is not searched for foreign ids again.
 
-    Returns what corpus.json holds. Raises DataError as `prepare_file` and `open_tokens` do.
+    `model_end` is the end-of-text token of the model's configuration. Returns what corpus.json holds. Raises DataError as `prepare_file`,
+    `open_tokens` and `scan_ids` do.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(tokenizer_dir)
     known = _read_index(folder) if (folder / INDEX_FILE).is_file() else {"train": [], "heldout": None}
-    earlier = {record["prefix"]: record for record in [*known["train"], known["heldout"]] if record}
+    end = end_of_text(tokenizer, model_end)
+    if end.note:
+        log(f"data: {end.note}")
+    same_end = known.get("end_of_document") == end.id
+    earlier = {record["prefix"]: record for record in [*known["train"], known["heldout"]] if record and same_end}
 
     def one(source: Path, name: str) -> dict[str, Any]:
         if source.suffix not in TEXT_SUFFIXES and not source.is_file():
-            opened = open_tokens(source)
-            counts = {"documents": len(opened.document_ends), "tokens": len(opened.tokens)}
-            return {"source": str(source), "prefix": str(source.resolve()), "fingerprint": None, **counts}
+            return _checked_pair(source, earlier.get(str(source.resolve())), vocab_size, end.id, log)
         fingerprint = _fingerprint(source, tokenizer_dir, vocab_size)
         record = earlier.get(name)
         if record and record["fingerprint"] == fingerprint and is_token_file(folder / name):
             return record
         log(f"data: tokenizing {source}")
-        made = prepare_file(source, folder / name, tokenizer, vocab_size=vocab_size)
+        made = prepare_file(source, folder / name, tokenizer, end=end.id, vocab_size=vocab_size)
         log(f"data: {source}: {made.tokens:,} tokens")
+        if made.note:
+            log(f"data: {made.note}")
         return {"source": str(source), "prefix": name, "fingerprint": fingerprint, "documents": made.documents, "tokens": made.tokens}
 
     vocabulary = recall_vocabulary(tokenizer)
     content = {
         "vocab_size": vocab_size,
-        "end_of_document": end_of_text_id(tokenizer),
+        "end_of_document": end.id,
         "train": [one(source, f"train_{number:03d}") for number, source in enumerate(train)],
         "heldout": None if heldout is None else one(heldout, "heldout"),
         "recall": {name: list(getattr(vocabulary, name)) for name in ("words", "opening", "separator", "closing")},
     }
     write_text(folder / INDEX_FILE, json.dumps(content) + "\n")
     return content
+
+
+def _checked_pair(source: Path, earlier: dict[str, Any] | None, vocab_size: int, end: int, log: Callable[[str], None]) -> dict[str, Any]:
+    """The record of a prepared pair, whose ids were searched once: now, or when `earlier` was written for the same files."""
+    opened = open_tokens(source)
+    files = [path.stat() for path in token_paths(source)]
+    fingerprint = [vocab_size, *([stat.st_size, stat.st_mtime_ns, stat.st_ino] for stat in files)]
+    if earlier and earlier["fingerprint"] == fingerprint:
+        return earlier
+    started = time.perf_counter()
+    found = scan_ids(opened, vocab_size, end_of_document=end)
+    seconds = max(time.perf_counter() - started, 1e-6)
+    log(
+        f"data: {source}: {len(opened.tokens):,} tokens, ids {found.lowest} to {found.highest}, {found.ends:,} end tokens "
+        f"(looked through at {opened.tokens.nbytes / seconds / 1e9:.1f} GB/s)"
+    )
+    counts = {"documents": len(opened.document_ends), "tokens": len(opened.tokens), "end_tokens": found.ends}
+    return {"source": str(source), "prefix": str(source.resolve()), "fingerprint": fingerprint, **counts}
 
 
 def _fingerprint(source: Path, tokenizer_dir: Path, vocab_size: int) -> list[Any]:
@@ -96,6 +122,8 @@ class _Source:
     documents: int
     tokens: int
     fingerprint: list[Any] | None
+    end_tokens: int | None = None
+    """How many end-of-document tokens a prepared pair holds; None for text, which always has them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,7 +174,9 @@ class Corpus:
                 "raise data.heldout_fraction, name a data.heldout file, or use a shorter seq_length."
             )
         windows = [self.heldout[i * seq_length : (i + 1) * seq_length + 1] for i in range(min(count, available))]
-        return torch.from_numpy(np.stack(windows))
+        rows = np.stack(windows)
+        check_ids(rows, self.vocab_size)
+        return torch.from_numpy(rows)
 
 
 def open_corpus(folder: Path, *, heldout_fraction: float, seed: int) -> Corpus:
@@ -156,6 +186,7 @@ def open_corpus(folder: Path, *, heldout_fraction: float, seed: int) -> Corpus:
     """
     content = _read_index(folder)
     files = [open_tokens(folder / record["prefix"]) for record in content["train"]]
+    ends = [file.document_ends if record.get("end_tokens") == 0 else None for file, record in zip(files, content["train"], strict=True)]
     if content["heldout"]:
         train = [file.tokens for file in files]
         heldout = [open_tokens(folder / content["heldout"]["prefix"]).tokens]
@@ -163,7 +194,7 @@ def open_corpus(folder: Path, *, heldout_fraction: float, seed: int) -> Corpus:
         cuts = [file.documents_before(heldout_fraction) for file in files]
         train = [file.tokens[:cut] for file, cut in zip(files, cuts, strict=True)]
         heldout = [file.tokens[cut:] for file, cut in zip(files, cuts, strict=True)]
-    streams = TokenStream(train), TokenStream(heldout)
+    streams = TokenStream(train, ends), TokenStream(heldout)
     if len(streams[1]) == 0:
         raise DataError(
             "no held-out text: data.heldout is not set and the training files have one document each or data.heldout_fraction is 0. "

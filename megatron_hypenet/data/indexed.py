@@ -7,6 +7,7 @@ for a GPU.
 
 from __future__ import annotations
 
+import itertools
 import os
 import struct
 import warnings
@@ -194,14 +195,36 @@ def _check_lengths(path: Path, lengths: npt.NDArray[np.int32], pointers: npt.NDA
 class TokenStream:
     """Several stretches of token files as one sequence of tokens; it supports len() and slices, as recall documents want."""
 
-    def __init__(self, parts: Iterable[npt.NDArray[np.integer]]) -> None:
-        """Parts are joined in order; empty ones are dropped."""
-        self._parts = [part for part in parts if len(part)]
+    def __init__(self, parts: Iterable[npt.NDArray[np.integer]], document_ends: Iterable[npt.NDArray[np.int64] | None] = ()) -> None:
+        """Parts are joined in order; empty ones are dropped.
+
+        `document_ends` has, for each part, the tokens up to and including each of its documents; None, or nothing at all, for a part
+        whose documents are told apart by a token.
+        """
+        known = list(itertools.zip_longest(parts, document_ends))
+        self._parts = [part for part, _ in known if len(part)]
+        self._document_ends = [ends for part, ends in known if len(part)]
         self._starts = np.concatenate([[0], np.cumsum([len(part) for part in self._parts])]).astype(np.int64)
 
     def __len__(self) -> int:
         """Number of tokens."""
         return int(self._starts[-1])
+
+    @property
+    def has_document_ends(self) -> bool:
+        """Whether `document_ends` was given for any part."""
+        return any(ends is not None for ends in self._document_ends)
+
+    def last_tokens(self, start: int, stop: int) -> npt.NDArray[np.bool_]:
+        """For each token of start .. stop - 1, whether it is the last of its document, by `document_ends`."""
+        last = np.zeros(stop - start, dtype=np.bool_)
+        for first, part, ends in zip(self._starts, self._parts, self._document_ends, strict=False):
+            if ends is None or first >= stop or first + len(part) <= start:
+                continue
+            stretch = (start - first, min(stop - first, len(part)))
+            places = ends[slice(*np.searchsorted(ends, stretch, side="right"))]
+            last[places + (first - start) - 1] = True
+        return last
 
     def __getitem__(self, where: slice) -> npt.NDArray[np.int64]:
         """Tokens of a slice without step, int64."""

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_hypenet.data.recall import RecallVocabulary
 from megatron_hypenet.errors import DataError
+from megatron_hypenet.untrusted.files import FileKind
+from megatron_hypenet.untrusted.json_text import read_object
 
 WORD_PIECE = re.compile(r"^[\u0120\u2581][a-z]{3,8}$")
 """A word with its leading space, as byte-level BPE (U+0120) and SentencePiece (U+2581) vocabularies spell it."""
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+
+_MODEL_FILES = FileKind(error=DataError, advice="fetch the folder again")
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -38,11 +44,70 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer.encode(text, add_special_tokens=False))
 
 
-def end_of_text_id(tokenizer: Any) -> int:
-    """Id that separates documents in a token stream. Raises DataError when the tokenizer names no end token."""
-    if tokenizer.eos_token_id is None:
-        raise DataError("the tokenizer names no eos_token; set it in tokenizer_config.json: documents are separated by it.")
-    return int(tokenizer.eos_token_id)
+@dataclass(frozen=True, slots=True)
+class EndOfText:
+    """The token that closes every document."""
+
+    id: int
+    note: str = ""
+    """What to tell the user where model and tokenizer name different tokens; else empty."""
+
+
+def end_of_text(tokenizer: Any, model_end: int | Sequence[int] | None) -> EndOfText:
+    """Return the token that closes documents: the one that the model's configuration names, else the tokenizer's.
+
+    The model's counts because the model was trained with it; tokenizers of base models often name a chat token. `model_end` may be a list,
+    as in config.json: the tokenizer's token where it is in it, else the first. Raises DataError when neither names one, or the model's is
+    not in the tokenizer.
+    """
+    given = tokenizer.eos_token_id
+    known = [] if model_end is None else [model_end] if isinstance(model_end, int) else list(model_end)
+    if not known:
+        if given is None:
+            raise DataError("the tokenizer names no eos_token; set it in tokenizer_config.json: documents are separated by it.")
+        return EndOfText(int(given))
+    if given in known:
+        return EndOfText(int(given))
+    if not 0 <= known[0] < len(tokenizer):
+        raise DataError(
+            f"the model's configuration names the end token eos_token_id={known[0]}, but the tokenizer has {len(tokenizer)} tokens; "
+            "they do not belong together: take the tokenizer from the model's original folder"
+        )
+    theirs = "none" if given is None else f"{tokenizer.convert_ids_to_tokens(int(given))} ({int(given)})"
+    ours = f"{tokenizer.convert_ids_to_tokens(known[0])} ({known[0]})"
+    return EndOfText(
+        known[0], f"documents end with {ours}, the end token in the model's configuration; the tokenizer names {theirs} as its eos_token"
+    )
+
+
+def model_end_of(folder: Path) -> list[int] | None:
+    """Return eos_token_id of the model that the tokenizer folder `folder` belongs to; None where nothing is there that names one.
+
+    Looks into config.json and generation_config.json beside the tokenizer, and for a checkpoint's tokenizer/ into its model.json.
+    Raises DataError when such a file is damaged.
+    """
+    for path, settings in _model_files(folder):
+        end = settings.get("eos_token_id")
+        entries = end if isinstance(end, list) else [end]
+        if not all(type(entry) is int for entry in entries if entry is not None):
+            raise DataError(f"{path}: eos_token_id is {end!r}; expected a token id")
+        if found := [int(entry) for entry in entries if entry is not None]:
+            return found
+    return None
+
+
+def model_vocabulary(folder: Path) -> int | None:
+    """Return vocab_size of the model that the tokenizer folder `folder` belongs to, as `model_end_of` finds it; None where nothing is."""
+    sizes = (settings.get("vocab_size") for _, settings in _model_files(folder))
+    return next((size for size in sizes if type(size) is int and size > 0), None)
+
+
+def _model_files(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The files about the model beside a tokenizer, with what they hold."""
+    beside = [folder / "config.json", folder / "generation_config.json"]
+    for path in [*beside, *([folder.parent / "model.json"] if folder.name == "tokenizer" else [])]:
+        if path.is_file():
+            yield path, read_object(_MODEL_FILES, path)
 
 
 def recall_vocabulary(tokenizer: Any) -> RecallVocabulary:

@@ -34,7 +34,7 @@ from megatron_hypenet.engine.saving import Saver
 from megatron_hypenet.engine.schedule import forward_backward
 from megatron_hypenet.engine.stragglers import StepTimes, named
 from megatron_hypenet.engine.timing import Timing
-from megatron_hypenet.errors import ConfigError, DataError, DivergedError, SavedAndRequeue
+from megatron_hypenet.errors import ConfigError, DivergedError, SavedAndRequeue
 from megatron_hypenet.parallel import groups
 from megatron_hypenet.stages.base import Batch, StageModule
 
@@ -273,15 +273,7 @@ class _Trainer:
 
     def _read(self, first_sample: int) -> list[Batch]:
         PULSE.note("data")
-        end = None
-        if self.run.data.separate_documents:
-            end = self.data.end_of_document
-            if end is None:
-                raise DataError(
-                    "data.separate_documents=true, but the prepared data does not name its end-of-document token; "
-                    "delete the data folder of this run, it will be made again"
-                )
-        return step_batches(self.data, self.config, first_sample, end_of_document=end)
+        return step_batches(self.data, self.config, first_sample, separate=self.run.data.separate_documents)
 
     def _samples_of_step(self) -> str:
         """Those of the step that is being done."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from megatron_hypenet.checkpoint.load import read_model_config, tokenizer_dir
+from megatron_hypenet.checkpoint.load import read_manifest, read_model_config, tokenizer_dir
 from megatron_hypenet.config.schema import STAGES, RunConfig
 from megatron_hypenet.data.blend import TrainData
 from megatron_hypenet.data.corpus import Corpus, open_corpus, prepare_corpus
@@ -26,8 +26,18 @@ def prepare(run: RunConfig, folder: RunFolder, log: Callable[[str], None]) -> di
             f"teacher {run.teacher} has no tokenizer files, and text is read with the teacher's own tokenizer; "
             "put its tokenizer.json and tokenizer_config.json into the teacher's folder"
         )
-    vocab_size = read_model_config(folder.teacher).vocab_size
-    made = prepare_corpus(run.data.train, run.data.heldout, tokenizer, folder.data, vocab_size=vocab_size, log=log)
+    model = read_model_config(folder.teacher)
+    original = read_manifest(folder.teacher).extra.get("hf_config")  # its eos_token_id may be a list, of which model.json has the first
+    model_end = original.get("eos_token_id", model.eos_token_id) if isinstance(original, dict) else model.eos_token_id
+    made = prepare_corpus(
+        run.data.train, run.data.heldout, tokenizer, folder.data, vocab_size=model.vocab_size, model_end=model_end, log=log
+    )
+    for source in made["train"] if run.data.separate_documents else ():
+        if source.get("end_tokens") == 0:
+            log(
+                f"data: {source['source']} holds no end-of-document token ({made['end_of_document']}); data.separate_documents keeps its "
+                f"{source['documents']:,} documents apart by the boundaries in its .idx file"
+            )
     check_lengths(run, folder)  # a text too short for a late stage is found here, not after hours of training
     counts = {"train_tokens": sum(source["tokens"] for source in made["train"])}
     return counts if made["heldout"] is None else {**counts, "heldout_tokens": made["heldout"]["tokens"]}

@@ -20,7 +20,6 @@ from megatron_hypenet.engine.stragglers import OwnTime
 from megatron_hypenet.parallel import groups
 from tests.distributed.layouts import SHAPE, Tokens, run_config
 
-END_OF_DOCUMENT = 7
 IDS = torch.randint(0, SHAPE["vocab_size"], (3, 13), generator=torch.Generator().manual_seed(5))
 
 
@@ -62,7 +61,7 @@ def one(folder, case):
         nll, correct = stage.student.token_scores(IDS)
         with torch.no_grad():
             found = {"nll": nll, "correct": correct.double(), "logits": stage.student(IDS)}
-    batches = step_batches(Tokens(), run.stage(name), 0, end_of_document=END_OF_DOCUMENT if documents else None)
+    batches = step_batches(Tokens(), run.stage(name), 0, separate=documents)
     found["loss"] = computed(stage, batches)
     file = folder / f"{name}-{documents}.pt"
     pieces = pieces_of_gradients(stage)

@@ -33,8 +33,11 @@ def write_models(folder: Path) -> None:
         write_weights(folder / kind, tensors, config, kind=kind)
 
 
+END_OF_DOCUMENT = 7
+
+
 class Tokens:
-    """Tokens that depend on the sample index alone; the last id ends a document."""
+    """Tokens that depend on the sample index alone; one of them ends a document."""
 
     def batch(self, sample_start: int, count: int, seq_length: int) -> torch.Tensor:
         rows = [
@@ -42,6 +45,9 @@ class Tokens:
             for row in range(count)
         ]
         return torch.stack(rows)
+
+    def document_ends(self, tokens: torch.Tensor, sample_start: int) -> torch.Tensor:
+        return tokens == END_OF_DOCUMENT
 
 
 def run_config(out: Path, stage_changes: dict | None = None, head_changes: dict | None = None, **changes) -> RunConfig:

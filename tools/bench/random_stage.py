@@ -36,7 +36,6 @@ class SyntheticTokens:
     """Random tokens that depend on the sample index alone."""
 
     vocab_size: int
-    end_of_document: int | None = None
 
     def batch(self, sample_start: int, count: int, seq_length: int) -> Tensor:
         """Samples sample_start .. + count - 1: int64 [count, seq_length + 1]."""
@@ -45,6 +44,10 @@ class SyntheticTokens:
             for row in range(count)
         ]
         return torch.stack(rows)
+
+    def document_ends(self, tokens: Tensor, sample_start: int) -> Tensor:
+        """Nowhere: each sample is one document."""
+        return torch.zeros_like(tokens, dtype=torch.bool)
 
 
 def model_config(name: str, *, num_layers: int | None = None, vocab_size: int | None = None) -> ModelConfig:

@@ -1,8 +1,10 @@
 import shutil
 
+import numpy as np
 import pytest
 
 from megatron_hypenet.data.corpus import open_corpus, prepare_corpus
+from megatron_hypenet.data.indexed import TokenFileWriter
 from megatron_hypenet.data.prepare import prepare_file
 from megatron_hypenet.data.tokenizer import load_tokenizer
 from megatron_hypenet.errors import DataError
@@ -83,3 +85,61 @@ def test_missing_and_damaged_index(tmp_path, sources, teacher):
     shutil.rmtree(tmp_path / "data", ignore_errors=True)
     with pytest.raises(DataError, match="no such file"):
         make([tmp_path / "nowhere"], None, teacher, tmp_path / "data")
+
+
+def write_pair(prefix, documents):
+    with TokenFileWriter(prefix, dtype="int32") as writer:
+        for ids in documents:
+            writer.add(ids)
+    return prefix
+
+
+@pytest.mark.parametrize("foreign", [5000, -1])
+def test_prepared_pairs_with_foreign_ids_are_refused_wherever_they_stand(tmp_path, teacher, foreign):
+    pair = write_pair(tmp_path / "pair", [[1, 2, 0]] * 50 + [[3, foreign, 0]])
+    with pytest.raises(DataError, match=rf"pair\.bin: token 151 \(in document 50\) is {foreign}, but the model's vocabulary has 2048"):
+        make([pair], None, teacher, tmp_path / "data")
+    good = write_pair(tmp_path / "good", [[1, 2, 0]] * 50)
+    with pytest.raises(DataError, match="pair.bin: token 151"):
+        make([good], pair, teacher, tmp_path / "data")
+
+
+def test_a_prepared_pair_is_looked_through_once(tmp_path, teacher):
+    pair, log = write_pair(tmp_path / "pair", [[1, 2, 0]] * 50), []
+    for _ in range(2):
+        content = prepare_corpus([pair], None, teacher, tmp_path / "data", vocab_size=2048, log=log.append)
+    assert len(log) == 1 and "150 tokens, ids 0 to 2, 50 end tokens" in log[0] and content["train"][0]["end_tokens"] == 50
+    write_pair(tmp_path / "pair", [[1, 2, 0]] * 51)
+    prepare_corpus([pair], None, teacher, tmp_path / "data", vocab_size=2048, log=log.append)
+    prepare_corpus([pair], None, teacher, tmp_path / "data", vocab_size=1024, log=log.append)
+    assert len(log) == 3
+
+
+def test_documents_without_end_tokens_are_kept_apart_by_the_index(tmp_path, teacher):
+    rng = np.random.default_rng(0)
+    silent = write_pair(tmp_path / "silent", rng.integers(1, 2048, (40, 50)).tolist())
+    marked = write_pair(tmp_path / "marked", [[7] * 30 + [0]] * 20)
+    make([silent, marked], None, teacher, tmp_path / "data")
+    corpus = open_corpus(tmp_path / "data", heldout_fraction=0.25, seed=1)
+    data = corpus.training_data(recall_fraction=0.5, recall_pairs=2)
+    tokens = data.batch(3, 12, 128)
+    ends = data.document_ends(tokens, 3)
+    whole = corpus.train[: len(corpus.train)]
+    last = (np.arange(len(whole)) < 1500) & (np.arange(1, len(whole) + 1) % 50 == 0) | (whole == 0)
+    assert len(whole) > 1500 and last[1499] and not last[1500]
+    places = {tuple(whole[start : start + 129]): start for start in range(len(whole) - 128)}
+    seen = 0
+    for row, marks in zip(tokens.tolist(), ends.tolist(), strict=True):
+        start = places.get(tuple(row))
+        seen += start is not None
+        expected = [token == 0 for token in row] if start is None else last[start : start + 129].tolist()
+        assert marks == expected
+    assert 0 < seen < 12
+
+
+def test_the_models_end_token_closes_documents_and_is_recorded(tmp_path, sources, teacher):
+    log = []
+    content = prepare_corpus(sources[:1], None, teacher, tmp_path / "data", vocab_size=2048, model_end=9, log=log.append)
+    assert content["end_of_document"] == 9 and any("documents end with" in line and "(9)" in line for line in log)
+    again, made = make(sources[:1], None, teacher, tmp_path / "data")
+    assert made == 1 and again["end_of_document"] == 0

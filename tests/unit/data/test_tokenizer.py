@@ -3,7 +3,15 @@ import shutil
 
 import pytest
 
-from megatron_hypenet.data.tokenizer import encode, end_of_text_id, load_tokenizer, recall_vocabulary
+from megatron_hypenet.data.tokenizer import (
+    EndOfText,
+    encode,
+    end_of_text,
+    load_tokenizer,
+    model_end_of,
+    model_vocabulary,
+    recall_vocabulary,
+)
 from megatron_hypenet.errors import DataError
 
 
@@ -15,7 +23,7 @@ def teacher(repo_root):
 def test_bundled_tokenizer_round_trips(teacher):
     text = "It is a truth universally acknowledged,\n\nthat 1813 was a year. \u00e9\u4e2d"
     assert teacher.decode(encode(teacher, text)) == text
-    assert end_of_text_id(teacher) == 0 and len(teacher) == 2048
+    assert end_of_text(teacher, None) == EndOfText(0) and len(teacher) == 2048
 
 
 def test_recall_words_are_whole_tokens(teacher):
@@ -48,9 +56,51 @@ def test_code_of_strangers_is_not_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_no_end_token():
-    class Tokenizer:
-        eos_token_id = None
+class Chat:
+    """A tokenizer that names a chat token as its end."""
 
+    eos_token_id = 7
+
+    def __len__(self):
+        return 10
+
+    def convert_ids_to_tokens(self, index):
+        return {2: "<|endoftext|>", 7: "<|im_end|>"}.get(index, "?")
+
+
+class Nameless(Chat):
+    eos_token_id = None
+
+
+@pytest.mark.parametrize("model_end", [None, 7, [2, 7], [7]])
+def test_the_tokenizers_end_token_is_used_where_the_model_has_it_too(model_end):
+    assert end_of_text(Chat(), model_end) == EndOfText(7)
+
+
+def test_the_models_end_token_wins_and_the_user_is_told():
+    for model_end in (2, [2, 3]):
+        end = end_of_text(Chat(), model_end)
+        assert end.id == 2 and "documents end with <|endoftext|> (2)" in end.note and "<|im_end|> (7)" in end.note
+    assert end_of_text(Nameless(), 2).id == 2
+
+
+def test_no_end_token():
     with pytest.raises(DataError, match="eos_token"):
-        end_of_text_id(Tokenizer())
+        end_of_text(Nameless(), None)
+    with pytest.raises(DataError, match="eos_token_id=12, but the tokenizer has 10 tokens"):
+        end_of_text(Chat(), 12)
+
+
+def test_the_models_files_are_found_beside_the_tokenizer(tmp_path, repo_root):
+    assert model_end_of(tmp_path) is None and model_vocabulary(tmp_path) is None
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
+    assert model_end_of(tmp_path) == [5, 6]
+    (tmp_path / "config.json").write_text('{"eos_token_id": 4, "vocab_size": 9}')
+    assert model_end_of(tmp_path) == [4] and model_vocabulary(tmp_path) == 9
+    (tmp_path / "config.json").write_text('{"eos_token_id": "x"}')
+    with pytest.raises(DataError, match="expected a token id"):
+        model_end_of(tmp_path)
+    (tmp_path / "ckpt/tokenizer").mkdir(parents=True)
+    (tmp_path / "ckpt/model.json").write_text('{"eos_token_id": 3, "vocab_size": 8}')
+    assert model_end_of(tmp_path / "ckpt/tokenizer") == [3] and model_vocabulary(tmp_path / "ckpt/tokenizer") == 8
+    assert model_end_of(repo_root / "assets/tiny-qwen3") == [0]

@@ -31,7 +31,7 @@ def test_each_data_parallel_rank_takes_its_share(monkeypatch):
 
 
 def test_separate_documents_weigh_real_labels_alone():
-    batches = step_batches(ToyData(), CONFIG, 0, end_of_document=3)
+    batches = step_batches(ToyData(end_of_document=3), CONFIG, 0, separate=True)
     inputs = torch.cat([batch["tokens"] for batch in batches])[:, :-1]
     weights = torch.cat([batch["token_weights"] for batch in batches])
     assert (inputs == 3).any() and torch.equal(weights == 0, inputs == 3)
@@ -47,4 +47,4 @@ def test_a_step_without_a_real_label_weighs_nothing():
         def batch(self, sample_start, count, seq_length):
             return torch.full((count, seq_length + 1), 3)
 
-    assert all(float(batch["token_weights"].sum()) == 0 for batch in step_batches(Ends(), CONFIG, 0, end_of_document=3))
+    assert all(float(batch["token_weights"].sum()) == 0 for batch in step_batches(Ends(end_of_document=3), CONFIG, 0, separate=True))

@@ -60,10 +60,12 @@ class Trap(torch.autograd.Function):
 class ToyData:
     """Tokens of a sample depend on its index alone; sample `bad` holds token VOCAB - 1."""
 
-    end_of_document = 0
-
-    def __init__(self, bad=None):
+    def __init__(self, bad=None, end_of_document=0):
         self.bad = bad
+        self.end_of_document = end_of_document
+
+    def document_ends(self, tokens, sample_start):
+        return tokens == self.end_of_document
 
     def batch(self, sample_start, count, seq_length):
         rows = []
