@@ -138,7 +138,7 @@ def _whole(text: str, least: int, most: int) -> int | None:
 
 
 def _left_over(environment: Mapping[str, str], name: str, why: str) -> SetupError:
-    who, names = ("srun", [name]) if name.startswith("SLURM_") else ("a launcher such as torchrun", PLACE)
+    who, names = ("Srun", [name]) if name.startswith("SLURM_") else ("A launcher such as torchrun", PLACE)
     return SetupError(
         f"{name}={environment[name][:60]!r} is set here, {why}. {who} sets it for the processes that it starts; if none started this "
         f"command, it is left over from something else, so unset it: unset {' '.join(names)}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import json
 import os
+import shlex
 import socket
 import sys
 from collections.abc import Iterator, Sequence
@@ -204,10 +205,12 @@ def show_jobs(folder: Path, jobs: Sequence[Job], *, as_json: bool) -> None:
     for job in jobs:
         waits = f", after job {job.after}" if job.after else ""
         print(f"job {job.id} ({job.part}){waits}: {folder / job.script}")
+    word = shlex.quote(str(folder))
+    tensorboard = shlex.quote(str(folder.absolute() / "tb"))
     print(
-        f"status       hypenet status {folder}\n"
-        f"logs         hypenet logs {folder}      ({folder / 'logs' / f'job-{jobs[0].id}.log'})\n"
-        f"TensorBoard  tensorboard --logdir {folder.absolute() / 'tb'} --reload_multifile=true --port 6006\n"
+        f"status       hypenet status {word}\n"
+        f"logs         hypenet logs {word}      ({folder / 'logs' / f'job-{jobs[0].id}.log'})\n"
+        f"TensorBoard  tensorboard --logdir {tensorboard} --reload_multifile=true --port 6006\n"
         f"             from elsewhere: ssh -N -L 6006:localhost:6006 {getpass.getuser()}@{socket.gethostname()}, then http://localhost:6006",
         file=sys.stderr,
     )

@@ -121,11 +121,12 @@ class ClusterConfig(Section):
 
     @field_validator("variables", mode="before")
     @classmethod
-    def _as_text(cls, value: Any) -> Any:
-        """Numbers are what NCCL's variables mostly are; YAML's on/off and null are not text and stay errors."""
-        if not isinstance(value, dict):
-            return value
-        return {key: str(entry) if type(entry) in (int, float) else entry for key, entry in value.items()}
+    def _texts_only(cls, value: Any) -> Any:
+        """The reader leaves a value as it is written, `0755` and `yes` too; what is left is null, lists and mappings."""
+        for name, entry in value.items() if isinstance(value, dict) else ():
+            if not isinstance(entry, str):
+                raise ValueError(f"{name}: {entry!r} is no text; put what the job is to get in quotes")
+        return value
 
     @field_validator("memory", mode="before")
     @classmethod

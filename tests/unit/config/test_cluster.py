@@ -29,11 +29,13 @@ def test_one_process_per_gpu_unless_told_otherwise(tmp_path):
     assert profile(tmp_path, SMALL, "tasks_per_node=4").world_size == 8
 
 
-def test_numbers_become_the_text_that_variables_are(tmp_path):
-    assert profile(tmp_path, SMALL + "variables: {OMP_NUM_THREADS: 8, X: 1.5}\nmemory: 0\n").variables == {
-        "OMP_NUM_THREADS": "8",
-        "X": "1.5",
-    }
+@pytest.mark.parametrize(
+    "text", ["8", "1.50", "12.10", "0755", "1:30", "0x1F", "1e3", "1_000", "yes", "off", "2026-01-01", "+1", ".inf", "0b1"]
+)
+def test_variables_arrive_as_they_are_written(tmp_path, text):
+    for written in (text, f"'{text}'", f'"{text}"'):
+        assert profile(tmp_path, SMALL + f"variables: {{X: {written}}}\n").variables == {"X": text}
+        assert profile(tmp_path, SMALL, f"variables.X={written}").variables == {"X": text}
 
 
 @pytest.mark.parametrize(
@@ -46,7 +48,8 @@ def test_numbers_become_the_text_that_variables_are(tmp_path):
         (["gpus_per_node=0"], "tasks_per_node is needed where gpus_per_node is 0"),
         (["environment=[HF_TOKEN=abc]"], "'HF_TOKEN=abc' is not a variable's name"),
         (["variables={A-B: 1}"], "'A-B' is not a variable's name"),
-        (["variables={DEBUG: null}"], "variables.DEBUG: should be a valid string, got NoneType None"),
+        (["variables={DEBUG: null}"], "variables: DEBUG: None is no text; put what the job is to get in quotes"),
+        (["variables={DEBUG: [1]}"], "variables: DEBUG: [1] is no text"),
         (["grace_seconds=0"], "greater than or equal to 1"),
     ],
 )
