@@ -93,7 +93,8 @@ def run(launch: LocalLaunch) -> int:
 
 @contextlib.contextmanager
 def held_port() -> Iterator[int]:
-    """A free TCP port of loopback that nobody else is given inside the block, while a socket with SO_REUSEADDR can listen on it.
+    """A free TCP port of loopback that nobody else is given inside the block, while a socket with
+    SO_REUSEADDR can listen on it.
 
     A bound socket that does not listen keeps the port out of the kernel's choice for others.
     """

@@ -4,7 +4,7 @@ SLURM says which task this is; here that becomes the place that torch.distribute
 command with code 4: a process that met nobody would train alone and look healthy. slurm/job.sbatch.j2 is the job script around it.
 
 HYPENET_HEAD_ADDRESS   where rank 0 listens, when the script has resolved it (a container has no scontrol to ask)
-HYPENET_MASTER_PORT    its port there, when the script has looked for a free one, or a person has chosen one
+HYPENET_MASTER_PORT    its port there, when the script has looked for a free one or a person chose one
 HYPENET_ATTEMPT_LOGS   folder of this attempt; a task that fails leaves rank-0003.error.json there for `hypenet logs --first-error`
 """
 
@@ -57,8 +57,9 @@ def place_of(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def port_of(job_id: int) -> int:
-    """The port on which the processes of a job meet unless HYPENET_MASTER_PORT says otherwise: the same in every task, another for the next
-    job. slurm/job.sbatch.j2 begins with it, looks which ports the head node uses, and sets the variable."""
+    """The port on which the processes of a job meet unless HYPENET_MASTER_PORT says otherwise: the
+    same in every task, another for the next job. slurm/job.sbatch.j2 begins with it, looks which
+    ports the head node uses, and sets the variable."""
     return _LOWEST_PORT + job_id % _PORTS
 
 

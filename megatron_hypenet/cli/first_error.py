@@ -1,8 +1,9 @@
 """What went wrong first in a job of many processes: equal faults together, causes before echoes, with host and rank.
 
 Not a verb: `hypenet logs --first-error` shows it. Sources, per start of a job: the records that failing tasks leave
-(launchers/slurm.py), tracebacks in the rank logs of those that left none, and srun's lines about tasks that were killed. Where no task
-has said anything, it is the job log that does: srun's and slurmstepd's own errors, such as why no task could start.
+(launchers/slurm.py), tracebacks in the rank logs of those that left none, and srun's lines about
+tasks that were killed. Where no task has said anything, it is the job log that does: srun's and
+slurmstepd's own errors, such as why no task could start.
 """
 
 from __future__ import annotations
@@ -30,9 +31,14 @@ _SRUN = re.compile(r"^srun: error: (\S+): tasks? ([\d,-]+): (.*)$")
 _NODE_FAILURE = re.compile(r"^srun: error: Node failure on (\S+)")
 _ENDS_THE_OTHERS = "Terminating StepId"
 _HEADER = re.compile(r"^node (\S+) attempt \d+ RANK=(\d+)\b")
-# srun: fatal: SLURM_MEM_PER_CPU, ... are mutually exclusive.       slurmstepd: error: execve(): python3: No such file or directory
-# A job that is cancelled, preempted or at its time limit is no error, nor is a task that has saved and leaves with 75.
-_SLURMS_OWN = re.compile(r"^(?:srun|slurmstepd(?:-\S+)?): (?:error|fatal): (?!\*\*\* (?:JOB|STEP) )(?!.*Exited with exit code 75$)")
+# srun: fatal: SLURM_MEM_PER_CPU, ... are mutually exclusive.
+# slurmstepd-n1: error: execve(): python3: No such file or directory
+# A job that is cancelled, preempted or at its time limit is no error, nor is a task that has saved
+# and leaves with 75.
+_SLURMS_OWN = re.compile(
+    r"^(?:srun|slurmstepd(?:-\S+)?): (?:error|fatal): "
+    r"(?!\*\*\* (?:JOB|STEP) )(?!.*Exited with exit code 75$)"
+)
 _FATAL = re.compile(rf"^Fatal Python error: .*|^terminate called.*|{_SLURMS_OWN.pattern}.*")
 _LONGEST_LIST = 8
 
@@ -108,7 +114,8 @@ def grouped(faults: Iterable[Fault]) -> list[Group]:
 
 
 def faults_of(attempt_logs: Path, job_log: Path) -> list[Fault]:
-    """Every rank's fault in one start of a job; where no rank has one, what SLURM itself says in the job's log."""
+    """Every rank's fault in one start of a job; where no rank has one, what SLURM itself says in
+    the job's log."""
     said = _start_of(job_log, int(attempt_logs.name.rpartition("-")[2]))
     killed, lost_nodes = _killed_and_lost(said)
     found = {fault.rank: fault for fault in killed}
@@ -129,7 +136,8 @@ def faults_of(attempt_logs: Path, job_log: Path) -> list[Fault]:
 
 
 def _slurms_own(lines: Sequence[str]) -> list[Fault]:
-    """SLURM's errors as one fault: a fatal one if there is one, else the first, with all of them below."""
+    """SLURM's errors as one fault: a fatal one if there is one, else the first, with all of them
+    below."""
     own = [line for line in lines if _SLURMS_OWN.match(line)]
     if not own:
         return []

@@ -44,7 +44,8 @@ class JobScript:
 
 
 def job_scripts(run_folder: Path, cluster: ClusterConfig, *, chain: bool) -> list[JobScript]:
-    """The scripts of a run in order, from the configuration in its folder; `chain` gives every training stage a job of its own.
+    """The scripts of a run in order, from the configuration in its folder; `chain` gives every
+    training stage a job of its own.
 
     Raises ConfigError for paths that a job script cannot hold.
     """
@@ -70,7 +71,8 @@ def _script(part: str, folder: Path, cluster: ClusterConfig) -> JobScript:
 
 
 def _check_paths(run_folder: Path) -> None:
-    """Raise ConfigError that names the path which sbatch or a shell would take for something else."""
+    """Raise ConfigError that names the path which sbatch or a shell would take for something
+    else."""
     paths = {
         "output_dir": run_folder.absolute(),
         "the current folder": Path.cwd(),
@@ -91,7 +93,8 @@ def _check_paths(run_folder: Path) -> None:
 
 
 def sbatch_quoted(value: object) -> str:
-    """`value` as one word of an #SBATCH line. sbatch takes a backslash for an escape inside all quotes, and knows no $ or `."""
+    """`value` as one word of an #SBATCH line. sbatch takes a backslash for an escape inside all
+    quotes, and knows no $ or `."""
     text = str(value)
     if re.fullmatch(r"[\w@%+=:,./\[\]-]+", text, re.ASCII):
         return text

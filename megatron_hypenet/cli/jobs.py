@@ -29,7 +29,9 @@ _JOBS = FileKind(error=DataError, advice="delete it to forget the jobs of this r
 _EVENTS = FileKind(error=DataError, advice="remove it")
 _EVENT = re.compile(r"(\d{1,15}(?:\.\d+)?) (\d{1,9}) (.+)")
 
-_INPUTS = ("SLURM", "SBATCH_", "SALLOC_", "SRUN_", "SQUEUE_", "SCANCEL_", "SCONTROL_", "PMI_", "PMIX_")
+_INPUTS = (
+    "SLURM", "SBATCH_", "SALLOC_", "SRUN_", "SQUEUE_", "SCANCEL_", "SCONTROL_", "PMI_", "PMIX_",
+)  # fmt: skip
 _SAY_WHICH_CLUSTER = frozenset({"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT"})
 
 
@@ -201,12 +203,17 @@ def queue(ids: Sequence[int]) -> dict[int, JobState]:
 
 
 def own_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """`environment` without the variables that SLURM's commands take for options, but for those that say which cluster to ask.
+    """`environment` without the variables that SLURM's commands take for options, but for those
+    that say which cluster to ask.
 
-    A shell inside an allocation is full of them. sbatch prefers them to the script and hands all SLURM_* to the job, where srun would
-    obey them.
+    A shell inside an allocation is full of them. sbatch prefers them to the script and hands all
+    SLURM_* to the job, where srun would obey them.
     """
-    return {name: value for name, value in environment.items() if not name.startswith(_INPUTS) or name in _SAY_WHICH_CLUSTER}
+    return {
+        name: value
+        for name, value in environment.items()
+        if name in _SAY_WHICH_CLUSTER or not name.startswith(_INPUTS)
+    }
 
 
 def slurm(*words: str, stdin: str | None = None, environment: Mapping[str, str] = os.environ) -> str:

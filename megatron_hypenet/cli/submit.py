@@ -133,7 +133,8 @@ def checked_scripts(settings: RunConfig, profile: ClusterConfig, *, chain: bool,
 
 
 def check_texts(settings: RunConfig) -> None:
-    """Raise ConfigError that names the settings which hold line breaks or other control characters."""
+    """Raise ConfigError that names the settings which hold line breaks or other control
+    characters."""
     from megatron_hypenet.config.cluster import control_character
     from megatron_hypenet.errors import ConfigError
 

@@ -29,7 +29,8 @@ _SHELLS_OWN = re.compile(r"(SLURMD?|SBATCH|SALLOC|SRUN)_.*")
 
 
 def control_character(text: str, *, allowed: str = "") -> str | None:
-    """The first character of `text` that ends a line or steers a terminal, as Python writes it; None where there is none.
+    """The first character of `text` that ends a line or steers a terminal, as Python writes it;
+    None where there is none.
 
     Unicode's own line separators count, and what stands for a byte that is not UTF-8.
     """
@@ -122,7 +123,8 @@ class ClusterConfig(Section):
     @field_validator("variables", mode="before")
     @classmethod
     def _texts_only(cls, value: Any) -> Any:
-        """The reader leaves a value as it is written, `0755` and `yes` too; what is left is null, lists and mappings."""
+        """The reader leaves a value as it is written, `0755` and `yes` too; what is left is null,
+        lists and mappings."""
         for name, entry in value.items() if isinstance(value, dict) else ():
             if not isinstance(entry, str):
                 raise ValueError(f"{name}: {entry!r} is no text; put what the job is to get in quotes")

@@ -1,7 +1,8 @@
-"""Options of sbatch and srun that a cluster profile may not add, because the job script sets them or would no longer work with them.
+"""Options of sbatch and srun that a cluster profile may not add, because the job script sets them
+or would no longer work with them.
 
-SLURM's commands read options with getopt: long ones may be shortened as long as they are unambiguous, short ones may stand together
-(`-Qa1-3`), and a value may be the next word.
+SLURM's commands read options with getopt: long ones may be shortened as long as they are
+unambiguous, short ones may stand together (`-Qa1-3`), and a value may be the next word.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ import shlex
 from collections.abc import Mapping, Sequence
 
 _SET_BY_SCRIPT = "the job script sets it"
-_LOGS = "`hypenet logs` and `status` look for the logs where the job script puts them, in the run folder"
+_LOGS = "`hypenet logs` looks for the logs where the job script puts them, in the run folder"
 _PRINTS = "sbatch only prints then, and submits nothing"
 
 SBATCH: Mapping[str, str] = {
-    "array a": "tasks of an array would write over each other in one run folder; jobs start again by themselves, as often as "
-    "cluster.requeue.limit says, and --chain gives each stage a job",
+    "array a": "tasks of an array would write over each other in one run folder; jobs start again by "
+    "themselves, as often as cluster.requeue.limit says, and --chain gives each stage a job",
     "wrap": "the job script is what runs",
     "requeue": "jobs start again by themselves; cluster.requeue.limit=0 never does",
     "no-requeue": "the job script starts the job again; cluster.requeue.limit=0 never does",
@@ -41,8 +42,9 @@ SBATCH: Mapping[str, str] = {
     "export-file": "use cluster.variables",
     "dependency d": "use --after JOBID; --chain makes the jobs of a run wait for each other",
     "kill-on-invalid-dep": "`hypenet submit` sets it for jobs that wait for another",
-    "clusters M": "`hypenet status`, `cancel` and `requeue` ask the cluster that SLURM_CONF or SLURM_CLUSTERS names; set SLURM_CLUSTERS",
-    "no-kill k": "SLURM would keep a job that has lost a node, and its processes would wait for ever",
+    "clusters M": "set SLURM_CLUSTERS in your shell, which `hypenet status`, `cancel` and `requeue` "
+    "need, too",
+    "no-kill k": "a job that has lost a node would stay, and its processes wait for ever",
     "parsable": "`hypenet submit` sets it",
     "wait W": "`hypenet submit` returns at once; `hypenet status` shows how far the run is",
     "test-only": "use `hypenet submit --test-only`",
@@ -64,7 +66,7 @@ SRUN: Mapping[str, str] = {
     "chdir D": "relative paths count from the folder that you submit from",
     "export": "use cluster.environment or cluster.variables",
     "kill-on-bad-exit K": "a task that fails has to end the others, which wait for it",
-    "no-kill k": "SLURM would keep a step that has lost a node, and its processes would wait for ever",
+    "no-kill k": "a step that has lost a node would stay, and its processes wait for ever",
     "wait W": "tasks leave at their own pace",
     "time t": "use cluster.time: a step that ends before its job is not warned",
     "relative r": "rank 0 has to be on the first node, where the others look for it",
@@ -85,7 +87,8 @@ _WITHOUT_VALUE = "EHOQXsuv"  # letters of both commands after which another lett
 
 
 def words_of(option: str) -> list[str]:
-    """The words of one entry of sbatch_args, quoted as in a shell: `--comment="a b" -C gpu`. Raises ValueError."""
+    """The words of one entry of sbatch_args, quoted as in a shell: `--comment="a b" -C gpu`. Raises
+    ValueError."""
     try:
         return shlex.split(option)
     except ValueError as error:
@@ -93,7 +96,8 @@ def words_of(option: str) -> list[str]:
 
 
 def check_options(words: Sequence[str], refused: Mapping[str, str]) -> None:
-    """Raise ValueError that names the first of `words` that is among the `refused` options, or is no option, and says what to do."""
+    """Raise ValueError that names the first of `words` that is among the `refused` options, or is
+    no option, and says what to do."""
     takes_value = False
     for word in words:
         if word.startswith("--") and word != "--":
@@ -105,11 +109,15 @@ def check_options(words: Sequence[str], refused: Mapping[str, str]) -> None:
         elif takes_value:
             takes_value = False
         else:
-            raise ValueError(f"{word!r} is not an option; write --name=value, and quote a value with spaces: '--comment=\"a b\"'")
+            raise ValueError(
+                f"{word!r} is not an option; write --name=value, and quote a value with spaces: "
+                "'--comment=\"a b\"'"
+            )
 
 
 def _check_letters(word: str, refused: Mapping[str, str]) -> bool:
-    """Raise ValueError as `check_options` does; return whether the next word is the value of this one."""
+    """Raise ValueError as `check_options` does; return whether the next word is the value of this
+    one."""
     for place, letter in enumerate(word[1:], start=1):
         _refuse(word, [key for key in refused if key.split()[1:] == [letter]], refused)
         if letter not in _WITHOUT_VALUE:

@@ -25,7 +25,8 @@ def init_parallel(
     parallel: ParallelConfig, *, seed: int = 1234, timeout_minutes: float = 30.0, collective_minutes: float | None = None,
     meeting: Meeting | None = None,
 ) -> None:  # fmt: skip
-    """Start torch.distributed (at the launcher's address, or as one process without one) and Megatron's groups.
+    """Start torch.distributed (at the launcher's address, or as one process without one) and
+    Megatron's groups.
 
     `timeout_minutes` is how long the processes wait for each other at the start, `collective_minutes` (default: the same) how long in
     any collective later. Calling it again with the groups standing does nothing but reseed; `destroy_parallel` ends them."""

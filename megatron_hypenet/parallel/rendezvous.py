@@ -1,7 +1,9 @@
-"""Where the processes of a run meet, and on which network interfaces they listen: no more of the network than the launcher needs.
+"""Where the processes of a run meet, and on which network interfaces they listen: no more of the
+network than the launcher needs.
 
-Rank 0 opens torch's store at the launcher's address and no other; torch alone would open it on every interface, and it asks nobody for a
-password. gloo and NCCL listen on the interface that leads there, which for processes of one machine is loopback.
+Rank 0 opens torch's store at the launcher's address and no other; torch alone would open it on
+every interface, and it asks nobody for a password. gloo and NCCL listen on the interface that leads
+there, which for processes of one machine is loopback.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import ipaddress
 import logging
 import os
 import socket
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -30,12 +33,15 @@ GLOO, NCCL = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
 _NCCL_FILES = ("/etc/nccl.conf", "~/.nccl.conf")
 _BACKLOG = 2048  # connections that may wait: every process of a large run comes at the same moment
 _NOTE_SECONDS = 60
+_RETRY_SECONDS = 0.2
+_CONNECT_SECONDS = 10
 _ADVICE = f"where no launcher started this command, unset {' '.join(PLACE)}"
 
 
 @dataclass(frozen=True, slots=True)
 class Meeting:
-    """The launcher's processes at the store of rank 0, before torch.distributed runs: each can say something and nobody waits for all."""
+    """The launcher's processes at the store of rank 0, before torch.distributed runs: each can say
+    something and nobody waits for all."""
 
     store: dist.Store
     rank: int
@@ -43,37 +49,83 @@ class Meeting:
 
 
 def meeting_point(timeout: timedelta) -> Meeting | None:
-    """Connect to the store at the launcher's address, which rank 0 opens unless its launcher has; None without a launcher.
+    """Connect to the store at the launcher's address, which rank 0 opens unless its launcher has;
+    None without a launcher.
 
-    `timeout` is the store's: for connecting, and for every later `get`. Raises SetupError where the launcher's variables make no sense,
-    the port is taken, or rank 0 cannot be reached.
+    `timeout` is the store's: for connecting, and for every later `get`. Raises SetupError where the
+    launcher's variables make no sense, the port is taken, or rank 0 cannot be reached.
     """
     place = launched_place()
     if place is None:
         return None
-    # torchrun's agent has opened the store before it starts its processes, and keeps it when it starts them again
+    # torchrun's agent has opened the store before it starts its processes, and keeps it when it
+    # starts them again
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     opens = place.rank == 0 and not agent
-    descriptor = listening(place).detach() if opens else None
-    try:
-        store: dist.Store = dist.TCPStore(
-            place.master, place.port, is_master=opens, timeout=timeout, wait_for_workers=False, master_listen_fd=descriptor
-        )
-    except RuntimeError as error:  # the names of torch's network errors depend on its version; all are RuntimeErrors
-        raise SetupError(
-            f"rank {place.rank} on {socket.gethostname()} cannot reach rank 0 at {place.master}:{place.port} within "
-            f"{timeout.total_seconds():.0f} s: {str(error).splitlines()[0]}. Look at the log of rank 0, or for a firewall; {_ADVICE}"
-        ) from error
+    store: dist.Store = _opened(place, timeout) if opens else _reached(place, timeout)
     if agent:
-        store = dist.PrefixStore(f"hypenet/attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"hypenet/attempt-{attempt}", store)
     return Meeting(store=store, rank=place.rank, world_size=place.world_size)
 
 
-def listening(place: Place) -> socket.socket:
-    """A socket that listens at the launcher's address alone. Raises SetupError where it cannot be looked up or the port is taken.
+def _opened(place: Place, timeout: timedelta) -> dist.TCPStore:
+    """The store of rank 0, which opens it."""
+    descriptor = listening(place).detach()
+    return dist.TCPStore(
+        place.master,
+        place.port,
+        is_master=True,
+        timeout=timeout,
+        wait_for_workers=False,
+        master_listen_fd=descriptor,
+    )
 
-    Two kinds of addresses leave no choice but all interfaces, and the log says so: one that this machine does not have, as behind a
-    translation of addresses, and a name that means loopback here (127.0.1.1 in /etc/hosts) and something else on the other machines.
+
+def _reached(place: Place, timeout: timedelta) -> dist.TCPStore:
+    """The store that rank 0 or torchrun's agent opens; says after a minute that it is not there yet."""
+    where = f"{place.master}:{place.port}"
+    who = f"rank {place.rank} on {socket.gethostname()}"
+    begin, said = time.monotonic(), False
+    try:
+        # torch would try for as long without a word, and then print its own stack
+        while not _answers(place):
+            waited = time.monotonic() - begin
+            if waited > timeout.total_seconds():
+                raise RuntimeError("nothing listens there")
+            if waited > _NOTE_SECONDS and not said:
+                minutes = timeout.total_seconds() / 60
+                log.warning(
+                    "%s waits for rank 0 at %s, for up to %.0f minutes", who, where, minutes
+                )
+                said = True
+            time.sleep(_RETRY_SECONDS)
+        return dist.TCPStore(
+            place.master, place.port, is_master=False, timeout=timeout, wait_for_workers=False
+        )
+    except RuntimeError as error:  # what torch calls its network errors depends on its version
+        raise SetupError(
+            f"{who} cannot reach rank 0 at {where} within {timeout.total_seconds():.0f} s: "
+            f"{str(error).splitlines()[0]}. Look at the log of rank 0, or for a firewall; {_ADVICE}"
+        ) from error
+
+
+def _answers(place: Place) -> bool:
+    """Whether something listens at rank 0's address."""
+    try:
+        socket.create_connection((place.master, place.port), timeout=_CONNECT_SECONDS).close()
+        return True
+    except (OSError, UnicodeError):
+        return False
+
+
+def listening(place: Place) -> socket.socket:
+    """A socket that listens at the launcher's address alone. Raises SetupError where it cannot be
+    looked up or the port is taken.
+
+    Two kinds of addresses leave no choice but all interfaces, and the log says so: one that this
+    machine does not have, as behind a translation of addresses, and a name that means loopback here
+    (127.0.1.1 in /etc/hosts) and something else on the other machines.
     """
     found = _addresses(place.master, place.port)
     faults: list[OSError] = []
@@ -85,13 +137,19 @@ def listening(place: Place) -> socket.socket:
     family, port = found[0][0], place.port
     try:
         if all(fault.errno == errno.EADDRNOTAVAIL for fault in faults):
-            log.warning("%s is not this machine's address for others: rank 0 listens on all interfaces, port %d", place.master, port)
+            log.warning(
+                "%s is not this machine's address for others: rank 0 listens on all interfaces, "
+                "port %d",
+                place.master,
+                port,
+            )
             return _bound(family, ("0.0.0.0" if family == socket.AF_INET else "::", port))  # noqa: S104
     except OSError as error:
         faults = [error]
     raise SetupError(
-        f"port {port} of {place.master} ({socket.gethostname()}), where rank 0 would listen: {faults[0].strerror}; something else has it, "
-        f"perhaps another run. Start again; on a cluster {CHOSEN_PORT} chooses another port"
+        f"port {port} of {place.master} ({socket.gethostname()}), where rank 0 would listen: "
+        f"{faults[0].strerror}; something else has it, perhaps another run. Start again; on a cluster "
+        f"{CHOSEN_PORT} chooses another port"
     )
 
 
@@ -110,19 +168,28 @@ def _bound(family: int, target: tuple[str, int]) -> socket.socket:
 def _addresses(name: str, port: int) -> list[tuple[int, Any]]:
     """The (family, address) pairs of `name`. Raises SetupError where there is none."""
     try:
-        return [(entry[0], entry[4]) for entry in socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)]
+        return [
+            (entry[0], entry[4])
+            for entry in socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
+        ]
     except (OSError, UnicodeError) as error:
-        raise SetupError(f"the address of rank 0, {name!r}, cannot be looked up on {socket.gethostname()}: {error}") from error
+        raise SetupError(
+            f"the address of rank 0, {name!r}, cannot be looked up on {socket.gethostname()}: "
+            f"{error}"
+        ) from error
 
 
 def _means_loopback_only_here(place: Place) -> bool:
-    """Whether rank 0's address is a name for loopback on this machine although other machines take part, for which it has to be another."""
+    """Whether rank 0's address is a name for loopback on this machine although other machines take
+    part, for which it has to be another."""
     try:
         ipaddress.ip_address(place.master.partition("%")[0])
         return False
     except ValueError:
         elsewhere = place.local_size != place.world_size and place.master != "localhost"
-    return elsewhere and any(_parsed(target[0]).is_loopback for _, target in _addresses(place.master, place.port))
+    return elsewhere and any(
+        _parsed(target[0]).is_loopback for _, target in _addresses(place.master, place.port)
+    )
 
 
 def _parsed(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
@@ -130,22 +197,32 @@ def _parsed(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
 
 
 def wait_for_all(meeting: Meeting, timeout: timedelta) -> None:
-    """Return when every process has come to the store. Raises SetupError, in each of them, that names who did not come in time."""
+    """Return when every process has come to the store. Raises SetupError, in each of them, that
+    names who did not come in time."""
     store, others = meeting.store, range(1, meeting.world_size)
     store.set(f"here/{meeting.rank}", "")
     if meeting.rank == 0:
         missing = _missing(store, others, min(timeout, timedelta(seconds=_NOTE_SECONDS)))
         if missing and timeout.total_seconds() > _NOTE_SECONDS:
-            log.warning("%s; waiting for up to %.0f minutes", _absent(missing, meeting), timeout.total_seconds() / 60)
+            log.warning(
+                "%s; waiting for up to %.0f minutes",
+                _absent(missing, meeting),
+                timeout.total_seconds() / 60,
+            )
             missing = _missing(store, missing, timeout - timedelta(seconds=_NOTE_SECONDS))
         store.set("here", _absent(missing, meeting) if missing else "all")
     try:
         store.wait(["here"], timeout + timedelta(seconds=_NOTE_SECONDS))
         told = store.get("here").decode()
     except RuntimeError as error:
-        raise SetupError(f"rank 0 has not said within {timeout.total_seconds():.0f} s whether all processes are there: {error}") from error
+        raise SetupError(
+            f"rank 0 has not said within {timeout.total_seconds():.0f} s whether all processes are "
+            f"there: {error}"
+        ) from error
     if told != "all":
-        raise SetupError(f"{told} after {timeout.total_seconds():.0f} s. Look at their logs; {_ADVICE}")
+        raise SetupError(
+            f"{told} after {timeout.total_seconds():.0f} s. Look at their logs; {_ADVICE}"
+        )
 
 
 def _missing(store: dist.Store, ranks: Sequence[int], timeout: timedelta) -> list[int]:
@@ -160,12 +237,19 @@ def _missing(store: dist.Store, ranks: Sequence[int], timeout: timedelta) -> lis
 
 def _absent(missing: Sequence[int], meeting: Meeting) -> str:
     named = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
-    return f"{len(missing)} of {meeting.world_size} processes have not come (WORLD_SIZE={meeting.world_size}): rank {named}"
+    size = meeting.world_size
+    return f"{len(missing)} of {size} processes have not come (WORLD_SIZE={size}): rank {named}"
 
 
 def choose_interfaces(place: Place | None) -> None:
-    """Have gloo and NCCL listen on the interface that leads to rank 0, loopback without other processes; what is set already stays."""
-    name = interface_of(LOOPBACK) if place is None else None if _means_loopback_only_here(place) else interface_to(place.master, place.port)
+    """Have gloo and NCCL listen on the interface that leads to rank 0, loopback without other
+    processes; what is set already stays."""
+    if place is None:
+        name = interface_of(LOOPBACK)
+    elif _means_loopback_only_here(place):
+        name = None
+    else:
+        name = interface_to(place.master, place.port)
     if name is None:
         return  # their own choice
     os.environ.setdefault(GLOO, name)
@@ -174,7 +258,8 @@ def choose_interfaces(place: Place | None) -> None:
 
 
 def interface_to(address: str, port: int) -> str | None:
-    """Name of the interface whose address this machine would connect from; None where it cannot be told."""
+    """Name of the interface whose address this machine would connect from; None where it cannot be
+    told."""
     for family, target in _addresses(address, port):
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             try:
@@ -186,7 +271,8 @@ def interface_to(address: str, port: int) -> str | None:
 
 
 def interface_of(address: str) -> str | None:
-    """Name of the interface that has `address`; None where none has it. All addresses of loopback are on the one interface."""
+    """Name of the interface that has `address`; None where none has it. All addresses of loopback
+    are on the one interface."""
     wanted = _parsed(address)
     for name, entries in psutil.net_if_addrs().items():
         for entry in entries:

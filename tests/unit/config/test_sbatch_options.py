@@ -30,7 +30,9 @@ def test_everything_else_passes(option):
     check_options(words_of(option), SBATCH)
 
 
-@pytest.mark.parametrize("option", ["x", "hetjob", ":", "--comment=a b", "--comment a b", "--", "-"])
+@pytest.mark.parametrize(
+    "option", ["x", "hetjob", ":", "--comment=a b", "--comment a b", "--", "-"]
+)
 def test_words_that_are_no_options(option):
     with pytest.raises(ValueError, match="is not an option"):
         check_options(words_of(option), SBATCH)
@@ -43,13 +45,31 @@ def test_a_quote_that_is_not_closed():
 
 @pytest.mark.parametrize(
     "words",
-    [["--nodes=1"], ["-n", "1"], ["--kill-on-bad-exit=0"], ["-K0"], ["--pty"], ["--label"], ["-r1"], ["hostname"]],
+    [
+        ["--nodes=1"],
+        ["-n", "1"],
+        ["--kill-on-bad-exit=0"],
+        ["-K0"],
+        ["--pty"],
+        ["--label"],
+        ["-r1"],
+        ["hostname"],
+    ],
 )
 def test_srun_keeps_to_the_layout(words):
     with pytest.raises(ValueError, match="is not"):
         check_options(words, SRUN)
 
 
-@pytest.mark.parametrize("words", [["--cpu-bind=none"], ["--no-container-mount-home"], ["--cpu-bind", "none"], ["--mpi=pmix"], ["-u"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--cpu-bind=none"],
+        ["--no-container-mount-home"],
+        ["--cpu-bind", "none"],
+        ["--mpi=pmix"],
+        ["-u"],
+    ],
+)
 def test_what_srun_may_be_told(words):
     check_options(words, SRUN)
