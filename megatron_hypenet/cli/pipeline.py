@@ -56,7 +56,7 @@ def prepared(run: RunConfig, *, overwrite: bool = False, nproc: int | None = Non
     Where several processes are needed and no launcher started them, they are started here, and this one leaves with their exit code.
     """
     found = checked(run, overwrite=overwrite, nproc=nproc)
-    if not under_way() and processes.join() is None:
+    if processes.join() is None:
         refuse_in_use(run.output_dir)
     processes.start_here(found.num_processes)
     if processes.speaks():
@@ -113,13 +113,15 @@ def prepared(run: RunConfig, *, overwrite: bool = False, nproc: int | None = Non
 
 
 def refuse_in_use(folder: Path) -> None:
-    """Raise UsageError when another command or a job of SLURM works in the run folder.
+    """Raise UsageError when another command or a job of SLURM works in the run folder; for the command that a person gives.
 
     It costs little and comes before anything is started. Who then writes into the folder owns it (RunFolder.owned).
     """
     from megatron_hypenet.cli.jobs import refuse_live_jobs
     from megatron_hypenet.ownership import refuse_if_owned
 
+    if under_way():
+        return
     refuse_if_owned(folder)
     refuse_live_jobs(folder)
 

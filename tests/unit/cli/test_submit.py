@@ -101,7 +101,7 @@ def test_test_only_asks_slurm_and_touches_nothing(run, tmp_path, capsys, monkeyp
         ),
         (["--cluster", "PROFILE", "cluster.sbatch_args=[--array=1-3]"], 3, "'--array=1-3' is not possible"),
         (["--cluster", "PROFILE", "--partition", "x\n#SBATCH --wrap=y"], 3, "partition: 'x\\n#SBATCH --wrap=y' holds"),
-        (["--cluster", "PROFILE", 'data="x\\ty"'], 3, "data.train: 'x\\ty' holds the control character"),
+        (["--cluster", "PROFILE", 'data="x\\u2028y"'], 3, "data.train: 'x\\u2028y' holds the control character"),
         (["--cluster", "PROFILE", "teacher=nowhere"], 5, "teacher nowhere does not exist"),
     ],
 )
