@@ -98,8 +98,11 @@ def run_verb(verb: str, args: list[str]) -> int:
         raise UsageError(f"unknown verb '{verb}'{hint}\nverbs are {', '.join(VERBS)}; see hypenet --help")
     import typer
 
+    from megatron_hypenet.cli import options
+
     usage_fault: Any = typer.BadParameter.__mro__[1]  # click's UsageError, wherever this typer keeps click
     module = importlib.import_module(f"megatron_hypenet.cli.{verb}")
+    options.expand_paths(module.app)
     command = typer.main.get_command(module.app)
     try:
         result = command.main(args=args, prog_name=f"hypenet {verb}", standalone_mode=False)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from megatron_hypenet.config.paths import expanded
+from megatron_hypenet.errors import UsageError
 
 ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="Run configuration (YAML), e.g. configs/run/quickstart.yaml.")]
 OverridesArgument = Annotated[
@@ -56,3 +61,33 @@ def collect_overrides(overrides: list[str] | None, *, tp: int | None = None, pp:
     axes = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp, "context_parallel_size": cp}
     words += [f"parallel.{key}={value}" for key, value in axes.items() if value is not None]
     return words
+
+
+def expand_paths(app: typer.Typer) -> None:
+    """Make every command of `app` replace `~` and variables in its paths, which a shell leaves alone in quotes and in `--out=~/x`.
+
+    A path that stands for nothing is a UsageError that names it.
+    """
+    for info in app.registered_commands:
+        if info.callback is not None and not hasattr(info.callback, "takes_expanded_paths"):
+            info.callback = _with_expanded_paths(info.callback)
+
+
+def _with_expanded_paths(command: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(command)
+    def call(*args: Any, **values: Any) -> Any:
+        return command(*args, **{name: _expanded(value) for name, value in values.items()})
+
+    call.takes_expanded_paths = True  # type: ignore[attr-defined]
+    return call
+
+
+def _expanded(value: Any) -> Any:
+    if isinstance(value, list | tuple) and any(isinstance(entry, Path) for entry in value):
+        return type(value)(map(_expanded, value))
+    if not isinstance(value, Path):
+        return value
+    try:
+        return expanded(value)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
