@@ -178,7 +178,7 @@ class HypeNetPreTrainedModel(PreTrainedModel):
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
         if attn_implementation not in (None, "sdpa", "eager"):
-            raise ValueError(f"HypeNet has attn_implementation 'sdpa' and 'eager', got {attn_implementation!r}")
+            raise ValueError(f'Specified `attn_implementation="{attn_implementation}"` is not supported: HypeNet has "sdpa" and "eager"')
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
 
