@@ -66,7 +66,7 @@ def compare(first: Path, second: Path, *, weights_only: bool = False, progress: 
     `weights_only` leaves optimizer state and progress aside. CheckpointError when one of them is damaged.
     """
     for folder in (first, second):
-        verify_files(folder, hashes=True, parts=WEIGHTS_PARTS if weights_only else ())
+        verify_files(folder, hashes=True, parts=(*WEIGHTS_PARTS, fmt.CONFIG) if weights_only else ())
     result = Comparison(model=_differences(_model(first), _model(second)))
     settings = [_settings(folder) for folder in (first, second)]
     if all(settings):

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 from megatron_hypenet.checkpoint import format as fmt
-from megatron_hypenet.checkpoint.manifest import KIND, file_problems, read_listed, read_manifest
+from megatron_hypenet.checkpoint.manifest import KIND, file_problems, read_listed, read_manifest, verify_files
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.errors import CheckpointError, ConfigError
 from megatron_hypenet.untrusted.json_text import parse_json
@@ -14,10 +14,11 @@ from megatron_hypenet.untrusted.json_text import parse_json
 logger = logging.getLogger(__name__)
 
 
-def resolve(path: Path | str) -> Path:
+def resolve(path: Path | str, *, fall_back: bool = True) -> Path:
     """The committed checkpoint meant by `path`: the folder itself, or the newest usable iter_XXXXXXX folder in it or its checkpoints/.
 
-    Falls back to an older save when the newest is uncommitted or damaged, with a warning that names both. Raises CheckpointError.
+    With `fall_back`, an older save takes the place of a newest one that is uncommitted or damaged, with a warning that names both; without
+    it that is an error, for what a training stage starts from. Raises CheckpointError.
     """
     path = Path(path)
     if fmt.is_committed(path):
@@ -32,6 +33,8 @@ def resolve(path: Path | str) -> Path:
             if skipped:
                 logger.warning("using the older checkpoint %s: %s", folder, "; ".join(skipped))
             return folder
+        if not fall_back:
+            raise CheckpointError(f"{folder}, the newest save in {path}, cannot be used: {reason}; restore it, or name an older one")
         skipped.append(f"{folder.name} is skipped ({reason})")
     if skipped:
         raise CheckpointError(f"{path} holds no usable checkpoint: {'; '.join(skipped)}; restore one of them or start again")
@@ -73,9 +76,10 @@ def is_whole(folder: Path) -> bool:
 
 
 def tokenizer_dir(path: Path | str) -> Path | None:
-    """The checkpoint's tokenizer folder, or None when it was saved without one."""
-    folder = resolve(path) / fmt.TOKENIZER
-    return folder if folder.is_dir() else None
+    """The checkpoint's tokenizer folder, or None when it was saved without one. CheckpointError unless its files are as written."""
+    folder = resolve(path)
+    verify_files(folder, hashes=True, parts=(fmt.TOKENIZER,))
+    return folder / fmt.TOKENIZER if (folder / fmt.TOKENIZER).is_dir() else None
 
 
 def _why_unusable(folder: Path) -> str | None:

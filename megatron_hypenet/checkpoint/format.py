@@ -8,6 +8,9 @@
     manifest.json     kind, stage, versions, and size and sha256 of every other file
     COMMITTED         sha256 of manifest.json; written last, after every file above has reached the disk (empty in version 0.1's folders)
 
+`manifest.json` has a `format_version`, now 1. It rises when a reader of the version before would misread a folder; a folder of a greater
+version is refused, every smaller one is read. A file that is read has to be listed in manifest.json; a file that is not listed is not read.
+
 A save is written into the sibling `.<name>.tmp-<pid>` and renamed: a folder under its final name is whole or was damaged later.
 """
 
@@ -33,6 +36,9 @@ RNG = "rng.safetensors"
 CONFIG = "config.yaml"
 MANIFEST = "manifest.json"
 COMMITTED = "COMMITTED"
+
+TENSORS_SUFFIX = ".distcp"
+"""End of the name of every file with tensors, in weights/ and optimizer/."""
 
 CHECKPOINTS = "checkpoints"
 """Folder of a training stage that holds its saves, an iter_XXXXXXX folder each."""

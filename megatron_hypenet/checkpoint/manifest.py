@@ -22,7 +22,7 @@ from pydantic import ConfigDict, Field
 
 from megatron_hypenet.checkpoint import format as fmt
 from megatron_hypenet.errors import CheckpointError
-from megatron_hypenet.untrusted.files import FileKind, inside, reason_of
+from megatron_hypenet.untrusted.files import FileKind, inside, reason_of, shown
 from megatron_hypenet.untrusted.json_text import parse_json, typed
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,9 @@ WEIGHTS_PARTS = (fmt.WEIGHTS, fmt.MODEL_JSON)
 
 FORMAT_VERSION = 1
 _READ_FILES = (fmt.MODEL_JSON, fmt.TRAIN_STATE, fmt.RNG, fmt.CONFIG)
-_READ_FOLDERS = (fmt.WEIGHTS, fmt.OPTIMIZER, fmt.TOKENIZER)
+_SHARDED_FOLDERS = (fmt.WEIGHTS, fmt.OPTIMIZER)
+_SHARDED_FILES = (".metadata", "metadata.json", "common.pt")
+"""What is read in a sharded folder besides the files with tensors."""
 _HASHING_THREADS = min(8, os.cpu_count() or 1)
 _hashed: dict[tuple[int, ...], FileEntry] = {}
 """Hashes of files by device, inode, size and times."""
@@ -49,7 +51,7 @@ class FileEntry:
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    bytes: Annotated[int, Field(ge=0)]
+    bytes: Annotated[int, Field(ge=0, le=1 << 62)]
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -75,8 +77,8 @@ class Manifest:
     """config.json of the Hugging Face folder the weights came from."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Whatever else the writer recorded."""
-    format_version: int = FORMAT_VERSION
-    """Version of the folder layout."""
+    format_version: Annotated[int, Field(ge=1)] = FORMAT_VERSION
+    """Version of the folder layout; checkpoint/format.py has its rule."""
 
     @property
     def step(self) -> int | None:
@@ -214,15 +216,15 @@ def read_manifest(folder: Path | str) -> Manifest:
     for name in manifest.files:
         inside(folder, name, KIND)
     if not marker:
-        _say_older(folder)
+        older = f"an older version, which kept no hash of {fmt.MANIFEST}"
+        _say_once(f"{folder} was written by {older}: its files are checked, that list is not")
     return manifest
 
 
 @functools.cache
-def _say_older(folder: Path) -> None:
-    logger.info(
-        "%s was written by an older version, which kept no hash of %s: its files are checked, that list is not", folder, fmt.MANIFEST
-    )
+def _say_once(text: str) -> None:
+    if os.environ.get("RANK", "0") == "0":  # the other processes of a run find the same
+        logger.warning(text)
 
 
 def read_listed(folder: Path, name: str) -> bytes:
@@ -240,12 +242,16 @@ def read_listed(folder: Path, name: str) -> bytes:
 def file_problems(folder: Path, manifest: Manifest, *, hashes: bool, parts: Collection[str] = ()) -> list[str]:
     """What is wrong with the files of a checkpoint, one line each, empty when all is well.
 
-    Checked are presence and size, with `hashes` the content, and that no file lies where files are read from that the manifest does not
-    list. `parts` bounds that to some files and folders of the checkpoint, such as WEIGHTS_PARTS. A file that was hashed by this process and
-    has not changed since is not read again.
+    Checked are presence and size, with `hashes` the content, and that the manifest lists every file that would be read; others that it does
+    not list are left alone, which is said once. `parts` bounds the check to some files and folders of the checkpoint, such as
+    WEIGHTS_PARTS. A file that was hashed by this process and has not changed since is not read again.
     """
     listed = {name: entry for name, entry in manifest.files.items() if is_part(name, parts)}
-    problems = [f"{name}: {fmt.MANIFEST} does not list it" for name in _unlisted(folder, manifest) if is_part(name, parts)]
+    unlisted = [name for name in _present(folder) if name not in manifest.files]
+    problems = [f"{name}: {fmt.MANIFEST} does not list it" for name in unlisted if _is_read(name) and is_part(name, parts)]
+    if foreign := [shown(name, 80) for name in unlisted if not _is_read(name)]:
+        more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+        _say_once(f"{folder} also holds {', '.join(foreign[:3])}{more}, which {fmt.MANIFEST} does not list: not read")
     for name, entry in listed.items():
         path = folder / name
         if not path.is_file():
@@ -295,12 +301,20 @@ def _state_of(path: Path) -> tuple[int, ...]:
     return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
-def _unlisted(folder: Path, manifest: Manifest) -> list[str]:
-    """Files that a reader would take for a part of the checkpoint and that the manifest does not list."""
-    found = [name for name in _READ_FILES if (folder / name).exists()]
-    for part in _READ_FOLDERS:
-        found += [path.relative_to(folder).as_posix() for path in sorted((folder / part).rglob("*")) if not path.is_dir()]
-    return [name for name in found if name not in manifest.files]
+def _present(folder: Path) -> list[str]:
+    """The files of a checkpoint that its manifest is to list: those in the folder itself, and those below the folders it consists of."""
+    found = [path for path in folder.iterdir() if not path.is_dir() and path.name not in (fmt.MANIFEST, fmt.COMMITTED)]
+    for part in (*_SHARDED_FOLDERS, fmt.TOKENIZER):
+        found += [path for path in (folder / part).rglob("*") if not path.is_dir()]
+    return sorted(path.relative_to(folder).as_posix() for path in found)
+
+
+def _is_read(name: str) -> bool:
+    """Whether a reader of a checkpoint would open the file `name` if it is there: all tokenizer files, and those with a fixed name."""
+    part, _, rest = name.partition("/")
+    if part in _SHARDED_FOLDERS:
+        return rest in _SHARDED_FILES or rest.endswith(fmt.TENSORS_SUFFIX)
+    return part == fmt.TOKENIZER or name in _READ_FILES
 
 
 def verify_files(folder: Path | str, *, hashes: bool = False, parts: Collection[str] = ()) -> Manifest:
@@ -314,8 +328,8 @@ def verify_files(folder: Path | str, *, hashes: bool = False, parts: Collection[
 def refuse_damaged(folder: Path, problems: Sequence[str]) -> None:
     """CheckpointError when there are problems, with the first few of them."""
     if problems:
-        shown = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
+        listed = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
         raise CheckpointError(
-            f"{folder} is damaged: {len(problems)} of its files ({shown}); restore them, or delete the folder: a run then continues from "
+            f"{folder} is damaged: {len(problems)} of its files ({listed}); restore them, or delete the folder: a run then continues from "
             "an older save, or makes it again"
         )

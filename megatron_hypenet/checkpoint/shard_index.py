@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from megatron_hypenet.checkpoint.format import TENSORS_SUFFIX
 from megatron_hypenet.checkpoint.safety import PICKLE, read_plain
 from megatron_hypenet.untrusted.files import inside, shown
 from megatron_hypenet.untrusted.pickles import Global, Pairs, Record
@@ -129,6 +130,8 @@ class _Index:
     def check_place(self, name: str, file: Any, start: Any, length: Any) -> None:
         if not isinstance(file, str) or Path(file).name != file:
             self.refuse(f"points outside its folder ({shown(repr(file), 80) if isinstance(file, str) else 'no text'}); nothing was loaded")
+        if not file.endswith(TENSORS_SUFFIX):
+            self.refuse(f"{shown(name)} lies in {shown(repr(file), 80)}, but files with tensors end in {TENSORS_SUFFIX}")
         if file not in self.sizes:
             path = inside(self.folder, file, PICKLE)
             with PICKLE.open(path) as stream:

@@ -214,7 +214,7 @@ def import_teacher(source: Path, target: Path) -> None:
     if (source / "config.json").is_file():
         import_hf(source, target, overwrite=True)
     else:
-        checkpoint = resolve(source).resolve()
+        checkpoint = resolve(source, fall_back=False).resolve()
         verify_files(checkpoint, hashes=True)  # once, before hours of distilling from it
         if target.is_symlink():
             target.unlink()

@@ -75,7 +75,9 @@ def train(
     if init is not None and name == "align":
         raise UsageError("--init is for distill and finetune; stage align starts from the teacher")
     if init is not None:
-        verify_files(resolve(init), hashes=processes.speaks())  # before a run folder is made for it
+        # before a run folder is made for it; a command that only starts the processes leaves the hashes to them
+        hashes = processes.speaks() and (dry_run or processes.planned_start(found.num_processes) is None)
+        verify_files(resolve(init, fall_back=False), hashes=hashes)
     if dry_run:
         rows = [row for row in pipeline.planned(settings) if init is None or row["step"] in ("teacher", "data", name)]
         rows = rows[: [row["step"] for row in rows].index(name) + 1]

@@ -56,7 +56,7 @@ class Halo:
     def train_from(self, runner: Runner, name: str, init: Path | None) -> Path:
         """Do training stage `name` with what it needs, from the run's own results or from `init`; returns its final checkpoint."""
         if init is not None:
-            start = resolve(init)
+            start = resolve(init, fall_back=False)
             runner.steps[name] = replace(
                 runner.steps[name],
                 after=("teacher", "data"),

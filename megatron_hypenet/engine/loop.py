@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_hypenet.checkpoint import format as fmt
 from megatron_hypenet.checkpoint.find import finished_checkpoint
-from megatron_hypenet.checkpoint.load import load_training
+from megatron_hypenet.checkpoint.load import load_training, verify_together
 from megatron_hypenet.checkpoint.state import TrainState
 from megatron_hypenet.checkpoint.together import from_first
 from megatron_hypenet.config.schema import RunConfig, StageConfig
@@ -57,15 +57,16 @@ def train(
 ) -> Path:
     """Train `stage` to config.train_iters and return its final checkpoint, <out_dir>/checkpoints/iter_XXXXXXX.
 
-    Returns at once when that is there. Otherwise continues from the newest usable checkpoint there is; on the same layout the
-    continuation is bit-equal. `on_step` sees every step on every process; `evaluate` gives extra TensorBoard points every eval_interval
-    steps and after the last. `extra` goes into the manifests.
+    Returns at once when that is there with its files as written. Otherwise continues from the newest usable checkpoint there is; on the
+    same layout the continuation is bit-equal. `on_step` sees every step on every process; `evaluate` gives extra TensorBoard points every
+    eval_interval steps and after the last. `extra` goes into the manifests.
     Raises DivergedError (weights unchanged since the last good step), SavedAndRequeue after a signal or STOP file, LayoutError when the
     stage does not fit the GPU, CheckpointError.
     """
     # one answer, however slowly the folder shows up elsewhere
     done: Path | None = from_first(finished_checkpoint(Path(out_dir), config.train_iters))
     if done is not None:
+        verify_together(done)
         return done
     trainer = _Trainer(stage, data, config, run, Path(out_dir), tokenizer_dir=tokenizer_dir, extra=extra or {})
     signals.leave_if_stopped(f"stage {stage.name}", trainer.requests.folders)

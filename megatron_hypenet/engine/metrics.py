@@ -139,10 +139,11 @@ def _read(path: Path) -> list[tuple[str, _Line]]:
     """
     if not path.is_file():
         return []
-    text = _KIND.read_text(path)
+    *lines, _torn = _KIND.read_bytes(path).split(b"\n")
     found: list[tuple[str, _Line]] = []
-    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), start=1):
+    for number, content in enumerate(lines, start=1):
         where = f"{path}, line {number}"
+        line = _KIND.decode(where, content)
         record = typed(_KIND, where, parse_json(_KIND, where, line), _Line)
         if found and record.step <= found[-1][1].step:
             _KIND.refuse(where, f"step {record.step} follows step {found[-1][1].step}")

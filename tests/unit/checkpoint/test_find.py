@@ -45,6 +45,23 @@ def test_resolve_falls_back_and_says_so(run, damage, caplog):
         find.resolve(run)
 
 
+def test_what_a_stage_starts_from_is_the_newest_save_or_none(run):
+    next((run / "checkpoints" / "iter_0000020").rglob("*.distcp")).write_bytes(b"")
+    with pytest.raises(CheckpointError, match="iter_0000020, the newest save .* cannot be used: damaged: .*0 bytes"):
+        find.resolve(run, fall_back=False)
+    assert find.resolve(run / "checkpoints" / "iter_0000010", fall_back=False).name == "iter_0000010"
+
+
+def test_a_tokenizer_is_handed_out_as_it_was_written(tmp_path, tensors, model_config):
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text('{"a": 1}')
+    folder = save.write_weights(tmp_path / "ck", tensors, model_config, kind="teacher", tokenizer_dir=tmp_path / "tokenizer")
+    assert find.tokenizer_dir(folder) == folder / "tokenizer"
+    (folder / "tokenizer" / "tokenizer.json").write_text('{"a": 2}')
+    with pytest.raises(CheckpointError, match="tokenizer/tokenizer.json: sha256 differs"):
+        find.tokenizer_dir(folder)
+
+
 def test_resolve_explains_what_the_path_is(tmp_path):
     with pytest.raises(CheckpointError, match="does not exist"):
         find.resolve(tmp_path / "none")

@@ -88,7 +88,10 @@ def test_a_disk_that_is_full_is_heard_of(monkeypatch, size):
         ("files", {"a": {"bytes": 1, "sha256": "0" * 64, "more": 1}}),
         ("files", {"../a": {"bytes": 1, "sha256": "0" * 64}}),
         ("files", {"/etc/passwd": {"bytes": 1, "sha256": "0" * 64}}),
+        ("files", {"a": {"bytes": 1 << 63, "sha256": "0" * 64}}),
         ("format_version", "2"),
+        ("format_version", 0),
+        ("format_version", True),
         ("extra", None),
         ("hf_config", "x"),
         ("created", 5),
@@ -119,13 +122,25 @@ def test_a_checkpoint_of_an_older_version_loads_and_says_so(folder, caplog):
     assert caplog.text.count("was written by an older version") == 1
 
 
-@pytest.mark.parametrize("name", ["model.json", "weights/more.distcp", "tokenizer/tokenizer.json", "rng.safetensors"])
+@pytest.mark.parametrize(
+    "name",
+    ["model.json", "weights/more.distcp", "weights/.metadata", "optimizer/common.pt", "tokenizer/chat_template.jinja", "rng.safetensors"],
+)
 def test_a_file_that_would_be_read_and_is_not_listed_is_refused(folder, name):
     (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).write_text("{}")
     (folder / "notes.txt").write_text("nobody reads this")
     with pytest.raises(CheckpointError, match=f"{name}: manifest.json does not list it"):
         mf.verify_files(folder)
+
+
+def test_a_file_that_nobody_reads_is_left_alone_and_named_once(folder, caplog):
+    (folder / "weights").mkdir()
+    for name in ("notes.txt", "weights/.nfs0001"):
+        (folder / name).write_text("")
+    for _ in range(2):
+        mf.verify_files(folder, hashes=True)
+    assert caplog.text.count("also holds notes.txt, weights/.nfs0001, which manifest.json does not list: not read") == 1
 
 
 def test_parts_bound_what_is_checked(folder):

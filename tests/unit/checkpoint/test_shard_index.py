@@ -73,6 +73,7 @@ CHANGES = {
     "does not say where the piece of w": lambda m: m.storage_data.pop(MetadataIndex("w", torch.Size((0, 0)))) and None,
     "belongs to no tensor": lambda m: m.storage_data.update({MetadataIndex(7): info_of(m)}),
     "points outside its folder": lambda m: setattr(info_of(m), "relative_path", "../__0_0.distcp"),
+    "files with tensors end in .distcp": lambda m: setattr(info_of(m), "relative_path", "metadata.json"),
     "points outside its folder (no text)": lambda m: setattr(info_of(m), "relative_path", 7),
     "no such file": lambda m: setattr(info_of(m), "relative_path", "other.distcp"),
     "does not have": lambda m: setattr(info_of(m), "length", 1 << 40),

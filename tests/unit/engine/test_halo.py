@@ -72,6 +72,39 @@ def test_training_moves_the_weights_of_its_stage(make):
     assert "finetune" not in folder.records()
 
 
+def test_no_step_reads_what_another_did_not_write(make):
+    """One bit flips in what a finished step left, and the steps after it are done again: each stops and names the damaged checkpoint."""
+    runner, _ = make()
+    runner.run_all()
+    folder = runner.folder
+    record = json.loads(folder.manifest_file.read_text())
+    after = list(record["steps"])
+    last = "checkpoints/iter_0000002"
+    for step, place, again in [
+        ("teacher", folder.teacher, ("probe", "align", "select", "assemble", "distill", "report")),
+        ("align", folder.stage("align") / last, ("select", "assemble", "report")),
+        ("assemble", folder.assembled, ("distill",)),
+        ("distill", folder.stage("distill") / last, ("finetune", "report")),
+        ("finetune", folder.stage("finetune") / last, ("report",)),
+    ]:
+        data = next((place / "weights").glob("*.distcp"))
+        good = data.read_bytes()
+        content = bytearray(good)
+        content[len(content) // 2] ^= 64
+        data.write_bytes(content)
+        with pytest.raises(CheckpointError, match=f"{place} is damaged"):
+            runner.run_all()
+        for name in again:  # by itself, as if nothing had looked at the checkpoint before
+            forgotten = {key: value for key, value in record["steps"].items() if after.index(key) < after.index(name)}
+            folder.manifest_file.write_text(json.dumps({**record, "steps": forgotten}))
+            with pytest.raises(CheckpointError, match=f"{place} is damaged"):
+                runner.steps[name].action()
+        data.write_bytes(good)
+        folder.manifest_file.write_text(json.dumps(record))
+        assert step in folder.records()
+    runner.run_all()
+
+
 def test_an_untrained_teacher_stops_the_run_before_training(make):
     runner, _ = make("guard.max_teacher_loss=null")
     with pytest.raises(CheckpointError, match="looks untrained"):
