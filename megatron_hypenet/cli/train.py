@@ -64,8 +64,6 @@ def train(
 
     processes.choose(launcher, hostfile, env)
     settings = load_run_config(config, collect_overrides(overrides, tp=tp, pp=pp, cp=cp))
-    from megatron_hypenet.checkpoint.find import resolve
-    from megatron_hypenet.checkpoint.manifest import verify_files
     from megatron_hypenet.engine.halo_steps import stage_name
 
     if init is not None and not stage:
@@ -75,9 +73,7 @@ def train(
     if init is not None and name == "align":
         raise UsageError("--init is for distill and finetune; stage align starts from the teacher")
     if init is not None:
-        # before a run folder is made for it; a command that only starts the processes leaves the hashes to them
-        hashes = processes.speaks() and (dry_run or processes.planned_start(found.num_processes) is None)
-        verify_files(resolve(init, fall_back=False), hashes=hashes)
+        check_init(init, starts=not dry_run and processes.planned_start(found.num_processes) is not None)
     if dry_run:
         rows = [row for row in pipeline.planned(settings) if init is None or row["step"] in ("teacher", "data", name)]
         rows = rows[: [row["step"] for row in rows].index(name) + 1]
@@ -89,6 +85,18 @@ def train(
             ready.screen.close()
             print(json.dumps({"stage": name, "checkpoint": str(checkpoint)}) if as_json else checkpoint)
             print(f"TensorBoard: tensorboard --logdir {ready.folder.tensorboard}", file=sys.stderr)
+
+
+def check_init(init: Path, *, starts: bool) -> None:
+    """CheckpointError for a student to start from that is damaged, before a run folder is made for it.
+
+    A command that only `starts` the processes leaves the hashes to the first of them.
+    """
+    from megatron_hypenet.checkpoint.find import resolve
+    from megatron_hypenet.checkpoint.manifest import verify_files
+    from megatron_hypenet.cli import processes
+
+    verify_files(resolve(init, fall_back=False), hashes=processes.speaks() and not starts)
 
 
 def first_unfinished(steps: list[dict[str, Any]]) -> str:
