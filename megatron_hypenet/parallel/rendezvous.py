@@ -8,11 +8,14 @@ there, which for processes of one machine is loopback.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import ipaddress
 import logging
 import os
+import queue
 import socket
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,7 +37,7 @@ _NCCL_FILES = ("/etc/nccl.conf", "~/.nccl.conf")
 _BACKLOG = 2048  # connections that may wait: every process of a large run comes at the same moment
 _NOTE_SECONDS = 60
 _RETRY_SECONDS = 0.2
-_CONNECT_SECONDS = 10
+_TRY_SECONDS = 5
 _ADVICE = f"where no launcher started this command, unset {' '.join(PLACE)}"
 
 
@@ -62,14 +65,14 @@ def meeting_point(timeout: timedelta) -> Meeting | None:
     # starts them again
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     opens = place.rank == 0 and not agent
-    store: dist.Store = _opened(place, timeout) if opens else _reached(place, timeout)
+    store = _opened(place, timeout) if opens else _reached(place, timeout)
     if agent:
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(f"hypenet/attempt-{attempt}", store)
     return Meeting(store=store, rank=place.rank, world_size=place.world_size)
 
 
-def _opened(place: Place, timeout: timedelta) -> dist.TCPStore:
+def _opened(place: Place, timeout: timedelta) -> dist.Store:
     """The store of rank 0, which opens it."""
     descriptor = listening(place).detach()
     return dist.TCPStore(
@@ -82,38 +85,48 @@ def _opened(place: Place, timeout: timedelta) -> dist.TCPStore:
     )
 
 
-def _reached(place: Place, timeout: timedelta) -> dist.TCPStore:
-    """The store that rank 0 or torchrun's agent opens; says after a minute that it is not there yet."""
-    where = f"{place.master}:{place.port}"
-    who = f"rank {place.rank} on {socket.gethostname()}"
-    begin, said = time.monotonic(), False
+def _reached(place: Place, timeout: timedelta) -> dist.Store:
+    """The store that rank 0 or torchrun's agent opens; says after a minute that it is not there yet.
+
+    torch alone would try without a word and without hearing signals, and wait for ever where
+    something else accepts its connection and says nothing: so it does that in a thread.
+    """
+    who, where = f"rank {place.rank} on {socket.gethostname()}", f"{place.master}:{place.port}"
+    found: queue.SimpleQueue[dist.Store | RuntimeError] = queue.SimpleQueue()
+    begin, said, trying = time.monotonic(), False, False
+    while (waited := time.monotonic() - begin) < timeout.total_seconds():
+        if not trying and (trying := _answers(place)):
+            threading.Thread(target=_connect, args=(place, timeout, found), daemon=True).start()
+        with contextlib.suppress(queue.Empty):
+            outcome = found.get(timeout=_RETRY_SECONDS)
+            if isinstance(outcome, RuntimeError):
+                break
+            return outcome
+        if waited > _NOTE_SECONDS and not said:
+            minutes = timeout.total_seconds() / 60
+            log.warning("%s waits for rank 0 at %s, for up to %.0f minutes", who, where, minutes)
+            said = True
+    why = "what listens there does not answer as its store" if trying else "nothing listens there"
+    raise SetupError(
+        f"{who} cannot reach rank 0 at {where} within {timeout.total_seconds():.0f} s: {why}. Look at "
+        f"the log of rank 0, or for a firewall; {_ADVICE}"
+    )
+
+
+def _connect(place: Place, timeout: timedelta, found: queue.SimpleQueue[Any]) -> None:
     try:
-        # torch would try for as long without a word, and then print its own stack
-        while not _answers(place):
-            waited = time.monotonic() - begin
-            if waited > timeout.total_seconds():
-                raise RuntimeError("nothing listens there")
-            if waited > _NOTE_SECONDS and not said:
-                minutes = timeout.total_seconds() / 60
-                log.warning(
-                    "%s waits for rank 0 at %s, for up to %.0f minutes", who, where, minutes
-                )
-                said = True
-            time.sleep(_RETRY_SECONDS)
-        return dist.TCPStore(
+        store = dist.TCPStore(
             place.master, place.port, is_master=False, timeout=timeout, wait_for_workers=False
         )
+        found.put(store)
     except RuntimeError as error:  # what torch calls its network errors depends on its version
-        raise SetupError(
-            f"{who} cannot reach rank 0 at {where} within {timeout.total_seconds():.0f} s: "
-            f"{str(error).splitlines()[0]}. Look at the log of rank 0, or for a firewall; {_ADVICE}"
-        ) from error
+        found.put(error)
 
 
 def _answers(place: Place) -> bool:
     """Whether something listens at rank 0's address."""
     try:
-        socket.create_connection((place.master, place.port), timeout=_CONNECT_SECONDS).close()
+        socket.create_connection((place.master, place.port), timeout=_TRY_SECONDS).close()
         return True
     except (OSError, UnicodeError):
         return False

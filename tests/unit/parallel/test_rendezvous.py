@@ -61,7 +61,7 @@ def started(**variables):
 
 
 def outcome(process):
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     return process.returncode, out.strip(), err
 
 
@@ -242,3 +242,10 @@ def test_a_choice_of_the_users_stays(monkeypatch, tmp_path):
     monkeypatch.setenv("NCCL_CONF_FILE", str(tmp_path / "nccl.conf"))
     rendezvous.choose_interfaces(None)
     assert rendezvous.NCCL not in os.environ
+
+
+def test_something_else_at_the_port_of_rank_0_is_no_store():
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        place = at("127.0.0.1", other.getsockname()[1])
+        with pytest.raises(SetupError, match="within 1 s: what listens there does not answer as its"):
+            rendezvous._reached(place, timedelta(seconds=1))
