@@ -61,13 +61,14 @@ else
   install_torch
   say "$venv: everything else"
   "${pip[@]}" --no-deps --no-build-isolation --requirement "$lock"
-  "${pip[@]}" --no-deps --no-build-isolation --editable .
+  # setuptools warns of every editable installation that a folder of the same name elsewhere would be found first
+  PYTHONWARNINGS=ignore "${pip[@]}" --no-deps --no-build-isolation --editable .
   # names as the lock file writes them; a build of torch for CUDA may have come to a machine without a GPU
   more=$("$python" -m pip --disable-pip-version-check freeze --exclude-editable | sed 's/[= @].*//' | tr 'A-Z_.' 'a-z--' |
     grep -vxFf <(sed 's/==.*//' "requirements/cuda-$short.txt") | tr '\n' ' ') || true
   [ -z "$more" ] || say "$venv also has packages that $lock does not name: $more"
   bash tools/install_compat.sh "$venv"
 fi
-"$python" -m pip --disable-pip-version-check check ||
+"$python" -m pip --disable-pip-version-check check >&2 ||
   fail "these packages do not fit together; uninstall those that $lock does not name, or remove $venv, and run make install again"
 say "done: $("$venv/bin/hypenet" --version | head -n 1)"
