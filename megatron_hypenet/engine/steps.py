@@ -73,19 +73,22 @@ class Runner:
         self.is_main, self.barrier, self.announce = is_main, barrier, announce
         self.may_start, self.decided, self.verify = may_start, decided, verify
         self.added = folder.added_settings(run)
+        self.settings = run.model_dump(mode="json")
 
     def fingerprint(self, name: str) -> str:
-        """Hash of everything that decides the result of step `name`, its predecessors included."""
-        step = self.steps[name]
-        dump = self.run.model_dump(mode="json")
-        return fingerprint_of(
-            {
-                "step": name,
-                "settings": settled({section: dump[section] for section in step.settings}, without=self.added),
-                "inputs": step.inputs(),
-                "after": [self.fingerprint(before) for before in step.after],
-            }
-        )
+        """Hash of everything that decides the result of step `name`, its predecessors included, as they are now."""
+        found: dict[str, str] = {}  # every predecessor once, on however many ways it is one
+        for before, step in self.steps.items():
+            if before in self._needed_for(name):
+                found[before] = fingerprint_of(
+                    {
+                        "step": before,
+                        "settings": settled({section: self.settings[section] for section in step.settings}, without=self.added),
+                        "inputs": step.inputs(),
+                        "after": [found[earlier] for earlier in step.after],
+                    }
+                )
+        return found[name]
 
     def is_done(self, name: str) -> bool:
         """Whether step `name` needs no work: it finished with the present inputs, and what it left is there, a checkpoint whole."""

@@ -214,3 +214,16 @@ def test_only_the_first_process_decides(world):
     other.fingerprint = None
     other.run_step("first")
     assert world.log == ["first", "second", "third"]
+
+
+def test_a_fingerprint_looks_at_every_input_once(world):
+    runner = world.runner()
+    asked = []
+    first, second, third = (runner.steps[name] for name in ("first", "second", "third"))
+    runner.steps["first"] = replace(first, inputs=lambda: asked.append("first") or first.inputs())
+    runner.steps["second"] = replace(second, after=("first",))
+    runner.steps["third"] = replace(third, after=("first", "second"))
+    before = runner.fingerprint("third")
+    assert asked == ["first"]
+    world.source.write_text("two")
+    assert runner.fingerprint("third") != before
