@@ -1,10 +1,13 @@
 """Reading parts of a checkpoint, and filling a model strictly."""
 
+import threading
+
 import pytest
 import torch
 
 from megatron_hypenet.checkpoint import format as fmt
 from megatron_hypenet.checkpoint import load, save
+from megatron_hypenet.checkpoint import manifest as mf
 from megatron_hypenet.checkpoint.state import TrainState
 from megatron_hypenet.errors import CheckpointError
 
@@ -107,3 +110,73 @@ def test_newest_of_run_cleans_up_and_takes_what_is_whole(run, tmp_path):
         (entry / fmt.MANIFEST).unlink()
     with pytest.raises(CheckpointError, match="no usable checkpoint"):
         load.newest_of_run(folder)
+
+
+@pytest.fixture
+def ranks(monkeypatch):
+    """Function that runs a function on several ranks, which are threads, and gives what each returned or raised."""
+
+    def run(size, work):
+        own, barrier, slots, ended = threading.local(), threading.Barrier(size, timeout=30), [None] * size, [None] * size
+
+        def gather(value):
+            slots[own.rank] = value
+            barrier.wait()
+            everyone = list(slots)
+            barrier.wait()
+            return everyone
+
+        monkeypatch.setattr(load, "distributed", lambda: True)
+        monkeypatch.setattr(load.dist, "get_rank", lambda: own.rank)
+        monkeypatch.setattr(load.dist, "get_world_size", lambda: size)
+        monkeypatch.setattr(load, "gather_to_all", gather)
+        monkeypatch.setattr("megatron_hypenet.checkpoint.together.gather_to_all", gather)
+
+        def one(rank):
+            own.rank = rank
+            try:
+                ended[rank] = work()
+            except Exception as error:
+                ended[rank] = error
+
+        threads = [threading.Thread(target=one, args=(rank,)) for rank in range(size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return ended
+
+    return run
+
+
+@pytest.mark.parametrize("size", [2, 5])
+def test_ranks_share_the_hashing_and_all_hear_of_damage(run, ranks, monkeypatch, size):
+    folder = run / "checkpoints" / "iter_0000020"
+    hashed, hash_file = [], mf.hash_file
+    monkeypatch.setattr(mf, "hash_file", lambda path: hashed.append(path.name) or hash_file(path))
+    for _ in range(2):
+        assert ranks(size, lambda: load.verify_together(folder)) == [None] * size
+    assert sorted(hashed) == sorted(path.rsplit("/")[-1] for path in mf.read_manifest(folder).files)
+    data = next(folder.rglob("*.distcp"))
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)  # between two steps of one command
+    for error in ranks(size, lambda: load.verify_together(folder)):
+        assert isinstance(error, CheckpointError) and f"{data.name}: sha256 differs" in str(error)
+    data.unlink()
+    for error in ranks(size, lambda: load.verify_together(folder)):
+        assert isinstance(error, CheckpointError) and f"{data.name}: missing" in str(error)
+
+
+def test_one_rank_that_cannot_read_the_manifest_is_heard_by_all(run, ranks, monkeypatch):
+    seen, read = [], load.read_manifest
+
+    def failing_once(folder):
+        seen.append(folder)
+        if len(seen) == 1:
+            raise CheckpointError("no manifest on one rank")
+        return read(folder)
+
+    monkeypatch.setattr(load, "read_manifest", failing_once)
+    ended = ranks(3, lambda: load.verify_together(run / "checkpoints" / "iter_0000020"))
+    assert [str(error) for error in ended] == ["no manifest on one rank"] * 3

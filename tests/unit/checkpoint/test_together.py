@@ -30,3 +30,12 @@ def test_another_process_s_failure_is_raised_here_with_its_exit_code(monkeypatch
         monkeypatch.setattr(together, "gather_to_all", lambda own, told=of_machine: [own, (told, "disk of the other one")])
         with pytest.raises(kind, match="disk of the other one"):
             together.agree(None)
+
+
+def test_what_the_first_decides_holds_for_all_its_failures_too(monkeypatch):
+    assert together.decided_by_first(lambda: (1, None)) == (1, None)
+    with pytest.raises(ZeroDivisionError):
+        together.decided_by_first(lambda: 1 / 0)
+    monkeypatch.setattr(together, "is_first", lambda: False)
+    monkeypatch.setattr(together, "from_first", lambda own: "the first one's")
+    assert together.decided_by_first(pytest.fail) == "the first one's"
