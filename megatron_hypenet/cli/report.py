@@ -63,9 +63,9 @@ def evaluate(folder: RunFolder, run: Any, *, again: bool) -> None:
 
 def show(folder: RunFolder, *, as_json: bool) -> None:
     """The report on stdout, as a table and the places of everything, or as the JSON that was stored."""
-    from megatron_hypenet.engine.steps import read_json
+    from megatron_hypenet.engine.report import read_report
 
-    content = read_json(folder.report_file)
+    content = read_report(folder)
     if as_json:
         print(json.dumps(content))
         return

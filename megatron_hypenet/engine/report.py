@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from megatron_hypenet.atomic_files import write_json
 from megatron_hypenet.config.schema import RunConfig
 from megatron_hypenet.engine.run_folder import RunFolder
 from megatron_hypenet.engine.steps import read_json, software
+from megatron_hypenet.errors import DataError
 from megatron_hypenet.stages.select import Selection
+from megatron_hypenet.untrusted.files import FileKind
+from megatron_hypenet.untrusted.json_text import read_object, typed
 
 FORMAT_VERSION = 1
+_REPORT = FileKind(error=DataError, advice="make it again: hypenet report RUN_DIR --again")
 
 
 def write_report(run: RunConfig, folder: RunFolder, rows: Sequence[Mapping[str, Any]], *, report_seconds: float) -> None:
@@ -44,6 +51,35 @@ def report_of(
     }
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Row:
+    """One model in report.json."""
+
+    model: str
+    heldout_loss: float
+    recall: dict[Annotated[str, Field(pattern="^[1-9][0-9]{0,5}$")], float]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Report:
+    """What is shown and drawn of report.json."""
+
+    rows: Annotated[list[_Row], Field(min_length=1)]
+    seq_length: Annotated[int, Field(gt=0, le=1 << 40)]
+    attention_layers: list[int]
+    seconds: float
+    train_seq_length: Annotated[int, Field(gt=0, le=1 << 40)] | None = None
+
+
+def read_report(folder: RunFolder) -> dict[str, Any]:
+    """The content of report.json. DataError when it is damaged."""
+    content = read_object(_REPORT, folder.report_file)
+    rows = typed(_REPORT, folder.report_file, content, _Report).rows
+    if any(row.recall.keys() != rows[0].recall.keys() for row in rows):
+        _REPORT.refuse(folder.report_file, "its rows have different context lengths")
+    return content
+
+
 def row_line(row: Mapping[str, Any]) -> str:
     """One row as a line for the log."""
     recall = ", ".join(f"{multiple}x {value:.1f}" for multiple, value in row["recall"].items())
@@ -54,7 +90,7 @@ def draw_report(folder: RunFolder) -> None:
     """Draw report.json as report.png."""
     from megatron_hypenet.eval.plots import report
 
-    report(read_json(folder.report_file), folder.report_plot)
+    report(read_report(folder), folder.report_plot)
 
 
 def draw_importance(folder: RunFolder, selection: Selection) -> None:

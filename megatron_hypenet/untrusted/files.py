@@ -87,6 +87,8 @@ def inside(folder: Path, name: object, kind: FileKind) -> Path:
     if not isinstance(name, str) or not name or "\0" in name or not name.isprintable():
         kind.refuse(folder, f"refers to the file {name!r}, which is no file name")
     path = Path(name)
+    if len(name) > 4000 or any(len(part.encode()) > 255 for part in path.parts):
+        kind.refuse(folder, f"refers to the file {shown(name, 60)}, whose name is too long")
     if path.is_absolute() or ".." in path.parts or "\\" in name:
         kind.refuse(folder, f"refers to {name!r}, which is not inside the folder")
     target = folder / path

@@ -54,6 +54,13 @@ def test_a_name_that_leads_out_of_the_folder_is_refused(tmp_path, name):
         inside(tmp_path, name, KIND)
 
 
+@pytest.mark.parametrize("name", ["x" * 256, "a/" * 2500 + "b"])
+def test_a_name_longer_than_file_systems_allow_is_refused_in_few_words(tmp_path, name):
+    with pytest.raises(ConversionError, match="too long") as caught:
+        inside(tmp_path, name, KIND)
+    assert len(str(caught.value)) < 500
+
+
 def test_symbolic_links_count_where_they_lead(tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()
