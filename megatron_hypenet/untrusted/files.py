@@ -93,7 +93,7 @@ def inside(folder: Path, name: object, kind: FileKind) -> Path:
         kind.refuse(folder, f"refers to {name!r}, which is not inside the folder")
     target = folder / path
     if not is_inside(folder, target):
-        kind.refuse(target, f"a symbolic link that leads out of the folder, to {target.resolve()}")
+        kind.refuse(target, f"a symbolic link that leads out of the folder, to {shown(os.path.realpath(target))}")
     return target
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from megatron_hypenet.engine import report
 from megatron_hypenet.engine.run_folder import RunFolder
+from megatron_hypenet.errors import DataError
 from tests.unit.engine.test_run_folder import config
 
 ROWS = [
@@ -37,3 +38,26 @@ def test_the_report_is_written_into_the_run_folder(tmp_path):
 
 def test_a_row_reads_as_one_line():
     assert report.row_line(ROWS[1]) == "student: held-out loss 3.3000, recall in %: 1x 97.0, 2x 80.0"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"rows": []}, "rows: "),
+        ({"rows": [{**ROWS[0], "heldout_loss": None}]}, "heldout_loss"),
+        ({"rows": [ROWS[0], {**ROWS[1], "recall": {"1": 1.0}}]}, "different context lengths"),
+        ({"rows": [{**ROWS[0], "recall": {"x": 1.0}}]}, "recall"),
+        ({"seq_length": 10**90}, "seq_length"),
+        ({"attention_layers": 3}, "attention_layers"),
+    ],
+)
+def test_a_damaged_report_is_named(tmp_path, change, says):
+    folder = RunFolder(tmp_path)
+    folder.report_file.parent.mkdir()
+    content = {"rows": ROWS, "seq_length": 16, "attention_layers": [0], "seconds": 1.0}
+    folder.report_file.write_text(json.dumps(content))
+    assert report.read_report(folder) == content
+    folder.report_file.write_text(json.dumps({**content, **change}))
+    with pytest.raises(DataError, match="report.json: .*--again") as caught:
+        report.read_report(folder)
+    assert says in str(caught.value)
