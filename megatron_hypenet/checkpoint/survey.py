@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,12 @@ _AXES = {"world": "processes", "tensor": "tp", "pipeline": "pp", "context": "cp"
 class _Progress:
     """The entries of train_state.json that are shown, in any version of it."""
 
-    stage: str | None = None
-    step: int | None = None
-    tokens: int | None = None
+    stage: str = ""
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
     losses: tuple[float, ...] = ()
-    layout: dict[str, int] | None = None
+    layout: dict[str, int] = field(default_factory=dict)
 
 
 _PROGRESS = tuple(_Progress.__dataclass_fields__)

@@ -1,5 +1,6 @@
 """Every checkpoint of a folder is found with its true state, the usable and the broken ones."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -95,3 +96,14 @@ def test_listing_needs_no_torch(run):
         "assert len(survey(Path(sys.argv[1]))) == 4 and 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", probe, str(run)], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("entry", ["stage", "step", "samples", "tokens", "losses", "layout"])
+@pytest.mark.parametrize("value", [None, "x", [[]], {"a": []}])
+def test_progress_of_other_types_is_not_shown(tmp_path, entry, value):
+    state = {"stage": "align", "step": 1, "samples": 2, "tokens": 3, "losses": [1.5], "layout": {"world": 1}}
+    (tmp_path / "train_state.json").write_text(json.dumps(state))
+    assert survey.read_progress(tmp_path) == state
+    if (entry, value) != ("stage", "x"):
+        (tmp_path / "train_state.json").write_text(json.dumps({**state, entry: value}))
+        assert survey.read_progress(tmp_path) == {}
