@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -41,6 +42,7 @@ __all__ = [
     "open_weights",
     "read_manifest",
     "read_model_config",
+    "read_whole_config",
     "read_weights",
     "resolve",
     "tokenizer_dir",
@@ -85,6 +87,22 @@ def read_weights(path: Path | str, keys: Iterable[str] | None = None) -> dict[st
     if missing:
         raise CheckpointError(f"{path} lacks {_some(missing)}; it holds {len(reader)} tensors, e.g. {_some(sorted(reader))}")
     return {key: reader[key] for key in wanted}
+
+
+def read_whole_config(path: Path | str) -> ModelConfig:
+    """The configuration of a whole model, for building it: CheckpointError when the checkpoint holds fewer values than that has.
+
+    So that a model.json with sizes out of all proportion asks for no memory that the files do not bear out.
+    """
+    folder = resolve(path)
+    config, reader = read_model_config(folder), ShardReader(folder / fmt.WEIGHTS)
+    held = sum(math.prod(reader.shape(key)) for key in reader)
+    if held < config.least_values:
+        raise CheckpointError(
+            f"{path} holds {held:,} values, a model as its {fmt.MODEL_JSON} describes has more than {config.least_values:,}; "
+            "the checkpoint is damaged or no whole model, use another one"
+        )
+    return config
 
 
 def load_model(model: Any, path: Path | str, *, allow_unused: bool = False) -> Path:

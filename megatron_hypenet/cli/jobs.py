@@ -91,7 +91,7 @@ class Jobs:
         self.all: list[Job] = self._read()
 
     def _read(self) -> list[Job]:
-        if not self.file.is_file():
+        if not self.file.exists():
             return []
         jobs = read_typed(_JOBS, self.file, _Jobs).jobs
         for job in jobs:

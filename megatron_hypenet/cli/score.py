@@ -156,7 +156,7 @@ def compute(
     this, only the first keeps them and the others get empty tensors."""
     import torch
 
-    from megatron_hypenet.checkpoint.load import load_model
+    from megatron_hypenet.checkpoint.load import load_model, read_whole_config
     from megatron_hypenet.engine.kernel_guard import guard_kernels
     from megatron_hypenet.model.hypenet import build_model
     from megatron_hypenet.parallel.cpu import device
@@ -164,7 +164,7 @@ def compute(
 
     kind = getattr(torch, dtype)
     try:
-        model = build_model(config, parallel, dtype=kind)
+        model = build_model(read_whole_config(folder), parallel, dtype=kind)
         guard_kernels(model)
         keeps = rank() == 0
         load_model(model, folder)

@@ -37,6 +37,9 @@ BUNDLED = "assets"
 SUGAR = {"data": "data.train"}
 LIST_KEYS = frozenset({"data.train"})
 
+_MOST_PROBLEMS = 100
+"""Problems that one message lists."""
+
 
 def load_run_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     """Read `path`, its includes and `overrides` (`key.sub=value`); ConfigError lists everything wrong, each with its origin."""
@@ -176,7 +179,10 @@ def _apply_overrides(root: type[BaseModel], values: dict[str, Any], overrides: S
 def _listing(problems: Sequence[str]) -> str:
     if len(problems) == 1:
         return problems[0]
-    return f"{len(problems)} problems in the configuration\n" + "\n".join(f"  {problem}" for problem in problems)
+    count = len(problems)
+    if count > _MOST_PROBLEMS:
+        problems = [*problems[:_MOST_PROBLEMS], f"and {count - _MOST_PROBLEMS} more"]
+    return f"{count} problems in the configuration\n" + "\n".join(f"  {problem}" for problem in problems)
 
 
 def _resolve_bundled(config: RunConfig) -> RunConfig:

@@ -119,6 +119,12 @@ class ModelConfig(BaseModel):
         """How often a key/value head repeats when an RNN mixer expands it to all heads."""
         return self.num_attention_heads // self.num_query_groups
 
+    @property
+    def least_values(self) -> int:
+        """Values of the large matrices that every model of this shape has, whatever its mixers: a lower bound of its size."""
+        layer = 2 * self.query_size * self.hidden_size + 3 * self.hidden_size * self.ffn_hidden_size
+        return self.vocab_size * self.hidden_size + self.num_layers * layer
+
     def replace(self, **changes: object) -> Self:
         """A copy with `changes`, validated again (pydantic's own model_copy does not validate)."""
         return type(self).model_validate({**self.model_dump(), **changes})

@@ -16,6 +16,8 @@ from megatron_hypenet.untrusted.yaml_text import Plain, value_of
 
 Origins = dict[tuple[str, ...], str]
 """Where each key was last set: path of keys -> file name or "CLI"."""
+_LONGEST = 2000
+"""Characters of the message of one rule."""
 
 
 def describe(error: ValidationError, origins: Origins, *, default_origin: str, root: type[BaseModel] = RunConfig) -> list[str]:
@@ -24,7 +26,8 @@ def describe(error: ValidationError, origins: Origins, *, default_origin: str, r
     for item in error.errors():
         place = tuple(str(part) for part in item["loc"])
         origin = _origin(place, origins, default_origin)
-        lines.append(f"{origin}: {'.'.join(place) or 'configuration'}: {_what(item['type'], item['msg'], item.get('input'), place, root)}")
+        key = shown(".".join(place), 200) or "configuration"
+        lines.append(f"{origin}: {key}: {_what(item['type'], item['msg'], item.get('input'), place, root)}")
     return list(dict.fromkeys(lines))
 
 
@@ -40,15 +43,20 @@ def _what(kind: str, message: str, value: Any, place: tuple[str, ...], root: typ
     if kind == "extra_forbidden":
         return f"unknown key{_near_miss(place, root)}"
     if kind == "missing":
-        return f"missing; set it in the file or as {'.'.join(place)}=..."
+        return f"missing; set it in the file or as {shown('.'.join(place), 200)}=..."
     if kind == "value_error":
-        return message.removeprefix("Value error, ")
+        return _bounded(message.removeprefix("Value error, "))
     text = (message[:1].lower() + message[1:]).removeprefix("input ")
     if isinstance(value, Plain):
         integer = "integer" if kind.startswith("int") or kind == "literal_error" else "number"
         looks = type(value_of(value)).__name__
         return f"{text}, got {looks} {shown(repr(str(value)) if looks == 'str' else value, 60)}{hint(value, wanted=integer)}"
     return f"{text}, got {type(value).__name__} {shown(repr(value), 100)}"
+
+
+def _bounded(message: str) -> str:
+    """The message of a rule, which may repeat a value of any length."""
+    return message if len(message) <= _LONGEST else f"{message[: _LONGEST // 2]} ... {message[-_LONGEST // 2 :]}"
 
 
 def _near_miss(place: tuple[str, ...], root: type[BaseModel]) -> str:

@@ -261,7 +261,7 @@ class RunFolder:
         return fingerprint
 
     def _manifest(self) -> dict[str, Any]:
-        if not self.manifest_file.is_file():
+        if not self.manifest_file.exists():
             return {}
         manifest = read_object(_MANIFEST, self.manifest_file)
         typed(_MANIFEST, self.manifest_file, manifest, _Manifest)

@@ -9,7 +9,15 @@ from typing import Any
 
 import torch
 
-from megatron_hypenet.checkpoint.load import load_model, open_weights, read_manifest, read_model_config, resolve, tokenizer_dir
+from megatron_hypenet.checkpoint.load import (
+    load_model,
+    open_weights,
+    read_manifest,
+    read_model_config,
+    read_whole_config,
+    resolve,
+    tokenizer_dir,
+)
 from megatron_hypenet.checkpoint.save import write_weights
 from megatron_hypenet.checkpoint.shards import LazyTensor, ShardReader
 from megatron_hypenet.config.model import ModelConfig
@@ -49,7 +57,7 @@ def load_hypenet(
     `parallel` is the run's layout with the pipeline stages settled, where that matters; `recompute` is for a model that trains."""
     parallel = parallel or run.parallel
     model = build_model(
-        read_model_config(folder), parallel, dtype=compute_dtype(run), seed=run.seed, trunk_only=trunk_only, recompute=recompute
+        read_whole_config(folder), parallel, dtype=compute_dtype(run), seed=run.seed, trunk_only=trunk_only, recompute=recompute
     )
     check_placement(model)
     guard_kernels(model, documents=run.data.separate_documents)

@@ -98,6 +98,16 @@ def test_load_training_refuses_damage_and_other_runs(saved, make_engine, model_c
         load.load_training(folder, make_engine(), model_config=model_config, stage="distill")
 
 
+def test_a_model_is_built_only_when_the_checkpoint_holds_as_many_values(tmp_path, model_config):
+    values = {"all": torch.zeros(model_config.least_values)}
+    save.write_weights(tmp_path / "whole", values, model_config, kind="teacher")
+    assert load.read_whole_config(tmp_path / "whole") == model_config
+    huge = model_config.replace(vocab_size=1 << 31, hidden_size=1 << 24)
+    save.write_weights(tmp_path / "huge", values, huge, kind="teacher")
+    with pytest.raises(CheckpointError, match="values, a model as its model.json describes has more than"):
+        load.read_whole_config(tmp_path / "huge")
+
+
 def test_newest_of_run_cleans_up_and_takes_what_is_whole(run, tmp_path):
     folder = run / "checkpoints"
     assert load.newest_of_run(tmp_path / "nothing yet") is None

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from megatron_hypenet.cli.jobs import Jobs, JobState, own_environment, queue, slurm
@@ -93,3 +95,14 @@ def test_a_shell_inside_an_allocation_does_not_change_what_slurm_is_asked(answer
     answers["sbatch"] = "env | cut -d= -f1 | grep -E '^(SLURM|SBATCH|SQUEUE|PMI|SALLOC)'"
     assert slurm("sbatch") == "SLURM_CONF\n"
     assert own_environment({"A": "1", "SLURM_CLUSTERS": "c", "SLURM_JOB_ID": "1"}) == {"A": "1", "SLURM_CLUSTERS": "c"}
+
+
+@pytest.mark.parametrize("change", [{"id": "12"}, {"id": 1.5}, {"script": "../job.sh"}, {"exclude": "n1"}, {"part": None}])
+def test_a_damaged_record_of_jobs_is_named(tmp_path, change):
+    job = {"id": 12, "part": "all", "script": "job.sh", "submitted": "", "after": None, "exclude": ["n1"]}
+    (tmp_path / "config.yaml").touch()
+    (tmp_path / "jobs.json").write_text(json.dumps({"jobs": [job]}))
+    assert Jobs(tmp_path).all[0].exclude == ("n1",)
+    (tmp_path / "jobs.json").write_text(json.dumps({"jobs": [{**job, **change}]}))
+    with pytest.raises(DataError, match="forget the jobs"):
+        Jobs(tmp_path)

@@ -1,8 +1,10 @@
 import pytest
 from pydantic import ValidationError
 
+from megatron_hypenet.config.loader import load_run_config
 from megatron_hypenet.config.problems import describe, section_keys, section_type
 from megatron_hypenet.config.schema import DataConfig, ParallelConfig, RunConfig
+from megatron_hypenet.errors import ConfigError
 
 
 def lines(values, origins=None):
@@ -35,3 +37,12 @@ def test_section_lookup():
     assert section_type(ParallelConfig | None) is ParallelConfig
     assert section_type(int) is None
     assert section_keys((), DataConfig)[0] == "train"
+
+
+def test_a_message_stays_short_whatever_it_repeats(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("output_dir: {" + "x" * 50_000 + ": 1}\nalign: {" + ", ".join(f"key{number}: 1" for number in range(3000)) + "}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_run_config(path)
+    text = str(caught.value)
+    assert len(text) < 50_000 and "more" in text.splitlines()[-1] and max(map(len, text.splitlines())) < 3000
