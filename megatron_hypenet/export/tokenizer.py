@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from megatron_hypenet.errors import ConversionError
 from megatron_hypenet.untrusted.files import MIB, FileKind, inside, reason_of, shown
-from megatron_hypenet.untrusted.json_text import parse_json
+from megatron_hypenet.untrusted.json_text import parse_json, typed
 
 MODEL = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
@@ -21,6 +24,56 @@ FILES = (MODEL, "tokenizer.model", *_TABLES, *_TEXTS)
 
 # Gemma's, among the largest, has 35 MB and some 2.5 million values
 _KIND = FileKind(error=ConversionError, advice="fetch the tokenizer's files again", max_bytes=128 * MIB, max_values=10_000_000)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _AddedToken:
+    """A special token with its options."""
+
+    content: str
+    lstrip: bool = False
+    rstrip: bool = False
+    normalized: bool = False
+    single_word: bool = False
+    special: bool = False
+
+
+_Token = str | _AddedToken
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Config:
+    """What transformers reads of tokenizer_config.json and special_tokens_map.json; other keys are the tokenizer class's own."""
+
+    bos_token: _Token | None = None
+    eos_token: _Token | None = None
+    unk_token: _Token | None = None
+    sep_token: _Token | None = None
+    pad_token: _Token | None = None
+    cls_token: _Token | None = None
+    mask_token: _Token | None = None
+    additional_special_tokens: list[_Token] | None = None
+    extra_special_tokens: list[_Token] | dict[str, _Token] | None = None
+    added_tokens_decoder: dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], _AddedToken] | None = None
+    add_bos_token: bool | None = None
+    add_eos_token: bool | None = None
+    add_prefix_space: bool | None = None
+    clean_up_tokenization_spaces: bool | None = None
+    split_special_tokens: bool | None = None
+    chat_template: str | dict[str, str] | list[dict[str, str]] | None = None
+    model_input_names: list[str] | None = None
+    model_max_length: int | float | None = None
+    padding_side: Literal["left", "right"] | None = None
+    truncation_side: Literal["left", "right"] | None = None
+    tokenizer_class: str | None = None
+
+
+_FORMS: dict[str, Any] = {
+    CONFIG: _Config,
+    "special_tokens_map.json": _Config,
+    "vocab.json": dict[str, int],
+    "added_tokens.json": dict[str, int],
+}
 
 
 def read(folder: Path) -> dict[str, bytes]:
@@ -35,7 +88,7 @@ def read(folder: Path) -> dict[str, bytes]:
         if name in _TEXTS:
             _KIND.decode(path, content)
         elif name in _TABLES:
-            _table(path, content)
+            typed(_KIND, path, _table(path, content), _FORMS.get(name, dict[str, Any]))
         elif name == MODEL:
             _check_model(path, content)
         elif not content:
