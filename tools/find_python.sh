@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the scripts beside it.
 
 # Print the command of a Python 3.11 or 3.12 that really starts (a pyenv shim may not): $PYTHON where

@@ -28,15 +28,15 @@ write() { # FILE WHAT: standard input below a line that says what it is
 
 for version in 3.11 3.12; do
   short=py${version/./}
-  resolve $version pyproject.toml requirements/build.in --extra dev --extra gpu | write cuda-$short.txt "Python $version with CUDA"
+  resolve $version pyproject.toml requirements/build.in --extra dev --extra gpu | write "cuda-$short.txt" "Python $version with CUDA"
   # the same versions without what only CUDA needs: a CPU build of torch has none of it, and another build pins it by itself
   grep -vE '^(#|nvidia-|cuda-)' "$work/new/cuda-$short.txt" >"$work/shared"
   resolve $version pyproject.toml requirements/build.in --extra dev --constraint "$work/shared" |
-    grep -vE '^(nvidia-|cuda-)' | write cpu-$short.txt "Python $version without CUDA"
+    grep -vE '^(nvidia-|cuda-)' | write "cpu-$short.txt" "Python $version without CUDA"
 done
 
 # one file for both Pythons: what differs from the environment, or is not in it
-grep == "$work/new/cpu-py311.txt" | grep -vE '^(transformers|huggingface-hub|tokenizers)==' >"$work/shared"
+grep '==' "$work/new/cpu-py311.txt" | grep -vE '^(transformers|huggingface-hub|tokenizers)==' >"$work/shared"
 resolve 3.11 requirements/transformers-4.57.in --constraint "$work/shared" |
   grep -vxFf "$work/new/cpu-py311.txt" | write transformers-4.57.txt "transformers 4.57 beside the environment"
 
@@ -45,5 +45,5 @@ for file in "$work"/new/*; do
   name=${file##*/}
   if cmp --silent "$file" "requirements/$name"; then change="as before"; else change="changed: see git diff"; fi
   cp "$file" "requirements/$name"
-  echo "requirements/$name: $(grep -c == "$file") packages, $change"
+  echo "requirements/$name: $(grep -c '==' "$file") packages, $change"
 done
