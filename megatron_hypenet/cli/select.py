@@ -55,6 +55,9 @@ def rank(
     num_attention: Annotated[int, typer.Option("--num-attention", help="Layers that keep attention; the paper keeps a quarter.")],
     out: Annotated[Path | None, typer.Option("--out", help="File for mixer_types and attention_layers (JSON).")] = None,
     cap: Annotated[float, typer.Option("--cap", help="Largest importance a layer can have.")] = 50.0,
+    mixer: Annotated[
+        str | None, typer.Option("--mixer", help="RNN mixer of the other layers; the default is that of align.mixer.")
+    ] = None,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -71,7 +74,7 @@ def rank(
     if not cap > 0:
         raise UsageError(f"--cap={cap}: the largest importance must be above 0")
     layer_scores = load_scores(scores)
-    selection = rank_layers(layer_scores, num_attention, cap=cap)
+    selection = rank_layers(layer_scores, num_attention, _recurrent(mixer), cap=cap)
     if out is not None and not dry_run:
         try:
             with writing(out):
@@ -81,6 +84,17 @@ def rank(
     show(layer_scores, selection, as_json=as_json)
     if out is not None:
         print(f"{'would write' if dry_run else 'wrote'} {out}", file=sys.stderr)
+
+
+def _recurrent(name: str | None) -> str:
+    """The RNN mixer of that name, or the default one; UsageError for a name that is none."""
+    from megatron_hypenet.config.mixers import default_mixer, mixer_specs
+    from megatron_hypenet.errors import UsageError
+
+    known = sorted(found for found, spec in mixer_specs().items() if spec.recurrent)
+    if name is not None and name not in known:
+        raise UsageError(f"--mixer {name}: no RNN mixer has this name; use {' or '.join(known)}")
+    return default_mixer().name if name is None else name
 
 
 @app.command()

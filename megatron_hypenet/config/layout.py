@@ -7,6 +7,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from megatron_hypenet.config.mixers import MixerSpec
+from megatron_hypenet.config.mixers.softmax_attn import ATTENTION
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.config.schema import STAGES, ParallelConfig, RunConfig
 
@@ -55,9 +57,23 @@ class Layout:
     @property
     def tensor_unit(self) -> int:
         """The largest tensor-parallel size that the model allows; every allowed size divides it."""
+        return math.gcd(*self.tensor_sizes.values())
+
+    @property
+    def tensor_sizes(self) -> dict[str, int]:
+        """Sizes of the model, by name, that the tensor-parallel size must divide: those of every mixer, vocabulary and MLP."""
         assert self.model is not None, "rules about the model are asked with a model only"
-        sizes = self.model.num_attention_heads, self.model.num_query_groups, self.model.vocab_size, self.model.ffn_hidden_size
-        return math.gcd(*sizes)
+        slices = {name: size for spec in self.mixers for name, size in spec.layout_rules(self.model).tensor_slices.items()}
+        return {**slices, "vocab_size": self.model.vocab_size, "ffn_hidden_size": self.model.ffn_hidden_size}
+
+    @property
+    def mixers(self) -> tuple[MixerSpec, ...]:
+        """The mixers that the model's layers have, softmax attention first, and the one that stage 1 trains."""
+        assert self.model is not None, "rules about the model are asked with a model only"
+        found = {name: self.model.spec(name) for name in (ATTENTION, *self.model.used_mixers)}
+        if "align" in self.stages:
+            found.setdefault(self.run.align.mixer, self.run.align.spec)
+        return tuple(found.values())
 
     def changed(self, change: Change) -> Layout:
         """This layout with other settings; what comes out is not validated."""

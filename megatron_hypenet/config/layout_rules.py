@@ -47,8 +47,7 @@ def tensor_slices(layout: Layout) -> Iterator[Finding]:
     model, tp = layout.model, layout.parallel.tensor_model_parallel_size
     if model is None:
         return
-    sizes = {name: getattr(model, name) for name in ("num_attention_heads", "num_query_groups", "vocab_size", "ffn_hidden_size")}
-    broken = ", ".join(f"{name}={size}" for name, size in sizes.items() if size % tp)
+    broken = ", ".join(f"{name}={size}" for name, size in layout.tensor_sizes.items() if size % tp)
     if broken:
         valid = [layout.with_tensor(size) for size in divisors_near(layout.tensor_unit, tp)[:NEAREST]]
         moved = {**layout.with_tensor(1), CONTEXT: tp * layout.parallel.context_parallel_size}
@@ -157,6 +156,24 @@ def sequence_split(layout: Layout) -> Iterator[Finding]:
             yield Finding(name, f"{key}={length} is not a multiple of {unit}: {' and of '.join(why)}", proposals)
 
 
+def chunk_halo(layout: Layout) -> Iterator[Finding]:
+    """What a mixer reads before a context-parallel chunk (a short convolution's window) lies within the one chunk before."""
+    cp = layout.parallel.context_parallel_size
+    if layout.model is None or cp == 1:
+        return
+    halo = max(spec.layout_rules(layout.model).halo_tokens for spec in layout.mixers)
+    for name in layout.stages:
+        length = layout.run.stage(name).seq_length
+        if length // (2 * cp) < halo:
+            key = f"{name}.seq_length"
+            fewer = [{CONTEXT: size} for size in range(cp - 1, 0, -1)][:NEAREST]
+            says = (
+                f"{key}={length} gives chunks of {length // (2 * cp)} tokens over parallel.context_parallel_size={cp}, and a mixer "
+                f"reads {halo} tokens before each chunk"
+            )
+            yield Finding(name, says, ({key: 2 * cp * halo}, *fewer, *map(layout.on_fitting_processes, fewer)))
+
+
 def global_batch(layout: Layout) -> Iterator[Finding]:
     """Every data-parallel process runs the same number of whole micro-batches per optimizer step."""
     dp_size = layout.dp_size
@@ -187,6 +204,7 @@ RULES: dict[str, Rule] = {
     "pipeline-offload": pipeline_offload,
     "whole-replicas": whole_replicas,
     "sequence-split": sequence_split,
+    "chunk-halo": chunk_halo,
     "global-batch": global_batch,
 }
 """Every rule under the name that messages and docs/errors.md give it."""

@@ -8,15 +8,24 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
-from typing import Annotated, Self
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
+from megatron_hypenet.config.mixers import MixerSpec, mixer_spec, mixer_specs, with_settings
+from megatron_hypenet.config.mixers.softmax_attn import ATTENTION
 from megatron_hypenet.errors import ConfigError
-
-SOFTMAX_MIXER = "attn"
-LIGHTNING_MIXER = "lightning_attn"
 
 MAX_LAYERS = 10_000
 """Layers a model may have; this bound and those below keep a damaged file from asking for memory that no model needs."""
@@ -66,6 +75,10 @@ class ModelConfig(BaseModel):
     rotary_base: float = Field(default=1e6, gt=0, description="RoPE theta.")
     share_embeddings_and_output_weights: bool = Field(description="The output head is the embedding matrix; follows the teacher.")
     mixer_types: tuple[str, ...] = Field(description="Mixer of every layer, first to last: attn or the name of an RNN mixer.")
+    mixers: dict[str, SerializeAsAny[MixerSpec]] = Field(
+        default={},
+        description="Settings of mixers by name, for those that have any; written only where there are some.",
+    )
     attn_use_rope: bool = Field(description="Softmax layers rotate q and k: true in a teacher, false (NoPE) in a student.")
     attn_use_output_gate: bool = Field(description="Softmax layers gate their output: false in a teacher, true in a student.")
     attn_logits_scaling: LogitsScaling = Field(
@@ -82,6 +95,25 @@ class ModelConfig(BaseModel):
     def _scaling(cls, value: LogitsScaling) -> LogitsScaling:
         return check_logits_scaling(value)
 
+    @field_validator("mixers", mode="before")
+    @classmethod
+    def _settings(cls, value: object) -> object:
+        """Each entry as the specification of its name, with that one's own rules."""
+        if not isinstance(value, Mapping):
+            return value
+        known = mixer_specs()
+        if unknown := sorted(set(map(str, value)) - set(known)):
+            raise ValueError(f"settings of unknown mixers {unknown}; known: {', '.join(sorted(known))}")
+        return {name: with_settings(name, settings) for name, settings in value.items()}
+
+    @model_serializer(mode="wrap")
+    def _without_empty_settings(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A model whose mixers have no settings is written as before there were any."""
+        values: dict[str, Any] = handler(self)
+        if not values.get("mixers"):
+            values.pop("mixers", None)
+        return values
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.num_attention_heads % self.num_query_groups:
@@ -91,13 +123,15 @@ class ModelConfig(BaseModel):
         if len(self.mixer_types) != self.num_layers:
             raise ValueError(f"mixer_types has {len(self.mixer_types)} entries for num_layers={self.num_layers}; give one per layer")
         if not all(self.mixer_types):
-            raise ValueError("mixer_types has an empty name; write 'attn' or the name of an RNN mixer")
+            raise ValueError(f"mixer_types has an empty name; write {ATTENTION!r} or the name of an RNN mixer")
+        if unused := sorted(set(self.mixers) - set(self.mixer_types)):
+            raise ValueError(f"mixers has settings of {', '.join(unused)}, which no layer in mixer_types uses")
         return self
 
     @property
     def attention_layers(self) -> tuple[int, ...]:
         """Indices of the softmax layers, ascending."""
-        return tuple(index for index, mixer in enumerate(self.mixer_types) if mixer == SOFTMAX_MIXER)
+        return tuple(index for index, mixer in enumerate(self.mixer_types) if mixer == ATTENTION)
 
     @property
     def is_teacher(self) -> bool:
@@ -129,9 +163,27 @@ class ModelConfig(BaseModel):
         """A copy with `changes`, validated again (pydantic's own model_copy does not validate)."""
         return type(self).model_validate({**self.model_dump(), **changes})
 
-    def with_mixers(self, mixer_types: Iterable[str]) -> Self:
-        """The student with these mixers: this shape with softmax layers gated and without RoPE (HyPE)."""
-        return self.replace(mixer_types=tuple(mixer_types), attn_use_rope=False, attn_use_output_gate=True)
+    def spec(self, mixer: str) -> MixerSpec:
+        """The specification of a mixer with this model's settings; ConfigError for an unknown name."""
+        return self.mixers.get(mixer) or mixer_spec(mixer)()
+
+    @property
+    def used_mixers(self) -> tuple[str, ...]:
+        """Names of the mixers in this model, each once, in order of their first layer."""
+        return tuple(dict.fromkeys(self.mixer_types))
+
+    def with_mixers(self, mixer_types: Iterable[str], settings: Iterable[MixerSpec] = ()) -> Self:
+        """The student with these mixers: this shape with softmax layers gated and without RoPE (HyPE).
+
+        `settings` are specifications whose settings the student takes; of mixers that are not used they are left out."""
+        types = tuple(mixer_types)
+        given = {spec.name: spec for spec in (*self.mixers.values(), *settings)}
+        kept = {name: spec for name, spec in given.items() if name in types and type(spec).model_fields}
+        return self.replace(mixer_types=types, mixers=kept, attn_use_rope=False, attn_use_output_gate=True)
+
+    def converted(self, spec: MixerSpec) -> Self:
+        """The student with this RNN mixer in every layer."""
+        return self.with_mixers((spec.name,) * self.num_layers, (spec,))
 
     def to_json(self) -> str:
         """The configuration as indented JSON with a closing newline, keys in declaration order."""

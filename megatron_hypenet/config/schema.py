@@ -8,10 +8,11 @@ A default stands only where one value suits most runs; whatever depends on the m
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from megatron_hypenet.config.mixers import MixerSpec, default_mixer, mixer_specs, with_settings
 from megatron_hypenet.config.model import LogitsScaling, PositiveInt, check_logits_scaling
 from megatron_hypenet.config.paths import PathSetting
 
@@ -150,6 +151,27 @@ class StageConfig(Section):
 
 class AlignConfig(StageConfig):
     """HALO stage 1: each RNN mixer learns to give what the attention of its layer gives."""
+
+    mixer: str = Field(
+        default=default_mixer().name,
+        description="RNN mixer that takes the place of softmax attention.",
+    )
+    mixer_settings: dict[str, Any] = Field(
+        default={}, description="Settings of that mixer, for mixers that have any."
+    )
+
+    @model_validator(mode="after")
+    def _mixer_exists(self) -> Self:
+        names = sorted(name for name, spec in mixer_specs().items() if spec.recurrent)
+        if self.mixer not in names:
+            raise ValueError(f"mixer={self.mixer!r} is no RNN mixer; known: {', '.join(names)}")
+        with_settings(self.mixer, self.mixer_settings)
+        return self
+
+    @property
+    def spec(self) -> MixerSpec:
+        """The RNN mixer with its settings."""
+        return with_settings(self.mixer, self.mixer_settings)
 
 
 class HeadStageConfig(StageConfig):

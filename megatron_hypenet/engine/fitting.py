@@ -8,7 +8,9 @@ from itertools import product
 
 from megatron_hypenet.config.checks import layout_problems
 from megatron_hypenet.config.layout import CONTEXT, OFFLOAD, PIPELINE, PIPELINE_LAYOUT, SEQUENCE, TENSOR, ZERO, Change, Layout
-from megatron_hypenet.config.model import LIGHTNING_MIXER, SOFTMAX_MIXER, ModelConfig
+from megatron_hypenet.config.mixers import MixerSpec
+from megatron_hypenet.config.mixers.softmax_attn import ATTENTION
+from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.engine.memory import StageMemory, stage_memory
 
 SIZES = (1, 2, 4, 8)
@@ -34,23 +36,26 @@ class Fit:
     fullest: StageNeed
 
 
-def teacher_and_student(shape: ModelConfig) -> tuple[ModelConfig, ModelConfig]:
+def teacher_and_student(shape: ModelConfig, spec: MixerSpec) -> tuple[ModelConfig, ModelConfig]:
     """Both models of a run from the shape of one of them. Which layers will keep softmax attention matters little: from a teacher's shape,
-    every fourth."""
-    teacher = shape.replace(mixer_types=(SOFTMAX_MIXER,) * shape.num_layers, attn_use_rope=True, attn_use_output_gate=False)
+    every fourth, with the RNN mixer `spec` in the others."""
+    everywhere = (ATTENTION,) * shape.num_layers
+    teacher = shape.replace(mixer_types=everywhere, mixers={}, attn_use_rope=True, attn_use_output_gate=False)
     if not shape.is_teacher:
         return teacher, shape
-    kinds = (SOFTMAX_MIXER if layer % 4 == 3 else LIGHTNING_MIXER for layer in range(shape.num_layers))
-    return teacher, teacher.with_mixers(kinds)
+    kinds = (ATTENTION if layer % 4 == 3 else spec.name for layer in range(shape.num_layers))
+    return teacher, teacher.with_mixers(kinds, (spec,))
 
 
 def needs(layout: Layout) -> list[StageNeed]:
     """Need of each training stage of a valid layout with a model."""
     assert layout.model is not None and layout.dp_size is not None, "asked for valid layouts of a known model"
-    teacher, student = teacher_and_student(layout.model)
+    spec = layout.run.align.spec
+    teacher, student = teacher_and_student(layout.model, spec)
     found = []
     for name in layout.stages:
-        parts = stage_memory(name, teacher, student, layout.run.stage(name), layout.parallel, data_ranks=layout.dp_size)
+        trained = teacher.converted(spec) if name == "align" else student
+        parts = stage_memory(name, teacher, trained, layout.run.stage(name), layout.parallel, data_ranks=layout.dp_size)
         index = max(range(len(parts)), key=lambda at: parts[at].needed)
         found.append(StageNeed(name, index, parts[index]))
     return found

@@ -73,7 +73,7 @@ class Halo:
     def selection(self) -> tuple[LayerScores, Selection]:
         """The scores and the choice that the selection step left."""
         scores = load_scores(self.folder.scores_file)
-        return scores, rank(scores, self._num_attention(), cap=self.run.select.importance_cap)
+        return scores, rank(scores, self._num_attention(), self.run.align.mixer, cap=self.run.select.importance_cap)
 
     def do_teacher(self) -> dict[str, Any]:
         """Import the teacher."""

@@ -108,7 +108,7 @@ class KernelUse:
 _looked_at: set[KernelUse] = set()
 
 
-def guard_kernels(model: HypeNetModel, *, documents: bool = False) -> None:
+def guard_kernels(model: HypeNetModel, *, documents: bool = False, mixers: tuple[str, ...] = ()) -> None:
     """Check the kernels that `model` will run, and disable the families that fail; collective over all ranks, once per use and process.
 
     Raises SetupError when a kernel left the GPU unusable for this process."""

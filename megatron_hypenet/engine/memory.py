@@ -10,11 +10,10 @@ from math import ceil
 
 import torch
 
-from megatron_hypenet.config.model import LIGHTNING_MIXER, ModelConfig
+from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.config.schema import HeadStageConfig, ParallelConfig, Recompute, StageConfig
 from megatron_hypenet.engine.deepspeed import BUCKET_NUMBERS
 from megatron_hypenet.engine.placement import placed
-from megatron_hypenet.model.mixers import mixer_class
 from megatron_hypenet.model.pipeline_layout import layers_of_stage, pipeline_layout
 from megatron_hypenet.parallel.vocab.gradients import CHUNKS_PER_PRODUCT, chunk_size
 
@@ -107,7 +106,8 @@ def stage_memory(
 ) -> list[StageMemory]:
     """Memory of training stage `name` on every pipeline stage, for a bfloat16 model on CUDA.
 
-    `data_ranks` are the replicas: processes over tensor * pipeline * context. Raises LayoutError for a layout without enough layers."""
+    For align `student` has an RNN mixer in every layer (`ModelConfig.converted`). `data_ranks` are the replicas: processes over
+    tensor * pipeline * context. Raises LayoutError for a layout without enough layers."""
     settled = placed(name, config, parallel, None if name == "finetune" else teacher, student)
     layout = pipeline_layout(student, settled)
     ranks = [_Rank(name, config, settled, data_ranks, layout, index) for index in range(len(layout))]
@@ -115,14 +115,14 @@ def stage_memory(
 
 
 def _align(rank: _Rank, teacher: ModelConfig, student: ModelConfig) -> StageMemory:
-    mixers = student.with_mixers((LIGHTNING_MIXER,) * student.num_layers)
-    mixer = mixer_class(LIGHTNING_MIXER)
-    trained = len(rank.layers) * mixer.num_parameters(mixers) / rank.tensor
-    kept = rank.stream(mixers) + mixer.kept_numbers(mixers, rank.tensor, dropped=False) + rank.stream(mixers)  # input, inside, difference
+    mixers = [student.spec(student.mixer_types[layer]) for layer in rank.layers]
+    trained = sum(mixer.num_parameters(student, rank.tensor) for mixer in mixers)
+    inside = sum(mixer.saved_activations(student, rank.tensor, "none") for mixer in mixers)
+    kept = inside + 2 * rank.stream(student) * len(mixers)  # each one's input and its difference from the attention
     return StageMemory(
         **_states(rank, trained),
         teacher=NARROW * _parameters(rank, teacher, trunk=True),
-        activations=NARROW * rank.tokens * kept * len(rank.layers),
+        activations=NARROW * rank.tokens * kept,
         work=NARROW * (rank.tokens * _mlp_work(rank, teacher)),
     )
 
@@ -164,14 +164,15 @@ def _states(rank: _Rank, trained: float) -> dict[str, float]:
 def _parameters(rank: _Rank, model: ModelConfig, *, trunk: bool = False) -> float:
     """Weights of a model on one rank; a `trunk` ends before the last layer's MLP."""
     hidden, mlp = model.hidden_size, 3 * model.hidden_size * model.ffn_hidden_size + model.hidden_size
-    own = sum(mixer_class(model.mixer_types[layer]).num_parameters(model) + hidden + mlp for layer in rank.layers)
+    mixers = sum(model.spec(model.mixer_types[layer]).num_parameters(model, rank.tensor) for layer in rank.layers)
+    own = (hidden + mlp) * len(rank.layers)
     if trunk and rank.last:
         own -= mlp
     tables = int(rank.first)
     if rank.last and not trunk:
         own += hidden
         tables += not (rank.first and model.share_embeddings_and_output_weights)
-    return (own + tables * model.vocab_size * hidden) / rank.tensor
+    return mixers + (own + tables * model.vocab_size * hidden) / rank.tensor
 
 
 def _kept_numbers(rank: _Rank, model: ModelConfig, layer: int, recompute: Recompute) -> float:
@@ -179,10 +180,10 @@ def _kept_numbers(rank: _Rank, model: ModelConfig, layer: int, recompute: Recomp
     stream, inner = rank.stream(model), model.ffn_hidden_size / rank.tensor
     if recompute == "full":
         return stream
-    mixer = mixer_class(model.mixer_types[layer])
+    kept = model.spec(model.mixer_types[layer]).saved_activations(model, rank.tensor, recompute)
     if recompute == "selective":
-        return 2 * stream + mixer.kept_numbers(model, rank.tensor, dropped=True) + 2 * inner
-    return 4 * stream + mixer.kept_numbers(model, rank.tensor, dropped=False) + 3 * inner
+        return 2 * stream + kept + 2 * inner
+    return 4 * stream + kept + 3 * inner
 
 
 def _mlp_work(rank: _Rank, model: ModelConfig) -> float:

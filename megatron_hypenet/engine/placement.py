@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_hypenet.config.model import LIGHTNING_MIXER, ModelConfig
+from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.config.schema import ParallelConfig, StageConfig
 from megatron_hypenet.errors import LayoutError
 from megatron_hypenet.model.flops import BACKWARD, head_flops, mixer_flops
@@ -16,6 +16,7 @@ from megatron_hypenet.parallel import groups
 def placed(name: str, stage: StageConfig, parallel: ParallelConfig, teacher: ModelConfig | None, student: ModelConfig) -> ParallelConfig:
     """`parallel` with its pipeline layout settled for training stage `name`; teacher and student share one layout, layer by layer.
 
+    For align `student` has an RNN mixer in every layer (`ModelConfig.converted`).
     A layout that the user wrote stays. Raises LayoutError when there are fewer layers than pipeline stages."""
     if parallel.pipeline_model_parallel_size == 1 or parallel.pipeline_layout is not None:
         return parallel
@@ -29,7 +30,7 @@ def _costs(name: str, seq_length: int, teacher: ModelConfig | None, student: Mod
     frozen = layer_costs(teacher, seq_length) if teacher is not None else [0.0] * student.num_layers
     training = 1 + BACKWARD
     if name == "align":  # no head, and the MLPs are the trunk's alone
-        mixers = mixer_flops(student.with_mixers((LIGHTNING_MIXER,) * student.num_layers), seq_length)
+        mixers = mixer_flops(student, seq_length)
         return [before + training * mixer for before, mixer in zip(frozen, mixers, strict=True)], 0.0
     heads = training * head_flops(student) + (head_flops(teacher) if teacher is not None else 0.0)
     return [before + training * cost for before, cost in zip(frozen, layer_costs(student, seq_length), strict=True)], heads

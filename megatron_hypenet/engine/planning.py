@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 
-from megatron_hypenet.config.model import LIGHTNING_MIXER, ModelConfig
+from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.config.schema import RunConfig, StageConfig
 from megatron_hypenet.model.flops import align_flops, distill_flops, finetune_flops, forward_flops
 
@@ -21,7 +21,7 @@ EVALUATED_MODELS = 4
 
 def planned_work(run: RunConfig, teacher: ModelConfig) -> dict[str, float]:
     """Work of every step by name, in floating-point operations; the order is that of the run."""
-    student = teacher.with_mixers((LIGHTNING_MIXER,) * teacher.num_layers)  # which layers will keep attention is not known yet
+    student = teacher.converted(run.align.spec)  # which layers will keep attention is not known yet
     sweep = run.select
     longest = max(run.eval.length_multiples) * run.eval.seq_length
     recall = sum(run.eval.length_multiples) * run.eval.recall_sequences * run.eval.seq_length

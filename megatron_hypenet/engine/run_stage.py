@@ -26,9 +26,10 @@ from megatron_hypenet.engine.kernel_guard import guard_kernels
 from megatron_hypenet.engine.placement import check_placement, placed, placement_table
 from megatron_hypenet.errors import CheckpointError
 from megatron_hypenet.model.hypenet import HypeNetModel, build_model
+from megatron_hypenet.model.transfer import fresh_parameter
 from megatron_hypenet.parallel.cpu import device
 from megatron_hypenet.stages.align import AlignStage
-from megatron_hypenet.stages.assemble import fresh_gate, plan_assembly
+from megatron_hypenet.stages.assemble import plan_assembly
 from megatron_hypenet.stages.base import StageModule
 from megatron_hypenet.stages.distill import DistillStage
 from megatron_hypenet.stages.finetune import FinetuneStage
@@ -60,7 +61,7 @@ def load_hypenet(
         read_whole_config(folder), parallel, dtype=compute_dtype(run), seed=run.seed, trunk_only=trunk_only, recompute=recompute
     )
     check_placement(model)
-    guard_kernels(model, documents=run.data.separate_documents)
+    guard_kernels(model, documents=run.data.separate_documents, mixers=(run.align.mixer,))
     load_model(model, folder, allow_unused=trunk_only)
     return model
 
@@ -84,7 +85,8 @@ def read_teacher_config(folder: Path) -> ModelConfig:
 
 def load_aligned(run: RunConfig, teacher: HypeNetModel, folder: Path) -> AlignedMixers:
     """The RNN mixers that stage 1 trained, for the layers of `teacher`."""
-    mixers = AlignedMixers.beside(teacher, seed=run.seed)
+    trained = read_model_config(folder)
+    mixers = AlignedMixers.beside(teacher, trained.spec(trained.mixer_types[0]), seed=run.seed)
     load_model(mixers, folder)
     return mixers
 
@@ -98,8 +100,10 @@ def build_stage(name: str, run: RunConfig, *, teacher: Path | None = None, init:
     shape = read_teacher_config(teacher) if teacher is not None else None
     if name == "align":
         assert teacher is not None and shape is not None, "align imitates a teacher"
-        trunk = load_teacher(run, teacher, trunk_only=True, parallel=placed(name, config, run.parallel, shape, shape))
-        return AlignStage(trunk, AlignedMixers.beside(trunk, seed=run.seed))
+        spec = run.align.spec
+        parallel = placed(name, config, run.parallel, shape, shape.converted(spec))
+        trunk = load_teacher(run, teacher, trunk_only=True, parallel=parallel)
+        return AlignStage(trunk, AlignedMixers.beside(trunk, spec, seed=run.seed))
     assert init is not None, f"{name} starts from a student"
     target = read_model_config(init)
     if target.is_teacher:
@@ -133,15 +137,16 @@ def trained_at(config: ModelConfig, seq_length: int) -> ModelConfig:
 
 def assemble(run: RunConfig, teacher: Path, aligned: Path, mixer_types: tuple[str, ...], out: Path) -> ModelConfig:
     """Write the student that stage 2 starts from; one process, one tensor in memory at a time. Returns its shape."""
-    student = read_model_config(teacher).with_mixers(mixer_types)
+    student = read_model_config(teacher).with_mixers(mixer_types, read_model_config(aligned).mixers.values())
     sources = {"teacher": open_weights(teacher), "aligned": open_weights(aligned)}
     plan = plan_assembly(student, sources["teacher"], sources["aligned"])
     tensors: dict[str, Any] = {}
     for source, names in (("teacher", plan.from_teacher), ("aligned", plan.from_aligned)):
         for name in names:
             tensors[name] = _lazy(sources[source], name)
-    for name in plan.fresh_gates:
-        tensors[name] = fresh_gate(name, student, seed=run.seed, dtype=tensors[plan.from_teacher[0]].dtype)
+    dtype = tensors[plan.from_teacher[0]].dtype
+    for name, parameter in plan.fresh.items():
+        tensors[name] = fresh_parameter(name, parameter, seed=run.seed, dtype=dtype)
     origin = read_manifest(resolve(teacher)).hf_config
     extra = {"teacher": str(teacher), "aligned": str(aligned), "attention_layers": list(student.attention_layers), "hf_config": origin}
     write_weights(out, tensors, student, kind="student", tokenizer_dir=tokenizer_dir(teacher), extra=extra, overwrite=True)

@@ -78,7 +78,7 @@ def _lazy(
             failures.append(error)
             raise
         say(entry)
-        return join(parts)
+        return join(entry, parts)
 
     return LazyTensor(entry.shape, dtype, load)
 

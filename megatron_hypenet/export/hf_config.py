@@ -8,13 +8,15 @@ both versions understand them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from pydantic import ValidationError
 
-from megatron_hypenet.config.model import LIGHTNING_MIXER, MAX_LAYERS, SOFTMAX_MIXER, ModelConfig
+from megatron_hypenet.config.mixers import MixerSpec, default_mixer, mixer_specs
+from megatron_hypenet.config.mixers.softmax_attn import ATTENTION
+from megatron_hypenet.config.model import MAX_LAYERS, ModelConfig
 from megatron_hypenet.errors import ConfigError, ConversionError
 from megatron_hypenet.export.hf_folder import JSON
 from megatron_hypenet.untrusted.files import inside, shown
@@ -23,8 +25,6 @@ from megatron_hypenet.untrusted.json_text import read_object
 HfConfig = dict[str, Any]
 
 QWEN3, HYPENET = "qwen3", "hypenet"
-HF_LIGHTNING_MIXER = "lightning-attn"
-_MIXER_SPELLINGS = {"attn": SOFTMAX_MIXER, HF_LIGHTNING_MIXER: LIGHTNING_MIXER, "lightning_attn": LIGHTNING_MIXER}
 _ARCHITECTURES = {"Qwen3ForCausalLM": QWEN3, "HypeNetForCausalLM": HYPENET, "HybridForCausalLM": HYPENET}
 _MODEL_TYPES = {"qwen3": QWEN3, "hypenet": HYPENET, "hybrid": HYPENET}
 
@@ -54,21 +54,8 @@ _SWITCHES: HfConfig = {
     "quantization_config": None,
 }
 """Switches of every model and the one value each may have. A key that is absent has that value."""
-_HYPENET_SWITCHES: HfConfig = {
-    "attn_use_rope": False,
-    "attn_use_output_gate": True,
-    "expand_kv_proj": True,
-    "lightning_scale": "1/sqrt(d)",
-    "lightning_use_qk_norm": True,
-    "lightning_use_rope": True,
-    "lightning_use_output_norm": True,
-    "lightning_use_output_gate": True,
-    "lightning_use_short_conv": False,
-    "lightning_rope_scaling": None,
-}
 _QK_NORM_SWITCHES = ("qk_norm", "use_qk_norm", "attn_use_qk_norm")
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size", "num_experts_per_tok")
-_LIGHTNING_SIZES = {"lightning_nh": "num_attention_heads", "lightning_nkv": "num_attention_heads", "lightning_head_dim": "head_dim"}
 _QWEN3_ONLY = ("max_window_layers", "use_sliding_window", "sliding_window", "layer_types")
 _WRITTEN_ELSEWHERE = (
     "_name_or_path",
@@ -110,7 +97,9 @@ def model_config_from_hf(raw: HfConfig, *, where: str) -> ModelConfig:
             f"{where}: model_type {_told(raw.get('model_type'))} with architectures {_told(raw.get('architectures'))} is not supported;"
             f" supported model types are {sorted(_MODEL_TYPES)} with architectures {sorted(_ARCHITECTURES)} (dense Qwen3 and HypeNet)"
         )
-    problems = _switch_problems(raw, {**_SWITCHES, **(_HYPENET_SWITCHES if kind == HYPENET else {})})
+    mixers = described_mixers(_known_mixers(raw)) if kind == HYPENET else ()
+    switches = {key: value for mixer in mixers for key, value in mixer.hf_keys.switches.items()}
+    problems = _switch_problems(raw, {**_SWITCHES, **switches})
     fields: HfConfig = {"attn_use_rope": kind == QWEN3, "attn_use_output_gate": kind == HYPENET}
     fields["share_embeddings_and_output_weights"] = raw.get("tie_word_embeddings", False)
     for key, name in _REQUIRED.items():
@@ -122,11 +111,12 @@ def model_config_from_hf(raw: HfConfig, *, where: str) -> ModelConfig:
     fields |= {key: _first_token(raw[key]) for key in _TOKENS if raw.get(key) is not None}
     fields["rotary_base"] = _rotary_base(raw, problems)
     if kind == QWEN3:
-        fields["mixer_types"] = (SOFTMAX_MIXER,) * min(_as_count(raw.get("num_hidden_layers")), MAX_LAYERS)
+        fields["mixer_types"] = (ATTENTION,) * min(_as_count(raw.get("num_hidden_layers")), MAX_LAYERS)
     else:
         fields["mixer_types"] = _mixer_types(raw, problems)
         fields["attn_logits_scaling"] = raw.get("attn_logits_scaling")
-        problems += _hypenet_problems(raw)
+        fields["mixers"] = _settings(raw, mixers)
+        problems += _hypenet_problems(raw, mixers)
     if not problems:
         try:
             return ModelConfig.model_validate(fields)
@@ -159,27 +149,53 @@ def _hypenet_keys(config: ModelConfig) -> HfConfig:
             f" {sorted(set(config.mixer_types))} is neither Qwen3 (all attn, RoPE, no gate) nor HypeNet (no RoPE, gate):"
             " it has no Hugging Face form"
         )
-    spelling = {ours: theirs for theirs, ours in reversed(_MIXER_SPELLINGS.items())}
+    out: HfConfig = {}
+    for mixer in described_mixers(config.used_mixers):
+        keys, spec = mixer.hf_keys, config.spec(mixer.name)
+        out |= {key: getattr(config, _REQUIRED[reference]) for key, reference in keys.sizes.items()}
+        out |= {**keys.switches, **{key: getattr(spec, setting) for key, setting in keys.settings.items()}}
     files = {"AutoConfig": "configuration_hypenet.HypeNetConfig", "AutoModel": "modeling_hypenet.HypeNetModel"}
     return {
         "architectures": ["HypeNetForCausalLM"],
         "auto_map": {**files, "AutoModelForCausalLM": "modeling_hypenet.HypeNetForCausalLM"},
         "model_type": HYPENET,
-        "mixer_types": [spelling[mixer] for mixer in config.mixer_types],
+        "mixer_types": [config.spec(mixer).hf_keys.name for mixer in config.mixer_types],
         "attn_logits_scaling": config.attn_logits_scaling,
-        "lightning_nh": config.num_attention_heads,
-        "lightning_nkv": config.num_attention_heads,
-        "lightning_head_dim": config.kv_channels,
-        **_HYPENET_SWITCHES,
+        **out,
     }
+
+
+def described_mixers(names: Iterable[str]) -> tuple[type[MixerSpec], ...]:
+    """The mixers whose keys a HypeNet's config.json has: softmax attention, and the RNN mixers that the model uses; the default one for
+    a model without any."""
+    known = mixer_specs()
+    recurrent = [name for name in dict.fromkeys(names) if known[name].recurrent] or [default_mixer().name]
+    return tuple(known[name] for name in (ATTENTION, *recurrent))
+
+
+def mixer_spellings() -> dict[str, str]:
+    """Our name of a mixer by each entry of `mixer_types` that stands for it."""
+    return {entry: name for name, spec in mixer_specs().items() for entry in (spec.hf_keys.name, *spec.hf_keys.spellings)}
+
+
+def _known_mixers(raw: HfConfig) -> list[str]:
+    """Our names of the entries of `mixer_types` that have one."""
+    given, spellings = raw.get("mixer_types"), mixer_spellings()
+    return [spellings[name] for name in given if isinstance(name, str) and name in spellings] if isinstance(given, list) else []
+
+
+def _settings(raw: HfConfig, mixers: Iterable[type[MixerSpec]]) -> dict[str, HfConfig]:
+    """Settings of the mixers that have any."""
+    found = {mixer.name: {name: raw[key] for key, name in mixer.hf_keys.settings.items() if key in raw} for mixer in mixers}
+    return {name: settings for name, settings in found.items() if mixer_specs()[name].model_fields}
 
 
 def _carry(key: str, *, teacher: bool) -> bool:
     """Whether a key of the original config.json is given back: not what this module writes, nor what belongs to the other family."""
     if key in _WRITTEN_ELSEWHERE or (not teacher and key in _QWEN3_ONLY):
         return False
-    is_hypenet_key = key in {**_HYPENET_SWITCHES, **_LIGHTNING_SIZES, "mixer_types": 0, "attn_logits_scaling": 0}
-    return not (teacher and is_hypenet_key)
+    mixers_keys = {key for mixer in mixer_specs().values() for key in mixer.hf_keys.known}
+    return not (teacher and key in {*mixers_keys, "mixer_types", "attn_logits_scaling"})
 
 
 def _switch_problems(raw: HfConfig, supported: HfConfig) -> list[str]:
@@ -196,32 +212,34 @@ def _switch_problems(raw: HfConfig, supported: HfConfig) -> list[str]:
     return problems
 
 
-def _hypenet_problems(raw: HfConfig) -> list[str]:
-    """Lightning sizes that differ from the attention's, and switches of the two mixers that nobody has taught us."""
+def _hypenet_problems(raw: HfConfig, mixers: Iterable[type[MixerSpec]]) -> list[str]:
+    """Sizes of mixers that differ from the attention's, and switches of these mixers that are not known."""
     problems = []
-    for key, reference in _LIGHTNING_SIZES.items():
+    sizes = {key: reference for mixer in mixers for key, reference in mixer.hf_keys.sizes.items()}
+    for key, reference in sizes.items():
         if raw.get(key) is not None and raw[key] != raw.get(reference):
             problems.append(f"{key} = {_told(raw[key])}: supported is {_told(raw.get(reference))}, the value of {reference}")
-    known = {*_HYPENET_SWITCHES, *_LIGHTNING_SIZES, *_QK_NORM_SWITCHES, "attn_logits_scaling", "attn_implementation"}
+    known = {*_QK_NORM_SWITCHES, "attn_logits_scaling", "attn_implementation"}.union(*(mixer.hf_keys.known for mixer in mixers))
+    prefixes = tuple(mixer.hf_keys.prefix for mixer in mixers)
     for key, value in raw.items():
         # without the short convolution its own options (kernel size and the like) do nothing
-        if key.startswith(("attn_", "lightning_")) and key not in known and "conv" not in key and value not in (None, False):
+        if key.startswith(prefixes) and key not in known and "conv" not in key and value not in (None, False):
             problems.append(f"{key} = {_told(value)}: unknown switch of a mixer; supported is leaving it out")
     return problems
 
 
 def _mixer_types(raw: HfConfig, problems: list[str]) -> tuple[str, ...]:
-    given = raw.get("mixer_types")
+    given, spellings = raw.get("mixer_types"), mixer_spellings()
     if not isinstance(given, list):
-        problems.append(f"mixer_types = {_told(given)}: supported is a list with one of {sorted(_MIXER_SPELLINGS)} per layer")
+        problems.append(f"mixer_types = {_told(given)}: supported is a list with one of {sorted(spellings)} per layer")
         return ()
-    unknown = sorted({str(name) for name in given} - set(_MIXER_SPELLINGS))
+    unknown = sorted({str(name) for name in given} - set(spellings))
     if unknown:
-        problems.append(f"mixer_types has {_told(unknown)}: supported are {sorted(_MIXER_SPELLINGS)}")
+        problems.append(f"mixer_types has {_told(unknown)}: supported are {sorted(spellings)}")
     if len(given) != raw.get("num_hidden_layers"):
         layers = raw.get("num_hidden_layers")
         problems.append(f"mixer_types has {len(given)} entries: supported is one per layer, num_hidden_layers = {_told(layers)}")
-    return tuple(_MIXER_SPELLINGS.get(str(name), str(name)) for name in given)
+    return tuple(spellings.get(str(name), str(name)) for name in given)
 
 
 def _rotary_base(raw: HfConfig, problems: list[str]) -> float:

@@ -1,19 +1,21 @@
 """The one table between our tensor names and Hugging Face's, used for import, export and verification.
 
 Qwen3 and HypeNet share it: a teacher is the case without output gates. Shapes are written with the letters
-V vocab_size, H hidden_size, F ffn_hidden_size, D kv_channels, Q num_attention_heads * D, K num_query_groups * D.
-A new RNN mixer adds its rows to MIXER_ROWS. A tensor without a row, or a row without a tensor, is an error in either direction.
+V vocab_size, H hidden_size, F ffn_hidden_size.
+The rows of a mixer are the parameters of its specification (config/mixers/). A tensor without a row, or a row without a tensor, is an
+error in either direction.
 No tensor library is imported here: names and shapes are known without weights.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megatron_hypenet.config.model import LIGHTNING_MIXER, SOFTMAX_MIXER, ModelConfig
+from megatron_hypenet.config.mixers import ParamSpec, mixer_specs
+from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.errors import ConversionError
 
 if TYPE_CHECKING:
@@ -31,15 +33,14 @@ class Row:
     hf: tuple[str, ...]
     shape: str
     """Letters of one HF part's shape, e.g. "F H"."""
-    needs: str = ""
-    """ "untied" or "gate": the row exists only in a model with its own head, or with output gates; "" means always."""
 
 
 MODEL_ROWS = (
     Row("embedding.word_embeddings.weight", (HF_EMBEDDING,), "V H"),
     Row("decoder.final_layernorm.weight", ("model.norm.weight",), "H"),
-    Row("output_layer.weight", (HF_HEAD,), "V H", needs="untied"),
+    Row("output_layer.weight", (HF_HEAD,), "V H"),
 )
+"""Embedding, final norm, and the head of a model that does not tie it to the embedding."""
 
 LAYER_ROWS = (
     Row("input_layernorm.weight", ("input_layernorm.weight",), "H"),
@@ -48,30 +49,6 @@ LAYER_ROWS = (
     Row("mlp.linear_fc2.weight", ("mlp.down_proj.weight",), "H F"),
 )
 
-_COMMON_MIXER_ROWS = (
-    Row("self_attention.linear_in.weight.q", ("self_attn.q_proj.weight",), "Q H"),
-    Row("self_attention.q_norm.weight", ("self_attn.q_norm.weight",), "D"),
-    Row("self_attention.k_norm.weight", ("self_attn.k_norm.weight",), "D"),
-    Row("self_attention.linear_proj.weight", ("self_attn.o_proj.weight",), "H Q"),
-)
-
-MIXER_ROWS: Mapping[str, tuple[Row, ...]] = {
-    SOFTMAX_MIXER: (
-        *_COMMON_MIXER_ROWS,
-        Row("self_attention.linear_in.weight.k", ("self_attn.k_proj.weight",), "K H"),
-        Row("self_attention.linear_in.weight.v", ("self_attn.v_proj.weight",), "K H"),
-        Row("self_attention.linear_in.weight.gate", ("self_attn.o_gate.weight",), "Q H", needs="gate"),
-    ),
-    LIGHTNING_MIXER: (
-        *_COMMON_MIXER_ROWS,
-        Row("self_attention.linear_in.weight.k", ("self_attn.k_proj.weight",), "Q H"),
-        Row("self_attention.linear_in.weight.v", ("self_attn.v_proj.weight",), "Q H"),
-        Row("self_attention.linear_in.weight.gate", ("self_attn.z_proj.weight",), "Q H"),
-        Row("self_attention.o_norm.weight", ("self_attn.o_norm.weight",), "Q"),
-    ),
-}
-
-
 @dataclass(frozen=True)
 class Entry:
     """A row applied to one model: full names and the shape of each HF part."""
@@ -79,14 +56,18 @@ class Entry:
     ours: str
     hf: tuple[str, ...]
     part_shape: tuple[int, ...]
+    reshaped: tuple[int, ...] | None = None
+    """Shape of our tensor where it holds the elements of its one HF part under another shape."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of our tensor: the HF parts stacked along dim 0."""
-        return (self.part_shape[0] * len(self.hf), *self.part_shape[1:])
+        """Shape of our tensor: the HF parts stacked along dim 0, unless `reshaped`."""
+        return self.reshaped or (self.part_shape[0] * len(self.hf), *self.part_shape[1:])
 
     def split(self, tensor: Tensor) -> dict[str, Tensor]:
-        """Our tensor as {HF name: part}; the inverse of tensors.join. Parts are contiguous, as safetensors requires."""
+        """Our tensor as {HF name: part}; the inverse of `join`. Parts are contiguous, as safetensors requires."""
+        if self.reshaped is not None:
+            return {self.hf[0]: tensor.reshape(self.part_shape).contiguous()}
         return {name: part.contiguous() for name, part in zip(self.hf, tensor.split(self.part_shape[0], dim=0), strict=True)}
 
 
@@ -94,20 +75,10 @@ def entries(config: ModelConfig) -> list[Entry]:
     """Every tensor of a model of this shape, in HF's usual order (embedding, layers, norm, head).
 
     Raises ConversionError when a layer's mixer has no rows here."""
-    unknown = sorted(set(config.mixer_types) - set(MIXER_ROWS))
+    unknown = sorted(set(config.mixer_types) - set(mixer_specs()))
     if unknown:
-        raise ConversionError(
-            f"mixers {unknown} have no rows in export/mapping.py; it knows {sorted(MIXER_ROWS)}: add theirs to MIXER_ROWS"
-        )
-    sizes = {
-        "V": config.vocab_size,
-        "H": config.hidden_size,
-        "F": config.ffn_hidden_size,
-        "D": config.kv_channels,
-        "Q": config.query_size,
-        "K": config.kv_size,
-    }
-    present = {"": True, "untied": not config.share_embeddings_and_output_weights, "gate": config.attn_use_output_gate}
+        raise ConversionError(f"mixers {unknown} have no specification in config/mixers/, which has {sorted(mixer_specs())}")
+    sizes = {"V": config.vocab_size, "H": config.hidden_size, "F": config.ffn_hidden_size}
 
     def bind(row: Row, ours_prefix: str = "", hf_prefix: str = "") -> Entry:
         shape = tuple(sizes[letter] for letter in row.shape.split())
@@ -115,13 +86,23 @@ def entries(config: ModelConfig) -> list[Entry]:
 
     embedding, norm, head = MODEL_ROWS
     table = [bind(embedding)]
+    parameters = {mixer: config.spec(mixer).parameters(config) for mixer in config.used_mixers}
     for layer, mixer in enumerate(config.mixer_types):
-        rows = [row for row in (*MIXER_ROWS[mixer], *LAYER_ROWS) if present[row.needs]]
-        table += [bind(row, f"decoder.layers.{layer}.", f"model.layers.{layer}.") for row in rows]
+        ours, hf = f"decoder.layers.{layer}.", f"model.layers.{layer}."
+        table += [_mixer_entry(parameter, f"{ours}self_attention.", f"{hf}self_attn.") for parameter in parameters[mixer]]
+        table += [bind(row, ours, hf) for row in LAYER_ROWS]
     table.append(bind(norm))
-    if present[head.needs]:
+    if not config.share_embeddings_and_output_weights:
         table.append(bind(head))
     return table
+
+
+def _mixer_entry(parameter: ParamSpec, ours_prefix: str, hf_prefix: str) -> Entry:
+    names = tuple(hf_prefix + name for name in parameter.hf_names)
+    if parameter.hf_transform is not None:
+        return Entry(ours_prefix + parameter.name, names, parameter.hf_transform.shape, reshaped=parameter.shape)
+    part = (parameter.shape[0] // len(names), *parameter.shape[1:])
+    return Entry(ours_prefix + parameter.name, names, part)
 
 
 def num_parameters(config: ModelConfig) -> int:

@@ -21,9 +21,10 @@ def parse_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def join(parts: Sequence[Tensor]) -> Tensor:
+def join(entry: mapping.Entry, parts: Sequence[Tensor]) -> Tensor:
     """The HF parts of one entry, in the order of its `hf`, as our one tensor. A single part is handed on, not copied."""
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=0)
+    joined = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=0)
+    return joined if entry.reshaped is None else joined.reshape(entry.reshaped)
 
 
 def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], *, where: str) -> None:

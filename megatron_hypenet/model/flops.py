@@ -4,7 +4,6 @@ Counted are matrix products as the algorithm needs them: causal attention over h
 elementwise work. A backward pass costs twice its forward. Tokens per second times this, over the hardware's peak, is MFU."""
 
 from megatron_hypenet.config.model import ModelConfig
-from megatron_hypenet.model.mixers import mixer_class
 
 BACKWARD = 2.0
 """Work of a backward pass in forward passes."""
@@ -17,7 +16,7 @@ def mlp_flops(model: ModelConfig) -> float:
 
 def mixer_flops(model: ModelConfig, seq_length: int) -> list[float]:
     """Forward pass of every layer's mixer per token, projections included."""
-    return [mixer_class(name).flops_per_token(model, seq_length) for name in model.mixer_types]
+    return [model.spec(name).flops(model, seq_length).total for name in model.mixer_types]
 
 
 def head_flops(model: ModelConfig) -> float:
@@ -38,10 +37,8 @@ def align_flops(teacher: ModelConfig, mixers: ModelConfig, seq_length: int) -> f
     trunk = sum(mixer_flops(teacher, seq_length)) + (teacher.num_layers - 1) * mlp_flops(teacher)
     learned = 0.0
     for name in mixers.mixer_types:
-        mixer = mixer_class(name)
-        whole, mix = mixer.flops_per_token(mixers, seq_length), mixer.mix_flops_per_token(mixers, seq_length)
-        projections, output_projection = whole - mix, 2.0 * mixers.hidden_size * mixers.query_size
-        learned += whole + projections + output_projection + BACKWARD * mix
+        work = mixers.spec(name).flops(mixers, seq_length)
+        learned += work.total + (work.projections + work.output) + work.output + BACKWARD * work.core
     return trunk + learned
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from megatron_hypenet.config.model import LogitsScaling, ModelConfig
 from megatron_hypenet.config.schema import ParallelConfig, Recompute
 from megatron_hypenet.model import inference
-from megatron_hypenet.model.mixers import Mixer, SoftmaxAttn, without_extra_state
+from megatron_hypenet.model.mixers import Mixer, without_extra_state
+from megatron_hypenet.model.mixers.softmax_attn import SoftmaxAttn
 from megatron_hypenet.model.pipeline_layout import pipeline_layout
 from megatron_hypenet.model.specs import block_spec, transformer_config
 from megatron_hypenet.parallel import groups

@@ -38,9 +38,9 @@ class RMSNorm(torch.nn.Module):
 
         `prenorm`: (norm of total, total), total being x plus the `residual`, if there is one; what a pre-norm layer goes on with. No
         method of its own: ZeRO-3 gathers the weight for a module's call."""
-        weight = self.weight
+        weight: Tensor = self.weight
         if self.partial_gradient:
-            weight = _SumGradient.apply(weight, tensor_group())
+            weight = sum_gradient(weight, tensor_group())
         if prenorm:
             return residual_rms_norm(x, residual, weight, self.eps)
         return norm_rope(x, weight, angles, self.eps) if self.per_head else rms_norm(x, weight, self.eps)
@@ -74,6 +74,12 @@ class AllHeadsRMSNorm(torch.nn.Module):
         own: dict[str, Tensor] = {}
         self._save_to_state_dict(own, "", keep_vars=True)
         return make_sharded_tensors_for_checkpoint(own, prefix, {"weight": 0}, sharded_offsets)
+
+
+def sum_gradient(weight: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """`weight`, which all ranks of the group hold and each uses for a part of the heads or tokens; its gradient is summed over them."""
+    summed: Tensor = _SumGradient.apply(weight, group)
+    return summed
 
 
 class _SumGradient(torch.autograd.Function):

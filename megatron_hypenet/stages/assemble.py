@@ -7,15 +7,13 @@ the teacher's attention and get a new random output gate; every other layer take
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
+from megatron_hypenet.config.mixers import ParamSpec
+from megatron_hypenet.config.mixers.softmax_attn import ATTENTION
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.errors import CheckpointError
-from megatron_hypenet.model.transfer import named_normal
 
 _MIXER_KEY = re.compile(r"decoder\.layers\.(\d+)\.self_attention\.")
 
@@ -26,12 +24,13 @@ class AssemblyPlan:
 
     from_teacher: tuple[str, ...]
     from_aligned: tuple[str, ...]
-    fresh_gates: tuple[str, ...]
+    fresh: Mapping[str, ParamSpec]
+    """Parameters of kept attention layers that the teacher does not have (output gates)."""
 
     @property
     def names(self) -> tuple[str, ...]:
         """All tensors of the student."""
-        return self.from_teacher + self.from_aligned + self.fresh_gates
+        return (*self.from_teacher, *self.from_aligned, *self.fresh)
 
 
 def plan_assembly(student: ModelConfig, teacher_names: Iterable[str], aligned_names: Iterable[str]) -> AssemblyPlan:
@@ -45,19 +44,20 @@ def plan_assembly(student: ModelConfig, teacher_names: Iterable[str], aligned_na
     from_aligned = tuple(name for name in aligned_names if mixer_layer(name) in converted)
     _require_layers("teacher", kept, from_teacher)
     _require_layers("aligned mixers", converted, from_aligned)
-    gates = tuple(f"decoder.layers.{layer}.self_attention.linear_in.weight.gate" for layer in sorted(kept))
-    return AssemblyPlan(from_teacher=from_teacher, from_aligned=from_aligned, fresh_gates=gates)
+    known = frozenset(from_teacher)
+    fresh = {
+        name: parameter
+        for layer in sorted(kept)
+        for parameter in student.spec(ATTENTION).parameters(student)
+        if (name := f"decoder.layers.{layer}.self_attention.{parameter.name}") not in known and not parameter.source
+    }
+    return AssemblyPlan(from_teacher=from_teacher, from_aligned=from_aligned, fresh=fresh)
 
 
 def mixer_layer(name: str) -> int | None:
     """The global layer index of a mixer tensor; None for tensors outside the mixers."""
     match = _MIXER_KEY.match(name)
     return int(match.group(1)) if match else None
-
-
-def fresh_gate(name: str, student: ModelConfig, *, seed: int, dtype: torch.dtype) -> Tensor:
-    """The output gate [heads * kv_channels, hidden] of a kept layer: normal, std init_method_std, a function of (seed, name) only."""
-    return named_normal(name, (student.query_size, student.hidden_size), std=student.init_method_std, seed=seed, dtype=dtype)
 
 
 def _require_layers(source: str, layers: frozenset[int], names: Iterable[str]) -> None:

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_hypenet.config.model import MAX_LAYERS, SOFTMAX_MIXER
+from megatron_hypenet.config.mixers.softmax_attn import ATTENTION
+from megatron_hypenet.config.model import MAX_LAYERS
 from megatron_hypenet.errors import ConfigError, DataError
 from megatron_hypenet.untrusted.files import FileKind, shown
 from megatron_hypenet.untrusted.json_text import read_json, read_typed
@@ -66,8 +67,9 @@ def importance(scores: LayerScores, *, cap: float = IMPORTANCE_CAP, eps: float =
     return tuple(min((best_recall - r) / (best_commonsense - c + eps), cap) for r, c in pairs)
 
 
-def rank(scores: LayerScores, num_attention: int, *, cap: float = IMPORTANCE_CAP) -> Selection:
-    """Keep attention in the `num_attention` most important layers; on a tie the lower layer index wins.
+def rank(scores: LayerScores, num_attention: int, mixer: str, *, cap: float = IMPORTANCE_CAP) -> Selection:
+    """Keep attention in the `num_attention` most important layers, with the RNN mixer `mixer` in the others; on a tie the lower layer
+    index wins.
 
     Raises ConfigError unless 1 <= num_attention <= number of layers.
     """
@@ -79,13 +81,13 @@ def rank(scores: LayerScores, num_attention: int, *, cap: float = IMPORTANCE_CAP
         )
     values = importance(scores, cap=cap)
     chosen = sorted(range(num_layers), key=lambda layer: (-values[layer], layer))[:num_attention]
-    return selection_of(chosen, num_layers, values)
+    return selection_of(chosen, num_layers, mixer, values)
 
 
-def selection_of(attention_layers: Sequence[int], num_layers: int, values: Sequence[float] = ()) -> Selection:
-    """The selection that keeps attention in the given layers, whoever chose them."""
+def selection_of(attention_layers: Sequence[int], num_layers: int, mixer: str, values: Sequence[float] = ()) -> Selection:
+    """The selection that keeps attention in the given layers and has the RNN mixer `mixer` in the others."""
     kept = frozenset(attention_layers)
-    types = tuple("attn" if layer in kept else "lightning_attn" for layer in range(num_layers))
+    types = tuple(ATTENTION if layer in kept else mixer for layer in range(num_layers))
     return Selection(mixer_types=types, attention_layers=tuple(sorted(kept)), importance=tuple(values))
 
 
@@ -142,7 +144,7 @@ def load_selection(path: Path, *, num_layers: int) -> Selection:
     types, layers = found.mixer_types, found.attention_layers
     if len(types) != num_layers:
         raise DataError(f"{path}: {len(types)} mixer_types, but the teacher has {num_layers} layers; rank the scores of this teacher")
-    if [layer for layer, kind in enumerate(types) if kind == SOFTMAX_MIXER] != sorted(layers):
+    if [layer for layer, kind in enumerate(types) if kind == ATTENTION] != sorted(layers):
         _MIXERS.refuse(path, f"attention_layers {shown(layers)} and mixer_types {shown(types)} disagree")
     return Selection(mixer_types=tuple(types), attention_layers=tuple(sorted(layers)), importance=())
 

@@ -8,7 +8,8 @@ from typing import Any, cast
 
 from torch import nn
 
-from megatron_hypenet.config.model import LIGHTNING_MIXER, ModelConfig
+from megatron_hypenet.config.mixers import MixerSpec
+from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.model.hypenet import HypeNetModel
 from megatron_hypenet.model.mixers import Mixer, MixerSubmodules, mixer_class
 from megatron_hypenet.stages.select import METRICS
@@ -27,10 +28,10 @@ class AlignedMixers(nn.Module):
         self.mixers = nn.ModuleDict({str(layer): mixer for layer, mixer in mixers.items()})
 
     @classmethod
-    def beside(cls, teacher: HypeNetModel, *, seed: int, mixer_type: str = LIGHTNING_MIXER) -> AlignedMixers:
+    def beside(cls, teacher: HypeNetModel, spec: MixerSpec, *, seed: int) -> AlignedMixers:
         """New mixers for every layer of `teacher` on this stage, each initialised from its layer's attention (weight transfer)."""
-        config = teacher.model_config.with_mixers((mixer_type,) * teacher.model_config.num_layers)
-        build, weight = mixer_class(mixer_type), next(teacher.parameters())
+        config = teacher.model_config.converted(spec)
+        build, weight = mixer_class(spec.name), next(teacher.parameters())
         mixers = {}
         for block in teacher.decoder.layers:
             mixer = build(teacher.config, MixerSubmodules(), block.layer_number, config, teacher.pg_collection)

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+from megatron_hypenet.model.mixers.lightning_attn import context_lightning_attn  # noqa: E402
 from megatron_hypenet.ops.decay import log_decay  # noqa: E402
 from megatron_hypenet.parallel import context  # noqa: E402
-from megatron_hypenet.parallel.context.lightning import exchanged_bytes  # noqa: E402
 from tests.dense_attention import dense_lightning, dense_softmax, document_ids  # noqa: E402
 
 B, T, H, G, DK, DV, SCALE = 2, 48, 6, 2, 8, 8, 0.4
@@ -37,7 +37,7 @@ DOCUMENTS = {
 
 
 def lightning(group, ids, q, k, v):
-    return context.context_lightning_attn(q, k, v, log_decay(q.shape[2]), scale=SCALE, group=group, document_ids=ids)
+    return context_lightning_attn(q, k, v, log_decay(q.shape[2]), scale=SCALE, group=group, document_ids=ids)
 
 
 def softmax(method, group, ids, q, k, v):
@@ -144,6 +144,11 @@ def check_layout(group, size):
     report(f"gather_sequence cp={size} gradient", {"dx": compare(mine.grad, want)})
 
 
+def exchanged_bytes(cp_size, itemsize):
+    """Bytes that a rank receives in one exchange, forward or backward: two states per rank, no matter how long they are."""
+    return (cp_size - 1) * 2 * B * H * DK * DV * itemsize
+
+
 def check_bytes(group, size):
     """What the collectives of Lightning Attention move is what `exchanged_bytes` says, for any length."""
     plain, moved = dist.all_gather_into_tensor, []
@@ -158,7 +163,7 @@ def check_bytes(group, size):
             for length in (T, 4 * T):
                 *inputs, _ = (context.split_sequence(x, group, 1).requires_grad_() for x in draw(H, length, dtype))
                 lightning(group, None, *inputs).sum().backward()
-                expected = [exchanged_bytes(B, H, DK, DV, size, itemsize)] * 2 if size > 1 else []
+                expected = [exchanged_bytes(size, itemsize)] * 2 if size > 1 else []
                 assert moved == expected, (moved, expected, dtype, length)
                 moved.clear()
     finally:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_hypenet.checkpoint.load import load_model, read_model_config
+from megatron_hypenet.config.mixers import default_mixer
 from megatron_hypenet.config.schema import ParallelConfig
 from megatron_hypenet.export.from_hf import import_hf
 from megatron_hypenet.export.mapping import entries
@@ -90,7 +91,7 @@ def test_teacher_and_student_logits_and_hidden_states(case, dtype):
 def test_alignment_losses_and_gradients(case, dtype):
     _, folder, golden = case
     teacher = load(folder / "qwen3", dtype, trunk_only=True)
-    mixers = AlignedMixers.beside(teacher, seed=0)
+    mixers = AlignedMixers.beside(teacher, default_mixer(), seed=0)
     with torch.no_grad():
         for layer, mixer in mixers.items():
             mixer.section_weight("gate").copy_(golden[f"stage1_z_proj/{layer}"])

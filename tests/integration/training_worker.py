@@ -18,6 +18,7 @@ import torch
 from megatron_hypenet.checkpoint import shard_writer
 from megatron_hypenet.checkpoint.format import iteration_name
 from megatron_hypenet.cli.main import report_fault
+from megatron_hypenet.config.mixers import default_mixer
 from megatron_hypenet.config.schema import HeadStageConfig, RunConfig
 from megatron_hypenet.engine.faults import watched
 from megatron_hypenet.engine.hang import collective_minutes
@@ -113,7 +114,7 @@ def build(options: argparse.Namespace, run: RunConfig):
     teacher = tiny_teacher_config(**SHAPE)
     if options.stage == "align":
         trunk = build_model(teacher, run.parallel, dtype=dtype, seed=1, trunk_only=True)
-        return AlignStage(trunk, AlignedMixers.beside(trunk, seed=1))
+        return AlignStage(trunk, AlignedMixers.beside(trunk, default_mixer(), seed=1))
     student = build_model(tiny_model_config(**SHAPE), run.parallel, dtype=dtype, seed=2)
     if options.stage == "distill":
         return DistillStage(student, build_model(teacher, run.parallel, dtype=dtype, seed=1), chunk_tokens=8)

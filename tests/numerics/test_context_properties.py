@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_hypenet.model.mixers.lightning_attn import context_lightning_attn
 from megatron_hypenet.ops.decay import log_decay
 from megatron_hypenet.parallel import context
 from megatron_hypenet.parallel.context.layout import local_part
@@ -60,7 +61,7 @@ def test_lightning(problem, scale):
     decay = log_decay(heads)
     assert_ranks_equal_whole(
         size,
-        lambda group, *x: context.context_lightning_attn(*x, decay, scale=scale, group=group, document_ids=ids),
+        lambda group, *x: context_lightning_attn(*x, decay, scale=scale, group=group, document_ids=ids),
         lambda *x: dense_lightning(*x, decay, scale, ids),
         *(q, k, v, weight),
     )

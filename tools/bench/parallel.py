@@ -70,7 +70,7 @@ def work(case: dict[str, Any], out: Path) -> None:
     from megatron_hypenet.engine.metrics import memory_gib
     from megatron_hypenet.engine.process import leave
     from megatron_hypenet.parallel import groups
-    from megatron_hypenet.parallel.context import lightning
+    from megatron_hypenet.parallel.context import state_exchange
 
     parallel = ParallelConfig.model_validate(case["parallel"])
     student = model_config(case["model"], num_layers=case["layers"], vocab_size=case["vocab"])
@@ -79,13 +79,13 @@ def work(case: dict[str, Any], out: Path) -> None:
         global_batch_size=case["global_batch"], lr=1e-5, min_lr=1e-5, recompute=case["recompute"],
     )  # fmt: skip
     groups.init_parallel(parallel)
-    exchanged, start = [], lightning._StateExchange.start
+    exchanged, start = [], state_exchange._Flight.start
 
-    def counted(exchange: Any, mine: Any) -> None:
-        exchanged.append(mine.numel() * mine.element_size() * (exchange.group.size() - 1))
-        start(exchange, mine)
+    def counted(flight: Any, *mine: Any) -> None:
+        exchanged.append(sum(x.numel() * x.element_size() for x in mine) * (flight.group.size() - 1))
+        start(flight, *mine)
 
-    lightning._StateExchange.start = counted  # type: ignore[method-assign]
+    state_exchange._Flight.start = counted  # type: ignore[method-assign]
     stage = build(case["stage"], student, config, parallel, by_name=case["by_name"])
     steps = TimedSteps(stage, config, parallel)
     steps.run(case["warmup"])

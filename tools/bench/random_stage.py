@@ -12,6 +12,7 @@ import yaml
 from torch import Tensor
 
 from megatron_hypenet.checkpoint.shards import tensor_pieces
+from megatron_hypenet.config.mixers import default_mixer
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.config.schema import HeadStageConfig, ParallelConfig
 from megatron_hypenet.engine.deepspeed import TrainingEngine
@@ -62,7 +63,10 @@ def model_config(name: str, *, num_layers: int | None = None, vocab_size: int | 
 def build(name: str, student: ModelConfig, config: HeadStageConfig, parallel: ParallelConfig, *, by_name: bool = False) -> StageModule:
     """Stage `name` in bfloat16 on CUDA, float32 on a CPU. `by_name` draws each weight from its name, the same on every layout (slow)."""
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    teacher, _ = teacher_and_student(student)
+    spec = default_mixer()
+    teacher, _ = teacher_and_student(student, spec)
+    if name == "align":
+        student = teacher.converted(spec)
     parallel = placed(name, config, parallel, None if name == "finetune" else teacher, student)
 
     def model(shape: ModelConfig, seed: int, **options: object) -> HypeNetModel:
@@ -73,7 +77,7 @@ def build(name: str, student: ModelConfig, config: HeadStageConfig, parallel: Pa
 
     if name == "align":
         trunk = model(teacher, 1, trunk_only=True)
-        return AlignStage(trunk, AlignedMixers.beside(trunk, seed=2))
+        return AlignStage(trunk, AlignedMixers.beside(trunk, spec, seed=2))
     learner = model(student, 2, recompute=config.recompute)
     if name == "finetune":
         return FinetuneStage(learner, chunk_tokens=config.vocab_chunk_tokens)

@@ -45,6 +45,7 @@ def measure(row: dict[str, Any], out: Path) -> None:
     from torch.profiler import ProfilerActivity, profile
 
     from megatron_hypenet.checkpoint.manifest import library_versions
+    from megatron_hypenet.config.mixers import default_mixer
     from megatron_hypenet.config.schema import HeadStageConfig, ParallelConfig
     from megatron_hypenet.engine.fitting import teacher_and_student
     from megatron_hypenet.engine.hardware import Workload, peak_flops
@@ -67,7 +68,9 @@ def measure(row: dict[str, Any], out: Path) -> None:
     with GpuPower() as power:
         steps.run(row["steps"])
     speed = config.tokens_per_step / median(steps.seconds)
-    (memory,) = stage_memory(row["stage"], *teacher_and_student(student), config, parallel, data_ranks=1)
+    teacher, learner = teacher_and_student(student, default_mixer())
+    learner = teacher.converted(default_mixer()) if row["stage"] == "align" else learner
+    (memory,) = stage_memory(row["stage"], teacher, learner, config, parallel, data_ranks=1)
     graphs = steps.engine.graphs
     work = Workload(stage.flops_per_token(config.seq_length), 1, peak_flops())
     result = {

@@ -1,14 +1,23 @@
-"""Token mixers, one per file, registered by name: importing this package registers all of them."""
+"""Token mixers, one per file, registered by name: importing this package imports, and so registers, all of them."""
 
-from megatron_hypenet.model.mixers.base import Mixer, MixerSubmodules, mixer_class, register_mixer, registered_mixers, without_extra_state
-from megatron_hypenet.model.mixers.lightning import LightningAttn
-from megatron_hypenet.model.mixers.softmax import SoftmaxAttn
+import importlib
+import pkgutil
+
+from megatron_hypenet.model.mixers.base import (
+    Mixer,
+    MixerSubmodules,
+    mixer_class,
+    register_mixer,
+    registered_mixers,
+    without_extra_state,
+)
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
 
 __all__ = [
-    "LightningAttn",
     "Mixer",
     "MixerSubmodules",
-    "SoftmaxAttn",
     "mixer_class",
     "register_mixer",
     "registered_mixers",

@@ -1,8 +1,8 @@
 """The mixer contract and its registry.
 
 A mixer is what a Megatron `TransformerLayer` calls as `self_attention`: hidden states [s, b, h] in (after the input norm), the same
-shape out, before the residual. Every mixer has one fused input projection made of named sections, per-head norms of q and k, and an
-output projection; subclasses say which sections there are and how the heads mix tokens."""
+shape out, before the residual. What parameters it has stands in its specification (`config/mixers/`), registered under the same name: one
+fused input projection made of named sections, an output projection, and others. Subclasses say how the heads mix tokens."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -16,13 +16,15 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
-from megatron.core.transformer.utils import sharded_state_dict_default
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint, sharded_state_dict_default
 from torch import Tensor
 
+from megatron_hypenet.config.mixers.base import OUTPUT, SECTION, ParamSpec
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.errors import ConfigError
+from megatron_hypenet.model.transfer import fresh_parameter, repeat_groups
 from megatron_hypenet.parallel.fused_sections import split_factory
-from megatron_hypenet.parallel.norm import RMSNorm
+from megatron_hypenet.parallel.norm import RMSNorm, sum_gradient
 from megatron_hypenet.parallel.recompute import DropOutput
 
 
@@ -35,11 +37,10 @@ class MixerSubmodules:
 
 
 class Mixer(MegatronModule, ABC):
-    """Base of all mixers. Subclasses define `sections`, `mix_flops_per_token`, and `mix`."""
+    """Base of all mixers: builds what the specification of its name lists, and leaves to a subclass
+    how the heads mix tokens (`mix`) and which norms and other submodules it has (`add_modules`)."""
 
     name: ClassVar[str]
-    recurrent: ClassVar[bool]
-    """True for RNN mixers: their state does not grow with the context, and they can take over an attention layer's weights."""
 
     def __init__(
         self,
@@ -54,16 +55,19 @@ class Mixer(MegatronModule, ABC):
         assert pg_collection is not None, "Megatron passes pg_collection to every layer"
         self.layer_number = layer_number  # global, from 1
         self.model = model
+        self.spec = model.spec(self.name)
+        self.param_specs = {parameter.name: parameter for parameter in self.spec.parameters(model)}
         self.tensor_group = pg_collection.tp
         self.context_group = pg_collection.cp
         self.tensor_size, self.tensor_rank = self.tensor_group.size(), self.tensor_group.rank()
         self.head_dim = model.kv_channels
         self.num_local_heads = model.num_attention_heads // self.tensor_size
-        self.local_sections = {name: rows // self.tensor_size for name, rows in self.sections(model).items()}
+        sections = self.spec.sections(model)
+        self.local_sections = {name: rows // self.tensor_size for name, rows in sections.items()}
         self.linear_in = build_module(
             submodules.linear_in,
             model.hidden_size,
-            sum(self.sections(model).values()),
+            sum(sections.values()),
             config=config,
             init_method=config.init_method,
             gather_output=False,
@@ -73,10 +77,11 @@ class Mixer(MegatronModule, ABC):
             tp_comm_buffer_name="qkv",
             tp_group=self.tensor_group,
         )
+        hidden_size, width = self.param_specs[OUTPUT].shape
         self.linear_proj = build_module(
             submodules.linear_proj,
-            model.query_size,
-            model.hidden_size,
+            width,
+            hidden_size,
             config=config,
             init_method=config.output_layer_init_method,
             bias=False,
@@ -86,35 +91,36 @@ class Mixer(MegatronModule, ABC):
             tp_comm_buffer_name="proj",
             tp_group=self.tensor_group,
         )
-        self.q_norm = RMSNorm(config, self.head_dim, model.layernorm_epsilon, per_head=True)
-        self.k_norm = RMSNorm(config, self.head_dim, model.layernorm_epsilon, per_head=True)
+        self.add_modules()
+        for parameter in self.param_specs.values():
+            if "." not in parameter.name:
+                self._add_parameter(parameter)
 
-    @classmethod
-    @abstractmethod
-    def sections(cls, model: ModelConfig) -> dict[str, int]:
-        """Rows of the fused input projection over all ranks, by section name, in order."""
+    def add_modules(self) -> None:
+        """Build the norms of q and k, where the specification has them; subclasses add submodules of their own."""
+        for letter in ("q", "k"):
+            if f"{letter}_norm.weight" in self.param_specs:
+                norm = RMSNorm(self.config, self.head_dim, self.model.layernorm_epsilon, per_head=True)
+                self.add_module(f"{letter}_norm", norm)
 
-    @classmethod
-    def num_parameters(cls, model: ModelConfig) -> int:
-        """Parameters of one such mixer over all ranks."""
-        return model.hidden_size * (sum(cls.sections(model).values()) + model.query_size) + 2 * model.kv_channels
+    def _add_parameter(self, parameter: ParamSpec) -> None:
+        """A parameter without a submodule, drawn by its name; ZeRO-3 gathers it for this module's call."""
+        drawn = self._drawn(parameter, seed=torch.initial_seed() % 2**31)
+        weight = torch.nn.Parameter(drawn.to(self.linear_in.weight.device, self.config.params_dtype))
+        if parameter.tp_dim is not None:
+            # Read by DeepSpeed's gradient norm and by the sharded checkpoint.
+            weight.tensor_model_parallel = True  # type: ignore[attr-defined]
+            weight.partition_dim = parameter.tp_dim  # type: ignore[attr-defined]
+            weight.partition_stride = 1  # type: ignore[attr-defined]
+        self.register_parameter(parameter.name, weight)
 
-    @classmethod
-    @abstractmethod
-    def kept_numbers(cls, model: ModelConfig, tensor_ranks: int, *, dropped: bool) -> float:
-        """Numbers per token that one rank keeps for backward, from the projected sections to what `linear_proj` takes, with this package's
-        kernels; `dropped`: under selective recomputation."""
-
-    @classmethod
-    @abstractmethod
-    def mix_flops_per_token(cls, model: ModelConfig, seq_length: int) -> float:
-        """Floating-point operations of the forward pass per token beside the projections, at the given length."""
-
-    @classmethod
-    def flops_per_token(cls, model: ModelConfig, seq_length: int) -> float:
-        """Floating-point operations of the whole mixer's forward pass per token."""
-        projections = 2.0 * model.hidden_size * (sum(cls.sections(model).values()) + model.query_size)
-        return projections + cls.mix_flops_per_token(model, seq_length)
+    def weight(self, name: str) -> Tensor:
+        """A parameter of this module as its computation has to read it: where every tensor-parallel rank holds all of it, but uses it
+        for its own heads only, the gradient is summed over the ranks."""
+        parameter: Tensor = getattr(self, name)
+        if self.param_specs[name].tp_dim is None and self.tensor_size > 1:
+            return sum_gradient(parameter, self.tensor_group)
+        return parameter
 
     @abstractmethod
     def mix(self, parts: dict[str, Tensor], rotary_pos_emb: Tensor | None, document_ids: Tensor | None) -> Tensor:
@@ -156,7 +162,7 @@ class Mixer(MegatronModule, ABC):
         """Whether backward computes everything between the projections again: Megatron's "core_attn", where that costs little.
 
         Softmax attention is the expensive part of its layer, and keeps little besides q, k, v and the output."""
-        return self.recurrent and self.config.recompute_granularity == "selective" and "core_attn" in self.config.recompute_modules
+        return self.spec.recurrent and self.config.recompute_granularity == "selective" and "core_attn" in self.config.recompute_modules
 
     def heads(self, x: Tensor) -> Tensor:
         """[s, b, heads * head_dim] -> [s, b, heads, head_dim]."""
@@ -173,8 +179,37 @@ class Mixer(MegatronModule, ABC):
 
     @torch.no_grad()
     def init_from_attention(self, attention: "Mixer", *, seed: int) -> Self:
-        """Take over the weights of the softmax layer this mixer replaces; only recurrent mixers can. Returns itself."""
-        raise TypeError(f"{type(self).__name__} does not take over attention weights")
+        """HALO's weight transfer (arXiv 2601.22156): every parameter with a source is copied from the softmax layer that this mixer
+        replaces, key and value rows repeated for each query head of their group; the others are drawn by name and `seed`, the same on
+        every layout. Returns itself. TypeError where this is softmax attention, or the other is not."""
+        if not self.spec.recurrent:
+            raise TypeError(f"{type(self).__name__} does not take over attention weights")
+        if attention.spec.recurrent:
+            raise TypeError(f"weights are transferred from softmax attention, not from {type(attention).__name__}")
+        for parameter in self.param_specs.values():
+            target = self.local_tensor(parameter.name)
+            if not parameter.source:
+                target.copy_(self._drawn(parameter, seed=seed))
+                continue
+            copied = attention.local_tensor(parameter.source)
+            if parameter.shape[0] > attention.param_specs[parameter.source].shape[0]:
+                copied = repeat_groups(copied, self.head_dim, self.model.heads_per_group)
+            target.copy_(copied)
+        return self
+
+    def local_tensor(self, name: str) -> Tensor:
+        """This rank's part of a parameter of the specification: a parameter, or a view of the input projection."""
+        if name.startswith(SECTION):
+            return self.section_weight(name.removeprefix(SECTION))
+        return self.get_parameter(name)
+
+    def _drawn(self, parameter: ParamSpec, *, seed: int) -> Tensor:
+        """This rank's part of a fresh parameter."""
+        key = f"decoder.layers.{self.layer_number - 1}.self_attention.{parameter.name}"
+        whole = fresh_parameter(key, parameter, seed=seed)
+        if parameter.tp_dim is None:
+            return whole
+        return whole.chunk(self.tensor_size, dim=parameter.tp_dim)[self.tensor_rank]
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[tuple[int, int, int], ...] = (), metadata: dict[str, Any] | None = None
@@ -185,6 +220,9 @@ class Mixer(MegatronModule, ABC):
             state.update(sharded_state_dict_default(module, f"{prefix}{child}.", sharded_offsets, metadata, tp_group=self.tensor_group))
         key = f"{prefix}linear_in.weight"
         state[key] = split_factory(state[key], self.local_sections)
+        own = dict(self.named_parameters(recurse=False))
+        split = {name: dim for name in own if (dim := self.param_specs[name].tp_dim) is not None}
+        state.update(make_sharded_tensors_for_checkpoint(own, prefix, split, sharded_offsets))
         return without_extra_state(state)
 
 
@@ -197,7 +235,7 @@ _REGISTRY: dict[str, type[Mixer]] = {}
 
 
 def register_mixer(name: str) -> Callable[[type[Mixer]], type[Mixer]]:
-    """Class decorator: make a mixer known to `mixer_types` under `name`."""
+    """Class decorator: make the module of the mixer that has a specification `name` known."""
 
     def register(cls: type[Mixer]) -> type[Mixer]:
         assert name not in _REGISTRY, f"mixer {name!r} is registered twice"

@@ -1,4 +1,7 @@
-"""How the states of Lightning Attention cross chunk borders: pure functions, no process group.
+"""How states cross chunk borders: pure functions, no process group.
+
+`Decay` is for mixers whose heads forget at fixed rates, `Transition` for those whose chunks act on a state by a matrix (the delta rules),
+`Shift` hands tokens to the next chunk. The rest of this text is about `Decay`.
 
 The sequence is cut into n chunks of C tokens. F_c is the state at the end of chunk c scanned from zero, gamma the decay per token of a
 head. The recurrence S_t = gamma S_(t-1) + k_t v_t^T gives the state that enters chunk c, and what it adds to an output at position t
@@ -9,10 +12,102 @@ A state belongs to a document. Ids do not decrease along a row, so F_c' reaches 
 of c carry the same id, and within c it concerns only the tokens of that id.
 Powers are taken in float64 from non-positive exponents: no slope or length overflows, and far states vanish by underflow."""
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+
+class Algebra(Protocol):
+    """A rule that turns the summaries of all n chunks into the state that enters one of them, and its transpose."""
+
+    def incoming(self, summaries: tuple[Tensor, ...], chunk: int) -> Tensor:
+        """summaries [n, b, ...] each, in natural order -> the state that enters `chunk`, [b, ...]."""
+
+    def summary_gradient(self, gradients: Tensor, chunk: int) -> tuple[Tensor, ...]:
+        """Gradients of all incoming states [n, b, ...] -> those of the summaries of `chunk`, [b, ...] each; called after
+        `incoming`, whose summaries it may have kept."""
+
+
+class Shift:
+    """What a chunk sends is what enters the next one: the tokens before it. Zeros enter the first."""
+
+    def incoming(self, summaries: tuple[Tensor, ...], chunk: int) -> Tensor:
+        """The summary of the chunk before."""
+        (sent,) = summaries
+        return sent[chunk - 1] if chunk else torch.zeros_like(sent[0])
+
+    def summary_gradient(self, gradients: Tensor, chunk: int) -> tuple[Tensor, ...]:
+        """The gradient of what entered the chunk after."""
+        last = chunk + 1 == len(gradients)
+        return (torch.zeros_like(gradients[0]) if last else gradients[chunk + 1],)
+
+
+class Decay:
+    """Chunks of heads that forget at fixed rates; the one summary is the final state F [b, h, k, v].
+
+    `weights` are those of `carry_weights`."""
+
+    def __init__(self, weights: Tensor) -> None:
+        self.weights = weights
+
+    def incoming(self, summaries: tuple[Tensor, ...], chunk: int) -> Tensor:
+        """sum over c' < c of weights[c, c'] F_c'."""
+        return incoming_state(summaries[0], self.weights, chunk)
+
+    def summary_gradient(self, gradients: Tensor, chunk: int) -> tuple[Tensor, ...]:
+        """sum over c > c' of weights[c, c'] dS_c."""
+        return (final_state_gradient(gradients, self.weights, chunk),)
+
+
+class Transition:
+    """Chunks that map a state by a matrix, S_out = M S_in + F (Gated DeltaNet, Kimi Delta Attention: M is the product of
+    (I - beta k k^T) Diag(decay) over the chunk's tokens). Summaries are M [b, h, k, k] and F [b, h, k, v].
+
+    With documents a chunk that holds a boundary has M = 0, because its state leaves it from the last document alone; and a
+    state enters a chunk only where its first token continues the document before it: `continues` [n, b] (bool) or None.
+    Then S_c = 0 where it does not continue, and otherwise M_(c-1) S_(c-1) + F_(c-1).
+    The gradient of S_out of chunk c is G_c = [c+1 continues] (dS_(c+1) + M_(c+1)^T G_(c+1)), and dM = G S_in^T, dF = G."""
+
+    def __init__(self, continues: Tensor | None = None) -> None:
+        self.continues = continues
+        self.transitions: Tensor | None = None
+        self.states: list[Tensor] = []
+
+    def incoming(self, summaries: tuple[Tensor, ...], chunk: int) -> Tensor:
+        """The state that enters `chunk`; all of them are computed in the first call and kept for backward."""
+        if self.transitions is None:
+            self.transitions, finals = summaries
+            state = torch.zeros_like(finals[0])
+            self.states = [state]
+            for number in range(1, len(finals)):
+                state = self._kept(self.transitions[number - 1] @ state + finals[number - 1], number)
+                self.states.append(state)
+        return self.states[chunk]
+
+    def summary_gradient(self, gradients: Tensor, chunk: int) -> tuple[Tensor, ...]:
+        """dM and dF of `chunk`."""
+        assert self.transitions is not None, "backward follows forward"
+        leaving = torch.zeros_like(gradients[0])
+        for number in range(len(gradients) - 1, chunk, -1):
+            carried = self.transitions[number].transpose(-1, -2) @ leaving
+            leaving = self._kept(gradients[number] + carried, number)
+        return leaving @ self.states[chunk].transpose(-1, -2), leaving
+
+    def _kept(self, state: Tensor, chunk: int) -> Tensor:
+        if self.continues is None:
+            return state
+        return state * self.continues[chunk].to(state)[:, None, None, None]
+
+
+def continuing_chunks(document_ids: Tensor | None, num_chunks: int) -> Tensor | None:
+    """Whether the first token of each chunk continues the document of the token before it: [n, b] bool (False for the first
+    chunk), or None without documents. document_ids [b, n * C]."""
+    if document_ids is None:
+        return None
+    ids = document_ids.unflatten(1, (num_chunks, -1))
+    first, before = ids[:, 1:, 0].t(), ids[:, :-1, -1].t()
+    return torch.cat([torch.zeros_like(first[:1], dtype=torch.bool), first == before])
 
 
 def carry_weights(log_decay: Tensor, chunk_tokens: int, num_chunks: int, document_ids: Tensor | None = None) -> Tensor:

@@ -6,6 +6,7 @@ import yaml
 from megatron_hypenet.config.checks import layout_problems
 from megatron_hypenet.config.layout import CONTEXT, PIPELINE, TENSOR, ZERO, Layout
 from megatron_hypenet.config.loader import load_run_config
+from megatron_hypenet.config.mixers import default_mixer
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.engine.fitting import fits, fullest, needs, teacher_and_student
 
@@ -24,9 +25,9 @@ def layout(repo_root):
 
 def test_both_models_come_from_either_shape(layout):
     student = layout("hypenet_2b", 8).model
-    teacher, same = teacher_and_student(student)
+    teacher, same = teacher_and_student(student, default_mixer())
     assert same == student and teacher.is_teacher and teacher.num_layers == student.num_layers
-    again, made = teacher_and_student(teacher)
+    again, made = teacher_and_student(teacher, default_mixer())
     assert again == teacher and len(made.attention_layers) == 7 and not made.attn_use_rope and made.attn_use_output_gate
 
 

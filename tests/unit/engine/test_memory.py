@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 
+from megatron_hypenet.config.mixers import default_mixer
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.config.schema import HeadStageConfig, ParallelConfig
 from megatron_hypenet.engine import memory
@@ -40,7 +41,10 @@ def config(batch, length, *, ranks=1, micro_batches=1, **changes):
 
 
 def estimate(shape, name, stage, *, ranks=1, **parallel):
-    return stage_memory(name, *teacher_and_student(shape), stage, ParallelConfig(**parallel), data_ranks=ranks)
+    teacher, student = teacher_and_student(shape, default_mixer())
+    if name == "align":
+        student = teacher.converted(default_mixer())
+    return stage_memory(name, teacher, student, stage, ParallelConfig(**parallel), data_ranks=ranks)
 
 
 @pytest.mark.parametrize(("batch", "measured"), [(4, 15.30), (24, 26.59)])

@@ -2,6 +2,7 @@
 
 import pytest
 
+from megatron_hypenet.config.mixers import default_mixer
 from megatron_hypenet.config.schema import ParallelConfig
 from megatron_hypenet.engine.placement import check_placement, placed, placement_table
 from megatron_hypenet.errors import LayoutError
@@ -15,7 +16,8 @@ STUDENT = tiny_model_config(("lightning_attn",) * 7 + ("attn",), vocab_size=1024
 
 def layout(name, teacher=TEACHER, **changes):
     parallel = ParallelConfig(pipeline_model_parallel_size=2, **changes)
-    return placed(name, stage_config(seq_length=64), parallel, teacher, STUDENT).pipeline_layout
+    student = TEACHER.converted(default_mixer()) if name == "align" else STUDENT
+    return placed(name, stage_config(seq_length=64), parallel, teacher, student).pipeline_layout
 
 
 def test_alignment_has_no_head_and_the_other_stages_have():

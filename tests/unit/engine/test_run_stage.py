@@ -5,6 +5,7 @@ import torch
 
 from megatron_hypenet.checkpoint.load import read_manifest, read_model_config, read_weights
 from megatron_hypenet.checkpoint.save import write_weights
+from megatron_hypenet.config.mixers import default_mixer
 from megatron_hypenet.config.schema import ParallelConfig
 from megatron_hypenet.engine import run_stage
 from megatron_hypenet.errors import CheckpointError
@@ -27,7 +28,7 @@ def world(teacher, tmp_path_factory):
     """A folder with a teacher checkpoint and the aligned mixers of all its layers."""
     root = tmp_path_factory.mktemp("stages")
     write_weights(root / "teacher", whole_tensors(teacher), TEACHER, kind="teacher", extra={"hf_config": {"model_type": "qwen3"}})
-    aligned = AlignedMixers.beside(teacher, seed=1)
+    aligned = AlignedMixers.beside(teacher, default_mixer(), seed=1)
     with torch.no_grad():
         for parameter in aligned.parameters():
             parameter.add_(0.01)  # as if trained: not what a fresh transfer gives

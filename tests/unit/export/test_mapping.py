@@ -66,7 +66,7 @@ def test_head_and_gate_rows_follow_the_configuration():
 
 
 def test_unknown_mixer_is_refused():
-    with pytest.raises(ConversionError, match="gdn.*no rows in export/mapping.py"):
+    with pytest.raises(ConversionError, match="gdn.*no specification in config/mixers"):
         mapping.entries(student().replace(mixer_types=("attn", "gdn")))
 
 

@@ -9,7 +9,7 @@ from tests.unit.export.test_mapping import student
 def test_split_undoes_join():
     for entry in mapping.entries(student()):
         parts = [torch.randn(entry.part_shape) for _ in entry.hf]
-        joined = tensors.join(parts)
+        joined = tensors.join(entry, parts)
         assert joined.shape == entry.shape
         back = entry.split(joined)
         assert list(back) == list(entry.hf)
@@ -20,7 +20,7 @@ def test_gate_comes_before_up():
     entry = next(entry for entry in mapping.entries(student()) if "linear_fc1" in entry.ours)
     gate, up = torch.zeros(entry.part_shape), torch.ones(entry.part_shape)
     assert entry.hf[0].endswith("gate_proj.weight")
-    assert torch.equal(tensors.join([gate, up])[: entry.part_shape[0]], gate)
+    assert torch.equal(tensors.join(entry, [gate, up])[: entry.part_shape[0]], gate)
 
 
 @pytest.mark.parametrize(

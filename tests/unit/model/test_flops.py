@@ -10,7 +10,6 @@ from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.config.schema import ParallelConfig
 from megatron_hypenet.model.flops import align_flops, distill_flops, finetune_flops, forward_flops, head_flops, mixer_flops, mlp_flops
 from megatron_hypenet.model.hypenet import build_model
-from megatron_hypenet.model.mixers import mixer_class
 from tests.tiny import tiny_model_config, tiny_teacher_config
 
 T = 128
@@ -33,8 +32,8 @@ def test_formula_against_counted_products(mixers):
 def test_a_model_is_the_sum_of_its_parts():
     config = tiny_model_config(("lightning_attn", "attn"))
     assert forward_flops(config, T) == sum(mixer_flops(config, T)) + 2 * mlp_flops(config) + head_flops(config)
-    lightning = mixer_class("lightning_attn")
-    assert lightning.flops_per_token(config, T) == lightning.flops_per_token(config, 100 * T)
+    lightning = config.spec("lightning_attn")
+    assert lightning.flops(config, T) == lightning.flops(config, 100 * T)
 
 
 def test_stages():

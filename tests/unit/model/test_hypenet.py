@@ -4,7 +4,8 @@ import torch.nn.functional as F
 
 from megatron_hypenet.config.schema import ParallelConfig
 from megatron_hypenet.model.hypenet import build_model
-from megatron_hypenet.model.mixers import LightningAttn, SoftmaxAttn
+from megatron_hypenet.model.mixers.lightning_attn import LightningAttn
+from megatron_hypenet.model.mixers.softmax_attn import SoftmaxAttn
 from tests.held import bytes_held
 from tests.tiny import tiny_model_config, tiny_teacher_config
 

@@ -4,7 +4,8 @@ from megatron.core.transformer.identity_op import IdentityOp
 
 from megatron_hypenet.config.schema import ParallelConfig
 from megatron_hypenet.errors import ConfigError
-from megatron_hypenet.model.mixers import LightningAttn, SoftmaxAttn
+from megatron_hypenet.model.mixers.lightning_attn import LightningAttn
+from megatron_hypenet.model.mixers.softmax_attn import SoftmaxAttn
 from megatron_hypenet.model.specs import block_spec, transformer_config
 from megatron_hypenet.parallel.groups import init_parallel
 from tests.tiny import tiny_model_config

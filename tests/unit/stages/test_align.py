@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from megatron_hypenet.config.mixers import default_mixer
 from megatron_hypenet.stages.align import AlignStage, mean_squared_error
 from megatron_hypenet.stages.swap import AlignedMixers
 from tests.unit.stages.conftest import TEACHER, build
@@ -11,13 +12,13 @@ from tests.unit.stages.conftest import TEACHER, build
 @pytest.fixture
 def stage():
     trunk = build(TEACHER, trunk_only=True)
-    return AlignStage(trunk, AlignedMixers.beside(trunk, seed=3))
+    return AlignStage(trunk, AlignedMixers.beside(trunk, default_mixer(), seed=3))
 
 
 def expected_losses(tokens):
     """Per-layer losses from a whole teacher and separate mixers, with autograd's own arithmetic."""
     teacher = build(TEACHER)
-    mixers = AlignedMixers.beside(teacher, seed=3)
+    mixers = AlignedMixers.beside(teacher, default_mixer(), seed=3)
     inputs = {}
 
     def note(layer):
@@ -53,7 +54,7 @@ def test_the_trunk_computes_what_the_teacher_computes(stage, batch):
     """Wrapping the attention must not change what flows down: the last layer's loss would see it."""
     whole = build(TEACHER)
     states = whole.hidden_states(batch["tokens"][:, :-1])
-    wrapped = AlignStage(whole, AlignedMixers.beside(whole, seed=3))
+    wrapped = AlignStage(whole, AlignedMixers.beside(whole, default_mixer(), seed=3))
     again = whole.hidden_states(batch["tokens"][:, :-1])
     for before, after in zip(states, again, strict=True):
         assert torch.equal(before, after)

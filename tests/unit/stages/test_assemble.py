@@ -1,11 +1,11 @@
 """Which tensor of a student comes from where."""
 
 import pytest
-import torch
 
 from megatron_hypenet.checkpoint.shards import tensor_pieces
+from megatron_hypenet.config.mixers import default_mixer
 from megatron_hypenet.errors import CheckpointError
-from megatron_hypenet.stages.assemble import fresh_gate, mixer_layer, plan_assembly
+from megatron_hypenet.stages.assemble import mixer_layer, plan_assembly
 from megatron_hypenet.stages.swap import AlignedMixers
 from tests.unit.stages.conftest import STUDENT, build
 
@@ -16,27 +16,17 @@ def stored_names(module):
 
 
 def test_the_plan_covers_the_student_exactly(teacher):
-    aligned = AlignedMixers.beside(teacher, seed=0)
+    aligned = AlignedMixers.beside(teacher, default_mixer(), seed=0)
     plan = plan_assembly(STUDENT, stored_names(teacher), stored_names(aligned))
     assert sorted(plan.names) == sorted(stored_names(build(STUDENT)))
-    assert plan.fresh_gates == ("decoder.layers.1.self_attention.linear_in.weight.gate",)
+    assert list(plan.fresh) == ["decoder.layers.1.self_attention.linear_in.weight.gate"]
     assert {mixer_layer(name) for name in plan.from_aligned} == {0, 2}
     assert {mixer_layer(name) for name in plan.from_teacher} == {None, 1}
 
 
 def test_missing_mixers_are_named(teacher):
-    aligned = [name for name in stored_names(AlignedMixers.beside(teacher, seed=0)) if mixer_layer(name) != 2]
+    aligned = [name for name in stored_names(AlignedMixers.beside(teacher, default_mixer(), seed=0)) if mixer_layer(name) != 2]
     with pytest.raises(CheckpointError, match="aligned mixers hold no mixer tensors of layers 2"):
         plan_assembly(STUDENT, stored_names(teacher), aligned)
     with pytest.raises(CheckpointError, match="teacher hold no mixer tensors of layers 1"):
-        plan_assembly(STUDENT, aligned[:0], stored_names(AlignedMixers.beside(teacher, seed=0)))
-
-
-def test_a_gate_depends_on_seed_and_name_only():
-    name = "decoder.layers.1.self_attention.linear_in.weight.gate"
-    gate = fresh_gate(name, STUDENT, seed=7, dtype=torch.float32)
-    assert gate.shape == (STUDENT.query_size, STUDENT.hidden_size)
-    assert torch.equal(gate, fresh_gate(name, STUDENT, seed=7, dtype=torch.float32))
-    assert not torch.equal(gate, fresh_gate(name, STUDENT, seed=8, dtype=torch.float32))
-    assert not torch.equal(gate, fresh_gate(name.replace("1", "2"), STUDENT, seed=7, dtype=torch.float32))
-    assert gate.std().item() == pytest.approx(STUDENT.init_method_std, rel=0.1)
+        plan_assembly(STUDENT, aligned[:0], stored_names(AlignedMixers.beside(teacher, default_mixer(), seed=0)))

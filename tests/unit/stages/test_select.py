@@ -28,7 +28,7 @@ def test_importance_is_the_papers_formula_with_its_cap():
 
 def test_rank_keeps_the_most_important_layers_and_breaks_ties_downwards():
     scores = LayerScores(recall=(80.0, 60.0, 70.0, 60.0), commonsense=(50.0, 48.0, 50.0, 48.0))
-    selection = rank(scores, 2)
+    selection = rank(scores, 2, "lightning_attn")
     assert selection.attention_layers == (1, 2)
     assert selection.to_json() == {"mixer_types": ["lightning_attn", "attn", "attn", "lightning_attn"], "attention_layers": [1, 2]}
 
@@ -36,7 +36,7 @@ def test_rank_keeps_the_most_important_layers_and_breaks_ties_downwards():
 @given(SCORES, st.data())
 def test_every_selection_keeps_exactly_the_top_layers(scores, data):
     num_attention = data.draw(st.integers(1, scores.num_layers))
-    selection = rank(scores, num_attention)
+    selection = rank(scores, num_attention, "lightning_attn")
     kept = set(selection.attention_layers)
     assert len(kept) == num_attention == selection.mixer_types.count("attn")
     assert len(selection.mixer_types) == scores.num_layers
@@ -48,7 +48,7 @@ def test_every_selection_keeps_exactly_the_top_layers(scores, data):
 
 @given(SCORES)
 def test_more_attention_only_adds_layers(scores):
-    chosen = [set(rank(scores, n).attention_layers) for n in range(1, scores.num_layers + 1)]
+    chosen = [set(rank(scores, n, "lightning_attn").attention_layers) for n in range(1, scores.num_layers + 1)]
     assert all(smaller < larger for smaller, larger in zip(chosen, chosen[1:], strict=False))
 
 
@@ -60,7 +60,7 @@ def test_scores_survive_the_file_format(scores):
 @pytest.mark.parametrize("num_attention", [-1, 0, 5])
 def test_a_number_outside_the_depth_is_refused(num_attention):
     with pytest.raises(ConfigError, match=f"num_attention={num_attention} .* 4 scored layers"):
-        rank(LayerScores(recall=(1.0,) * 4, commonsense=(1.0,) * 4), num_attention)
+        rank(LayerScores(recall=(1.0,) * 4, commonsense=(1.0,) * 4), num_attention, "lightning_attn")
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_a_missing_file_says_how_to_make_one(tmp_path):
 
 def test_a_selection_file_must_agree_with_the_model(tmp_path):
     path = tmp_path / "mixers.json"
-    path.write_text(json.dumps(rank(LayerScores(recall=(1.0, 2.0), commonsense=(1.0, 1.0)), 1).to_json()))
+    path.write_text(json.dumps(rank(LayerScores(recall=(1.0, 2.0), commonsense=(1.0, 1.0)), 1, "lightning_attn").to_json()))
     assert load_selection(path, num_layers=2).attention_layers == (0,)
     with pytest.raises(DataError, match="2 mixer_types, but the teacher has 3"):
         load_selection(path, num_layers=3)

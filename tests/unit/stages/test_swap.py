@@ -3,12 +3,13 @@
 import pytest
 import torch
 
+from megatron_hypenet.config.mixers import default_mixer
 from megatron_hypenet.stages.swap import AlignedMixers, score_layers, swapped
 
 
 @pytest.fixture
 def mixers(teacher):
-    return AlignedMixers.beside(teacher, seed=3)
+    return AlignedMixers.beside(teacher, default_mixer(), seed=3)
 
 
 def test_a_swap_changes_one_layer_and_is_undone(teacher, mixers, batch):
@@ -62,6 +63,6 @@ def test_mixers_start_from_their_layers_attention(teacher, mixers):
         assert torch.equal(mixer.section_weight("q"), attention.section_weight("q"))
         assert torch.equal(mixer.linear_proj.weight, attention.linear_proj.weight)
         assert torch.equal(mixer.o_norm.weight, torch.ones_like(mixer.o_norm.weight))
-    again, other = AlignedMixers.beside(teacher, seed=3), AlignedMixers.beside(teacher, seed=4)
+    again, other = AlignedMixers.beside(teacher, default_mixer(), seed=3), AlignedMixers.beside(teacher, default_mixer(), seed=4)
     assert torch.equal(again.of_layer(1).section_weight("gate"), mixers.of_layer(1).section_weight("gate"))
     assert not torch.equal(other.of_layer(1).section_weight("gate"), mixers.of_layer(1).section_weight("gate"))

@@ -1,7 +1,9 @@
 import pytest
 
 from megatron_hypenet.errors import ConfigError
-from megatron_hypenet.model.mixers import LightningAttn, SoftmaxAttn, mixer_class, register_mixer, registered_mixers
+from megatron_hypenet.model.mixers import mixer_class, register_mixer, registered_mixers
+from megatron_hypenet.model.mixers.lightning_attn import LightningAttn
+from megatron_hypenet.model.mixers.softmax_attn import SoftmaxAttn
 
 
 def test_the_registry_finds_by_name_and_lists_what_it_knows():

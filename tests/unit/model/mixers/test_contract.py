@@ -3,13 +3,14 @@
 import pytest
 import torch
 
+from megatron_hypenet.config.mixers import mixer_specs
 from megatron_hypenet.config.schema import ParallelConfig
 from megatron_hypenet.model.hypenet import build_model
 from megatron_hypenet.model.mixers import registered_mixers
 from tests.tiny import tiny_model_config, tiny_teacher_config
 
 MIXERS = sorted(registered_mixers())
-RECURRENT = [name for name in MIXERS if registered_mixers()[name].recurrent]
+RECURRENT = [name for name in MIXERS if mixer_specs()[name].recurrent]
 HEADS = [(1, 1), (2, 1), (4, 2), (6, 3), (5, 5), (12, 4)]
 
 
@@ -45,14 +46,15 @@ def test_a_prefix_gives_the_same_outputs_as_the_whole(name, length):
 def test_predicted_parameter_count_is_the_built_one(name, heads, groups):
     model = build(name, num_attention_heads=heads, num_query_groups=groups)
     mixer = model.mixer(1)
-    assert type(mixer).num_parameters(model.model_config) == sum(p.numel() for p in mixer.parameters())
+    assert mixer.spec.num_parameters(model.model_config) == sum(p.numel() for p in mixer.parameters())
 
 
 @pytest.mark.parametrize("name", MIXERS)
 def test_flops_are_positive_and_recurrent_ones_do_not_grow_with_the_context(name):
-    cls, config = registered_mixers()[name], tiny_model_config((name,))
-    short, long = cls.flops_per_token(config, 512), cls.flops_per_token(config, 65536)
-    assert short > 0 and (long == short if cls.recurrent else long > short)
+    config = tiny_model_config((name,))
+    spec = config.spec(name)
+    short, long = spec.flops(config, 512).total, spec.flops(config, 65536).total
+    assert short > 0 and (long == short if spec.recurrent else long > short)
 
 
 @pytest.mark.parametrize("name", MIXERS)

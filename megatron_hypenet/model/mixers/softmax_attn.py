@@ -7,40 +7,22 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from megatron_hypenet.config.model import SOFTMAX_MIXER, LogitsScaling, ModelConfig
+from megatron_hypenet.config.mixers.softmax_attn import ATTENTION
+from megatron_hypenet.config.model import LogitsScaling
 from megatron_hypenet.model.mixers.base import Mixer, register_mixer
 from megatron_hypenet.ops.logits_scale import logits_scale
 from megatron_hypenet.ops.sigmoid_gate import sigmoid_gate
 from megatron_hypenet.parallel.context import context_softmax_attn, local_positions
 
 
-@register_mixer(SOFTMAX_MIXER)
+@register_mixer(ATTENTION)
 class SoftmaxAttn(Mixer):
     """Causal grouped-query attention; `attn_use_rope`, `attn_use_output_gate` and `attn_logits_scaling` come from the model config."""
-
-    recurrent = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.logits_scaling: LogitsScaling = self.model.attn_logits_scaling
         self.method: Literal["all_gather", "ring"] = "ring" if self.config.cp_comm_type == "p2p" else "all_gather"
-
-    @classmethod
-    def sections(cls, model: ModelConfig) -> dict[str, int]:
-        """q for all heads, k and v for the key/value groups, and the output gate if the model has one."""
-        rows = {"q": model.query_size, "k": model.kv_size, "v": model.kv_size}
-        return {**rows, "gate": model.query_size} if model.attn_use_output_gate else rows
-
-    @classmethod
-    def kept_numbers(cls, model: ModelConfig, tensor_ranks: int, *, dropped: bool) -> float:
-        """The sections, normalised q and k, and o, with a gate also the product; nothing is dropped."""
-        gated = model.query_size if model.attn_use_output_gate else 0
-        return (sum(cls.sections(model).values()) + 2 * model.query_size + model.kv_size + gated) / tensor_ranks
-
-    @classmethod
-    def mix_flops_per_token(cls, model: ModelConfig, seq_length: int) -> float:
-        """Two products over half the sequence on average: 4 * heads * head_dim * seq_length / 2."""
-        return 2.0 * model.query_size * seq_length
 
     def mix(self, parts: dict[str, Tensor], rotary_pos_emb: Tensor | None, document_ids: Tensor | None) -> Tensor:
         """Attention over all earlier positions, then the gate."""

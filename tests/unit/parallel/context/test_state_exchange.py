@@ -5,8 +5,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_hypenet.model.mixers import lightning_attn as lightning
 from megatron_hypenet.ops.decay import log_decay
-from megatron_hypenet.parallel.context import lightning
+from megatron_hypenet.parallel.context import state_exchange
 from megatron_hypenet.parallel.context.layout import local_part
 from tests.dense_attention import dense_lightning, document_ids
 from tests.threaded_ranks import on_ranks
@@ -36,7 +37,7 @@ def test_ranks_hold_their_part_of_the_whole(size, ids):
 @contextmanager
 def recorded(events):
     """The order in which the exchange and the local scan happen, forward and backward."""
-    gather, scan, finish = dist.all_gather_into_tensor, lightning.lightning_attn, lightning._StateExchange.finish
+    gather, scan, finish = dist.all_gather_into_tensor, lightning.lightning_attn, state_exchange._Flight.finish
 
     def recording(name, function):
         def call(*args, **kwargs):
@@ -54,7 +55,7 @@ def recorded(events):
     with (
         mock.patch.object(dist, "all_gather_into_tensor", recording("send", gather)),
         mock.patch.object(lightning, "lightning_attn", scan_and_mark),
-        mock.patch.object(lightning._StateExchange, "finish", recording("receive", finish)),
+        mock.patch.object(state_exchange._Flight, "finish", recording("receive", finish)),
     ):
         yield
 
@@ -96,11 +97,6 @@ def test_frozen_keys_exchange_nothing_in_backward():
     dense_lightning(whole, k, v, DECAY, 0.5).sum().backward()
     for rank, grad in enumerate(on_ranks(2, one_rank)):
         torch.testing.assert_close(grad, local_part(whole.grad, rank, 2, 1))
-
-
-def test_the_bytes_do_not_depend_on_the_length():
-    assert lightning.exchanged_bytes(1, 16, 128, 128, 8) == 7 * 2 * 16 * 128 * 128 * 4  # 14 MiB at any length
-    assert lightning.exchanged_bytes(2, 3, 4, 5, 1) == 0
 
 
 def test_wrong_lengths_and_documents_are_refused():

@@ -1,0 +1,228 @@
+"""Recurrent mixers over a sequence that is split over ranks: one all-gather of chunk summaries each way,
+whatever the length; and the tokens before a chunk that a short convolution reads.
+
+Each rank holds two chunks (zigzag, see `layout`) and treats them side by side in the batch dimension.
+What a chunk does to a state is summarised by tensors whose size does not depend on its length. They
+are sent to all ranks first, and travel while the rank computes what needs no other chunk. An algebra
+(`state_algebra`) turns all summaries into the state that enters each chunk, and in backward the
+gradients of the incoming states, which travel the same way, into gradients of the summaries. The idea
+is LASP-2's (arXiv 2502.07563); zigzag layout, decays, transition matrices and documents are ours."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_hypenet.parallel.context.layout import (
+    check_document_ids,
+    chunks_of,
+    local_chunk_tokens,
+    local_part,
+)
+from megatron_hypenet.parallel.context.state_algebra import Algebra, Shift
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """A rank's tokens as rows: row 2 i + j is local chunk j of sequence i."""
+
+    tokens: int
+    """Tokens of a chunk, c."""
+    number: int
+    """Chunks of a whole sequence, 2 * context ranks."""
+    document_ids: Tensor | None
+    """Of the whole sequences, [b, number * c], or None."""
+    rows: Tensor | None
+    """Of this rank's chunks, [2 b, c], or None."""
+
+
+class ChunkExchange(ABC):
+    """How a recurrent mixer crosses chunk borders; one object per call, which may hold settings.
+
+    `inputs` are the mixer's tensors per token, cut to chunks [2 b, c, ...]."""
+
+    halo_tokens: ClassVar[int] = 0
+    """Tokens before a chunk that are needed beside the state; see `preceding_tokens`."""
+
+    @abstractmethod
+    def combine(self, chunks: Chunks) -> Algebra:
+        """The rule that turns the summaries of all chunks into the state that enters one."""
+
+    @abstractmethod
+    def local_summary(self, chunks: Chunks, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """What each chunk does to a state, as the algebra takes it: [2 b, ...] each, with the state
+        that the chunk leaves from a zero state last. Computed first and alone, because it travels
+        while `local` works."""
+
+    def local(self, chunks: Chunks, *inputs: Tensor) -> Tensor | None:
+        """What can be computed without the incoming state; None for nothing."""
+        return None
+
+    @abstractmethod
+    def apply(
+        self, chunks: Chunks, local: Tensor | None, incoming: Tensor, *inputs: Tensor
+    ) -> Tensor:
+        """Outputs [2 b, c, ...] from what `local` gave and the states that enter the chunks,
+        [2 b, ...]. A state belongs to the document of a chunk's first token."""
+
+
+def exchange_states(
+    exchange: ChunkExchange,
+    *inputs: Tensor,
+    group: dist.ProcessGroup,
+    document_ids: Tensor | None = None,
+) -> Tensor:
+    """This rank's outputs [b, t_local, ...] of a recurrence over whole sequences split over `group`.
+
+    Args:
+        exchange: the mixer's part.
+        inputs: [b, t_local, ...] each, as `split_sequence` gives them.
+        group: context-parallel ranks; more than one.
+        document_ids: [b, t_local * ranks], the same on all ranks and not decreasing along a row; the
+            state restarts where they change.
+
+    Raises ValueError when t_local is odd or document_ids has another shape. One all-gather forward,
+    and one backward where the summaries need a gradient."""
+    b, local_tokens = inputs[0].shape[:2]
+    check_document_ids(document_ids, b, local_tokens * group.size())
+    chunks = _chunks(local_tokens, group, document_ids)
+    inputs = tuple(x.unflatten(1, (2, chunks.tokens)).flatten(0, 1) for x in inputs)
+    flight = _Flight(group, exchange.combine(chunks))
+    summary = exchange.local_summary(chunks, *inputs)
+    started = _Start.apply(flight, *summary)
+    local = exchange.local(chunks, *inputs)
+    incoming = _Finish.apply(started, flight)
+    output = exchange.apply(chunks, local, incoming, *inputs)
+    return output.unflatten(0, (b, 2)).flatten(1, 2)
+
+
+def preceding_tokens(x: Tensor, count: int, group: dist.ProcessGroup) -> Tensor:
+    """x [b, t_local, ...] -> rows of chunks with the `count` tokens before each, zeros before the
+    sequence: [2 b, count + c, ...]; on one rank the whole sequence as one chunk, [b, count + t, ...].
+
+    `preceding_ids` tells which of them belong to another document; `join_chunks` follows the
+    convolution. Costs one all-gather of the last `count` tokens of every chunk each way. Raises
+    ValueError when chunks are shorter than `count`."""
+    if group.size() == 1:
+        halo = x.new_zeros(x.shape[0], count, *x.shape[2:])
+        return torch.cat([halo, x], dim=1)
+    chunks = _chunks(x.shape[1], group, None)
+    if chunks.tokens < count:
+        raise ValueError(
+            f"chunks of {chunks.tokens} tokens are shorter than the {count} tokens that are read "
+            "before each; use longer sequences or fewer context-parallel ranks"
+        )
+    rows = x.unflatten(1, (2, chunks.tokens)).flatten(0, 1)
+    flight = _Flight(group, Shift())
+    halo = _Finish.apply(_Start.apply(flight, rows[:, chunks.tokens - count :]), flight)
+    return torch.cat([halo, rows], dim=1)
+
+
+def preceding_ids(
+    document_ids: Tensor | None, count: int, group: dist.ProcessGroup
+) -> Tensor | None:
+    """The ids of what `preceding_tokens` gives, [rows, count + c]; -1 before the sequence."""
+    if document_ids is None:
+        return None
+    padded = torch.nn.functional.pad(document_ids, (count, 0), value=-1)
+    if group.size() == 1:
+        return padded
+    c = document_ids.shape[1] // (2 * group.size())
+    own = chunks_of(group.rank(), group.size())
+    parts = [padded[:, chunk * c : (chunk + 1) * c + count] for chunk in own]
+    return torch.stack(parts, dim=1).flatten(0, 1)
+
+
+def join_chunks(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Rows of chunks [2 b, c, ...] -> this rank's tokens [b, t_local, ...]; unchanged on one rank."""
+    return rows if group.size() == 1 else rows.unflatten(0, (-1, 2)).flatten(1, 2)
+
+
+def _chunks(local_tokens: int, group: dist.ProcessGroup, document_ids: Tensor | None) -> Chunks:
+    size = group.size()
+    c = local_chunk_tokens(local_tokens, size)
+    rows = None
+    if document_ids is not None:
+        rows = local_part(document_ids, group.rank(), size, 1).unflatten(1, (2, c)).flatten(0, 1)
+    return Chunks(c, 2 * size, document_ids, rows)
+
+
+class _Flight:
+    """One exchange, forward and then backward; holds its buffers until they are waited for."""
+
+    def __init__(self, group: dist.ProcessGroup, algebra: Algebra) -> None:
+        self.group = group
+        self.algebra = algebra
+        self.work: Any = None
+        self.buffers: tuple[Tensor, ...] = ()
+        self.shapes: tuple[torch.Size, ...] = ()
+
+    @property
+    def own(self) -> tuple[int, int]:
+        """This rank's chunks."""
+        return chunks_of(self.group.rank(), self.group.size())
+
+    def start(self, *mine: Tensor) -> None:
+        """Send tensors [2 b, ...] of this rank's chunks, of one dtype, to all in one collective."""
+        self.shapes = tuple(x.shape[1:] for x in mine)
+        packed = mine[0] if len(mine) == 1 else torch.cat([x.flatten(1) for x in mine], dim=1)
+        packed = packed.contiguous()
+        everyone = packed.new_empty(self.group.size(), *packed.shape)
+        self.buffers = (packed, everyone)
+        self.work = dist.all_gather_into_tensor(
+            everyone.view(-1), packed.view(-1), group=self.group, async_op=True
+        )
+
+    def finish(self) -> tuple[Tensor, ...]:
+        """Wait; all chunks' tensors in natural order, [chunks, b, ...] each."""
+        self.work.wait()
+        everyone = self.buffers[1]
+        self.work, self.buffers = None, ()
+        early, late = everyone.unflatten(1, (-1, 2)).unbind(2)
+        gathered = torch.cat([early, late.flip(0)])
+        if len(self.shapes) == 1:
+            return (gathered,)
+        parts = gathered.split([shape.numel() for shape in self.shapes], dim=2)
+        return tuple(x.unflatten(2, shape) for x, shape in zip(parts, self.shapes, strict=True))
+
+
+class _Start(torch.autograd.Function):
+    """Summaries -> an empty tensor that orders the graph; the summaries travel meanwhile. In backward
+    the gradients of the incoming states have arrived.
+
+    Autograd runs first what was recorded last, so backward goes `_Finish` (send), local part,
+    `_Start` (receive)."""
+
+    @staticmethod
+    def forward(ctx: Any, flight: _Flight, *summary: Tensor) -> Tensor:
+        ctx.flight = flight
+        flight.start(*summary)
+        return summary[0].new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        flight = ctx.flight
+        (gradients,) = flight.finish()
+        own = [flight.algebra.summary_gradient(gradients, chunk) for chunk in flight.own]
+        return None, *(torch.stack(pair, dim=1).flatten(0, 1) for pair in zip(*own, strict=True))
+
+
+class _Finish(torch.autograd.Function):
+    """The states that enter this rank's chunks, [2 b, ...]. In backward their gradients set out."""
+
+    @staticmethod
+    def forward(ctx: Any, started: Tensor, flight: _Flight) -> Tensor:
+        ctx.flight = flight
+        summaries = flight.finish()
+        states = [flight.algebra.incoming(summaries, chunk) for chunk in flight.own]
+        return torch.stack(states, dim=1).flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        ctx.flight.start(grad)
+        return grad.new_empty(0), None
