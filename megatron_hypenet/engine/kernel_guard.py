@@ -7,102 +7,53 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
+from megatron_hypenet.config.mixers import mixer_spec, mixer_specs
 from megatron_hypenet.errors import SetupError
 from megatron_hypenet.model.hypenet import HypeNetModel
-from megatron_hypenet.ops import (
-    adamw,
-    gated_norm,
-    gradient_sum,
-    kernels,
-    lightning_mix,
-    norm_rope,
-    rms_norm,
-    selftest,
-    sigmoid_gate,
-    swiglu,
-)
-from megatron_hypenet.ops.lightning_attn import dispatch
+from megatron_hypenet.ops import adamw, gradient_sum, kernels  # noqa: F401 - families that no model loads
+from megatron_hypenet.ops.kernels import KernelUse
 from megatron_hypenet.ops.selftest import KernelCheck
-from megatron_hypenet.parallel import groups
+from megatron_hypenet.parallel import groups, vocab_loss  # noqa: F401
 from megatron_hypenet.parallel.cpu import device
-from megatron_hypenet.parallel.vocab.selftest import check_vocab
 
 logger = logging.getLogger(__name__)
 
-Checks = dict[str, Callable[[], KernelCheck]]
-DOCTOR_WIDTH, DOCTOR_FFN, DOCTOR_WORDS = 4096, 12_288, 151_936
-"""What `survey` looks at: the width of 32 heads and of a layer, the MLP of Qwen3-8B, Qwen3's vocabulary."""
+DOCTOR_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DOCTOR_USE = KernelUse(
+    dtype=torch.bfloat16, head_dim=128, width=4096, hidden=4096, ffn=12_288, words=151_936,
+    tensor_ranks=1, context_ranks=1, documents=False, thorough=True,
+)  # fmt: skip
+"""What `survey` looks at: 32 heads, the width and the MLP of Qwen3-8B, Qwen3's vocabulary."""
 
 
-@dataclass(frozen=True)
-class KernelUse:
-    """Which kernels a model runs: what they are compiled for, and the shapes that decide how. Sizes are those of one rank."""
+def use_of(model: HypeNetModel, *, documents: bool, mixers: tuple[str, ...] = ()) -> KernelUse:
+    """What this model runs, and mixers that will be trained beside it."""
+    shape, ranks = model.model_config, model.parallel.tensor_model_parallel_size
+    return KernelUse(
+        dtype=model.config.params_dtype,
+        head_dim=shape.kv_channels,
+        width=shape.query_size // ranks,
+        hidden=shape.hidden_size,
+        ffn=shape.ffn_hidden_size // ranks,
+        words=shape.vocab_size // ranks,
+        tensor_ranks=ranks,
+        context_ranks=model.parallel.context_parallel_size,
+        documents=documents,
+        mixers=frozenset((*shape.mixer_types, *mixers)),
+    )
 
-    dtype: torch.dtype
-    head_dim: int
-    width: int
-    """Heads times head_dim."""
-    hidden: int
-    """Columns of what goes from layer to layer."""
-    ffn: int
-    """Columns of the MLP's inner product."""
-    words: int
-    tensor_ranks: int
-    context_ranks: int
-    documents: bool
-    """Whether packed documents are kept apart."""
 
-    @classmethod
-    def of(cls, model: HypeNetModel, *, documents: bool) -> KernelUse:
-        """What the mixers and the head of this model run."""
-        shape, ranks = model.model_config, model.parallel.tensor_model_parallel_size
-        return cls(
-            dtype=model.config.params_dtype,
-            head_dim=shape.kv_channels,
-            width=shape.query_size // ranks,
-            hidden=shape.hidden_size,
-            ffn=shape.ffn_hidden_size // ranks,
-            words=shape.vocab_size // ranks,
-            tensor_ranks=ranks,
-            context_ranks=model.parallel.context_parallel_size,
-            documents=documents,
-        )
-
-    def checks(self, where: torch.device) -> Checks:
-        """The check of each family that this model's kernels belong to; families whose torch form runs anyway are left out."""
-        found: Checks = {}
-        if dispatch.kernel_fits(self.dtype, self.head_dim):
-            found["lightning_attn"] = lambda: selftest.check_lightning(
-                where, self.dtype, head_dim=self.head_dim, documents=self.documents, states=False, pieces=self.context_ranks > 1
-            )
-        if norm_rope.kernel_fits(self.dtype, self.head_dim):
-            found["norm_rope"] = lambda: selftest.check_norm_rope(where, self.dtype, head_dim=self.head_dim)
-        if gated_norm.kernel_fits(self.dtype, self.width) and self.tensor_ranks == 1:
-            found["gated_norm"] = lambda: selftest.check_gated_norm(where, self.dtype, width=self.width)
-        alone = self.tensor_ranks == self.context_ranks == 1
-        if alone and lightning_mix.kernel_fits(self.dtype, self.head_dim, self.width):
-            found["lightning_mix"] = lambda: selftest.check_lightning_mix(
-                where, self.dtype, head_dim=self.head_dim, documents=self.documents
-            )
-        if sigmoid_gate.kernel_fits(self.dtype):
-            found["sigmoid_gate"] = lambda: selftest.check_sigmoid_gate(where, self.dtype, width=self.width)
-        if rms_norm.kernel_fits(self.dtype, self.hidden):
-            found["rms_norm"] = lambda: selftest.check_rms_norm(where, self.dtype, width=self.hidden)
-        if swiglu.kernel_fits(self.dtype):
-            found["swiglu"] = lambda: selftest.check_swiglu(where, self.dtype, width=self.ffn)
-        if self.dtype != torch.float64:
-            shards = min(self.tensor_ranks, 2)
-            found["vocab_loss"] = lambda: check_vocab(where, self.dtype, words=self.words, shards=shards)
-        if gradient_sum.kernel_fits(self.dtype):
-            found["gradient_sum"] = lambda: selftest.check_gradient_sum(where, self.dtype)
-        if adamw.kernel_fits(self.dtype):
-            found["adamw"] = lambda: selftest.check_adamw(where, self.dtype)
-        return found
+def families_of(use: KernelUse) -> list[kernels.Family]:
+    """The families that run in this use, in an order that all ranks share; families of mixers that it does not have are left out."""
+    claimed = {family for spec in mixer_specs().values() for family in spec.kernel_families}
+    own = {family for name in use.mixers for family in mixer_spec(name).kernel_families}
+    found = (kernels.FAMILIES[name] for name in sorted(kernels.FAMILIES) if name in own or name not in claimed)
+    return [family for family in found if family.fits(use)]
 
 
 _looked_at: set[KernelUse] = set()
@@ -111,11 +62,13 @@ _looked_at: set[KernelUse] = set()
 def guard_kernels(model: HypeNetModel, *, documents: bool = False, mixers: tuple[str, ...] = ()) -> None:
     """Check the kernels that `model` will run, and disable the families that fail; collective over all ranks, once per use and process.
 
-    Raises SetupError when a kernel left the GPU unusable for this process."""
+    `mixers` are trained beside the model. Raises ConfigError for a wrong HYPENET_DISABLE_KERNELS, SetupError when a kernel left the GPU
+    unusable for this process."""
+    kernels.check_variable()
     where = device()
     if where.type == "cuda":
         with torch.enable_grad():
-            guard(KernelUse.of(model, documents=documents), where, torch.cuda.get_device_name(where))
+            guard(use_of(model, documents=documents, mixers=mixers), where, torch.cuda.get_device_name(where))
 
 
 def guard(use: KernelUse, where: torch.device, gpu: str) -> None:
@@ -124,8 +77,8 @@ def guard(use: KernelUse, where: torch.device, gpu: str) -> None:
         return
     _looked_at.add(use)
     started, passed = time.perf_counter(), []
-    for family, check in use.checks(where).items():
-        found = check() if kernels.enabled(family) else None  # None: disabled on this rank, so it must be on all
+    for family, check in ((each.name, each.check) for each in families_of(use)):
+        found = check(where, use) if kernels.enabled(family) else None  # None: disabled on this rank, so it must be on all
         _still_usable(where, family, gpu)
         verdicts = groups.gather_numbers(float(found is not None and found.ok))
         if min(verdicts) == 1.0:
@@ -162,17 +115,9 @@ def _still_usable(where: torch.device, family: str, gpu: str) -> None:
 
 
 def survey(where: torch.device) -> Iterator[KernelCheck]:
-    """Every family in every dtype: narrow and wide heads, packed documents, states in and out, a whole and a split vocabulary."""
-    for dtype in dispatch.KERNEL_DTYPES:
-        for head_dim, full in ((64, False), (128, True)):
-            yield selftest.check_lightning(where, dtype, head_dim=head_dim, documents=full, states=full, pieces=full, tokens=1000)
-        yield selftest.check_norm_rope(where, dtype, head_dim=128)
-        yield selftest.check_gated_norm(where, dtype, width=DOCTOR_WIDTH)
-        yield selftest.check_lightning_mix(where, dtype, head_dim=128, documents=True)
-        yield selftest.check_sigmoid_gate(where, dtype, width=DOCTOR_WIDTH)
-        yield selftest.check_rms_norm(where, dtype, width=DOCTOR_WIDTH)
-        yield selftest.check_swiglu(where, dtype, width=DOCTOR_FFN)
-        yield selftest.check_gradient_sum(where, dtype)
-        yield selftest.check_adamw(where, dtype)
-        for shards in (1, 2):
-            yield check_vocab(where, dtype, words=DOCTOR_WORDS // shards, shards=shards)
+    """Every family in every dtype, in the uses that it names: narrow and wide heads, packed documents, states in and out, a whole and a
+    split vocabulary."""
+    for dtype in DOCTOR_DTYPES:
+        for family in kernels.FAMILIES.values():
+            for change in family.surveyed:
+                yield family.check(where, replace(DOCTOR_USE, dtype=dtype, **change))

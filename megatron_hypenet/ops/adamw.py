@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
-from megatron_hypenet.ops.kernels import enabled
+from megatron_hypenet.ops.kernels import KernelUse, enabled, kernel_family
+
+if TYPE_CHECKING:
+    from megatron_hypenet.ops.selftest import KernelCheck
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -38,6 +42,13 @@ class AdamWStep:
         return math.sqrt(1.0 - self.betas[1] ** self.count)
 
 
+def _check(where: torch.device, use: KernelUse) -> KernelCheck:
+    from megatron_hypenet.ops import selftest
+
+    return selftest.check_adamw(where, use.dtype)
+
+
+@kernel_family("adamw", fits=lambda use: kernel_fits(use.dtype), check=_check)
 @torch.no_grad()
 def adamw(weight: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, narrow: Tensor, step: AdamWStep, scale: Tensor) -> None:
     """Update `weight`, `exp_avg`, `exp_avg_sq` [n], fp32, and overwrite `narrow` [n] with the weight in its own dtype; all contiguous.

@@ -5,18 +5,28 @@ whole rows: a row split over tensor-parallel ranks needs its sum of squares from
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_hypenet.ops.kernels import enabled
+from megatron_hypenet.ops.kernels import KernelUse, enabled, kernel_family
+
+if TYPE_CHECKING:
+    from megatron_hypenet.ops.selftest import KernelCheck
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 KERNEL_MAX_WIDTH = 16384
 
 
+def _check(where: torch.device, use: KernelUse) -> KernelCheck:
+    from megatron_hypenet.ops import selftest
+
+    return selftest.check_gated_norm(where, use.dtype, width=use.width)
+
+
+@kernel_family("gated_norm", fits=lambda use: use.tensor_ranks == 1 and kernel_fits(use.dtype, use.width), check=_check)
 def gated_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x, gate [t, b, n], weight [n] -> [t, b, n] in x's dtype.
 

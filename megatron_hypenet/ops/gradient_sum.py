@@ -4,14 +4,26 @@ torch's own `copy_` and `add_` between two dtypes move one number at a time: on 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from megatron_hypenet.ops.kernels import enabled
+from megatron_hypenet.ops.kernels import KernelUse, enabled, kernel_family
+
+if TYPE_CHECKING:
+    from megatron_hypenet.ops.selftest import KernelCheck
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
+def _check(where: torch.device, use: KernelUse) -> KernelCheck:
+    from megatron_hypenet.ops import selftest
+
+    return selftest.check_gradient_sum(where, use.dtype)
+
+
+@kernel_family("gradient_sum", fits=lambda use: kernel_fits(use.dtype), check=_check)
 def gradient_sum(total: Tensor, gradient: Tensor, *, add: bool) -> None:
     """Write `gradient` [n] to `total` [n], in place, or add it; total is fp32 for the kernel, and contiguous like the gradient.
 

@@ -1,45 +1,112 @@
-"""Which families of Triton kernels may run. Whatever chooses between a kernel and its torch form asks here.
+"""Families of Triton kernels: each registers where its front is defined; whatever chooses between a kernel and its torch form asks here.
 
 A family is turned off when its kernels do not work on this machine's GPU (`engine.kernel_guard` finds that out), or by whoever starts the
 process, with their names in HYPENET_DISABLE_KERNELS, joined by commas, or `all`."""
 
+from __future__ import annotations
+
 import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from megatron_hypenet.errors import ConfigError
 
-FAMILIES = (
-    "lightning_mix",
-    "lightning_attn",
-    "norm_rope",
-    "gated_norm",
-    "sigmoid_gate",
-    "rms_norm",
-    "swiglu",
-    "vocab_loss",
-    "gradient_sum",
-    "adamw",
-)
-NEEDS = {"lightning_mix": ("norm_rope", "lightning_attn", "gated_norm")}
-"""Families that launch kernels of others, and run only where those do."""
+if TYPE_CHECKING:
+    import torch
+
+    from megatron_hypenet.ops.selftest import KernelCheck
+
 VARIABLE = "HYPENET_DISABLE_KERNELS"
+
+
+@dataclass(frozen=True)
+class KernelUse:
+    """Which kernels a model runs: what they are compiled for, and the shapes that decide how. Sizes are those of one rank."""
+
+    dtype: torch.dtype
+    head_dim: int
+    width: int
+    """Heads times head_dim."""
+    hidden: int
+    """Columns of what goes from layer to layer."""
+    ffn: int
+    """Columns of the MLP's inner product."""
+    words: int
+    tensor_ranks: int
+    context_ranks: int
+    documents: bool
+    """Whether packed documents are kept apart."""
+    mixers: frozenset[str] = frozenset()
+    """Names of the mixers in the model, or that will be trained beside it."""
+    thorough: bool = False
+    """For `hypenet doctor --kernels`: every way in and out, whether or not a model uses it."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Kernels that are turned off together."""
+
+    name: str
+    fits: Callable[[KernelUse], bool]
+    """Whether a model with this use runs them."""
+    check: Callable[[torch.device, KernelUse], KernelCheck]
+    """Runs them once as the use says, against their definition in float64."""
+    surveyed: tuple[Mapping[str, Any], ...]
+    """The uses that the doctor checks, as changes of its own."""
+
+
+FAMILIES: dict[str, Family] = {}
+"""All families whose code is loaded, by name."""
+
+# a plain dictionary that is only ever read in ops: a compiler can put a guard on it
+_enabled: dict[str, bool] = {}
+_needs: dict[str, tuple[str, ...]] = {}
+Front = TypeVar("Front", bound=Callable[..., Any])
+
+
+def kernel_family(
+    name: str,
+    *,
+    fits: Callable[[KernelUse], bool],
+    check: Callable[[torch.device, KernelUse], KernelCheck],
+    needs: tuple[str, ...] = (),
+    surveyed: tuple[Mapping[str, Any], ...] = ({},),
+) -> Callable[[Front], Front]:
+    """Decorator of the function that chooses between the kernels and their torch form: makes the family known.
+
+    Args:
+        name: as HYPENET_DISABLE_KERNELS and messages spell it.
+        fits, check, surveyed: see `Family`.
+        needs: families whose kernels these launch; they run only where those do."""
+
+    def register(front: Front) -> Front:
+        assert name not in FAMILIES, f"kernel family {name!r} is registered twice"
+        FAMILIES[name] = Family(name, fits, check, surveyed)
+        _needs[name] = needs
+        _enabled[name] = not {name, "all"} & set(_words(os.environ.get(VARIABLE, "")))
+        return front
+
+    return register
 
 
 def named(words: str) -> tuple[str, ...]:
     """The families that a value of the environment variable names. ConfigError for a word that is none."""
-    chosen = [word.strip() for word in words.split(",") if word.strip()]
+    chosen = _words(words)
     if unknown := [word for word in chosen if word not in (*FAMILIES, "all")]:
-        raise ConfigError(f"{VARIABLE}={words}: {', '.join(unknown)} is no family of kernels; choose from {', '.join(FAMILIES)}, or all")
-    return FAMILIES if "all" in chosen else tuple(chosen)
+        known = ", ".join(sorted(FAMILIES))
+        raise ConfigError(f"{VARIABLE}={words}: {', '.join(unknown)} is no family of kernels; choose from {known}, or all")
+    return tuple(FAMILIES) if "all" in chosen else tuple(chosen)
 
 
-_off = named(os.environ.get(VARIABLE, ""))
-# a plain dictionary that is only ever read in ops: a compiler can put a guard on it
-_enabled = {family: family not in _off for family in FAMILIES}
+def check_variable() -> None:
+    """ConfigError when the environment variable names what is no family; asked once all families are loaded."""
+    named(os.environ.get(VARIABLE, ""))
 
 
 def enabled(family: str) -> bool:
     """Whether kernels of the family may run where they fit; KeyError for an unknown one."""
-    return _enabled[family] and all(_enabled[other] for other in NEEDS.get(family, ()))
+    return _enabled[family] and all(_enabled[other] for other in _needs[family])
 
 
 def disable(family: str) -> None:
@@ -47,3 +114,7 @@ def disable(family: str) -> None:
     if family not in _enabled:
         raise KeyError(family)
     _enabled[family] = False
+
+
+def _words(value: str) -> list[str]:
+    return [word.strip() for word in value.split(",") if word.strip()]

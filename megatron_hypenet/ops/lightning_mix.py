@@ -6,14 +6,17 @@ of the gradient of the fused projection where it belongs, so that no pass over m
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from megatron_hypenet.ops import gated_norm, norm_rope
-from megatron_hypenet.ops.kernels import enabled
+from megatron_hypenet.ops.kernels import KernelUse, enabled, kernel_family
 from megatron_hypenet.ops.lightning_attn import dispatch
+
+if TYPE_CHECKING:
+    from megatron_hypenet.ops.selftest import KernelCheck
 
 
 def fits(projected: Tensor, head_dim: int) -> bool:
@@ -31,6 +34,24 @@ def kernel_fits(dtype: torch.dtype, head_dim: int, width: int) -> bool:
     return rows and dispatch.kernel_fits(dtype, head_dim)
 
 
+def _check(where: torch.device, use: KernelUse) -> KernelCheck:
+    from megatron_hypenet.ops.lightning_attn import selftest
+
+    return selftest.check_lightning_mix(where, use.dtype, head_dim=use.head_dim, documents=use.documents)
+
+
+def _runs(use: KernelUse) -> bool:
+    alone = use.tensor_ranks == use.context_ranks == 1
+    return alone and kernel_fits(use.dtype, use.head_dim, use.width)
+
+
+@kernel_family(
+    "lightning_mix",
+    fits=_runs,
+    check=_check,
+    needs=("norm_rope", "lightning_attn", "gated_norm"),
+    surveyed=({"documents": True},),
+)
 def lightning_mix(
     projected: Tensor,
     q_weight: Tensor,

@@ -4,18 +4,28 @@ Source: Qwen3's q/k norm followed by rotate-half RoPE (arXiv 2104.09864), as Hyp
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_hypenet.ops.kernels import enabled
+from megatron_hypenet.ops.kernels import KernelUse, enabled, kernel_family
 from megatron_hypenet.ops.rope import apply_rope
+
+if TYPE_CHECKING:
+    from megatron_hypenet.ops.selftest import KernelCheck
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
+def _check(where: torch.device, use: KernelUse) -> KernelCheck:
+    from megatron_hypenet.ops import selftest
+
+    return selftest.check_norm_rope(where, use.dtype, head_dim=use.head_dim)
+
+
+@kernel_family("norm_rope", fits=lambda use: kernel_fits(use.dtype, use.head_dim), check=_check)
 def norm_rope(x: Tensor, weight: Tensor, angles: Tensor | None, eps: float) -> Tensor:
     """x [t, b, h, d], weight [d], angles [t, 1, 1, d] (each frequency twice, fp32 or wider) or None -> [t, b, h, d] in x's dtype.
 

@@ -5,13 +5,16 @@ once more for dweight: on an H100 0.20 ms for 16,384 rows of 2,048 in bf16, whos
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_hypenet.ops.kernels import enabled
+from megatron_hypenet.ops.kernels import KernelUse, enabled, kernel_family
+
+if TYPE_CHECKING:
+    from megatron_hypenet.ops.selftest import KernelCheck
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 KERNEL_MIN_WIDTH = 512
@@ -20,6 +23,13 @@ KERNEL_MAX_WIDTH = 8192
 """Backward keeps six or seven numbers for each column in registers; of wider rows they do not fit."""
 
 
+def _check(where: torch.device, use: KernelUse) -> KernelCheck:
+    from megatron_hypenet.ops import selftest
+
+    return selftest.check_rms_norm(where, use.dtype, width=use.hidden)
+
+
+@kernel_family("rms_norm", fits=lambda use: kernel_fits(use.dtype, use.hidden), check=_check)
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [..., n], weight [n] in x's dtype -> x's shape and dtype, contiguous, in memory of its own.
 

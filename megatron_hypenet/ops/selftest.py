@@ -12,10 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_hypenet.ops.adamw import AdamWStep, fused_adamw
-from megatron_hypenet.ops.decay import log_decay
 from megatron_hypenet.ops.gated_norm import fused_gated_norm
 from megatron_hypenet.ops.gradient_sum import fused_gradient_sum
-from megatron_hypenet.ops.lightning_attn.chunked import chunked_lightning_attn, chunked_lightning_state
 from megatron_hypenet.ops.norm_rope import fused_norm_rope
 from megatron_hypenet.ops.rms_norm import fused_residual_rms_norm, fused_rms_norm
 from megatron_hypenet.ops.rope import apply_rope
@@ -26,8 +24,6 @@ from megatron_hypenet.ops.swiglu import fused_swiglu
 # rounds its results to bf16 is at 1.7e-3.
 PRODUCT_LIMITS = {torch.bfloat16: 8e-3, torch.float16: 1.5e-3, torch.float32: 1e-5}
 ROUNDING_LIMITS = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 1e-5}
-MIX_LIMITS = {torch.bfloat16: 1.2e-2, torch.float16: 2e-3, torch.float32: 1e-5}
-"""Of several steps, each of which rounds its result."""
 TF32_LIMIT = 5e-3
 """For fp32 products where `torch.set_float32_matmul_precision` allows TF32."""
 EPS = 1e-6
@@ -70,49 +66,11 @@ def relative_error(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want).norm() / want.norm())
 
 
-def check_lightning(
-    device: torch.device, dtype: torch.dtype, *, head_dim: int, documents: bool, states: bool, pieces: bool, tokens: int = 1024
-) -> KernelCheck:
-    """Output and all gradients, with every way that the kernels reach memory here. `states`: a state enters and the final one is used;
-    `pieces`: also the state alone, as context parallelism sends it. 1024 tokens are several segments."""
-
-    def run() -> Pairs:
-        from megatron_hypenet.ops.lightning_attn.triton import triton_lightning_attn, triton_lightning_state, ways
-
-        heads, draw = 4, _drawer(device)
-        q, k = (draw(tokens, 1, heads, head_dim).to(dtype).transpose(0, 1) for _ in range(2))
-        v = draw(tokens, 1, 2 * heads * head_dim).to(dtype)[..., : heads * head_dim].unflatten(-1, (heads, head_dim)).transpose(0, 1)
-        do = draw(tokens, 1, heads, head_dim).to(dtype).transpose(0, 1)
-        entering, leaving = (draw(1, heads, head_dim, head_dim) if states else None for _ in range(2))
-        ids = (torch.arange(tokens, device=device) * 10 // (3 * tokens)).int()[None] if documents else None
-        decay = log_decay(heads)
-
-        def found(op: Callable[..., tuple[Tensor, Tensor]], state: Callable[..., Tensor], wide: torch.dtype | None) -> list[Tensor]:
-            inputs = [x.detach().to(wide or x.dtype).requires_grad_() for x in (q, k, v, *([] if entering is None else [entering]))]
-            initial = inputs[3] if states else None
-            o, final = op(*inputs[:3], decay, scale=head_dim**-0.5, initial_state=initial, document_ids=ids)
-            outputs, gradients = ([o], [do.to(o.dtype)]) if leaving is None else ([o, final], [do.to(o.dtype), leaving.to(final.dtype)])
-            together = [*outputs, *torch.autograd.grad(outputs, inputs, gradients)]
-            return [*together, *([state(*inputs[1:3], decay, document_ids=ids)] if pieces else [])]
-
-        names = ["o", *(["final state"] if states else []), "dq", "dk", "dv", *(["d initial state"] if states else []), "state alone"]
-        wanted = found(chunked_lightning_attn, chunked_lightning_state, torch.float64)
-        pairs: Pairs = {}
-        for label, way in ways(device).items():
-            with way:
-                got = found(triton_lightning_attn, triton_lightning_state, None)
-            pairs |= {name + label: (x.detach(), want.detach()) for name, x, want in zip(names, got, wanted, strict=False)}
-        return pairs
-
-    limit = TF32_LIMIT if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else PRODUCT_LIMITS[dtype]
-    return check(f"lightning_attn head_dim {head_dim}{' packed' if documents else ''}", dtype, limit, run)
-
-
 def check_norm_rope(device: torch.device, dtype: torch.dtype, *, head_dim: int, tokens: int = 256) -> KernelCheck:
     """Output and gradients, at positions up to 131,072 and without positions."""
 
     def run() -> Pairs:
-        heads, draw = 4, _drawer(device)
+        heads, draw = 4, drawer(device)
         x = draw(tokens, 1, 2 * heads * head_dim).to(dtype)[..., : heads * head_dim].unflatten(-1, (heads, head_dim))
         weight, dy = (1 + 0.1 * draw(head_dim)).to(dtype), draw(tokens, 1, heads, head_dim).to(dtype)
         half = torch.linspace(0, 131_072, tokens, device=device)[:, None] * 1e6 ** -torch.linspace(0, 1, head_dim // 2, device=device)
@@ -125,8 +83,8 @@ def check_norm_rope(device: torch.device, dtype: torch.dtype, *, head_dim: int, 
             return F.rms_norm(x, (head_dim,), weight, EPS)
 
         leaves = {"x": x, "weight": weight}
-        pairs = _with_gradients(lambda x, w: fused_norm_rope(x, w, angles, EPS), exact, leaves, dy)
-        alone = _with_gradients(lambda x, w: fused_norm_rope(x, w, None, EPS), normal, leaves, dy)
+        pairs = with_gradients(lambda x, w: fused_norm_rope(x, w, angles, EPS), exact, leaves, dy)
+        alone = with_gradients(lambda x, w: fused_norm_rope(x, w, None, EPS), normal, leaves, dy)
         return pairs | {f"{name} without angles": pair for name, pair in alone.items()}
 
     return check(f"norm_rope head_dim {head_dim}", dtype, ROUNDING_LIMITS[dtype], run)
@@ -136,7 +94,7 @@ def check_gated_norm(device: torch.device, dtype: torch.dtype, *, width: int, to
     """Output and gradients. 600 rows are more than the programs of the backward kernel."""
 
     def run() -> Pairs:
-        draw = _drawer(device)
+        draw = drawer(device)
         x, gate = draw(tokens, 1, width).to(dtype), draw(tokens, 1, 2 * width).to(dtype)[..., width:]
         weight, dy = (1 + 0.1 * draw(width)).to(dtype), draw(tokens, 1, width).to(dtype)
 
@@ -144,7 +102,7 @@ def check_gated_norm(device: torch.device, dtype: torch.dtype, *, width: int, to
             return F.rms_norm(x, (width,), weight, EPS) * torch.sigmoid(gate)
 
         leaves = {"x": x, "gate": gate, "weight": weight}
-        return _with_gradients(lambda x, gate, w: fused_gated_norm(x, gate, w, EPS), exact, leaves, dy)
+        return with_gradients(lambda x, gate, w: fused_gated_norm(x, gate, w, EPS), exact, leaves, dy)
 
     return check(f"gated_norm width {width}", dtype, ROUNDING_LIMITS[dtype], run)
 
@@ -153,13 +111,13 @@ def check_sigmoid_gate(device: torch.device, dtype: torch.dtype, *, width: int, 
     """Output and gradients; the gate is a slice of a wider projection."""
 
     def run() -> Pairs:
-        draw = _drawer(device)
+        draw = drawer(device)
         x, gate = draw(tokens, 1, width).to(dtype), draw(tokens, 1, 2 * width).to(dtype)[..., width:]
 
         def exact(x: Tensor, gate: Tensor) -> Tensor:
             return x * torch.sigmoid(gate)
 
-        return _with_gradients(fused_sigmoid_gate, exact, {"x": x, "gate": gate}, draw(tokens, 1, width).to(dtype))
+        return with_gradients(fused_sigmoid_gate, exact, {"x": x, "gate": gate}, draw(tokens, 1, width).to(dtype))
 
     return check(f"sigmoid_gate width {width}", dtype, ROUNDING_LIMITS[dtype], run)
 
@@ -168,7 +126,7 @@ def check_rms_norm(device: torch.device, dtype: torch.dtype, *, width: int, toke
     """Output and gradients, alone and with a residual, on more rows than the backward kernel has programs."""
 
     def run() -> Pairs:
-        draw = _drawer(device)
+        draw = drawer(device)
         x, residual, dy, dtotal = (draw(tokens, 1, width).to(dtype) for _ in range(4))
         leaves = {"x": x, "weight": (1 + 0.1 * draw(width)).to(dtype)}
 
@@ -181,8 +139,8 @@ def check_rms_norm(device: torch.device, dtype: torch.dtype, *, width: int, toke
         def exact_both(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
             return torch.stack((exact(x + residual, weight), x + residual))
 
-        pairs = _with_gradients(lambda x, w: fused_rms_norm(x, w, EPS), exact, leaves, dy)
-        beside = _with_gradients(both, exact_both, leaves | {"residual": residual}, torch.stack((dy, dtotal)))
+        pairs = with_gradients(lambda x, w: fused_rms_norm(x, w, EPS), exact, leaves, dy)
+        beside = with_gradients(both, exact_both, leaves | {"residual": residual}, torch.stack((dy, dtotal)))
         return pairs | {f"{name} with a residual": pair for name, pair in beside.items()}
 
     return check(f"rms_norm width {width}", dtype, ROUNDING_LIMITS[dtype], run)
@@ -192,14 +150,14 @@ def check_swiglu(device: torch.device, dtype: torch.dtype, *, width: int, tokens
     """Output and gradient. Rows lie apart in memory, as a slice of a wider projection does."""
 
     def run() -> Pairs:
-        draw = _drawer(device)
+        draw = drawer(device)
         x, dy = draw(tokens, 1, 3 * width).to(dtype)[..., : 2 * width], draw(tokens, 1, width).to(dtype)
 
         def exact(x: Tensor) -> Tensor:
             gate, up = x.chunk(2, dim=-1)
             return F.silu(gate) * up
 
-        return _with_gradients(fused_swiglu, exact, {"x": x}, dy)
+        return with_gradients(fused_swiglu, exact, {"x": x}, dy)
 
     return check(f"swiglu width {width}", dtype, ROUNDING_LIMITS[dtype], run)
 
@@ -208,7 +166,7 @@ def check_gradient_sum(device: torch.device, dtype: torch.dtype, *, count: int =
     """Both forms, bit for bit, where memory is aligned and where it is not. The answer is rounded once, from float64 to fp32."""
 
     def run() -> Pairs:
-        draw, pairs = _drawer(device), {}
+        draw, pairs = drawer(device), {}
         sums, gradients = draw(count + 3), draw(count + 3).to(dtype)
         for start, stop in ((0, count // 16 * 16), (0, count - 1), (1, count), (2, count + 2), (3, count + 3)):
             total, gradient = sums.clone()[start:stop], gradients[start:stop]
@@ -226,7 +184,7 @@ def check_adamw(device: torch.device, dtype: torch.dtype, *, count: int = 10_000
     After them one whose scale is NaN, which must change nothing."""
 
     def run() -> Pairs:
-        draw, betas = _drawer(device), (0.9, 0.95)
+        draw, betas = drawer(device), (0.9, 0.95)
         # tensors of any size begin anywhere in a flat piece of memory
         weight, exp_avg, exp_avg_sq = (x[1:] for x in (draw(count + 1), *torch.zeros(2, count + 1, device=device)))
         narrow = torch.zeros(count + 1, dtype=dtype, device=device)[1:]
@@ -257,45 +215,7 @@ def check_adamw(device: torch.device, dtype: torch.dtype, *, count: int = 10_000
     return check("adamw", dtype, ROUNDING_LIMITS[torch.float32], run)
 
 
-def check_lightning_mix(
-    device: torch.device, dtype: torch.dtype, *, head_dim: int, heads: int = 4, documents: bool, tokens: int = 600
-) -> KernelCheck:
-    """Output and gradients of the whole mixer between its projections, in several segments."""
-
-    def run() -> Pairs:
-        from megatron_hypenet.ops.lightning_attn.triton import ways
-        from megatron_hypenet.ops.lightning_mix import lightning_mix
-
-        draw, width, decay = _drawer(device), heads * head_dim, log_decay(heads)
-        projected, dy = draw(tokens, 1, 4 * width).to(dtype), draw(tokens, 1, width).to(dtype)
-        weights = {name: (1 + 0.1 * draw(size)).to(dtype) for name, size in (("wq", head_dim), ("wk", head_dim), ("wo", width))}
-        half = torch.linspace(0, 2000, tokens, device=device)[:, None] * 1e4 ** -torch.linspace(0, 1, head_dim // 2, device=device)
-        angles = torch.cat((half, half), -1)[:, None, None]
-        ids = (torch.arange(tokens, device=device) * 10 // (3 * tokens)).int()[None] if documents else None
-
-        def exact(projected: Tensor, wq: Tensor, wk: Tensor, wo: Tensor) -> Tensor:
-            q, k, v, gate = projected.chunk(4, -1)
-            q, k, v = (x.unflatten(-1, (heads, head_dim)) for x in (q, k, v))
-            q, k = (apply_rope(F.rms_norm(x, (head_dim,), w, EPS), angles.double()) for x, w in ((q, wq), (k, wk)))
-            q, k, v = (x.transpose(0, 1) for x in (q, k, v))
-            o, _ = chunked_lightning_attn(q, k, v, decay, scale=head_dim**-0.5, document_ids=ids)
-            return F.rms_norm(o.transpose(0, 1).flatten(-2), (width,), wo, EPS) * torch.sigmoid(gate)
-
-        def fused(projected: Tensor, wq: Tensor, wk: Tensor, wo: Tensor) -> Tensor:
-            return lightning_mix(projected, wq, wk, wo, angles, decay, scale=head_dim**-0.5, eps=EPS, document_ids=ids)
-
-        pairs: Pairs = {}
-        for label, way in ways(device).items():
-            with way:
-                found = _with_gradients(fused, exact, {"projected": projected, **weights}, dy)
-            pairs |= {name + label: pair for name, pair in found.items()}
-        return pairs
-
-    limit = TF32_LIMIT if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else MIX_LIMITS[dtype]
-    return check(f"lightning_mix head_dim {head_dim}{' packed' if documents else ''}", dtype, limit, run)
-
-
-def _with_gradients(op: Callable[..., Tensor], exact: Callable[..., Tensor], leaves: dict[str, Tensor], dy: Tensor) -> Pairs:
+def with_gradients(op: Callable[..., Tensor], exact: Callable[..., Tensor], leaves: dict[str, Tensor], dy: Tensor) -> Pairs:
     """The output `y` and the gradient of each leaf, of the op and of its definition in float64 on the same numbers."""
     results = []
     for form, wide in ((op, None), (exact, torch.float64)):
@@ -305,7 +225,7 @@ def _with_gradients(op: Callable[..., Tensor], exact: Callable[..., Tensor], lea
     return {name: (got, want) for name, got, want in zip(["y", *(f"d {leaf}" for leaf in leaves)], *results, strict=True)}
 
 
-def _drawer(device: torch.device) -> Callable[..., Tensor]:
+def drawer(device: torch.device) -> Callable[..., Tensor]:
     """Normal numbers in fp32, the same on every device and in every process; no global generator is touched."""
     generator = torch.Generator().manual_seed(5)
     return lambda *shape: torch.randn(shape, generator=generator).to(device)

@@ -5,16 +5,26 @@ and the sigmoid stays in memory for backward; both gradients need x and the gate
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from megatron_hypenet.ops.kernels import enabled
+from megatron_hypenet.ops.kernels import KernelUse, enabled, kernel_family
+
+if TYPE_CHECKING:
+    from megatron_hypenet.ops.selftest import KernelCheck
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
+def _check(where: torch.device, use: KernelUse) -> KernelCheck:
+    from megatron_hypenet.ops import selftest
+
+    return selftest.check_sigmoid_gate(where, use.dtype, width=use.width)
+
+
+@kernel_family("sigmoid_gate", fits=lambda use: kernel_fits(use.dtype), check=_check)
 def sigmoid_gate(x: Tensor, gate: Tensor) -> Tensor:
     """x, gate [..., n] -> [..., n] in x's dtype.
 

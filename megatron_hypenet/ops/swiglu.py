@@ -5,17 +5,27 @@ beside its input; both gradients need the input alone."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_hypenet.ops.kernels import enabled
+from megatron_hypenet.ops.kernels import KernelUse, enabled, kernel_family
+
+if TYPE_CHECKING:
+    from megatron_hypenet.ops.selftest import KernelCheck
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
+def _check(where: torch.device, use: KernelUse) -> KernelCheck:
+    from megatron_hypenet.ops import selftest
+
+    return selftest.check_swiglu(where, use.dtype, width=use.ffn)
+
+
+@kernel_family("swiglu", fits=lambda use: kernel_fits(use.dtype), check=_check)
 def swiglu(x: Tensor) -> Tensor:
     """x [..., 2f], the gate's half before the other -> [..., f] in x's dtype, contiguous.
 

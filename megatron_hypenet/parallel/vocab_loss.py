@@ -10,16 +10,21 @@ With logits shifted by each model's maximum, Z = sum e^x and A = sum e^t (t - s)
 
 On CUDA the terms are Triton kernels, elsewhere torch; both live in `vocab/`. Nothing here waits for the device."""
 
+from __future__ import annotations
+
 from types import ModuleType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_hypenet.ops.kernels import enabled
+from megatron_hypenet.ops.kernels import KernelUse, enabled, kernel_family
 from megatron_hypenet.parallel.vocab import torch_terms
 from megatron_hypenet.parallel.vocab.gradients import CHUNKS_PER_PRODUCT, HeadGradients, blocks, chunk_size, product, wide
+
+if TYPE_CHECKING:
+    from megatron_hypenet.ops.selftest import KernelCheck
 
 
 def linear_kl(
@@ -161,7 +166,7 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, loss: _Loss, weights: Tensor | None, chunk: int | None, split: "_Split"
+        ctx: Any, hidden: Tensor, weight: Tensor, loss: _Loss, weights: Tensor | None, chunk: int | None, split: _Split
     ) -> Tensor:
         wanted = any(ctx.needs_input_grad[:2])
         hidden = split.gather_tokens(hidden)
@@ -183,7 +188,7 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def _run(
-    hidden: Tensor, weight: Tensor, loss: _Loss, weights: Tensor | None, chunk: int | None, split: "_Split", grads: HeadGradients | None
+    hidden: Tensor, weight: Tensor, loss: _Loss, weights: Tensor | None, chunk: int | None, split: _Split, grads: HeadGradients | None
 ) -> Tensor:
     """Merged statistics [numbers, n] of all tokens of hidden [n, h]; fills `grads` on the way unless it is None."""
     count, words, dtype = hidden.shape[0], weight.shape[0], wide(hidden.dtype)
@@ -249,6 +254,18 @@ class _Split:
         return loss.merge(gathered)
 
 
+def _check(where: torch.device, use: KernelUse) -> KernelCheck:
+    from megatron_hypenet.parallel.vocab import selftest
+
+    return selftest.check_vocab(where, use.dtype, words=use.words, shards=min(use.tensor_ranks, 2))
+
+
+@kernel_family(
+    "vocab_loss",
+    fits=lambda use: use.dtype != torch.float64,
+    check=_check,
+    surveyed=({}, {"tensor_ranks": 2, "words": 75_968}),
+)
 def _terms(hidden: Tensor) -> ModuleType:
     """Triton kernels where logits are fp32 on CUDA, torch elsewhere (and where Triton is not installed, or the kernels are disabled)."""
     if not hidden.is_cuda or not enabled("vocab_loss") or wide(hidden.dtype) != torch.float32:

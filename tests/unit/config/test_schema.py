@@ -82,9 +82,14 @@ def leaf_keys(root: type[BaseModel], above: tuple[str, ...] = ()):
 
 
 def test_no_setting_is_without_effect(repo_root):
-    """Each setting's name is read as an attribute somewhere outside the schema: a setting nobody reads misleads its user."""
+    """Each setting's name is read as an attribute somewhere outside the schema, itself or through a property that is: a setting nobody
+    reads misleads its user."""
     read = set()
     for path in (repo_root / "megatron_hypenet").rglob("*.py"):
         if path.name not in ("schema.py", "model.py"):
             read |= {node.attr for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Attribute)}
+    schema = ast.parse((repo_root / "megatron_hypenet" / "config" / "schema.py").read_text(encoding="utf-8"))
+    for function in ast.walk(schema):
+        if isinstance(function, ast.FunctionDef) and function.name in read and "property" in map(ast.unparse, function.decorator_list):
+            read |= {node.attr for node in ast.walk(function) if isinstance(node, ast.Attribute)}
     assert [".".join(key) for key in leaf_keys(RunConfig) if key[-1] not in read] == []

@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,17 +11,22 @@ import torch
 pytest.importorskip("triton")
 
 from megatron_hypenet.engine import kernel_guard
-from megatron_hypenet.engine.kernel_guard import KernelUse, guard
-from megatron_hypenet.errors import SetupError
+from megatron_hypenet.engine.kernel_guard import families_of, guard, use_of
+from megatron_hypenet.errors import ConfigError, SetupError
 from megatron_hypenet.ops import gated_norm_kernels, kernels, selftest
+from megatron_hypenet.ops.kernels import KernelUse
+from megatron_hypenet.ops.lightning_attn import selftest as lightning_selftest
 from megatron_hypenet.parallel import groups
+from megatron_hypenet.parallel.vocab import selftest as vocab_selftest
 from megatron_hypenet.parallel.vocab import triton_terms
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 EVERY = set(kernels.FAMILIES)
-CHECKS = {name: check for name, check in vars(selftest).items() if name.startswith("check_")}
+MODULES = (selftest, lightning_selftest, vocab_selftest)
+CHECKS = {name: (module, check) for module in MODULES for name, check in vars(module).items() if name.startswith("check_")}
 GPU = "Imaginary GPU 9000"
 USE = KernelUse(torch.float32, head_dim=32, width=64, hidden=512, ffn=80, words=150, tensor_ranks=1, context_ranks=1, documents=False)
+USE = replace(USE, mixers=frozenset({"attn", "lightning_attn"}))
 
 
 @pytest.fixture(autouse=True)
@@ -31,9 +37,9 @@ def fresh(monkeypatch, caplog):
     if DEVICE.type == "cuda":
         return
     monkeypatch.setattr(triton_terms, "TILE", 256)
-    for name, check in CHECKS.items():
+    for name, (module, check) in CHECKS.items():
         if "tokens" in inspect.signature(check).parameters:  # few: the interpreter is slow
-            monkeypatch.setattr(selftest, name, lambda *args, check=check, **kwargs: check(*args, **{**kwargs, "tokens": 48}))
+            monkeypatch.setattr(module, name, lambda *args, check=check, **kwargs: check(*args, **{**kwargs, "tokens": 48}))
 
 
 def enabled():
@@ -42,7 +48,7 @@ def enabled():
 
 def test_good_kernels_stay_and_one_line_says_so(caplog):
     guard(USE, DEVICE, GPU)
-    assert enabled() == list(kernels.FAMILIES)
+    assert set(enabled()) == EVERY
     (record,) = caplog.records
     assert record.levelno == logging.INFO and GPU in record.message and all(family in record.message for family in kernels.FAMILIES)
 
@@ -77,8 +83,9 @@ def test_one_use_is_looked_at_once(monkeypatch):
 
 
 def test_the_failure_of_any_rank_decides_for_all(monkeypatch, caplog):
-    """Two ranks: this one passes everything, the other fails in lightning_attn, the first family."""
-    others = iter([0.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0])
+    """Two ranks: this one passes everything, the other fails in lightning_attn and, because that needs it, in lightning_mix."""
+    order = sorted(kernels.FAMILIES)
+    others = iter([float(not name.startswith("lightning")) for name in order])
     monkeypatch.setattr(groups, "gather_numbers", lambda own: [own, next(others)])
     guard(USE, DEVICE, GPU)
     assert set(enabled()) == EVERY - {"lightning_attn", "lightning_mix"}
@@ -92,7 +99,8 @@ def test_a_family_disabled_by_hand_is_not_run_and_off_for_all(monkeypatch):
     monkeypatch.setattr(selftest, "check_norm_rope", lambda *args, **kwargs: pytest.fail("it is disabled"))
     kernels.disable("norm_rope")
     guard(USE, DEVICE, GPU)
-    assert told == [1.0, 0.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0] and "norm_rope" not in enabled()
+    wanted = [float(name not in ("norm_rope", "lightning_mix")) for name in sorted(kernels.FAMILIES)]
+    assert told == wanted and "norm_rope" not in enabled()
 
 
 @pytest.mark.parametrize(
@@ -104,10 +112,17 @@ def test_a_family_disabled_by_hand_is_not_run_and_off_for_all(monkeypatch):
         ({"tensor_ranks": 2}, EVERY - {"gated_norm", "lightning_mix"}),
         ({"width": 32768}, EVERY - {"gated_norm", "lightning_mix"}),
         ({"hidden": 256}, EVERY - {"rms_norm"}),
+        ({"mixers": frozenset({"attn"})}, EVERY - {"lightning_attn", "lightning_mix", "gated_norm"}),
     ],
 )
 def test_only_kernels_that_will_run_are_checked(change, families):
-    assert set(KernelUse(**{**vars(USE), **change}).checks(DEVICE)) == families
+    assert {family.name for family in families_of(replace(USE, **change))} == families
+
+
+def test_a_wrong_name_in_the_environment_stops_a_run_on_any_device(monkeypatch):
+    monkeypatch.setenv(kernels.VARIABLE, "norm")
+    with pytest.raises(ConfigError, match="norm is no family of kernels; choose from adamw, gated_norm"):
+        kernel_guard.guard_kernels(model())
 
 
 def test_a_broken_device_ends_the_run_with_a_way_out(monkeypatch):
@@ -123,13 +138,16 @@ def model(**parallel):
     sizes = {"tensor_model_parallel_size": 1, "context_parallel_size": 1} | parallel
     return SimpleNamespace(
         config=SimpleNamespace(params_dtype=torch.bfloat16),
-        model_config=SimpleNamespace(kv_channels=128, query_size=2048, hidden_size=1024, ffn_hidden_size=6144, vocab_size=151_936),
+        model_config=SimpleNamespace(
+            kv_channels=128, query_size=2048, hidden_size=1024, ffn_hidden_size=6144, vocab_size=151_936, mixer_types=("attn",)
+        ),
         parallel=SimpleNamespace(**sizes),
     )
 
 
 def test_sizes_are_those_of_one_rank():
-    use = KernelUse.of(model(tensor_model_parallel_size=4, context_parallel_size=2), documents=True)
+    use = use_of(model(tensor_model_parallel_size=4, context_parallel_size=2), documents=True, mixers=("lightning_attn",))
+    assert use.mixers == {"attn", "lightning_attn"}
     assert (use.width, use.hidden, use.ffn, use.words) == (512, 1024, 1536, 37_984)
     assert (use.tensor_ranks, use.context_ranks, use.documents) == (4, 2, True)
 
@@ -152,7 +170,7 @@ def test_every_kernel_is_right_on_this_gpu():
 
 def test_the_doctor_sees_every_family_in_every_dtype(monkeypatch):
     seen = []
-    for module, name in (*((selftest, name) for name in CHECKS), (kernel_guard, "check_vocab")):
+    for name, (module, _) in CHECKS.items():
         monkeypatch.setattr(module, name, lambda where, dtype, name=name, **kwargs: seen.append((name, dtype)))
     assert len(list(kernel_guard.survey(DEVICE))) == len(seen) == 36
-    assert {name for name, _ in seen} == {*CHECKS, "check_vocab"} and len(set(seen)) == 30
+    assert {name for name, _ in seen} == set(CHECKS) and len(set(seen)) == 30

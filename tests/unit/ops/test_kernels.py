@@ -21,14 +21,14 @@ def switches(monkeypatch):
 
 @pytest.mark.parametrize(
     ("words", "families"),
-    [("", ()), ("norm_rope", ("norm_rope",)), (" norm_rope, vocab_loss,", ("norm_rope", "vocab_loss")), ("all", kernels.FAMILIES)],
+    [("", ()), ("norm_rope", ("norm_rope",)), (" norm_rope, vocab_loss,", ("norm_rope", "vocab_loss")), ("all", tuple(kernels.FAMILIES))],
 )
 def test_the_environment_names_families(words, families):
     assert kernels.named(words) == families
 
 
 def test_a_wrong_name_is_refused_with_the_right_ones():
-    with pytest.raises(ConfigError, match="norm is no family of kernels; choose from lightning_mix, lightning_attn"):
+    with pytest.raises(ConfigError, match="norm is no family of kernels; choose from adamw, gated_norm"):
         kernels.named("norm")
     with pytest.raises(KeyError):
         kernels.disable("norm")
@@ -67,9 +67,11 @@ def chosen(monkeypatch):
 def test_a_disabled_family_runs_its_torch_form_and_leaves_the_others(monkeypatch):
     pytest.importorskip("triton")
     assert chosen(monkeypatch) == set(kernels.FAMILIES)
-    for count, family in enumerate(kernels.FAMILIES, 1):
+    # those that need others first
+    order = sorted(kernels.FAMILIES, key=lambda family: -len(kernels._needs[family]))
+    for count, family in enumerate(order, 1):
         kernels.disable(family)
-        assert chosen(monkeypatch) == set(kernels.FAMILIES[count:])
+        assert chosen(monkeypatch) == set(order[count:])
 
 
 def test_compiled_code_follows_the_switch():
@@ -80,3 +82,19 @@ def test_compiled_code_follows_the_switch():
     assert compiled(x).tolist() == [1.0, 1.0]
     kernels.disable("norm_rope")
     assert compiled(x).tolist() == [-1.0, -1.0]
+
+
+def test_a_family_registers_where_it_is_defined(monkeypatch):
+    monkeypatch.setattr(kernels, "FAMILIES", {})
+    monkeypatch.setattr(kernels, "_needs", {})
+    monkeypatch.setenv(kernels.VARIABLE, "second")
+
+    @kernels.kernel_family("first", fits=lambda use: True, check=lambda where, use: None, needs=("second",))
+    def front():
+        return 1
+
+    kernels.kernel_family("second", fits=lambda use: True, check=lambda where, use: None)(front)
+    assert front() == 1 and not kernels.enabled("second") and not kernels.enabled("first")
+    assert kernels.named("all") == ("first", "second")
+    with pytest.raises(AssertionError, match="registered twice"):
+        kernels.kernel_family("first", fits=lambda use: True, check=lambda where, use: None)(front)

@@ -17,18 +17,13 @@ from megatron_hypenet.ops import (
     sigmoid_gate_kernels,
     swiglu_kernels,
 )
-from megatron_hypenet.ops.lightning_attn import triton as lightning_kernels
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # the interpreter cannot multiply bf16
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE.type == "cuda" else [])]
 CHECKS = {
-    "lightning": lambda dtype: selftest.check_lightning(
-        DEVICE, dtype, head_dim=16, documents=False, states=False, pieces=False, tokens=200
-    ),
     "norm_rope": lambda dtype: selftest.check_norm_rope(DEVICE, dtype, head_dim=32, tokens=20),
     "gated_norm": lambda dtype: selftest.check_gated_norm(DEVICE, dtype, width=48, tokens=20),
-    "lightning_mix": lambda dtype: selftest.check_lightning_mix(DEVICE, dtype, head_dim=32, heads=2, documents=True, tokens=70),
     "rms_norm": lambda dtype: selftest.check_rms_norm(DEVICE, dtype, width=520, tokens=20),
     "sigmoid_gate": lambda dtype: selftest.check_sigmoid_gate(DEVICE, dtype, width=48, tokens=20),
     "swiglu": lambda dtype: selftest.check_swiglu(DEVICE, dtype, width=48, tokens=20),
@@ -44,35 +39,9 @@ def test_right_kernels_pass(name, dtype):
     assert found.ok and (found.error > 0) == (name != "gradient_sum"), found
 
 
-def test_lightning_with_everything():
-    found = selftest.check_lightning(DEVICE, torch.float32, head_dim=16, documents=True, states=True, pieces=True, tokens=300)
-    assert found.ok and "packed float32" in found.name, found
-
-
-@pytest.mark.parametrize("states", [False, True])
-def test_every_tensor_of_lightning_is_compared(monkeypatch, states):
-    seen = {}
-    monkeypatch.setattr(selftest, "check", lambda name, dtype, limit, run: seen.update(run()))
-    selftest.check_lightning(DEVICE, torch.float32, head_dim=16, documents=False, states=states, pieces=True, tokens=64)
-    wanted = {"o", "dq", "dk", "dv"} | ({"final state", "d initial state"} if states else set())
-    assert {name.removesuffix(" by descriptors") for name in seen} == wanted | {"state alone"}
-    assert all(got.shape == want.shape and want.dtype == torch.float64 for got, want in seen.values())
-
-
-def test_tf32_products_are_allowed_where_torch_allows_them(monkeypatch):
-    limits = []
-    monkeypatch.setattr(selftest, "check", lambda name, dtype, limit, run: limits.append(limit))
-    for precision in ("highest", "high"):
-        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda precision=precision: precision)
-        selftest.check_lightning(DEVICE, torch.float32, head_dim=16, documents=False, states=False, pieces=False)
-    assert limits == [selftest.PRODUCT_LIMITS[torch.float32], selftest.TF32_LIMIT]
-
-
 WRONG = {
-    "lightning": (lightning_kernels, "forward", lambda o, *rest: (o * 1.02, *rest), "o"),
     "norm_rope": (norm_rope_kernels, "backward", lambda dx, dw: (dx, dw * 1.02), "d weight"),
     "gated_norm": (gated_norm_kernels, "backward", lambda dx, dgate, dw: (dx, dgate * 1.02, dw), "d gate"),
-    "lightning_mix": (gated_norm_kernels, "forward", lambda *rows: torch.stack(rows) * 1.02, "y"),
     "rms_norm": (rms_norm_kernels, "backward", lambda dx, dw: (dx, dw * 1.02), "d weight"),
     "rms_norm of a sum": (rms_norm_kernels, "add_forward", lambda y, total: (y, total * 1.02), "y"),
     "sigmoid_gate": (sigmoid_gate_kernels, "backward", lambda dx, dgate: (dx, dgate * 1.02), "d gate"),
