@@ -13,9 +13,11 @@ from megatron_hypenet.model.hypenet import build_model  # noqa: E402
 from megatron_hypenet.model.transfer import named_normal  # noqa: E402
 from megatron_hypenet.parallel import groups  # noqa: E402
 from megatron_hypenet.parallel.vocab_loss import linear_cross_entropy, linear_kl  # noqa: E402
+from tests import toy_mixer  # noqa: E402
 from tests.tiny import tiny_model_config  # noqa: E402
 
-CONFIG = tiny_model_config(("lightning_attn", "attn"), num_attention_heads=6, num_query_groups=2, vocab_size=62)
+# the last has parameters of its own, split by heads and replicated
+CONFIG = tiny_model_config(("lightning_attn", "attn", toy_mixer.NAME), num_attention_heads=6, num_query_groups=2, vocab_size=62)
 IDS = torch.randint(0, 62, (2, 20), generator=torch.Generator().manual_seed(0))
 TEACHER_HEAD = named_normal("teacher", (62, 24), std=1.0, seed=1, dtype=torch.float64)
 

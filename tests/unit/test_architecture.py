@@ -1,4 +1,5 @@
-"""Three rules of the house: imports point left, each foreign library has one door, every module has its mirrored test."""
+"""Rules of the house: imports point left, each foreign library has one door, every module has its mirrored test, and a mixer's name
+stands in its own files alone."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ import ast
 from pathlib import Path
 
 import pytest
+
+from megatron_hypenet.config.mixers import mixer_specs
 
 PACKAGE = "megatron_hypenet"
 ORDER = [
@@ -189,3 +192,46 @@ def test_no_file_or_function_outgrows_the_house(repo_root):
                 if length > 60:
                     too_long.append(f"{path.name}: {node.name} has {length} lines")
     assert too_long == []
+
+
+# files whose path has this word are a mixer's own; exported folders carry code that knows the mixers which it runs
+OWN_FILES = {"attn": "softmax", "lightning_attn": "lightning"}
+EXPORTED = "export/hf_remote/"
+
+
+def mixer_names_outside(root: Path) -> list[str]:
+    """String constants that are the name of a mixer, ours or in a config.json, and names of variables or modules that contain a recurrent
+    mixer's word, outside its own files."""
+    words = dict(OWN_FILES)
+    for name, spec in mixer_specs().items():
+        words |= dict.fromkeys((spec.hf_keys.name, *spec.hf_keys.spellings), OWN_FILES.get(name, name))
+    found = []
+    for path in sorted(root.rglob("*.py")):
+        place = path.relative_to(root).as_posix()
+        if place.startswith(EXPORTED):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                own = words.get(node.value)
+            elif isinstance(node, ast.Name | ast.alias | ast.Attribute):
+                name = node.id if isinstance(node, ast.Name) else node.name if isinstance(node, ast.alias) else node.attr
+                own = "lightning" if "lightning" in name.lower() else None
+            else:
+                continue
+            if own is not None and own not in place:
+                found.append(f"{place}:{node.lineno} names a mixer of {own}")
+    return found
+
+
+def test_no_mixer_name_outside_its_files(repo_root):
+    assert mixer_names_outside(repo_root / PACKAGE) == []
+
+
+@pytest.mark.parametrize(
+    "line", ['x = "lightning_attn"', 'x = "attn"', "from a import lightning_attn", "x = LIGHTNING", 'x = "lightning-attn"']
+)
+def test_a_planted_mixer_name_is_caught(tmp_path, line):
+    for place, count in (("engine/loop.py", 1), ("model/mixers/lightning_softmax.py", 0)):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).write_text(line + "\n")
+        assert len(mixer_names_outside(tmp_path)) == 1, place if count else line

@@ -4,6 +4,8 @@ import pytest
 
 from megatron_hypenet.config.layout import Layout
 from megatron_hypenet.config.layout_rules import RULES
+from megatron_hypenet.config.schema import AlignConfig
+from tests import toy_mixer
 from tests.unit.config.test_checks import MODEL, STAGE, axes, run
 
 
@@ -24,6 +26,15 @@ from tests.unit.config.test_checks import MODEL, STAGE, axes, run
 def test_each_rule_speaks_alone(rule, parallel, world):
     layout = Layout(MODEL, run(parallel), world)
     assert [name for name, ask in RULES.items() if list(ask(layout))] == [rule]
+
+
+def test_a_short_convolution_reads_from_the_chunk_before_only():
+    settings = run(axes(cp=2))
+    align = AlignConfig.model_validate({**STAGE, "mixer": toy_mixer.NAME, "mixer_settings": {"conv_size": 30}})
+    layout = Layout(MODEL, settings.model_copy(update={"align": align}))
+    found = [finding for finding in RULES["chunk-halo"](layout) if finding.where == "align"]
+    assert "align.seq_length=64 gives chunks of 16 tokens" in found[0].says and {"align.seq_length": 116} in found[0].proposals
+    assert list(RULES["chunk-halo"](Layout(MODEL, settings))) == []
 
 
 def test_every_rule_is_explained_to_users(repo_root):

@@ -4,8 +4,10 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel, ValidationError
 
+from megatron_hypenet.config.mixers import default_mixer
 from megatron_hypenet.config.problems import section_type
 from megatron_hypenet.config.schema import STAGES, AlignConfig, HeadStageConfig, ParallelConfig, RunConfig, StageConfig
+from tests import toy_mixer
 
 STAGE = {"train_iters": 10, "seq_length": 64, "micro_batch_size": 2, "global_batch_size": 8, "lr": 1e-3, "min_lr": 1e-5}
 RUN = {"output_dir": "runs/x", "teacher": "t", "data": {"train": ["a.txt"]}, "align": STAGE, "distill": STAGE, "finetune": STAGE}
@@ -93,3 +95,16 @@ def test_no_setting_is_without_effect(repo_root):
         if isinstance(function, ast.FunctionDef) and function.name in read and "property" in map(ast.unparse, function.decorator_list):
             read |= {node.attr for node in ast.walk(function) if isinstance(node, ast.Attribute)}
     assert [".".join(key) for key in leaf_keys(RunConfig) if key[-1] not in read] == []
+
+
+def test_the_mixer_of_a_run_is_chosen_by_name():
+    assert AlignConfig.model_validate(STAGE).spec == default_mixer()
+    chosen = AlignConfig.model_validate({**STAGE, "mixer": toy_mixer.NAME, "mixer_settings": {"conv_size": 4}})
+    assert chosen.spec == toy_mixer.ToySpec(conv_size=4)
+    for wrong, says in (
+        ({"mixer": "attn"}, "mixer='attn' is no RNN mixer; known: lightning_attn"),
+        ({"mixer": "gdn"}, "mixer='gdn' is no RNN mixer"),
+        ({"mixer_settings": {"conv_size": 4}}, "lightning_attn.conv_size: Extra inputs are not permitted"),
+    ):
+        with pytest.raises(ValidationError, match=says):
+            AlignConfig.model_validate({**STAGE, **wrong})

@@ -3,8 +3,11 @@ import torch
 
 from megatron_hypenet.ops.decay import log_decay
 from megatron_hypenet.parallel.context.state_algebra import (
+    Shift,
+    Transition,
     add_incoming,
     carry_weights,
+    continuing_chunks,
     final_state_gradient,
     incoming_state,
     read_factor,
@@ -84,3 +87,35 @@ def test_bf16_reads_fp32_states_and_returns_fp32_state_gradients():
     out = add_incoming(o, q, state, torch.ones(1, 4, 2).double())
     out.float().sum().backward()
     assert out.dtype == q.grad.dtype == torch.bfloat16 and state.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("ids", [None, document_ids((3, 7), (8,), length=12)])
+def test_transitions_carry_states_and_their_gradients(ids):
+    """Against autograd through the recurrence written out."""
+    continues = continuing_chunks(ids, 6)
+    matrices, finals, upstream = (torch.randn(6, 2, 3, 4, d, dtype=torch.float64) for d in (4, 5, 5))
+    inputs = [matrices.clone().requires_grad_(), finals.clone().requires_grad_()]
+    state, states = torch.zeros_like(finals[0]), []
+    for chunk in range(6):
+        states.append(state if continues is None else state * continues[chunk][:, None, None, None])
+        state = inputs[0][chunk] @ states[-1] + inputs[1][chunk]
+    torch.stack(states).backward(upstream)
+    rule = Transition(continues)
+    for chunk in (4, 1, 5, 0, 2, 3):  # in any order
+        torch.testing.assert_close(rule.incoming((matrices, finals), chunk), states[chunk].detach())
+    for chunk in range(6):
+        for got, leaf in zip(rule.summary_gradient(upstream, chunk), inputs, strict=True):
+            torch.testing.assert_close(got, leaf.grad[chunk])
+
+
+def test_a_shift_hands_tokens_to_the_next_chunk():
+    sent = torch.randn(4, 2, 3)
+    assert torch.equal(Shift().incoming((sent,), 2), sent[1]) and not Shift().incoming((sent,), 0).any()
+    (back,), (last,) = Shift().summary_gradient(sent, 1), Shift().summary_gradient(sent, 3)
+    assert torch.equal(back, sent[2]) and not last.any()
+
+
+def test_chunks_continue_where_the_document_goes_on():
+    assert continuing_chunks(None, 3) is None
+    found = continuing_chunks(document_ids((4,), (5,), length=12), 3)
+    assert found.tolist() == [[False, False], [False, True], [True, True]]

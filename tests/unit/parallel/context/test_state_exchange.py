@@ -106,3 +106,29 @@ def test_wrong_lengths_and_documents_are_refused():
     ids = torch.zeros(2, 9, dtype=torch.int32)
     with pytest.raises(ValueError, match=r"document_ids has shape \(2, 9\), expected \(2, 18\)"):
         on_ranks(2, lambda group: lightning.context_lightning_attn(q, k, v, DECAY, scale=1.0, group=group, document_ids=ids))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_chunks_get_the_tokens_before_them(size):
+    """And the gradient of such a token goes back to the rank that holds it."""
+    x, ids = torch.arange(24.0).view(1, 24, 1) + 1, document_ids((5, 13), length=24)
+
+    def one_rank(group):
+        mine = local_part(x, group.rank(), size, 1).clone().requires_grad_()
+        rows = state_exchange.preceding_tokens(mine, 2, group)
+        rows[:, :2].sum().backward()
+        return rows.detach()[..., 0], state_exchange.preceding_ids(ids, 2, group), mine.grad[..., 0]
+
+    padded = torch.nn.functional.pad(x[..., 0], (2, 0))
+    c, wanted = (24, [(0,)]) if size == 1 else (12 // size, [(rank, 2 * size - 1 - rank) for rank in range(size)])
+    for rank, (rows, row_ids, grad) in enumerate(on_ranks(size, one_rank)):
+        want = torch.cat([padded[:, chunk * c : (chunk + 1) * c + 2] for chunk in wanted[rank]])
+        assert torch.equal(rows, want)
+        assert torch.equal(row_ids, torch.where(want == 0, -1, ids[0][(want - 1).long().clamp(min=0)]))
+        ends = [0.0] * (c - 2) + [1.0, 1.0]
+        assert grad[0].tolist() == [value * (size > 1 and chunk < 2 * size - 1) for chunk in wanted[rank] for value in ends]
+
+
+def test_chunks_shorter_than_what_is_read_before_them_are_refused():
+    with pytest.raises(ValueError, match="chunks of 2 tokens are shorter than the 3 tokens"):
+        on_ranks(2, lambda group: state_exchange.preceding_tokens(torch.zeros(1, 4, 1), 3, group))
