@@ -112,7 +112,7 @@ def test_a_teacher_has_no_logits_scaling(imported, tmp_path):
 
 
 def write_checkpoint(model, folder, change):
-    tensors = {entry.ours: join([model.tensors[name] for name in entry.hf]).clone() for entry in mapping.entries(model.model)}
+    tensors = {entry.ours: join(entry, [model.tensors[name] for name in entry.hf]).clone() for entry in mapping.entries(model.model)}
     change(tensors)
     return save.write_weights(folder, tensors, model.model, kind="student")
 
