@@ -336,7 +336,7 @@ def _is_local(path: Path) -> bool:
         place = fields[4].encode().decode("unicode_escape")
         if os.path.commonpath((real, place)) == place and len(place) >= len(best):
             best, kind = place, fields[fields.index("-") + 1]
-    return kind in _LOCAL_FILE_SYSTEMS
+    return kind in _LOCAL_FILE_SYSTEMS or not kind  # a root that the table does not show, as under chroot
 
 
 def _boot() -> str:

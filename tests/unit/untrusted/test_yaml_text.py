@@ -151,7 +151,8 @@ VALUES = st.recursive(
         st.booleans(),
         st.integers(-(10**9), 10**9),
         st.floats(allow_nan=False),
-        st.text(st.characters(codec="utf-8"), max_size=8),
+        # not U+0085: what PyYAML writes for it with allow_unicode, PyYAML itself reads as something else
+        st.text(st.characters(codec="utf-8", exclude_characters="\x85"), max_size=8),
     ),
     lambda below: st.lists(below, max_size=3) | st.dictionaries(st.text("abc:#~!", min_size=1, max_size=4), below, max_size=3),
     max_leaves=8,
