@@ -36,6 +36,7 @@ from pathlib import Path
 
 from megatron_hypenet.atomic_files import sweep
 from megatron_hypenet.errors import UsageError
+from megatron_hypenet.slurm_environment import own_environment
 from megatron_hypenet.untrusted.files import FileKind, shown
 from megatron_hypenet.untrusted.json_text import parse_json, typed
 
@@ -241,7 +242,9 @@ def _is_over(job: str) -> bool:
         return False
     try:
         words = ["squeue", "--noheader", "--states=all", "--format=%T", f"--jobs={job}"]
-        done = subprocess.run(words, capture_output=True, text=True, timeout=_SQUEUE_SECONDS, check=False)
+        done = subprocess.run(
+            words, env=own_environment(os.environ), capture_output=True, text=True, timeout=_SQUEUE_SECONDS, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return False
     if done.returncode != 0:

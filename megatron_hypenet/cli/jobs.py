@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from megatron_hypenet.errors import DataError, SetupError, UsageError
+from megatron_hypenet.slurm_environment import own_environment
 from megatron_hypenet.untrusted.files import FileKind, inside
 from megatron_hypenet.untrusted.json_text import read_typed
 
@@ -28,11 +29,6 @@ _COMMAND_SECONDS = 60
 _JOBS = FileKind(error=DataError, advice="delete it to forget the jobs of this run")
 _EVENTS = FileKind(error=DataError, advice="remove it")
 _EVENT = re.compile(r"(\d{1,15}(?:\.\d+)?) (\d{1,9}) (.+)")
-
-_INPUTS = (
-    "SLURM", "SBATCH_", "SALLOC_", "SRUN_", "SQUEUE_", "SCANCEL_", "SCONTROL_", "PMI_", "PMIX_",
-)  # fmt: skip
-_SAY_WHICH_CLUSTER = frozenset({"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -200,20 +196,6 @@ def queue(ids: Sequence[int]) -> dict[int, JobState]:
             live = state in LIVE
             found[int(number)] = JobState(state=state, live=live, reason=told, nodes=nodes, time_left=left if state == "RUNNING" else "")
     return found
-
-
-def own_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """`environment` without the variables that SLURM's commands take for options, but for those
-    that say which cluster to ask.
-
-    A shell inside an allocation is full of them. sbatch prefers them to the script and hands all
-    SLURM_* to the job, where srun would obey them.
-    """
-    return {
-        name: value
-        for name, value in environment.items()
-        if name in _SAY_WHICH_CLUSTER or not name.startswith(_INPUTS)
-    }
 
 
 def slurm(*words: str, stdin: str | None = None, environment: Mapping[str, str] = os.environ) -> str:

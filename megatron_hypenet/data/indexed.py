@@ -216,7 +216,7 @@ class TokenStream:
         return any(ends is not None for ends in self._document_ends)
 
     def last_tokens(self, start: int, stop: int) -> npt.NDArray[np.bool_]:
-        """For each token of start .. stop - 1, whether it is the last of its document, by `document_ends`."""
+        """Return, for each token of start .. stop - 1, whether it is the last of its document: bool [stop - start]."""
         last = np.zeros(stop - start, dtype=np.bool_)
         for first, part, ends in zip(self._starts, self._parts, self._document_ends, strict=False):
             if ends is None or first >= stop or first + len(part) <= start:

@@ -22,9 +22,9 @@ class TokenSource(Protocol):
         ...
 
     def document_ends(self, tokens: Tensor, sample_start: int) -> Tensor:
-        """For `tokens`, a batch that starts with sample `sample_start`: which are the last of their document, bool of the same shape.
+        """Return which of `tokens`, a batch that starts with sample `sample_start`, are the last of their document.
 
-        Raises DataError when the data does not say."""
+        tokens is int64 [count, seq_length + 1], the result bool of the same shape. Raises DataError when the data does not say."""
         ...
 
 

@@ -40,7 +40,7 @@ class KernelUse:
     mixers: frozenset[str] = frozenset()
     """Names of the mixers in the model, or that will be trained beside it."""
     thorough: bool = False
-    """For `hypenet doctor --kernels`: every way in and out, whether or not a model uses it."""
+    """Check every way in and out, whether or not a model uses it, as `hypenet doctor --kernels` does."""
 
 
 @dataclass(frozen=True)

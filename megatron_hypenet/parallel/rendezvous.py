@@ -239,7 +239,7 @@ def wait_for_all(meeting: Meeting, timeout: timedelta) -> None:
 
 
 def _missing(store: dist.Store, ranks: Sequence[int], timeout: timedelta) -> list[int]:
-    """Those of `ranks` that have not come within `timeout`."""
+    """Return the `ranks` that have not come within `timeout`."""
     try:
         if ranks:
             store.wait([f"here/{rank}" for rank in ranks], timeout)

@@ -12,8 +12,8 @@ from megatron_hypenet.config.mixers import mixer_specs
 
 PACKAGE = "megatron_hypenet"
 ORDER = [
-    "errors", "untrusted", "atomic_files", "ownership", "config", "ops", "parallel", "model", "data", "eval", "stages", "checkpoint",
-    "engine", "cli",
+    "errors", "untrusted", "atomic_files", "slurm_environment", "ownership", "config", "ops", "parallel", "model", "data", "eval",
+    "stages", "checkpoint", "engine", "cli",
 ]  # fmt: skip
 SEES = {part: set(ORDER[: index + 1]) for index, part in enumerate(ORDER)}
 # beside the line: export sees six parts only, and only the command may use it

@@ -132,6 +132,20 @@ def test_slurm_says_whether_a_job_is_over(tmp_path, monkeypatch, caplog, state, 
     assert ("waiting up to" in caplog.text) == (not known_over)
 
 
+def test_what_a_shell_sets_for_squeue_does_not_end_a_job(tmp_path, monkeypatch, caplog):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "squeue").write_text('#!/bin/sh\n[ -z "$SQUEUE_USERS" ] && echo RUNNING\nexit 0\n')
+    (tmp_path / "bin" / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    monkeypatch.setenv("SQUEUE_USERS", "nobody")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    plant(folder / FILE, **ELSEWHERE, job="4711")
+    with owning(folder, inside=True, watch_seconds=0.2):
+        pass
+    assert "waiting up to" in caplog.text  # the job runs, so its owner is watched
+
+
 def test_a_job_that_slurm_started_again_goes_on(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")

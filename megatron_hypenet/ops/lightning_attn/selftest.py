@@ -12,7 +12,7 @@ from megatron_hypenet.ops.rope import apply_rope
 from megatron_hypenet.ops.selftest import EPS, PRODUCT_LIMITS, TF32_LIMIT, KernelCheck, Pairs, check, drawer, with_gradients
 
 MIX_LIMITS = {torch.bfloat16: 1.2e-2, torch.float16: 2e-3, torch.float32: 1e-5}
-"""Of several steps, each of which rounds its result."""
+"""Largest accepted relative errors of the fused mixer: it computes several operations, each of which rounds its result."""
 
 
 def check_lightning(

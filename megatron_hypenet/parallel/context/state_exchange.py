@@ -36,9 +36,9 @@ class Chunks:
     number: int
     """Chunks of a whole sequence, 2 * context ranks."""
     document_ids: Tensor | None
-    """Of the whole sequences, [b, number * c], or None."""
+    """Document of every token of the whole sequences [b, number * c], or None."""
     rows: Tensor | None
-    """Of this rank's chunks, [2 b, c], or None."""
+    """Document of every token of this rank's chunks [2 b, c], or None."""
 
 
 class ChunkExchange(ABC):

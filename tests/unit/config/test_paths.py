@@ -1,3 +1,4 @@
+import pwd
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ def variables(monkeypatch):
 @pytest.mark.parametrize(
     ("text", "path"),
     [
-        ("~/runs/x", "/home/me/runs/x"), ("~", "/home/me"), ("~root/x", "/root/x"), ("a/~b", "a/~b"), 
+        ("~/runs/x", "/home/me/runs/x"), ("~", "/home/me"), ("~root/x", f"{pwd.getpwnam('root').pw_dir}/x"), ("a/~b", "a/~b"),
         ("$SCRATCH/x", "/scratch/x"), ("${SCRATCH}/x", "/scratch/x"), ("a-${SCRATCH}b$SCRATCH", "a-/scratchb/scratch"),
         ("cost$", "cost$"), ("a$1", "a$1"), ("a b #c", "a b #c"), (".", "."), ("runs/x", "runs/x"),
     ],

@@ -1,0 +1,75 @@
+"""Configurations and hostfiles: how whole ones are made, and what their readers must say of them."""
+
+import json
+import math
+import shutil
+
+import yaml
+
+from tests.fuzz.reading import ROOT, TOKENIZER
+
+
+def make_config(folder):
+    folder.mkdir(exist_ok=True)
+    stage = {"train_iters": 2, "seq_length": 16, "micro_batch_size": 1, "global_batch_size": 2, "lr": 1e-3, "min_lr": 1e-4}
+    values = {"output_dir": "run", "teacher": str(TOKENIZER), "data": {"train": ["text.txt"]}, "device": "cpu", "precision": "float32"}
+    (folder / "run.yaml").write_text(yaml.safe_dump(values | {"align": stage, "distill": stage, "finetune": stage}))
+    shutil.copy(ROOT / "configs" / "cluster" / "h100_infiniband.yaml", folder / "cluster.yaml")
+    shutil.copy(ROOT / "configs" / "model" / "hypenet_2b.yaml", folder / "model.yaml")
+    (folder / "hosts").write_text("worker-1 slots=8\nworker-2 slots=8\n# a comment\n")
+
+
+def flat(value, prefix=""):
+    if not isinstance(value, dict) or not value:
+        return {prefix: value}
+    return {key: leaf for name, inner in value.items() for key, leaf in flat(inner, f"{prefix}.{name}" if prefix else str(name)).items()}
+
+
+def same_leaf(one, other):
+    if isinstance(one, list) or isinstance(other, list):
+        one, other = (value if isinstance(value, list) else [value] for value in (one, other))
+        return len(one) == len(other) and all(map(same_leaf, one, other))
+    try:
+        return type(one) is type(other) and one == other or math.isclose(float(one), float(other), rel_tol=1e-12)
+    except (TypeError, ValueError, OverflowError):
+        return str(one) == str(other) or (isinstance(one, str) and str(other).endswith(one.rstrip("/")))
+
+
+def settings_are_the_files(name, folder, out, said, whole):
+    """Every setting in the file has, in the configuration that was read, the value that PyYAML reads."""
+    text = (folder / name).read_text()
+    try:
+        plain = flat(yaml.safe_load(text))
+    except ValueError:  # a number too long for Python is text
+        plain = flat(yaml.load(text, yaml.BaseLoader))
+    printed = flat(json.loads(said))
+    for key, value in plain.items():
+        assert not key or (value == {} or same_leaf(value, printed.get(key))), f"{key}: {value!r} in the file, {printed.get(key)!r} read"
+
+
+def read_cluster(folder):
+    from megatron_hypenet.config.cluster import load_cluster_config
+
+    return load_cluster_config(folder / "cluster.yaml").model_dump(mode="json")
+
+
+def read_model(folder):
+    from megatron_hypenet.config.loader import load_model_config
+
+    return load_model_config(folder / "model.yaml").model_dump(mode="json")
+
+
+def read_hosts(folder):
+    from launchers.hostfile import read_hostfile
+
+    return [[host.name, host.slots] for host in read_hostfile(folder / "hosts")]
+
+
+def hosts_are_the_lines(folder, out, said, whole):
+    import re
+
+    lines = [line.partition("#")[0].strip() for line in (folder / "hosts").read_text().split("\n")]
+    want = [
+        [name, int(slots)] for name, slots in (re.fullmatch(r"([A-Za-z0-9_.-]+)\s+slots=(\d+)", line).groups() for line in lines if line)
+    ]
+    assert json.loads(said) == want and all(0 < slots < 10_000 for _, slots in want)
