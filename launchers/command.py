@@ -1,4 +1,5 @@
-"""What all launchers share: the command line of one process, its place among the others, and whether we are such a process already."""
+"""What all launchers share: the command line of one process, its place among the others, and
+whether we are such a process already."""
 
 from __future__ import annotations
 
@@ -11,8 +12,9 @@ from dataclasses import dataclass
 from megatron_hypenet.errors import SetupError
 
 UNDER_WAY = "HYPENET_UNDER_WAY"
-"""Set for processes that do what another has begun: the ranks of a command of ours, and what a submitted job runs. Who has begun has looked
-for what stands in the way of a start; what comes later, such as a STOP file, is for a run that goes on."""
+"""Set for processes that do what another has begun: the ranks of a command of ours, and what a
+submitted job runs. Who has begun has looked for what stands in the way of a start; what comes
+later, such as a STOP file, is for a run that goes on."""
 
 PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """The variables that tell a process its place; torch.distributed and DeepSpeed read them, too."""
@@ -46,12 +48,14 @@ class Place:
 
 
 def under_way(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process goes on with what was begun before it; False for the command that a person has just given."""
+    """Whether this process goes on with what was begun before it; False for the command that a
+    person has just given."""
     return UNDER_WAY in environment
 
 
 def hypenet_command(words: Sequence[str]) -> tuple[str, ...]:
-    """The words after `hypenet` as a command for this interpreter, which needs no console script on the PATH."""
+    """The words after `hypenet` as a command for this interpreter, which needs no console script on
+    the PATH."""
     return (sys.executable, "-m", "megatron_hypenet", *words)
 
 
@@ -101,8 +105,9 @@ def launched_world_size(environment: Mapping[str, str] = os.environ) -> int | No
     """Number of processes of the launcher that started this one; None when none did. Raises
     SetupError as `launched_place` does.
 
-    A launcher of the torchrun kind sets RANK and WORLD_SIZE. SLURM's srun sets SLURM_PROCID; a step of one task is an interactive shell
-    or a batch script, in which processes are still to be started.
+    A launcher of the torchrun kind sets RANK and WORLD_SIZE. SLURM's srun sets SLURM_PROCID; a step
+    of one task is an interactive shell or a batch script, in which processes are still to be
+    started.
     """
     if (found := launched_place(environment)) is not None:
         return found.world_size
@@ -130,7 +135,8 @@ def chosen_port(environment: Mapping[str, str]) -> int | None:
     port = _whole(text, 1, HIGHEST_PORT)
     if port is None:
         raise SetupError(
-            f"{CHOSEN_PORT}={text!r} is not a port; set a number from 1 to {HIGHEST_PORT}, or unset {CHOSEN_PORT}"
+            f"{CHOSEN_PORT}={text!r} is not a port; set a number from 1 to {HIGHEST_PORT}, "
+            f"or unset {CHOSEN_PORT}"
         )
     return port
 
@@ -142,7 +148,8 @@ def is_host(name: str) -> bool:
 
 
 def threads_per_process(local_size: int) -> int:
-    """Computing threads for each of `local_size` processes that share this machine's usable cores."""
+    """Computing threads for each of `local_size` processes that share this machine's usable
+    cores."""
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
@@ -159,7 +166,8 @@ def _left_over(environment: Mapping[str, str], name: str, why: str) -> SetupErro
     slurms = name.startswith("SLURM_")
     who, names = ("Srun", name) if slurms else ("A launcher such as torchrun", " ".join(PLACE))
     return SetupError(
-        f"{name}={environment[name][:60]!r} is set here, {why}. {who} sets it for the processes that it "
+        f"{name}={environment[name][:60]!r} is set here, {why}. {who} sets it for the processes "
+        "that it "
         f"starts; if none started this command, it is left over from something else, so unset it: "
         f"unset {names}"
     )

@@ -1,11 +1,14 @@
-"""Processes of one `hypenet` command on the hosts of a hostfile: DeepSpeed's launcher over pdsh and ssh, one process per slot.
+"""Processes of one `hypenet` command on the hosts of a hostfile: DeepSpeed's launcher over pdsh and
+ssh, one process per slot.
 
     worker-1 slots=8
     worker-2 slots=8
 
-Rank 0 is on the first host, and the others meet it there. DeepSpeed alone would go on with this machine where the hostfile is missing, take
-the first address that `hostname -I` names, and print every variable it hands on; here each of these is decided or refused beforehand.
-launchers/hostfile_job.py runs what is planned here, launchers/hostfile_rank.py is what DeepSpeed starts on the hosts.
+Rank 0 is on the first host, and the others meet it there. DeepSpeed alone would go on with this
+machine where the hostfile is missing, take the first address that `hostname -I` names, and print
+every variable it hands on; here each of these is decided or refused beforehand.
+launchers/hostfile_job.py runs what is planned here, launchers/hostfile_rank.py is what DeepSpeed
+starts on the hosts.
 """
 
 from __future__ import annotations
@@ -31,17 +34,35 @@ from launchers.command import chosen_port, is_host
 from megatron_hypenet.errors import SetupError, UsageError
 from megatron_hypenet.untrusted.files import MIB, FileKind, shown
 
-HOSTFILE = FileKind(error=SetupError, advice="a hostfile has lines such as `worker-1 slots=8`", max_bytes=MIB)
+HOSTFILE = FileKind(
+    error=SetupError, advice="a hostfile has lines such as `worker-1 slots=8`", max_bytes=MIB
+)
 """What --hostfile names."""
 
-CARRIED = ("GLOO_", "HF_", "HYPENET_", "MLFLOW", "MV2", "NCCL", "OMP_", "PYTHON", "TORCH_", "TRANSFORMERS_", "TRITON_", "UCX")
-"""Beginnings of the names of variables that go to the hosts unasked: those DeepSpeed hands on, and settings of the libraries below us."""
+CARRIED = (
+    "GLOO_",
+    "HF_",
+    "HYPENET_",
+    "MLFLOW",
+    "MV2",
+    "NCCL",
+    "OMP_",
+    "PYTHON",
+    "TORCH_",
+    "TRANSFORMERS_",
+    "TRITON_",
+    "UCX",
+)
+"""Beginnings of the names of variables that go to the hosts unasked: those DeepSpeed hands on, and
+settings of the libraries below us."""
 
 _SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|KEY(?!BOARD)", re.IGNORECASE)
 _NAME = re.compile(r"[A-Za-z_]\w*")
 _SSH_SECONDS = 10
 _NOTICES_DEAD_HOSTS = "-o ServerAliveInterval=15 -o ServerAliveCountMax=4"
-_LOWEST_PORT, _PORTS = 10000, 20000  # below the range from which systems take ports for outgoing connections
+# below the range from which systems take ports for outgoing connections
+_LOWEST_PORT = 10000
+_PORTS = 20000
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +98,18 @@ class HostfileLaunch:
 
     @property
     def command(self) -> tuple[str, ...]:
-        """DeepSpeed's launcher, as `deepspeed` would start it: this interpreter needs no console script on the PATH."""
+        """DeepSpeed's launcher, as `deepspeed` would start it: this interpreter needs no console
+        script on the PATH."""
         return (
-            *(sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(self.hostfile), "--launcher", "pdsh"),
+            *(
+                sys.executable,
+                "-m",
+                "deepspeed.launcher.runner",
+                "--hostfile",
+                str(self.hostfile),
+                "--launcher",
+                "pdsh",
+            ),
             "--launcher_args=-N",  # lines as they are, without a host's name before each
             "--force_multi",  # over ssh even where there is one host
             "--no_ssh_check",  # all hosts were asked, not only the first
@@ -89,21 +119,28 @@ class HostfileLaunch:
 
     @property
     def ssh_options(self) -> str:
-        """What pdsh gives to ssh: your PDSH_SSH_ARGS_APPEND, and after a minute without an answer a connection ends."""
+        """What pdsh gives to ssh: your PDSH_SSH_ARGS_APPEND, and after a minute without an answer a
+        connection ends."""
         return f"{os.environ.get('PDSH_SSH_ARGS_APPEND', '')} {_NOTICES_DEAD_HOSTS}".strip()
 
     def describe(self) -> dict[str, Any]:
-        """The exact start, for --dry-run: the command with its own environment, the hosts with their ranks, and the environment there."""
-        first, hosts = 0, []
+        """The exact start, for --dry-run: the command with its own environment, the hosts with
+        their ranks, and the environment there."""
+        first = 0
+        hosts = []
         for host in self.hosts:
             hosts.append({"host": host.name, "ranks": list(range(first, first + host.slots))})
             first += host.slots
-        search = ":".join(filter(None, (os.getcwd(), os.environ.get("PYTHONPATH"))))  # DeepSpeed's doing
+        # DeepSpeed's doing
+        search = ":".join(filter(None, (os.getcwd(), os.environ.get("PYTHONPATH"))))
         environment = {"PYTHONPATH": search, **self.variables}
         return {
             "launcher": "hostfile",
             "command": shlex.join(self.command),
-            "command_environment": {"PDSH_SSH_ARGS_APPEND": self.ssh_options, "DS_ENV_FILE": "a private file with the variables below"},
+            "command_environment": {
+                "PDSH_SSH_ARGS_APPEND": self.ssh_options,
+                "DS_ENV_FILE": "a private file with the variables below",
+            },
             "hosts": hosts,
             "environment": environment,
         }
@@ -113,24 +150,38 @@ class HostfileLaunch:
         content = self.describe()
         return [
             f"start through DeepSpeed's launcher: {content['command']}",
-            *(f"  where {name} is {value}" for name, value in content["command_environment"].items()),
-            *(f"  {entry['host']}: ranks {entry['ranks'][0]} to {entry['ranks'][-1]}" for entry in content["hosts"]),
-            *(f"  with {name}={shlex.quote(value)}" for name, value in content["environment"].items()),
+            *(
+                f"  where {name} is {value}"
+                for name, value in content["command_environment"].items()
+            ),
+            *(
+                f"  {entry['host']}: ranks {entry['ranks'][0]} to {entry['ranks'][-1]}"
+                for entry in content["hosts"]
+            ),
+            *(
+                f"  with {name}={shlex.quote(value)}"
+                for name, value in content["environment"].items()
+            ),
         ]
 
 
 def planned(words: Sequence[str], hostfile: Path, names: Sequence[str] = ()) -> HostfileLaunch:
-    """The start of `hypenet WORDS` on all hosts of `hostfile`, with the variables called `names` handed on besides those of CARRIED.
+    """The start of `hypenet WORDS` on all hosts of `hostfile`, with the variables called `names`
+    handed on besides those of CARRIED.
 
-    Everything that can be found out is: tools, names, addresses, and on each host, over ssh, the interpreter and the working directory.
-    Raises SetupError with all that is wrong there, UsageError for variables that are not set or not to be seen by others.
+    Everything that can be found out is: tools, names, addresses, and on each host, over ssh, the
+    interpreter and the working directory. Raises SetupError with all that is wrong there,
+    UsageError for variables that are not set or not to be seen by others.
     """
     hosts = read_hostfile(hostfile)
     _check_tools()
     folder = os.getcwd()
     for what, path in (("the working directory", folder), ("this Python", sys.executable)):
         if packed(path) != path:
-            raise SetupError(f"{what} is {path}, and DeepSpeed's launcher hands it to a shell without quotes; use a path of plain letters")
+            raise SetupError(
+                f"{what} is {path}, and DeepSpeed's launcher hands it to a shell without quotes; "
+                "use a path of plain letters"
+            )
     launch = HostfileLaunch(
         words=tuple(words),
         hostfile=hostfile.resolve(),
@@ -144,26 +195,40 @@ def planned(words: Sequence[str], hostfile: Path, names: Sequence[str] = ()) -> 
 
 
 def read_hostfile(path: Path) -> tuple[Host, ...]:
-    """The hosts, in the order of the file; lines are `NAME slots=N`, empty or comments (#). Raises SetupError."""
+    """The hosts, in the order of the file; lines are `NAME slots=N`, empty or comments (#). Raises
+    SetupError."""
     hosts: list[Host] = []
     for number, line in enumerate(HOSTFILE.read_text(path).split("\n"), start=1):
         line = line.removesuffix("\r").replace("\t", " ")
-        if not line.isprintable():  # DeepSpeed, which reads the file again, takes some of these for the end of a line
-            raise SetupError(f"{path}:{number}: {shown(repr(line))} holds a control character; write it anew")
+        # DeepSpeed, which reads the file again, takes some of these for the end of a line
+        if not line.isprintable():
+            raise SetupError(
+                f"{path}:{number}: {shown(repr(line))} holds a control character; write it anew"
+            )
         text = line.partition("#")[0].strip()
         if not text:
             continue
         name, _, slots = (part.strip() for part in text.partition(" "))
         count = re.fullmatch(r"slots=([1-9]\d{0,3})", slots, re.ASCII)
         if count is None:
-            raise SetupError(f"{path}:{number}: {shown(text)!r} is not of the form `worker-1 slots=8`")
+            raise SetupError(
+                f"{path}:{number}: {shown(text)!r} is not of the form `worker-1 slots=8`"
+            )
         if not is_host(name):
             raise SetupError(
-                f"{path}:{number}: {shown(name)!r} is not a host's name or address: letters, digits and "
-                ". - _ : after a first letter or digit, perhaps with user@ before it, one host a line"
+                f"{path}:{number}: {shown(name)!r} is not a host's name or address: letters, "
+                "digits and "
+                ". - _ : after a first letter or digit, perhaps with user@ before it, "
+                "one host a line"
             )
-        if any(name.rpartition("@")[2].lower() == host.name.rpartition("@")[2].lower() for host in hosts):
-            raise SetupError(f"{path}:{number}: {name} is there twice; give each host one line with all its slots")
+        if any(
+            name.rpartition("@")[2].lower() == host.name.rpartition("@")[2].lower()
+            for host in hosts
+        ):
+            raise SetupError(
+                f"{path}:{number}: {name} is there twice; give each host one line with all its "
+                "slots"
+            )
         hosts.append(Host(name, int(count.group(1))))
     if not hosts:
         raise SetupError(f"hostfile {path} names no host; write lines such as `worker-1 slots=8`")
@@ -171,18 +236,25 @@ def read_hostfile(path: Path) -> tuple[Host, ...]:
 
 
 def head_address(hosts: Sequence[Host]) -> str:
-    """What ssh takes the first host's name for: rank 0 listens there. Raises SetupError where the others could not find it by that."""
+    """What ssh takes the first host's name for: rank 0 listens there. Raises SetupError where the
+    others could not find it by that."""
     address = _ssh_hostname(hosts[0].name)
-    if _is_loopback(address) and not all(_is_loopback(_ssh_hostname(host.name)) for host in hosts[1:]):
+    if _is_loopback(address) and not all(
+        _is_loopback(_ssh_hostname(host.name)) for host in hosts[1:]
+    ):
         raise SetupError(
-            f"the first host, {hosts[0].name}, is {address} here, which for every other host is itself; write an address or name into the "
+            f"the first host, {hosts[0].name}, is {address} here, which for every other host is "
+            "itself; write an address or name into the "
             "hostfile that means this machine everywhere"
         )
     return address
 
 
-def port_of(hosts: Sequence[Host], folder: str, words: Sequence[str], environment: Mapping[str, str]) -> int:
-    """The port on which the processes meet: HYPENET_MASTER_PORT, else one in 10000 to 29999 that follows from hosts, folder and command."""
+def port_of(
+    hosts: Sequence[Host], folder: str, words: Sequence[str], environment: Mapping[str, str]
+) -> int:
+    """The port on which the processes meet: HYPENET_MASTER_PORT, else one in 10000 to 29999 that
+    follows from hosts, folder and command."""
     if (chosen := chosen_port(environment)) is not None:
         return chosen
     text = "\n".join([*(host.name for host in hosts), folder, *words])
@@ -190,11 +262,16 @@ def port_of(hosts: Sequence[Host], folder: str, words: Sequence[str], environmen
 
 
 def variables(environment: Mapping[str, str], names: Sequence[str]) -> dict[str, str]:
-    """What is handed on: CARRIED, then the lines of .deepspeed_env (in the home, then here), then `names`; never what looks like a secret.
+    """What is handed on: CARRIED, then the lines of .deepspeed_env (in the home, then here), then
+    `names`; never what looks like a secret.
 
     DeepSpeed writes the values into command lines, which everybody on the hosts can read.
     """
-    found = {name: value for name, value in environment.items() if name.startswith(CARRIED) and not _SECRET.search(name)}
+    found = {
+        name: value
+        for name, value in environment.items()
+        if name.startswith(CARRIED) and not _SECRET.search(name)
+    }
     found.pop("PYTHONPATH", None)  # DeepSpeed puts the working directory before it
     for folder in (Path.home(), Path()):
         path = folder / environment.get("DS_ENV_FILE", ".deepspeed_env")
@@ -205,27 +282,38 @@ def variables(environment: Mapping[str, str], names: Sequence[str]) -> dict[str,
             found[_open_name(name.strip(), f"{path} sets")] = value.strip()
     for name in names:
         if _open_name(name, "--env names") not in environment:
-            raise UsageError(f"--env {name}: it is not set here; export it, or leave the option out")
+            raise UsageError(
+                f"--env {name}: it is not set here; export it, or leave the option out"
+            )
         found[name] = environment[name]
     broken = [name for name, value in found.items() if "\n" in value]
     if broken:
-        raise SetupError(f"{broken[0]} has several lines, which DeepSpeed's launcher cannot hand on; unset it here")
+        raise SetupError(
+            f"{broken[0]} has several lines, which DeepSpeed's launcher cannot hand on; "
+            "unset it here"
+        )
     return found
 
 
 def environment_file(values: Mapping[str, str]) -> str:
-    """`values` as DeepSpeed's DS_ENV_FILE: it puts double quotes around what is not plain, and pdsh replaces what follows a %."""
-    quoted = {name: re.sub(r'([\\"$`])', r"\\\1", value).replace("%", "%%") for name, value in values.items()}
+    """`values` as DeepSpeed's DS_ENV_FILE: it puts double quotes around what is not plain, and pdsh
+    replaces what follows a %."""
+    quoted = {
+        name: re.sub(r'([\\"$`])', r"\\\1", value).replace("%", "%%")
+        for name, value in values.items()
+    }
     return "".join(f"{name}={value}\n" for name, value in quoted.items())
 
 
 def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment for DeepSpeed's launcher itself, which hands on by the beginnings of names."""
+    """The environment for DeepSpeed's launcher itself, which hands on by the beginnings of
+    names."""
     return {name: value for name, value in environment.items() if not _SECRET.search(name)}
 
 
 def packed(word: str) -> str:
-    """`word` in letters that neither DeepSpeed, pdsh nor the hosts' shells touch; most words stay as they are."""
+    """`word` in letters that neither DeepSpeed, pdsh nor the hosts' shells touch; most words stay
+    as they are."""
     if re.fullmatch(r"[\w=:,./+-]+", word, re.ASCII):
         return word
     return "@" + base64.urlsafe_b64encode(word.encode()).decode()
@@ -242,18 +330,33 @@ def ssh_command(host: str, *words: str) -> list[str]:
     try:
         options = shlex.split(given)
     except ValueError as error:
-        raise SetupError(f"PDSH_SSH_ARGS_APPEND={given!r} cannot be split into words: {error}; correct or unset it") from error
-    return ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={_SSH_SECONDS}", *options, host, *words]
+        raise SetupError(
+            f"PDSH_SSH_ARGS_APPEND={given!r} cannot be split into words: {error}; "
+            "correct or unset it"
+        ) from error
+    return [
+        "ssh",
+        "-o",
+        "BatchMode=yes",
+        "-o",
+        f"ConnectTimeout={_SSH_SECONDS}",
+        *options,
+        host,
+        *words,
+    ]
 
 
 def check_reachable(hosts: Sequence[Host], folder: str) -> None:
-    """Ask every host, all at once, whether it has this interpreter and `folder`. Raises SetupError with what each says that does not."""
+    """Ask every host, all at once, whether it has this interpreter and `folder`. Raises SetupError
+    with what each says that does not."""
     inside = f"cd {shlex.quote(folder)} && test -x {shlex.quote(sys.executable)}"
     with concurrent.futures.ThreadPoolExecutor(max_workers=64) as pool:
         said = list(pool.map(lambda host: _ask(host.name, inside), hosts))
     problems = [f"  {host.name}: {text}" for host, text in zip(hosts, said, strict=True) if text]
     if problems:
-        raise SetupError("\n".join([f"{len(problems)} of {len(hosts)} hosts cannot be used:", *problems]))
+        raise SetupError(
+            "\n".join([f"{len(problems)} of {len(hosts)} hosts cannot be used:", *problems])
+        )
 
 
 def _ask(host: str, inside: str) -> str:
@@ -261,13 +364,22 @@ def _ask(host: str, inside: str) -> str:
     try:
         done = subprocess.run(
             ssh_command(host, f"sh -c {shlex.quote(inside)}"),
-            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=3 * _SSH_SECONDS, check=False,
-        )  # fmt: skip
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=3 * _SSH_SECONDS,
+            check=False,
+        )
     except subprocess.TimeoutExpired:
         return f"ssh got no answer within {3 * _SSH_SECONDS} s"
     if done.returncode == 255:
-        return f"ssh: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else 'no connection'}; it must work without a password"
-    return "" if done.returncode == 0 else f"it has no {os.getcwd()} or no {sys.executable}; both must be the same on all hosts"
+        said = done.stderr.strip() or "no connection"
+        return f"ssh: {said.splitlines()[-1]}; it must work without a password"
+    return (
+        ""
+        if done.returncode == 0
+        else f"it has no {os.getcwd()} or no {sys.executable}; both must be the same on all hosts"
+    )
 
 
 def _check_tools() -> None:
@@ -275,34 +387,53 @@ def _check_tools() -> None:
     if importlib.util.find_spec("deepspeed") is None:
         missing.append("deepspeed (pip install deepspeed)")
     if missing:
-        raise SetupError(f"the hostfile launcher needs {' and '.join(missing)}, not found here; apt-get install openssh-client pdsh")
+        raise SetupError(
+            f"the hostfile launcher needs {' and '.join(missing)}, not found here; "
+            "apt-get install openssh-client pdsh"
+        )
 
 
 def _ssh_hostname(name: str) -> str:
-    """The host name that ssh's settings give to `name`, which the system can look up. Raises SetupError."""
-    done = subprocess.run([*ssh_command(name)[:-1], "-G", name], capture_output=True, text=True, timeout=60, check=False)
+    """The host name that ssh's settings give to `name`, which the system can look up. Raises
+    SetupError."""
+    done = subprocess.run(
+        [*ssh_command(name)[:-1], "-G", name],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     match = re.search(r"^hostname (\S+)$", done.stdout, re.MULTILINE)
     if match is None:
         raise SetupError(f"ssh does not understand the host {name!r}: {done.stderr.strip()}")
     try:
         socket.getaddrinfo(match.group(1), None, type=socket.SOCK_STREAM)
     except OSError as error:
-        raise SetupError(f"the host {name!r} of the hostfile cannot be looked up ({match.group(1)}): {error.strerror or error}") from error
+        raise SetupError(
+            f"the host {name!r} of the hostfile cannot be looked up ({match.group(1)}): "
+            f"{error.strerror or error}"
+        ) from error
     return match.group(1)
 
 
 def _is_loopback(name: str) -> bool:
     found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
-    return all(ipaddress.ip_address(str(entry[4][0]).partition("%")[0]).is_loopback for entry in found)
+    return all(
+        ipaddress.ip_address(str(entry[4][0]).partition("%")[0]).is_loopback for entry in found
+    )
 
 
 def _open_name(name: str, who: str) -> str:
     """`name`, if it is a variable's and its value may be seen by others. Raises UsageError."""
     if not _NAME.fullmatch(name):
-        raise UsageError(f"{who} {name!r}, which is not a variable's name; values are taken from your environment")
+        raise UsageError(
+            f"{who} {name!r}, which is not a variable's name; values are taken from your "
+            "environment"
+        )
     if _SECRET.search(name):
         raise UsageError(
-            f"{who} {name}, which looks like a secret: DeepSpeed writes values into command lines that everybody on the hosts can read. "
+            f"{who} {name}, which looks like a secret: DeepSpeed writes values into command lines "
+            "that everybody on the hosts can read. "
             "Set it on the hosts themselves, or keep it in a file"
         )
     return name

@@ -1,8 +1,10 @@
-"""A command that runs on the hosts of a hostfile, waited for: its output, its signals, and the exit code of the rank that failed first.
+"""A command that runs on the hosts of a hostfile, waited for: its output, its signals, and the exit
+code of the rank that failed first.
 
-DeepSpeed's launcher and pdsh pass on neither codes nor signals as they are, and leave processes behind: asked to stop, DeepSpeed kills all
-jobs of its user on these hosts. So each rank tells us in lines of its own (launchers/hostfile_rank.py) how it fares, signals reach rank 0
-by ssh, and a job is ended by ending the connections, which the ranks notice.
+DeepSpeed's launcher and pdsh pass on neither codes nor signals as they are, and leave processes
+behind: asked to stop, DeepSpeed kills all jobs of its user on these hosts. So each rank tells us in
+lines of its own (launchers/hostfile_rank.py) how it fares, signals reach rank 0 by ssh, and a job
+is ended by ending the connections, which the ranks notice.
 """
 
 from __future__ import annotations
@@ -35,10 +37,12 @@ _DEEPSPEED_LINE = re.compile(r"\[\d{4}-\d\d-\d\d [\d:,]+\] \[[A-Z]+\] \[\w+\.py:
 _HOST_ENDED = re.compile(r"pdsh@[^:]*: (\S+): ssh exited with exit code (\d+)")
 _KILLED = 128 + signal.SIGKILL
 _SSH_SECONDS = 30
-_DRAIN_SECONDS, _DRAIN_FAILED_SECONDS = 60.0, 0.5
+_DRAIN_SECONDS = 60.0
+_DRAIN_FAILED_SECONDS = 0.5
 
 _WITH_US = 'exec 3<&0; (read gone <&3; kill -s KILL 0) >/dev/null 2>&1 & exec "$@" </dev/null 3<&-'
-"""A shell that becomes its arguments, and kills them and what they start when our end of its input closes, however we end."""
+"""A shell that becomes its arguments, and kills them and what they start when our end of its input
+closes, however we end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +55,11 @@ class _Running:
 
 
 def run(launch: HostfileLaunch) -> int:
-    """Start the command on all hosts, wait for it, and return the exit code as launchers/local.py does: that of the rank that failed first.
+    """Start the command on all hosts, wait for it, and return the exit code as launchers/local.py
+    does: that of the rank that failed first.
 
-    When it returns no rank is left on any host that ssh still reaches. Raises SetupError when the start or a connection failed.
+    When it returns no rank is left on any host that ssh still reaches. Raises SetupError when the
+    start or a connection failed.
     """
     with temporary_folder() as folder:
         values = folder / "environment"
@@ -67,7 +73,8 @@ class _Job:
     """DeepSpeed's launcher and what is known of the ranks. Leaving ends whatever still runs."""
 
     def __init__(self, launch: HostfileLaunch, values: Path) -> None:
-        self.launch, self.values = launch, values
+        self.launch = launch
+        self.values = values
         self.events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self.running: dict[int, _Running] = {}
         self.codes: dict[int, int] = {}
@@ -78,20 +85,31 @@ class _Job:
         self.unheard: list[int] = []  # signals that came before a rank was there
         self.interrupts = 0
         self.over: int | None = None  # how DeepSpeed's launcher ended
-        self.notes: collections.deque[str] = collections.deque(maxlen=TAIL_LINES)  # what DeepSpeed and pdsh say
+        # what DeepSpeed and pdsh say
+        self.notes: collections.deque[str] = collections.deque(maxlen=TAIL_LINES)
         self.previous: dict[int, Any] = {}
 
     def __enter__(self) -> _Job:
         if threading.current_thread() is threading.main_thread():
-            self.previous = {number: signal.signal(number, self._note_signal) for number in FORWARDED}
+            self.previous = {
+                number: signal.signal(number, self._note_signal) for number in FORWARDED
+            }
         self.process = subprocess.Popen(
             ["sh", "-c", _WITH_US, "sh", *self.launch.command],
-            env={**without_secrets(os.environ), "DS_ENV_FILE": str(self.values), "PDSH_SSH_ARGS_APPEND": self.launch.ssh_options},
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env={
+                **without_secrets(os.environ),
+                "DS_ENV_FILE": str(self.values),
+                "PDSH_SSH_ARGS_APPEND": self.launch.ssh_options,
+            },
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             process_group=0,  # Ctrl-C at the terminal arrives once, here
-        )  # fmt: skip
+        )
         streams = ((self.process.stdout, sys.stdout), (self.process.stderr, sys.stderr))
-        self.readers = [threading.Thread(target=self._read, args=pair, daemon=True) for pair in streams]
+        self.readers = [
+            threading.Thread(target=self._read, args=pair, daemon=True) for pair in streams
+        ]
         for reader in self.readers:
             reader.start()
         threading.Thread(target=self._await, daemon=True).start()
@@ -110,38 +128,65 @@ class _Job:
             signal.signal(number, handler)
 
     def wait(self) -> int:
-        """Until every rank has told its end; after a failure the others get `grace_seconds`. Raises SetupError as `run` says."""
+        """Until every rank has told its end; after a failure the others get `grace_seconds`. Raises
+        SetupError as `run` says."""
         deadline: float | None = None
-        while self.over is None and len(self.codes) < self.launch.num_processes and self.interrupts < 2:
-            if deadline is None and (self.lost or (self.outcome and self.outcome[1] not in PEACEFUL)):
+        while (
+            self.over is None
+            and len(self.codes) < self.launch.num_processes
+            and self.interrupts < 2
+        ):
+            if deadline is None and (
+                self.lost or (self.outcome and self.outcome[1] not in PEACEFUL)
+            ):
                 deadline = time.monotonic() + self.launch.grace_seconds
             left = None if deadline is None else deadline - time.monotonic()
             if left is not None and left <= 0:
                 break
             self._take(left)
-        # what was said at the very end comes on two streams, and does not overtake the end of DeepSpeed's launcher
+        # what was said at the very end comes on two streams, and does not overtake the end of
+        # DeepSpeed's launcher
         done = self.outcome is None and len(self.codes) == self.launch.num_processes
         deadline = time.monotonic() + (_DRAIN_SECONDS if done else _DRAIN_FAILED_SECONDS)
-        while (self.over is None or not self.events.empty()) and (left := deadline - time.monotonic()) > 0:
+        while (self.over is None or not self.events.empty()) and (
+            left := deadline - time.monotonic()
+        ) > 0:
             self._take(left)
         return self._verdict()
 
     def _verdict(self) -> int:
         if self.outcome is not None and not (self.lost and self.outcome[1] == ECHO):
             rank, code = self.outcome
-            if code not in PEACEFUL and self.codes.get(0) != code:  # with the same code, rank 0 has said the same on our streams
+            # with the same code, rank 0 has said the same on our streams
+            if code not in PEACEFUL and self.codes.get(0) != code:
                 killed = (
-                    " (SIGKILL: out of memory, which the kernel's log there would say, or somebody ended it)" if code == _KILLED else ""
+                    " (SIGKILL: out of memory, which the kernel's log there would say, "
+                    "or somebody ended it)"
+                    if code == _KILLED
+                    else ""
                 )
-                head = f"process {rank} of {self.launch.num_processes}, on {self.hosts[rank]}, ended first, with code {code}{killed}"
-                print("\n".join([f"{head}; its last lines:", *self.tails[rank]] if self.tails[rank] else [head]), file=sys.stderr)
+                head = (
+                    f"process {rank} of {self.launch.num_processes}, on {self.hosts[rank]}, "
+                    f"ended first, with code {code}{killed}"
+                )
+                print(
+                    "\n".join(
+                        [f"{head}; its last lines:", *self.tails[rank]]
+                        if self.tails[rank]
+                        else [head]
+                    ),
+                    file=sys.stderr,
+                )
             return code
         if len(self.codes) == self.launch.num_processes:
             return 0
         if self.interrupts:
             return 128 + signal.SIGINT
         notes = "\n".join(f"  {line}" for line in self.notes)
-        what = self.lost or f"DeepSpeed's launcher ended with code {self.over} before the processes did"
+        what = (
+            self.lost
+            or f"DeepSpeed's launcher ended with code {self.over} before the processes did"
+        )
         raise SetupError(f"{what}; it and pdsh said last:\n{notes}")
 
     def _take(self, timeout: float | None) -> None:
@@ -159,7 +204,10 @@ class _Job:
                 self._end_of(event["rank"], event["code"], event["tail"])
             case "host":
                 if event["code"] and not self._heard_of(event["host"]):
-                    self.lost = f"the connection to {event['host']} ended with code {event['code']} before its processes did"
+                    self.lost = (
+                        f"the connection to {event['host']} ended with code {event['code']} before "
+                        "its processes did"
+                    )
             case "signal":
                 self._forward(event["number"])
             case "over":
@@ -167,21 +215,28 @@ class _Job:
 
     def _end_of(self, rank: int, code: int, tail: list[str]) -> None:
         self.running.pop(rank, None)
-        self.codes[rank], self.tails[rank] = code, tail
+        self.codes[rank] = code
+        self.tails[rank] = tail
         before = self.outcome[1] if self.outcome else 0
-        # as in launchers/local.py: the first failure counts, but one of a process's own outweighs an echo
+        # as in launchers/local.py: the first failure counts, but one of a process's own outweighs
+        # an echo
         if code and (before in PEACEFUL or (before == ECHO and code not in {ECHO, *PEACEFUL})):
             self.outcome = (rank, code)
 
     def _heard_of(self, host: str) -> bool:
         """Whether all ranks of `host` have ended by themselves."""
-        return all(rank in self.codes for rank, name in enumerate(self.hosts) if name.rpartition("@")[2] == host)
+        return all(
+            rank in self.codes
+            for rank, name in enumerate(self.hosts)
+            if name.rpartition("@")[2] == host
+        )
 
     def _note_signal(self, number: int, _frame: FrameType | None) -> None:
         self.events.put({"event": "signal", "number": number})
 
     def _forward(self, number: int) -> None:
-        """Hand a signal to rank 0; the ranks agree among themselves on what one of them was asked."""
+        """Hand a signal to rank 0; the ranks agree among themselves on what one of them was
+        asked."""
         self.interrupts += number == signal.SIGINT
         if 0 in self.running:
             self._signal(number, [self.running[0]])
@@ -198,18 +253,26 @@ class _Job:
         def send(host: str) -> None:
             with contextlib.suppress(OSError, subprocess.TimeoutExpired):
                 command = ssh_command(host, "kill", "-s", name, *pids[host])
-                subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_SSH_SECONDS, check=False)
+                subprocess.run(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    capture_output=True,
+                    timeout=_SSH_SECONDS,
+                    check=False,
+                )
 
         if pids:
             with concurrent.futures.ThreadPoolExecutor(max_workers=64) as pool:
                 list(pool.map(send, pids))
 
     def _end_ranks(self) -> None:
-        """Kill the ranks that have not ended by themselves: with its hostfile_rank process goes the command."""
+        """Kill the ranks that have not ended by themselves: with its hostfile_rank process goes the
+        command."""
         self._signal(signal.SIGKILL, self.running.values())
 
     def _read(self, stream: IO[bytes], ours: TextIO) -> None:
-        """Hand on what the ranks say, keep what DeepSpeed and pdsh say, and note what the ranks tell us."""
+        """Hand on what the ranks say, keep what DeepSpeed and pdsh say, and note what the ranks
+        tell us."""
         for content in stream:
             line = content.decode(errors="replace")
             before, mark, told = line.partition(MARK)
@@ -218,7 +281,9 @@ class _Job:
                 with contextlib.suppress(ValueError):
                     self.events.put(json.loads(told))
             if ended := _HOST_ENDED.match(line):
-                self.events.put({"event": "host", "host": ended.group(1), "code": int(ended.group(2))})
+                self.events.put(
+                    {"event": "host", "host": ended.group(1), "code": int(ended.group(2))}
+                )
             if ended or _DEEPSPEED_LINE.match(line) or line.startswith("pdsh@"):
                 self.notes.append(line.rstrip())
             elif line:

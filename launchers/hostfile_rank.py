@@ -1,10 +1,13 @@
-"""What DeepSpeed's launcher starts for every slot of a hostfile: takes the place it is given, does the command in a process of its own.
+"""What DeepSpeed's launcher starts for every slot of a hostfile: takes the place it is given, does
+the command in a process of its own.
 
     python -m launchers.hostfile_rank WORD...
 
-DeepSpeed and pdsh turn the ways in which processes end into few numbers. So this process tells the one that waits for the job, in lines on
-stderr that launchers/hostfile_job.py takes out, when its command starts and with which code it ends. What rank 0 says goes on as it is; the
-others' words wait in a file, and their last lines are told when one fails. When the connection ends, the command is killed.
+DeepSpeed and pdsh turn the ways in which processes end into few numbers. So this process tells the
+one that waits for the job, in lines on stderr that launchers/hostfile_job.py takes out, when its
+command starts and with which code it ends. What rank 0 says goes on as it is; the others' words
+wait in a file, and their last lines are told when one fails. When the connection ends, the command
+is killed.
 """
 
 from __future__ import annotations
@@ -33,27 +36,46 @@ MARK = "hypenet-rank "
 """Begins a line for the waiting process; JSON follows."""
 
 _LONGEST_LINE = 4000  # below PIPE_BUF: the lines of several processes never mix
-_LINGER_SECONDS, _LINGER_SAVED_SECONDS = 20.0, 600.0
+_LINGER_SECONDS = 20.0
+_LINGER_SAVED_SECONDS = 600.0
 _HANGUP = select.POLLHUP | select.POLLERR | select.POLLNVAL
 
 
 def environment_of(given: Mapping[str, str]) -> dict[str, str]:
-    """What DeepSpeed says of this process's place, in the words of the other launchers, and the threads it may use. Raises SetupError."""
+    """What DeepSpeed says of this process's place, in the words of the other launchers, and the
+    threads it may use. Raises SetupError."""
     try:
-        rank, world_size, local_rank, local_size = (int(given[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
-        master, port = given["MASTER_ADDR"], int(given["MASTER_PORT"])
+        rank, world_size, local_rank, local_size = (
+            int(given[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE")
+        )
+        master = given["MASTER_ADDR"]
+        port = int(given["MASTER_PORT"])
     except (KeyError, ValueError) as error:
-        raise SetupError(f"DeepSpeed's launcher did not say where this process belongs: {error}") from error
+        raise SetupError(
+            f"DeepSpeed's launcher did not say where this process belongs: {error}"
+        ) from error
     try:
         socket.getaddrinfo(master, port, type=socket.SOCK_STREAM)
     except OSError as error:
         raise SetupError(
-            f"the first host's address {master!r} cannot be looked up on {socket.gethostname()}: {error}. Rank 0 listens there; write an "
+            f"the first host's address {master!r} cannot be looked up on {socket.gethostname()}: "
+            f"{error}. Rank 0 listens there; write an "
             "address into the hostfile that all hosts know"
         ) from error
-    own = place(rank=rank, world_size=world_size, local_rank=local_rank, local_size=local_size, master=master, port=port)
+    own = place(
+        rank=rank,
+        world_size=world_size,
+        local_rank=local_rank,
+        local_size=local_size,
+        master=master,
+        port=port,
+    )
     own[UNDER_WAY] = "1"
-    return own if "OMP_NUM_THREADS" in given else {**own, "OMP_NUM_THREADS": str(threads_per_process(local_size))}
+    return (
+        own
+        if "OMP_NUM_THREADS" in given
+        else {**own, "OMP_NUM_THREADS": str(threads_per_process(local_size))}
+    )
 
 
 def tell(event: str, **fields: Any) -> None:
@@ -77,28 +99,36 @@ class _Rank:
             signal.signal(number, self._forward)
 
     def run(self, environment: Mapping[str, str]) -> int:
-        """Until the command has ended and the waiting process knows; returns its code, 128 + n for signal n."""
+        """Until the command has ended and the waiting process knows; returns its code, 128 + n for
+        signal n."""
         rank = int(environment.get("RANK", "-1"))
         tell("started", rank=rank, pid=os.getpid())
         try:
             own = environment_of(environment)
         except SetupError as fault:
-            code, tail = fault.exit_code, [f"error: {fault}"]
+            code = fault.exit_code
+            tail = [f"error: {fault}"]
         else:
             with contextlib.nullcontext() if rank == 0 else tempfile.TemporaryFile() as log:
                 code = self._await({**environment, **own}, log)
                 tail = _last_lines(log) if log is not None and code not in PEACEFUL else []
         tell("ended", rank=rank, code=code, tail=tail)
         if code:
-            # with this process DeepSpeed would end the others of this host, which may still be writing; the waiting process says when
+            # with this process DeepSpeed would end the others of this host, which may still be
+            # writing; the waiting process says when
             _wait_for_hangup(None, _LINGER_SAVED_SECONDS if code in PEACEFUL else _LINGER_SECONDS)
         return code
 
     def _await(self, environment: Mapping[str, str], log: IO[bytes] | None) -> int:
         process = subprocess.Popen(
-            hypenet_command(self.words), env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0,
+            hypenet_command(self.words),
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            process_group=0,
             preexec_fn=die_with(os.getpid()),
-        )  # fmt: skip
+        )
         self.process = process
         for number in self.pending:
             self._forward(number, None)
@@ -106,7 +136,8 @@ class _Rank:
         _wait_for_hangup(ended, None)
         os.close(ended)
         with contextlib.suppress(OSError):
-            os.killpg(process.pid, signal.SIGKILL)  # all of it when nobody waits any more, else what it left behind
+            # all of it when nobody waits any more, else what it left behind
+            os.killpg(process.pid, signal.SIGKILL)
         code = process.wait()
         return 128 - code if code < 0 else code
 
@@ -130,12 +161,15 @@ def _wait_for_hangup(ended: int | None, seconds: float | None) -> None:
     while True:
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
         ready = poll.poll(None if left is None else 1000 * left)
-        if not ready or any(number != 0 or events & _HANGUP or not os.read(0, 4096) for number, events in ready):
+        if not ready or any(
+            number != 0 or events & _HANGUP or not os.read(0, 4096) for number, events in ready
+        ):
             return
 
 
 def _is_stream(number: int) -> bool:
-    """Whether somebody is at the other end of this descriptor, as of ssh's: then their leaving shows."""
+    """Whether somebody is at the other end of this descriptor, as of ssh's: then their leaving
+    shows."""
     try:
         mode = os.fstat(number).st_mode
     except OSError:

@@ -1,7 +1,9 @@
-"""Several processes of one `hypenet` command on this machine, ended together and with the exit code of the one that failed first.
+"""Several processes of one `hypenet` command on this machine, ended together and with the exit code
+of the one that failed first.
 
-torch's own launcher turns every failure into exit code 1; callers of `hypenet` need to tell 7 (diverged) from 75 (saved, start again).
-Rank 0 keeps the streams of the caller. What other ranks say goes to one file each, shown when one of them is the first to fail.
+torch's own launcher turns every failure into exit code 1; callers of `hypenet` need to tell 7
+(diverged) from 75 (saved, start again). Rank 0 keeps the streams of the caller. What other ranks
+say goes to one file each, shown when one of them is the first to fail.
 """
 
 from __future__ import annotations
@@ -27,14 +29,17 @@ from launchers.command import UNDER_WAY, hypenet_command, place, threads_per_pro
 from megatron_hypenet.atomic_files import temporary_folder
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-"""Signals that are handed to every process: SIGTERM and SIGUSR2 ask a run to save and leave, SIGINT is the keyboard."""
+"""Signals that are handed to every process: SIGTERM and SIGUSR2 ask a run to save and leave, SIGINT
+is the keyboard."""
 
 SAVED_AND_REQUEUE = 75
 PEACEFUL = frozenset({0, SAVED_AND_REQUEUE})
-"""Codes that all processes agree on before any leaves with them: the others are waited for, they may still be writing."""
+"""Codes that all processes agree on before any leaves with them: the others are waited for, they
+may still be writing."""
 
 ECHO = 1
-"""What a process that only lost its partner ends with, too; a code of another process's own says more, even a moment later."""
+"""What a process that only lost its partner ends with, too; a code of another process's own says
+more, even a moment later."""
 
 TAIL_LINES = 40
 LOOPBACK = "127.0.0.1"
@@ -51,31 +56,48 @@ class LocalLaunch:
     """The words after `hypenet`."""
     num_processes: int
     grace_seconds: float = 10.0
-    """Time the others have to end by themselves after one failed, and again between SIGTERM and SIGKILL."""
+    """Time the others have to end by themselves after one failed, and again between SIGTERM and
+    SIGKILL."""
 
     @property
     def command(self) -> tuple[str, ...]:
         """The command of every process."""
         return hypenet_command(self.words)
 
-    def environment(self, rank: int, port: int, inherited: Mapping[str, str] = os.environ) -> dict[str, str]:
+    def environment(
+        self, rank: int, port: int, inherited: Mapping[str, str] = os.environ
+    ) -> dict[str, str]:
         """What is set on top of the inherited environment for one process."""
         count = self.num_processes
-        own = place(rank=rank, world_size=count, local_rank=rank, local_size=count, master=LOOPBACK, port=port)
+        own = place(
+            rank=rank,
+            world_size=count,
+            local_rank=rank,
+            local_size=count,
+            master=LOOPBACK,
+            port=port,
+        )
         own[UNDER_WAY] = "1"
         if "OMP_NUM_THREADS" not in inherited:
             own["OMP_NUM_THREADS"] = str(threads_per_process(count))
         return own
 
     def describe(self) -> dict[str, Any]:
-        """The exact start, for --dry-run: the command, and what each process's environment gets on top of ours."""
-        own = [{**self.environment(rank, 0), "MASTER_PORT": "a free port"} for rank in range(self.num_processes)]
+        """The exact start, for --dry-run: the command, and what each process's environment gets on
+        top of ours."""
+        own = [
+            {**self.environment(rank, 0), "MASTER_PORT": "a free port"}
+            for rank in range(self.num_processes)
+        ]
         return {"launcher": "local", "command": shlex.join(self.command), "processes": own}
 
     def lines(self) -> list[str]:
         """`describe` for a person."""
         content = self.describe()
-        variables = [" ".join(f"{key}={shlex.quote(value)}" for key, value in own.items()) for own in content["processes"]]
+        variables = [
+            " ".join(f"{key}={shlex.quote(value)}" for key, value in own.items())
+            for own in content["processes"]
+        ]
         return [
             f"start on this machine, {self.num_processes} times: {content['command']}",
             *(f"  process {rank}: {text}" for rank, text in enumerate(variables)),
@@ -83,9 +105,11 @@ class LocalLaunch:
 
 
 def run(launch: LocalLaunch) -> int:
-    """Start the processes, wait for all, and return the exit code: 0, or that of the first that failed by itself (128 + n for signal n).
+    """Start the processes, wait for all, and return the exit code: 0, or that of the first that
+    failed by itself (128 + n for signal n).
 
-    Nothing outlives this function, nor this process if it is killed: stragglers and what they started are ended with SIGKILL.
+    Nothing outlives this function, nor this process if it is killed: stragglers and what they
+    started are ended with SIGKILL.
     """
     with temporary_folder() as logs, held_port() as port, _Group(launch, logs, port) as group:
         return group.wait()
@@ -105,19 +129,25 @@ def held_port() -> Iterator[int]:
 
 
 class _Group:
-    """The running processes. Entering starts them and takes the signals over; leaving ends whatever still runs."""
+    """The running processes. Entering starts them and takes the signals over; leaving ends whatever
+    still runs."""
 
     def __init__(self, launch: LocalLaunch, logs: Path, port: int) -> None:
-        self.launch, self.logs, self.port = launch, logs, port
+        self.launch = launch
+        self.logs = logs
+        self.port = port
         self.processes: list[subprocess.Popen[bytes]] = []
         self.running: set[int] = set()
-        self.ended: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()  # (rank, exit code), in the order they ended
+        # (rank, exit code), in the order they ended
+        self.ended: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
         self.codes: dict[int, int] = {}
-        self.outcome: tuple[int, int] | None = None  # the one that decides the exit code, if it is not 0
+        # the one that decides the exit code, if it is not 0
+        self.outcome: tuple[int, int] | None = None
         self.insisted = False  # from then on processes end because we ask
         self.received: list[int] = []
         self.previous: dict[int, Any] = {}
-        # held while a process is reaped and while one is signalled; the signal handler may come on top of our own sending
+        # held while a process is reaped and while one is signalled; the signal handler may come on
+        # top of our own sending
         self.reaping = threading.RLock()
 
     def __enter__(self) -> _Group:
@@ -144,7 +174,8 @@ class _Group:
             signal.signal(number, handler)
 
     def wait(self) -> int:
-        """Until all have ended; after a failure the rest gets `grace_seconds`, then SIGTERM, then SIGKILL."""
+        """Until all have ended; after a failure the rest gets `grace_seconds`, then SIGTERM, then
+        SIGKILL."""
         while self.running and not self._has_failed():
             self._take(None)
         for insist in (None, signal.SIGTERM, signal.SIGKILL):
@@ -157,7 +188,8 @@ class _Group:
         if self.outcome is None:
             return 0
         rank, code = self.outcome
-        if self._has_failed() and self.codes.get(0) != code:  # with the same code, rank 0 has said the same on our streams
+        # with the same code, rank 0 has said the same on our streams
+        if self._has_failed() and self.codes.get(0) != code:
             self._show(rank, code)
         return code
 
@@ -170,7 +202,8 @@ class _Group:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                # a group of its own: Ctrl-C at the terminal arrives once, through us, and what a process starts can be ended with it
+                # a group of its own: Ctrl-C at the terminal arrives once, through us, and what a
+                # process starts can be ended with it
                 process_group=0,
                 preexec_fn=die_with(os.getpid()),
             )
@@ -180,7 +213,8 @@ class _Group:
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         with self.reaping:
             with contextlib.suppress(OSError):
-                os.killpg(process.pid, signal.SIGKILL)  # what it left behind; until it is reaped nobody else has its number
+                # what it left behind; until it is reaped nobody else has its number
+                os.killpg(process.pid, signal.SIGKILL)
             code = process.wait()
         self.ended.put((rank, 128 - code if code < 0 else code))
 
@@ -194,7 +228,12 @@ class _Group:
         self.codes[rank] = code
         if code and not self._has_failed():
             self.outcome = (rank, code)
-        elif self.outcome is not None and self.outcome[1] == ECHO and code not in {ECHO, *PEACEFUL} and not self.insisted:
+        elif (
+            self.outcome is not None
+            and self.outcome[1] == ECHO
+            and code not in {ECHO, *PEACEFUL}
+            and not self.insisted
+        ):
             self.outcome = (rank, code)
 
     def _has_failed(self) -> bool:
@@ -216,8 +255,13 @@ class _Group:
         return self.logs / f"rank{rank}.log"
 
     def _show(self, rank: int, code: int) -> None:
-        lines = self._log(rank).read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:]
-        head = f"process {rank} of {self.launch.num_processes} ended first, with code {code}; its last lines:"
+        lines = (
+            self._log(rank).read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:]
+        )
+        head = (
+            f"process {rank} of {self.launch.num_processes} ended first, with code {code}; "
+            "its last lines:"
+        )
         print("\n".join([head, *lines]), file=sys.stderr)
 
 
@@ -236,14 +280,22 @@ def die_with(parent: int) -> Callable[[], None] | None:
 
 
 def visible_gpus(environment: Mapping[str, str] = os.environ) -> int:
-    """CUDA devices that processes started here would see, without importing torch: 0 without a working driver."""
+    """CUDA devices that processes started here would see, without importing torch: 0 without a
+    working driver."""
     try:
-        listing = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=60, check=False)
+        listing = subprocess.run(
+            ["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=60, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return 0
-    present = sum(line.startswith("GPU ") for line in listing.stdout.splitlines()) if listing.returncode == 0 else 0
+    present = (
+        sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
+        if listing.returncode == 0
+        else 0
+    )
     chosen = environment.get("CUDA_VISIBLE_DEVICES")
     if not present or chosen is None:
         return present
     names = [name.strip() for name in chosen.split(",")]
-    return next((index for index, name in enumerate(names) if name in ("", "-1")), len(names))  # CUDA stops at the first invalid name
+    # CUDA stops at the first invalid name
+    return next((index for index, name in enumerate(names) if name in ("", "-1")), len(names))

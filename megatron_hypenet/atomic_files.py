@@ -1,7 +1,8 @@
 """Write files that appear whole or not at all, under temporary names that tell who writes them.
 
-A file or folder is made under a temporary name beside its target, brought to the disk, and renamed. What a killed process leaves under
-such a name is recognised by it, and removed by whoever owns the target next (`sweep`; see ownership.py).
+A file or folder is made under a temporary name beside its target, brought to the disk, and renamed.
+What a killed process leaves under such a name is recognised by it, and removed by whoever owns the
+target next (`sweep`; see ownership.py).
 """
 
 from __future__ import annotations
@@ -17,22 +18,28 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# .NAME.tmp-4711, .NAME.old-4711, .NAME.tmp-4711.bin; .NAME.partial4711.bin was written by version 0.1
-_TEMPORARY = re.compile(r"\.(?P<target>.+)\.(?:(?P<kind>tmp|old)-|partial)(?P<pid>\d+)(?P<suffix>\.\w+)?")
+# .NAME.tmp-4711, .NAME.old-4711, .NAME.tmp-4711.bin; .NAME.partial4711.bin was written by version
+# 0.1
+_TEMPORARY = re.compile(
+    r"\.(?P<target>.+)\.(?:(?P<kind>tmp|old)-|partial)(?P<pid>\d+)(?P<suffix>\.\w+)?"
+)
 
 
 def temporary_beside(target: Path, *, kind: str = "tmp", pid: int | None = None) -> Path:
-    """Return the name under which this process, or process `pid`, makes `target`, or with kind "old" keeps what it is about to replace."""
+    """Return the name under which this process, or process `pid`, makes `target`, or with kind
+    "old" keeps what it is about to replace."""
     return target.with_name(f".{target.name}.{kind}-{os.getpid() if pid is None else pid}")
 
 
 def is_temporary(path: Path) -> bool:
-    """Whether this is the name of an unfinished file or folder, or of one that was being replaced."""
+    """Whether this is the name of an unfinished file or folder, or of one that was being
+    replaced."""
     return _TEMPORARY.fullmatch(path.name) is not None
 
 
 def target_of(path: Path) -> Path | None:
-    """Return what the temporary `path` was to become, or was; None when its name is none of ours."""
+    """Return what the temporary `path` was to become, or was; None when its name is none of
+    ours."""
     match = _TEMPORARY.fullmatch(path.name)
     return None if match is None else path.with_name(match["target"])
 
@@ -45,9 +52,11 @@ def was_replaced(path: Path) -> bool:
 
 @contextmanager
 def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
-    """Yield a temporary name to write the file `path` under; it takes the name `path` when the block ends, and is removed on an error.
+    """Yield a temporary name to write the file `path` under; it takes the name `path` when the
+    block ends, and is removed on an error.
 
-    Readers see the old file or the whole new one. If `durable`, the new one has reached the disk before it takes the name.
+    Readers see the old file or the whole new one. If `durable`, the new one has reached the disk
+    before it takes the name.
     """
     temporary = temporary_beside(path)
     try:
@@ -57,7 +66,8 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
                 os.fsync(stream.fileno())
         os.replace(temporary, path)
     finally:
-        with contextlib.suppress(OSError):  # an error of the block says more than that there is nothing to remove
+        # an error of the block says more than that there is nothing to remove
+        with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
@@ -69,16 +79,19 @@ def write_text(path: Path, text: str, *, durable: bool = True) -> None:
 
 
 def write_json(path: Path, payload: Any) -> None:
-    """Write indented JSON as `write_text` does; ValueError for NaN and infinity, which JSON does not have."""
+    """Write indented JSON as `write_text` does; ValueError for NaN and infinity, which JSON does
+    not have."""
     write_text(path, json.dumps(payload, indent=2, allow_nan=False) + "\n")
 
 
 def sweep(folder: Path, *, names: Collection[str] | None = None) -> list[Path]:
-    """Remove what killed processes left below `folder`, or directly in it for the targets `names`, and return it.
+    """Remove what killed processes left below `folder`, or directly in it for the targets `names`,
+    and return it.
 
-    Only for the one process that owns the folder, or the targets: whatever is there under a temporary name is then nobody's work any more.
-    A folder in which people may keep files of their own is swept by `names`. What was being replaced gets its name back if nothing has
-    taken its place. Symbolic links are not followed.
+    Only for the one process that owns the folder, or the targets: whatever is there under a
+    temporary name is then nobody's work any more. A folder in which people may keep files of their
+    own is swept by `names`. What was being replaced gets its name back if nothing has taken its
+    place. Symbolic links are not followed.
     """
     if folder.is_symlink():
         return []
@@ -89,10 +102,18 @@ def sweep(folder: Path, *, names: Collection[str] | None = None) -> list[Path]:
             match = _TEMPORARY.fullmatch(entry)
             if match is not None and (names is None or match["target"] in names):
                 swept.append(path)
-        folders[:] = [] if names is not None else [entry for entry in folders if _TEMPORARY.fullmatch(entry) is None]
+        folders[:] = (
+            []
+            if names is not None
+            else [entry for entry in folders if _TEMPORARY.fullmatch(entry) is None]
+        )
     for path in swept:
         target = target_of(path)
-        if was_replaced(path) and target is not None and not (target.exists() or target.is_symlink()):
+        if (
+            was_replaced(path)
+            and target is not None
+            and not (target.exists() or target.is_symlink())
+        ):
             os.replace(path, target)
         elif path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -104,20 +125,28 @@ def sweep(folder: Path, *, names: Collection[str] | None = None) -> list[Path]:
 
 @contextmanager
 def temporary_folder() -> Iterator[Path]:
-    """Yield a new folder in the system's place for temporary files, removed with the block; those that killed processes left go first."""
+    """Yield a new folder in the system's place for temporary files, removed with the block; those
+    that killed processes left go first."""
     place = Path(tempfile.gettempdir())
     numbers = _process_numbers()
     for left in place.glob(f"hypenet-{numbers}-*"):
         pid = left.name.split("-")[2]
         with contextlib.suppress(OSError):
-            if pid.isdecimal() and not Path(f"/proc/{pid}").exists() and left.stat(follow_symlinks=False).st_uid == os.getuid():
+            if (
+                pid.isdecimal()
+                and not Path(f"/proc/{pid}").exists()
+                and left.stat(follow_symlinks=False).st_uid == os.getuid()
+            ):
                 shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=f"hypenet-{numbers}-{os.getpid()}-", ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory(
+        prefix=f"hypenet-{numbers}-{os.getpid()}-", ignore_cleanup_errors=True
+    ) as folder:
         yield Path(folder)
 
 
 def _process_numbers() -> str:
-    """Name the space that process numbers belong to: containers that share a folder for temporary files have one each."""
+    """Name the space that process numbers belong to: containers that share a folder for temporary
+    files have one each."""
     try:
         return re.sub(r"\D", "", os.readlink("/proc/self/ns/pid"))
     except OSError:

@@ -1,8 +1,9 @@
 """Errors a user can cause or repair, and the exit code each one ends the command with.
 
-A message is one block of text: what failed, where, the values, the rule, the fix. `cli/main.py` prints it as `error: ...` on stderr
-and exits with the class's `exit_code`; a traceback appears only with `--debug`. docs/errors.md lists the codes for users.
-Faults of our own code stay ordinary exceptions (exit code 1): these classes are for what the reader of the message can act on.
+A message is one block of text: what failed, where, the values, the rule, the fix. `cli/main.py`
+prints it as `error: ...` on stderr and exits with the class's `exit_code`; a traceback appears only
+with `--debug`. docs/errors.md lists the codes for users. Faults of our own code stay ordinary
+exceptions (exit code 1): these classes are for what the reader of the message can act on.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ class HypenetError(Exception):
 
 
 class UsageError(HypenetError):
-    """The command line itself is wrong: an unknown verb, a missing argument, options that exclude each other."""
+    """The command line itself is wrong: an unknown verb, a missing argument, options that exclude
+    each other."""
 
     exit_code = 2
 
 
 class ConfigError(HypenetError):
-    """A configuration is invalid: unknown key, wrong type, missing key, or values that cannot go together."""
+    """A configuration is invalid: unknown key, wrong type, missing key, or values that cannot go
+    together."""
 
     exit_code = 3
 
@@ -76,13 +79,15 @@ class HangError(HypenetError):
 
 
 class PeerError(HypenetError):
-    """Another process of the run ended while this one waited for it: an echo of that process's own error."""
+    """Another process of the run ended while this one waited for it: an echo of that process's own
+    error."""
 
     exit_code = 1
 
 
 class SavedAndRequeue(HypenetError):  # noqa: N818 - it reports a clean stop, not a fault
-    """Training stopped on request with a committed checkpoint; starting the same command again continues it."""
+    """Training stopped on request with a committed checkpoint; starting the same command again
+    continues it."""
 
     exit_code = 75
 
@@ -92,9 +97,12 @@ def is_disk_full(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
-        # safetensors writes in Rust and torch.save in C++: a failed write of theirs has a text and no errno
+        # safetensors writes in Rust and torch.save in C++: a failed write of theirs has a text and
+        # no errno
         text = str(error)
-        if "No space left on device" in text or ("inline_container" in text and "unexpected pos" in text):
+        if "No space left on device" in text or (
+            "inline_container" in text and "unexpected pos" in text
+        ):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -1,16 +1,21 @@
-"""One writer per folder: who writes it is named in a file, and a second writer is refused with that name.
+"""One writer per folder: who writes it is named in a file, and a second writer is refused with that
+name.
 
-The file names host, process, SLURM job and command of the owner. It is locked for as long as the owner lives, where the file system has
-locks, and its `beat` grows every few seconds. A process that finds it asks, in this order:
+The file names host, process, SLURM job and command of the owner. It is locked for as long as the
+owner lives, where the file system has locks, and its `beat` grows every few seconds. A process that
+finds it asks, in this order:
 
     1. the lock: if another process holds it, the folder is in use
-    2. the process table, when the owner ran on this machine since its last start: a process that ended owns nothing
-    3. SLURM, when the owner was a job: a job that is over owns nothing, and a later start of the same job goes on
-    4. the file itself, when the owner was on another machine: if `beat` does not grow for WATCH_SECONDS, the owner is gone. Clocks of two
-       machines are never compared
+    2. the process table, when the owner ran on this machine since its last start: a process that
+       ended owns nothing
+    3. SLURM, when the owner was a job: a job that is over owns nothing, and a later start of the
+       same job goes on
+    4. the file itself, when the owner was on another machine: if `beat` does not grow for
+       WATCH_SECONDS, the owner is gone. Clocks of two machines are never compared
 
-An owner that is gone is replaced, with a line in the log. On a network file system, where a lock may be local to one machine, the new owner
-looks once more after a moment whether the file still names it: of two that came at the same time, the last one to write goes on.
+An owner that is gone is replaced, with a line in the log. On a network file system, where a lock
+may be local to one machine, the new owner looks once more after a moment whether the file still
+names it: of two that came at the same time, the last one to write goes on.
 """
 
 from __future__ import annotations
@@ -43,15 +48,32 @@ from megatron_hypenet.untrusted.json_text import parse_json, typed
 logger = logging.getLogger(__name__)
 
 FILE = "owner.json"
-"""Name of the file in a folder that is owned as a whole; of another target NAME it is the sibling .NAME.owner.json."""
+"""Name of the file in a folder that is owned as a whole; of another target NAME it is the sibling
+.NAME.owner.json."""
 
 BEAT_SECONDS = 5.0
 WATCH_SECONDS = 30.0
-"""Time without a beat after which an owner on another machine counts as gone: several beats, and the 3 to 30 s for which NFS may show an
-old state of a file (acregmin and acregmax of nfs(5); opening a file asks the server)."""
+"""Time without a beat after which an owner on another machine counts as gone: several beats, and
+the 3 to 30 s for which NFS may show an old state of a file (acregmin and acregmax of nfs(5);
+opening a file asks the server)."""
 
 _NETWORK_SETTLE_SECONDS = 2.0
-_LOCAL_FILE_SYSTEMS = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "tmpfs", "ramfs", "overlay", "f2fs", "bcachefs", "apfs"})
+_LOCAL_FILE_SYSTEMS = frozenset(
+    {
+        "ext2",
+        "ext3",
+        "ext4",
+        "xfs",
+        "btrfs",
+        "zfs",
+        "tmpfs",
+        "ramfs",
+        "overlay",
+        "f2fs",
+        "bcachefs",
+        "apfs",
+    }
+)
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
 _SQUEUE_SECONDS = 30
 
@@ -62,10 +84,12 @@ class Owner:
 
     host: str
     boot: str
-    """This start of the machine's kernel and its process numbers: boot id, and pid namespace. Empty where the system does not tell."""
+    """This start of the machine's kernel and its process numbers: boot id, and pid namespace. Empty
+    where the system does not tell."""
     pid: int
     started: int
-    """When the process started, in clock ticks since the start of the machine: process numbers are used again."""
+    """When the process started, in clock ticks since the start of the machine: process numbers are
+    used again."""
     job: str = ""
     """SLURM job, "" outside of one."""
     restarts: int = 0
@@ -79,7 +103,9 @@ class Owner:
 
     def __str__(self) -> str:
         job = f", SLURM job {self.job}" if self.job else ""
-        return shown(f"process {self.pid} on {self.host}{job}, since {self.since}: {self.command}", 400)
+        return shown(
+            f"process {self.pid} on {self.host}{job}, since {self.since}: {self.command}", 400
+        )
 
 
 _KIND = FileKind(error=UsageError, advice="delete it if nobody uses the folder", max_bytes=1 << 16)
@@ -97,7 +123,9 @@ def this_process() -> Owner:
         pid=os.getpid(),
         started=_started(os.getpid()) or 0,
         job=job if (job := os.environ.get("SLURM_JOB_ID", "")).isdecimal() else "",
-        restarts=int(count) if (count := os.environ.get("SLURM_RESTART_COUNT", "0")).isdecimal() else 0,
+        restarts=int(count)
+        if (count := os.environ.get("SLURM_RESTART_COUNT", "0")).isdecimal()
+        else 0,
         command=shown(shlex.join(sys.argv), 300),
         since=datetime.now(UTC).isoformat(timespec="seconds"),
         token=uuid.uuid4().hex,
@@ -105,12 +133,14 @@ def this_process() -> Owner:
 
 
 def owner_file(target: Path, *, inside: bool) -> Path:
-    """Return where the owner of `target` is named: in the folder itself, or beside a target that is replaced as a whole."""
+    """Return where the owner of `target` is named: in the folder itself, or beside a target that is
+    replaced as a whole."""
     return target / FILE if inside else target.with_name(f".{target.name}.{FILE}")
 
 
 def refuse_if_owned(folder: Path) -> None:
-    """Raise UsageError when another living process owns the run folder `folder`; a question whose answer takes time is left to `owning`."""
+    """Raise UsageError when another living process owns the run folder `folder`; a question whose
+    answer takes time is left to `owning`."""
     path = owner_file(folder, inside=True)
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
@@ -118,7 +148,8 @@ def refuse_if_owned(folder: Path) -> None:
         return  # nobody, or nobody who could be told; `owning` says what is wrong with the folder
     try:
         found, free = _read(descriptor), _lock(descriptor)
-        fcntl.flock(descriptor, fcntl.LOCK_UN)  # at once: who starts now must not take this question for an owner
+        # at once: who starts now must not take this question for an owner
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
         if not free or (found is not None and _known(found, this_process())):
             raise UsageError(_refusal(folder, path, found))
     finally:
@@ -127,12 +158,17 @@ def refuse_if_owned(folder: Path) -> None:
 
 @contextmanager
 def owning(
-    target: Path, *, inside: bool, watch_seconds: float = WATCH_SECONDS, patience_seconds: float = 1.0
+    target: Path,
+    *,
+    inside: bool,
+    watch_seconds: float = WATCH_SECONDS,
+    patience_seconds: float = 1.0,
 ) -> Iterator[None]:
     """Own `target` for the block. UsageError, which names the owner, when another process does.
 
     Args:
-        target: A folder, which has to exist with `inside`; else any file or folder to be written, in a folder that exists.
+        target: A folder, which has to exist with `inside`; else any file or folder to be written,
+            in a folder that exists.
         inside: Whether the owner is named in the folder itself.
         watch_seconds: How long an owner on another machine without SLURM is watched.
         patience_seconds: How long to wait for an owner that lives before giving up.
@@ -143,7 +179,9 @@ def owning(
     while (descriptor := _take(target, path, mine, watch_seconds, deadline)) is None:
         time.sleep(0.1)
     stop = threading.Event()
-    thread = threading.Thread(target=_beat, args=(target, path, descriptor, mine, stop), name="ownership", daemon=True)
+    thread = threading.Thread(
+        target=_beat, args=(target, path, descriptor, mine, stop), name="ownership", daemon=True
+    )
     thread.start()
     try:
         yield
@@ -158,10 +196,11 @@ def owning(
 
 @contextmanager
 def writing(target: Path) -> Iterator[None]:
-    """Own the file or folder `target`, which the block makes or replaces as a whole. What killed processes left of it is removed first.
+    """Own the file or folder `target`, which the block makes or replaces as a whole. What killed
+    processes left of it is removed first.
 
-    UsageError, which names the owner, when another process is making it, or owns a folder that it lies in. Where nothing can be written
-    nothing is owned: the block says so.
+    UsageError, which names the owner, when another process is making it, or owns a folder that it
+    lies in. Where nothing can be written nothing is owned: the block says so.
     """
     for folder in target.absolute().parents:
         refuse_if_owned(folder)  # a run that is under way may read or write there
@@ -173,13 +212,17 @@ def writing(target: Path) -> Iterator[None]:
         yield
 
 
-def _take(target: Path, path: Path, mine: Owner, watch_seconds: float, deadline: float) -> int | None:
-    """Make this process the owner, and return the open, locked file; None when another try is due. UsageError after the deadline."""
+def _take(
+    target: Path, path: Path, mine: Owner, watch_seconds: float, deadline: float
+) -> int | None:
+    """Make this process the owner, and return the open, locked file; None when another try is due.
+    UsageError after the deadline."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
     except OSError as error:
         raise _Unwritable(
-            f"{path}: cannot be written ({error.strerror}), and it marks a folder that is in use; choose another place"
+            f"{path}: cannot be written ({error.strerror}), and it marks a folder that is in use; "
+            "choose another place"
         ) from error
     taken = False
     try:
@@ -192,8 +235,11 @@ def _take(target: Path, path: Path, mine: Owner, watch_seconds: float, deadline:
                 return None
             raise UsageError(_refusal(target, path, found))
         if found is not None:
-            logger.warning("%s was in use by %s, which is gone; this command takes its place", target, found)
-        with contextlib.suppress(OSError):  # a full disk; the lock counts, and who saves says that the disk is full
+            logger.warning(
+                "%s was in use by %s, which is gone; this command takes its place", target, found
+            )
+        # a full disk; the lock counts, and who saves says that the disk is full
+        with contextlib.suppress(OSError):
             _write(descriptor, mine)
         if not _is_local(path):
             time.sleep(_NETWORK_SETTLE_SECONDS)
@@ -209,7 +255,8 @@ def _take(target: Path, path: Path, mine: Owner, watch_seconds: float, deadline:
 def _refusal(target: Path, path: Path, owner: Owner | None) -> str:
     who = f"is in use by {owner}" if owner is not None else "is in use by another process"
     return (
-        f"{target} {who}. Two commands in one folder would overwrite each other's work: wait for it, or end it, or choose another place. "
+        f"{target} {who}. Two commands in one folder would overwrite each other's work: "
+        "wait for it, or end it, or choose another place. "
         f"If it is certain that nothing uses the folder, delete {path}"
     )
 
@@ -218,7 +265,12 @@ def _lives(found: Owner, mine: Owner, path: Path, watch_seconds: float) -> bool:
     """Whether the owner of a file that nobody has locked lives; may take `watch_seconds`."""
     if (known := _known(found, mine)) is not None:
         return known
-    logger.warning("%s says that %s uses the folder; waiting up to %.0f s for a sign of it", path, found, watch_seconds)
+    logger.warning(
+        "%s says that %s uses the folder; waiting up to %.0f s for a sign of it",
+        path,
+        found,
+        watch_seconds,
+    )
     deadline = time.monotonic() + watch_seconds
     while time.monotonic() < deadline:
         time.sleep(min(1.0, watch_seconds / 10))
@@ -232,25 +284,34 @@ def _known(found: Owner, mine: Owner) -> bool | None:
     if found.boot and found.boot == mine.boot:
         return _started(found.pid) == found.started
     if found.job and found.job == mine.job:
-        return False if found.restarts < mine.restarts else None  # SLURM starts a job again only after its end
+        # SLURM starts a job again only after its end
+        return False if found.restarts < mine.restarts else None
     return False if _is_over(found.job) else None
 
 
 def _is_over(job: str) -> bool:
-    """Whether SLURM says that a job has ended, or waits for another start. That it runs says nothing: a process may end before its job."""
+    """Whether SLURM says that a job has ended, or waits for another start. That it runs says
+    nothing: a process may end before its job."""
     if not job.isdecimal():
         return False
     try:
         words = ["squeue", "--noheader", "--states=all", "--format=%T", f"--jobs={job}"]
         done = subprocess.run(
-            words, env=own_environment(os.environ), capture_output=True, text=True, timeout=_SQUEUE_SECONDS, check=False
+            words,
+            env=own_environment(os.environ),
+            capture_output=True,
+            text=True,
+            timeout=_SQUEUE_SECONDS,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired):
         return False
     if done.returncode != 0:
         return "Invalid job id" in done.stderr
     # PENDING: the job waits for another start, and the one that owned the folder is over
-    return not {"RUNNING", "SUSPENDED", "COMPLETING", "SIGNALING", "STAGE_OUT", "STOPPED"} & set(done.stdout.split())
+    return not {"RUNNING", "SUSPENDED", "COMPLETING", "SIGNALING", "STAGE_OUT", "STOPPED"} & set(
+        done.stdout.split()
+    )
 
 
 def _beat(target: Path, path: Path, descriptor: int, mine: Owner, stop: threading.Event) -> None:
@@ -261,7 +322,12 @@ def _beat(target: Path, path: Path, descriptor: int, mine: Owner, stop: threadin
         try:
             if not _names(descriptor, mine) or not _is_still(descriptor, path):
                 # to save and leave in good order would be to write where another process writes
-                print(f"error: {path} no longer names this process: {target} was taken over, so it ends here", file=sys.stderr, flush=True)
+                print(
+                    f"error: {path} no longer names this process: {target} was taken over, "
+                    "so it ends here",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 os._exit(UsageError.exit_code)
             _write(descriptor, replace(mine, beat=beat))
         except OSError as error:  # a full disk, a server that is away: the next beat may succeed
@@ -276,10 +342,15 @@ def _write(descriptor: int, owner: Owner) -> None:
 
 
 def _read(descriptor: int) -> Owner | None:
-    """Return the owner in an open file; None for an empty or unreadable one, as a killed process may leave it."""
+    """Return the owner in an open file; None for an empty or unreadable one, as a killed process
+    may leave it."""
     try:
         text = os.pread(descriptor, _KIND.max_bytes, 0).decode("utf-8")
-        return typed(_KIND, FILE, parse_json(_KIND, FILE, text), Owner) if text.strip("\0 \n") else None
+        return (
+            typed(_KIND, FILE, parse_json(_KIND, FILE, text), Owner)
+            if text.strip("\0 \n")
+            else None
+        )
     except (OSError, UnicodeDecodeError, UsageError):
         return None
 
@@ -329,17 +400,25 @@ def _is_still(descriptor: int, path: Path) -> bool:
 
 
 def _is_local(path: Path) -> bool:
-    """Whether a lock on `path` is seen by everybody who can see the file: its file system is one of this machine's own."""
+    """Whether a lock on `path` is seen by everybody who can see the file: its file system is one of
+    this machine's own."""
     try:
-        mounts = [line.split() for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()]
+        mounts = [
+            line.split()
+            for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()
+        ]
     except OSError:
         return True
-    real, best, kind = os.path.realpath(path.parent), "", ""
+    real = os.path.realpath(path.parent)
+    best = ""
+    kind = ""
     for fields in mounts:
         place = fields[4].encode().decode("unicode_escape")
         if os.path.commonpath((real, place)) == place and len(place) >= len(best):
-            best, kind = place, fields[fields.index("-") + 1]
-    return kind in _LOCAL_FILE_SYSTEMS or not kind  # a root that the table does not show, as under chroot
+            best = place
+            kind = fields[fields.index("-") + 1]
+    # a root that the table does not show, as under chroot
+    return kind in _LOCAL_FILE_SYSTEMS or not kind
 
 
 def _boot() -> str:
@@ -351,7 +430,8 @@ def _boot() -> str:
 
 
 def _started(pid: int) -> int | None:
-    """Return the start time of a process in clock ticks since the machine started; None when there is no such process."""
+    """Return the start time of a process in clock ticks since the machine started; None when there
+    is no such process."""
     try:
         status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
-# Set before torch is imported anywhere: the machines that run this have two cores, and workers run side by side.
+# Set before torch is imported anywhere: the machines that run this have two cores, and workers run
+# side by side.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
-# The suite runs on the CPU, with the kernels in Triton's interpreter, also where there is a GPU: a workstation sees what CI sees. Under
-# HYPENET_TEST_GPU=1 (make test-gpu) runs what is made for a GPU, on it. To be said before anything imports torch or triton.
+# The suite runs on the CPU, with the kernels in Triton's interpreter, also where there is a GPU: a
+# workstation sees what CI sees. Under HYPENET_TEST_GPU=1 (make test-gpu) runs what is made for a
+# GPU, on it. To be said before anything imports torch or triton.
 ON_GPU = os.environ.get("HYPENET_TEST_GPU") == "1"
 if not ON_GPU:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -36,7 +38,8 @@ def seeded() -> None:
 
 @pytest.fixture
 def takes_gib() -> Iterator[Callable[[float], None]]:
-    """For GPU tests of large tensors: told how much memory they take, skips them where so much is not free; gives it back afterwards."""
+    """For GPU tests of large tensors: told how much memory they take, skips them where so much is
+    not free; gives it back afterwards."""
     import torch
 
     def take(gib: float) -> None:
@@ -49,8 +52,8 @@ def takes_gib() -> Iterator[Callable[[float], None]]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """On a GPU run tests marked `gpu` and those of modules that choose a DEVICE, elsewhere all but the marked ones; the summary counts
-    what is deselected."""
+    """On a GPU run tests marked `gpu` and those of modules that choose a DEVICE, elsewhere all but
+    the marked ones; the summary counts what is deselected."""
     if ON_GPU:
         import torch
 

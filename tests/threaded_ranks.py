@@ -1,6 +1,8 @@
-"""Ranks as threads of one process: the collectives of context parallelism, carried out between threads instead of processes.
+"""Ranks as threads of one process: the collectives of context parallelism, carried out between
+threads instead of processes.
 
-What arrives is not there before `wait`: receive buffers hold NaN until then, so that using one too early shows."""
+What arrives is not there before `wait`: receive buffers hold NaN until then, so that using one too
+early shows."""
 
 import queue
 import threading
@@ -17,7 +19,9 @@ class ThreadGroup:
     """What our code asks of a process group."""
 
     def __init__(self, rank, size, shared):
-        self._rank, self._size, self.shared = rank, size, shared
+        self._rank = rank
+        self._size = size
+        self.shared = shared
 
     def rank(self):
         return self._rank
@@ -83,18 +87,28 @@ def reduce_scatter_tensor(output, mine, group=None, async_op=False):
 class P2POp:
     def __init__(self, op, tensor, peer, group=None):
         assert tensor.is_contiguous()
-        self.op, self.tensor, self.peer, self.group = op, tensor, peer, group
+        self.op = op
+        self.tensor = tensor
+        self.peer = peer
+        self.group = group
 
 
 def batch_isend_irecv(operations):
     works = []
     for each in operations:
-        mine, mail = each.group.rank(), each.group.shared.mail
+        mine = each.group.rank()
+        mail = each.group.shared.mail
         if each.op is dist.isend:
             mail[mine, each.peer].put(each.tensor.detach().clone())
         else:
             each.tensor.fill_(float("nan"))
-            works.append(_Work(lambda op=each, box=mail[each.peer, mine]: op.tensor.copy_(_receive(box, op.group.shared))))
+            works.append(
+                _Work(
+                    lambda op=each, box=mail[each.peer, mine]: op.tensor.copy_(
+                        _receive(box, op.group.shared)
+                    )
+                )
+            )
     return works
 
 
@@ -115,11 +129,14 @@ def threaded_collectives():
 
 def on_ranks(size, function):
     """Results of function(group) on all ranks, in order; the first error of any rank is raised."""
-    shared, results, errors = _Shared(size), [None] * size, []
+    shared = _Shared(size)
+    results = [None] * size
+    errors = []
 
     def run(rank):
         try:
-            # each rank differentiates in its own thread: on a GPU one thread of autograd would serve all ranks, and wait for itself
+            # each rank differentiates in its own thread: on a GPU one thread of autograd would
+            # serve all ranks, and wait for itself
             with torch.autograd.set_multithreading_enabled(False):
                 results[rank] = function(ThreadGroup(rank, size, shared))
         except BaseException as error:  # noqa: BLE001 - raised again by the caller
@@ -133,5 +150,8 @@ def on_ranks(size, function):
         for thread in threads:
             thread.join()
     if errors:
-        raise next((error for error in errors if not isinstance(error, threading.BrokenBarrierError)), errors[0])
+        raise next(
+            (error for error in errors if not isinstance(error, threading.BrokenBarrierError)),
+            errors[0],
+        )
     return results

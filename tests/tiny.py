@@ -7,7 +7,8 @@ from megatron_hypenet.config.model import ModelConfig
 
 
 def tiny_model_config(mixer_types=("lightning_attn", "attn"), **changes) -> ModelConfig:
-    """A student of two layers unless told otherwise; 6 heads in 3 groups: neither is a power of two."""
+    """A student of two layers unless told otherwise; 6 heads in 3 groups: neither is a power of
+    two."""
     base = {
         "num_layers": len(mixer_types),
         "hidden_size": 24,
@@ -27,7 +28,9 @@ def tiny_model_config(mixer_types=("lightning_attn", "attn"), **changes) -> Mode
 
 def tiny_teacher_config(num_layers=2, **changes) -> ModelConfig:
     """The teacher of the same shape: all softmax, RoPE, no gate."""
-    return tiny_model_config(("attn",) * num_layers, attn_use_rope=True, attn_use_output_gate=False, **changes)
+    return tiny_model_config(
+        ("attn",) * num_layers, attn_use_rope=True, attn_use_output_gate=False, **changes
+    )
 
 
 def whole_tensors(module):
@@ -35,7 +38,12 @@ def whole_tensors(module):
     tensors = {}
     for entry in module.sharded_state_dict(prefix="").values():
         for piece in tensor_pieces(entry):
-            whole = tensors.setdefault(piece.key, torch.empty(piece.global_shape, dtype=piece.dtype))
-            place = tuple(slice(start, start + size) for start, size in zip(piece.global_offset, piece.local_shape, strict=True))
+            whole = tensors.setdefault(
+                piece.key, torch.empty(piece.global_shape, dtype=piece.dtype)
+            )
+            place = tuple(
+                slice(start, start + size)
+                for start, size in zip(piece.global_offset, piece.local_shape, strict=True)
+            )
             whole[place] = piece.data.detach()
     return tensors

@@ -1,4 +1,5 @@
-"""A whole run small enough for a test: a random Qwen3 folder, a configuration, and made-up token sequences in the place of text."""
+"""A whole run small enough for a test: a random Qwen3 folder, a configuration, and made-up token
+sequences in the place of text."""
 
 import json
 from pathlib import Path
@@ -15,9 +16,15 @@ from tests.tiny import tiny_teacher_config
 
 TEACHER = tiny_teacher_config(3)
 STAGE = {
-    "train_iters": 2, "seq_length": 16, "micro_batch_size": 1, "global_batch_size": 2, "lr": 1e-3, "min_lr": 1e-4, "log_interval": 1,
+    "train_iters": 2,
+    "seq_length": 16,
+    "micro_batch_size": 1,
+    "global_batch_size": 2,
+    "lr": 1e-3,
+    "min_lr": 1e-4,
+    "log_interval": 1,
     "save_interval": 1,
-}  # fmt: skip
+}
 
 
 def write_teacher(folder: Path, seed: int = 0) -> Path:
@@ -30,7 +37,9 @@ def write_teacher(folder: Path, seed: int = 0) -> Path:
             values = torch.randn(entry.part_shape, generator=generator) * 0.1
             tensors[name] = values + 1.0 if "norm" in name else values
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(hf_config_from_model(TEACHER, torch_dtype="float32", origin=None)))
+    (folder / "config.json").write_text(
+        json.dumps(hf_config_from_model(TEACHER, torch_dtype="float32", origin=None))
+    )
     return folder
 
 
@@ -39,12 +48,29 @@ def write_config(root: Path, **changes) -> Path:
     text = root / "text.txt"
     text.write_text("some text\n")
     values = {
-        "output_dir": str(root / "run"), "teacher": str(root / "qwen3"), "data": {"train": [str(text)]}, "device": "cpu",
-        "precision": "float32", "align": STAGE, "distill": STAGE, "finetune": STAGE,
-        "select": {"recall_sequences": 2, "heldout_sequences": 2, "seq_length": 16, "batch_size": 2},
-        "eval": {"recall_sequences": 2, "heldout_sequences": 2, "seq_length": 16, "batch_size": 2, "length_multiples": [1, 2]},
+        "output_dir": str(root / "run"),
+        "teacher": str(root / "qwen3"),
+        "data": {"train": [str(text)]},
+        "device": "cpu",
+        "precision": "float32",
+        "align": STAGE,
+        "distill": STAGE,
+        "finetune": STAGE,
+        "select": {
+            "recall_sequences": 2,
+            "heldout_sequences": 2,
+            "seq_length": 16,
+            "batch_size": 2,
+        },
+        "eval": {
+            "recall_sequences": 2,
+            "heldout_sequences": 2,
+            "seq_length": 16,
+            "batch_size": 2,
+            "length_multiples": [1, 2],
+        },
         "guard": {"max_teacher_loss": 100.0},
-    }  # fmt: skip
+    }
     path = root / "run.yaml"
     path.write_text(yaml.safe_dump({**values, **changes}))
     return path
@@ -55,20 +81,30 @@ class Sequences:
 
     def batch(self, sample_start: int, count: int, seq_length: int) -> torch.Tensor:
         """Samples sample_start .. + count - 1."""
-        return (torch.arange(sample_start, sample_start + count)[:, None] + 3 * torch.arange(seq_length + 1)) % TEACHER.vocab_size
+        return (
+            torch.arange(sample_start, sample_start + count)[:, None]
+            + 3 * torch.arange(seq_length + 1)
+        ) % TEACHER.vocab_size
 
 
 def fake_material(monkeypatch) -> None:
-    """Put made-up sequences and measurements in the place of prepared text; models are still run."""
+    """Put made-up sequences and measurements in the place of prepared text; models are still
+    run."""
 
     def prepare(run, folder, log):
         folder.data.mkdir()
         return {}
 
     def measured(run, folder):
-        return Measure(run=run, task=lambda pairs: None, heldout=lambda count, length: Sequences().batch(1000, count, length))
+        return Measure(
+            run=run,
+            task=lambda pairs: None,
+            heldout=lambda count, length: Sequences().batch(1000, count, length),
+        )
 
     monkeypatch.setattr(material, "prepare", prepare)
     monkeypatch.setattr(material, "training_data", lambda run, folder: Sequences())
     monkeypatch.setattr(material, "measure", measured)
-    monkeypatch.setattr("megatron_hypenet.engine.measure.recall_accuracy", lambda scores, task, **kwargs: 50.0)
+    monkeypatch.setattr(
+        "megatron_hypenet.engine.measure.recall_accuracy", lambda scores, task, **kwargs: 50.0
+    )

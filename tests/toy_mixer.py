@@ -1,16 +1,29 @@
-"""A mixer that only tests have: a delta rule with parameters of its own, a short convolution, a setting, and a replicated weight.
+"""A mixer that only tests have: a delta rule with parameters of its own, a short convolution, a
+setting, and a replicated weight.
 
-Its parts are the three files of a mixer: specification, module, and (`decode`) what a Hugging Face folder would run. Written from the
-formulas, one token at a time: S_t = (I - beta k k^T) S_(t-1) + beta k v^T, o_t = q_t S_t, k after a causal depthwise convolution."""
+Its parts are the three files of a mixer: specification, module, and (`decode`) what a Hugging Face
+folder would run. Written from the formulas, one token at a time: S_t = (I - beta k k^T) S_(t-1) +
+beta k v^T, o_t = q_t S_t, k after a causal depthwise convolution."""
 
 import torch
 
-from megatron_hypenet.config.mixers import HfKeys, Init, LayoutRules, MixerSpec, ParamSpec, register_mixer_spec
+from megatron_hypenet.config.mixers import (
+    HfKeys,
+    Init,
+    LayoutRules,
+    MixerSpec,
+    ParamSpec,
+    register_mixer_spec,
+)
 from megatron_hypenet.config.mixers.base import ONES, Reshape, attention_parameters
 from megatron_hypenet.model.mixers.base import Mixer, register_mixer
 from megatron_hypenet.parallel.context import ChunkExchange, exchange_states
 from megatron_hypenet.parallel.context.state_algebra import Transition, continuing_chunks
-from megatron_hypenet.parallel.context.state_exchange import join_chunks, preceding_ids, preceding_tokens
+from megatron_hypenet.parallel.context.state_exchange import (
+    join_chunks,
+    preceding_ids,
+    preceding_tokens,
+)
 
 NAME = "toy_delta"
 
@@ -19,22 +32,42 @@ NAME = "toy_delta"
 class ToySpec(MixerSpec):
     conv_size: int = 3
 
-    hf_keys = HfKeys(name="toy", prefix="toy_", switches={"toy_norm": True}, settings={"toy_conv_size": "conv_size"})
+    hf_keys = HfKeys(
+        name="toy",
+        prefix="toy_",
+        switches={"toy_norm": True},
+        settings={"toy_conv_size": "conv_size"},
+    )
 
     def parameters(self, model):
-        heads, width = model.num_attention_heads, model.query_size
+        heads = model.num_attention_heads
+        width = model.query_size
         return (
             *attention_parameters(model, kv_size=width),
             ParamSpec(
-                name="beta", shape=(heads,), tp_dim=0, init=Init("uniform", 0.1, 2.0, "log"), hf_names=("beta",),
+                name="beta",
+                shape=(heads,),
+                tp_dim=0,
+                init=Init("uniform", 0.1, 2.0, "log"),
+                hf_names=("beta",),
                 hf_transform=Reshape((1, 1, heads, 1)),
             ),
             ParamSpec(
-                name="k_conv", shape=(width, self.conv_size), tp_dim=0, init=Init("normal", 0.0, 0.5),
-                hf_names=("k_conv1d.weight",), hf_transform=Reshape((width, 1, self.conv_size)),
+                name="k_conv",
+                shape=(width, self.conv_size),
+                tp_dim=0,
+                init=Init("normal", 0.0, 0.5),
+                hf_names=("k_conv1d.weight",),
+                hf_transform=Reshape((width, 1, self.conv_size)),
             ),
-            ParamSpec(name="scale", shape=(model.kv_channels,), tp_dim=None, init=ONES, hf_names=("scale.weight",)),
-        )  # fmt: skip
+            ParamSpec(
+                name="scale",
+                shape=(model.kv_channels,),
+                tp_dim=None,
+                init=ONES,
+                hf_names=("scale.weight",),
+            ),
+        )
 
     def core_flops(self, model, seq_length):
         return 6.0 * model.query_size * model.kv_channels
@@ -43,21 +76,31 @@ class ToySpec(MixerSpec):
         return 3 * model.query_size / tensor_ranks
 
     def layout_rules(self, model):
-        return LayoutRules(tensor_slices={"num_attention_heads": model.num_attention_heads}, halo_tokens=self.conv_size - 1)
+        return LayoutRules(
+            tensor_slices={"num_attention_heads": model.num_attention_heads},
+            halo_tokens=self.conv_size - 1,
+        )
 
 
 @register_mixer(NAME)
 class ToyMixer(Mixer):
     def mix(self, parts, rotary_pos_emb, document_ids):
         group = self.context_group
-        k = short_convolution(parts["k"].transpose(0, 1), self.weight("k_conv"), group, document_ids).transpose(0, 1)
-        q, k = self.q_norm(self.heads(parts["q"])), self.k_norm(self.heads(k))
+        k = short_convolution(
+            parts["k"].transpose(0, 1), self.weight("k_conv"), group, document_ids
+        ).transpose(0, 1)
+        q = self.q_norm(self.heads(parts["q"]))
+        k = self.k_norm(self.heads(k))
         q, k, v = (x.transpose(0, 1) for x in (q, k / k.shape[-1] ** 0.5, self.heads(parts["v"])))
         beta = self.weight("beta").sigmoid()
         if group.size() == 1:
-            o, _ = delta_rule(q, k, v, beta, q.new_zeros(*q.shape[:1], *q.shape[2:], v.shape[-1]), document_ids)
+            o, _ = delta_rule(
+                q, k, v, beta, q.new_zeros(*q.shape[:1], *q.shape[2:], v.shape[-1]), document_ids
+            )
         else:
-            o = exchange_states(DeltaExchange(beta), q, k, v, group=group, document_ids=document_ids)
+            o = exchange_states(
+                DeltaExchange(beta), q, k, v, group=group, document_ids=document_ids
+            )
         return (o * self.weight("scale")).transpose(0, 1).flatten(-2)
 
 
@@ -83,8 +126,10 @@ class DeltaExchange(ChunkExchange):
 
 
 def delta_rule(q, k, v, beta, state, ids):
-    """q, k, v [b, t, h, d], beta [h], state [b, h, d, d] -> o [b, t, h, d], state after the last token."""
-    outs, beta = [], beta[:, None, None]
+    """q, k, v [b, t, h, d], beta [h], state [b, h, d, d] -> o [b, t, h, d], state after the last
+    token."""
+    outs = []
+    beta = beta[:, None, None]
     for t in range(q.shape[1]):
         if ids is not None and t:
             state = state * (ids[:, t] == ids[:, t - 1])[:, None, None, None]
@@ -95,9 +140,11 @@ def delta_rule(q, k, v, beta, state, ids):
 
 
 def short_convolution(x, weight, group, document_ids):
-    """x [b, t_local, channels], weight [channels, W] -> the same shape; no token sees another document or what is after it."""
+    """x [b, t_local, channels], weight [channels, W] -> the same shape; no token sees another
+    document or what is after it."""
     window = weight.shape[1]
-    rows, ids = preceding_tokens(x, window - 1, group), preceding_ids(document_ids, window - 1, group)
+    rows = preceding_tokens(x, window - 1, group)
+    ids = preceding_ids(document_ids, window - 1, group)
     count = rows.shape[1] - window + 1
     total = 0
     for tap in range(window):

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""`hypenet convert` as a script, for those who look for one: `tools/convert.py import|export|verify ...`."""
+"""`hypenet convert` as a script, for those who look for one: `tools/convert.py import|export|verify
+...`."""
 
 import sys
 from pathlib import Path

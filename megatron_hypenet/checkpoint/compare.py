@@ -1,4 +1,5 @@
-"""Two checkpoints side by side: settings, progress, and every tensor; whatever layouts wrote them."""
+"""Two checkpoints side by side: settings, progress, and every tensor; whatever layouts wrote
+them."""
 
 from __future__ import annotations
 
@@ -19,12 +20,14 @@ from megatron_hypenet.untrusted.json_text import read_object
 
 _CHUNK_ELEMENTS = 1 << 22
 _PROGRESS = ("stage", "step", "samples", "tokens", "adam_step")
-"""What of a train state must agree; learning rate and losses are rounded by the layout that computed them."""
+"""What of a train state must agree; learning rate and losses are rounded by the layout that
+computed them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorDifference:
-    """How one tensor differs between A and B; differences of values are None where the shapes differ."""
+    """How one tensor differs between A and B; differences of values are None where the shapes
+    differ."""
 
     name: str
     shapes: tuple[tuple[int, ...], tuple[int, ...]]
@@ -37,7 +40,8 @@ class TensorDifference:
 
 @dataclass(kw_only=True, slots=True)
 class Comparison:
-    """The result of `compare`. `equal` speaks of what the checkpoints hold: model, tensors, progress; not of `run_settings`."""
+    """The result of `compare`. `equal` speaks of what the checkpoints hold: model, tensors,
+    progress; not of `run_settings`."""
 
     model: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     """Keys of model.json with both values."""
@@ -53,26 +57,43 @@ class Comparison:
     @property
     def equal(self) -> bool:
         """No difference in model, progress or any tensor (names, shapes, dtypes, bits)."""
-        return not (self.model or self.progress or self.only_in_first or self.only_in_second or self.differing)
+        return not (
+            self.model
+            or self.progress
+            or self.only_in_first
+            or self.only_in_second
+            or self.differing
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""
         return {"equal": self.equal, **asdict(self)}
 
 
-def compare(first: Path, second: Path, *, weights_only: bool = False, progress: Callable[[str], None] = lambda line: None) -> Comparison:
+def compare(
+    first: Path,
+    second: Path,
+    *,
+    weights_only: bool = False,
+    progress: Callable[[str], None] = lambda line: None,
+) -> Comparison:
     """Compare two committed checkpoint folders, with one tensor of each in memory at a time.
 
-    `weights_only` leaves optimizer state and progress aside. CheckpointError when one of them is damaged.
+    `weights_only` leaves optimizer state and progress aside. CheckpointError when one of them is
+    damaged.
     """
     for folder in (first, second):
-        verify_files(folder, hashes=True, parts=(*WEIGHTS_PARTS, fmt.CONFIG) if weights_only else ())
+        verify_files(
+            folder, hashes=True, parts=(*WEIGHTS_PARTS, fmt.CONFIG) if weights_only else ()
+        )
     result = Comparison(model=_differences(_model(first), _model(second)))
     settings = [_settings(folder) for folder in (first, second)]
     if all(settings):
         result.run_settings = _differences(settings[0], settings[1])
     if not weights_only:
-        states = [{key: read_progress(folder).get(key) for key in _PROGRESS} for folder in (first, second)]
+        states = [
+            {key: read_progress(folder).get(key) for key in _PROGRESS} for folder in (first, second)
+        ]
         result.progress = _differences(states[0], states[1])
     for part in (fmt.WEIGHTS,) if weights_only else (fmt.WEIGHTS, fmt.OPTIMIZER):
         readers = [_reader(folder / part) for folder in (first, second)]
@@ -95,7 +116,9 @@ def _compare_tensors(first: Any, second: Any, result: Comparison) -> None:
             result.differing.append(difference)
 
 
-def _tensor_difference(key: str, first: ShardReader, second: ShardReader) -> TensorDifference | None:
+def _tensor_difference(
+    key: str, first: ShardReader, second: ShardReader
+) -> TensorDifference | None:
     """None when shape, dtype and every bit agree."""
     shapes, dtypes = (first.shape(key), second.shape(key)), (first.dtype(key), second.dtype(key))
     largest = relative = None
@@ -106,7 +129,9 @@ def _tensor_difference(key: str, first: ShardReader, second: ShardReader) -> Ten
         largest, scale = _largest_difference(a, b)
         relative = largest / scale if scale else None
     names = (str(dtypes[0]).removeprefix("torch."), str(dtypes[1]).removeprefix("torch."))
-    return TensorDifference(name=key, shapes=shapes, dtypes=names, max_abs_diff=largest, max_rel_diff=relative)
+    return TensorDifference(
+        name=key, shapes=shapes, dtypes=names, max_abs_diff=largest, max_rel_diff=relative
+    )
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -116,13 +141,16 @@ def _bits(tensor: Tensor) -> Tensor:
 
 def _largest_difference(a: Tensor, b: Tensor) -> tuple[float, float]:
     """max |a - b| and max |a|, in float64, a few million elements at a time."""
-    largest, scale = 0.0, 0.0
+    largest = 0.0
+    scale = 0.0
     for x, y in zip(_chunks(a), _chunks(b), strict=True):
         both = x.isnan() & y.isnan()
-        step = torch.where(both, 0.0, (x - y).abs()).masked_fill(x == y, 0.0).max()  # equal infinities subtract to NaN
+        # equal infinities subtract to NaN
+        step = torch.where(both, 0.0, (x - y).abs()).masked_fill(x == y, 0.0).max()
         if step.isnan():
             return float("nan"), float("nan")
-        largest, scale = max(largest, float(step)), max(scale, float(x.abs().nan_to_num().max()))
+        largest = max(largest, float(step))
+        scale = max(scale, float(x.abs().nan_to_num().max()))
     return largest, scale
 
 
@@ -142,8 +170,16 @@ def _settings(folder: Path) -> dict[str, Any]:
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         return {prefix: value}
-    return {key: leaf for name, inner in value.items() for key, leaf in _flat(inner, f"{prefix}.{name}" if prefix else str(name)).items()}
+    return {
+        key: leaf
+        for name, inner in value.items()
+        for key, leaf in _flat(inner, f"{prefix}.{name}" if prefix else str(name)).items()
+    }
 
 
 def _differences(first: dict[str, Any], second: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    return {key: (first.get(key), second.get(key)) for key in {**first, **second} if first.get(key) != second.get(key)}
+    return {
+        key: (first.get(key), second.get(key))
+        for key in {**first, **second}
+        if first.get(key) != second.get(key)
+    }

@@ -1,4 +1,5 @@
-"""Finding a checkpoint and its small files. No tensor library is imported here: a command that only starts processes needs no more."""
+"""Finding a checkpoint and its small files. No tensor library is imported here: a command that only
+starts processes needs no more."""
 
 from __future__ import annotations
 
@@ -6,7 +7,13 @@ import logging
 from pathlib import Path
 
 from megatron_hypenet.checkpoint import format as fmt
-from megatron_hypenet.checkpoint.manifest import KIND, file_problems, read_listed, read_manifest, verify_files
+from megatron_hypenet.checkpoint.manifest import (
+    KIND,
+    file_problems,
+    read_listed,
+    read_manifest,
+    verify_files,
+)
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.errors import CheckpointError, ConfigError
 from megatron_hypenet.untrusted.json_text import parse_json
@@ -15,16 +22,21 @@ logger = logging.getLogger(__name__)
 
 
 def resolve(path: Path | str, *, fall_back: bool = True) -> Path:
-    """The committed checkpoint meant by `path`: the folder itself, or the newest usable iter_XXXXXXX folder in it or its checkpoints/.
+    """The committed checkpoint meant by `path`: the folder itself, or the newest usable
+    iter_XXXXXXX folder in it or its checkpoints/.
 
-    With `fall_back`, an older save takes the place of a newest one that is uncommitted or damaged, with a warning that names both; without
-    it that is an error, for what a training stage starts from. Raises CheckpointError.
+    With `fall_back`, an older save takes the place of a newest one that is uncommitted or damaged,
+    with a warning that names both; without it that is an error, for what a training stage starts
+    from. Raises CheckpointError.
     """
     path = Path(path)
     if fmt.is_committed(path):
         return path
     if not path.exists():
-        raise CheckpointError(f"{path} does not exist; give a checkpoint folder, or the run folder that holds its iter_XXXXXXX folders")
+        raise CheckpointError(
+            f"{path} does not exist; give a checkpoint folder, or the run folder that holds its "
+            "iter_XXXXXXX folders"
+        )
     candidates = fmt.iteration_folders(path) or fmt.iteration_folders(path / fmt.CHECKPOINTS)
     skipped: list[str] = []
     for folder in reversed(candidates):
@@ -34,14 +46,24 @@ def resolve(path: Path | str, *, fall_back: bool = True) -> Path:
                 logger.warning("using the older checkpoint %s: %s", folder, "; ".join(skipped))
             return folder
         if not fall_back:
-            raise CheckpointError(f"{folder}, the newest save in {path}, cannot be used: {reason}; restore it, or name an older one")
+            raise CheckpointError(
+                f"{folder}, the newest save in {path}, cannot be used: {reason}; restore it, "
+                "or name an older one"
+            )
         skipped.append(f"{folder.name} is skipped ({reason})")
     if skipped:
-        raise CheckpointError(f"{path} holds no usable checkpoint: {'; '.join(skipped)}; restore one of them or start again")
+        raise CheckpointError(
+            f"{path} holds no usable checkpoint: {'; '.join(skipped)}; restore one of them or "
+            "start again"
+        )
     if (path / "config.json").is_file():
-        raise CheckpointError(f"{path} is a Hugging Face folder, not a checkpoint; import it first: hypenet convert import {path} CKPT_DIR")
+        raise CheckpointError(
+            f"{path} is a Hugging Face folder, not a checkpoint; import it first: "
+            f"hypenet convert import {path} CKPT_DIR"
+        )
     raise CheckpointError(
-        f"{path} is not a checkpoint: it has neither a {fmt.COMMITTED} marker (written last, so its save may not have finished) nor "
+        f"{path} is not a checkpoint: it has neither a {fmt.COMMITTED} marker (written last, "
+        "so its save may not have finished) nor "
         "iter_XXXXXXX folders; give a finished checkpoint, or the run folder that holds one"
     )
 
@@ -59,16 +81,22 @@ def read_model_config(path: Path | str) -> ModelConfig:
 
 
 def finished_checkpoint(stage_folder: Path, train_iters: int) -> Path | None:
-    """The checkpoint of a training stage that has done all its steps, or None; one that is not whole does not count.
+    """The checkpoint of a training stage that has done all its steps, or None; one that is not
+    whole does not count.
 
     Presence and sizes decide; who reads the checkpoint compares hashes.
     """
-    done = [folder for folder in fmt.iteration_folders(stage_folder / fmt.CHECKPOINTS) if (fmt.iteration_of(folder) or 0) >= train_iters]
+    done = [
+        folder
+        for folder in fmt.iteration_folders(stage_folder / fmt.CHECKPOINTS)
+        if (fmt.iteration_of(folder) or 0) >= train_iters
+    ]
     return next((folder for folder in reversed(done) if is_whole(folder)), None)
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a checkpoint is committed and all its files are there with their sizes; a warning says why it is not."""
+    """Whether a checkpoint is committed and all its files are there with their sizes; a warning
+    says why it is not."""
     reason = _why_unusable(folder)
     if reason is not None and folder.exists():
         logger.warning("%s cannot be used: %s", folder, reason)
@@ -76,14 +104,16 @@ def is_whole(folder: Path) -> bool:
 
 
 def tokenizer_dir(path: Path | str) -> Path | None:
-    """The checkpoint's tokenizer folder, or None when it was saved without one. CheckpointError unless its files are as written."""
+    """The checkpoint's tokenizer folder, or None when it was saved without one. CheckpointError
+    unless its files are as written."""
     folder = resolve(path)
     verify_files(folder, hashes=True, parts=(fmt.TOKENIZER,))
     return folder / fmt.TOKENIZER if (folder / fmt.TOKENIZER).is_dir() else None
 
 
 def _why_unusable(folder: Path) -> str | None:
-    """Why a training save cannot be continued from, or None; sizes only, hashes are checked when it is loaded."""
+    """Why a training save cannot be continued from, or None; sizes only, hashes are checked when it
+    is loaded."""
     if not fmt.is_committed(folder):
         return "its save was never committed"
     try:

@@ -1,17 +1,26 @@
-"""The checkpoint folder: what each file is called, and how a folder becomes visible only when it is complete.
+"""The checkpoint folder: what each file is called, and how a folder becomes visible only when it is
+complete.
 
-    weights/          Megatron sharded format (`dist_checkpointing`, backend torch_dist), canonical tensor names
-    optimizer/        same format, keys optim.{fp32_param,exp_avg,exp_avg_sq}.<canonical name>      (training only)
-    model.json        ModelConfig                       train_state.json  step, data position, ...   (training only)
-    rng.safetensors   random generators (training only) config.yaml       resolved run configuration (training only)
+    weights/          tensors in Megatron's sharded format (`dist_checkpointing`, backend
+                      torch_dist) under canonical names
+    optimizer/        the same format, keys optim.{fp32_param,exp_avg,exp_avg_sq}.<canonical name>
+    model.json        ModelConfig
+    train_state.json  step, data position, ...
+    rng.safetensors   random generators
+    config.yaml       resolved run configuration
     tokenizer/        Hugging Face tokenizer files, when known
     manifest.json     kind, stage, versions, and size and sha256 of every other file
-    COMMITTED         sha256 of manifest.json; written last, after every file above has reached the disk (empty in version 0.1's folders)
+    COMMITTED         sha256 of manifest.json; written last, after every file above has reached
+                      the disk (empty in version 0.1's folders)
 
-`manifest.json` has a `format_version`, now 1. It rises when a reader of the version before would misread a folder; a folder of a greater
-version is refused, every smaller one is read. A file that is read has to be listed in manifest.json; a file that is not listed is not read.
+optimizer/, train_state.json, rng.safetensors and config.yaml are there after training only.
 
-A save is written into the sibling `.<name>.tmp-<pid>` and renamed: a folder under its final name is whole or was damaged later.
+`manifest.json` has a `format_version`, now 1. It rises when a reader of the version before would
+misread a folder; a folder of a greater version is refused, every smaller one is read. A file that
+is read has to be listed in manifest.json; a file that is not listed is not read.
+
+A save is written into the sibling `.<name>.tmp-<pid>` and renamed: a folder under its final name is
+whole or was damaged later.
 """
 
 from __future__ import annotations
@@ -44,7 +53,8 @@ CHECKPOINTS = "checkpoints"
 """Folder of a training stage that holds its saves, an iter_XXXXXXX folder each."""
 
 OPTIMIZER_STATES = ("fp32_param", "exp_avg", "exp_avg_sq")
-"""Adam's state per parameter: fp32 master weight and the two moments, each stored under its canonical name."""
+"""Adam's state per parameter: fp32 master weight and the two moments, each stored under its
+canonical name."""
 
 _ITERATION = re.compile(r"iter_(\d{7,})")
 
@@ -61,15 +71,21 @@ def iteration_of(folder: Path) -> int | None:
 
 
 def iteration_folders(parent: Path) -> list[Path]:
-    """The iter_XXXXXXX folders directly under `parent`, committed or not, oldest first; symbolic links are left out."""
+    """The iter_XXXXXXX folders directly under `parent`, committed or not, oldest first; symbolic
+    links are left out."""
     if not parent.is_dir():
         return []
-    found = [entry for entry in parent.iterdir() if iteration_of(entry) is not None and entry.is_dir() and not entry.is_symlink()]
+    found = [
+        entry
+        for entry in parent.iterdir()
+        if iteration_of(entry) is not None and entry.is_dir() and not entry.is_symlink()
+    ]
     return sorted(found, key=lambda entry: iteration_of(entry) or 0)
 
 
 def is_committed(folder: Path) -> bool:
-    """Whether the commit marker is there; says nothing about later damage (see manifest.verify_files)."""
+    """Whether the commit marker is there; says nothing about later damage (see
+    manifest.verify_files)."""
     return (folder / COMMITTED).is_file()
 
 
@@ -93,14 +109,19 @@ def fsync_tree(folder: Path) -> None:
 def refuse_existing(target: Path, overwrite: bool) -> None:
     """CheckpointError if something is already at `target` and may not be replaced."""
     if (target.exists() or target.is_symlink()) and not overwrite:
-        raise CheckpointError(f"{target} already exists; choose another folder, or allow overwriting (--overwrite)")
+        raise CheckpointError(
+            f"{target} already exists; choose another folder, or allow overwriting (--overwrite)"
+        )
 
 
 def commit(temporary: Path, target: Path, *, overwrite: bool) -> None:
-    """Make the finished `temporary` folder visible as `target`: fsync, marker, rename, fsync of the parent."""
+    """Make the finished `temporary` folder visible as `target`: fsync, marker, rename, fsync of the
+    parent."""
     fsync_tree(temporary)
     manifest = temporary / MANIFEST
-    (temporary / COMMITTED).write_text(hashlib.sha256(manifest.read_bytes()).hexdigest() + "\n" if manifest.is_file() else "")
+    (temporary / COMMITTED).write_text(
+        hashlib.sha256(manifest.read_bytes()).hexdigest() + "\n" if manifest.is_file() else ""
+    )
     fsync_path(temporary / COMMITTED)
     fsync_path(temporary)
     refuse_existing(target, overwrite)
@@ -120,14 +141,21 @@ def commit(temporary: Path, target: Path, *, overwrite: bool) -> None:
 
 
 def remove_stale(parent: Path) -> list[Path]:
-    """Delete what interrupted saves left under `parent` and return it. Only for a folder with one writer: a run's own checkpoints.
+    """Delete what interrupted saves left under `parent` and return it. Only for a folder with one
+    writer: a run's own checkpoints.
 
-    A save that was finished but for its last rename (the marker is written after everything else has reached the disk) gets its name, and
-    so does one that was being replaced when nothing has taken its place.
+    A save that was finished but for its last rename (the marker is written after everything else
+    has reached the disk) gets its name, and so does one that was being replaced when nothing has
+    taken its place.
     """
     stale = []
-    left = [(entry, target) for entry in parent.iterdir() if (target := target_of(entry)) is not None] if parent.is_dir() else []
-    for entry, target in sorted(left, key=lambda pair: (was_replaced(pair[0]), pair[0])):  # what was finished comes before what it replaces
+    left = (
+        [(entry, target) for entry in parent.iterdir() if (target := target_of(entry)) is not None]
+        if parent.is_dir()
+        else []
+    )
+    # what was finished comes before what it replaces
+    for entry, target in sorted(left, key=lambda pair: (was_replaced(pair[0]), pair[0])):
         if is_committed(entry) and not (target.exists() or target.is_symlink()):
             os.replace(entry, target)
             fsync_path(parent)
@@ -140,7 +168,8 @@ def remove_stale(parent: Path) -> list[Path]:
 
 @contextmanager
 def staged(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Temporary folder that becomes `target` when the block ends without an exception; removed otherwise. One process only."""
+    """Temporary folder that becomes `target` when the block ends without an exception; removed
+    otherwise. One process only."""
     refuse_existing(target, overwrite)
     temporary = temporary_beside(target)
     try:
@@ -155,15 +184,21 @@ def staged(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def as_checkpoint_error(error: BaseException, target: Path) -> BaseException:
-    """What a failed save of `target` raises: SetupError for a full disk, CheckpointError for other I/O trouble, else the error itself."""
+    """What a failed save of `target` raises: SetupError for a full disk, CheckpointError for other
+    I/O trouble, else the error itself."""
     if is_disk_full(error):
         return SetupError(
-            f"cannot save {target}: no space left on the disk; the unfinished save was removed and older "
-            "checkpoints are untouched. Free space, or lower checkpoint.keep_last, and start the same command again"
+            f"cannot save {target}: no space left on the disk; the unfinished save was removed and "
+            "older "
+            "checkpoints are untouched. Free space, or lower checkpoint.keep_last, "
+            "and start the same command again"
         )
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__
     if not isinstance(cause, OSError):
         return error
-    return CheckpointError(f"cannot save {target}: {cause}; the unfinished save was removed and older checkpoints are untouched")
+    return CheckpointError(
+        f"cannot save {target}: {cause}; the unfinished save was removed and older checkpoints are "
+        "untouched"
+    )

@@ -1,4 +1,5 @@
-"""manifest.json: what a checkpoint is, where it came from, and the size and sha256 of each of its files."""
+"""manifest.json: what a checkpoint is, where it came from, and the size and sha256 of each of its
+files."""
 
 from __future__ import annotations
 
@@ -27,7 +28,9 @@ from megatron_hypenet.untrusted.json_text import parse_json, typed
 
 logger = logging.getLogger(__name__)
 
-KIND = FileKind(error=CheckpointError, advice="the checkpoint is damaged, use another one", max_bytes=64 << 20)
+KIND = FileKind(
+    error=CheckpointError, advice="the checkpoint is damaged, use another one", max_bytes=64 << 20
+)
 """How the small files of a checkpoint are read."""
 
 WEIGHTS_PARTS = (fmt.WEIGHTS, fmt.MODEL_JSON)
@@ -70,7 +73,8 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)
     """Library versions of the writer."""
     git_commit: str | None = None
-    """Commit of the writer's source tree, with "-dirty" when it had changes; None outside a work tree."""
+    """Commit of the writer's source tree, with "-dirty" when it had changes; None outside a work
+    tree."""
     created: str = ""
     """UTC time, ISO 8601."""
     hf_config: dict[str, Any] | None = None
@@ -99,8 +103,18 @@ def library_versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """Commit of the source tree this package runs from; None when it is not a git work tree or git is missing."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    """Commit of the source tree this package runs from; None when it is not a git work tree or git
+    is missing."""
+    command = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+        "--exclude=*",
+    ]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
@@ -120,13 +134,16 @@ def hash_file(path: Path) -> FileEntry:
 
 
 class HashedFile:
-    """A new file that knows its size and sha256 when it is closed, without being read again: large pieces are hashed by a second thread
-    while they are written. A context manager; `entry` holds after it, and what was written is on the disk then."""
+    """A new file that knows its size and sha256 when it is closed, without being read again: large
+    pieces are hashed by a second thread while they are written. A context manager; `entry` holds
+    after it, and what was written is on the disk then."""
 
     entry: FileEntry
 
     def __init__(self, path: Path) -> None:
-        self._stream, self._digest, self._size = path.open("wb"), hashlib.sha256(), 0
+        self._stream = path.open("wb")
+        self._digest = hashlib.sha256()
+        self._size = 0
         self._hashing = ThreadPoolExecutor(1)
 
     def write(self, data: bytes | memoryview) -> int:
@@ -165,9 +182,15 @@ class HashedFile:
 
 
 def write_manifest(
-    folder: Path, *, kind: str, stage: str | None = None, extra: dict[str, Any] | None = None, known: dict[str, FileEntry] | None = None
+    folder: Path,
+    *,
+    kind: str,
+    stage: str | None = None,
+    extra: dict[str, Any] | None = None,
+    known: dict[str, FileEntry] | None = None,
 ) -> Manifest:
-    """Hash every file of `folder` (except those in `known`, hashed by the rank that wrote them) and write manifest.json."""
+    """Hash every file of `folder` (except those in `known`, hashed by the rank that wrote them) and
+    write manifest.json."""
     rest = dict(extra or {})
     known = known or {}
     files = {}
@@ -186,20 +209,25 @@ def write_manifest(
         extra=rest,
     )
     record = {name: getattr(manifest, name) for name in Manifest.__slots__}
-    record["files"] = {name: {"bytes": entry.bytes, "sha256": entry.sha256} for name, entry in files.items()}
+    record["files"] = {
+        name: {"bytes": entry.bytes, "sha256": entry.sha256} for name, entry in files.items()
+    }
     (folder / fmt.MANIFEST).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
     return manifest
 
 
 def read_manifest(folder: Path | str) -> Manifest:
-    """The manifest of one committed folder; CheckpointError if the folder is uncommitted, or its manifest unreadable or changed.
+    """The manifest of one committed folder; CheckpointError if the folder is uncommitted, or its
+    manifest unreadable or changed.
 
-    COMMITTED holds the manifest's hash. A folder of format 0.1 has an empty one; then the manifest cannot be checked, which is said once.
+    COMMITTED holds the manifest's hash. A folder of format 0.1 has an empty one; then the manifest
+    cannot be checked, which is said once.
     """
     folder = Path(folder)
     if not fmt.is_committed(folder):
         raise CheckpointError(
-            f"{folder} has no {fmt.COMMITTED} marker: it is not a checkpoint, or its save never finished; use another one"
+            f"{folder} has no {fmt.COMMITTED} marker: it is not a checkpoint, "
+            "or its save never finished; use another one"
         )
     path = folder / fmt.MANIFEST
     content = KIND.read_bytes(path)
@@ -210,7 +238,8 @@ def read_manifest(folder: Path | str) -> Manifest:
     version = record.get("format_version") if isinstance(record, dict) else None
     if type(version) is int and version > FORMAT_VERSION:
         raise CheckpointError(
-            f"{folder} has checkpoint format {version}, this version reads up to {FORMAT_VERSION}; update megatron-hypenet"
+            f"{folder} has checkpoint format {version}, this version reads up to {FORMAT_VERSION}; "
+            "update megatron-hypenet"
         )
     manifest = typed(KIND, path, record, Manifest)
     for name in manifest.files:
@@ -228,7 +257,8 @@ def _say_once(text: str) -> None:
 
 
 def read_listed(folder: Path, name: str) -> bytes:
-    """The content of a small file of a committed folder, as the manifest says it was written. CheckpointError otherwise."""
+    """The content of a small file of a committed folder, as the manifest says it was written.
+    CheckpointError otherwise."""
     entry = read_manifest(folder).files.get(name)
     path = folder / name
     content = KIND.read_bytes(path)
@@ -239,19 +269,29 @@ def read_listed(folder: Path, name: str) -> bytes:
     return content
 
 
-def file_problems(folder: Path, manifest: Manifest, *, hashes: bool, parts: Collection[str] = ()) -> list[str]:
+def file_problems(
+    folder: Path, manifest: Manifest, *, hashes: bool, parts: Collection[str] = ()
+) -> list[str]:
     """What is wrong with the files of a checkpoint, one line each, empty when all is well.
 
-    Checked are presence and size, with `hashes` the content, and that the manifest lists every file that would be read; others that it does
-    not list are left alone, which is said once. `parts` bounds the check to some files and folders of the checkpoint, such as
-    WEIGHTS_PARTS. A file that was hashed by this process and has not changed since is not read again.
+    Checked are presence and size, with `hashes` the content, and that the manifest lists every file
+    that would be read; others that it does not list are left alone, which is said once. `parts`
+    bounds the check to some files and folders of the checkpoint, such as WEIGHTS_PARTS. A file that
+    was hashed by this process and has not changed since is not read again.
     """
     listed = {name: entry for name, entry in manifest.files.items() if is_part(name, parts)}
     unlisted = [name for name in _present(folder) if name not in manifest.files]
-    problems = [f"{name}: {fmt.MANIFEST} does not list it" for name in unlisted if _is_read(name) and is_part(name, parts)]
+    problems = [
+        f"{name}: {fmt.MANIFEST} does not list it"
+        for name in unlisted
+        if _is_read(name) and is_part(name, parts)
+    ]
     if foreign := [shown(name, 80) for name in unlisted if not _is_read(name)]:
         more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
-        _say_once(f"{folder} also holds {', '.join(foreign[:3])}{more}, which {fmt.MANIFEST} does not list: not read")
+        _say_once(
+            f"{folder} also holds {', '.join(foreign[:3])}{more}, which {fmt.MANIFEST} does not "
+            "list: not read"
+        )
     for name, entry in listed.items():
         path = folder / name
         if not path.is_file():
@@ -264,19 +304,28 @@ def file_problems(folder: Path, manifest: Manifest, *, hashes: bool, parts: Coll
 
 
 def hash_problems(folder: Path, manifest: Manifest) -> list[str]:
-    """The files whose content is not what the manifest says, one line each; several files are hashed at a time."""
+    """The files whose content is not what the manifest says, one line each; several files are
+    hashed at a time."""
     with ThreadPoolExecutor(_HASHING_THREADS) as pool:
-        right = pool.map(lambda item: is_as_written(folder / item[0], item[1]), manifest.files.items())
-        return [f"{name}: sha256 differs from the manifest" for name, same in zip(manifest.files, right, strict=True) if not same]
+        right = pool.map(
+            lambda item: is_as_written(folder / item[0], item[1]), manifest.files.items()
+        )
+        return [
+            f"{name}: sha256 differs from the manifest"
+            for name, same in zip(manifest.files, right, strict=True)
+            if not same
+        ]
 
 
 def is_part(name: str, parts: Collection[str]) -> bool:
-    """Whether a file of a checkpoint is one of `parts`, or lies in one of them; with no parts every file does."""
+    """Whether a file of a checkpoint is one of `parts`, or lies in one of them; with no parts every
+    file does."""
     return not parts or name in parts or name.partition("/")[0] in parts
 
 
 def is_as_written(path: Path, entry: FileEntry) -> bool:
-    """Whether a file has the content that `entry` says; its hash is remembered for as long as the file does not change."""
+    """Whether a file has the content that `entry` says; its hash is remembered for as long as the
+    file does not change."""
     try:
         key = _state_of(path)
         if key not in _hashed:
@@ -290,7 +339,8 @@ def is_as_written(path: Path, entry: FileEntry) -> bool:
 
 
 def remember(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
-    """Note that another process of this command has found these files as written: they are not hashed here again."""
+    """Note that another process of this command has found these files as written: they are not
+    hashed here again."""
     for name in names:
         with contextlib.suppress(OSError):
             _hashed[_state_of(folder / name)] = manifest.files[name]
@@ -302,23 +352,32 @@ def _state_of(path: Path) -> tuple[int, ...]:
 
 
 def _present(folder: Path) -> list[str]:
-    """The files of a checkpoint that its manifest is to list: those in the folder itself, and those below the folders it consists of."""
-    found = [path for path in folder.iterdir() if not path.is_dir() and path.name not in (fmt.MANIFEST, fmt.COMMITTED)]
+    """The files of a checkpoint that its manifest is to list: those in the folder itself, and those
+    below the folders it consists of."""
+    found = [
+        path
+        for path in folder.iterdir()
+        if not path.is_dir() and path.name not in (fmt.MANIFEST, fmt.COMMITTED)
+    ]
     for part in (*_SHARDED_FOLDERS, fmt.TOKENIZER):
         found += [path for path in (folder / part).rglob("*") if not path.is_dir()]
     return sorted(path.relative_to(folder).as_posix() for path in found)
 
 
 def _is_read(name: str) -> bool:
-    """Whether a reader of a checkpoint would open the file `name` if it is there: all tokenizer files, and those with a fixed name."""
+    """Whether a reader of a checkpoint would open the file `name` if it is there: all tokenizer
+    files, and those with a fixed name."""
     part, _, rest = name.partition("/")
     if part in _SHARDED_FOLDERS:
         return rest in _SHARDED_FILES or rest.endswith(fmt.TENSORS_SUFFIX)
     return part == fmt.TOKENIZER or name in _READ_FILES
 
 
-def verify_files(folder: Path | str, *, hashes: bool = False, parts: Collection[str] = ()) -> Manifest:
-    """Check the files of a checkpoint as `file_problems` does; CheckpointError names the first few and counts the rest."""
+def verify_files(
+    folder: Path | str, *, hashes: bool = False, parts: Collection[str] = ()
+) -> Manifest:
+    """Check the files of a checkpoint as `file_problems` does; CheckpointError names the first few
+    and counts the rest."""
     folder = Path(folder)
     manifest = read_manifest(folder)
     refuse_damaged(folder, file_problems(folder, manifest, hashes=hashes, parts=parts))
@@ -328,8 +387,11 @@ def verify_files(folder: Path | str, *, hashes: bool = False, parts: Collection[
 def refuse_damaged(folder: Path, problems: Sequence[str]) -> None:
     """CheckpointError when there are problems, with the first few of them."""
     if problems:
-        listed = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
+        listed = "; ".join(problems[:3]) + (
+            f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        )
         raise CheckpointError(
-            f"{folder} is damaged: {len(problems)} of its files ({listed}); restore them, or delete the folder: a run then continues from "
+            f"{folder} is damaged: {len(problems)} of its files ({listed}); restore them, "
+            "or delete the folder: a run then continues from "
             "an older save, or makes it again"
         )

@@ -1,4 +1,5 @@
-"""Which checkpoints of a run stay on the disk. Called after a commit only, so the newest save is never at risk."""
+"""Which checkpoints of a run stay on the disk. Called after a commit only, so the newest save is
+never at risk."""
 
 from __future__ import annotations
 
@@ -10,19 +11,28 @@ from megatron_hypenet.checkpoint import format as fmt
 
 
 def surplus(folders: list[Path], *, keep_last: int, keep_every: int | None) -> list[Path]:
-    """Of the committed iter_XXXXXXX `folders`, those that are neither among the newest `keep_last` nor at a multiple of `keep_every`."""
+    """Of the committed iter_XXXXXXX `folders`, those that are neither among the newest `keep_last`
+    nor at a multiple of `keep_every`."""
     ordered = sorted(folders, key=lambda folder: fmt.iteration_of(folder) or 0)
     old = ordered[: -max(keep_last, 1)]
-    return [folder for folder in old if not (keep_every and (fmt.iteration_of(folder) or 0) % keep_every == 0)]
+    return [
+        folder
+        for folder in old
+        if not (keep_every and (fmt.iteration_of(folder) or 0) % keep_every == 0)
+    ]
 
 
 def prune(parent: Path, *, keep_last: int, keep_every: int | None = None) -> list[Path]:
-    """Delete surplus committed checkpoints of `parent` and return them; uncommitted folders and links are left alone."""
+    """Delete surplus committed checkpoints of `parent` and return them; uncommitted folders and
+    links are left alone."""
     removed = surplus(
-        [folder for folder in fmt.iteration_folders(parent) if fmt.is_committed(folder)], keep_last=keep_last, keep_every=keep_every
+        [folder for folder in fmt.iteration_folders(parent) if fmt.is_committed(folder)],
+        keep_last=keep_last,
+        keep_every=keep_every,
     )
     for folder in removed:
-        # Renamed first: a deletion that is cut short must not leave half a checkpoint under a valid name.
+        # Renamed first: a deletion that is cut short must not leave half a checkpoint under a valid
+        # name.
         doomed = parent / f".{folder.name}.old-{os.getpid()}"
         os.replace(folder, doomed)
         shutil.rmtree(doomed, ignore_errors=True)

@@ -1,4 +1,5 @@
-"""What the pickles of a sharded folder may refer to. They are read without being unpickled (untrusted/pickles.py), so nothing in them runs.
+"""What the pickles of a sharded folder may refer to. They are read without being unpickled
+(untrusted/pickles.py), so nothing in them runs.
 
 `common.pt` is never used: it is scanned, because Megatron's own loader would unpickle it.
 """
@@ -14,7 +15,11 @@ from megatron_hypenet.untrusted.files import FileKind
 from megatron_hypenet.untrusted.pickles import Global, read_pickle
 from megatron_hypenet.untrusted.zips import StoredZip
 
-PICKLE = FileKind(error=CheckpointError, advice="the checkpoint is damaged, restore it or use another one", max_bytes=64 << 20)
+PICKLE = FileKind(
+    error=CheckpointError,
+    advice="the checkpoint is damaged, restore it or use another one",
+    max_bytes=64 << 20,
+)
 """The pickles of a checkpoint, and the files that hold them."""
 MAX_MEMBER_BYTES = 1 << 20
 """Largest accepted pickle inside a zip file: those of tensors have some hundred bytes."""
@@ -24,11 +29,30 @@ _FORBIDDEN = (
     "Use a checkpoint from a source you trust, or convert the weights from safetensors"
 )
 
-_DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool", "float8_e4m3fn", "float8_e5m2")
+_DTYPES = (
+    "float64",
+    "float32",
+    "float16",
+    "bfloat16",
+    "int64",
+    "int32",
+    "int16",
+    "int8",
+    "uint8",
+    "bool",
+    "float8_e4m3fn",
+    "float8_e5m2",
+)
 _METADATA_CLASSES = (
-    "Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
-    "StorageMeta", "_MEM_FORMAT_ENCODING",
-)  # fmt: skip
+    "Metadata",
+    "MetadataIndex",
+    "TensorStorageMetadata",
+    "BytesStorageMetadata",
+    "ChunkStorageMetadata",
+    "TensorProperties",
+    "StorageMeta",
+    "_MEM_FORMAT_ENCODING",
+)
 _PLANNER_CLASSES = ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData")
 _ENUMERATIONS = {
     ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"): (
@@ -41,21 +65,34 @@ _GETATTR = Global("builtins", "getattr")
 ALLOWED_GLOBALS = frozenset(
     [("torch.distributed.checkpoint.metadata", name) for name in _METADATA_CLASSES]
     + [("torch.distributed.checkpoint.planner", name) for name in _PLANNER_CLASSES]
-    + [("torch.distributed.checkpoint.filesystem", name) for name in ("_StorageInfo", "_StoragePrefix")]
+    + [
+        ("torch.distributed.checkpoint.filesystem", name)
+        for name in ("_StorageInfo", "_StoragePrefix")
+    ]
     + [("torch", name) for name in (*_DTYPES, "Size", "strided")]
-    + [("torch.serialization", "_get_layout"), ("collections", "OrderedDict"), ("builtins", "set"), ("builtins", "getattr")]
+    + [
+        ("torch.serialization", "_get_layout"),
+        ("collections", "OrderedDict"),
+        ("builtins", "set"),
+        ("builtins", "getattr"),
+    ]
     + [("pathlib", "PosixPath"), ("pathlib", "PurePosixPath"), ("pathlib._local", "PosixPath")]
 )
-"""(module, name) pairs a checkpoint's pickles may refer to: data classes, dtypes and containers; nothing that acts when called."""
+"""(module, name) pairs a checkpoint's pickles may refer to: data classes, dtypes and containers;
+nothing that acts when called."""
 
 
 def read_plain(path: Path, payload: bytes) -> Any:
-    """Return the inert value of the pickle `payload` of the file `path`; CheckpointError for a forbidden global or a damaged pickle."""
-    return read_pickle(PICKLE, path, payload, allows=_allows, allows_call=_allows_call, forbidden=_FORBIDDEN)
+    """Return the inert value of the pickle `payload` of the file `path`; CheckpointError for a
+    forbidden global or a damaged pickle."""
+    return read_pickle(
+        PICKLE, path, payload, allows=_allows, allows_call=_allows_call, forbidden=_FORBIDDEN
+    )
 
 
 def check_common(path: Path) -> None:
-    """Scan a `common.pt` (torch zip file); CheckpointError if it refers to anything outside the allow-list, or is no such file."""
+    """Scan a `common.pt` (torch zip file); CheckpointError if it refers to anything outside the
+    allow-list, or is no such file."""
     with PICKLE.open(path) as stream:
         archive = StoredZip(PICKLE, path, stream, 0, os.fstat(stream.fileno()).st_size)
         for name in archive.names():
@@ -68,7 +105,8 @@ def _allows(found: Global) -> bool:
 
 
 def _allows_call(what: Global, args: tuple[Any, ...]) -> bool:
-    """Whether a pickle may ask for this call: getattr only as Python 3.11.0 to 3.11.3 (Debian 12's) pickle members of enumerations."""
+    """Whether a pickle may ask for this call: getattr only as Python 3.11.0 to 3.11.3 (Debian 12's)
+    pickle members of enumerations."""
     if what != _GETATTR:
         return True
     if len(args) != 2 or not isinstance(args[0], Global) or not isinstance(args[1], str):

@@ -1,4 +1,5 @@
-"""Writing checkpoints: whole tensors from one process (converter, assembly), and the full state of a training run."""
+"""Writing checkpoints: whole tensors from one process (converter, assembly), and the full state of
+a training run."""
 
 from __future__ import annotations
 
@@ -17,7 +18,13 @@ from megatron_hypenet.checkpoint.manifest import write_manifest
 from megatron_hypenet.checkpoint.pending import PendingSave
 from megatron_hypenet.checkpoint.rng import gather_state
 from megatron_hypenet.checkpoint.shard_writer import ShardWrite, write_shards
-from megatron_hypenet.checkpoint.shards import LazyTensor, Shard, is_main_replica, piece_shard, tensor_pieces
+from megatron_hypenet.checkpoint.shards import (
+    LazyTensor,
+    Shard,
+    is_main_replica,
+    piece_shard,
+    tensor_pieces,
+)
 from megatron_hypenet.checkpoint.state import EngineState, TrainState
 from megatron_hypenet.checkpoint.together import failing_together, from_first, is_first
 from megatron_hypenet.config.model import ModelConfig
@@ -34,16 +41,20 @@ def write_weights(
     extra: dict[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write whole tensors under their canonical names as a committed checkpoint, from one process; returns the folder.
+    """Write whole tensors under their canonical names as a committed checkpoint, from one process;
+    returns the folder.
 
-    LazyTensor values are produced one at a time, so memory stays at one tensor. Tensors keep their dtype. `extra` goes into the
-    manifest ("hf_config" and "stage" are known there). Raises CheckpointError when the folder exists, or the disk is full.
+    LazyTensor values are produced one at a time, so memory stays at one tensor. Tensors keep their
+    dtype. `extra` goes into the manifest ("hf_config" and "stage" are known there). Raises
+    CheckpointError when the folder exists, or the disk is full.
     """
     folder = Path(folder)
     if not tensors:
         raise CheckpointError(f"{folder}: there are no tensors to write")
     with fmt.staged(folder, overwrite=overwrite) as temporary:
-        write_shards(temporary / fmt.WEIGHTS, [Shard.whole(key, tensor) for key, tensor in tensors.items()])
+        write_shards(
+            temporary / fmt.WEIGHTS, [Shard.whole(key, tensor) for key, tensor in tensors.items()]
+        )
         (temporary / fmt.MODEL_JSON).write_text(model_config.to_json())
         copy_tokenizer(tokenizer_dir, temporary)
         write_manifest(temporary, kind=kind, extra=extra)
@@ -51,11 +62,15 @@ def write_weights(
 
 
 def copy_tokenizer(source: Path | None, folder: Path) -> None:
-    """Copy the tokenizer's files into `folder`/tokenizer; nothing when `source` is None, CheckpointError when it is not there."""
+    """Copy the tokenizer's files into `folder`/tokenizer; nothing when `source` is None,
+    CheckpointError when it is not there."""
     if source is None:
         return
     if not source.is_dir():
-        raise CheckpointError(f"tokenizer folder {source} does not exist; point to the folder with tokenizer.json, or leave it out")
+        raise CheckpointError(
+            f"tokenizer folder {source} does not exist; point to the folder with tokenizer.json, "
+            "or leave it out"
+        )
     shutil.copytree(source, folder / fmt.TOKENIZER, copy_function=shutil.copyfile)
 
 
@@ -72,11 +87,14 @@ def begin_save(
     overwrite: bool = True,
     background: bool = False,
 ) -> PendingSave:
-    """Save everything that continues a run, as far as `PendingSave.commit`; called by all processes.
+    """Save everything that continues a run, as far as `PendingSave.commit`; called by all
+    processes.
 
-    Each data-parallel rank copies and writes the parameters whose index it owns. With `background` the copies of all of them are taken
-    here (on the CPU: weights and 12 bytes of state per owned parameter) and files are written by a thread; otherwise files are written
-    here, one part after the other. Both write the same bytes. On any failure the temporary folder is removed and all processes raise.
+    Each data-parallel rank copies and writes the parameters whose index it owns. With `background`
+    the copies of all of them are taken here (on the CPU: weights and 12 bytes of state per owned
+    parameter) and files are written by a thread; otherwise files are written here, one part after
+    the other. Both write the same bytes. On any failure the temporary folder is removed and all
+    processes raise.
     """
     folder = Path(folder)
     temporary = temporary_beside(folder, pid=from_first(os.getpid()))
@@ -87,7 +105,10 @@ def begin_save(
             if is_first():
                 fmt.refuse_existing(folder, overwrite)
                 _make_folders(temporary)
-        for name, copy_shards in ((fmt.WEIGHTS, _weight_shards), (fmt.OPTIMIZER, _optimizer_shards)):
+        for name, copy_shards in (
+            (fmt.WEIGHTS, _weight_shards),
+            (fmt.OPTIMIZER, _optimizer_shards),
+        ):
             with failing_together(folder):
                 shards = copy_shards(engine)
             save.add(ShardWrite(temporary / name, shards))
@@ -113,8 +134,11 @@ def begin_save(
     return save
 
 
-def save_training(folder: Path | str, engine: EngineState, state: TrainState, **arguments: Any) -> Path:
-    """`begin_save` and its commit: a committed checkpoint that continues a run; called by all processes, returns the folder."""
+def save_training(
+    folder: Path | str, engine: EngineState, state: TrainState, **arguments: Any
+) -> Path:
+    """`begin_save` and its commit: a committed checkpoint that continues a run; called by all
+    processes, returns the folder."""
     return begin_save(folder, engine, state, **arguments).commit()
 
 
@@ -132,7 +156,9 @@ def _weight_shards(engine: EngineState) -> list[Shard]:
         owned = entry.index % engine.data_size == engine.data_rank
         with engine.gathered(entry.parameter):
             if owned:
-                shards += _main_shards(entry.described(entry.parameter.detach().to("cpu", copy=True)))
+                shards += _main_shards(
+                    entry.described(entry.parameter.detach().to("cpu", copy=True))
+                )
     return shards
 
 
@@ -144,7 +170,9 @@ def _optimizer_shards(engine: EngineState) -> list[Shard]:
         for name in fmt.OPTIMIZER_STATES:
             value = engine.full_state(entry.parameter, name)
             if owned:
-                shards += _main_shards(entry.described(value.to("cpu", copy=True), prefix=f"optim.{name}"))
+                shards += _main_shards(
+                    entry.described(value.to("cpu", copy=True), prefix=f"optim.{name}")
+                )
     return shards
 
 

@@ -1,7 +1,9 @@
-"""Tensors into Megatron's sharded format, in three acts: plan together, write alone, finish on the first process.
+"""Tensors into Megatron's sharded format, in three acts: plan together, write alone, finish on the
+first process.
 
-Megatron's own writer starts a manager and forks one process per file, which costs seconds per save and leaves processes behind when a
-worker dies. Here each process writes one file by itself, from any thread: planning and finishing are the only collectives.
+Megatron's own writer starts a manager and forks one process per file, which costs seconds per save
+and leaves processes behind when a worker dies. Here each process writes one file by itself, from
+any thread: planning and finishing are the only collectives.
 """
 
 from __future__ import annotations
@@ -34,12 +36,18 @@ from megatron_hypenet.checkpoint.shards import LazyTensor, Shard
 from megatron_hypenet.checkpoint.together import agree, gather_to_first, is_first, rank
 from megatron_hypenet.errors import CheckpointError
 
-BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
+BACKEND = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What one process wrote into a sharded folder: where each piece lies, and its file's size and hash (no file for no pieces)."""
+    """What one process wrote into a sharded folder: where each piece lies, and its file's size and
+    hash (no file for no pieces)."""
 
     results: tuple[WriteResult, ...]
     file: FileEntry | None
@@ -48,12 +56,14 @@ class Written:
 class ShardWrite:
     """The writing of one sharded folder, as one process sees it.
 
-    Building it plans the folder, together with all processes unless `alone`. `write` and what it holds are this process's own: it may
-    run in another thread. `finish` turns what all processes wrote into a readable folder; the first process calls it.
+    Building it plans the folder, together with all processes unless `alone`. `write` and what it
+    holds are this process's own: it may run in another thread. `finish` turns what all processes
+    wrote into a readable folder; the first process calls it.
     """
 
     def __init__(self, folder: Path, shards: Iterable[Shard], *, alone: bool = False) -> None:
-        """CheckpointError, on all processes, when the shards of a key do not tile its global shape exactly once."""
+        """CheckpointError, on all processes, when the shards of a key do not tile its global shape
+        exactly once."""
         self.folder = folder
         self.name = self.name_of(0 if alone else rank())
         """This process's file."""
@@ -79,9 +89,11 @@ class ShardWrite:
         return f"__{rank}_0{DEFAULT_SUFFIX}"
 
     def write(self, *, cancelled: Callable[[], bool] = lambda: False) -> Written:
-        """Write this process's pieces to disk, letting go of each, and hash the file; once only. InterruptedError when `cancelled`."""
+        """Write this process's pieces to disk, letting go of each, and hash the file; once only.
+        InterruptedError when `cancelled`."""
         assert self._shards is not None, "the shards of a folder are written once"
-        shards, self._shards = self._shards, None
+        shards = self._shards
+        self._shards = None
         shards.reverse()
         if not shards:
             return Written((), None)
@@ -94,28 +106,38 @@ class ShardWrite:
                 start = stream.tell()
                 torch.save(_compact(_data_of(shard)), stream)  # type: ignore[arg-type] # writes and flushes only
                 length = stream.tell() - start
-                results.append(WriteResult(MetadataIndex(shard.key, shard.offset), length, _StorageInfo(self.name, start, length)))
+                results.append(
+                    WriteResult(
+                        MetadataIndex(shard.key, shard.offset),
+                        length,
+                        _StorageInfo(self.name, start, length),
+                    )
+                )
         return Written(tuple(results), stream.entry)
 
     def finish(self, written: Sequence[Written]) -> None:
-        """Write the folder's index from what every process wrote, in the order of ranks, plus Megatron's two files."""
+        """Write the folder's index from what every process wrote, in the order of ranks, plus
+        Megatron's two files."""
         assert self._metadata is not None, "only the first process has the plan of the whole folder"
         writer = _IndexWriter(self.folder)
         writer.set_up_storage_writer(True)
         writer.finish(self._metadata, [list(one.results) for one in written])
         (self.folder / "metadata.json").write_text(json.dumps(BACKEND))
-        torch.save({}, self.folder / "common.pt")  # megatron-core <= 0.18 refuses to load without it
+        # megatron-core <= 0.18 refuses to load without it
+        torch.save({}, self.folder / "common.pt")
 
 
 class _IndexWriter(dcp.FileSystemWriter):
-    """torch's writer of `.metadata`, without the (temporary, absolute) folder name that it would note there."""
+    """torch's writer of `.metadata`, without the (temporary, absolute) folder name that it would
+    note there."""
 
     def storage_meta(self) -> StorageMeta | None:
         return None
 
 
 def write_shards(folder: Path, shards: Iterable[Shard]) -> None:
-    """Write whole tensors or pieces into `folder` (created if needed) from this process alone. Raises CheckpointError or OSError."""
+    """Write whole tensors or pieces into `folder` (created if needed) from this process alone.
+    Raises CheckpointError or OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     plan = ShardWrite(folder, shards, alone=True)
     plan.finish([plan.write()])
@@ -125,24 +147,43 @@ def _plan(shards: Sequence[Shard]) -> SavePlan:
     """One write per shard; data is not touched."""
     items = []
     for shard in shards:
-        chunk = ChunkStorageMetadata(offsets=torch.Size(shard.offset), sizes=torch.Size(shard.data.shape))
-        data = TensorWriteData(chunk=chunk, properties=TensorProperties(dtype=shard.data.dtype), size=torch.Size(shard.global_shape))
-        items.append(WriteItem(index=MetadataIndex(shard.key, shard.offset), type=WriteItemType.SHARD, tensor_data=data))
+        chunk = ChunkStorageMetadata(
+            offsets=torch.Size(shard.offset), sizes=torch.Size(shard.data.shape)
+        )
+        data = TensorWriteData(
+            chunk=chunk,
+            properties=TensorProperties(dtype=shard.data.dtype),
+            size=torch.Size(shard.global_shape),
+        )
+        items.append(
+            WriteItem(
+                index=MetadataIndex(shard.key, shard.offset),
+                type=WriteItemType.SHARD,
+                tensor_data=data,
+            )
+        )
     return SavePlan(items=items)
 
 
 def _global_metadata(plans: list[SavePlan]) -> Metadata:
-    """The index of all plans, without places on disk; ValueError when pieces overlap, leave holes or are written twice."""
+    """The index of all plans, without places on disk; ValueError when pieces overlap, leave holes
+    or are written twice."""
     writers: dict[MetadataIndex, int] = {}
     for writer, plan in enumerate(plans):
         for item in plan.items:
             if item.index in writers:  # torch would keep one of them without a word
-                raise ValueError(f"processes {writers[item.index]} and {writer} both write {item.index.fqn} at {item.index.offset}")
+                raise ValueError(
+                    f"processes {writers[item.index]} and {writer} both write {item.index.fqn} at "
+                    f"{item.index.offset}"
+                )
             writers[item.index] = writer
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    metadata: Any = planner.create_global_plan(plans)[1]  # checks bounds and overlap; coverage only across several processes
+    # checks bounds and overlap; coverage only across several processes
+    metadata: Any = planner.create_global_plan(plans)[1]
     for key, stored in metadata.state_dict_metadata.items():
-        if isinstance(stored, TensorStorageMetadata) and sum(math.prod(c.sizes) for c in stored.chunks) != math.prod(stored.size):
+        if isinstance(stored, TensorStorageMetadata) and sum(
+            math.prod(c.sizes) for c in stored.chunks
+        ) != math.prod(stored.size):
             raise ValueError(f"the shards of {key} do not tile its shape {tuple(stored.size)}")
     result: Metadata = metadata
     return result
@@ -152,7 +193,8 @@ def _data_of(shard: Shard) -> Tensor:
     data = shard.data.load() if isinstance(shard.data, LazyTensor) else shard.data
     if tuple(data.shape) != tuple(shard.data.shape) or data.dtype != shard.data.dtype:
         raise CheckpointError(
-            f"{shard.key}: announced as {shard.data.dtype} {tuple(shard.data.shape)}, got {data.dtype} {tuple(data.shape)}"
+            f"{shard.key}: announced as {shard.data.dtype} {tuple(shard.data.shape)}, "
+            f"got {data.dtype} {tuple(data.shape)}"
         )
     return data.detach().contiguous()
 
@@ -160,4 +202,8 @@ def _data_of(shard: Shard) -> Tensor:
 def _compact(tensor: Tensor) -> Tensor:
     """On the CPU, and alone in its storage: torch.save writes whole storages."""
     tensor = tensor.detach().cpu()
-    return tensor.clone() if tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size() else tensor
+    return (
+        tensor.clone()
+        if tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
+        else tensor
+    )

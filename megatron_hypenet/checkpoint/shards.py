@@ -1,7 +1,9 @@
-"""Pieces of tensors, and reading them out of Megatron's sharded format on any layout; shard_writer.py is the other direction.
+"""Pieces of tensors, and reading them out of Megatron's sharded format on any layout;
+shard_writer.py is the other direction.
 
-On disk this is what `megatron.core.dist_checkpointing` writes and reads (backend torch_dist: torch's distributed checkpoint plus
-metadata.json and common.pt). It is read here without torch's reader, which trusts the files; one process needs no torch.distributed.
+On disk this is what `megatron.core.dist_checkpointing` writes and reads (backend torch_dist:
+torch's distributed checkpoint plus metadata.json and common.pt). It is read here without torch's
+reader, which trusts the files; one process needs no torch.distributed.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from megatron_hypenet.errors import CheckpointError
 
 @dataclass(frozen=True, slots=True)
 class LazyTensor:
-    """A tensor that is produced only while it is written, so that a converter never holds a whole model."""
+    """A tensor that is produced only while it is written, so that a converter never holds a whole
+    model."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -47,13 +50,17 @@ class Shard:
 
 
 class ShardReader(Mapping[str, Tensor]):
-    """The tensors of one sharded folder by global name; each access reads that tensor whole, on the CPU, in its stored dtype."""
+    """The tensors of one sharded folder by global name; each access reads that tensor whole, on the
+    CPU, in its stored dtype."""
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
         for name in ("metadata.json", METADATA):
             if not (self.folder / name).is_file():
-                raise CheckpointError(f"{self.folder} is not a Megatron sharded checkpoint: {name} is missing; use another checkpoint")
+                raise CheckpointError(
+                    f"{self.folder} is not a Megatron sharded checkpoint: {name} is missing; "
+                    "use another checkpoint"
+                )
         if (self.folder / "common.pt").exists():
             check_common(self.folder / "common.pt")
         self._tensors = read_index(self.folder)
@@ -85,25 +92,43 @@ class ShardReader(Mapping[str, Tensor]):
         return whole
 
     def read_into(self, requests: Iterable[tuple[str, Sequence[int], Tensor]]) -> None:
-        """Fill each target tensor with the part of `key` that starts at the given global offset, casting to the target's dtype.
+        """Fill each target tensor with the part of `key` that starts at the given global offset,
+        casting to the target's dtype.
 
         CheckpointError when a stored piece cannot be read, or is not what the folder's index says.
         """
         with contextlib.ExitStack() as stack:
             streams: dict[Path, BinaryIO] = {}
             for key, start, target in requests:
-                stored, origin, filled = self._tensors[key], tuple(start), 0
+                stored = self._tensors[key]
+                origin = tuple(start)
+                filled = 0
                 for piece, offset, shape in overlaps(stored, origin, tuple(target.shape)):
                     if piece.file not in streams:
                         streams[piece.file] = stack.enter_context(PICKLE.open(piece.file))
-                    value = read_tensor(piece.file, streams[piece.file], piece.start, piece.length, shape=piece.shape, dtype=stored.dtype)
-                    _part(target, offset, origin, shape).copy_(_part(value, offset, piece.offset, shape))
+                    value = read_tensor(
+                        piece.file,
+                        streams[piece.file],
+                        piece.start,
+                        piece.length,
+                        shape=piece.shape,
+                        dtype=stored.dtype,
+                    )
+                    _part(target, offset, origin, shape).copy_(
+                        _part(value, offset, piece.offset, shape)
+                    )
                     filled += math.prod(shape)
                 if filled != target.numel():
-                    PICKLE.refuse(self.folder, f"the stored pieces of {key} do not cover {list(target.shape)} at {list(origin)}")
+                    PICKLE.refuse(
+                        self.folder,
+                        f"the stored pieces of {key} do not cover {list(target.shape)} at "
+                        f"{list(origin)}",
+                    )
 
 
-def _part(tensor: Tensor, offset: Sequence[int], origin: Sequence[int], shape: Sequence[int]) -> Tensor:
+def _part(
+    tensor: Tensor, offset: Sequence[int], origin: Sequence[int], shape: Sequence[int]
+) -> Tensor:
     """The view of `shape` at the global `offset` of a tensor that itself lies at `origin`."""
     for axis, (start, length) in enumerate(zip(offset, shape, strict=True)):
         tensor = tensor.narrow(axis, start - origin[axis], length)
@@ -111,14 +136,20 @@ def _part(tensor: Tensor, offset: Sequence[int], origin: Sequence[int], shape: S
 
 
 def tensor_pieces(entry: Any) -> list[Any]:
-    """The Megatron ShardedTensors behind one sharded_state_dict entry: itself, or what its factory splits it into."""
+    """The Megatron ShardedTensors behind one sharded_state_dict entry: itself, or what its factory
+    splits it into."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-    built = list(nested_values({"": entry.build()})) if isinstance(entry, ShardedTensorFactory) else [entry]
+    built = (
+        list(nested_values({"": entry.build()}))
+        if isinstance(entry, ShardedTensorFactory)
+        else [entry]
+    )
     pieces = [piece for piece in built if isinstance(piece, ShardedTensor)]
     for piece in pieces:
-        # Only Megatron's own distributed optimizer flattens shards, and DeepSpeed stands in its place here.
+        # Only Megatron's own distributed optimizer flattens shards, and DeepSpeed stands in its
+        # place here.
         assert piece.flattened_range is None, f"{piece.key} is a flattened shard"
     return pieces
 

@@ -1,7 +1,9 @@
-"""What continues a run: the train state, and the view of an engine through which its weights and optimizer state are reached.
+"""What continues a run: the train state, and the view of an engine through which its weights and
+optimizer state are reached.
 
-Optimizer state is stored per parameter under the parameter's canonical name, in its global shape: any parallel layout and any ZeRO
-stage can read it. The engine is asked through `EngineState`, so that only engine/deepspeed.py knows DeepSpeed.
+Optimizer state is stored per parameter under the parameter's canonical name, in its global shape:
+any parallel layout and any ZeRO stage can read it. The engine is asked through `EngineState`, so
+that only engine/deepspeed.py knows DeepSpeed.
 """
 
 from __future__ import annotations
@@ -52,22 +54,34 @@ class TrainState:
     layout: dict[str, int] = field(default_factory=dict)
     """Parallel sizes that wrote the state, for information: any other layout may read it."""
     skipped_steps: Count = 0
-    """Steps so far that were left out because their loss or gradient was not finite; they count in `step` and `samples`."""
+    """Steps so far that were left out because their loss or gradient was not finite; they count in
+    `step` and `samples`."""
     skipped_in_row: Count = 0
     """Those among them since the last step that was not."""
 
     def skip(self, *, samples: int, tokens: int, lr: float) -> TrainState:
         """The state after one more step whose update was refused."""
         return replace(
-            self, step=self.step + 1, samples=self.samples + samples, tokens=self.tokens + tokens, lr=lr,
-            skipped_steps=self.skipped_steps + 1, skipped_in_row=self.skipped_in_row + 1,
-        )  # fmt: skip
+            self,
+            step=self.step + 1,
+            samples=self.samples + samples,
+            tokens=self.tokens + tokens,
+            lr=lr,
+            skipped_steps=self.skipped_steps + 1,
+            skipped_in_row=self.skipped_in_row + 1,
+        )
 
     def advance(self, *, samples: int, tokens: int, loss: float, lr: float) -> TrainState:
         """The state after one more step."""
         tail = (*self.losses, loss)[-LOSS_TAIL:]
         return replace(
-            self, step=self.step + 1, samples=self.samples + samples, tokens=self.tokens + tokens, losses=tail, lr=lr, skipped_in_row=0
+            self,
+            step=self.step + 1,
+            samples=self.samples + samples,
+            tokens=self.tokens + tokens,
+            losses=tail,
+            lr=lr,
+            skipped_in_row=0,
         )
 
     def write(self, path: Path) -> None:
@@ -76,16 +90,21 @@ class TrainState:
 
     @classmethod
     def read(cls, folder: Path) -> TrainState:
-        """Read what `write` stored in a committed checkpoint; CheckpointError when it is missing, changed or does not fit."""
+        """Read what `write` stored in a committed checkpoint; CheckpointError when it is missing,
+        changed or does not fit."""
         path = folder / fmt.TRAIN_STATE
         if not path.exists():
-            raise CheckpointError(f"{folder} has no {path.name}: it holds weights only and no run can continue from it")
+            raise CheckpointError(
+                f"{folder} has no {path.name}: it holds weights only and no run can continue from "
+                "it"
+            )
         text = KIND.decode(path, read_listed(folder, fmt.TRAIN_STATE))
         return typed(KIND, path, parse_json(KIND, path, text), cls)
 
 
 class EngineState(Protocol):
-    """What saving and loading ask of an engine. Every method is called by all processes in the same order."""
+    """What saving and loading ask of an engine. Every method is called by all processes in the same
+    order."""
 
     module: nn.Module
     template: Template
@@ -93,7 +112,8 @@ class EngineState(Protocol):
     data_size: int
 
     def gathered(self, parameter: nn.Parameter) -> AbstractContextManager[None]:
-        """Context in which `parameter` holds its full local value (ZeRO-3 keeps only a part otherwise)."""
+        """Context in which `parameter` holds its full local value (ZeRO-3 keeps only a part
+        otherwise)."""
         ...
 
     def set_weight(self, parameter: nn.Parameter, value: Tensor) -> None:
@@ -101,7 +121,8 @@ class EngineState(Protocol):
         ...
 
     def full_state(self, parameter: nn.Parameter, name: str) -> Tensor:
-        """One of OPTIMIZER_STATES as a full local fp32 tensor; collective over the data-parallel group."""
+        """One of OPTIMIZER_STATES as a full local fp32 tensor; collective over the data-parallel
+        group."""
         ...
 
     def set_full_state(self, parameter: nn.Parameter, name: str, value: Tensor) -> None:
@@ -119,7 +140,8 @@ class EngineState(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One trained parameter: its position in the module, its full local shape, and its sharded description without data."""
+    """One trained parameter: its position in the module, its full local shape, and its sharded
+    description without data."""
 
     index: int
     parameter: nn.Parameter
@@ -127,7 +149,8 @@ class Entry:
     sharded: Any
 
     def described(self, value: Tensor, *, prefix: str = "", owned: bool = True) -> Any:
-        """Megatron's description with `value` as its data, under `prefix`.key; `owned` makes this process its data-parallel writer."""
+        """Megatron's description with `value` as its data, under `prefix`.key; `owned` makes this
+        process its data-parallel writer."""
         from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 
         sharded = self.sharded
@@ -141,10 +164,12 @@ class Entry:
 
 
 class Template:
-    """Sharded descriptions of a module's trained parameters, taken while they are whole: before ZeRO-3 partitions them."""
+    """Sharded descriptions of a module's trained parameters, taken while they are whole: before
+    ZeRO-3 partitions them."""
 
     def __init__(self, module: nn.Module) -> None:
-        described = {id(entry.data): entry for entry in module.sharded_state_dict(prefix="").values() if entry.data is not None}  # type: ignore[operator]
+        sharded = module.sharded_state_dict(prefix="")  # type: ignore[operator]
+        described = {id(entry.data): entry for entry in sharded.values() if entry.data is not None}
         self.entries: list[Entry] = []
         left_out = []
         for index, (name, parameter) in enumerate(module.named_parameters()):
@@ -154,9 +179,14 @@ class Template:
             if entry is None:
                 left_out.append(name)
                 continue
-            self.entries.append(Entry(index, parameter, tuple(parameter.shape), replace(entry, data=None)))
+            self.entries.append(
+                Entry(index, parameter, tuple(parameter.shape), replace(entry, data=None))
+            )
         assert not left_out, f"trained parameters missing in sharded_state_dict: {left_out[:3]}"
-        assert not described, f"sharded_state_dict names tensors that are no trained parameters: {[e.key for e in described.values()][:3]}"
+        assert not described, (
+            "sharded_state_dict names tensors that are no trained parameters: "
+            f"{[e.key for e in described.values()][:3]}"
+        )
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(self.entries)

@@ -1,6 +1,8 @@
-"""Read one tensor that torch.save wrote, from the bytes of a larger file: checked as other people's bytes, and read without unpickling.
+"""Read one tensor that torch.save wrote, from the bytes of a larger file: checked as other people's
+bytes, and read without unpickling.
 
-torch's own reader resizes a storage to whatever strides the file names, and hashes whatever keys it holds.
+torch's own reader resizes a storage to whatever strides the file names, and hashes whatever keys it
+holds.
 """
 
 from __future__ import annotations
@@ -16,15 +18,26 @@ from megatron_hypenet.untrusted.files import shown
 from megatron_hypenet.untrusted.pickles import Global, Record, Stored, read_pickle
 from megatron_hypenet.untrusted.zips import StoredZip
 
-_REBUILD = (Global("torch._utils", "_rebuild_tensor_v2"), Global("torch._utils", "_rebuild_parameter"))
+_REBUILD = (
+    Global("torch._utils", "_rebuild_tensor_v2"),
+    Global("torch._utils", "_rebuild_parameter"),
+)
 _ORDERED = Global("collections", "OrderedDict")
 _STORAGES = {
-    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16, "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
-}  # fmt: skip
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
 _LATER_DTYPES = ("float8_e4m3fn", "float8_e5m2")
-"""Dtypes without a storage class: torch writes an UntypedStorage, and the dtype beside it (_rebuild_tensor_v3)."""
+"""Dtypes without a storage class: torch writes an UntypedStorage, and the dtype beside it
+(_rebuild_tensor_v3)."""
 _REBUILD_V3 = Global("torch._utils", "_rebuild_tensor_v3")
 _UNTYPED = Global("torch.storage", "UntypedStorage")
 _ALLOWED = {
@@ -36,24 +49,50 @@ _ALLOWED = {
 }
 
 
-def read_tensor(path: Path, stream: BinaryIO, start: int, length: int, *, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Return the tensor in `length` bytes from `start` of the open file `path`, which must have this shape and dtype, on the CPU.
+def read_tensor(
+    path: Path,
+    stream: BinaryIO,
+    start: int,
+    length: int,
+    *,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return the tensor in `length` bytes from `start` of the open file `path`, which must have
+    this shape and dtype, on the CPU.
 
-    CheckpointError when the bytes are damaged, refer to anything but a plain tensor, or hold a tensor of another shape or dtype.
+    CheckpointError when the bytes are damaged, refer to anything but a plain tensor, or hold a
+    tensor of another shape or dtype.
     """
     archive = StoredZip(PICKLE, path, stream, start, length)
-    root = next((name.removesuffix("data.pkl") for name in archive.names() if name.endswith("/data.pkl")), "")
+    root = next(
+        (name.removesuffix("data.pkl") for name in archive.names() if name.endswith("/data.pkl")),
+        "",
+    )
     payload = archive.read(f"{root}data.pkl", MAX_MEMBER_BYTES)
     found = read_pickle(
-        PICKLE, path, payload, allows=_ALLOWED.__contains__, allows_call=_plain_call, forbidden="and a tensor needs no such thing"
+        PICKLE,
+        path,
+        payload,
+        allows=_ALLOWED.__contains__,
+        allows_call=_plain_call,
+        forbidden="and a tensor needs no such thing",
     )
     key, stored, offset, size, stride, count = _described(path, start, found)
     if size != shape or stored != dtype:
-        PICKLE.refuse(path, f"at byte {start:,} lies a {stored} tensor {list(size)[:8]}, the index says {dtype} {list(shape)}")
+        PICKLE.refuse(
+            path,
+            f"at byte {start:,} lies a {stored} tensor {list(size)[:8]}, the index says {dtype} "
+            f"{list(shape)}",
+        )
     first, num_bytes = archive.place(f"{root}data/{key}")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if num_bytes != count * dtype.itemsize or (0 not in size and last >= count):
-        PICKLE.refuse(path, f"at byte {start:,} lies a tensor {list(size)} whose {num_bytes:,} bytes do not hold it")
+        PICKLE.refuse(
+            path,
+            f"at byte {start:,} lies a tensor {list(size)} whose {num_bytes:,} bytes do not hold "
+            "it",
+        )
     if f"{root}byteorder" in archive.names() and archive.read(f"{root}byteorder", 16) != b"little":
         PICKLE.refuse(path, "written on a big-endian machine, which is not supported")
     if not num_bytes:
@@ -69,8 +108,11 @@ def _plain_call(what: Global, args: tuple[Any, ...]) -> bool:
     return what in (*_REBUILD, _REBUILD_V3) or (what == _ORDERED and args == ())
 
 
-def _described(path: Path, start: int, found: Any) -> tuple[str, torch.dtype, int, tuple[int, ...], tuple[int, ...], int]:
-    """Return (name of the storage, dtype, offset in it, shape, strides, values in it) of a pickled tensor."""
+def _described(
+    path: Path, start: int, found: Any
+) -> tuple[str, torch.dtype, int, tuple[int, ...], tuple[int, ...], int]:
+    """Return (name of the storage, dtype, offset in it, shape, strides, values in it) of a pickled
+    tensor."""
     if isinstance(found, Record) and found.what == _REBUILD[1] and found.args:
         found = found.args[0]  # a Parameter, whose first argument is its tensor
     if (
@@ -79,12 +121,31 @@ def _described(path: Path, start: int, found: Any) -> tuple[str, torch.dtype, in
         and len(found.args) >= 6
         and isinstance(found.args[0], Stored)
     ):
-        key, (offset, size, stride) = found.args[0].key, found.args[1:4]
-        if isinstance(key, tuple) and len(key) == 5 and key[0] == "storage" and isinstance(key[1], Global) and isinstance(key[2], str):
-            dtype, count = _STORAGES.get(key[1].name), key[4]
-            if found.what == _REBUILD_V3 and key[1] == _UNTYPED and len(found.args) >= 7 and isinstance(found.args[6], Global):
+        key = found.args[0].key
+        (offset, size, stride) = found.args[1:4]
+        if (
+            isinstance(key, tuple)
+            and len(key) == 5
+            and key[0] == "storage"
+            and isinstance(key[1], Global)
+            and isinstance(key[2], str)
+        ):
+            dtype = _STORAGES.get(key[1].name)
+            count = key[4]
+            if (
+                found.what == _REBUILD_V3
+                and key[1] == _UNTYPED
+                and len(found.args) >= 7
+                and isinstance(found.args[6], Global)
+            ):
                 dtype = getattr(torch, found.args[6].name)
-            if dtype is not None and _counts((offset, count)) and _counts(size) and _counts(stride) and len(size) == len(stride) <= 16:
+            if (
+                dtype is not None
+                and _counts((offset, count))
+                and _counts(size)
+                and _counts(stride)
+                and len(size) == len(stride) <= 16
+            ):
                 return key[2], dtype, offset, size, stride, count
     what = str(found.what) if isinstance(found, Record) else type(found).__name__
     PICKLE.refuse(path, f"at byte {start:,} lies no plain tensor ({shown(what, 80)})")
@@ -92,4 +153,6 @@ def _described(path: Path, start: int, found: Any) -> tuple[str, torch.dtype, in
 
 def _counts(value: Any) -> bool:
     """Whether this is a tuple of whole numbers from 0 to 2**60."""
-    return isinstance(value, tuple) and all(type(number) is int and 0 <= number <= 1 << 60 for number in value)
+    return isinstance(value, tuple) and all(
+        type(number) is int and 0 <= number <= 1 << 60 for number in value
+    )

@@ -1,4 +1,5 @@
-"""What lies in a folder: every checkpoint with its state, found without reading a tensor and without importing torch."""
+"""What lies in a folder: every checkpoint with its state, found without reading a tensor and
+without importing torch."""
 
 from __future__ import annotations
 
@@ -10,18 +11,36 @@ from typing import Any
 
 from megatron_hypenet.atomic_files import is_temporary
 from megatron_hypenet.checkpoint import format as fmt
-from megatron_hypenet.checkpoint.manifest import FORMAT_VERSION, KIND, Manifest, file_problems, read_manifest
+from megatron_hypenet.checkpoint.manifest import (
+    FORMAT_VERSION,
+    KIND,
+    Manifest,
+    file_problems,
+    read_manifest,
+)
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.errors import CheckpointError, ConfigError
 from megatron_hypenet.untrusted.json_text import read_object, typed
 
-COMMITTED, DAMAGED, UNCOMMITTED, UNFINISHED = "committed", "damaged", "uncommitted", "unfinished"
-"""Usable | committed, then files went missing or changed size | never committed | what a save left behind, or is writing now."""
+COMMITTED = "committed"
+DAMAGED = "damaged"
+UNCOMMITTED = "uncommitted"
+UNFINISHED = "unfinished"
+"""Usable | committed, then files went missing or changed size | never committed | what a save left
+behind, or is writing now."""
 
 _DEPTH = 4
-"""RUN/STAGE/checkpoints/iter_XXXXXXX is the deepest place of a checkpoint below the folder that holds all runs."""
+"""RUN/STAGE/checkpoints/iter_XXXXXXX is the deepest place of a checkpoint below the folder that
+holds all runs."""
 
-_AXES = {"world": "processes", "tensor": "tp", "pipeline": "pp", "context": "cp", "data": "dp", "zero_stage": "zero"}
+_AXES = {
+    "world": "processes",
+    "tensor": "tp",
+    "pipeline": "pp",
+    "context": "cp",
+    "data": "dp",
+    "zero_stage": "zero",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +60,8 @@ _PROGRESS = tuple(_Progress.__dataclass_fields__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Found:
-    """One checkpoint, or what is left of one. Numbers are None where nothing readable tells them."""
+    """One checkpoint, or what is left of one. Numbers are None where nothing readable tells
+    them."""
 
     path: Path
     state: str
@@ -65,13 +85,21 @@ class Found:
 
 
 def survey(folder: Path) -> list[Found]:
-    """Every checkpoint in a folder of runs, a run folder, a stage folder, a folder of iter_XXXXXXX, or the checkpoint `folder` itself.
+    """Every checkpoint in a folder of runs, a run folder, a stage folder, a folder of iter_XXXXXXX,
+    or the checkpoint `folder` itself.
 
     Ordered by folder and step. CheckpointError when `folder` does not exist.
     """
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder; give a checkpoint, or a run or stage folder that holds some")
-    return [look_at(path) for path in sorted(_checkpoints(folder, _DEPTH), key=lambda path: (path.parent, path.name.lstrip(".")))]
+        raise CheckpointError(
+            f"{folder} is not a folder; give a checkpoint, or a run or stage folder that holds some"
+        )
+    return [
+        look_at(path)
+        for path in sorted(
+            _checkpoints(folder, _DEPTH), key=lambda path: (path.parent, path.name.lstrip("."))
+        )
+    ]
 
 
 def _checkpoints(folder: Path, depth: int) -> Iterator[Path]:
@@ -89,7 +117,8 @@ def _looks_like_one(folder: Path) -> bool:
 
 
 def look_at(folder: Path) -> Found:
-    """The state of one checkpoint folder, by presence and size of its files (hashes are for manifest.verify_files)."""
+    """The state of one checkpoint folder, by presence and size of its files (hashes are for
+    manifest.verify_files)."""
     state, problem, manifest = _state(folder)
     progress = read_progress(folder)
     step = manifest.step if manifest is not None else None
@@ -109,7 +138,12 @@ def look_at(folder: Path) -> Found:
 
 def _state(folder: Path) -> tuple[str, str | None, Manifest | None]:
     if is_temporary(folder):
-        return UNFINISHED, "left by a save that was interrupted, or one that is running; the run's next start clears it away", None
+        return (
+            UNFINISHED,
+            "left by a save that was interrupted, or one that is running; "
+            "the run's next start clears it away",
+            None,
+        )
     if not fmt.is_committed(folder):
         return UNCOMMITTED, f"it has no {fmt.COMMITTED} marker", None
     try:
@@ -125,38 +159,67 @@ def read_progress(folder: Path) -> dict[str, Any]:
     path = folder / fmt.TRAIN_STATE
     try:
         record = read_object(KIND, path)
-        typed(KIND, path, {key: value for key, value in record.items() if key in _PROGRESS}, _Progress)
+        typed(
+            KIND, path, {key: value for key, value in record.items() if key in _PROGRESS}, _Progress
+        )
     except CheckpointError:
         return {}
     return record
 
 
 def layout_text(layout: dict[str, Any] | None) -> str:
-    """ "4 processes, tp2 pp2 cp1 dp1 zero1", or "-" for None; keys this version does not know are spelled out."""
+    """ "4 processes, tp2 pp2 cp1 dp1 zero1", or "-" for None; keys this version does not know are
+    spelled out."""
     if not layout:
         return "-"
-    axes = " ".join(f"{short}{layout[key]}" for key, short in _AXES.items() if key in layout and key != "world")
+    axes = " ".join(
+        f"{short}{layout[key]}" for key, short in _AXES.items() if key in layout and key != "world"
+    )
     rest = [f"{key}={value}" for key, value in layout.items() if key not in _AXES]
-    processes = "1 process" if layout.get("world") == 1 else f"{layout['world']} processes" if "world" in layout else ""
+    processes = (
+        "1 process"
+        if layout.get("world") == 1
+        else f"{layout['world']} processes"
+        if "world" in layout
+        else ""
+    )
     return ", ".join(part for part in (processes, axes, *rest) if part)
 
 
 def describe(folder: Path) -> dict[str, Any]:
-    """Everything about one checkpoint but its tensors: `Found`, the manifest's origin, progress, and the model's shape as stored.
+    """Everything about one checkpoint but its tensors: `Found`, the manifest's origin, progress,
+    and the model's shape as stored.
 
     Works on a damaged checkpoint as far as its files can be read.
     """
     found = look_at(folder)
     manifest = _state(folder)[2]
     described: dict[str, Any] = found.as_dict()
-    described["progress"] = {key: value for key, value in read_progress(folder).items() if key not in ("losses", "layout")}
+    described["progress"] = {
+        key: value
+        for key, value in read_progress(folder).items()
+        if key not in ("losses", "layout")
+    }
     losses = read_progress(folder).get("losses")
     described["progress"] |= {"last_loss": losses[-1]} if losses else {}
     if manifest is not None:
-        described |= {"versions": manifest.versions, "git_commit": manifest.git_commit, "format_version": manifest.format_version}
-        described |= {"files": len(manifest.files), "notes": {key: value for key, value in manifest.extra.items() if key != "step"}}
+        described |= {
+            "versions": manifest.versions,
+            "git_commit": manifest.git_commit,
+            "format_version": manifest.format_version,
+        }
+        described |= {
+            "files": len(manifest.files),
+            "notes": {key: value for key, value in manifest.extra.items() if key != "step"},
+        }
     else:
-        described |= {"versions": {}, "git_commit": None, "format_version": FORMAT_VERSION, "files": None, "notes": {}}
+        described |= {
+            "versions": {},
+            "git_commit": None,
+            "format_version": FORMAT_VERSION,
+            "files": None,
+            "notes": {},
+        }
     try:
         stored = read_object(KIND, folder / fmt.MODEL_JSON)
         ModelConfig.from_json(json.dumps(stored))

@@ -1,6 +1,8 @@
-"""What several processes do as one: values from the first process, and failures that reach everybody.
+"""What several processes do as one: values from the first process, and failures that reach
+everybody.
 
-A process that failed must not leave the others waiting in a collective: every act of a save ends in `agree`.
+A process that failed must not leave the others waiting in a collective: every act of a save ends in
+`agree`.
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ def from_first(value: Any) -> Any:
 
 
 def decided_by_first(decide: Callable[[], T]) -> T:
-    """What `decide` returns on the first process, on every process; an error there is raised on all of them. Collective."""
+    """What `decide` returns on the first process, on every process; an error there is raised on all
+    of them. Collective."""
     value: T | None = None
     failure: Exception | None = None
     if is_first():
@@ -56,7 +59,8 @@ def decided_by_first(decide: Callable[[], T]) -> T:
 
 
 def gather_to_first(value: Any) -> list[Any]:
-    """The `value` of every process by rank on the first one, an empty list on the others; collective."""
+    """The `value` of every process by rank on the first one, an empty list on the others;
+    collective."""
     if not distributed():
         return [value]
     gathered: list[Any] | None = [None] * dist.get_world_size() if is_first() else None
@@ -74,11 +78,14 @@ def gather_to_all(value: Any) -> list[Any]:
 
 
 def agree(failure: BaseException | None) -> None:
-    """Raise on every process when any of them failed: its own error where it has one, else what the first other one says.
+    """Raise on every process when any of them failed: its own error where it has one, else what the
+    first other one says.
 
     A SetupError (a full disk) is one everywhere, so that all processes end with the same exit code.
     """
-    faults = gather_to_all(None if failure is None else (isinstance(failure, SetupError), str(failure)))
+    faults = gather_to_all(
+        None if failure is None else (isinstance(failure, SetupError), str(failure))
+    )
     if failure is not None:
         raise failure
     first = next((fault for fault in faults if fault is not None), None)
@@ -89,7 +96,8 @@ def agree(failure: BaseException | None) -> None:
 
 @contextmanager
 def failing_together(target: Path) -> Iterator[None]:
-    """A block of the save of `target` whose failure on one process is raised on all of them, as an error the user can act on."""
+    """A block of the save of `target` whose failure on one process is raised on all of them, as an
+    error the user can act on."""
     failure: BaseException | None = None
     try:
         yield

@@ -14,8 +14,11 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
 @app.command()
-def cancel(run_folder: RunArgument, dry_run: DryRunOption = False, as_json: JsonOption = False) -> None:
-    """Cancel every job of the run that waits or runs. A step that runs saves first, within SLURM's KillWait (30 s by default).
+def cancel(
+    run_folder: RunArgument, dry_run: DryRunOption = False, as_json: JsonOption = False
+) -> None:
+    """Cancel every job of the run that waits or runs. A step that runs saves first, within SLURM's
+    KillWait (30 s by default).
 
     Example: hypenet cancel runs/demo
     """

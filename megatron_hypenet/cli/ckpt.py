@@ -22,19 +22,29 @@ app = typer.Typer(
         "List, inspect and compare checkpoints, whatever parallel layout wrote them.\n\n"
         "Nothing is changed; tensors are read one at a time, on the CPU."
     ),
-    epilog="Example:  hypenet ckpt ls runs/quickstart  &&  hypenet ckpt inspect runs/quickstart/finetune",
+    epilog="Example:  hypenet ckpt ls runs/quickstart  &&  hypenet ckpt inspect "
+    "runs/quickstart/finetune",
 )
 
-CkptArgument = Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint folder, or the run folder that holds iter_XXXXXXX.")]
+CkptArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="CKPT", help="Checkpoint folder, or the run folder that holds iter_XXXXXXX."
+    ),
+]
 SHOWN = 20
 """Lines of a list before the rest is counted."""
 
 
 @app.command("ls")
 def ls_command(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Run folder, stage folder, or one checkpoint.")], as_json: JsonOption = False
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Run folder, stage folder, or one checkpoint.")
+    ],
+    as_json: JsonOption = False,
 ) -> None:
-    """Every checkpoint below DIR: step, stage, size, whether it is usable, the layout that wrote it, and when.
+    """Every checkpoint below DIR: step, stage, size, whether it is usable, the layout that wrote
+    it, and when.
 
     Example:  hypenet ckpt ls runs/quickstart
     """
@@ -42,7 +52,15 @@ def ls_command(
 
     found = survey(folder)
     if as_json:
-        print(json.dumps({"verb": "ckpt ls", "folder": str(folder), "checkpoints": [one.as_dict() for one in found]}))
+        print(
+            json.dumps(
+                {
+                    "verb": "ckpt ls",
+                    "folder": str(folder),
+                    "checkpoints": [one.as_dict() for one in found],
+                }
+            )
+        )
         return
     if not found:
         print(f"no checkpoint in {folder}")
@@ -52,7 +70,17 @@ def ls_command(
         name = "." if one.path == folder else str(one.path.relative_to(folder))
         step = "-" if one.step is None else str(one.step)
         date = (one.created or "-").replace("T", " ").removesuffix("+00:00")
-        rows.append((name, one.stage or one.kind or "-", step, size_text(one.bytes), one.state, layout_text(one.layout), date))
+        rows.append(
+            (
+                name,
+                one.stage or one.kind or "-",
+                step,
+                size_text(one.bytes),
+                one.state,
+                layout_text(one.layout),
+                date,
+            )
+        )
     print_table(rows)
     for one in found:
         if one.problem:
@@ -62,11 +90,16 @@ def ls_command(
 @app.command("inspect")
 def inspect_command(
     path: CkptArgument,
-    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor with its shape, type and pieces.")] = False,
-    hashes: Annotated[bool, typer.Option("--hashes", help="Read every file and compare it with its sha256.")] = False,
+    tensors: Annotated[
+        bool, typer.Option("--tensors", help="List every tensor with its shape, type and pieces.")
+    ] = False,
+    hashes: Annotated[
+        bool, typer.Option("--hashes", help="Read every file and compare it with its sha256.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """What one checkpoint holds: model, mixers, tensors, optimizer state, progress, layout and versions; exit code 5 when it is damaged.
+    """What one checkpoint holds: model, mixers, tensors, optimizer state, progress, layout and
+    versions; exit code 5 when it is damaged.
 
     Example:  hypenet ckpt inspect runs/quickstart/distill --hashes
     """
@@ -77,9 +110,15 @@ def inspect_command(
     problems = [described["problem"]] if described["problem"] else []
     if described["state"] == COMMITTED:
         problems += read_tensors(folder, described, hashes=hashes)
-        described["state"], described["problem"] = ("damaged", problems[0]) if problems else (described["state"], None)
+        described["state"], described["problem"] = (
+            ("damaged", problems[0]) if problems else (described["state"], None)
+        )
     if as_json:
-        shown = described if tensors else {key: value for key, value in described.items() if key != "tensors"}
+        shown = (
+            described
+            if tensors
+            else {key: value for key, value in described.items() if key != "tensors"}
+        )
         print(json.dumps({"verb": "ckpt inspect", **shown}))
     else:
         print("\n".join(inspect_lines(described, tensors=tensors)))
@@ -89,14 +128,23 @@ def inspect_command(
 
 @app.command("diff")
 def diff_command(
-    first: Annotated[Path, typer.Argument(metavar="A", help="Checkpoint folder, or the run folder that holds iter_XXXXXXX.")],
+    first: Annotated[
+        Path,
+        typer.Argument(
+            metavar="A", help="Checkpoint folder, or the run folder that holds iter_XXXXXXX."
+        ),
+    ],
     second: Annotated[Path, typer.Argument(metavar="B", help="The other one.")],
-    weights_only: Annotated[bool, typer.Option("--weights-only", help="Leave optimizer state and progress aside.")] = False,
+    weights_only: Annotated[
+        bool, typer.Option("--weights-only", help="Leave optimizer state and progress aside.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare two checkpoints: model, progress and every tensor, bit by bit. Exit code 0 when they hold the same, 6 when they differ.
+    """Compare two checkpoints: model, progress and every tensor, bit by bit. Exit code 0 when they
+    hold the same, 6 when they differ.
 
-    Run settings (config.yaml) are shown but do not count: two layouts may have written the same state.
+    Run settings (config.yaml) are shown but do not count: two layouts may have written the same
+    state.
 
     Example:  hypenet ckpt diff runs/a/finetune runs/b/finetune/checkpoints/iter_0000120
     """
@@ -105,9 +153,22 @@ def diff_command(
     from megatron_hypenet.checkpoint.find import resolve
 
     folders = resolve(first), resolve(second)
-    report = compare(*folders, weights_only=weights_only, progress=lambda line: print(line, file=sys.stderr, flush=True))
+    report = compare(
+        *folders,
+        weights_only=weights_only,
+        progress=lambda line: print(line, file=sys.stderr, flush=True),
+    )
     if as_json:
-        print(json.dumps({"verb": "ckpt diff", "a": str(folders[0]), "b": str(folders[1]), **report.as_dict()}))
+        print(
+            json.dumps(
+                {
+                    "verb": "ckpt diff",
+                    "a": str(folders[0]),
+                    "b": str(folders[1]),
+                    **report.as_dict(),
+                }
+            )
+        )
     else:
         print("\n".join(diff_lines(report)))
     if not report.equal:
@@ -115,11 +176,16 @@ def diff_command(
 
 
 def resolve_any(path: Path) -> Path:
-    """A checkpoint folder as it is, usable or not; else the newest usable one below a stage folder."""
+    """A checkpoint folder as it is, usable or not; else the newest usable one below a stage
+    folder."""
     from megatron_hypenet.atomic_files import is_temporary
     from megatron_hypenet.checkpoint import format as fmt
 
-    one = fmt.iteration_of(path) is not None or is_temporary(path) or (path / fmt.MODEL_JSON).is_file()
+    one = (
+        fmt.iteration_of(path) is not None
+        or is_temporary(path)
+        or (path / fmt.MODEL_JSON).is_file()
+    )
     if path.is_dir() and one:
         return path
     from megatron_hypenet.checkpoint.find import resolve
@@ -128,7 +194,8 @@ def resolve_any(path: Path) -> Path:
 
 
 def read_tensors(folder: Path, described: dict[str, Any], *, hashes: bool) -> list[str]:
-    """Add names, shapes and types of all tensors to `described`; returns what is wrong with the files."""
+    """Add names, shapes and types of all tensors to `described`; returns what is wrong with the
+    files."""
     from megatron_hypenet.checkpoint import format as fmt
     from megatron_hypenet.checkpoint.manifest import verify_files
     from megatron_hypenet.checkpoint.shards import ShardReader
@@ -137,13 +204,21 @@ def read_tensors(folder: Path, described: dict[str, Any], *, hashes: bool) -> li
         if hashes:
             print(f"hashing {size_text(described['bytes'])}", file=sys.stderr, flush=True)
             verify_files(folder, hashes=True)
-        parts = {part: ShardReader(folder / part) for part in (fmt.WEIGHTS, fmt.OPTIMIZER) if (folder / part).is_dir()}
+        parts = {
+            part: ShardReader(folder / part)
+            for part in (fmt.WEIGHTS, fmt.OPTIMIZER)
+            if (folder / part).is_dir()
+        }
     except CheckpointError as error:
         return [str(error)]
     described["hashes_verified"] = hashes
     described["tensors"] = {
         part: {
-            key: {"shape": list(reader.shape(key)), "dtype": str(reader.dtype(key)).removeprefix("torch."), "pieces": reader.pieces(key)}
+            key: {
+                "shape": list(reader.shape(key)),
+                "dtype": str(reader.dtype(key)).removeprefix("torch."),
+                "pieces": reader.pieces(key),
+            }
             for key in sorted(reader)
         }
         for part, reader in parts.items()
@@ -166,46 +241,96 @@ def inspect_lines(described: dict[str, Any], *, tensors: bool) -> list[str]:
     from megatron_hypenet.checkpoint.survey import layout_text, mixer_runs
 
     progress, model = described["progress"], described["model"]
-    rows = [("folder", described["path"]), ("state", described["state"] + (f": {described['problem']}" if described["problem"] else ""))]
-    rows += [("kind", described["kind"] or "-"), ("stage", described["stage"] or "- (weights only)")]
+    rows = [
+        ("folder", described["path"]),
+        (
+            "state",
+            described["state"] + (f": {described['problem']}" if described["problem"] else ""),
+        ),
+    ]
+    rows += [
+        ("kind", described["kind"] or "-"),
+        ("stage", described["stage"] or "- (weights only)"),
+    ]
     rows += [("step", "-" if described["step"] is None else str(described["step"]))]
-    rows += [(key.replace("_", " "), f"{value:,}" if key in ("samples", "tokens") else str(value)) for key, value in progress.items()
-             if key not in ("stage", "step")]  # fmt: skip
+    rows += [
+        (key.replace("_", " "), f"{value:,}" if key in ("samples", "tokens") else str(value))
+        for key, value in progress.items()
+        if key not in ("stage", "step")
+    ]
     if model is not None:
         head = "tied" if model["share_embeddings_and_output_weights"] else "own"
-        heads = f"{model['num_attention_heads']}/{model['num_query_groups']} x {model['kv_channels']}"
-        sizes = f"{model['num_layers']} layers, hidden {model['hidden_size']}, ffn {model['ffn_hidden_size']}"
-        rows.append(("model", f"{sizes}, heads {heads}, vocabulary {model['vocab_size']}, {head} head"))
+        heads = (
+            f"{model['num_attention_heads']}/{model['num_query_groups']} x {model['kv_channels']}"
+        )
+        sizes = (
+            f"{model['num_layers']} layers, hidden {model['hidden_size']}, "
+            f"ffn {model['ffn_hidden_size']}"
+        )
+        rows.append(
+            ("model", f"{sizes}, heads {heads}, vocabulary {model['vocab_size']}, {head} head")
+        )
         rows.append(("mixers", ", ".join(mixer_runs(model["mixer_types"]))))
     for part, counts in described.get("summary", {}).items():
-        rows.append((part, f"{counts['tensors']} tensors, {counts['elements']:,} elements, {', '.join(counts['dtypes'])}"))
+        rows.append(
+            (
+                part,
+                f"{counts['tensors']} tensors, {counts['elements']:,} elements, "
+                f"{', '.join(counts['dtypes'])}",
+            )
+        )
     if "summary" in described and "optimizer" not in described["summary"]:
         rows.append(("optimizer", "none: no run can continue from it"))
     rows.append(("layout", layout_text(described["layout"])))
-    rows.append(("size", f"{size_text(described['bytes'])} in {described['files'] if described['files'] is not None else '?'} files"
-                + (", all hashes verified" if described.get("hashes_verified") else "")))  # fmt: skip
+    rows.append(
+        (
+            "size",
+            f"{size_text(described['bytes'])} in "
+            f"{described['files'] if described['files'] is not None else '?'} files"
+            + (", all hashes verified" if described.get("hashes_verified") else ""),
+        )
+    )
     rows.append(("tokenizer", "yes" if described["tokenizer"] else "no"))
-    rows.append(("written", f"{described['created'] or '-'} by commit {described['git_commit'] or 'unknown'}"))
-    rows.append(("versions", ", ".join(f"{name} {version}" for name, version in described["versions"].items()) or "-"))
+    rows.append(
+        (
+            "written",
+            f"{described['created'] or '-'} by commit {described['git_commit'] or 'unknown'}",
+        )
+    )
+    rows.append(
+        (
+            "versions",
+            ", ".join(f"{name} {version}" for name, version in described["versions"].items())
+            or "-",
+        )
+    )
     rows += [(key, str(value)) for key, value in described["notes"].items()]
     lines = [f"{key:<11} {value}" for key, value in rows]
     if tensors:
         for part, entries in described.get("tensors", {}).items():
-            lines += [f"{part}/{key}  {row['dtype']} {row['shape']} in {row['pieces']} piece{'s' if row['pieces'] != 1 else ''}"
-                      for key, row in entries.items()]  # fmt: skip
+            lines += [
+                f"{part}/{key}  {row['dtype']} {row['shape']} in {row['pieces']} "
+                f"piece{'s' if row['pieces'] != 1 else ''}"
+                for key, row in entries.items()
+            ]
     return lines
 
 
 def diff_lines(report: Any) -> list[str]:
     """The text of `diff`: differences first, then one line of verdict."""
     lines = []
-    for title, pairs in (("model", report.model), ("progress", report.progress), ("run setting", report.run_settings)):
+    for title, pairs in (
+        ("model", report.model),
+        ("progress", report.progress),
+        ("run setting", report.run_settings),
+    ):
         lines += _cut([f"{title:<12}{key}: {a!r} | {b!r}" for key, (a, b) in pairs.items()])
     lines += _cut([f"only in A   {name}" for name in report.only_in_first])
     lines += _cut([f"only in B   {name}" for name in report.only_in_second])
     differing = []
     for one in report.differing:
-        (shape_a, shape_b), (dtype_a, dtype_b) = one.shapes, one.dtypes
+        (shape_a, shape_b) = one.shapes
+        (dtype_a, dtype_b) = one.dtypes
         what = [f"shape {list(shape_a)} | {list(shape_b)}"] if shape_a != shape_b else []
         what += [f"dtype {dtype_a} | {dtype_b}"] if dtype_a != dtype_b else []
         if one.max_abs_diff is not None:
@@ -215,24 +340,35 @@ def diff_lines(report: Any) -> list[str]:
     lines += _cut(differing)
     apart = [one for one in report.differing if one.max_abs_diff is not None]
     if len(apart) > 1:
-        worst = max(apart, key=lambda one: math.inf if math.isnan(one.max_abs_diff) else one.max_abs_diff)
+        worst = max(
+            apart, key=lambda one: math.inf if math.isnan(one.max_abs_diff) else one.max_abs_diff
+        )
         lines.append(f"largest     {worst.name}: max abs diff {worst.max_abs_diff:.3g}")
     same = report.compared - len(report.differing)
-    lines.append(f"verdict     {'same' if report.equal else 'DIFFERENT'}: {same} of {report.compared} common tensors equal bit for bit")
+    lines.append(
+        f"verdict     {'same' if report.equal else 'DIFFERENT'}: {same} of {report.compared} "
+        "common tensors equal bit for bit"
+    )
     return lines
 
 
 def _cut(lines: list[str]) -> list[str]:
-    return [*lines[:SHOWN], f"... and {len(lines) - SHOWN} more (see --json)"] if len(lines) > SHOWN else lines
+    return (
+        [*lines[:SHOWN], f"... and {len(lines) - SHOWN} more (see --json)"]
+        if len(lines) > SHOWN
+        else lines
+    )
 
 
 def size_text(count: int) -> str:
     """Bytes with a binary unit."""
-    value, unit = float(count), "B"
+    value = float(count)
+    unit = "B"
     for bigger in ("KiB", "MiB", "GiB", "TiB"):
         if value < 1024:
             break
-        value, unit = value / 1024, bigger
+        value = value / 1024
+        unit = bigger
     return f"{count} B" if unit == "B" else f"{value:.1f} {unit}"
 
 
@@ -240,4 +376,6 @@ def print_table(rows: Sequence[tuple[str, ...]]) -> None:
     """Columns as wide as their widest cell."""
     widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
     for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        print(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        )

@@ -22,7 +22,13 @@ from megatron_hypenet.cli.options import (
 )
 from megatron_hypenet.config.checks import check_layout, check_model_fits_selection, layout_warnings
 from megatron_hypenet.config.layout import Layout
-from megatron_hypenet.config.loader import dump_config, load_model_config, load_run_config, load_with_origins, read_yaml
+from megatron_hypenet.config.loader import (
+    dump_config,
+    load_model_config,
+    load_run_config,
+    load_with_origins,
+    read_yaml,
+)
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.config.problems import Origins
 from megatron_hypenet.config.schema import STAGES, RunConfig
@@ -44,7 +50,10 @@ def show(
     tp: TensorParallelOption = None,
     pp: PipelineParallelOption = None,
     cp: ContextParallelOption = None,
-    origin: Annotated[bool, typer.Option("--origin", help="One line per setting, with where its value comes from.")] = False,
+    origin: Annotated[
+        bool,
+        typer.Option("--origin", help="One line per setting, with where its value comes from."),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Print the resolved configuration.
@@ -58,9 +67,15 @@ def show(
     run, origins = load_with_origins(config, collect_overrides(overrides, tp=tp, pp=pp, cp=cp))
     if origin:
         rows = list(settings_with_origin(run, origins))
-        typer.echo(json.dumps(rows) if as_json else "\n".join(f"{key} = {value}    # {source}" for key, value, source in rows))
+        typer.echo(
+            json.dumps(rows)
+            if as_json
+            else "\n".join(f"{key} = {value}    # {source}" for key, value, source in rows)
+        )
         return
-    typer.echo(json.dumps(run.model_dump(mode="json"), indent=2) if as_json else dump_config(run).rstrip())
+    typer.echo(
+        json.dumps(run.model_dump(mode="json"), indent=2) if as_json else dump_config(run).rstrip()
+    )
 
 
 @app.command()
@@ -76,22 +91,33 @@ def validate(
 ) -> None:
     """Check a run configuration or a model shape; needs no GPU and no weights.
 
-    Exit code 3 with all problems listed when it is invalid. The layout is checked against the teacher's config.json (or the model.json of
-    a checkpoint) where the teacher is here, or against --model: a file of configs/model.
+    Exit code 3 with all problems listed when it is invalid. The layout is checked against the
+    teacher's config.json (or the model.json of a checkpoint) where the teacher is here, or against
+    --model: a file of configs/model.
 
     Example:
 
-      hypenet config validate configs/run/distill_2b.yaml teacher=T data=D --model configs/model/hypenet_2b.yaml --world-size 8
+      hypenet config validate configs/run/distill_2b.yaml teacher=T data=D
+        --model configs/model/hypenet_2b.yaml --world-size 8
     """
     words = collect_overrides(overrides, tp=tp, pp=pp, cp=cp)
     if is_model_file(config):
         if words or model is not None or world_size is not None:
-            raise UsageError(f"{config} is a model shape; it takes no overrides, no --model and no --world-size")
+            raise UsageError(
+                f"{config} is a model shape; it takes no overrides, no --model and no --world-size"
+            )
         shape = load_model_config(config)
-        summary = {"file": str(config), "kind": "model", "num_layers": shape.num_layers, "attention_layers": list(shape.attention_layers)}
+        summary = {
+            "file": str(config),
+            "kind": "model",
+            "num_layers": shape.num_layers,
+            "attention_layers": list(shape.attention_layers),
+        }
     else:
         run = load_run_config(config, words)
-        check_run(run, load_model_config(model) if model else teacher_shape(run.teacher), world_size)
+        check_run(
+            run, load_model_config(model) if model else teacher_shape(run.teacher), world_size
+        )
         summary = {"file": str(config), "kind": "run", "tokens": stage_tokens(run)}
     if as_json:
         typer.echo(json.dumps(summary))
@@ -100,10 +126,15 @@ def validate(
 
 
 def check_run(run: RunConfig, shape: ModelConfig | None, world_size: int | None) -> None:
-    """Raise LayoutError or ConfigError for what spans model, run and processes; what is allowed and odd goes to stderr."""
+    """Raise LayoutError or ConfigError for what spans model, run and processes; what is allowed and
+    odd goes to stderr."""
     check_layout(shape, run, world_size)
     if shape is None:
-        typer.echo(f"note: teacher {run.teacher} is not here, so rules about its shape are left out; --model names a shape", err=True)
+        typer.echo(
+            f"note: teacher {run.teacher} is not here, so rules about its shape are left out; "
+            "--model names a shape",
+            err=True,
+        )
     else:
         check_model_fits_selection(shape, run)
     for line in layout_warnings(Layout(shape, run, world_size)):
@@ -111,7 +142,8 @@ def check_run(run: RunConfig, shape: ModelConfig | None, world_size: int | None)
 
 
 def teacher_shape(path: Path) -> ModelConfig | None:
-    """Shape of a teacher from its configuration alone; None where there is no such folder. Raises ConfigError, CheckpointError."""
+    """Shape of a teacher from its configuration alone; None where there is no such folder. Raises
+    ConfigError, CheckpointError."""
     if not path.exists():
         return None
     if (path / "config.json").is_file():
@@ -125,7 +157,9 @@ def teacher_shape(path: Path) -> ModelConfig | None:
 
 @app.command()
 def schema(
-    of: Annotated[str, typer.Argument(metavar="[run|model]", help="Which configuration to describe.")] = "run",
+    of: Annotated[
+        str, typer.Argument(metavar="[run|model]", help="Which configuration to describe.")
+    ] = "run",
     as_json: JsonOption = False,
 ) -> None:
     """Print the JSON schema, for editors.
@@ -160,7 +194,10 @@ def is_model_file(path: Path) -> bool:
     """True when the YAML at `path` has the keys of a model and none that only a run has."""
     keys = set(read_yaml(path))
     if not keys:
-        raise ConfigError(f"{path}: the file is empty; a run needs at least output_dir, teacher, data and the stages")
+        raise ConfigError(
+            f"{path}: the file is empty; a run needs at least output_dir, teacher, "
+            "data and the stages"
+        )
     return "num_layers" in keys and not keys & (set(RunConfig.model_fields) | {"include"})
 
 

@@ -1,4 +1,5 @@
-"""`hypenet convert`: Hugging Face folders to checkpoints and back, and the proof that both hold the same model."""
+"""`hypenet convert`: Hugging Face folders to checkpoints and back, and the proof that both hold the
+same model."""
 
 from __future__ import annotations
 
@@ -23,14 +24,32 @@ app = typer.Typer(
         "Import a Hugging Face model, export a checkpoint, verify that both are the same model.\n\n"
         "Runs offline on a CPU with one tensor (import) or one weight file (export) in memory."
     ),
-    epilog="Example:  hypenet convert import /models/Qwen3-1.7B teacher/  &&  hypenet convert verify /models/Qwen3-1.7B teacher/",
+    epilog="Example:  hypenet convert import /models/Qwen3-1.7B teacher/  &&  hypenet convert "
+    "verify /models/Qwen3-1.7B teacher/",
 )
 
-HfArgument = Annotated[Path, typer.Argument(metavar="HF_DIR", help="Hugging Face folder: config.json, *.safetensors, tokenizer files.")]
-CkptArgument = Annotated[Path, typer.Argument(metavar="CKPT_DIR", help="Checkpoint folder, or the run folder that holds iter_XXXXXXX.")]
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result at the destination.")]
+HfArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="HF_DIR", help="Hugging Face folder: config.json, *.safetensors, tokenizer files."
+    ),
+]
+CkptArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="CKPT_DIR", help="Checkpoint folder, or the run folder that holds iter_XXXXXXX."
+    ),
+]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an earlier result at the destination.")
+]
 DtypeOption = Annotated[
-    str | None, typer.Option("--dtype", help="float32, bfloat16, float16 or float64; default: as stored.", show_default=False)
+    str | None,
+    typer.Option(
+        "--dtype",
+        help="float32, bfloat16, float16 or float64; default: as stored.",
+        show_default=False,
+    ),
 ]
 GIB = 2**30
 
@@ -38,7 +57,9 @@ GIB = 2**30
 @app.command("import")
 def import_command(
     hf_dir: HfArgument,
-    ckpt_dir: Annotated[Path, typer.Argument(metavar="CKPT_DIR", help="Checkpoint folder to write.")],
+    ckpt_dir: Annotated[
+        Path, typer.Argument(metavar="CKPT_DIR", help="Checkpoint folder to write.")
+    ],
     dtype: DtypeOption = None,
     overwrite: OverwriteOption = False,
     dry_run: DryRunOption = False,
@@ -59,11 +80,23 @@ def import_command(
         parse_dtype(dtype)
     refuse_existing(ckpt_dir, overwrite)
     plan = plan_import(hf_dir)
-    result = {"verb": "convert import", "source": str(hf_dir), "destination": str(ckpt_dir), "kind": plan.kind, "dry_run": dry_run}
-    result |= {"tensors": len(plan.weights), "parameters": mapping.num_parameters(plan.config), "source_bytes": plan.weights.total_bytes()}
+    result = {
+        "verb": "convert import",
+        "source": str(hf_dir),
+        "destination": str(ckpt_dir),
+        "kind": plan.kind,
+        "dry_run": dry_run,
+    }
+    result |= {
+        "tensors": len(plan.weights),
+        "parameters": mapping.num_parameters(plan.config),
+        "source_bytes": plan.weights.total_bytes(),
+    }
     if not dry_run:
         with writing(ckpt_dir):
-            from_hf.import_hf(hf_dir, ckpt_dir, dtype=dtype, overwrite=overwrite, progress=_progress)
+            from_hf.import_hf(
+                hf_dir, ckpt_dir, dtype=dtype, overwrite=overwrite, progress=_progress
+            )
     _finish(result, plan.config, started, as_json)
 
 
@@ -73,27 +106,46 @@ def export_command(
     hf_dir: Annotated[Path, typer.Argument(metavar="HF_DIR", help="Hugging Face folder to write.")],
     attn_logits_scaling: Annotated[
         str,
-        typer.Option("--attn-logits-scaling", help="Inference-time logit scaling: keep, off, 'hype <a>' (e.g. 'hype 500') or a number."),
+        typer.Option(
+            "--attn-logits-scaling",
+            help="Inference-time logit scaling: keep, off, 'hype <a>' (e.g. "
+            "'hype 500') or a number.",
+        ),
     ] = "keep",
     dtype: DtypeOption = None,
-    max_shard_gb: Annotated[float, typer.Option("--max-shard-gb", min=0.001, help="Size of one weight file, in 10^9 bytes.")] = 5.0,
+    max_shard_gb: Annotated[
+        float,
+        typer.Option("--max-shard-gb", min=0.001, help="Size of one weight file, in 10^9 bytes."),
+    ] = 5.0,
     overwrite: OverwriteOption = False,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Checkpoint -> Hugging Face folder, offline and from the checkpoint alone: Qwen3 for a teacher, HypeNet with its code otherwise.
+    """Checkpoint -> Hugging Face folder, offline and from the checkpoint alone: Qwen3 for a
+    teacher, HypeNet with its code otherwise.
 
-    Example:  hypenet convert export runs/my_run out/HypeNet-2B --attn-logits-scaling 'hype 500' --dtype bfloat16
+    Example:  hypenet convert export runs/my_run out/HypeNet-2B --attn-logits-scaling 'hype 500'
+    --dtype bfloat16
     """
     scaling = parse_scaling(attn_logits_scaling)
     _announce("reading", ckpt_dir)
     from megatron_hypenet.export import to_hf
 
     started = time.monotonic()
-    options: dict[str, Any] = {"attn_logits_scaling": scaling, "dtype": dtype, "max_shard_bytes": int(max_shard_gb * 1e9)}
+    options: dict[str, Any] = {
+        "attn_logits_scaling": scaling,
+        "dtype": dtype,
+        "max_shard_bytes": int(max_shard_gb * 1e9),
+    }
     to_hf.refuse_existing(hf_dir, overwrite)
     plan = to_hf.plan_export(ckpt_dir, **options)
-    result = {"verb": "convert export", "source": str(plan.folder), "destination": str(hf_dir), "kind": plan.family, "dry_run": dry_run}
+    result = {
+        "verb": "convert export",
+        "source": str(plan.folder),
+        "destination": str(hf_dir),
+        "kind": plan.family,
+        "dry_run": dry_run,
+    }
     result |= {"tensors": len(plan.dtypes), "files": len(plan.shards), "bytes": plan.bytes()}
     result["attn_logits_scaling"] = plan.config.attn_logits_scaling
     if not dry_run:
@@ -106,14 +158,22 @@ def export_command(
 def verify_command(
     hf_dir: HfArgument,
     ckpt_dir: CkptArgument,
-    dtype: Annotated[str, typer.Option("--dtype", help="Compute dtype of both models: float32, float64 or bfloat16.")] = "float32",
-    num_tokens: Annotated[int, typer.Option("--num-tokens", min=2, help="Length of the two probe sequences.")] = 128,
+    dtype: Annotated[
+        str,
+        typer.Option("--dtype", help="Compute dtype of both models: float32, float64 or bfloat16."),
+    ] = "float32",
+    num_tokens: Annotated[
+        int, typer.Option("--num-tokens", min=2, help="Length of the two probe sequences.")
+    ] = 128,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the probe token ids.")] = 1234,
-    tensors_only: Annotated[bool, typer.Option("--tensors-only", help="Compare the tensors and run no model.")] = False,
+    tensors_only: Annotated[
+        bool, typer.Option("--tensors-only", help="Compare the tensors and run no model.")
+    ] = False,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare all tensors bit by bit, then the logits of transformers and of Megatron-core; exit code 6 when they differ.
+    """Compare all tensors bit by bit, then the logits of transformers and of Megatron-core; exit
+    code 6 when they differ.
 
     Example:  hypenet convert verify /models/Qwen3-1.7B teacher/
     """
@@ -127,15 +187,36 @@ def verify_command(
     started = time.monotonic()
     if dry_run:
         plan = plan_import(hf_dir)
-        result = {"verb": "convert verify", "source": str(hf_dir), "destination": str(load.resolve(ckpt_dir)), "dry_run": True}
+        result = {
+            "verb": "convert verify",
+            "source": str(hf_dir),
+            "destination": str(load.resolve(ckpt_dir)),
+            "dry_run": True,
+        }
         _finish({**result, "tensors": len(plan.weights)}, plan.config, started, as_json)
         return
     try:
-        report = verify.verify(hf_dir, ckpt_dir, dtype=dtype, num_tokens=num_tokens, seed=seed, logits=not tensors_only, progress=_progress)
+        report = verify.verify(
+            hf_dir,
+            ckpt_dir,
+            dtype=dtype,
+            num_tokens=num_tokens,
+            seed=seed,
+            logits=not tensors_only,
+            progress=_progress,
+        )
     finally:
         _end_groups()
     if as_json:
-        print(json.dumps({"verb": "convert verify", "seconds": round(time.monotonic() - started, 2), **report.as_dict()}))
+        print(
+            json.dumps(
+                {
+                    "verb": "convert verify",
+                    "seconds": round(time.monotonic() - started, 2),
+                    **report.as_dict(),
+                }
+            )
+        )
     else:
         print(_verdict(report))
     report.require_ok()
@@ -164,16 +245,21 @@ def _end_groups() -> None:
 
 
 def _verdict(report: Any) -> str:
-    tensors, logits = report.tensors, report.logits
+    tensors = report.tensors
+    logits = report.logits
     lines = [
-        f"tensors  {tensors.equal} of {tensors.compared} equal bit for bit" + (f", {tensors.cast} after a cast" if tensors.cast else "")
+        f"tensors  {tensors.equal} of {tensors.compared} equal bit for bit"
+        + (f", {tensors.cast} after a cast" if tensors.cast else "")
     ]
     if logits is not None:
         lines.append(
-            f"logits   max abs diff {logits.max_abs_diff:.3g}, relative {logits.max_rel_diff:.3g} (limit {logits.tolerance:g}),"
-            f" cosine {logits.cosine:.9f}, top-1 agreement {100 * logits.top1_agreement:.2f} % of {logits.tokens} tokens, {logits.dtype}"
+            f"logits   max abs diff {logits.max_abs_diff:.3g}, relative {logits.max_rel_diff:.3g} "
+            f"(limit {logits.tolerance:g}),"
+            f" cosine {logits.cosine:.9f}, top-1 agreement {100 * logits.top1_agreement:.2f} % of "
+            f"{logits.tokens} tokens, {logits.dtype}"
         )
-        lines.append(f"layers   {'all agree' if logits.first_diverging is None else 'first difference at ' + logits.first_diverging}")
+        first = logits.first_diverging
+        lines.append(f"layers   {'all agree' if first is None else f'first difference at {first}'}")
     lines += [f"note     {line}" for line in report.notes]
     lines.append("verdict  " + ("same model" if report.ok else "DIFFERENT"))
     return "\n".join(lines)
@@ -191,19 +277,39 @@ def _progress(line: str) -> None:
 def _finish(result: dict[str, Any], config: ModelConfig, started: float, as_json: bool) -> None:
     seconds = time.monotonic() - started
     if as_json:
-        print(json.dumps({**result, "seconds": round(seconds, 2), "peak_memory_gib": _peak_gib(), "model": config.model_dump(mode="json")}))
+        print(
+            json.dumps(
+                {
+                    **result,
+                    "seconds": round(seconds, 2),
+                    "peak_memory_gib": _peak_gib(),
+                    "model": config.model_dump(mode="json"),
+                }
+            )
+        )
         return
     softmax = len(config.attention_layers)
-    print(f"{result['kind'] if 'kind' in result else 'model'}: {config.num_layers} layers ({softmax} softmax), hidden {config.hidden_size},"
-          f" heads {config.num_attention_heads}/{config.num_query_groups}, vocabulary {config.vocab_size},"
-          f" {'tied' if config.share_embeddings_and_output_weights else 'own'} head, {result['tensors']} tensors")  # fmt: skip
+    print(
+        f"{result['kind'] if 'kind' in result else 'model'}: {config.num_layers} layers ({softmax} "
+        f"softmax), hidden {config.hidden_size},"
+        f" heads {config.num_attention_heads}/{config.num_query_groups}, "
+        f"vocabulary {config.vocab_size},"
+        f" {'tied' if config.share_embeddings_and_output_weights else 'own'} head, "
+        f"{result['tensors']} tensors"
+    )
     if result["dry_run"]:
-        print(f"dry run: {result['source']} is complete and supported; nothing was written to {result['destination']}")
+        print(
+            f"dry run: {result['source']} is complete and supported; nothing was written to "
+            f"{result['destination']}"
+        )
     else:
-        print(f"wrote {result['destination']} in {seconds:.1f} s, peak memory {_peak_gib():.2f} GiB")
+        print(
+            f"wrote {result['destination']} in {seconds:.1f} s, peak memory {_peak_gib():.2f} GiB"
+        )
 
 
 def _peak_gib() -> float:
     import resource
 
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB, 3)  # Linux counts in KiB
+    # Linux counts in KiB
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB, 3)

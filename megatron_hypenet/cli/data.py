@@ -15,7 +15,8 @@ from megatron_hypenet.ownership import writing
 
 app = typer.Typer(
     help="Prepare and inspect training data.",
-    epilog="Example:  hypenet data prepare assets/tiny-qwen3/sample.txt build/sample --tokenizer assets/tiny-qwen3",
+    epilog="Example:  hypenet data prepare assets/tiny-qwen3/sample.txt build/sample --tokenizer "
+    "assets/tiny-qwen3",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -27,7 +28,9 @@ OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace OUT 
 def _refuse_existing(out: Path, overwrite: bool) -> None:
     found = [path for path in (Path(f"{out}.bin"), Path(f"{out}.idx")) if path.exists()]
     if found and not overwrite:
-        raise UsageError(f"{found[0]} exists; pass --overwrite to replace it, or choose another prefix")
+        raise UsageError(
+            f"{found[0]} exists; pass --overwrite to replace it, or choose another prefix"
+        )
 
 
 def _say(as_json: bool, content: dict[str, Any], text: str) -> None:
@@ -36,22 +39,37 @@ def _say(as_json: bool, content: dict[str, Any], text: str) -> None:
 
 @app.command()
 def prepare(
-    source: Annotated[Path, typer.Argument(metavar="TEXT", help="A .txt file, or a .jsonl file with one object a line.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Prefix of the pair to write: OUT.bin and OUT.idx.")],
-    tokenizer: Annotated[Path, typer.Option("--tokenizer", help="Hugging Face folder whose tokenizer the teacher uses.")],
-    text_key: Annotated[str, typer.Option("--text-key", help="Field of a .jsonl object that holds the text.")] = "text",
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="TEXT", help="A .txt file, or a .jsonl file with one object a line."
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Argument(metavar="OUT", help="Prefix of the pair to write: OUT.bin and OUT.idx."),
+    ],
+    tokenizer: Annotated[
+        Path,
+        typer.Option("--tokenizer", help="Hugging Face folder whose tokenizer the teacher uses."),
+    ],
+    text_key: Annotated[
+        str, typer.Option("--text-key", help="Field of a .jsonl object that holds the text.")
+    ] = "text",
     overwrite: OverwriteOption = False,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Tokenize a text into Megatron's .bin/.idx format.
 
-    Runs do this by themselves for text files; prepare a large text once, and name the prefix in data.train.
+    Runs do this by themselves for text files; prepare a large text once, and name the prefix in
+    data.train.
 
     Examples:
 
       hypenet data prepare assets/tiny-qwen3/sample.txt build/sample --tokenizer assets/tiny-qwen3
-      hypenet data prepare corpus.jsonl /data/corpus --tokenizer /models/Qwen3-1.7B --text-key content
+      hypenet data prepare corpus.jsonl /data/corpus --tokenizer /models/Qwen3-1.7B --text-key
+      content
     """
     from megatron_hypenet.data.prepare import prepare_file, read_documents
     from megatron_hypenet.data.tokenizer import end_of_text, load_tokenizer, model_end_of
@@ -63,7 +81,9 @@ def prepare(
         print(f"note: {end.note}", file=sys.stderr)
     if dry_run:
         if next(read_documents(source, text_key=text_key), None) is None:
-            raise DataError(f"{source}: holds no text; give a file with at least one sequence of tokens.")
+            raise DataError(
+                f"{source}: holds no text; give a file with at least one sequence of tokens."
+            )
         _say(
             as_json,
             {"source": str(source), "out": str(out), "vocab_size": len(loaded)},
@@ -76,23 +96,36 @@ def prepare(
             print(f"\r{count:,} documents", end="", file=sys.stderr, flush=True)
 
     with writing(out):
-        counts = prepare_file(source, out, loaded, end=end.id, text_key=text_key, on_documents=progress)
+        counts = prepare_file(
+            source, out, loaded, end=end.id, text_key=text_key, on_documents=progress
+        )
     if counts.note:
         print(f"note: {counts.note}", file=sys.stderr)
-    content = {"out": str(out), "documents": counts.documents, "tokens": counts.tokens, "end_of_document": end.id}
+    content = {
+        "out": str(out),
+        "documents": counts.documents,
+        "tokens": counts.tokens,
+        "end_of_document": end.id,
+    }
     _say(as_json, content, f"{out}: {counts.documents:,} documents, {counts.tokens:,} tokens")
 
 
 @app.command()
 def inspect(
     prefix: Annotated[Path, typer.Argument(metavar="PREFIX", help="Prefix of a .bin/.idx pair.")],
-    tokenizer: Annotated[Path | None, typer.Option("--tokenizer", help="Also show the beginning of the text with this tokenizer.")] = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(
+            "--tokenizer", help="Also show the beginning of the text with this tokenizer."
+        ),
+    ] = None,
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens to show.")] = 64,
     as_json: JsonOption = False,
 ) -> None:
     """Say what a pair of token files holds: documents, tokens, id type, ids at the start.
 
-    Negative ids, and with --tokenizer ids outside its model's vocabulary, are an error that names the first one.
+    Negative ids, and with --tokenizer ids outside its model's vocabulary, are an error that names
+    the first one.
 
     Example:
 
@@ -127,7 +160,9 @@ def inspect(
 @app.command()
 def merge(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Prefix of the pair to write.")],
-    prefixes: Annotated[list[Path], typer.Argument(metavar="PREFIX...", help="Pairs to join, in order.")],
+    prefixes: Annotated[
+        list[Path], typer.Argument(metavar="PREFIX...", help="Pairs to join, in order.")
+    ],
     overwrite: OverwriteOption = False,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
@@ -146,8 +181,16 @@ def merge(
         raise UsageError(f"{out} is one of the pairs to join; choose another prefix for the result")
     if dry_run:
         total = sum(len(open_tokens(prefix).tokens) for prefix in prefixes)
-        _say(as_json, {"out": str(out), "tokens": total}, f"would join {len(prefixes)} pairs with {total:,} tokens into {out}")
+        _say(
+            as_json,
+            {"out": str(out), "tokens": total},
+            f"would join {len(prefixes)} pairs with {total:,} tokens into {out}",
+        )
         return
     with writing(out):
         counts = merge_files(prefixes, out)
-    _say(as_json, {"out": str(out), "documents": counts.documents, "tokens": counts.tokens}, f"{out}: {counts.tokens:,} tokens")
+    _say(
+        as_json,
+        {"out": str(out), "documents": counts.documents, "tokens": counts.tokens},
+        f"{out}: {counts.tokens:,} tokens",
+    )

@@ -31,12 +31,17 @@ def demo(
     pp: PipelineParallelOption = None,
     cp: ContextParallelOption = None,
     nproc: ProcessesOption = None,
-    out: Annotated[Path, typer.Option("--out", help="Run folder; an unfinished demo in it is continued.")] = Path("runs/demo"),
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete an earlier demo in --out and start again.")] = False,
+    out: Annotated[
+        Path, typer.Option("--out", help="Run folder; an unfinished demo in it is continued.")
+    ] = Path("runs/demo"),
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Delete an earlier demo in --out and start again.")
+    ] = False,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Distil the bundled Qwen3 into a HypeNet and compare both: held-out loss, and recall up to 8 times the training length.
+    """Distil the bundled Qwen3 into a HypeNet and compare both: held-out loss, and recall up to 8
+    times the training length.
 
     Examples:
 
@@ -48,9 +53,14 @@ def demo(
     from megatron_hypenet.errors import SetupError
 
     if not CONFIG.is_file():
-        raise SetupError(f"{CONFIG} is missing: the demo needs the repository's configs/ and assets/; install with `pip install -e .`")
+        raise SetupError(
+            f"{CONFIG} is missing: the demo needs the repository's configs/ and assets/; "
+            "install with `pip install -e .`"
+        )
     processes.use_all_cores()
-    settings = load_run_config(CONFIG, [*collect_overrides(overrides, tp=tp, pp=pp, cp=cp), f"output_dir={out}"])
+    settings = load_run_config(
+        CONFIG, [*collect_overrides(overrides, tp=tp, pp=pp, cp=cp), f"output_dir={out}"]
+    )
     from megatron_hypenet.cli.run import run_all
 
     run_all(settings, nproc=nproc, overwrite=overwrite, dry_run=dry_run, as_json=as_json)

@@ -1,4 +1,5 @@
-"""`hypenet doctor`: is this machine ready? Versions, devices, compilers, memory and disk, each with a verdict and the fix."""
+"""`hypenet doctor`: is this machine ready? Versions, devices, compilers, memory and disk, each with
+a verdict and the fix."""
 
 from __future__ import annotations
 
@@ -41,11 +42,30 @@ class Finding:
 @app.command()
 def doctor(
     as_json: JsonOption = False,
-    folder: Annotated[Path, typer.Option("--folder", help="Where runs will be written: its free space is checked.")] = Path("."),
-    slurm: Annotated[bool, typer.Option("--slurm", help="Measure all nodes of an allocation beside each other instead.")] = False,
-    nodes: Annotated[int | None, typer.Option("--nodes", min=1, help="With --slurm outside an allocation: nodes to ask for.")] = None,
-    srun_arg: Annotated[list[str] | None, typer.Option("--srun-arg", help="With --slurm: an argument for srun, repeatable.")] = None,
-    kernels: Annotated[bool, typer.Option("--kernels", help="Also run the GPU kernels against float64; needs a GPU.")] = False,
+    folder: Annotated[
+        Path,
+        typer.Option("--folder", help="Where runs will be written: its free space is checked."),
+    ] = Path("."),
+    slurm: Annotated[
+        bool,
+        typer.Option(
+            "--slurm", help="Measure all nodes of an allocation beside each other instead."
+        ),
+    ] = False,
+    nodes: Annotated[
+        int | None,
+        typer.Option(
+            "--nodes", min=1, help="With --slurm outside an allocation: nodes to ask for."
+        ),
+    ] = None,
+    srun_arg: Annotated[
+        list[str] | None,
+        typer.Option("--srun-arg", help="With --slurm: an argument for srun, repeatable."),
+    ] = None,
+    kernels: Annotated[
+        bool,
+        typer.Option("--kernels", help="Also run the GPU kernels against float64; needs a GPU."),
+    ] = False,
 ) -> None:
     """Check this machine and exit 4 when something required is broken.
 
@@ -67,21 +87,31 @@ def doctor(
     findings = examine(folder) + (check_gpu_kernels() if kernels else [])
     broken = [finding for finding in findings if finding.verdict == "broken"]
     if as_json:
-        typer.echo(json.dumps({"ok": not broken, "findings": [asdict(finding) for finding in findings]}))
+        typer.echo(
+            json.dumps({"ok": not broken, "findings": [asdict(finding) for finding in findings]})
+        )
     else:
         typer.echo(as_table(findings))
     if broken:
-        fixes = "\n".join(f"  {finding.name}: {finding.fix or finding.detail}" for finding in broken)
-        raise SetupError(f"this machine is not ready: {', '.join(finding.name for finding in broken)}\n{fixes}")
+        fixes = "\n".join(
+            f"  {finding.name}: {finding.fix or finding.detail}" for finding in broken
+        )
+        raise SetupError(
+            f"this machine is not ready: {', '.join(finding.name for finding in broken)}\n{fixes}"
+        )
 
 
 def examine(folder: Path) -> list[Finding]:
-    """All findings, in the order they are printed. Nothing here raises: what cannot be found out is a finding."""
+    """All findings, in the order they are printed. Nothing here raises: what cannot be found out is
+    a finding."""
     parts: list[Callable[[], list[Finding]]] = [
         check_python,
         check_versions,
         check_torch,
-        lambda: [check_import("megatron.core", "megatron-core"), check_import("deepspeed", "deepspeed")],
+        lambda: [
+            check_import("megatron.core", "megatron-core"),
+            check_import("deepspeed", "deepspeed"),
+        ],
         check_compilers,
         lambda: [check_memory(), check_disk(folder)],
     ]
@@ -90,7 +120,9 @@ def examine(folder: Path) -> list[Finding]:
         try:
             findings += part()
         except Exception as error:
-            findings.append(Finding("doctor", "broken", f"a check failed: {type(error).__name__}: {error}"))
+            findings.append(
+                Finding("doctor", "broken", f"a check failed: {type(error).__name__}: {error}")
+            )
     return findings
 
 
@@ -110,11 +142,19 @@ def check_python() -> list[Finding]:
     version = platform.python_version()
     good = sys.version_info[:2] >= MIN_PYTHON
     detail = f"{version} on {platform.system()} {platform.machine()}, {os.cpu_count()} CPUs"
-    return [Finding("python", "ok" if good else "broken", detail, "" if good else "install Python 3.11 or 3.12")]
+    return [
+        Finding(
+            "python",
+            "ok" if good else "broken",
+            detail,
+            "" if good else "install Python 3.11 or 3.12",
+        )
+    ]
 
 
 def check_versions() -> list[Finding]:
-    """Every required library against the range that pyproject.toml declares, read from installed metadata."""
+    """Every required library against the range that pyproject.toml declares, read from installed
+    metadata."""
     from packaging.requirements import Requirement
 
     try:
@@ -137,7 +177,9 @@ def check_version(name: str, wanted: str) -> Finding:
     try:
         version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return Finding(name, "broken", f"not installed, needs {wanted}", f"pip install '{name}{wanted}'")
+        return Finding(
+            name, "broken", f"not installed, needs {wanted}", f"pip install '{name}{wanted}'"
+        )
     if SpecifierSet(wanted).contains(version, prereleases=True):
         return Finding(name, "ok", f"{version} (needs {wanted})")
     return Finding(name, "broken", f"{version}, needs {wanted}", f"pip install '{name}{wanted}'")
@@ -148,20 +190,40 @@ def check_torch() -> list[Finding]:
     try:
         import torch
     except Exception as error:
-        return [Finding("devices", "broken", f"torch does not import: {error}", "reinstall torch for this machine")]
+        return [
+            Finding(
+                "devices",
+                "broken",
+                f"torch does not import: {error}",
+                "reinstall torch for this machine",
+            )
+        ]
     findings = []
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
-            findings.append(Finding(f"cuda:{index}", "ok", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"))
+            findings.append(
+                Finding(
+                    f"cuda:{index}",
+                    "ok",
+                    f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB",
+                )
+            )
     else:
-        findings.append(Finding("devices", "note", "no CUDA device; everything runs on the CPU, in float32", ""))
+        findings.append(
+            Finding("devices", "note", "no CUDA device; everything runs on the CPU, in float32", "")
+        )
     available = torch.distributed.is_available()
-    for backend, needed in (("gloo", not torch.cuda.is_available()), ("nccl", torch.cuda.is_available())):
+    for backend, needed in (
+        ("gloo", not torch.cuda.is_available()),
+        ("nccl", torch.cuda.is_available()),
+    ):
         there = available and getattr(torch.distributed, f"is_{backend}_available")()
         verdict: Verdict = "ok" if there else "broken" if needed else "note"
         fix = f"install a build of torch with {backend}" if verdict == "broken" else ""
-        findings.append(Finding(backend, verdict, "available" if there else "not in this build of torch", fix))
+        findings.append(
+            Finding(backend, verdict, "available" if there else "not in this build of torch", fix)
+        )
     return findings
 
 
@@ -175,24 +237,39 @@ def check_import(module: str, package: str) -> Finding:
         with contextlib.redirect_stdout(noise), contextlib.redirect_stderr(noise):
             importlib.import_module(module)
     except Exception as error:
-        detail = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+        detail = (
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+        )
         return Finding(f"import {module}", "broken", detail, f"reinstall {package}: make install")
     return Finding(f"import {module}", "ok", "works")
 
 
 def check_gpu_kernels() -> list[Finding]:
-    """Each kernel against its float64 definition on this machine's GPU. Without one that is a broken finding: it was asked for.
+    """Each kernel against its float64 definition on this machine's GPU. Without one that is a
+    broken finding: it was asked for.
 
     A kernel that fails is broken here, though a run would go on with its torch form."""
     import torch
 
     if not torch.cuda.is_available():
-        return [Finding("kernels", "broken", "no CUDA GPU on this machine", "run it where the training will run")]
+        return [
+            Finding(
+                "kernels",
+                "broken",
+                "no CUDA GPU on this machine",
+                "run it where the training will run",
+            )
+        ]
     from megatron_hypenet.engine.kernel_guard import survey
 
     fix = "update torch and triton together; runs use the torch form meanwhile"
     return [
-        Finding(check.name, "ok" if check.ok else "broken", str(check).removeprefix(f"{check.name}: "), "" if check.ok else fix)
+        Finding(
+            check.name,
+            "ok" if check.ok else "broken",
+            str(check).removeprefix(f"{check.name}: "),
+            "" if check.ok else fix,
+        )
         for check in survey(torch.device("cuda"))
     ]
 
@@ -201,12 +278,24 @@ def check_compilers() -> list[Finding]:
     """g++, ninja and nvcc: needed only to build optional DeepSpeed operations."""
     findings = []
     for tool, purpose, fix in (
-        ("g++", "builds DeepSpeed's optional operations, such as CPU offload of the optimizer", "apt-get install g++"),
+        (
+            "g++",
+            "builds DeepSpeed's optional operations, such as CPU offload of the optimizer",
+            "apt-get install g++",
+        ),
         ("ninja", "drives these builds", "pip install ninja"),
-        ("nvcc", "builds CUDA operations", "install the CUDA toolkit, on a GPU machine that needs them"),
+        (
+            "nvcc",
+            "builds CUDA operations",
+            "install the CUDA toolkit, on a GPU machine that needs them",
+        ),
     ):
         path = shutil.which(tool) or shutil.which(tool, path=str(Path(sys.executable).parent))
-        findings.append(Finding(tool, "ok", path) if path else Finding(tool, "note", f"not found; {purpose}", fix))
+        findings.append(
+            Finding(tool, "ok", path)
+            if path
+            else Finding(tool, "note", f"not found; {purpose}", fix)
+        )
     return findings
 
 
@@ -234,5 +323,10 @@ def check_disk(folder: Path) -> Finding:
     if not os.access(place, os.W_OK):
         return Finding("disk", "broken", f"{place} is not writable", "choose another --folder")
     if free < MIN_FREE_DISK_GIB:
-        return Finding("disk", "broken", detail, f"checkpoints of the demo need {MIN_FREE_DISK_GIB:g} GiB; free some space")
+        return Finding(
+            "disk",
+            "broken",
+            detail,
+            f"checkpoints of the demo need {MIN_FREE_DISK_GIB:g} GiB; free some space",
+        )
     return Finding("disk", "ok", detail)

@@ -1,9 +1,10 @@
-"""What went wrong first in a job of many processes: equal faults together, causes before echoes, with host and rank.
+"""What went wrong first in a job of many processes: equal faults together, causes before echoes,
+with host and rank.
 
-Not a verb: `hypenet logs --first-error` shows it. Sources, per start of a job: the records that failing tasks leave
-(launchers/slurm.py), tracebacks in the rank logs of those that left none, and srun's lines about
-tasks that were killed. Where no task has said anything, it is the job log that does: srun's and
-slurmstepd's own errors, such as why no task could start.
+Not a verb: `hypenet logs --first-error` shows it. Sources, per start of a job: the records that
+failing tasks leave (launchers/slurm.py), tracebacks in the rank logs of those that left none, and
+srun's lines about tasks that were killed. Where no task has said anything, it is the job log that
+does: srun's and slurmstepd's own errors, such as why no task could start.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ _RECORD = FileKind(error=DataError, advice="it is only for people")
 
 # a process that lost its partner says so; the partner knows why
 _ECHO = re.compile(
-    r"Connection (closed|reset|refused)|Broken pipe|recvBytes|sendBytes|socket.*(closed|reset)|NCCL.*remote|remote process exited"
-    r"|DistNetworkError|DistStoreError|store->get|Socket Timeout",
+    r"Connection (closed|reset|refused)|Broken pipe|recvBytes|sendBytes|socket.*(closed|reset)"
+    r"|NCCL.*remote|remote process exited|DistNetworkError|DistStoreError|store->get"
+    r"|Socket Timeout",
     re.IGNORECASE,
 )
-# srun: error: n2: task 1: Killed            srun: error: n[1-2]: tasks 0-3,7: Exited with exit code 1
+# srun: error: n2: task 1: Killed            srun: error: n[1-2]: tasks 0-3,7: Exited with exit code
+# 1
 _SRUN = re.compile(r"^srun: error: (\S+): tasks? ([\d,-]+): (.*)$")
 _NODE_FAILURE = re.compile(r"^srun: error: Node failure on (\S+)")
 _ENDS_THE_OTHERS = "Terminating StepId"
@@ -59,7 +62,8 @@ class Fault:
 
     @property
     def kind(self) -> str:
-        """Equal for ranks that failed in the same way: the text without its numbers and addresses."""
+        """Equal for ranks that failed in the same way: the text without its numbers and
+        addresses."""
         return re.sub(r"0x[0-9a-fA-F]+|\d+", "#", self.traceback or self.error)
 
     @property
@@ -84,14 +88,19 @@ class Group:
         if self.first.rank is None:
             return "SLURM"
         hosts: dict[str, list[int]] = {}
-        for rank, host in sorted((fault.rank, fault.host) for fault in self.faults if fault.rank is not None):
+        for rank, host in sorted(
+            (fault.rank, fault.host) for fault in self.faults if fault.rank is not None
+        ):
             hosts.setdefault(host, []).append(rank)
         if len(self.faults) == 1:
             return f"rank {self.first.rank} on {self.first.host}"
         listed = [f"{host}: {ranges(ranks)}" for host, ranks in hosts.items()]
         more = f", and {len(listed) - _LONGEST_LIST} more" if len(listed) > _LONGEST_LIST else ""
         plural = "s" if len(hosts) > 1 else ""
-        return f"{len(self.faults)} ranks on {len(hosts)} node{plural} ({', '.join(listed[:_LONGEST_LIST])}{more})"
+        return (
+            f"{len(self.faults)} ranks on {len(hosts)} node{plural} "
+            f"({', '.join(listed[:_LONGEST_LIST])}{more})"
+        )
 
     def as_json(self) -> dict[str, Any]:
         """For --json."""
@@ -123,7 +132,9 @@ def faults_of(attempt_logs: Path, job_log: Path) -> list[Fault]:
         host = _host_of(_lines(path))
         if host in lost_nodes:
             rank = _rank_of(path)
-            found[rank] = Fault(rank=rank, host=host, time=0.0, error="its node failed: SLURM reached it no more")
+            found[rank] = Fault(
+                rank=rank, host=host, time=0.0, error="its node failed: SLURM reached it no more"
+            )
             continue
         fault = _from_rank_log(path)
         if fault is not None:
@@ -142,7 +153,15 @@ def _slurms_own(lines: Sequence[str]) -> list[Fault]:
     if not own:
         return []
     first = next((line for line in own if ": fatal: " in line), own[0])
-    return [Fault(rank=None, host="", time=0.0, error=first, traceback="\n".join(own) + "\n" if len(own) > 1 else "")]
+    return [
+        Fault(
+            rank=None,
+            host="",
+            time=0.0,
+            error=first,
+            traceback="\n".join(own) + "\n" if len(own) > 1 else "",
+        )
+    ]
 
 
 def _from_record(path: Path) -> Fault | None:
@@ -153,16 +172,36 @@ def _from_record(path: Path) -> Fault | None:
 
 
 def _from_rank_log(path: Path) -> Fault | None:
-    """The last traceback or fatal error of a rank that left no record, e.g. because this package could not be imported."""
+    """The last traceback or fatal error of a rank that left no record, e.g. because this package
+    could not be imported."""
     lines, rank = _lines(path), _rank_of(path)
     host = _host_of(lines)
     for index in range(len(lines) - 1, -1, -1):
         if lines[index].startswith("Traceback (most recent call last)"):
             body = lines[index:]
-            end = next((i for i, line in enumerate(body[1:], start=1) if line and not line.startswith((" ", "\t"))), len(body) - 1)
-            return Fault(rank=rank, host=host, time=path.stat().st_mtime, error=body[end], traceback="\n".join(body[: end + 1]) + "\n")
+            end = next(
+                (
+                    i
+                    for i, line in enumerate(body[1:], start=1)
+                    if line and not line.startswith((" ", "\t"))
+                ),
+                len(body) - 1,
+            )
+            return Fault(
+                rank=rank,
+                host=host,
+                time=path.stat().st_mtime,
+                error=body[end],
+                traceback="\n".join(body[: end + 1]) + "\n",
+            )
         if _FATAL.match(lines[index]):
-            return Fault(rank=rank, host=host, time=path.stat().st_mtime, error=lines[index], traceback="\n".join(lines[index:]) + "\n")
+            return Fault(
+                rank=rank,
+                host=host,
+                time=path.stat().st_mtime,
+                error=lines[index],
+                traceback="\n".join(lines[index:]) + "\n",
+            )
     return None
 
 
@@ -179,7 +218,8 @@ def _start_of(job_log: Path, attempt: int) -> list[str]:
 
 
 def _killed_and_lost(lines: Sequence[str]) -> tuple[list[Fault], set[str]]:
-    """(tasks that srun saw killed by a signal before it ended the others itself, nodes that SLURM lost) in one start of a job."""
+    """(tasks that srun saw killed by a signal before it ended the others itself, nodes that SLURM
+    lost) in one start of a job."""
     faults: list[Fault] = []
     lost: set[str] = set()
     ending = False
@@ -189,9 +229,14 @@ def _killed_and_lost(lines: Sequence[str]) -> tuple[list[Fault], set[str]]:
             ending = True
         elif _ENDS_THE_OTHERS in line:
             ending = True  # whatever ends now was ended by srun
-        elif not ending and (match := _SRUN.match(line)) and not match.group(3).startswith("Exited"):
+        elif (
+            not ending and (match := _SRUN.match(line)) and not match.group(3).startswith("Exited")
+        ):
             host, tasks, how = match.groups()
-            faults += [Fault(rank=rank, host=host, time=0.0, error=f"task ended by a signal: {how}") for rank in numbers_of(tasks)]
+            faults += [
+                Fault(rank=rank, host=host, time=0.0, error=f"task ended by a signal: {how}")
+                for rank in numbers_of(tasks)
+            ]
     return faults, lost
 
 

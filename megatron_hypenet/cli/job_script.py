@@ -1,4 +1,5 @@
-"""The sbatch scripts of a run: which jobs there are, what each one does, and their text from slurm/job.sbatch.j2.
+"""The sbatch scripts of a run: which jobs there are, what each one does, and their text from
+slurm/job.sbatch.j2.
 
 Not a verb: `submit` writes and sends them, `requeue` sends them again.
 """
@@ -37,7 +38,8 @@ class JobScript:
     """One job of a run."""
 
     part: str
-    """What it does of the run: "run" does all of it, in a chain there are the three stages and "finish"."""
+    """What it does of the run: "run" does all of it, in a chain there are the three stages and
+    "finish"."""
     path: Path
     """Where the script belongs in the run folder."""
     text: str
@@ -67,7 +69,11 @@ def _script(part: str, folder: Path, cluster: ClusterConfig) -> JobScript:
         repo=str(REPO_ROOT),
         command=shlex.join([python, "-m", "launchers.slurm", *words]),
     )
-    return JobScript(part=part, path=folder / ("job.sbatch" if part == WHOLE else f"job_{part}.sbatch"), text=text)
+    return JobScript(
+        part=part,
+        path=folder / ("job.sbatch" if part == WHOLE else f"job_{part}.sbatch"),
+        text=text,
+    )
 
 
 def _check_paths(run_folder: Path) -> None:
@@ -87,7 +93,8 @@ def _check_paths(run_folder: Path) -> None:
             )
     if "\\" in str(run_folder.absolute()):
         raise ConfigError(
-            f"output_dir: {str(run_folder.absolute())!r} holds a backslash: in the name of a log file "
+            f"output_dir: {str(run_folder.absolute())!r} holds a backslash: "
+            "in the name of a log file "
             "SLURM drops it, and no longer puts in the job's number; choose another output_dir"
         )
 
@@ -106,7 +113,10 @@ def render(**values: object) -> str:
     import jinja2
 
     if not (TEMPLATES / TEMPLATE).is_file():
-        raise SetupError(f"{TEMPLATES / TEMPLATE} is missing: submitting needs the repository's slurm/; install with `pip install -e .`")
+        raise SetupError(
+            f"{TEMPLATES / TEMPLATE} is missing: submitting needs the repository's slurm/; "
+            "install with `pip install -e .`"
+        )
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         undefined=jinja2.StrictUndefined,
@@ -117,7 +127,9 @@ def render(**values: object) -> str:
     )
     environment.filters["quote"] = lambda value: shlex.quote(str(value))
     environment.filters["sbatch"] = sbatch_quoted
-    environment.filters["sbatch_words"] = lambda option: " ".join(map(sbatch_quoted, sbatch_options.words_of(option)))
+    environment.filters["sbatch_words"] = lambda option: " ".join(
+        map(sbatch_quoted, sbatch_options.words_of(option))
+    )
     return environment.get_template(TEMPLATE).render(**values)
 
 

@@ -1,7 +1,9 @@
-"""The SLURM jobs of a run: which were submitted (jobs.json in its folder), what SLURM says of them, what they wrote down themselves.
+"""The SLURM jobs of a run: which were submitted (jobs.json in its folder), what SLURM says of them,
+what they wrote down themselves.
 
-Not a verb: submit, status, logs, cancel and requeue share it. SLURM forgets a job minutes after its end, and accounting (sacct) is not
-everywhere; the job script therefore notes each start and end in logs/job-ID/events.
+Not a verb: submit, status, logs, cancel and requeue share it. SLURM forgets a job minutes after its
+end, and accounting (sacct) is not everywhere; the job script therefore notes each start and end in
+logs/job-ID/events.
 """
 
 from __future__ import annotations
@@ -22,7 +24,19 @@ from megatron_hypenet.untrusted.json_text import read_typed
 
 logger = logging.getLogger(__name__)
 
-LIVE = frozenset({"PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "STAGE_OUT", "SIGNALING"})
+LIVE = frozenset(
+    {
+        "PENDING",
+        "CONFIGURING",
+        "RUNNING",
+        "SUSPENDED",
+        "COMPLETING",
+        "REQUEUED",
+        "REQUEUE_HOLD",
+        "STAGE_OUT",
+        "SIGNALING",
+    }
+)
 """SLURM's states of a job that runs or will."""
 
 _COMMAND_SECONDS = 60
@@ -81,7 +95,10 @@ class Jobs:
     def __init__(self, run_folder: Path) -> None:
         """Raises DataError when `run_folder` is not a run folder or its record is damaged."""
         if not (run_folder / "config.yaml").is_file():
-            raise DataError(f"{run_folder} is not a run folder: it has no config.yaml; give the output_dir of a run")
+            raise DataError(
+                f"{run_folder} is not a run folder: it has no config.yaml; give the output_dir of "
+                "a run"
+            )
         self.folder = run_folder
         self.file = run_folder / "jobs.json"
         self.all: list[Job] = self._read()
@@ -97,7 +114,10 @@ class Jobs:
     def required(self) -> list[Job]:
         """All jobs; DataError when the run was never submitted."""
         if not self.all:
-            raise DataError(f"{self.folder} has no SLURM jobs; submit it with `hypenet submit CONFIG --cluster PROFILE`")
+            raise DataError(
+                f"{self.folder} has no SLURM jobs; submit it with `hypenet submit CONFIG --cluster "
+                "PROFILE`"
+            )
         return self.all
 
     def newest_of_each_part(self) -> list[Job]:
@@ -105,14 +125,16 @@ class Jobs:
         return list({job.part: job for job in self.all}.values())
 
     def submit(self, script: Path, part: str, *, after: int | None, exclude: Sequence[str]) -> Job:
-        """Hand `script` to sbatch, to start once job `after` has succeeded, and remember the job. Raises SetupError."""
+        """Hand `script` to sbatch, to start once job `after` has succeeded, and remember the job.
+        Raises SetupError."""
         words = ["sbatch", "--parsable"]
         if after is not None:
             words += [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"]
         if exclude:
             words.append(f"--exclude={','.join(exclude)}")
         answer = slurm(*words, str(script))
-        number = answer.strip().split(";")[0]  # "ID;CLUSTER" where several clusters share a controller
+        # "ID;CLUSTER" where several clusters share a controller
+        number = answer.strip().split(";")[0]
         if not number.isdecimal():
             raise SetupError(f"sbatch {script} gave no job number but {answer!r}")
         job = Job(
@@ -136,50 +158,71 @@ class Jobs:
     def attempts(self, job: Job) -> list[Path]:
         """The folders with the ranks' logs, one per start, oldest first."""
         found = (self.folder / "logs" / f"job-{job.id}").glob("attempt-*")
-        return sorted((path for path in found if path.name[8:].isdecimal()), key=lambda path: int(path.name[8:]))
+        return sorted(
+            (path for path in found if path.name[8:].isdecimal()),
+            key=lambda path: int(path.name[8:]),
+        )
 
     def events(self, job: Job) -> list[Event]:
         """What the job noted of itself."""
         path = self.folder / "logs" / f"job-{job.id}" / "events"
-        rows = _EVENTS.read_bytes(path).decode(errors="replace").splitlines() if path.is_file() else []
-        found = [match.groups() for row in rows if (match := _EVENT.fullmatch(row))]  # a torn line says nothing
-        return [Event(time=float(time), attempt=int(attempt), text=text) for time, attempt, text in found]
+        rows = (
+            _EVENTS.read_bytes(path).decode(errors="replace").splitlines() if path.is_file() else []
+        )
+        # a torn line says nothing
+        found = [match.groups() for row in rows if (match := _EVENT.fullmatch(row))]
+        return [
+            Event(time=float(time), attempt=int(attempt), text=text)
+            for time, attempt, text in found
+        ]
 
     def note(self, job: Job, text: str) -> None:
         """Add a line to the job's events."""
         path = self.folder / "logs" / f"job-{job.id}" / "events"
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as stream:
-            stream.write(f"{int(datetime.now(UTC).timestamp())} {max(0, len(self.attempts(job)) - 1)} {text}\n")
+            stream.write(
+                f"{int(datetime.now(UTC).timestamp())} {max(0, len(self.attempts(job)) - 1)} "
+                f"{text}\n"
+            )
 
     def states(self) -> dict[int, JobState]:
-        """Where every job stands: what SLURM says while it knows the job, else what the job noted."""
+        """Where every job stands: what SLURM says while it knows the job, else what the job
+        noted."""
         known = queue([job.id for job in self.all]) if self.all else {}
         return {job.id: known.get(job.id) or self._remembered(job) for job in self.all}
 
     def _remembered(self, job: Job) -> JobState:
         events = self.events(job)
         if not events:
-            return JobState(state="GONE", live=False, reason="SLURM does not know it, and it never started")
+            return JobState(
+                state="GONE", live=False, reason="SLURM does not know it, and it never started"
+            )
         last = events[-1].text
         if last == "ended with code 0":
             return JobState(state="COMPLETED", live=False)
-        return JobState(state="CANCELLED" if last.startswith("cancelled") else "FAILED", live=False, reason=last)
+        return JobState(
+            state="CANCELLED" if last.startswith("cancelled") else "FAILED", live=False, reason=last
+        )
 
 
 def refuse_live_jobs(run_folder: Path) -> None:
-    """Raise UsageError while jobs of the run in this folder wait or run; where there is no SLURM, what the jobs noted themselves counts."""
+    """Raise UsageError while jobs of the run in this folder wait or run; where there is no SLURM,
+    what the jobs noted themselves counts."""
     if not (run_folder / "jobs.json").is_file() or not (run_folder / "config.yaml").is_file():
         return
     jobs = Jobs(run_folder)
     try:
         states = jobs.states()
     except SetupError as error:
-        logger.warning("%s has jobs of SLURM, which does not say whether they still run: %s", run_folder, error)
+        logger.warning(
+            "%s has jobs of SLURM, which does not say whether they still run: %s", run_folder, error
+        )
         return
     if live := [job.id for job in jobs.all if states[job.id].live]:
         raise UsageError(
-            f"{run_folder} has jobs that are not done ({', '.join(map(str, live))}), and two would write over each other; "
+            f"{run_folder} has jobs that are not done ({', '.join(map(str, live))}), "
+            "and two would write over each other; "
             f"`hypenet status {run_folder}` shows them, `hypenet cancel {run_folder}` ends them"
         )
 
@@ -187,27 +230,53 @@ def refuse_live_jobs(run_folder: Path) -> None:
 def queue(ids: Sequence[int]) -> dict[int, JobState]:
     """What SLURM says of these jobs; those it has forgotten are left out. Raises SetupError."""
     # all of the user's jobs: asking for one that is forgotten is an error to squeue
-    rows = slurm("squeue", "--me", "--noheader", "--states=all", "--format=%i|%T|%r|%N|%L").splitlines()
-    wanted, found = set(ids), {}
+    rows = slurm(
+        "squeue", "--me", "--noheader", "--states=all", "--format=%i|%T|%r|%N|%L"
+    ).splitlines()
+    wanted = set(ids)
+    found = {}
     for row in rows:
         number, state, reason, nodes, left = (part.strip() for part in row.split("|", 4))
         if number.isdecimal() and int(number) in wanted:
             told = "" if reason == "None" else reason
             live = state in LIVE
-            found[int(number)] = JobState(state=state, live=live, reason=told, nodes=nodes, time_left=left if state == "RUNNING" else "")
+            found[int(number)] = JobState(
+                state=state,
+                live=live,
+                reason=told,
+                nodes=nodes,
+                time_left=left if state == "RUNNING" else "",
+            )
     return found
 
 
-def slurm(*words: str, stdin: str | None = None, environment: Mapping[str, str] = os.environ) -> str:
-    """What a SLURM command says (sbatch --test-only says it on stderr: both streams then). Raises SetupError with its words."""
+def slurm(
+    *words: str, stdin: str | None = None, environment: Mapping[str, str] = os.environ
+) -> str:
+    """What a SLURM command says (sbatch --test-only says it on stderr: both streams then). Raises
+    SetupError with its words."""
     try:
         done = subprocess.run(
-            words, input=stdin, env=own_environment(environment), capture_output=True, text=True, timeout=_COMMAND_SECONDS, check=False
+            words,
+            input=stdin,
+            env=own_environment(environment),
+            capture_output=True,
+            text=True,
+            timeout=_COMMAND_SECONDS,
+            check=False,
         )
     except FileNotFoundError:
-        raise SetupError(f"{words[0]} is not installed here; run this on a login node of the SLURM cluster") from None
+        raise SetupError(
+            f"{words[0]} is not installed here; run this on a login node of the SLURM cluster"
+        ) from None
     except subprocess.TimeoutExpired:
-        raise SetupError(f"{words[0]} has not answered for {_COMMAND_SECONDS} s; SLURM may be down, try again later") from None
+        raise SetupError(
+            f"{words[0]} has not answered for {_COMMAND_SECONDS} s; SLURM may be down, "
+            "try again later"
+        ) from None
     if done.returncode:
-        raise SetupError(f"{' '.join(words)}: {(done.stderr or done.stdout).strip() or f'exit code {done.returncode}'}")
+        raise SetupError(
+            f"{' '.join(words)}: "
+            f"{(done.stderr or done.stdout).strip() or f'exit code {done.returncode}'}"
+        )
     return done.stdout or done.stderr

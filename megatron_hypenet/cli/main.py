@@ -1,17 +1,24 @@
-"""The `hypenet` command: finds the verb, runs it, and turns its outcome into one error block and an exit code.
+"""The `hypenet` command: finds the verb, runs it, and turns its outcome into one error block and an
+exit code.
 
 Convention for a verb module (`megatron_hypenet/cli/<verb>.py`):
-- it exposes `app = typer.Typer(add_completion=False, rich_markup_mode=None)`: help then reads as the docstring is laid out. One
-  registered command makes `hypenet VERB ...`; several make `hypenet VERB COMMAND ...`;
-- its top imports only the standard library, typer, `megatron_hypenet.errors` and `megatron_hypenet.config`. Everything heavy (torch,
-  transformers, megatron, deepspeed, our other packages) is imported inside the function that needs it: a test holds `--help` to it;
+- it exposes `app = typer.Typer(add_completion=False, rich_markup_mode=None)`: help then reads as
+  the docstring is laid out. One registered command makes `hypenet VERB ...`; several make `hypenet
+  VERB COMMAND ...`;
+- its top imports only the standard library, typer, `megatron_hypenet.errors` and
+  `megatron_hypenet.config`. Everything heavy (torch, transformers, megatron, deepspeed, our other
+  packages) is imported inside the function that needs it: a test holds `--help` to it;
 - it is listed in VERBS below with its one line of help, in pipeline order;
-- a failure the user can act on raises a `megatron_hypenet.errors` class: it becomes the exit code and the `error: ...` block here;
-- results go to stdout, everything else to stderr. `--json` prints one JSON object and nothing else on stdout; `--dry-run` checks and
-  prints what would happen, writes and starts nothing, and exits 0 only when the real command would start;
-- a verb that takes a run configuration uses the argument types and `collect_overrides` of `cli/options.py`.
+- a failure the user can act on raises a `megatron_hypenet.errors` class: it becomes the exit code
+  and the `error: ...` block here;
+- results go to stdout, everything else to stderr. `--json` prints one JSON object and nothing else
+  on stdout; `--dry-run` checks and prints what would happen, writes and starts nothing, and exits 0
+  only when the real command would start;
+- a verb that takes a run configuration uses the argument types and `collect_overrides` of
+  `cli/options.py`.
 
-Verbs are imported on use, through typer's public `get_command`. `--debug` may stand anywhere and shows tracebacks.
+Verbs are imported on use, through typer's public `get_command`. `--debug` may stand anywhere and
+shows tracebacks.
 """
 
 from __future__ import annotations
@@ -58,7 +65,8 @@ def help_text() -> str:
     verbs = "\n".join(f"  {name:<{width}}{line}" for name, line in VERBS.items())
     return (
         "Usage: hypenet VERB [ARGS]...\n\n"
-        "Distil a softmax-attention teacher into a HypeNet: long context from a hybrid of attention and RNN layers.\n\n"
+        "Distil a softmax-attention teacher into a HypeNet: long context from a hybrid of "
+        "attention and RNN layers.\n\n"
         f"Verbs, in pipeline order:\n{verbs}\n\n"
         "Options:\n"
         "  --help      Show this text; `hypenet VERB --help` explains a verb.\n"
@@ -67,7 +75,8 @@ def help_text() -> str:
         "Examples:\n"
         "  hypenet demo\n"
         "  hypenet run configs/run/quickstart.yaml teacher=/models/Qwen3-0.6B data=corpus.txt\n\n"
-        "Exit codes: 0 done, 1 internal, 2 usage, 3 config or layout, 4 environment, 5 checkpoint or data, 6 verification,\n"
+        "Exit codes: 0 done, 1 internal, 2 usage, 3 config or layout, 4 environment, "
+        "5 checkpoint or data, 6 verification,\n"
         "7 diverged, 8 hang, 75 saved and asks to be started again. See docs/errors.md."
     )
 
@@ -91,16 +100,20 @@ def split_debug(argv: Sequence[str]) -> tuple[list[str], bool]:
 
 
 def run_verb(verb: str, args: list[str]) -> int:
-    """Import the verb's module and run its typer app on `args`; the exit code, or the exception it ended with."""
+    """Import the verb's module and run its typer app on `args`; the exit code, or the exception it
+    ended with."""
     if verb not in VERBS:
         near = difflib.get_close_matches(verb, VERBS, n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
-        raise UsageError(f"unknown verb '{verb}'{hint}\nverbs are {', '.join(VERBS)}; see hypenet --help")
+        raise UsageError(
+            f"unknown verb '{verb}'{hint}\nverbs are {', '.join(VERBS)}; see hypenet --help"
+        )
     import typer
 
     from megatron_hypenet.cli import options
 
-    usage_fault: Any = typer.BadParameter.__mro__[1]  # click's UsageError, wherever this typer keeps click
+    # click's UsageError, wherever this typer keeps click
+    usage_fault: Any = typer.BadParameter.__mro__[1]
     module = importlib.import_module(f"megatron_hypenet.cli.{verb}")
     options.expand_paths(module.app)
     command = typer.main.get_command(module.app)
@@ -119,7 +132,8 @@ def run_verb(verb: str, args: list[str]) -> int:
 
 
 def dispatch(argv: Sequence[str], *, debug: bool = False) -> int:
-    """Handle the top-level options, else run the verb; returns the exit code. `debug` is for processes that the verb may start."""
+    """Handle the top-level options, else run the verb; returns the exit code. `debug` is for
+    processes that the verb may start."""
     if not argv or argv[0] in ("--help", "-h", "help"):
         print(help_text())
         return 0 if argv else UsageError.exit_code
@@ -146,15 +160,27 @@ def report_fault(fault: BaseException, debug: bool) -> int:
         return fault.exit_code
     if is_disk_full(fault):
         where = f"{fault.filename}: " if isinstance(fault, OSError) and fault.filename else ""
-        print(f"error: {where}no space left on the disk; free space, then start the same command again", file=sys.stderr)
+        print(
+            f"error: {where}no space left on the disk; free space, then start the same command "
+            "again",
+            file=sys.stderr,
+        )
         return SetupError.exit_code
     if isinstance(fault, OSError) and fault.filename:
         blocked = isinstance(fault, FileExistsError | NotADirectoryError)
-        why = "a file stands where a folder is needed; choose another path" if blocked else f"{fault.strerror}; check path and permissions"
+        why = (
+            "a file stands where a folder is needed; choose another path"
+            if blocked
+            else f"{fault.strerror}; check path and permissions"
+        )
         print(f"error: {fault.filename}: {why}", file=sys.stderr)
         return SetupError.exit_code
     summary = str(fault).strip().split("\n")[0] or "no message"
-    hint = "" if debug else "\nthis is a fault of hypenet or of a library under it; add --debug to see where"
+    hint = (
+        ""
+        if debug
+        else "\nthis is a fault of hypenet or of a library under it; add --debug to see where"
+    )
     print(f"error: internal: {type(fault).__name__}: {summary}{hint}", file=sys.stderr)
     return 1
 
@@ -166,7 +192,8 @@ def run(argv: Sequence[str]) -> int:
         code = dispatch(words, debug=debug)
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # the reader of a pipe left (`| head`): not a fault; keep the interpreter from flushing again
+    # the reader of a pipe left (`| head`): not a fault; keep the interpreter from flushing again
+    except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (KeyboardInterrupt, Exception) as fault:
@@ -175,12 +202,14 @@ def run(argv: Sequence[str]) -> int:
 
 def main() -> NoReturn:
     """Entry point of the console script."""
-    # Python has no stream where the caller closed one (`>&-`): give it one, so that printing goes nowhere instead of failing
+    # Python has no stream where the caller closed one (`>&-`): give it one, so that printing goes
+    # nowhere instead of failing
     sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # open for the whole process
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")
     code = run(sys.argv[1:])
     if "megatron_hypenet.parallel.groups" in sys.modules and "RANK" in os.environ:
         from megatron_hypenet.engine.process import leave
 
-        leave(code)  # one of several: an ordinary end may abort in what is left of the process groups
+        # one of several: an ordinary end may abort in what is left of the process groups
+        leave(code)
     sys.exit(code)

@@ -1,6 +1,8 @@
-"""`hypenet doctor --slurm`: all nodes of an allocation, measured beside each other; not a verb of its own.
+"""`hypenet doctor --slurm`: all nodes of an allocation, measured beside each other; not a verb of
+its own.
 
-Inside srun (or any launcher) each task measures and rank 0 reports; anywhere else srun is started, one task per node.
+Inside srun (or any launcher) each task measures and rank 0 reports; anywhere else srun is started,
+one task per node.
 """
 
 from __future__ import annotations
@@ -25,12 +27,19 @@ if TYPE_CHECKING:
 _WAIT_SECONDS = 30
 
 
-def examine_nodes(folder: Path, *, nodes: int | None, srun_arguments: list[str], as_json: bool) -> None:
-    """Measure, print the table and the verdict; SetupError (exit 4) from the first process when nodes are to be left out."""
+def examine_nodes(
+    folder: Path, *, nodes: int | None, srun_arguments: list[str], as_json: bool
+) -> None:
+    """Measure, print the table and the verdict; SetupError (exit 4) from the first process when
+    nodes are to be left out."""
     if launched_world_size() is None:
-        raise SystemExit(_through_srun(folder, nodes=nodes, srun_arguments=srun_arguments, as_json=as_json))
+        raise SystemExit(
+            _through_srun(folder, nodes=nodes, srun_arguments=srun_arguments, as_json=as_json)
+        )
     if nodes is not None:
-        raise UsageError("--nodes is for the command that starts srun; this process is one of its tasks already")
+        raise UsageError(
+            "--nodes is for the command that starts srun; this process is one of its tasks already"
+        )
     from megatron_hypenet.cli import processes
     from megatron_hypenet.engine.node_check import judge, survey
     from megatron_hypenet.parallel import groups
@@ -43,16 +52,26 @@ def examine_nodes(folder: Path, *, nodes: int | None, srun_arguments: list[str],
         groups.destroy_parallel()
     verdict = judge(found)
     if first:
-        print(as_text(found, verdict) if not as_json else json.dumps({**asdict(found), **asdict(verdict)}), flush=True)
+        print(
+            as_text(found, verdict)
+            if not as_json
+            else json.dumps({**asdict(found), **asdict(verdict)}),
+            flush=True,
+        )
     if first and verdict.exclude:
         if {*verdict.exclude} >= {node.host for node in found.nodes}:
-            raise SetupError(f"no node is fit to train; the cause may be common to all: {verdict.problems[0]}")
+            raise SetupError(
+                f"no node is fit to train; the cause may be common to all: {verdict.problems[0]}"
+            )
         count = f"{len(verdict.exclude)} node{'s are' if len(verdict.exclude) > 1 else ' is'}"
-        raise SetupError(f"{count} not fit to train with the others; leave out: {exclude_option(verdict)}")
+        raise SetupError(
+            f"{count} not fit to train with the others; leave out: {exclude_option(verdict)}"
+        )
 
 
 def _hosts_of_ranks() -> list[str]:
-    """Node of each rank where SLURM can be asked (a container may not be able to): to name those that never report."""
+    """Node of each rank where SLURM can be asked (a container may not be able to): to name those
+    that never report."""
     from launchers.slurm import step_hosts
 
     try:
@@ -73,12 +92,22 @@ def as_text(found: Survey, verdict: Verdict) -> str:
     for node in found.nodes:
         rate = f"{node.gemm_tflops:.3g}" if node.gemm_tflops else "-"
         disk = "-" if node.disk_mib_per_second is None else f"{node.disk_mib_per_second:.0f}"
-        lines.append(f"{node.host:<{width}}  {node.rank:>4}  {rate:>7}  {disk:>10}  {node.hardware}")
-    lines += [f"link {link.hosts[0]} - {link.hosts[1]}: {link.gib_per_second:.2f} GiB/s" for link in found.links]
+        lines.append(
+            f"{node.host:<{width}}  {node.rank:>4}  {rate:>7}  {disk:>10}  {node.hardware}"
+        )
+    lines += [
+        f"link {link.hosts[0]} - {link.hosts[1]}: {link.gib_per_second:.2f} GiB/s"
+        for link in found.links
+    ]
     if found.all_reduce_gib_per_second is not None:
-        lines.append(f"all-reduce over {len(found.nodes)} processes: {found.all_reduce_gib_per_second:.2f} GiB/s bus bandwidth")
+        lines.append(
+            f"all-reduce over {len(found.nodes)} processes: {found.all_reduce_gib_per_second:.2f} "
+            "GiB/s bus bandwidth"
+        )
     versions = {name: value for node in found.nodes for name, value in node.versions.items()}
-    lines.append("versions: " + ", ".join(f"{name} {value}" for name, value in sorted(versions.items())))
+    lines.append(
+        "versions: " + ", ".join(f"{name} {value}" for name, value in sorted(versions.items()))
+    )
     lines += [f"problem: {problem}" for problem in verdict.problems]
     if verdict.exclude and not {*verdict.exclude} >= {node.host for node in found.nodes}:
         lines.append(f"leave out: {exclude_option(verdict)}")
@@ -87,29 +116,49 @@ def as_text(found: Survey, verdict: Verdict) -> str:
     return "\n".join(lines)
 
 
-def srun_command(folder: Path, *, nodes: int | None, srun_arguments: list[str], as_json: bool) -> list[str]:
+def srun_command(
+    folder: Path, *, nodes: int | None, srun_arguments: list[str], as_json: bool
+) -> list[str]:
     """The command that runs this check as one task for each GPU (one on each node without GPUs)."""
     command = ["srun", f"--ntasks-per-node={tasks_per_node(srun_arguments, os.environ)}"]
     command += [f"--nodes={nodes}", "--time=15"] if nodes else []
     # all end at the same time; one that hangs is not waited for
     command += [f"--wait={_WAIT_SECONDS}", *srun_arguments]
-    command += [sys.executable, "-m", "launchers.slurm", "doctor", "--slurm", "--folder", str(folder.resolve())]
+    command += [
+        sys.executable,
+        "-m",
+        "launchers.slurm",
+        "doctor",
+        "--slurm",
+        "--folder",
+        str(folder.resolve()),
+    ]
     return [*command, "--json"] if as_json else command
 
 
 def tasks_per_node(srun_arguments: list[str], environment: Mapping[str, str]) -> int:
-    """GPUs of a node, by what srun is asked for, else by what the allocation has; 1 where there are none."""
-    asked = next((word.partition("=")[2] for word in srun_arguments if word.startswith("--gpus-per-node=")), None)
+    """GPUs of a node, by what srun is asked for, else by what the allocation has; 1 where there are
+    none."""
+    asked = next(
+        (word.partition("=")[2] for word in srun_arguments if word.startswith("--gpus-per-node=")),
+        None,
+    )
     count = (asked or environment.get("SLURM_GPUS_ON_NODE", "1")).rpartition(":")[2]
     return int(count) if count.isdecimal() and int(count) > 0 else 1
 
 
-def _through_srun(folder: Path, *, nodes: int | None, srun_arguments: list[str], as_json: bool) -> int:
+def _through_srun(
+    folder: Path, *, nodes: int | None, srun_arguments: list[str], as_json: bool
+) -> int:
     if shutil.which("srun") is None:
-        raise SetupError("doctor --slurm needs srun, which is not on the PATH; run it on a login node or inside an allocation")
+        raise SetupError(
+            "doctor --slurm needs srun, which is not on the PATH; run it on a login node or inside "
+            "an allocation"
+        )
     if nodes is None and "SLURM_JOB_ID" not in os.environ:
         raise UsageError(
-            "doctor --slurm outside an allocation: say how many nodes to look at with --nodes N (--srun-arg for the partition)"
+            "doctor --slurm outside an allocation: say how many nodes to look at with --nodes N "
+            "(--srun-arg for the partition)"
         )
     command = srun_command(folder, nodes=nodes, srun_arguments=srun_arguments, as_json=as_json)
     print("+ " + shlex.join(command), file=sys.stderr, flush=True)

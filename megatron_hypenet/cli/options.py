@@ -1,4 +1,5 @@
-"""Arguments that several verbs share: the run configuration, its overrides, and the layout under its short names."""
+"""Arguments that several verbs share: the run configuration, its overrides, and the layout under
+its short names."""
 
 from __future__ import annotations
 
@@ -12,59 +13,132 @@ import typer
 from megatron_hypenet.config.paths import expanded
 from megatron_hypenet.errors import UsageError
 
-ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="Run configuration (YAML), e.g. configs/run/quickstart.yaml.")]
+ConfigArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="CONFIG", help="Run configuration (YAML), e.g. configs/run/quickstart.yaml."
+    ),
+]
 OverridesArgument = Annotated[
-    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings that win over the file, e.g. align.lr=3e-4 teacher=PATH.")
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Settings that win over the file, e.g. align.lr=3e-4 teacher=PATH.",
+    ),
 ]
 TensorParallelOption = Annotated[
-    int | None, typer.Option("--tp", "--tensor-model-parallel-size", min=1, help="Same as parallel.tensor_model_parallel_size=N.")
+    int | None,
+    typer.Option(
+        "--tp",
+        "--tensor-model-parallel-size",
+        min=1,
+        help="Same as parallel.tensor_model_parallel_size=N.",
+    ),
 ]
 PipelineParallelOption = Annotated[
-    int | None, typer.Option("--pp", "--pipeline-model-parallel-size", min=1, help="Same as parallel.pipeline_model_parallel_size=N.")
+    int | None,
+    typer.Option(
+        "--pp",
+        "--pipeline-model-parallel-size",
+        min=1,
+        help="Same as parallel.pipeline_model_parallel_size=N.",
+    ),
 ]
 ContextParallelOption = Annotated[
-    int | None, typer.Option("--cp", "--context-parallel-size", min=1, help="Same as parallel.context_parallel_size=N.")
+    int | None,
+    typer.Option(
+        "--cp", "--context-parallel-size", min=1, help="Same as parallel.context_parallel_size=N."
+    ),
 ]
 SequenceParallelOption = Annotated[
-    bool, typer.Option("--sp", "--sequence-parallel", help="Same as parallel.sequence_parallel=true; needs --tp above 1.")
+    bool,
+    typer.Option(
+        "--sp",
+        "--sequence-parallel",
+        help="Same as parallel.sequence_parallel=true; needs --tp above 1.",
+    ),
 ]
 ProcessesOption = Annotated[
     int | None,
     typer.Option(
         "--nproc",
         min=1,
-        help="Processes to start on this machine; default: every GPU that fits, or what tensor, pipeline and context need.",
+        help="Processes to start on this machine; default: every GPU that fits, or what tensor, "
+        "pipeline and context need.",
     ),
 ]
 LauncherOption = Annotated[
-    str, typer.Option("--launcher", metavar="local|hostfile", help="Start processes here, or on the hosts of --hostfile with DeepSpeed.")
+    str,
+    typer.Option(
+        "--launcher",
+        metavar="local|hostfile",
+        help="Start processes here, or on the hosts of --hostfile with DeepSpeed.",
+    ),
 ]
 HostfileOption = Annotated[
-    Path | None, typer.Option("--hostfile", metavar="FILE", help="Lines of `HOST slots=N`; needs --launcher hostfile, pdsh and ssh.")
+    Path | None,
+    typer.Option(
+        "--hostfile",
+        metavar="FILE",
+        help="Lines of `HOST slots=N`; needs --launcher hostfile, pdsh and ssh.",
+    ),
 ]
 VariablesOption = Annotated[
-    list[str] | None, typer.Option("--env", metavar="NAME", help="Variable of yours that the hosts' processes get, too; may be repeated.")
+    list[str] | None,
+    typer.Option(
+        "--env",
+        metavar="NAME",
+        help="Variable of yours that the hosts' processes get, too; may be repeated.",
+    ),
 ]
 ShapeOption = Annotated[
-    Path | None, typer.Option("--model", help="Model shape (YAML of configs/model) to go by, in the place of the teacher's.")
+    Path | None,
+    typer.Option(
+        "--model",
+        help="Model shape (YAML of configs/model) to go by, in the place of the teacher's.",
+    ),
 ]
 WorldSizeOption = Annotated[
-    int | None, typer.Option("--world-size", min=1, help="Processes the run will have; default: what tensor, pipeline and context need.")
+    int | None,
+    typer.Option(
+        "--world-size",
+        min=1,
+        help="Processes the run will have; default: what tensor, pipeline and context need.",
+    ),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would happen; write and start nothing.")]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")
+]
+DryRunOption = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run", help="Check everything and say what would happen; write and start nothing."
+    ),
+]
 
 
-def collect_overrides(overrides: list[str] | None, *, tp: int | None = None, pp: int | None = None, cp: int | None = None) -> list[str]:
-    """The KEY=VALUE words plus the layout options spelled out, in the order `load_run_config` wants (later wins)."""
+def collect_overrides(
+    overrides: list[str] | None,
+    *,
+    tp: int | None = None,
+    pp: int | None = None,
+    cp: int | None = None,
+) -> list[str]:
+    """The KEY=VALUE words plus the layout options spelled out, in the order `load_run_config` wants
+    (later wins)."""
     words = list(overrides or [])
-    axes = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp, "context_parallel_size": cp}
+    axes = {
+        "tensor_model_parallel_size": tp,
+        "pipeline_model_parallel_size": pp,
+        "context_parallel_size": cp,
+    }
     words += [f"parallel.{key}={value}" for key, value in axes.items() if value is not None]
     return words
 
 
 def expand_paths(app: typer.Typer) -> None:
-    """Make every command of `app` replace `~` and variables in its paths, which a shell leaves alone in quotes and in `--out=~/x`.
+    """Make every command of `app` replace `~` and variables in its paths, which a shell leaves
+    alone in quotes and in `--out=~/x`.
 
     A path that stands for nothing is a UsageError that names it.
     """

@@ -1,6 +1,8 @@
-"""A run made ready to start: processes, run folder, screen, and HALO's steps with import and export filled in.
+"""A run made ready to start: processes, run folder, screen, and HALO's steps with import and export
+filled in.
 
-Not a verb: `run`, `train`, `select`, `demo` and `report` share it. Here the engine, which knows checkpoints only, meets `export/`.
+Not a verb: `run`, `train`, `select`, `demo` and `report` share it. Here the engine, which knows
+checkpoints only, meets `export/`.
 """
 
 from __future__ import annotations
@@ -50,10 +52,14 @@ class Checked:
 
 
 @contextmanager
-def prepared(run: RunConfig, *, overwrite: bool = False, nproc: int | None = None) -> Iterator[Pipeline]:
-    """Start the process groups, check or create the run folder, and end both with the block. Raises ConfigError, UsageError.
+def prepared(
+    run: RunConfig, *, overwrite: bool = False, nproc: int | None = None
+) -> Iterator[Pipeline]:
+    """Start the process groups, check or create the run folder, and end both with the block. Raises
+    ConfigError, UsageError.
 
-    Where several processes are needed and no launcher started them, they are started here, and this one leaves with their exit code.
+    Where several processes are needed and no launcher started them, they are started here, and this
+    one leaves with their exit code.
     """
     found = checked(run, overwrite=overwrite, nproc=nproc)
     if processes.join() is None:
@@ -75,12 +81,15 @@ def prepared(run: RunConfig, *, overwrite: bool = False, nproc: int | None = Non
     from megatron_hypenet.engine.steps import Runner
     from megatron_hypenet.parallel import groups
 
-    folder, is_main = RunFolder(run.output_dir), processes.speaks()
+    folder = RunFolder(run.output_dir)
+    is_main = processes.speaks()
     with ExitStack() as stack:
         if is_main:
             stack.enter_context(folder.owned())
         stack.callback(groups.destroy_parallel)
-        groups.init_parallel(run.parallel, seed=run.seed, collective_minutes=collective_minutes(run.guard))
+        groups.init_parallel(
+            run.parallel, seed=run.seed, collective_minutes=collective_minutes(run.guard)
+        )
         if is_main:
             folder.prepare(run, overwrite=overwrite)
         groups.barrier()
@@ -109,13 +118,17 @@ def prepared(run: RunConfig, *, overwrite: bool = False, nproc: int | None = Non
             verify=lambda checkpoint: verify_together(checkpoint, parts=WEIGHTS_PARTS),
         )
         with watched(folder.root, run.guard), leaving_at_once():
-            yield Pipeline(run=run, folder=folder, halo=halo, runner=runner, screen=screen, is_main=is_main)
+            yield Pipeline(
+                run=run, folder=folder, halo=halo, runner=runner, screen=screen, is_main=is_main
+            )
 
 
 def refuse_in_use(folder: Path) -> None:
-    """Raise UsageError when another command or a job of SLURM works in the run folder; for the command that a person gives.
+    """Raise UsageError when another command or a job of SLURM works in the run folder; for the
+    command that a person gives.
 
-    It costs little and comes before anything is started. Who then writes into the folder owns it (RunFolder.owned).
+    It costs little and comes before anything is started. Who then writes into the folder owns it
+    (RunFolder.owned).
     """
     from megatron_hypenet.cli.jobs import refuse_live_jobs
     from megatron_hypenet.ownership import refuse_if_owned
@@ -126,10 +139,17 @@ def refuse_in_use(folder: Path) -> None:
     refuse_live_jobs(folder)
 
 
-def checked(run: RunConfig, *, overwrite: bool = False, nproc: int | None = None, world_size: int | None = None) -> Checked:
+def checked(
+    run: RunConfig,
+    *,
+    overwrite: bool = False,
+    nproc: int | None = None,
+    world_size: int | None = None,
+) -> Checked:
     """Everything that can be found wrong before a process, a folder or a model is made.
 
-    `nproc` is what --nproc asks for on this machine; `world_size` is the number of processes of a run that others will start.
+    `nproc` is what --nproc asks for on this machine; `world_size` is the number of processes of a
+    run that others will start.
     """
     from megatron_hypenet.config.checks import check_layout, check_model_fits_selection
     from megatron_hypenet.engine.run_folder import RunFolder
@@ -142,7 +162,10 @@ def checked(run: RunConfig, *, overwrite: bool = False, nproc: int | None = None
     shape = teacher_shape(run.teacher)
     num_processes = world_size or processes.count(run, shape, nproc)
     # a number that only follows from the layout is no reason to keep to it in what is advised
-    follows = not (world_size or nproc or processes.join()) and num_processes == run.parallel.model_parallel_size
+    follows = (
+        not (world_size or nproc or processes.join())
+        and num_processes == run.parallel.model_parallel_size
+    )
     check_layout(shape, run, None if follows else num_processes, STAGES)
     check_model_fits_selection(shape, run)
     identity_of([*run.data.train, *([run.data.heldout] if run.data.heldout else [])])
@@ -169,14 +192,26 @@ def planned(run: RunConfig, *, overwrite: bool = False) -> list[dict[str, Any]]:
     return [{**row, "state": "to do"} for row in rows] if overwrite else rows
 
 
-def show_plan(run: RunConfig, rows: list[dict[str, Any]], found: Checked, *, as_json: bool, **more: Any) -> None:
-    """What --dry-run says on stdout: the resolved configuration, the processes that would start, and the steps; `more` is for JSON."""
+def show_plan(
+    run: RunConfig, rows: list[dict[str, Any]], found: Checked, *, as_json: bool, **more: Any
+) -> None:
+    """What --dry-run says on stdout: the resolved configuration, the processes that would start,
+    and the steps; `more` is for JSON."""
     from megatron_hypenet.config.loader import dump_config
 
     warn(run, found)
     start = processes.planned_start(found.num_processes)
     if as_json:
-        print(json.dumps({**more, "config": run.model_dump(mode="json"), "launch": start and start.describe(), "steps": rows}))
+        print(
+            json.dumps(
+                {
+                    **more,
+                    "config": run.model_dump(mode="json"),
+                    "launch": start and start.describe(),
+                    "steps": rows,
+                }
+            )
+        )
         return
     print(dump_config(run))
     if start:
@@ -187,11 +222,15 @@ def show_plan(run: RunConfig, rows: list[dict[str, Any]], found: Checked, *, as_
 
 
 def teacher_shape(path: Path) -> ModelConfig:
-    """Shape of the teacher, a Hugging Face folder or a checkpoint, from its headers alone. Raises CheckpointError, ConversionError."""
+    """Shape of the teacher, a Hugging Face folder or a checkpoint, from its headers alone. Raises
+    CheckpointError, ConversionError."""
     from megatron_hypenet.checkpoint.find import read_model_config
 
     if not path.exists():
-        raise CheckpointError(f"teacher {path} does not exist; set teacher=PATH to a Hugging Face Qwen3 folder or a converted checkpoint")
+        raise CheckpointError(
+            f"teacher {path} does not exist; set teacher=PATH to a Hugging Face Qwen3 folder or a "
+            "converted checkpoint"
+        )
     if (path / "config.json").is_file():
         from megatron_hypenet.export.plan import plan_import
 
@@ -200,13 +239,15 @@ def teacher_shape(path: Path) -> ModelConfig:
         return read_model_config(path)
     except CheckpointError as error:
         raise CheckpointError(
-            f"teacher {path}: no Hugging Face folder (it has no config.json), and no checkpoint either: {error}. "
+            f"teacher {path}: no Hugging Face folder (it has no config.json), "
+            f"and no checkpoint either: {error}. "
             "Set teacher=PATH to a Hugging Face Qwen3 folder or a converted checkpoint"
         ) from error
 
 
 def import_teacher(source: Path, target: Path) -> None:
-    """A committed teacher checkpoint at `target`: converted from a Hugging Face folder, or a link to a checkpoint that exists."""
+    """A committed teacher checkpoint at `target`: converted from a Hugging Face folder, or a link
+    to a checkpoint that exists."""
     from megatron_hypenet.checkpoint.find import resolve
     from megatron_hypenet.checkpoint.manifest import verify_files
     from megatron_hypenet.export.from_hf import import_hf
@@ -222,17 +263,28 @@ def import_teacher(source: Path, target: Path) -> None:
 
 
 def export_student(run: RunConfig, checkpoint: Path, out: Path) -> None:
-    """The Hugging Face folder of the finished student, with the logit scaling of the configuration switched on."""
+    """The Hugging Face folder of the finished student, with the logit scaling of the configuration
+    switched on."""
     from megatron_hypenet.export.to_hf import export_hf
 
     dtype = None if run.export.dtype == "auto" else run.export.dtype
-    export_hf(checkpoint, out, attn_logits_scaling=run.export.attn_logits_scaling, dtype=dtype, overwrite=True)
+    export_hf(
+        checkpoint,
+        out,
+        attn_logits_scaling=run.export.attn_logits_scaling,
+        dtype=dtype,
+        overwrite=True,
+    )
 
 
 def quieten() -> None:
-    """Our own messages as plain lines on stderr; notes of the libraries below us only from warnings up."""
+    """Our own messages as plain lines on stderr; notes of the libraries below us only from warnings
+    up."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
     logging.getLogger("megatron_hypenet").setLevel(logging.INFO)
-    logging.getLogger("megatron.core").setLevel(logging.ERROR)  # 0.18 and later warn of each layer spec they adapt
+    # 0.18 and later warn of each layer spec they adapt
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)
     for category in (FutureWarning, DeprecationWarning, UserWarning):
-        warnings.filterwarnings("ignore", category=category, module=r"(megatron|torch|deepspeed|transformers)\b")
+        warnings.filterwarnings(
+            "ignore", category=category, module=r"(megatron|torch|deepspeed|transformers)\b"
+        )

@@ -1,7 +1,9 @@
-"""How many processes a verb gets, and starting them, here or on the hosts of a hostfile, when no launcher has.
+"""How many processes a verb gets, and starting them, here or on the hosts of a hostfile, when no
+launcher has.
 
-Not a verb: every verb that computes uses it. The words of the command line are given again to each process, which finds its place in the
-environment and goes on where the starting process handed over.
+Not a verb: every verb that computes uses it. The words of the command line are given again to each
+process, which finds its place in the environment and goes on where the starting process handed
+over.
 """
 
 from __future__ import annotations
@@ -31,18 +33,26 @@ WORDS: ContextVar[tuple[str, ...]] = ContextVar("words after `hypenet`", default
 LAUNCHERS = ("local", "hostfile")
 """What --launcher takes; SLURM has `hypenet submit`."""
 
-_hostfile: ContextVar[tuple[Path, tuple[str, ...]] | None] = ContextVar("hostfile and names of variables for it", default=None)
+_hostfile: ContextVar[tuple[Path, tuple[str, ...]] | None] = ContextVar(
+    "hostfile and names of variables for it", default=None
+)
 
 _THREADS = "OMP_NUM_THREADS"
 _threads_are_ours = False
 
 
 def choose(launcher: str, hostfile: Path | None, names: Sequence[str] | None) -> None:
-    """Take what --launcher, --hostfile and --env say. In a process that a launcher started they are spent. Raises UsageError."""
+    """Take what --launcher, --hostfile and --env say. In a process that a launcher started they are
+    spent. Raises UsageError."""
     if launcher not in LAUNCHERS:
-        raise UsageError(f"--launcher {launcher}: choose one of {', '.join(LAUNCHERS)}; `hypenet submit` starts runs under SLURM")
+        raise UsageError(
+            f"--launcher {launcher}: choose one of {', '.join(LAUNCHERS)}; `hypenet submit` starts "
+            "runs under SLURM"
+        )
     if launcher == "hostfile" and hostfile is None:
-        raise UsageError("--launcher hostfile needs --hostfile FILE, with lines such as `worker-1 slots=8`")
+        raise UsageError(
+            "--launcher hostfile needs --hostfile FILE, with lines such as `worker-1 slots=8`"
+        )
     if launcher == "local" and (hostfile is not None or names):
         raise UsageError("--hostfile and --env are for other hosts; add --launcher hostfile")
     elsewhere = hostfile is not None and launched_world_size() is None
@@ -50,7 +60,8 @@ def choose(launcher: str, hostfile: Path | None, names: Sequence[str] | None) ->
 
 
 def join() -> int | None:
-    """Number of processes of the launcher that started this one, None when none did. A bare task of srun takes its place from SLURM."""
+    """Number of processes of the launcher that started this one, None when none did. A bare task of
+    srun takes its place from SLURM."""
     size = launched_world_size()
     if size is not None and "RANK" not in os.environ:
         from launchers.slurm import place_of
@@ -60,9 +71,11 @@ def join() -> int | None:
 
 
 def count(run: RunConfig, shape: ModelConfig | None, nproc: int | None) -> int:
-    """Processes that `run` gets: the launcher's or hostfile's, else --nproc, else as many GPUs as its layout can use, else one replica's.
+    """Processes that `run` gets: the launcher's or hostfile's, else --nproc, else as many GPUs as
+    its layout can use, else one replica's.
 
-    Raises UsageError when --nproc contradicts the launcher, SetupError when this machine has too few GPUs.
+    Raises UsageError when --nproc contradicts the launcher, SetupError when this machine has too
+    few GPUs.
     """
     size = run.parallel.model_parallel_size
     started = join()
@@ -76,13 +89,18 @@ def fixed(size: int, nproc: int | None = None) -> int:
     started = join()
     if started is not None:
         if nproc not in (None, started):
-            raise UsageError(f"--nproc {nproc} in a process that a launcher started as one of {started}; leave --nproc out")
+            raise UsageError(
+                f"--nproc {nproc} in a process that a launcher started as one of {started}; "
+                "leave --nproc out"
+            )
         return started
     if (chosen := _hostfile.get()) is not None:
         from launchers.hostfile import read_hostfile
 
         if nproc is not None:
-            raise UsageError(f"--nproc {nproc} with a hostfile; its slots say how many processes each host gets")
+            raise UsageError(
+                f"--nproc {nproc} with a hostfile; its slots say how many processes each host gets"
+            )
         return sum(host.slots for host in read_hostfile(chosen[0]))
     asked = nproc or size
     if asked > 1:
@@ -91,7 +109,8 @@ def fixed(size: int, nproc: int | None = None) -> int:
 
 
 def planned_start(num_processes: int) -> LocalLaunch | HostfileLaunch | None:
-    """What `start_here` would start: this command, in several processes; None when it would return. --dry-run is not for them."""
+    """What `start_here` would start: this command, in several processes; None when it would return.
+    --dry-run is not for them."""
     words = tuple(word for word in WORDS.get() if word != "--dry-run")
     if (chosen := _hostfile.get()) is not None:
         from launchers import hostfile
@@ -105,7 +124,8 @@ def planned_start(num_processes: int) -> LocalLaunch | HostfileLaunch | None:
 
 
 def start_here(num_processes: int) -> None:
-    """Do this command in `num_processes` processes and leave with their exit code; returns when one is enough or a launcher was there."""
+    """Do this command in `num_processes` processes and leave with their exit code; returns when one
+    is enough or a launcher was there."""
     if _threads_are_ours and (num_processes > 1 or _hostfile.get() is not None):
         os.environ.pop(_THREADS, None)  # it was for one process
     start = planned_start(num_processes)
@@ -114,7 +134,11 @@ def start_here(num_processes: int) -> None:
     from launchers import hostfile_job, local
 
     if not isinstance(start, local.LocalLaunch):
-        print(f"starting {num_processes} processes on the hosts of {start.hostfile}", file=sys.stderr, flush=True)
+        print(
+            f"starting {num_processes} processes on the hosts of {start.hostfile}",
+            file=sys.stderr,
+            flush=True,
+        )
         raise typer.Exit(hostfile_job.run(start))
     more = f" with {gpus} GPUs" if (gpus := _gpus()) > num_processes else ""
     print(f"starting {num_processes} processes on this machine{more}", file=sys.stderr, flush=True)
@@ -122,13 +146,14 @@ def start_here(num_processes: int) -> None:
 
 
 def speaks() -> bool:
-    """Whether this process is the one that talks to the user: rank 0 of a launcher's, or the only one."""
+    """Whether this process is the one that talks to the user: rank 0 of a launcher's, or the only
+    one."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def use_all_cores() -> None:
-    """Let one process compute on every core it may use. On shared or virtual machines torch may take more threads than there are cores
-    for us, which slows tiny models down badly."""
+    """Let one process compute on every core it may use. On shared or virtual machines torch may
+    take more threads than there are cores for us, which slows tiny models down badly."""
     global _threads_are_ours
     if _THREADS not in os.environ:
         os.environ[_THREADS] = str(threads_per_process(1))
@@ -136,7 +161,8 @@ def use_all_cores() -> None:
 
 
 def _fitting(run: RunConfig, shape: ModelConfig | None, size: int) -> int:
-    """As many of the visible GPUs as form whole replicas that share every global batch evenly; `size` without GPUs."""
+    """As many of the visible GPUs as form whole replicas that share every global batch evenly;
+    `size` without GPUs."""
     from megatron_hypenet.config.checks import layout_problems
     from megatron_hypenet.config.layout import Layout
 
@@ -145,14 +171,23 @@ def _fitting(run: RunConfig, shape: ModelConfig | None, size: int) -> int:
     if gpus <= 1:
         return size
     most = gpus - gpus % size
-    return next((number for number in range(most, 0, -size) if not layout_problems(Layout(shape, run, number))), size)
+    return next(
+        (
+            number
+            for number in range(most, 0, -size)
+            if not layout_problems(Layout(shape, run, number))
+        ),
+        size,
+    )
 
 
 def _refuse_too_few_gpus(wanted: int, gpus: int) -> None:
     if 0 < gpus < wanted:
         raise SetupError(
-            f"{wanted} processes need a GPU each, and {gpus} are visible here; ask for {gpus} or fewer (--nproc, or smaller tensor, "
-            "pipeline and context sizes), or start the command on more machines with `hypenet submit`"
+            f"{wanted} processes need a GPU each, and {gpus} are visible here; "
+            f"ask for {gpus} or fewer (--nproc, or smaller tensor, "
+            "pipeline and context sizes), or start the command on more machines with `hypenet "
+            "submit`"
         )
 
 

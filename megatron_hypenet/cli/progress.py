@@ -1,4 +1,5 @@
-"""What a run shows while it works: one line per event, and on a terminal a bar with the time left for the whole run."""
+"""What a run shows while it works: one line per event, and on a terminal a bar with the time left
+for the whole run."""
 
 from __future__ import annotations
 
@@ -13,11 +14,16 @@ if TYPE_CHECKING:
 
 
 class Screen:
-    """Lines on stderr and in logs/hypenet.log, with a bar below them on a terminal; silent on all processes but the first."""
+    """Lines on stderr and in logs/hypenet.log, with a bar below them on a terminal; silent on all
+    processes but the first."""
 
-    def __init__(self, clock: Clock, log_file: Path, *, is_main: bool = True, stream: TextIO | None = None) -> None:
+    def __init__(
+        self, clock: Clock, log_file: Path, *, is_main: bool = True, stream: TextIO | None = None
+    ) -> None:
         stream = sys.stderr if stream is None else stream
-        self.clock, self.is_main, self.stream = clock, is_main, stream
+        self.clock = clock
+        self.is_main = is_main
+        self.stream = stream
         self.does: dict[str, str] = {}
         """Step -> what it does in a few words, in order."""
         self._log: TextIO | None = None
@@ -50,7 +56,10 @@ class Screen:
             self.say(f"[{self._place(step)}] {step}: {self.does[step]}")
         else:
             self.clock.finish(step)
-            self.say(f"[{self._place(step)}] {step}: {what} | run {100 * self.clock.fraction():.0f} % done, {self._left()}")
+            self.say(
+                f"[{self._place(step)}] {step}: {what} | run {100 * self.clock.fraction():.0f} % "
+                f"done, {self._left()}"
+            )
         self._update(step)
 
     def on_step(self, record: StepRecord) -> None:
@@ -64,7 +73,9 @@ class Screen:
 
     def train_line(self, text: str) -> None:
         """A line of the training loop."""
-        self.say(f"  {text} | whole run: {self._left()}" if text.startswith("iter ") else f"  {text}")
+        self.say(
+            f"  {text} | whole run: {self._left()}" if text.startswith("iter ") else f"  {text}"
+        )
 
     def close(self) -> None:
         """Take the bar away and close the log."""
@@ -86,12 +97,21 @@ class Screen:
 
     def _update(self, step: str) -> None:
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.clock.fraction(), description=f"{self._place(step)} {step}, {self._left()}")
+            self._bar.update(
+                self._task,
+                completed=self.clock.fraction(),
+                description=f"{self._place(step)} {step}, {self._left()}",
+            )
 
 
 def _bar(stream: TextIO) -> Any:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+    )
     return Progress(*columns, console=Console(file=stream), transient=True)

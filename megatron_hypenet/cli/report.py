@@ -19,11 +19,16 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 @app.command()
 def report(
-    run_folder: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of a finished run, e.g. runs/demo.")],
-    again: Annotated[bool, typer.Option("--again", help="Evaluate again, even when the report is there.")] = False,
+    run_folder: Annotated[
+        Path, typer.Argument(metavar="RUN_DIR", help="Folder of a finished run, e.g. runs/demo.")
+    ],
+    again: Annotated[
+        bool, typer.Option("--again", help="Evaluate again, even when the report is there.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show the report of a run; evaluate first what has not been evaluated, and draw the figures anew.
+    """Show the report of a run; evaluate first what has not been evaluated, and draw the figures
+    anew.
 
     Example: hypenet report runs/demo
     """
@@ -33,9 +38,13 @@ def report(
 
     folder = RunFolder(run_folder)
     if not folder.config_file.is_file():
-        raise DataError(f"{run_folder} is not a run folder: it has no config.yaml; give the output_dir of a run")
+        raise DataError(
+            f"{run_folder} is not a run folder: it has no config.yaml; give the output_dir of a run"
+        )
     if again or not folder.report_file.is_file():
-        evaluate(folder, load_run_config(folder.config_file, [f"output_dir={run_folder}"]), again=again)
+        evaluate(
+            folder, load_run_config(folder.config_file, [f"output_dir={run_folder}"]), again=again
+        )
     else:
         from megatron_hypenet.engine.report import draw_report
 
@@ -53,7 +62,8 @@ def evaluate(folder: RunFolder, run: Any, *, again: bool) -> None:
     missing = [step for step in ("align", "select", "distill", "finetune") if step not in finished]
     if missing:
         raise CheckpointError(
-            f"{folder.root} is unfinished: {', '.join(missing)} not done; continue it with `hypenet run {folder.config_file}`"
+            f"{folder.root} is unfinished: {', '.join(missing)} not done; "
+            f"continue it with `hypenet run {folder.config_file}`"
         )
     with pipeline.prepared(run) as ready:
         if again and ready.is_main:
@@ -62,7 +72,8 @@ def evaluate(folder: RunFolder, run: Any, *, again: bool) -> None:
 
 
 def show(folder: RunFolder, *, as_json: bool) -> None:
-    """The report on stdout, as a table and the places of everything, or as the JSON that was stored."""
+    """The report on stdout, as a table and the places of everything, or as the JSON that was
+    stored."""
     from megatron_hypenet.engine.report import read_report
 
     content = read_report(folder)
@@ -74,15 +85,29 @@ def show(folder: RunFolder, *, as_json: bool) -> None:
 
     rows = content["rows"]
     multiples = list(rows[0]["recall"])
-    table = Table(title=f"held-out loss in nats, and recall in % by context length (1x = {content['seq_length']} tokens)")
+    table = Table(
+        title="held-out loss in nats, and recall in % by context length (1x = "
+        f"{content['seq_length']} tokens)"
+    )
     table.add_column("model", no_wrap=True)
     for heading in ("loss", *(f"{multiple}x" for multiple in multiples)):
         table.add_column(heading, justify="right")
     for row in rows:
-        table.add_row(row["model"], f"{row['heldout_loss']:.4f}", *(f"{row['recall'][multiple]:.1f}" for multiple in multiples))
+        table.add_row(
+            row["model"],
+            f"{row['heldout_loss']:.4f}",
+            *(f"{row['recall'][multiple]:.1f}" for multiple in multiples),
+        )
     console = Console(file=sys.stdout)
     console.print(table)
-    print(f"attention kept in layers {', '.join(map(str, content['attention_layers']))}; whole run {content['seconds']:.0f} s of work")
-    for name, place in (("model", folder.export), ("TensorBoard", folder.tensorboard), ("report", folder.report_file)):
+    print(
+        f"attention kept in layers {', '.join(map(str, content['attention_layers']))}; "
+        f"whole run {content['seconds']:.0f} s of work"
+    )
+    for name, place in (
+        ("model", folder.export),
+        ("TensorBoard", folder.tensorboard),
+        ("report", folder.report_file),
+    ):
         print(f"{name + ':':<13}{place}")
     print(f"{'figure:':<13}{folder.report_plot}")

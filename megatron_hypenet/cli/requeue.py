@@ -20,13 +20,18 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 @app.command()
 def requeue(
     run_folder: RunArgument,
-    exclude: Annotated[list[str] | None, typer.Option("--exclude", metavar="NODES", help="Nodes not to use, e.g. n7 or n[7-9].")] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option("--exclude", metavar="NODES", help="Nodes not to use, e.g. n7 or n[7-9]."),
+    ] = None,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Put a running job back into the queue, or submit the jobs of an ended run again from the first that did not succeed.
+    """Put a running job back into the queue, or submit the jobs of an ended run again from the
+    first that did not succeed.
 
-    A running step is killed without warning and goes on from its last checkpoint; `touch RUN_DIR/SAVE_NOW` before it loses nothing.
+    A running step is killed without warning and goes on from its last checkpoint; `touch
+    RUN_DIR/SAVE_NOW` before it loses nothing.
 
     Example: hypenet requeue runs/demo --exclude n7
     """
@@ -51,11 +56,19 @@ def requeue(
     elif not rows:
         print(f"{run_folder}: every job has succeeded, nothing to start again")
     else:
-        print("\n".join(f"{'would be ' if dry_run else ''}{row['what']}: job {row['id']} ({row['part']})" for row in rows))
+        print(
+            "\n".join(
+                f"{'would be ' if dry_run else ''}{row['what']}: job {row['id']} ({row['part']})"
+                for row in rows
+            )
+        )
 
 
-def again(alive: list[Job], states: Mapping[int, JobState], exclude: list[str], *, dry_run: bool) -> list[dict[str, object]]:
-    """Requeue the job that runs, with further nodes excluded; those that wait only learn of the nodes."""
+def again(
+    alive: list[Job], states: Mapping[int, JobState], exclude: list[str], *, dry_run: bool
+) -> list[dict[str, object]]:
+    """Requeue the job that runs, with further nodes excluded; those that wait only learn of the
+    nodes."""
     from megatron_hypenet.cli.jobs import slurm
 
     rows: list[dict[str, object]] = []
@@ -70,20 +83,33 @@ def again(alive: list[Job], states: Mapping[int, JobState], exclude: list[str], 
             if running:
                 slurm("scontrol", "release", str(job.id))
         if running or exclude:
-            rows.append({"id": job.id, "part": job.part, "what": "put back into the queue" if running else f"told to avoid {nodes}"})
+            rows.append(
+                {
+                    "id": job.id,
+                    "part": job.part,
+                    "what": "put back into the queue" if running else f"told to avoid {nodes}",
+                }
+            )
     return rows
 
 
-def anew(jobs: Jobs, states: Mapping[int, JobState], exclude: list[str], *, dry_run: bool) -> list[dict[str, object]]:
+def anew(
+    jobs: Jobs, states: Mapping[int, JobState], exclude: list[str], *, dry_run: bool
+) -> list[dict[str, object]]:
     """Submit the scripts of the run again, from the first part whose newest job did not succeed."""
     latest = jobs.newest_of_each_part()
-    first = next((index for index, job in enumerate(latest) if states[job.id].state != "COMPLETED"), len(latest))
+    first = next(
+        (index for index, job in enumerate(latest) if states[job.id].state != "COMPLETED"),
+        len(latest),
+    )
     rows: list[dict[str, object]] = []
     after: int | None = None
     for job in latest[first:]:
         number = job.id
         if not dry_run:
             nodes = list(dict.fromkeys([*job.exclude, *exclude]))
-            number = after = jobs.submit(jobs.folder / job.script, job.part, after=after, exclude=nodes).id
+            number = after = jobs.submit(
+                jobs.folder / job.script, job.part, after=after, exclude=nodes
+            ).id
         rows.append({"id": number, "part": job.part, "what": "submitted again"})
     return rows

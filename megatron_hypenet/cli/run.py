@@ -1,4 +1,5 @@
-"""All of HALO in order: teacher in, Hugging Face HypeNet out. Start it again and it continues where it stopped."""
+"""All of HALO in order: teacher in, Hugging Face HypeNet out. Start it again and it continues where
+it stopped."""
 
 from __future__ import annotations
 
@@ -38,19 +39,25 @@ def run(
     launcher: LauncherOption = "local",
     hostfile: HostfileOption = None,
     env: VariablesOption = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete an earlier run in output_dir and start again.")] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Delete an earlier run in output_dir and start again."),
+    ] = False,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Import the teacher, align, select layers, assemble, distil, finetune, export to Hugging Face format, and report.
+    """Import the teacher, align, select layers, assemble, distil, finetune, export to Hugging Face
+    format, and report.
 
     Examples:
 
       hypenet run configs/run/quickstart.yaml teacher=/models/Qwen3-0.6B data=corpus.txt
 
-      hypenet run configs/run/distill_2b.yaml teacher=/models/Qwen3-1.7B data=corpus --tp 2 --nproc 8
+      hypenet run configs/run/distill_2b.yaml teacher=/models/Qwen3-1.7B data=corpus --tp 2
+        --nproc 8
 
-      hypenet run configs/run/distill_2b.yaml teacher=/models/Qwen3-1.7B data=corpus --launcher hostfile --hostfile hosts
+      hypenet run configs/run/distill_2b.yaml teacher=/models/Qwen3-1.7B data=corpus
+        --launcher hostfile --hostfile hosts
     """
     from megatron_hypenet.cli import processes
     from megatron_hypenet.config.loader import load_run_config
@@ -60,13 +67,17 @@ def run(
     run_all(settings, nproc=nproc, overwrite=overwrite, dry_run=dry_run, as_json=as_json)
 
 
-def run_all(settings: RunConfig, *, nproc: int | None, overwrite: bool, dry_run: bool, as_json: bool) -> None:
+def run_all(
+    settings: RunConfig, *, nproc: int | None, overwrite: bool, dry_run: bool, as_json: bool
+) -> None:
     """Do, or with `dry_run` list, every step of a run that is not done, then show the report."""
     from megatron_hypenet.cli import pipeline
 
     if dry_run:
         found = pipeline.checked(settings, overwrite=overwrite, nproc=nproc)
-        pipeline.show_plan(settings, pipeline.planned(settings, overwrite=overwrite), found, as_json=as_json)
+        pipeline.show_plan(
+            settings, pipeline.planned(settings, overwrite=overwrite), found, as_json=as_json
+        )
         return
     with pipeline.prepared(settings, overwrite=overwrite, nproc=nproc) as ready:
         ready.runner.run_all()

@@ -1,7 +1,8 @@
 """Choose the layers that keep softmax attention.
 
-`hypenet select CONFIG.yaml` swaps each layer of the teacher for its aligned RNN mixer, scores it, and ranks the layers.
-`hypenet select rank` only ranks a scores file, which may come from any evaluation harness; it needs no tensors and imports none.
+`hypenet select CONFIG.yaml` swaps each layer of the teacher for its aligned RNN mixer, scores it,
+and ranks the layers. `hypenet select rank` only ranks a scores file, which may come from any
+evaluation harness; it needs no tensors and imports none.
 """
 
 from __future__ import annotations
@@ -51,12 +52,30 @@ app = typer.Typer(
 
 @app.command()
 def rank(
-    scores: Annotated[Path, typer.Option("--scores", help='Scores file: {"layers": {"0": {"recall": .., "commonsense": ..}, ..}}.')],
-    num_attention: Annotated[int, typer.Option("--num-attention", help="Layers that keep attention; the paper keeps a quarter.")],
-    out: Annotated[Path | None, typer.Option("--out", help="File for mixer_types and attention_layers (JSON).")] = None,
-    cap: Annotated[float, typer.Option("--cap", help="Largest importance a layer can have.")] = 50.0,
+    scores: Annotated[
+        Path,
+        typer.Option(
+            "--scores",
+            help='Scores file: {"layers": {"0": {"recall": .., "commonsense": ..}, ..}}.',
+        ),
+    ],
+    num_attention: Annotated[
+        int,
+        typer.Option(
+            "--num-attention", help="Layers that keep attention; the paper keeps a quarter."
+        ),
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="File for mixer_types and attention_layers (JSON).")
+    ] = None,
+    cap: Annotated[
+        float, typer.Option("--cap", help="Largest importance a layer can have.")
+    ] = 50.0,
     mixer: Annotated[
-        str | None, typer.Option("--mixer", help="RNN mixer of the other layers; the default is that of align.mixer.")
+        str | None,
+        typer.Option(
+            "--mixer", help="RNN mixer of the other layers; the default is that of align.mixer."
+        ),
     ] = None,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
@@ -80,7 +99,9 @@ def rank(
             with writing(out):
                 write_json(out, selection.to_json())
         except OSError as error:
-            raise UsageError(f"--out {out}: cannot be written: {error.strerror}; choose a writable place") from error
+            raise UsageError(
+                f"--out {out}: cannot be written: {error.strerror}; choose a writable place"
+            ) from error
     show(layer_scores, selection, as_json=as_json)
     if out is not None:
         print(f"{'would write' if dry_run else 'wrote'} {out}", file=sys.stderr)
@@ -108,7 +129,8 @@ def sweep(
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Score every layer, then rank; teacher import and alignment are done first where the run folder lacks them.
+    """Score every layer, then rank; teacher import and alignment are done first where the run
+    folder lacks them.
 
     An interrupted sweep continues. The word `sweep` may be left out.
 
@@ -130,23 +152,35 @@ def sweep(
         if ready.is_main:
             ready.screen.close()
             show(*ready.halo.selection(), as_json=as_json)
-            print(f"wrote {ready.folder.scores_file} and {ready.folder.mixers_file}", file=sys.stderr)
+            print(
+                f"wrote {ready.folder.scores_file} and {ready.folder.mixers_file}", file=sys.stderr
+            )
 
 
 def show(scores: LayerScores, selection: Selection, *, as_json: bool) -> None:
-    """The ranking on stdout: a table with one row per layer, most important first, or one JSON object."""
+    """The ranking on stdout: a table with one row per layer, most important first, or one JSON
+    object."""
     if as_json:
         print(json.dumps({**selection.to_json(), "importance": list(selection.importance)}))
         return
     from rich.console import Console
     from rich.table import Table
 
-    order = sorted(range(scores.num_layers), key=lambda layer: (-selection.importance[layer], layer))
-    table = Table(title=f"{len(selection.attention_layers)} of {scores.num_layers} layers keep attention")
+    order = sorted(
+        range(scores.num_layers), key=lambda layer: (-selection.importance[layer], layer)
+    )
+    table = Table(
+        title=f"{len(selection.attention_layers)} of {scores.num_layers} layers keep attention"
+    )
     for heading in ("rank", "layer", "recall", "commonsense", "importance"):
         table.add_column(heading, justify="right")
     table.add_column("mixer")
     for position, layer in enumerate(order, start=1):
         numbers = (scores.recall[layer], scores.commonsense[layer], selection.importance[layer])
-        table.add_row(str(position), str(layer), *(f"{value:.3f}" for value in numbers), selection.mixer_types[layer])
+        table.add_row(
+            str(position),
+            str(layer),
+            *(f"{value:.3f}" for value in numbers),
+            selection.mixer_types[layer],
+        )
     Console(file=sys.stdout).print(table)

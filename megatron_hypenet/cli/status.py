@@ -18,16 +18,21 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
-# lines of logs/hypenet.log, which cli/progress.py writes: "TIME [4/10] align: WHAT" and "TIME   iter 20/300 | loss 3.2 | ... | eta 1m"
+# lines of logs/hypenet.log, which cli/progress.py writes: "TIME [4/10] align: WHAT" and "TIME
+# iter 20/300 | loss 3.2 | ... | eta 1m"
 _STEP_LINE = re.compile(r"^\S+ \[(\d+)/(\d+)\] (\w+): (.*)$")
 _ITER_LINE = re.compile(r"^\S+\s+iter (\d+)/(\d+) \| (.*)$")
 
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of a run (its output_dir), e.g. runs/demo.")]
+RunArgument = Annotated[
+    Path,
+    typer.Argument(metavar="RUN_DIR", help="Folder of a run (its output_dir), e.g. runs/demo."),
+]
 
 
 @app.command()
 def status(run_folder: RunArgument, as_json: JsonOption = False) -> None:
-    """Show the jobs of a run and how far it is: step, iteration, loss, speed, time left, last save, starts.
+    """Show the jobs of a run and how far it is: step, iteration, loss, speed, time left, last save,
+    starts.
 
     Example: hypenet status runs/demo
     """
@@ -43,7 +48,8 @@ def job_rows(jobs: Jobs) -> list[dict[str, Any]]:
     states = jobs.states()
     rows = []
     for job in jobs.newest_of_each_part():
-        events, state = jobs.events(job), states[job.id]
+        events = jobs.events(job)
+        state = states[job.id]
         rows.append(
             {
                 "id": job.id,
@@ -62,13 +68,24 @@ def job_rows(jobs: Jobs) -> list[dict[str, Any]]:
 
 
 def progress_of(run_folder: Path) -> dict[str, Any]:
-    """How far the run is by its own files: finished steps, the step that runs, its last logged iteration, the last save."""
+    """How far the run is by its own files: finished steps, the step that runs, its last logged
+    iteration, the last save."""
     from megatron_hypenet.engine.run_folder import RunFolder
 
     folder = RunFolder(run_folder)
-    text = folder.log_file.read_text(encoding="utf-8", errors="replace") if folder.log_file.is_file() else ""
+    text = (
+        folder.log_file.read_text(encoding="utf-8", errors="replace")
+        if folder.log_file.is_file()
+        else ""
+    )
     step, last_iteration = last_lines(text.splitlines())
-    found: dict[str, Any] = {"finished": [], "step": step, "iteration": last_iteration, "last_save": last_save(run_folder), "problem": ""}
+    found: dict[str, Any] = {
+        "finished": [],
+        "step": step,
+        "iteration": last_iteration,
+        "last_save": last_save(run_folder),
+        "problem": "",
+    }
     try:
         found["finished"] = list(folder.records())
     except DataError as error:  # its jobs fail with it, and this verb is how to find out
@@ -77,12 +94,15 @@ def progress_of(run_folder: Path) -> dict[str, Any]:
 
 
 def last_lines(lines: list[str]) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """(the step that the log speaks of last, its last training iteration), None for what is not there."""
+    """(the step that the log speaks of last, its last training iteration), None for what is not
+    there."""
     iteration = None
     for line in reversed(lines):
         if iteration is None and (match := _ITER_LINE.match(line)):
             numbers = dict(part.strip().partition(" ")[::2] for part in match.group(3).split("|"))
-            speed = next((part.strip() for part in match.group(3).split("|") if "tok/s" in part), "")
+            speed = next(
+                (part.strip() for part in match.group(3).split("|") if "tok/s" in part), ""
+            )
             iteration = {
                 "number": int(match.group(1)),
                 "of": int(match.group(2)),
@@ -110,7 +130,11 @@ def last_save(run_folder: Path) -> dict[str, Any] | None:
     if not found:
         return None
     newest = max(found)
-    folder = next(path.parent for path in run_folder.glob(f"*/checkpoints/iter_*/{COMMITTED}") if path.stat().st_mtime_ns == newest)
+    folder = next(
+        path.parent
+        for path in run_folder.glob(f"*/checkpoints/iter_*/{COMMITTED}")
+        if path.stat().st_mtime_ns == newest
+    )
     return {"checkpoint": str(folder), "seconds_ago": round(time.time() - newest / 1e9, 1)}
 
 
@@ -124,19 +148,37 @@ def lines_of(found: dict[str, Any]) -> list[str]:
         left = f", {row['time_left']} left" if row["time_left"] else ""
         reason = f" ({row['reason']})" if row["reason"] else ""
         requeues = f", started again {row['requeues']}x" if row["requeues"] else ""
-        note = "" if row["live"] or row["note"] == row["reason"] or row["state"] == "COMPLETED" else f"; {row['note']}"
-        lines.append(f"  job {row['id']:<8} {row['part']:<9} {row['state']}{where}{left}{reason}{requeues}{note}")
+        note = (
+            ""
+            if row["live"] or row["note"] == row["reason"] or row["state"] == "COMPLETED"
+            else f"; {row['note']}"
+        )
+        lines.append(
+            f"  job {row['id']:<8} {row['part']:<9} "
+            f"{row['state']}{where}{left}{reason}{requeues}{note}"
+        )
     if not found["jobs"]:
         lines.append("  no SLURM jobs")
     step, iteration, save = found["step"], found["iteration"], found["last_save"]
     lines.append(
-        f"  step         {step['name']} ({step['place']}/{step['of']}): {step['what']}" if step else "  step         none has begun"
+        f"  step         {step['name']} ({step['place']}/{step['of']}): {step['what']}"
+        if step
+        else "  step         none has begun"
     )
     if iteration and step and "done" not in step["what"]:
-        lines.append(f"  iteration    {iteration['number']}/{iteration['of']}, loss {iteration['loss']:.4g}")
+        lines.append(
+            f"  iteration    {iteration['number']}/{iteration['of']}, loss {iteration['loss']:.4g}"
+        )
         whole = f"; whole run: {iteration['whole_run']}" if iteration["whole_run"] else ""
-        lines.append(f"  speed        {iteration['tokens_per_second']} tokens/s, this stage: {iteration['eta']} left{whole}")
-    lines.append(f"  last save    {save['checkpoint']}, {short_time(save['seconds_ago'])} ago" if save else "  last save    none yet")
+        lines.append(
+            f"  speed        {iteration['tokens_per_second']} tokens/s, this stage: "
+            f"{iteration['eta']} left{whole}"
+        )
+    lines.append(
+        f"  last save    {save['checkpoint']}, {short_time(save['seconds_ago'])} ago"
+        if save
+        else "  last save    none yet"
+    )
     lines.append(f"  finished     {', '.join(found['finished']) or 'nothing yet'}")
     lines += [f"  problem      {found['problem']}"] if found["problem"] else []
     return lines

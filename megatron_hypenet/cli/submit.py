@@ -40,31 +40,60 @@ PREFIX = "cluster."
 def submit(
     config: ConfigArgument,
     overrides: OverridesArgument = None,
-    cluster: Annotated[Path | None, typer.Option("--cluster", help="Cluster profile, e.g. configs/cluster/h100_infiniband.yaml.")] = None,
-    chain: Annotated[bool, typer.Option("--chain", help="One job per training stage, each after the one before it.")] = False,
-    after: Annotated[int | None, typer.Option("--after", metavar="JOBID", help="Start only once this job has succeeded.")] = None,
-    nodes: Annotated[int | None, typer.Option("--nodes", min=1, help="Same as cluster.nodes=N.")] = None,
-    time: Annotated[str | None, typer.Option("--time", metavar="LIMIT", help="Time limit, e.g. 24:00:00 or 2-00:00:00.")] = None,
-    partition: Annotated[str | None, typer.Option("--partition", help="Same as cluster.partition=NAME.")] = None,
-    account: Annotated[str | None, typer.Option("--account", help="Same as cluster.account=NAME.")] = None,
+    cluster: Annotated[
+        Path | None,
+        typer.Option(
+            "--cluster", help="Cluster profile, e.g. configs/cluster/h100_infiniband.yaml."
+        ),
+    ] = None,
+    chain: Annotated[
+        bool,
+        typer.Option("--chain", help="One job per training stage, each after the one before it."),
+    ] = False,
+    after: Annotated[
+        int | None,
+        typer.Option("--after", metavar="JOBID", help="Start only once this job has succeeded."),
+    ] = None,
+    nodes: Annotated[
+        int | None, typer.Option("--nodes", min=1, help="Same as cluster.nodes=N.")
+    ] = None,
+    time: Annotated[
+        str | None,
+        typer.Option("--time", metavar="LIMIT", help="Time limit, e.g. 24:00:00 or 2-00:00:00."),
+    ] = None,
+    partition: Annotated[
+        str | None, typer.Option("--partition", help="Same as cluster.partition=NAME.")
+    ] = None,
+    account: Annotated[
+        str | None, typer.Option("--account", help="Same as cluster.account=NAME.")
+    ] = None,
     qos: Annotated[str | None, typer.Option("--qos", help="Same as cluster.qos=NAME.")] = None,
     tp: TensorParallelOption = None,
     pp: PipelineParallelOption = None,
     cp: ContextParallelOption = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete an earlier run in output_dir and start again.")] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Delete an earlier run in output_dir and start again."),
+    ] = False,
     test_only: Annotated[
-        bool, typer.Option("--test-only", help="Ask SLURM whether and when the jobs could start; submit nothing.")
+        bool,
+        typer.Option(
+            "--test-only", help="Ask SLURM whether and when the jobs could start; submit nothing."
+        ),
     ] = False,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write the job scripts into the run folder and submit them; the jobs continue by themselves after their time limit.
+    """Write the job scripts into the run folder and submit them; the jobs continue by themselves
+    after their time limit.
 
-    KEY=VALUE settings that begin with "cluster." win over the profile, all others over the run configuration.
+    KEY=VALUE settings that begin with "cluster." win over the profile, all others over the run
+    configuration.
 
     Examples:
 
-      hypenet submit configs/run/distill_2b.yaml --cluster configs/cluster/h100_infiniband.yaml teacher=T data=D --nodes 8 --chain
+      hypenet submit configs/run/distill_2b.yaml
+        --cluster configs/cluster/h100_infiniband.yaml teacher=T data=D --nodes 8 --chain
 
       hypenet submit configs/run/quickstart.yaml --cluster my.yaml cluster.requeue.limit=3 --dry-run
     """
@@ -74,8 +103,13 @@ def submit(
     from megatron_hypenet.errors import UsageError
 
     if cluster is None:
-        raise UsageError("--cluster is missing: name a profile, such as configs/cluster/h100_infiniband.yaml or a copy of yours")
-    for_run, for_cluster = split_overrides(overrides or [], nodes=nodes, time=time, partition=partition, account=account, qos=qos)
+        raise UsageError(
+            "--cluster is missing: name a profile, such as configs/cluster/h100_infiniband.yaml or "
+            "a copy of yours"
+        )
+    for_run, for_cluster = split_overrides(
+        overrides or [], nodes=nodes, time=time, partition=partition, account=account, qos=qos
+    )
     profile = load_cluster_config(cluster, for_cluster)
     settings = load_run_config(config, collect_overrides(for_run, tp=tp, pp=pp, cp=cp))
     profile = with_measured_grace(profile, settings.output_dir)
@@ -91,17 +125,25 @@ def submit(
         show_jobs(settings.output_dir, jobs, as_json=as_json)
 
 
-def split_overrides(words: Sequence[str], **options: str | int | None) -> tuple[list[str], list[str]]:
-    """(settings of the run, settings of the profile); `options` are profile settings by name, None where the user gave none."""
+def split_overrides(
+    words: Sequence[str], **options: str | int | None
+) -> tuple[list[str], list[str]]:
+    """(settings of the run, settings of the profile); `options` are profile settings by name, None
+    where the user gave none."""
     for_run = [word for word in words if not word.removeprefix("--").startswith(PREFIX)]
-    for_cluster = [word.removeprefix("--").removeprefix(PREFIX) for word in words if word not in for_run]
+    for_cluster = [
+        word.removeprefix("--").removeprefix(PREFIX) for word in words if word not in for_run
+    ]
     # JSON text is quoted YAML: a time limit must stay the text that it is
-    for_cluster += [f"{name}={json.dumps(value)}" for name, value in options.items() if value is not None]
+    for_cluster += [
+        f"{name}={json.dumps(value)}" for name, value in options.items() if value is not None
+    ]
     return for_run, for_cluster
 
 
 def with_measured_grace(profile: ClusterConfig, folder: Path) -> ClusterConfig:
-    """`profile` with as much warning as this run's steps and saves were measured to need, where it gives less; says so then."""
+    """`profile` with as much warning as this run's steps and saves were measured to need, where it
+    gives less; says so then."""
     from megatron_hypenet.config.cluster import ClusterConfig
     from megatron_hypenet.engine import timing
 
@@ -109,14 +151,18 @@ def with_measured_grace(profile: ClusterConfig, folder: Path) -> ClusterConfig:
     if not isinstance(needed, int) or needed <= profile.grace_seconds:
         return profile
     print(
-        f"grace_seconds {profile.grace_seconds} -> {needed}: what a step and a save of this run took ({folder / timing.FILE})",
+        f"grace_seconds {profile.grace_seconds} -> {needed}: what a step and a save of this run "
+        f"took ({folder / timing.FILE})",
         file=sys.stderr,
     )
     return ClusterConfig.model_validate({**profile.model_dump(), "grace_seconds": needed})
 
 
-def checked_scripts(settings: RunConfig, profile: ClusterConfig, *, chain: bool, overwrite: bool) -> list[JobScript]:
-    """The scripts, after all checks that a job would otherwise fail in hours later; touches nothing."""
+def checked_scripts(
+    settings: RunConfig, profile: ClusterConfig, *, chain: bool, overwrite: bool
+) -> list[JobScript]:
+    """The scripts, after all checks that a job would otherwise fail in hours later; touches
+    nothing."""
     from megatron_hypenet.cli import pipeline
     from megatron_hypenet.cli.job_script import job_scripts, missing_variables
     from megatron_hypenet.errors import SetupError
@@ -124,7 +170,8 @@ def checked_scripts(settings: RunConfig, profile: ClusterConfig, *, chain: bool,
     missing = missing_variables(profile, os.environ)
     if missing:
         raise SetupError(
-            f"the profile hands on {', '.join(missing)} from your shell, where it is not set; export it, or take it off the list"
+            f"the profile hands on {', '.join(missing)} from your shell, where it is not set; "
+            "export it, or take it off the list"
         )
     check_texts(settings)
     scripts = job_scripts(settings.output_dir, profile, chain=chain)
@@ -139,10 +186,15 @@ def check_texts(settings: RunConfig) -> None:
     from megatron_hypenet.errors import ConfigError
 
     texts = _texts("", settings.model_dump(mode="json"))
-    bad = [(key, text, found) for key, text in texts if (found := control_character(text)) is not None]
+    bad = [
+        (key, text, found) for key, text in texts if (found := control_character(text)) is not None
+    ]
     if bad:
         raise ConfigError(
-            "\n".join(f"{key}: {text!r} holds the control character {found}; leave it out" for key, text, found in bad)
+            "\n".join(
+                f"{key}: {text!r} holds the control character {found}; leave it out"
+                for key, text, found in bad
+            )
         )
 
 
@@ -159,7 +211,8 @@ def _texts(key: str, value: object) -> Iterator[tuple[str, str]]:
 
 
 def try_out(scripts: Sequence[JobScript]) -> None:
-    """Let sbatch say whether each script could run and when; SetupError with its words when one could not."""
+    """Let sbatch say whether each script could run and when; SetupError with its words when one
+    could not."""
     from megatron_hypenet.cli.jobs import slurm
 
     for script in scripts:
@@ -170,14 +223,31 @@ def try_out(scripts: Sequence[JobScript]) -> None:
 def show_scripts(scripts: Sequence[JobScript], *, as_json: bool) -> None:
     """What --dry-run says."""
     if as_json:
-        print(json.dumps({"scripts": [{"part": one.part, "path": str(one.path), "text": one.text} for one in scripts]}))
+        print(
+            json.dumps(
+                {
+                    "scripts": [
+                        {"part": one.part, "path": str(one.path), "text": one.text}
+                        for one in scripts
+                    ]
+                }
+            )
+        )
         return
     for script in scripts:
         print(f"==> {script.path}\n{script.text}")
 
 
-def send(settings: RunConfig, profile: ClusterConfig, scripts: Sequence[JobScript], *, after: int | None, overwrite: bool) -> list[Job]:
-    """Make the run folder, write the scripts into it and submit them in order. Raises UsageError while jobs of this run are alive."""
+def send(
+    settings: RunConfig,
+    profile: ClusterConfig,
+    scripts: Sequence[JobScript],
+    *,
+    after: int | None,
+    overwrite: bool,
+) -> list[Job]:
+    """Make the run folder, write the scripts into it and submit them in order. Raises UsageError
+    while jobs of this run are alive."""
     from megatron_hypenet.atomic_files import write_text
     from megatron_hypenet.cli.jobs import Jobs, refuse_live_jobs
     from megatron_hypenet.engine.run_folder import RunFolder
@@ -192,7 +262,9 @@ def send(settings: RunConfig, profile: ClusterConfig, scripts: Sequence[JobScrip
         for script in scripts:
             write_text(script.path, script.text)
             before = sent[-1].id if sent else after
-            sent.append(jobs.submit(script.path, script.part, after=before, exclude=profile.exclude))
+            sent.append(
+                jobs.submit(script.path, script.part, after=before, exclude=profile.exclude)
+            )
     return sent
 
 
@@ -200,7 +272,15 @@ def show_jobs(folder: Path, jobs: Sequence[Job], *, as_json: bool) -> None:
     """Job numbers on stdout, and what to do next on stderr."""
     if as_json:
         print(
-            json.dumps({"run": str(folder), "jobs": [{"id": job.id, "part": job.part, "script": str(folder / job.script)} for job in jobs]})
+            json.dumps(
+                {
+                    "run": str(folder),
+                    "jobs": [
+                        {"id": job.id, "part": job.part, "script": str(folder / job.script)}
+                        for job in jobs
+                    ],
+                }
+            )
         )
         return
     for job in jobs:
@@ -212,6 +292,7 @@ def show_jobs(folder: Path, jobs: Sequence[Job], *, as_json: bool) -> None:
         f"status       hypenet status {word}\n"
         f"logs         hypenet logs {word}      ({folder / 'logs' / f'job-{jobs[0].id}.log'})\n"
         f"TensorBoard  tensorboard --logdir {tensorboard} --reload_multifile=true --port 6006\n"
-        f"             from elsewhere: ssh -N -L 6006:localhost:6006 {getpass.getuser()}@{socket.gethostname()}, then http://localhost:6006",
+        "             from elsewhere: ssh -N -L 6006:localhost:6006 "
+        f"{getpass.getuser()}@{socket.gethostname()}, then http://localhost:6006",
         file=sys.stderr,
     )

@@ -32,10 +32,18 @@ def train(
     config: ConfigArgument,
     overrides: OverridesArgument = None,
     stage: Annotated[
-        str, typer.Option("--stage", help="align, distill or finetune (or 1, 2, 3); default: the first that is not done.")
+        str,
+        typer.Option(
+            "--stage",
+            help="align, distill or finetune (or 1, 2, 3); default: the first that is not done.",
+        ),
     ] = "",
     init: Annotated[
-        Path | None, typer.Option("--init", help="Student to start from (distill, finetune); default: what the run folder holds.")
+        Path | None,
+        typer.Option(
+            "--init",
+            help="Student to start from (distill, finetune); default: what the run folder holds.",
+        ),
     ] = None,
     tp: TensorParallelOption = None,
     pp: PipelineParallelOption = None,
@@ -47,16 +55,18 @@ def train(
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train one stage in the run folder; the steps before it are done first where the run folder lacks them.
+    """Train one stage in the run folder; the steps before it are done first where the run folder
+    lacks them.
 
-    With --init the stage starts from that checkpoint instead, and nothing but teacher and data is made before it. An interrupted stage
-    continues from its newest checkpoint.
+    With --init the stage starts from that checkpoint instead, and nothing but teacher and data is
+    made before it. An interrupted stage continues from its newest checkpoint.
 
     Examples:
 
       hypenet train configs/run/quickstart.yaml teacher=/models/Qwen3-0.6B data=corpus.txt
 
-      hypenet train configs/run/quickstart.yaml --stage 3 --init runs/other/distill teacher=/models/Qwen3-0.6B data=corpus.txt
+      hypenet train configs/run/quickstart.yaml --stage 3
+        --init runs/other/distill teacher=/models/Qwen3-0.6B data=corpus.txt
     """
     from megatron_hypenet.cli import pipeline, processes
     from megatron_hypenet.config.loader import load_run_config
@@ -67,15 +77,23 @@ def train(
     from megatron_hypenet.engine.halo_steps import stage_name
 
     if init is not None and not stage:
-        raise UsageError("--init needs --stage: say which stage starts from it, distill or finetune")
+        raise UsageError(
+            "--init needs --stage: say which stage starts from it, distill or finetune"
+        )
     found = pipeline.checked(settings, nproc=nproc)
     name = stage_name(stage) if stage else first_unfinished(pipeline.planned(settings))
     if init is not None and name == "align":
         raise UsageError("--init is for distill and finetune; stage align starts from the teacher")
     if init is not None:
-        check_init(init, starts=not dry_run and processes.planned_start(found.num_processes) is not None)
+        check_init(
+            init, starts=not dry_run and processes.planned_start(found.num_processes) is not None
+        )
     if dry_run:
-        rows = [row for row in pipeline.planned(settings) if init is None or row["step"] in ("teacher", "data", name)]
+        rows = [
+            row
+            for row in pipeline.planned(settings)
+            if init is None or row["step"] in ("teacher", "data", name)
+        ]
         rows = rows[: [row["step"] for row in rows].index(name) + 1]
         pipeline.show_plan(settings, rows, found, as_json=as_json, stage=name)
         return
@@ -83,12 +101,17 @@ def train(
         checkpoint = ready.halo.train_from(ready.runner, name, init)
         if ready.is_main:
             ready.screen.close()
-            print(json.dumps({"stage": name, "checkpoint": str(checkpoint)}) if as_json else checkpoint)
+            print(
+                json.dumps({"stage": name, "checkpoint": str(checkpoint)})
+                if as_json
+                else checkpoint
+            )
             print(f"TensorBoard: tensorboard --logdir {ready.folder.tensorboard}", file=sys.stderr)
 
 
 def check_init(init: Path, *, starts: bool) -> None:
-    """CheckpointError for a student to start from that is damaged, before a run folder is made for it.
+    """CheckpointError for a student to start from that is damaged, before a run folder is made for
+    it.
 
     A command that only `starts` the processes leaves the hashes to the first of them.
     """
@@ -100,7 +123,11 @@ def check_init(init: Path, *, starts: bool) -> None:
 
 
 def first_unfinished(steps: list[dict[str, Any]]) -> str:
-    """The first training stage among the steps of a run that is not done; the last stage when all are."""
+    """The first training stage among the steps of a run that is not done; the last stage when all
+    are."""
     from megatron_hypenet.config.schema import STAGES
 
-    return next((row["step"] for row in steps if row["step"] in STAGES and row["state"] != "done"), STAGES[-1])
+    return next(
+        (row["step"] for row in steps if row["step"] in STAGES and row["state"] != "done"),
+        STAGES[-1],
+    )

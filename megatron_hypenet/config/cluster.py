@@ -1,6 +1,8 @@
-"""Cluster profiles (configs/cluster/*.yaml): what `hypenet submit` asks SLURM for and how a job's processes are started.
+"""Cluster profiles (configs/cluster/*.yaml): what `hypenet submit` asks SLURM for and how a job's
+processes are started.
 
-Same rules as a run configuration: `include:`, overrides as `cluster.KEY=VALUE`, unknown keys refused with the nearest right one.
+Same rules as a run configuration: `include:`, overrides as `cluster.KEY=VALUE`, unknown keys
+refused with the nearest right one.
 """
 
 from __future__ import annotations
@@ -34,14 +36,21 @@ def control_character(text: str, *, allowed: str = "") -> str | None:
 
     Unicode's own line separators count, and what stands for a byte that is not UTF-8.
     """
-    found = (one for one in text if unicodedata.category(one) in ("Cc", "Cs", "Zl", "Zp") and one not in allowed)
+    found = (
+        one
+        for one in text
+        if unicodedata.category(one) in ("Cc", "Cs", "Zl", "Zp") and one not in allowed
+    )
     return next((repr(one).strip("'") for one in found), None)
 
 
 def _printable(value: Any, *, allowed: str = "") -> Any:
     """`value`, a text or path of one line. Raises ValueError."""
     if (found := control_character(str(value), allowed=allowed)) is not None:
-        raise ValueError(f"{str(value)!r} holds the control character {found}, which could become a line of the job script; leave it out")
+        raise ValueError(
+            f"{str(value)!r} holds the control character {found}, which could become a line of the "
+            "job script; leave it out"
+        )
     return value
 
 
@@ -64,19 +73,26 @@ def seconds_of(limit: str) -> int:
     if dash or len(numbers) == 3:
         hours, minutes, seconds = (numbers + [0, 0])[:3]
     else:
-        hours, (minutes, seconds) = 0, (numbers + [0])[:2]
+        hours = 0
+        (minutes, seconds) = (numbers + [0])[:2]
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 class ContainerConfig(Section):
     """A container for every process, by pyxis and enroot."""
 
-    image: Line = Field(min_length=1, description="Image: a registry path (nvcr.io#nvidia/pytorch:25.10-py3) or a .sqsh file.")
+    image: Line = Field(
+        min_length=1,
+        description="Image: a registry path (nvcr.io#nvidia/pytorch:25.10-py3) or a .sqsh file.",
+    )
     mounts: tuple[Line, ...] = Field(
-        default=(), description="SOURCE:TARGET[:FLAGS] each. The run folder, the data, the teacher and this repository have to be in them."
+        default=(),
+        description="SOURCE:TARGET[:FLAGS] each. The run folder, the data, "
+        "the teacher and this repository have to be in them.",
     )
     workdir: Annotated[Path, AfterValidator(_printable)] | None = Field(
-        default=None, description="Folder to start in inside the container; null is the one you submit from."
+        default=None,
+        description="Folder to start in inside the container; null is the one you submit from.",
     )
 
 
@@ -85,7 +101,9 @@ class RequeueConfig(Section):
 
     limit: Count = Field(default=20, description="Starts again at most; 0 never does.")
     without_progress: PositiveInt = Field(
-        default=2, description="Starts in a row that may end without a new checkpoint or a finished step; then the job stays down."
+        default=2,
+        description="Starts in a row that may end without a new checkpoint or a finished step; "
+        "then the job stays down.",
     )
 
 
@@ -94,31 +112,63 @@ class ClusterConfig(Section):
 
     nodes: PositiveInt = Field(description="Nodes of a job.")
     gpus_per_node: Count = Field(description="GPUs asked for on every node; 0 computes on CPUs.")
-    gpu_type: Line | None = Field(default=None, description="GPU type as SLURM calls it (h100); null takes any.")
-    tasks_per_node: PositiveInt | None = Field(default=None, description="Processes per node; null starts one per GPU.")
-    cpus_per_task: PositiveInt | None = Field(default=None, description="CPU cores per process; null takes the partition's default.")
-    memory: Line | None = Field(default=None, description="Memory per node as sbatch takes it (0: all of it); null takes the default.")
-    exclusive: Annotated[bool, Field(strict=True)] = Field(default=True, description="Share the nodes with no other job.")
-    time: str = Field(description="Time limit, in quotes: 'HH:MM:SS' or 'D-HH:MM:SS'. The job saves before it and starts again.")
-    grace_seconds: Annotated[int, Field(ge=1, le=65535, strict=True)] = Field(
-        default=300, description="Warning (SIGUSR2) this long before the limit; longer than one step and one save. SLURM may add 60 s."
+    gpu_type: Line | None = Field(
+        default=None, description="GPU type as SLURM calls it (h100); null takes any."
     )
-    partition: Line | None = Field(default=None, description="Partition; null takes the default one.")
+    tasks_per_node: PositiveInt | None = Field(
+        default=None, description="Processes per node; null starts one per GPU."
+    )
+    cpus_per_task: PositiveInt | None = Field(
+        default=None, description="CPU cores per process; null takes the partition's default."
+    )
+    memory: Line | None = Field(
+        default=None,
+        description="Memory per node as sbatch takes it (0: all of it); null takes the default.",
+    )
+    exclusive: Annotated[bool, Field(strict=True)] = Field(
+        default=True, description="Share the nodes with no other job."
+    )
+    time: str = Field(
+        description="Time limit, in quotes: 'HH:MM:SS' or 'D-HH:MM:SS'. The job saves before it "
+        "and starts again."
+    )
+    grace_seconds: Annotated[int, Field(ge=1, le=65535, strict=True)] = Field(
+        default=300,
+        description="Warning (SIGUSR2) this long before the limit; longer than one step and one "
+        "save. SLURM may add 60 s.",
+    )
+    partition: Line | None = Field(
+        default=None, description="Partition; null takes the default one."
+    )
     account: Line | None = Field(default=None, description="Account that is charged.")
     qos: Line | None = Field(default=None, description="Quality of service.")
     exclude: tuple[Line, ...] = Field(default=(), description="Nodes not to use.")
     requeue: RequeueConfig = Field(default=RequeueConfig(), description="Starting again by itself.")
     environment: tuple[str, ...] = Field(
-        default=(), description="Variables handed on from your shell, by name only: values, and so secrets, never reach the script."
+        default=(),
+        description="Variables handed on from your shell, by name only: values, and so secrets, "
+        "never reach the script.",
     )
-    variables: dict[str, Line] = Field(default={}, description="Variables set in the script, such as NCCL's.")
-    setup: tuple[Lines, ...] = Field(default=(), description="Shell lines before the processes start, such as module load.")
+    variables: dict[str, Line] = Field(
+        default={}, description="Variables set in the script, such as NCCL's."
+    )
+    setup: tuple[Lines, ...] = Field(
+        default=(), description="Shell lines before the processes start, such as module load."
+    )
     python: Line | None = Field(
-        default=None, description="Python that has this package; null is the one that submits, and python3 in a container."
+        default=None,
+        description="Python that has this package; null is the one that submits, "
+        "and python3 in a container.",
     )
-    container: ContainerConfig | None = Field(default=None, description="Container; null runs on the node itself.")
-    sbatch_args: tuple[Line, ...] = Field(default=(), description="More #SBATCH options, e.g. --comment=x.")
-    srun_args: tuple[Line, ...] = Field(default=(), description="More srun options, e.g. --cpu-bind=none.")
+    container: ContainerConfig | None = Field(
+        default=None, description="Container; null runs on the node itself."
+    )
+    sbatch_args: tuple[Line, ...] = Field(
+        default=(), description="More #SBATCH options, e.g. --comment=x."
+    )
+    srun_args: tuple[Line, ...] = Field(
+        default=(), description="More srun options, e.g. --cpu-bind=none."
+    )
 
     @field_validator("variables", mode="before")
     @classmethod
@@ -127,7 +177,9 @@ class ClusterConfig(Section):
         lists and mappings."""
         for name, entry in value.items() if isinstance(value, dict) else ():
             if not isinstance(entry, str):
-                raise ValueError(f"{name}: {entry!r} is no text; put what the job is to get in quotes")
+                raise ValueError(
+                    f"{name}: {entry!r} is no text; put what the job is to get in quotes"
+                )
         return value
 
     @field_validator("memory", mode="before")
@@ -138,9 +190,12 @@ class ClusterConfig(Section):
     @field_validator("time", mode="before")
     @classmethod
     def _time_form(cls, value: Any) -> Any:
-        """YAML 1.1 reads 4:00:00 as the number 14400, so a number cannot be trusted to mean minutes."""
+        """YAML 1.1 reads 4:00:00 as the number 14400, so a number cannot be trusted to mean
+        minutes."""
         if not isinstance(value, str) or not _TIME.fullmatch(value):
-            raise ValueError(f"expected a time limit in quotes, 'HH:MM:SS' or 'D-HH:MM:SS', got {value!r}")
+            raise ValueError(
+                f"expected a time limit in quotes, 'HH:MM:SS' or 'D-HH:MM:SS', got {value!r}"
+            )
         return value
 
     @field_validator("environment")
@@ -148,11 +203,19 @@ class ClusterConfig(Section):
     def _names(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for name in value:
             if not _NAME.fullmatch(name):
-                raise ValueError(f"{name!r} is not a variable's name; values belong into `variables`, secrets only into your shell")
+                raise ValueError(
+                    f"{name!r} is not a variable's name; values belong into `variables`, "
+                    "secrets only into your shell"
+                )
             if _PLACE.fullmatch(name):
-                raise ValueError(f"{name} tells a process its place, and the job sets it anew; leave it out")
+                raise ValueError(
+                    f"{name} tells a process its place, and the job sets it anew; leave it out"
+                )
             if _SHELLS_OWN.fullmatch(name):
-                raise ValueError(f"{name} belongs to the shell that submits, or to the job that it is in; put a value into `variables`")
+                raise ValueError(
+                    f"{name} belongs to the shell that submits, or to the job that it is in; "
+                    "put a value into `variables`"
+                )
         return value
 
     @field_validator("sbatch_args")
@@ -171,18 +234,28 @@ class ClusterConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.tasks_per_node is None and self.gpus_per_node == 0:
-            raise ValueError("tasks_per_node is needed where gpus_per_node is 0: there is no GPU to count processes by")
+            raise ValueError(
+                "tasks_per_node is needed where gpus_per_node is 0: there is no GPU to count "
+                "processes by"
+            )
         if self.grace_seconds >= seconds_of(self.time):
-            raise ValueError(f"grace_seconds={self.grace_seconds} leaves nothing of time={self.time!r}: every start would be told to leave")
+            raise ValueError(
+                f"grace_seconds={self.grace_seconds} leaves nothing of time={self.time!r}: "
+                "every start would be told to leave"
+            )
         bad = [name for name in self.variables if not _NAME.fullmatch(name)]
         if bad:
             raise ValueError(f"variables: {bad[0]!r} is not a variable's name")
         taken = [name for name in self.variables if _PLACE.fullmatch(name)]
         if taken:
-            raise ValueError(f"variables: {taken[0]} tells a process its place, and the job sets it anew; leave it out")
+            raise ValueError(
+                f"variables: {taken[0]} tells a process its place, and the job sets it anew; "
+                "leave it out"
+            )
         if self.tasks_per_node is not None and 0 < self.gpus_per_node < self.tasks_per_node:
             raise ValueError(
-                f"tasks_per_node={self.tasks_per_node} is more than gpus_per_node={self.gpus_per_node}; a process has its own GPU"
+                f"tasks_per_node={self.tasks_per_node} is more than "
+                f"gpus_per_node={self.gpus_per_node}; a process has its own GPU"
             )
         return self
 
@@ -198,5 +271,6 @@ class ClusterConfig(Section):
 
 
 def load_cluster_config(path: Path | str, overrides: Sequence[str] = ()) -> ClusterConfig:
-    """Read a profile and `key=value` overrides; ConfigError lists everything wrong, each with its origin."""
+    """Read a profile and `key=value` overrides; ConfigError lists everything wrong, each with its
+    origin."""
     return load_as(ClusterConfig, path, overrides)[0]

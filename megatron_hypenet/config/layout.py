@@ -1,4 +1,5 @@
-"""One way of spreading a run over processes, as the rules look at it, and small changes to it that may lift a problem."""
+"""One way of spreading a run over processes, as the rules look at it, and small changes to it that
+may lift a problem."""
 
 from __future__ import annotations
 
@@ -61,14 +62,24 @@ class Layout:
 
     @property
     def tensor_sizes(self) -> dict[str, int]:
-        """Sizes of the model, by name, that the tensor-parallel size must divide: those of every mixer, vocabulary and MLP."""
+        """Sizes of the model, by name, that the tensor-parallel size must divide: those of every
+        mixer, vocabulary and MLP."""
         assert self.model is not None, "rules about the model are asked with a model only"
-        slices = {name: size for spec in self.mixers for name, size in spec.layout_rules(self.model).tensor_slices.items()}
-        return {**slices, "vocab_size": self.model.vocab_size, "ffn_hidden_size": self.model.ffn_hidden_size}
+        slices = {
+            name: size
+            for spec in self.mixers
+            for name, size in spec.layout_rules(self.model).tensor_slices.items()
+        }
+        return {
+            **slices,
+            "vocab_size": self.model.vocab_size,
+            "ffn_hidden_size": self.model.ffn_hidden_size,
+        }
 
     @property
     def mixers(self) -> tuple[MixerSpec, ...]:
-        """The mixers that the model's layers have, softmax attention first, and the one that stage 1 trains."""
+        """The mixers that the model's layers have, softmax attention first, and the one that stage
+        1 trains."""
         assert self.model is not None, "rules about the model are asked with a model only"
         found = {name: self.model.spec(name) for name in (ATTENTION, *self.model.used_mixers)}
         if "align" in self.stages:
@@ -77,42 +88,51 @@ class Layout:
 
     def changed(self, change: Change) -> Layout:
         """This layout with other settings; what comes out is not validated."""
-        run, world_size = self.run, self.world_size
+        run = self.run
+        world_size = self.world_size
         for key, value in change.items():
             if key == PROCESSES:
                 assert isinstance(value, int)
                 world_size = value
                 continue
             section, name = key.split(".")
-            run = run.model_copy(update={section: getattr(run, section).model_copy(update={name: value})})
+            run = run.model_copy(
+                update={section: getattr(run, section).model_copy(update={name: value})}
+            )
         return replace(self, run=run, world_size=world_size)
 
     def with_tensor(self, size: int) -> dict[str, object]:
-        """The change to another tensor-parallel size; sequence parallelism ends with a size of 1."""
+        """The change to another tensor-parallel size; sequence parallelism ends with a size of
+        1."""
         off = {SEQUENCE: False} if size == 1 and self.parallel.sequence_parallel else {}
         return {TENSOR: size, **off}
 
     def with_pipeline(self, size: int) -> dict[str, object]:
-        """The change to another pipeline size; a written layout falls away, because it is for the old size."""
+        """The change to another pipeline size; a written layout falls away, because it is for the
+        old size."""
         off = {PIPELINE_LAYOUT: None} if self.parallel.pipeline_layout is not None else {}
         return {PIPELINE: size, **off}
 
     def on_fitting_processes(self, change: Change) -> dict[str, object]:
-        """`change` together with the nearest number of processes that its replicas fill; the change alone if the number is free."""
+        """`change` together with the nearest number of processes that its replicas fill; the change
+        alone if the number is free."""
         if self.world_size is None:
             return dict(change)
         unit = self.changed(change).parallel.model_parallel_size
         return {**change, PROCESSES: multiples_near(unit, self.world_size)[0]}
 
 
-def divisors_near(value: int, wanted: int, fits: Callable[[int], bool] = lambda _: True) -> list[int]:
+def divisors_near(
+    value: int, wanted: int, fits: Callable[[int], bool] = lambda _: True
+) -> list[int]:
     """The divisors of `value` that satisfy `fits`, nearest to `wanted` first."""
     found = [size for size in range(1, value + 1) if value % size == 0 and fits(size)]
     return sorted(found, key=lambda size: (abs(size - wanted), size))
 
 
 def multiples_near(unit: int, wanted: int) -> list[int]:
-    """The positive multiples of `unit` just below and just above `wanted` (the next two when none is below)."""
+    """The positive multiples of `unit` just below and just above `wanted` (the next two when none
+    is below)."""
     below = wanted // unit * unit
     return [below, below + unit] if below else [unit, 2 * unit]
 
@@ -124,7 +144,8 @@ def even_layout(num_layers: int, num_stages: int) -> tuple[int, ...]:
 
 
 def phrase(changes: Sequence[Change]) -> str:
-    """Changes as advice, each ready to be copied to the command line: `use a=1 or 2`, `use a=1, or b=2 with c=null`."""
+    """Changes as advice, each ready to be copied to the command line: `use a=1 or 2`, `use a=1, or
+    b=2 with c=null`."""
     keys = {tuple(change) for change in changes}
     if keys == {(PROCESSES,)}:
         return f"start {' or '.join(str(change[PROCESSES]) for change in changes)} processes"
@@ -134,7 +155,13 @@ def phrase(changes: Sequence[Change]) -> str:
 
 
 def _spelled(change: Change) -> str:
-    settings = " with ".join(f"{key}={json.dumps(value)}" for key, value in change.items() if key != PROCESSES)
+    settings = " with ".join(
+        f"{key}={json.dumps(value)}" for key, value in change.items() if key != PROCESSES
+    )
     if PROCESSES not in change:
         return settings
-    return f"{settings} on {change[PROCESSES]} processes" if settings else f"{change[PROCESSES]} processes"
+    return (
+        f"{settings} on {change[PROCESSES]} processes"
+        if settings
+        else f"{change[PROCESSES]} processes"
+    )

@@ -1,7 +1,9 @@
-"""The rules of parallel layouts, one function each: what a layout breaks, and settings that may mend it, best first.
+"""The rules of parallel layouts, one function each: what a layout breaks, and settings that may
+mend it, best first.
 
-A rule proposes generously; config/checks.py applies every proposal, keeps those that lift the problem, and prefers those that break
-nothing else. docs/errors.md explains each rule under its name in RULES.
+A rule proposes generously; config/checks.py applies every proposal, keeps those that lift the
+problem, and prefers those that break nothing else. docs/errors.md explains each rule under its name
+in RULES.
 """
 
 from __future__ import annotations
@@ -44,120 +46,201 @@ Rule = Callable[[Layout], Iterator[Finding]]
 
 def tensor_slices(layout: Layout) -> Iterator[Finding]:
     """Every tensor-parallel process holds whole heads and equal slices of vocabulary and MLP."""
-    model, tp = layout.model, layout.parallel.tensor_model_parallel_size
+    model = layout.model
+    tp = layout.parallel.tensor_model_parallel_size
     if model is None:
         return
     broken = ", ".join(f"{name}={size}" for name, size in layout.tensor_sizes.items() if size % tp)
     if broken:
-        valid = [layout.with_tensor(size) for size in divisors_near(layout.tensor_unit, tp)[:NEAREST]]
+        valid = [
+            layout.with_tensor(size) for size in divisors_near(layout.tensor_unit, tp)[:NEAREST]
+        ]
         moved = {**layout.with_tensor(1), CONTEXT: tp * layout.parallel.context_parallel_size}
         proposals = (*valid, moved, *map(layout.on_fitting_processes, valid))
-        yield Finding("", f"parallel.tensor_model_parallel_size={tp} does not divide the model's {broken}", proposals)
+        yield Finding(
+            "",
+            f"parallel.tensor_model_parallel_size={tp} does not divide the model's {broken}",
+            proposals,
+        )
 
 
 def sequence_parallel(layout: Layout) -> Iterator[Finding]:
-    """Sequence parallelism spreads norms and residuals over tensor-parallel processes, so there must be several."""
+    """Sequence parallelism spreads norms and residuals over tensor-parallel processes, so there
+    must be several."""
     parallel = layout.parallel
     if not parallel.sequence_parallel or parallel.tensor_model_parallel_size > 1:
         return
-    sizes = (2, 4, 8) if layout.model is None else [size for size in divisors_near(layout.tensor_unit, 2) if size > 1][:NEAREST]
+    sizes = (
+        (2, 4, 8)
+        if layout.model is None
+        else [size for size in divisors_near(layout.tensor_unit, 2) if size > 1][:NEAREST]
+    )
     larger: list[Change] = [layout.with_tensor(size) for size in sizes]
-    says = "parallel.sequence_parallel=true with parallel.tensor_model_parallel_size=1: there is nothing to spread over"
+    says = (
+        "parallel.sequence_parallel=true with parallel.tensor_model_parallel_size=1: "
+        "there is nothing to spread over"
+    )
     instead: Change = {SEQUENCE: False, CONTEXT: 2 * parallel.context_parallel_size}
-    proposals: tuple[Change, ...] = ({SEQUENCE: False}, *larger, *map(layout.on_fitting_processes, (*larger, instead)))
+    proposals: tuple[Change, ...] = (
+        {SEQUENCE: False},
+        *larger,
+        *map(layout.on_fitting_processes, (*larger, instead)),
+    )
     yield Finding("", says, proposals)
 
 
 def pipeline_layers(layout: Layout) -> Iterator[Finding]:
     """Every pipeline stage has at least one layer."""
-    model, pp = layout.model, layout.parallel.pipeline_model_parallel_size
+    model = layout.model
+    pp = layout.parallel.pipeline_model_parallel_size
     if model is None or pp <= model.num_layers:
         return
-    smaller: list[Change] = [layout.with_pipeline(size) for size in range(model.num_layers, max(0, model.num_layers - NEAREST), -1)]
-    single: Change = {**layout.with_pipeline(1), CONTEXT: pp * layout.parallel.context_parallel_size}
-    says = f"parallel.pipeline_model_parallel_size={pp} exceeds the model's num_layers={model.num_layers}"
+    smaller: list[Change] = [
+        layout.with_pipeline(size)
+        for size in range(model.num_layers, max(0, model.num_layers - NEAREST), -1)
+    ]
+    single: Change = {
+        **layout.with_pipeline(1),
+        CONTEXT: pp * layout.parallel.context_parallel_size,
+    }
+    says = (
+        f"parallel.pipeline_model_parallel_size={pp} exceeds the model's "
+        f"num_layers={model.num_layers}"
+    )
     yield Finding("", says, (*smaller, single, *map(layout.on_fitting_processes, smaller)))
 
 
 def pipeline_layout(layout: Layout) -> Iterator[Finding]:
-    """A written layout has one positive number per pipeline stage, and places every layer of the model once."""
-    asked, stages = layout.parallel.pipeline_layout, layout.parallel.pipeline_model_parallel_size
+    """A written layout has one positive number per pipeline stage, and places every layer of the
+    model once."""
+    asked = layout.parallel.pipeline_layout
+    stages = layout.parallel.pipeline_model_parallel_size
     if asked is None:
         return
     total = layout.model.num_layers if layout.model else max(sum(asked), stages)
     faults = []
     if len(asked) != stages:
-        faults.append(f"has {len(asked)} entries for parallel.pipeline_model_parallel_size={stages}")
+        faults.append(
+            f"has {len(asked)} entries for parallel.pipeline_model_parallel_size={stages}"
+        )
     if layout.model and sum(asked) != total:
         faults.append(f"places {sum(asked)} layers of the model's num_layers={total}")
     if 0 in asked:
         faults.append(f"leaves stage {asked.index(0)} without layers")
     if faults:
-        even: list[Change] = [{PIPELINE_LAYOUT: even_layout(total, stages)}] if 1 < stages <= total else []
+        even: list[Change] = (
+            [{PIPELINE_LAYOUT: even_layout(total, stages)}] if 1 < stages <= total else []
+        )
         as_written: Change = {PIPELINE: len(asked)}
-        proposals = (*even, {PIPELINE_LAYOUT: None}, as_written, layout.on_fitting_processes(as_written), layout.with_pipeline(1))
-        yield Finding("", f"parallel.pipeline_layout={list(asked)} {' and '.join(faults)}", proposals)
+        proposals = (
+            *even,
+            {PIPELINE_LAYOUT: None},
+            as_written,
+            layout.on_fitting_processes(as_written),
+            layout.with_pipeline(1),
+        )
+        yield Finding(
+            "", f"parallel.pipeline_layout={list(asked)} {' and '.join(faults)}", proposals
+        )
 
 
 def pipeline_zero(layout: Layout) -> Iterator[Finding]:
-    """Pipeline parallelism accumulates whole gradients over micro-batches; ZeRO 2 and 3 would have given them away."""
-    pp, zero = layout.parallel.pipeline_model_parallel_size, layout.parallel.zero_stage
+    """Pipeline parallelism accumulates whole gradients over micro-batches; ZeRO 2 and 3 would have
+    given them away."""
+    pp = layout.parallel.pipeline_model_parallel_size
+    zero = layout.parallel.zero_stage
     if pp > 1 and zero > 1:
         yield Finding(
             "",
-            f"parallel.zero_stage={zero} with parallel.pipeline_model_parallel_size={pp}: pipeline parallelism accumulates gradients "
+            f"parallel.zero_stage={zero} with parallel.pipeline_model_parallel_size={pp}: "
+            "pipeline parallelism accumulates gradients "
             "that ZeRO 2 and 3 would have given away",
             ({ZERO: 1}, layout.with_pipeline(1), {ZERO: 0}),
         )
 
 
 def pipeline_offload(layout: Layout) -> Iterator[Finding]:
-    """DeepSpeed moves gradients to the CPU in its own backward pass, which pipeline schedules do not call."""
+    """DeepSpeed moves gradients to the CPU in its own backward pass, which pipeline schedules do
+    not call."""
     pp = layout.parallel.pipeline_model_parallel_size
     if pp > 1 and layout.parallel.offload_optimizer:
         yield Finding(
             "",
-            f"parallel.offload_optimizer=true with parallel.pipeline_model_parallel_size={pp}: the optimizer is offloaded without "
+            f"parallel.offload_optimizer=true with parallel.pipeline_model_parallel_size={pp}: "
+            "the optimizer is offloaded without "
             "pipeline parallelism only",
-            ({OFFLOAD: False}, layout.with_pipeline(1), layout.on_fitting_processes(layout.with_pipeline(1))),
+            (
+                {OFFLOAD: False},
+                layout.with_pipeline(1),
+                layout.on_fitting_processes(layout.with_pipeline(1)),
+            ),
         )
 
 
 def whole_replicas(layout: Layout) -> Iterator[Finding]:
-    """The processes form whole replicas of tensor x pipeline x context size; the number of replicas is the data-parallel size."""
+    """The processes form whole replicas of tensor x pipeline x context size; the number of replicas
+    is the data-parallel size."""
     if layout.dp_size is not None:
         return
-    parallel, processes = layout.parallel, layout.processes
-    tp, pp, cp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, parallel.context_parallel_size
-    counts: list[Change] = [{PROCESSES: count} for count in multiples_near(parallel.model_parallel_size, processes)]
-    smaller: list[Change] = [layout.with_tensor(size) for size in divisors_near(tp, tp, lambda size: processes % (size * pp * cp) == 0)]
-    smaller += [layout.with_pipeline(size) for size in divisors_near(pp, pp, lambda size: processes % (tp * size * cp) == 0)]
-    smaller += [{CONTEXT: size} for size in divisors_near(cp, cp, lambda size: processes % (tp * pp * size) == 0)]
-    says = f"{processes} processes cannot be divided into replicas of {tp * pp * cp} (tensor {tp} x pipeline {pp} x context {cp})"
+    parallel = layout.parallel
+    processes = layout.processes
+    tp = parallel.tensor_model_parallel_size
+    pp = parallel.pipeline_model_parallel_size
+    cp = parallel.context_parallel_size
+    counts: list[Change] = [
+        {PROCESSES: count} for count in multiples_near(parallel.model_parallel_size, processes)
+    ]
+    smaller: list[Change] = [
+        layout.with_tensor(size)
+        for size in divisors_near(tp, tp, lambda size: processes % (size * pp * cp) == 0)
+    ]
+    smaller += [
+        layout.with_pipeline(size)
+        for size in divisors_near(pp, pp, lambda size: processes % (tp * size * cp) == 0)
+    ]
+    smaller += [
+        {CONTEXT: size}
+        for size in divisors_near(cp, cp, lambda size: processes % (tp * pp * size) == 0)
+    ]
+    says = (
+        f"{processes} processes cannot be divided into replicas of {tp * pp * cp} (tensor {tp} x "
+        f"pipeline {pp} x context {cp})"
+    )
     yield Finding("", says, (counts[0], *smaller, counts[1]))
 
 
 def sequence_split(layout: Layout) -> Iterator[Finding]:
-    """A sequence is cut into 2 chunks per context-parallel process, and each part again over tensor ranks under sequence parallelism."""
+    """A sequence is cut into 2 chunks per context-parallel process, and each part again over tensor
+    ranks under sequence parallelism."""
     parallel = layout.parallel
-    tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
-    unit, why = 1, []
+    tp = parallel.tensor_model_parallel_size
+    cp = parallel.context_parallel_size
+    unit = 1
+    why = []
     if cp > 1:
         unit = 2 * cp
         why.append(f"2 * parallel.context_parallel_size={cp} (two chunks per process)")
     if parallel.sequence_parallel and tp > 1:
         unit = math.lcm(unit, cp * tp)
-        why.append(f"context size {cp} * parallel.tensor_model_parallel_size={tp} (parallel.sequence_parallel)")
+        why.append(
+            f"context size {cp} * parallel.tensor_model_parallel_size={tp} "
+            "(parallel.sequence_parallel)"
+        )
     for name in layout.stages:
         length = layout.run.stage(name).seq_length
         if length % unit:
             key = f"{name}.seq_length"
             proposals = tuple({key: near} for near in multiples_near(unit, length))
-            yield Finding(name, f"{key}={length} is not a multiple of {unit}: {' and of '.join(why)}", proposals)
+            yield Finding(
+                name,
+                f"{key}={length} is not a multiple of {unit}: {' and of '.join(why)}",
+                proposals,
+            )
 
 
 def chunk_halo(layout: Layout) -> Iterator[Finding]:
-    """What a mixer reads before a context-parallel chunk (a short convolution's window) lies within the one chunk before."""
+    """What a mixer reads before a context-parallel chunk (a short convolution's window) lies within
+    the one chunk before."""
     cp = layout.parallel.context_parallel_size
     if layout.model is None or cp == 1:
         return
@@ -168,14 +251,18 @@ def chunk_halo(layout: Layout) -> Iterator[Finding]:
             key = f"{name}.seq_length"
             fewer = [{CONTEXT: size} for size in range(cp - 1, 0, -1)][:NEAREST]
             says = (
-                f"{key}={length} gives chunks of {length // (2 * cp)} tokens over parallel.context_parallel_size={cp}, and a mixer "
+                f"{key}={length} gives chunks of {length // (2 * cp)} tokens over "
+                f"parallel.context_parallel_size={cp}, and a mixer "
                 f"reads {halo} tokens before each chunk"
             )
-            yield Finding(name, says, ({key: 2 * cp * halo}, *fewer, *map(layout.on_fitting_processes, fewer)))
+            yield Finding(
+                name, says, ({key: 2 * cp * halo}, *fewer, *map(layout.on_fitting_processes, fewer))
+            )
 
 
 def global_batch(layout: Layout) -> Iterator[Finding]:
-    """Every data-parallel process runs the same number of whole micro-batches per optimizer step."""
+    """Every data-parallel process runs the same number of whole micro-batches per optimizer
+    step."""
     dp_size = layout.dp_size
     if dp_size is None:  # another rule speaks
         return
@@ -185,12 +272,23 @@ def global_batch(layout: Layout) -> Iterator[Finding]:
         if stage.global_batch_size % unit == 0:
             continue
         share, left = divmod(stage.global_batch_size, dp_size)
-        micro = [] if left else [{f"{name}.micro_batch_size": size} for size in divisors_near(share, stage.micro_batch_size)[:1]]
-        batch = [{f"{name}.global_batch_size": size} for size in multiples_near(unit, stage.global_batch_size)]
+        micro = (
+            []
+            if left
+            else [
+                {f"{name}.micro_batch_size": size}
+                for size in divisors_near(share, stage.micro_batch_size)[:1]
+            ]
+        )
+        batch = [
+            {f"{name}.global_batch_size": size}
+            for size in multiples_near(unit, stage.global_batch_size)
+        ]
         yield Finding(
             name,
             f"{name}.global_batch_size={stage.global_batch_size} is not a multiple of "
-            f"{name}.micro_batch_size={stage.micro_batch_size} * {dp_size} data-parallel processes = {unit}",
+            f"{name}.micro_batch_size={stage.micro_batch_size} * {dp_size} data-parallel processes "
+            f"= {unit}",
             (*micro, *batch),
         )
 

@@ -1,8 +1,10 @@
 """YAML files and command-line overrides -> RunConfig, with every problem listed at once.
 
-Precedence, later wins: defaults of the schema < files named by `include:` (left to right) < the file itself < KEY=VALUE overrides.
-Sections merge key by key; any other value replaces what was there. Relative paths are taken from the current directory; a path that
-starts with `assets/` and is not found there is taken from the repository that holds this package (the bundled teacher and sample).
+Precedence, later wins: defaults of the schema < files named by `include:` (left to right) < the
+file itself < KEY=VALUE overrides. Sections merge key by key; any other value replaces what was
+there. Relative paths are taken from the current directory; a path that starts with `assets/` and is
+not found there is taken from the repository that holds this package (the bundled teacher and
+sample).
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ CLI = "CLI"
 REPO_ROOT = Path(__file__).resolve().parents[2]
 BUNDLED = "assets"
 
-# `data=corpus.txt` on the command line means the training files; the other keys of the section keep their long names.
+# `data=corpus.txt` on the command line means the training files; the other keys of the section keep
+# their long names.
 SUGAR = {"data": "data.train"}
 LIST_KEYS = frozenset({"data.train"})
 
@@ -42,18 +45,23 @@ _MOST_PROBLEMS = 100
 
 
 def load_run_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read `path`, its includes and `overrides` (`key.sub=value`); ConfigError lists everything wrong, each with its origin."""
+    """Read `path`, its includes and `overrides` (`key.sub=value`); ConfigError lists everything
+    wrong, each with its origin."""
     return load_with_origins(path, overrides)[0]
 
 
 def load_with_origins(path: Path | str, overrides: Sequence[str] = ()) -> tuple[RunConfig, Origins]:
-    """As `load_run_config`, with the file or CLI that set each key; keys that are not in it have their default."""
+    """As `load_run_config`, with the file or CLI that set each key; keys that are not in it have
+    their default."""
     config, origins = load_as(RunConfig, path, overrides)
     return _resolve_bundled(config), origins
 
 
-def load_as(root: type[Kind], path: Path | str, overrides: Sequence[str] = ()) -> tuple[Kind, Origins]:
-    """A configuration of class `root` by the rules above, and where each key was set; ConfigError lists everything wrong."""
+def load_as(
+    root: type[Kind], path: Path | str, overrides: Sequence[str] = ()
+) -> tuple[Kind, Origins]:
+    """A configuration of class `root` by the rules above, and where each key was set; ConfigError
+    lists everything wrong."""
     path = Path(path)
     origins: Origins = {}
     values = _read_with_includes(path, origins)
@@ -69,34 +77,43 @@ def load_as(root: type[Kind], path: Path | str, overrides: Sequence[str] = ()) -
 
 
 def dump_config(config: RunConfig) -> str:
-    """The resolved configuration as YAML, keys in schema order; `load_run_config` reads it back to an equal RunConfig."""
-    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    """The resolved configuration as YAML, keys in schema order; `load_run_config` reads it back to
+    an equal RunConfig."""
+    text: str = yaml.safe_dump(
+        config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120
+    )
     return text
 
 
 def completed(values: Mapping[str, Any], section: type[BaseModel] = RunConfig) -> dict[str, Any]:
-    """What `dump_config` wrote, perhaps in an earlier version, with what it lacks at the default that it would get now; nothing is checked.
+    """What `dump_config` wrote, perhaps in an earlier version, with what it lacks at the default
+    that it would get now; nothing is checked.
 
     A required value that is missing stays missing, and a key that `section` does not know is kept.
     """
     found = dict(values)
     for name, field in section.model_fields.items():
-        below, value = field.annotation, found.get(name)
+        below = field.annotation
+        value = found.get(name)
         if name not in found and not field.is_required():
             found[name] = to_jsonable_python(field.get_default(call_default_factory=True))
-        elif isinstance(value, Mapping) and isinstance(below, type) and issubclass(below, BaseModel):
+        elif (
+            isinstance(value, Mapping) and isinstance(below, type) and issubclass(below, BaseModel)
+        ):
             found[name] = completed(value, below)
     return found
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in one YAML file, values by their looks; ConfigError when it is missing, not YAML, not a mapping, or too large."""
+    """The mapping in one YAML file, values by their looks; ConfigError when it is missing, not
+    YAML, not a mapping, or too large."""
     found: dict[str, Any] = value_of(_read(path))
     return found
 
 
 def read_stored(path: Path) -> dict[str, Any]:
-    """The mapping in a file that `dump_config` wrote, perhaps in another version, as the settings mean it; nothing is checked."""
+    """The mapping in a file that `dump_config` wrote, perhaps in another version, as the settings
+    mean it; nothing is checked."""
     found: dict[str, Any] = as_meant(_read(path), RunConfig)
     return value_of(found)
 
@@ -110,7 +127,9 @@ def _read(path: Path) -> dict[str, Any]:
         return values
     values = value_of(values)
     if values is not None:
-        raise ConfigError(f"{path}: expected keys and values at the top, got {type(values).__name__}")
+        raise ConfigError(
+            f"{path}: expected keys and values at the top, got {type(values).__name__}"
+        )
     return {}
 
 
@@ -119,7 +138,9 @@ def _read_with_includes(path: Path, origins: Origins) -> dict[str, Any]:
     includes = own.pop("include", [])
     names = value_of(includes) if isinstance(includes, list) else [value_of(includes)]
     if not all(isinstance(name, str) for name in names):
-        raise ConfigError(f"{path}: include: expected a list of file names, got {shown(repr(value_of(includes)))}")
+        raise ConfigError(
+            f"{path}: include: expected a list of file names, got {shown(repr(value_of(includes)))}"
+        )
     merged: dict[str, Any] = {}
     for name in names:
         try:
@@ -128,13 +149,22 @@ def _read_with_includes(path: Path, origins: Origins) -> dict[str, Any]:
             raise ConfigError(f"{path}: include: {error}") from None
         values = _read(included)
         if "include" in values:
-            raise ConfigError(f"{included}: include: an included file may not include others (one level only); move it to {path}")
+            raise ConfigError(
+                f"{included}: include: an included file may not include others (one level only); "
+                f"move it to {path}"
+            )
         _merge(merged, values, os.path.normpath(included), origins)
     _merge(merged, own, str(path), origins)
     return merged
 
 
-def _merge(target: dict[str, Any], values: Mapping[Any, Any], origin: str, origins: Origins, prefix: tuple[str, ...] = ()) -> None:
+def _merge(
+    target: dict[str, Any],
+    values: Mapping[Any, Any],
+    origin: str,
+    origins: Origins,
+    prefix: tuple[str, ...] = (),
+) -> None:
     for key, value in values.items():
         place = (*prefix, str(key))
         if isinstance(value, Mapping):
@@ -148,7 +178,9 @@ def _merge(target: dict[str, Any], values: Mapping[Any, Any], origin: str, origi
             origins[place] = origin
 
 
-def _apply_overrides(root: type[BaseModel], values: dict[str, Any], overrides: Sequence[str], origins: Origins) -> list[str]:
+def _apply_overrides(
+    root: type[BaseModel], values: dict[str, Any], overrides: Sequence[str], origins: Origins
+) -> list[str]:
     """Set each KEY=VALUE in place; returns the words that could not be understood."""
     problems = []
     for word in overrides:
@@ -158,7 +190,8 @@ def _apply_overrides(root: type[BaseModel], values: dict[str, Any], overrides: S
         if not equals or not all(parts):
             problems.append(f"{CLI}: {shown(repr(word))}: expected key.sub=value")
             continue
-        dotted, annotation = ".".join(parts), functools.reduce(member, parts, root)
+        dotted = ".".join(parts)
+        annotation = functools.reduce(member, parts, root)
         try:
             value = from_word(text, annotation, f"{CLI}: {dotted}")
         except ConfigError as error:
@@ -182,7 +215,9 @@ def _listing(problems: Sequence[str]) -> str:
     count = len(problems)
     if count > _MOST_PROBLEMS:
         problems = [*problems[:_MOST_PROBLEMS], f"and {count - _MOST_PROBLEMS} more"]
-    return f"{count} problems in the configuration\n" + "\n".join(f"  {problem}" for problem in problems)
+    return f"{count} problems in the configuration\n" + "\n".join(
+        f"  {problem}" for problem in problems
+    )
 
 
 def _resolve_bundled(config: RunConfig) -> RunConfig:
@@ -194,7 +229,8 @@ def _resolve_bundled(config: RunConfig) -> RunConfig:
 
 
 def bundled_path(path: Path) -> Path:
-    """`path`, or its twin in the repository when it starts with assets/ and is not in the current directory."""
+    """`path`, or its twin in the repository when it starts with assets/ and is not in the current
+    directory."""
     inside = not path.is_absolute() and path.parts[:1] == (BUNDLED,)
     if inside and not path.exists() and (REPO_ROOT / path).exists():
         return REPO_ROOT / path
@@ -202,9 +238,12 @@ def bundled_path(path: Path) -> Path:
 
 
 def load_model_config(path: Path | str) -> ModelConfig:
-    """One model's shape from a YAML file such as configs/model/hypenet_2b.yaml; ConfigError lists everything wrong."""
+    """One model's shape from a YAML file such as configs/model/hypenet_2b.yaml; ConfigError lists
+    everything wrong."""
     path = Path(path)
     try:
         return ModelConfig.model_validate(as_meant(_read(path), ModelConfig))
     except ValidationError as error:
-        raise ConfigError(_listing(describe(error, {}, default_origin=str(path), root=ModelConfig))) from error
+        raise ConfigError(
+            _listing(describe(error, {}, default_origin=str(path), root=ModelConfig))
+        ) from error

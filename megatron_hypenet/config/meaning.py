@@ -1,8 +1,10 @@
 """What the scalars of a configuration mean: a setting's type decides, not how its value looks.
 
-`12.10` is the number 12.1 for a learning rate and the text 12.10 for an environment variable; `yes` is true for a switch and a name for an
-account. A value that does not fit its setting stays as it was written (`Plain`), and pydantic refuses it: no type takes text for
-something else. Words of the command line (KEY=VALUE) follow the same rules, without YAML's syntax: `#`, `: ` or `*` in a path are letters.
+`12.10` is the number 12.1 for a learning rate and the text 12.10 for an environment variable; `yes`
+is true for a switch and a name for an account. A value that does not fit its setting stays as it
+was written (`Plain`), and pydantic refuses it: no type takes text for something else. Words of the
+command line (KEY=VALUE) follow the same rules, without YAML's syntax: `#`, `: ` or `*` in a path
+are letters.
 """
 
 from __future__ import annotations
@@ -20,14 +22,20 @@ from megatron_hypenet.errors import ConfigError
 from megatron_hypenet.untrusted.files import FileKind, shown
 from megatron_hypenet.untrusted.yaml_text import Plain, parse_yaml, value_of
 
-YAML = FileKind(error=ConfigError, advice="see docs/config.md for how settings are written", max_bytes=2 << 20, max_values=100_000)
+YAML = FileKind(
+    error=ConfigError,
+    advice="see docs/config.md for how settings are written",
+    max_bytes=2 << 20,
+    max_values=100_000,
+)
 """A configuration, and a value on the command line."""
 
 _QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"|\'(?:[^\']|\'\')*\'', re.DOTALL)
 
 
 def as_meant(value: Any, annotation: Any) -> Any:
-    """Return `value`, as `parse_yaml` built it, with its scalars as the type `annotation` means them; the containers are copies."""
+    """Return `value`, as `parse_yaml` built it, with its scalars as the type `annotation` means
+    them; the containers are copies."""
     if isinstance(value, dict):
         return {key: as_meant(inner, member(annotation, key)) for key, inner in value.items()}
     if isinstance(value, list):
@@ -41,21 +49,33 @@ def as_meant(value: Any, annotation: Any) -> Any:
 
 
 def from_word(text: str, annotation: Any, where: str = "the value") -> Any:
-    """Return the VALUE of a word KEY=VALUE for a setting of type `annotation`, as `parse_yaml` would have built it.
+    """Return the VALUE of a word KEY=VALUE for a setting of type `annotation`, as `parse_yaml`
+    would have built it.
 
-    `where` names the setting in errors. Raises ValueError that says how to write it where it can be read in two ways, ConfigError where
-    it is a broken list or mapping.
+    `where` names the setting in errors. Raises ValueError that says how to write it where it can be
+    read in two ways, ConfigError where it is a broken list or mapping.
     """
-    kinds, bare = scalar_kinds(annotation), text.strip()
+    kinds = scalar_kinds(annotation)
+    bare = text.strip()
     if not bare:
-        raise ValueError("the value is empty; write null for none" + (", '\"\"' for an empty text" if "text" in kinds else ""))
+        raise ValueError(
+            "the value is empty; write null for none"
+            + (", '\"\"' for an empty text" if "text" in kinds else "")
+        )
     if text.startswith("="):
         raise ValueError("two equals signs; write key=value")
     if not text.isprintable():
-        raise ValueError(f"the value {shown(repr(text), 60)} holds a character that cannot be printed, such as a line break")
-    if holds_settings(annotation) or (holds_items(annotation) and bare.startswith("[") and bare.endswith("]")):
+        raise ValueError(
+            f"the value {shown(repr(text), 60)} holds a character that cannot be printed, "
+            "such as a line break"
+        )
+    if holds_settings(annotation) or (
+        holds_items(annotation) and bare.startswith("[") and bare.endswith("]")
+    ):
         if re.search(r"\s#", _QUOTED.sub("", text)):
-            raise ValueError("YAML takes what follows ' #' for a comment; put the text that holds it in quotes")
+            raise ValueError(
+                "YAML takes what follows ' #' for a comment; put the text that holds it in quotes"
+            )
         return parse_yaml(YAML, where, text)
     if _QUOTED.fullmatch(bare):
         if "path" in kinds:
@@ -91,7 +111,9 @@ def item(annotation: Any, index: int) -> Any:
 
 def holds_settings(annotation: Any) -> bool:
     """Whether the type is a section or a mapping."""
-    return any(_is_section(part) or typing.get_origin(part) is dict for part in _alternatives(annotation))
+    return any(
+        _is_section(part) or typing.get_origin(part) is dict for part in _alternatives(annotation)
+    )
 
 
 def holds_items(annotation: Any) -> bool:
@@ -100,11 +122,14 @@ def holds_items(annotation: Any) -> bool:
 
 
 def scalar_kinds(annotation: Any) -> frozenset[str]:
-    """The scalars that a type takes, of null, bool, int, float, text and path (which is text, too); all but path for Any."""
+    """The scalars that a type takes, of null, bool, int, float, text and path (which is text, too);
+    all but path for Any."""
     kinds: set[str] = set()
     for part in _alternatives(annotation):
         if typing.get_origin(part) is typing.Literal:
-            kinds.update(kind for choice in typing.get_args(part) for kind in scalar_kinds(type(choice)))
+            kinds.update(
+                kind for choice in typing.get_args(part) for kind in scalar_kinds(type(choice))
+            )
         elif part is Any:
             kinds.update(("null", "bool", "int", "float", "text"))
         elif part in _KINDS:
@@ -149,7 +174,8 @@ def _plain(plain: Plain, kinds: frozenset[str]) -> Any:
 
 
 def hint(plain: str, *, wanted: str) -> str:
-    """What to write instead of a scalar that did not fit where `wanted`, an "integer" or a "number", is expected; begins with a semicolon.
+    """What to write instead of a scalar that did not fit where `wanted`, an "integer" or a
+    "number", is expected; begins with a semicolon.
 
     Empty where there is nothing to say.
     """
@@ -158,6 +184,11 @@ def hint(plain: str, *, wanted: str) -> str:
     if re.fullmatch(r"[-+]?0\d[\d_]*", plain):
         return "; YAML 1.1 reads a leading zero as octal: leave it out"
     looks = value_of(Plain(plain))
-    if wanted == "integer" and isinstance(looks, float) and looks.is_integer() and abs(looks) < 2**53:
+    if (
+        wanted == "integer"
+        and isinstance(looks, float)
+        and looks.is_integer()
+        and abs(looks) < 2**53
+    ):
         return f"; write {int(looks)} if that is meant"
     return ""

@@ -1,7 +1,8 @@
 """The shape of one model, teacher or student: the same class describes both.
 
-Names are megatron-core's. A teacher (Qwen3) is the configuration whose layers are all softmax, with RoPE and without an output gate;
-a student keeps softmax ("attn") in some layers and has an RNN mixer in the others.
+Names are megatron-core's. A teacher (Qwen3) is the configuration whose layers are all softmax, with
+RoPE and without an output gate; a student keeps softmax ("attn") in some layers and has an RNN
+mixer in the others.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from megatron_hypenet.config.mixers.softmax_attn import ATTENTION
 from megatron_hypenet.errors import ConfigError
 
 MAX_LAYERS = 10_000
-"""Layers a model may have; this bound and those below keep a damaged file from asking for memory that no model needs."""
+"""Layers a model may have; this bound and those below keep a damaged file from asking for memory
+that no model needs."""
 
 PositiveInt = Annotated[int, Field(gt=0, le=1 << 40, strict=True)]
 Layers = Annotated[int, Field(gt=0, le=MAX_LAYERS, strict=True)]
@@ -42,20 +44,28 @@ _HYPE_PATTERN = re.compile(r"hype(?:\s+(\d+(?:\.\d+)?))?")
 
 
 def check_logits_scaling(value: LogitsScaling) -> LogitsScaling:
-    """Accept "hype", "hype <a>" with a > 1, a positive number, or None; ValueError says what was wrong otherwise."""
+    """Accept "hype", "hype <a>" with a > 1, a positive number, or None; ValueError says what was
+    wrong otherwise."""
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ValueError(f"attn_logits_scaling must be 'hype <a>', a number or null, got {value!r}")
     if isinstance(value, int | float):
         if not value > 0:
-            raise ValueError(f"attn_logits_scaling as a number multiplies q and must be > 0, got {value!r}")
+            raise ValueError(
+                f"attn_logits_scaling as a number multiplies q and must be > 0, got {value!r}"
+            )
         return float(value)
     match = _HYPE_PATTERN.fullmatch(value.strip())
     if match is None:
-        raise ValueError(f"attn_logits_scaling must be 'hype', 'hype <a>' (e.g. 'hype 500'), a number or null, got {value!r}")
+        raise ValueError(
+            "attn_logits_scaling must be 'hype', 'hype <a>' (e.g. 'hype 500'), a number or null, "
+            f"got {value!r}"
+        )
     if match.group(1) is not None and float(match.group(1)) <= 1:
-        raise ValueError(f"attn_logits_scaling 'hype <a>' divides by ln(a) and needs a > 1, got {value!r}")
+        raise ValueError(
+            f"attn_logits_scaling 'hype <a>' divides by ln(a) and needs a > 1, got {value!r}"
+        )
     return " ".join(value.split())
 
 
@@ -67,28 +77,55 @@ class ModelConfig(BaseModel):
     num_layers: Layers = Field(description="Number of decoder layers.")
     hidden_size: Width = Field(description="Width of the residual stream.")
     ffn_hidden_size: Width = Field(description="Inner width of the SwiGLU MLP.")
-    num_attention_heads: Heads = Field(description="Query heads of every layer; an RNN mixer has as many key and value heads.")
-    num_query_groups: Heads = Field(description="Key/value heads of a softmax layer; divides num_attention_heads.")
-    kv_channels: Heads = Field(description="Channels of one head; even. Heads times channels need not equal hidden_size.")
+    num_attention_heads: Heads = Field(
+        description="Query heads of every layer; an RNN mixer has as many key and value heads."
+    )
+    num_query_groups: Heads = Field(
+        description="Key/value heads of a softmax layer; divides num_attention_heads."
+    )
+    kv_channels: Heads = Field(
+        description="Channels of one head; even. Heads times channels need not equal hidden_size."
+    )
     vocab_size: Vocabulary = Field(description="Rows of the embedding and of the output head.")
     layernorm_epsilon: float = Field(default=1e-6, gt=0, description="Epsilon of every RMSNorm.")
     rotary_base: float = Field(default=1e6, gt=0, description="RoPE theta.")
-    share_embeddings_and_output_weights: bool = Field(description="The output head is the embedding matrix; follows the teacher.")
-    mixer_types: tuple[str, ...] = Field(description="Mixer of every layer, first to last: attn or the name of an RNN mixer.")
+    share_embeddings_and_output_weights: bool = Field(
+        description="The output head is the embedding matrix; follows the teacher."
+    )
+    mixer_types: tuple[str, ...] = Field(
+        description="Mixer of every layer, first to last: attn or the name of an RNN mixer."
+    )
     mixers: dict[str, SerializeAsAny[MixerSpec]] = Field(
         default={},
-        description="Settings of mixers by name, for those that have any; written only where there are some.",
+        description="Settings of mixers by name, for those that have any; written only where there "
+        "are some.",
     )
-    attn_use_rope: bool = Field(description="Softmax layers rotate q and k: true in a teacher, false (NoPE) in a student.")
-    attn_use_output_gate: bool = Field(description="Softmax layers gate their output: false in a teacher, true in a student.")
+    attn_use_rope: bool = Field(
+        description="Softmax layers rotate q and k: true in a teacher, false (NoPE) in a student."
+    )
+    attn_use_output_gate: bool = Field(
+        description="Softmax layers gate their output: false in a teacher, true in a student."
+    )
     attn_logits_scaling: LogitsScaling = Field(
-        default=None, description="Inference-time factor on q of softmax layers: 'hype <a>' = ln(t+a)/ln(a), a number, or null for off."
+        default=None,
+        description="Inference-time factor on q of softmax layers: 'hype <a>' = ln(t+a)/ln(a), "
+        "a number, or null for off.",
     )
-    max_position_embeddings: PositiveInt = Field(default=32768, description="Longest context the model claims; copied to the HF folder.")
-    init_method_std: float = Field(default=0.02, gt=0, description="Standard deviation of freshly initialised matrices.")
-    bos_token_id: TokenId | None = Field(default=None, description="Begin-of-sequence token, if the tokenizer has one.")
-    eos_token_id: TokenId | None = Field(default=None, description="End-of-sequence token, if the tokenizer has one.")
-    pad_token_id: TokenId | None = Field(default=None, description="Padding token, if the tokenizer has one.")
+    max_position_embeddings: PositiveInt = Field(
+        default=32768, description="Longest context the model claims; copied to the HF folder."
+    )
+    init_method_std: float = Field(
+        default=0.02, gt=0, description="Standard deviation of freshly initialised matrices."
+    )
+    bos_token_id: TokenId | None = Field(
+        default=None, description="Begin-of-sequence token, if the tokenizer has one."
+    )
+    eos_token_id: TokenId | None = Field(
+        default=None, description="End-of-sequence token, if the tokenizer has one."
+    )
+    pad_token_id: TokenId | None = Field(
+        default=None, description="Padding token, if the tokenizer has one."
+    )
 
     @field_validator("attn_logits_scaling", mode="before")
     @classmethod
@@ -103,7 +140,9 @@ class ModelConfig(BaseModel):
             return value
         known = mixer_specs()
         if unknown := sorted(set(map(str, value)) - set(known)):
-            raise ValueError(f"settings of unknown mixers {unknown}; known: {', '.join(sorted(known))}")
+            raise ValueError(
+                f"settings of unknown mixers {unknown}; known: {', '.join(sorted(known))}"
+            )
         return {name: with_settings(name, settings) for name, settings in value.items()}
 
     @model_serializer(mode="wrap")
@@ -117,15 +156,28 @@ class ModelConfig(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.num_attention_heads % self.num_query_groups:
-            raise ValueError(f"num_query_groups={self.num_query_groups} does not divide num_attention_heads={self.num_attention_heads}")
+            raise ValueError(
+                f"num_query_groups={self.num_query_groups} does not divide "
+                f"num_attention_heads={self.num_attention_heads}"
+            )
         if self.kv_channels % 2:
-            raise ValueError(f"kv_channels={self.kv_channels} is odd; RoPE rotates pairs of channels, so it must be even")
+            raise ValueError(
+                f"kv_channels={self.kv_channels} is odd; RoPE rotates pairs of channels, "
+                "so it must be even"
+            )
         if len(self.mixer_types) != self.num_layers:
-            raise ValueError(f"mixer_types has {len(self.mixer_types)} entries for num_layers={self.num_layers}; give one per layer")
+            raise ValueError(
+                f"mixer_types has {len(self.mixer_types)} entries for "
+                f"num_layers={self.num_layers}; give one per layer"
+            )
         if not all(self.mixer_types):
-            raise ValueError(f"mixer_types has an empty name; write {ATTENTION!r} or the name of an RNN mixer")
+            raise ValueError(
+                f"mixer_types has an empty name; write {ATTENTION!r} or the name of an RNN mixer"
+            )
         if unused := sorted(set(self.mixers) - set(self.mixer_types)):
-            raise ValueError(f"mixers has settings of {', '.join(unused)}, which no layer in mixer_types uses")
+            raise ValueError(
+                f"mixers has settings of {', '.join(unused)}, which no layer in mixer_types uses"
+            )
         return self
 
     @property
@@ -136,7 +188,11 @@ class ModelConfig(BaseModel):
     @property
     def is_teacher(self) -> bool:
         """True for the plain Qwen3 shape: all layers softmax, RoPE on, no output gate."""
-        return len(self.attention_layers) == self.num_layers and self.attn_use_rope and not self.attn_use_output_gate
+        return (
+            len(self.attention_layers) == self.num_layers
+            and self.attn_use_rope
+            and not self.attn_use_output_gate
+        )
 
     @property
     def query_size(self) -> int:
@@ -145,7 +201,8 @@ class ModelConfig(BaseModel):
 
     @property
     def kv_size(self) -> int:
-        """Width of all key (or value) heads of a softmax layer together, num_query_groups * kv_channels."""
+        """Width of all key (or value) heads of a softmax layer together, num_query_groups *
+        kv_channels."""
         return self.num_query_groups * self.kv_channels
 
     @property
@@ -155,7 +212,8 @@ class ModelConfig(BaseModel):
 
     @property
     def least_values(self) -> int:
-        """Values of the large matrices that every model of this shape has, whatever its mixers: a lower bound of its size."""
+        """Values of the large matrices that every model of this shape has, whatever its mixers: a
+        lower bound of its size."""
         layer = 2 * self.query_size * self.hidden_size + 3 * self.hidden_size * self.ffn_hidden_size
         return self.vocab_size * self.hidden_size + self.num_layers * layer
 
@@ -164,7 +222,8 @@ class ModelConfig(BaseModel):
         return type(self).model_validate({**self.model_dump(), **changes})
 
     def spec(self, mixer: str) -> MixerSpec:
-        """The specification of a mixer with this model's settings; ConfigError for an unknown name."""
+        """The specification of a mixer with this model's settings; ConfigError for an unknown
+        name."""
         return self.mixers.get(mixer) or mixer_spec(mixer)()
 
     @property
@@ -173,13 +232,19 @@ class ModelConfig(BaseModel):
         return tuple(dict.fromkeys(self.mixer_types))
 
     def with_mixers(self, mixer_types: Iterable[str], settings: Iterable[MixerSpec] = ()) -> Self:
-        """The student with these mixers: this shape with softmax layers gated and without RoPE (HyPE).
+        """The student with these mixers: this shape with softmax layers gated and without RoPE
+        (HyPE).
 
-        `settings` are specifications whose settings the student takes; of mixers that are not used they are left out."""
+        `settings` are specifications whose settings the student takes; of mixers that are not used
+        they are left out."""
         types = tuple(mixer_types)
         given = {spec.name: spec for spec in (*self.mixers.values(), *settings)}
-        kept = {name: spec for name, spec in given.items() if name in types and type(spec).model_fields}
-        return self.replace(mixer_types=types, mixers=kept, attn_use_rope=False, attn_use_output_gate=True)
+        kept = {
+            name: spec for name, spec in given.items() if name in types and type(spec).model_fields
+        }
+        return self.replace(
+            mixer_types=types, mixers=kept, attn_use_rope=False, attn_use_output_gate=True
+        )
 
     def converted(self, spec: MixerSpec) -> Self:
         """The student with this RNN mixer in every layer."""
@@ -195,5 +260,8 @@ class ModelConfig(BaseModel):
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
-            problems = "; ".join(f"{'.'.join(map(str, item['loc'])) or 'model'}: {item['msg']}" for item in error.errors())
+            problems = "; ".join(
+                f"{'.'.join(map(str, item['loc'])) or 'model'}: {item['msg']}"
+                for item in error.errors()
+            )
             raise ConfigError(f"model configuration is invalid: {problems}") from error

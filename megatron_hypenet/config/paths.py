@@ -1,4 +1,5 @@
-"""Paths that a person writes: `~`, `~user`, `$NAME` and `${NAME}` stand for what they stand for in a shell, or are refused by name."""
+"""Paths that a person writes: `~`, `~user`, `$NAME` and `${NAME}` stand for what they stand for in
+a shell, or are refused by name."""
 
 from __future__ import annotations
 
@@ -16,8 +17,9 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 def expanded(path: Path | str) -> Path:
     """Return `path` with a leading `~` or `~user` and all `$NAME` and `${NAME}` replaced.
 
-    Raises ValueError that names the user or the variable where there is none, and for text that is no path: empty, or with line breaks
-    or other characters that cannot be printed. What comes out goes in again unchanged, so a stored path stays what it is.
+    Raises ValueError that names the user or the variable where there is none, and for text that is
+    no path: empty, or with line breaks or other characters that cannot be printed. What comes out
+    goes in again unchanged, so a stored path stays what it is.
     """
     text = path if isinstance(path, str) else str(path)
     if not text.strip():
@@ -26,20 +28,33 @@ def expanded(path: Path | str) -> Path:
         raise ValueError(f"the path {text!r} holds a control character, such as a line break")
     found = _with_home(_REFERENCE.sub(lambda match: _variable(text, match), text))
     if _REFERENCE.search(found):
-        raise ValueError(f"the path {text!r} leads to {found!r}, in which variables stand again; write it without variables")
+        raise ValueError(
+            f"the path {text!r} leads to {found!r}, in which variables stand again; "
+            "write it without variables"
+        )
     result = Path(found)
-    if result.parts and result.parts[0].startswith("~"):  # ./~x: Path drops the ./, and read again it would be a home
-        raise ValueError(f"the path {text!r} is a name that begins with ~; write it from /, or choose another name")
+    # ./~x: Path drops the ./, and read again it would be a home
+    if result.parts and result.parts[0].startswith("~"):
+        raise ValueError(
+            f"the path {text!r} is a name that begins with ~; write it from /, "
+            "or choose another name"
+        )
     return result
 
 
 def _variable(text: str, match: re.Match[str]) -> str:
     name = match.group(1) if match.group(2) is None else match.group(2)
     if not _NAME.fullmatch(name) or (match.group(2) is None and not match.group().endswith("}")):
-        raise ValueError(f"the path {text!r} has {match.group()!r}, which is no variable; write $NAME or ${{NAME}}")
+        raise ValueError(
+            f"the path {text!r} has {match.group()!r}, which is no variable; "
+            f"write $NAME or ${{NAME}}"
+        )
     value = os.environ.get(name, "")
     if not value:
-        raise ValueError(f"the path {text!r} names the variable {name}, which is {'empty' if name in os.environ else 'not set'}")
+        raise ValueError(
+            f"the path {text!r} names the variable {name}, "
+            f"which is {'empty' if name in os.environ else 'not set'}"
+        )
     return value
 
 

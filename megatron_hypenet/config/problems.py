@@ -1,4 +1,5 @@
-"""Turns pydantic's findings into lines a person can act on: origin, key, what is wrong, and the nearest right key."""
+"""Turns pydantic's findings into lines a person can act on: origin, key, what is wrong, and the
+nearest right key."""
 
 from __future__ import annotations
 
@@ -20,14 +21,23 @@ _LONGEST = 2000
 """Characters of the message of one rule."""
 
 
-def describe(error: ValidationError, origins: Origins, *, default_origin: str, root: type[BaseModel] = RunConfig) -> list[str]:
-    """One line per finding, e.g. `run.yaml: align.lr: should be greater than 0, got int -1`, for a configuration of class `root`."""
+def describe(
+    error: ValidationError,
+    origins: Origins,
+    *,
+    default_origin: str,
+    root: type[BaseModel] = RunConfig,
+) -> list[str]:
+    """One line per finding, e.g. `run.yaml: align.lr: should be greater than 0, got int -1`, for a
+    configuration of class `root`."""
     lines = []
     for item in error.errors():
         place = tuple(str(part) for part in item["loc"])
         origin = _origin(place, origins, default_origin)
         key = shown(".".join(place), 200) or "configuration"
-        lines.append(f"{origin}: {key}: {_what(item['type'], item['msg'], item.get('input'), place, root)}")
+        lines.append(
+            f"{origin}: {key}: {_what(item['type'], item['msg'], item.get('input'), place, root)}"
+        )
     return list(dict.fromkeys(lines))
 
 
@@ -39,7 +49,9 @@ def _origin(place: tuple[str, ...], origins: Origins, default: str) -> str:
     return default
 
 
-def _what(kind: str, message: str, value: Any, place: tuple[str, ...], root: type[BaseModel]) -> str:
+def _what(
+    kind: str, message: str, value: Any, place: tuple[str, ...], root: type[BaseModel]
+) -> str:
     if kind == "extra_forbidden":
         return f"unknown key{_near_miss(place, root)}"
     if kind == "missing":
@@ -50,13 +62,18 @@ def _what(kind: str, message: str, value: Any, place: tuple[str, ...], root: typ
     if isinstance(value, Plain):
         integer = "integer" if kind.startswith("int") or kind == "literal_error" else "number"
         looks = type(value_of(value)).__name__
-        return f"{text}, got {looks} {shown(repr(str(value)) if looks == 'str' else value, 60)}{hint(value, wanted=integer)}"
+        written = shown(repr(str(value)) if looks == "str" else value, 60)
+        return f"{text}, got {looks} {written}{hint(value, wanted=integer)}"
     return f"{text}, got {type(value).__name__} {shown(repr(value), 100)}"
 
 
 def _bounded(message: str) -> str:
     """The message of a rule, which may repeat a value of any length."""
-    return message if len(message) <= _LONGEST else f"{message[: _LONGEST // 2]} ... {message[-_LONGEST // 2 :]}"
+    return (
+        message
+        if len(message) <= _LONGEST
+        else f"{message[: _LONGEST // 2]} ... {message[-_LONGEST // 2 :]}"
+    )
 
 
 def _near_miss(place: tuple[str, ...], root: type[BaseModel]) -> str:
@@ -84,7 +101,9 @@ def section_type(annotation: Any) -> type[BaseModel] | None:
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         found = [section_type(part) for part in typing.get_args(annotation)]
         return next((part for part in found if part is not None), None)
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+    return (
+        annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+    )
 
 
 def _all_keys(section: type[BaseModel], prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:

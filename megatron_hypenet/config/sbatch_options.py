@@ -15,7 +15,8 @@ _LOGS = "`hypenet logs` looks for the logs where the job script puts them, in th
 _PRINTS = "sbatch only prints then, and submits nothing"
 
 SBATCH: Mapping[str, str] = {
-    "array a": "tasks of an array would write over each other in one run folder; jobs start again by "
+    "array a": "tasks of an array would write over each other in one run folder; "
+    "jobs start again by "
     "themselves, as often as cluster.requeue.limit says, and --chain gives each stage a job",
     "wrap": "the job script is what runs",
     "requeue": "jobs start again by themselves; cluster.requeue.limit=0 never does",
@@ -42,7 +43,8 @@ SBATCH: Mapping[str, str] = {
     "export-file": "use cluster.variables",
     "dependency d": "use --after JOBID; --chain makes the jobs of a run wait for each other",
     "kill-on-invalid-dep": "`hypenet submit` sets it for jobs that wait for another",
-    "clusters M": "set SLURM_CLUSTERS in your shell, which `hypenet status`, `cancel` and `requeue` "
+    "clusters M": "set SLURM_CLUSTERS in your shell, which `hypenet status`, "
+    "`cancel` and `requeue` "
     "need, too",
     "no-kill k": "a job that has lost a node would stay, and its processes wait for ever",
     "parsable": "`hypenet submit` sets it",

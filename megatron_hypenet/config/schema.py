@@ -1,8 +1,10 @@
-"""Everything that can be set for a run, as frozen pydantic models. Unknown keys are errors; every field says what it means.
+"""Everything that can be set for a run, as frozen pydantic models. Unknown keys are errors; every
+field says what it means.
 
-Sections follow the pipeline: what goes in (teacher, data), how it is spread (parallel, precision), the three training stages and the
-layer selection between them, then evaluation, checkpoints and export. docs/config.md is generated from the descriptions below.
-A default stands only where one value suits most runs; whatever depends on the model or the data has none and must be written down.
+Sections follow the pipeline: what goes in (teacher, data), how it is spread (parallel, precision),
+the three training stages and the layer selection between them, then evaluation, checkpoints and
+export. docs/config.md is generated from the descriptions below. A default stands only where one
+value suits most runs; whatever depends on the model or the data has none and must be written down.
 """
 
 from __future__ import annotations
@@ -40,103 +42,171 @@ class DataConfig(Section):
     """What the model reads."""
 
     train: tuple[PathSetting, ...] = Field(
-        min_length=1, description="Training data: .txt or .jsonl files, or prefixes of prepared .bin/.idx pairs."
+        min_length=1,
+        description="Training data: .txt or .jsonl files, or prefixes of prepared .bin/.idx pairs.",
     )
     heldout: PathSetting | None = Field(
-        default=None, description="Held-out data of the same kinds; null takes heldout_fraction off the training data."
+        default=None,
+        description="Held-out data of the same kinds; null takes heldout_fraction off the training "
+        "data.",
     )
     heldout_fraction: BelowOne = Field(
-        default=0.02, description="Share of the training documents kept for held-out loss when heldout is null."
+        default=0.02,
+        description="Share of the training documents kept for held-out loss when heldout is null.",
     )
     recall_fraction: Fraction = Field(
-        default=0.0, description="Share of training sequences that are generated key-value recall documents instead of text."
+        default=0.0,
+        description="Share of training sequences that are generated key-value recall documents "
+        "instead of text.",
     )
-    recall_pairs: PositiveInt = Field(default=8, description="Key-value pairs in one generated training recall document.")
+    recall_pairs: PositiveInt = Field(
+        default=8, description="Key-value pairs in one generated training recall document."
+    )
     separate_documents: Switch = Field(
         default=False,
-        description="Documents packed into one sequence do not see each other: attention and RNN state start anew after each "
-        "end-of-document token (in prepared files without any: at the document boundaries of the .idx), and "
+        description="Documents packed into one sequence do not see each other: "
+        "attention and RNN state start anew after each "
+        "end-of-document token (in prepared files without any: at the document boundaries of the "
+        ".idx), and "
         "the loss skips predicting across the boundary.",
     )
-    seed: Seed = Field(default=1234, description="Seed of the data order, the held-out split and the recall documents.")
+    seed: Seed = Field(
+        default=1234,
+        description="Seed of the data order, the held-out split and the recall documents.",
+    )
 
 
 class ParallelConfig(Section):
-    """How the processes share the work. Data parallelism is what is left: world size / (tensor * pipeline * context)."""
+    """How the processes share the work. Data parallelism is what is left: world size / (tensor *
+    pipeline * context)."""
 
-    tensor_model_parallel_size: PositiveInt = Field(default=1, description="Processes that split every matrix (--tp).")
-    pipeline_model_parallel_size: PositiveInt = Field(default=1, description="Groups of consecutive layers on different processes (--pp).")
-    context_parallel_size: PositiveInt = Field(default=1, description="Processes that split every sequence (--cp).")
-    sequence_parallel: Switch = Field(default=False, description="Split norms and residuals over the tensor-parallel processes too.")
-    # a stage of 0 layers is left to config/layout_rules.py, which knows the model and can say what would fit
+    tensor_model_parallel_size: PositiveInt = Field(
+        default=1, description="Processes that split every matrix (--tp)."
+    )
+    pipeline_model_parallel_size: PositiveInt = Field(
+        default=1, description="Groups of consecutive layers on different processes (--pp)."
+    )
+    context_parallel_size: PositiveInt = Field(
+        default=1, description="Processes that split every sequence (--cp)."
+    )
+    sequence_parallel: Switch = Field(
+        default=False,
+        description="Split norms and residuals over the tensor-parallel processes too.",
+    )
+    # a stage of 0 layers is left to config/layout_rules.py, which knows the model and can say what
+    # would fit
     pipeline_layout: Annotated[tuple[Count, ...], Field(min_length=1)] | None = Field(
-        default=None, description="Layers per pipeline stage, first to last, e.g. [8, 10, 10]; null balances the stages by mixer cost."
+        default=None,
+        description="Layers per pipeline stage, first to last, e.g. [8, 10, 10]; "
+        "null balances the stages by mixer cost.",
     )
     context_parallel_method: Literal["all_gather", "ring"] = Field(
         default="all_gather",
-        description="How softmax attention meets the keys of the other context-parallel processes: all_gather fetches all at once, "
+        description="How softmax attention meets the keys of the other context-parallel processes: "
+        "all_gather fetches all at once, "
         "ring passes them on one by one and needs less memory.",
     )
     zero_stage: Literal[0, 1, 2, 3] = Field(
-        default=1, description="DeepSpeed ZeRO: 0 replicates, 1 shards optimizer state, 2 also gradients, 3 also weights."
+        default=1,
+        description="DeepSpeed ZeRO: 0 replicates, 1 shards optimizer state, 2 also gradients, "
+        "3 also weights.",
     )
     gradient_exchange: Literal["float32", "bfloat16"] = Field(
         default="float32",
-        description="Type in which data-parallel processes add up the gradients of a bfloat16 model: float32 loses nothing, bfloat16 sends "
+        description="Type in which data-parallel processes add up the gradients of a bfloat16 "
+        "model: float32 loses nothing, bfloat16 sends "
         "half the bytes and rounds every sum.",
     )
     offload_optimizer: Switch = Field(
-        default=False, description="Keep optimizer state and update in CPU memory: slower steps, less GPU memory."
+        default=False,
+        description="Keep optimizer state and update in CPU memory: slower steps, less GPU memory.",
     )
 
     @property
     def model_parallel_size(self) -> int:
         """Processes that hold one replica of the model and of its sequence."""
-        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+        return (
+            self.tensor_model_parallel_size
+            * self.pipeline_model_parallel_size
+            * self.context_parallel_size
+        )
 
     @property
     def sequence_unit(self) -> int:
-        """What sequence lengths are multiples of: two chunks per context-parallel process, each process's tokens split again for
-        sequence parallelism."""
+        """What sequence lengths are multiples of: two chunks per context-parallel process, each
+        process's tokens split again for sequence parallelism."""
         context = self.context_parallel_size
         unit = 2 * context if context > 1 else 1
-        return math.lcm(unit, context * self.tensor_model_parallel_size) if self.sequence_parallel else unit
+        return (
+            math.lcm(unit, context * self.tensor_model_parallel_size)
+            if self.sequence_parallel
+            else unit
+        )
 
 
 class StageConfig(Section):
     """One training stage: how long, on what sizes, with which optimizer settings (AdamW)."""
 
     train_iters: PositiveInt = Field(description="Optimizer steps.")
-    seq_length: PositiveInt = Field(description="Tokens per sequence, before context-parallel splitting.")
-    micro_batch_size: PositiveInt = Field(description="Sequences per forward pass on one data-parallel process.")
-    global_batch_size: PositiveInt = Field(description="Sequences per optimizer step over all processes.")
+    seq_length: PositiveInt = Field(
+        description="Tokens per sequence, before context-parallel splitting."
+    )
+    micro_batch_size: PositiveInt = Field(
+        description="Sequences per forward pass on one data-parallel process."
+    )
+    global_batch_size: PositiveInt = Field(
+        description="Sequences per optimizer step over all processes."
+    )
     lr: Rate = Field(description="Peak learning rate.")
-    min_lr: NotNegative = Field(description="Learning rate at the end of the cosine; unused with lr_schedule constant.")
-    lr_schedule: Literal["cosine", "constant"] = Field(default="cosine", description="Shape of the learning rate after warm-up.")
+    min_lr: NotNegative = Field(
+        description="Learning rate at the end of the cosine; unused with lr_schedule constant."
+    )
+    lr_schedule: Literal["cosine", "constant"] = Field(
+        default="cosine", description="Shape of the learning rate after warm-up."
+    )
     warmup_iters: Count = Field(default=0, description="Steps of linear warm-up from zero to lr.")
     weight_decay: NotNegative = Field(default=0.0, description="AdamW's decoupled weight decay.")
-    adam_betas: tuple[BelowOne, BelowOne] = Field(default=(0.9, 0.95), description="AdamW's moment decays.")
-    clip_grad: NotNegative = Field(default=1.0, description="Largest global gradient norm; 0 turns clipping off.")
-    save_interval: PositiveInt = Field(default=1000, description="Steps between checkpoints; the last step is always saved.")
-    log_interval: PositiveInt = Field(default=10, description="Steps between log lines and TensorBoard points.")
+    adam_betas: tuple[BelowOne, BelowOne] = Field(
+        default=(0.9, 0.95), description="AdamW's moment decays."
+    )
+    clip_grad: NotNegative = Field(
+        default=1.0, description="Largest global gradient norm; 0 turns clipping off."
+    )
+    save_interval: PositiveInt = Field(
+        default=1000, description="Steps between checkpoints; the last step is always saved."
+    )
+    log_interval: PositiveInt = Field(
+        default=10, description="Steps between log lines and TensorBoard points."
+    )
     eval_interval: PositiveInt | None = Field(
-        default=None, description="Steps between held-out losses in TensorBoard (eval/heldout-loss); null takes one at the end only."
+        default=None,
+        description="Steps between held-out losses in TensorBoard (eval/heldout-loss); "
+        "null takes one at the end only.",
     )
     cuda_graphs: Switch = Field(
         default=True,
-        description="Replay small micro-batches (up to 12,288 tokens) as one CUDA graph instead of launching every kernel: faster where "
-        "launches take longer than they run. Takes effect with bfloat16, zero_stage 0 or 1, one GPU per replica, recompute none, and "
+        description="Replay small micro-batches (up to 12,288 tokens) as one CUDA graph instead of "
+        "launching every kernel: faster where "
+        "launches take longer than they run. Takes effect with bfloat16, zero_stage 0 or 1, "
+        "one GPU per replica, recompute none, and "
         "documents not kept apart; a replay is compared with launched kernels first.",
     )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.global_batch_size % self.micro_batch_size:
-            raise ValueError(f"micro_batch_size={self.micro_batch_size} does not divide global_batch_size={self.global_batch_size}")
+            raise ValueError(
+                f"micro_batch_size={self.micro_batch_size} does not divide "
+                f"global_batch_size={self.global_batch_size}"
+            )
         if self.min_lr > self.lr:
-            raise ValueError(f"min_lr={self.min_lr:g} is above lr={self.lr:g}; the schedule only goes down")
+            raise ValueError(
+                f"min_lr={self.min_lr:g} is above lr={self.lr:g}; the schedule only goes down"
+            )
         if self.warmup_iters > self.train_iters:
-            raise ValueError(f"warmup_iters={self.warmup_iters} is longer than train_iters={self.train_iters}")
+            raise ValueError(
+                f"warmup_iters={self.warmup_iters} is longer than train_iters={self.train_iters}"
+            )
         return self
 
     @property
@@ -145,7 +215,8 @@ class StageConfig(Section):
         return self.global_batch_size * self.seq_length
 
     def num_micro_batches(self, dp_size: int) -> int:
-        """Forward passes per step on each of `dp_size` data-parallel processes; checks.check_layout refuses a remainder."""
+        """Forward passes per step on each of `dp_size` data-parallel processes; checks.check_layout
+        refuses a remainder."""
         return self.global_batch_size // (self.micro_batch_size * dp_size)
 
 
@@ -179,40 +250,59 @@ class HeadStageConfig(StageConfig):
 
     vocab_chunk_tokens: PositiveInt | None = Field(
         default=None,
-        description="Tokens whose logits exist at one time inside the loss; smaller needs less memory. null takes as many as fill 2 GB "
+        description="Tokens whose logits exist at one time inside the loss; "
+        "smaller needs less memory. null takes as many as fill 2 GB "
         "with logits and their gradients on a GPU, 32 MB on a CPU, and at least 128.",
     )
     recompute: Recompute = Field(
         default="none",
-        description="Activations computed again in backward instead of kept: none, selective (layer norms, the MLP's activation, and "
-        "recurrent mixers between their projections: saves about a third for a few percent more time), or full (whole layers: least "
+        description="Activations computed again in backward instead of kept: none, "
+        "selective (layer norms, the MLP's activation, and "
+        "recurrent mixers between their projections: saves about a third for a few percent more "
+        "time), or full (whole layers: least "
         "memory, a third more work).",
     )
 
 
 class SelectConfig(Section):
-    """Which layers keep softmax attention: each is replaced alone, and recall against held-out quality decides."""
+    """Which layers keep softmax attention: each is replaced alone, and recall against held-out
+    quality decides."""
 
     num_attention_layers: PositiveInt | None = Field(
-        default=None, description="Softmax layers to keep; null keeps a quarter (num_layers // 4, at least 1)."
+        default=None,
+        description="Softmax layers to keep; null keeps a quarter (num_layers // 4, at least 1).",
     )
-    recall_sequences: PositiveInt = Field(default=128, description="Recall documents scored per layer.")
-    recall_pairs: PositiveInt = Field(default=8, description="Key-value pairs in one scored recall document.")
-    heldout_sequences: PositiveInt = Field(default=64, description="Held-out sequences scored per layer.")
+    recall_sequences: PositiveInt = Field(
+        default=128, description="Recall documents scored per layer."
+    )
+    recall_pairs: PositiveInt = Field(
+        default=8, description="Key-value pairs in one scored recall document."
+    )
+    heldout_sequences: PositiveInt = Field(
+        default=64, description="Held-out sequences scored per layer."
+    )
     seq_length: PositiveInt = Field(default=512, description="Tokens per scored sequence.")
     batch_size: PositiveInt = Field(default=8, description="Sequences per forward pass.")
-    importance_cap: Rate = Field(default=50.0, description="Largest importance a layer can have; the paper caps at 50.")
+    importance_cap: Rate = Field(
+        default=50.0, description="Largest importance a layer can have; the paper caps at 50."
+    )
 
 
 class EvalConfig(Section):
     """Measurements at the end of a stage and of the run."""
 
-    seq_length: PositiveInt = Field(default=512, description="Tokens per sequence at length multiple 1.")
+    seq_length: PositiveInt = Field(
+        default=512, description="Tokens per sequence at length multiple 1."
+    )
     length_multiples: tuple[PositiveInt, ...] = Field(
-        default=(1, 2, 4, 8), min_length=1, description="Multiples of seq_length at which recall and held-out loss are measured."
+        default=(1, 2, 4, 8),
+        min_length=1,
+        description="Multiples of seq_length at which recall and held-out loss are measured.",
     )
     recall_sequences: PositiveInt = Field(default=64, description="Recall documents per length.")
-    recall_pairs: PositiveInt = Field(default=8, description="Key-value pairs in one recall document.")
+    recall_pairs: PositiveInt = Field(
+        default=8, description="Key-value pairs in one recall document."
+    )
     heldout_sequences: PositiveInt = Field(default=64, description="Held-out sequences per length.")
     batch_size: PositiveInt = Field(default=8, description="Sequences per forward pass.")
 
@@ -220,10 +310,16 @@ class EvalConfig(Section):
 class CheckpointConfig(Section):
     """How checkpoints are written and how many stay on disk."""
 
-    keep_last: PositiveInt = Field(default=2, description="Newest committed checkpoints kept per stage.")
-    keep_every: PositiveInt | None = Field(default=None, description="Also keep every checkpoint whose step is a multiple of this.")
+    keep_last: PositiveInt = Field(
+        default=2, description="Newest committed checkpoints kept per stage."
+    )
+    keep_every: PositiveInt | None = Field(
+        default=None, description="Also keep every checkpoint whose step is a multiple of this."
+    )
     async_save: Switch = Field(
-        default=False, description="Write checkpoints in the background while training goes on; needs host memory for one copy."
+        default=False,
+        description="Write checkpoints in the background while training goes on; "
+        "needs host memory for one copy.",
     )
 
 
@@ -231,7 +327,9 @@ class ExportConfig(Section):
     """The Hugging Face folder at the end of a run."""
 
     attn_logits_scaling: LogitsScaling = Field(
-        default="hype 500", description="Inference-time logit scaling switched on in the exported config; null leaves it off."
+        default="hype 500",
+        description="Inference-time logit scaling switched on in the exported config; "
+        "null leaves it off.",
     )
     dtype: Literal["float32", "bfloat16", "auto"] = Field(
         default="auto", description="Type of the exported weights; auto keeps the checkpoint's."
@@ -247,17 +345,22 @@ class GuardConfig(Section):
     """When a run is stopped because it cannot succeed, or does not go on."""
 
     max_teacher_loss: Rate | None = Field(
-        default=None, description="Largest teacher loss on held-out text before training starts; null means 0.9 * ln(vocab_size)."
+        default=None,
+        description="Largest teacher loss on held-out text before training starts; "
+        "null means 0.9 * ln(vocab_size).",
     )
     max_skipped_steps: Count = Field(
         default=3,
-        description="Training steps in a row whose loss or gradient may be not finite: each is left out (weights and optimizer stay, "
+        description="Training steps in a row whose loss or gradient may be not finite: "
+        "each is left out (weights and optimizer stay, "
         "its samples count as seen); one more ends the run with exit code 7.",
     )
     hang_timeout_seconds: Rate = Field(
         default=1800.0,
-        description="A process that gets no further for this long (twice as long while it builds, loads, saves or evaluates) writes "
-        "down where it stands and ends the run with exit code 8. Longer than the slowest micro-batch and the first one's compilation.",
+        description="A process that gets no further for this long (twice as long while it builds, "
+        "loads, saves or evaluates) writes "
+        "down where it stands and ends the run with exit code 8. Longer than the slowest "
+        "micro-batch and the first one's compilation.",
     )
 
 
@@ -265,23 +368,36 @@ class RunConfig(Section):
     """A whole HALO run: teacher in, Hugging Face HypeNet out."""
 
     output_dir: PathSetting = Field(
-        description="Folder of this run: resolved config, logs, TensorBoard files, checkpoints, export, report."
+        description="Folder of this run: resolved config, logs, TensorBoard files, checkpoints, "
+        "export, report."
     )
-    teacher: PathSetting = Field(description="Teacher: a Hugging Face Qwen3 folder or a converted checkpoint.")
-    data: DataConfig = Field(description="Training and held-out data; on the command line data=PATH sets data.train.")
+    teacher: PathSetting = Field(
+        description="Teacher: a Hugging Face Qwen3 folder or a converted checkpoint."
+    )
+    data: DataConfig = Field(
+        description="Training and held-out data; on the command line data=PATH sets data.train."
+    )
     parallel: ParallelConfig = Field(default=ParallelConfig(), description="Parallel layout.")
     precision: Literal["float32", "bfloat16", "auto"] = Field(
-        default="auto", description="Type of weights and activations while training; auto is bfloat16 on CUDA, float32 on CPU."
+        default="auto",
+        description="Type of weights and activations while training; auto is bfloat16 on CUDA, "
+        "float32 on CPU.",
     )
-    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Where to compute; auto takes CUDA when present.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="Where to compute; auto takes CUDA when present."
+    )
     seed: Seed = Field(default=1234, description="Seed of freshly initialised weights.")
     align: AlignConfig = Field(description="Stage 1, hidden-state alignment.")
     select: SelectConfig = Field(default=SelectConfig(), description="Layer selection.")
     distill: HeadStageConfig = Field(description="Stage 2, end-to-end distillation.")
     finetune: HeadStageConfig = Field(description="Stage 3, long-context finetuning.")
     eval: EvalConfig = Field(default=EvalConfig(), description="Evaluation.")
-    checkpoint: CheckpointConfig = Field(default=CheckpointConfig(), description="Checkpoints: writing and retention.")
-    export: ExportConfig = Field(default=ExportConfig(), description="Export to Hugging Face format.")
+    checkpoint: CheckpointConfig = Field(
+        default=CheckpointConfig(), description="Checkpoints: writing and retention."
+    )
+    export: ExportConfig = Field(
+        default=ExportConfig(), description="Export to Hugging Face format."
+    )
     guard: GuardConfig = Field(default=GuardConfig(), description="Guards.")
 
     def stage(self, name: str) -> StageConfig:

@@ -1,1 +1,2 @@
-"""Text to token files to training sequences: preparation, reading, blending with recall documents, and the resumable position."""
+"""Text to token files to training sequences: preparation, reading, blending with recall documents,
+and the resumable position."""

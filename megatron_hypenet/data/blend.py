@@ -1,7 +1,7 @@
 """Training sequences: windows of a token stream in a seeded order, mixed with recall documents.
 
-Every sample is a pure function of (seed, sample index), so the data position of a run is one number, resuming costs nothing, and any
-number of processes can share the work by index.
+Every sample is a pure function of (seed, sample index), so the data position of a run is one
+number, resuming costs nothing, and any number of processes can share the work by index.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from megatron_hypenet.errors import DataError
 
 _MASK = 2**64 - 1
 _SHARE_UNITS = 1 << 20
-"""Recall shares are rounded to this many parts, so that counting them is integer arithmetic: exact at any sample index."""
+"""Recall shares are rounded to this many parts, so that counting them is integer arithmetic: exact
+at any sample index."""
 
 
 def scramble(*words: int) -> int:
-    """A well-mixed 64-bit number from integers (the finaliser of splitmix64, Steele et al. 2014, chained over the words)."""
+    """A well-mixed 64-bit number from integers (the finaliser of splitmix64, Steele et al. 2014,
+    chained over the words)."""
     state = 0
     for word in words:
         state = (state + word + 0x9E3779B97F4A7C15) & _MASK
@@ -31,15 +33,18 @@ def scramble(*words: int) -> int:
 
 
 def permuted(index: int, size: int, key: int) -> int:
-    """Place of `index` in a pseudo-random permutation of range(size) chosen by `key`, in constant time and memory.
+    """Place of `index` in a pseudo-random permutation of range(size) chosen by `key`, in constant
+    time and memory.
 
-    A four-round Feistel network on the smallest even number of bits that holds `size`, walked until it lands inside the range
-    (Black and Rogaway 2002, cycle walking: at most four tries on average).
+    A four-round Feistel network on the smallest even number of bits that holds `size`, walked until
+    it lands inside the range (Black and Rogaway 2002, cycle walking: at most four tries on
+    average).
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1
     while True:
-        left, right = index >> half, index & mask
+        left = index >> half
+        right = index & mask
         for turn in range(4):
             left, right = right, left ^ (scramble(key, turn, right) & mask)
         index = (left << half) | right
@@ -52,13 +57,15 @@ def check_ids(ids: np.ndarray, vocab_size: int) -> None:
     lowest, highest = int(ids.min()), int(ids.max())
     if lowest < 0 or highest >= vocab_size:
         raise DataError(
-            f"the token files hold id {lowest if lowest < 0 else highest}, but the model's vocabulary has {vocab_size} entries; "
+            f"the token files hold id {lowest if lowest < 0 else highest}, "
+            f"but the model's vocabulary has {vocab_size} entries; "
             "they were made with another tokenizer. Run `hypenet data prepare` with the teacher's."
         )
 
 
 class TrainData:
-    """Windows of `text` in a new order and at a new offset every epoch, with a share of recall documents spread evenly among them."""
+    """Windows of `text` in a new order and at a new offset every epoch, with a share of recall
+    documents spread evenly among them."""
 
     def __init__(
         self,
@@ -74,7 +81,10 @@ class TrainData:
 
         Raises DataError when a recall share is asked for without a recall task."""
         if recall_fraction > 0 and recall is None:
-            raise DataError(f"data.recall_fraction={recall_fraction} needs recall documents; the tokenizer must offer the words for them.")
+            raise DataError(
+                f"data.recall_fraction={recall_fraction} needs recall documents; "
+                "the tokenizer must offer the words for them."
+            )
         self.text = text
         self.seed = seed
         self.vocab_size = vocab_size
@@ -85,32 +95,42 @@ class TrainData:
     def batch(self, sample_start: int, count: int, seq_length: int) -> Tensor:
         """Samples sample_start .. sample_start + count - 1 -> int64 [count, seq_length + 1].
 
-        Raises DataError when the text is shorter than one sequence or holds an id outside the vocabulary: the files were looked at before
-        (data/corpus.py), but may have changed since.
+        Raises DataError when the text is shorter than one sequence or holds an id outside the
+        vocabulary: the files were looked at before (data/corpus.py), but may have changed since.
         """
-        rows = np.stack([self.sample(index, seq_length) for index in range(sample_start, sample_start + count)])
+        rows = np.stack(
+            [self.sample(index, seq_length) for index in range(sample_start, sample_start + count)]
+        )
         check_ids(rows, self.vocab_size)
         return torch.from_numpy(rows)
 
     def document_ends(self, tokens: Tensor, sample_start: int) -> Tensor:
-        """Where documents end in `tokens`, a batch that starts with sample `sample_start`: bool of the same shape.
+        """Where documents end in `tokens`, a batch that starts with sample `sample_start`: bool of
+        the same shape.
 
-        At end-of-document tokens, and in text from files without any at the boundaries that their index has. Raises DataError when the
-        prepared data names neither.
+        At end-of-document tokens, and in text from files without any at the boundaries that their
+        index has. Raises DataError when the prepared data names neither.
         """
         if self.end_of_document is None and not self.text.has_document_ends:
             raise DataError(
-                "data.separate_documents=true, but the prepared data does not name its end-of-document token; "
+                "data.separate_documents=true, but the prepared data does not name its "
+                "end-of-document token; "
                 "delete the data folder of this run, it will be made again"
             )
-        ends = torch.zeros_like(tokens, dtype=torch.bool) if self.end_of_document is None else tokens == self.end_of_document
+        ends = (
+            torch.zeros_like(tokens, dtype=torch.bool)
+            if self.end_of_document is None
+            else tokens == self.end_of_document
+        )
         if self.text.has_document_ends:
             seq_length = tokens.shape[1] - 1
             for row, index in enumerate(range(sample_start, sample_start + len(tokens))):
                 recalls, is_recall = self._recalls_before(index)
                 if not is_recall:
                     start = self._window_start(index - recalls, seq_length)
-                    ends[row] |= torch.from_numpy(self.text.last_tokens(start, start + seq_length + 1))
+                    ends[row] |= torch.from_numpy(
+                        self.text.last_tokens(start, start + seq_length + 1)
+                    )
         return ends
 
     def sample(self, index: int, seq_length: int) -> np.ndarray:
@@ -123,14 +143,16 @@ class TrainData:
         return self.text[start : start + seq_length + 1]
 
     def windows_per_epoch(self, seq_length: int) -> int:
-        """Windows that fit whatever the epoch's offset; neighbours share one token, the target of one and the input of the next."""
+        """Windows that fit whatever the epoch's offset; neighbours share one token, the target of
+        one and the input of the next."""
         windows = (len(self.text) - seq_length) // seq_length
         if windows >= 1:
             return windows
         if len(self.text) > seq_length:
             return 1
         raise DataError(
-            f"the training text has {len(self.text)} tokens, one sequence needs {seq_length + 1} (seq_length + 1); "
+            f"the training text has {len(self.text)} tokens, one sequence needs {seq_length + 1} "
+            "(seq_length + 1); "
             "add text or use a shorter seq_length."
         )
 

@@ -1,4 +1,5 @@
-"""The data of one run: its sources as token files in one folder, split into training and held-out text, and recall documents over both.
+"""The data of one run: its sources as token files in one folder, split into training and held-out
+text, and recall documents over both.
 
 DIR/corpus.json            sources, fingerprints, counts
 DIR/train_000.bin/.idx     one pair for each text source; prepared pairs are used where they lie
@@ -31,31 +32,42 @@ from megatron_hypenet.untrusted.json_text import read_object, typed
 
 INDEX_FILE = "corpus.json"
 EVALUATION_SEED = 0x5EED
-"""Added to the run's seed for recall documents that are measured on, so that they are not those trained on."""
+"""Added to the run's seed for recall documents that are measured on, so that they are not those
+trained on."""
 
 
 def prepare_corpus(
-    train: Sequence[Path], heldout: Path | None, tokenizer_dir: Path, folder: Path, *, vocab_size: int,
+    train: Sequence[Path], heldout: Path | None, tokenizer_dir: Path, folder: Path, *,
+    vocab_size: int,
     model_end: int | Sequence[int] | None = None, log: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Make the token files of a run in `folder`; a source that has not changed since the last call is not tokenized again, and a prepared
-    pair that has not changed is not searched for foreign ids again.
+    """Make the token files of a run in `folder`; a source that has not changed since the last call
+    is not tokenized again, and a prepared pair that has not changed is not searched for foreign ids
+    again.
 
-    `model_end` is the end-of-text token of the model's configuration. Returns what corpus.json holds. Raises DataError as `prepare_file`,
-    `open_tokens` and `scan_ids` do.
+    `model_end` is the end-of-text token of the model's configuration. Returns what corpus.json
+    holds. Raises DataError as `prepare_file`, `open_tokens` and `scan_ids` do.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(tokenizer_dir)
-    known = _read_index(folder) if (folder / INDEX_FILE).is_file() else {"train": [], "heldout": None}
+    known = (
+        _read_index(folder) if (folder / INDEX_FILE).is_file() else {"train": [], "heldout": None}
+    )
     end = end_of_text(tokenizer, model_end)
     if end.note:
         log(f"data: {end.note}")
     same_end = known.get("end_of_document") == end.id
-    earlier = {record["prefix"]: record for record in [*known["train"], known["heldout"]] if record and same_end}
+    earlier = {
+        record["prefix"]: record
+        for record in [*known["train"], known["heldout"]]
+        if record and same_end
+    }
 
     def one(source: Path, name: str) -> dict[str, Any]:
         if source.suffix not in TEXT_SUFFIXES and not source.is_file():
-            return _checked_pair(source, earlier.get(str(source.resolve())), vocab_size, end.id, log)
+            return _checked_pair(
+                source, earlier.get(str(source.resolve())), vocab_size, end.id, log
+            )
         fingerprint = _fingerprint(source, tokenizer_dir, vocab_size)
         record = earlier.get(name)
         if record and record["fingerprint"] == fingerprint and is_token_file(folder / name):
@@ -65,7 +77,13 @@ def prepare_corpus(
         log(f"data: {source}: {made.tokens:,} tokens")
         if made.note:
             log(f"data: {made.note}")
-        return {"source": str(source), "prefix": name, "fingerprint": fingerprint, "documents": made.documents, "tokens": made.tokens}
+        return {
+            "source": str(source),
+            "prefix": name,
+            "fingerprint": fingerprint,
+            "documents": made.documents,
+            "tokens": made.tokens,
+        }
 
     vocabulary = recall_vocabulary(tokenizer)
     content = {
@@ -73,14 +91,24 @@ def prepare_corpus(
         "end_of_document": end.id,
         "train": [one(source, f"train_{number:03d}") for number, source in enumerate(train)],
         "heldout": None if heldout is None else one(heldout, "heldout"),
-        "recall": {name: list(getattr(vocabulary, name)) for name in ("words", "opening", "separator", "closing")},
+        "recall": {
+            name: list(getattr(vocabulary, name))
+            for name in ("words", "opening", "separator", "closing")
+        },
     }
     write_text(folder / INDEX_FILE, json.dumps(content) + "\n")
     return content
 
 
-def _checked_pair(source: Path, earlier: dict[str, Any] | None, vocab_size: int, end: int, log: Callable[[str], None]) -> dict[str, Any]:
-    """The record of a prepared pair, whose ids were searched once: now, or when `earlier` was written for the same files."""
+def _checked_pair(
+    source: Path,
+    earlier: dict[str, Any] | None,
+    vocab_size: int,
+    end: int,
+    log: Callable[[str], None],
+) -> dict[str, Any]:
+    """The record of a prepared pair, whose ids were searched once: now, or when `earlier` was
+    written for the same files."""
     opened = open_tokens(source)
     files = [path.stat() for path in token_paths(source)]
     fingerprint = [vocab_size, *([stat.st_size, stat.st_mtime_ns, stat.st_ino] for stat in files)]
@@ -90,18 +118,34 @@ def _checked_pair(source: Path, earlier: dict[str, Any] | None, vocab_size: int,
     found = scan_ids(opened, vocab_size, end_of_document=end)
     seconds = max(time.perf_counter() - started, 1e-6)
     log(
-        f"data: {source}: {len(opened.tokens):,} tokens, ids {found.lowest} to {found.highest}, {found.ends:,} end tokens "
+        f"data: {source}: {len(opened.tokens):,} tokens, ids {found.lowest} to {found.highest}, "
+        f"{found.ends:,} end tokens "
         f"(looked through at {opened.tokens.nbytes / seconds / 1e9:.1f} GB/s)"
     )
-    counts = {"documents": len(opened.document_ends), "tokens": len(opened.tokens), "end_tokens": found.ends}
-    return {"source": str(source), "prefix": str(source.resolve()), "fingerprint": fingerprint, **counts}
+    counts = {
+        "documents": len(opened.document_ends),
+        "tokens": len(opened.tokens),
+        "end_tokens": found.ends,
+    }
+    return {
+        "source": str(source),
+        "prefix": str(source.resolve()),
+        "fingerprint": fingerprint,
+        **counts,
+    }
 
 
 def _fingerprint(source: Path, tokenizer_dir: Path, vocab_size: int) -> list[Any]:
-    """Changes when the text or the tokenizer may have changed: sizes and modification times, not contents (texts can be terabytes)."""
+    """Changes when the text or the tokenizer may have changed: sizes and modification times, not
+    contents (texts can be terabytes)."""
     files = [source] if source.is_file() else []
-    files += sorted(path for path in tokenizer_dir.iterdir() if path.suffix in (".json", ".txt", ".model"))
-    return [vocab_size, *([str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files)]
+    files += sorted(
+        path for path in tokenizer_dir.iterdir() if path.suffix in (".json", ".txt", ".model")
+    )
+    return [
+        vocab_size,
+        *([str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files),
+    ]
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
@@ -123,7 +167,8 @@ class _Source:
     tokens: int
     fingerprint: list[Any] | None
     end_tokens: int | None = None
-    """How many end-of-document tokens a prepared pair holds; None for text, which always has them."""
+    """How many end-of-document tokens a prepared pair holds; None for text, which always has
+    them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,39 +199,56 @@ class Corpus:
         if recall_fraction > 0:
             task = RecallTask(self.vocabulary, self.train, seed=self.seed, num_pairs=recall_pairs)
         return TrainData(
-            self.train, seed=self.seed, vocab_size=self.vocab_size, end_of_document=self.end_of_document, recall=task,
+            self.train,
+            seed=self.seed,
+            vocab_size=self.vocab_size,
+            end_of_document=self.end_of_document,
+            recall=task,
             recall_fraction=recall_fraction,
-        )  # fmt: skip
+        )
 
     def recall_task(self, num_pairs: int) -> RecallTask:
         """Recall documents to measure on; held-out text is the filler."""
-        return RecallTask(self.vocabulary, self.heldout, seed=self.seed + EVALUATION_SEED, num_pairs=num_pairs)
+        return RecallTask(
+            self.vocabulary, self.heldout, seed=self.seed + EVALUATION_SEED, num_pairs=num_pairs
+        )
 
     def heldout_sequences(self, count: int, seq_length: int) -> Tensor:
-        """The first `count` windows of the held-out text (fewer when it is short), int64 [n, seq_length + 1], overlapping by one token.
+        """The first `count` windows of the held-out text (fewer when it is short), int64 [n,
+        seq_length + 1], overlapping by one token.
 
         Raises DataError when the held-out text is shorter than one window.
         """
         available = (len(self.heldout) - 1) // seq_length
         if available < 1:
             raise DataError(
-                f"the held-out text has {len(self.heldout)} tokens, one sequence needs {seq_length + 1}; "
-                "raise data.heldout_fraction, name a data.heldout file, or use a shorter seq_length."
+                f"the held-out text has {len(self.heldout)} tokens, "
+                f"one sequence needs {seq_length + 1}; "
+                "raise data.heldout_fraction, name a data.heldout file, "
+                "or use a shorter seq_length."
             )
-        windows = [self.heldout[i * seq_length : (i + 1) * seq_length + 1] for i in range(min(count, available))]
+        windows = [
+            self.heldout[i * seq_length : (i + 1) * seq_length + 1]
+            for i in range(min(count, available))
+        ]
         rows = np.stack(windows)
         check_ids(rows, self.vocab_size)
         return torch.from_numpy(rows)
 
 
 def open_corpus(folder: Path, *, heldout_fraction: float, seed: int) -> Corpus:
-    """Open what `prepare_corpus` made. Without a held-out source, the last `heldout_fraction` of each training source is held out.
+    """Open what `prepare_corpus` made. Without a held-out source, the last `heldout_fraction` of
+    each training source is held out.
 
-    Raises DataError when the folder was not prepared, a file is damaged, or no text is left to train on or to measure on.
+    Raises DataError when the folder was not prepared, a file is damaged, or no text is left to
+    train on or to measure on.
     """
     content = _read_index(folder)
     files = [open_tokens(folder / record["prefix"]) for record in content["train"]]
-    ends = [file.document_ends if record.get("end_tokens") == 0 else None for file, record in zip(files, content["train"], strict=True)]
+    ends = [
+        file.document_ends if record.get("end_tokens") == 0 else None
+        for file, record in zip(files, content["train"], strict=True)
+    ]
     if content["heldout"]:
         train = [file.tokens for file in files]
         heldout = [open_tokens(folder / content["heldout"]["prefix"]).tokens]
@@ -197,11 +259,16 @@ def open_corpus(folder: Path, *, heldout_fraction: float, seed: int) -> Corpus:
     streams = TokenStream(train, ends), TokenStream(heldout)
     if len(streams[1]) == 0:
         raise DataError(
-            "no held-out text: data.heldout is not set and the training files have one document each or data.heldout_fraction is 0. "
+            "no held-out text: data.heldout is not set and the training files have one document "
+            "each or data.heldout_fraction is 0. "
             "Name a data.heldout file, or give training text of at least two documents."
         )
     vocabulary = RecallVocabulary(**{name: tuple(ids) for name, ids in content["recall"].items()})
     return Corpus(
-        train=streams[0], heldout=streams[1], vocabulary=vocabulary, vocab_size=content["vocab_size"],
-        end_of_document=content.get("end_of_document"), seed=seed,
-    )  # fmt: skip
+        train=streams[0],
+        heldout=streams[1],
+        vocabulary=vocabulary,
+        vocab_size=content["vocab_size"],
+        end_of_document=content.get("end_of_document"),
+        seed=seed,
+    )

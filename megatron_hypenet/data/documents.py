@@ -1,8 +1,10 @@
-"""Where documents meet inside one training sequence: ids that keep them apart, and weights that leave out what cannot be predicted.
+"""Where documents meet inside one training sequence: ids that keep them apart, and weights that
+leave out what cannot be predicted.
 
-A token stream holds document after document; a window of it may start and end inside one. The last token of a document is its
-end-of-document token (data/prepare.py), or, in a file without such tokens, the last one that the index counts for it. It still belongs to
-its document: the model learns when to stop, but not what comes next.
+A token stream holds document after document; a window of it may start and end inside one. The last
+token of a document is its end-of-document token (data/prepare.py), or, in a file without such
+tokens, the last one that the index counts for it. It still belongs to its document: the model
+learns when to stop, but not what comes next.
 """
 
 from __future__ import annotations
@@ -12,10 +14,12 @@ from torch import Tensor
 
 
 def document_ids(ends: Tensor) -> Tensor:
-    """Whether each token is the last of its document, bool [b, t] -> the document it belongs to, int32 [b, t], from 0 in every row."""
+    """Whether each token is the last of its document, bool [b, t] -> the document it belongs to,
+    int32 [b, t], from 0 in every row."""
     return (ends.cumsum(dim=1) - ends.long()).to(torch.int32)
 
 
 def loss_weights(ends: Tensor) -> Tensor:
-    """Whether each token is the last of its document, bool [b, t] -> float32 [b, t]: 0 there (the next token is another's), else 1."""
+    """Whether each token is the last of its document, bool [b, t] -> float32 [b, t]: 0 there (the
+    next token is another's), else 1."""
     return (~ends).to(torch.float32)

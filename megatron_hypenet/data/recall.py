@@ -1,9 +1,11 @@
 """Key-value recall documents: real text with facts scattered in it, and questions about them.
 
-A fact reads `\\n[ key value ]\\n`; key and value are words that are one token each, so one position of the sequence holds the answer.
-A question is the same statement made again: after `[ key` a model that remembers the fact knows the next token. Evaluation documents
-keep the number of facts fixed and let the filler grow with the length, so at a longer length the facts lie further back. A document is a
-pure function of (seed, index, length, number of facts). This module knows token ids only; `data/tokenizer.py` finds them.
+A fact reads `\\n[ key value ]\\n`; key and value are words that are one token each, so one position
+of the sequence holds the answer. A question is the same statement made again: after `[ key` a model
+that remembers the fact knows the next token. Evaluation documents keep the number of facts fixed
+and let the filler grow with the length, so at a longer length the facts lie further back. A
+document is a pure function of (seed, index, length, number of facts). This module knows token ids
+only; `data/tokenizer.py` finds them.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ TokenArray = npt.NDArray[np.int64]
 
 
 class TokenSlices(Protocol):
-    """A one-dimensional sequence of tokens that gives slices: an array, a memory map or a TokenStream."""
+    """A one-dimensional sequence of tokens that gives slices: an array, a memory map or a
+    TokenStream."""
 
     def __len__(self) -> int:
         """Number of tokens."""
@@ -38,7 +41,8 @@ class RecallVocabulary:
     opening: tuple[int, ...]
     """Tokens before the key."""
     separator: tuple[int, ...]
-    """Tokens between key and value, possibly none. The value is predicted at the last token before it."""
+    """Tokens between key and value, possibly none. The value is predicted at the last token before
+    it."""
     closing: tuple[int, ...]
     """Tokens after the value."""
 
@@ -56,18 +60,24 @@ class RecallVocabulary:
 class RecallTask:
     """Recall documents for one tokenizer over one stream of filler text."""
 
-    def __init__(self, vocabulary: RecallVocabulary, filler: TokenSlices, *, seed: int, num_pairs: int = 8) -> None:
+    def __init__(
+        self, vocabulary: RecallVocabulary, filler: TokenSlices, *, seed: int, num_pairs: int = 8
+    ) -> None:
         """`filler` is the text between the facts; an evaluation document has `num_pairs` facts.
 
         Raises DataError when the vocabulary has fewer than 4 words a fact, or the stream is empty.
         """
         if len(vocabulary.words) < 4 * num_pairs:
             raise DataError(
-                f"the tokenizer has {len(vocabulary.words)} one-token words of 3 to 8 letters; {num_pairs} recall pairs need "
+                f"the tokenizer has {len(vocabulary.words)} one-token words of 3 to 8 letters; "
+                f"{num_pairs} recall pairs need "
                 f"{4 * num_pairs}. Use fewer recall pairs, or a tokenizer with a larger vocabulary."
             )
         if len(filler) < 2:
-            raise DataError("the filler text of the recall documents is empty; give a text with at least one sequence of tokens.")
+            raise DataError(
+                "the filler text of the recall documents is empty; give a text with at least one "
+                "sequence of tokens."
+            )
         self.vocabulary = vocabulary
         self.filler = filler
         self.seed = seed
@@ -76,21 +86,32 @@ class RecallTask:
 
     def minimum_seq_length(self, num_pairs: int | None = None) -> int:
         """Shortest `seq_length` that holds every fact and every question."""
-        return 2 * (self.num_pairs if num_pairs is None else num_pairs) * self.vocabulary.fact_tokens
+        return (
+            2 * (self.num_pairs if num_pairs is None else num_pairs) * self.vocabulary.fact_tokens
+        )
 
-    def document(self, index: int, seq_length: int, *, training: bool = False) -> tuple[TokenArray, TokenArray]:
+    def document(
+        self, index: int, seq_length: int, *, training: bool = False
+    ) -> tuple[TokenArray, TokenArray]:
         """Document `index` -> (ids [seq_length + 1], answer positions).
 
-        Position p is an answer position when ids[p + 1] is the value asked for: it indexes scores of ids[:-1] against ids[1:].
-        Evaluation: facts are spread uniformly over everything before the questions, and each is asked once, at the end, in random order.
-        Training: 2 to `num_pairs` facts; about half of the questions come earlier, anywhere after their fact, and every second document
-        asks again and again: without such dense documents a small model takes very long to discover how to look a fact up.
-        Raises DataError when `seq_length` is too short for the facts.
+        Position p is an answer position when ids[p + 1] is the value asked for: it indexes scores
+        of ids[:-1] against ids[1:]. Evaluation: facts are spread uniformly over everything before
+        the questions, and each is asked once, at the end, in random order. Training: 2 to
+        `num_pairs` facts; about half of the questions come earlier, anywhere after their fact, and
+        every second document asks again and again: without such dense documents a small model takes
+        very long to discover how to look a fact up. Raises DataError when `seq_length` is too short
+        for the facts.
         """
-        rng = np.random.Generator(np.random.Philox(key=[self.seed & (2**64 - 1), (2 * index + int(training)) & (2**64 - 1)]))
+        rng = np.random.Generator(
+            np.random.Philox(
+                key=[self.seed & (2**64 - 1), (2 * index + int(training)) & (2**64 - 1)]
+            )
+        )
         if seq_length < self.minimum_seq_length():
             raise DataError(
-                f"a recall document with {self.num_pairs} facts needs at least {self.minimum_seq_length()} tokens; seq_length is "
+                f"a recall document with {self.num_pairs} facts needs at least "
+                f"{self.minimum_seq_length()} tokens; seq_length is "
                 f"{seq_length}. Use a longer seq_length or fewer recall pairs."
             )
         num_pairs = int(rng.integers(2, self.num_pairs + 1)) if training else self.num_pairs
@@ -103,33 +124,54 @@ class RecallTask:
             last = [fact for fact in last if fact not in early]
             if rng.random() < 0.5:
                 room = (seq_length + 1) // self.vocabulary.fact_tokens - 2 * num_pairs
-                early += [int(fact) for fact in rng.integers(0, num_pairs, size=int(rng.uniform(0.2, 0.9) * room))]
-        num_filler = seq_length + 1 - (num_pairs + len(early) + len(last)) * self.vocabulary.fact_tokens
-        places = self._places(rng, num_filler, num_pairs, early) + [(num_filler, fact, True) for fact in last]
+                early += [
+                    int(fact)
+                    for fact in rng.integers(0, num_pairs, size=int(rng.uniform(0.2, 0.9) * room))
+                ]
+        num_filler = (
+            seq_length + 1 - (num_pairs + len(early) + len(last)) * self.vocabulary.fact_tokens
+        )
+        places = self._places(rng, num_filler, num_pairs, early) + [
+            (num_filler, fact, True) for fact in last
+        ]
         return self._assemble(rng, num_filler, facts, places)
 
     def batch(self, start: int, count: int, seq_length: int) -> tuple[TokenArray, TokenArray]:
-        """Evaluation documents start..start+count-1 -> ids [count, seq_length + 1], answer positions [count, num_pairs]."""
+        """Evaluation documents start..start+count-1 -> ids [count, seq_length + 1], answer
+        positions [count, num_pairs]."""
         documents = [self.document(start + i, seq_length) for i in range(count)]
-        return np.stack([ids for ids, _ in documents]), np.stack([answers for _, answers in documents])
+        return np.stack([ids for ids, _ in documents]), np.stack(
+            [answers for _, answers in documents]
+        )
 
     def _fact(self, key: int, value: int) -> TokenArray:
         v = self.vocabulary
         return np.array([*v.opening, key, *v.separator, value, *v.closing], dtype=np.int64)
 
     @staticmethod
-    def _places(rng: np.random.Generator, num_filler: int, num_pairs: int, early: list[int]) -> list[tuple[int, int, bool]]:
-        """(filler tokens before it, fact, is it a question), in document order; a question never precedes its fact."""
-        # one fact in each of num_pairs equal stretches: spread over the whole document at any length
+    def _places(
+        rng: np.random.Generator, num_filler: int, num_pairs: int, early: list[int]
+    ) -> list[tuple[int, int, bool]]:
+        """(filler tokens before it, fact, is it a question), in document order; a question never
+        precedes its fact."""
+        # one fact in each of num_pairs equal stretches: spread over the whole document at any
+        # length
         edges = np.linspace(0, num_filler, num_pairs + 1)
-        stated = [int(rng.integers(int(edges[i]), max(int(edges[i]) + 1, int(edges[i + 1])))) for i in range(num_pairs)]
+        stated = [
+            int(rng.integers(int(edges[i]), max(int(edges[i]) + 1, int(edges[i + 1]))))
+            for i in range(num_pairs)
+        ]
         places = [(cut, fact, False) for fact, cut in enumerate(stated)]
         places += [(int(rng.integers(stated[fact], num_filler + 1)), fact, True) for fact in early]
         # False sorts before True: at the same place the statement comes before the question
         return sorted(places, key=lambda place: (place[0], place[2]))
 
     def _assemble(
-        self, rng: np.random.Generator, num_filler: int, facts: list[TokenArray], places: list[tuple[int, int, bool]]
+        self,
+        rng: np.random.Generator,
+        num_filler: int,
+        facts: list[TokenArray],
+        places: list[tuple[int, int, bool]],
     ) -> tuple[TokenArray, TokenArray]:
         """Filler with a statement or question at each place -> (ids, answer positions)."""
         filler = self._filler(rng, num_filler)
@@ -151,5 +193,7 @@ class RecallTask:
         start = int(rng.integers(0, len(self.filler)))
         head = np.asarray(self.filler[start : start + count], dtype=np.int64)
         while len(head) < count:
-            head = np.concatenate([head, np.asarray(self.filler[: count - len(head)], dtype=np.int64)])
+            head = np.concatenate(
+                [head, np.asarray(self.filler[: count - len(head)], dtype=np.int64)]
+            )
         return head

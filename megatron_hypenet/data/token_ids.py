@@ -1,4 +1,5 @@
-"""Are the ids of a token file those of the model's vocabulary? One pass over the memory-mapped file, before anything is trained on it."""
+"""Are the ids of a token file those of the model's vocabulary? One pass over the memory-mapped
+file, before anything is trained on it."""
 
 from __future__ import annotations
 
@@ -24,12 +25,22 @@ class IdRange:
     """How many are the end-of-document token; 0 where none was named."""
 
 
-def scan_ids(file: TokenFile, vocab_size: int | None, *, end_of_document: int | None = None) -> IdRange:
-    """Return the range of a file's ids. DataError names the first id that is negative or not below `vocab_size`, and its place."""
+def scan_ids(
+    file: TokenFile, vocab_size: int | None, *, end_of_document: int | None = None
+) -> IdRange:
+    """Return the range of a file's ids. DataError names the first id that is negative or not below
+    `vocab_size`, and its place."""
     kind = file.tokens.dtype
-    lowest, highest, ends = np.iinfo(kind).max, np.iinfo(kind).min, 0
+    lowest = np.iinfo(kind).max
+    highest = np.iinfo(kind).min
+    ends = 0
     limit = np.iinfo(np.int64).max if vocab_size is None else vocab_size
-    end = None if end_of_document is None or not np.iinfo(kind).min <= end_of_document <= np.iinfo(kind).max else kind.type(end_of_document)
+    end = (
+        None
+        if end_of_document is None
+        or not np.iinfo(kind).min <= end_of_document <= np.iinfo(kind).max
+        else kind.type(end_of_document)
+    )
     for start in range(0, len(file.tokens), _CHUNK):
         part = file.tokens[start : start + _CHUNK]
         low, high = int(part.min()), int(part.max())
@@ -41,12 +52,20 @@ def scan_ids(file: TokenFile, vocab_size: int | None, *, end_of_document: int | 
     return IdRange(lowest=int(lowest), highest=int(highest), ends=ends)
 
 
-def _refuse(file: TokenFile, start: int, part: npt.NDArray[np.integer], limit: int, vocab_size: int | None) -> None:
+def _refuse(
+    file: TokenFile, start: int, part: npt.NDArray[np.integer], limit: int, vocab_size: int | None
+) -> None:
     ids = part.astype(np.int64)
     place = start + int(np.argmax((ids < 0) | (ids >= limit)))
     document = int(np.searchsorted(file.document_ends, place, side="right"))
-    rule = "ids are not negative" if vocab_size is None else f"the model's vocabulary has {vocab_size} entries, 0 to {vocab_size - 1}"
+    rule = (
+        "ids are not negative"
+        if vocab_size is None
+        else f"the model's vocabulary has {vocab_size} entries, 0 to {vocab_size - 1}"
+    )
     raise DataError(
-        f"{token_paths(file.prefix)[0]}: token {place:,} (in document {document:,}) is {int(file.tokens[place])}, but {rule}; the file "
-        "was made with another tokenizer or is damaged. Run `hypenet data prepare` with the teacher's tokenizer"
+        f"{token_paths(file.prefix)[0]}: token {place:,} (in document {document:,}) is "
+        f"{int(file.tokens[place])}, but {rule}; the file "
+        "was made with another tokenizer or is damaged. Run `hypenet data prepare` with the "
+        "teacher's tokenizer"
     )

@@ -1,4 +1,5 @@
-"""Tokenizers of Hugging Face folders, read offline, and the words of one that recall documents are made of."""
+"""Tokenizers of Hugging Face folders, read offline, and the words of one that recall documents are
+made of."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from megatron_hypenet.untrusted.files import FileKind
 from megatron_hypenet.untrusted.json_text import read_object
 
 WORD_PIECE = re.compile(r"^[\u0120\u2581][a-z]{3,8}$")
-"""A word with its leading space, as byte-level BPE (U+0120) and SentencePiece (U+2581) vocabularies spell it."""
+"""A word with its leading space, as byte-level BPE (U+0120) and SentencePiece (U+2581) vocabularies
+spell it."""
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
@@ -22,19 +24,26 @@ _MODEL_FILES = FileKind(error=DataError, advice="fetch the folder again")
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a Hugging Face folder (or of a checkpoint's tokenizer/ folder); reads local files and runs no code from them.
+    """The tokenizer of a Hugging Face folder (or of a checkpoint's tokenizer/ folder); reads local
+    files and runs no code from them.
 
     Raises DataError when the folder has no tokenizer files or they cannot be read.
     """
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise DataError(f"{folder}: no tokenizer files ({', '.join(TOKENIZER_FILES)}); point to the folder of a Hugging Face model.")
+        raise DataError(
+            f"{folder}: no tokenizer files ({', '.join(TOKENIZER_FILES)}); point to the folder of "
+            "a Hugging Face model."
+        )
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise DataError(
-            f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {error}); its files are damaged or belong to another "
+            f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {error}); "
+            "its files are damaged or belong to another "
             "version of transformers: copy them again from the model's original folder"
         ) from error
 
@@ -54,37 +63,50 @@ class EndOfText:
 
 
 def end_of_text(tokenizer: Any, model_end: int | Sequence[int] | None) -> EndOfText:
-    """Return the token that closes documents: the one that the model's configuration names, else the tokenizer's.
+    """Return the token that closes documents: the one that the model's configuration names, else
+    the tokenizer's.
 
-    The model's counts because the model was trained with it; tokenizers of base models often name a chat token. `model_end` may be a list,
-    as in config.json: the tokenizer's token where it is in it, else the first. Raises DataError when neither names one, or the model's is
-    not in the tokenizer.
+    The model's counts because the model was trained with it; tokenizers of base models often name a
+    chat token. `model_end` may be a list, as in config.json: the tokenizer's token where it is in
+    it, else the first. Raises DataError when neither names one, or the model's is not in the
+    tokenizer.
     """
     given = tokenizer.eos_token_id
-    known = [] if model_end is None else [model_end] if isinstance(model_end, int) else list(model_end)
+    known = (
+        [] if model_end is None else [model_end] if isinstance(model_end, int) else list(model_end)
+    )
     if not known:
         if given is None:
-            raise DataError("the tokenizer names no eos_token; set it in tokenizer_config.json: documents are separated by it.")
+            raise DataError(
+                "the tokenizer names no eos_token; set it in tokenizer_config.json: "
+                "documents are separated by it."
+            )
         return EndOfText(int(given))
     if given in known:
         return EndOfText(int(given))
     if not 0 <= known[0] < len(tokenizer):
         raise DataError(
-            f"the model's configuration names the end token eos_token_id={known[0]}, but the tokenizer has {len(tokenizer)} tokens; "
+            f"the model's configuration names the end token eos_token_id={known[0]}, "
+            f"but the tokenizer has {len(tokenizer)} tokens; "
             "they do not belong together: take the tokenizer from the model's original folder"
         )
-    theirs = "none" if given is None else f"{tokenizer.convert_ids_to_tokens(int(given))} ({int(given)})"
+    theirs = (
+        "none" if given is None else f"{tokenizer.convert_ids_to_tokens(int(given))} ({int(given)})"
+    )
     ours = f"{tokenizer.convert_ids_to_tokens(known[0])} ({known[0]})"
     return EndOfText(
-        known[0], f"documents end with {ours}, the end token in the model's configuration; the tokenizer names {theirs} as its eos_token"
+        known[0],
+        f"documents end with {ours}, the end token in the model's configuration; "
+        f"the tokenizer names {theirs} as its eos_token",
     )
 
 
 def model_end_of(folder: Path) -> list[int] | None:
-    """Return eos_token_id of the model that the tokenizer folder `folder` belongs to; None where nothing is there that names one.
+    """Return eos_token_id of the model that the tokenizer folder `folder` belongs to; None where
+    nothing is there that names one.
 
-    Looks into config.json and generation_config.json beside the tokenizer, and for a checkpoint's tokenizer/ into its model.json.
-    Raises DataError when such a file is damaged.
+    Looks into config.json and generation_config.json beside the tokenizer, and for a checkpoint's
+    tokenizer/ into its model.json. Raises DataError when such a file is damaged.
     """
     for path, settings in _model_files(folder):
         end = settings.get("eos_token_id")
@@ -97,7 +119,8 @@ def model_end_of(folder: Path) -> list[int] | None:
 
 
 def model_vocabulary(folder: Path) -> int | None:
-    """Return vocab_size of the model that the tokenizer folder `folder` belongs to, as `model_end_of` finds it; None where nothing is."""
+    """Return vocab_size of the model that the tokenizer folder `folder` belongs to, as
+    `model_end_of` finds it; None where nothing is."""
     sizes = (settings.get("vocab_size") for _, settings in _model_files(folder))
     return next((size for size in sizes if type(size) is int and size > 0), None)
 
@@ -113,11 +136,18 @@ def _model_files(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
 def recall_vocabulary(tokenizer: Any) -> RecallVocabulary:
     """Words and markers for recall documents.
 
-    Words are the vocabulary entries that spell a space and 3 to 8 lower-case letters and decode to just that, ordered by id.
+    Words are the vocabulary entries that spell a space and 3 to 8 lower-case letters and decode to
+    just that, ordered by id.
     """
-    candidates = sorted(index for piece, index in tokenizer.get_vocab().items() if WORD_PIECE.match(piece))
+    candidates = sorted(
+        index for piece, index in tokenizer.get_vocab().items() if WORD_PIECE.match(piece)
+    )
     spelled = tokenizer.batch_decode([[index] for index in candidates])
-    words = tuple(index for index, text in zip(candidates, spelled, strict=True) if re.fullmatch(r" ?[a-z]{3,8}", text))
+    words = tuple(
+        index
+        for index, text in zip(candidates, spelled, strict=True)
+        if re.fullmatch(r" ?[a-z]{3,8}", text)
+    )
     return RecallVocabulary(
         words=words,
         opening=tuple(encode(tokenizer, "\n[")),

@@ -1,8 +1,10 @@
-"""Forward and backward of a micro-batch as one CUDA graph, where launching a thousand kernels takes longer than they run.
+"""Forward and backward of a micro-batch as one CUDA graph, where launching a thousand kernels takes
+longer than they run.
 
-A graph is captured once, at the first micro-batch, and then replayed: same kernels, same order, same memory, one launch. What it can hold
-is limited: one shape, no communication between ranks, no random numbers, and gradients that end up at fixed addresses. The engine makes one
-only where that holds; everything else runs kernel by kernel."""
+A graph is captured once, at the first micro-batch, and then replayed: same kernels, same order,
+same memory, one launch. What it can hold is limited: one shape, no communication between ranks, no
+random numbers, and gradients that end up at fixed addresses. The engine makes one only where that
+holds; everything else runs kernel by kernel."""
 
 from __future__ import annotations
 
@@ -19,33 +21,42 @@ from megatron_hypenet.engine.gradient_sums import GradientSums
 logger = logging.getLogger(__name__)
 
 LAUNCH_BOUND_TOKENS = 12_288
-"""Micro-batches up to this size are replayed. Stage 1 of HypeNet-2B on an H100 is then 3.4 times as fast at 2,048 tokens and 1% faster at
-12,288, stage 2 is 22% faster at 6,144 (tools/bench/results/step_tries.md)."""
+"""Micro-batches up to this size are replayed. Stage 1 of HypeNet-2B on an H100 is then 3.4 times as
+fast at 2,048 tokens and 1% faster at 12,288, stage 2 is 22% faster at 6,144
+(tools/bench/results/step_tries.md)."""
 
 TOLERANCE = 1e-3
-"""Largest relative difference of loss and gradient norms between a replay and the same kernels launched one by one: they are equal but for
-the order of sums in matrix products and in attention's gradients."""
+"""Largest relative difference of loss and gradient norms between a replay and the same kernels
+launched one by one: they are equal but for the order of sums in matrix products and in attention's
+gradients."""
 
 NOISE = 4
-"""Where two launched passes over the same micro-batch differ among themselves, so many times that difference is allowed instead: gradients
-that are sums of thousands of terms of both signs keep little but the rounding of those."""
+"""Where two launched passes over the same micro-batch differ among themselves, so many times that
+difference is allowed instead: gradients that are sums of thousands of terms of both signs keep
+little but the rounding of those."""
 
 ROOM = 2 * 2**30
 """Bytes that must stay free beside the graphs: collectives take their buffers later."""
 
 ROOM_TO_EVALUATE = 8 * 2**30
-"""With less than that free, the graphs are given back before something else runs, and captured again afterwards."""
+"""With less than that free, the graphs are given back before something else runs, and captured
+again afterwards."""
 
 Batch = Mapping[str, Tensor]
 MicroStep = Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
-"""Forward and backward of one micro-batch: adds its gradients to the sums; (loss, metrics) detached."""
+"""Forward and backward of one micro-batch: adds its gradients to the sums; (loss, metrics)
+detached."""
 
 
 def eligible(batch: Batch) -> bool:
-    """Whether a micro-batch is of the kind that graphs are captured for: small, and tokens alone (the masks of separate documents are made
-    with the host's help)."""
+    """Whether a micro-batch is of the kind that graphs are captured for: small, and tokens alone
+    (the masks of separate documents are made with the host's help)."""
     tokens = batch["tokens"]
-    return set(batch) == {"tokens"} and tokens.is_cuda and tokens.shape[0] * (tokens.shape[1] - 1) <= LAUNCH_BOUND_TOKENS
+    return (
+        set(batch) == {"tokens"}
+        and tokens.is_cuda
+        and tokens.shape[0] * (tokens.shape[1] - 1) <= LAUNCH_BOUND_TOKENS
+    )
 
 
 @dataclass(frozen=True)
@@ -63,11 +74,14 @@ class _Captured:
 
 
 class CudaGraphs:
-    """Captures `run` for the first micro-batch of a step, which overwrites the gradient sums, and for later ones, which add to them."""
+    """Captures `run` for the first micro-batch of a step, which overwrites the gradient sums, and
+    for later ones, which add to them."""
 
     def __init__(self, run: MicroStep, sums: GradientSums, *, several: bool) -> None:
         """`several`: whether a step has more than one micro-batch."""
-        self._run, self._sums, self._several = run, sums, several
+        self._run = run
+        self._sums = sums
+        self._several = several
         self._tokens: Tensor | None = None
         self._graphs: dict[bool, _Captured] = {}
         self.failure: str | None = None
@@ -84,18 +98,27 @@ class CudaGraphs:
         return eligible(batch) and same and self.failure is None
 
     def replay(self, batch: Batch, *, first: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and metrics of a micro-batch, in memory that the next replay overwrites; gradients are in the sums.
+        """Loss and metrics of a micro-batch, in memory that the next replay overwrites; gradients
+        are in the sums.
 
-        The first call captures, and compares a replay with the same micro-batch launched kernel by kernel. Where either fails, it says so,
-        and this and all later micro-batches are launched."""
+        The first call captures, and compares a replay with the same micro-batch launched kernel by
+        kernel. Where either fails, it says so, and this and all later micro-batches are
+        launched."""
         if self._tokens is None:
             self._tokens = batch["tokens"].clone()
             try:
                 self._capture()
-            except Exception as error:  # the compilers' too: whatever it is, launching one by one either works or fails with a better text
-                self.failure = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no text'}"
+            # the compilers' too: whatever it is, launching one by one either works or fails with a
+            # better text
+            except Exception as error:
+                self.failure = (
+                    f"{type(error).__name__}: "
+                    f"{str(error).splitlines()[0] if str(error) else 'no text'}"
+                )
             if self.failure is not None:
-                self._give_up()  # here, where the error is gone, and with it what its frames held of the graph's memory
+                # here, where the error is gone, and with it what its frames held of the graph's
+                # memory
+                self._give_up()
         if self.failure is not None:
             return self._run(batch)
         self._tokens.copy_(batch["tokens"])
@@ -106,7 +129,9 @@ class CudaGraphs:
         batch = {"tokens": self._tokens}
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # compiles and loads every kernel; what it leaves in the sums is overwritten by the first replay
+        # compiles and loads every kernel; what it leaves in the sums is overwritten by the first
+        # replay
+        with torch.cuda.stream(stream):
             passes = []
             for _ in range(2):
                 self._sums.forget()
@@ -116,42 +141,56 @@ class CudaGraphs:
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         gc.collect()
-        torch.cuda.empty_cache()  # the graph's memory is its own: what the warm-up took must not stay taken beside it
+        # the graph's memory is its own: what the warm-up took must not stay taken beside it
+        torch.cuda.empty_cache()
         pool = torch.cuda.graph_pool_handle()
         for first in (True, False) if self._several else (True,):
             if first:
                 self._sums.forget()
             graph = torch.cuda.CUDAGraph()
             try:
-                # thread_local: other threads of this process (heartbeat, NCCL's watchdog) may go on using CUDA meanwhile
+                # thread_local: other threads of this process (heartbeat, NCCL's watchdog) may go on
+                # using CUDA meanwhile
                 with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                     loss, metrics = self._run(batch)
             except Exception:
-                torch._C._cuda_releasePool(torch.cuda.current_device(), pool)  # torch keeps the memory of a capture that failed
+                # torch keeps the memory of a capture that failed
+                torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
                 raise
             self._graphs[first] = _Captured(graph, loss, metrics, self._sums.marks)
         loss, _ = self._graphs[True].replay(self._sums)
         replayed = self._figures(loss)
         limit = max(TOLERANCE, NOISE * _difference(*passes))
         if (off := _difference(replayed, passes[0])) > limit:
-            raise RuntimeError(f"a replay is off launched kernels by {off:.1e} in loss or gradients, limit {limit:.1e}")
+            raise RuntimeError(
+                f"a replay is off launched kernels by {off:.1e} in loss or gradients, "
+                f"limit {limit:.1e}"
+            )
         self._sums.forget()
         torch.cuda.empty_cache()
         if (free := torch.cuda.mem_get_info()[0]) < ROOM:
-            raise RuntimeError(f"it leaves {free / 2**30:.1f} GiB of the GPU's memory free, less than {ROOM / 2**30:.0f}")
+            raise RuntimeError(
+                f"it leaves {free / 2**30:.1f} GiB of the GPU's memory free, "
+                f"less than {ROOM / 2**30:.0f}"
+            )
 
     def make_room(self) -> None:
-        """Before other work than training: where memory is short, give the graphs' back; the next micro-batch captures them again."""
+        """Before other work than training: where memory is short, give the graphs' back; the next
+        micro-batch captures them again."""
         if self._graphs and torch.cuda.mem_get_info()[0] < ROOM_TO_EVALUATE:
             self._tokens = None
             self._release()
 
     def _figures(self, loss: Tensor) -> Tensor:
-        """What tells two passes over the same micro-batch apart: the loss, and the norm of every gradient sum; fp32 on the host."""
+        """What tells two passes over the same micro-batch apart: the loss, and the norm of every
+        gradient sum; fp32 on the host."""
         return torch.stack([loss.float(), *self._sums.norms()]).cpu()
 
     def _give_up(self) -> None:
-        logger.warning("WARNING: no CUDA graph (%s): each kernel is launched by itself, which is slower", self.failure)
+        logger.warning(
+            "WARNING: no CUDA graph (%s): each kernel is launched by itself, which is slower",
+            self.failure,
+        )
         self._sums.forget()
         self._release()
 
@@ -163,5 +202,7 @@ class CudaGraphs:
 
 def _difference(figures: Tensor, others: Tensor) -> float:
     """The largest relative one; NaN equals NaN and nothing else."""
-    off = ((figures - others).abs() / others.abs().clamp(min=1e-30)).masked_fill(figures.isnan() & others.isnan(), 0.0)
+    off = ((figures - others).abs() / others.abs().clamp(min=1e-30)).masked_fill(
+        figures.isnan() & others.isnan(), 0.0
+    )
     return float(off.nan_to_num(nan=torch.inf, posinf=torch.inf).max())

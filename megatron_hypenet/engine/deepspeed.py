@@ -1,15 +1,23 @@
-"""The one door to DeepSpeed: engine configuration, one training step, and access to weights and optimizer state by parameter.
+"""The one door to DeepSpeed: engine configuration, one training step, and access to weights and
+optimizer state by parameter.
 
-DeepSpeed does data parallelism and ZeRO over Megatron's groups. What is handled here, found with DeepSpeed 0.19.8:
-- ZeRO stage 0 becomes 1: stage 0 has no gradient norm in fp32, and its clipping asks the wrong rank under pipeline parallelism.
-- bf16 with fp32 accumulation at stage 1 selects BF16_Optimizer, which needs `immediate_grad_update`.
-- On a CPU, DeepSpeed compiles a shared-memory collective for inference when its backend starts (24 s, needs a compiler). Training
-  never calls it, so it is marked unusable in DeepSpeed's table of ops.
-- Adam's state is created at the start: DeepSpeed links it to parameters after the first group's first step, and so misses the others.
-- BF16_Optimizer rounds fp32 sums to bf16 before it reduces them, on one rank too, and passes over memory too often: gradient_sums.py,
-  master_weights.py.
-- With the optimizer on the CPU, gradients of a refused update stay in stage 1 and 2's buffers and spoil all later ones.
-- `safe_set_full_*` fails under ZeRO-3 when a parameter's size is no multiple of the group (stage3.py): the local part is written.
+DeepSpeed does data parallelism and ZeRO over Megatron's groups. What is handled here, found with
+DeepSpeed 0.19.8:
+- ZeRO stage 0 becomes 1: stage 0 has no gradient norm in fp32, and its clipping asks the wrong rank
+  under pipeline parallelism.
+- bf16 with fp32 accumulation at stage 1 selects BF16_Optimizer, which needs
+  `immediate_grad_update`.
+- On a CPU, DeepSpeed compiles a shared-memory collective for inference when its backend starts (24
+  s, needs a compiler). Training never calls it, so it is marked unusable in DeepSpeed's table of
+  ops.
+- Adam's state is created at the start: DeepSpeed links it to parameters after the first group's
+  first step, and so misses the others.
+- BF16_Optimizer rounds fp32 sums to bf16 before it reduces them, on one rank too, and passes over
+  memory too often: gradient_sums.py, master_weights.py.
+- With the optimizer on the CPU, gradients of a refused update stay in stage 1 and 2's buffers and
+  spoil all later ones.
+- `safe_set_full_*` fails under ZeRO-3 when a parameter's size is no multiple of the group
+  (stage3.py): the local part is written.
 """
 
 from __future__ import annotations
@@ -38,13 +46,16 @@ from megatron_hypenet.errors import DivergedError, LayoutError
 from megatron_hypenet.parallel import groups
 
 BUCKET_NUMBERS = 2**28
-"""Gradients that ZeRO-2 and 3 gather before they reduce them: half of DeepSpeed's default, which takes 2 GB more."""
+"""Gradients that ZeRO-2 and 3 gather before they reduce them: half of DeepSpeed's default, which
+takes 2 GB more."""
 _MASTER = "fp32_param"
 _EXCHANGE = {"float32": "fp32", "bfloat16": "bf16"}
 """DeepSpeed's names for the types in which gradients travel."""
 
 
-def config_dict(stage: StageConfig, parallel: ParallelConfig, *, num_micro_batches: int, dtype: torch.dtype) -> dict[str, Any]:
+def config_dict(
+    stage: StageConfig, parallel: ParallelConfig, *, num_micro_batches: int, dtype: torch.dtype
+) -> dict[str, Any]:
     """DeepSpeed's configuration for one training stage."""
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": stage.micro_batch_size,
@@ -52,16 +63,30 @@ def config_dict(stage: StageConfig, parallel: ParallelConfig, *, num_micro_batch
         "gradient_clipping": stage.clip_grad,
         "zero_allow_untested_optimizer": True,
         # overlap_comm has to stay off for Megatron's pipeline schedule at stage 1
-        "zero_optimization": {"stage": max(parallel.zero_stage, 1), "overlap_comm": False, "reduce_bucket_size": BUCKET_NUMBERS},
+        "zero_optimization": {
+            "stage": max(parallel.zero_stage, 1),
+            "overlap_comm": False,
+            "reduce_bucket_size": BUCKET_NUMBERS,
+        },
         "steps_per_print": None,
-        "timers": {"throughput": {"enabled": False}},  # it waits for the device in every forward and step
+        # it waits for the device in every forward and step
+        "timers": {"throughput": {"enabled": False}},
     }
     if parallel.offload_optimizer:
-        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-        config["zero_force_ds_cpu_optimizer"] = False  # torch's fused AdamW runs on the CPU too, without a compiler
+        config["zero_optimization"]["offload_optimizer"] = {
+            "device": "cpu",
+            "pin_memory": torch.cuda.is_available(),
+        }
+        # torch's fused AdamW runs on the CPU too, without a compiler
+        config["zero_force_ds_cpu_optimizer"] = False
     if dtype == torch.bfloat16:
-        # with check_grad_overflow a bad norm is noticed before the update begins, as it always is in fp32
-        config["bf16"] = {"enabled": True, "immediate_grad_update": True, "check_grad_overflow": True}
+        # with check_grad_overflow a bad norm is noticed before the update begins, as it always is
+        # in fp32
+        config["bf16"] = {
+            "enabled": True,
+            "immediate_grad_update": True,
+            "check_grad_overflow": True,
+        }
         config["data_types"] = {"grad_accum_dtype": "fp32"}
         config["communication_data_type"] = _EXCHANGE[parallel.gradient_exchange]
     elif dtype != torch.float32:
@@ -87,31 +112,37 @@ def import_deepspeed() -> Any:
 
 
 class RefusedUpdate(DivergedError):
-    """A step whose gradients were not finite; nothing has changed, and training may go on with other samples."""
+    """A step whose gradients were not finite; nothing has changed, and training may go on with
+    other samples."""
 
 
 def finite_or_nan(loss: Tensor) -> Tensor:
     """1 for a finite loss, else NaN: a factor that makes every gradient of a bad loss NaN.
 
-    Choosing between two numbers would copy them to the device and wait for it; a product stays there.
+    Choosing between two numbers would copy them to the device and wait for it; a product stays
+    there.
 
-    Some bad losses have finite gradients (an infinite sum of finite terms). This way the gradient norm, which DeepSpeed reduces over all
-    processes and looks at before it updates, is the one judge of a step.
+    Some bad losses have finite gradients (an infinite sum of finite terms). This way the gradient
+    norm, which DeepSpeed reduces over all processes and looks at before it updates, is the one
+    judge of a step.
     """
     return loss.detach() * 0 + 1
 
 
 class TrainingEngine:
-    """A stage module under DeepSpeed. Use: micro_step per micro-batch, then apply; close at the end.
+    """A stage module under DeepSpeed. Use: micro_step per micro-batch, then apply; close at the
+    end.
 
     Also the `EngineState` through which checkpoints reach weights and optimizer state.
     """
 
     def __init__(self, module: nn.Module, stage: StageConfig, parallel: ParallelConfig) -> None:
-        """`module` has trainable_parameters() and sharded_state_dict(), lies on its device in its dtype, and stays usable by itself."""
+        """`module` has trainable_parameters() and sharded_state_dict(), lies on its device in its
+        dtype, and stays usable by itself."""
         if groups.pipeline_stage()[1] > 1 and parallel.zero_stage > 1:
             raise LayoutError(
-                f"parallel.zero_stage={parallel.zero_stage} under pipeline parallelism would give gradients away before they are complete; "
+                f"parallel.zero_stage={parallel.zero_stage} under pipeline parallelism would give "
+                "gradients away before they are complete; "
                 "use zero_stage 0 or 1, or a pipeline size of 1"
             )
         self.deepspeed = import_deepspeed()
@@ -128,29 +159,46 @@ class TrainingEngine:
                 parameter.ds_pipe_replicated = True  # type: ignore[attr-defined] # DeepSpeed: counts once in the gradient norm
         optimizer = adamw(dict(trainable), stage)
         self._guard = optimizer.register_step_pre_hook(self._refuse_bad_norm)
-        config = config_dict(stage, parallel, num_micro_batches=self.num_micro_batches, dtype=self.dtype)
-        with (
-            _silenced(),
-            torch.no_grad(),
-        ):  # else its flat copies of the weights are results of a graph that lives, with nodes of all weights
-            self.engine, *_ = self.deepspeed.initialize(model=module, optimizer=optimizer, mpu=groups.ModelParallelUnit, config=config)
+        config = config_dict(
+            stage, parallel, num_micro_batches=self.num_micro_batches, dtype=self.dtype
+        )
+        # without no_grad its flat copies of the weights are results of a graph that lives, with
+        # nodes of all weights
+        with _silenced(), torch.no_grad():
+            self.engine, *_ = self.deepspeed.initialize(
+                model=module, optimizer=optimizer, mpu=groups.ModelParallelUnit, config=config
+            )
         self.zero_stage = self.engine.zero_optimization_stage()
         self.own_time = OwnTime()
-        """Of the forward passes since somebody last asked; with CUDA graphs, of forward and backward."""
+        """Of the forward passes since somebody last asked; with CUDA graphs, of forward and
+        backward."""
         self.sums: GradientSums | None = None
         self.graphs: CudaGraphs | None = None
         if type(self.engine.optimizer).__name__ == "BF16_Optimizer":
             exchange = getattr(torch, parallel.gradient_exchange)
-            self.sums = GradientSums(self.engine.optimizer, counts=self._counts_in_norm, exchange=exchange)
+            self.sums = GradientSums(
+                self.engine.optimizer, counts=self._counts_in_norm, exchange=exchange
+            )
             MasterUpdate(self.engine.optimizer, self.sums.norm)
-            # micro-batches so small have no need to recompute, and Megatron's way of it restores random states, which no graph holds
+            # micro-batches so small have no need to recompute, and Megatron's way of it restores
+            # random states, which no graph holds
             recomputes = isinstance(stage, HeadStageConfig) and stage.recompute != "none"
-            if torch.cuda.is_available() and parallel.model_parallel_size == 1 and stage.cuda_graphs and not recomputes:
-                self.graphs = CudaGraphs(self._forward_backward, self.sums, several=self.num_micro_batches > 1)
+            if (
+                torch.cuda.is_available()
+                and parallel.model_parallel_size == 1
+                and stage.cuda_graphs
+                and not recomputes
+            ):
+                self.graphs = CudaGraphs(
+                    self._forward_backward, self.sums, several=self.num_micro_batches > 1
+                )
         self.init_optimizer_state(0)
 
-    def micro_step(self, batch: Mapping[str, Tensor], *, last: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        """Forward and backward of one micro-batch; gradients accumulate until the `last` of the step.
+    def micro_step(
+        self, batch: Mapping[str, Tensor], *, last: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Forward and backward of one micro-batch; gradients accumulate until the `last` of the
+        step.
 
         Returns (loss, metrics) detached, good until the next call."""
         if self.graphs is not None and self.sums is not None and self.graphs.takes(batch):
@@ -173,23 +221,29 @@ class TrainingEngine:
             self.graphs.make_room()
 
     def _forward_backward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """A micro-batch without DeepSpeed's part in it but its gradient hooks: what a CUDA graph can hold."""
-        loss, metrics = self.module.forward(batch)  # not the call: DeepSpeed hooks into that, and its timer waits for the device
+        """A micro-batch without DeepSpeed's part in it but its gradient hooks: what a CUDA graph
+        can hold."""
+        # not the call: DeepSpeed hooks into that, and its timer waits for the device
+        loss, metrics = self.module.forward(batch)
         loss.backward(gradient=finite_or_nan(loss) / self.num_micro_batches)
         return loss.detach(), metrics
 
     def reduce_gradients(self) -> None:
-        """After gradients were accumulated past DeepSpeed's engine, by a pipeline schedule or a CUDA graph: complete and average them."""
+        """After gradients were accumulated past DeepSpeed's engine, by a pipeline schedule or a
+        CUDA graph: complete and average them."""
         for parameter in self.replicated:
             dist.all_reduce(self._accumulated(parameter), group=groups.embedding_group())
         self.engine.set_gradient_accumulation_boundary(True)
         self.engine.allreduce_gradients()
 
     def _counts_in_norm(self, parameter: nn.Parameter) -> bool:
-        """Of weights that several model-parallel ranks hold whole, one rank's gradient counts, as in DeepSpeed's own norm."""
+        """Of weights that several model-parallel ranks hold whole, one rank's gradient counts, as
+        in DeepSpeed's own norm."""
         if getattr(parameter, "ds_pipe_replicated", False):
             return False
-        split = getattr(parameter, "tensor_model_parallel", False) or getattr(parameter, "model_parallel", False)
+        split = getattr(parameter, "tensor_model_parallel", False) or getattr(
+            parameter, "model_parallel", False
+        )
         return split or groups.tensor_group().rank() == 0
 
     def _accumulated(self, parameter: nn.Parameter) -> Tensor:
@@ -205,10 +259,12 @@ class TrainingEngine:
         return gradient
 
     def apply(self, lr: float) -> float:
-        """Clip, update the weights with learning rate `lr`, clear gradients; returns the gradient norm before clipping.
+        """Clip, update the weights with learning rate `lr`, clear gradients; returns the gradient
+        norm before clipping.
 
-        RefusedUpdate on all processes when the norm is not finite: gradients are then cleared, weights, moments and Adam's step are as
-        they were, and the next step may follow. The norm is reduced over all processes, so they agree without asking.
+        RefusedUpdate on all processes when the norm is not finite: gradients are then cleared,
+        weights, moments and Adam's step are as they were, and the next step may follow. The norm is
+        reduced over all processes, so they agree without asking.
         """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
@@ -228,10 +284,12 @@ class TrainingEngine:
                 optimizer.averaged_gradients[group] = None
 
     def _refuse_bad_norm(self, *_: Any) -> None:
-        """Runs inside DeepSpeed's step, before the first change of a weight: a bad norm (-1 is DeepSpeed's mark) must not get this far.
-        Where MasterUpdate has taken that step's place, it refuses such a norm itself.
+        """Runs inside DeepSpeed's step, before the first change of a weight: a bad norm (-1 is
+        DeepSpeed's mark) must not get this far. Where MasterUpdate has taken that step's place, it
+        refuses such a norm itself.
 
-        Should another version of DeepSpeed let one through, the weights are saved, but not the step: it cannot be continued from here.
+        Should another version of DeepSpeed let one through, the weights are saved, but not the
+        step: it cannot be continued from here.
         """
         norm = float(self.engine.optimizer._global_grad_norm)
         if not math.isfinite(norm) or norm < 0:
@@ -240,7 +298,11 @@ class TrainingEngine:
     @contextmanager
     def gathered(self, parameter: nn.Parameter) -> Iterator[None]:
         """Inside, `parameter` holds its full local value."""
-        with self.deepspeed.zero.GatheredParameters([parameter]) if self.zero_stage == 3 else contextlib.nullcontext():
+        with (
+            self.deepspeed.zero.GatheredParameters([parameter])
+            if self.zero_stage == 3
+            else contextlib.nullcontext()
+        ):
             yield
 
     def set_weight(self, parameter: nn.Parameter, value: Tensor) -> None:
@@ -252,9 +314,14 @@ class TrainingEngine:
             parameter.data.copy_(value)
 
     def full_state(self, parameter: nn.Parameter, name: str) -> Tensor:
-        """fp32_param, exp_avg or exp_avg_sq of one parameter, full local shape; collective over the data-parallel group."""
+        """fp32_param, exp_avg or exp_avg_sq of one parameter, full local shape; collective over the
+        data-parallel group."""
         utils = self.deepspeed.utils
-        full = utils.safe_get_full_fp32_param(parameter) if name == _MASTER else utils.safe_get_full_optimizer_state(parameter, name)
+        full = (
+            utils.safe_get_full_fp32_param(parameter)
+            if name == _MASTER
+            else utils.safe_get_full_optimizer_state(parameter, name)
+        )
         assert full is not None, "DeepSpeed holds no optimizer state for a trained parameter"
         return full
 
@@ -271,16 +338,21 @@ class TrainingEngine:
     def _set_partition(self, parameter: nn.Parameter, name: str, value: Tensor) -> None:
         optimizer: Any = parameter._z3_optimizer  # type: ignore[attr-defined]
         key = None if name == _MASTER else name
-        part, _ = optimizer._get_fp32_opt_state_partition(parameter, release_swap_buffers=False, optim_state_key=key)
+        part, _ = optimizer._get_fp32_opt_state_partition(
+            parameter, release_swap_buffers=False, optim_state_key=key
+        )
         start = part.numel() * optimizer._get_param_partition_rank(parameter)
-        own = value.float().flatten()[start : start + part.numel()]  # the last part is padded beyond the parameter's end
+        # the last part is padded beyond the parameter's end
+        own = value.float().flatten()[start : start + part.numel()]
         part.data.view(-1)[: own.numel()].copy_(own)
 
     def _flat_parameters(self) -> list[Tensor]:
         optimizer = self.engine.optimizer
         if self.zero_stage == 3:
             return list(optimizer.fp32_partitioned_groups_flat)
-        return [parameter for group in optimizer.optimizer.param_groups for parameter in group["params"]]
+        return [
+            parameter for group in optimizer.optimizer.param_groups for parameter in group["params"]
+        ]
 
     def init_optimizer_state(self, adam_step: int) -> None:
         """Create Adam's moments (zeros) where they are missing, and set its step counters."""
@@ -291,7 +363,9 @@ class TrainingEngine:
             for key in ("exp_avg", "exp_avg_sq"):
                 if key not in state:
                     state[key] = torch.zeros_like(flat.data)
-            state["step"] = torch.tensor(float(adam_step), dtype=torch.float32, device=flat.device if fused else "cpu")
+            state["step"] = torch.tensor(
+                float(adam_step), dtype=torch.float32, device=flat.device if fused else "cpu"
+            )
         if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
             optimizer._lazy_init_hp_params_optimizer_state()
 
@@ -300,7 +374,8 @@ class TrainingEngine:
         return int(self.engine.optimizer.optimizer.state[self._flat_parameters()[0]].get("step", 0))
 
     def close(self) -> None:
-        """Release DeepSpeed's hooks and buffers; the module keeps its weights (whole ones, except under ZeRO-3)."""
+        """Release DeepSpeed's hooks and buffers; the module keeps its weights (whole ones, except
+        under ZeRO-3)."""
         self._guard.remove()
         self.graphs = None
         with _silenced():

@@ -7,7 +7,17 @@ from dataclasses import dataclass
 from itertools import product
 
 from megatron_hypenet.config.checks import layout_problems
-from megatron_hypenet.config.layout import CONTEXT, OFFLOAD, PIPELINE, PIPELINE_LAYOUT, SEQUENCE, TENSOR, ZERO, Change, Layout
+from megatron_hypenet.config.layout import (
+    CONTEXT,
+    OFFLOAD,
+    PIPELINE,
+    PIPELINE_LAYOUT,
+    SEQUENCE,
+    TENSOR,
+    ZERO,
+    Change,
+    Layout,
+)
 from megatron_hypenet.config.mixers import MixerSpec
 from megatron_hypenet.config.mixers.softmax_attn import ATTENTION
 from megatron_hypenet.config.model import ModelConfig
@@ -37,10 +47,13 @@ class Fit:
 
 
 def teacher_and_student(shape: ModelConfig, spec: MixerSpec) -> tuple[ModelConfig, ModelConfig]:
-    """Both models of a run from the shape of one of them. Which layers will keep softmax attention matters little: from a teacher's shape,
-    every fourth, with the RNN mixer `spec` in the others."""
+    """Both models of a run from the shape of one of them. Which layers will keep softmax attention
+    matters little: from a teacher's shape, every fourth, with the RNN mixer `spec` in the
+    others."""
     everywhere = (ATTENTION,) * shape.num_layers
-    teacher = shape.replace(mixer_types=everywhere, mixers={}, attn_use_rope=True, attn_use_output_gate=False)
+    teacher = shape.replace(
+        mixer_types=everywhere, mixers={}, attn_use_rope=True, attn_use_output_gate=False
+    )
     if not shape.is_teacher:
         return teacher, shape
     kinds = (ATTENTION if layer % 4 == 3 else spec.name for layer in range(shape.num_layers))
@@ -49,13 +62,22 @@ def teacher_and_student(shape: ModelConfig, spec: MixerSpec) -> tuple[ModelConfi
 
 def needs(layout: Layout) -> list[StageNeed]:
     """Need of each training stage of a valid layout with a model."""
-    assert layout.model is not None and layout.dp_size is not None, "asked for valid layouts of a known model"
+    assert layout.model is not None and layout.dp_size is not None, (
+        "asked for valid layouts of a known model"
+    )
     spec = layout.run.align.spec
     teacher, student = teacher_and_student(layout.model, spec)
     found = []
     for name in layout.stages:
         trained = teacher.converted(spec) if name == "align" else student
-        parts = stage_memory(name, teacher, trained, layout.run.stage(name), layout.parallel, data_ranks=layout.dp_size)
+        parts = stage_memory(
+            name,
+            teacher,
+            trained,
+            layout.run.stage(name),
+            layout.parallel,
+            data_ranks=layout.dp_size,
+        )
         index = max(range(len(parts)), key=lambda at: parts[at].needed)
         found.append(StageNeed(name, index, parts[index]))
     return found
@@ -67,8 +89,9 @@ def fullest(found: Sequence[StageNeed]) -> StageNeed:
 
 
 def fits(layout: Layout, gpu_bytes: float) -> list[Fit]:
-    """Every layout on these processes that obeys the rules and fits, fastest first as far as that can be said without running it: little
-    model parallelism, then little computed again, then little ZeRO."""
+    """Every layout on these processes that obeys the rules and fits, fastest first as far as that
+    can be said without running it: little model parallelism, then little computed again, then
+    little ZeRO."""
     found = []
     for change in _candidates(layout):
         changed = layout.changed(change)
@@ -89,13 +112,30 @@ def _candidates(layout: Layout) -> Iterator[Change]:
             if zero > 1 and pipeline > 1:
                 continue
             yield {
-                TENSOR: tensor, PIPELINE: pipeline, CONTEXT: context, SEQUENCE: tensor > 1, PIPELINE_LAYOUT: None, ZERO: zero,
-                OFFLOAD: False, **dict.fromkeys(RECOMPUTING, recompute),
-            }  # fmt: skip
+                TENSOR: tensor,
+                PIPELINE: pipeline,
+                CONTEXT: context,
+                SEQUENCE: tensor > 1,
+                PIPELINE_LAYOUT: None,
+                ZERO: zero,
+                OFFLOAD: False,
+                **dict.fromkeys(RECOMPUTING, recompute),
+            }
 
 
 def _cost(layout: Layout) -> tuple[int, ...]:
-    parallel, recompute = layout.parallel, RECOMPUTE.index(layout.run.finetune.recompute)
+    parallel = layout.parallel
+    recompute = RECOMPUTE.index(layout.run.finetune.recompute)
     full = recompute == len(RECOMPUTE) - 1  # a third more work
-    sizes = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, parallel.context_parallel_size
-    return full + parallel.model_parallel_size, parallel.zero_stage == 3, recompute, parallel.zero_stage, *sizes
+    sizes = (
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.context_parallel_size,
+    )
+    return (
+        full + parallel.model_parallel_size,
+        parallel.zero_stage == 3,
+        recompute,
+        parallel.zero_stage,
+        *sizes,
+    )

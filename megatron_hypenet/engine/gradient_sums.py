@@ -1,12 +1,15 @@
-"""The fp32 sums of bf16 gradients in DeepSpeed's BF16_Optimizer: reduced over the ranks without loss, and with fewer passes over memory.
+"""The fp32 sums of bf16 gradients in DeepSpeed's BF16_Optimizer: reduced over the ranks without
+loss, and with fewer passes over memory.
 
-Found with DeepSpeed 0.19.8, in bytes of memory traffic per weight: each micro-batch's gradient is copied to fp32 (6) and added to the sum
-(12), the sums are set to zero twice between steps (8), and even a single rank takes them through bf16 and back for the reduction (20),
-which rounds them. Here the first gradient of a step overwrites the sum (6), later ones are added as they are (10), and the ranks' sums are
-reduced in place, in fp32 unless the layout asks for bf16.
+Found with DeepSpeed 0.19.8, in bytes of memory traffic per weight: each micro-batch's gradient is
+copied to fp32 (6) and added to the sum (12), the sums are set to zero twice between steps (8), and
+even a single rank takes them through bf16 and back for the reduction (20), which rounds them. Here
+the first gradient of a step overwrites the sum (6), later ones are added as they are (10), and the
+ranks' sums are reduced in place, in fp32 unless the layout asks for bf16.
 
-Every data-parallel rank updates its own part of the weights (ZeRO-1), so the sums are scattered while they are reduced: half of what an
-all-reduce sends. Afterwards a rank's part is right and the rest of its buffer is not; the norm adds up the ranks' parts."""
+Every data-parallel rank updates its own part of the weights (ZeRO-1), so the sums are scattered
+while they are reduced: half of what an all-reduce sends. Afterwards a rank's part is right and the
+rest of its buffer is not; the norm adds up the ranks' parts."""
 
 from __future__ import annotations
 
@@ -21,18 +24,28 @@ from torch import Tensor, nn
 from megatron_hypenet.ops.gradient_sum import gradient_sum
 
 PIECE = 2**24
-"""Gradients of each rank in one collective of bf16 copies: enough to use the links fully, few enough to copy."""
+"""Gradients of each rank in one collective of bf16 copies: enough to use the links fully, few
+enough to copy."""
 
 
 class GradientSums:
     """Takes over how one BF16_Optimizer accumulates, clears and measures gradients.
 
-    `optimizer.fp32_groups_has_gradients` stays the record of what this step's sums hold: one not marked there holds an earlier step's."""
+    `optimizer.fp32_groups_has_gradients` stays the record of what this step's sums hold: one not
+    marked there holds an earlier step's."""
 
-    def __init__(self, optimizer: Any, *, counts: Callable[[nn.Parameter], bool], exchange: torch.dtype = torch.float32) -> None:
-        """`counts`: whether a parameter's gradient is part of this process's share of the norm, and not of another's that holds the same
-        weights; `exchange`: dtype in which sums travel between data-parallel ranks."""
-        self.optimizer, self.exchange = optimizer, exchange
+    def __init__(
+        self,
+        optimizer: Any,
+        *,
+        counts: Callable[[nn.Parameter], bool],
+        exchange: torch.dtype = torch.float32,
+    ) -> None:
+        """`counts`: whether a parameter's gradient is part of this process's share of the norm, and
+        not of another's that holds the same weights; `exchange`: dtype in which sums travel between
+        data-parallel ranks."""
+        self.optimizer = optimizer
+        self.exchange = exchange
         self._counted = _counted(optimizer, counts)
         optimizer._update_hp_grad = self._accumulate
         optimizer.clear_hp_grads = self.forget
@@ -63,11 +76,14 @@ class GradientSums:
         self.set_marks([[False] * len(group) for group in self.optimizer.fp32_groups_has_gradients])
 
     @torch.no_grad()
-    def _accumulate(self, parameter: nn.Parameter, group: int, index: int, clear_lp_grads: bool = False) -> None:
+    def _accumulate(
+        self, parameter: nn.Parameter, group: int, index: int, clear_lp_grads: bool = False
+    ) -> None:
         if parameter.grad is None:
             return
         total: Tensor = self.optimizer.fp32_groups_gradients[group][index]
-        gradient, marked = parameter.grad.reshape(-1), self.optimizer.fp32_groups_has_gradients[group]
+        gradient = parameter.grad.reshape(-1)
+        marked = self.optimizer.fp32_groups_has_gradients[group]
         gradient_sum(total, gradient, add=marked[index])
         marked[index] = True
         parameter._hp_grad = total  # type: ignore[attr-defined] # where DeepSpeed itself looks for it
@@ -76,14 +92,23 @@ class GradientSums:
 
     @torch.no_grad()
     def _for_reduction(self) -> Any:
-        """DeepSpeed asks what it shall average over the data-parallel ranks: nothing, once it is done here."""
-        optimizer, group = self.optimizer, self.optimizer.dp_process_group
-        for sums, marked in zip(optimizer.fp32_groups_gradients, optimizer.fp32_groups_has_gradients, strict=True):
+        """DeepSpeed asks what it shall average over the data-parallel ranks: nothing, once it is
+        done here."""
+        optimizer = self.optimizer
+        group = self.optimizer.dp_process_group
+        for sums, marked in zip(
+            optimizer.fp32_groups_gradients, optimizer.fp32_groups_has_gradients, strict=True
+        ):
             for total, holds in zip(sums, marked, strict=True):
-                if not holds:  # a parameter that got no gradient here may have got one on another rank
+                # a parameter that got no gradient here may have got one on another rank
+                if not holds:
                     total.zero_()
         if (ranks := dist.get_world_size(group)) > 1:
-            for whole, own in zip(optimizer.fp32_groups_gradients_flat, optimizer.fp32_groups_gradient_flat_partition, strict=True):
+            for whole, own in zip(
+                optimizer.fp32_groups_gradients_flat,
+                optimizer.fp32_groups_gradient_flat_partition,
+                strict=True,
+            ):
                 self._scatter(whole, own, group)
                 own.mul_(1 / ranks)
         return [], {}
@@ -102,25 +127,33 @@ class GradientSums:
 
     @torch.no_grad()
     def norm(self) -> Tensor:
-        """Of the gradients of all ranks, once they are reduced: 0-dimensional, fp32, on their device. Collective."""
+        """Of the gradients of all ranks, once they are reduced: 0-dimensional, fp32, on their
+        device. Collective."""
         own = self.optimizer.fp32_groups_gradient_flat_partition
         square = torch.zeros((), dtype=torch.float32, device=own[0].device)
         for group, start, stop in self._counted:
             square += own[group][start:stop].norm().square()
-        for ranks in (self.optimizer.dp_process_group, self.optimizer.mpu.get_model_parallel_group()):
+        for ranks in (
+            self.optimizer.dp_process_group,
+            self.optimizer.mpu.get_model_parallel_group(),
+        ):
             if dist.get_world_size(ranks) > 1:
                 dist.all_reduce(square, group=ranks)
         return square.sqrt()
 
 
 def _counted(optimizer: Any, counts: Callable[[nn.Parameter], bool]) -> list[tuple[int, int, int]]:
-    """(group, start, stop) of the stretches of this rank's parts that count in the norm, as few as possible."""
+    """(group, start, stop) of the stretches of this rank's parts that count in the norm, as few as
+    possible."""
     found: list[tuple[int, int, int]] = []
-    for group, (parameters, own) in enumerate(zip(optimizer.bf16_groups, optimizer.fp32_groups_gradient_flat_partition, strict=True)):
+    for group, (parameters, own) in enumerate(
+        zip(optimizer.bf16_groups, optimizer.fp32_groups_gradient_flat_partition, strict=True)
+    ):
         first = own.storage_offset()
         begin = 0
         for parameter in parameters:
-            start, stop = max(begin - first, 0), min(begin + parameter.numel() - first, own.numel())
+            start = max(begin - first, 0)
+            stop = min(begin + parameter.numel() - first, own.numel())
             begin += parameter.numel()
             if start >= stop or not counts(parameter):
                 continue

@@ -1,6 +1,8 @@
-"""What HALO's steps do; which there are, in which order and with which inputs, is the table in halo_steps.py.
+"""What HALO's steps do; which there are, in which order and with which inputs, is the table in
+halo_steps.py.
 
-Import and export of Hugging Face folders are handed in, because this package knows checkpoints only.
+Import and export of Hugging Face folders are handed in, because this package knows checkpoints
+only.
 """
 
 from __future__ import annotations
@@ -14,7 +16,12 @@ from typing import Any
 
 from megatron_hypenet.atomic_files import write_json
 from megatron_hypenet.checkpoint import format as fmt
-from megatron_hypenet.checkpoint.load import read_manifest, read_model_config, resolve, tokenizer_dir
+from megatron_hypenet.checkpoint.load import (
+    read_manifest,
+    read_model_config,
+    resolve,
+    tokenizer_dir,
+)
 from megatron_hypenet.config.schema import RunConfig
 from megatron_hypenet.engine import material, run_stage
 from megatron_hypenet.engine.halo_steps import halo_steps, required_checkpoint
@@ -39,7 +46,8 @@ class Halo:
     run: RunConfig
     folder: RunFolder
     import_teacher: Callable[[Path, Path], None]
-    """(source, checkpoint folder): make a committed teacher checkpoint of a Hugging Face folder or of a checkpoint."""
+    """(source, checkpoint folder): make a committed teacher checkpoint of a Hugging Face folder or
+    of a checkpoint."""
     export_student: Callable[[Path, Path], None]
     """(checkpoint, Hugging Face folder): write the finished model."""
     on_step: Callable[[StepRecord], None] = lambda record: None
@@ -54,7 +62,8 @@ class Halo:
         return halo_steps(self.run, self.folder, lambda name: getattr(self, f"do_{name}"))
 
     def train_from(self, runner: Runner, name: str, init: Path | None) -> Path:
-        """Do training stage `name` with what it needs, from the run's own results or from `init`; returns its final checkpoint."""
+        """Do training stage `name` with what it needs, from the run's own results or from `init`;
+        returns its final checkpoint."""
         if init is not None:
             start = resolve(init, fall_back=False)
             runner.steps[name] = replace(
@@ -73,28 +82,37 @@ class Halo:
     def selection(self) -> tuple[LayerScores, Selection]:
         """The scores and the choice that the selection step left."""
         scores = load_scores(self.folder.scores_file)
-        return scores, rank(scores, self._num_attention(), self.run.align.mixer, cap=self.run.select.importance_cap)
+        return scores, rank(
+            scores, self._num_attention(), self.run.align.mixer, cap=self.run.select.importance_cap
+        )
 
     def do_teacher(self) -> dict[str, Any]:
         """Import the teacher."""
         self.import_teacher(self.run.teacher, self.folder.teacher)
         config = read_model_config(self.folder.teacher)
-        return {"num_layers": config.num_layers, "hidden_size": config.hidden_size, "vocab_size": config.vocab_size}
+        return {
+            "num_layers": config.num_layers,
+            "hidden_size": config.hidden_size,
+            "vocab_size": config.vocab_size,
+        }
 
     def do_data(self) -> dict[str, Any]:
         """Make token files of the text with the teacher's tokenizer."""
         return material.prepare(self.run, self.folder, self.log)
 
     def do_probe(self) -> dict[str, Any]:
-        """Stop a run whose teacher cannot predict text: random or unloaded weights would be distilled faithfully."""
+        """Stop a run whose teacher cannot predict text: random or unloaded weights would be
+        distilled faithfully."""
         teacher = run_stage.load_teacher(self.run, self.folder.teacher)
         vocab_size = teacher.model_config.vocab_size
         loss = material.measure(self.run, self.folder).probe_loss(teacher)
         limit = self.run.guard.max_teacher_loss or 0.9 * math.log(vocab_size)
         if not loss < limit:
             raise CheckpointError(
-                f"teacher {self.run.teacher} looks untrained, or its weights were not loaded: its loss on held-out text is {loss:.3f} nats "
-                f"per token, the limit is {limit:.3f} (guessing costs {math.log(vocab_size):.3f}). Check the teacher's folder and that its "
+                f"teacher {self.run.teacher} looks untrained, or its weights were not loaded: "
+                f"its loss on held-out text is {loss:.3f} nats "
+                f"per token, the limit is {limit:.3f} (guessing costs {math.log(vocab_size):.3f}). "
+                "Check the teacher's folder and that its "
                 "tokenizer belongs to it; guard.max_teacher_loss sets the limit"
             )
         return {"teacher_loss": loss, "limit": limit}
@@ -111,7 +129,9 @@ class Halo:
         """Stage 3."""
         return self.do_training("finetune", init=self._of("distill"))
 
-    def do_training(self, name: str, *, teacher: Path | None = None, init: Path | None = None) -> dict[str, Any]:
+    def do_training(
+        self, name: str, *, teacher: Path | None = None, init: Path | None = None
+    ) -> dict[str, Any]:
         """Train one stage to its end."""
         stage = run_stage.build_stage(name, self.run, teacher=teacher, init=init)
         self.log(run_stage.parameter_table(stage))
@@ -124,7 +144,10 @@ class Halo:
             self.folder.stage(name),
             tensorboard_dir=self.folder.tensorboard / name,
             tokenizer_dir=tokenizer_dir(self.folder.teacher),
-            extra={"hf_config": read_manifest(resolve(self.folder.teacher)).hf_config, "pipeline_layout": list(stage.layout)},
+            extra={
+                "hf_config": read_manifest(resolve(self.folder.teacher)).hf_config,
+                "pipeline_layout": list(stage.layout),
+            },
             on_step=self.on_step,
             evaluate=self._heldout_loss_of(stage),
             log=self.log,
@@ -135,7 +158,8 @@ class Halo:
 
     def _heldout_loss_of(self, stage: StageModule) -> Callable[[int], dict[str, float]]:
         """What the training loop puts into TensorBoard every eval_interval steps and at the end."""
-        measure, seq_length = material.measure(self.run, self.folder), self.run.stage(stage.name).seq_length
+        measure = material.measure(self.run, self.folder)
+        seq_length = self.run.stage(stage.name).seq_length
         return lambda step: {"eval/heldout-loss": measure.stage_loss(stage, seq_length)}
 
     def do_select(self) -> dict[str, Any]:
@@ -152,7 +176,8 @@ class Halo:
     def _sweep(self) -> None:
         teacher = run_stage.load_teacher(self.run, self.folder.teacher)
         mixers = run_stage.load_aligned(self.run, teacher, self._of("align"))
-        measure, total = material.measure(self.run, self.folder), teacher.model_config.num_layers
+        measure = material.measure(self.run, self.folder)
+        total = teacher.model_config.num_layers
         known = read_json(self.folder.scores_file) if self.folder.scores_file.is_file() else None
         groups.barrier()  # all have read what is known before the first one adds to it
 
@@ -164,13 +189,25 @@ class Halo:
                 write_json(self.folder.scores_file, result)
             self.on_part("select", len(result["layers"]), total)
 
-        score_layers(teacher, mixers, lambda: measure.selection_scores(teacher), known=known, on_scored=scored)
+        score_layers(
+            teacher,
+            mixers,
+            lambda: measure.selection_scores(teacher),
+            known=known,
+            on_scored=scored,
+        )
 
     def do_assemble(self) -> dict[str, Any]:
         """Write the student that stage 2 starts from."""
         num_layers = read_model_config(self.folder.teacher).num_layers
         selection = load_selection(self.folder.mixers_file, num_layers=num_layers)
-        run_stage.assemble(self.run, self.folder.teacher, self._of("align"), selection.mixer_types, self.folder.assembled)
+        run_stage.assemble(
+            self.run,
+            self.folder.teacher,
+            self._of("align"),
+            selection.mixer_types,
+            self.folder.assembled,
+        )
         return {"attention_layers": list(selection.attention_layers)}
 
     def do_export(self) -> dict[str, Any]:
@@ -180,8 +217,10 @@ class Halo:
 
     def do_report(self) -> dict[str, Any]:
         """Evaluate teacher and students, write the numbers and draw them."""
-        start, rows = time.monotonic(), []
-        measure, models = material.measure(self.run, self.folder), self._reported_models()
+        start = time.monotonic()
+        rows = []
+        measure = material.measure(self.run, self.folder)
+        models = self._reported_models()
         total = measure.num_parts() * len(models)
         done = iter(range(1, total + 1))
 
@@ -216,7 +255,8 @@ class Halo:
         return student
 
     def _all_converted(self) -> HypeNetModel:
-        """The teacher with every layer's attention replaced by its aligned RNN mixer: alignment without selection or distillation."""
+        """The teacher with every layer's attention replaced by its aligned RNN mixer: alignment
+        without selection or distillation."""
         teacher = run_stage.load_teacher(self.run, self.folder.teacher)
         for layer, mixer in run_stage.load_aligned(self.run, teacher, self._of("align")).items():
             teacher.set_mixer(layer, mixer)
@@ -224,4 +264,8 @@ class Halo:
 
     def _num_attention(self) -> int:
         wanted = self.run.select.num_attention_layers
-        return max(1, read_model_config(self.folder.teacher).num_layers // 4) if wanted is None else wanted
+        return (
+            max(1, read_model_config(self.folder.teacher).num_layers // 4)
+            if wanted is None
+            else wanted
+        )

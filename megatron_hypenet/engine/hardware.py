@@ -18,11 +18,13 @@ PEAK_BF16 = {
     "A800": 312e12,
     "L40S": 362e12,
 }
-"""Dense bf16 tensor-core operations per second by part of the device's name, from the makers' data sheets; the first match counts."""
+"""Dense bf16 tensor-core operations per second by part of the device's name, from the makers' data
+sheets; the first match counts."""
 
 
 def peak_flops(name: str | None = None) -> float | None:
-    """Peak dense bf16 operations per second of a GPU, this process's unless named; None on a CPU and for a GPU that is not listed."""
+    """Peak dense bf16 operations per second of a GPU, this process's unless named; None on a CPU
+    and for a GPU that is not listed."""
     if name is None:
         if not torch.cuda.is_available():
             return None
@@ -32,7 +34,8 @@ def peak_flops(name: str | None = None) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """How much a token costs and who shares the work: turns tokens per second into use of the hardware."""
+    """How much a token costs and who shares the work: turns tokens per second into use of the
+    hardware."""
 
     flops_per_token: float
     """Of one training step, over all devices; see model/flops.py."""
@@ -45,5 +48,10 @@ class Workload:
         return tokens_per_second * self.flops_per_token / self.num_devices / 1e12
 
     def mfu(self, tokens_per_second: float) -> float | None:
-        """Model FLOP utilisation between 0 and 1: useful operations over the device's peak; None when the peak is unknown."""
-        return None if self.peak is None else self.tflops_per_device(tokens_per_second) * 1e12 / self.peak
+        """Model FLOP utilisation between 0 and 1: useful operations over the device's peak; None
+        when the peak is unknown."""
+        return (
+            None
+            if self.peak is None
+            else self.tflops_per_device(tokens_per_second) * 1e12 / self.peak
+        )

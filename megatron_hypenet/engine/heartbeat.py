@@ -1,18 +1,23 @@
-"""What every process of a run is doing: noted in memory as it goes, and written by a thread to <run folder>/heartbeat/rank_00000.json.
+"""What every process of a run is doing: noted in memory as it goes, and written by a thread to <run
+folder>/heartbeat/rank_00000.json.
 
-Noting costs a clock reading and talks to nobody. The files are for `hypenet status`, for people, and for the report of a hang (hang.py).
-A file is replaced as a whole every few seconds while the process lives, and once more as it leaves. Its fields:
+Noting costs a clock reading and talks to nobody. The files are for `hypenet status`, for people,
+and for the report of a hang (hang.py). A file is replaced as a whole every few seconds while the
+process lives, and once more as it leaves. Its fields:
 
     life             names this start of the run: the same on all ranks, another after a restart
     rank, world_size, host, pid
     state            running; at the end done, stopped (saved on request), failed or hung
     time             seconds since 1970 when it was written, by the clock of `host`
-    beats            how often it was written: whoever cannot trust `time` reads twice, and looks whether this has grown
+    beats            how often it was written: whoever cannot trust `time` reads twice, and looks
+                     whether this has grown
     stage, phase     step of HALO, and what of it is being done; see PHASES
     iteration, train_iters   finished steps of a training stage, and all of them
     silent_seconds   since the main thread last noted that it got further
-    while a stage trains, also loss (null after a skipped step), tokens_per_second, eta_seconds, skipped_steps, last_save (folder),
-    last_save_time (seconds since 1970), step_seconds, evaluate_seconds, save_seconds, grace_seconds (see timing.py)
+
+While a stage trains, also loss (null after a skipped step), tokens_per_second, eta_seconds,
+skipped_steps, last_save (folder), last_save_time (seconds since 1970), step_seconds,
+evaluate_seconds, save_seconds and grace_seconds (see timing.py).
 """
 
 from __future__ import annotations
@@ -35,7 +40,9 @@ from megatron_hypenet.untrusted.files import FileKind
 from megatron_hypenet.untrusted.json_text import read_object, typed
 
 FOLDER = "heartbeat"
-_KIND = FileKind(error=DataError, advice="it is written again while the process lives", max_bytes=1 << 20)
+_KIND = FileKind(
+    error=DataError, advice="it is written again while the process lives", max_bytes=1 << 20
+)
 
 PHASES = {
     "start": "before the first step of HALO",
@@ -44,7 +51,8 @@ PHASES = {
     "build": "models and optimizer are made",
     "load": "a checkpoint is read",
     "data": "the samples of a step are read",
-    "forward-backward": "one micro-batch after the other, with the collectives of model parallelism and ZeRO",
+    "forward-backward": "one micro-batch after the other, with the collectives of model "
+    "parallelism and ZeRO",
     "reduce": "gradients and loss are summed over the processes",
     "update": "the norm of all gradients, and the optimizer's step",
     "evaluate": "a model is measured",
@@ -58,7 +66,8 @@ _ORDER = {phase: place for place, phase in enumerate(PHASES)}
 
 @dataclass
 class Pulse:
-    """What this process does. The main thread writes, others read; every attribute is replaced as a whole."""
+    """What this process does. The main thread writes, others read; every attribute is replaced as a
+    whole."""
 
     stage: str = ""
     phase: str = "start"
@@ -67,14 +76,19 @@ class Pulse:
     begun: int = 0
     """Stages begun so far: the same on all ranks that are equally far."""
     warm: bool = False
-    """Whether this process has finished a step of the present stage: from then on nothing is compiled or connected any more."""
+    """Whether this process has finished a step of the present stage: from then on nothing is
+    compiled or connected any more."""
     moved: float = field(default_factory=time.monotonic)
     facts: dict[str, Any] = field(default_factory=dict)
     """What else is written of a training stage."""
 
     def begin(self, stage: str, *, iteration: int = 0, train_iters: int = 0) -> None:
         """The main thread begins a stage."""
-        self.stage, self.iteration, self.train_iters, self.warm, self.facts = stage, iteration, train_iters, False, {}
+        self.stage = stage
+        self.iteration = iteration
+        self.train_iters = train_iters
+        self.warm = False
+        self.facts = {}
         self.begun += 1
         self.note("build")
 
@@ -85,7 +99,8 @@ class Pulse:
 
     @contextmanager
     def doing(self, phase: str) -> Iterator[None]:
-        """A block that is another phase; a fault in it leaves the phase as it is, for the record of the fault."""
+        """A block that is another phase; a fault in it leaves the phase as it is, for the record of
+        the fault."""
         before = self.phase
         self.note(phase)
         yield
@@ -139,7 +154,11 @@ def position(stage: str, phase: str, iteration: int, train_iters: int) -> str:
     """Where a process is, in words; `iteration` are finished steps."""
     if not stage:
         return phase
-    return f"iteration {min(iteration + 1, train_iters)}/{train_iters} of {stage}, {phase}" if train_iters else f"{stage}, {phase}"
+    return (
+        f"iteration {min(iteration + 1, train_iters)}/{train_iters} of {stage}, {phase}"
+        if train_iters
+        else f"{stage}, {phase}"
+    )
 
 
 def host_name() -> str:
@@ -168,11 +187,27 @@ def read_all(folder: Path, life: str, world_size: int) -> dict[int, Beat]:
 
 
 class Writer:
-    """The thread that writes this process's file. A disk that is full or hangs costs heartbeats and nothing else."""
+    """The thread that writes this process's file. A disk that is full or hangs costs heartbeats and
+    nothing else."""
 
-    def __init__(self, folder: Path, *, life: str, rank: int, world_size: int, interval: float, pulse: Pulse = PULSE) -> None:
-        self.folder, self.life, self.rank, self.world_size, self.interval, self.pulse = folder, life, rank, world_size, interval, pulse
-        self.state, self.beats = "running", 0
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        life: str,
+        rank: int,
+        world_size: int,
+        interval: float,
+        pulse: Pulse = PULSE,
+    ) -> None:
+        self.folder = folder
+        self.life = life
+        self.rank = rank
+        self.world_size = world_size
+        self.interval = interval
+        self.pulse = pulse
+        self.state = "running"
+        self.beats = 0
         self._stop = threading.Event()
         self._writing = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
@@ -197,11 +232,22 @@ class Writer:
         """The fields of the file."""
         pulse = self.pulse
         return {
-            "life": self.life, "rank": self.rank, "world_size": self.world_size, "host": host_name(), "pid": os.getpid(),
-            "state": self.state, "time": round(time.time(), 3), "beats": self.beats, "begun": pulse.begun, "stage": pulse.stage,
-            "phase": pulse.phase, "iteration": pulse.iteration, "train_iters": pulse.train_iters,
-            "silent_seconds": round(pulse.silent_seconds(), 3), **pulse.facts,
-        }  # fmt: skip
+            "life": self.life,
+            "rank": self.rank,
+            "world_size": self.world_size,
+            "host": host_name(),
+            "pid": os.getpid(),
+            "state": self.state,
+            "time": round(time.time(), 3),
+            "beats": self.beats,
+            "begun": pulse.begun,
+            "stage": pulse.stage,
+            "phase": pulse.phase,
+            "iteration": pulse.iteration,
+            "train_iters": pulse.train_iters,
+            "silent_seconds": round(pulse.silent_seconds(), 3),
+            **pulse.facts,
+        }
 
     def write(self) -> None:
         """Replace the file."""
@@ -224,10 +270,17 @@ def is_dead(beat: Beat) -> bool:
     return status.rpartition(")")[2].split()[0] in ("Z", "X")
 
 
-def told_apart(read: Callable[[], dict[int, Beat]], pause: Callable[[], None]) -> tuple[dict[int, Beat], set[int]]:
-    """(the newest beat of each rank, the ranks whose process writes no more): read twice, with `pause` between."""
+def told_apart(
+    read: Callable[[], dict[int, Beat]], pause: Callable[[], None]
+) -> tuple[dict[int, Beat], set[int]]:
+    """(the newest beat of each rank, the ranks whose process writes no more): read twice, with
+    `pause` between."""
     before = read()
     pause()
     after = read()
-    silent = {rank for rank, beat in after.items() if beat.state == "running" and rank in before and beat.beats == before[rank].beats}
+    silent = {
+        rank
+        for rank, beat in after.items()
+        if beat.state == "running" and rank in before and beat.beats == before[rank].beats
+    }
     return after, silent

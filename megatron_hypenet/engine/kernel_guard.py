@@ -1,7 +1,9 @@
-"""Are the kernels right on this GPU? Each is run once, as this run will use it, against its definition in float64, before anything trains.
+"""Are the kernels right on this GPU? Each is run once, as this run will use it, against its
+definition in float64, before anything trains.
 
-Kernels meet GPUs and versions of Triton that nobody tried. One that does not compile, or is off its limit, on any rank is replaced by its
-torch form on all ranks, with a warning: the run is then slower and right. On a CPU nothing is looked at and nothing is paid."""
+Kernels meet GPUs and versions of Triton that nobody tried. One that does not compile, or is off its
+limit, on any rank is replaced by its torch form on all ranks, with a warning: the run is then
+slower and right. On a CPU nothing is looked at and nothing is paid."""
 
 from __future__ import annotations
 
@@ -33,7 +35,8 @@ DOCTOR_USE = KernelUse(
 
 def use_of(model: HypeNetModel, *, documents: bool, mixers: tuple[str, ...] = ()) -> KernelUse:
     """What this model runs, and mixers that will be trained beside it."""
-    shape, ranks = model.model_config, model.parallel.tensor_model_parallel_size
+    shape = model.model_config
+    ranks = model.parallel.tensor_model_parallel_size
     return KernelUse(
         dtype=model.config.params_dtype,
         head_dim=shape.kv_channels,
@@ -49,26 +52,38 @@ def use_of(model: HypeNetModel, *, documents: bool, mixers: tuple[str, ...] = ()
 
 
 def families_of(use: KernelUse) -> list[kernels.Family]:
-    """The families that run in this use, in an order that all ranks share; families of mixers that it does not have are left out."""
+    """The families that run in this use, in an order that all ranks share; families of mixers that
+    it does not have are left out."""
     claimed = {family for spec in mixer_specs().values() for family in spec.kernel_families}
     own = {family for name in use.mixers for family in mixer_spec(name).kernel_families}
-    found = (kernels.FAMILIES[name] for name in sorted(kernels.FAMILIES) if name in own or name not in claimed)
+    found = (
+        kernels.FAMILIES[name]
+        for name in sorted(kernels.FAMILIES)
+        if name in own or name not in claimed
+    )
     return [family for family in found if family.fits(use)]
 
 
 _looked_at: set[KernelUse] = set()
 
 
-def guard_kernels(model: HypeNetModel, *, documents: bool = False, mixers: tuple[str, ...] = ()) -> None:
-    """Check the kernels that `model` will run, and disable the families that fail; collective over all ranks, once per use and process.
+def guard_kernels(
+    model: HypeNetModel, *, documents: bool = False, mixers: tuple[str, ...] = ()
+) -> None:
+    """Check the kernels that `model` will run, and disable the families that fail; collective over
+    all ranks, once per use and process.
 
-    `mixers` are trained beside the model. Raises ConfigError for a wrong HYPENET_DISABLE_KERNELS, SetupError when a kernel left the GPU
-    unusable for this process."""
+    `mixers` are trained beside the model. Raises ConfigError for a wrong HYPENET_DISABLE_KERNELS,
+    SetupError when a kernel left the GPU unusable for this process."""
     kernels.check_variable()
     where = device()
     if where.type == "cuda":
         with torch.enable_grad():
-            guard(use_of(model, documents=documents, mixers=mixers), where, torch.cuda.get_device_name(where))
+            guard(
+                use_of(model, documents=documents, mixers=mixers),
+                where,
+                torch.cuda.get_device_name(where),
+            )
 
 
 def guard(use: KernelUse, where: torch.device, gpu: str) -> None:
@@ -76,9 +91,11 @@ def guard(use: KernelUse, where: torch.device, gpu: str) -> None:
     if use in _looked_at:
         return
     _looked_at.add(use)
-    started, passed = time.perf_counter(), []
+    started = time.perf_counter()
+    passed = []
     for family, check in ((each.name, each.check) for each in families_of(use)):
-        found = check(where, use) if kernels.enabled(family) else None  # None: disabled on this rank, so it must be on all
+        # None: disabled on this rank, so it must be on all
+        found = check(where, use) if kernels.enabled(family) else None
         _still_usable(where, family, gpu)
         verdicts = groups.gather_numbers(float(found is not None and found.ok))
         if min(verdicts) == 1.0:
@@ -88,35 +105,53 @@ def guard(use: KernelUse, where: torch.device, gpu: str) -> None:
         kernels.disable(family)
         if found is not None and not found.ok:
             logger.warning(
-                "WARNING: rank %d, %s: the kernel fails its check (%s); the torch form of %s runs instead on all ranks: right, but slower. "
-                "`hypenet doctor --kernels` shows all kernels; torch and triton should be versions that belong together",
-                groups.rank(), gpu, found, family,
-            )  # fmt: skip
+                "WARNING: rank %d, %s: the kernel fails its check (%s); the torch form of %s runs "
+                "instead on all ranks: right, but slower. "
+                "`hypenet doctor --kernels` shows all kernels; torch and triton should be versions "
+                "that belong together",
+                groups.rank(),
+                gpu,
+                found,
+                family,
+            )
         elif found is not None and groups.rank() == 0:
             failing = [rank for rank, verdict in enumerate(verdicts) if verdict != 1.0]
-            logger.warning("WARNING: the kernel of %s does not run on ranks %s: its torch form runs on all ranks", family, failing)
+            logger.warning(
+                "WARNING: the kernel of %s does not run on ranks %s: its torch form runs on all "
+                "ranks",
+                family,
+                failing,
+            )
     if where.type == "cuda":
         torch.cuda.empty_cache()
     if passed and groups.rank() == 0:
-        logger.info("kernels checked on %s in %.1f s, relative errors: %s", gpu, time.perf_counter() - started, ", ".join(passed))
+        logger.info(
+            "kernels checked on %s in %.1f s, relative errors: %s",
+            gpu,
+            time.perf_counter() - started,
+            ", ".join(passed),
+        )
 
 
 def _still_usable(where: torch.device, family: str, gpu: str) -> None:
-    """An illegal access is reported by all later calls too: no torch form can run in this process any more."""
+    """An illegal access is reported by all later calls too: no torch form can run in this process
+    any more."""
     if where.type != "cuda":
         return
     try:
         torch.cuda.synchronize(where)
     except RuntimeError as error:
         raise SetupError(
-            f"{gpu}: the kernel of {family} broke this process's use of the GPU: {str(error).splitlines()[0]}; "
-            f"set {kernels.VARIABLE}={family} in the environment to run its torch form, and start again"
+            f"{gpu}: the kernel of {family} broke this process's use of the GPU: "
+            f"{str(error).splitlines()[0]}; "
+            f"set {kernels.VARIABLE}={family} in the environment to run its torch form, "
+            "and start again"
         ) from error
 
 
 def survey(where: torch.device) -> Iterator[KernelCheck]:
-    """Every family in every dtype, in the uses that it names: narrow and wide heads, packed documents, states in and out, a whole and a
-    split vocabulary."""
+    """Every family in every dtype, in the uses that it names: narrow and wide heads, packed
+    documents, states in and out, a whole and a split vocabulary."""
     for dtype in DOCTOR_DTYPES:
         for family in kernels.FAMILIES.values():
             for change in family.surveyed:

@@ -1,4 +1,5 @@
-"""The one training loop: every stage, every layout. Resumes by itself, saves at intervals, on request and at the end."""
+"""The one training loop: every stage, every layout. Resumes by itself, saves at intervals, on
+request and at the end."""
 
 from __future__ import annotations
 
@@ -26,7 +27,13 @@ from megatron_hypenet.engine.deepspeed import RefusedUpdate, TrainingEngine
 from megatron_hypenet.engine.faults import out_of_gpu_memory, record_now
 from megatron_hypenet.engine.hardware import Workload, peak_flops
 from megatron_hypenet.engine.heartbeat import PULSE
-from megatron_hypenet.engine.metrics import MetricSums, Recorder, StepRecord, memory_gib, reset_peak_memory
+from megatron_hypenet.engine.metrics import (
+    MetricSums,
+    Recorder,
+    StepRecord,
+    memory_gib,
+    reset_peak_memory,
+)
 from megatron_hypenet.engine.on_its_way import OnItsWay
 from megatron_hypenet.engine.optim import lr_at
 from megatron_hypenet.engine.samples import TokenSource, step_batches
@@ -55,20 +62,24 @@ def train(
     evaluate: Callable[[int], Mapping[str, float]] | None = None,
     log: Callable[[str], None] | None = None,
 ) -> Path:
-    """Train `stage` to config.train_iters and return its final checkpoint, <out_dir>/checkpoints/iter_XXXXXXX.
+    """Train `stage` to config.train_iters and return its final checkpoint,
+    <out_dir>/checkpoints/iter_XXXXXXX.
 
-    Returns at once when that is there with its files as written. Otherwise continues from the newest usable checkpoint there is; on the
-    same layout the continuation is bit-equal. `on_step` sees every step on every process; `evaluate` gives extra TensorBoard points every
-    eval_interval steps and after the last. `extra` goes into the manifests.
-    Raises DivergedError (weights unchanged since the last good step), SavedAndRequeue after a signal or STOP file, LayoutError when the
-    stage does not fit the GPU, CheckpointError.
+    Returns at once when that is there with its files as written. Otherwise continues from the
+    newest usable checkpoint there is; on the same layout the continuation is bit-equal. `on_step`
+    sees every step on every process; `evaluate` gives extra TensorBoard points every eval_interval
+    steps and after the last. `extra` goes into the manifests. Raises DivergedError (weights
+    unchanged since the last good step), SavedAndRequeue after a signal or STOP file, LayoutError
+    when the stage does not fit the GPU, CheckpointError.
     """
     # one answer, however slowly the folder shows up elsewhere
     done: Path | None = from_first(finished_checkpoint(Path(out_dir), config.train_iters))
     if done is not None:
         verify_together(done)
         return done
-    trainer = _Trainer(stage, data, config, run, Path(out_dir), tokenizer_dir=tokenizer_dir, extra=extra or {})
+    trainer = _Trainer(
+        stage, data, config, run, Path(out_dir), tokenizer_dir=tokenizer_dir, extra=extra or {}
+    )
     signals.leave_if_stopped(f"stage {stage.name}", trainer.requests.folders)
     try:
         with trainer.requests:
@@ -94,11 +105,17 @@ class _Trainer:
     """State of one call of `train`."""
 
     def __init__(
-        self, stage: StageModule, data: TokenSource, config: StageConfig, run: RunConfig, out_dir: Path, *, tokenizer_dir: Path | None,
+        self, stage: StageModule, data: TokenSource, config: StageConfig, run: RunConfig,
+        out_dir: Path, *, tokenizer_dir: Path | None,
         extra: dict[str, Any],
     ) -> None:  # fmt: skip
-        self.stage, self.data, self.config, self.run, self.out_dir = stage, data, config, run, out_dir
-        self.tokenizer_dir, self.extra = tokenizer_dir, extra
+        self.stage = stage
+        self.data = data
+        self.config = config
+        self.run = run
+        self.out_dir = out_dir
+        self.tokenizer_dir = tokenizer_dir
+        self.extra = extra
         self.requests = signals.Requests([run.output_dir, out_dir])
         self.engine: TrainingEngine | None = None
         self.recorder: Recorder | None = None
@@ -114,15 +131,22 @@ class _Trainer:
         self.saver = Saver(self.out_dir / fmt.CHECKPOINTS, self.run.checkpoint)
         self.engine = TrainingEngine(self.stage, self.config, self.run.parallel)
         self.step_times = StepTimes(self.engine.own_time)
-        self.state = TrainState(stage=self.stage.name, seed=self.run.data.seed, layout=self._layout())
-        resumed, elsewhere = self.saver.committed, ""
+        self.state = TrainState(
+            stage=self.stage.name, seed=self.run.data.seed, layout=self._layout()
+        )
+        resumed = self.saver.committed
+        elsewhere = ""
         if resumed is not None:
             PULSE.note("load")
-            stored = load_training(resumed, self.engine, model_config=self.stage.model_config, stage=self.stage.name)
+            stored = load_training(
+                resumed, self.engine, model_config=self.stage.model_config, stage=self.stage.name
+            )
             if stored.seed != self.run.data.seed:
                 raise ConfigError(
-                    f"data.seed={self.run.data.seed}, but {resumed} was trained with data.seed={stored.seed}: the samples after "
-                    f"{stored.samples} would be others than in the run it continues; set it back, or use another output_dir"
+                    f"data.seed={self.run.data.seed}, but {resumed} was trained with "
+                    f"data.seed={stored.seed}: the samples after "
+                    f"{stored.samples} would be others than in the run it continues; set it back, "
+                    "or use another output_dir"
                 )
             elsewhere = self._what_changed(stored.layout)
             self.state = replace(stored, layout=self._layout())
@@ -135,31 +159,49 @@ class _Trainer:
             out_dir=self.out_dir,
             tensorboard_dir=tensorboard_dir,
             log=log,
-            workload=Workload(self.stage.flops_per_token(self.config.seq_length), groups.world_size(), peak_flops()),
+            workload=Workload(
+                self.stage.flops_per_token(self.config.seq_length),
+                groups.world_size(),
+                peak_flops(),
+            ),
             skipped_steps=self.state.skipped_steps,
         )
         self.saver.note = self.recorder.note
         if resumed is not None:
-            self.recorder.note(f"resumed from {resumed} at iter {self.state.step}/{self.config.train_iters}{elsewhere}")
+            self.recorder.note(
+                f"resumed from {resumed} at iter "
+                f"{self.state.step}/{self.config.train_iters}{elsewhere}"
+            )
         if groups.rank() == 0:  # which also has made the folder
             self._warn_of_small_disk()
 
     def _warn_of_small_disk(self) -> None:
-        """Say at the start, not hours later, when the disk cannot hold the next two saves (weights and 12 bytes of state per weight)."""
+        """Say at the start, not hours later, when the disk cannot hold the next two saves (weights
+        and 12 bytes of state per weight)."""
         assert self.engine is not None and self.recorder is not None
-        local = sum(math.prod(entry.shape) * (entry.parameter.element_size() + 12) for entry in self.engine.template)
+        local = sum(
+            math.prod(entry.shape) * (entry.parameter.element_size() + 12)
+            for entry in self.engine.template
+        )
         parallel = self.run.parallel  # context-parallel processes hold the same weights
         parts = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-        needed, free = 2 * local * parts, shutil.disk_usage(self.out_dir).free
+        needed = 2 * local * parts
+        free = shutil.disk_usage(self.out_dir).free
         if free < needed:
             self.recorder.note(
-                f"warning: two checkpoints need about {needed / 2**30:.1f} GiB, {self.out_dir} has {free / 2**30:.1f} GiB free"
+                f"warning: two checkpoints need about {needed / 2**30:.1f} GiB, "
+                f"{self.out_dir} has {free / 2**30:.1f} GiB free"
             )
 
-    def run_to_end(self, on_step: Callable[[StepRecord], None] | None, evaluate: Callable[[int], Mapping[str, float]] | None) -> Path:
+    def run_to_end(
+        self,
+        on_step: Callable[[StepRecord], None] | None,
+        evaluate: Callable[[int], Mapping[str, float]] | None,
+    ) -> Path:
         """The loop itself."""
         assert self.engine is not None and self.recorder is not None and self.saver is not None
-        config, sums = self.config, MetricSums()
+        config = self.config
+        sums = MetricSums()
         self.stage.train()
         while self.state.step < config.train_iters:
             start = time.perf_counter()
@@ -167,18 +209,27 @@ class _Trainer:
             self._note_step(record, time.perf_counter() - start)
             if not record.skipped:
                 sums.add(metrics)
-            step, last = record.step, record.step == config.train_iters
+            step = record.step
+            last = record.step == config.train_iters
             if step % config.log_interval == 0 or last:
                 values = sums.take(groups.all_reduce_mean)
-                values = {tag: value for part in groups.gather_over_pipeline(values) for tag, value in part.items()}
+                values = {
+                    tag: value
+                    for part in groups.gather_over_pipeline(values)
+                    for tag, value in part.items()
+                }
                 record = replace(record, metrics=values)
                 times, slow = self.step_times.compare(self.recorder.interval_steps(step))
                 memory = max(groups.gather_numbers(memory_gib()))
-                self.recorder.interval(record, {**values, **times}, self.state.tokens, memory=memory, slow=named(slow))
+                self.recorder.interval(
+                    record, {**values, **times}, self.state.tokens, memory=memory, slow=named(slow)
+                )
             if on_step is not None:
                 on_step(record)
             pause = time.perf_counter()
-            if evaluate is not None and (last or (config.eval_interval and step % config.eval_interval == 0)):
+            if evaluate is not None and (
+                last or (config.eval_interval and step % config.eval_interval == 0)
+            ):
                 self.recorder.points(step, self._evaluated(evaluate, step))
                 self.timing.evaluation(time.perf_counter() - pause)
             wish = self.requests.poll()
@@ -189,9 +240,11 @@ class _Trainer:
                 self.saver.edge()
             self._note_saves()
             self.recorder.exclude(time.perf_counter() - pause)
-            if wish == signals.LEAVE:  # on the last step too: the steps after this stage are for the next start
+            # on the last step too: the steps after this stage are for the next start
+            if wish == signals.LEAVE:
                 raise SavedAndRequeue(
-                    f"stage {self.stage.name} stopped at iter {step}/{config.train_iters} on {self.requests.reason or 'request'} and saved "
+                    f"stage {self.stage.name} stopped at iter {step}/{config.train_iters} on "
+                    f"{self.requests.reason or 'request'} and saved "
                     f"{self.saver.committed}; start the same command again to continue"
                 )
         assert self.saver.committed is not None
@@ -200,7 +253,8 @@ class _Trainer:
     def _one_step(self) -> tuple[StepRecord, dict[str, Tensor]]:
         """One optimizer step: forward, backward, checks, update, bookkeeping."""
         assert self.engine is not None and self.recorder is not None
-        step, lr = self.state.step + 1, lr_at(self.state.step, self.config)
+        step = self.state.step + 1
+        lr = lr_at(self.state.step, self.config)
         loss_tensor, metrics = forward_backward(self.engine, self._batches())
         self._read_ahead()
         PULSE.note("reduce")
@@ -209,7 +263,8 @@ class _Trainer:
         tokens = samples * self.config.seq_length
         PULSE.note("update")
         try:
-            grad_norm = self.engine.apply(lr)  # waits for the norm, while the device is at the update
+            # waits for the norm, while the device is at the update
+            grad_norm = self.engine.apply(lr)
         except RefusedUpdate as error:
             loss = arriving.value()
             what = str(error) if math.isfinite(loss) else f"the loss is {loss}"
@@ -217,22 +272,29 @@ class _Trainer:
                 raise self._diverged(step, what, metrics) from error
             self._say_skipped(step, what, metrics)
             self.state = self.state.skip(samples=samples, tokens=tokens, lr=lr)
-            return self.recorder.step(step, loss=loss, grad_norm=math.nan, lr=lr, tokens=tokens, skipped=True), metrics
+            return self.recorder.step(
+                step, loss=loss, grad_norm=math.nan, lr=lr, tokens=tokens, skipped=True
+            ), metrics
         except DivergedError as error:
             raise self._diverged(step, str(error), metrics) from error
         loss = arriving.value()
         assert math.isfinite(loss), "a loss that is not finite makes the gradient norm so too"
         self.state = self.state.advance(samples=samples, tokens=tokens, loss=loss, lr=lr)
-        return self.recorder.step(step, loss=loss, grad_norm=grad_norm, lr=lr, tokens=tokens), metrics
+        return self.recorder.step(
+            step, loss=loss, grad_norm=grad_norm, lr=lr, tokens=tokens
+        ), metrics
 
     def _note_step(self, record: StepRecord, seconds: float) -> None:
         """Tell the heartbeat and the timing of a step that took `seconds`."""
         if PULSE.warm:  # the first one also compiles and connects
             self.timing.step(seconds)
         PULSE.finish_step(
-            record.step, loss=None if record.skipped else record.loss, tokens_per_second=round(record.tokens_per_second, 1),
-            eta_seconds=round(record.eta_seconds, 1), skipped_steps=self.state.skipped_steps,
-        )  # fmt: skip
+            record.step,
+            loss=None if record.skipped else record.loss,
+            tokens_per_second=round(record.tokens_per_second, 1),
+            eta_seconds=round(record.eta_seconds, 1),
+            skipped_steps=self.state.skipped_steps,
+        )
 
     def _note_saves(self) -> None:
         """Tell them of a save that was committed since the last call."""
@@ -243,19 +305,32 @@ class _Trainer:
         self.saver.seconds = None
         figures = self.timing.figures()
         del figures["margin_seconds"]
-        PULSE.facts = {**PULSE.facts, "last_save": str(self.saver.committed), "last_save_time": round(time.time(), 1), **figures}
+        PULSE.facts = {
+            **PULSE.facts,
+            "last_save": str(self.saver.committed),
+            "last_save_time": round(time.time(), 1),
+            **figures,
+        }
         if groups.rank() == 0:
             self.timing.write(self.run.output_dir)
 
     def _what_changed(self, stored: Mapping[str, int]) -> str:
-        """Of the layout since the checkpoint was written, and what became of the global batch; empty when nothing did."""
-        now, num_micro_batches = self._layout(), self.config.num_micro_batches(groups.data_size())
-        changed = [f"{axis} {stored[axis]} -> {size}" for axis, size in now.items() if axis in stored and stored[axis] != size]
+        """Of the layout since the checkpoint was written, and what became of the global batch;
+        empty when nothing did."""
+        now = self._layout()
+        num_micro_batches = self.config.num_micro_batches(groups.data_size())
+        changed = [
+            f"{axis} {stored[axis]} -> {size}"
+            for axis, size in now.items()
+            if axis in stored and stored[axis] != size
+        ]
         if not changed:
             return ""
         return (
-            f" on another layout ({', '.join(changed)}); the global batch stays {self.config.global_batch_size}: {num_micro_batches} "
-            f"micro-batch{'es' if num_micro_batches > 1 else ''} of {self.config.micro_batch_size} per process and step"
+            f" on another layout ({', '.join(changed)}); the global batch stays "
+            f"{self.config.global_batch_size}: {num_micro_batches} "
+            f"micro-batch{'es' if num_micro_batches > 1 else ''} of {self.config.micro_batch_size} "
+            "per process and step"
         )
 
     def _batches(self) -> list[Batch]:
@@ -263,7 +338,8 @@ class _Trainer:
         first = self.state.samples
         if self._ahead is None or self._ahead[0] != first:
             self._ahead = (first, self._read(first))
-        (_, batches), self._ahead = self._ahead, None
+        (_, batches) = self._ahead
+        self._ahead = None
         return batches
 
     def _read_ahead(self) -> None:
@@ -274,7 +350,9 @@ class _Trainer:
 
     def _read(self, first_sample: int) -> list[Batch]:
         PULSE.note("data")
-        return step_batches(self.data, self.config, first_sample, separate=self.run.data.separate_documents)
+        return step_batches(
+            self.data, self.config, first_sample, separate=self.run.data.separate_documents
+        )
 
     def _samples_of_step(self) -> str:
         """Those of the step that is being done."""
@@ -283,24 +361,37 @@ class _Trainer:
     def _say_skipped(self, step: int, what: str, metrics: Mapping[str, Tensor]) -> None:
         assert self.recorder is not None
         self.recorder.note(
-            f"skipped iter {step}/{self.config.train_iters}: {what}{_not_finite(metrics)}; nothing was updated, samples "
+            f"skipped iter {step}/{self.config.train_iters}: {what}{_not_finite(metrics)}; "
+            "nothing was updated, samples "
             f"{self._samples_of_step()} are left out ({self.state.skipped_in_row + 1} in a row, "
             f"guard.max_skipped_steps={self.run.guard.max_skipped_steps})"
         )
 
     def _diverged(self, step: int, what: str, metrics: Mapping[str, Tensor]) -> DivergedError:
         skipped = self.state.skipped_in_row
-        again = f", after {skipped} skipped step{'s' if skipped > 1 else ''} in a row" if skipped else ""
+        again = (
+            f", after {skipped} skipped step{'s' if skipped > 1 else ''} in a row"
+            if skipped
+            else ""
+        )
         assert self.saver is not None
         self.saver.settle_before_fault()
-        kept = f"the last checkpoint is {self.saver.committed}" if self.saver.committed else "there is no checkpoint yet"
+        kept = (
+            f"the last checkpoint is {self.saver.committed}"
+            if self.saver.committed
+            else "there is no checkpoint yet"
+        )
         return DivergedError(
-            f"stage {self.stage.name} diverged at iter {step}: {what}{_not_finite(metrics)}{again}. Samples {self._samples_of_step()}, "
-            f"learning rate {lr_at(step - 1, self.config):.3g}; weights were not changed by this step and {kept}. "
+            f"stage {self.stage.name} diverged at iter {step}: "
+            f"{what}{_not_finite(metrics)}{again}. Samples {self._samples_of_step()}, "
+            f"learning rate {lr_at(step - 1, self.config):.3g}; weights were not changed by this "
+            f"step and {kept}. "
             f"Lower {self.stage.name}.lr or clip_grad, or look at these samples"
         )
 
-    def _evaluated(self, evaluate: Callable[[int], Mapping[str, float]], step: int) -> Mapping[str, float]:
+    def _evaluated(
+        self, evaluate: Callable[[int], Mapping[str, float]], step: int
+    ) -> Mapping[str, float]:
         assert self.engine is not None
         self.stage.eval()
         try:
@@ -311,7 +402,8 @@ class _Trainer:
             self.stage.train()
 
     def _save(self, *, wait: bool) -> None:
-        """Save the present state; with `wait` it is committed on return, whatever checkpoint.async_save says."""
+        """Save the present state; with `wait` it is committed on return, whatever
+        checkpoint.async_save says."""
         assert self.engine is not None and self.saver is not None and self.recorder is not None
         self.recorder.flush()
         self.state = replace(self.state, adam_step=self.engine.adam_step())

@@ -1,4 +1,5 @@
-"""Measurements of models: the teacher gate, the scores behind layer selection, and the rows of the report.
+"""Measurements of models: the teacher gate, the scores behind layer selection, and the rows of the
+report.
 
 Recall documents are spread over held-out text, so nothing that is measured was trained on.
 """
@@ -30,7 +31,8 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Measure:
-    """Evaluation material of one run and how it is scored; every process measures the same and gets the same numbers."""
+    """Evaluation material of one run and how it is scored; every process measures the same and gets
+    the same numbers."""
 
     run: RunConfig
     task: Callable[[int], RecallTask]
@@ -41,26 +43,37 @@ class Measure:
     def probe_loss(self, teacher: HypeNetModel) -> float:
         """Loss of the teacher on a little held-out text, in nats per token."""
         settings = self.run.eval
-        loss, _ = heldout_loss(_scores(teacher), self.heldout(PROBE_SEQUENCES, settings.seq_length), batch_size=settings.batch_size)
+        loss, _ = heldout_loss(
+            _scores(teacher),
+            self.heldout(PROBE_SEQUENCES, settings.seq_length),
+            batch_size=settings.batch_size,
+        )
         return loss
 
     def selection_scores(self, model: HypeNetModel) -> dict[str, float]:
-        """Recall accuracy and, in the place of the paper's commonsense suite, next-token accuracy on held-out text; both in %.
+        """Recall accuracy and, in the place of the paper's commonsense suite, next-token accuracy
+        on held-out text; both in %.
 
-        The text itself is the language measure that needs no download and no harness; scores of a real suite can be ranked by
-        `hypenet select rank`.
+        The text itself is the language measure that needs no download and no harness; scores of a
+        real suite can be ranked by `hypenet select rank`.
         """
         settings = self.run.select
         recall = recall_accuracy(
-            _scores(model), self.task(settings.recall_pairs), count=settings.recall_sequences, seq_length=settings.seq_length,
+            _scores(model),
+            self.task(settings.recall_pairs),
+            count=settings.recall_sequences,
+            seq_length=settings.seq_length,
             batch_size=settings.batch_size,
-        )  # fmt: skip
+        )
         texts = self.heldout(settings.heldout_sequences, settings.seq_length)
         _, accuracy = heldout_loss(_scores(model), texts, batch_size=settings.batch_size)
         return {"recall": recall, "commonsense": accuracy}
 
-    def row(self, name: str, model: HypeNetModel, on_part: Callable[[], None] = lambda: None) -> Row:
-        """The measurements of one model for the report; `on_part` hears of each of num_parts() parts."""
+    def row(
+        self, name: str, model: HypeNetModel, on_part: Callable[[], None] = lambda: None
+    ) -> Row:
+        """The measurements of one model for the report; `on_part` hears of each of num_parts()
+        parts."""
         settings = self.run.eval
         texts = self.heldout(settings.heldout_sequences, settings.seq_length)
         loss, accuracy = heldout_loss(_scores(model), texts, batch_size=settings.batch_size)
@@ -68,15 +81,20 @@ class Measure:
         recall = {}
         for multiple in settings.length_multiples:
             recall[str(multiple)] = recall_accuracy(
-                _scores(model), self.task(settings.recall_pairs), count=settings.recall_sequences,
-                seq_length=multiple * settings.seq_length, batch_size=max(1, settings.batch_size // multiple),
-            )  # fmt: skip
+                _scores(model),
+                self.task(settings.recall_pairs),
+                count=settings.recall_sequences,
+                seq_length=multiple * settings.seq_length,
+                batch_size=max(1, settings.batch_size // multiple),
+            )
             on_part()
         return {"model": name, "heldout_loss": loss, "heldout_accuracy": accuracy, "recall": recall}
 
     def stage_loss(self, stage: StageModule, seq_length: int) -> float:
-        """Mean loss of a training stage on held-out text of at most `seq_length` tokens; the caller has put it into eval mode."""
-        settings, total = self.run.eval, 0.0
+        """Mean loss of a training stage on held-out text of at most `seq_length` tokens; the caller
+        has put it into eval mode."""
+        settings = self.run.eval
+        total = 0.0
         # never longer than the report's sequences, which are known to fit the held-out text
         length = min(seq_length, settings.seq_length)
         unit = self.run.parallel.sequence_unit

@@ -1,6 +1,8 @@
-"""What a training run reports: every loss to losses.jsonl, TensorBoard points and one line per log interval.
+"""What a training run reports: every loss to losses.jsonl, TensorBoard points and one line per log
+interval.
 
-TensorBoard tags and units are the table below; a stage adds its own (align/layer_00 ..., distill/kl, finetune/lm_loss).
+TensorBoard tags and units are the table below; a stage adds its own (align/layer_00 ...,
+distill/kl, finetune/lm_loss).
 """
 
 from __future__ import annotations
@@ -27,23 +29,35 @@ from megatron_hypenet.untrusted.json_text import parse_json, typed
 
 logger = logging.getLogger(__name__)
 
-_KIND = FileKind(error=DataError, advice="restore the file, or delete the damaged lines: the run goes on without them", max_bytes=1 << 30)
+_KIND = FileKind(
+    error=DataError,
+    advice="restore the file, or delete the damaged lines: the run goes on without them",
+    max_bytes=1 << 30,
+)
 
 TAGS = {
-    "loss": "mean stage loss since the last point (align: mean squared error; distill and finetune: nats per token)",
+    "loss": "mean stage loss since the last point (align: mean squared error; "
+    "distill and finetune: nats per token)",
     "learning-rate": "of the last step",
     "grad-norm": "global gradient norm of the last step, before clipping",
     "tokens-per-second": "tokens of all processes per second, since the last point",
-    "tokens-per-second-per-gpu": "the same per process, each of which has one GPU (or is one on a CPU)",
-    "tflops-per-gpu": "useful floating-point operations per second and process, in units of 1e12 (model/flops.py)",
-    "mfu": "those over the GPU's dense bf16 peak, between 0 and 1; only for GPUs whose peak is known",
+    "tokens-per-second-per-gpu": "the same per process, each of which has one GPU (or is one on a "
+    "CPU)",
+    "tflops-per-gpu": "useful floating-point operations per second and process, "
+    "in units of 1e12 (model/flops.py)",
+    "mfu": "those over the GPU's dense bf16 peak, between 0 and 1; only for GPUs whose peak is "
+    "known",
     "step-time-ms": "milliseconds per step, since the last point",
-    "step-time/min-ms": "of the time each rank spends in its own forward passes per step: the fastest rank's (engine/stragglers.py)",
-    "step-time/median-ms": "the median of the ranks; those above 1.3 times their peers' in three intervals are named in slow-ranks",
+    "step-time/min-ms": "of the time each rank spends in its own forward passes per step: "
+    "the fastest rank's (engine/stragglers.py)",
+    "step-time/median-ms": "the median of the ranks; those above 1.3 times their peers' in three "
+    "intervals are named in slow-ranks",
     "step-time/max-ms": "the slowest rank's",
     "tokens-seen": "tokens consumed since the stage began",
-    "skipped-steps": "steps of this stage so far that were left out because their loss or gradient was not finite",
-    "memory-gib": "peak GPU memory of the stage, or resident memory on a CPU, of the rank where it is largest",
+    "skipped-steps": "steps of this stage so far that were left out because their loss or gradient "
+    "was not finite",
+    "memory-gib": "peak GPU memory of the stage, or resident memory on a CPU, "
+    "of the rank where it is largest",
 }
 """Tag -> meaning and unit; eval/* comes from the evaluation callback."""
 
@@ -63,15 +77,18 @@ class StepRecord:
     eta_seconds: float
     workload: Workload | None = None
     skipped: bool = False
-    """The loss or the gradient was not finite, and nothing was updated; loss and grad_norm are NaN."""
+    """The loss or the gradient was not finite, and nothing was updated; loss and grad_norm are
+    NaN."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """The stage's metrics, averaged over the log interval; only on steps that are logged."""
 
     def line(self) -> str:
         """The log line of this step."""
         return (
-            f"iter {self.step}/{self.train_iters} | loss {self.loss:.4g} | gnorm {self.grad_norm:.3g} | lr {self.lr:.2e} | "
-            f"{short_count(self.tokens_per_second)} tok/s{self._use()} | eta {short_time(self.eta_seconds)}"
+            f"iter {self.step}/{self.train_iters} | loss {self.loss:.4g} | gnorm "
+            f"{self.grad_norm:.3g} | lr {self.lr:.2e} | "
+            f"{short_count(self.tokens_per_second)} tok/s{self._use()} | eta "
+            f"{short_time(self.eta_seconds)}"
         )
 
     def _use(self) -> str:
@@ -80,8 +97,17 @@ class StepRecord:
         if work is None:
             return ""
         share = work.mfu(self.tokens_per_second)
-        each = f" | {short_count(self.tokens_per_second / work.num_devices)} tok/s/gpu" if work.num_devices > 1 else ""
-        return each if share is None else f"{each} | {work.tflops_per_device(self.tokens_per_second):.0f} TFLOP/s/gpu | mfu {share:.1%}"
+        each = (
+            f" | {short_count(self.tokens_per_second / work.num_devices)} tok/s/gpu"
+            if work.num_devices > 1
+            else ""
+        )
+        return (
+            each
+            if share is None
+            else f"{each} | {work.tflops_per_device(self.tokens_per_second):.0f} TFLOP/s/gpu | mfu "
+            f"{share:.1%}"
+        )
 
 
 def short_count(value: float) -> str:
@@ -101,7 +127,8 @@ def short_time(seconds: float) -> str:
 
 
 class LossLog:
-    """losses.jsonl: one line per step with exact values (JSON keeps every bit of a float); rewound when a run continues."""
+    """losses.jsonl: one line per step with exact values (JSON keeps every bit of a float); rewound
+    when a run continues."""
 
     def __init__(self, path: Path, resumed_step: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -109,13 +136,20 @@ class LossLog:
         kept = [line for line, record in records if record.step <= resumed_step]
         reached = max((record.step for _, record in records), default=0)
         if reached < resumed_step:
-            logger.warning("%s ends at step %d, the run continues after step %d: the losses between are lost", path, reached, resumed_step)
+            logger.warning(
+                "%s ends at step %d, the run continues after step %d: the losses between are lost",
+                path,
+                reached,
+                resumed_step,
+            )
         write_text(path, "".join(line + "\n" for line in kept))
         self._stream: IO[str] = path.open("a", buffering=1)
 
     def append(self, step: int, loss: float | None, grad_norm: float | None, lr: float) -> None:
         """Add one step; a skipped one has no loss and no norm."""
-        self._stream.write(json.dumps({"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr}) + "\n")
+        self._stream.write(
+            json.dumps({"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr}) + "\n"
+        )
 
     def close(self) -> None:
         """Flush and close."""
@@ -133,7 +167,8 @@ class _Line:
 
 
 def _read(path: Path) -> list[tuple[str, _Line]]:
-    """The lines of a losses.jsonl and what they say, steps ascending. A torn last line, as a killed process leaves it, is dropped.
+    """The lines of a losses.jsonl and what they say, steps ascending. A torn last line, as a killed
+    process leaves it, is dropped.
 
     DataError names the first line that is damaged otherwise.
     """
@@ -156,16 +191,21 @@ def read_losses(path: Path) -> list[dict[str, float]]:
     return [asdict(record) for _, record in _read(path) if record.loss is not None]
 
 
-
 class Recorder:
-    """Rank 0's side of reporting. On the other ranks it only measures time, so that records agree in form."""
+    """Rank 0's side of reporting. On the other ranks it only measures time, so that records agree
+    in form."""
 
     def __init__(
-        self, *, stage: str, train_iters: int, step: int, first: bool, out_dir: Path, tensorboard_dir: Path,
-        log: Callable[[str], None] | None = None, workload: Workload | None = None, skipped_steps: int = 0,
+        self, *, stage: str, train_iters: int, step: int, first: bool, out_dir: Path,
+        tensorboard_dir: Path,
+        log: Callable[[str], None] | None = None, workload: Workload | None = None,
+        skipped_steps: int = 0,
     ) -> None:  # fmt: skip
-        self.workload, self.skipped_steps = workload, skipped_steps
-        self.stage, self.train_iters, self.first = stage, train_iters, first
+        self.workload = workload
+        self.skipped_steps = skipped_steps
+        self.stage = stage
+        self.train_iters = train_iters
+        self.first = first
         self._log = log or _print_line
         self._losses = LossLog(out_dir / "losses.jsonl", step) if first else None
         self._board: Any = None
@@ -177,11 +217,24 @@ class Recorder:
         self._restart(step)
 
     def _restart(self, step: int) -> None:
-        self._since, self._from_step, self._tokens = time.perf_counter(), step, 0
-        self._loss_sum, self._num_losses = 0.0, 0
+        self._since = time.perf_counter()
+        self._from_step = step
+        self._tokens = 0
+        self._loss_sum = 0.0
+        self._num_losses = 0
 
-    def step(self, step: int, *, loss: float, grad_norm: float, lr: float, tokens: int, skipped: bool = False) -> StepRecord:
-        """Note one finished step of `tokens` tokens. Of a `skipped` one, loss and norm are not used."""
+    def step(
+        self,
+        step: int,
+        *,
+        loss: float,
+        grad_norm: float,
+        lr: float,
+        tokens: int,
+        skipped: bool = False,
+    ) -> StepRecord:
+        """Note one finished step of `tokens` tokens. Of a `skipped` one, loss and norm are not
+        used."""
         self._tokens += tokens
         if skipped:
             loss = grad_norm = math.nan
@@ -194,13 +247,29 @@ class Recorder:
             self._losses.append(step, None if skipped else loss, None if skipped else grad_norm, lr)
         eta = elapsed / (step - self._from_step) * (self.train_iters - step)
         return StepRecord(
-            stage=self.stage, step=step, train_iters=self.train_iters, loss=loss, grad_norm=grad_norm, lr=lr,
-            tokens_per_second=self._tokens / elapsed, eta_seconds=eta, workload=self.workload, skipped=skipped,
-        )  # fmt: skip
+            stage=self.stage,
+            step=step,
+            train_iters=self.train_iters,
+            loss=loss,
+            grad_norm=grad_norm,
+            lr=lr,
+            tokens_per_second=self._tokens / elapsed,
+            eta_seconds=eta,
+            workload=self.workload,
+            skipped=skipped,
+        )
 
-    def interval(self, record: StepRecord, metrics: Mapping[str, float], tokens_seen: int, *, memory: float, slow: str = "") -> None:
-        """Log the interval that ends with `record`, and begin the next; `memory` is the fullest rank's `memory_gib`, `slow` names ranks
-        that hold the others up."""
+    def interval(
+        self,
+        record: StepRecord,
+        metrics: Mapping[str, float],
+        tokens_seen: int,
+        *,
+        memory: float,
+        slow: str = "",
+    ) -> None:
+        """Log the interval that ends with `record`, and begin the next; `memory` is the fullest
+        rank's `memory_gib`, `slow` names ranks that hold the others up."""
         steps = self.interval_steps(record.step)
         if self._board is not None:
             points = {
@@ -244,7 +313,8 @@ class Recorder:
                 self._board.add_scalar(tag, value, step)
 
     def flush(self) -> None:
-        """Put the points on the disk. Before a save: a start that continues from it writes none of the points before it again."""
+        """Put the points on the disk. Before a save: a start that continues from it writes none of
+        the points before it again."""
         if self._board is not None:
             self._board.flush()
 
@@ -275,12 +345,16 @@ class MetricSums:
             self._sums[tag] = value if tag not in self._sums else self._sums[tag] + value
 
     def take(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Means since the last call, after `reduce` (mean over data-parallel ranks); clears the sums."""
+        """Means since the last call, after `reduce` (mean over data-parallel ranks); clears the
+        sums."""
         if not self._sums:
             return {}
-        stacked = reduce(torch.stack([value.float() for value in self._sums.values()]) / self._count)
+        stacked = reduce(
+            torch.stack([value.float() for value in self._sums.values()]) / self._count
+        )
         values = dict(zip(self._sums, stacked.tolist(), strict=True))
-        self._sums, self._count = {}, 0
+        self._sums = {}
+        self._count = 0
         return values
 
 
@@ -291,7 +365,8 @@ def reset_peak_memory() -> None:
 
 
 def memory_gib() -> float:
-    """Peak GPU memory since `reset_peak_memory`, or resident memory of the process without CUDA, in GiB."""
+    """Peak GPU memory since `reset_peak_memory`, or resident memory of the process without CUDA, in
+    GiB."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     import psutil

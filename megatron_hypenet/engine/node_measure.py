@@ -1,4 +1,5 @@
-"""What `hypenet doctor --slurm` measures: on one node (matrix products, disk, versions) and between nodes (links, all-reduce)."""
+"""What `hypenet doctor --slurm` measures: on one node (matrix products, disk, versions) and between
+nodes (links, all-reduce)."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ def hardware() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Libraries, and on a node with GPUs what has to fit together there: CUDA, NCCL and the driver."""
+    """Libraries, and on a node with GPUs what has to fit together there: CUDA, NCCL and the
+    driver."""
     found = library_versions()
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
@@ -41,13 +43,19 @@ def versions() -> dict[str, str]:
 
 def local_device() -> torch.device:
     """This process's own GPU, before torch.distributed has chosen it; else the CPU."""
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
+    return (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
 
 
 def gemm_tflops(seconds: float = 1.0) -> float:
-    """Rate of square matrix products over about `seconds`, bf16 on a GPU and fp32 on a CPU, in units of 1e12 operations per second.
+    """Rate of square matrix products over about `seconds`, bf16 on a GPU and fp32 on a CPU, in
+    units of 1e12 operations per second.
 
-    The mean over the time, not the best: what slows a node down now and then slows every collective down then.
+    The mean over the time, not the best: what slows a node down now and then slows every collective
+    down then.
     """
     where = local_device()
     size, dtype = (8192, torch.bfloat16) if where.type == "cuda" else (512, torch.float32)
@@ -55,7 +63,8 @@ def gemm_tflops(seconds: float = 1.0) -> float:
     for _ in range(2):  # the first calls load libraries
         a @ b
     wait(where)
-    count, began = 0, time.perf_counter()
+    count = 0
+    began = time.perf_counter()
     while (elapsed := time.perf_counter() - began) < seconds or count < 3:
         a @ b
         wait(where)
@@ -64,11 +73,14 @@ def gemm_tflops(seconds: float = 1.0) -> float:
 
 
 def disk_mib_per_second(folder: Path, mib: int = 64, turns: int = 3) -> float:
-    """Rate of writing and syncing a file of `mib` MiB in `folder`, which has to exist: the median of `turns`. Raises OSError."""
+    """Rate of writing and syncing a file of `mib` MiB in `folder`, which has to exist: the median
+    of `turns`. Raises OSError."""
     block = os.urandom(1 << 20)
     rates = []
     for _ in range(turns):
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".hypenet-disk-check-", buffering=0) as stream:
+        with tempfile.NamedTemporaryFile(
+            dir=folder, prefix=".hypenet-disk-check-", buffering=0
+        ) as stream:
             began = time.perf_counter()
             for _ in range(mib):
                 if stream.write(block) != len(block):
@@ -79,7 +91,8 @@ def disk_mib_per_second(folder: Path, mib: int = 64, turns: int = 3) -> float:
 
 
 def rounds(leaders: Sequence[int]) -> list[list[tuple[int, int]]]:
-    """Pairs that can talk at the same time: neighbours on a ring, in two rounds (three for an odd number)."""
+    """Pairs that can talk at the same time: neighbours on a ring, in two rounds (three for an odd
+    number)."""
     count = len(leaders)
     if count < 2:
         return []
@@ -91,13 +104,16 @@ def rounds(leaders: Sequence[int]) -> list[list[tuple[int, int]]]:
 
 
 def exchange_rate(partner: int, repetitions: int = 3) -> float:
-    """GiB/s to and from one other process: the best of several, after one to open the connection."""
+    """GiB/s to and from one other process: the best of several, after one to open the
+    connection."""
     count = (256 << 20) if device().type == "cuda" else (8 << 20)
     out, back = (torch.empty(count, dtype=torch.uint8, device=device()) for _ in range(2))
     best = 0.0
     for turn in range(repetitions + 1):
         began = time.perf_counter()
-        for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, out, partner), dist.P2POp(dist.irecv, back, partner)]):
+        for work in dist.batch_isend_irecv(
+            [dist.P2POp(dist.isend, out, partner), dist.P2POp(dist.irecv, back, partner)]
+        ):
             work.wait()
         wait(device())
         if turn:
@@ -106,7 +122,8 @@ def exchange_rate(partner: int, repetitions: int = 3) -> float:
 
 
 def all_reduce_rate(repetitions: int = 3) -> float | None:
-    """Bus bandwidth over all processes in GiB/s: 2 (n - 1) / n times the bytes, over the time. None for one process."""
+    """Bus bandwidth over all processes in GiB/s: 2 (n - 1) / n times the bytes, over the time. None
+    for one process."""
     size = groups.world_size()
     if size == 1:
         return None
@@ -119,7 +136,9 @@ def all_reduce_rate(repetitions: int = 3) -> float | None:
         dist.all_reduce(data)
         wait(device())
         if turn:
-            best = max(best, 2 * (size - 1) / size * 4 * count / 2**30 / (time.perf_counter() - began))
+            best = max(
+                best, 2 * (size - 1) / size * 4 * count / 2**30 / (time.perf_counter() - began)
+            )
     return best
 
 

@@ -1,7 +1,7 @@
 """How much work each step of a run is, and from that, how long the rest will take.
 
-Work is counted as in model/flops.py. Only ratios matter, because the machine's speed is measured while the run goes on; steps that move
-files instead of computing get a fixed share.
+Work is counted as in model/flops.py. Only ratios matter, because the machine's speed is measured
+while the run goes on; steps that move files instead of computing get a fixed share.
 """
 
 from __future__ import annotations
@@ -36,14 +36,28 @@ def planned_work(run: RunConfig, teacher: ModelConfig) -> dict[str, float]:
     }
     total = float(sum(work.values()))
     fixed = {name: share * total for name, share in FIXED_SHARE.items()}
-    order = ("teacher", "data", "probe", "align", "select", "assemble", "distill", "finetune", "export", "report")
+    order = (
+        "teacher",
+        "data",
+        "probe",
+        "align",
+        "select",
+        "assemble",
+        "distill",
+        "finetune",
+        "export",
+        "report",
+    )
     return {name: float(work[name]) if name in work else fixed[name] for name in order}
 
 
 class Clock:
-    """Remaining time of a run from planned work and measured time. What an earlier start has done counts neither as work nor as time."""
+    """Remaining time of a run from planned work and measured time. What an earlier start has done
+    counts neither as work nor as time."""
 
-    def __init__(self, work: Mapping[str, float], now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, work: Mapping[str, float], now: Callable[[], float] = time.monotonic
+    ) -> None:
         self.now = now
         self.remaining = dict(work)
         self.done_work = 0.0
@@ -82,12 +96,18 @@ class Clock:
     def eta(self) -> float | None:
         """Seconds to the end at the speed since the start; None before there is any."""
         done = self._done()
-        here = done - self._earlier - sum(self.remaining.get(step, 0.0) * part for step, part in self._before.items())
+        here = (
+            done
+            - self._earlier
+            - sum(self.remaining.get(step, 0.0) * part for step, part in self._before.items())
+        )
         left = self.done_work + sum(self.remaining.values()) - done
         return self.elapsed() * left / here if here > 0 else None
 
     def _done(self) -> float:
-        return self.done_work + sum(self.remaining.get(step, 0.0) * part for step, part in self._fraction.items())
+        return self.done_work + sum(
+            self.remaining.get(step, 0.0) * part for step, part in self._fraction.items()
+        )
 
 
 def _tokens(stage: StageConfig) -> int:

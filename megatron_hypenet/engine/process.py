@@ -12,9 +12,9 @@ from megatron_hypenet.parallel import groups
 def leave(code: int) -> NoReturn:
     """Flush the streams and end this process with `code`, skipping interpreter teardown.
 
-    A gloo or NCCL group that is still alive at teardown aborts some exits ("terminate called without an active exception") and turns
-    the exit code into a signal. Nothing is left to clean: checkpoints and logs are closed before, and this package starts no helper
-    processes.
+    A gloo or NCCL group that is still alive at teardown aborts some exits ("terminate called
+    without an active exception") and turns the exit code into a signal. Nothing is left to clean:
+    checkpoints and logs are closed before, and this package starts no helper processes.
     """
     if code == 0 and groups.world_size() > 1:
         groups.barrier()  # nobody leaves while another still talks to it

@@ -21,9 +21,15 @@ FORMAT_VERSION = 1
 _REPORT = FileKind(error=DataError, advice="make it again: hypenet report RUN_DIR --again")
 
 
-def write_report(run: RunConfig, folder: RunFolder, rows: Sequence[Mapping[str, Any]], *, report_seconds: float) -> None:
-    """Write report.json from the measured rows, the selection and the recorded steps; `report_seconds` is the time of the measuring."""
-    write_json(folder.report_file, report_of(run, rows, read_json(folder.mixers_file), folder.records(), report_seconds))
+def write_report(
+    run: RunConfig, folder: RunFolder, rows: Sequence[Mapping[str, Any]], *, report_seconds: float
+) -> None:
+    """Write report.json from the measured rows, the selection and the recorded steps;
+    `report_seconds` is the time of the measuring."""
+    write_json(
+        folder.report_file,
+        report_of(run, rows, read_json(folder.mixers_file), folder.records(), report_seconds),
+    )
 
 
 def report_of(
@@ -34,7 +40,9 @@ def report_of(
     seconds: float,
 ) -> dict[str, Any]:
     """The content of report.json. Losses are nats per token, accuracies %, times seconds."""
-    steps = {name: record["seconds"] for name, record in records.items() if name != "report"} | {"report": round(seconds, 3)}
+    steps = {name: record["seconds"] for name, record in records.items() if name != "report"} | {
+        "report": round(seconds, 3)
+    }
     return {
         "format_version": FORMAT_VERSION,
         "seq_length": run.eval.seq_length,

@@ -1,4 +1,5 @@
-"""The micro-batches of one optimizer step on this process: which samples, on which device, and what tells packed documents apart."""
+"""The micro-batches of one optimizer step on this process: which samples, on which device, and what
+tells packed documents apart."""
 
 from __future__ import annotations
 
@@ -22,17 +23,23 @@ class TokenSource(Protocol):
         ...
 
     def document_ends(self, tokens: Tensor, sample_start: int) -> Tensor:
-        """Return which of `tokens`, a batch that starts with sample `sample_start`, are the last of their document.
+        """Return which of `tokens`, a batch that starts with sample `sample_start`, are the last of
+        their document.
 
-        tokens is int64 [count, seq_length + 1], the result bool of the same shape. Raises DataError when the data does not say."""
+        tokens is int64 [count, seq_length + 1], the result bool of the same shape. Raises DataError
+        when the data does not say."""
         ...
 
 
-def step_batches(data: TokenSource, config: StageConfig, first_sample: int, *, separate: bool = False) -> list[Batch]:
-    """This data-parallel rank's micro-batches of the step that begins with `first_sample`; ranks of one replica get the same.
+def step_batches(
+    data: TokenSource, config: StageConfig, first_sample: int, *, separate: bool = False
+) -> list[Batch]:
+    """This data-parallel rank's micro-batches of the step that begins with `first_sample`; ranks of
+    one replica get the same.
 
-    With `separate` documents are kept apart: each batch also holds their ids, and loss weights that leave out predictions across a
-    boundary and average the loss over the real labels of the whole step, wherever they lie."""
+    With `separate` documents are kept apart: each batch also holds their ids, and loss weights that
+    leave out predictions across a boundary and average the loss over the real labels of the whole
+    step, wherever they lie."""
     share = config.global_batch_size // groups.data_size()
     start = first_sample + groups.data_rank() * share
     batches: list[Batch] = []
@@ -43,16 +50,19 @@ def step_batches(data: TokenSource, config: StageConfig, first_sample: int, *, s
         if separate:
             ends.append(data.document_ends(tokens, start + offset)[:, :-1].to(where))
         if where.type == "cuda":
-            tokens = tokens.pin_memory()  # a copy from other memory waits for all that the device has to do
+            # a copy from other memory waits for all that the device has to do
+            tokens = tokens.pin_memory()
         batches.append({"tokens": tokens.to(where, non_blocking=True)})
     return _separated(batches, ends, config.tokens_per_step) if separate else batches
 
 
 def _separated(batches: list[Batch], ends: list[Tensor], tokens_per_step: int) -> list[Batch]:
     weights = [loss_weights(part) for part in ends]
-    # Every rank divides its sum by its own number of tokens, and the ranks' results are averaged: this factor makes the whole a mean over
-    # the labels that count. A step without any has loss 0.
-    counted = groups.all_reduce_over_samples(torch.stack([weight.sum() for weight in weights]).sum())
+    # Every rank divides its sum by its own number of tokens, and the ranks' results are averaged:
+    # this factor makes the whole a mean over the labels that count. A step without any has loss 0.
+    counted = groups.all_reduce_over_samples(
+        torch.stack([weight.sum() for weight in weights]).sum()
+    )
     factor = tokens_per_step / counted.clamp(min=1)
     return [
         {**batch, "document_ids": document_ids(part), "token_weights": weight * factor}

@@ -1,4 +1,5 @@
-"""When the loop's checkpoints are requested, committed and pruned: at once, or in the background while training goes on."""
+"""When the loop's checkpoints are requested, committed and pruned: at once, or in the background
+while training goes on."""
 
 from __future__ import annotations
 
@@ -22,26 +23,33 @@ logger = logging.getLogger(__name__)
 
 
 class Saver:
-    """The checkpoints of one training stage. At most one save is pending; `committed` is the newest that can be continued from.
+    """The checkpoints of one training stage. At most one save is pending; `committed` is the newest
+    that can be continued from.
 
-    All processes call `save`, `edge` and `settle` in the same steps. Older checkpoints are pruned after a commit only.
+    All processes call `save`, `edge` and `settle` in the same steps. Older checkpoints are pruned
+    after a commit only.
     """
 
     def __init__(self, checkpoints: Path, config: CheckpointConfig) -> None:
-        """Collective: finds the checkpoint to continue from and clears away what interrupted saves left."""
-        self.checkpoints, self.config = checkpoints, config
+        """Collective: finds the checkpoint to continue from and clears away what interrupted saves
+        left."""
+        self.checkpoints = checkpoints
+        self.config = config
         self.committed: Path | None = newest_of_run(checkpoints)
         self.note: Callable[[str], None] = lambda text: None
         """Hears that a save is requested, and that it is committed."""
         self._pending: PendingSave | None = None
         self._requested = 0.0
         self.seconds: float | None = None
-        """From the request of the newest committed save to its commit; who has read it may clear it."""
+        """From the request of the newest committed save to its commit; who has read it may clear
+        it."""
 
     def save(self, engine: EngineState, state: TrainState, *, wait: bool, **what: Any) -> None:
-        """Save `state`. Without `wait`, and with checkpoint.async_save, this only takes copies: a later `edge` commits.
+        """Save `state`. Without `wait`, and with checkpoint.async_save, this only takes copies: a
+        later `edge` commits.
 
-        A save still pending is committed first. Raises SetupError (disk full) or CheckpointError on all processes.
+        A save still pending is committed first. Raises SetupError (disk full) or CheckpointError on
+        all processes.
         """
         self.settle()
         folder = self.checkpoints / fmt.iteration_name(state.step)
@@ -49,12 +57,16 @@ class Saver:
         background = self.config.async_save and not wait
         self._pending = begin_save(folder, engine, state, background=background, **what)
         if background:
-            self.note(f"requested {folder}: copied in {self._seconds()}, its files are written while training goes on")
+            self.note(
+                f"requested {folder}: copied in {self._seconds()}, its files are written while "
+                "training goes on"
+            )
         else:
             self.settle()
 
     def edge(self) -> None:
-        """At a step's edge: commit the pending save if all processes have written their files; never waits for a disk otherwise."""
+        """At a step's edge: commit the pending save if all processes have written their files;
+        never waits for a disk otherwise."""
         if self._pending is not None and self._pending.ready():
             self.settle()
 
@@ -62,22 +74,27 @@ class Saver:
         """Wait for the pending save, if there is one, and commit it."""
         if self._pending is None:
             return
-        pending, self._pending = self._pending, None
+        pending = self._pending
+        self._pending = None
         self.committed = pending.commit()
         self.seconds = time.perf_counter() - self._requested
         if groups.rank() == 0:
-            prune(self.checkpoints, keep_last=self.config.keep_last, keep_every=self.config.keep_every)
+            prune(
+                self.checkpoints, keep_last=self.config.keep_last, keep_every=self.config.keep_every
+            )
         self.note(f"saved {self.committed} in {self._seconds()}")
 
     def settle_before_fault(self) -> None:
-        """`settle` on the way out with an error that all processes have found in the same step: it must not hide that error."""
+        """`settle` on the way out with an error that all processes have found in the same step: it
+        must not hide that error."""
         try:
             self.settle()
         except (CheckpointError, SetupError) as error:
             logger.warning("the save that was being written is lost: %s", error)
 
     def close(self) -> None:
-        """Remove a save that is still pending; after `settle` there is none. Needs no other process."""
+        """Remove a save that is still pending; after `settle` there is none. Needs no other
+        process."""
         if self._pending is not None:
             self._pending.abandon()
             self._pending = None

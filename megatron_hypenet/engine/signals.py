@@ -1,6 +1,8 @@
-"""Requests from outside, noticed between steps: SIGTERM and SIGUSR2 (SLURM's warning), and the files SAVE_NOW and STOP.
+"""Requests from outside, noticed between steps: SIGTERM and SIGUSR2 (SLURM's warning), and the
+files SAVE_NOW and STOP.
 
-A signal or STOP: save, then leave; SAVE_NOW: save and go on. All processes act on the same step, whoever received the request.
+A signal or STOP: save, then leave; SAVE_NOW: save and go on. All processes act on the same step,
+whoever received the request.
 """
 
 from __future__ import annotations
@@ -26,21 +28,26 @@ from megatron_hypenet.parallel.cpu import device
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 SAVE_NOW = "SAVE_NOW"
 
-GO_ON, SAVE, LEAVE = 0, 1, 2
+GO_ON = 0
+SAVE = 1
+LEAVE = 2
 """What `Requests.poll` answers, the strongest wins."""
 
 _FILE_CHECK_SECONDS = 1.0
 
 
 class _StopRequested(BaseException):
-    """Raised by the handler of `leaving_at_once`; no `except Exception` on the way may swallow it."""
+    """Raised by the handler of `leaving_at_once`; no `except Exception` on the way may swallow
+    it."""
 
 
 @contextmanager
 def leaving_at_once() -> Iterator[None]:
-    """Context in which a signal ends the block with SavedAndRequeue (main thread only): for work that keeps what it finished by itself.
+    """Context in which a signal ends the block with SavedAndRequeue (main thread only): for work
+    that keeps what it finished by itself.
 
-    A training stage inside it takes the signals over with `Requests`, finishes its step and saves first.
+    A training stage inside it takes the signals over with `Requests`, finishes its step and saves
+    first.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -55,27 +62,33 @@ def leaving_at_once() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        # a library on the way may have turned the exception into one of its own: what was received decides
+        # a library on the way may have turned the exception into one of its own: what was received
+        # decides
         if not received or isinstance(error, SavedAndRequeue):
             raise
         name = signal.Signals(received[0]).name
-        raise SavedAndRequeue(f"stopped on {name}; finished steps are kept, start the same command again to continue") from error
+        raise SavedAndRequeue(
+            f"stopped on {name}; finished steps are kept, start the same command again to continue"
+        ) from error
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 def leave_if_stopped(what: str, places: Iterable[Path]) -> None:
-    """Before `what` begins: SavedAndRequeue on every process when the first one sees a STOP file in one of `places`; collective."""
+    """Before `what` begins: SavedAndRequeue on every process when the first one sees a STOP file in
+    one of `places`; collective."""
     stop: Path | None = from_first(stop_file(places))
     if stop is not None:
         raise SavedAndRequeue(
-            f"stopped before {what} on the file {stop}; finished steps are kept, delete it and start the same command again to continue"
+            f"stopped before {what} on the file {stop}; finished steps are kept, "
+            "delete it and start the same command again to continue"
         )
 
 
 class Requests:
-    """Context that catches the signals (in the main thread) and watches `folders` for the request files."""
+    """Context that catches the signals (in the main thread) and watches `folders` for the request
+    files."""
 
     def __init__(self, folders: Iterable[Path]) -> None:
         self.folders = tuple(dict.fromkeys(folders))
@@ -90,7 +103,12 @@ class Requests:
             self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -98,10 +116,12 @@ class Requests:
         self._received = number
 
     def poll(self) -> int:
-        """GO_ON, SAVE or LEAVE, agreed by all processes; call once per step on every one of them."""
+        """GO_ON, SAVE or LEAVE, agreed by all processes; call once per step on every one of
+        them."""
         wish = GO_ON
         if self._received is not None:
-            wish, self.reason = LEAVE, signal.Signals(self._received).name
+            wish = LEAVE
+            self.reason = signal.Signals(self._received).name
         elif groups.rank() == 0 and time.monotonic() >= self._next_file_check:
             self._next_file_check = time.monotonic() + _FILE_CHECK_SECONDS
             wish = self._file_wish()

@@ -1,6 +1,8 @@
-"""Steps that remember: each runs once for the same inputs, and starting a run again continues it where it stopped.
+"""Steps that remember: each runs once for the same inputs, and starting a run again continues it
+where it stopped.
 
-What the steps of HALO are is in halo.py; here is only when a step has to be done, in which order, and by which process.
+What the steps of HALO are is in halo.py; here is only when a step has to be done, in which order,
+and by which process.
 """
 
 from __future__ import annotations
@@ -12,7 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_hypenet.checkpoint.manifest import WEIGHTS_PARTS, git_commit, library_versions, verify_files
+from megatron_hypenet.checkpoint.manifest import (
+    WEIGHTS_PARTS,
+    git_commit,
+    library_versions,
+    verify_files,
+)
 from megatron_hypenet.config.schema import RunConfig
 from megatron_hypenet.engine.heartbeat import PULSE
 from megatron_hypenet.engine.run_folder import RunFolder, files_identity, fingerprint_of, settled
@@ -43,7 +50,8 @@ class Step:
     alone: bool = False
     """Done by the first process only, while the others wait."""
     checkpoint: Callable[[], Path | None] | None = None
-    """Gives the checkpoint that the step leaves, None when it is not there whole; for steps that leave one."""
+    """Gives the checkpoint that the step leaves, None when it is not there whole; for steps that
+    leave one."""
 
 
 class Runner:
@@ -60,30 +68,44 @@ class Runner:
         announce: Callable[[str, str], None] = lambda step, what: None,
         may_start: Callable[[str], None] = lambda step: None,
         decided: Callable[[Callable[[], Any]], Any] = lambda decide: decide(),
-        verify: Callable[[Path], Any] = lambda checkpoint: verify_files(checkpoint, hashes=True, parts=WEIGHTS_PARTS),
+        verify: Callable[[Path], Any] = lambda checkpoint: verify_files(
+            checkpoint, hashes=True, parts=WEIGHTS_PARTS
+        ),
     ) -> None:
         """Callbacks, which all processes call in the same order:
 
         - `announce(step, what)` hears of every step: "skipped", "starts" or "done in 12.3 s".
-        - `may_start(step)` comes before a step that has work to do, and ends the run there by raising.
+        - `may_start(step)` comes before a step that has work to do, and ends the run there by
+          raising.
         - `decided(decide)` gives what `decide` returns on the first process.
-        - `verify(checkpoint)` compares the weights of a finished step with their hashes. CheckpointError.
+        - `verify(checkpoint)` compares the weights of a finished step with their hashes.
+          CheckpointError.
         """
-        self.run, self.folder, self.steps = run, folder, {step.name: step for step in steps}
-        self.is_main, self.barrier, self.announce = is_main, barrier, announce
-        self.may_start, self.decided, self.verify = may_start, decided, verify
+        self.run = run
+        self.folder = folder
+        self.steps = {step.name: step for step in steps}
+        self.is_main = is_main
+        self.barrier = barrier
+        self.announce = announce
+        self.may_start = may_start
+        self.decided = decided
+        self.verify = verify
         self.added = folder.added_settings(run)
         self.settings = run.model_dump(mode="json")
 
     def fingerprint(self, name: str) -> str:
-        """Hash of everything that decides the result of step `name`, its predecessors included, as they are now."""
+        """Hash of everything that decides the result of step `name`, its predecessors included, as
+        they are now."""
         found: dict[str, str] = {}  # every predecessor once, on however many ways it is one
         for before, step in self.steps.items():
             if before in self._needed_for(name):
                 found[before] = fingerprint_of(
                     {
                         "step": before,
-                        "settings": settled({section: self.settings[section] for section in step.settings}, without=self.added),
+                        "settings": settled(
+                            {section: self.settings[section] for section in step.settings},
+                            without=self.added,
+                        ),
                         "inputs": step.inputs(),
                         "after": [found[earlier] for earlier in step.after],
                     }
@@ -91,12 +113,15 @@ class Runner:
         return found[name]
 
     def is_done(self, name: str) -> bool:
-        """Whether step `name` needs no work: it finished with the present inputs, and what it left is there, a checkpoint whole."""
+        """Whether step `name` needs no work: it finished with the present inputs, and what it left
+        is there, a checkpoint whole."""
         return self._is_done(name, self.fingerprint(name))
 
     def _is_done(self, name: str, fingerprint: str) -> bool:
         step = self.steps[name]
-        return self.folder.is_done(name, fingerprint, step.results) and (step.checkpoint is None or step.checkpoint() is not None)
+        return self.folder.is_done(name, fingerprint, step.results) and (
+            step.checkpoint is None or step.checkpoint() is not None
+        )
 
     def run_through(self, last: str) -> None:
         """Do every step up to and including `last` that `last` depends on and that is not done."""
@@ -111,13 +136,18 @@ class Runner:
             self.run_step(name)
 
     def run_step(self, name: str) -> None:
-        """Do one step unless it is done; an earlier attempt with other inputs is cleared away, one with the same is continued."""
+        """Do one step unless it is done; an earlier attempt with other inputs is cleared away, one
+        with the same is continued."""
         step = self.steps[name]
 
         def decide() -> tuple[str, bool, Path | None]:
             fingerprint = self.fingerprint(name)
             done = self._is_done(name, fingerprint)
-            return fingerprint, done, step.checkpoint() if done and step.checkpoint is not None else None
+            return (
+                fingerprint,
+                done,
+                step.checkpoint() if done and step.checkpoint is not None else None,
+            )
 
         fingerprint, done, checkpoint = self.decided(decide)
         if done:
@@ -143,20 +173,33 @@ class Runner:
         if self.is_main:
             missing = [str(path) for path in step.results if not path.exists()]
             if missing:
-                raise CheckpointError(f"step {name} ended without {', '.join(missing)}; start the same command again")
+                raise CheckpointError(
+                    f"step {name} ended without {', '.join(missing)}; start the same command again"
+                )
             if step.checkpoint is not None and step.checkpoint() is None:
-                raise CheckpointError(f"step {name} ended without a whole checkpoint in {step.results[0]}; start the same command again")
+                raise CheckpointError(
+                    f"step {name} ended without a whole checkpoint in {step.results[0]}; "
+                    "start the same command again"
+                )
             self.folder.record(name, fingerprint, seconds=seconds, software=software(), **details)
         self.barrier()
         self.announce(name, f"done in {seconds:.1f} s")
 
     def plan(self) -> list[dict[str, Any]]:
-        """Every step with its state, for --dry-run; touches nothing. Inputs that a step has yet to make count as not done."""
+        """Every step with its state, for --dry-run; touches nothing. Inputs that a step has yet to
+        make count as not done."""
         rows = []
         ready = True
         for name, step in self.steps.items():
             ready = ready and self._is_done_quietly(name)
-            rows.append({"step": name, "does": step.does, "state": "done" if ready else "to do", "results": [str(p) for p in step.results]})
+            rows.append(
+                {
+                    "step": name,
+                    "does": step.does,
+                    "state": "done" if ready else "to do",
+                    "results": [str(p) for p in step.results],
+                }
+            )
         return rows
 
     def _is_done_quietly(self, name: str) -> bool:
@@ -192,7 +235,9 @@ def identity_of(paths: Sequence[Path]) -> list[Any]:
         # a prepared prefix names two files, PREFIX.bin and PREFIX.idx
         if not path.exists() and not path.with_name(path.name + ".bin").exists():
             raise DataError(f"{path} does not exist; correct the path in the configuration")
-    return [files_identity(path) or files_identity(path.with_name(path.name + ".bin")) for path in paths]
+    return [
+        files_identity(path) or files_identity(path.with_name(path.name + ".bin")) for path in paths
+    ]
 
 
 def read_json(path: Path) -> Any:

@@ -1,9 +1,11 @@
 """Which ranks are slow: every rank's own time per step side by side, once per log interval.
 
-Ranks that wait for each other take equally long for a step, so what is compared is the time of the forward passes alone: under data
-parallelism and ZeRO 1 and 2 nothing in them waits for another rank, and a processor that is throttled, shared or sick is slow in them as
-in everything else. Tensor, context and ZeRO-3 parallelism gather inside the forward pass: there the ranks of one group look alike, and a
-group is named through all of its ranks. Pipeline stages have different work and are compared with themselves.
+Ranks that wait for each other take equally long for a step, so what is compared is the time of the
+forward passes alone: under data parallelism and ZeRO 1 and 2 nothing in them waits for another
+rank, and a processor that is throttled, shared or sick is slow in them as in everything else.
+Tensor, context and ZeRO-3 parallelism gather inside the forward pass: there the ranks of one group
+look alike, and a group is named through all of its ranks. Pipeline stages have different work and
+are compared with themselves.
 """
 
 from __future__ import annotations
@@ -26,12 +28,14 @@ INTERVALS = 3
 """in this many log intervals in a row."""
 
 _NOISE_SECONDS = 0.005
-"""A smaller difference per step is nobody's concern, and common for models that only tests train."""
+"""A smaller difference per step is nobody's concern, and common for models that only tests
+train."""
 _LONGEST_LIST = 8
 
 
 class OwnTime:
-    """Adds up the time of blocks of work: on a GPU between events on its stream, so that nothing waits for the device."""
+    """Adds up the time of blocks of work: on a GPU between events on its stream, so that nothing
+    waits for the device."""
 
     def __init__(self) -> None:
         self._seconds = 0.0
@@ -52,11 +56,13 @@ class OwnTime:
             self._seconds += time.perf_counter() - begin
 
     def take(self) -> float:
-        """Seconds since the last call. To be called where the device has done its work, as after fetching a step's loss."""
+        """Seconds since the last call. To be called where the device has done its work, as after
+        fetching a step's loss."""
         if self._events:
             self._events[-1][1].synchronize()
         seconds = self._seconds + sum(start.elapsed_time(end) for start, end in self._events) / 1000
-        self._seconds, self._events = 0.0, []
+        self._seconds = 0.0
+        self._events = []
         return seconds
 
 
@@ -74,16 +80,20 @@ class SlowRank:
 
 
 class StepTimes:
-    """Compares the ranks at every log interval. All processes make one, and call `compare` in the same steps."""
+    """Compares the ranks at every log interval. All processes make one, and call `compare` in the
+    same steps."""
 
     def __init__(self, clock: OwnTime) -> None:
         """Collective: the ranks' hosts and pipeline stages are learnt once."""
         self.clock = clock
-        self.places: list[tuple[str, int]] = gather_to_all((host_name(), groups.pipeline_stage()[0]))
+        self.places: list[tuple[str, int]] = gather_to_all(
+            (host_name(), groups.pipeline_stage()[0])
+        )
         self._slow_for = [0] * len(self.places)
 
     def compare(self, steps: int) -> tuple[dict[str, float], list[SlowRank]]:
-        """(min, median and max over the ranks of the milliseconds per step in the last `steps` steps, who is slow), the same everywhere."""
+        """(min, median and max over the ranks of the milliseconds per step in the last `steps`
+        steps, who is slow), the same everywhere."""
         seconds = groups.gather_numbers(self.clock.take() / max(steps, 1))
         points = {
             "step-time/min-ms": 1000 * min(seconds),
@@ -95,7 +105,9 @@ class StepTimes:
     def _judge(self, seconds: Sequence[float]) -> list[SlowRank]:
         usual: dict[int, float] = {}
         for stage in {stage for _, stage in self.places}:
-            usual[stage] = statistics.median_low([own for own, place in zip(seconds, self.places, strict=True) if place[1] == stage])
+            usual[stage] = statistics.median_low(
+                [own for own, place in zip(seconds, self.places, strict=True) if place[1] == stage]
+            )
         slow = []
         for rank, (own, (host, stage)) in enumerate(zip(seconds, self.places, strict=True)):
             late = own > SLOW * usual[stage] and own - usual[stage] > _NOISE_SECONDS

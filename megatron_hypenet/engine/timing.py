@@ -1,10 +1,13 @@
-"""How long a step, an evaluation and a save take, and so how early a run must hear that its time is over: <run folder>/timing.json.
+"""How long a step, an evaluation and a save take, and so how early a run must hear that its time is
+over: <run folder>/timing.json.
 
     stages          the same figures for every training stage that has run in this folder
-    step_seconds, evaluate_seconds, save_seconds, margin_seconds, grace_seconds   of the stage that needs the most time to leave
+    step_seconds, evaluate_seconds, save_seconds, margin_seconds, grace_seconds
+                    of the stage that needs the most time to leave
 
-A request to leave (signals.py) that comes just after a step's edge waits for a whole step, perhaps for the evaluation after it, and for a
-save; where saves are written in the background, for the one that is pending as well. `hypenet submit` asks SLURM for a signal that early.
+A request to leave (signals.py) that comes just after a step's edge waits for a whole step, perhaps
+for the evaluation after it, and for a save; where saves are written in the background, for the one
+that is pending as well. `hypenet submit` asks SLURM for a signal that early.
 """
 
 from __future__ import annotations
@@ -26,7 +29,8 @@ _KIND = FileKind(error=DataError, advice="it is measured again", max_bytes=1 << 
 MARGIN_SECONDS = 30.0
 """For what is not measured: the signal's way to the processes, and their end."""
 VARIATION = 0.5
-"""Steps and saves may take this much longer than any that was measured, e.g. on a busy file system."""
+"""Steps and saves may take this much longer than any that was measured, e.g. on a busy file
+system."""
 
 _REMEMBERED = 100
 
@@ -36,7 +40,8 @@ class Timing:
 
     def __init__(self, stage: str, *, background: bool) -> None:
         """`background`: saves may be pending while training goes on."""
-        self.stage, self.background = stage, background
+        self.stage = stage
+        self.background = background
         self._steps: deque[float] = deque(maxlen=_REMEMBERED)
         self._evaluations: deque[float] = deque(maxlen=_REMEMBERED)
         self._saves: deque[float] = deque(maxlen=_REMEMBERED)
@@ -55,7 +60,9 @@ class Timing:
 
     def figures(self) -> dict[str, float]:
         """The fields of a stage."""
-        step, evaluation, save = (max(values, default=0.0) for values in (self._steps, self._evaluations, self._saves))
+        step, evaluation, save = (
+            max(values, default=0.0) for values in (self._steps, self._evaluations, self._saves)
+        )
         work = step + evaluation + save * (2 if self.background else 1)
         margin = MARGIN_SECONDS + VARIATION * work
         return {
@@ -67,7 +74,8 @@ class Timing:
         }
 
     def write(self, folder: Path) -> None:
-        """Put the figures into the folder's file; a disk that is full costs them and nothing else."""
+        """Put the figures into the folder's file; a disk that is full costs them and nothing
+        else."""
         stages = {**read(folder).get("stages", {}), self.stage: self.figures()}
         longest = max(stages.values(), key=lambda figures: figures["grace_seconds"])
         with contextlib.suppress(OSError):
@@ -77,6 +85,8 @@ class Timing:
 def read(folder: Path) -> dict[str, Any]:
     """The content of a run folder's timing.json; empty when there is none that can be read."""
     try:
-        return read_typed(_KIND, folder / FILE, dict[str, int | float | dict[str, dict[str, int | float]]])
+        return read_typed(
+            _KIND, folder / FILE, dict[str, int | float | dict[str, dict[str, int | float]]]
+        )
     except DataError:
         return {}

@@ -9,16 +9,23 @@ from torch import Tensor
 from megatron_hypenet.errors import DataError
 
 TokenScores = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""ids int64 [b, t] -> nll fp32 [b, t - 1] (nats) and correct bool [b, t - 1]; position p scores ids[:, p + 1]."""
+"""ids int64 [b, t] -> nll fp32 [b, t - 1] (nats) and correct bool [b, t - 1]; position p scores
+ids[:, p + 1]."""
 
 
-def heldout_loss(token_scores: TokenScores, texts: Tensor, *, batch_size: int) -> tuple[float, float]:
-    """Mean loss in nats per token and next-token accuracy in % over `texts`, int64 [count, t]; sums accumulate in float64.
+def heldout_loss(
+    token_scores: TokenScores, texts: Tensor, *, batch_size: int
+) -> tuple[float, float]:
+    """Mean loss in nats per token and next-token accuracy in % over `texts`, int64 [count, t]; sums
+    accumulate in float64.
 
     Raises DataError when `texts` has no sequence.
     """
     if texts.ndim != 2 or texts.shape[0] == 0 or texts.shape[1] < 2:
-        raise DataError(f"held-out evaluation got sequences of shape {list(texts.shape)}; give more held-out text or a shorter seq_length.")
+        raise DataError(
+            f"held-out evaluation got sequences of shape {list(texts.shape)}; "
+            "give more held-out text or a shorter seq_length."
+        )
     loss = 0.0
     correct = scored = 0
     for start in range(0, texts.shape[0], batch_size):

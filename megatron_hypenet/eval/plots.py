@@ -1,4 +1,5 @@
-"""Figures of a run, drawn without a display: layer importances, and the report of losses and recall by length."""
+"""Figures of a run, drawn without a display: layer importances, and the report of losses and recall
+by length."""
 
 from __future__ import annotations
 
@@ -7,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 DOTS_PER_INCH = 150
-KEPT_COLOUR, REPLACED_COLOUR = "#c4472b", "#9db4c0"
+KEPT_COLOUR = "#c4472b"
+REPLACED_COLOUR = "#9db4c0"
 
 
 def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
-    """A figure on the file-only Agg canvas (pyplot would look for a display and keep global state) and its axes."""
+    """A figure on the file-only Agg canvas (pyplot would look for a display and keep global state)
+    and its axes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -26,16 +29,24 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def importance(values: Sequence[float], attention_layers: Sequence[int], path: Path) -> None:
-    """Bar chart of the importance of every layer's attention, in layer order; the layers that keep softmax attention stand out."""
+    """Bar chart of the importance of every layer's attention, in layer order; the layers that keep
+    softmax attention stand out."""
     kept = set(attention_layers)
     figure, (axis,) = _figure(max(6.0, 0.32 * len(values) + 2.0), 3.6)
     layers = range(len(values))
-    axis.bar(layers, values, color=[KEPT_COLOUR if layer in kept else REPLACED_COLOUR for layer in layers])
+    axis.bar(
+        layers,
+        values,
+        color=[KEPT_COLOUR if layer in kept else REPLACED_COLOUR for layer in layers],
+    )
     axis.set_xticks(list(layers))
     axis.set_xlabel("layer")
     axis.set_ylabel("importance: recall lost / language score lost")
     axis.set_title("Importance of each layer's attention", loc="left")
-    for colour, label in ((KEPT_COLOUR, "keeps softmax attention"), (REPLACED_COLOUR, "becomes Lightning Attention")):
+    for colour, label in (
+        (KEPT_COLOUR, "keeps softmax attention"),
+        (REPLACED_COLOUR, "becomes Lightning Attention"),
+    ):
         axis.bar([], [], color=colour, label=label)
     axis.legend(frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
@@ -43,17 +54,29 @@ def importance(values: Sequence[float], attention_layers: Sequence[int], path: P
 
 
 def report(content: Mapping[str, Any], path: Path) -> None:
-    """Two panels from the content of report.json: recall by context length, one line a model, and held-out loss, one bar a model.
+    """Two panels from the content of report.json: recall by context length, one line a model, and
+    held-out loss, one bar a model.
 
-    Needs `rows` (each with model, heldout_loss and recall by length multiple), `seq_length`, and optionally `train_seq_length`, which is
-    marked: right of it a model works beyond the length it was trained on.
+    Needs `rows` (each with model, heldout_loss and recall by length multiple), `seq_length`, and
+    optionally `train_seq_length`, which is marked: right of it a model works beyond the length it
+    was trained on.
     """
     rows = content["rows"]
     figure, (recall, loss) = _figure(11.0, 4.2, columns=2)
     for row in rows:
-        points = sorted((int(multiple) * int(content["seq_length"]), value) for multiple, value in row["recall"].items())
-        recall.plot([length for length, _ in points], [value for _, value in points], marker="o", label=row["model"])
-    lengths = sorted({int(multiple) * int(content["seq_length"]) for row in rows for multiple in row["recall"]})
+        points = sorted(
+            (int(multiple) * int(content["seq_length"]), value)
+            for multiple, value in row["recall"].items()
+        )
+        recall.plot(
+            [length for length, _ in points],
+            [value for _, value in points],
+            marker="o",
+            label=row["model"],
+        )
+    lengths = sorted(
+        {int(multiple) * int(content["seq_length"]) for row in rows for multiple in row["recall"]}
+    )
     recall.set_xscale("log", base=2)
     recall.set_xticks(lengths, [f"{length:,}" for length in lengths])
     recall.minorticks_off()
@@ -62,9 +85,13 @@ def report(content: Mapping[str, Any], path: Path) -> None:
     recall.set_ylabel("facts recalled in %")
     recall.set_title("Recall by context length", loc="left")
     if content.get("train_seq_length"):
-        recall.axvline(content["train_seq_length"], color="0.6", linestyle=":", label="distillation length")
+        recall.axvline(
+            content["train_seq_length"], color="0.6", linestyle=":", label="distillation length"
+        )
     recall.legend(frameon=False)
-    bars = loss.barh([row["model"] for row in rows], [row["heldout_loss"] for row in rows], color=REPLACED_COLOUR)
+    bars = loss.barh(
+        [row["model"] for row in rows], [row["heldout_loss"] for row in rows], color=REPLACED_COLOUR
+    )
     loss.bar_label(bars, fmt="%.3f", padding=3)
     loss.invert_yaxis()
     loss.margins(x=0.15)

@@ -1,4 +1,5 @@
-"""Recall accuracy: the share of questions about facts stated earlier in the sequence that a model answers right."""
+"""Recall accuracy: the share of questions about facts stated earlier in the sequence that a model
+answers right."""
 
 from __future__ import annotations
 
@@ -9,11 +10,14 @@ from megatron_hypenet.errors import DataError
 from megatron_hypenet.eval.heldout import TokenScores
 
 
-def recall_accuracy(token_scores: TokenScores, task: RecallTask, *, count: int, seq_length: int, batch_size: int) -> float:
-    """Accuracy in % over evaluation documents 0..count-1 of `seq_length` tokens (plus the last token, which is only a target).
+def recall_accuracy(
+    token_scores: TokenScores, task: RecallTask, *, count: int, seq_length: int, batch_size: int
+) -> float:
+    """Accuracy in % over evaluation documents 0..count-1 of `seq_length` tokens (plus the last
+    token, which is only a target).
 
-    An answer counts as right when the value is the model's most likely token. Raises DataError when `count` is not positive or the
-    documents do not fit `seq_length`.
+    An answer counts as right when the value is the model's most likely token. Raises DataError when
+    `count` is not positive or the documents do not fit `seq_length`.
     """
     if count < 1:
         raise DataError(f"recall accuracy over {count} documents; score at least one.")

@@ -1,4 +1,5 @@
-"""Import: a Hugging Face folder (Qwen3 or HypeNet) becomes a committed checkpoint of ours, one tensor in memory at a time."""
+"""Import: a Hugging Face folder (Qwen3 or HypeNet) becomes a committed checkpoint of ours, one
+tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -32,9 +33,10 @@ def import_hf(
 ) -> ModelConfig:
     """Write `ckpt_dir` from the Hugging Face folder `hf_dir`; returns the model's configuration.
 
-    Weights keep their stored dtype unless `dtype` names another. Every value must be finite. The tokenizer's files, config.json and
-    generation_config.json are kept in the checkpoint, so that an export needs nothing else. On any error (ConfigError, ConversionError,
-    CheckpointError) nothing is left at `ckpt_dir`. `progress` gets a line now and then.
+    Weights keep their stored dtype unless `dtype` names another. Every value must be finite. The
+    tokenizer's files, config.json and generation_config.json are kept in the checkpoint, so that an
+    export needs nothing else. On any error (ConfigError, ConversionError, CheckpointError) nothing
+    is left at `ckpt_dir`. `progress` gets a line now and then.
     """
     hf_dir, ckpt_dir = Path(hf_dir), Path(ckpt_dir)
     refuse_existing(ckpt_dir, overwrite)
@@ -45,14 +47,28 @@ def import_hf(
         _check_tied_head(plan)
     failures: list[ConversionError] = []
     say = _Progress(progress, plan)
-    tensors = {entry.ours: _lazy(plan, entry, _target_dtype(plan, entry, dtype), failures, say) for entry in plan.entries}
-    extra = {"hf_config": plan.hf_config, "generation_config": hf_folder.read_generation_config(hf_dir)}
+    tensors = {
+        entry.ours: _lazy(plan, entry, _target_dtype(plan, entry, dtype), failures, say)
+        for entry in plan.entries
+    }
+    extra = {
+        "hf_config": plan.hf_config,
+        "generation_config": hf_folder.read_generation_config(hf_dir),
+    }
     with temporary_folder() as staging:
         for name, content in files.items():
             (staging / name).write_bytes(content)
         words = staging if files else None
         try:
-            save.write_weights(ckpt_dir, tensors, plan.config, kind=plan.kind, tokenizer_dir=words, extra=extra, overwrite=overwrite)
+            save.write_weights(
+                ckpt_dir,
+                tensors,
+                plan.config,
+                kind=plan.kind,
+                tokenizer_dir=words,
+                extra=extra,
+                overwrite=overwrite,
+            )
         except CheckpointError:
             # the writer reports whatever a tensor's loader raised as its own error
             if failures:
@@ -62,7 +78,11 @@ def import_hf(
 
 
 def _lazy(
-    plan: ImportPlan, entry: mapping.Entry, dtype: torch.dtype, failures: list[ConversionError], say: Callable[[mapping.Entry], None]
+    plan: ImportPlan,
+    entry: mapping.Entry,
+    dtype: torch.dtype,
+    failures: list[ConversionError],
+    say: Callable[[mapping.Entry], None],
 ) -> LazyTensor:
     def load() -> Tensor:
         try:
@@ -72,7 +92,12 @@ def _lazy(
                 check_tensor(name, part, entry.part_shape, where=str(plan.weights.hf_dir))
                 converted = part.to(dtype)
                 if converted.dtype != part.dtype:
-                    check_tensor(f"{name} as {_name(dtype)}", converted, entry.part_shape, where=str(plan.weights.hf_dir))
+                    check_tensor(
+                        f"{name} as {_name(dtype)}",
+                        converted,
+                        entry.part_shape,
+                        where=str(plan.weights.hf_dir),
+                    )
                 parts.append(converted)
         except ConversionError as error:
             failures.append(error)
@@ -89,25 +114,34 @@ def _target_dtype(plan: ImportPlan, entry: mapping.Entry, wanted: str | None) ->
     stored = {plan.weights.dtype(name) for name in entry.hf}
     if len(stored) > 1:
         raise ConversionError(
-            f"{plan.weights.hf_dir}: {' and '.join(entry.hf)} become one tensor but are stored as {', '.join(sorted(stored))};"
+            f"{plan.weights.hf_dir}: {' and '.join(entry.hf)} become one tensor but are stored as "
+            f"{', '.join(sorted(stored))};"
             " choose one with --dtype"
         )
     return parse_dtype(hf_folder.DTYPES[stored.pop()])  # plan_import refuses others
 
 
 def _refuse_foreign(target: Path) -> None:
-    """Overwriting is for checkpoints: a folder with anything else in it (the model itself, say) is never replaced."""
-    if target.exists() and not (target.is_dir() and (is_committed(target) or not any(target.iterdir()))):
-        raise ConversionError(f"{target} exists and is not a checkpoint, so it is not replaced; choose another folder")
+    """Overwriting is for checkpoints: a folder with anything else in it (the model itself, say) is
+    never replaced."""
+    if target.exists() and not (
+        target.is_dir() and (is_committed(target) or not any(target.iterdir()))
+    ):
+        raise ConversionError(
+            f"{target} exists and is not a checkpoint, so it is not replaced; choose another folder"
+        )
 
 
 def _check_tied_head(plan: ImportPlan) -> None:
-    """A tied model may store its head as well, when both are the same; otherwise one of the two statements is wrong."""
+    """A tied model may store its head as well, when both are the same; otherwise one of the two
+    statements is wrong."""
     head, embedding = plan.weights[mapping.HF_HEAD], plan.weights[mapping.HF_EMBEDDING]
     if head.shape != embedding.shape or not torch.equal(head, embedding):
         raise ConversionError(
-            f"{plan.weights.hf_dir}: config.json says tie_word_embeddings = true, but lm_head.weight {list(head.shape)} differs from"
-            f" model.embed_tokens.weight {list(embedding.shape)}. If the model has its own head, set tie_word_embeddings to false in"
+            f"{plan.weights.hf_dir}: config.json says tie_word_embeddings = true, "
+            f"but lm_head.weight {list(head.shape)} differs from"
+            f" model.embed_tokens.weight {list(embedding.shape)}. If the model has its own head, "
+            "set tie_word_embeddings to false in"
             " config.json; if it is tied, remove lm_head.weight from the weights"
         )
 
@@ -120,11 +154,16 @@ class _Progress:
     """A line every few seconds."""
 
     def __init__(self, line: Callable[[str], None] | None, plan: ImportPlan) -> None:
-        self.line, self.done, self.next = line, 0, time.monotonic() + _PROGRESS_SECONDS
+        self.line = line
+        self.done = 0
+        self.next = time.monotonic() + _PROGRESS_SECONDS
         self.total = mapping.num_parameters(plan.config)
 
     def __call__(self, entry: mapping.Entry) -> None:
         self.done += torch.Size(entry.shape).numel()
         if self.line is not None and time.monotonic() >= self.next:
             self.next = time.monotonic() + _PROGRESS_SECONDS
-            self.line(f"read {self.done / 1e6:,.0f} of {self.total / 1e6:,.0f} million weights ({100 * self.done / self.total:.0f} %)")
+            self.line(
+                f"read {self.done / 1e6:,.0f} of {self.total / 1e6:,.0f} million weights "
+                f"({100 * self.done / self.total:.0f} %)"
+            )

@@ -1,9 +1,11 @@
-"""Hugging Face's config.json <-> ModelConfig, for Qwen3 and for HypeNet in both published spellings.
+"""Hugging Face's config.json <-> ModelConfig, for Qwen3 and for HypeNet in both published
+spellings.
 
-A key that would change the computation and asks for something we do not have is refused, all such keys in one ConfigError; a key that
-changes nothing (token ids, generation defaults, options of mixers that the model does not use) is carried in the checkpoint's manifest.
-Both spellings of transformers 4 (`rope_theta`, `torch_dtype`) and 5 (`rope_parameters`, `dtype`) are read; the former are written, since
-both versions understand them.
+A key that would change the computation and asks for something we do not have is refused, all such
+keys in one ConfigError; a key that changes nothing (token ids, generation defaults, options of
+mixers that the model does not use) is carried in the checkpoint's manifest. Both spellings of
+transformers 4 (`rope_theta`, `torch_dtype`) and 5 (`rope_parameters`, `dtype`) are read; the former
+are written, since both versions understand them.
 """
 
 from __future__ import annotations
@@ -24,8 +26,13 @@ from megatron_hypenet.untrusted.json_text import read_object
 
 HfConfig = dict[str, Any]
 
-QWEN3, HYPENET = "qwen3", "hypenet"
-_ARCHITECTURES = {"Qwen3ForCausalLM": QWEN3, "HypeNetForCausalLM": HYPENET, "HybridForCausalLM": HYPENET}
+QWEN3 = "qwen3"
+HYPENET = "hypenet"
+_ARCHITECTURES = {
+    "Qwen3ForCausalLM": QWEN3,
+    "HypeNetForCausalLM": HYPENET,
+    "HybridForCausalLM": HYPENET,
+}
 _MODEL_TYPES = {"qwen3": QWEN3, "hypenet": HYPENET, "hybrid": HYPENET}
 
 _REQUIRED = {
@@ -55,7 +62,13 @@ _SWITCHES: HfConfig = {
 }
 """Switches of every model and the one value each may have. A key that is absent has that value."""
 _QK_NORM_SWITCHES = ("qk_norm", "use_qk_norm", "attn_use_qk_norm")
-_EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size", "num_experts_per_tok")
+_EXPERT_KEYS = (
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "moe_intermediate_size",
+    "num_experts_per_tok",
+)
 _QWEN3_ONLY = ("max_window_layers", "use_sliding_window", "sliding_window", "layer_types")
 _WRITTEN_ELSEWHERE = (
     "_name_or_path",
@@ -71,18 +84,28 @@ _WRITTEN_ELSEWHERE = (
 
 
 def read_hf_config(hf_dir: Path) -> HfConfig:
-    """The folder's config.json as a dict; ConversionError when it is missing or not a JSON object."""
+    """The folder's config.json as a dict; ConversionError when it is missing or not a JSON
+    object."""
     if not (hf_dir / "config.json").is_file():
-        raise ConversionError(f"{hf_dir}: no config.json; give a Hugging Face model folder (config.json, *.safetensors, tokenizer files)")
+        raise ConversionError(
+            f"{hf_dir}: no config.json; give a Hugging Face model folder (config.json, "
+            "*.safetensors, tokenizer files)"
+        )
     return read_object(JSON, inside(hf_dir, "config.json", JSON))
 
 
 def family(raw: Mapping[str, Any]) -> str | None:
-    """`qwen3`, `hypenet`, or None for a model that we do not know. The architecture decides, then the model type.
+    """`qwen3`, `hypenet`, or None for a model that we do not know. The architecture decides, then
+    the model type.
 
-    HypeNets in the wild call their model type differently; their architecture, switches and tensor names say what they are."""
+    HypeNets in the wild call their model type differently; their architecture, switches and tensor
+    names say what they are."""
     architectures, model_type = raw.get("architectures"), raw.get("model_type")
-    if isinstance(architectures, list) and len(architectures) == 1 and str(architectures[0]) in _ARCHITECTURES:
+    if (
+        isinstance(architectures, list)
+        and len(architectures) == 1
+        and str(architectures[0]) in _ARCHITECTURES
+    ):
         found = _ARCHITECTURES[str(architectures[0])]
         other = None if found == QWEN3 else found
         return found if _MODEL_TYPES.get(str(model_type or found), other) == found else None
@@ -90,12 +113,15 @@ def family(raw: Mapping[str, Any]) -> str | None:
 
 
 def model_config_from_hf(raw: HfConfig, *, where: str) -> ModelConfig:
-    """The model that this config.json describes; `where` opens the message. ConfigError lists everything unsupported at once."""
+    """The model that this config.json describes; `where` opens the message. ConfigError lists
+    everything unsupported at once."""
     kind = family(raw)
     if kind is None:
         raise ConfigError(
-            f"{where}: model_type {_told(raw.get('model_type'))} with architectures {_told(raw.get('architectures'))} is not supported;"
-            f" supported model types are {sorted(_MODEL_TYPES)} with architectures {sorted(_ARCHITECTURES)} (dense Qwen3 and HypeNet)"
+            f"{where}: model_type {_told(raw.get('model_type'))} with architectures "
+            f"{_told(raw.get('architectures'))} is not supported;"
+            f" supported model types are {sorted(_MODEL_TYPES)} with architectures "
+            f"{sorted(_ARCHITECTURES)} (dense Qwen3 and HypeNet)"
         )
     mixers = described_mixers(_known_mixers(raw)) if kind == HYPENET else ()
     switches = {key: value for mixer in mixers for key, value in mixer.hf_keys.switches.items()}
@@ -111,7 +137,9 @@ def model_config_from_hf(raw: HfConfig, *, where: str) -> ModelConfig:
     fields |= {key: _first_token(raw[key]) for key in _TOKENS if raw.get(key) is not None}
     fields["rotary_base"] = _rotary_base(raw, problems)
     if kind == QWEN3:
-        fields["mixer_types"] = (ATTENTION,) * min(_as_count(raw.get("num_hidden_layers")), MAX_LAYERS)
+        fields["mixer_types"] = (ATTENTION,) * min(
+            _as_count(raw.get("num_hidden_layers")), MAX_LAYERS
+        )
     else:
         fields["mixer_types"] = _mixer_types(raw, problems)
         fields["attn_logits_scaling"] = raw.get("attn_logits_scaling")
@@ -121,40 +149,75 @@ def model_config_from_hf(raw: HfConfig, *, where: str) -> ModelConfig:
         try:
             return ModelConfig.model_validate(fields)
         except ValidationError as error:
-            problems = [f"{'.'.join(map(str, item['loc'])) or 'model'}: {item['msg']}" for item in error.errors()]
-    raise ConfigError(f"{where}: {len(problems)} setting(s) not supported:\n  " + "\n  ".join(problems))
+            problems = [
+                f"{'.'.join(map(str, item['loc'])) or 'model'}: {item['msg']}"
+                for item in error.errors()
+            ]
+    raise ConfigError(
+        f"{where}: {len(problems)} setting(s) not supported:\n  " + "\n  ".join(problems)
+    )
 
 
-def hf_config_from_model(config: ModelConfig, *, torch_dtype: str, origin: HfConfig | None = None) -> HfConfig:
-    """config.json of a model: Qwen3 for a teacher, HypeNet (with our remote code) otherwise. `origin` is the config.json it came from,
-    whose harmless extra keys are kept."""
+def hf_config_from_model(
+    config: ModelConfig, *, torch_dtype: str, origin: HfConfig | None = None
+) -> HfConfig:
+    """config.json of a model: Qwen3 for a teacher, HypeNet (with our remote code) otherwise.
+    `origin` is the config.json it came from, whose harmless extra keys are kept."""
     out: HfConfig = {key: getattr(config, name) for key, name in {**_REQUIRED, **_OPTIONAL}.items()}
-    out |= {key: value for key, value in _SWITCHES.items() if key in ("attention_bias", "attention_dropout", "hidden_act")}
-    out |= {"rope_theta": _plain(config.rotary_base), "rope_scaling": None, "torch_dtype": torch_dtype, "use_cache": True}
+    out |= {
+        key: value
+        for key, value in _SWITCHES.items()
+        if key in ("attention_bias", "attention_dropout", "hidden_act")
+    }
+    out |= {
+        "rope_theta": _plain(config.rotary_base),
+        "rope_scaling": None,
+        "torch_dtype": torch_dtype,
+        "use_cache": True,
+    }
     out["tie_word_embeddings"] = config.share_embeddings_and_output_weights
-    out |= {key: _token_like_origin(getattr(config, key), (origin or {}).get(key)) for key in _TOKENS}
+    out |= {
+        key: _token_like_origin(getattr(config, key), (origin or {}).get(key)) for key in _TOKENS
+    }
     if config.is_teacher:
         out |= {"architectures": ["Qwen3ForCausalLM"], "model_type": QWEN3}
-        out |= {"use_sliding_window": False, "sliding_window": None, "max_window_layers": config.num_layers}
+        out |= {
+            "use_sliding_window": False,
+            "sliding_window": None,
+            "max_window_layers": config.num_layers,
+        }
     else:
         out |= _hypenet_keys(config)
-    carried = {key: value for key, value in (origin or {}).items() if _carry(key, teacher=config.is_teacher)}
+    carried = {
+        key: value
+        for key, value in (origin or {}).items()
+        if _carry(key, teacher=config.is_teacher)
+    }
     return dict(sorted({**carried, **out}.items()))
 
 
 def _hypenet_keys(config: ModelConfig) -> HfConfig:
     if config.attn_use_rope or not config.attn_use_output_gate:
         raise ConfigError(
-            f"a model with attn_use_rope={config.attn_use_rope}, attn_use_output_gate={config.attn_use_output_gate} and mixers"
-            f" {sorted(set(config.mixer_types))} is neither Qwen3 (all attn, RoPE, no gate) nor HypeNet (no RoPE, gate):"
+            f"a model with attn_use_rope={config.attn_use_rope}, "
+            f"attn_use_output_gate={config.attn_use_output_gate} and mixers"
+            f" {sorted(set(config.mixer_types))} is neither Qwen3 (all attn, RoPE, "
+            "no gate) nor HypeNet (no RoPE, gate):"
             " it has no Hugging Face form"
         )
     out: HfConfig = {}
     for mixer in described_mixers(config.used_mixers):
-        keys, spec = mixer.hf_keys, config.spec(mixer.name)
+        keys = mixer.hf_keys
+        spec = config.spec(mixer.name)
         out |= {key: getattr(config, _REQUIRED[reference]) for key, reference in keys.sizes.items()}
-        out |= {**keys.switches, **{key: getattr(spec, setting) for key, setting in keys.settings.items()}}
-    files = {"AutoConfig": "configuration_hypenet.HypeNetConfig", "AutoModel": "modeling_hypenet.HypeNetModel"}
+        out |= {
+            **keys.switches,
+            **{key: getattr(spec, setting) for key, setting in keys.settings.items()},
+        }
+    files = {
+        "AutoConfig": "configuration_hypenet.HypeNetConfig",
+        "AutoModel": "modeling_hypenet.HypeNetModel",
+    }
     return {
         "architectures": ["HypeNetForCausalLM"],
         "auto_map": {**files, "AutoModelForCausalLM": "modeling_hypenet.HypeNetForCausalLM"},
@@ -166,32 +229,47 @@ def _hypenet_keys(config: ModelConfig) -> HfConfig:
 
 
 def described_mixers(names: Iterable[str]) -> tuple[type[MixerSpec], ...]:
-    """The mixers whose keys a HypeNet's config.json has: softmax attention, and the RNN mixers that the model uses; the default one for
-    a model without any."""
+    """The mixers whose keys a HypeNet's config.json has: softmax attention, and the RNN mixers that
+    the model uses; the default one for a model without any."""
     known = mixer_specs()
-    recurrent = [name for name in dict.fromkeys(names) if known[name].recurrent] or [default_mixer().name]
+    recurrent = [name for name in dict.fromkeys(names) if known[name].recurrent] or [
+        default_mixer().name
+    ]
     return tuple(known[name] for name in (ATTENTION, *recurrent))
 
 
 def mixer_spellings() -> dict[str, str]:
     """Our name of a mixer by each entry of `mixer_types` that stands for it."""
-    return {entry: name for name, spec in mixer_specs().items() for entry in (spec.hf_keys.name, *spec.hf_keys.spellings)}
+    return {
+        entry: name
+        for name, spec in mixer_specs().items()
+        for entry in (spec.hf_keys.name, *spec.hf_keys.spellings)
+    }
 
 
 def _known_mixers(raw: HfConfig) -> list[str]:
     """Our names of the entries of `mixer_types` that have one."""
-    given, spellings = raw.get("mixer_types"), mixer_spellings()
-    return [spellings[name] for name in given if isinstance(name, str) and name in spellings] if isinstance(given, list) else []
+    given = raw.get("mixer_types")
+    spellings = mixer_spellings()
+    return (
+        [spellings[name] for name in given if isinstance(name, str) and name in spellings]
+        if isinstance(given, list)
+        else []
+    )
 
 
 def _settings(raw: HfConfig, mixers: Iterable[type[MixerSpec]]) -> dict[str, HfConfig]:
     """Settings of the mixers that have any."""
-    found = {mixer.name: {name: raw[key] for key, name in mixer.hf_keys.settings.items() if key in raw} for mixer in mixers}
+    found = {
+        mixer.name: {name: raw[key] for key, name in mixer.hf_keys.settings.items() if key in raw}
+        for mixer in mixers
+    }
     return {name: settings for name, settings in found.items() if mixer_specs()[name].model_fields}
 
 
 def _carry(key: str, *, teacher: bool) -> bool:
-    """Whether a key of the original config.json is given back: not what this module writes, nor what belongs to the other family."""
+    """Whether a key of the original config.json is given back: not what this module writes, nor
+    what belongs to the other family."""
     if key in _WRITTEN_ELSEWHERE or (not teacher and key in _QWEN3_ONLY):
         return False
     mixers_keys = {key for mixer in mixer_specs().values() for key in mixer.hf_keys.known}
@@ -199,46 +277,77 @@ def _carry(key: str, *, teacher: bool) -> bool:
 
 
 def _switch_problems(raw: HfConfig, supported: HfConfig) -> list[str]:
-    wrong = [(key, value) for key, value in supported.items() if not _same(raw.get(key, value), value)]
+    wrong = [
+        (key, value) for key, value in supported.items() if not _same(raw.get(key, value), value)
+    ]
     problems = [f"{key} = {_told(raw[key])}: supported is {value!r}" for key, value in wrong]
     problems += [
-        f"{key} = {_told(raw[key])}: supported is True (q and k are normalised)" for key in _QK_NORM_SWITCHES if raw.get(key) is False
+        f"{key} = {_told(raw[key])}: supported is True (q and k are normalised)"
+        for key in _QK_NORM_SWITCHES
+        if raw.get(key) is False
     ]
-    problems += [f"{key} = {_told(raw[key])}: supported are dense models only, without experts" for key in _EXPERT_KEYS if raw.get(key)]
+    problems += [
+        f"{key} = {_told(raw[key])}: supported are dense models only, without experts"
+        for key in _EXPERT_KEYS
+        if raw.get(key)
+    ]
     layers = raw.get("layer_types")
     full = isinstance(layers, list) and all(kind == "full_attention" for kind in layers)
     if layers is not None and not (full and len(layers) == _as_count(raw.get("num_hidden_layers"))):
-        problems.append(f"layer_types = {_told(layers)}: supported is 'full_attention' for every one of num_hidden_layers")
+        problems.append(
+            f"layer_types = {_told(layers)}: supported is 'full_attention' for every one of "
+            "num_hidden_layers"
+        )
     return problems
 
 
 def _hypenet_problems(raw: HfConfig, mixers: Iterable[type[MixerSpec]]) -> list[str]:
-    """Sizes of mixers that differ from the attention's, and switches of these mixers that are not known."""
+    """Sizes of mixers that differ from the attention's, and switches of these mixers that are not
+    known."""
     problems = []
     sizes = {key: reference for mixer in mixers for key, reference in mixer.hf_keys.sizes.items()}
     for key, reference in sizes.items():
         if raw.get(key) is not None and raw[key] != raw.get(reference):
-            problems.append(f"{key} = {_told(raw[key])}: supported is {_told(raw.get(reference))}, the value of {reference}")
-    known = {*_QK_NORM_SWITCHES, "attn_logits_scaling", "attn_implementation"}.union(*(mixer.hf_keys.known for mixer in mixers))
+            problems.append(
+                f"{key} = {_told(raw[key])}: supported is {_told(raw.get(reference))}, "
+                f"the value of {reference}"
+            )
+    known = {*_QK_NORM_SWITCHES, "attn_logits_scaling", "attn_implementation"}.union(
+        *(mixer.hf_keys.known for mixer in mixers)
+    )
     prefixes = tuple(mixer.hf_keys.prefix for mixer in mixers)
     for key, value in raw.items():
         # without the short convolution its own options (kernel size and the like) do nothing
-        if key.startswith(prefixes) and key not in known and "conv" not in key and value not in (None, False):
-            problems.append(f"{key} = {_told(value)}: unknown switch of a mixer; supported is leaving it out")
+        if (
+            key.startswith(prefixes)
+            and key not in known
+            and "conv" not in key
+            and value not in (None, False)
+        ):
+            problems.append(
+                f"{key} = {_told(value)}: unknown switch of a mixer; supported is leaving it out"
+            )
     return problems
 
 
 def _mixer_types(raw: HfConfig, problems: list[str]) -> tuple[str, ...]:
-    given, spellings = raw.get("mixer_types"), mixer_spellings()
+    given = raw.get("mixer_types")
+    spellings = mixer_spellings()
     if not isinstance(given, list):
-        problems.append(f"mixer_types = {_told(given)}: supported is a list with one of {sorted(spellings)} per layer")
+        problems.append(
+            f"mixer_types = {_told(given)}: supported is a list with one of {sorted(spellings)} "
+            "per layer"
+        )
         return ()
     unknown = sorted({str(name) for name in given} - set(spellings))
     if unknown:
         problems.append(f"mixer_types has {_told(unknown)}: supported are {sorted(spellings)}")
     if len(given) != raw.get("num_hidden_layers"):
         layers = raw.get("num_hidden_layers")
-        problems.append(f"mixer_types has {len(given)} entries: supported is one per layer, num_hidden_layers = {_told(layers)}")
+        problems.append(
+            f"mixer_types has {len(given)} entries: supported is one per layer, "
+            f"num_hidden_layers = {_told(layers)}"
+        )
     return tuple(spellings.get(str(name), str(name)) for name in given)
 
 
@@ -253,7 +362,10 @@ def _rotary_base(raw: HfConfig, problems: list[str]) -> float:
         if value is None:
             continue
         if not isinstance(value, dict) or not _is_plain_rope(value):
-            problems.append(f"{key} = {_told(value)}: supported is plain RoPE, null or {{'rope_type': 'default', 'rope_theta': <theta>}}")
+            problems.append(
+                f"{key} = {_told(value)}: supported is plain RoPE, null or {{'rope_type': "
+                f"'default', 'rope_theta': <theta>}}"
+            )
             plain = False
         if isinstance(value, dict) and _is_number(inner := value.get("rope_theta")):
             found.add(float(inner))
@@ -267,8 +379,16 @@ def _rotary_base(raw: HfConfig, problems: list[str]) -> float:
 
 
 def _is_plain_rope(parameters: Mapping[str, Any]) -> bool:
-    harmless = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0, "rope_theta": parameters.get("rope_theta")}
-    return all(value is None or (key in harmless and _same(value, harmless[key])) for key, value in parameters.items())
+    harmless = {
+        "rope_type": "default",
+        "type": "default",
+        "partial_rotary_factor": 1.0,
+        "rope_theta": parameters.get("rope_theta"),
+    }
+    return all(
+        value is None or (key in harmless and _same(value, harmless[key]))
+        for key, value in parameters.items()
+    )
 
 
 def _is_number(value: object) -> TypeGuard[int | float]:

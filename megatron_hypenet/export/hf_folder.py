@@ -1,4 +1,5 @@
-"""A Hugging Face model folder on disk: its safetensors read lazily, and the small files that travel with the weights."""
+"""A Hugging Face model folder on disk: its safetensors read lazily, and the small files that travel
+with the weights."""
 
 from __future__ import annotations
 
@@ -22,19 +23,24 @@ INDEX = "model.safetensors.index.json"
 GENERATION = "generation_config.json"
 JSON = FileKind(error=ConversionError, advice="fetch the folder again")
 """The small JSON files of a folder."""
-_WEIGHTS = FileKind(error=ConversionError, advice="the download or copy was cut off or is damaged, fetch it again")
+_WEIGHTS = FileKind(
+    error=ConversionError, advice="the download or copy was cut off or is damaged, fetch it again"
+)
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 """safetensors' names of the dtypes that a model weight of ours may have, and torch's."""
 
 
 class HfWeights(Mapping[str, "Tensor"]):
-    """The tensors of a folder by name; each access reads that tensor from its file. Opening reads the headers only, without torch.
+    """The tensors of a folder by name; each access reads that tensor from its file. Opening reads
+    the headers only, without torch.
 
-    ConversionError when a file is missing, truncated or not safetensors, or when the index and the files disagree."""
+    ConversionError when a file is missing, truncated or not safetensors, or when the index and the
+    files disagree."""
 
     def __init__(self, hf_dir: Path) -> None:
-        """`hf_dir`: folder with model.safetensors, or model.safetensors.index.json and the files that it names."""
+        """`hf_dir`: folder with model.safetensors, or model.safetensors.index.json and the files
+        that it names."""
         self.hf_dir = hf_dir
         self._file_of: dict[str, Path] = {}
         self._headers: dict[str, TensorHeader] = {}
@@ -43,11 +49,15 @@ class HfWeights(Mapping[str, "Tensor"]):
         index = self._read_index()
         for file in sorted(set(index.values())) if index else [SINGLE]:
             self._open(file)
-        wrong = sorted(name for name, file in (index or {}).items() if self._file_of.get(name) != hf_dir / file)
+        wrong = sorted(
+            name for name, file in (index or {}).items() if self._file_of.get(name) != hf_dir / file
+        )
         if wrong:
             raise ConversionError(
-                f"{hf_dir / INDEX}: {len(wrong)} tensors are not in the file that the index names, first {shown(wrong[0])} in"
-                f" {(index or {})[wrong[0]]}; index and files come from different saves or the download is incomplete: fetch it again"
+                f"{hf_dir / INDEX}: {len(wrong)} tensors are not in the file that the index names, "
+                f"first {shown(wrong[0])} in"
+                f" {(index or {})[wrong[0]]}; index and files come from different saves or the "
+                "download is incomplete: fetch it again"
             )
 
     def _read_index(self) -> dict[str, str] | None:
@@ -62,29 +72,44 @@ class HfWeights(Mapping[str, "Tensor"]):
         for file in index.values():
             # the index comes from whoever made the folder: it may only point into the folder
             if not isinstance(file, str) or Path(file).name != file:
-                JSON.refuse(path, f"names the file {shown(repr(file), 80)}, which is not inside the folder")
+                JSON.refuse(
+                    path, f"names the file {shown(repr(file), 80)}, which is not inside the folder"
+                )
         if single.is_file() and set(index.values()) != {SINGLE}:
             others = shown(", ".join(sorted(set(index.values()))[:4]))
             raise ConversionError(
-                f"{self.hf_dir} holds two models: {SINGLE}, which transformers would load, and {INDEX} with {others};"
+                f"{self.hf_dir} holds two models: {SINGLE}, which transformers would load, "
+                f"and {INDEX} with {others};"
                 " remove those of the one that you do not mean"
             )
         return index
 
     def _no_weights(self) -> str:
-        found = sorted(path.name for path in self.hf_dir.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".safetensors", ".gguf"))
+        found = sorted(
+            path.name
+            for path in self.hf_dir.glob("*")
+            if path.suffix in (".bin", ".pt", ".pth", ".safetensors", ".gguf")
+        )
         return (
-            f"no {SINGLE} and no {INDEX}" + (f", only {', '.join(found[:4])}" if found else "") + "; only safetensors are read:"
+            f"no {SINGLE} and no {INDEX}"
+            + (f", only {', '.join(found[:4])}" if found else "")
+            + "; only safetensors are read:"
             " save the model again with save_pretrained(..., safe_serialization=True)"
         )
 
     def _open(self, file: str) -> None:
         path = inside(self.hf_dir, file, _WEIGHTS)
         if not path.is_file():
-            raise ConversionError(f"{self.hf_dir / INDEX}: names {path.name}, which is missing; the download is incomplete, fetch it again")
+            raise ConversionError(
+                f"{self.hf_dir / INDEX}: names {path.name}, which is missing; "
+                "the download is incomplete, fetch it again"
+            )
         for name, header in read_header(_WEIGHTS, path).items():
             if name in self._file_of:
-                raise ConversionError(f"{path}: holds {shown(name)}, which {self._file_of[name].name} holds too; remove the stale file")
+                raise ConversionError(
+                    f"{path}: holds {shown(name)}, which {self._file_of[name].name} holds too; "
+                    "remove the stale file"
+                )
             self._file_of[name] = path
             self._headers[name] = header
         self._files.append(path)
@@ -116,12 +141,16 @@ class HfWeights(Mapping[str, "Tensor"]):
             if path not in self._handles:
                 self._handles[path] = safe_open(path, framework="pt", device="cpu")
             return self._handles[path].get_tensor(name)
-        except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: it was cut after its header was read
-            raise ConversionError(f"{path}: {name} cannot be read ({error}); fetch the file again") from error
+        # RuntimeError: it was cut after its header was read
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise ConversionError(
+                f"{path}: {name} cannot be read ({error}); fetch the file again"
+            ) from error
 
 
 def read_generation_config(hf_dir: Path) -> dict[str, Any] | None:
-    """generation_config.json as a dict, None when the folder has none; ConversionError when it is no JSON object."""
+    """generation_config.json as a dict, None when the folder has none; ConversionError when it is
+    no JSON object."""
     path = hf_dir / GENERATION
     if not (path.exists() or path.is_symlink()):
         return None
@@ -134,7 +163,8 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def plan_shards(sizes: Iterable[tuple[str, int]], max_shard_bytes: int) -> list[list[str]]:
-    """Names in order, cut into groups of at most `max_shard_bytes`; a larger tensor gets a group of its own."""
+    """Names in order, cut into groups of at most `max_shard_bytes`; a larger tensor gets a group of
+    its own."""
     groups: list[list[str]] = [[]]
     used = 0
     for name, size in sizes:

@@ -1,10 +1,10 @@
-"""The one table between our tensor names and Hugging Face's, used for import, export and verification.
+"""The one table between our tensor names and Hugging Face's, used for import, export and
+verification.
 
-Qwen3 and HypeNet share it: a teacher is the case without output gates. Shapes are written with the letters
-V vocab_size, H hidden_size, F ffn_hidden_size.
-The rows of a mixer are the parameters of its specification (config/mixers/). A tensor without a row, or a row without a tensor, is an
-error in either direction.
-No tensor library is imported here: names and shapes are known without weights.
+Qwen3 and HypeNet share it: a teacher is the case without output gates. Shapes are written with the
+letters V vocab_size, H hidden_size, F ffn_hidden_size. The rows of a mixer are the parameters of
+its specification (config/mixers/). A tensor without a row, or a row without a tensor, is an error
+in either direction. No tensor library is imported here: names and shapes are known without weights.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ HF_HEAD = "lm_head.weight"
 
 @dataclass(frozen=True)
 class Row:
-    """One of our tensors and the HF tensor it equals, or the HF tensors whose concatenation along dim 0 it equals."""
+    """One of our tensors and the HF tensor it equals, or the HF tensors whose concatenation along
+    dim 0 it equals."""
 
     ours: str
     hf: tuple[str, ...]
@@ -49,6 +50,7 @@ LAYER_ROWS = (
     Row("mlp.linear_fc2.weight", ("mlp.down_proj.weight",), "H F"),
 )
 
+
 @dataclass(frozen=True)
 class Entry:
     """A row applied to one model: full names and the shape of each HF part."""
@@ -65,10 +67,14 @@ class Entry:
         return self.reshaped or (self.part_shape[0] * len(self.hf), *self.part_shape[1:])
 
     def split(self, tensor: Tensor) -> dict[str, Tensor]:
-        """Our tensor as {HF name: part}; the inverse of `join`. Parts are contiguous, as safetensors requires."""
+        """Our tensor as {HF name: part}; the inverse of `join`. Parts are contiguous, as
+        safetensors requires."""
         if self.reshaped is not None:
             return {self.hf[0]: tensor.reshape(self.part_shape).contiguous()}
-        return {name: part.contiguous() for name, part in zip(self.hf, tensor.split(self.part_shape[0], dim=0), strict=True)}
+        return {
+            name: part.contiguous()
+            for name, part in zip(self.hf, tensor.split(self.part_shape[0], dim=0), strict=True)
+        }
 
 
 def entries(config: ModelConfig) -> list[Entry]:
@@ -77,7 +83,10 @@ def entries(config: ModelConfig) -> list[Entry]:
     Raises ConversionError when a layer's mixer has no rows here."""
     unknown = sorted(set(config.mixer_types) - set(mixer_specs()))
     if unknown:
-        raise ConversionError(f"mixers {unknown} have no specification in config/mixers/, which has {sorted(mixer_specs())}")
+        raise ConversionError(
+            f"mixers {unknown} have no specification in config/mixers/, "
+            f"which has {sorted(mixer_specs())}"
+        )
     sizes = {"V": config.vocab_size, "H": config.hidden_size, "F": config.ffn_hidden_size}
 
     def bind(row: Row, ours_prefix: str = "", hf_prefix: str = "") -> Entry:
@@ -89,7 +98,10 @@ def entries(config: ModelConfig) -> list[Entry]:
     parameters = {mixer: config.spec(mixer).parameters(config) for mixer in config.used_mixers}
     for layer, mixer in enumerate(config.mixer_types):
         ours, hf = f"decoder.layers.{layer}.", f"model.layers.{layer}."
-        table += [_mixer_entry(parameter, f"{ours}self_attention.", f"{hf}self_attn.") for parameter in parameters[mixer]]
+        table += [
+            _mixer_entry(parameter, f"{ours}self_attention.", f"{hf}self_attn.")
+            for parameter in parameters[mixer]
+        ]
         table += [bind(row, ours, hf) for row in LAYER_ROWS]
     table.append(bind(norm))
     if not config.share_embeddings_and_output_weights:
@@ -100,7 +112,12 @@ def entries(config: ModelConfig) -> list[Entry]:
 def _mixer_entry(parameter: ParamSpec, ours_prefix: str, hf_prefix: str) -> Entry:
     names = tuple(hf_prefix + name for name in parameter.hf_names)
     if parameter.hf_transform is not None:
-        return Entry(ours_prefix + parameter.name, names, parameter.hf_transform.shape, reshaped=parameter.shape)
+        return Entry(
+            ours_prefix + parameter.name,
+            names,
+            parameter.hf_transform.shape,
+            reshaped=parameter.shape,
+        )
     part = (parameter.shape[0] // len(names), *parameter.shape[1:])
     return Entry(ours_prefix + parameter.name, names, part)
 
@@ -111,22 +128,32 @@ def num_parameters(config: ModelConfig) -> int:
 
 
 def check_names(expected: Iterable[str], found: Iterable[str], *, where: str) -> None:
-    """ConversionError naming the first missing and the first unmapped tensors, with counts, unless the two sets are equal."""
+    """ConversionError naming the first missing and the first unmapped tensors, with counts, unless
+    the two sets are equal."""
     expected, found = list(expected), list(found)
-    missing, extra = sorted(set(expected) - set(found), key=expected.index), sorted(set(found) - set(expected))
+    missing = sorted(set(expected) - set(found), key=expected.index)
+    extra = sorted(set(found) - set(expected))
     problems = []
     if missing:
-        problems.append(f"{len(missing)} of {len(expected)} tensors are missing, first {_first(missing)}")
+        problems.append(
+            f"{len(missing)} of {len(expected)} tensors are missing, first {_first(missing)}"
+        )
     if extra:
-        problems.append(f"{len(extra)} tensors have no row in export/mapping.py, first {_first(extra)}")
+        problems.append(
+            f"{len(extra)} tensors have no row in export/mapping.py, first {_first(extra)}"
+        )
     if problems:
         raise ConversionError(
-            f"{where}: {'; '.join(problems)}. The tensors must be exactly those that the configuration describes: check that config and"
-            " weights belong together (mixer types, number of layers, tied head) and that the download is complete"
+            f"{where}: {'; '.join(problems)}. The tensors must be exactly those that the "
+            "configuration describes: check that config and"
+            " weights belong together (mixer types, number of layers, tied head) and that the "
+            "download is complete"
         )
 
 
-def check_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...], *, where: str) -> None:
+def check_shape(
+    name: str, found: tuple[int, ...], expected: tuple[int, ...], *, where: str
+) -> None:
     """ConversionError unless the two shapes are equal."""
     if found != expected:
         raise ConversionError(

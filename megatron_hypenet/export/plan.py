@@ -1,4 +1,5 @@
-"""What an import would do, from config.json and headers alone: without weights, and without a tensor library."""
+"""What an import would do, from config.json and headers alone: without weights, and without a
+tensor library."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from megatron_hypenet.export import hf_config, hf_folder, mapping
 
 @dataclass(frozen=True)
 class ImportPlan:
-    """What an import would do: everything that can be known from config.json and the headers of the weight files."""
+    """What an import would do: everything that can be known from config.json and the headers of the
+    weight files."""
 
     config: ModelConfig
     hf_config: dict[str, Any]
@@ -29,7 +31,8 @@ class ImportPlan:
 
 
 def plan_import(hf_dir: Path) -> ImportPlan:
-    """Read configuration and headers, and check names, shapes and dtypes. Raises ConfigError or ConversionError; writes nothing."""
+    """Read configuration and headers, and check names, shapes and dtypes. Raises ConfigError or
+    ConversionError; writes nothing."""
     raw = hf_config.read_hf_config(hf_dir)
     config = hf_config.model_config_from_hf(raw, where=str(hf_dir / "config.json"))
     weights = hf_folder.HfWeights(hf_dir)
@@ -37,13 +40,18 @@ def plan_import(hf_dir: Path) -> ImportPlan:
     tied = config.share_embeddings_and_output_weights
     duplicate_head = tied and mapping.HF_HEAD in weights
     expected = [name for entry in entries for name in entry.hf]
-    mapping.check_names(expected, (name for name in weights if not (duplicate_head and name == mapping.HF_HEAD)), where=str(hf_dir))
+    mapping.check_names(
+        expected,
+        (name for name in weights if not (duplicate_head and name == mapping.HF_HEAD)),
+        where=str(hf_dir),
+    )
     for entry in entries:
         for name in entry.hf:
             mapping.check_shape(name, weights.shape(name), entry.part_shape, where=str(hf_dir))
             if weights.dtype(name) not in hf_folder.DTYPES:
                 supported = ", ".join(hf_folder.DTYPES.values())
                 raise ConversionError(
-                    f"{hf_dir}: {name} is stored as {weights.dtype(name)}; supported are {supported}. Dequantize the model first"
+                    f"{hf_dir}: {name} is stored as {weights.dtype(name)}; "
+                    f"supported are {supported}. Dequantize the model first"
                 )
     return ImportPlan(config, raw, weights, entries, duplicate_head)

@@ -1,4 +1,5 @@
-"""What conversions do with tensors, in both directions: dtypes by name, checks of values, and parts that become one tensor."""
+"""What conversions do with tensors, in both directions: dtypes by name, checks of values, and parts
+that become one tensor."""
 
 from __future__ import annotations
 
@@ -22,23 +23,27 @@ def parse_dtype(name: str) -> torch.dtype:
 
 
 def join(entry: mapping.Entry, parts: Sequence[Tensor]) -> Tensor:
-    """The HF parts of one entry, in the order of its `hf`, as our one tensor. A single part is handed on, not copied."""
+    """The HF parts of one entry, in the order of its `hf`, as our one tensor. A single part is
+    handed on, not copied."""
     joined = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=0)
     return joined if entry.reshaped is None else joined.reshape(entry.reshaped)
 
 
 def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], *, where: str) -> None:
-    """ConversionError unless the tensor has this shape, a supported dtype and only finite values."""
+    """ConversionError unless the tensor has this shape, a supported dtype and only finite
+    values."""
     mapping.check_shape(name, tuple(tensor.shape), shape, where=where)
     if tensor.dtype not in DTYPES.values():
         supported = ", ".join(DTYPES)
         raise ConversionError(
-            f"{where}: {name} is stored as {str(tensor.dtype).removeprefix('torch.')}; supported are {supported}."
+            f"{where}: {name} is stored as {str(tensor.dtype).removeprefix('torch.')}; "
+            f"supported are {supported}."
             " Quantized weights must be dequantized first"
         )
     finite = torch.isfinite(tensor)
     if not bool(finite.all()):
         bad = int((~finite).sum())
         raise ConversionError(
-            f"{where}: {name} has {bad} of {tensor.numel()} values that are NaN or infinite; the file is damaged or training diverged"
+            f"{where}: {name} has {bad} of {tensor.numel()} values that are NaN or infinite; "
+            "the file is damaged or training diverged"
         )

@@ -1,4 +1,5 @@
-"""Export: a checkpoint becomes a Hugging Face folder, from the checkpoint's own files alone, one shard in memory at a time."""
+"""Export: a checkpoint becomes a Hugging Face folder, from the checkpoint's own files alone, one
+shard in memory at a time."""
 
 from __future__ import annotations
 
@@ -20,13 +21,21 @@ from megatron_hypenet.checkpoint import format as fmt
 from megatron_hypenet.checkpoint import load
 from megatron_hypenet.checkpoint.shards import ShardReader
 from megatron_hypenet.config.model import LogitsScaling, ModelConfig, check_logits_scaling
-from megatron_hypenet.errors import CheckpointError, ConfigError, ConversionError, SetupError, is_disk_full
+from megatron_hypenet.errors import (
+    CheckpointError,
+    ConfigError,
+    ConversionError,
+    SetupError,
+    is_disk_full,
+)
 from megatron_hypenet.export import hf_config, hf_folder, mapping, tokenizer
 from megatron_hypenet.export.tensors import check_tensor, parse_dtype
 
 KEEP = "keep"
 REMOTE_CODE = Path(__file__).parent / "hf_remote"
-REMOTE_FILES = tuple(f"{part}_hypenet.py" for part in ("configuration", "modeling", "generation", "cache", "ops"))
+REMOTE_FILES = tuple(
+    f"{part}_hypenet.py" for part in ("configuration", "modeling", "generation", "cache", "ops")
+)
 MAX_SHARD_BYTES = 5_000_000_000
 
 
@@ -55,16 +64,26 @@ class ExportPlan:
 
 
 def plan_export(
-    ckpt_dir: Path | str, *, attn_logits_scaling: LogitsScaling = KEEP, dtype: str | None = None, max_shard_bytes: int = MAX_SHARD_BYTES
+    ckpt_dir: Path | str,
+    *,
+    attn_logits_scaling: LogitsScaling = KEEP,
+    dtype: str | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> ExportPlan:
-    """Resolve the checkpoint and check its tensors' names and shapes. Raises CheckpointError, ConfigError, ConversionError; writes nothing.
+    """Resolve the checkpoint and check its tensors' names and shapes. Raises CheckpointError,
+    ConfigError, ConversionError; writes nothing.
 
-    `attn_logits_scaling`: "keep" what the checkpoint says, or the value to export ("hype 500", a number, None for off)."""
+    `attn_logits_scaling`: "keep" what the checkpoint says, or the value to export ("hype 500", a
+    number, None for off)."""
     folder = load.resolve(Path(ckpt_dir))
     config = with_logits_scaling(load.read_model_config(folder), attn_logits_scaling)
     reader = load.open_weights(folder)
     entries = mapping.entries(config)
-    mapping.check_names((entry.ours for entry in entries), reader, where=f"{folder} (kind: {load.read_manifest(folder).kind})")
+    mapping.check_names(
+        (entry.ours for entry in entries),
+        reader,
+        where=f"{folder} (kind: {load.read_manifest(folder).kind})",
+    )
     dtypes: dict[str, torch.dtype] = {}
     for entry in entries:
         mapping.check_shape(entry.ours, reader.shape(entry.ours), entry.shape, where=str(folder))
@@ -72,12 +91,15 @@ def plan_export(
         dtypes |= dict.fromkeys(entry.hf, target)
     by_name = {entry.ours: entry for entry in entries}
     sizes = ((entry.ours, _entry_bytes(entry, dtypes)) for entry in entries)
-    shards = [[by_name[name] for name in group] for group in hf_folder.plan_shards(sizes, max_shard_bytes)]
+    shards = [
+        [by_name[name] for name in group] for group in hf_folder.plan_shards(sizes, max_shard_bytes)
+    ]
     return ExportPlan(folder, config, reader, entries, dtypes, shards)
 
 
 def with_logits_scaling(config: ModelConfig, value: LogitsScaling) -> ModelConfig:
-    """The configuration with another logit scaling; "keep" changes nothing. ConfigError for a value that no model accepts."""
+    """The configuration with another logit scaling; "keep" changes nothing. ConfigError for a value
+    that no model accepts."""
     if value == KEEP:
         return config
     try:
@@ -86,7 +108,8 @@ def with_logits_scaling(config: ModelConfig, value: LogitsScaling) -> ModelConfi
         raise ConfigError(str(error)) from error
     if value is not None and config.is_teacher:
         raise ConfigError(
-            f"attn_logits_scaling = {value!r} asked for a Qwen3 teacher, which has no logit scaling; leave it out, or export the student"
+            f"attn_logits_scaling = {value!r} asked for a Qwen3 teacher, "
+            "which has no logit scaling; leave it out, or export the student"
         )
     return config.replace(attn_logits_scaling=value)
 
@@ -101,28 +124,41 @@ def export_hf(
     overwrite: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> ModelConfig:
-    """Write `hf_dir` so that transformers loads it offline; returns the exported model's configuration.
+    """Write `hf_dir` so that transformers loads it offline; returns the exported model's
+    configuration.
 
-    A teacher becomes a Qwen3 folder; anything else a HypeNet folder with our modelling code (trust_remote_code). Weights keep their dtype
-    unless `dtype` names another, and must be finite. The folder appears complete or not at all. Raises CheckpointError, ConfigError,
-    ConversionError. `progress` gets a line per weight file.
+    A teacher becomes a Qwen3 folder; anything else a HypeNet folder with our modelling code
+    (trust_remote_code). Weights keep their dtype unless `dtype` names another, and must be finite.
+    The folder appears complete or not at all. Raises CheckpointError, ConfigError, ConversionError.
+    `progress` gets a line per weight file.
     """
     hf_dir = Path(hf_dir)
     refuse_existing(hf_dir, overwrite)
-    plan = plan_export(ckpt_dir, attn_logits_scaling=attn_logits_scaling, dtype=dtype, max_shard_bytes=max_shard_bytes)
+    plan = plan_export(
+        ckpt_dir,
+        attn_logits_scaling=attn_logits_scaling,
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+    )
     manifest = load.read_manifest(plan.folder)
     with _staged(hf_dir, overwrite) as temporary:
         _write_weights(plan, temporary, progress)
         main_dtype = str(plan.dtypes[mapping.HF_EMBEDDING]).removeprefix("torch.")
-        config = hf_config.hf_config_from_model(plan.config, torch_dtype=main_dtype, origin=manifest.hf_config)
+        config = hf_config.hf_config_from_model(
+            plan.config, torch_dtype=main_dtype, origin=manifest.hf_config
+        )
         hf_folder.write_json(temporary / "config.json", config)
-        hf_folder.write_json(temporary / hf_folder.GENERATION, _generation_config(config, _noted_generation_config(plan.folder, manifest)))
+        hf_folder.write_json(
+            temporary / hf_folder.GENERATION,
+            _generation_config(config, _noted_generation_config(plan.folder, manifest)),
+        )
         if (words := load.tokenizer_dir(plan.folder)) is not None:
             tokenizer.export(words, temporary, progress)
         if plan.family == hf_config.HYPENET:
             for name in REMOTE_FILES:
                 shutil.copyfile(REMOTE_CODE / name, temporary / name)
-        # safetensors writes files that only their owner may read; a model is shared like the rest of the folder
+        # safetensors writes files that only their owner may read; a model is shared like the rest
+        # of the folder
         for file in temporary.glob("*.safetensors"):
             shutil.copymode(temporary / "config.json", file)
     return plan.config
@@ -139,14 +175,24 @@ def _write_weights(plan: ExportPlan, folder: Path, progress: Callable[[str], Non
             check_tensor(entry.ours, tensor, entry.shape, where=str(plan.folder))
             converted = tensor.to(plan.dtypes[entry.hf[0]])
             if converted.dtype != tensor.dtype:
-                check_tensor(f"{entry.ours} as {converted.dtype}", converted, entry.shape, where=str(plan.folder))
+                check_tensor(
+                    f"{entry.ours} as {converted.dtype}",
+                    converted,
+                    entry.shape,
+                    where=str(plan.folder),
+                )
             tensors |= entry.split(converted)
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
         if progress is not None:
-            progress(f"{file}: {len(tensors)} tensors, {(folder / file).stat().st_size / 1e6:,.1f} MB")
+            progress(
+                f"{file}: {len(tensors)} tensors, {(folder / file).stat().st_size / 1e6:,.1f} MB"
+            )
     if count > 1:
-        index = {"metadata": {"total_size": plan.bytes()}, "weight_map": dict(sorted(weight_map.items()))}
+        index = {
+            "metadata": {"total_size": plan.bytes()},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
         hf_folder.write_json(folder / hf_folder.INDEX, index)
 
 
@@ -156,33 +202,49 @@ def _entry_bytes(entry: mapping.Entry, dtypes: dict[str, torch.dtype]) -> int:
 
 def _generation_config(config: dict[str, Any], origin: dict[str, Any] | None) -> dict[str, Any]:
     """The original generation settings, or the token ids alone: greedy decoding."""
-    tokens = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config[key] is not None}
-    return {**tokens, **{key: value for key, value in (origin or {}).items() if key != "transformers_version"}}
+    tokens = {
+        key: config[key]
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id")
+        if config[key] is not None
+    }
+    return {
+        **tokens,
+        **{key: value for key, value in (origin or {}).items() if key != "transformers_version"},
+    }
 
 
 def _noted_generation_config(folder: Path, manifest: load.Manifest) -> dict[str, Any] | None:
-    """The generation_config.json that came with the weights; CheckpointError when the checkpoint holds something else for it."""
+    """The generation_config.json that came with the weights; CheckpointError when the checkpoint
+    holds something else for it."""
     noted = manifest.extra.get("generation_config")
     if noted is not None and not isinstance(noted, dict):
         raise CheckpointError(
-            f"{folder}: its manifest notes a generation_config that is no object but {type(noted).__name__}; use another checkpoint"
+            f"{folder}: its manifest notes a generation_config that is no object but "
+            f"{type(noted).__name__}; use another checkpoint"
         )
     return noted
 
 
 def refuse_existing(target: Path, overwrite: bool) -> None:
-    """ConversionError if something stands at `target`, unless it may be replaced and is an exported folder or empty."""
+    """ConversionError if something stands at `target`, unless it may be replaced and is an exported
+    folder or empty."""
     if not target.exists():
         return
     if not overwrite:
-        raise ConversionError(f"{target} already exists; choose another folder, or allow overwriting (--overwrite)")
+        raise ConversionError(
+            f"{target} already exists; choose another folder, or allow overwriting (--overwrite)"
+        )
     if not target.is_dir() or (any(target.iterdir()) and not (target / "config.json").is_file()):
-        raise ConversionError(f"{target} is not a Hugging Face folder (no config.json), so it is not replaced; choose another folder")
+        raise ConversionError(
+            f"{target} is not a Hugging Face folder (no config.json), so it is not replaced; "
+            "choose another folder"
+        )
 
 
 @contextmanager
 def _staged(target: Path, overwrite: bool) -> Iterator[Path]:
-    """A temporary sibling that becomes `target` when the block ends well and is removed otherwise."""
+    """A temporary sibling that becomes `target` when the block ends well and is removed
+    otherwise."""
     temporary = temporary_beside(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -199,8 +261,11 @@ def _staged(target: Path, overwrite: bool) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         if is_disk_full(error):
             raise SetupError(
-                f"cannot write {target}: no space left on the disk; nothing was left there. Free space or choose another folder"
+                f"cannot write {target}: no space left on the disk; nothing was left there. "
+                "Free space or choose another folder"
             ) from error
-        raise ConversionError(f"cannot write {target}: {error}; nothing was left there. Choose another folder") from error
+        raise ConversionError(
+            f"cannot write {target}: {error}; nothing was left there. Choose another folder"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

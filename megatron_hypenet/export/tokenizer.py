@@ -1,4 +1,5 @@
-"""The tokenizer's files of a model folder: checked when they are imported, exported so that transformers 4.57 and 5.x read them."""
+"""The tokenizer's files of a model folder: checked when they are imported, exported so that
+transformers 4.57 and 5.x read them."""
 
 from __future__ import annotations
 
@@ -17,13 +18,24 @@ from megatron_hypenet.untrusted.json_text import parse_json, typed
 
 MODEL = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
-_TABLES = ("vocab.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json", CONFIG)
+_TABLES = (
+    "vocab.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+    CONFIG,
+)
 _TEXTS = ("merges.txt", "vocab.txt", "chat_template.jinja")
 FILES = (MODEL, "tokenizer.model", *_TABLES, *_TEXTS)
 """Files that a tokenizer may consist of; those present are kept, in both directions."""
 
 # Gemma's, among the largest, has 35 MB and some 2.5 million values
-_KIND = FileKind(error=ConversionError, advice="fetch the tokenizer's files again", max_bytes=128 * MIB, max_values=10_000_000)
+_KIND = FileKind(
+    error=ConversionError,
+    advice="fetch the tokenizer's files again",
+    max_bytes=128 * MIB,
+    max_values=10_000_000,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +55,8 @@ _Token = str | _AddedToken
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Config:
-    """What transformers reads of tokenizer_config.json and special_tokens_map.json; other keys are the tokenizer class's own."""
+    """What transformers reads of tokenizer_config.json and special_tokens_map.json; other keys are
+    the tokenizer class's own."""
 
     bos_token: _Token | None = None
     eos_token: _Token | None = None
@@ -54,7 +67,9 @@ class _Config:
     mask_token: _Token | None = None
     additional_special_tokens: list[_Token] | None = None
     extra_special_tokens: list[_Token] | dict[str, _Token] | None = None
-    added_tokens_decoder: dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], _AddedToken] | None = None
+    added_tokens_decoder: (
+        dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], _AddedToken] | None
+    ) = None
     add_bos_token: bool | None = None
     add_eos_token: bool | None = None
     add_prefix_space: bool | None = None
@@ -77,9 +92,11 @@ _FORMS: dict[str, Any] = {
 
 
 def read(folder: Path) -> dict[str, bytes]:
-    """Return the tokenizer's files of `folder` by name, each of them checked; empty when there are none.
+    """Return the tokenizer's files of `folder` by name, each of them checked; empty when there are
+    none.
 
-    Raise ConversionError, which names the file, for one that leads out of the folder, is cut off, or is no tokenizer's.
+    Raise ConversionError, which names the file, for one that leads out of the folder, is cut off,
+    or is no tokenizer's.
     """
     found = {name: inside(folder, name, _KIND) for name in FILES if os.path.lexists(folder / name)}
     contents = {name: _KIND.read_bytes(path) for name, path in found.items()}
@@ -97,7 +114,8 @@ def read(folder: Path) -> dict[str, bytes]:
 
 
 def export(source: Path, target: Path, say: Callable[[str], None] | None = None) -> None:
-    """Copy the tokenizer's files of a checkpoint from `source` to `target`, in the spelling that transformers 4.57 and 5.x both read.
+    """Copy the tokenizer's files of a checkpoint from `source` to `target`, in the spelling that
+    transformers 4.57 and 5.x both read.
 
     `say` gets a line when one of them cannot read it. Raises ConversionError for a damaged file.
     """
@@ -105,11 +123,18 @@ def export(source: Path, target: Path, say: Callable[[str], None] | None = None)
         content = _KIND.read_bytes(source / name)
         if name in (CONFIG, "special_tokens_map.json"):
             old = _table(source / name, content)
-            new = _for_both(old, (source / MODEL).is_file()) if name == CONFIG else _with_older_tokens(old)
+            new = (
+                _for_both(old, (source / MODEL).is_file())
+                if name == CONFIG
+                else _with_older_tokens(old)
+            )
             if new != old:
                 content = (json.dumps(new, indent=2, ensure_ascii=False) + "\n").encode()
             if (kind := str(new.get("tokenizer_class"))).endswith("Backend") and say is not None:
-                say(f"{name}: this tokenizer needs transformers 5; transformers 4.57 has no {shown(kind, 80)}")
+                say(
+                    f"{name}: this tokenizer needs transformers 5; transformers 4.57 has no "
+                    f"{shown(kind, 80)}"
+                )
         (target / name).write_bytes(content)
 
 
@@ -124,8 +149,10 @@ def _for_both(config: dict[str, Any], has_model: bool) -> dict[str, Any]:
 
 
 def _with_older_tokens(config: dict[str, Any]) -> dict[str, Any]:
-    """The same with a list of extra_special_tokens under its older name; there 4.57 takes named tokens only."""
-    extra, older = config.get("extra_special_tokens"), config.get("additional_special_tokens") or []
+    """The same with a list of extra_special_tokens under its older name; there 4.57 takes named
+    tokens only."""
+    extra = config.get("extra_special_tokens")
+    older = config.get("additional_special_tokens") or []
     if not isinstance(extra, list) or not isinstance(older, list):
         return dict(config)
     tokens = older + [token for token in extra if token not in older]

@@ -1,7 +1,9 @@
-"""Proof that a Hugging Face folder and a checkpoint are the same model: equal bits, and equal logits from two implementations.
+"""Proof that a Hugging Face folder and a checkpoint are the same model: equal bits, and equal
+logits from two implementations.
 
-transformers runs the folder (its own Qwen3, or the modelling code that our exports carry), Megatron-core runs the checkpoint, both on the
-same random token ids. Code that came with the folder is never run.
+transformers runs the folder (its own Qwen3, or the modelling code that our exports carry),
+Megatron-core runs the checkpoint, both on the same random token ids. Code that came with the folder
+is never run.
 """
 
 from __future__ import annotations
@@ -24,10 +26,19 @@ from megatron_hypenet.export.plan import ImportPlan, plan_import
 from megatron_hypenet.export.tensors import parse_dtype
 
 TOLERANCE = {"float64": 1e-5, "float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-3}
-"""Largest accepted difference of logits, relative to the largest logit, by compute dtype. Both sides sum in other orders; Megatron's RoPE
-tables are fp32 in every dtype. Measured on the golden models: 4e-7 in float64, 2e-6 in float32."""
-_COSMETIC = ("attn_logits_scaling", "max_position_embeddings", "init_method_std", "bos_token_id", "eos_token_id", "pad_token_id")
-"""Settings that may differ between a checkpoint and its export; logits are compared with the folder's logit scaling."""
+"""Largest accepted difference of logits, relative to the largest logit, by compute dtype. Both
+sides sum in other orders; Megatron's RoPE tables are fp32 in every dtype. Measured on the golden
+models: 4e-7 in float64, 2e-6 in float32."""
+_COSMETIC = (
+    "attn_logits_scaling",
+    "max_position_embeddings",
+    "init_method_std",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
+"""Settings that may differ between a checkpoint and its export; logits are compared with the
+folder's logit scaling."""
 
 
 @dataclass
@@ -39,7 +50,8 @@ class TensorReport:
     cast: int = 0
     """Tensors stored in different dtypes, compared after casting the wider to the narrower."""
     cast_to: str | None = None
-    """The narrowest dtype that a tensor was cast to: the logits are compared with the weights of both sides rounded to it."""
+    """The narrowest dtype that a tensor was cast to: the logits are compared with the weights of
+    both sides rounded to it."""
     different: list[str] = field(default_factory=list)
     """Hugging Face names of tensors whose values differ."""
 
@@ -86,12 +98,21 @@ class Report:
         lines = [f"configuration: {line}" for line in self.config_differences]
         if self.tensors.different:
             first = ", ".join(self.tensors.different[:3])
-            lines.append(f"{len(self.tensors.different)} of {self.tensors.compared} tensors differ, first {first}")
-        if self.logits is not None and not self.logits.ok:
-            where = f", hidden states part at {self.logits.first_diverging}" if self.logits.first_diverging else ""
             lines.append(
-                f"logits differ by {self.logits.max_rel_diff:.3g} of the largest logit (limit {self.logits.tolerance:g} in"
-                f" {self.logits.dtype}), top-1 agreement {100 * self.logits.top1_agreement:.2f} %{where}"
+                f"{len(self.tensors.different)} of {self.tensors.compared} tensors differ, "
+                f"first {first}"
+            )
+        if self.logits is not None and not self.logits.ok:
+            where = (
+                f", hidden states part at {self.logits.first_diverging}"
+                if self.logits.first_diverging
+                else ""
+            )
+            lines.append(
+                f"logits differ by {self.logits.max_rel_diff:.3g} of the largest logit (limit "
+                f"{self.logits.tolerance:g} in"
+                f" {self.logits.dtype}), top-1 agreement {100 * self.logits.top1_agreement:.2f} "
+                f"%{where}"
             )
         return lines
 
@@ -103,7 +124,10 @@ class Report:
         """VerificationError naming what differs."""
         if not self.ok:
             lines = "\n  ".join(self.problems())
-            raise VerificationError(f"{self.hf_dir} and {self.ckpt_dir} are not the same model:\n  {lines}\nimport or export again")
+            raise VerificationError(
+                f"{self.hf_dir} and {self.ckpt_dir} are not the same model:\n  {lines}\nimport or "
+                "export again"
+            )
 
 
 def verify(
@@ -116,9 +140,11 @@ def verify(
     logits: bool = True,
     progress: Callable[[str], None] | None = None,
 ) -> Report:
-    """Compare configuration and tensors, then (with `logits`) both models' logits on 2 x `num_tokens` random token ids in `dtype`.
+    """Compare configuration and tensors, then (with `logits`) both models' logits on 2 x
+    `num_tokens` random token ids in `dtype`.
 
-    Raises ConversionError, ConfigError or CheckpointError when a side cannot be read; differences are in the report."""
+    Raises ConversionError, ConfigError or CheckpointError when a side cannot be read; differences
+    are in the report."""
     say = progress or (lambda line: None)
     plan = plan_import(Path(hf_dir))
     folder = load.resolve(Path(ckpt_dir))
@@ -128,7 +154,9 @@ def verify(
     report = Report(str(hf_dir), str(folder), different, notes, tensors, None)
     # two models of different shape cannot be run side by side; the report already says so
     if logits and not different:
-        ids = torch.randint(plan.config.vocab_size, (2, num_tokens), generator=torch.Generator().manual_seed(seed))
+        ids = torch.randint(
+            plan.config.vocab_size, (2, num_tokens), generator=torch.Generator().manual_seed(seed)
+        )
         say(f"running the checkpoint in Megatron-core ({dtype})")
         rounded = None if tensors.cast_to is None else parse_dtype(tensors.cast_to)
         ours = run_checkpoint(folder, plan.config, ids, dtype, rounded)
@@ -149,7 +177,8 @@ def compare_configs(folder: ModelConfig, checkpoint: ModelConfig) -> tuple[list[
 
 
 def compare_tensors(plan: ImportPlan, folder: Path) -> TensorReport:
-    """Bitwise, one tensor at a time. ConversionError when the checkpoint's names are not those of the folder's model."""
+    """Bitwise, one tensor at a time. ConversionError when the checkpoint's names are not those of
+    the folder's model."""
     reader = load.open_weights(folder)
     mapping.check_names((entry.ours for entry in plan.entries), reader, where=str(folder))
     report = TensorReport()
@@ -175,12 +204,19 @@ def compare_tensors(plan: ImportPlan, folder: Path) -> TensorReport:
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Equal bit for bit: unlike torch.equal, NaN equals itself and 0 differs from -0."""
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    return (
+        a.shape == b.shape
+        and a.dtype == b.dtype
+        and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    )
 
 
 @torch.no_grad()
-def run_checkpoint(folder: Path, config: ModelConfig, ids: Tensor, dtype: str, rounded: torch.dtype | None = None) -> list[Tensor]:
-    """Input of each layer, final-norm output, then logits, all [b, t, ...] on the CPU, from Megatron-core in this one process."""
+def run_checkpoint(
+    folder: Path, config: ModelConfig, ids: Tensor, dtype: str, rounded: torch.dtype | None = None
+) -> list[Tensor]:
+    """Input of each layer, final-norm output, then logits, all [b, t, ...] on the CPU, from
+    Megatron-core in this one process."""
     from megatron_hypenet.model.hypenet import build_model
 
     model = build_model(load.read_model_config(folder), ParallelConfig(), dtype=parse_dtype(dtype))
@@ -195,7 +231,9 @@ def run_checkpoint(folder: Path, config: ModelConfig, ids: Tensor, dtype: str, r
 
 
 @torch.no_grad()
-def run_hf(hf_dir: Path, config: ModelConfig, ids: Tensor, dtype: str, rounded: torch.dtype | None = None) -> list[Tensor]:
+def run_hf(
+    hf_dir: Path, config: ModelConfig, ids: Tensor, dtype: str, rounded: torch.dtype | None = None
+) -> list[Tensor]:
     """The same from transformers: its Qwen3, or our modelling code with the folder's weights."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -211,7 +249,9 @@ def run_hf(hf_dir: Path, config: ModelConfig, ids: Tensor, dtype: str, rounded: 
             model = AutoModelForCausalLM.from_pretrained(hf_dir, trust_remote_code=False, **options)
         else:
             plain = hf_config.hf_config_from_model(config, torch_dtype=dtype)
-            model = HypeNetForCausalLM.from_pretrained(hf_dir, config=HypeNetConfig.from_dict(plain), **options)
+            model = HypeNetForCausalLM.from_pretrained(
+                hf_dir, config=HypeNetConfig.from_dict(plain), **options
+            )
     finally:
         if bar:
             logging.enable_progress_bar()
@@ -228,10 +268,17 @@ def run_hf(hf_dir: Path, config: ModelConfig, ids: Tensor, dtype: str, rounded: 
 def compare_logits(reference: list[Tensor], found: list[Tensor], dtype: str) -> LogitsReport:
     """Compare what `run_hf` and `run_checkpoint` returned; both end with logits [b, t, vocab]."""
     if len(reference) != len(found):
-        raise VerificationError(f"the folder's model gave {len(reference) - 1} hidden states, the checkpoint's {len(found) - 1}")
+        raise VerificationError(
+            f"the folder's model gave {len(reference) - 1} hidden states, "
+            f"the checkpoint's {len(found) - 1}"
+        )
     tolerance = TOLERANCE[dtype]
     first = None
-    places = ["the embedding", *(f"layer {layer}" for layer in range(len(found) - 3)), f"layer {len(found) - 3} or the final norm"]
+    places = [
+        "the embedding",
+        *(f"layer {layer}" for layer in range(len(found) - 3)),
+        f"layer {len(found) - 3} or the final norm",
+    ]
     for place, theirs, ours in zip(places, reference[:-1], found[:-1], strict=True):
         if not _relative(theirs, ours) <= tolerance:
             first = place
@@ -257,7 +304,10 @@ def _round_weights(model: torch.nn.Module, dtype: torch.dtype | None) -> None:
 
 def _relative(reference: Tensor, found: Tensor) -> float:
     reference, found = reference.double(), found.double()
-    return float((reference - found).abs().max() / reference.abs().max().clamp(min=torch.finfo(torch.float64).tiny))
+    return float(
+        (reference - found).abs().max()
+        / reference.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
+    )
 
 
 def _release() -> None:

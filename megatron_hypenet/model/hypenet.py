@@ -1,4 +1,5 @@
-"""The language model, teacher or student: embedding, a Megatron `TransformerBlock` with one spec per layer, output head."""
+"""The language model, teacher or student: embedding, a Megatron `TransformerBlock` with one spec
+per layer, output head."""
 
 from typing import Any
 
@@ -26,7 +27,8 @@ from megatron_hypenet.parallel.cpu import device
 
 
 class HypeNetModel(LanguageModule):
-    """Decoder-only model whose layers differ in their mixer. Inside, tensors are [s, b, h] as in Megatron; token ids are [b, s]."""
+    """Decoder-only model whose layers differ in their mixer. Inside, tensors are [s, b, h] as in
+    Megatron; token ids are [b, s]."""
 
     def __init__(
         self,
@@ -37,17 +39,20 @@ class HypeNetModel(LanguageModule):
         *,
         trunk_only: bool = False,
     ) -> None:
-        """`layout` is the number of layers per pipeline stage; `trunk_only` builds nothing after the last mixer (no last MLP, final norm or
-        head): the trunk of hidden-state alignment."""
+        """`layout` is the number of layers per pipeline stage; `trunk_only` builds nothing after
+        the last mixer (no last MLP, final norm or head): the trunk of hidden-state alignment."""
         super().__init__(config=config, pg_collection=groups.collection())
         self.model_config = model_config
         self.parallel = parallel
         self.layout = layout
         self.trunk_only = trunk_only
         stage, num_stages = groups.pipeline_stage()
-        self.pre_process, self.post_process = stage == 0, stage == num_stages - 1
+        self.pre_process = stage == 0
+        self.post_process = stage == num_stages - 1
         self.model_type = ModelType.encoder_or_decoder
-        self.share_embeddings_and_output_weights = model_config.share_embeddings_and_output_weights and not trunk_only
+        self.share_embeddings_and_output_weights = (
+            model_config.share_embeddings_and_output_weights and not trunk_only
+        )
         if self.pre_process:
             self.embedding = LanguageModelEmbedding(
                 config=config,
@@ -80,7 +85,8 @@ class HypeNetModel(LanguageModule):
                 bias=False,
                 skip_bias_add=False,
                 gather_output=True,
-                skip_weight_param_allocation=self.pre_process and self.share_embeddings_and_output_weights,
+                skip_weight_param_allocation=self.pre_process
+                and self.share_embeddings_and_output_weights,
                 tp_group=self.pg_collection.tp,
             )
         if (self.pre_process or self.post_process) and not trunk_only:
@@ -94,7 +100,8 @@ class HypeNetModel(LanguageModule):
         raise KeyError(f"layer {layer} is not on this pipeline stage")
 
     def set_mixer(self, layer: int, mixer: torch.nn.Module) -> None:
-        """Put another mixer (or a wrapper with a mixer's call) into a layer of this pipeline stage."""
+        """Put another mixer (or a wrapper with a mixer's call) into a layer of this pipeline
+        stage."""
         for block in self.decoder.layers:
             if block.layer_number == layer + 1:
                 block.self_attention = mixer
@@ -102,7 +109,8 @@ class HypeNetModel(LanguageModule):
         raise KeyError(f"layer {layer} is not on this pipeline stage")
 
     def set_attn_logits_scaling(self, value: LogitsScaling) -> None:
-        """Switch the inference-time logit scaling of the softmax layers; training runs with None."""
+        """Switch the inference-time logit scaling of the softmax layers; training runs with
+        None."""
         self.model_config = self.model_config.replace(attn_logits_scaling=value)
         for module in self.modules():
             if isinstance(module, SoftmaxAttn):
@@ -110,46 +118,67 @@ class HypeNetModel(LanguageModule):
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """Hidden states from the previous pipeline stage (Megatron's schedules call this)."""
-        self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
+        self.decoder.set_input_tensor(
+            input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+        )
 
     def head_weight(self) -> Tensor:
-        """This rank's rows of the output head, [vocab / tp, hidden_size]; the embedding itself when tied."""
+        """This rank's rows of the output head, [vocab / tp, hidden_size]; the embedding itself when
+        tied."""
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
 
     def replicated_over_pipeline(self) -> list[torch.nn.Parameter]:
-        """Parameters of this pipeline stage that another stage holds too: a tied embedding, on the first and the last of several."""
+        """Parameters of this pipeline stage that another stage holds too: a tied embedding, on the
+        first and the last of several."""
         several = not (self.pre_process and self.post_process)
-        if not (several and self.share_embeddings_and_output_weights and (self.pre_process or self.post_process)):
+        if not (
+            several
+            and self.share_embeddings_and_output_weights
+            and (self.pre_process or self.post_process)
+        ):
             return []
         return [self.shared_embedding_or_output_weight()]
 
     def hidden(self, input_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
-        """This rank's tokens through the layers of this pipeline stage: the schedule's step, and with one stage the whole trunk.
+        """This rank's tokens through the layers of this pipeline stage: the schedule's step, and
+        with one stage the whole trunk.
 
-        input_ids [b, s] are this context-parallel rank's tokens; document_ids [b, s * context ranks] those of the whole sequence, or
-        None when each row is one document. Returns [s, b, h] (s / tp under sequence parallelism): on the last stage after the final norm
-        (before it for a trunk), on others what the next one takes."""
+        input_ids [b, s] are this context-parallel rank's tokens; document_ids [b, s * context
+        ranks] those of the whole sequence, or None when each row is one document. Returns [s, b, h]
+        (s / tp under sequence parallelism): on the last stage after the final norm (before it for a
+        trunk), on others what the next one takes."""
         x = self.embedding(input_ids=input_ids, position_ids=None) if self.pre_process else None
         # `packed_seq` only means: all positions. The zigzag is ours to cut.
-        angles = self.rotary_pos_emb(input_ids.shape[1] * self.pg_collection.cp.size(), packed_seq=True)
+        angles = self.rotary_pos_emb(
+            input_ids.shape[1] * self.pg_collection.cp.size(), packed_seq=True
+        )
         angles = split_sequence(angles, self.pg_collection.cp, dim=0)
         # Megatron hands `packed_seq_params` through to the mixers without looking at it.
-        return self.decoder(hidden_states=x, attention_mask=None, rotary_pos_emb=angles, packed_seq_params=document_ids)
+        return self.decoder(
+            hidden_states=x,
+            attention_mask=None,
+            rotary_pos_emb=angles,
+            packed_seq_params=document_ids,
+        )
 
     def logits_of(self, hidden: Tensor) -> Tensor:
-        """Output of `hidden` on the last stage -> logits [s, b, vocab] in the model's dtype, whole on every tensor-parallel rank."""
+        """Output of `hidden` on the last stage -> logits [s, b, vocab] in the model's dtype, whole
+        on every tensor-parallel rank."""
         logits, _ = self.output_layer(hidden, weight=self.head_weight())
         return logits
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """input_ids [b, s] (whole sequences, the same on every rank of a replica) -> logits [b, s, vocab] on every rank; for evaluation
-        under any layout, for training on one process."""
+        """input_ids [b, s] (whole sequences, the same on every rank of a replica) -> logits [b, s,
+        vocab] on every rank; for evaluation under any layout, for training on one process."""
         return inference.logits(self, input_ids)
 
     def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple[tuple[int, int, int], ...] = (), metadata: dict[str, Any] | None = None
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
     ) -> ShardedStateDict:
         """Megatron's sharded state under layout-free keys; tensors only."""
         # LanguageModule's own method insists on an output head, which a trunk does not have.
@@ -161,11 +190,16 @@ class HypeNetModel(LanguageModule):
         """Input of every layer, then the final-norm output: num_layers + 1 tensors [b, s, h]."""
         states: list[Tensor] = []
 
-        def keep_input(_layer: torch.nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        def keep_input(
+            _layer: torch.nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]
+        ) -> None:
             x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
             states.append(x.transpose(0, 1))
 
-        handles = [layer.register_forward_pre_hook(keep_input, with_kwargs=True) for layer in self.decoder.layers]
+        handles = [
+            layer.register_forward_pre_hook(keep_input, with_kwargs=True)
+            for layer in self.decoder.layers
+        ]
         try:
             final = self.hidden(input_ids)
         finally:
@@ -175,8 +209,9 @@ class HypeNetModel(LanguageModule):
 
     @torch.no_grad()
     def token_scores(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """input_ids [b, s] (whole sequences) -> negative log likelihood [b, s-1] (fp32, float64 for float64 models) of each next token,
-        and whether it was the model's first choice [b, s-1], on every rank of any layout."""
+        """input_ids [b, s] (whole sequences) -> negative log likelihood [b, s-1] (fp32, float64 for
+        float64 models) of each next token, and whether it was the model's first choice [b, s-1], on
+        every rank of any layout."""
         return inference.token_scores(self, input_ids)
 
 
@@ -191,8 +226,8 @@ def build_model(
 ) -> HypeNetModel:
     """A model with fresh random weights on this process's device; callers load weights into it.
 
-    Starts the process groups if none stand. `seed` fixes the random weights; `recompute` is what training computes again in backward.
-    ConfigError names an unknown mixer."""
+    Starts the process groups if none stand. `seed` fixes the random weights; `recompute` is what
+    training computes again in backward. ConfigError names an unknown mixer."""
     groups.init_parallel(parallel, seed=1234 if seed is None else seed)
     layout = pipeline_layout(model_config, parallel)
     config = transformer_config(model_config, parallel, dtype, layout, recompute)

@@ -1,7 +1,9 @@
-"""Logits and token scores of whole sequences on any parallel layout: every rank gives the same ids and gets the same answer.
+"""Logits and token scores of whole sequences on any parallel layout: every rank gives the same ids
+and gets the same answer.
 
-Sequences are padded at the end to what the layout can split; models are causal, so padding changes nothing before it. Under context
-parallelism each rank computes its chunks, under pipeline parallelism the rows travel as micro-batches, and results are put together."""
+Sequences are padded at the end to what the layout can split; models are causal, so padding changes
+nothing before it. Under context parallelism each rank computes its chunks, under pipeline
+parallelism the rows travel as micro-batches, and results are put together."""
 
 from __future__ import annotations
 
@@ -25,25 +27,38 @@ SCORE_CHUNK_TOKENS = 2048
 
 
 def logits(model: HypeNetModel, input_ids: Tensor) -> Tensor:
-    """input_ids [b, t] -> logits [b, t, vocab] in the model's dtype, on every rank. Differentiable on one process only."""
+    """input_ids [b, t] -> logits [b, t, vocab] in the model's dtype, on every rank. Differentiable
+    on one process only."""
     vocab = model.model_config.vocab_size
     like = torch.empty(0, dtype=model.config.params_dtype, device=input_ids.device)
-    (found,) = _over_layout(model, input_ids, [(like, (vocab,))], lambda hidden, _rows: (model.logits_of(hidden),))
+    (found,) = _over_layout(
+        model, input_ids, [(like, (vocab,))], lambda hidden, _rows: (model.logits_of(hidden),)
+    )
     return found
 
 
 @torch.no_grad()
 def token_scores(model: HypeNetModel, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """input_ids [b, t] -> negative log likelihood of each next token [b, t - 1] (fp32, float64 for float64 models), and whether it was the
-    model's first choice [b, t - 1] (bool), on every rank. The head runs in chunks, so long inputs fit."""
+    """input_ids [b, t] -> negative log likelihood of each next token [b, t - 1] (fp32, float64 for
+    float64 models), and whether it was the model's first choice [b, t - 1] (bool), on every rank.
+    The head runs in chunks, so long inputs fit."""
     wide = torch.float64 if model.config.params_dtype == torch.float64 else torch.float32
-    following = F.pad(input_ids[:, 1:], (0, 1))  # the last position has no next token: its score is dropped
+    # the last position has no next token: its score is dropped
+    following = F.pad(input_ids[:, 1:], (0, 1))
 
     def head(hidden: Tensor, rows: slice) -> tuple[Tensor, ...]:
         labels = split_sequence(_padded(model, following[rows]), model.pg_collection.cp, dim=1).t()
         if model.config.sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False, group=model.pg_collection.tp)
-        return vocab_loss.token_scores(hidden, model.head_weight(), labels, chunk_tokens=SCORE_CHUNK_TOKENS, group=model.pg_collection.tp)
+            hidden = gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=False, group=model.pg_collection.tp
+            )
+        return vocab_loss.token_scores(
+            hidden,
+            model.head_weight(),
+            labels,
+            chunk_tokens=SCORE_CHUNK_TOKENS,
+            group=model.pg_collection.tp,
+        )
 
     kinds = [torch.empty(0, dtype=dtype, device=input_ids.device) for dtype in (wide, torch.bool)]
     nll, correct = _over_layout(model, input_ids, [(kind, ()) for kind in kinds], head)
@@ -56,13 +71,17 @@ def _over_layout(
     results: list[tuple[Tensor, tuple[int, ...]]],
     head: Callable[[Tensor, slice], tuple[Tensor, ...]],
 ) -> tuple[Tensor, ...]:
-    """Run the model and, on the last stage, `head(hidden [s, b, h], rows)` -> tensors [s, b, ...] of this rank's tokens; gives them whole,
-    [b, t, ...], on every rank. `results` names dtype and device (by an empty tensor) and trailing shape of each."""
-    group, length = model.pg_collection.cp, input_ids.shape[1]
+    """Run the model and, on the last stage, `head(hidden [s, b, h], rows)` -> tensors [s, b, ...]
+    of this rank's tokens; gives them whole, [b, t, ...], on every rank. `results` names dtype and
+    device (by an empty tensor) and trailing shape of each."""
+    group = model.pg_collection.cp
+    length = input_ids.shape[1]
     local_ids = split_sequence(_padded(model, input_ids), group, dim=1)
 
     def whole(parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return tuple(gather_sequence(part.transpose(0, 1), group, dim=1)[:, :length] for part in parts)
+        return tuple(
+            gather_sequence(part.transpose(0, 1), group, dim=1)[:, :length] for part in parts
+        )
 
     if groups.pipeline_stage()[1] == 1:
         return whole(head(model.hidden(local_ids), slice(None)))

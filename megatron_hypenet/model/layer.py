@@ -1,6 +1,7 @@
 """The decoder layer: Megatron's, whose norms also make the residual sums beside them.
 
-In Megatron's own forward, and in its backward, each of these sums is a kernel of its own: five more reads and writes of [s, b, h]."""
+In Megatron's own forward, and in its backward, each of these sums is a kernel of its own: five more
+reads and writes of [s, b, h]."""
 
 from typing import Any
 
@@ -13,9 +14,11 @@ class PreNormLayer(TransformerLayer):
     """Norm, mixer, sum, norm, MLP, sum; without biases and dropout, which no model here has."""
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """hidden_states [s, b, h] -> ([s, b, h], the `context` that came in); whatever else Megatron's block passes goes to the mixer.
+        """hidden_states [s, b, h] -> ([s, b, h], the `context` that came in); whatever else
+        Megatron's block passes goes to the mixer.
 
-        Where norms are made again in backward, and at the end of a trunk, which has no MLP, Megatron's own forward runs."""
+        Where norms are made again in backward, and at the end of a trunk, which has no MLP,
+        Megatron's own forward runs."""
         if self.config.recompute_granularity == "selective" or isinstance(self.mlp, IdentityOp):
             return super().forward(hidden_states, **kwargs)
         # one name for all: what has been used is not kept

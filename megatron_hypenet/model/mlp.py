@@ -14,12 +14,20 @@ from megatron_hypenet.parallel.recompute import DropOutput
 
 
 class SwiGLU(MLP):
-    """Megatron's MLP, its weights and their names, with one operation between the two products that keeps nothing but its input.
+    """Megatron's MLP, its weights and their names, with one operation between the two products that
+    keeps nothing but its input.
 
-    Under selective recomputation the product is dropped once `linear_fc2` has read it, and made again in backward."""
+    Under selective recomputation the product is dropped once `linear_fc2` has read it, and made
+    again in backward."""
 
-    def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None, **unused: Any) -> None:
-        """What Megatron's layers pass for a class given as `mlp`: the configuration alone (0.16), or the groups and more too (0.19)."""
+    def __init__(
+        self,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection | None = None,
+        **unused: Any,
+    ) -> None:
+        """What Megatron's layers pass for a class given as `mlp`: the configuration alone (0.16),
+        or the groups and more too (0.19)."""
         super().__init__(
             config,
             MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
@@ -27,10 +35,14 @@ class SwiGLU(MLP):
             tp_group=tensor_group() if pg_collection is None else pg_collection.tp,
         )
 
-    def forward(self, hidden_states: Tensor, per_token_scale: None = None, **unused: Any) -> tuple[Tensor, None]:
-        """hidden_states [s, b, h] (the rank's own tokens under sequence parallelism) -> ([s, b, h], no bias).
+    def forward(
+        self, hidden_states: Tensor, per_token_scale: None = None, **unused: Any
+    ) -> tuple[Tensor, None]:
+        """hidden_states [s, b, h] (the rank's own tokens under sequence parallelism) -> ([s, b, h],
+        no bias).
 
-        Megatron also passes what only experts use: `per_token_scale`, which must be None, and a padding mask."""
+        Megatron also passes what only experts use: `per_token_scale`, which must be None, and a
+        padding mask."""
         assert per_token_scale is None, "only the experts of a mixture are scaled per token"
         projected, _ = self.linear_fc1(hidden_states)
         if self.config.recompute_granularity != "selective":

@@ -1,4 +1,5 @@
-"""Megatron layer specs: one per layer, chosen by the layer's mixer, sliced to the pipeline stage of this process."""
+"""Megatron layer specs: one per layer, chosen by the layer's mixer, sliced to the pipeline stage of
+this process."""
 
 import warnings
 from typing import Any
@@ -25,20 +26,35 @@ from megatron_hypenet.parallel.recompute import use_in_megatron
 
 _RECOMPUTE: dict[Recompute, dict[str, Any]] = {
     "none": {},
-    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "layernorm"]},
-    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    "selective": {
+        "recompute_granularity": "selective",
+        "recompute_modules": ["core_attn", "layernorm"],
+    },
+    "full": {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    },
 }
 
 
 def transformer_config(
-    model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype, layout: tuple[int, ...] = (), recompute: Recompute = "none"
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    dtype: torch.dtype,
+    layout: tuple[int, ...] = (),
+    recompute: Recompute = "none",
 ) -> TransformerConfig:
-    """Megatron's configuration of a model in one dtype (float64 too) on one layout, `layout` being the layers per pipeline stage
-    where there are several."""
+    """Megatron's configuration of a model in one dtype (float64 too) on one layout, `layout` being
+    the layers per pipeline stage where there are several."""
     init = init_method_normal(model.init_method_std)
-    use_in_megatron()  # for "layernorm"; "core_attn" is read by the mixers, and the MLP goes by the granularity
-    # Megatron wonders whether Transformer Engine's attention needs recomputing; these mixers are not Transformer Engine's.
-    warnings.filterwarnings("ignore", message="If you are using transformer_engine as the transformer implementation")
+    # for "layernorm"; "core_attn" is read by the mixers, and the MLP goes by the granularity
+    use_in_megatron()
+    # Megatron wonders whether Transformer Engine's attention needs recomputing; these mixers are
+    # not Transformer Engine's.
+    warnings.filterwarnings(
+        "ignore", message="If you are using transformer_engine as the transformer implementation"
+    )
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -63,12 +79,14 @@ def transformer_config(
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         pipeline_model_parallel_layout=_megatron_layout(layout) if len(layout) > 1 else None,
         context_parallel_size=parallel.context_parallel_size,
-        cp_comm_type="p2p" if parallel.context_parallel_method == "ring" else "all_gather",  # Megatron's names for the two
+        # Megatron's names for the two
+        cp_comm_type="p2p" if parallel.context_parallel_method == "ring" else "all_gather",
         sequence_parallel=parallel.sequence_parallel,
         bias_activation_fusion=False,  # model.mlp has its own
         bias_dropout_fusion=False,
         gradient_accumulation_fusion=False,
-        # sic: Megatron's spelling. Checkpoint keys carry the global layer index, since layers differ.
+        # sic: Megatron's spelling. Checkpoint keys carry the global layer index, since layers
+        # differ.
         hetereogenous_dist_checkpoint=True,
         **_RECOMPUTE[recompute],
         attention_softmax_in_fp32=dtype != torch.float64,
@@ -76,17 +94,24 @@ def transformer_config(
 
 
 def _megatron_layout(layout: tuple[int, ...]) -> list[list[str]]:
-    """Layers per stage as Megatron spells a free layout: the embedding opens the first stage, the loss closes the last."""
+    """Layers per stage as Megatron spells a free layout: the embedding opens the first stage, the
+    loss closes the last."""
     stages = [["decoder"] * count for count in layout]
     stages[0].insert(0, "embedding")
     stages[-1].append("loss")
     return stages
 
 
-def block_spec(model: ModelConfig, layout: tuple[int, ...], stage: int, *, trunk_only: bool = False) -> TransformerBlockSubmodules:
-    """Specs of the layers on one pipeline stage. `trunk_only` leaves out the last layer's MLP: nothing after the last mixer is built."""
+def block_spec(
+    model: ModelConfig, layout: tuple[int, ...], stage: int, *, trunk_only: bool = False
+) -> TransformerBlockSubmodules:
+    """Specs of the layers on one pipeline stage. `trunk_only` leaves out the last layer's MLP:
+    nothing after the last mixer is built."""
     last = model.num_layers - 1
-    layers = [layer_spec(model, model.mixer_types[i], with_mlp=not (trunk_only and i == last)) for i in layers_of_stage(layout, stage)]
+    layers = [
+        layer_spec(model, model.mixer_types[i], with_mlp=not (trunk_only and i == last))
+        for i in layers_of_stage(layout, stage)
+    ]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
 
 
@@ -96,7 +121,9 @@ def layer_spec(model: ModelConfig, mixer: str, *, with_mlp: bool = True) -> Modu
         PreNormLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
-            self_attention=ModuleSpec(mixer_class(mixer), params={"model": model}, submodules=MixerSubmodules()),
+            self_attention=ModuleSpec(
+                mixer_class(mixer), params={"model": model}, submodules=MixerSubmodules()
+            ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm if with_mlp else IdentityOp,
             mlp=SwiGLU if with_mlp else IdentityOp,

@@ -1,4 +1,5 @@
-"""Attention weights for an RNN mixer: the tensor algebra of HALO's first step (arXiv 2601.22156), and reproducible fresh weights."""
+"""Attention weights for an RNN mixer: the tensor algebra of HALO's first step (arXiv 2601.22156),
+and reproducible fresh weights."""
 
 import hashlib
 
@@ -9,20 +10,26 @@ from megatron_hypenet.config.mixers import Init, ParamSpec
 
 
 def repeat_groups(weight: Tensor, head_dim: int, heads_per_group: int) -> Tensor:
-    """Give every query head its own copy of its group's key or value rows: [groups * head_dim, h] -> [heads * head_dim, h].
+    """Give every query head its own copy of its group's key or value rows: [groups * head_dim, h]
+    -> [heads * head_dim, h].
 
     Copies are adjacent (repeat-interleave), because query heads of one group are adjacent."""
     heads = weight.unflatten(0, (-1, head_dim))
     return heads.repeat_interleave(heads_per_group, dim=0).flatten(0, 1)
 
 
-def fresh_parameter(key: str, parameter: ParamSpec, *, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A tensor of the parameter's whole shape, drawn as its specification says; it depends on its global name `key` and on the seed
-    alone: equal on every layout and in every order. Drawn on the CPU in fp32, then cast."""
+def fresh_parameter(
+    key: str, parameter: ParamSpec, *, seed: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """A tensor of the parameter's whole shape, drawn as its specification says; it depends on its
+    global name `key` and on the seed alone: equal on every layout and in every order. Drawn on the
+    CPU in fp32, then cast."""
     return draw(parameter.init, parameter.shape, _generator(key, seed)).to(dtype)
 
 
-def named_normal(key: str, shape: tuple[int, ...], *, std: float, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def named_normal(
+    key: str, shape: tuple[int, ...], *, std: float, seed: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """The same for any tensor from N(0, std^2)."""
     return draw(Init("normal", 0.0, std), shape, _generator(key, seed)).to(dtype)
 
@@ -33,7 +40,8 @@ def _generator(key: str, seed: int) -> torch.Generator:
 
 
 def draw(init: Init, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """fp32 numbers of the distribution on the CPU; inverse softplus is x + log(1 - exp(-x)), and "log" its plain logarithm."""
+    """fp32 numbers of the distribution on the CPU; inverse softplus is x + log(1 - exp(-x)), and
+    "log" its plain logarithm."""
     if init.distribution == "constant":
         drawn = torch.full(shape, init.first)
     elif init.distribution == "normal":

@@ -1,7 +1,9 @@
-"""One step of AdamW on flat fp32 weights that clips the gradient and writes the model's own, narrower weights as it goes.
+"""One step of AdamW on flat fp32 weights that clips the gradient and writes the model's own,
+narrower weights as it goes.
 
-Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (arXiv 1711.05101). Scaling the gradient, torch's fused step, and the
-copy to the narrow weights move 8, 28 and 6 bytes per weight one after the other; together they move 30."""
+Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (arXiv 1711.05101). Scaling
+the gradient, torch's fused step, and the copy to the narrow weights move 8, 28 and 6 bytes per
+weight one after the other; together they move 30."""
 
 from __future__ import annotations
 
@@ -50,13 +52,27 @@ def _check(where: torch.device, use: KernelUse) -> KernelCheck:
 
 @kernel_family("adamw", fits=lambda use: kernel_fits(use.dtype), check=_check)
 @torch.no_grad()
-def adamw(weight: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, narrow: Tensor, step: AdamWStep, scale: Tensor) -> None:
-    """Update `weight`, `exp_avg`, `exp_avg_sq` [n], fp32, and overwrite `narrow` [n] with the weight in its own dtype; all contiguous.
+def adamw(
+    weight: Tensor,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    narrow: Tensor,
+    step: AdamWStep,
+    scale: Tensor,
+) -> None:
+    """Update `weight`, `exp_avg`, `exp_avg_sq` [n], fp32, and overwrite `narrow` [n] with the
+    weight in its own dtype; all contiguous.
 
-    `scale` (0-dimensional, fp32, on the same device) is what the gradient is multiplied with first; where it is NaN nothing changes.
-    On CUDA one kernel, and the host does not wait; elsewhere torch's fused step, with the gradient scaled in place before it and the copy
-    after it."""
-    if weight.is_cuda and enabled("adamw") and kernel_fits(narrow.dtype) and weight.dtype == torch.float32:
+    `scale` (0-dimensional, fp32, on the same device) is what the gradient is multiplied with first;
+    where it is NaN nothing changes. On CUDA one kernel, and the host does not wait; elsewhere
+    torch's fused step, with the gradient scaled in place before it and the copy after it."""
+    if (
+        weight.is_cuda
+        and enabled("adamw")
+        and kernel_fits(narrow.dtype)
+        and weight.dtype == torch.float32
+    ):
         fused_adamw(weight, gradient, exp_avg, exp_avg_sq, narrow, step, scale)
         return
     factor = float(scale)
@@ -66,9 +82,21 @@ def adamw(weight: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor,
         gradient.mul_(factor)
     before = torch.tensor(step.count - 1.0, device=weight.device)
     torch_adamw(
-        [weight], [gradient], [exp_avg], [exp_avg_sq], [], [before], fused=True, amsgrad=False, maximize=False,
-        beta1=step.betas[0], beta2=step.betas[1], lr=step.lr, weight_decay=step.weight_decay, eps=step.eps,
-    )  # fmt: skip
+        [weight],
+        [gradient],
+        [exp_avg],
+        [exp_avg_sq],
+        [],
+        [before],
+        fused=True,
+        amsgrad=False,
+        maximize=False,
+        beta1=step.betas[0],
+        beta2=step.betas[1],
+        lr=step.lr,
+        weight_decay=step.weight_decay,
+        eps=step.eps,
+    )
     narrow.copy_(weight)
 
 
@@ -78,12 +106,22 @@ def kernel_fits(dtype: torch.dtype) -> bool:
 
 
 def fused_adamw(
-    weight: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, narrow: Tensor, step: AdamWStep, scale: Tensor
+    weight: Tensor,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    narrow: Tensor,
+    step: AdamWStep,
+    scale: Tensor,
 ) -> None:
-    """The kernel; arguments as in `adamw`. ValueError unless all five have as many numbers, in one piece of memory each."""
+    """The kernel; arguments as in `adamw`. ValueError unless all five have as many numbers, in one
+    piece of memory each."""
     from megatron_hypenet.ops import adamw_kernels as kernels
 
     tensors = (weight, gradient, exp_avg, exp_avg_sq, narrow)
     if len({x.numel() for x in tensors}) > 1 or not all(x.is_contiguous() for x in tensors):
-        raise ValueError(f"weights, gradients and moments do not belong together: {', '.join(str(tuple(x.shape)) for x in tensors)}")
+        raise ValueError(
+            "weights, gradients and moments do not belong together: "
+            f"{', '.join(str(tuple(x.shape)) for x in tensors)}"
+        )
     kernels.run(*tensors, step, scale)

@@ -11,17 +11,21 @@ from torch import Tensor
 if TYPE_CHECKING:
     from megatron_hypenet.ops.adamw import AdamWStep
 
-BLOCK, WARPS = 1024, 4
+BLOCK = 1024
+WARPS = 4
 VECTOR = 4
-"""Numbers that lie together in one thread: 16 bytes of fp32; the narrow weights follow with what that leaves them."""
+"""Numbers that lie together in one thread: 16 bytes of fp32; the narrow weights follow with what
+that leaves them."""
 
 
 @triton.jit
 def kernel(
-    weight, gradient, exp_avg, exp_avg_sq, narrow, scale, count, kept, beta1, rest1, beta2, rest2, step_size, root_correction, eps,
+    weight, gradient, exp_avg, exp_avg_sq, narrow, scale, count, kept, beta1, rest1, beta2, rest2,
+    step_size, root_correction, eps,
     block: tl.constexpr, vector: tl.constexpr,
 ):  # fmt: skip
-    """m = beta1 m + rest1 g, s = beta2 s + rest2 g^2, w = kept w - step_size m / (sqrt(s) / root_correction + eps), with g scaled.
+    """m = beta1 m + rest1 g, s = beta2 s + rest2 g^2, w = kept w - step_size m / (sqrt(s) /
+    root_correction + eps), with g scaled.
 
     Nothing where the scale is NaN."""
     factor = tl.load(scale)
@@ -31,24 +35,46 @@ def kernel(
         grad = tl.load(gradient + at, mask=inside, other=0.0) * factor
         mean = beta1 * tl.load(exp_avg + at, mask=inside, other=0.0) + rest1 * grad
         square = beta2 * tl.load(exp_avg_sq + at, mask=inside, other=0.0) + rest2 * grad * grad
-        value = kept * tl.load(weight + at, mask=inside, other=0.0) - step_size * mean / (tl.sqrt(square) / root_correction + eps)
+        value = kept * tl.load(weight + at, mask=inside, other=0.0) - step_size * mean / (
+            tl.sqrt(square) / root_correction + eps
+        )
         tl.store(exp_avg + at, mean, mask=inside)
         tl.store(exp_avg_sq + at, square, mask=inside)
         tl.store(weight + at, value, mask=inside)
         tl.store(narrow + at, value.to(narrow.dtype.element_ty), mask=inside)
 
 
-def run(weight: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, narrow: Tensor, step: AdamWStep, scale: Tensor) -> None:
-    """All contiguous and of as many numbers. What is left of a whole number of blocks is a launch of its own, so that a size that no power
-    of two divides costs the wide accesses nowhere else."""
+def run(
+    weight: Tensor,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    narrow: Tensor,
+    step: AdamWStep,
+    scale: Tensor,
+) -> None:
+    """All contiguous and of as many numbers. What is left of a whole number of blocks is a launch
+    of its own, so that a size that no power of two divides costs the wide accesses nowhere else."""
     tensors = [x.detach().view(-1) for x in (weight, gradient, exp_avg, exp_avg_sq, narrow)]
     count = tensors[0].numel()
-    (beta1, beta2), whole = step.betas, count - count % BLOCK
+    (beta1, beta2) = step.betas
+    whole = count - count % BLOCK
     for start, stop in ((0, whole), (whole, count)):
         if start == stop:
             continue
         kernel[(triton.cdiv(stop - start, BLOCK),)](
-            *(x[start:stop] for x in tensors), scale, stop - start, 1.0 - step.lr * step.weight_decay,
-            beta1, 1.0 - beta1, beta2, 1.0 - beta2, step.step_size, step.root_correction, step.eps,
-            block=BLOCK, vector=VECTOR, num_warps=WARPS,
-        )  # fmt: skip
+            *(x[start:stop] for x in tensors),
+            scale,
+            stop - start,
+            1.0 - step.lr * step.weight_decay,
+            beta1,
+            1.0 - beta1,
+            beta2,
+            1.0 - beta2,
+            step.step_size,
+            step.root_correction,
+            step.eps,
+            block=BLOCK,
+            vector=VECTOR,
+            num_warps=WARPS,
+        )

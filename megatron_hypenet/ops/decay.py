@@ -10,9 +10,10 @@ from torch import Tensor
 def alibi_slopes(num_heads: int) -> Tensor:
     """Slopes of all heads, float64 [num_heads]; the decay of head h is `exp(-slope[h])` per token.
 
-    For a power of two n: `2^(-8 (i + 1) / n)`, i = 0..n-1. Otherwise the slopes of the power of two m below n, followed by every
-    second slope of the set for 2m, until n are there. Tensor-parallel ranks compute all heads and then take their slice.
-    Raises ValueError when `num_heads` is not positive."""
+    For a power of two n: `2^(-8 (i + 1) / n)`, i = 0..n-1. Otherwise the slopes of the power of two
+    m below n, followed by every second slope of the set for 2m, until n are there. Tensor-parallel
+    ranks compute all heads and then take their slice. Raises ValueError when `num_heads` is not
+    positive."""
     if num_heads < 1:
         raise ValueError(f"num_heads={num_heads}: at least one head is needed")
     power = 1 << (num_heads.bit_length() - 1)
@@ -21,7 +22,8 @@ def alibi_slopes(num_heads: int) -> Tensor:
 
 
 def log_decay(num_heads: int) -> Tensor:
-    """Log of the per-token decay of each head, float64 [num_heads], all negative: `-alibi_slopes`."""
+    """Log of the per-token decay of each head, float64 [num_heads], all negative:
+    `-alibi_slopes`."""
     return -alibi_slopes(num_heads)
 
 

@@ -1,7 +1,9 @@
-"""RMSNorm of a whole row and then the output gate, `rms_norm(x) * w * sigmoid(gate)`, in one pass over memory on a GPU.
+"""RMSNorm of a whole row and then the output gate, `rms_norm(x) * w * sigmoid(gate)`, in one pass
+over memory on a GPU.
 
-Source: HypeNet's Lightning layer, which normalises all heads together and then gates (arXiv 2601.22156). Only where one process holds
-whole rows: a row split over tensor-parallel ranks needs its sum of squares from all of them first."""
+Source: HypeNet's Lightning layer, which normalises all heads together and then gates (arXiv
+2601.22156). Only where one process holds whole rows: a row split over tensor-parallel ranks needs
+its sum of squares from all of them first."""
 
 from __future__ import annotations
 
@@ -26,11 +28,16 @@ def _check(where: torch.device, use: KernelUse) -> KernelCheck:
     return selftest.check_gated_norm(where, use.dtype, width=use.width)
 
 
-@kernel_family("gated_norm", fits=lambda use: use.tensor_ranks == 1 and kernel_fits(use.dtype, use.width), check=_check)
+@kernel_family(
+    "gated_norm",
+    fits=lambda use: use.tensor_ranks == 1 and kernel_fits(use.dtype, use.width),
+    check=_check,
+)
 def gated_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x, gate [t, b, n], weight [n] -> [t, b, n] in x's dtype.
 
-    On CUDA one kernel, fp32 inside, gradients for all three; elsewhere plain torch, which rounds in between."""
+    On CUDA one kernel, fp32 inside, gradients for all three; elsewhere plain torch, which rounds in
+    between."""
     if x.is_cuda and enabled("gated_norm") and kernel_fits(x.dtype, x.shape[-1]):
         return fused_gated_norm(x, gate, weight, eps)
     return F.rms_norm(x, (x.shape[-1],), weight, eps) * torch.sigmoid(gate)

@@ -1,6 +1,8 @@
-"""The fp32 sum of narrow gradients, `total = gradient` or `total += gradient`, by wide accesses to memory on a GPU.
+"""The fp32 sum of narrow gradients, `total = gradient` or `total += gradient`, by wide accesses to
+memory on a GPU.
 
-torch's own `copy_` and `add_` between two dtypes move one number at a time: on an H100 1.8 TB/s of 3.0. The numbers are the same."""
+torch's own `copy_` and `add_` between two dtypes move one number at a time: on an H100 1.8 TB/s of
+3.0. The numbers are the same."""
 
 from __future__ import annotations
 
@@ -25,10 +27,17 @@ def _check(where: torch.device, use: KernelUse) -> KernelCheck:
 
 @kernel_family("gradient_sum", fits=lambda use: kernel_fits(use.dtype), check=_check)
 def gradient_sum(total: Tensor, gradient: Tensor, *, add: bool) -> None:
-    """Write `gradient` [n] to `total` [n], in place, or add it; total is fp32 for the kernel, and contiguous like the gradient.
+    """Write `gradient` [n] to `total` [n], in place, or add it; total is fp32 for the kernel, and
+    contiguous like the gradient.
 
-    On CUDA one kernel; elsewhere torch's operations, which give the same bits. No gradient flows through this."""
-    fits = kernel_fits(gradient.dtype) and total.dtype == torch.float32 and total.is_contiguous() and gradient.is_contiguous()
+    On CUDA one kernel; elsewhere torch's operations, which give the same bits. No gradient flows
+    through this."""
+    fits = (
+        kernel_fits(gradient.dtype)
+        and total.dtype == torch.float32
+        and total.is_contiguous()
+        and gradient.is_contiguous()
+    )
     if total.is_cuda and gradient.is_cuda and enabled("gradient_sum") and fits:
         fused_gradient_sum(total, gradient, add=add)
     elif add:
@@ -43,9 +52,13 @@ def kernel_fits(dtype: torch.dtype) -> bool:
 
 
 def fused_gradient_sum(total: Tensor, gradient: Tensor, *, add: bool) -> None:
-    """The kernel; arguments as in `gradient_sum`. ValueError for another number of gradients, of which torch would repeat a single one."""
+    """The kernel; arguments as in `gradient_sum`. ValueError for another number of gradients, of
+    which torch would repeat a single one."""
     from megatron_hypenet.ops import gradient_sum_kernels as kernels
 
     if total.numel() != gradient.numel():
-        raise ValueError(f"a sum of {total.numel()} numbers and a gradient of {gradient.numel()} do not belong together")
+        raise ValueError(
+            f"a sum of {total.numel()} numbers and a gradient of {gradient.numel()} do not belong "
+            "together"
+        )
     kernels.run(total, gradient, add)

@@ -1,18 +1,21 @@
-"""Triton kernel of `gradient_sum.py`: one flat block per program, each number read and written once."""
+"""Triton kernel of `gradient_sum.py`: one flat block per program, each number read and written
+once."""
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK, WARPS = 2048, 4
+BLOCK = 2048
+WARPS = 4
 VECTOR = 4
-"""Numbers that lie together in one thread: 16 bytes of the sum. With eight, which are 16 bytes of a bf16 gradient, the store would need
-the numbers dealt to other threads, through shared memory."""
+"""Numbers that lie together in one thread: 16 bytes of the sum. With eight, which are 16 bytes of a
+bf16 gradient, the store would need the numbers dealt to other threads, through shared memory."""
 
 
 @triton.jit
 def kernel(total, gradient, count, add: tl.constexpr, block: tl.constexpr, vector: tl.constexpr):
-    """total = gradient, or total += gradient. How wide the accesses are follows from where both begin, which each launch looks at."""
+    """total = gradient, or total += gradient. How wide the accesses are follows from where both
+    begin, which each launch looks at."""
     at = tl.program_id(0).to(tl.int64) * block + tl.max_contiguous(tl.arange(0, block), vector)
     inside = at < count
     value = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
@@ -24,4 +27,6 @@ def kernel(total, gradient, count, add: tl.constexpr, block: tl.constexpr, vecto
 def run(total: Tensor, gradient: Tensor, add: bool) -> None:
     """Both contiguous and of as many numbers, total fp32: it is overwritten, or added to."""
     if count := total.numel():
-        kernel[(triton.cdiv(count, BLOCK),)](total, gradient, count, add=add, block=BLOCK, vector=VECTOR, num_warps=WARPS)
+        kernel[(triton.cdiv(count, BLOCK),)](
+            total, gradient, count, add=add, block=BLOCK, vector=VECTOR, num_warps=WARPS
+        )

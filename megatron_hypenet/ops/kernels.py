@@ -1,7 +1,9 @@
-"""Families of Triton kernels: each registers where its front is defined; whatever chooses between a kernel and its torch form asks here.
+"""Families of Triton kernels: each registers where its front is defined; whatever chooses between a
+kernel and its torch form asks here.
 
-A family is turned off when its kernels do not work on this machine's GPU (`engine.kernel_guard` finds that out), or by whoever starts the
-process, with their names in HYPENET_DISABLE_KERNELS, joined by commas, or `all`."""
+A family is turned off when its kernels do not work on this machine's GPU (`engine.kernel_guard`
+finds that out), or by whoever starts the process, with their names in HYPENET_DISABLE_KERNELS,
+joined by commas, or `all`."""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ VARIABLE = "HYPENET_DISABLE_KERNELS"
 
 @dataclass(frozen=True)
 class KernelUse:
-    """Which kernels a model runs: what they are compiled for, and the shapes that decide how. Sizes are those of one rank."""
+    """Which kernels a model runs: what they are compiled for, and the shapes that decide how. Sizes
+    are those of one rank."""
 
     dtype: torch.dtype
     head_dim: int
@@ -40,7 +43,8 @@ class KernelUse:
     mixers: frozenset[str] = frozenset()
     """Names of the mixers in the model, or that will be trained beside it."""
     thorough: bool = False
-    """Check every way in and out, whether or not a model uses it, as `hypenet doctor --kernels` does."""
+    """Check every way in and out, whether or not a model uses it, as `hypenet doctor --kernels`
+    does."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,8 @@ def kernel_family(
     needs: tuple[str, ...] = (),
     surveyed: tuple[Mapping[str, Any], ...] = ({},),
 ) -> Callable[[Front], Front]:
-    """Decorator of the function that chooses between the kernels and their torch form: makes the family known.
+    """Decorator of the function that chooses between the kernels and their torch form: makes the
+    family known.
 
     Args:
         name: as HYPENET_DISABLE_KERNELS and messages spell it.
@@ -91,16 +96,21 @@ def kernel_family(
 
 
 def named(words: str) -> tuple[str, ...]:
-    """The families that a value of the environment variable names. ConfigError for a word that is none."""
+    """The families that a value of the environment variable names. ConfigError for a word that is
+    none."""
     chosen = _words(words)
     if unknown := [word for word in chosen if word not in (*FAMILIES, "all")]:
         known = ", ".join(sorted(FAMILIES))
-        raise ConfigError(f"{VARIABLE}={words}: {', '.join(unknown)} is no family of kernels; choose from {known}, or all")
+        raise ConfigError(
+            f"{VARIABLE}={words}: {', '.join(unknown)} is no family of kernels; "
+            f"choose from {known}, or all"
+        )
     return tuple(FAMILIES) if "all" in chosen else tuple(chosen)
 
 
 def check_variable() -> None:
-    """ConfigError when the environment variable names what is no family; asked once all families are loaded."""
+    """ConfigError when the environment variable names what is no family; asked once all families
+    are loaded."""
     named(os.environ.get(VARIABLE, ""))
 
 
@@ -110,7 +120,8 @@ def enabled(family: str) -> bool:
 
 
 def disable(family: str) -> None:
-    """Use the torch form of this family from now on, in the whole process; KeyError for an unknown one."""
+    """Use the torch form of this family from now on, in the whole process; KeyError for an unknown
+    one."""
     if family not in _enabled:
         raise KeyError(family)
     _enabled[family] = False

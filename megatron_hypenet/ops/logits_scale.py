@@ -1,7 +1,8 @@
-"""HyPE's logit scaling of the softmax layers, used at inference: `s_t = ln(t + a) / ln(a)` at 0-based position t.
+"""HyPE's logit scaling of the softmax layers, used at inference: `s_t = ln(t + a) / ln(a)` at
+0-based position t.
 
-Source: arXiv 2601.22156. A config says `"hype <a>"`, plain `"hype"` (a = 362), a number (constant factor), or null (off);
-`config/model.py` has already refused anything else."""
+Source: arXiv 2601.22156. A config says `"hype <a>"`, plain `"hype"` (a = 362), a number (constant
+factor), or null (off); `config/model.py` has already refused anything else."""
 
 import math
 
@@ -14,7 +15,8 @@ HYPE_DEFAULT_A = 362.0
 
 
 def logits_scale(value: str | float | None, positions: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """Factor of q at each position, computed in float64 and cast: positions [t] (0-based, global) -> [t], or None when off.
+    """Factor of q at each position, computed in float64 and cast: positions [t] (0-based, global)
+    -> [t], or None when off.
 
     Raises ValueError for a value that no config accepts."""
     value = check_logits_scaling(value)

@@ -1,11 +1,14 @@
-"""Triton kernels of `norm_rope.py`. A program takes a few tokens and all of their heads: each sine is taken once."""
+"""Triton kernels of `norm_rope.py`. A program takes a few tokens and all of their heads: each sine
+is taken once."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-TOKENS, WARPS = 8, 2  # with 128 columns a thread then moves 16 bytes at a time
+# with 128 columns a thread then moves 16 bytes at a time
+TOKENS = 8
+WARPS = 2
 
 # One kernel for all of them: a batch of one, say, would be compiled, and have to be checked, apart.
 SIZES = ["rows", "batch", "heads"]
@@ -13,10 +16,15 @@ SIZES = ["rows", "batch", "heads"]
 
 @triton.jit
 def _places(x_rows, batch, stride_t, stride_b, tokens: tl.constexpr):
-    """Offsets of this program's rows (tokens times batch, batch innermost), their positions along t, and which exist."""
+    """Offsets of this program's rows (tokens times batch, batch innermost), their positions along
+    t, and which exist."""
     row = tl.program_id(0) * tokens + tl.arange(0, tokens)
     position = row // batch
-    return position.to(tl.int64) * stride_t + (row % batch).to(tl.int64) * stride_b, position, row < x_rows
+    return (
+        position.to(tl.int64) * stride_t + (row % batch).to(tl.int64) * stride_b,
+        position,
+        row < x_rows,
+    )
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -25,15 +33,19 @@ def forward_kernel(
     stride_xt, stride_xb, stride_xh, stride_yt, stride_yb, stride_yh, stride_at,
     half: tl.constexpr, tokens: tl.constexpr,
 ):  # fmt: skip
-    """y1 = a cos - b sin, y2 = b cos + a sin with (a, b) the normalised and weighted halves of x; without angles y = (a, b)."""
+    """y1 = a cos - b sin, y2 = b cos + a sin with (a, b) the normalised and weighted halves of x;
+    without angles y = (a, b)."""
     col = tl.arange(0, half)[None, :]
     x_at, position, exists = _places(rows, batch, stride_xt, stride_xb, tokens)
     y_at, _, _ = _places(rows, batch, stride_yt, stride_yb, tokens)
     inside = exists[:, None]
     if angles is not None:
-        angle = tl.load(angles + position[:, None].to(tl.int64) * stride_at + col, mask=inside, other=0.0).to(tl.float32)
+        angle = tl.load(
+            angles + position[:, None].to(tl.int64) * stride_at + col, mask=inside, other=0.0
+        ).to(tl.float32)
         cos, sin = tl.cos(angle), tl.sin(angle)
-    w1, w2 = tl.load(weight + col).to(tl.float32), tl.load(weight + half + col).to(tl.float32)
+    w1 = tl.load(weight + col).to(tl.float32)
+    w2 = tl.load(weight + half + col).to(tl.float32)
     for head in range(heads):
         at = x + (x_at + head * stride_xh)[:, None] + col
         x1 = tl.load(at, mask=inside, other=0.0).to(tl.float32)
@@ -50,32 +62,42 @@ def forward_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def backward_kernel(
     x, dy, dx, dweight, weight, angles, rows, batch, heads, eps,
-    stride_xt, stride_xb, stride_xh, stride_yt, stride_yb, stride_yh, stride_dt, stride_db, stride_dh, stride_at,
+    stride_xt, stride_xb, stride_xh, stride_yt, stride_yb, stride_yh, stride_dt, stride_db,
+    stride_dh, stride_at,
     half: tl.constexpr, tokens: tl.constexpr,
 ):  # fmt: skip
-    """dx, and this program's share of dweight, one row of `dweight` [programs, 2 half]: summed later, in a fixed order."""
+    """dx, and this program's share of dweight, one row of `dweight` [programs, 2 half]: summed
+    later, in a fixed order."""
     col = tl.arange(0, half)[None, :]
     x_at, position, exists = _places(rows, batch, stride_xt, stride_xb, tokens)
     y_at, _, _ = _places(rows, batch, stride_yt, stride_yb, tokens)
     dx_at, _, _ = _places(rows, batch, stride_dt, stride_db, tokens)
     inside = exists[:, None]
     if angles is not None:
-        angle = tl.load(angles + position[:, None].to(tl.int64) * stride_at + col, mask=inside, other=0.0).to(tl.float32)
+        angle = tl.load(
+            angles + position[:, None].to(tl.int64) * stride_at + col, mask=inside, other=0.0
+        ).to(tl.float32)
         cos, sin = tl.cos(angle), tl.sin(angle)
-    w1, w2 = tl.load(weight + col).to(tl.float32), tl.load(weight + half + col).to(tl.float32)
-    sum1, sum2 = tl.zeros([tokens, half], dtype=tl.float32), tl.zeros([tokens, half], dtype=tl.float32)
+    w1 = tl.load(weight + col).to(tl.float32)
+    w2 = tl.load(weight + half + col).to(tl.float32)
+    sum1 = tl.zeros([tokens, half], dtype=tl.float32)
+    sum2 = tl.zeros([tokens, half], dtype=tl.float32)
     for head in range(heads):
-        at, dy_from = x + (x_at + head * stride_xh)[:, None] + col, dy + (y_at + head * stride_yh)[:, None] + col
+        at = x + (x_at + head * stride_xh)[:, None] + col
+        dy_from = dy + (y_at + head * stride_yh)[:, None] + col
         x1 = tl.load(at, mask=inside, other=0.0).to(tl.float32)
         x2 = tl.load(at + half, mask=inside, other=0.0).to(tl.float32)
         dy1 = tl.load(dy_from, mask=inside, other=0.0).to(tl.float32)
         dy2 = tl.load(dy_from + half, mask=inside, other=0.0).to(tl.float32)
         mean_square = tl.sum(x1 * x1 + x2 * x2, axis=1) / (2 * half) + eps
-        inverse_rms = tl.where(exists, tl.rsqrt(mean_square), 0.0)[:, None]  # rows past the end add nothing to dweight, whatever eps
+        # rows past the end add nothing to dweight, whatever eps
+        inverse_rms = tl.where(exists, tl.rsqrt(mean_square), 0.0)[:, None]
         n1, n2 = x1 * inverse_rms, x2 * inverse_rms
-        da, db = dy1, dy2
+        da = dy1
+        db = dy2
         if angles is not None:
-            da, db = dy1 * cos + dy2 * sin, dy2 * cos - dy1 * sin
+            da = dy1 * cos + dy2 * sin
+            db = dy2 * cos - dy1 * sin
         sum1 += da * n1
         sum2 += db * n2
         da, db = da * w1, db * w2
@@ -93,29 +115,66 @@ def forward(x: Tensor, weight: Tensor, angles: Tensor | None, eps: float) -> Ten
     t, b, h, d = x.shape
     y = x.new_empty(x.shape)
     forward_kernel[(triton.cdiv(t * b, TOKENS),)](
-        x, y, weight, angles, t * b, b, h, eps, *x.stride()[:3], *y.stride()[:3], 0 if angles is None else angles.stride(0),
-        half=d // 2, tokens=TOKENS, num_warps=WARPS,
-    )  # fmt: skip
+        x,
+        y,
+        weight,
+        angles,
+        t * b,
+        b,
+        h,
+        eps,
+        *x.stride()[:3],
+        *y.stride()[:3],
+        0 if angles is None else angles.stride(0),
+        half=d // 2,
+        tokens=TOKENS,
+        num_warps=WARPS,
+    )
     return y
 
 
-def backward(x: Tensor, weight: Tensor, angles: Tensor | None, dy: Tensor, eps: float, dx: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """dx [t, b, h, d], contiguous or the one that is given to be filled, dweight [d] in weight's dtype."""
+def backward(
+    x: Tensor,
+    weight: Tensor,
+    angles: Tensor | None,
+    dy: Tensor,
+    eps: float,
+    dx: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """dx [t, b, h, d], contiguous or the one that is given to be filled, dweight [d] in weight's
+    dtype."""
     t, b, h, d = x.shape
     programs = triton.cdiv(t * b, TOKENS)
     dx = x.new_empty(x.shape) if dx is None else dx
     partial = x.new_empty(programs, d, dtype=torch.float32)
     backward_kernel[(programs,)](
-        x, dy, dx, partial, weight, angles, t * b, b, h, eps, *x.stride()[:3], *dy.stride()[:3], *dx.stride()[:3],
-        0 if angles is None else angles.stride(0), half=d // 2, tokens=TOKENS, num_warps=WARPS,
-    )  # fmt: skip
+        x,
+        dy,
+        dx,
+        partial,
+        weight,
+        angles,
+        t * b,
+        b,
+        h,
+        eps,
+        *x.stride()[:3],
+        *dy.stride()[:3],
+        *dx.stride()[:3],
+        0 if angles is None else angles.stride(0),
+        half=d // 2,
+        tokens=TOKENS,
+        num_warps=WARPS,
+    )
     return dx, partial.sum(0).to(weight.dtype)
 
 
 forward_op = torch.library.custom_op("hypenet::norm_rope", forward, mutates_args=())
 
 
-def _backward(x: Tensor, weight: Tensor, angles: Tensor | None, dy: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _backward(
+    x: Tensor, weight: Tensor, angles: Tensor | None, dy: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
     return backward(x, weight, angles, dy, eps)
 
 
@@ -128,5 +187,7 @@ def _(x: Tensor, weight: Tensor, angles: Tensor | None, eps: float) -> Tensor:
 
 
 @backward_op.register_fake
-def _(x: Tensor, weight: Tensor, angles: Tensor | None, dy: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _(
+    x: Tensor, weight: Tensor, angles: Tensor | None, dy: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), torch.empty_like(weight)

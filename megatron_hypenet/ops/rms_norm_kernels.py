@@ -1,4 +1,5 @@
-"""Triton kernels of `rms_norm.py`: forward one row per program, backward a strided set of rows, so that dweight has few partial sums."""
+"""Triton kernels of `rms_norm.py`: forward one row per program, backward a strided set of rows, so
+that dweight has few partial sums."""
 
 import torch
 import triton
@@ -8,34 +9,47 @@ from torch import Tensor
 from megatron_hypenet.ops.rows import as_rows, warps_of_row
 
 BACKWARD_PROGRAMS = 528  # four for each multiprocessor of an H100
-# `rows` stays a run-time number: a single row would otherwise be compiled, and have to be checked, apart.
+# `rows` stays a run-time number: a single row would otherwise be compiled, and have to be checked,
+# apart.
 
 
 @triton.jit
-def forward_kernel(x, residual, summed, y, weight, width, eps, stride_x, stride_residual, block: tl.constexpr):
-    """y = x r w, r = (mean x^2 + eps)^(-1/2); with a residual all that of summed = x + residual, rounded. Outputs are contiguous."""
-    row, col = tl.program_id(0).to(tl.int64), tl.arange(0, block)
+def forward_kernel(
+    x, residual, summed, y, weight, width, eps, stride_x, stride_residual, block: tl.constexpr
+):
+    """y = x r w, r = (mean x^2 + eps)^(-1/2); with a residual all that of summed = x + residual,
+    rounded. Outputs are contiguous."""
+    row = tl.program_id(0).to(tl.int64)
+    col = tl.arange(0, block)
     inside = col < width
     value = tl.load(x + row * stride_x + col, mask=inside, other=0.0).to(tl.float32)
     if residual is not None:
-        value += tl.load(residual + row * stride_residual + col, mask=inside, other=0.0).to(tl.float32)
+        value += tl.load(residual + row * stride_residual + col, mask=inside, other=0.0).to(
+            tl.float32
+        )
         rounded = value.to(summed.dtype.element_ty)
         tl.store(summed + row * width + col, rounded, mask=inside)
         value = rounded.to(tl.float32)
     scale = tl.load(weight + col, mask=inside, other=0.0).to(tl.float32)
     inverse_rms = tl.rsqrt(tl.sum(value * value, axis=0) / width + eps)
-    tl.store(y + row * width + col, (value * inverse_rms * scale).to(y.dtype.element_ty), mask=inside)
+    tl.store(
+        y + row * width + col, (value * inverse_rms * scale).to(y.dtype.element_ty), mask=inside
+    )
 
 
 @triton.jit(do_not_specialize=["rows"])
 def backward_kernel(
-    x, dy, dresidual, dx, dweight, weight, rows, width, eps, stride_x, stride_dy, stride_dresidual, block: tl.constexpr
+    x, dy, dresidual, dx, dweight, weight, rows, width, eps, stride_x, stride_dy, stride_dresidual,
+    block: tl.constexpr
 ):  # fmt: skip
-    """dx (contiguous) = r (w dy - x r^2 mean(w dy x)), plus dresidual where there is one, and this program's share of dweight, one row
-    of `dweight` [programs, width].
+    """dx (contiguous) = r (w dy - x r^2 mean(w dy x)), plus dresidual where there is one, and this
+    program's share of dweight, one row of `dweight` [programs, width].
 
-    A row is asked for while the one before it is worked on; the two means do not wait for each other."""
-    program, programs, col = tl.program_id(0), tl.num_programs(0), tl.arange(0, block)
+    A row is asked for while the one before it is worked on; the two means do not wait for each
+    other."""
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    col = tl.arange(0, block)
     inside = col < width
     scale = tl.load(weight + col, mask=inside, other=0.0).to(tl.float32)
     total = tl.zeros([block], dtype=tl.float32)
@@ -46,7 +60,8 @@ def backward_kernel(
         row = first + turn * programs
         value, grad = next_x.to(tl.float32), next_dy.to(tl.float32)
         if dresidual is not None:
-            beside = tl.load(dresidual + row * stride_dresidual + col, mask=inside, other=0.0)  # needed only after the means
+            # needed only after the means
+            beside = tl.load(dresidual + row * stride_dresidual + col, mask=inside, other=0.0)
         asked = col < tl.where(row + programs < rows, width, 0)
         next_x = tl.load(x + (row + programs) * stride_x + col, mask=asked, other=0.0)
         next_dy = tl.load(dy + (row + programs) * stride_dy + col, mask=asked, other=0.0)
@@ -72,23 +87,43 @@ def add_forward(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tupl
     return _forward(x, residual, weight, eps)
 
 
-def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
     """The norm, and what it is the norm of: x, or its sum with the residual."""
-    n, y, rows = x.shape[-1], x.new_empty(x.shape), as_rows(x)
+    n = x.shape[-1]
+    y = x.new_empty(x.shape)
+    rows = as_rows(x)
     added, summed = (None, None) if residual is None else (as_rows(residual), x.new_empty(x.shape))
     if y.numel():
         forward_kernel[(rows.shape[0],)](
-            rows, added, summed, y, weight.contiguous(), n, eps, rows.stride(0), 0 if added is None else added.stride(0),
-            block=triton.next_power_of_2(n), num_warps=warps_of_row(n),
-        )  # fmt: skip
+            rows,
+            added,
+            summed,
+            y,
+            weight.contiguous(),
+            n,
+            eps,
+            rows.stride(0),
+            0 if added is None else added.stride(0),
+            block=triton.next_power_of_2(n),
+            num_warps=warps_of_row(n),
+        )
     return y, x if summed is None else summed
 
 
-def backward(x: Tensor, weight: Tensor, dy: Tensor, eps: float, dresidual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """x, dy [..., n] -> dx [..., n] contiguous, dweight [n] in weight's dtype, the same in every run.
+def backward(
+    x: Tensor, weight: Tensor, dy: Tensor, eps: float, dresidual: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """x, dy [..., n] -> dx [..., n] contiguous, dweight [n] in weight's dtype, the same in every
+    run.
 
-    `dresidual` [..., n] is the gradient that x has from elsewhere: dx is then the sum, rounded once."""
-    n, dx, rows, grads = x.shape[-1], x.new_empty(x.shape), as_rows(x), as_rows(dy)
+    `dresidual` [..., n] is the gradient that x has from elsewhere: dx is then the sum, rounded
+    once."""
+    n = x.shape[-1]
+    dx = x.new_empty(x.shape)
+    rows = as_rows(x)
+    grads = as_rows(dy)
     beside = None if dresidual is None else as_rows(dresidual)
     programs = min(rows.shape[0], BACKWARD_PROGRAMS)
     partial = x.new_empty(programs, n, dtype=torch.float32)
@@ -117,5 +152,7 @@ def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, 
 
 
 @backward_op.register_fake
-def _(x: Tensor, weight: Tensor, dy: Tensor, eps: float, dresidual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _(
+    x: Tensor, weight: Tensor, dy: Tensor, eps: float, dresidual: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), weight.new_empty(weight.shape)

@@ -1,4 +1,5 @@
-"""What the kernels over rows share: how a tensor reaches them, and how many warps hold a whole row."""
+"""What the kernels over rows share: how a tensor reaches them, and how many warps hold a whole
+row."""
 
 import triton
 from torch import Tensor

@@ -1,7 +1,8 @@
-"""The kernels of the ops against their definitions in float64, launched directly, on inputs like a mixer's.
+"""The kernels of the ops against their definitions in float64, launched directly, on inputs like a
+mixer's.
 
-For `hypenet doctor --kernels`, for the look at the start of a run (`engine.kernel_guard`), and for whoever ports them. Everything here
-imports Triton; a machine without it gets the ImportError."""
+For `hypenet doctor --kernels`, for the look at the start of a run (`engine.kernel_guard`), and for
+whoever ports them. Everything here imports Triton; a machine without it gets the ImportError."""
 
 import math
 from collections.abc import Callable
@@ -20,8 +21,8 @@ from megatron_hypenet.ops.rope import apply_rope
 from megatron_hypenet.ops.sigmoid_gate import fused_sigmoid_gate
 from megatron_hypenet.ops.swiglu import fused_swiglu
 
-# Relative RMS errors allowed per dtype. Inputs rounded to bf16 give 2e-3..4e-3 in any kernel that multiplies bf16; a kernel that only
-# rounds its results to bf16 is at 1.7e-3.
+# Relative RMS errors allowed per dtype. Inputs rounded to bf16 give 2e-3..4e-3 in any kernel that
+# multiplies bf16; a kernel that only rounds its results to bf16 is at 1.7e-3.
 PRODUCT_LIMITS = {torch.bfloat16: 8e-3, torch.float16: 1.5e-3, torch.float32: 1e-5}
 ROUNDING_LIMITS = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 1e-5}
 TF32_LIMIT = 5e-3
@@ -32,7 +33,8 @@ Pairs = dict[str, tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class KernelCheck:
-    """One run of a kernel: what ran, the tensor that is furthest off, by how much (relative RMS), or why it did not run."""
+    """One run of a kernel: what ran, the tensor that is furthest off, by how much (relative RMS),
+    or why it did not run."""
 
     name: str
     worst: str
@@ -46,17 +48,26 @@ class KernelCheck:
         return not self.failure and self.error <= self.limit
 
     def __str__(self) -> str:
-        return f"{self.name}: " + (self.failure or f"{self.worst} is off by {self.error:.1e}, limit {self.limit:.1e}")
+        return f"{self.name}: " + (
+            self.failure or f"{self.worst} is off by {self.error:.1e}, limit {self.limit:.1e}"
+        )
 
 
 def check(name: str, dtype: torch.dtype, limit: float, run: Callable[[], Pairs]) -> KernelCheck:
-    """Call `run` and compare its {name: (got, wanted in float64)}; whatever it raises (a compiler's error too) becomes the finding."""
+    """Call `run` and compare its {name: (got, wanted in float64)}; whatever it raises (a compiler's
+    error too) becomes the finding."""
     name = f"{name} {str(dtype).removeprefix('torch.')}"
     try:
         errors = {key: relative_error(got, want) for key, (got, want) in run().items()}
     except Exception as error:
         said = str(error).strip().splitlines()
-        return KernelCheck(name, "", math.inf, limit, f"{type(error).__name__}: {said[0] if said else 'no message'}")
+        return KernelCheck(
+            name,
+            "",
+            math.inf,
+            limit,
+            f"{type(error).__name__}: {said[0] if said else 'no message'}",
+        )
     worst = max(errors, key=lambda key: (math.isnan(errors[key]), errors[key]))
     return KernelCheck(name, worst, errors[worst], limit)
 
@@ -66,14 +77,24 @@ def relative_error(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want).norm() / want.norm())
 
 
-def check_norm_rope(device: torch.device, dtype: torch.dtype, *, head_dim: int, tokens: int = 256) -> KernelCheck:
+def check_norm_rope(
+    device: torch.device, dtype: torch.dtype, *, head_dim: int, tokens: int = 256
+) -> KernelCheck:
     """Output and gradients, at positions up to 131,072 and without positions."""
 
     def run() -> Pairs:
-        heads, draw = 4, drawer(device)
-        x = draw(tokens, 1, 2 * heads * head_dim).to(dtype)[..., : heads * head_dim].unflatten(-1, (heads, head_dim))
-        weight, dy = (1 + 0.1 * draw(head_dim)).to(dtype), draw(tokens, 1, heads, head_dim).to(dtype)
-        half = torch.linspace(0, 131_072, tokens, device=device)[:, None] * 1e6 ** -torch.linspace(0, 1, head_dim // 2, device=device)
+        heads = 4
+        draw = drawer(device)
+        x = (
+            draw(tokens, 1, 2 * heads * head_dim)
+            .to(dtype)[..., : heads * head_dim]
+            .unflatten(-1, (heads, head_dim))
+        )
+        weight = (1 + 0.1 * draw(head_dim)).to(dtype)
+        dy = draw(tokens, 1, heads, head_dim).to(dtype)
+        half = torch.linspace(0, 131_072, tokens, device=device)[:, None] * 1e6 ** -torch.linspace(
+            0, 1, head_dim // 2, device=device
+        )
         angles = torch.cat((half, half), -1)[:, None, None]
 
         def exact(x: Tensor, weight: Tensor) -> Tensor:
@@ -90,40 +111,54 @@ def check_norm_rope(device: torch.device, dtype: torch.dtype, *, head_dim: int, 
     return check(f"norm_rope head_dim {head_dim}", dtype, ROUNDING_LIMITS[dtype], run)
 
 
-def check_gated_norm(device: torch.device, dtype: torch.dtype, *, width: int, tokens: int = 600) -> KernelCheck:
+def check_gated_norm(
+    device: torch.device, dtype: torch.dtype, *, width: int, tokens: int = 600
+) -> KernelCheck:
     """Output and gradients. 600 rows are more than the programs of the backward kernel."""
 
     def run() -> Pairs:
         draw = drawer(device)
-        x, gate = draw(tokens, 1, width).to(dtype), draw(tokens, 1, 2 * width).to(dtype)[..., width:]
-        weight, dy = (1 + 0.1 * draw(width)).to(dtype), draw(tokens, 1, width).to(dtype)
+        x = draw(tokens, 1, width).to(dtype)
+        gate = draw(tokens, 1, 2 * width).to(dtype)[..., width:]
+        weight = (1 + 0.1 * draw(width)).to(dtype)
+        dy = draw(tokens, 1, width).to(dtype)
 
         def exact(x: Tensor, gate: Tensor, weight: Tensor) -> Tensor:
             return F.rms_norm(x, (width,), weight, EPS) * torch.sigmoid(gate)
 
         leaves = {"x": x, "gate": gate, "weight": weight}
-        return with_gradients(lambda x, gate, w: fused_gated_norm(x, gate, w, EPS), exact, leaves, dy)
+        return with_gradients(
+            lambda x, gate, w: fused_gated_norm(x, gate, w, EPS), exact, leaves, dy
+        )
 
     return check(f"gated_norm width {width}", dtype, ROUNDING_LIMITS[dtype], run)
 
 
-def check_sigmoid_gate(device: torch.device, dtype: torch.dtype, *, width: int, tokens: int = 64) -> KernelCheck:
+def check_sigmoid_gate(
+    device: torch.device, dtype: torch.dtype, *, width: int, tokens: int = 64
+) -> KernelCheck:
     """Output and gradients; the gate is a slice of a wider projection."""
 
     def run() -> Pairs:
         draw = drawer(device)
-        x, gate = draw(tokens, 1, width).to(dtype), draw(tokens, 1, 2 * width).to(dtype)[..., width:]
+        x = draw(tokens, 1, width).to(dtype)
+        gate = draw(tokens, 1, 2 * width).to(dtype)[..., width:]
 
         def exact(x: Tensor, gate: Tensor) -> Tensor:
             return x * torch.sigmoid(gate)
 
-        return with_gradients(fused_sigmoid_gate, exact, {"x": x, "gate": gate}, draw(tokens, 1, width).to(dtype))
+        return with_gradients(
+            fused_sigmoid_gate, exact, {"x": x, "gate": gate}, draw(tokens, 1, width).to(dtype)
+        )
 
     return check(f"sigmoid_gate width {width}", dtype, ROUNDING_LIMITS[dtype], run)
 
 
-def check_rms_norm(device: torch.device, dtype: torch.dtype, *, width: int, tokens: int = 600) -> KernelCheck:
-    """Output and gradients, alone and with a residual, on more rows than the backward kernel has programs."""
+def check_rms_norm(
+    device: torch.device, dtype: torch.dtype, *, width: int, tokens: int = 600
+) -> KernelCheck:
+    """Output and gradients, alone and with a residual, on more rows than the backward kernel has
+    programs."""
 
     def run() -> Pairs:
         draw = drawer(device)
@@ -140,18 +175,23 @@ def check_rms_norm(device: torch.device, dtype: torch.dtype, *, width: int, toke
             return torch.stack((exact(x + residual, weight), x + residual))
 
         pairs = with_gradients(lambda x, w: fused_rms_norm(x, w, EPS), exact, leaves, dy)
-        beside = with_gradients(both, exact_both, leaves | {"residual": residual}, torch.stack((dy, dtotal)))
+        beside = with_gradients(
+            both, exact_both, leaves | {"residual": residual}, torch.stack((dy, dtotal))
+        )
         return pairs | {f"{name} with a residual": pair for name, pair in beside.items()}
 
     return check(f"rms_norm width {width}", dtype, ROUNDING_LIMITS[dtype], run)
 
 
-def check_swiglu(device: torch.device, dtype: torch.dtype, *, width: int, tokens: int = 64) -> KernelCheck:
+def check_swiglu(
+    device: torch.device, dtype: torch.dtype, *, width: int, tokens: int = 64
+) -> KernelCheck:
     """Output and gradient. Rows lie apart in memory, as a slice of a wider projection does."""
 
     def run() -> Pairs:
         draw = drawer(device)
-        x, dy = draw(tokens, 1, 3 * width).to(dtype)[..., : 2 * width], draw(tokens, 1, width).to(dtype)
+        x = draw(tokens, 1, 3 * width).to(dtype)[..., : 2 * width]
+        dy = draw(tokens, 1, width).to(dtype)
 
         def exact(x: Tensor) -> Tensor:
             gate, up = x.chunk(2, dim=-1)
@@ -162,70 +202,109 @@ def check_swiglu(device: torch.device, dtype: torch.dtype, *, width: int, tokens
     return check(f"swiglu width {width}", dtype, ROUNDING_LIMITS[dtype], run)
 
 
-def check_gradient_sum(device: torch.device, dtype: torch.dtype, *, count: int = 10_000) -> KernelCheck:
-    """Both forms, bit for bit, where memory is aligned and where it is not. The answer is rounded once, from float64 to fp32."""
+def check_gradient_sum(
+    device: torch.device, dtype: torch.dtype, *, count: int = 10_000
+) -> KernelCheck:
+    """Both forms, bit for bit, where memory is aligned and where it is not. The answer is rounded
+    once, from float64 to fp32."""
 
     def run() -> Pairs:
-        draw, pairs = drawer(device), {}
-        sums, gradients = draw(count + 3), draw(count + 3).to(dtype)
-        for start, stop in ((0, count // 16 * 16), (0, count - 1), (1, count), (2, count + 2), (3, count + 3)):
-            total, gradient = sums.clone()[start:stop], gradients[start:stop]
+        draw = drawer(device)
+        pairs = {}
+        sums = draw(count + 3)
+        gradients = draw(count + 3).to(dtype)
+        for start, stop in (
+            (0, count // 16 * 16),
+            (0, count - 1),
+            (1, count),
+            (2, count + 2),
+            (3, count + 3),
+        ):
+            total = sums.clone()[start:stop]
+            gradient = gradients[start:stop]
             fused_gradient_sum(total, gradient, add=False)
             pairs[f"copy of {start}:{stop}"] = (total.clone(), gradient.double())
             fused_gradient_sum(total.copy_(sums[start:stop]), gradient, add=True)
-            pairs[f"sum of {start}:{stop}"] = (total, (sums[start:stop].double() + gradient.double()).float().double())
+            pairs[f"sum of {start}:{stop}"] = (
+                total,
+                (sums[start:stop].double() + gradient.double()).float().double(),
+            )
         return pairs
 
     return check("gradient_sum", dtype, 0.0, run)
 
 
 def check_adamw(device: torch.device, dtype: torch.dtype, *, count: int = 10_000) -> KernelCheck:
-    """Two clipped steps, the second from the first one's moments: how the weights move, and bit for bit the narrow ones, of `dtype`.
-    After them one whose scale is NaN, which must change nothing."""
+    """Two clipped steps, the second from the first one's moments: how the weights move, and bit for
+    bit the narrow ones, of `dtype`. After them one whose scale is NaN, which must change
+    nothing."""
 
     def run() -> Pairs:
-        draw, betas = drawer(device), (0.9, 0.95)
+        draw = drawer(device)
+        betas = (0.9, 0.95)
         # tensors of any size begin anywhere in a flat piece of memory
-        weight, exp_avg, exp_avg_sq = (x[1:] for x in (draw(count + 1), *torch.zeros(2, count + 1, device=device)))
+        weight, exp_avg, exp_avg_sq = (
+            x[1:] for x in (draw(count + 1), *torch.zeros(2, count + 1, device=device))
+        )
         narrow = torch.zeros(count + 1, dtype=dtype, device=device)[1:]
-        want, m, s = weight.double(), torch.zeros(count, device=device).double(), torch.zeros(count, device=device).double()
-        before, pairs = want, {}
+        want = weight.double()
+        m = torch.zeros(count, device=device).double()
+        s = torch.zeros(count, device=device).double()
+        before = want
+        pairs = {}
         scale = torch.tensor(0.3, device=device)
         for turn in (1, 2):
             gradient = draw(count + 1)[1:]
             step = AdamWStep(count=turn, lr=0.1, betas=betas, eps=EPS, weight_decay=0.1)
             fused_adamw(weight, gradient, exp_avg, exp_avg_sq, narrow, step, scale)
             g = gradient.double() * 0.3
-            m, s = betas[0] * m + (1 - betas[0]) * g, betas[1] * s + (1 - betas[1]) * g * g
+            m = betas[0] * m + (1 - betas[0]) * g
+            s = betas[1] * s + (1 - betas[1]) * g * g
             denominator = (s / (1 - betas[1] ** turn)).sqrt() + step.eps
-            want = want * (1 - step.lr * step.weight_decay) - step.lr * m / (1 - betas[0] ** turn) / denominator
+            want = (
+                want * (1 - step.lr * step.weight_decay)
+                - step.lr * m / (1 - betas[0] ** turn) / denominator
+            )
             for name, got, exact in (
                 ("first moment", exp_avg, m),
                 ("second moment", exp_avg_sq, s),
                 ("change", weight - before, want - before),
             ):
                 pairs[f"{name} of step {turn}"] = (got.clone(), exact)
-            assert torch.equal(narrow, weight.to(dtype)), "the narrow weights are not the weights rounded"
+            assert torch.equal(narrow, weight.to(dtype)), (
+                "the narrow weights are not the weights rounded"
+            )
         state = (weight, exp_avg, exp_avg_sq, narrow)
         kept = [x.clone() for x in state]
-        fused_adamw(weight, draw(count + 1)[1:], exp_avg, exp_avg_sq, narrow, step, scale * torch.nan)
-        assert all(torch.equal(x, y) for x, y in zip(state, kept, strict=True)), "a refused update changed something"
+        fused_adamw(
+            weight, draw(count + 1)[1:], exp_avg, exp_avg_sq, narrow, step, scale * torch.nan
+        )
+        assert all(torch.equal(x, y) for x, y in zip(state, kept, strict=True)), (
+            "a refused update changed something"
+        )
         return pairs
 
     return check("adamw", dtype, ROUNDING_LIMITS[torch.float32], run)
 
 
-def with_gradients(op: Callable[..., Tensor], exact: Callable[..., Tensor], leaves: dict[str, Tensor], dy: Tensor) -> Pairs:
-    """The output `y` and the gradient of each leaf, of the op and of its definition in float64 on the same numbers."""
+def with_gradients(
+    op: Callable[..., Tensor], exact: Callable[..., Tensor], leaves: dict[str, Tensor], dy: Tensor
+) -> Pairs:
+    """The output `y` and the gradient of each leaf, of the op and of its definition in float64 on
+    the same numbers."""
     results = []
     for form, wide in ((op, None), (exact, torch.float64)):
         inputs = [x.detach().to(wide or x.dtype).requires_grad_() for x in leaves.values()]
         y = form(*inputs)
         results.append([y.detach(), *torch.autograd.grad(y, inputs, dy.to(y.dtype))])
-    return {name: (got, want) for name, got, want in zip(["y", *(f"d {leaf}" for leaf in leaves)], *results, strict=True)}
+    return {
+        name: (got, want)
+        for name, got, want in zip(["y", *(f"d {leaf}" for leaf in leaves)], *results, strict=True)
+    }
 
 
 def drawer(device: torch.device) -> Callable[..., Tensor]:
-    """Normal numbers in fp32, the same on every device and in every process; no global generator is touched."""
+    """Normal numbers in fp32, the same on every device and in every process; no global generator is
+    touched."""
     generator = torch.Generator().manual_seed(5)
     return lambda *shape: torch.randn(shape, generator=generator).to(device)

@@ -1,7 +1,8 @@
 """The output gate of a softmax layer, `x * sigmoid(gate)`, in one pass over memory on a GPU.
 
-Source: HypeNet's attention layers (arXiv 2601.22156). With torch's own operations both ways together take fourteen passes instead of eight,
-and the sigmoid stays in memory for backward; both gradients need x and the gate alone."""
+Source: HypeNet's attention layers (arXiv 2601.22156). With torch's own operations both ways
+together take fourteen passes instead of eight, and the sigmoid stays in memory for backward; both
+gradients need x and the gate alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Triton kernels of `sigmoid_gate.py`: one block of one row's columns per program, each number read and written once."""
+"""Triton kernels of `sigmoid_gate.py`: one block of one row's columns per program, each number read
+and written once."""
 
 import torch
 import triton
@@ -7,7 +8,8 @@ from torch import Tensor
 
 from megatron_hypenet.ops.rows import as_rows
 
-BLOCK, WARPS = 1024, 4
+BLOCK = 1024
+WARPS = 4
 """Eight numbers for each thread: one access of 16 bytes in bf16."""
 
 
@@ -15,7 +17,8 @@ BLOCK, WARPS = 1024, 4
 def forward_kernel(x, gate, y, width, stride_x, stride_g, block: tl.constexpr):
     """y = x sigmoid(gate), contiguous."""
     blocks = tl.cdiv(width, block)
-    row, col = (tl.program_id(0) // blocks).to(tl.int64), (tl.program_id(0) % blocks) * block + tl.arange(0, block)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    col = (tl.program_id(0) % blocks) * block + tl.arange(0, block)
     inside = col < width
     value = tl.load(x + row * stride_x + col, mask=inside, other=0.0).to(tl.float32)
     opened = tl.sigmoid(tl.load(gate + row * stride_g + col, mask=inside, other=0.0).to(tl.float32))
@@ -23,32 +26,56 @@ def forward_kernel(x, gate, y, width, stride_x, stride_g, block: tl.constexpr):
 
 
 @triton.jit
-def backward_kernel(x, gate, dy, dx, dgate, width, stride_x, stride_g, stride_dy, block: tl.constexpr):
+def backward_kernel(
+    x, gate, dy, dx, dgate, width, stride_x, stride_g, stride_dy, block: tl.constexpr
+):
     """dx = dy s, dgate = dy x s (1 - s), s = sigmoid(gate); both contiguous."""
     blocks = tl.cdiv(width, block)
-    row, col = (tl.program_id(0) // blocks).to(tl.int64), (tl.program_id(0) % blocks) * block + tl.arange(0, block)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    col = (tl.program_id(0) % blocks) * block + tl.arange(0, block)
     inside = col < width
     value = tl.load(x + row * stride_x + col, mask=inside, other=0.0).to(tl.float32)
     opened = tl.sigmoid(tl.load(gate + row * stride_g + col, mask=inside, other=0.0).to(tl.float32))
     grad = tl.load(dy + row * stride_dy + col, mask=inside, other=0.0).to(tl.float32) * opened
     tl.store(dx + row * width + col, grad.to(dx.dtype.element_ty), mask=inside)
-    tl.store(dgate + row * width + col, (grad * value * (1 - opened)).to(dgate.dtype.element_ty), mask=inside)
+    tl.store(
+        dgate + row * width + col,
+        (grad * value * (1 - opened)).to(dgate.dtype.element_ty),
+        mask=inside,
+    )
 
 
 def forward(x: Tensor, gate: Tensor) -> Tensor:
     """x, gate [..., n] -> contiguous [..., n]."""
-    y, rows, gates = x.new_empty(x.shape), as_rows(x), as_rows(gate)
+    y = x.new_empty(x.shape)
+    rows = as_rows(x)
+    gates = as_rows(gate)
     if y.numel():
-        forward_kernel[_grid(rows)](rows, gates, y, rows.shape[1], rows.stride(0), gates.stride(0), block=BLOCK, num_warps=WARPS)
+        forward_kernel[_grid(rows)](
+            rows,
+            gates,
+            y,
+            rows.shape[1],
+            rows.stride(0),
+            gates.stride(0),
+            block=BLOCK,
+            num_warps=WARPS,
+        )
     return y
 
 
 def backward(x: Tensor, gate: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     """x, gate, dy [..., n] -> dx, dgate [..., n], contiguous."""
-    dx, dgate, rows, gates, grads = x.new_empty(x.shape), gate.new_empty(x.shape), as_rows(x), as_rows(gate), as_rows(dy)
+    dx = x.new_empty(x.shape)
+    dgate = gate.new_empty(x.shape)
+    rows = as_rows(x)
+    gates = as_rows(gate)
+    grads = as_rows(dy)
     if dx.numel():
         strides = rows.stride(0), gates.stride(0), grads.stride(0)
-        backward_kernel[_grid(rows)](rows, gates, grads, dx, dgate, rows.shape[1], *strides, block=BLOCK, num_warps=WARPS)
+        backward_kernel[_grid(rows)](
+            rows, gates, grads, dx, dgate, rows.shape[1], *strides, block=BLOCK, num_warps=WARPS
+        )
     return dx, dgate
 
 

@@ -1,7 +1,8 @@
-"""SwiGLU's product, `silu(gate) * up`, in one pass over memory on a GPU and with only its input kept for backward everywhere.
+"""SwiGLU's product, `silu(gate) * up`, in one pass over memory on a GPU and with only its input
+kept for backward everywhere.
 
-Source: Shazeer, "GLU Variants Improve Transformer" (arXiv 2002.05202). Written with torch's own operations the product keeps silu(gate)
-beside its input; both gradients need the input alone."""
+Source: Shazeer, "GLU Variants Improve Transformer" (arXiv 2002.05202). Written with torch's own
+operations the product keeps silu(gate) beside its input; both gradients need the input alone."""
 
 from __future__ import annotations
 

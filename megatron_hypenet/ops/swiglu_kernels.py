@@ -1,4 +1,5 @@
-"""Triton kernels of `swiglu.py`: one block of one row's columns per program, each number read and written once."""
+"""Triton kernels of `swiglu.py`: one block of one row's columns per program, each number read and
+written once."""
 
 import torch
 import triton
@@ -7,7 +8,8 @@ from torch import Tensor
 
 from megatron_hypenet.ops.rows import as_rows
 
-BLOCK, WARPS = 1024, 4
+BLOCK = 1024
+WARPS = 4
 """Eight numbers for each thread: one load of 16 bytes in bf16, from each half."""
 
 
@@ -15,25 +17,31 @@ BLOCK, WARPS = 1024, 4
 def forward_kernel(x, y, width, stride_x, block: tl.constexpr):
     """y = a sigmoid(a) b of a row (a, b)."""
     blocks = tl.cdiv(width, block)
-    row, col = (tl.program_id(0) // blocks).to(tl.int64), (tl.program_id(0) % blocks) * block + tl.arange(0, block)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    col = (tl.program_id(0) % blocks) * block + tl.arange(0, block)
     inside = col < width
     gate = tl.load(x + row * stride_x + col, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(x + row * stride_x + width + col, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + row * width + col, (gate * tl.sigmoid(gate) * up).to(y.dtype.element_ty), mask=inside)
+    tl.store(
+        y + row * width + col, (gate * tl.sigmoid(gate) * up).to(y.dtype.element_ty), mask=inside
+    )
 
 
 @triton.jit
 def backward_kernel(x, dy, dx, width, stride_x, stride_dy, block: tl.constexpr):
     """Both halves of dx (contiguous): da = dy b s (1 + a (1 - s)), db = dy a s, s = sigmoid(a)."""
     blocks = tl.cdiv(width, block)
-    row, col = (tl.program_id(0) // blocks).to(tl.int64), (tl.program_id(0) % blocks) * block + tl.arange(0, block)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    col = (tl.program_id(0) % blocks) * block + tl.arange(0, block)
     inside = col < width
     gate = tl.load(x + row * stride_x + col, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(x + row * stride_x + width + col, mask=inside, other=0.0).to(tl.float32)
     grad = tl.load(dy + row * stride_dy + col, mask=inside, other=0.0).to(tl.float32)
     opened = tl.sigmoid(gate)
     to = dx + row * 2 * width + col
-    tl.store(to, (grad * up * opened * (1 + gate * (1 - opened))).to(dx.dtype.element_ty), mask=inside)
+    tl.store(
+        to, (grad * up * opened * (1 + gate * (1 - opened))).to(dx.dtype.element_ty), mask=inside
+    )
     tl.store(to + width, (grad * gate * opened).to(dx.dtype.element_ty), mask=inside)
 
 

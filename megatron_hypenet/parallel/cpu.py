@@ -1,10 +1,13 @@
-"""Megatron-core on a machine without CUDA: the few torch.cuda entry points it calls, answered for the CPU.
+"""Megatron-core on a machine without CUDA: the few torch.cuda entry points it calls, answered for
+the CPU.
 
-Megatron-core asks `torch.cuda` for the current device, for random-number states and for synchronisation even when every tensor is on
-the CPU (0.16.1: rotary_pos_embedding.py, tensor_parallel/random.py, dist_checkpointing/strategies/filesystem_async.py). This module
-answers those calls. Of Megatron itself two RNG helpers are patched, and the name `torch` in its pipeline schedules, which ask for a
-tensor on "cuda" by name. `torch.cuda.is_available()` stays False, because torch
-and DeepSpeed choose their own CPU paths by it. With CUDA present everything here does nothing."""
+Megatron-core asks `torch.cuda` for the current device, for random-number states and for
+synchronisation even when every tensor is on the CPU (0.16.1: rotary_pos_embedding.py,
+tensor_parallel/random.py, dist_checkpointing/strategies/filesystem_async.py). This module answers
+those calls. Of Megatron itself two RNG helpers are patched, and the name `torch` in its pipeline
+schedules, which ask for a tensor on "cuda" by name. `torch.cuda.is_available()` stays False,
+because torch and DeepSpeed choose their own CPU paths by it. With CUDA present everything here does
+nothing."""
 
 import ctypes
 from typing import Any
@@ -16,14 +19,19 @@ _enabled = False
 
 def device() -> torch.device:
     """The device of this process: its current CUDA device, or the CPU."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
 
 
 def _keep_freed_memory() -> None:
-    """Ask glibc to keep large freed blocks instead of returning them to the kernel, where the C library has that switch.
+    """Ask glibc to keep large freed blocks instead of returning them to the kernel, where the C
+    library has that switch.
 
-    Activations of a training step are allocated and freed over and over; mapping their pages anew each time cost 10-35% of a step of the
-    tiny models (measured on 2 cores with glibc 2.36)."""
+    Activations of a training step are allocated and freed over and over; mapping their pages anew
+    each time cost 10-35% of a step of the tiny models (measured on 2 cores with glibc 2.36)."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3  # malloc.h
@@ -44,7 +52,8 @@ class _TorchOnCpu:
 
 
 def enable_cpu() -> None:
-    """Let Megatron-core run without CUDA in this process; call before building a model. Idempotent, no-op with CUDA."""
+    """Let Megatron-core run without CUDA in this process; call before building a model. Idempotent,
+    no-op with CUDA."""
     global _enabled
     if _enabled or torch.cuda.is_available():
         return

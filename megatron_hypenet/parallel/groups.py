@@ -1,7 +1,9 @@
-"""Process groups: the one place that starts torch.distributed and asks Megatron-core's `parallel_state`.
+"""Process groups: the one place that starts torch.distributed and asks Megatron-core's
+`parallel_state`.
 
-Megatron-core does the model-parallel groups; DeepSpeed gets them through `ModelParallelUnit` and does data parallelism over them
-(context-parallel ranks count as data-parallel there: they hold the same weights and different tokens)."""
+Megatron-core does the model-parallel groups; DeepSpeed gets them through `ModelParallelUnit` and
+does data parallelism over them (context-parallel ranks count as data-parallel there: they hold the
+same weights and different tokens)."""
 
 import math
 import os
@@ -18,18 +20,25 @@ from launchers.command import launched_place
 from megatron_hypenet.config.schema import ParallelConfig
 from megatron_hypenet.errors import SetupError
 from megatron_hypenet.parallel.cpu import device, enable_cpu
-from megatron_hypenet.parallel.rendezvous import Meeting, choose_interfaces, meeting_point, wait_for_all
+from megatron_hypenet.parallel.rendezvous import (
+    Meeting,
+    choose_interfaces,
+    meeting_point,
+    wait_for_all,
+)
 
 
 def init_parallel(
-    parallel: ParallelConfig, *, seed: int = 1234, timeout_minutes: float = 30.0, collective_minutes: float | None = None,
+    parallel: ParallelConfig, *, seed: int = 1234, timeout_minutes: float = 30.0,
+    collective_minutes: float | None = None,
     meeting: Meeting | None = None,
 ) -> None:  # fmt: skip
     """Start torch.distributed (at the launcher's address, or as one process without one) and
     Megatron's groups.
 
-    `timeout_minutes` is how long the processes wait for each other at the start, `collective_minutes` (default: the same) how long in
-    any collective later. Calling it again with the groups standing does nothing but reseed; `destroy_parallel` ends them."""
+    `timeout_minutes` is how long the processes wait for each other at the start,
+    `collective_minutes` (default: the same) how long in any collective later. Calling it again with
+    the groups standing does nothing but reseed; `destroy_parallel` ends them."""
     enable_cpu()
     minutes = timeout_minutes if collective_minutes is None else collective_minutes
     if not dist.is_initialized():
@@ -52,28 +61,37 @@ def _init_process_group(timeout: timedelta, meeting: Meeting | None) -> None:
         local_rank = place.local_rank if place else 0
         if local_rank >= torch.cuda.device_count():
             raise SetupError(
-                f"LOCAL_RANK={local_rank}, and {torch.cuda.device_count()} GPUs are visible here (CUDA_VISIBLE_DEVICES="
-                f"{os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}); each process needs its own: start fewer, or show more GPUs"
+                f"LOCAL_RANK={local_rank}, and {torch.cuda.device_count()} GPUs are visible here "
+                "(CUDA_VISIBLE_DEVICES="
+                f"{os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}); each process needs its "
+                "own: start fewer, or show more GPUs"
             )
         torch.cuda.set_device(local_rank)
     choose_interfaces(place)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     meeting = meeting or meeting_point(timeout)
     if meeting is None:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(
+            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+        )
         return
     wait_for_all(meeting, timeout)
     own = dist.PrefixStore("torch.distributed", meeting.store)
-    dist.init_process_group(backend, store=own, rank=meeting.rank, world_size=meeting.world_size, timeout=timeout)
+    dist.init_process_group(
+        backend, store=own, rank=meeting.rank, world_size=meeting.world_size, timeout=timeout
+    )
 
 
 def destroy_model_groups() -> None:
     """End Megatron's groups, so that another layout can be set up over the same processes.
 
-    Megatron only forgets them: their sockets and threads would stay, and a process that changes its layout often drowns in them."""
+    Megatron only forgets them: their sockets and threads would stay, and a process that changes its
+    layout often drowns in them."""
     if not parallel_state.model_parallel_is_initialized():
         return
-    created = [group for group in parallel_state._global_process_group_list or [] if group is not None]
+    created = [
+        group for group in parallel_state._global_process_group_list or [] if group is not None
+    ]
     parallel_state.destroy_model_parallel()
     for group in created:
         if group in dist.distributed_c10d._world.pg_map:  # some it has destroyed itself
@@ -134,19 +152,29 @@ def data_size() -> int:
 
 def pipeline_stage() -> tuple[int, int]:
     """This process's pipeline rank and the number of pipeline stages."""
-    return parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_world_size()
+    return (
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+    )
 
 
 class ModelParallelUnit:
     """The `mpu` of DeepSpeed 0.19: Megatron's groups under the names that its ZeRO optimizers call.
 
-    `initialize_sequence_parallel` must not be added: DeepSpeed would then ignore the model-parallel group."""
+    `initialize_sequence_parallel` must not be added: DeepSpeed would then ignore the model-parallel
+    group."""
 
     get_tensor_model_parallel_group = staticmethod(parallel_state.get_tensor_model_parallel_group)
     get_tensor_model_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)
-    get_tensor_model_parallel_world_size = staticmethod(parallel_state.get_tensor_model_parallel_world_size)
-    get_pipeline_model_parallel_group = staticmethod(parallel_state.get_pipeline_model_parallel_group)
-    get_pipeline_model_parallel_world_size = staticmethod(parallel_state.get_pipeline_model_parallel_world_size)
+    get_tensor_model_parallel_world_size = staticmethod(
+        parallel_state.get_tensor_model_parallel_world_size
+    )
+    get_pipeline_model_parallel_group = staticmethod(
+        parallel_state.get_pipeline_model_parallel_group
+    )
+    get_pipeline_model_parallel_world_size = staticmethod(
+        parallel_state.get_pipeline_model_parallel_world_size
+    )
     get_model_parallel_group = staticmethod(parallel_state.get_model_parallel_group)
     get_data_parallel_group = staticmethod(data_group)
 
@@ -227,10 +255,13 @@ def sum_over_pipeline(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def broadcast_from_last_stage(tensor: torch.Tensor) -> torch.Tensor:
-    """Give every pipeline stage the last stage's values of `tensor` (same shape and dtype everywhere), in place; returns it."""
+    """Give every pipeline stage the last stage's values of `tensor` (same shape and dtype
+    everywhere), in place; returns it."""
     group: Any = pipeline_group()
     if group.size() > 1:
-        dist.broadcast(tensor, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
+        dist.broadcast(
+            tensor, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group
+        )
     return tensor
 
 

@@ -1,7 +1,8 @@
 """RMSNorm modules that stay right under tensor and sequence parallelism.
 
-Megatron's own norm without Apex or Transformer Engine refuses sequence parallelism, and no norm of Megatron's spans heads that lie on
-several ranks. Weight times normalised value (no `1 + weight`), statistics in fp32 or wider."""
+Megatron's own norm without Apex or Transformer Engine refuses sequence parallelism, and no norm of
+Megatron's spans heads that lie on several ranks. Weight times normalised value (no `1 + weight`),
+statistics in fp32 or wider."""
 
 from typing import Any
 
@@ -20,38 +21,65 @@ from megatron_hypenet.parallel.groups import tensor_group
 
 
 class RMSNorm(torch.nn.Module):
-    """RMSNorm over the last dimension, built by Megatron's layer specs as `cls(config=, hidden_size=, eps=)`.
+    """RMSNorm over the last dimension, built by Megatron's layer specs as `cls(config=,
+    hidden_size=, eps=)`.
 
-    `per_head=True` is Qwen3's q/k norm: one weight of length head_dim shared by all heads, so each tensor-parallel rank sees only the
-    gradient of its own heads; under sequence parallelism every norm sees only its own tokens. Both sums are completed in the graph."""
+    `per_head=True` is Qwen3's q/k norm: one weight of length head_dim shared by all heads, so each
+    tensor-parallel rank sees only the gradient of its own heads; under sequence parallelism every
+    norm sees only its own tokens. Both sums are completed in the graph."""
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, per_head: bool = False, **unused: Any) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        hidden_size: int,
+        eps: float = 1e-6,
+        per_head: bool = False,
+        **unused: Any,
+    ) -> None:
         super().__init__()
-        self.eps, self.per_head = eps, per_head
+        self.eps = eps
+        self.per_head = per_head
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.partial_gradient = config.tensor_model_parallel_size > 1 and (per_head or config.sequence_parallel)
+        self.partial_gradient = config.tensor_model_parallel_size > 1 and (
+            per_head or config.sequence_parallel
+        )
 
     def forward(
-        self, x: Tensor, angles: Tensor | None = None, *, residual: Tensor | None = None, prenorm: bool = False
+        self,
+        x: Tensor,
+        angles: Tensor | None = None,
+        *,
+        residual: Tensor | None = None,
+        prenorm: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """x [..., hidden_size] -> the same shape and dtype; of heads, x [t, b, heads, d], with RoPE `angles` [t, 1, 1, d] rotated too.
+        """x [..., hidden_size] -> the same shape and dtype; of heads, x [t, b, heads, d], with RoPE
+        `angles` [t, 1, 1, d] rotated too.
 
-        `prenorm`: (norm of total, total), total being x plus the `residual`, if there is one; what a pre-norm layer goes on with. No
-        method of its own: ZeRO-3 gathers the weight for a module's call."""
+        `prenorm`: (norm of total, total), total being x plus the `residual`, if there is one; what
+        a pre-norm layer goes on with. No method of its own: ZeRO-3 gathers the weight for a
+        module's call."""
         weight: Tensor = self.weight
         if self.partial_gradient:
             weight = sum_gradient(weight, tensor_group())
         if prenorm:
             return residual_rms_norm(x, residual, weight, self.eps)
-        return norm_rope(x, weight, angles, self.eps) if self.per_head else rms_norm(x, weight, self.eps)
+        return (
+            norm_rope(x, weight, angles, self.eps)
+            if self.per_head
+            else rms_norm(x, weight, self.eps)
+        )
 
 
 class AllHeadsRMSNorm(torch.nn.Module):
-    """HypeNet's `o_norm` and the gate after it: one RMSNorm over heads * head_dim, whose heads are split over the tensor-parallel ranks.
+    """HypeNet's `o_norm` and the gate after it: one RMSNorm over heads * head_dim, whose heads are
+    split over the tensor-parallel ranks.
 
-    The mean of squares is a sum over ranks (one all-reduce of [tokens, 1] each way); the weight is split like the heads."""
+    The mean of squares is a sum over ranks (one all-reduce of [tokens, 1] each way); the weight is
+    split like the heads."""
 
-    def __init__(self, config: TransformerConfig, local_size: int, group: dist.ProcessGroup) -> None:
+    def __init__(
+        self, config: TransformerConfig, local_size: int, group: dist.ProcessGroup
+    ) -> None:
         super().__init__()
         self.eps = config.layernorm_epsilon
         self.group = group
@@ -62,13 +90,17 @@ class AllHeadsRMSNorm(torch.nn.Module):
         self.weight.partition_stride = 1  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
-        """x, gate [t, b, local heads * head_dim] -> norm of x times sigmoid(gate), in x's shape and dtype; on one rank in one pass."""
+        """x, gate [t, b, local heads * head_dim] -> norm of x times sigmoid(gate), in x's shape and
+        dtype; on one rank in one pass."""
         if self.group.size() == 1:
             return gated_norm(x, gate, self.weight, self.eps)
         return sigmoid_gate(_SplitRMSNorm.apply(x, self.weight, self.eps, self.group), gate)
 
     def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple[tuple[int, int, int], ...] = (), metadata: dict[str, Any] | None = None
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
     ) -> ShardedStateDict:
         """The weight as one logical vector of all heads."""
         own: dict[str, Tensor] = {}
@@ -77,13 +109,15 @@ class AllHeadsRMSNorm(torch.nn.Module):
 
 
 def sum_gradient(weight: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """`weight`, which all ranks of the group hold and each uses for a part of the heads or tokens; its gradient is summed over them."""
+    """`weight`, which all ranks of the group hold and each uses for a part of the heads or tokens;
+    its gradient is summed over them."""
     summed: Tensor = _SumGradient.apply(weight, group)
     return summed
 
 
 class _SumGradient(torch.autograd.Function):
-    """Identity whose gradient is summed over a group, in fp32: completes the partial gradient of a replicated weight."""
+    """Identity whose gradient is summed over a group, in fp32: completes the partial gradient of a
+    replicated weight."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -98,12 +132,16 @@ class _SumGradient(torch.autograd.Function):
 
 
 class _SplitRMSNorm(torch.autograd.Function):
-    """RMSNorm of a vector split over a group: y = w x r with r = (mean over all ranks of x^2 + eps)^(-1/2).
+    """RMSNorm of a vector split over a group: y = w x r with r = (mean over all ranks of x^2 +
+    eps)^(-1/2).
 
-    dx = r (w dy) - x r^3 / N * sum over ranks of (w dy x); dw = sum over tokens of dy x r, local because w is split."""
+    dx = r (w dy) - x r^3 / N * sum over ranks of (w dy x); dw = sum over tokens of dy x r, local
+    because w is split."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, group: dist.ProcessGroup) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, eps: float, group: dist.ProcessGroup
+    ) -> Tensor:
         wide = x.to(_wide(x.dtype))
         total = wide.square().sum(-1, keepdim=True)
         dist.all_reduce(total, group=group)

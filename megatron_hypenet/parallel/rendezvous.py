@@ -32,7 +32,8 @@ from megatron_hypenet.errors import SetupError
 log = logging.getLogger(__name__)
 
 LOOPBACK = "127.0.0.1"
-GLOO, NCCL = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
+GLOO = "GLOO_SOCKET_IFNAME"
+NCCL = "NCCL_SOCKET_IFNAME"
 _NCCL_FILES = ("/etc/nccl.conf", "~/.nccl.conf")
 _BACKLOG = 2048  # connections that may wait: every process of a large run comes at the same moment
 _NOTE_SECONDS = 60
@@ -86,14 +87,18 @@ def _opened(place: Place, timeout: timedelta) -> dist.Store:
 
 
 def _reached(place: Place, timeout: timedelta) -> dist.Store:
-    """The store that rank 0 or torchrun's agent opens; says after a minute that it is not there yet.
+    """The store that rank 0 or torchrun's agent opens; says after a minute that it is not there
+    yet.
 
     torch alone would try without a word and without hearing signals, and wait for ever where
     something else accepts its connection and says nothing: so it does that in a thread.
     """
-    who, where = f"rank {place.rank} on {socket.gethostname()}", f"{place.master}:{place.port}"
+    who = f"rank {place.rank} on {socket.gethostname()}"
+    where = f"{place.master}:{place.port}"
     found: queue.SimpleQueue[dist.Store | RuntimeError] = queue.SimpleQueue()
-    begin, said, trying = time.monotonic(), False, False
+    begin = time.monotonic()
+    said = False
+    trying = False
     while (waited := time.monotonic() - begin) < timeout.total_seconds():
         if not trying and (trying := _answers(place)):
             threading.Thread(target=_connect, args=(place, timeout, found), daemon=True).start()
@@ -108,7 +113,8 @@ def _reached(place: Place, timeout: timedelta) -> dist.Store:
             said = True
     why = "what listens there does not answer as its store" if trying else "nothing listens there"
     raise SetupError(
-        f"{who} cannot reach rank 0 at {where} within {timeout.total_seconds():.0f} s: {why}. Look at "
+        f"{who} cannot reach rank 0 at {where} within {timeout.total_seconds():.0f} s: {why}. "
+        "Look at "
         f"the log of rank 0, or for a firewall; {_ADVICE}"
     )
 
@@ -147,7 +153,8 @@ def listening(place: Place) -> socket.socket:
             return _bound(family, target)
         except OSError as error:
             faults.append(error)
-    family, port = found[0][0], place.port
+    family = found[0][0]
+    port = place.port
     try:
         if all(fault.errno == errno.EADDRNOTAVAIL for fault in faults):
             log.warning(
@@ -161,7 +168,8 @@ def listening(place: Place) -> socket.socket:
         faults = [error]
     raise SetupError(
         f"port {port} of {place.master} ({socket.gethostname()}), where rank 0 would listen: "
-        f"{faults[0].strerror}; something else has it, perhaps another run. Start again; on a cluster "
+        f"{faults[0].strerror}; something else has it, perhaps another run. Start again; "
+        "on a cluster "
         f"{CHOSEN_PORT} chooses another port"
     )
 
@@ -212,7 +220,8 @@ def _parsed(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
 def wait_for_all(meeting: Meeting, timeout: timedelta) -> None:
     """Return when every process has come to the store. Raises SetupError, in each of them, that
     names who did not come in time."""
-    store, others = meeting.store, range(1, meeting.world_size)
+    store = meeting.store
+    others = range(1, meeting.world_size)
     store.set(f"here/{meeting.rank}", "")
     if meeting.rank == 0:
         missing = _missing(store, others, min(timeout, timedelta(seconds=_NOTE_SECONDS)))

@@ -1,10 +1,13 @@
-"""HALO stage 1: each RNN mixer learns to give what the attention of its layer gives, all layers at once.
+"""HALO stage 1: each RNN mixer learns to give what the attention of its layer gives, all layers at
+once.
 
-The trunk is the frozen teacher: layer l's attention runs on its own input and its output goes on down the trunk, while the RNN mixer of
-layer l gets the same input, detached. Losses are therefore layer-local, and nothing after the last mixer is computed.
+The trunk is the frozen teacher: layer l's attention runs on its own input and its output goes on
+down the trunk, while the RNN mixer of layer l gets the same input, detached. Losses are therefore
+layer-local, and nothing after the last mixer is computed.
 
-All layers share one backward, on the sum of their losses: the engine takes one scalar, and ZeRO's gradient hooks then fire once per
-micro-batch. What that keeps alive is each mixer's own activations; the squared error saves its difference in the model's dtype only.
+All layers share one backward, on the sum of their losses: the engine takes one scalar, and ZeRO's
+gradient hooks then fire once per micro-batch. What that keeps alive is each mixer's own
+activations; the squared error saves its difference in the model's dtype only.
 """
 
 from __future__ import annotations
@@ -23,18 +26,23 @@ from megatron_hypenet.stages.swap import AlignedMixers
 
 
 class AlignStage(StageModule):
-    """Mean over layers, tokens and channels of the squared difference between RNN mixer and attention outputs."""
+    """Mean over layers, tokens and channels of the squared difference between RNN mixer and
+    attention outputs."""
 
     name = "align"
     teacher: HypeNetModel
 
     def __init__(self, teacher: HypeNetModel, mixers: AlignedMixers) -> None:
-        """`teacher` (best built with trunk_only=True) is changed in place: its attention modules are wrapped for good."""
+        """`teacher` (best built with trunk_only=True) is changed in place: its attention modules
+        are wrapped for good."""
         super().__init__(mixers.model_config)
         self.mixers = mixers
         self.attach_frozen("teacher", teacher)
         split = teacher.config.sequence_parallel
-        imitations = tuple(Imitation(layer, teacher.mixer(layer), mixer, sequence_parallel=split) for layer, mixer in mixers.items())
+        imitations = tuple(
+            Imitation(layer, teacher.mixer(layer), mixer, sequence_parallel=split)
+            for layer, mixer in mixers.items()
+        )
         for imitation in imitations:
             teacher.set_mixer(imitation.layer, imitation)
         self.__dict__["imitations"] = imitations
@@ -45,15 +53,19 @@ class AlignStage(StageModule):
         return self.teacher.layout
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Tokens [b, t + 1] -> mean of the layer losses; metrics hold every layer's own as align/layer_NN."""
+        """Tokens [b, t + 1] -> mean of the layer losses; metrics hold every layer's own as
+        align/layer_NN."""
         tokens = local_tokens(batch)
         with torch.no_grad():
             self.teacher.hidden(tokens.inputs, tokens.document_ids)
         return self.layer_losses()
 
     def layer_losses(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """(loss, metrics) after a pass of the teacher: the share that this process's layers have in the mean over all layers."""
-        losses = {imitation.layer: imitation.take_loss() for imitation in self.__dict__["imitations"]}
+        """(loss, metrics) after a pass of the teacher: the share that this process's layers have in
+        the mean over all layers."""
+        losses = {
+            imitation.layer: imitation.take_loss() for imitation in self.__dict__["imitations"]
+        }
         with torch.enable_grad():  # the teacher's pass may be still under way, without gradients
             loss = torch.stack(list(losses.values())).sum() / self.model_config.num_layers
         return loss, {f"align/layer_{layer:02d}": value.detach() for layer, value in losses.items()}
@@ -68,9 +80,12 @@ class AlignStage(StageModule):
 
 
 class Imitation(nn.Module):
-    """Stands in for a teacher layer's attention: gives the attention's output and notes how far the RNN mixer's is from it."""
+    """Stands in for a teacher layer's attention: gives the attention's output and notes how far the
+    RNN mixer's is from it."""
 
-    def __init__(self, layer: int, attention: nn.Module, mixer: nn.Module, *, sequence_parallel: bool = False) -> None:
+    def __init__(
+        self, layer: int, attention: nn.Module, mixer: nn.Module, *, sequence_parallel: bool = False
+    ) -> None:
         super().__init__()
         self.layer = layer
         """Global layer index, from 0."""
@@ -79,37 +94,49 @@ class Imitation(nn.Module):
         self.__dict__["mixer"] = mixer
         self._loss: Tensor | None = None
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """Megatron's call of a mixer: hidden_states [s, b, h] -> (output [s, b, h], bias); runs without grad, the mixer with."""
+    def forward(
+        self, hidden_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Megatron's call of a mixer: hidden_states [s, b, h] -> (output [s, b, h], bias); runs
+        without grad, the mixer with."""
         attention, mixer = self.__dict__["attention"], self.__dict__["mixer"]
         output, bias = attention(hidden_states, *args, **kwargs)
         with torch.enable_grad():
             imitated, _ = mixer(hidden_states.detach(), *args, **kwargs)
-            self._loss = mean_squared_error(imitated, output, sequence_parallel=self.sequence_parallel)
+            self._loss = mean_squared_error(
+                imitated, output, sequence_parallel=self.sequence_parallel
+            )
         return output, bias
 
     def take_loss(self) -> Tensor:
-        """The loss of the last forward pass; the reference is dropped so that its graph dies with the backward."""
+        """The loss of the last forward pass; the reference is dropped so that its graph dies with
+        the backward."""
         assert self._loss is not None, "take_loss needs a forward pass first"
-        loss, self._loss = self._loss, None
+        loss = self._loss
+        self._loss = None
         return loss
 
 
-def mean_squared_error(prediction: Tensor, target: Tensor, *, sequence_parallel: bool = False) -> Tensor:
+def mean_squared_error(
+    prediction: Tensor, target: Tensor, *, sequence_parallel: bool = False
+) -> Tensor:
     """Mean over all tokens and channels of (prediction - target)^2, summed in fp32; scalar.
 
-    Under sequence parallelism [s, b, h] are this rank's tokens: sums are added over the ranks and divided by all tokens, so that the
-    value is the same on every rank, while each rank's gradient is that of its own tokens.
+    Under sequence parallelism [s, b, h] are this rank's tokens: sums are added over the ranks and
+    divided by all tokens, so that the value is the same on every rank, while each rank's gradient
+    is that of its own tokens.
     """
     total = _SquaredErrorSum.apply(prediction, target)
     if sequence_parallel:
-        total = reduce_from_tensor_model_parallel_region(total)  # sums the value; the gradient passes as it is
+        # sums the value; the gradient passes as it is
+        total = reduce_from_tensor_model_parallel_region(total)
         return total / (prediction.numel() * groups.tensor_group().size())
     return total / prediction.numel()
 
 
 class _SquaredErrorSum(torch.autograd.Function):
-    """sum((a - b)^2) in fp32 that saves one tensor of a's dtype, where autograd would save fp32 copies; in few passes over memory."""
+    """sum((a - b)^2) in fp32 that saves one tensor of a's dtype, where autograd would save fp32
+    copies; in few passes over memory."""
 
     @staticmethod
     def forward(ctx: Any, prediction: Tensor, target: Tensor) -> Tensor:
@@ -120,5 +147,6 @@ class _SquaredErrorSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         (difference,) = ctx.saved_tensors
-        # The factor has a dimension so that it stays fp32: rounded to bf16, it would scale the whole gradient.
+        # The factor has a dimension so that it stays fp32: rounded to bf16, it would scale the
+        # whole gradient.
         return torch.mul(difference, (2 * grad)[None], out=torch.empty_like(difference)), None

@@ -1,7 +1,9 @@
-"""From the teacher, the aligned mixers and a selection to the student that stage 2 trains: which tensor comes from where.
+"""From the teacher, the aligned mixers and a selection to the student that stage 2 trains: which
+tensor comes from where.
 
-Only names and fresh tensors are decided here, without reading or writing anything: engine/run_stage.py moves the data. Kept layers take
-the teacher's attention and get a new random output gate; every other layer takes its aligned RNN mixer; all the rest is the teacher's.
+Only names and fresh tensors are decided here, without reading or writing anything:
+engine/run_stage.py moves the data. Kept layers take the teacher's attention and get a new random
+output gate; every other layer takes its aligned RNN mixer; all the rest is the teacher's.
 """
 
 from __future__ import annotations
@@ -33,14 +35,19 @@ class AssemblyPlan:
         return (*self.from_teacher, *self.from_aligned, *self.fresh)
 
 
-def plan_assembly(student: ModelConfig, teacher_names: Iterable[str], aligned_names: Iterable[str]) -> AssemblyPlan:
+def plan_assembly(
+    student: ModelConfig, teacher_names: Iterable[str], aligned_names: Iterable[str]
+) -> AssemblyPlan:
     """Decide the source of every student tensor.
 
-    Raises CheckpointError when the teacher lacks the attention of a kept layer or the alignment lacks the mixer of a converted one.
+    Raises CheckpointError when the teacher lacks the attention of a kept layer or the alignment
+    lacks the mixer of a converted one.
     """
     kept = frozenset(student.attention_layers)
     converted = frozenset(range(student.num_layers)) - kept
-    from_teacher = tuple(name for name in teacher_names if (layer := mixer_layer(name)) is None or layer in kept)
+    from_teacher = tuple(
+        name for name in teacher_names if (layer := mixer_layer(name)) is None or layer in kept
+    )
     from_aligned = tuple(name for name in aligned_names if mixer_layer(name) in converted)
     _require_layers("teacher", kept, from_teacher)
     _require_layers("aligned mixers", converted, from_aligned)
@@ -49,7 +56,8 @@ def plan_assembly(student: ModelConfig, teacher_names: Iterable[str], aligned_na
         name: parameter
         for layer in sorted(kept)
         for parameter in student.spec(ATTENTION).parameters(student)
-        if (name := f"decoder.layers.{layer}.self_attention.{parameter.name}") not in known and not parameter.source
+        if (name := f"decoder.layers.{layer}.self_attention.{parameter.name}") not in known
+        and not parameter.source
     }
     return AssemblyPlan(from_teacher=from_teacher, from_aligned=from_aligned, fresh=fresh)
 
@@ -64,6 +72,7 @@ def _require_layers(source: str, layers: frozenset[int], names: Iterable[str]) -
     missing = sorted(layers - {mixer_layer(name) for name in names})
     if missing:
         raise CheckpointError(
-            f"assemble: the {source} hold no mixer tensors of layers {', '.join(map(str, missing))}; "
+            f"assemble: the {source} hold no mixer tensors of layers "
+            f"{', '.join(map(str, missing))}; "
             "they belong to another model or to an unfinished stage"
         )

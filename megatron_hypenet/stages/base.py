@@ -1,4 +1,5 @@
-"""What a training stage promises the engine: what trains, what the loss is, and what is handed on under which names."""
+"""What a training stage promises the engine: what trains, what the loss is, and what is handed on
+under which names."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ from megatron_hypenet.parallel import groups
 from megatron_hypenet.parallel.context.layout import split_sequence
 
 Batch = Mapping[str, Tensor]
-"""One micro-batch of whole sequences: `tokens` [b, t + 1], int64, from data.blend; with separate documents also `document_ids` [b, t]
-(int32) and `token_weights` [b, t] (fp32)."""
+"""One micro-batch of whole sequences: `tokens` [b, t + 1], int64, from data.blend; with separate
+documents also `document_ids` [b, t] (int32) and `token_weights` [b, t] (fp32)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +37,10 @@ class LocalTokens:
 
 
 def local_tokens(batch: Batch) -> LocalTokens:
-    """Split `tokens` [b, t + 1] into inputs and the tokens that follow them, and take this rank's part of the sequence."""
-    group, tokens = groups.context_group(), batch["tokens"]
+    """Split `tokens` [b, t + 1] into inputs and the tokens that follow them, and take this rank's
+    part of the sequence."""
+    group = groups.context_group()
+    tokens = batch["tokens"]
     weights = batch.get("token_weights")
     return LocalTokens(
         inputs=split_sequence(tokens[:, :-1], group, dim=1).contiguous(),
@@ -48,9 +51,11 @@ def local_tokens(batch: Batch) -> LocalTokens:
 
 
 class StageModule(nn.Module, ABC):
-    """The module the engine wraps. Its parameters are exactly what trains; a frozen teacher hangs beside it, unregistered.
+    """The module the engine wraps. Its parameters are exactly what trains; a frozen teacher hangs
+    beside it, unregistered.
 
-    Keeping the teacher out of `modules()` keeps it out of the optimizer, the gradient norm, dtype casts and every checkpoint.
+    Keeping the teacher out of `modules()` keeps it out of the optimizer, the gradient norm, dtype
+    casts and every checkpoint.
     """
 
     name: ClassVar[str]
@@ -65,9 +70,10 @@ class StageModule(nn.Module, ABC):
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """One micro-batch -> (loss, metrics).
 
-        The loss is a scalar in fp32 (fp64 for fp64 models), a mean over this process's tokens and already summed over tensor-parallel
-        ranks; metrics are detached scalars of the same kind, by TensorBoard tag. For the layers of one process: under pipeline
-        parallelism the engine's schedule runs the parts instead.
+        The loss is a scalar in fp32 (fp64 for fp64 models), a mean over this process's tokens and
+        already summed over tensor-parallel ranks; metrics are detached scalars of the same kind, by
+        TensorBoard tag. For the layers of one process: under pipeline parallelism the engine's
+        schedule runs the parts instead.
         """
 
     @property
@@ -77,14 +83,20 @@ class StageModule(nn.Module, ABC):
 
     @abstractmethod
     def flops_per_token(self, seq_length: int) -> float:
-        """Floating-point operations of one training step per token, over all ranks; see model/flops.py."""
+        """Floating-point operations of one training step per token, over all ranks; see
+        model/flops.py."""
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """What the optimizer gets, by local parameter name."""
-        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+        return {
+            name: parameter
+            for name, parameter in self.named_parameters()
+            if parameter.requires_grad
+        }
 
     def replicated_over_pipeline(self) -> list[nn.Parameter]:
-        """Trained parameters that another pipeline stage holds too; their gradients have to be summed over both."""
+        """Trained parameters that another pipeline stage holds too; their gradients have to be
+        summed over both."""
         return []
 
     @abstractmethod
@@ -99,9 +111,11 @@ class StageModule(nn.Module, ABC):
 
 
 class HeadStage(StageModule):
-    """A stage that trains a whole student through its output head, perhaps beside a frozen teacher: HALO's stages 2 and 3.
+    """A stage that trains a whole student through its output head, perhaps beside a frozen teacher:
+    HALO's stages 2 and 3.
 
-    `head_loss` runs where the last layers are; under pipeline parallelism the schedule calls it on the last stage."""
+    `head_loss` runs where the last layers are; under pipeline parallelism the schedule calls it on
+    the last stage."""
 
     student: HypeNetModel
 
@@ -130,16 +144,22 @@ class HeadStage(StageModule):
         return distill_flops(self.frozen_teacher.model_config, self.model_config, seq_length)
 
     @abstractmethod
-    def head_loss(self, tokens: LocalTokens, hidden: Tensor, teacher_hidden: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """(loss, metrics) as `forward` gives them, from final hidden states [t, b, h] of student and teacher."""
+    def head_loss(
+        self, tokens: LocalTokens, hidden: Tensor, teacher_hidden: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(loss, metrics) as `forward` gives them, from final hidden states [t, b, h] of student
+        and teacher."""
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Tokens [b, t + 1] -> (loss, metrics)."""
-        tokens, teacher_hidden = local_tokens(batch), None
+        tokens = local_tokens(batch)
+        teacher_hidden = None
         if self.frozen_teacher is not None:
             with torch.no_grad():
                 teacher_hidden = self.frozen_teacher.hidden(tokens.inputs, tokens.document_ids)
-        return self.head_loss(tokens, self.student.hidden(tokens.inputs, tokens.document_ids), teacher_hidden)
+        return self.head_loss(
+            tokens, self.student.hidden(tokens.inputs, tokens.document_ids), teacher_hidden
+        )
 
     def replicated_over_pipeline(self) -> list[nn.Parameter]:
         """The student's tied embedding, on the pipeline stages that share it."""

@@ -1,4 +1,5 @@
-"""HALO stage 2: the whole student learns the teacher's next-token distribution (forward KL, temperature 1)."""
+"""HALO stage 2: the whole student learns the teacher's next-token distribution (forward KL,
+temperature 1)."""
 
 from __future__ import annotations
 
@@ -11,20 +12,29 @@ from megatron_hypenet.stages.base import HeadStage, LocalTokens
 
 
 class DistillStage(HeadStage):
-    """KL(teacher || student), mean over all input tokens, from final hidden states and the two head weights.
+    """KL(teacher || student), mean over all input tokens, from final hidden states and the two head
+    weights.
 
-    Logits exist for `chunk_tokens` tokens at a time only, inside the loss; the teacher's own head never runs.
+    Logits exist for `chunk_tokens` tokens at a time only, inside the loss; the teacher's own head
+    never runs.
     """
 
     name = "distill"
 
-    def __init__(self, student: HypeNetModel, teacher: HypeNetModel, *, chunk_tokens: int | None) -> None:
+    def __init__(
+        self, student: HypeNetModel, teacher: HypeNetModel, *, chunk_tokens: int | None
+    ) -> None:
         super().__init__(student, teacher)
         self.chunk_tokens = chunk_tokens
 
-    def head_loss(self, tokens: LocalTokens, hidden: Tensor, teacher_hidden: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """The KL of the next-token distributions at every input token; labels have no part in it."""
-        assert self.frozen_teacher is not None and teacher_hidden is not None, "distillation has a teacher"
+    def head_loss(
+        self, tokens: LocalTokens, hidden: Tensor, teacher_hidden: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The KL of the next-token distributions at every input token; labels have no part in
+        it."""
+        assert self.frozen_teacher is not None and teacher_hidden is not None, (
+            "distillation has a teacher"
+        )
         loss = linear_kl(
             hidden,
             self.student.head_weight(),

@@ -1,4 +1,5 @@
-"""HALO stage 3: the whole student on long sequences with plain next-token cross entropy; no teacher."""
+"""HALO stage 3: the whole student on long sequences with plain next-token cross entropy; no
+teacher."""
 
 from __future__ import annotations
 
@@ -19,8 +20,11 @@ class FinetuneStage(HeadStage):
         super().__init__(student)
         self.chunk_tokens = chunk_tokens
 
-    def head_loss(self, tokens: LocalTokens, hidden: Tensor, teacher_hidden: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean cross entropy of the tokens that follow the inputs; hidden states are [t, b, h], so labels go by token first too."""
+    def head_loss(
+        self, tokens: LocalTokens, hidden: Tensor, teacher_hidden: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean cross entropy of the tokens that follow the inputs; hidden states are [t, b, h], so
+        labels go by token first too."""
         loss = linear_cross_entropy(
             hidden,
             self.student.head_weight(),

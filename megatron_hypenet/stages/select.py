@@ -1,11 +1,13 @@
 """Layer selection, the pure part: from per-layer scores to the layers that stay softmax attention.
 
-Every layer l is once replaced alone by its aligned RNN mixer and scored: recall R_l and commonsense C_l. A layer matters when losing
-its attention costs recall but little else, so its importance is (arXiv 2601.22156)
+Every layer l is once replaced alone by its aligned RNN mixer and scored: recall R_l and commonsense
+C_l. A layer matters when losing its attention costs recall but little else, so its importance is
+(arXiv 2601.22156)
 
     I_l = (max_j R_j - R_l) / (max_j C_j - C_l + eps)        capped at 50
 
-and the `num_attention` layers of the highest importance keep attention. No tensor library is imported here: ranking is a desk job.
+and the `num_attention` layers of the highest importance keep attention. No tensor library is
+imported here: ranking is a desk job.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ _SCORES = FileKind(error=DataError, advice="score every layer once, then rank ag
 _MIXERS = FileKind(error=DataError, advice="write the file with `hypenet select rank`")
 
 IMPORTANCE_CAP = 50.0
-"""Upper bound of an importance (paper's code): a layer whose loss costs no commonsense at all would otherwise divide by eps."""
+"""Upper bound of an importance (paper's code): a layer whose loss costs no commonsense at all would
+otherwise divide by eps."""
 IMPORTANCE_EPS = 1e-10
 """Keeps the quotient finite for the layer with the best commonsense score."""
 METRICS = ("recall", "commonsense")
@@ -36,7 +39,8 @@ METRICS = ("recall", "commonsense")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerScores:
-    """Scores of the model with one layer replaced, in layer order; higher is better. The scale is free: it cancels only per metric."""
+    """Scores of the model with one layer replaced, in layer order; higher is better. The scale is
+    free: it cancels only per metric."""
 
     recall: tuple[float, ...]
     commonsense: tuple[float, ...]
@@ -57,26 +61,34 @@ class Selection:
 
     def to_json(self) -> dict[str, list[Any]]:
         """The content of `mixers.json`."""
-        return {"mixer_types": list(self.mixer_types), "attention_layers": list(self.attention_layers)}
+        return {
+            "mixer_types": list(self.mixer_types),
+            "attention_layers": list(self.attention_layers),
+        }
 
 
-def importance(scores: LayerScores, *, cap: float = IMPORTANCE_CAP, eps: float = IMPORTANCE_EPS) -> tuple[float, ...]:
+def importance(
+    scores: LayerScores, *, cap: float = IMPORTANCE_CAP, eps: float = IMPORTANCE_EPS
+) -> tuple[float, ...]:
     """Importance of each layer's attention, in layer order, between 0 and `cap`."""
     best_recall, best_commonsense = max(scores.recall), max(scores.commonsense)
     pairs = zip(scores.recall, scores.commonsense, strict=True)
     return tuple(min((best_recall - r) / (best_commonsense - c + eps), cap) for r, c in pairs)
 
 
-def rank(scores: LayerScores, num_attention: int, mixer: str, *, cap: float = IMPORTANCE_CAP) -> Selection:
-    """Keep attention in the `num_attention` most important layers, with the RNN mixer `mixer` in the others; on a tie the lower layer
-    index wins.
+def rank(
+    scores: LayerScores, num_attention: int, mixer: str, *, cap: float = IMPORTANCE_CAP
+) -> Selection:
+    """Keep attention in the `num_attention` most important layers, with the RNN mixer `mixer` in
+    the others; on a tie the lower layer index wins.
 
     Raises ConfigError unless 1 <= num_attention <= number of layers.
     """
     num_layers = scores.num_layers
     if not 1 <= num_attention <= num_layers:
         raise ConfigError(
-            f"layer selection: num_attention={num_attention} is out of range for {num_layers} scored layers; "
+            f"layer selection: num_attention={num_attention} is out of range for {num_layers} "
+            "scored layers; "
             f"use 1 to {num_layers} (the paper keeps a quarter: {max(1, num_layers // 4)})"
         )
     values = importance(scores, cap=cap)
@@ -84,26 +96,38 @@ def rank(scores: LayerScores, num_attention: int, mixer: str, *, cap: float = IM
     return selection_of(chosen, num_layers, mixer, values)
 
 
-def selection_of(attention_layers: Sequence[int], num_layers: int, mixer: str, values: Sequence[float] = ()) -> Selection:
-    """The selection that keeps attention in the given layers and has the RNN mixer `mixer` in the others."""
+def selection_of(
+    attention_layers: Sequence[int], num_layers: int, mixer: str, values: Sequence[float] = ()
+) -> Selection:
+    """The selection that keeps attention in the given layers and has the RNN mixer `mixer` in the
+    others."""
     kept = frozenset(attention_layers)
     types = tuple(ATTENTION if layer in kept else mixer for layer in range(num_layers))
-    return Selection(mixer_types=types, attention_layers=tuple(sorted(kept)), importance=tuple(values))
+    return Selection(
+        mixer_types=types, attention_layers=tuple(sorted(kept)), importance=tuple(values)
+    )
 
 
 def parse_scores(payload: Any, *, where: str = "scores") -> LayerScores:
-    """Check a decoded scores file: `{"layers": {"0": {"recall": r, "commonsense": c}, ...}, ...}`; other top-level keys are free.
+    """Check a decoded scores file: `{"layers": {"0": {"recall": r, "commonsense": c}, ...}, ...}`;
+    other top-level keys are free.
 
-    Raises DataError that lists every problem: layers missing from 0..n-1, metrics missing, not a number, NaN or infinite.
+    Raises DataError that lists every problem: layers missing from 0..n-1, metrics missing, not a
+    number, NaN or infinite.
     """
     layers = payload.get("layers") if isinstance(payload, Mapping) else None
     if not isinstance(layers, Mapping) or not layers:
-        raise DataError(f'{where}: expected a non-empty object under "layers": {{"layers": {{"0": {{"recall": .., "commonsense": ..}}}}}}')
+        raise DataError(
+            f'{where}: expected a non-empty object under "layers": {{"layers": {{"0": {{"recall": '
+            f'.., "commonsense": ..}}}}}}'
+        )
     problems: list[str] = []
     by_index: dict[int, Any] = {}
     for key, entry in layers.items():
         if not (isinstance(key, str) and re.fullmatch("0|[1-9][0-9]{0,8}", key)):
-            problems.append(f"layer key {shown(repr(key), 40)} is not a plain layer index such as '0'")
+            problems.append(
+                f"layer key {shown(repr(key), 40)} is not a plain layer index such as '0'"
+            )
         else:
             by_index[int(key)] = entry
     expected = _expected_layers(payload, by_index)
@@ -115,18 +139,26 @@ def parse_scores(payload: Any, *, where: str = "scores") -> LayerScores:
         problems.append(f"missing layers {', '.join(missing)} (expected 0 to {expected - 1})")
     if extra:
         problems.append(f"layers {', '.join(extra)} are beyond num_layers={expected}")
-    values = {layer: _metrics_of(layer, entry, problems) for layer, entry in sorted(by_index.items())}
+    values = {
+        layer: _metrics_of(layer, entry, problems) for layer, entry in sorted(by_index.items())
+    }
     if problems:
         listed = "\n  - ".join(problems)
-        raise DataError(f"{where}: the layer scores cannot be ranked:\n  - {listed}\nScore every layer once, then rank again.")
+        raise DataError(
+            f"{where}: the layer scores cannot be ranked:\n  - {listed}\nScore every layer once, "
+            "then rank again."
+        )
     columns = {name: tuple(values[layer][name] for layer in range(expected)) for name in METRICS}
     return LayerScores(recall=columns["recall"], commonsense=columns["commonsense"])
 
 
 def load_scores(path: Path) -> LayerScores:
-    """Read and check a scores file. Raises DataError when it is absent, not JSON, or names a layer twice."""
+    """Read and check a scores file. Raises DataError when it is absent, not JSON, or names a layer
+    twice."""
     if not path.exists():
-        raise DataError(f"{path}: there is no scores file; run `hypenet select CONFIG.yaml` to make one")
+        raise DataError(
+            f"{path}: there is no scores file; run `hypenet select CONFIG.yaml` to make one"
+        )
     return parse_scores(read_json(_SCORES, path), where=str(path))
 
 
@@ -139,18 +171,28 @@ class _Mixers:
 
 
 def load_selection(path: Path, *, num_layers: int) -> Selection:
-    """Read `mixers.json`; the two keys must agree with each other and with the model's depth. Raises DataError."""
+    """Read `mixers.json`; the two keys must agree with each other and with the model's depth.
+    Raises DataError."""
     found = read_typed(_MIXERS, path, _Mixers)
-    types, layers = found.mixer_types, found.attention_layers
+    types = found.mixer_types
+    layers = found.attention_layers
     if len(types) != num_layers:
-        raise DataError(f"{path}: {len(types)} mixer_types, but the teacher has {num_layers} layers; rank the scores of this teacher")
+        raise DataError(
+            f"{path}: {len(types)} mixer_types, but the teacher has {num_layers} layers; "
+            "rank the scores of this teacher"
+        )
     if [layer for layer, kind in enumerate(types) if kind == ATTENTION] != sorted(layers):
-        _MIXERS.refuse(path, f"attention_layers {shown(layers)} and mixer_types {shown(types)} disagree")
-    return Selection(mixer_types=tuple(types), attention_layers=tuple(sorted(layers)), importance=())
+        _MIXERS.refuse(
+            path, f"attention_layers {shown(layers)} and mixer_types {shown(types)} disagree"
+        )
+    return Selection(
+        mixer_types=tuple(types), attention_layers=tuple(sorted(layers)), importance=()
+    )
 
 
 def _expected_layers(payload: Mapping[str, Any], by_index: Mapping[int, Any]) -> int:
-    """The model's depth: `num_layers` when the file states it, else one more than the highest layer named."""
+    """The model's depth: `num_layers` when the file states it, else one more than the highest layer
+    named."""
     stated = payload.get("num_layers")
     if isinstance(stated, int) and not isinstance(stated, bool) and stated > 0:
         return stated
@@ -160,13 +202,20 @@ def _expected_layers(payload: Mapping[str, Any], by_index: Mapping[int, Any]) ->
 def _metrics_of(layer: int, entry: Any, problems: list[str]) -> dict[str, float]:
     """The metrics of one layer; what is wrong with them is appended to `problems`."""
     if not isinstance(entry, Mapping):
-        problems.append(f"layer {layer}: expected an object with {' and '.join(METRICS)}, got {type(entry).__name__}")
+        problems.append(
+            f"layer {layer}: expected an object with {' and '.join(METRICS)}, "
+            f"got {type(entry).__name__}"
+        )
         return {}
     values: dict[str, float] = {}
     for name in METRICS:
         value = entry.get(name)
         if isinstance(value, bool) or not isinstance(value, int | float):
-            problems.append(f"layer {layer}: {name} is {'missing' if name not in entry else shown(repr(value), 40)}, expected a number")
+            problems.append(
+                f"layer {layer}: "
+                f"{name} is {'missing' if name not in entry else shown(repr(value), 40)}, "
+                "expected a number"
+            )
         elif not math.isfinite(value):
             problems.append(f"layer {layer}: {name} is {value}, expected a finite number")
         else:

@@ -1,4 +1,5 @@
-"""The aligned RNN mixers as a module of their own, and the measurement behind layer selection: swap one layer, score, swap back."""
+"""The aligned RNN mixers as a module of their own, and the measurement behind layer selection: swap
+one layer, score, swap back."""
 
 from __future__ import annotations
 
@@ -19,24 +20,32 @@ Scores = dict[str, float]
 
 
 class AlignedMixers(nn.Module):
-    """One RNN mixer per decoder layer of this pipeline stage; what stage 1 trains, saves and hands on."""
+    """One RNN mixer per decoder layer of this pipeline stage; what stage 1 trains, saves and hands
+    on."""
 
     def __init__(self, model_config: ModelConfig, mixers: Mapping[int, Mixer]) -> None:
-        """`model_config` is the student with an RNN mixer in every layer; `mixers` goes by global layer index."""
+        """`model_config` is the student with an RNN mixer in every layer; `mixers` goes by global
+        layer index."""
         super().__init__()
         self.model_config = model_config
         self.mixers = nn.ModuleDict({str(layer): mixer for layer, mixer in mixers.items()})
 
     @classmethod
     def beside(cls, teacher: HypeNetModel, spec: MixerSpec, *, seed: int) -> AlignedMixers:
-        """New mixers for every layer of `teacher` on this stage, each initialised from its layer's attention (weight transfer)."""
+        """New mixers for every layer of `teacher` on this stage, each initialised from its layer's
+        attention (weight transfer)."""
         config = teacher.model_config.converted(spec)
-        build, weight = mixer_class(spec.name), next(teacher.parameters())
+        build = mixer_class(spec.name)
+        weight = next(teacher.parameters())
         mixers = {}
         for block in teacher.decoder.layers:
-            mixer = build(teacher.config, MixerSubmodules(), block.layer_number, config, teacher.pg_collection)
+            mixer = build(
+                teacher.config, MixerSubmodules(), block.layer_number, config, teacher.pg_collection
+            )
             mixer.to(weight.device, weight.dtype)
-            mixers[block.layer_number - 1] = mixer.init_from_attention(block.self_attention, seed=seed)
+            mixers[block.layer_number - 1] = mixer.init_from_attention(
+                block.self_attention, seed=seed
+            )
         return cls(config, mixers)
 
     def items(self) -> Iterator[tuple[int, Mixer]]:
@@ -51,13 +60,16 @@ class AlignedMixers(nn.Module):
         """Megatron sharded tensors under the names that the mixers have in a student."""
         tensors: dict[str, Any] = {}
         for layer, mixer in self.items():
-            tensors.update(mixer.sharded_state_dict(f"{prefix}decoder.layers.{layer}.self_attention."))
+            tensors.update(
+                mixer.sharded_state_dict(f"{prefix}decoder.layers.{layer}.self_attention.")
+            )
         return tensors
 
 
 @contextmanager
 def swapped(model: HypeNetModel, layer: int, mixers: AlignedMixers) -> Iterator[None]:
-    """Inside the block, `model` uses the RNN mixer in global layer `layer`; a layer of another pipeline stage is left alone."""
+    """Inside the block, `model` uses the RNN mixer in global layer `layer`; a layer of another
+    pipeline stage is left alone."""
     if str(layer) not in mixers.mixers:
         yield
         return
@@ -79,12 +91,17 @@ def score_layers(
 ) -> dict[str, Any]:
     """Score the teacher as it is, then with each layer swapped alone; the content of scores.json.
 
-    `evaluate` measures the model in its present state. `known` is an earlier, perhaps unfinished result: what it holds is not measured
-    again. `on_scored` sees the result after every measurement, so that it can be saved.
+    `evaluate` measures the model in its present state. `known` is an earlier, perhaps unfinished
+    result: what it holds is not measured again. `on_scored` sees the result after every
+    measurement, so that it can be saved.
     """
     known = known or {}
     layers = dict(known.get("layers", {}))
-    result: dict[str, Any] = {"num_layers": teacher.model_config.num_layers, "baseline": known.get("baseline"), "layers": layers}
+    result: dict[str, Any] = {
+        "num_layers": teacher.model_config.num_layers,
+        "baseline": known.get("baseline"),
+        "layers": layers,
+    }
     if result["baseline"] is None:
         result["baseline"] = _checked(evaluate())
         on_scored(result)

@@ -35,7 +35,8 @@ class FileKind:
         raise self.error(f"{shown(path)}: {reason}; {self.advice}") from None
 
     def read_bytes(self, path: Path) -> bytes:
-        """Return the content of the regular file `path`; raise `error` for anything else and above `max_bytes`."""
+        """Return the content of the regular file `path`; raise `error` for anything else and above
+        `max_bytes`."""
         try:
             with self.open(path) as stream:
                 content = stream.read(self.max_bytes + 1)
@@ -65,7 +66,8 @@ class FileKind:
         return stream
 
     def read_text(self, path: Path) -> str:
-        """Return the content of `path` as UTF-8 text, with a leading byte order mark dropped; raise `error` for other bytes and for NUL."""
+        """Return the content of `path` as UTF-8 text, with a leading byte order mark dropped; raise
+        `error` for other bytes and for NUL."""
         return self.decode(path, self.read_bytes(path))
 
     def decode(self, path: Path | str, content: bytes) -> str:
@@ -73,16 +75,24 @@ class FileKind:
         try:
             text = content.decode("utf-8").removeprefix("\ufeff")
         except UnicodeDecodeError as error:
-            self.refuse(path, f"not UTF-8 text (byte {error.start} is 0x{content[error.start]:02x})")
+            self.refuse(
+                path, f"not UTF-8 text (byte {error.start} is 0x{content[error.start]:02x})"
+            )
         if "\0" in text:
-            self.refuse(path, f"holds a NUL character (at character {text.index(chr(0))}): it is damaged or no text")
+            self.refuse(
+                path,
+                f"holds a NUL character (at character {text.index(chr(0))}): "
+                "it is damaged or no text",
+            )
         return text
 
 
 def inside(folder: Path, name: object, kind: FileKind) -> Path:
-    """Return the path of the file or folder `name`, relative to `folder`, that a foreign file refers to.
+    """Return the path of the file or folder `name`, relative to `folder`, that a foreign file
+    refers to.
 
-    Raise `kind`'s error when `name` is no relative path, or leads out of `folder` by itself or through a symbolic link.
+    Raise `kind`'s error when `name` is no relative path, or leads out of `folder` by itself or
+    through a symbolic link.
     """
     if not isinstance(name, str) or not name or "\0" in name or not name.isprintable():
         kind.refuse(folder, f"refers to the file {name!r}, which is no file name")
@@ -93,24 +103,31 @@ def inside(folder: Path, name: object, kind: FileKind) -> Path:
         kind.refuse(folder, f"refers to {name!r}, which is not inside the folder")
     target = folder / path
     if not is_inside(folder, target):
-        kind.refuse(target, f"a symbolic link that leads out of the folder, to {shown(os.path.realpath(target))}")
+        kind.refuse(
+            target,
+            f"a symbolic link that leads out of the folder, to {shown(os.path.realpath(target))}",
+        )
     return target
 
 
 def is_inside(folder: Path, path: Path) -> bool:
     """Whether `path`, with all symbolic links followed, is `folder` or lies in it.
 
-    The snapshot folders of Hugging Face's cache hold links to the blobs of the same model, ../../blobs/HASH, which count as inside.
+    The snapshot folders of Hugging Face's cache hold links to the blobs of the same model,
+    ../../blobs/HASH, which count as inside.
     """
     try:
         found, home = path.resolve(), folder.resolve()
-        return found.is_relative_to(home) or (home.parent.name == "snapshots" and found.parent == home.parent.parent / "blobs")
+        return found.is_relative_to(home) or (
+            home.parent.name == "snapshots" and found.parent == home.parent.parent / "blobs"
+        )
     except (OSError, RuntimeError):  # a loop of symbolic links
         return False
 
 
 def reason_of(error: BaseException) -> str:
-    """Return what an exception says in one line: an OSError's reason without its path, else its first line."""
+    """Return what an exception says in one line: an OSError's reason without its path, else its
+    first line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return next(iter(str(error).splitlines()), "") or type(error).__name__
@@ -119,5 +136,8 @@ def reason_of(error: BaseException) -> str:
 def shown(value: object, limit: int = 200) -> str:
     """Return `value` as text for a message: one printable line of at most `limit` characters."""
     text = value if isinstance(value, str) else str(value)
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text[: limit + 1])
+    text = "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode()
+        for c in text[: limit + 1]
+    )
     return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -1,7 +1,9 @@
-"""Parse JSON that somebody else wrote: bounded before it is parsed, strict about what JSON leaves open, and typed by pydantic.
+"""Parse JSON that somebody else wrote: bounded before it is parsed, strict about what JSON leaves
+open, and typed by pydantic.
 
-Python's parser accepts NaN, Infinity, numbers that overflow to infinity, keys written twice and escapes of half a surrogate pair. Each of
-them has a meaning nobody intended, so each is refused here.
+Python's parser accepts NaN, Infinity, numbers that overflow to infinity, keys written twice and
+escapes of half a surrogate pair. Each of them has a meaning nobody intended, so each is refused
+here.
 """
 
 from __future__ import annotations
@@ -21,17 +23,20 @@ from megatron_hypenet.untrusted.files import FileKind, reason_of, shown
 T = TypeVar("T")
 
 _SURROGATE = re.compile(r"\\u[dD][89abAB]|\\u[dD][c-fC-F]")
-# whole strings, so that brackets inside of them do not count; an unfinished string at the end matches too
+# whole strings, so that brackets inside of them do not count; an unfinished string at the end
+# matches too
 _STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"?|[\[\]{}]', re.DOTALL)
 
 
 def read_json(kind: FileKind, path: Path) -> Any:
-    """Return the JSON value in the file `path`; raise `kind`'s error when it is not JSON or beyond the kind's limits."""
+    """Return the JSON value in the file `path`; raise `kind`'s error when it is not JSON or beyond
+    the kind's limits."""
     return parse_json(kind, path, kind.read_text(path))
 
 
 def read_object(kind: FileKind, path: Path) -> dict[str, Any]:
-    """Return the JSON object in the file `path`, as `read_json` does; another value at the top is refused."""
+    """Return the JSON object in the file `path`, as `read_json` does; another value at the top is
+    refused."""
     value = read_json(kind, path)
     if not isinstance(value, dict):
         kind.refuse(path, f"expected an object at the top, got {shown(type(value).__name__)}")
@@ -39,10 +44,12 @@ def read_object(kind: FileKind, path: Path) -> dict[str, Any]:
 
 
 def read_typed(kind: FileKind, path: Path, form: type[T]) -> T:
-    """Return the JSON value in the file `path` as a `form`, which is any type that pydantic knows (dataclasses among them).
+    """Return the JSON value in the file `path` as a `form`, which is any type that pydantic knows
+    (dataclasses among them).
 
-    Types are strict: a number is no text, 3.0 is no integer. The error names every entry that does not fit, up to three. Entries that a
-    dataclass does not have are ignored unless it says `__pydantic_config__ = ConfigDict(extra="forbid")`.
+    Types are strict: a number is no text, 3.0 is no integer. The error names every entry that does
+    not fit, up to three. Entries that a dataclass does not have are ignored unless it says
+    `__pydantic_config__ = ConfigDict(extra="forbid")`.
     """
     return typed(kind, path, read_json(kind, path), form)
 
@@ -55,23 +62,42 @@ def typed(kind: FileKind, path: Path | str, value: Any, form: type[T]) -> T:
         return adapter.validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
         found = error.errors(include_url=False, include_context=False)
-        lines = [f"{shown('.'.join(map(str, item['loc'])), 80) or 'the top'}: {_what(item)}" for item in found]
-        kind.refuse(path, "; ".join(lines[:3]) + (f"; and {len(lines) - 3} more" if len(lines) > 3 else ""))
+        lines = [
+            f"{shown('.'.join(map(str, item['loc'])), 80) or 'the top'}: {_what(item)}"
+            for item in found
+        ]
+        kind.refuse(
+            path, "; ".join(lines[:3]) + (f"; and {len(lines) - 3} more" if len(lines) > 3 else "")
+        )
 
 
 def parse_json(kind: FileKind, path: Path | str, text: str) -> Any:
-    """Return the JSON value in `text`, which came from `path`; raise `kind`'s error when it is not JSON or beyond the kind's limits."""
-    if text.count(",") + text.count("[") + text.count("{") + text.count(":") > kind.max_values and _values(text) > kind.max_values:
+    """Return the JSON value in `text`, which came from `path`; raise `kind`'s error when it is not
+    JSON or beyond the kind's limits."""
+    if (
+        text.count(",") + text.count("[") + text.count("{") + text.count(":") > kind.max_values
+        and _values(text) > kind.max_values
+    ):
         kind.refuse(path, f"holds more than {kind.max_values:,} values")
     if _depth(text, kind.max_depth) > kind.max_depth:
         kind.refuse(path, f"nested more than {kind.max_depth} levels deep")
     parse_int = functools.partial(_integer, max_digits=kind.max_digits)
     try:
-        value = json.loads(text, object_pairs_hook=_without_repeats, parse_int=parse_int, parse_float=_finite, parse_constant=_constant)
+        value = json.loads(
+            text,
+            object_pairs_hook=_without_repeats,
+            parse_int=parse_int,
+            parse_float=_finite,
+            parse_constant=_constant,
+        )
     except (ValueError, RecursionError) as error:
         kind.refuse(path, f"not valid JSON ({shown(reason_of(error))})")
     if _SURROGATE.search(text) and (broken := next(_unencodable(value), None)) is not None:
-        kind.refuse(path, f"holds text with half a surrogate pair, which is no character: {shown(ascii(broken), 60)}")
+        kind.refuse(
+            path,
+            "holds text with half a surrogate pair, which is no character: "
+            f"{shown(ascii(broken), 60)}",
+        )
     return value
 
 

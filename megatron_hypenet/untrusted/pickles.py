@@ -1,8 +1,10 @@
-"""Read a pickle without unpickling it: its opcodes build inert values, so nothing in it is imported, called or hashed.
+"""Read a pickle without unpickling it: its opcodes build inert values, so nothing in it is
+imported, called or hashed.
 
-Python's unpickler calls what the pickle names, and hashes the keys of its dictionaries: a key that is a pair of pairs of pairs, sixty
-deep, takes 250 bytes and 2**60 steps. Here a call becomes a `Record` and a dictionary a list of pairs, which the reader then checks as it
-checks parsed JSON. The opcodes are those that a pickler writes for data classes, containers, text and numbers.
+Python's unpickler calls what the pickle names, and hashes the keys of its dictionaries: a key that
+is a pair of pairs of pairs, sixty deep, takes 250 bytes and 2**60 steps. Here a call becomes a
+`Record` and a dictionary a list of pairs, which the reader then checks as it checks parsed JSON.
+The opcodes are those that a pickler writes for data classes, containers, text and numbers.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from typing import Any
 from megatron_hypenet.untrusted.files import FileKind, reason_of, shown
 
 MAX_OPCODES = 3_000_000
-"""Largest accepted number of opcodes: some seconds of work, and 30,000 pieces of tensors in the index of a sharded checkpoint."""
+"""Largest accepted number of opcodes: some seconds of work, and 30,000 pieces of tensors in the
+index of a sharded checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +45,8 @@ class Record:
 
 @dataclass(slots=True, eq=False)
 class Pairs:
-    """A dictionary, as its keys and values in order. A key may be any value, hashable or not, and may be there twice."""
+    """A dictionary, as its keys and values in order. A key may be any value, hashable or not, and
+    may be there twice."""
 
     items: list[tuple[Any, Any]] = field(default_factory=list)
 
@@ -74,10 +78,12 @@ def read_pickle(
     allows_call: Callable[[Global, tuple[Any, ...]], bool],
     forbidden: str,
 ) -> Any:
-    """Return the value that the pickle `payload`, which came from `path`, describes, with Record, Pairs, Global and Stored inside.
+    """Return the value that the pickle `payload`, which came from `path`, describes, with Record,
+    Pairs, Global and Stored inside.
 
-    A global that `allows` refuses, and a call that `allows_call` refuses, end in `kind`'s error with the reason "refers to
-    MODULE.NAME, `forbidden`". So do a pickle that is damaged and one of more than MAX_OPCODES opcodes.
+    A global that `allows` refuses, and a call that `allows_call` refuses, end in `kind`'s error
+    with the reason "refers to MODULE.NAME, `forbidden`". So do a pickle that is damaged and one of
+    more than MAX_OPCODES opcodes.
     """
     machine = _Machine(allows, allows_call)
     try:
@@ -93,7 +99,9 @@ def read_pickle(
     except Forbidden as error:
         kind.refuse(path, f"refers to {shown(str(error))}, {forbidden}")
     except (ValueError, IndexError, KeyError, OverflowError) as error:
-        kind.refuse(path, f"the pickle in it is damaged: {type(error).__name__}: {shown(reason_of(error))}")
+        kind.refuse(
+            path, f"the pickle in it is damaged: {type(error).__name__}: {shown(reason_of(error))}"
+        )
     return machine.stack[0]
 
 
@@ -102,15 +110,21 @@ class Forbidden(Exception):  # noqa: N818 - caught in this file
 
 
 class _Machine:
-    """The pickler's stack machine over inert values. `outer` are the stacks below the open marks."""
+    """The pickler's stack machine over inert values. `outer` are the stacks below the open
+    marks."""
 
     __slots__ = ("allows", "allows_call", "memo", "outer", "stack")
 
-    def __init__(self, allows: Callable[[Global], bool], allows_call: Callable[[Global, tuple[Any, ...]], bool]) -> None:
+    def __init__(
+        self,
+        allows: Callable[[Global], bool],
+        allows_call: Callable[[Global, tuple[Any, ...]], bool],
+    ) -> None:
         self.stack: list[Any] = []
         self.outer: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
-        self.allows, self.allows_call = allows, allows_call
+        self.allows = allows
+        self.allows_call = allows_call
 
     def push(self, value: Any) -> None:
         self.stack.append(value)
@@ -120,7 +134,8 @@ class _Machine:
         self.stack = []
 
     def since_mark(self) -> list[Any]:
-        found, self.stack = self.stack, self.outer.pop()
+        found = self.stack
+        self.stack = self.outer.pop()
         return found
 
     def tuple_of(self, count: int) -> None:
@@ -150,7 +165,8 @@ class _Machine:
         self.stack.append(Record(what, args))
 
     def build(self, _: Any) -> None:
-        state, target = self.stack.pop(), self.stack[-1]
+        state = self.stack.pop()
+        target = self.stack[-1]
         if not isinstance(target, Record) or target.state is not None:
             raise Damaged("a state for what is no object, or for one that has a state")
         target.state = state
@@ -163,7 +179,8 @@ class _Machine:
 
     def set_items(self, values: list[Any]) -> None:
         target = self.stack[-1]
-        # an OrderedDict is a call that is filled like a dictionary; nobody reads one, so what it holds is dropped
+        # an OrderedDict is a call that is filled like a dictionary; nobody reads one, so what it
+        # holds is dropped
         if not isinstance(target, Pairs | Record) or len(values) % 2:
             raise Damaged("keys and values for what is no dictionary")
         if isinstance(target, Pairs):
@@ -207,7 +224,9 @@ _STEPS: dict[str, Callable[[_Machine, Any], None]] = {
     **dict.fromkeys(_TEXTS, _Machine.text),
     **dict.fromkeys(("PROTO", "FRAME", "STOP"), _nothing),
     **dict.fromkeys(("BINPUT", "LONG_BINPUT", "MEMOIZE"), _Machine.put),
-    **dict.fromkeys(("BINGET", "LONG_BINGET"), lambda machine, index: machine.push(machine.memo[index])),
+    **dict.fromkeys(
+        ("BINGET", "LONG_BINGET"), lambda machine, index: machine.push(machine.memo[index])
+    ),
     **dict.fromkeys(("REDUCE", "NEWOBJ"), _Machine.call),
     "NONE": lambda machine, _: machine.push(None),
     "NEWTRUE": lambda machine, _: machine.push(True),

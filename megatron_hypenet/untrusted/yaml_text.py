@@ -1,9 +1,11 @@
-"""Parse YAML that somebody else wrote: bounded while it is parsed, without objects, and with every scalar kept as it is written.
+"""Parse YAML that somebody else wrote: bounded while it is parsed, without objects, and with every
+scalar kept as it is written.
 
-PyYAML scans the text; the values are built here, from its events, in one pass without recursion. What a scalar without quotes means is
-left to whoever knows the setting it is for (`config/meaning.py`): `12.10` is a number for one setting and a version for another. Where
-nobody knows, `value_of` says what it looks like. Nothing is read that means one thing to YAML 1.1 and another to a person: `1:30` is not
-90, `0755` is not 493, and a date is text.
+PyYAML scans the text; the values are built here, from its events, in one pass without recursion.
+What a scalar without quotes means is left to whoever knows the setting it is for
+(`config/meaning.py`): `12.10` is a number for one setting and a version for another. Where nobody
+knows, `value_of` says what it looks like. Nothing is read that means one thing to YAML 1.1 and
+another to a person: `1:30` is not 90, `0755` is not 493, and a date is text.
 """
 
 from __future__ import annotations
@@ -19,21 +21,32 @@ import yaml
 from megatron_hypenet.untrusted.files import FileKind, reason_of, shown
 
 MERGE = "<<"
-"""Key whose value is a mapping, or a list of mappings, that this mapping begins with; what is written beside it wins."""
+"""Key whose value is a mapping, or a list of mappings, that this mapping begins with; what is
+written beside it wins."""
 
 MAX_DIGITS = 100
-"""Longest number that `value_of` converts, in characters; Python's conversion of integers takes quadratic time."""
+"""Longest number that `value_of` converts, in characters; Python's conversion of integers takes
+quadratic time."""
 
 _NULL = frozenset({"", "~", "null", "Null", "NULL"})
 _SWITCH = {
     form(word): meaning
-    for word, meaning in {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}.items()
+    for word, meaning in {
+        "true": True,
+        "yes": True,
+        "on": True,
+        "false": False,
+        "no": False,
+        "off": False,
+    }.items()
     for form in (str.lower, str.capitalize, str.upper)
 }
 _DIGITS = r"[0-9]+(?:_[0-9]+)*"
 _INTEGER = re.compile(r"[-+]?(?:0|[1-9][0-9]*(?:_[0-9]+)*)")
 _OTHER_BASE = re.compile(r"[-+]?(?:0x[0-9a-fA-F]+|0b[01]+)")
-_FLOAT = re.compile(rf"[-+]?(?:(?:{_DIGITS}\.(?:{_DIGITS})?|\.{_DIGITS})(?:[eE][-+]?[0-9]+)?|{_DIGITS}[eE][-+]?[0-9]+)")
+_FLOAT = re.compile(
+    rf"[-+]?(?:(?:{_DIGITS}\.(?:{_DIGITS})?|\.{_DIGITS})(?:[eE][-+]?[0-9]+)?|{_DIGITS}[eE][-+]?[0-9]+)"
+)
 _NOT_FINITE = re.compile(r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)")
 
 _TAG = "tag:yaml.org,2002:"
@@ -42,7 +55,8 @@ _PLAIN_TAGS = frozenset({f"{_TAG}{name}" for name in ("int", "float", "bool", "n
 
 
 class Plain(str):
-    """A scalar that was written without quotes: its text, which may stand for a number, a switch, nothing, or itself."""
+    """A scalar that was written without quotes: its text, which may stand for a number, a switch,
+    nothing, or itself."""
 
     __slots__ = ()
 
@@ -53,17 +67,21 @@ def read_yaml(kind: FileKind, path: Path) -> Any:
 
 
 def parse_yaml(kind: FileKind, path: Path | str, text: str) -> Any:
-    """Return the YAML value in `text`, which came from `path`: dicts with text as keys, lists, text, and `Plain` for unquoted scalars.
+    """Return the YAML value in `text`, which came from `path`: dicts with text as keys, lists,
+    text, and `Plain` for unquoted scalars.
 
-    Aliases and merge keys are resolved; one object may then stand in several places, so copy before you change. Raises `kind`'s error
-    for anything but one document of plain YAML, a key written twice, an alias inside its own anchor, other tags than YAML's scalars,
-    lists and mappings, text that UTF-8 cannot hold, and beyond the kind's limits, where aliases count as what they stand for.
+    Aliases and merge keys are resolved; one object may then stand in several places, so copy before
+    you change. Raises `kind`'s error for anything but one document of plain YAML, a key written
+    twice, an alias inside its own anchor, other tags than YAML's scalars, lists and mappings, text
+    that UTF-8 cannot hold, and beyond the kind's limits, where aliases count as what they stand
+    for.
     """
     return _Builder(kind, path).build(text)
 
 
 def value_of(value: Any) -> Any:
-    """Return `value` with every `Plain` in it as what it looks like: None, a bool, an int, a float, or text."""
+    """Return `value` with every `Plain` in it as what it looks like: None, a bool, an int, a float,
+    or text."""
     if isinstance(value, dict):
         return {key: value_of(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -90,7 +108,8 @@ def _scalar(plain: Plain) -> None | bool | int | float | str:
 
 @dataclass(slots=True)
 class _Built:
-    """A finished value, with the number of values in it and the levels of nesting below it, aliases counted in full."""
+    """A finished value, with the number of values in it and the levels of nesting below it, aliases
+    counted in full."""
 
     value: Any
     size: int = 1
@@ -143,15 +162,26 @@ class _Builder:
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             self.line = mark.line if mark else self.line
-            self._refuse(f"{error.problem or error.context}, column {mark.column + 1 if mark else 1}")
-        except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an escape beyond the last character
+            self._refuse(
+                f"{error.problem or error.context}, column {mark.column + 1 if mark else 1}"
+            )
+        # ValueError: an escape beyond the last character
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             self._refuse(shown(reason_of(error)))
 
     def _leaf(self, event: yaml.ScalarEvent) -> _Built:
-        text, tag = event.value, event.tag
+        text = event.value
+        tag = event.tag
         if tag is not None and tag not in _TEXT_TAGS | _PLAIN_TAGS:
             self._refuse(f"the tag {_short(tag)}; only plain values are allowed")
-        broken = next((character for character in text if character == "\0" or "\ud800" <= character <= "\udfff"), None)
+        broken = next(
+            (
+                character
+                for character in text
+                if character == "\0" or "\ud800" <= character <= "\udfff"
+            ),
+            None,
+        )
         if broken is not None:
             self._refuse(f"a text with {ascii(broken)}, which no file name and no message can hold")
         plain = tag in _PLAIN_TAGS or (tag is None and event.implicit[0])
@@ -159,7 +189,9 @@ class _Builder:
 
     def _aliased(self, anchor: str | None) -> _Built:
         if anchor is None or anchor not in self.anchors:
-            self._refuse(f"the alias *{shown(anchor, 40)} stands for an anchor that is not defined before it")
+            self._refuse(
+                f"the alias *{shown(anchor, 40)} stands for an anchor that is not defined before it"
+            )
         built = self.anchors[anchor]
         if isinstance(built, _Open):
             self._refuse(f"the alias *{shown(anchor, 40)} stands inside its own anchor")
@@ -230,7 +262,9 @@ class _Builder:
     def _sources(self, value: Any) -> list[dict[str, Any]]:
         sources = value if isinstance(value, list) else [value]
         if not sources or not all(isinstance(source, dict) for source in sources):
-            self._refuse(f"the merge key {MERGE} takes a mapping or a list of mappings, such as *name")
+            self._refuse(
+                f"the merge key {MERGE} takes a mapping or a list of mappings, such as *name"
+            )
         return sources
 
     def _name(self, anchor: str | None, built: _Built) -> None:
@@ -243,9 +277,16 @@ class _Builder:
     def _bound(self, size: int, depth: int) -> None:
         self.total += size
         if self.total > self.kind.max_values:
-            self.kind.refuse(self.path, f"line {self.line + 1}: holds more than {self.kind.max_values:,} values, aliases counted in full")
+            self.kind.refuse(
+                self.path,
+                f"line {self.line + 1}: holds more than {self.kind.max_values:,} values, "
+                "aliases counted in full",
+            )
         if depth > self.kind.max_depth:
-            self.kind.refuse(self.path, f"line {self.line + 1}: nested more than {self.kind.max_depth} levels deep")
+            self.kind.refuse(
+                self.path,
+                f"line {self.line + 1}: nested more than {self.kind.max_depth} levels deep",
+            )
 
     def _refuse(self, what: str) -> NoReturn:
         self.kind.refuse(self.path, f"not valid YAML (line {self.line + 1}: {what})")

@@ -1,6 +1,8 @@
-"""Run by torchrun: save known values on every layout of four processes, and read on every layout what two others wrote.
+"""Run by torchrun: save known values on every layout of four processes, and read on every layout
+what two others wrote.
 
-checkpoint_worker FOLDER LAYOUTS DTYPE      LAYOUTS: JSON {name: ParallelConfig keys}; saves go to FOLDER/<name>
+checkpoint_worker FOLDER LAYOUTS DTYPE      LAYOUTS: JSON {name: ParallelConfig keys}; saves go to
+FOLDER/<name>
 """
 
 import json
@@ -25,7 +27,8 @@ from tests.distributed.layouts import STUDENT, run_config
 
 
 def known(key: str, start, shape) -> torch.Tensor:
-    """The part at `start` of a tensor whose every element is a function of its name and of its place in the whole."""
+    """The part at `start` of a tensor whose every element is a function of its name and of its
+    place in the whole."""
     total = torch.full(tuple(shape), float(zlib.crc32(key.encode()) % 10_007), dtype=torch.float64)
     for axis, (first, size) in enumerate(zip(start, shape, strict=True)):
         view = [1] * len(shape)
@@ -35,7 +38,8 @@ def known(key: str, start, shape) -> torch.Tensor:
 
 
 class Known:
-    """Stands where a ShardReader stands: answers with known values, cut as a layout asks for them; optimizer states are fp32."""
+    """Stands where a ShardReader stands: answers with known values, cut as a layout asks for them;
+    optimizer states are fp32."""
 
     def __init__(self, dtype):
         self.weights = dtype
@@ -52,7 +56,9 @@ def wanted(entry, state=None):
     """This process's part of a weight or of one optimizer state."""
     dtype = entry.parameter.dtype
     empty = empty_like_entry(entry, torch.float32 if state else dtype)
-    return read_entry(Known(dtype), entry.described(empty, prefix=f"optim.{state}" if state else "", owned=False))
+    return read_entry(
+        Known(dtype), entry.described(empty, prefix=f"optim.{state}" if state else "", owned=False)
+    )
 
 
 def engine_on(parallel: dict, folder: Path, dtype: torch.dtype):
@@ -74,18 +80,25 @@ def check(engine, where: str) -> None:
     assert engine.adam_step() == 11, where
     for entry in engine.template:
         with engine.gathered(entry.parameter):
-            assert torch.equal(entry.parameter, wanted(entry)), f"{where}: weight {entry.sharded.key}"
+            assert torch.equal(entry.parameter, wanted(entry)), (
+                f"{where}: weight {entry.sharded.key}"
+            )
         for state in OPTIMIZER_STATES:
-            assert torch.equal(engine.full_state(entry.parameter, state), wanted(entry, state)), f"{where}: {state} of {entry.sharded.key}"
+            assert torch.equal(engine.full_state(entry.parameter, state), wanted(entry, state)), (
+                f"{where}: {state} of {entry.sharded.key}"
+            )
 
 
 def save(engine, folder: Path, *, background: bool):
     state = TrainState(stage="finetune", step=11, adam_step=engine.adam_step())
-    return begin_save(folder, engine, state, model_config=STUDENT, kind="finetune", background=background)
+    return begin_save(
+        folder, engine, state, model_config=STUDENT, kind="finetune", background=background
+    )
 
 
 def full_disk_of_one(engine, folder: Path) -> None:
-    """The last process cannot write: all of them raise, nothing stays, and the process with the room waits for nobody."""
+    """The last process cannot write: all of them raise, nothing stays, and the process with the
+    room waits for nobody."""
     write = shard_writer.ShardWrite.write
 
     def fail(self, **options):

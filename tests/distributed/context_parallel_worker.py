@@ -1,6 +1,8 @@
-"""Run by torchrun: context-parallel ops in groups of 1, 2, 4, ... up to all processes, against dense float64 definitions.
+"""Run by torchrun: context-parallel ops in groups of 1, 2, 4, ... up to all processes, against
+dense float64 definitions.
 
-On GPUs if every process has one, else on the CPU. Rank 0 prints one JSON line per check: its name and the largest errors over all ranks."""
+On GPUs if every process has one, else on the CPU. Rank 0 prints one JSON line per check: its name
+and the largest errors over all ranks."""
 
 import json
 import os
@@ -18,10 +20,20 @@ from megatron_hypenet.ops.decay import log_decay  # noqa: E402
 from megatron_hypenet.parallel import context  # noqa: E402
 from tests.dense_attention import dense_lightning, dense_softmax, document_ids  # noqa: E402
 
-B, T, H, G, DK, DV, SCALE = 2, 48, 6, 2, 8, 8, 0.4
+B = 2
+T = 48
+H = 6
+G = 2
+DK = 8
+DV = 8
+SCALE = 0.4
 LIMIT = 1e-12
 """Largest absolute error allowed in float64; values are of order one."""
-DEVICE = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
+DEVICE = (
+    torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    if torch.cuda.is_available()
+    else torch.device("cpu")
+)
 REPORTS = []
 
 
@@ -37,16 +49,28 @@ DOCUMENTS = {
 
 
 def lightning(group, ids, q, k, v):
-    return context_lightning_attn(q, k, v, log_decay(q.shape[2]), scale=SCALE, group=group, document_ids=ids)
+    return context_lightning_attn(
+        q, k, v, log_decay(q.shape[2]), scale=SCALE, group=group, document_ids=ids
+    )
 
 
 def softmax(method, group, ids, q, k, v):
-    return context.context_softmax_attn(q, k, v, scale=SCALE, group=group, document_ids=ids, method=method)
+    return context.context_softmax_attn(
+        q, k, v, scale=SCALE, group=group, document_ids=ids, method=method
+    )
 
 
 OPS = {
-    "lightning": (lightning, lambda q, k, v, ids: dense_lightning(q, k, v, log_decay(H), SCALE, ids), H),
-    "all_gather": (partial(softmax, "all_gather"), lambda q, k, v, ids: dense_softmax(q, k, v, SCALE, ids), G),
+    "lightning": (
+        lightning,
+        lambda q, k, v, ids: dense_lightning(q, k, v, log_decay(H), SCALE, ids),
+        H,
+    ),
+    "all_gather": (
+        partial(softmax, "all_gather"),
+        lambda q, k, v, ids: dense_softmax(q, k, v, SCALE, ids),
+        G,
+    ),
     "ring": (partial(softmax, "ring"), lambda q, k, v, ids: dense_softmax(q, k, v, SCALE, ids), G),
 }
 
@@ -54,7 +78,10 @@ OPS = {
 def draw(groups, length=T, dtype=torch.float64):
     generator = torch.Generator("cpu").manual_seed(length + groups)
     shapes = ((H, DK), (groups, DK), (groups, DV), (H, DV))
-    drawn = [torch.randn(B, length, heads, d, generator=generator, dtype=torch.float64, device="cpu") for heads, d in shapes]
+    drawn = [
+        torch.randn(B, length, heads, d, generator=generator, dtype=torch.float64, device="cpu")
+        for heads, d in shapes
+    ]
     return [x.to(DEVICE, dtype) for x in drawn]
 
 
@@ -64,15 +91,24 @@ def report(name, errors, limit=LIMIT):
 
 
 def flush_reports():
-    """All ranks: print the largest errors over the world of each check noted since, and stop if one is above its limit."""
-    worst = torch.tensor([error for _, _, errors in REPORTS for error in errors.values()], dtype=torch.float64)
+    """All ranks: print the largest errors over the world of each check noted since, and stop if one
+    is above its limit."""
+    worst = torch.tensor(
+        [error for _, _, errors in REPORTS for error in errors.values()], dtype=torch.float64
+    )
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
     values = iter(worst.tolist())
-    lines = [{"check": name, "limit": limit, **{key: next(values) for key in errors}} for name, limit, errors in REPORTS]
+    lines = [
+        {"check": name, "limit": limit, **{key: next(values) for key in errors}}
+        for name, limit, errors in REPORTS
+    ]
     if dist.get_rank() == 0:
         print("\n".join(map(json.dumps, lines)), flush=True)
     for line in lines:
-        assert max(value for key, value in line.items() if key not in ("check", "limit")) <= line["limit"], line
+        assert (
+            max(value for key, value in line.items() if key not in ("check", "limit"))
+            <= line["limit"]
+        ), line
     REPORTS.clear()
 
 
@@ -83,7 +119,8 @@ def compare(got, want, relative_to=None):
 
 
 def parity(op, dense, groups, group, ids, wrap=lambda f: f, dtype=torch.float64, relative=False):
-    """Largest errors of o, dq, dk, dv of this rank's tokens; `want` is float64, whatever dtype the op runs in."""
+    """Largest errors of o, dq, dk, dv of this rank's tokens; `want` is float64, whatever dtype the
+    op runs in."""
     *inputs, weight = draw(groups, dtype=dtype)
     whole = [x.double().clone().requires_grad_() for x in inputs]
     want = dense(*whole, ids)
@@ -122,17 +159,26 @@ def check_recompute_and_inference(group, size):
 
 
 def check_narrow(group, size):
-    """Narrow tensors with fp32 sums behind them: errors relative to the largest value, a few roundings of the dtype."""
+    """Narrow tensors with fp32 sums behind them: errors relative to the largest value, a few
+    roundings of the dtype."""
     for op_name, (op, dense, groups) in OPS.items():
         for dtype, limit in ((torch.bfloat16, 2**-7), (torch.float32, 1e-6)):
-            errors = parity(op, dense, groups, group, DOCUMENTS["random"], dtype=dtype, relative=True)
+            errors = parity(
+                op, dense, groups, group, DOCUMENTS["random"], dtype=dtype, relative=True
+            )
             report(f"{op_name} cp={size} {dtype}", errors, limit)
 
 
 def check_layout(group, size):
-    for x in (torch.arange(2 * T).view(2, T), torch.arange(2 * T).view(2, T) % 3 == 0, torch.randn(2, T, 3).bfloat16()):
+    for x in (
+        torch.arange(2 * T).view(2, T),
+        torch.arange(2 * T).view(2, T) % 3 == 0,
+        torch.randn(2, T, 3).bfloat16(),
+    ):
         mine = context.split_sequence(x, group, 1)
-        assert mine.shape[1] == T // size and torch.equal(context.gather_sequence(mine, group, 1), x), x.dtype
+        assert mine.shape[1] == T // size and torch.equal(
+            context.gather_sequence(mine, group, 1), x
+        ), x.dtype
     positions = context.local_positions(T // size, group, DEVICE)
     assert torch.equal(positions, context.split_sequence(torch.arange(T), group, 0))
     x = draw(G)[0][0, :, 0]
@@ -145,13 +191,16 @@ def check_layout(group, size):
 
 
 def exchanged_bytes(cp_size, itemsize):
-    """Bytes that a rank receives in one exchange, forward or backward: two states per rank, no matter how long they are."""
+    """Bytes that a rank receives in one exchange, forward or backward: two states per rank, no
+    matter how long they are."""
     return (cp_size - 1) * 2 * B * H * DK * DV * itemsize
 
 
 def check_bytes(group, size):
-    """What the collectives of Lightning Attention move is what `exchanged_bytes` says, for any length."""
-    plain, moved = dist.all_gather_into_tensor, []
+    """What the collectives of Lightning Attention move is what `exchanged_bytes` says, for any
+    length."""
+    plain = dist.all_gather_into_tensor
+    moved = []
 
     def counted(output, mine, **kwargs):
         moved.append((size - 1) * mine.numel() * mine.element_size())
@@ -161,7 +210,10 @@ def check_bytes(group, size):
     try:
         for dtype, itemsize in ((torch.float64, 8), (torch.float32, 4), (torch.bfloat16, 4)):
             for length in (T, 4 * T):
-                *inputs, _ = (context.split_sequence(x, group, 1).requires_grad_() for x in draw(H, length, dtype))
+                *inputs, _ = (
+                    context.split_sequence(x, group, 1).requires_grad_()
+                    for x in draw(H, length, dtype)
+                )
                 lightning(group, None, *inputs).sum().backward()
                 expected = [exchanged_bytes(size, itemsize)] * 2 if size > 1 else []
                 assert moved == expected, (moved, expected, dtype, length)
@@ -176,14 +228,24 @@ def main():
         torch.cuda.set_device(DEVICE)
     dist.init_process_group("nccl" if DEVICE.type == "cuda" else "gloo")
     torch.manual_seed(0)
-    rank, world, size = dist.get_rank(), dist.get_world_size(), 1
-    DOCUMENTS.update({name: None if ids is None else ids.to(DEVICE) for name, ids in DOCUMENTS.items()})
+    rank = dist.get_rank()
+    world = dist.get_world_size()
+    size = 1
+    DOCUMENTS.update(
+        {name: None if ids is None else ids.to(DEVICE) for name, ids in DOCUMENTS.items()}
+    )
     while size <= world:
         for first in range(0, world, size):
             created = dist.new_group(list(range(first, first + size)))
             if first <= rank < first + size:
                 group = created
-        for check in (check_layout, check_parity, check_recompute_and_inference, check_narrow, check_bytes):
+        for check in (
+            check_layout,
+            check_parity,
+            check_recompute_and_inference,
+            check_narrow,
+            check_bytes,
+        ):
             check(group, size)
         flush_reports()
         size *= 2

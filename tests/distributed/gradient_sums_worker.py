@@ -1,6 +1,8 @@
-"""Run by torchrun: the fp32 sums of bf16 gradients and their norm after the reduction, against sums by hand and DeepSpeed's own norm.
+"""Run by torchrun: the fp32 sums of bf16 gradients and their norm after the reduction, against sums
+by hand and DeepSpeed's own norm.
 
-Two processes split the data; then, for the norm, a model over two tensor-parallel ranks, once and on four processes twice."""
+Two processes split the data; then, for the norm, a model over two tensor-parallel ranks, once and
+on four processes twice."""
 
 import os
 import sys
@@ -30,9 +32,13 @@ def batches(rank):
 
 def by_hand():
     """Mean over both ranks of each rank's fp32 sum of bf16 gradients."""
-    stage, sums = ToyStage(torch.bfloat16), []
+    stage = ToyStage(torch.bfloat16)
+    sums = []
     for rank in (0, 1):
-        own = [torch.autograd.grad(stage(batch)[0] / 2, list(stage.parameters())) for batch in batches(rank)]
+        own = [
+            torch.autograd.grad(stage(batch)[0] / 2, list(stage.parameters()))
+            for batch in batches(rank)
+        ]
         sums.append([a.float() + b.float() for a, b in zip(*own, strict=True)])
     return [(a + b) / 2 for a, b in zip(*sums, strict=True)]
 
@@ -40,15 +46,21 @@ def by_hand():
 def check_sums():
     groups.init_parallel(ParallelConfig())
     for exchange, limit in (("float32", 0.0), ("bfloat16", 2.0**-7)):
-        stage, parallel = ToyStage(torch.bfloat16), ParallelConfig(gradient_exchange=exchange)
+        stage = ToyStage(torch.bfloat16)
+        parallel = ParallelConfig(gradient_exchange=exchange)
         engine = TrainingEngine(stage, stage_config(global_batch_size=8, clip_grad=0.0), parallel)
         forward_backward(engine, batches(groups.data_rank()))
-        optimizer, wanted = engine.engine.optimizer, dict(zip(stage.parameters(), by_hand(), strict=True))
-        for parameters, own in zip(optimizer.bf16_groups, optimizer.fp32_groups_gradient_flat_partition, strict=True):
+        optimizer = engine.engine.optimizer
+        wanted = dict(zip(stage.parameters(), by_hand(), strict=True))
+        for parameters, own in zip(
+            optimizer.bf16_groups, optimizer.fp32_groups_gradient_flat_partition, strict=True
+        ):
             flat = torch.cat([wanted[parameter].flatten() for parameter in parameters])
             flat = torch.nn.functional.pad(flat, (0, 2 * own.numel() - flat.numel()))
             want = flat[groups.data_rank() * own.numel() :][: own.numel()]
-            assert float((own - want).abs().max()) <= limit * float(flat.abs().max()), f"{exchange}: {own} instead of {want}"
+            assert float((own - want).abs().max()) <= limit * float(flat.abs().max()), (
+                f"{exchange}: {own} instead of {want}"
+            )
         norm = float(torch.cat([want.flatten() for want in wanted.values()]).norm())
         assert abs(engine.apply(0.1) / norm - 1) <= max(limit, 1e-6)
         engine.close()
@@ -56,17 +68,22 @@ def check_sums():
 
 
 def check_norm(folder):
-    """Replicated norms count once, split weights everywhere, with one replica and with two that see the same samples."""
+    """Replicated norms count once, split weights everywhere, with one replica and with two that see
+    the same samples."""
     parallel = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
     groups.init_parallel(parallel)
     model = build_model(
-        tiny_model_config(("lightning_attn", "attn"), num_attention_heads=6, num_query_groups=2, vocab_size=62),
+        tiny_model_config(
+            ("lightning_attn", "attn"), num_attention_heads=6, num_query_groups=2, vocab_size=62
+        ),
         parallel,
         dtype=torch.bfloat16,
         seed=1,
     )
     replicas = WORLD // 2
-    config = stage_config(seq_length=8, micro_batch_size=2, global_batch_size=2 * replicas, clip_grad=1e-3)
+    config = stage_config(
+        seq_length=8, micro_batch_size=2, global_batch_size=2 * replicas, clip_grad=1e-3
+    )
     engine = TrainingEngine(FinetuneStage(model, chunk_tokens=None), config, parallel)
     forward_backward(engine, [{"tokens": ToyData().batch(0, 2, 8)}])
     if replicas == 1:
@@ -74,7 +91,8 @@ def check_norm(folder):
         theirs, _ = BF16_Optimizer.get_grads_for_norm(optimizer)
         assert len(theirs) > 5 and all(all(group) for group in engine.sums.marks)
         own_norm = float(get_global_norm_of_tensors(theirs, mpu=groups.ModelParallelUnit))
-    norm, result = engine.apply(1e-3), folder / "norm.pt"
+    norm = engine.apply(1e-3)
+    result = folder / "norm.pt"
     weights = torch.cat([parameter.detach().float().flatten() for parameter in model.parameters()])
     if replicas == 1:
         assert abs(norm / own_norm - 1) < 1e-6, (norm, own_norm)

@@ -1,8 +1,10 @@
-"""Run by torchrun: one step's loss and gradients of each stage, and scores of whole sequences, in float64 on one layout after the other.
+"""Run by torchrun: one step's loss and gradients of each stage, and scores of whole sequences, in
+float64 on one layout after the other.
 
     gradient_worker FOLDER CASES      CASES: JSON list of {name, stage, parallel, documents}
 
-One process writes FOLDER/<stage>-<documents>.pt; several compare their pieces with it and print the largest relative differences.
+One process writes FOLDER/<stage>-<documents>.pt; several compare their pieces with it and print the
+largest relative differences.
 """
 
 import json
@@ -24,7 +26,8 @@ IDS = torch.randint(0, SHAPE["vocab_size"], (3, 13), generator=torch.Generator()
 
 
 def computed(stage, batches):
-    """Loss of the step; gradients are left in the parameters, whole ones as one process would have them."""
+    """Loss of the step; gradients are left in the parameters, whole ones as one process would have
+    them."""
     if groups.pipeline_stage()[1] > 1:
         loss, _ = schedule._pipelined(stage, batches, train=True, clock=OwnTime())
     else:
@@ -43,18 +46,32 @@ def computed(stage, batches):
 def pieces_of_gradients(stage):
     for parameter in stage.trainable_parameters().values():
         parameter.data = parameter.grad  # the pieces now describe gradients
-    return [piece for entry in stage.sharded_state_dict().values() if entry.data is not None for piece in tensor_pieces(entry)]
+    return [
+        piece
+        for entry in stage.sharded_state_dict().values()
+        if entry.data is not None
+        for piece in tensor_pieces(entry)
+    ]
 
 
 def place(full, piece):
-    return full[tuple(slice(start, start + size) for start, size in zip(piece.global_offset, piece.local_shape, strict=True))]
+    return full[
+        tuple(
+            slice(start, start + size)
+            for start, size in zip(piece.global_offset, piece.local_shape, strict=True)
+        )
+    ]
 
 
 def one(folder, case):
-    run = run_config(folder / "unused", head_changes=case.get("head_changes"), parallel=case["parallel"])
+    run = run_config(
+        folder / "unused", head_changes=case.get("head_changes"), parallel=case["parallel"]
+    )
     groups.init_parallel(run.parallel, seed=run.seed)
     name, documents = case["stage"], case["documents"]
-    stage = run_stage.build_stage(name, run, teacher=folder / "teacher", init=None if name == "align" else folder / "student")
+    stage = run_stage.build_stage(
+        name, run, teacher=folder / "teacher", init=None if name == "align" else folder / "student"
+    )
     found = {}
     stage.train()
     if name == "finetune":
@@ -66,24 +83,54 @@ def one(folder, case):
     file = folder / f"{name}-{documents}.pt"
     pieces = pieces_of_gradients(stage)
     if dist.get_world_size() == 1:
-        whole = {piece.key: torch.zeros(piece.global_shape, dtype=torch.float64) for piece in pieces}
+        whole = {
+            piece.key: torch.zeros(piece.global_shape, dtype=torch.float64) for piece in pieces
+        }
         for piece in pieces:
             place(whole[piece.key], piece).copy_(piece.data)
         torch.save({**found, **{f"grad/{key}": value for key, value in whole.items()}}, file)
     else:
         want = torch.load(file, weights_only=True)
         pairs = [(key, value, want[key], want[key]) for key, value in found.items()]
-        pairs += [(piece.key, piece.data, place(want[f"grad/{piece.key}"], piece), want[f"grad/{piece.key}"]) for piece in pieces]
-        errors = torch.tensor([float((got - ref).abs().max() / (whole.abs().max() or 1.0)) for _, got, ref, whole in pairs])
+        pairs += [
+            (
+                piece.key,
+                piece.data,
+                place(want[f"grad/{piece.key}"], piece),
+                want[f"grad/{piece.key}"],
+            )
+            for piece in pieces
+        ]
+        errors = torch.tensor(
+            [
+                float((got - ref).abs().max() / (whole.abs().max() or 1.0))
+                for _, got, ref, whole in pairs
+            ]
+        )
         where = pairs[int(errors.argmax())][0]
         gathered = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, (float(errors.max()), where, sorted({piece.key for piece in pieces})))
-        missing = {key.removeprefix("grad/") for key in want if key.startswith("grad/")} - {key for *_, keys in gathered for key in keys}
-        assert not missing, f"{case['name']} {name}: no rank has the gradients of {sorted(missing)[:3]}"
+        dist.all_gather_object(
+            gathered, (float(errors.max()), where, sorted({piece.key for piece in pieces}))
+        )
+        missing = {key.removeprefix("grad/") for key in want if key.startswith("grad/")} - {
+            key for *_, keys in gathered for key in keys
+        }
+        assert not missing, (
+            f"{case['name']} {name}: no rank has the gradients of {sorted(missing)[:3]}"
+        )
         if dist.get_rank() == 0:
             worst = max(gathered)
             print(
-                json.dumps({"name": case["name"], "stage": name, "documents": documents, "error": worst[0], "where": worst[1]}), flush=True
+                json.dumps(
+                    {
+                        "name": case["name"],
+                        "stage": name,
+                        "documents": documents,
+                        "error": worst[0],
+                        "where": worst[1],
+                    }
+                ),
+                flush=True,
             )
     del stage
     run_stage.release()

@@ -1,6 +1,7 @@
 """Run by torchrun: train tiny stages on one layout after the other.
 
-layout_worker FOLDER CASES      CASES: JSON list of {name, stage, parallel, [changes], [stage_changes]}; results in FOLDER/<name>/<stage>
+layout_worker FOLDER CASES      CASES: JSON list of {name, stage, parallel, [changes],
+[stage_changes]}; results in FOLDER/<name>/<stage>
 """
 
 import contextlib
@@ -21,11 +22,17 @@ from tests.distributed.layouts import Tokens, run_config
 
 def one(folder: Path, case: dict) -> None:
     run = run_config(
-        folder / case["name"], case.get("stage_changes"), case.get("head_changes"), parallel=case["parallel"], **case.get("changes", {})
+        folder / case["name"],
+        case.get("stage_changes"),
+        case.get("head_changes"),
+        parallel=case["parallel"],
+        **case.get("changes", {}),
     )
     groups.init_parallel(run.parallel, seed=run.seed)
     name = case["stage"]
-    stage = run_stage.build_stage(name, run, teacher=folder / "teacher", init=None if name == "align" else folder / "student")
+    stage = run_stage.build_stage(
+        name, run, teacher=folder / "teacher", init=None if name == "align" else folder / "student"
+    )
 
     def on_step(record) -> None:
         if record.step == case.get("stop_after") and groups.rank() == 0:
@@ -33,21 +40,30 @@ def one(folder: Path, case: dict) -> None:
 
     with contextlib.suppress(SavedAndRequeue):
         train(
-            stage, Tokens(), run.stage(name), run, folder / case["name"] / name, extra={"pipeline_layout": list(stage.layout)},
+            stage,
+            Tokens(),
+            run.stage(name),
+            run,
+            folder / case["name"] / name,
+            extra={"pipeline_layout": list(stage.layout)},
             on_step=on_step,
-        )  # fmt: skip
+        )
     del stage
     run_stage.release()
     groups.destroy_model_groups()
 
 
 def main() -> None:
-    folder, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
+    folder = Path(sys.argv[1])
+    cases = json.loads(sys.argv[2])
     for case in cases:
         began = time.monotonic()
         one(folder, case)
         if groups.rank() == 0:
-            print(f"ran {case['name']} {case['stage']} in {time.monotonic() - began:.1f} s", flush=True)
+            print(
+                f"ran {case['name']} {case['stage']} in {time.monotonic() - began:.1f} s",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

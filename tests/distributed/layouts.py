@@ -1,4 +1,5 @@
-"""Tiny real runs on any layout, for the parity tests: the same checkpoints, tokens and settings, whatever splits the work."""
+"""Tiny real runs on any layout, for the parity tests: the same checkpoints, tokens and settings,
+whatever splits the work."""
 
 import os
 import subprocess
@@ -15,10 +16,18 @@ from megatron_hypenet.model.transfer import named_normal
 from tests.tiny import tiny_model_config, tiny_teacher_config
 
 ROOT = Path(megatron_hypenet.__file__).parents[1]
-SHAPE = {"num_attention_heads": 4, "num_query_groups": 2, "vocab_size": 64, "share_embeddings_and_output_weights": True}
-"""Divisible by two tensor-parallel ranks; embedding and head are one matrix, as in the smaller Qwen3 models."""
+SHAPE = {
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "vocab_size": 64,
+    "share_embeddings_and_output_weights": True,
+}
+"""Divisible by two tensor-parallel ranks; embedding and head are one matrix, as in the smaller
+Qwen3 models."""
 TEACHER = tiny_teacher_config(5, **SHAPE)
-STUDENT = tiny_model_config(("lightning_attn", "attn", "lightning_attn", "lightning_attn", "attn"), **SHAPE)
+STUDENT = tiny_model_config(
+    ("lightning_attn", "attn", "lightning_attn", "lightning_attn", "attn"), **SHAPE
+)
 STAGES = ("align", "distill", "finetune")
 
 
@@ -29,7 +38,12 @@ def write_models(folder: Path) -> None:
         for entry in entries(config):
             shape = tuple(entry.shape)
             shift = 1.0 if "norm" in entry.ours else 0.0
-            tensors[entry.ours] = named_normal(entry.ours, shape, std=0.3 if "norm" in entry.ours else 0.15, seed=len(kind)) + shift
+            tensors[entry.ours] = (
+                named_normal(
+                    entry.ours, shape, std=0.3 if "norm" in entry.ours else 0.15, seed=len(kind)
+                )
+                + shift
+            )
         write_weights(folder / kind, tensors, config, kind=kind)
 
 
@@ -41,7 +55,12 @@ class Tokens:
 
     def batch(self, sample_start: int, count: int, seq_length: int) -> torch.Tensor:
         rows = [
-            torch.randint(0, SHAPE["vocab_size"], (seq_length + 1,), generator=torch.Generator().manual_seed(1000 + sample_start + row))
+            torch.randint(
+                0,
+                SHAPE["vocab_size"],
+                (seq_length + 1,),
+                generator=torch.Generator().manual_seed(1000 + sample_start + row),
+            )
             for row in range(count)
         ]
         return torch.stack(rows)
@@ -50,23 +69,63 @@ class Tokens:
         return tokens == END_OF_DOCUMENT
 
 
-def run_config(out: Path, stage_changes: dict | None = None, head_changes: dict | None = None, **changes) -> RunConfig:
+def run_config(
+    out: Path, stage_changes: dict | None = None, head_changes: dict | None = None, **changes
+) -> RunConfig:
     """Five steps of four samples, one per micro-batch, clipping that bites."""
     stage = {
-        "train_iters": 5, "seq_length": 16, "micro_batch_size": 1, "global_batch_size": 4, "lr": 1e-2, "min_lr": 1e-3, "clip_grad": 0.5,
-        "warmup_iters": 1, "save_interval": 100, "log_interval": 1, "weight_decay": 0.1, **(stage_changes or {}),
-    }  # fmt: skip
+        "train_iters": 5,
+        "seq_length": 16,
+        "micro_batch_size": 1,
+        "global_batch_size": 4,
+        "lr": 1e-2,
+        "min_lr": 1e-3,
+        "clip_grad": 0.5,
+        "warmup_iters": 1,
+        "save_interval": 100,
+        "log_interval": 1,
+        "weight_decay": 0.1,
+        **(stage_changes or {}),
+    }
     head = {**stage, "vocab_chunk_tokens": 7, **(head_changes or {})}
-    inputs = {"output_dir": str(out), "teacher": "teacher", "data": {"train": ["x.txt"]}, "precision": "float32"}
-    return RunConfig.model_validate({**inputs, "align": stage, "distill": head, "finetune": head, **changes})
+    inputs = {
+        "output_dir": str(out),
+        "teacher": "teacher",
+        "data": {"train": ["x.txt"]},
+        "precision": "float32",
+    }
+    return RunConfig.model_validate(
+        {**inputs, "align": stage, "distill": head, "finetune": head, **changes}
+    )
 
 
-def start(processes: int, *arguments: str, module: str = "tests.distributed.layout_worker", timeout: int = 600):
+def start(
+    processes: int,
+    *arguments: str,
+    module: str = "tests.distributed.layout_worker",
+    timeout: int = 600,
+):
     """Run a worker module in `processes` fresh processes; returns the finished subprocess."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", module]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={processes}",
+        "-m",
+        module,
+    ]
     env = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         "OMP_NUM_THREADS": "1",
         "PYTHONWARNINGS": "ignore",
     }
-    return subprocess.run([*launcher, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout, check=False)
+    return subprocess.run(
+        [*launcher, *arguments],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )

@@ -1,4 +1,5 @@
-"""A checkpoint belongs to no layout: what TP, PP, CP, ZeRO or offload wrote, others read bit for bit, and one process reads whole."""
+"""A checkpoint belongs to no layout: what TP, PP, CP, ZeRO or offload wrote, others read bit for
+bit, and one process reads whole."""
 
 import json
 
@@ -14,7 +15,9 @@ from tests.distributed.layouts import STUDENT, start
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
-TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
+TP = "tensor_model_parallel_size"
+PP = "pipeline_model_parallel_size"
+CP = "context_parallel_size"
 LAYOUTS = {
     "tp2-sp-pp2": {TP: 2, PP: 2, "sequence_parallel": True},
     "pp4-uneven": {PP: 4, "pipeline_layout": [1, 2, 1, 1]},
@@ -28,21 +31,33 @@ LAYOUTS = {
 
 
 IN_BFLOAT16 = ("tp2-sp-pp2", "pp2-dp2", "tp2-dp2-zero2", "dp4-zero3")
-"""DeepSpeed has another optimizer for each of its stages here: fp32 master weights live elsewhere."""
+"""DeepSpeed has another optimizer for each of its stages here: fp32 master weights live
+elsewhere."""
 CASES = [("float32", name) for name in LAYOUTS] + [("bfloat16", name) for name in IN_BFLOAT16]
 
 
 @pytest.fixture(scope="module")
 def saves(tmp_path_factory):
-    """saves(dtype): one folder per layout, written by four processes and read by them on other layouts."""
+    """saves(dtype): one folder per layout, written by four processes and read by them on other
+    layouts."""
     done = {}
 
     def written(dtype):
         if dtype not in done:
             folder = tmp_path_factory.mktemp(dtype)
-            layouts = LAYOUTS if dtype == "float32" else {name: LAYOUTS[name] for name in IN_BFLOAT16}
-            result = start(4, str(folder), json.dumps(layouts), dtype, module="tests.distributed.checkpoint_worker")
-            assert result.returncode == 0 and "all read" in result.stdout, result.stdout[-2000:] + result.stderr[-6000:]
+            layouts = (
+                LAYOUTS if dtype == "float32" else {name: LAYOUTS[name] for name in IN_BFLOAT16}
+            )
+            result = start(
+                4,
+                str(folder),
+                json.dumps(layouts),
+                dtype,
+                module="tests.distributed.checkpoint_worker",
+            )
+            assert result.returncode == 0 and "all read" in result.stdout, (
+                result.stdout[-2000:] + result.stderr[-6000:]
+            )
             done[dtype] = folder
         return done[dtype]
 
@@ -56,7 +71,11 @@ def test_one_process_reads_every_tensor_whole(saves, dtype, name):
     weights, optimizer = (ShardReader(folder / part) for part in ("weights", "optimizer"))
     shapes = {entry.ours: tuple(entry.shape) for entry in entries(STUDENT)}
     assert {key: weights.shape(key) for key in weights} == shapes
-    states = {f"optim.{state}.{key}": shape for key, shape in shapes.items() for state in ("fp32_param", "exp_avg", "exp_avg_sq")}
+    states = {
+        f"optim.{state}.{key}": shape
+        for key, shape in shapes.items()
+        for state in ("fp32_param", "exp_avg", "exp_avg_sq")
+    }
     assert {key: optimizer.shape(key) for key in optimizer} == states
     for reader, stored in ((weights, getattr(torch, dtype)), (optimizer, torch.float32)):
         wrong = []
@@ -71,5 +90,7 @@ def test_all_hold_the_same_and_share_the_writing(saves):
     first, *others = LAYOUTS
     assert [name for name in others if not compare(folder / first, folder / name).equal] == []
     for name in LAYOUTS:  # every process has a file of its own, with about its share in it
-        sizes = [path.stat().st_size for path in sorted((folder / name / "optimizer").glob("*.distcp"))]
+        sizes = [
+            path.stat().st_size for path in sorted((folder / name / "optimizer").glob("*.distcp"))
+        ]
         assert len(sizes) == 4 and max(sizes) < 0.6 * sum(sizes), (name, sizes)

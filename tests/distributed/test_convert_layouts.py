@@ -1,4 +1,5 @@
-"""A training save of TP2 x PP2, optimizer and all, becomes a Hugging Face folder and back without losing a bit."""
+"""A training save of TP2 x PP2, optimizer and all, becomes a Hugging Face folder and back without
+losing a bit."""
 
 import json
 
@@ -9,7 +10,11 @@ from tests.distributed.layouts import start, write_models
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
-LAYOUT = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "pipeline_layout": [2, 3]}
+LAYOUT = {
+    "tensor_model_parallel_size": 2,
+    "pipeline_model_parallel_size": 2,
+    "pipeline_layout": [2, 3],
+}
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +22,12 @@ def saved(tmp_path_factory):
     """The stage folder of two finetuning steps on four processes."""
     folder = tmp_path_factory.mktemp("convert")
     write_models(folder)
-    case = {"name": "tp2-pp2", "stage": "finetune", "parallel": LAYOUT, "stage_changes": {"train_iters": 2}}
+    case = {
+        "name": "tp2-pp2",
+        "stage": "finetune",
+        "parallel": LAYOUT,
+        "stage_changes": {"train_iters": 2},
+    }
     result = start(4, str(folder), json.dumps([case]))
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
     return folder / "tp2-pp2" / "finetune"
@@ -43,10 +53,18 @@ def test_inspect_names_the_layout_that_wrote_it(saved, capsys):
     code, out, err = hypenet(capsys, "ckpt", "inspect", saved, "--json", "--tensors", "--hashes")
     assert code == 0, err
     shown = json.loads(out)
-    assert (shown["layout"]["tensor"], shown["layout"]["pipeline"], shown["notes"]["pipeline_layout"]) == (2, 2, [2, 3])
+    assert (
+        shown["layout"]["tensor"],
+        shown["layout"]["pipeline"],
+        shown["notes"]["pipeline_layout"],
+    ) == (2, 2, [2, 3])
     weights, optimizer = shown["tensors"]["weights"], shown["tensors"]["optimizer"]
-    assert {key: weights[key]["pieces"] for key in ("embedding.word_embeddings.weight", "decoder.final_layernorm.weight")} == {
-        "embedding.word_embeddings.weight": 2,  # rows by tensor rank; the last stage's copy is not written
+    assert {
+        key: weights[key]["pieces"]
+        for key in ("embedding.word_embeddings.weight", "decoder.final_layernorm.weight")
+    } == {
+        # rows by tensor rank; the last stage's copy is not written
+        "embedding.word_embeddings.weight": 2,
         "decoder.final_layernorm.weight": 1,
     }
     assert len(optimizer) == 3 * len(weights)

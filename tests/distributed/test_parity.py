@@ -1,8 +1,10 @@
-"""Every parallel axis and pair of axes gives one process's numbers: losses, gradient norms and weights over five steps of each HALO stage.
+"""Every parallel axis and pair of axes gives one process's numbers: losses, gradient norms and
+weights over five steps of each HALO stage.
 
-Real stages from real checkpoints through the training loop and DeepSpeed in float32; the clipping threshold is below the gradient norms,
-and runs without clipping show that no scale error hides behind it. Gradients of one step, with and without separate documents, and the
-scores of whole sequences are compared in float64, where rounding hides nothing."""
+Real stages from real checkpoints through the training loop and DeepSpeed in float32; the clipping
+threshold is below the gradient norms, and runs without clipping show that no scale error hides
+behind it. Gradients of one step, with and without separate documents, and the scores of whole
+sequences are compared in float64, where rounding hides nothing."""
 
 import json
 
@@ -15,7 +17,9 @@ from tests.distributed.layouts import STAGES, start, write_models
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
-TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
+TP = "tensor_model_parallel_size"
+PP = "pipeline_model_parallel_size"
+CP = "context_parallel_size"
 LAYOUTS = {
     2: {
         "tp2": {TP: 2},
@@ -41,9 +45,15 @@ LAYOUTS = {
 }
 GRADIENTS = "tests.distributed.gradient_worker"
 LIMITS = {"loss": 1e-5, "grad_norm": 1e-4, "weights": 3e-4, "weights_rms": 1e-5}
-"""In float32. Adam divides a gradient by its own size, so where gradients are about as small as their rounding errors a weight can differ
-by a part of the learning rate (at most 1% of the five steps' sum, 0.03); such weights are few, which the root mean square shows."""
-RECOMPUTE = {"tp2-sp": "selective", "dp2-zero3": "selective", "tp2-sp-pp2": "selective", "tp2-sp-dp2-zero3": "full"}
+"""In float32. Adam divides a gradient by its own size, so where gradients are about as small as
+their rounding errors a weight can differ by a part of the learning rate (at most 1% of the five
+steps' sum, 0.03); such weights are few, which the root mean square shows."""
+RECOMPUTE = {
+    "tp2-sp": "selective",
+    "dp2-zero3": "selective",
+    "tp2-sp-pp2": "selective",
+    "tp2-sp-dp2-zero3": "full",
+}
 """Layouts whose stages 2 and 3 compute activations again in backward."""
 VARIANTS = {"": {}, "free": {"stage_changes": {"clip_grad": 0.0}}}
 """As the tests' settings are, and without clipping."""
@@ -81,14 +91,24 @@ def folder(tmp_path_factory):
 
 
 def differences(want, got):
-    """Largest difference of losses and gradient norms (relative), largest and root mean square difference of weights."""
-    pairs = list(zip(read_losses(want / "losses.jsonl"), read_losses(got / "losses.jsonl"), strict=True))
+    """Largest difference of losses and gradient norms (relative), largest and root mean square
+    difference of weights."""
+    pairs = list(
+        zip(read_losses(want / "losses.jsonl"), read_losses(got / "losses.jsonl"), strict=True)
+    )
     assert len(pairs) == 5
-    relative = {key: max(abs(a[key] - b[key]) / abs(a[key]) for a, b in pairs) for key in ("loss", "grad_norm")}
+    relative = {
+        key: max(abs(a[key] - b[key]) / abs(a[key]) for a, b in pairs)
+        for key in ("loss", "grad_norm")
+    }
     first, second = read_weights(want / "checkpoints"), read_weights(got / "checkpoints")
     assert set(first) == set(second)
     apart = torch.cat([(first[name] - second[name]).flatten() for name in first])
-    return {**relative, "weights": float(apart.abs().max()), "weights_rms": float(apart.square().mean().sqrt())}
+    return {
+        **relative,
+        "weights": float(apart.abs().max()),
+        "weights_rms": float(apart.square().mean().sqrt()),
+    }
 
 
 @pytest.mark.parametrize("processes", [2, 4])
@@ -100,14 +120,28 @@ def test_layouts_reproduce_one_process(folder, processes):
     table = {}
     for case in wanted:
         reference = "one-free" if case["name"].endswith("-free") else "one"
-        table[case["name"], case["stage"]] = differences(folder / reference / case["stage"], folder / case["name"] / case["stage"])
+        table[case["name"], case["stage"]] = differences(
+            folder / reference / case["stage"], folder / case["name"] / case["stage"]
+        )
     print(
-        "\n".join(f"{name:20} {stage:9} " + "  ".join(f"{k} {v:.1e}" for k, v in found.items()) for (name, stage), found in table.items())
+        "\n".join(
+            f"{name:20} {stage:9} " + "  ".join(f"{k} {v:.1e}" for k, v in found.items())
+            for (name, stage), found in table.items()
+        )
     )
-    too_far = {place: found for place, found in table.items() if any(not found[key] <= LIMITS[key] for key in LIMITS)}
+    too_far = {
+        place: found
+        for place, found in table.items()
+        if any(not found[key] <= LIMITS[key] for key in LIMITS)
+    }
     assert not too_far, too_far
     if processes == 4:
-        assert read_manifest(resolve(folder / "pp4-uneven" / "align")).extra["pipeline_layout"] == [1, 2, 1, 1]
+        assert read_manifest(resolve(folder / "pp4-uneven" / "align")).extra["pipeline_layout"] == [
+            1,
+            2,
+            1,
+            1,
+        ]
 
 
 def gradient_cases(layouts):
@@ -127,9 +161,20 @@ def gradient_cases(layouts):
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_losses_gradients_and_scores_agree_in_float64(folder, processes):
-    layouts = {name: parallel for name, parallel in LAYOUTS[processes].items() if "zero" not in name}
+    layouts = {
+        name: parallel for name, parallel in LAYOUTS[processes].items() if "zero" not in name
+    }
     wanted = gradient_cases(layouts)
-    found = [json.loads(line) for line in finished(processes, folder, wanted, GRADIENTS).splitlines() if line.startswith("{")]
-    print("\n".join(f"{row['name']:14} {row['stage']:9} documents {row['documents']!s:6} {row['error']:.1e}" for row in found))
+    found = [
+        json.loads(line)
+        for line in finished(processes, folder, wanted, GRADIENTS).splitlines()
+        if line.startswith("{")
+    ]
+    print(
+        "\n".join(
+            f"{row['name']:14} {row['stage']:9} documents {row['documents']!s:6} {row['error']:.1e}"
+            for row in found
+        )
+    )
     assert len(found) == len(wanted)
     assert [row for row in found if not row["error"] <= 1e-12] == []

@@ -1,4 +1,5 @@
-"""Configurations and hostfiles: how whole ones are made, and what their readers must say of them."""
+"""Configurations and hostfiles: how whole ones are made, and what their readers must say of
+them."""
 
 import json
 import math
@@ -11,9 +12,24 @@ from tests.fuzz.reading import ROOT, TOKENIZER
 
 def make_config(folder):
     folder.mkdir(exist_ok=True)
-    stage = {"train_iters": 2, "seq_length": 16, "micro_batch_size": 1, "global_batch_size": 2, "lr": 1e-3, "min_lr": 1e-4}
-    values = {"output_dir": "run", "teacher": str(TOKENIZER), "data": {"train": ["text.txt"]}, "device": "cpu", "precision": "float32"}
-    (folder / "run.yaml").write_text(yaml.safe_dump(values | {"align": stage, "distill": stage, "finetune": stage}))
+    stage = {
+        "train_iters": 2,
+        "seq_length": 16,
+        "micro_batch_size": 1,
+        "global_batch_size": 2,
+        "lr": 1e-3,
+        "min_lr": 1e-4,
+    }
+    values = {
+        "output_dir": "run",
+        "teacher": str(TOKENIZER),
+        "data": {"train": ["text.txt"]},
+        "device": "cpu",
+        "precision": "float32",
+    }
+    (folder / "run.yaml").write_text(
+        yaml.safe_dump(values | {"align": stage, "distill": stage, "finetune": stage})
+    )
     shutil.copy(ROOT / "configs" / "cluster" / "h100_infiniband.yaml", folder / "cluster.yaml")
     shutil.copy(ROOT / "configs" / "model" / "hypenet_2b.yaml", folder / "model.yaml")
     (folder / "hosts").write_text("worker-1 slots=8\nworker-2 slots=8\n# a comment\n")
@@ -22,7 +38,11 @@ def make_config(folder):
 def flat(value, prefix=""):
     if not isinstance(value, dict) or not value:
         return {prefix: value}
-    return {key: leaf for name, inner in value.items() for key, leaf in flat(inner, f"{prefix}.{name}" if prefix else str(name)).items()}
+    return {
+        key: leaf
+        for name, inner in value.items()
+        for key, leaf in flat(inner, f"{prefix}.{name}" if prefix else str(name)).items()
+    }
 
 
 def same_leaf(one, other):
@@ -30,13 +50,20 @@ def same_leaf(one, other):
         one, other = (value if isinstance(value, list) else [value] for value in (one, other))
         return len(one) == len(other) and all(map(same_leaf, one, other))
     try:
-        return type(one) is type(other) and one == other or math.isclose(float(one), float(other), rel_tol=1e-12)
+        return (
+            type(one) is type(other)
+            and one == other
+            or math.isclose(float(one), float(other), rel_tol=1e-12)
+        )
     except (TypeError, ValueError, OverflowError):
-        return str(one) == str(other) or (isinstance(one, str) and str(other).endswith(one.rstrip("/")))
+        return str(one) == str(other) or (
+            isinstance(one, str) and str(other).endswith(one.rstrip("/"))
+        )
 
 
 def settings_are_the_files(name, folder, out, said, whole):
-    """Every setting in the file has, in the configuration that was read, the value that PyYAML reads."""
+    """Every setting in the file has, in the configuration that was read, the value that PyYAML
+    reads."""
     text = (folder / name).read_text()
     try:
         plain = flat(yaml.safe_load(text))
@@ -44,7 +71,9 @@ def settings_are_the_files(name, folder, out, said, whole):
         plain = flat(yaml.load(text, yaml.BaseLoader))
     printed = flat(json.loads(said))
     for key, value in plain.items():
-        assert not key or (value == {} or same_leaf(value, printed.get(key))), f"{key}: {value!r} in the file, {printed.get(key)!r} read"
+        assert not key or (value == {} or same_leaf(value, printed.get(key))), (
+            f"{key}: {value!r} in the file, {printed.get(key)!r} read"
+        )
 
 
 def read_cluster(folder):
@@ -70,6 +99,11 @@ def hosts_are_the_lines(folder, out, said, whole):
 
     lines = [line.partition("#")[0].strip() for line in (folder / "hosts").read_text().split("\n")]
     want = [
-        [name, int(slots)] for name, slots in (re.fullmatch(r"([A-Za-z0-9_.-]+)\s+slots=(\d+)", line).groups() for line in lines if line)
+        [name, int(slots)]
+        for name, slots in (
+            re.fullmatch(r"([A-Za-z0-9_.-]+)\s+slots=(\d+)", line).groups()
+            for line in lines
+            if line
+        )
     ]
     assert json.loads(said) == want and all(0 < slots < 10_000 for _, slots in want)

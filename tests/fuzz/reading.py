@@ -1,4 +1,5 @@
-"""Read an input as a verb of the command would: an exit code, the result on stdout, the error on stderr."""
+"""Read an input as a verb of the command would: an exit code, the result on stdout, the error on
+stderr."""
 
 import json
 from pathlib import Path
@@ -19,7 +20,8 @@ def verb(*words):
 
 
 def call(function):
-    """A function of (folder) as a verb would call it: its result is printed as JSON, its fault as the command would say it."""
+    """A function of (folder) as a verb would call it: its result is printed as JSON, its fault as
+    the command would say it."""
 
     def read(folder, out):
         try:

@@ -1,4 +1,5 @@
-"""Token files, texts and token ids: how whole ones are made, and what their readers must say of them."""
+"""Token files, texts and token ids: how whole ones are made, and what their readers must say of
+them."""
 
 import json
 
@@ -20,7 +21,8 @@ def make_tokens(folder):
 def as_megatron_reads_it(folder, out, said, whole):
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-    data, printed = IndexedDataset(str(folder / "text")), json.loads(said)
+    data = IndexedDataset(str(folder / "text"))
+    printed = json.loads(said)
     documents = [
         np.concatenate([data[i] for i in range(a, b)] or [[]])
         for a, b in zip(data.document_indices, data.document_indices[1:], strict=False)
@@ -31,14 +33,22 @@ def as_megatron_reads_it(folder, out, said, whole):
 
 def make_text(folder):
     folder.mkdir(exist_ok=True)
-    (folder / "text.jsonl").write_text("".join(json.dumps({"text": f"Document {i} has words, ä and more."}) + "\n" for i in range(6)))
+    (folder / "text.jsonl").write_text(
+        "".join(
+            json.dumps({"text": f"Document {i} has words, ä and more."}) + "\n" for i in range(6)
+        )
+    )
 
 
 def documents_are_the_lines(folder, out, said, whole):
     from megatron.core.datasets.indexed_dataset import IndexedDataset
     from tokenizers import Tokenizer
 
-    lines = [json.loads(line)["text"] for line in (folder / "text.jsonl").read_bytes().decode().split("\n") if line.strip()]
+    lines = [
+        json.loads(line)["text"]
+        for line in (folder / "text.jsonl").read_bytes().decode().split("\n")
+        if line.strip()
+    ]
     data = IndexedDataset(str(out))
     tokenizer = Tokenizer.from_file(str(TOKENIZER / "tokenizer.json"))
     kept = [line for line in lines if line]
@@ -54,7 +64,10 @@ def make_ids(folder):
     from safetensors.torch import save_file
 
     folder.mkdir(exist_ok=True)
-    save_file({"input_ids": torch.arange(12).view(3, 4), "other": torch.zeros(3)}, folder / "ids.safetensors")
+    save_file(
+        {"input_ids": torch.arange(12).view(3, 4), "other": torch.zeros(3)},
+        folder / "ids.safetensors",
+    )
 
 
 def read_token_ids(folder):

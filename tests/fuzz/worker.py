@@ -2,7 +2,8 @@
 
     python -m tests.fuzz.worker SEED COUNT KIND...
 
-Prints one JSON object per input: kind, number, what was done, outcome ("accepted", "refused" or "FAULT"), and what was seen of a fault.
+Prints one JSON object per input: kind, number, what was done, outcome ("accepted", "refused" or
+"FAULT"), and what was seen of a fault.
 """
 
 import contextlib
@@ -32,7 +33,16 @@ class TooLong(BaseException):
 
 def limit() -> None:
     """Bound what the process may allocate, and how large a file it may write; no core dumps."""
-    held = int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData")).split()[1]) * 1024
+    held = (
+        int(
+            next(
+                line
+                for line in Path("/proc/self/status").read_text().splitlines()
+                if line.startswith("VmData")
+            ).split()[1]
+        )
+        * 1024
+    )
     resource.setrlimit(resource.RLIMIT_DATA, (held + MEMORY, resource.RLIM_INFINITY))
     resource.setrlimit(resource.RLIMIT_FSIZE, (2 << 40, resource.RLIM_INFINITY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -40,7 +50,8 @@ def limit() -> None:
 
 @contextlib.contextmanager
 def captured(path):
-    """Both output streams of the process, whoever writes to them, in the files path.out and path.err."""
+    """Both output streams of the process, whoever writes to them, in the files path.out and
+    path.err."""
     kept = [os.dup(number) for number in (1, 2)]
     sys.stdout.flush(), sys.stderr.flush()
     for number, suffix in ((1, "out"), (2, "err")):
@@ -63,7 +74,9 @@ def listing(folder):
 
 def one(subject, chance, whole, place):
     """Damage a copy of `whole` and read it; (what was done, outcome, what was seen)."""
-    folder, temporary, out = place / "in" / "x", place / "tmp", place / "out" / "result"
+    folder = place / "in" / "x"
+    temporary = place / "tmp"
+    out = place / "out" / "result"
     for made in (temporary, out.parent):
         made.mkdir(parents=True)
     shutil.copytree(whole, folder)
@@ -73,7 +86,9 @@ def one(subject, chance, whole, place):
     subject.mend(folder, name)
     before = listing(folder)
     tempfile.tempdir = str(temporary)
-    started, fault, code = time.process_time(), "", None
+    started = time.process_time()
+    fault = ""
+    code = None
     for timer, seconds in ((signal.ITIMER_PROF, SECONDS), (signal.ITIMER_REAL, SECONDS * 12)):
         signal.setitimer(timer, seconds)
     try:
@@ -103,7 +118,10 @@ def one(subject, chance, whole, place):
     if not fault and listing(temporary):
         fault = f"left in the temporary folder: {listing(temporary)[:3]}"
     if not fault and (listing(folder) != before or (code != 0 and listing(out.parent))):
-        fault = f"left behind: {sorted(set(listing(folder)) - set(before))[:3]} {listing(out.parent)[:3]}"
+        fault = (
+            f"left behind: {sorted(set(listing(folder)) - set(before))[:3]} "
+            f"{listing(out.parent)[:3]}"
+        )
     seconds = round(time.process_time() - started, 2)
     return (
         did,
@@ -123,25 +141,49 @@ def main(seed, count, kinds):
     with tempfile.TemporaryDirectory() as root:
         os.environ["HF_HOME"] = os.environ["XDG_CACHE_HOME"] = f"{root}/home"
         for kind in kinds:
-            subject, whole = SUBJECTS[kind], Path(root, kind, "whole")
+            subject = SUBJECTS[kind]
+            whole = Path(root, kind, "whole")
             whole.parent.mkdir()
             with captured(Path(root, "make")):
                 subject.make(whole)
-            resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-            if subject.read is not None:  # once undamaged: it imports what it needs before memory is limited
+            resource.setrlimit(
+                resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+            )
+            # once undamaged: it imports what it needs before memory is limited
+            if subject.read is not None:
                 place = Path(root, kind, "first")
                 (place / "out").mkdir(parents=True)
                 shutil.copytree(whole, place / "x")
                 with captured(place / "log"):
                     code = subject.read(place / "x", place / "out" / "result")
                     if code == 0:
-                        subject.accepted(place / "x", place / "out" / "result", (place / "log.out").read_text(), whole)
-                assert code == 0, f"{kind}: the undamaged input is refused: {(place / 'log.err').read_text()}"
+                        subject.accepted(
+                            place / "x",
+                            place / "out" / "result",
+                            (place / "log.out").read_text(),
+                            whole,
+                        )
+                assert code == 0, (
+                    f"{kind}: the undamaged input is refused: {(place / 'log.err').read_text()}"
+                )
             limit()
             for number in range(count):
                 place = Path(root, kind, "one")
-                did, outcome, seen = one(subject, random.Random(f"{seed}/{kind}/{number}"), whole, place)
-                print(json.dumps({"kind": kind, "number": number, "did": did, "outcome": outcome, "seen": seen}), flush=True)
+                did, outcome, seen = one(
+                    subject, random.Random(f"{seed}/{kind}/{number}"), whole, place
+                )
+                print(
+                    json.dumps(
+                        {
+                            "kind": kind,
+                            "number": number,
+                            "did": did,
+                            "outcome": outcome,
+                            "seen": seen,
+                        }
+                    ),
+                    flush=True,
+                )
                 shutil.rmtree(place)
 
 

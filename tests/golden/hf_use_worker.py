@@ -1,6 +1,8 @@
-"""Use exported folders as in a model card: `python -W error hf_use_worker.py HF_DIR TOKENIZER_DIR...`.
+"""Use exported folders as in a model card: `python -W error hf_use_worker.py HF_DIR
+TOKENIZER_DIR...`.
 
-Loads, generates, continues a cache, saves and loads again; every warning that transformers writes is kept. Prints one JSON object."""
+Loads, generates, continues a cache, saves and loads again; every warning that transformers writes
+is kept. Prints one JSON object."""
 
 import copy
 import json
@@ -34,7 +36,9 @@ def main(folder, *tokenizers):
     result = {"transformers": transformers.__version__}
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    batch = tokenizer(["hello world, and", "one"], return_tensors="pt", padding=True, padding_side="left")
+    batch = tokenizer(
+        ["hello world, and", "one"], return_tensors="pt", padding=True, padding_side="left"
+    )
     options = dict(max_new_tokens=6, do_sample=False, pad_token_id=0)
     first = model.generate(**batch, **options)
     part = {name: value[:, :2] for name, value in batch.items()}
@@ -49,13 +53,17 @@ def main(folder, *tokenizers):
         other = AutoModelForCausalLM.from_pretrained(saved, trust_remote_code=True)
         result["round_trip"] = torch.equal(other(**batch).logits, model(**batch).logits)
     result["warnings"] = [message for message in kept.messages if "generation flags" not in message]
-    generator = pipeline("text-generation", model=model, tokenizer=tokenizer, trust_remote_code=True)
+    generator = pipeline(
+        "text-generation", model=model, tokenizer=tokenizer, trust_remote_code=True
+    )
     result["text"] = generator("hello", **options)[0]["generated_text"]
     result["tokenizers"] = []
     for where in tokenizers:
         loaded = AutoTokenizer.from_pretrained(where, trust_remote_code=True)
         inputs = loaded(TEXT)
-        result["tokenizers"].append({"ids": inputs.pop("input_ids"), "others": sorted(inputs), "end": loaded.eos_token_id})
+        result["tokenizers"].append(
+            {"ids": inputs.pop("input_ids"), "others": sorted(inputs), "end": loaded.eos_token_id}
+        )
     print(json.dumps(result))
 
 

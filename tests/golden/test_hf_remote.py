@@ -1,6 +1,8 @@
-"""Exported folders under the installed transformers and under 4.57: the reference's numbers, caching, padding and generation.
+"""Exported folders under the installed transformers and under 4.57: the reference's numbers,
+caching, padding and generation.
 
-Each check runs in a process of its own where this package cannot be imported, on a folder that was moved after the export."""
+Each check runs in a process of its own where this package cannot be imported, on a folder that was
+moved after the export."""
 
 import json
 import os
@@ -25,8 +27,14 @@ RELATIVE = 1e-5  # the reference's RoPE tables are fp32
 
 
 def environment(version: str, modules: Path) -> dict[str, str]:
-    """Variables of a process that sees that transformers; fails, rather than skips, when the older one was not installed."""
-    found = {**os.environ, "HF_MODULES_CACHE": str(modules), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    """Variables of a process that sees that transformers; fails, rather than skips, when the older
+    one was not installed."""
+    found = {
+        **os.environ,
+        "HF_MODULES_CACHE": str(modules),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     found.pop("PYTHONPATH", None)
     if version == "4.57":
         assert COMPAT.is_dir(), f"{COMPAT} is missing: run tools/install_compat.sh"
@@ -49,9 +57,20 @@ def measure(case, kind, name, version, tmp_path):
     export_hf(tmp_path / "ckpt", tmp_path / "hf")
     shutil.rmtree(tmp_path / "ckpt")
     elsewhere = (tmp_path / "hf").rename(tmp_path / "elsewhere")
-    command = [sys.executable, HERE / "hf_remote_worker.py", elsewhere, case / "golden.safetensors", name]
+    command = [
+        sys.executable,
+        HERE / "hf_remote_worker.py",
+        elsewhere,
+        case / "golden.safetensors",
+        name,
+    ]
     done = subprocess.run(
-        command, env=environment(version, tmp_path / "modules"), cwd=tmp_path, capture_output=True, text=True, timeout=200
+        command,
+        env=environment(version, tmp_path / "modules"),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=200,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout.splitlines()[-1])
@@ -75,27 +94,59 @@ def test_teacher_is_plain_qwen3(case, version, tmp_path):
 
 
 def test_modelling_code_passes_its_unit_tests_under_4_57(repo_root, tmp_path):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/unit/export/hf_remote"]
-    done = subprocess.run(command, env=environment("4.57", tmp_path), cwd=repo_root, capture_output=True, text=True, timeout=200)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "tests/unit/export/hf_remote",
+    ]
+    done = subprocess.run(
+        command,
+        env=environment("4.57", tmp_path),
+        cwd=repo_root,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert done.returncode == 0, done.stdout[-3000:]
 
 
 def write_tokenizers_of_transformers_5(source, folder):
-    """Two tokenizer folders as transformers 5 saves them: with a list of special tokens, and of its own class."""
+    """Two tokenizer folders as transformers 5 saves them: with a list of special tokens, and of its
+    own class."""
     model = json.loads((source / "tokenizer.json").read_text())
-    common = {"backend": "tokenizers", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "model_max_length": 10**30}
+    common = {
+        "backend": "tokenizers",
+        "eos_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+        "model_max_length": 10**30,
+    }
     chat = ["<|im_start|>", "<|im_end|>"]
     configs = {
         "listed": {**common, "tokenizer_class": "Qwen2Tokenizer", "extra_special_tokens": chat},
         "backend": {**common, "tokenizer_class": "TokenizersBackend", "extra_special_tokens": chat},
     }
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    plain = {
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
     vocabulary = model["model"]["vocab"]
     last = sorted(vocabulary, key=vocabulary.get)[-2:]
     model["model"]["merges"] = [
-        pair for pair in model["model"]["merges"] if "".join(pair if isinstance(pair, list) else pair.split(" ")) not in last
+        pair
+        for pair in model["model"]["merges"]
+        if "".join(pair if isinstance(pair, list) else pair.split(" ")) not in last
     ]
-    model["added_tokens"] += [{"id": vocabulary.pop(old), "content": new, **plain} for old, new in zip(last, chat, strict=True)]
+    model["added_tokens"] += [
+        {"id": vocabulary.pop(old), "content": new, **plain}
+        for old, new in zip(last, chat, strict=True)
+    ]
     for name, config in configs.items():
         (folder / name).mkdir(parents=True)
         (folder / name / "tokenizer.json").write_text(json.dumps(model))
@@ -107,7 +158,13 @@ def test_model_card_code_runs_without_warnings_and_tokenizers_agree(repo_root, t
     """The same text, ids and tokens in both versions, from tokenizers that transformers 5 saved."""
     teacher = repo_root / "assets/tiny-qwen3"
     raw = {**json.loads((CASES[0] / "hypenet/config.json").read_text()), "vocab_size": 2048}
-    config = HypeNetConfig(**{key: value for key, value in raw.items() if key not in ("architectures", "auto_map", "model_type")})
+    config = HypeNetConfig(
+        **{
+            key: value
+            for key, value in raw.items()
+            if key not in ("architectures", "auto_map", "model_type")
+        }
+    )
     torch.manual_seed(0)
     HypeNetForCausalLM(config).save_pretrained(tmp_path / "made")
     for file in ("tokenizer.json", "tokenizer_config.json"):
@@ -125,11 +182,21 @@ def test_model_card_code_runs_without_warnings_and_tokenizers_agree(repo_root, t
     found = []
     for version in ("installed", "4.57"):
         warn = [
-            f"-Werror::{kind}" for kind in ("FutureWarning", "DeprecationWarning:transformers", "DeprecationWarning:transformers_modules")
+            f"-Werror::{kind}"
+            for kind in (
+                "FutureWarning",
+                "DeprecationWarning:transformers",
+                "DeprecationWarning:transformers_modules",
+            )
         ]
         command = [sys.executable, *warn, HERE / "hf_use_worker.py", tmp_path / "hf", *exported]
         done = subprocess.run(
-            command, env=environment(version, tmp_path / version), cwd=tmp_path, capture_output=True, text=True, timeout=200
+            command,
+            env=environment(version, tmp_path / version),
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=200,
         )
         assert done.returncode == 0, done.stderr[-3000:]
         found.append(json.loads(done.stdout.splitlines()[-1]))
@@ -138,4 +205,8 @@ def test_model_card_code_runs_without_warnings_and_tokenizers_agree(repo_root, t
     assert found[0]["continued"] and found[0]["round_trip"] and found[0]["warnings"] == []
     assert found[0]["saved"] == sorted(to_hf.REMOTE_FILES)
     for one in found[0]["tokenizers"]:
-        assert one["ids"][-1] == one["end"] == 0 and {2046, 2047} & set(one["ids"]) and one["others"] == ["attention_mask"]
+        assert (
+            one["ids"][-1] == one["end"] == 0
+            and {2046, 2047} & set(one["ids"])
+            and one["others"] == ["attention_mask"]
+        )

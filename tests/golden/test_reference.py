@@ -1,7 +1,9 @@
-"""The reference implementation's own numbers: weights are imported as a user would, and everything that HALO computes must agree.
+"""The reference implementation's own numbers: weights are imported as a user would, and everything
+that HALO computes must agree.
 
-data/ holds random-weight checkpoints and float64 results of the paper's reference implementation. Its RoPE tables are fp32, so float64
-runs agree to 1e-7 or better (the limit below is 1e-6), float32 runs to 1e-4 and usually 1e-6."""
+data/ holds random-weight checkpoints and float64 results of the paper's reference implementation.
+Its RoPE tables are fp32, so float64 runs agree to 1e-7 or better (the limit below is 1e-6), float32
+runs to 1e-4 and usually 1e-6."""
 
 import json
 from pathlib import Path
@@ -41,7 +43,9 @@ def dtype(request):
 
 
 def load(folder, dtype, trunk_only=False):
-    model = build_model(read_model_config(folder), ParallelConfig(), dtype=dtype, trunk_only=trunk_only)
+    model = build_model(
+        read_model_config(folder), ParallelConfig(), dtype=dtype, trunk_only=trunk_only
+    )
     load_model(model, folder, allow_unused=trunk_only)
     return model
 
@@ -51,12 +55,17 @@ def error(got, want):
 
 
 def gradient_norms(model):
-    """L2 norm of each gradient under its Hugging Face name: fused tensors are cut into the parts the reference has."""
+    """L2 norm of each gradient under its Hugging Face name: fused tensors are cut into the parts
+    the reference has."""
     norms, pieces = {}, {}
     for name, parameter in model.named_parameters():
         if name.endswith("linear_in.weight"):
             mixer = model.get_submodule(name.removesuffix(".linear_in.weight"))
-            for section, grad in zip(mixer.local_sections, parameter.grad.split(list(mixer.local_sections.values())), strict=True):
+            for section, grad in zip(
+                mixer.local_sections,
+                parameter.grad.split(list(mixer.local_sections.values())),
+                strict=True,
+            ):
                 pieces[f"{name}.{section}"] = grad
         else:
             pieces[name] = parameter.grad
@@ -70,7 +79,11 @@ def check_stage(loss, model, golden, stage, limit):
     assert error(loss, golden[f"{stage}_loss"]) < limit
     loss.backward()
     norms = gradient_norms(model)
-    want = {key.removeprefix(f"{stage}_grad_l2/"): value for key, value in golden.items() if key.startswith(f"{stage}_grad_l2/")}
+    want = {
+        key.removeprefix(f"{stage}_grad_l2/"): value
+        for key, value in golden.items()
+        if key.startswith(f"{stage}_grad_l2/")
+    }
     assert norms.keys() == want.keys()
     for name, value in want.items():
         assert error(norms[name], value) < limit, name
@@ -106,13 +119,25 @@ def test_alignment_losses_and_gradients(case, dtype):
     names = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "gate": "z_proj"}
     for layer, mixer in mixers.items():
         parts = mixer.linear_in.weight.grad.split(list(mixer.local_sections.values()))
-        got = {f"{names[section]}.weight": grad for section, grad in zip(mixer.local_sections, parts, strict=True)}
-        got |= {f"{norm}.weight": getattr(mixer, norm).weight.grad for norm in ("q_norm", "k_norm", "o_norm")}
+        got = {
+            f"{names[section]}.weight": grad
+            for section, grad in zip(mixer.local_sections, parts, strict=True)
+        }
+        got |= {
+            f"{norm}.weight": getattr(mixer, norm).weight.grad
+            for norm in ("q_norm", "k_norm", "o_norm")
+        }
         got["o_proj.weight"] = mixer.linear_proj.weight.grad
-        want = {k.split("/")[1].split(".", 1)[1] for k in golden if k.startswith(f"stage1_grad_l2/{layer}.")}
+        want = {
+            k.split("/")[1].split(".", 1)[1]
+            for k in golden
+            if k.startswith(f"stage1_grad_l2/{layer}.")
+        }
         assert got.keys() == want
         for name, grad in got.items():
-            assert error(grad.norm(), golden[f"stage1_grad_l2/{layer}.{name}"]) < LIMITS[dtype], f"layer {layer} {name}"
+            assert error(grad.norm(), golden[f"stage1_grad_l2/{layer}.{name}"]) < LIMITS[dtype], (
+                f"layer {layer} {name}"
+            )
 
 
 def test_distillation_loss_and_gradients(case, dtype):
@@ -134,11 +159,16 @@ def test_finetuning_loss_and_gradients(case, dtype):
 def test_export_gives_back_the_same_bytes(case, kind, tmp_path):
     source, folder, _ = case
     export_hf(folder / kind, tmp_path / "hf")
-    want, got = load_file(source / kind / "model.safetensors"), load_file(tmp_path / "hf" / "model.safetensors")
+    want = load_file(source / kind / "model.safetensors")
+    got = load_file(tmp_path / "hf" / "model.safetensors")
     assert got.keys() == want.keys()
     for name, tensor in want.items():
-        assert got[name].dtype == tensor.dtype and torch.equal(got[name].view(torch.uint8), tensor.view(torch.uint8)), name
-    config, origin = (json.loads((path / "config.json").read_text()) for path in (tmp_path / "hf", source / kind))
-    assert {key: config[key] for key in ("mixer_types", "attn_logits_scaling") if key in origin} == {
-        key: origin[key] for key in ("mixer_types", "attn_logits_scaling") if key in origin
-    }
+        assert got[name].dtype == tensor.dtype and torch.equal(
+            got[name].view(torch.uint8), tensor.view(torch.uint8)
+        ), name
+    config, origin = (
+        json.loads((path / "config.json").read_text()) for path in (tmp_path / "hf", source / kind)
+    )
+    assert {
+        key: config[key] for key in ("mixer_types", "attn_logits_scaling") if key in origin
+    } == {key: origin[key] for key in ("mixer_types", "attn_logits_scaling") if key in origin}

@@ -1,9 +1,12 @@
-"""Kills saving processes with SIGKILL, many of them: imports once, forks one child per attempt, looks at what each leaves.
+"""Kills saving processes with SIGKILL, many of them: imports once, forks one child per attempt,
+looks at what each leaves.
 
-    python -m tests.integration.kill_nursery FOLDER [--writer-kills N] [--training-kills N] [--seed S]
-points: at every file operation of one save in turn. writer: at random moments of a process that does nothing but save.
-training: at random moments of a real run's saves, which then goes on to its end. Each with saves in the foreground and in the
-background; prints one JSON object, {mode-kind: counts}.
+    python -m tests.integration.kill_nursery FOLDER [--writer-kills N] [--training-kills N]
+        [--seed S]
+points: at every file operation of one save in turn. writer: at random moments of a process that
+does nothing but save. training: at random moments of a real run's saves, which then goes on to its
+end. Each with saves in the foreground and in the background; prints one JSON object, {mode-kind:
+counts}.
 """
 
 import argparse
@@ -23,7 +26,12 @@ import torch
 from torch import nn
 
 from megatron_hypenet.checkpoint import format as fmt
-from megatron_hypenet.checkpoint.load import load_training, newest_of_run, read_weights, verify_files
+from megatron_hypenet.checkpoint.load import (
+    load_training,
+    newest_of_run,
+    read_weights,
+    verify_files,
+)
 from megatron_hypenet.checkpoint.state import Template, TrainState
 from megatron_hypenet.config.schema import CheckpointConfig
 from megatron_hypenet.engine.saving import Saver
@@ -43,13 +51,17 @@ class Module(nn.Module):
     def sharded_state_dict(self, prefix=""):
         from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-        return {f"w{at}": ShardedTensor.from_rank_offsets(f"w{at}", weight) for at, weight in enumerate(self.weights)}
+        return {
+            f"w{at}": ShardedTensor.from_rank_offsets(f"w{at}", weight)
+            for at, weight in enumerate(self.weights)
+        }
 
 
 class Engine:
     """An EngineState whose every number is the step."""
 
-    data_rank, data_size = 0, 1
+    data_rank = 0
+    data_size = 1
 
     def __init__(self, rows: int) -> None:
         self.module = Module(rows)
@@ -82,12 +94,15 @@ class Engine:
 
 
 def save_forever(folder: Path, told: Path, *, background: bool, rows: int, last: int) -> None:
-    """Continue from the newest save and save every step up to `last`; each commit is told in a file of its own, after it."""
+    """Continue from the newest save and save every step up to `last`; each commit is told in a file
+    of its own, after it."""
     saver = Saver(folder, CheckpointConfig(keep_last=2, async_save=background))
     engine = Engine(rows)
     if saver.committed is not None:
         state = load_training(saver.committed, engine, model_config=MODEL, stage="finetune")
-        assert engine.loaded == {float(state.step)}, f"{saver.committed} holds steps {engine.loaded}"
+        assert engine.loaded == {float(state.step)}, (
+            f"{saver.committed} holds steps {engine.loaded}"
+        )
         engine.go_to(state.step)
     while engine.step < last:
         engine.go_to(engine.step + 1)
@@ -127,7 +142,8 @@ def unfinished(folder: Path) -> list[str]:
 
 
 def kill_in_a_save(child: int, folder: Path, *, skip: int, delay: float) -> bool | None:
-    """Kill `child` some time after its save number `skip` + 1 has begun; whether a save was unfinished, None when the child had ended."""
+    """Kill `child` some time after its save number `skip` + 1 has begun; whether a save was
+    unfinished, None when the child had ended."""
     seen: set[str] = set()
     deadline = time.monotonic() + 60
     while len(seen) <= skip and time.monotonic() < deadline:
@@ -144,7 +160,8 @@ def kill_in_a_save(child: int, folder: Path, *, skip: int, delay: float) -> bool
 
 
 def look_at(folder: Path, told: Path | None, *, content: bool) -> int:
-    """What a kill left: every visible checkpoint is whole, and the newest is not older than the last commit told of. Its step or 0."""
+    """What a kill left: every visible checkpoint is whole, and the newest is not older than the
+    last commit told of. Its step or 0."""
     for entry in fmt.iteration_folders(folder):
         verify_files(entry, hashes=True)
         step = float(fmt.iteration_of(entry))
@@ -161,17 +178,25 @@ def look_at(folder: Path, told: Path | None, *, content: bool) -> int:
 
 def writer(folder: Path, *, background: bool, kills: int) -> dict:
     """Random kills of a process that saves 8 MiB over and over."""
-    told, hits, tries = folder.parent / "told", 0, 0
+    told = folder.parent / "told"
+    hits = 0
+    tries = 0
     while hits < kills and tries < 10 * kills:
-        child = forked(lambda: save_forever(folder, told, background=background, rows=512, last=10**6))
-        hits += kill_in_a_save(child, folder, skip=random.randrange(3), delay=random.uniform(0, 0.06)) is True
+        child = forked(
+            lambda: save_forever(folder, told, background=background, rows=512, last=10**6)
+        )
+        hits += (
+            kill_in_a_save(child, folder, skip=random.randrange(3), delay=random.uniform(0, 0.06))
+            is True
+        )
         tries += 1
         step = look_at(folder, told, content=True)
     return {"kills": tries, "in_save": hits, "step": step}
 
 
 def die_at(operation: int) -> Callable[[], int]:
-    """From now on this process kills itself before its file operation number `operation`; returns the counter."""
+    """From now on this process kills itself before its file operation number `operation`; returns
+    the counter."""
     count = -1
 
     def counted(function):
@@ -190,11 +215,14 @@ def die_at(operation: int) -> Callable[[], int]:
 
 
 def points(folder: Path, *, background: bool, kills: int) -> dict:
-    """Kills before each file operation of a save that takes the place of a damaged one and prunes an older one."""
+    """Kills before each file operation of a save that takes the place of a damaged one and prunes
+    an older one."""
     base = folder.parent / "base"
     save_forever(base, folder.parent / "base_told", background=False, rows=1, last=3)
-    (base / fmt.iteration_name(3) / fmt.RNG).write_bytes(b"")  # damaged: the run goes back to 2 and saves 3 over it
-    told, newer = folder.parent / "told", 0
+    # damaged: the run goes back to 2 and saves 3 over it
+    (base / fmt.iteration_name(3) / fmt.RNG).write_bytes(b"")
+    told = folder.parent / "told"
+    newer = 0
 
     def counting() -> None:
         counter = die_at(-1)
@@ -220,12 +248,15 @@ def points(folder: Path, *, background: bool, kills: int) -> dict:
         assert step >= int(told.read_text()), f"operation {at}: iter {step} is left"
         newer += step == 3
         ended(forked(lambda: save_forever(folder, told, background=False, rows=1, last=4)))
-        assert look_at(folder, told, content=True) == 4 and not list(folder.glob(".*")), f"operation {at}"
+        assert look_at(folder, told, content=True) == 4 and not list(folder.glob(".*")), (
+            f"operation {at}"
+        )
     return {"kills": operations, "in_save": operations, "already_committed": newer}
 
 
 def training(folder: Path, *, background: bool, kills: int) -> dict:
-    """Random kills of a real run that saves every step, until it has finished; an undisturbed run first."""
+    """Random kills of a real run that saves every step, until it has finished; an undisturbed run
+    first."""
     words = ["--iters", "20", "--save-interval", "1", *(["--async-save"] if background else [])]
 
     def child(out: Path) -> int:
@@ -237,14 +268,25 @@ def training(folder: Path, *, background: bool, kills: int) -> dict:
     hits = tries = step = 0
     checkpoints = folder / "finetune" / "checkpoints"
     while hits < kills and step < 16:
-        hits += kill_in_a_save(child(folder), checkpoints, skip=random.randrange(2), delay=random.uniform(0, 0.04)) is True
+        hits += (
+            kill_in_a_save(
+                child(folder), checkpoints, skip=random.randrange(2), delay=random.uniform(0, 0.04)
+            )
+            is True
+        )
         tries += 1
-        before, step = step, look_at(checkpoints, None, content=False)
+        before = step
+        step = look_at(checkpoints, None, content=False)
         assert step >= before
     ended(child(folder))
     losses = [(out / "finetune" / "losses.jsonl").read_text() for out in (straight, folder)]
     assert losses[0] == losses[1], "the killed run took another path"
-    return {"kills": tries, "in_save": hits, "step": look_at(checkpoints, None, content=False), "lines": losses[0].count("\n")}
+    return {
+        "kills": tries,
+        "in_save": hits,
+        "step": look_at(checkpoints, None, content=False),
+        "lines": losses[0].count("\n"),
+    }
 
 
 def main() -> None:
@@ -258,7 +300,11 @@ def main() -> None:
     torch.set_num_threads(1)
     counted = {}
     for kind in ("foreground", "background"):
-        for mode, kills in ((points, 0), (writer, options.writer_kills), (training, options.training_kills)):
+        for mode, kills in (
+            (points, 0),
+            (writer, options.writer_kills),
+            (training, options.training_kills),
+        ):
             name = f"{mode.__name__}-{kind}"
             began = time.monotonic()
             folder = options.folder / name

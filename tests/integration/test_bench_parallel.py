@@ -1,4 +1,5 @@
-"""The layout benchmark runs on CPUs: two processes give the numbers of one, and what Lightning Attention exchanges is counted."""
+"""The layout benchmark runs on CPUs: two processes give the numbers of one, and what Lightning
+Attention exchanges is counted."""
 
 import json
 import os
@@ -11,15 +12,35 @@ import pytest
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_tiny_run_writes_its_table(repo_root, tmp_path):
-    command = [sys.executable, str(repo_root / "tools/bench/parallel.py"), "--tiny", "--out", str(tmp_path)]
+    command = [
+        sys.executable,
+        str(repo_root / "tools/bench/parallel.py"),
+        "--tiny",
+        "--out",
+        str(tmp_path),
+    ]
     result = subprocess.run(
-        command, env=os.environ | {"PYTHONPATH": str(repo_root)}, capture_output=True, text=True, timeout=280, check=False
+        command,
+        env=os.environ | {"PYTHONPATH": str(repo_root)},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr
     (file,) = tmp_path.glob("parallel_*.json")
     rows = json.loads(file.read_text())
-    one, two = (next(row for row in rows if row["kind"] == "parity" and row["layout"] == name) for name in ("one GPU", "CP2"))
-    assert two["losses"] == pytest.approx(one["losses"], rel=1e-5) and two["grad_norms"] == pytest.approx(one["grad_norms"], rel=1e-5)
-    heads, width = 4, 16  # of configs/model/tiny.yaml
-    assert {row["lightning_bytes_per_exchange"] for row in rows if row["layout"] == "CP2"} == {2 * heads * width * width * 4}
+    one, two = (
+        next(row for row in rows if row["kind"] == "parity" and row["layout"] == name)
+        for name in ("one GPU", "CP2")
+    )
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-5) and two[
+        "grad_norms"
+    ] == pytest.approx(one["grad_norms"], rel=1e-5)
+    # of configs/model/tiny.yaml
+    heads = 4
+    width = 16
+    assert {row["lightning_bytes_per_exchange"] for row in rows if row["layout"] == "CP2"} == {
+        2 * heads * width * width * 4
+    }
     assert "| CP2 |" in next(tmp_path.glob("parallel_*.md")).read_text()

@@ -1,4 +1,5 @@
-"""The bundled teacher does what its README says: it predicts held-out prose, recalls facts inside its context, and not beyond."""
+"""The bundled teacher does what its README says: it predicts held-out prose, recalls facts inside
+its context, and not beyond."""
 
 import numpy as np
 import pytest
@@ -38,5 +39,8 @@ def test_predicts_heldout_prose(teacher):
 
 def test_recalls_within_its_context_only(teacher):
     token_scores, _, task = teacher
-    within, beyond = (recall_accuracy(token_scores, task, count=16, seq_length=length, batch_size=4) for length in (256, 1024))
+    within, beyond = (
+        recall_accuracy(token_scores, task, count=16, seq_length=length, batch_size=4)
+        for length in (256, 1024)
+    )
     assert within >= 97 and beyond < 10

@@ -1,4 +1,5 @@
-"""SIGKILL in the middle of saves: the newest committed checkpoint is never lost, half a save is never taken, the run goes the same way."""
+"""SIGKILL in the middle of saves: the newest committed checkpoint is never lost, half a save is
+never taken, the run goes the same way."""
 
 import json
 import os
@@ -22,8 +23,15 @@ KINDS = pytest.mark.parametrize("kind", ["foreground", "background"])
 def counted(tmp_path_factory):
     """What the nursery counted; it fails itself on whatever it finds wrong."""
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-m", "tests.integration.kill_nursery", str(tmp_path_factory.mktemp("kills") / "all")]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "tests.integration.kill_nursery",
+        str(tmp_path_factory.mktemp("kills") / "all"),
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280, check=False
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-5000:]
     result = json.loads(done.stdout.splitlines()[-1])
     print(result)
@@ -32,7 +40,8 @@ def counted(tmp_path_factory):
 
 @KINDS
 def test_killed_before_every_file_operation_of_a_save(counted, kind):
-    """The save overwrites a damaged one and prunes: each rename, fsync, mkdir and removal of it in turn."""
+    """The save overwrites a damaged one and prunes: each rename, fsync, mkdir and removal of it in
+    turn."""
     points = counted[f"points-{kind}"]
     assert points["kills"] > 30 and 5 < points["already_committed"] < points["kills"] - 20
 
@@ -50,7 +59,8 @@ def test_killed_training_ends_with_the_same_losses(counted, kind):
 
 @pytest.mark.distributed
 def test_one_process_of_two_dies_between_two_tensors(tmp_path):
-    """Half of the save's files never come: the other process must neither commit nor wait for ever."""
+    """Half of the save's files never come: the other process must neither commit nor wait for
+    ever."""
     options = ("--save-interval", 2, "--zero", 2)
     straight = run(tmp_path / "a", *options, processes=2)
     assert straight.returncode == 0, straight.stderr[-3000:]

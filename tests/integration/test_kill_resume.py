@@ -1,4 +1,5 @@
-"""A run that is killed continues bit for bit in a new process; one that is asked to stop saves first."""
+"""A run that is killed continues bit for bit in a new process; one that is asked to stop saves
+first."""
 
 import os
 import subprocess
@@ -32,7 +33,13 @@ def run(*arguments, processes=1):
     start = ["-m", WORKER] if processes == 1 else ["-c", STARTED_TOGETHER, str(processes)]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     return subprocess.run(
-        [sys.executable, *start, *map(str, arguments)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, *start, *map(str, arguments)],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
 
 
@@ -40,14 +47,22 @@ def assert_same_run(one, other, step):
     """Losses, gradient norms, weights and optimizer state of both, bit for bit."""
     assert (one / "losses.jsonl").read_text() == (other / "losses.jsonl").read_text()
     for part in ("weights", "optimizer"):
-        want, got = (ShardReader(folder / "checkpoints" / f"iter_{step:07d}" / part) for folder in (one, other))
+        want, got = (
+            ShardReader(folder / "checkpoints" / f"iter_{step:07d}" / part)
+            for folder in (one, other)
+        )
         assert set(want) == set(got)
         assert [key for key in want if not torch.equal(want[key], got[key])] == []
 
 
 @pytest.mark.parametrize(
     ("stage", "zero", "dtype"),
-    [("align", 1, "float32"), ("distill", 2, "bfloat16"), ("finetune", 3, "float32"), ("finetune", 1, "bfloat16")],
+    [
+        ("align", 1, "float32"),
+        ("distill", 2, "bfloat16"),
+        ("finetune", 3, "float32"),
+        ("finetune", 1, "bfloat16"),
+    ],
 )
 def test_killed_run_continues_bit_for_bit(tmp_path, stage, zero, dtype):
     options = ("--stage", stage, "--zero", zero, "--dtype", dtype)
@@ -72,7 +87,9 @@ def test_killed_run_of_two_processes_continues_bit_for_bit(tmp_path):
     assert_same_run(tmp_path / "a" / "finetune", tmp_path / "b" / "finetune", 6)
 
 
-ONE, TWO_DATA, TWO_TENSOR = ((), 1), (("--zero", 3), 2), (("--tp", 2), 2)
+ONE = ((), 1)
+TWO_DATA = (("--zero", 3), 2)
+TWO_TENSOR = (("--tp", 2), 2)
 
 
 @pytest.mark.distributed
@@ -83,10 +100,17 @@ def test_continues_on_another_layout_and_zero_stage(tmp_path, before, after):
     run(tmp_path / "b", *before[0], "--kill-after", 4, processes=before[1])
     resumed = run(tmp_path / "b", *after[0], processes=after[1])
     assert resumed.returncode == 0, resumed.stderr[-3000:]
-    assert f"on another layout (world {before[1]} -> {after[1]}, " in resumed.stderr and "; the global batch stays 8: " in resumed.stderr
+    assert (
+        f"on another layout (world {before[1]} -> {after[1]}, " in resumed.stderr
+        and "; the global batch stays 8: " in resumed.stderr
+    )
     want, got = (read_losses(tmp_path / name / "finetune" / "losses.jsonl") for name in "ab")
-    assert [record["loss"] for record in got] == pytest.approx([record["loss"] for record in want], rel=2e-6)
-    assert [record["grad_norm"] for record in got] == pytest.approx([record["grad_norm"] for record in want], rel=1e-5)
+    assert [record["loss"] for record in got] == pytest.approx(
+        [record["loss"] for record in want], rel=2e-6
+    )
+    assert [record["grad_norm"] for record in got] == pytest.approx(
+        [record["grad_norm"] for record in want], rel=1e-5
+    )
 
 
 def test_termination_saves_and_exits_75(tmp_path):

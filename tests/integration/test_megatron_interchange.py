@@ -25,11 +25,13 @@ MEGATRON = textwrap.dedent("""
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         want = {"a": torch.arange(12.).view(4, 3), "b": torch.ones(3, dtype=torch.bfloat16)}
         write_shards(folder / "ours", [Shard.whole(k, v) for k, v in want.items()])
-        asked = {k: ShardedTensor.from_rank_offsets(k, torch.zeros_like(v)) for k, v in want.items()}
+        zeros = {k: torch.zeros_like(v) for k, v in want.items()}
+        asked = {k: ShardedTensor.from_rank_offsets(k, v) for k, v in zeros.items()}
         got = dc.load(asked, str(folder / "ours"))
         assert all(torch.equal(got[k], want[k]) for k in want), got
         (folder / "theirs").mkdir()
-        dc.save({k: ShardedTensor.from_rank_offsets(k, v) for k, v in want.items()}, str(folder / "theirs"))
+        given = {k: ShardedTensor.from_rank_offsets(k, v) for k, v in want.items()}
+        dc.save(given, str(folder / "theirs"))
         reader = ShardReader(folder / "theirs")
         assert all(torch.equal(reader[k], want[k]) for k in want)
         print("interchangeable", flush=True)
@@ -48,5 +50,12 @@ def test_megatron_reads_ours_and_we_read_megatrons(tmp_path):
     script = tmp_path / "interchange.py"
     script.write_text(MEGATRON)
     env = os.environ | {"PYTHONPATH": str(Path(megatron_hypenet.__file__).parents[1])}
-    done = subprocess.run([sys.executable, script, tmp_path], env=env, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, script, tmp_path],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert "interchangeable" in done.stdout, done.stderr[-2000:]

@@ -1,4 +1,5 @@
-"""A whole run of two processes with saves in the background, killed at random moments, ends with the bytes of a run that nothing disturbed.
+"""A whole run of two processes with saves in the background, killed at random moments, ends with
+the bytes of a run that nothing disturbed.
 
 HYPENET_RANDOM_KILLS is the number of kills (3), HYPENET_RANDOM_SEED their seed (printed).
 """
@@ -22,9 +23,16 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 KILLS = int(os.environ.get("HYPENET_RANDOM_KILLS", "3"))
 SEED = int(os.environ.get("HYPENET_RANDOM_SEED", str(time.time_ns() % 10_000)))
 STAGE = {
-    "train_iters": 6, "seq_length": 64, "micro_batch_size": 2, "global_batch_size": 4, "lr": 1e-3, "min_lr": 1e-5, "warmup_iters": 1,
-    "save_interval": 1, "log_interval": 1,
-}  # fmt: skip
+    "train_iters": 6,
+    "seq_length": 64,
+    "micro_batch_size": 2,
+    "global_batch_size": 4,
+    "lr": 1e-3,
+    "min_lr": 1e-5,
+    "warmup_iters": 1,
+    "save_interval": 1,
+    "log_interval": 1,
+}
 
 
 def write_config(root: Path, repo_root: Path) -> Path:
@@ -33,30 +41,66 @@ def write_config(root: Path, repo_root: Path) -> Path:
         (root / name).write_bytes((teacher / name).read_bytes()[:size])
     small = {"recall_pairs": 2, "recall_sequences": 2, "heldout_sequences": 2, "seq_length": 64}
     values = {
-        "output_dir": str(root / "unnamed"), "teacher": str(teacher), "align": STAGE, "distill": STAGE, "finetune": STAGE,
-        "data": {"train": [str(root / "sample.txt")], "heldout": str(root / "heldout.txt"), "recall_fraction": 0.35, "recall_pairs": 2},
-        "select": {**small, "batch_size": 2}, "eval": {**small, "length_multiples": [1]},
+        "output_dir": str(root / "unnamed"),
+        "teacher": str(teacher),
+        "align": STAGE,
+        "distill": STAGE,
+        "finetune": STAGE,
+        "data": {
+            "train": [str(root / "sample.txt")],
+            "heldout": str(root / "heldout.txt"),
+            "recall_fraction": 0.35,
+            "recall_pairs": 2,
+        },
+        "select": {**small, "batch_size": 2},
+        "eval": {**small, "length_multiples": [1]},
         "checkpoint": {"async_save": True, "keep_last": 2},
-    }  # fmt: skip
+    }
     (root / "run.yaml").write_text(yaml.safe_dump(values))
     return root / "run.yaml"
 
 
 def start(config: Path, folder: Path, log: Path) -> subprocess.Popen:
-    words = [sys.executable, "-m", "megatron_hypenet", "run", str(config), "--nproc", "2", f"output_dir={folder}"]
+    words = [
+        sys.executable,
+        "-m",
+        "megatron_hypenet",
+        "run",
+        str(config),
+        "--nproc",
+        "2",
+        f"output_dir={folder}",
+    ]
     with log.open("ab") as stream:
-        return subprocess.Popen(words, stdout=stream, stderr=stream, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        return subprocess.Popen(
+            words, stdout=stream, stderr=stream, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
 
 
 def result(folder: Path) -> dict[str, str]:
     """Hashes of what a run leaves that does not tell when or where it was made."""
     stages = [folder / stage for stage in ("align", "distill", "finetune")]
     files = [stage / "losses.jsonl" for stage in stages]
-    finals = [*(stage / "checkpoints" / "iter_0000006" for stage in stages), folder / "teacher", folder / "assembled"]
-    files += [file for final in finals for part in ("weights", "optimizer") for file in sorted((final / part).glob("*.distcp"))]
-    files += [*(final / "train_state.json" for final in finals[:3]), folder / "selection" / "scores.json"]
+    finals = [
+        *(stage / "checkpoints" / "iter_0000006" for stage in stages),
+        folder / "teacher",
+        folder / "assembled",
+    ]
+    files += [
+        file
+        for final in finals
+        for part in ("weights", "optimizer")
+        for file in sorted((final / part).glob("*.distcp"))
+    ]
+    files += [
+        *(final / "train_state.json" for final in finals[:3]),
+        folder / "selection" / "scores.json",
+    ]
     files += [path for path in sorted((folder / "export").rglob("*")) if path.is_file()]
-    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in files
+    }
 
 
 def test_random_kills_change_no_byte_of_the_result(tmp_path, repo_root):
@@ -67,7 +111,9 @@ def test_random_kills_change_no_byte_of_the_result(tmp_path, repo_root):
     began = time.monotonic()
     assert start(config, tmp_path / "straight", log).wait() == 0, log.read_text()[-4000:]
     whole = time.monotonic() - began
-    want, kills, runs = result(tmp_path / "straight"), [], 0
+    want = result(tmp_path / "straight")
+    kills = []
+    runs = 0
     while not runs or len(kills) < KILLS:
         folder = tmp_path / f"killed-{runs}"
         while True:
@@ -76,12 +122,22 @@ def test_random_kills_change_no_byte_of_the_result(tmp_path, repo_root):
                 assert process.wait() == 0, log.read_text()[-4000:]
                 break
             time.sleep(draw.uniform(0.1, 0.7) * whole)
-            family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []
+            family = (
+                [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+                if process.poll() is None
+                else []
+            )
             if not family:
                 assert process.returncode == 0, log.read_text()[-4000:]
                 break
             victims = draw.choice([family, [draw.choice(family)], [draw.choice(family)]])
-            whom = "all" if len(victims) > 1 else "the command" if victims[0].pid == process.pid else "a rank"
+            whom = (
+                "all"
+                if len(victims) > 1
+                else "the command"
+                if victims[0].pid == process.pid
+                else "a rank"
+            )
             for victim in draw.sample(victims, len(victims)):
                 with contextlib.suppress(psutil.NoSuchProcess):  # it ended with the one before
                     victim.send_signal(signal.SIGKILL)

@@ -1,8 +1,10 @@
 """One training process for the tests of faults and resumes: a tiny real stage, hurt where asked.
 
-    python -m tests.integration.training_worker OUT --iters 6 --stage finetune [--zero 2] [--dtype bfloat16] [--kill-after 4] ...
-Run alone, by torchrun or by launchers/local.py for several data-parallel processes. --kill-after, --stop-after, --fail-after, --term-after
-and --slow concern all processes, or the one named by --only-rank.
+    python -m tests.integration.training_worker OUT --iters 6 --stage finetune [--zero 2]
+        [--dtype bfloat16] [--kill-after 4] ...
+Run alone, by torchrun or by launchers/local.py for several data-parallel processes. --kill-after,
+--stop-after, --fail-after, --term-after and --slow concern all processes, or the one named by
+--only-rank.
 """
 
 import argparse
@@ -43,13 +45,19 @@ class RandomTokens:
     """Tokens that depend on the sample index alone; those of bad samples begin with BAD_TOKEN."""
 
     def __init__(self, bad=range(0), fails=lambda: False):
-        self.bad, self.fails = bad, fails
+        self.bad = bad
+        self.fails = fails
 
     def batch(self, sample_start: int, count: int, seq_length: int) -> torch.Tensor:
         if self.fails():
             raise ValueError("this shard cannot be read")
         rows = [
-            torch.randint(0, 61, (seq_length + 1,), generator=torch.Generator().manual_seed(1000 + sample_start + row))
+            torch.randint(
+                0,
+                61,
+                (seq_length + 1,),
+                generator=torch.Generator().manual_seed(1000 + sample_start + row),
+            )
             for row in range(count)
         ]
         for row in range(count):
@@ -75,22 +83,55 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--kill-after", type=int, default=0)
     parser.add_argument("--term-after", type=int, default=0)
     parser.add_argument("--only-rank", type=int)
-    parser.add_argument("--stop-after", type=int, default=0, help="SIGSTOP: the process neither ends nor answers")
-    parser.add_argument("--fail-after", type=int, default=0, help="an exception while the data of the next step is read")
-    parser.add_argument("--fill-disk-after", type=int, default=0, help="the first process leaves no space beside its results")
-    parser.add_argument("--slow", type=float, default=0.0, help="seconds that every forward pass takes longer")
-    parser.add_argument("--bad-samples", type=int, nargs=2, default=(0, 0), help="first, and one beyond the last, whose loss is NaN")
+    parser.add_argument(
+        "--stop-after", type=int, default=0, help="SIGSTOP: the process neither ends nor answers"
+    )
+    parser.add_argument(
+        "--fail-after",
+        type=int,
+        default=0,
+        help="an exception while the data of the next step is read",
+    )
+    parser.add_argument(
+        "--fill-disk-after",
+        type=int,
+        default=0,
+        help="the first process leaves no space beside its results",
+    )
+    parser.add_argument(
+        "--slow", type=float, default=0.0, help="seconds that every forward pass takes longer"
+    )
+    parser.add_argument(
+        "--bad-samples",
+        type=int,
+        nargs=2,
+        default=(0, 0),
+        help="first, and one beyond the last, whose loss is NaN",
+    )
     parser.add_argument("--max-skipped", type=int, default=3)
     parser.add_argument("--hang-timeout", type=float, default=1800.0)
-    parser.add_argument("--die-writing", type=int, default=0, help="the last process kills itself while it writes the save of this step")
+    parser.add_argument(
+        "--die-writing",
+        type=int,
+        default=0,
+        help="the last process kills itself while it writes the save of this step",
+    )
     return parser.parse_args(arguments)
 
 
 def run_config(options: argparse.Namespace) -> RunConfig:
     stage = {
-        "train_iters": options.iters, "seq_length": 16, "micro_batch_size": 2, "global_batch_size": 8, "lr": options.lr, "min_lr": 1e-3,
-        "warmup_iters": 2, "save_interval": options.save_interval, "log_interval": 2, "weight_decay": 0.01,
-    }  # fmt: skip
+        "train_iters": options.iters,
+        "seq_length": 16,
+        "micro_batch_size": 2,
+        "global_batch_size": 8,
+        "lr": options.lr,
+        "min_lr": 1e-3,
+        "warmup_iters": 2,
+        "save_interval": options.save_interval,
+        "log_interval": 2,
+        "weight_decay": 0.01,
+    }
     parallel = {
         "zero_stage": options.zero,
         "tensor_model_parallel_size": options.tp,
@@ -99,13 +140,23 @@ def run_config(options: argparse.Namespace) -> RunConfig:
     }
     inputs = {
         "checkpoint": {"async_save": options.async_save, "keep_last": options.keep_last},
-        "guard": {"max_skipped_steps": options.max_skipped, "hang_timeout_seconds": options.hang_timeout},
+        "guard": {
+            "max_skipped_steps": options.max_skipped,
+            "hang_timeout_seconds": options.hang_timeout,
+        },
         "output_dir": str(options.out),
         "teacher": "teacher",
         "data": {"train": ["x.txt"]},
     }
     return RunConfig.model_validate(
-        {**inputs, "parallel": parallel, "precision": options.dtype, "align": stage, "distill": stage, "finetune": stage}
+        {
+            **inputs,
+            "parallel": parallel,
+            "precision": options.dtype,
+            "align": stage,
+            "distill": stage,
+            "finetune": stage,
+        }
     )
 
 
@@ -117,7 +168,9 @@ def build(options: argparse.Namespace, run: RunConfig):
         return AlignStage(trunk, AlignedMixers.beside(trunk, default_mixer(), seed=1))
     student = build_model(tiny_model_config(**SHAPE), run.parallel, dtype=dtype, seed=2)
     if options.stage == "distill":
-        return DistillStage(student, build_model(teacher, run.parallel, dtype=dtype, seed=1), chunk_tokens=8)
+        return DistillStage(
+            student, build_model(teacher, run.parallel, dtype=dtype, seed=1), chunk_tokens=8
+        )
     return FinetuneStage(student, chunk_tokens=8)
 
 
@@ -128,7 +181,9 @@ def die_writing(step: int) -> None:
     def dying(self, **options):
         if iteration_name(step) in str(self.folder) and groups.rank() == groups.world_size() - 1:
             pieces = iter([False])
-            options["cancelled"] = lambda: next(pieces, None) is None and os.kill(os.getpid(), signal.SIGKILL)
+            options["cancelled"] = lambda: (
+                next(pieces, None) is None and os.kill(os.getpid(), signal.SIGKILL)
+            )
         return write(self, **options)
 
     shard_writer.ShardWrite.write = dying
@@ -173,8 +228,18 @@ def train_stage(options: argparse.Namespace, run: RunConfig) -> Path:
     stage = build(options, run)
     if options.stage != "align":
         hurt(stage, options, mine)
-    data = RandomTokens(range(*options.bad_samples), lambda: mine and options.fail_after and done == options.fail_after)
-    return train(stage, data, HeadStageConfig(**run.finetune.model_dump()), run, options.out / options.stage, on_step=on_step)
+    data = RandomTokens(
+        range(*options.bad_samples),
+        lambda: mine and options.fail_after and done == options.fail_after,
+    )
+    return train(
+        stage,
+        data,
+        HeadStageConfig(**run.finetune.model_dump()),
+        run,
+        options.out / options.stage,
+        on_step=on_step,
+    )
 
 
 def main(options: argparse.Namespace) -> None:

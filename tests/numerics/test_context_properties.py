@@ -1,4 +1,5 @@
-"""Context-parallel attention over random sizes of groups (also not powers of two), lengths, heads, batches and documents, in float64.
+"""Context-parallel attention over random sizes of groups (also not powers of two), lengths, heads,
+batches and documents, in float64.
 
 Ranks are threads; the real code runs on each of them."""
 
@@ -24,7 +25,10 @@ def problems(draw):
     row = st.sets(st.integers(1, length), max_size=length).map(sorted)
     ids = None
     if draw(st.booleans()):
-        ids = document_ids(*draw(st.lists(row, min_size=b, max_size=b)), length=length) * 3 + draw(st.integers(-2, 2))  # ids need not count
+        # ids need not count
+        ids = document_ids(*draw(st.lists(row, min_size=b, max_size=b)), length=length) * 3 + draw(
+            st.integers(-2, 2)
+        )
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     return (
         size,
@@ -35,7 +39,8 @@ def problems(draw):
 
 
 def assert_ranks_equal_whole(size, op, dense, q, k, v, weight):
-    """op(group, q, k, v) of local parts against dense(q, k, v) of whole tensors: outputs and all gradients."""
+    """op(group, q, k, v) of local parts against dense(q, k, v) of whole tensors: outputs and all
+    gradients."""
     whole = [x.clone().requires_grad_() for x in (q, k, v)]
     want = dense(*whole)
     want.backward(weight)
@@ -47,9 +52,17 @@ def assert_ranks_equal_whole(size, op, dense, q, k, v, weight):
         return [o.detach(), *(x.grad for x in local)]
 
     for rank, results in enumerate(on_ranks(size, one_rank)):
-        for name, got, full in zip(("o", "dq", "dk", "dv"), results, (want.detach(), *(x.grad for x in whole)), strict=True):
+        for name, got, full in zip(
+            ("o", "dq", "dk", "dv"), results, (want.detach(), *(x.grad for x in whole)), strict=True
+        ):
             expected = local_part(full, rank, size, 1)
-            torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11, msg=lambda m, name=name, rank=rank: f"{name} rank {rank}: {m}")
+            torch.testing.assert_close(
+                got,
+                expected,
+                rtol=1e-9,
+                atol=1e-11,
+                msg=lambda m, name=name, rank=rank: f"{name} rank {rank}: {m}",
+            )
 
 
 @settings(max_examples=40, deadline=None)
@@ -61,7 +74,9 @@ def test_lightning(problem, scale):
     decay = log_decay(heads)
     assert_ranks_equal_whole(
         size,
-        lambda group, *x: context_lightning_attn(*x, decay, scale=scale, group=group, document_ids=ids),
+        lambda group, *x: context_lightning_attn(
+            *x, decay, scale=scale, group=group, document_ids=ids
+        ),
         lambda *x: dense_lightning(*x, decay, scale, ids),
         *(q, k, v, weight),
     )
@@ -71,10 +86,15 @@ def test_lightning(problem, scale):
 @given(problems(), st.sampled_from(["all_gather", "ring"]), st.floats(0.05, 2.0))
 def test_softmax(problem, method, scale):
     size, ids, draw, (groups, per_group, d, _) = problem
-    q, k, v, weight = draw(groups * per_group, d), draw(groups, d), draw(groups, d), draw(groups * per_group, d)
+    q = draw(groups * per_group, d)
+    k = draw(groups, d)
+    v = draw(groups, d)
+    weight = draw(groups * per_group, d)
     assert_ranks_equal_whole(
         size,
-        lambda group, *x: context.context_softmax_attn(*x, scale=scale, group=group, document_ids=ids, method=method),
+        lambda group, *x: context.context_softmax_attn(
+            *x, scale=scale, group=group, document_ids=ids, method=method
+        ),
         lambda *x: dense_softmax(*x, scale, ids),
         *(q, k, v, weight),
     )

@@ -1,11 +1,16 @@
-"""Lightning Attention over random lengths, head counts (also not powers of two), widths and chunk sizes, against float64."""
+"""Lightning Attention over random lengths, head counts (also not powers of two), widths and chunk
+sizes, against float64."""
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_hypenet.ops.decay import log_decay
-from megatron_hypenet.ops.lightning_attn import chunked_lightning_attn, naive_lightning_attn, recurrent_lightning_attn_step
+from megatron_hypenet.ops.lightning_attn import (
+    chunked_lightning_attn,
+    naive_lightning_attn,
+    recurrent_lightning_attn_step,
+)
 
 SHAPES = {
     "t": st.integers(1, 90),
@@ -21,7 +26,9 @@ SHAPES = {
 @given(**SHAPES)
 def test_chunked_equals_naive(t, h, dk, dv, chunk, seed):
     generator = torch.Generator().manual_seed(seed)
-    q, k, v = (torch.randn(1, t, h, d, generator=generator, dtype=torch.float64) for d in (dk, dk, dv))
+    q, k, v = (
+        torch.randn(1, t, h, d, generator=generator, dtype=torch.float64) for d in (dk, dk, dv)
+    )
     want, want_state = naive_lightning_attn(q, k, v, log_decay(h), scale=dk**-0.5)
     got, got_state = chunked_lightning_attn(q, k, v, log_decay(h), scale=dk**-0.5, chunk_size=chunk)
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11)
@@ -32,14 +39,20 @@ def test_chunked_equals_naive(t, h, dk, dv, chunk, seed):
 @given(**SHAPES, cut=st.integers(0, 90))
 def test_prefill_in_chunks_then_decode_equals_the_whole(t, h, dk, dv, chunk, seed, cut):
     generator = torch.Generator().manual_seed(seed)
-    q, k, v = (torch.randn(1, t, h, d, generator=generator, dtype=torch.float64) for d in (dk, dk, dv))
+    q, k, v = (
+        torch.randn(1, t, h, d, generator=generator, dtype=torch.float64) for d in (dk, dk, dv)
+    )
     want, _ = naive_lightning_attn(q, k, v, log_decay(h), scale=1.0)
     cut = min(cut, t - 1)
     state = torch.zeros(1, h, dk, dv, dtype=torch.float64)
     if cut:
-        _, state = chunked_lightning_attn(q[:, :cut], k[:, :cut], v[:, :cut], log_decay(h), scale=1.0, chunk_size=chunk)
+        _, state = chunked_lightning_attn(
+            q[:, :cut], k[:, :cut], v[:, :cut], log_decay(h), scale=1.0, chunk_size=chunk
+        )
     for i in range(cut, t):
-        o, state = recurrent_lightning_attn_step(q[:, i], k[:, i], v[:, i], log_decay(h), state, scale=1.0)
+        o, state = recurrent_lightning_attn_step(
+            q[:, i], k[:, i], v[:, i], log_decay(h), state, scale=1.0
+        )
         torch.testing.assert_close(o, want[:, i], rtol=1e-9, atol=1e-11)
 
 
@@ -52,21 +65,34 @@ def test_a_decay_off_by_a_thousandth_is_caught():
 
 @settings(max_examples=40, deadline=None)
 @given(**SHAPES, edges=st.sets(st.integers(1, 89), max_size=6), cut=st.integers(1, 89))
-def test_packed_documents_equal_the_definition_and_can_be_cut_anywhere(t, h, dk, dv, chunk, seed, edges, cut):
+def test_packed_documents_equal_the_definition_and_can_be_cut_anywhere(
+    t, h, dk, dv, chunk, seed, edges, cut
+):
     generator = torch.Generator().manual_seed(seed)
-    q, k, v = (torch.randn(1, t, h, d, generator=generator, dtype=torch.float64) for d in (dk, dk, dv))
+    q, k, v = (
+        torch.randn(1, t, h, d, generator=generator, dtype=torch.float64) for d in (dk, dk, dv)
+    )
     ids = torch.tensor([[sum(edge <= i for edge in edges) for i in range(t)]], dtype=torch.int32)
     start = torch.randn(1, h, dk, dv, generator=generator, dtype=torch.float64)
-    want, want_state = naive_lightning_attn(q, k, v, log_decay(h), scale=1.0, initial_state=start, document_ids=ids)
-    parts, state = [], start
+    want, want_state = naive_lightning_attn(
+        q, k, v, log_decay(h), scale=1.0, initial_state=start, document_ids=ids
+    )
+    parts = []
+    state = start
     for part in (slice(0, min(cut, t)), slice(min(cut, t), t)):
         if part.start < part.stop:
             # a part that starts a new document gets no state from the one before it
             fresh = part.start > 0 and bool(ids[0, part.start] != ids[0, part.start - 1])
             o, state = chunked_lightning_attn(
-                q[:, part], k[:, part], v[:, part], log_decay(h), scale=1.0, chunk_size=chunk,
-                initial_state=torch.zeros_like(state) if fresh else state, document_ids=ids[:, part],
-            )  # fmt: skip
+                q[:, part],
+                k[:, part],
+                v[:, part],
+                log_decay(h),
+                scale=1.0,
+                chunk_size=chunk,
+                initial_state=torch.zeros_like(state) if fresh else state,
+                document_ids=ids[:, part],
+            )
             parts.append(o)
     torch.testing.assert_close(torch.cat(parts, dim=1), want, rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(state, want_state, rtol=1e-9, atol=1e-11)

@@ -41,7 +41,13 @@ def test_temporary_names_tell_what_they_become(tmp_path):
 
 def test_a_sweep_takes_what_killed_processes_left_and_nothing_else(tmp_path):
     keep = ["a/b.txt", ".hidden", "a/.x.tmp", "weights/.metadata"]
-    for name in (*keep, ".t.tmp-1/weights/w", "a/.s.json.tmp-22", "d/.train.partial3.bin", "d/.train.tmp-3.idx"):
+    for name in (
+        *keep,
+        ".t.tmp-1/weights/w",
+        "a/.s.json.tmp-22",
+        "d/.train.partial3.bin",
+        "d/.train.tmp-3.idx",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
     outside = tmp_path.parent / "outside"
@@ -49,7 +55,9 @@ def test_a_sweep_takes_what_killed_processes_left_and_nothing_else(tmp_path):
     (outside / "file").write_text("x")
     (tmp_path / ".link.tmp-5").symlink_to(outside)
     assert len(sweep(tmp_path)) == 5
-    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()) == sorted(keep)
+    assert sorted(
+        str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()
+    ) == sorted(keep)
     assert (outside / "file").exists()
 
 
@@ -66,7 +74,10 @@ def test_a_sweep_for_one_target_leaves_the_others_and_folders_below(tmp_path):
     for name in (".one.tmp-1", ".one.tmp-2.bin", ".other.tmp-1", "sub/.one.tmp-1"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
-    assert {path.name for path in sweep(tmp_path, names=("one",))} == {".one.tmp-1", ".one.tmp-2.bin"}
+    assert {path.name for path in sweep(tmp_path, names=("one",))} == {
+        ".one.tmp-1",
+        ".one.tmp-2.bin",
+    }
     assert (tmp_path / ".other.tmp-1").exists() and (tmp_path / "sub" / ".one.tmp-1").exists()
 
 

@@ -10,7 +10,9 @@ import pytest
 
 @pytest.fixture(scope="module")
 def bench(repo_root):
-    spec = importlib.util.spec_from_file_location("bench_kd_head", repo_root / "tools" / "bench" / "kd_head.py")
+    spec = importlib.util.spec_from_file_location(
+        "bench_kd_head", repo_root / "tools" / "bench" / "kd_head.py"
+    )
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -25,15 +27,23 @@ def test_a_tiny_run_is_right_and_can_be_redrawn(bench, tmp_path):
     record = json.loads(saved.read_text())
     ours = [row for row in record["errors"] if row["name"] == "ours"]
     assert [row["loss"] for row in ours] == ["kl", "ce"]
-    # gradients of bf16 tensors: half a unit in the last place is 2e-3 of each number, and logit gradients are rounded on the way
-    assert all(0 < row["dX_error"] < 5e-3 and 0 < row["dW_error"] < 5e-3 and row["value_error"] < 1e-5 for row in ours), ours
-    assert {row["name"] for row in record["times"]} == {"bare products", "ours"} and all(row["ms"] > 0 for row in record["times"])
+    # gradients of bf16 tensors: half a unit in the last place is 2e-3 of each number, and logit
+    # gradients are rounded on the way
+    assert all(
+        0 < row["dX_error"] < 5e-3 and 0 < row["dW_error"] < 5e-3 and row["value_error"] < 1e-5
+        for row in ours
+    ), ours
+    assert {row["name"] for row in record["times"]} == {"bare products", "ours"} and all(
+        row["ms"] > 0 for row in record["times"]
+    )
     with next(first.glob("*.csv")).open() as file:
         assert len(list(csv.DictReader(file))) == len(record["times"])
     record["notes"] = ["Measured before the move."]
     saved.write_text(json.dumps(record))
     assert bench.main(["--redraw", str(saved), "--out", str(second)]) == 0
-    assert [path.name for path in sorted(second.iterdir())] == [path.name for path in sorted(first.iterdir())]
+    assert [path.name for path in sorted(second.iterdir())] == [
+        path.name for path in sorted(first.iterdir())
+    ]
     assert "Measured before the move." in next(second.glob("*.md")).read_text()
 
 
@@ -42,4 +52,6 @@ def test_recorded_results_are_what_the_script_writes(bench, repo_root, tmp_path)
     for saved in (repo_root / "tools" / "bench" / "results").glob("kd_head_*.json"):
         assert bench.main(["--redraw", str(saved), "--out", str(tmp_path)]) == 0
         for suffix in (".json", ".csv", ".md"):
-            assert (tmp_path / saved.name).with_suffix(suffix).read_text() == saved.with_suffix(suffix).read_text()
+            assert (tmp_path / saved.name).with_suffix(suffix).read_text() == saved.with_suffix(
+                suffix
+            ).read_text()

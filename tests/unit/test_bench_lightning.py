@@ -1,4 +1,5 @@
-"""The benchmark of Lightning Attention runs, tiny, on a CPU; its verdicts are computed from its rows."""
+"""The benchmark of Lightning Attention runs, tiny, on a CPU; its verdicts are computed from its
+rows."""
 
 import csv
 import importlib.util
@@ -10,7 +11,9 @@ import pytest
 
 @pytest.fixture(scope="module")
 def bench(repo_root):
-    spec = importlib.util.spec_from_file_location("bench_lightning", repo_root / "tools" / "bench" / "lightning.py")
+    spec = importlib.util.spec_from_file_location(
+        "bench_lightning", repo_root / "tools" / "bench" / "lightning.py"
+    )
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -43,13 +46,20 @@ def test_goals_are_judged_by_ratio_and_error(bench):
     assert "fwd: 2.00x, goal 2.0x: met" in text and "fwd+bwd: 0.95x, goal 2.8x: missed" in text
     assert "slower than FLA: B1 T131072 H16 fwd+bwd (0.95x)" in text
     assert "errors at most FLA's: missed; the largest against it is 1.5000 of it" in text
-    text = bench.markdown([row("ours", 1.0, 3.0, 2.001e-3), row("fla", 2.0, 9.0, 2e-3)], {"gpu": "X"})
-    assert "slower than FLA: none" in text and "errors at most FLA's: met; the largest against it is 1.0005 of it" in text
+    text = bench.markdown(
+        [row("ours", 1.0, 3.0, 2.001e-3), row("fla", 2.0, 9.0, 2e-3)], {"gpu": "X"}
+    )
+    assert (
+        "slower than FLA: none" in text
+        and "errors at most FLA's: met; the largest against it is 1.0005 of it" in text
+    )
 
 
 def test_one_word_chooses_rows(bench, tmp_path, capsys):
     assert bench.main(["--tiny", "--only", "fp32,D999", "--out", str(tmp_path)]) == 0
-    assert [row["shape"] for row in json.loads(next(tmp_path.glob("*.json")).read_text())["rows"]] == ["B2 T33 H3 D16 fp32"]
+    assert [
+        row["shape"] for row in json.loads(next(tmp_path.glob("*.json")).read_text())["rows"]
+    ] == ["B2 T33 H3 D16 fp32"]
     with pytest.raises(SystemExit):
         bench.main(["--tiny", "--only", "no such row", "--out", str(tmp_path)])
     assert "no row's name holds it" in capsys.readouterr().err

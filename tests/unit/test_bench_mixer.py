@@ -6,7 +6,13 @@ import sys
 
 
 def test_a_tiny_run_agrees_with_float64(repo_root, tmp_path):
-    command = [sys.executable, repo_root / "tools" / "bench" / "mixer.py", "--tiny", "--out", tmp_path]
+    command = [
+        sys.executable,
+        repo_root / "tools" / "bench" / "mixer.py",
+        "--tiny",
+        "--out",
+        tmp_path,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     rows = json.loads(next(tmp_path.glob("*.json")).read_text())["rows"]

@@ -5,7 +5,9 @@ import pytest
 
 @pytest.fixture(scope="module")
 def docs_config(repo_root):
-    spec = importlib.util.spec_from_file_location("docs_config", repo_root / "tools" / "docs_config.py")
+    spec = importlib.util.spec_from_file_location(
+        "docs_config", repo_root / "tools" / "docs_config.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

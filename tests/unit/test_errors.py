@@ -22,7 +22,11 @@ EXIT_CODES = {
 
 
 def _classes():
-    return {name: cls for name, cls in inspect.getmembers(errors, inspect.isclass) if issubclass(cls, HypenetError)}
+    return {
+        name: cls
+        for name, cls in inspect.getmembers(errors, inspect.isclass)
+        if issubclass(cls, HypenetError)
+    }
 
 
 def test_every_error_has_its_documented_exit_code():
@@ -30,7 +34,8 @@ def test_every_error_has_its_documented_exit_code():
 
 
 def test_codes_stay_off_those_other_launchers_use():
-    # 16 and 17 are Megatron's rerun codes, 93 is nvidia-resiliency-ext's "do not restart", 128+n are signals
+    # 16 and 17 are Megatron's rerun codes, 93 is nvidia-resiliency-ext's "do not restart", 128+n
+    # are signals
     assert not {cls.exit_code for cls in _classes().values()} & {16, 17, 93, *range(128, 256)}
 
 
@@ -38,13 +43,31 @@ def test_errors_page_lists_every_code(repo_root):
     page = (repo_root / "docs" / "errors.md").read_text(encoding="utf-8")
     rows = [line for line in page.splitlines() if line.startswith("|")]
     for code in {*EXIT_CODES.values(), 0, 130}:
-        assert any(line.startswith(f"| {code} |") for line in rows), f"docs/errors.md has no row for exit code {code}"
+        assert any(line.startswith(f"| {code} |") for line in rows), (
+            f"docs/errors.md has no row for exit code {code}"
+        )
 
 
 def test_a_full_disk_is_seen_behind_what_libraries_make_of_it():
     wrapped = ValueError("save failed")
     wrapped.__cause__ = OSError(errno.ENOSPC, "No space left on device")
-    torch_says = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
-    safetensors_says = Exception("Error while serializing: I/O error: No space left on device (os error 28)")
-    assert all(is_disk_full(error) for error in (wrapped, wrapped.__cause__, torch_says, safetensors_says, OSError(errno.EDQUOT, "")))
-    assert not any(is_disk_full(error) for error in (None, OSError(errno.EACCES, "denied"), RuntimeError("unexpected pos")))
+    torch_says = RuntimeError(
+        "[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"
+    )
+    safetensors_says = Exception(
+        "Error while serializing: I/O error: No space left on device (os error 28)"
+    )
+    assert all(
+        is_disk_full(error)
+        for error in (
+            wrapped,
+            wrapped.__cause__,
+            torch_says,
+            safetensors_says,
+            OSError(errno.EDQUOT, ""),
+        )
+    )
+    assert not any(
+        is_disk_full(error)
+        for error in (None, OSError(errno.EACCES, "denied"), RuntimeError("unexpected pos"))
+    )

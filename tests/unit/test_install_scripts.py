@@ -1,4 +1,5 @@
-"""The scripts of `make install` and `make test` stop before they change anything when the machine lacks what they need."""
+"""The scripts of `make install` and `make test` stop before they change anything when the machine
+lacks what they need."""
 
 import shutil
 import subprocess
@@ -9,7 +10,8 @@ import pytest
 
 @pytest.fixture
 def bare(tmp_path, repo_root):
-    """Run a script as a normal user of a machine whose PATH has hardly anything, with further commands written in the test."""
+    """Run a script as a normal user of a machine whose PATH has hardly anything, with further
+    commands written in the test."""
     folder = tmp_path / "bin"
     folder.mkdir()
 
@@ -26,8 +28,11 @@ def bare(tmp_path, repo_root):
     def run(script: str, *arguments: str, **environment: str) -> tuple[int, str]:
         done = subprocess.run(
             [folder / "bash", repo_root / script, *arguments],
-            env={"PATH": str(folder), "PYTHON": sys.executable} | environment, capture_output=True, text=True, timeout=60,
-        )  # fmt: skip
+            env={"PATH": str(folder), "PYTHON": sys.executable} | environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
         assert not (tmp_path / "called").exists(), "apt-get was called"
         return done.returncode, done.stdout + done.stderr
 
@@ -38,10 +43,23 @@ def bare(tmp_path, repo_root):
 def test_a_normal_user_is_told_every_missing_package_in_one_command(bare):
     code, said = bare("tools/system_packages.sh", "test")
     assert code == 4
-    packages = said.splitlines()[-1].removeprefix("  sudo apt-get update && sudo apt-get install -y ").split()
+    packages = (
+        said.splitlines()[-1]
+        .removeprefix("  sudo apt-get update && sudo apt-get install -y ")
+        .split()
+    )
     # the daemons lie in /usr/sbin, where the script looks as well: they may be there
     assert {"make", "git", "g++", "openssh-client", "pdsh"} <= set(packages)
-    assert set(packages) <= {"make", "git", "g++", "slurm-wlm", "munge", "openssh-client", "openssh-server", "pdsh"}
+    assert set(packages) <= {
+        "make",
+        "git",
+        "g++",
+        "slurm-wlm",
+        "munge",
+        "openssh-client",
+        "openssh-server",
+        "pdsh",
+    }
 
 
 def test_ci_ends_with_the_same_code_before_make_is_called(bare, tmp_path):
@@ -74,7 +92,9 @@ def test_a_python_that_was_asked_for_is_never_replaced_by_another(bare, tmp_path
 def test_an_environment_of_another_python_is_not_touched(bare, tmp_path):
     python = tmp_path / "venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
-    python.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.14.1 || { echo 3.14; exit 1; }\n')
+    python.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && echo Python 3.14.1 || { echo 3.14; exit 1; }\n'
+    )
     python.chmod(0o755)
     for environment in ({}, {"PYTHON": ""}):
         code, said = bare("tools/install.sh", str(tmp_path / "venv"), **environment)

@@ -13,7 +13,14 @@ import pytest
 
 from megatron_hypenet import ownership
 from megatron_hypenet.errors import UsageError
-from megatron_hypenet.ownership import FILE, owner_file, owning, refuse_if_owned, this_process, writing
+from megatron_hypenet.ownership import (
+    FILE,
+    owner_file,
+    owning,
+    refuse_if_owned,
+    this_process,
+    writing,
+)
 
 HOLD = """
 import sys, time
@@ -28,7 +35,9 @@ with owning(Path(sys.argv[1]), inside=True):
 @pytest.fixture
 def holder(tmp_path):
     """A process that owns tmp_path."""
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None and process.stdout.readline() == "owned\n"
     yield process
     process.kill()
@@ -56,7 +65,10 @@ def test_the_owner_is_named_while_the_block_runs_and_no_longer(tmp_path):
 
 
 def test_a_living_owner_is_named_in_the_refusal(tmp_path, holder):
-    for attempt in (lambda: refuse_if_owned(tmp_path), lambda: owning(tmp_path, inside=True, patience_seconds=0).__enter__()):
+    for attempt in (
+        lambda: refuse_if_owned(tmp_path),
+        lambda: owning(tmp_path, inside=True, patience_seconds=0).__enter__(),
+    ):
         with pytest.raises(UsageError) as caught:
             attempt()
         for word in (str(tmp_path), f"process {holder.pid} on ", "since", FILE):
@@ -89,7 +101,11 @@ def test_a_file_that_a_killed_process_left_unreadable_is_replaced(tmp_path, cont
 
 
 def test_without_a_lock_the_process_table_decides(tmp_path, monkeypatch):
-    monkeypatch.setattr(ownership.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(ownership.errno.ENOLCK, "no locks")))
+    monkeypatch.setattr(
+        ownership.fcntl,
+        "flock",
+        lambda *_: (_ for _ in ()).throw(OSError(ownership.errno.ENOLCK, "no locks")),
+    )
     plant(tmp_path / FILE, token="theirs")  # this process
     with pytest.raises(UsageError, match=f"process {os.getpid()} on"):
         owning(tmp_path, inside=True, patience_seconds=0).__enter__()
@@ -127,14 +143,17 @@ def test_slurm_says_whether_a_job_is_over(tmp_path, monkeypatch, caplog, state, 
     plant(tmp_path / FILE, **ELSEWHERE, job="4711")
     said = subprocess.CompletedProcess([], 0, stdout=f"{state}\n", stderr="")
     monkeypatch.setattr(ownership.subprocess, "run", lambda words, **_: said)
-    with owning(tmp_path, inside=True, watch_seconds=0.2):  # the process may have ended before its job
+    # the process may have ended before its job
+    with owning(tmp_path, inside=True, watch_seconds=0.2):
         pass
     assert ("waiting up to" in caplog.text) == (not known_over)
 
 
 def test_what_a_shell_sets_for_squeue_does_not_end_a_job(tmp_path, monkeypatch, caplog):
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "squeue").write_text('#!/bin/sh\n[ -z "$SQUEUE_USERS" ] && echo RUNNING\nexit 0\n')
+    (tmp_path / "bin" / "squeue").write_text(
+        '#!/bin/sh\n[ -z "$SQUEUE_USERS" ] && echo RUNNING\nexit 0\n'
+    )
     (tmp_path / "bin" / "squeue").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
     monkeypatch.setenv("SQUEUE_USERS", "nobody")
@@ -158,9 +177,13 @@ def test_of_many_that_come_at_once_one_wins(tmp_path):
     plant(tmp_path / FILE, token="theirs", started=5)  # an owner that is gone
     code = HOLD.replace("time.sleep(60)", "time.sleep(3)")
     command = [sys.executable, "-c", code, str(tmp_path)]
-    processes = [subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) for _ in range(4)]
+    processes = [
+        subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        for _ in range(4)
+    ]
     codes = [process.wait() for process in processes]
-    # those that start late may find the folder free again, but never two at a time: what each wrote is gone
+    # those that start late may find the folder free again, but never two at a time: what each wrote
+    # is gone
     assert 0 in codes and list(tmp_path.iterdir()) == []
 
 
@@ -178,7 +201,10 @@ def test_the_beat_grows(tmp_path, monkeypatch):
     monkeypatch.setattr(ownership, "BEAT_SECONDS", 0.05)
     with owning(tmp_path, inside=True):
         deadline = time.monotonic() + 5
-        while time.monotonic() < deadline and json.loads((tmp_path / FILE).read_text() or "{}").get("beat", 0) < 2:
+        while (
+            time.monotonic() < deadline
+            and json.loads((tmp_path / FILE).read_text() or "{}").get("beat", 0) < 2
+        ):
             time.sleep(0.02)
         assert json.loads((tmp_path / FILE).read_text())["beat"] >= 2
 
@@ -196,13 +222,24 @@ def test_a_target_has_its_owner_beside_it_and_leftovers_go(tmp_path):
 
 def test_a_target_inside_of_an_owned_folder_is_refused(tmp_path, holder):
     (tmp_path / "sub").mkdir()
-    with pytest.raises(UsageError, match=f"process {holder.pid} on"), writing(tmp_path / "sub" / "teacher"):
+    with (
+        pytest.raises(UsageError, match=f"process {holder.pid} on"),
+        writing(tmp_path / "sub" / "teacher"),
+    ):
         pass
 
 
 def test_an_owner_whose_file_is_gone_ends_at_once(tmp_path):
-    code = HOLD.replace("with owning", "from megatron_hypenet import ownership\nownership.BEAT_SECONDS = 0.05\nwith owning")
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    code = HOLD.replace(
+        "with owning",
+        "from megatron_hypenet import ownership\nownership.BEAT_SECONDS = 0.05\nwith owning",
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert process.stdout is not None and process.stdout.readline() == "owned\n"
     (tmp_path / FILE).unlink()
     assert process.wait(10) == 2

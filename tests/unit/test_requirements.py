@@ -15,7 +15,9 @@ ENVIRONMENT = {"platform_system": "Linux", "sys_platform": "linux", "platform_ma
 
 def locked(path: Path) -> dict[str, Version]:
     lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
-    assert all(re.fullmatch(r"[a-z0-9.-]+==[0-9a-z.!]+", line) for line in lines), "a lock file holds name==version lines only"
+    assert all(re.fullmatch(r"[a-z0-9.-]+==[0-9a-z.!]+", line) for line in lines), (
+        "a lock file holds name==version lines only"
+    )
     pairs = [line.split("==") for line in lines]
     found = {canonicalize_name(name): Version(version) for name, version in pairs}
     assert len(found) == len(pairs)
@@ -24,8 +26,14 @@ def locked(path: Path) -> dict[str, Version]:
 
 def asked(root: Path, *extras: str) -> list[Requirement]:
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
-    lines = [*project["dependencies"], *(line for extra in extras for line in project["optional-dependencies"][extra])]
-    build = [line.partition("#")[0].strip() for line in (root / "requirements" / "build.in").read_text().splitlines()]
+    lines = [
+        *project["dependencies"],
+        *(line for extra in extras for line in project["optional-dependencies"][extra]),
+    ]
+    build = [
+        line.partition("#")[0].strip()
+        for line in (root / "requirements" / "build.in").read_text().splitlines()
+    ]
     return [Requirement(line) for line in [*lines, *filter(None, build)]]
 
 
@@ -34,14 +42,18 @@ def test_every_dependency_is_locked_inside_its_range(repo_root, name):
     versions = locked(repo_root / "requirements" / f"{name}.txt")
     python = "3.11" if name.endswith("311") else "3.12"
     for requirement in asked(repo_root, "dev", *(["gpu"] if name.startswith("cuda") else [])):
-        if requirement.marker is not None and not requirement.marker.evaluate({**ENVIRONMENT, "python_version": python}):
+        if requirement.marker is not None and not requirement.marker.evaluate(
+            {**ENVIRONMENT, "python_version": python}
+        ):
             continue
         version = versions[canonicalize_name(requirement.name)]
         assert requirement.specifier.contains(version), f"{requirement} is locked to {version}"
 
 
 @pytest.mark.parametrize("python", ["311", "312"])
-def test_without_cuda_the_versions_are_the_same_and_no_cuda_library_is_among_them(repo_root, python):
+def test_without_cuda_the_versions_are_the_same_and_no_cuda_library_is_among_them(
+    repo_root, python
+):
     cpu = locked(repo_root / "requirements" / f"cpu-py{python}.txt")
     cuda = locked(repo_root / "requirements" / f"cuda-py{python}.txt")
     assert cpu.items() <= cuda.items()
@@ -57,7 +69,13 @@ def test_the_older_transformers_is_4_57_and_repeats_nothing_of_the_environment(r
 
 
 def test_transformer_engine_is_an_extra_of_its_own(repo_root):
-    extras = tomllib.loads((repo_root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    of = {extra for extra, lines in extras.items() if any(line.startswith("transformer-engine") for line in lines)}
+    extras = tomllib.loads((repo_root / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    of = {
+        extra
+        for extra, lines in extras.items()
+        if any(line.startswith("transformer-engine") for line in lines)
+    }
     assert of == {"te"}
     assert len(extras["te"]) == 1

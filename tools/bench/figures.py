@@ -17,8 +17,16 @@ class Panel:
     """Length of each bar by its label, from the top; None leaves a gap."""
 
 
-def bars(path: Path, title: str, panels: Sequence[Panel], *, columns: int = 1, ours: Sequence[str] = ("ours",)) -> None:
-    """Write the panels as one picture, row by row; in a row all panels have the labels of the first."""
+def bars(
+    path: Path,
+    title: str,
+    panels: Sequence[Panel],
+    *,
+    columns: int = 1,
+    ours: Sequence[str] = ("ours",),
+) -> None:
+    """Write the panels as one picture, row by row; in a row all panels have the labels of the
+    first."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -35,10 +43,13 @@ def bars(path: Path, title: str, panels: Sequence[Panel], *, columns: int = 1, o
         gridspec_kw={"height_ratios": [count + 1 for count in bars_of_rows]},
     )
     for place, panel in enumerate(panels):
-        axis, names = axes[place // columns][place % columns], list(panel.values)
+        axis = axes[place // columns][place % columns]
+        names = list(panel.values)
         lengths = [value or 0.0 for value in panel.values.values()]
         colours = ["tab:orange" if name in ours else "tab:blue" for name in names]
-        axis.bar_label(axis.barh(names, lengths, color=colours), [_said(length) for length in lengths])
+        axis.bar_label(
+            axis.barh(names, lengths, color=colours), [_said(length) for length in lengths]
+        )
         axis.set_xlabel(panel.unit)
         axis.set_title(panel.heading, loc="left")
         axis.invert_yaxis()

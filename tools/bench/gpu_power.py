@@ -8,14 +8,21 @@ import subprocess
 from statistics import median
 from types import TracebackType
 
-QUERY = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw,power.limit", "--format=csv,noheader,nounits", "--loop-ms=100"]
+QUERY = [
+    "nvidia-smi",
+    "--query-gpu=clocks.sm,power.draw,power.limit",
+    "--format=csv,noheader,nounits",
+    "--loop-ms=100",
+]
 
 SAMPLES = 10
-"""Fewest that count: the driver's power is an average over a second, so shorter work would be mixed with what was before it."""
+"""Fewest that count: the driver's power is an average over a second, so shorter work would be mixed
+with what was before it."""
 
 
 class GpuPower:
-    """Around some work on the first GPU that CUDA sees: medians of what it ran at, ten times a second.
+    """Around some work on the first GPU that CUDA sees: medians of what it ran at, ten times a
+    second.
 
     Without a driver, and of work shorter than a second, all stay None."""
 
@@ -25,10 +32,19 @@ class GpuPower:
 
     def __enter__(self) -> GpuPower:
         first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-        self._watch = subprocess.Popen([*QUERY, f"--id={first}"], stdout=subprocess.PIPE, text=True) if shutil.which(QUERY[0]) else None
+        self._watch = (
+            subprocess.Popen([*QUERY, f"--id={first}"], stdout=subprocess.PIPE, text=True)
+            if shutil.which(QUERY[0])
+            else None
+        )
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         if self._watch is None:
             return
         self._watch.terminate()
@@ -45,4 +61,6 @@ class GpuPower:
                 continue
             samples.append((clock, watts, limit))
         if len(samples) >= SAMPLES:
-            self.clock_mhz, self.watts, self.limit_watts = (median(column) for column in zip(*samples, strict=True))
+            self.clock_mhz, self.watts, self.limit_watts = (
+                median(column) for column in zip(*samples, strict=True)
+            )

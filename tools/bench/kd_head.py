@@ -1,12 +1,14 @@
-"""Measure the distillation head: student and teacher head products, forward KL and all gradients (and cross entropy beside it).
+"""Measure the distillation head: student and teacher head products, forward KL and all gradients
+(and cross entropy beside it).
 
     python tools/bench/kd_head.py                 # CUDA; Liger (liger-kernel) for the peers
-    python tools/bench/kd_head.py --tiny --out D  # anywhere: tiny shapes, to see that the script works
+    python tools/bench/kd_head.py --tiny --out D  # anywhere: tiny shapes, shows that it works
     python tools/bench/kd_head.py --redraw JSON   # table and plot of a saved run
 
-Correctness comes first: gradients near p = q against float64 over the whole vocabulary. Then, on the same tensors in the same run, time
-and peak memory of this package, Liger (if installed), plain torch, and the bare matrix products that no head can avoid.
-Writes kd_head_<gpu>_<yyyymm>.{json,csv,md,png} to --out."""
+Correctness comes first: gradients near p = q against float64 over the whole vocabulary. Then, on
+the same tensors in the same run, time and peak memory of this package, Liger (if installed), plain
+torch, and the bare matrix products that no head can avoid. Writes
+kd_head_<gpu>_<yyyymm>.{json,csv,md,png} to --out."""
 
 import argparse
 import csv
@@ -35,15 +37,19 @@ Step = Callable[[], tuple[Tensor, ...]]
 
 
 class Case:
-    """Inputs of one shape: a teacher, and a student near it (1% noise on hidden states and head)."""
+    """Inputs of one shape: a teacher, and a student near it (1% noise on hidden states and
+    head)."""
 
-    def __init__(self, vocab: int, hidden: int, tokens: int, device: str, dtype: torch.dtype) -> None:
+    def __init__(
+        self, vocab: int, hidden: int, tokens: int, device: str, dtype: torch.dtype
+    ) -> None:
         generator = torch.Generator(device).manual_seed(0)
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, device=device)
 
-        ht, wt = normal(tokens, hidden), normal(vocab, hidden) * (3.0 / hidden**0.5)
+        ht = normal(tokens, hidden)
+        wt = normal(vocab, hidden) * (3.0 / hidden**0.5)
         self.teacher_hidden, self.teacher_weight = ht.to(dtype), wt.to(dtype)
         self.hidden = (ht + 1e-2 * normal(tokens, hidden)).to(dtype).requires_grad_()
         wt += wt.std() * 1e-2 * normal(vocab, hidden)
@@ -71,8 +77,18 @@ class Case:
     def ours(self, loss: str, chunk: int | None) -> Step:
         """This package's head."""
         if loss == "kl":
-            return lambda: self.graded(linear_kl(self.hidden, self.weight, self.teacher_hidden, self.teacher_weight, chunk_tokens=chunk))
-        return lambda: self.graded(linear_cross_entropy(self.hidden, self.weight, self.labels, chunk_tokens=chunk))
+            return lambda: self.graded(
+                linear_kl(
+                    self.hidden,
+                    self.weight,
+                    self.teacher_hidden,
+                    self.teacher_weight,
+                    chunk_tokens=chunk,
+                )
+            )
+        return lambda: self.graded(
+            linear_cross_entropy(self.hidden, self.weight, self.labels, chunk_tokens=chunk)
+        )
 
     def plain(self, loss: str) -> Step:
         """Full logits and fp32 softmaxes, as the reference code has them."""
@@ -83,7 +99,9 @@ class Case:
                 return self.graded(F.cross_entropy(student, self.labels))
             with torch.no_grad():
                 teacher = (self.teacher_hidden @ self.teacher_weight.t()).float().log_softmax(-1)
-            return self.graded(F.kl_div(student.log_softmax(-1), teacher, log_target=True, reduction="batchmean"))
+            return self.graded(
+                F.kl_div(student.log_softmax(-1), teacher, log_target=True, reduction="batchmean")
+            )
 
         return run
 
@@ -91,17 +109,41 @@ class Case:
         """Liger's fused heads by name; none when it is not installed."""
         try:
             from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
-            from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss, LigerFusedLinearJSD
+            from liger_kernel.transformers import (
+                LigerFusedLinearCrossEntropyLoss,
+                LigerFusedLinearJSD,
+            )
         except ImportError:
             return {}
-        h, w, ht, wt = self.hidden, self.weight, self.teacher_hidden, self.teacher_weight
+        h = self.hidden
+        w = self.weight
+        ht = self.teacher_hidden
+        wt = self.teacher_weight
         if loss == "ce":
-            kinds = {f"Liger FLCE, dW {name}": LigerFusedLinearCrossEntropyLoss(accum_dtype=dtype) for name, dtype in SUMS.items()}
-            return {name: lambda kind=kind: self.graded(kind(w, h, self.labels)) for name, kind in kinds.items()}
-        fused = {f"Liger FusedLinearJSD beta=0, dW {name}": LigerFusedLinearJSD(jsd_beta=0.0, accum_dtype=t) for name, t in SUMS.items()}
-        steps: dict[str, Step] = {name: lambda kind=kind: self.graded(kind(h, w, ht, wt, None)) for name, kind in fused.items()}
-        chunked = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=True, chunk_size=1024)
-        steps["Liger chunked JSD beta=0, compiled"] = lambda: self.graded(chunked(h, w, ht, wt, self.labels))
+            kinds = {
+                f"Liger FLCE, dW {name}": LigerFusedLinearCrossEntropyLoss(accum_dtype=dtype)
+                for name, dtype in SUMS.items()
+            }
+            return {
+                name: lambda kind=kind: self.graded(kind(w, h, self.labels))
+                for name, kind in kinds.items()
+            }
+        fused = {
+            f"Liger FusedLinearJSD beta=0, dW {name}": LigerFusedLinearJSD(
+                jsd_beta=0.0, accum_dtype=t
+            )
+            for name, t in SUMS.items()
+        }
+        steps: dict[str, Step] = {
+            name: lambda kind=kind: self.graded(kind(h, w, ht, wt, None))
+            for name, kind in fused.items()
+        }
+        chunked = LigerFusedLinearJSDLoss(
+            weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=True, chunk_size=1024
+        )
+        steps["Liger chunked JSD beta=0, compiled"] = lambda: self.graded(
+            chunked(h, w, ht, wt, self.labels)
+        )
         return steps
 
 
@@ -114,9 +156,11 @@ def exact(case: Case, loss: str) -> tuple[Tensor, ...]:
     log_q = (h @ w.t()).log_softmax(-1)
     if loss == "kl":
         log_p = (case.teacher_hidden.double() @ case.teacher_weight.double().t()).log_softmax(-1)
-        value, g = (log_p.exp() * (log_p - log_q)).sum(-1).mean(), log_q.exp() - log_p.exp()
+        value = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+        g = log_q.exp() - log_p.exp()
     else:
-        value, g = F.nll_loss(log_q, case.labels), log_q.exp()
+        value = F.nll_loss(log_q, case.labels)
+        g = log_q.exp()
         g[torch.arange(len(g), device=g.device), case.labels] -= 1
     return value, g @ w / len(h), g.t() @ h / len(h)
 
@@ -135,7 +179,8 @@ def measured(step: Step, device: str, repeats: int) -> tuple[float, float]:
         return (time.perf_counter() - start) * 1e3, 0.0
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    before, times = torch.cuda.memory_allocated(), []
+    before = torch.cuda.memory_allocated()
+    times = []
     for _ in range(repeats):
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
@@ -152,45 +197,82 @@ def steps_of(case: Case, loss: str, chunk: int | None) -> dict[str, Step]:
 
 
 def errors(vocab: int, hidden: int, tokens: int, device: str, chunk: int) -> list[dict]:
-    """Relative errors of both gradients against float64, several chunks and sums of products deep."""
-    case, rows = Case(vocab, hidden, tokens, device, torch.bfloat16), []
+    """Relative errors of both gradients against float64, several chunks and sums of products
+    deep."""
+    case = Case(vocab, hidden, tokens, device, torch.bfloat16)
+    rows = []
     for loss in ("kl", "ce"):
         want = exact(case, loss)
         for name, step in steps_of(case, loss, chunk).items():
             got = step()
-            rows.append({"loss": loss, "name": name, "hidden": hidden, "tokens": tokens, "value": want[0].item(),
-                         "value_error": abs(got[0].item() - want[0].item()), "dX_error": relative(got[1], want[1]),
-                         "dW_error": relative(got[2], want[2])})  # fmt: skip
+            rows.append(
+                {
+                    "loss": loss,
+                    "name": name,
+                    "hidden": hidden,
+                    "tokens": tokens,
+                    "value": want[0].item(),
+                    "value_error": abs(got[0].item() - want[0].item()),
+                    "dX_error": relative(got[1], want[1]),
+                    "dW_error": relative(got[2], want[2]),
+                }
+            )
             print(rows[-1], flush=True)
             del got
     return rows
 
 
-def times(vocab: int, hidden: int, tokens: int, device: str, chunk: int | None, repeats: int, peers: bool) -> list[dict]:
-    """Milliseconds, ratio to the bare products, and peak memory (GB, and without the fp32 weight gradient) of every implementation."""
-    case, rows = Case(vocab, hidden, tokens, device, torch.bfloat16), []
+def times(
+    vocab: int, hidden: int, tokens: int, device: str, chunk: int | None, repeats: int, peers: bool
+) -> list[dict]:
+    """Milliseconds, ratio to the bare products, and peak memory (GB, and without the fp32 weight
+    gradient) of every implementation."""
+    case = Case(vocab, hidden, tokens, device, torch.bfloat16)
+    rows = []
     for loss in ("kl", "ce"):
         bare, _ = measured(case.products(loss), device, repeats)
         all_steps = steps_of(case, loss, chunk) if peers else {"ours": case.ours(loss, chunk)}
-        rows.append({"loss": loss, "name": "bare products", "hidden": hidden, "tokens": tokens, "ms": bare, "ratio": 1.0})
+        rows.append(
+            {
+                "loss": loss,
+                "name": "bare products",
+                "hidden": hidden,
+                "tokens": tokens,
+                "ms": bare,
+                "ratio": 1.0,
+            }
+        )
         rows[-1]["tflops"] = (8 if loss == "kl" else 6) * hidden * vocab * tokens / bare / 1e9
         for name, step in all_steps.items():
             row = {"loss": loss, "name": name, "hidden": hidden, "tokens": tokens}
             try:
                 ms, peak = measured(step, device, repeats)
-                row |= {"ms": ms, "ratio": ms / bare, "peak_gb": peak / 1e9, "extra_gb": peak / 1e9 - vocab * hidden * 4e-9}
+                row |= {
+                    "ms": ms,
+                    "ratio": ms / bare,
+                    "peak_gb": peak / 1e9,
+                    "extra_gb": peak / 1e9 - vocab * hidden * 4e-9,
+                }
             except torch.OutOfMemoryError:
                 row["note"] = "out of memory"
             rows.append(row)
-            print({key: round(x, 3) if isinstance(x, float) else x for key, x in row.items()}, flush=True)
+            print(
+                {key: round(x, 3) if isinstance(x, float) else x for key, x in row.items()},
+                flush=True,
+            )
             if device == "cuda":
                 torch.cuda.empty_cache()
     return rows
 
 
 def machine(device: str) -> dict:
-    """Where and with what the numbers were taken, with the copy and product rates of the same run."""
-    facts = {"date": datetime.now(UTC).strftime("%Y-%m-%d"), "python": platform.python_version(), "torch": torch.__version__}
+    """Where and with what the numbers were taken, with the copy and product rates of the same
+    run."""
+    facts = {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
     for name in ("triton", "liger_kernel"):
         try:
             from importlib.metadata import version
@@ -212,13 +294,21 @@ def machine(device: str) -> dict:
 def table(rows: list[dict]) -> str:
     """Rows as a Markdown table; columns are the keys of all rows in order."""
     keys = list(dict.fromkeys(key for row in rows for key in row))
-    cell = lambda x: f"{x:.3g}" if isinstance(x, float) and abs(x) < 100 else f"{x:.0f}" if isinstance(x, float) else str(x)  # noqa: E731
+
+    def cell(x: object) -> str:
+        if not isinstance(x, float):
+            return str(x)
+        return f"{x:.3g}" if abs(x) < 100 else f"{x:.0f}"
+
     lines = ["| " + " | ".join(keys) + " |", "|" + " --- |" * len(keys)]
-    return "\n".join(lines + ["| " + " | ".join(cell(row.get(key, "")) for key in keys) + " |" for row in rows])
+    return "\n".join(
+        lines + ["| " + " | ".join(cell(row.get(key, "")) for key in keys) + " |" for row in rows]
+    )
 
 
-COLUMNS = """hidden: size of both models; ratio: to the bare products of the same run; extra_gb: peak without the fp32 sum of the weight's
-gradient. bf16, student = teacher with 1% noise. Errors are relative, of the gradients of hidden states and weight."""
+COLUMNS = """hidden: size of both models; ratio: to the bare products of the same run;
+extra_gb: peak without the fp32 sum of the weight's gradient. bf16, student = teacher with 1% noise.
+Errors are relative, of the gradients of hidden states and weight."""
 
 
 def write(record: dict, stem: Path) -> None:
@@ -226,10 +316,14 @@ def write(record: dict, stem: Path) -> None:
     stem.parent.mkdir(parents=True, exist_ok=True)
     stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     with stem.with_suffix(".csv").open("w", newline="", encoding="utf-8") as handle:
-        writer = csv.DictWriter(handle, list(dict.fromkeys(key for row in record["times"] for key in row)))
+        writer = csv.DictWriter(
+            handle, list(dict.fromkeys(key for row in record["times"] for key in row))
+        )
         writer.writeheader()
         writer.writerows(record["times"])
-    text = "# Distillation head\n" + ", ".join(f"{key} {value}" for key, value in record["machine"].items())
+    text = "# Distillation head\n" + ", ".join(
+        f"{key} {value}" for key, value in record["machine"].items()
+    )
     text += "".join(f"\n\n{note}" for note in (COLUMNS, *record.get("notes", [])))
     text += f"\n\n## Errors against float64\n{table(record['errors'])}\n\n"
     text += f"## Time and memory, forward and backward\n{table(record['times'])}\n"
@@ -240,13 +334,40 @@ def write(record: dict, stem: Path) -> None:
 def plot(record: dict, path: Path) -> None:
     """For each loss and shape three panels: time, memory, and the larger gradient error."""
     panels = []
-    for loss, hidden, tokens in dict.fromkeys((row["loss"], row["hidden"], row["tokens"]) for row in record["times"]):
-        rows = [row for row in record["times"] if (row["loss"], row["hidden"], row["tokens"]) == (loss, hidden, tokens)]
-        wrong = {row["name"]: max(row["dX_error"], row["dW_error"]) for row in record["errors"] if row["loss"] == loss}
-        panels.append(Panel(f"{loss}, hidden {hidden}, {tokens} tokens", "ms", {row["name"]: row.get("ms") for row in rows}))
+    for loss, hidden, tokens in dict.fromkeys(
+        (row["loss"], row["hidden"], row["tokens"]) for row in record["times"]
+    ):
+        rows = [
+            row
+            for row in record["times"]
+            if (row["loss"], row["hidden"], row["tokens"]) == (loss, hidden, tokens)
+        ]
+        wrong = {
+            row["name"]: max(row["dX_error"], row["dW_error"])
+            for row in record["errors"]
+            if row["loss"] == loss
+        }
+        panels.append(
+            Panel(
+                f"{loss}, hidden {hidden}, {tokens} tokens",
+                "ms",
+                {row["name"]: row.get("ms") for row in rows},
+            )
+        )
         panels.append(Panel("", "GB peak", {row["name"]: row.get("peak_gb") for row in rows}))
-        panels.append(Panel("", "% gradient error near p = q", {row["name"]: 100 * wrong.get(row["name"], 0.0) for row in rows}))
-    bars(path, f"Distillation head, {record['machine']['gpu']}, {record['machine']['date']}", panels, columns=3)
+        panels.append(
+            Panel(
+                "",
+                "% gradient error near p = q",
+                {row["name"]: 100 * wrong.get(row["name"], 0.0) for row in rows},
+            )
+        )
+    bars(
+        path,
+        f"Distillation head, {record['machine']['gpu']}, {record['machine']['date']}",
+        panels,
+        columns=3,
+    )
 
 
 def stem_of(out: Path, facts: dict) -> Path:
@@ -257,13 +378,24 @@ def stem_of(out: Path, facts: dict) -> Path:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line, check, measure, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--tiny", action="store_true", help="tiny shapes, no peers; the default without a GPU")
-    parser.add_argument("--redraw", type=Path, metavar="JSON", help="measure nothing: write table and plot of a saved run, into --out")
+    parser.add_argument(
+        "--tiny", action="store_true", help="tiny shapes, no peers; the default without a GPU"
+    )
+    parser.add_argument(
+        "--redraw",
+        type=Path,
+        metavar="JSON",
+        help="measure nothing: write table and plot of a saved run, into --out",
+    )
     parser.add_argument("--chunk-tokens", type=int, default=None)
     parser.add_argument("--no-peers", action="store_true")
-    parser.add_argument("--shapes", type=int, default=len(SHAPES), help="how many of the shapes, in order")
+    parser.add_argument(
+        "--shapes", type=int, default=len(SHAPES), help="how many of the shapes, in order"
+    )
     args = parser.parse_args(argv)
     if args.redraw:
         record = json.loads(args.redraw.read_text(encoding="utf-8"))
@@ -271,12 +403,14 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if args.tiny or not torch.cuda.is_available():
         facts = machine("cpu")
-        wrong, timed = errors(503, 32, 24, "cpu", 8), times(503, 32, 24, "cpu", 8, 1, False)
+        wrong = errors(503, 32, 24, "cpu", 8)
+        timed = times(503, 32, 24, "cpu", 8, 1, False)
         write({"machine": facts, "errors": wrong, "times": timed}, stem_of(args.out, facts))
         return 0
     facts = machine("cuda")
     print(facts, flush=True)
-    wrong, timed = errors(151_936, 2048, 512, "cuda", 128), []
+    wrong = errors(151_936, 2048, 512, "cuda", 128)
+    timed = []
     for hidden, tokens in SHAPES[: args.shapes]:
         timed += times(151_936, hidden, tokens, "cuda", args.chunk_tokens, 7, not args.no_peers)
         write({"machine": facts, "errors": wrong, "times": timed}, stem_of(args.out, facts))

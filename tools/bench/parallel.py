@@ -1,10 +1,12 @@
-"""Layouts on two GPUs against one: the same numbers in bf16, and how well context parallelism scales stage 3.
+"""Layouts on two GPUs against one: the same numbers in bf16, and how well context parallelism
+scales stage 3.
 
-    python tools/bench/parallel.py --out DIR           # two GPUs: HypeNet-2B layers, sequences of 64K and 128K tokens
-    python tools/bench/parallel.py --tiny --out DIR    # anywhere: two CPU processes and a tiny model, to see that the script works
+    python tools/bench/parallel.py --out DIR         # two GPUs: HypeNet-2B layers, 64K and 128K
+    python tools/bench/parallel.py --tiny --out DIR  # anywhere: two CPU processes, a tiny model
 
-Starts its own processes. Writes parallel_<gpu>_<yyyymm>.{json,md}. Efficiency is tokens/s of each GPU over those of one GPU with the same
-number of tokens of its own; "by work" counts FLOPs instead of tokens, because a token of a longer sequence attends to more."""
+Starts its own processes. Writes parallel_<gpu>_<yyyymm>.{json,md}. Efficiency is tokens/s of each
+GPU over those of one GPU with the same number of tokens of its own; "by work" counts FLOPs instead
+of tokens, because a token of a longer sequence attends to more."""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from fresh_process import measured, report  # noqa: E402
 
-TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
+TP = "tensor_model_parallel_size"
+PP = "pipeline_model_parallel_size"
+CP = "context_parallel_size"
 PARITY = {
     "one GPU": (1, {}),
     "TP2 + SP": (2, {TP: 2, "sequence_parallel": True}),
@@ -36,27 +40,57 @@ PARITY = {
 
 def cases(tiny: bool) -> list[dict[str, Any]]:
     """Everything that is run, in order."""
-    shape = {"model": "tiny", "layers": 4, "vocab": 512} if tiny else {"model": "hypenet_2b", "layers": 4, "vocab": 32768}
+    shape = (
+        {"model": "tiny", "layers": 4, "vocab": 512}
+        if tiny
+        else {"model": "hypenet_2b", "layers": 4, "vocab": 32768}
+    )
     length = 64 if tiny else 4096
     found = [
         {
-            "kind": "parity", "layout": name, "stage": stage, "processes": processes, "parallel": parallel, **shape, "seq_length": length,
-            "global_batch": 4, "steps": 4, "warmup": 0, "by_name": True, "recompute": "none",
+            "kind": "parity",
+            "layout": name,
+            "stage": stage,
+            "processes": processes,
+            "parallel": parallel,
+            **shape,
+            "seq_length": length,
+            "global_batch": 4,
+            "steps": 4,
+            "warmup": 0,
+            "by_name": True,
+            "recompute": "none",
         }
         for stage in (("distill",) if tiny else ("distill", "finetune"))
         for name, (processes, parallel) in PARITY.items()
         if not tiny or name in ("one GPU", "CP2")
-    ]  # fmt: skip
-    whole = {"model": "tiny", "layers": None, "vocab": 512} if tiny else {"model": "hypenet_2b", "layers": None, "vocab": None}
+    ]
+    whole = (
+        {"model": "tiny", "layers": None, "vocab": 512}
+        if tiny
+        else {"model": "hypenet_2b", "layers": None, "vocab": None}
+    )
     for total in (128,) if tiny else (65536, 131072):
-        for name, processes, parallel, tokens in (("one GPU", 1, {}, total // 2), ("CP2", 2, {CP: 2}, total)):
+        for name, processes, parallel, tokens in (
+            ("one GPU", 1, {}, total // 2),
+            ("CP2", 2, {CP: 2}, total),
+        ):
             found.append(
                 {
-                    "kind": "efficiency", "layout": name, "stage": "finetune", "processes": processes, "parallel": parallel, **whole,
-                    "seq_length": tokens, "global_batch": 1, "steps": 2 if tiny else 5, "warmup": 1 if tiny else 2, "by_name": False,
+                    "kind": "efficiency",
+                    "layout": name,
+                    "stage": "finetune",
+                    "processes": processes,
+                    "parallel": parallel,
+                    **whole,
+                    "seq_length": tokens,
+                    "global_batch": 1,
+                    "steps": 2 if tiny else 5,
+                    "warmup": 1 if tiny else 2,
+                    "by_name": False,
                     "recompute": "full",
                 }
-            )  # fmt: skip
+            )
     return found
 
 
@@ -75,14 +109,22 @@ def work(case: dict[str, Any], out: Path) -> None:
     parallel = ParallelConfig.model_validate(case["parallel"])
     student = model_config(case["model"], num_layers=case["layers"], vocab_size=case["vocab"])
     config = HeadStageConfig(
-        train_iters=case["steps"] + case["warmup"], seq_length=case["seq_length"], micro_batch_size=1,
-        global_batch_size=case["global_batch"], lr=1e-5, min_lr=1e-5, recompute=case["recompute"],
-    )  # fmt: skip
+        train_iters=case["steps"] + case["warmup"],
+        seq_length=case["seq_length"],
+        micro_batch_size=1,
+        global_batch_size=case["global_batch"],
+        lr=1e-5,
+        min_lr=1e-5,
+        recompute=case["recompute"],
+    )
     groups.init_parallel(parallel)
-    exchanged, start = [], state_exchange._Flight.start
+    exchanged = []
+    start = state_exchange._Flight.start
 
     def counted(flight: Any, *mine: Any) -> None:
-        exchanged.append(sum(x.numel() * x.element_size() for x in mine) * (flight.group.size() - 1))
+        exchanged.append(
+            sum(x.numel() * x.element_size() for x in mine) * (flight.group.size() - 1)
+        )
         start(flight, *mine)
 
     state_exchange._Flight.start = counted  # type: ignore[method-assign]
@@ -95,12 +137,19 @@ def work(case: dict[str, Any], out: Path) -> None:
     flops = stage.flops_per_token(config.seq_length)
     peak = peak_flops()
     result = {
-        **case, "losses": steps.losses, "grad_norms": steps.norms, "seconds": steps.seconds, "tokens_per_second": tokens_per_second,
+        **case,
+        "losses": steps.losses,
+        "grad_norms": steps.norms,
+        "seconds": steps.seconds,
+        "tokens_per_second": tokens_per_second,
         "flops_per_second_per_gpu": tokens_per_second * flops / case["processes"],
-        "mfu": tokens_per_second * flops / case["processes"] / peak if peak else None, "memory_gib": memory_gib(),
-        "lightning_bytes_per_exchange": max(exchanged, default=0), "lightning_exchanges_per_step": len(exchanged) / config.train_iters,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(), "torch": torch.__version__,
-    }  # fmt: skip
+        "mfu": tokens_per_second * flops / case["processes"] / peak if peak else None,
+        "memory_gib": memory_gib(),
+        "lightning_bytes_per_exchange": max(exchanged, default=0),
+        "lightning_exchanges_per_step": len(exchanged) / config.train_iters,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+        "torch": torch.__version__,
+    }
     if groups.rank() == 0:
         out.write_text(json.dumps(result))
     leave(0)
@@ -108,36 +157,69 @@ def work(case: dict[str, Any], out: Path) -> None:
 
 def run_case(case: dict[str, Any]) -> dict[str, Any]:
     """Start the processes of one case and wait; what went wrong is part of the result."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case['processes']}", __file__]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={case['processes']}",
+        __file__,
+    ]
     return measured([*command, "--work", json.dumps(case)], case)
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
     """The Markdown report."""
-    lines = ["| stage | layout | losses | norms | largest difference of loss, norm |", "|---|---|---|---|---|"]
+    lines = [
+        "| stage | layout | losses | norms | largest difference of loss, norm |",
+        "|---|---|---|---|---|",
+    ]
     for row in (row for row in results if row["kind"] == "parity"):
         if "failed" in row:
             lines.append(f"| {row['stage']} | {row['layout']} | failed | | |")
             continue
-        one = next(r for r in results if r["kind"] == "parity" and r["stage"] == row["stage"] and r["layout"] == "one GPU")
-        apart = [max(abs(a - b) / abs(a) for a, b in zip(one[key], row[key], strict=True)) for key in ("losses", "grad_norms")]
-        losses, norms = (" ".join(f"{value:.5f}" for value in row[key]) for key in ("losses", "grad_norms"))
-        lines.append(f"| {row['stage']} | {row['layout']} | {losses} | {norms} | {apart[0]:.1e}, {apart[1]:.1e} |")
+        one = next(
+            r
+            for r in results
+            if r["kind"] == "parity" and r["stage"] == row["stage"] and r["layout"] == "one GPU"
+        )
+        apart = [
+            max(abs(a - b) / abs(a) for a, b in zip(one[key], row[key], strict=True))
+            for key in ("losses", "grad_norms")
+        ]
+        losses, norms = (
+            " ".join(f"{value:.5f}" for value in row[key]) for key in ("losses", "grad_norms")
+        )
+        lines.append(
+            f"| {row['stage']} | {row['layout']} | {losses} | {norms} | {apart[0]:.1e}, "
+            f"{apart[1]:.1e} |"
+        )
     lines += [
-        "", "| tokens per GPU | layout | tokens per sequence | tokens/s/GPU | MFU | memory GiB | efficiency | by work | Lightning bytes |",
+        "",
+        "| tokens per GPU | layout | tokens per sequence | tokens/s/GPU | MFU | memory GiB | "
+        "efficiency | by work | Lightning bytes |",
         "|---|---|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
+    ]
     for row in (row for row in results if row["kind"] == "efficiency"):
         if "failed" in row:
-            lines.append(f"| {row['seq_length'] // row['processes']} | {row['layout']} | {row['seq_length']} | failed | | | | | |")
+            lines.append(
+                f"| {row['seq_length'] // row['processes']} | {row['layout']} | "
+                f"{row['seq_length']} | failed | | | | | |"
+            )
             continue
         own = row["seq_length"] // row["processes"]
-        one = next(r for r in results if r["kind"] == "efficiency" and r["processes"] == 1 and r["seq_length"] == own)
+        one = next(
+            r
+            for r in results
+            if r["kind"] == "efficiency" and r["processes"] == 1 and r["seq_length"] == own
+        )
         each = row["tokens_per_second"] / row["processes"]
-        share, by_work = each / one["tokens_per_second"], row["flops_per_second_per_gpu"] / one["flops_per_second_per_gpu"]
+        share = each / one["tokens_per_second"]
+        by_work = row["flops_per_second_per_gpu"] / one["flops_per_second_per_gpu"]
         mfu = f"{row['mfu']:.1%}" if row["mfu"] else "-"
         lines.append(
-            f"| {own} | {row['layout']} | {row['seq_length']} | {each:.0f} | {mfu} | {row['memory_gib']:.1f} | {share:.1%} | {by_work:.1%} "
+            f"| {own} | {row['layout']} | {row['seq_length']} | {each:.0f} | {mfu} | "
+            f"{row['memory_gib']:.1f} | {share:.1%} | {by_work:.1%} "
             f"| {row['lightning_bytes_per_exchange']} |"
         )
     return "\n".join(lines) + "\n"
@@ -145,7 +227,9 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--tiny", action="store_true", help="a tiny model on two CPU processes")
     parser.add_argument("--only", default="", help="only cases of this kind: parity or efficiency")
@@ -158,7 +242,13 @@ def main() -> None:
         if options.only in ("", case["kind"]):
             results.append(run_case(case))
             print(
-                json.dumps({key: results[-1].get(key) for key in ("kind", "stage", "layout", "seq_length", "losses", "failed")}), flush=True
+                json.dumps(
+                    {
+                        key: results[-1].get(key)
+                        for key in ("kind", "stage", "layout", "seq_length", "losses", "failed")
+                    }
+                ),
+                flush=True,
             )
     report(results, table, options.out, "parallel")
 

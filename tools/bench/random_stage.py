@@ -1,4 +1,5 @@
-"""HALO stages with random weights at any size and on any layout, and synthetic tokens: what the step benchmarks time."""
+"""HALO stages with random weights at any size and on any layout, and synthetic tokens: what the
+step benchmarks time."""
 
 from __future__ import annotations
 
@@ -41,7 +42,12 @@ class SyntheticTokens:
     def batch(self, sample_start: int, count: int, seq_length: int) -> Tensor:
         """Samples sample_start .. + count - 1: int64 [count, seq_length + 1]."""
         rows = [
-            torch.randint(0, self.vocab_size, (seq_length + 1,), generator=torch.Generator().manual_seed(sample_start + row))
+            torch.randint(
+                0,
+                self.vocab_size,
+                (seq_length + 1,),
+                generator=torch.Generator().manual_seed(sample_start + row),
+            )
             for row in range(count)
         ]
         return torch.stack(rows)
@@ -51,17 +57,32 @@ class SyntheticTokens:
         return torch.zeros_like(tokens, dtype=torch.bool)
 
 
-def model_config(name: str, *, num_layers: int | None = None, vocab_size: int | None = None) -> ModelConfig:
+def model_config(
+    name: str, *, num_layers: int | None = None, vocab_size: int | None = None
+) -> ModelConfig:
     """A student of configs/model, perhaps with its first layers only and a smaller vocabulary."""
-    config = ModelConfig.model_validate(yaml.safe_load((ROOT / "configs" / "model" / f"{name}.yaml").read_text()))
+    config = ModelConfig.model_validate(
+        yaml.safe_load((ROOT / "configs" / "model" / f"{name}.yaml").read_text())
+    )
     layers = num_layers or config.num_layers
     return config.replace(
-        num_layers=layers, mixer_types=config.mixer_types[:layers], vocab_size=vocab_size or config.vocab_size, attn_logits_scaling=None
+        num_layers=layers,
+        mixer_types=config.mixer_types[:layers],
+        vocab_size=vocab_size or config.vocab_size,
+        attn_logits_scaling=None,
     )
 
 
-def build(name: str, student: ModelConfig, config: HeadStageConfig, parallel: ParallelConfig, *, by_name: bool = False) -> StageModule:
-    """Stage `name` in bfloat16 on CUDA, float32 on a CPU. `by_name` draws each weight from its name, the same on every layout (slow)."""
+def build(
+    name: str,
+    student: ModelConfig,
+    config: HeadStageConfig,
+    parallel: ParallelConfig,
+    *,
+    by_name: bool = False,
+) -> StageModule:
+    """Stage `name` in bfloat16 on CUDA, float32 on a CPU. `by_name` draws each weight from its
+    name, the same on every layout (slow)."""
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     spec = default_mixer()
     teacher, _ = teacher_and_student(student, spec)
@@ -92,18 +113,25 @@ def _fill_by_name(model: HypeNetModel, seed: int) -> None:
                 piece.data.fill_(1.0)
                 continue
             whole = named_normal(piece.key, tuple(piece.global_shape), std=0.02, seed=seed)
-            index = tuple(slice(at, at + size) for at, size in zip(piece.global_offset, piece.local_shape, strict=True))
+            index = tuple(
+                slice(at, at + size)
+                for at, size in zip(piece.global_offset, piece.local_shape, strict=True)
+            )
             piece.data.copy_(whole[index])
 
 
 class TimedSteps:
-    """Optimizer steps of a stage, one behind the other as in training: losses and gradient norms of all, seconds of each in the last `run`.
+    """Optimizer steps of a stage, one behind the other as in training: losses and gradient norms of
+    all, seconds of each in the last `run`.
 
-    A step ends where its gradient norm reaches the host, which from there on gives the device the next one. So a step holds the update of
-    the one before, and the first of a run none."""
+    A step ends where its gradient norm reaches the host, which from there on gives the device the
+    next one. So a step holds the update of the one before, and the first of a run none."""
 
-    def __init__(self, stage: StageModule, config: HeadStageConfig, parallel: ParallelConfig) -> None:
-        self.engine, self.config = TrainingEngine(stage, config, parallel), config
+    def __init__(
+        self, stage: StageModule, config: HeadStageConfig, parallel: ParallelConfig
+    ) -> None:
+        self.engine = TrainingEngine(stage, config, parallel)
+        self.config = config
         self.tokens = SyntheticTokens(stage.model_config.vocab_size)
         self.losses: list[float] = []
         self.norms: list[float] = []
@@ -124,11 +152,15 @@ class TimedSteps:
             self.seconds.append(now - began)
             began = now
         _wait()
-        self.losses += [float(groups.sum_over_pipeline(groups.all_reduce_mean(loss))) for loss in losses]
+        self.losses += [
+            float(groups.sum_over_pipeline(groups.all_reduce_mean(loss))) for loss in losses
+        ]
 
     def _batches(self, ahead: int) -> list[Batch]:
         """Micro-batches of the step that is so many behind the last run's last."""
-        return step_batches(self.tokens, self.config, (len(self.losses) + ahead) * self.config.global_batch_size)
+        return step_batches(
+            self.tokens, self.config, (len(self.losses) + ahead) * self.config.global_batch_size
+        )
 
     def close(self) -> None:
         """Release the engine."""

@@ -1,13 +1,15 @@
-"""One training step of each HALO stage on one GPU at HypeNet-2B size with random weights: tokens/s, MFU, memory, and where the time goes.
+"""One training step of each HALO stage on one GPU at HypeNet-2B size with random weights: tokens/s,
+MFU, memory, and where the time goes.
 
     python tools/bench/step.py --out DIR             # CUDA
-    python tools/bench/step.py --tiny --out DIR      # anywhere: a tiny model, to see that the script works
+    python tools/bench/step.py --tiny --out DIR      # anywhere: a tiny model, shows that it works
 
-A fresh process per row. Writes step_<gpu>_<yyyymm>.{json,md,png}. MFU counts useful FLOPs only (megatron_hypenet/model/flops.py) against
-the dense bf16 peak. Clock and power are medians over the timed steps. Memory is the peak of what torch allocated, beside what `hypenet
-plan` expects. The reference column is the paper's own code on an H100 80GB (torch 2.11, batch x tokens as in the row), measured apart from
-this script, so the ratio holds for that GPU alone. The last row is stage 3 as the recipe has it on 8 GPUs, 16 micro-batches per GPU and
-step, beside the paper's code with one."""
+A fresh process per row. Writes step_<gpu>_<yyyymm>.{json,md,png}. MFU counts useful FLOPs only
+(megatron_hypenet/model/flops.py) against the dense bf16 peak. Clock and power are medians over the
+timed steps. Memory is the peak of what torch allocated, beside what `hypenet plan` expects. The
+reference column is the paper's own code on an H100 80GB (torch 2.11, batch x tokens as in the row),
+measured apart from this script, so the ratio holds for that GPU alone. The last row is stage 3 as
+the recipe has it on 8 GPUs, 16 micro-batches per GPU and step, beside the paper's code with one."""
 
 from __future__ import annotations
 
@@ -32,7 +34,14 @@ ROWS = (
     {"stage": "align", "batch": 24, "seq_length": 512, "reference": 29_606.0, "goal": 2.0},
     {"stage": "distill", "batch": 12, "seq_length": 512, "reference": 14_969.0, "goal": 2.0},
     {"stage": "finetune", "batch": 1, "seq_length": 16_384, "reference": 17_042.0, "goal": 2.5},
-    {"stage": "finetune", "batch": 1, "seq_length": 16_384, "reference": 17_042.0, "goal": None, **RECIPE},
+    {
+        "stage": "finetune",
+        "batch": 1,
+        "seq_length": 16_384,
+        "reference": 17_042.0,
+        "goal": None,
+        **RECIPE,
+    },
 )
 
 
@@ -41,8 +50,6 @@ def measure(row: dict[str, Any], out: Path) -> None:
     import torch
     from gpu_power import GpuPower
     from random_stage import TimedSteps, build, median, model_config
-    from torch.autograd import DeviceType
-    from torch.profiler import ProfilerActivity, profile
 
     from megatron_hypenet.checkpoint.manifest import library_versions
     from megatron_hypenet.config.mixers import default_mixer
@@ -57,10 +64,15 @@ def measure(row: dict[str, Any], out: Path) -> None:
     parallel = ParallelConfig(zero_stage=row["zero_stage"])
     groups.init_parallel(parallel)
     config = HeadStageConfig(
-        train_iters=row["warmup"] + row["steps"], seq_length=row["seq_length"], micro_batch_size=row["batch"],
-        global_batch_size=row["batch"] * row["micro_batches"], lr=1e-5, min_lr=1e-5, recompute=row["recompute"],
+        train_iters=row["warmup"] + row["steps"],
+        seq_length=row["seq_length"],
+        micro_batch_size=row["batch"],
+        global_batch_size=row["batch"] * row["micro_batches"],
+        lr=1e-5,
+        min_lr=1e-5,
+        recompute=row["recompute"],
         cuda_graphs=row["cuda_graphs"],
-    )  # fmt: skip
+    )
     student = model_config(row["model"], num_layers=row["layers"])
     stage = build(row["stage"], student, config, parallel)
     steps = TimedSteps(stage, config, parallel)
@@ -74,43 +86,103 @@ def measure(row: dict[str, Any], out: Path) -> None:
     graphs = steps.engine.graphs
     work = Workload(stage.flops_per_token(config.seq_length), 1, peak_flops())
     result = {
-        **row, "losses": steps.losses, "seconds": steps.seconds, "tokens_per_second": speed, "ratio": speed / row["reference"],
-        "tflops": work.tflops_per_device(speed), "mfu": work.mfu(speed), "memory_gib": memory_gib(),
-        "estimated_gib": memory.total / 2**30, "replayed": graphs is not None and graphs.captured,
-        "no_graph": graphs.failure if graphs else None, "clock_mhz": power.clock_mhz, "watts": power.watts,
-        "limit_watts": power.limit_watts, "versions": library_versions(),
+        **row,
+        "losses": steps.losses,
+        "seconds": steps.seconds,
+        "tokens_per_second": speed,
+        "ratio": speed / row["reference"],
+        "tflops": work.tflops_per_device(speed),
+        "mfu": work.mfu(speed),
+        "memory_gib": memory_gib(),
+        "estimated_gib": memory.total / 2**30,
+        "replayed": graphs is not None and graphs.captured,
+        "no_graph": graphs.failure if graphs else None,
+        "clock_mhz": power.clock_mhz,
+        "watts": power.watts,
+        "limit_watts": power.limit_watts,
+        "versions": library_versions(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
-    }  # fmt: skip
+    }
     if torch.cuda.is_available() and row["profile"] and row["micro_batches"] == 1:
-        with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
-            steps.run(2)
-        events = [event for event in profiler.key_averages() if not event.is_user_annotation]
-        for name, kind, length in (("kernels", DeviceType.CUDA, 240), ("operators", DeviceType.CPU, 90)):
-            spent = [(event.self_device_time_total / 2000, event) for event in events if event.device_type == kind]
-            result[f"{name}_ms_per_step"] = sum(ms for ms, _ in spent)
-            longest = sorted(spent, key=lambda item: -item[0])[:40]
-            result[name] = [{"name": event.key[:length], "calls": event.count / 2, "ms": ms} for ms, event in longest]
+        result |= profiled(steps)
     out.write_text(json.dumps(result))
     leave(0)
 
 
+def profiled(steps: Any) -> dict[str, Any]:
+    """Milliseconds per step of kernels and operators, in all and of the 40 longest, over two steps
+    of a `TimedSteps`."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
+        steps.run(2)
+    events = [event for event in profiler.key_averages() if not event.is_user_annotation]
+    found: dict[str, Any] = {}
+    for name, kind, length in (
+        ("kernels", DeviceType.CUDA, 240),
+        ("operators", DeviceType.CPU, 90),
+    ):
+        spent = [
+            (event.self_device_time_total / 2000, event)
+            for event in events
+            if event.device_type == kind
+        ]
+        found[f"{name}_ms_per_step"] = sum(ms for ms, _ in spent)
+        longest = sorted(spent, key=lambda item: -item[0])[:40]
+        found[name] = [
+            {"name": event.key[:length], "calls": event.count / 2, "ms": ms}
+            for ms, event in longest
+        ]
+    return found
+
+
 def rows(options: argparse.Namespace) -> list[dict[str, Any]]:
     """What is measured: the rows above, or one small one per stage."""
-    shared = {"model": options.model, "steps": 10, "warmup": 4, "micro_batches": 1, "profile": options.profile, "recompute": "none"}
-    shared |= {"layers": options.layers, "zero_stage": options.zero_stage, "cuda_graphs": not options.no_cuda_graphs}
+    shared = {
+        "model": options.model,
+        "steps": 10,
+        "warmup": 4,
+        "micro_batches": 1,
+        "profile": options.profile,
+        "recompute": "none",
+    }
+    shared |= {
+        "layers": options.layers,
+        "zero_stage": options.zero_stage,
+        "cuda_graphs": not options.no_cuda_graphs,
+    }
     chosen = {"recompute": options.recompute} if options.recompute else {}
     if options.tiny:
         small = {"model": "tiny", "batch": 2, "seq_length": 64, "steps": 2, "warmup": 1}
-        return [{**shared, **row, **small, **chosen} for row in ROWS if row["batch"] != 24 and "micro_batches" not in row]
+        return [
+            {**shared, **row, **small, **chosen}
+            for row in ROWS
+            if row["batch"] != 24 and "micro_batches" not in row
+        ]
     return [{**shared, **row, **chosen} for row in ROWS if options.stage in ("", row["stage"])]
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
     """The Markdown report."""
     about = next((row for row in results if "versions" in row), None)
-    lines = [] if about is None else [", ".join([about["model"], about["device"], *(f"{k} {v}" for k, v in about["versions"].items())]), ""]
+    lines = (
+        []
+        if about is None
+        else [
+            ", ".join(
+                [
+                    about["model"],
+                    about["device"],
+                    *(f"{k} {v}" for k, v in about["versions"].items()),
+                ]
+            ),
+            "",
+        ]
+    )
     lines += [
-        "| stage | batch x tokens | recompute | CUDA graph | tokens/s | step ms | TFLOP/s | MFU | MHz | W (limit) | memory GiB (estimate) "
+        "| stage | batch x tokens | recompute | CUDA graph | tokens/s | step ms | TFLOP/s | MFU | "
+        "MHz | W (limit) | memory GiB (estimate) "
         "| reference | ratio | goal |"
     ]
     lines += ["|" + "---|" * 14]
@@ -121,18 +193,32 @@ def table(results: Sequence[dict[str, Any]]) -> str:
             continue
         mfu = f"{row['mfu']:.1%}" if row["mfu"] else "-"
         replays = "yes" if row["replayed"] else row["no_graph"] or "no"
-        drawn = f"{row['clock_mhz']:.0f} | {row['watts']:.0f} ({row['limit_watts']:.0f})" if row["clock_mhz"] else "- | -"
-        milliseconds = 1000 * row["batch"] * row["seq_length"] * row["micro_batches"] / row["tokens_per_second"]
+        drawn = (
+            f"{row['clock_mhz']:.0f} | {row['watts']:.0f} ({row['limit_watts']:.0f})"
+            if row["clock_mhz"]
+            else "- | -"
+        )
+        milliseconds = (
+            1000
+            * row["batch"]
+            * row["seq_length"]
+            * row["micro_batches"]
+            / row["tokens_per_second"]
+        )
         lines.append(
-            f"{begin}| {replays} | {row['tokens_per_second']:.0f} | {milliseconds:.1f} | {row['tflops']:.1f} | {mfu} | {drawn} "
-            f"| {row['memory_gib']:.1f} ({row['estimated_gib']:.1f}) | {row['reference']:.0f} | {row['ratio']:.2f} | {row['goal'] or ''} |"
+            f"{begin}| {replays} | {row['tokens_per_second']:.0f} | {milliseconds:.1f} | "
+            f"{row['tflops']:.1f} | {mfu} | {drawn} "
+            f"| {row['memory_gib']:.1f} ({row['estimated_gib']:.1f}) | {row['reference']:.0f} | "
+            f"{row['ratio']:.2f} | {row['goal'] or ''} |"
         )
     return "\n".join(lines) + "\n"
 
 
 def size(row: dict[str, Any]) -> str:
     """Sequences x tokens of a step, and the micro-batches it is taken in if several."""
-    return f"{row['batch']} x {row['seq_length']}" + (f", {row['micro_batches']} times" if row["micro_batches"] > 1 else "")
+    return f"{row['batch']} x {row['seq_length']}" + (
+        f", {row['micro_batches']} times" if row["micro_batches"] > 1 else ""
+    )
 
 
 def panels(results: Sequence[dict[str, Any]]) -> list[Panel]:
@@ -150,16 +236,32 @@ def panels(results: Sequence[dict[str, Any]]) -> list[Panel]:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, on any machine")
     parser.add_argument("--stage", default="", help="only this stage")
     parser.add_argument("--model", default="hypenet_2b", help="a file of configs/model")
-    parser.add_argument("--recompute", choices=["none", "selective", "full"], help="activations computed again, in every row")
-    parser.add_argument("--layers", type=int, help="only so many layers of the model; references and goals do not apply then")
-    parser.add_argument("--no-cuda-graphs", action="store_true", help="launch every kernel, also of small micro-batches")
+    parser.add_argument(
+        "--recompute",
+        choices=["none", "selective", "full"],
+        help="activations computed again, in every row",
+    )
+    parser.add_argument(
+        "--layers",
+        type=int,
+        help="only so many layers of the model; references and goals do not apply then",
+    )
+    parser.add_argument(
+        "--no-cuda-graphs",
+        action="store_true",
+        help="launch every kernel, also of small micro-batches",
+    )
     parser.add_argument("--zero-stage", type=int, default=1, choices=[0, 1, 2, 3])
-    parser.add_argument("--profile", action="store_true", help="also list the kernels that take longest")
+    parser.add_argument(
+        "--profile", action="store_true", help="also list the kernels that take longest"
+    )
     parser.add_argument("--row", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.row:
@@ -167,8 +269,22 @@ def main() -> None:
     results = []
     for row in rows(options):
         results.append(measured([sys.executable, __file__, "--row", json.dumps(row)], row))
-        print(json.dumps({key: results[-1].get(key) for key in ("stage", "batch", "tokens_per_second", "mfu", "failed")}), flush=True)
-    report(results, table, options.out, "step", figure=(f"Training steps of {options.model}", panels(results)))
+        print(
+            json.dumps(
+                {
+                    key: results[-1].get(key)
+                    for key in ("stage", "batch", "tokens_per_second", "mfu", "failed")
+                }
+            ),
+            flush=True,
+        )
+    report(
+        results,
+        table,
+        options.out,
+        "step",
+        figure=(f"Training steps of {options.model}", panels(results)),
+    )
 
 
 if __name__ == "__main__":

@@ -199,7 +199,8 @@ class MixerSpec(BaseModel, ABC):
 def attention_parameters(model: ModelConfig, *, kv_size: int) -> tuple[ParamSpec, ...]:
     """The six parameters of Qwen3's attention, with `kv_size` rows of k and of v; a mixer that has
     them takes them over from the layer it replaces."""
-    drawn, hidden = Init("normal", 0.0, model.init_method_std), model.hidden_size
+    drawn = Init("normal", 0.0, model.init_method_std)
+    hidden = model.hidden_size
 
     def section(letter: str, rows: int) -> ParamSpec:
         return ParamSpec(

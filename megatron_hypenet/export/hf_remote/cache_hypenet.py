@@ -1,4 +1,5 @@
-"""What a HypeNet remembers between calls: keys and values of its softmax layers, one matrix per head of its Lightning layers.
+"""What a HypeNet remembers between calls: keys and values of its softmax layers, one matrix per
+head of its Lightning layers.
 
 Shapes: b rows, g key/value heads, h heads, t new tokens, d head_dim."""
 
@@ -12,16 +13,20 @@ _GROWTH = 1.5
 
 
 class HypeNetCache:
-    """Memory of one batch of sequences; pass it back, as `past_key_values` or `cache`, to continue them.
+    """Memory of one batch of sequences; pass it back, as `past_key_values` or `cache`, to continue
+    them.
 
-    Softmax layers keep [b, g, capacity, d] buffers that are filled in place and grow by half their size, in blocks of 256 tokens, so a
-    token is copied a bounded number of times. Lightning layers keep a state [b, h, d, d] in fp32 (fp64 in an fp64 model) of fixed size.
-    Padding is remembered per row: `num_real` counts the real tokens, `real` says which cached columns they are. A Lightning state cannot
-    be rolled back, so the cache cannot be cropped. `copy.deepcopy` gives a cache that is continued independently."""
+    Softmax layers keep [b, g, capacity, d] buffers that are filled in place and grow by half their
+    size, in blocks of 256 tokens, so a token is copied a bounded number of times. Lightning layers
+    keep a state [b, h, d, d] in fp32 (fp64 in an fp64 model) of fixed size. Padding is remembered
+    per row: `num_real` counts the real tokens, `real` says which cached columns they are. A
+    Lightning state cannot be rolled back, so the cache cannot be cropped. `copy.deepcopy` gives a
+    cache that is continued independently."""
 
     is_compileable = False
     is_croppable = False
-    _is_user_defined = False  # `generate` feeds no token beyond the last to a cache that its caller goes on with
+    # `generate` feeds no token beyond the last to a cache that its caller goes on with
+    _is_user_defined = False
 
     def __init__(self, num_layers: int) -> None:
         """An empty cache for a model of `num_layers` layers."""
@@ -44,7 +49,8 @@ class HypeNetCache:
 
     @property
     def is_linear(self) -> list[bool]:
-        """False for every layer: transformers takes True to mean that the layer does not know how many tokens it has seen."""
+        """False for every layer: transformers takes True to mean that the layer does not know how
+        many tokens it has seen."""
         return [False] * len(self)
 
     @property
@@ -69,20 +75,24 @@ class HypeNetCache:
         return -1
 
     def get_mask_sizes(self, query_length: int | Tensor, layer_idx: int = 0) -> tuple[int, int]:
-        """(columns with the new tokens, 0). Takes the number of new tokens (transformers 5) or their positions (4.57)."""
+        """(columns with the new tokens, 0). Takes the number of new tokens (transformers 5) or
+        their positions (4.57)."""
         new = query_length if isinstance(query_length, int) else query_length.shape[0]
         return self.length + new, 0
 
     def advance(
         self, new_real: Tensor | None, batch: int, new_tokens: int, device: torch.device
     ) -> tuple[int, int | Tensor, Tensor | None]:
-        """Register `new_tokens` columns before the layers run. `new_real` [b, t] bool, None when nothing is padded.
+        """Register `new_tokens` columns before the layers run. `new_real` [b, t] bool, None when
+        nothing is padded.
 
-        Returns (past, first, real): columns before these, real tokens before these (int, or [b, 1] tensor), and the mask [b, past + t] of
-        real columns (None when nothing has ever been padded). ValueError for another number of rows than before."""
+        Returns (past, first, real): columns before these, real tokens before these (int, or [b, 1]
+        tensor), and the mask [b, past + t] of real columns (None when nothing has ever been
+        padded). ValueError for another number of rows than before."""
         if self.batch_size not in (-1, batch):
             raise ValueError(
-                f"the cache holds {self.batch_size} rows and the input has {batch}; repeat the rows of"
+                f"the cache holds {self.batch_size} rows and the input has {batch}; "
+                "repeat the rows of"
                 " the cache first, cache.batch_repeat_interleave(n), as for n beams"
             )
         self.batch_size = batch
@@ -102,12 +112,17 @@ class HypeNetCache:
         return past, first, self.real
 
     def update(self, layer: int, key: Tensor, value: Tensor, past: int) -> tuple[Tensor, Tensor]:
-        """Append key, value [b, g, t, d] after `past` columns; returns all keys and values so far, [b, g, past + t, d] views."""
+        """Append key, value [b, g, t, d] after `past` columns; returns all keys and values so far,
+        [b, g, past + t, d] views."""
         total = past + key.shape[2]
         views = []
         for buffers, new in ((self.keys, key), (self.values, value)):
             buffer = buffers[layer]
-            if buffer is not None and torch.is_grad_enabled() and (new.requires_grad or buffer.requires_grad):
+            if (
+                buffer is not None
+                and torch.is_grad_enabled()
+                and (new.requires_grad or buffer.requires_grad)
+            ):
                 # a backward pass needs the earlier keys and values as they were
                 buffers[layer] = buffer = torch.cat([buffer[:, :, :past], new], dim=2)
             else:
@@ -150,12 +165,16 @@ class HypeNetCache:
         """Forget everything."""
         for memory in (self.keys, self.values, self.states):
             memory[:] = [None] * len(memory)
-        self.length, self.batch_size, self.real, self.num_real = 0, -1, None, None
+        self.length = 0
+        self.batch_size = -1
+        self.real = None
+        self.num_real = None
 
     def crop(self, max_length: int) -> None:
         """Raise ValueError: a Lightning state cannot be rolled back."""
         raise ValueError(
-            "a HypeNetCache cannot be cropped: its Lightning layers keep one state, which cannot be rolled back;"
+            "a HypeNetCache cannot be cropped: its Lightning layers keep one state, "
+            "which cannot be rolled back;"
             " continue a copy that was made before (copy.deepcopy)"
         )
 

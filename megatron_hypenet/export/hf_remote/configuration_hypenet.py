@@ -23,16 +23,22 @@ _SUPPORTED = {
 }
 """The only value of each of these switches that the modelling code implements."""
 
-_ALSO_SUPPORTED = {"attention_dropout": 0.0, "mlp_bias": False, "partial_rotary_factor": 1.0, "use_sliding_window": False}
+_ALSO_SUPPORTED = {
+    "attention_dropout": 0.0,
+    "mlp_bias": False,
+    "partial_rotary_factor": 1.0,
+    "use_sliding_window": False,
+}
 """The same for switches of other models, which a config.json may carry."""
 
 
 class HypeNetConfig(PretrainedConfig):
     """Shape and switches of a HypeNet.
 
-    `mixer_types` names the mixer of every layer: "attn" (softmax attention without positions, gated) or "lightning-attn" (linear
-    attention with a fixed decay per head, with RoPE). `attn_logits_scaling` multiplies the queries of the softmax layers at 0-based
-    position t: "hype <a>" by ln(t + a) / ln(a), plain "hype" with a = 362, a number by itself, None not at all.
+    `mixer_types` names the mixer of every layer: "attn" (softmax attention without positions,
+    gated) or "lightning-attn" (linear attention with a fixed decay per head, with RoPE).
+    `attn_logits_scaling` multiplies the queries of the softmax layers at 0-based position t: "hype
+    <a>" by ln(t + a) / ln(a), plain "hype" with a = 362, a number by itself, None not at all.
     """
 
     model_type = "hypenet"
@@ -63,25 +69,44 @@ class HypeNetConfig(PretrainedConfig):
     ) -> None:
         """Raise ValueError for settings that the modelling code does not implement."""
         switches = {name: kwargs.pop(name, supported) for name, supported in _SUPPORTED.items()}
-        sizes = {name: kwargs.pop(name, None) for name in ("lightning_nh", "lightning_nkv", "lightning_head_dim")}
+        sizes = {
+            name: kwargs.pop(name, None)
+            for name in ("lightning_nh", "lightning_nkv", "lightning_head_dim")
+        }
         kwargs.pop("layer_types", None)
         super().__init__(**kwargs)
         self.tie_word_embeddings = tie_word_embeddings
-        self.bos_token_id, self.eos_token_id, self.pad_token_id = bos_token_id, eos_token_id, pad_token_id
-        self.vocab_size, self.hidden_size, self.intermediate_size = vocab_size, hidden_size, intermediate_size
-        self.num_hidden_layers, self.head_dim = num_hidden_layers, head_dim
-        self.num_attention_heads, self.num_key_value_heads = num_attention_heads, num_key_value_heads
-        self.attn_logits_scaling, self.rms_norm_eps = attn_logits_scaling, rms_norm_eps
-        self.max_position_embeddings, self.initializer_range, self.use_cache = max_position_embeddings, initializer_range, use_cache
+        self.bos_token_id = bos_token_id
+        self.eos_token_id = eos_token_id
+        self.pad_token_id = pad_token_id
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.head_dim = head_dim
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads
+        self.attn_logits_scaling = attn_logits_scaling
+        self.rms_norm_eps = rms_norm_eps
+        self.max_position_embeddings = max_position_embeddings
+        self.initializer_range = initializer_range
+        self.use_cache = use_cache
         # transformers 5 keeps theta inside rope_parameters
         rope = rope_parameters or {}
-        self.rope_theta = float(rope_theta if rope_theta is not None else rope.get("rope_theta", 1e6))
+        self.rope_theta = float(
+            rope_theta if rope_theta is not None else rope.get("rope_theta", 1e6)
+        )
         if rope.get("rope_type", "default") != "default":
-            raise ValueError(f"HypeNet has plain RoPE only, got rope_parameters={rope_parameters!r}")
-        mixers = ["lightning-attn"] * num_hidden_layers if mixer_types is None else list(mixer_types)
+            raise ValueError(
+                f"HypeNet has plain RoPE only, got rope_parameters={rope_parameters!r}"
+            )
+        mixers = (
+            ["lightning-attn"] * num_hidden_layers if mixer_types is None else list(mixer_types)
+        )
         self.mixer_types = [name.replace("_", "-") for name in mixers]
         for name, value in switches.items():
-            if name != "rope_scaling" or value is not None:  # transformers 5 makes it an alias of rope_parameters
+            # transformers 5 makes it an alias of rope_parameters
+            if name != "rope_scaling" or value is not None:
                 setattr(self, name, value)
         for name, default in self._sizes().items():
             setattr(self, name, default if sizes[name] is None else sizes[name])
@@ -93,25 +118,38 @@ class HypeNetConfig(PretrainedConfig):
         return {"lightning_nh": heads, "lightning_nkv": heads, "lightning_head_dim": self.head_dim}
 
     def check(self) -> None:
-        """Raise ValueError for a mixer, a switch or a size that the modelling code does not implement.
+        """Raise ValueError for a mixer, a switch or a size that the modelling code does not
+        implement.
 
-        The model calls it too: `from_pretrained(..., name=value)` changes a configuration that is already made."""
+        The model calls it too: `from_pretrained(..., name=value)` changes a configuration that is
+        already made."""
         supported = {**_SUPPORTED, **_ALSO_SUPPORTED, **self._sizes()}
         given = {name: getattr(self, name, value) for name, value in supported.items()}
-        wrong = [f"{name}={value!r} (supported: {supported[name]!r})" for name, value in given.items() if value != supported[name]]
+        wrong = [
+            f"{name}={value!r} (supported: {supported[name]!r})"
+            for name, value in given.items()
+            if value != supported[name]
+        ]
         if wrong:
             raise ValueError(f"this HypeNet code does not implement {', '.join(wrong)}")
         rope = getattr(self, "rope_parameters", None)
         if rope is not None and rope != {"rope_type": "default", "rope_theta": self.rope_theta}:
-            raise ValueError(f"HypeNet has plain RoPE with rope_theta={self.rope_theta}, got rope_parameters={rope!r}")
+            raise ValueError(
+                f"HypeNet has plain RoPE with rope_theta={self.rope_theta}, "
+                f"got rope_parameters={rope!r}"
+            )
         hype_constant(self.attn_logits_scaling)
         unknown = sorted(set(self.mixer_types) - {"attn", "lightning-attn"})
         if unknown or len(self.mixer_types) != self.num_hidden_layers:
             raise ValueError(
-                f"mixer_types must name 'attn' or 'lightning-attn' for {self.num_hidden_layers} layers, got {self.mixer_types}"
+                f"mixer_types must name 'attn' or 'lightning-attn' for {self.num_hidden_layers} "
+                f"layers, got {self.mixer_types}"
             )
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(f"num_key_value_heads={self.num_key_value_heads} must divide num_attention_heads={self.num_attention_heads}")
+            raise ValueError(
+                f"num_key_value_heads={self.num_key_value_heads} must divide "
+                f"num_attention_heads={self.num_attention_heads}"
+            )
 
 
 __all__ = ["HypeNetConfig"]

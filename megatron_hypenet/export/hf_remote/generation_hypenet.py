@@ -1,4 +1,5 @@
-"""What `generate` of transformers 4.57 and 5.x asks of a HypeNet: its cache, its inputs of each step, and what it cannot do.
+"""What `generate` of transformers 4.57 and 5.x asks of a HypeNet: its cache, its inputs of each
+step, and what it cannot do.
 
 Shapes: b rows, t new tokens."""
 
@@ -12,25 +13,46 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .cache_hypenet import HypeNetCache
 
-CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
-"""What the installed transformers calls the cache, in outputs and in `generate`: `cache` since 5.24."""
+CACHE = (
+    "cache"
+    if "cache" in {field.name for field in fields(BaseModelOutputWithPast)}
+    else "past_key_values"
+)
+"""What the installed transformers calls the cache, in outputs and in `generate`: `cache` since
+5.24."""
 
-_FOR_PREPARATION = ("next_sequence_length", "is_first_iteration", "cache_position", "position_ids", "mm_encoder_outputs")
-"""Keywords of `generate`'s own bookkeeping, which end in `prepare_inputs_for_generation`: positions follow from the mask."""
+_FOR_PREPARATION = (
+    "next_sequence_length",
+    "is_first_iteration",
+    "cache_position",
+    "position_ids",
+    "mm_encoder_outputs",
+)
+"""Keywords of `generate`'s own bookkeeping, which end in `prepare_inputs_for_generation`: positions
+follow from the mask."""
 
 
-def given_cache(past_key_values: HypeNetCache | None, cache: HypeNetCache | None) -> HypeNetCache | None:
+def given_cache(
+    past_key_values: HypeNetCache | None, cache: HypeNetCache | None
+) -> HypeNetCache | None:
     """The cache, whichever name it was given by; ValueError for both."""
     if past_key_values is not None and cache is not None:
-        raise ValueError("past_key_values and cache are two names of one argument; give one of them")
+        raise ValueError(
+            "past_key_values and cache are two names of one argument; give one of them"
+        )
     return cache if past_key_values is None else past_key_values
 
 
 def check_positions(given: Tensor, positions: Tensor, real: Tensor | None) -> None:
-    """Positions follow from the mask. ValueError for others, such as several documents packed into one row.
+    """Positions follow from the mask. ValueError for others, such as several documents packed into
+    one row.
 
-    given [b or 1, t], positions [b or 1, t], real [b, t] bool or None. In a compiled graph, which raises nothing, an assertion."""
-    message = "position_ids must count the real tokens of each row from 0; packed rows and shifted positions are not supported"
+    given [b or 1, t], positions [b or 1, t], real [b, t] bool or None. In a compiled graph, which
+    raises nothing, an assertion."""
+    message = (
+        "position_ids must count the real tokens of each row from 0; packed rows and shifted "
+        "positions are not supported"
+    )
     if given.dim() != 2 or given.shape[1] != positions.shape[1]:
         raise ValueError(f"{message}; got the shape {list(given.shape)}")
     same = given == positions
@@ -49,15 +71,29 @@ class HypeNetGenerationMixin(GenerationMixin):
         given, mask = model_kwargs.get("position_ids"), model_kwargs.get("attention_mask")
         if given is not None:
             real = None if mask is None else mask.bool()
-            order = torch.arange(given.shape[-1], device=given.device)[None] if real is None else real.long().cumsum(1) - 1
+            order = (
+                torch.arange(given.shape[-1], device=given.device)[None]
+                if real is None
+                else real.long().cumsum(1) - 1
+            )
             check_positions(given, order, real)
 
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
         if generation_config.is_assistant:
-            raise ValueError("a HypeNet cannot be an assistant_model: its Lightning states cannot be rolled back when drafts are rejected")
+            raise ValueError(
+                "a HypeNet cannot be an assistant_model: its Lightning states cannot be rolled "
+                "back when drafts are rejected"
+            )
         if generation_config.cache_implementation not in (None, "dynamic"):
-            raise ValueError(f"HypeNet has its own cache; cache_implementation={generation_config.cache_implementation!r} is not available")
-        cache = given_cache(model_kwargs.pop("past_key_values", None), model_kwargs.pop("cache", None))
+            raise ValueError(
+                "HypeNet has its own cache; "
+                f"cache_implementation={generation_config.cache_implementation!r} is not available"
+            )
+        cache = given_cache(
+            model_kwargs.pop("past_key_values", None), model_kwargs.pop("cache", None)
+        )
         if cache is not None:
             _check_given(cache, model_kwargs)
             cache._is_user_defined = True
@@ -77,30 +113,45 @@ class HypeNetGenerationMixin(GenerationMixin):
     ) -> dict[str, Any]:
         """The tokens that the cache has not seen, with whatever else `forward` takes.
 
-        How many are new follows from the mask; transformers 5 leaves out a mask of ones and says how many (next_sequence_length), or
-        gives the new tokens alone."""
+        How many are new follows from the mask; transformers 5 leaves out a mask of ones and says
+        how many (next_sequence_length), or gives the new tokens alone."""
         memory = given_cache(past_key_values, cache)
         seen = 0 if memory is None else memory.get_seq_length()
         new = kwargs.get("next_sequence_length")
         if attention_mask is not None:
             new = attention_mask.shape[1] - seen
         if new is not None and new < 1:
-            raise ValueError(f"the cache has seen {seen} tokens, no fewer than the input has; it is continued by a longer input")
+            raise ValueError(
+                f"the cache has seen {seen} tokens, no fewer than the input has; "
+                "it is continued by a longer input"
+            )
         inputs = {name: value for name, value in kwargs.items() if name not in _FOR_PREPARATION}
         inputs |= {"attention_mask": attention_mask, CACHE: memory}
         if inputs_embeds is not None and seen < inputs_embeds.shape[1]:
             return {"inputs_embeds": inputs_embeds[:, seen:], **inputs}
-        return {"input_ids": (input_ids if new is None else input_ids[:, -new:]).contiguous(), **inputs}
+        return {
+            "input_ids": (input_ids if new is None else input_ids[:, -new:]).contiguous(),
+            **inputs,
+        }
 
 
 def _check_given(cache: HypeNetCache, model_kwargs: dict[str, Any]) -> None:
-    """ValueError unless `generate` was given a HypeNetCache and at least one token that it has not seen."""
+    """ValueError unless `generate` was given a HypeNetCache and at least one token that it has not
+    seen."""
     if not isinstance(cache, HypeNetCache):
-        raise ValueError(f"past_key_values must be the HypeNetCache of an earlier call, got {type(cache).__name__}")
+        raise ValueError(
+            "past_key_values must be the HypeNetCache of an earlier call, "
+            f"got {type(cache).__name__}"
+        )
     # transformers 5 has dropped a mask of ones by now; the positions that it made are as many
-    columns = [model_kwargs[name].shape[-1] for name in ("attention_mask", "position_ids") if model_kwargs.get(name) is not None]
+    columns = [
+        model_kwargs[name].shape[-1]
+        for name in ("attention_mask", "position_ids")
+        if model_kwargs.get(name) is not None
+    ]
     if columns and columns[0] <= cache.get_seq_length():
         raise ValueError(
-            f"the cache has seen {cache.get_seq_length()} tokens and the input has {columns[0]}: give the"
+            f"the cache has seen {cache.get_seq_length()} tokens and the input has {columns[0]}: "
+            "give the"
             " whole text so far, with the cached tokens and at least one new one"
         )

@@ -1,8 +1,10 @@
-"""HypeNet for Hugging Face transformers 4.57 and 5.x (arXiv 2601.22156): Lightning linear attention and softmax attention by layer.
+"""HypeNet for Hugging Face transformers 4.57 and 5.x (arXiv 2601.22156): Lightning linear attention
+and softmax attention by layer.
 
-Plain torch on CPU or GPU. Prompts run chunk by chunk, decoding one token at a time, with any padding in the batch: positions count real
-tokens only, and padding enters neither an attention nor a Lightning state.
-Shapes: b rows, t new tokens, h heads, g key/value heads, d head_dim, H hidden_size."""
+Plain torch on CPU or GPU. Prompts run chunk by chunk, decoding one token at a time, with any
+padding in the batch: positions count real tokens only, and padding enters neither an attention nor
+a Lightning state. Shapes: b rows, t new tokens, h heads, g key/value heads, d head_dim, H
+hidden_size."""
 
 import math
 from typing import Any
@@ -55,8 +57,11 @@ class HypeNetMixer(nn.Module):
     def __init__(self, config: HypeNetConfig, layer: int) -> None:
         """`layer`: index of the layer, its slot in the cache."""
         super().__init__()
-        self.config, self.layer = config, layer
-        self.num_kv_heads = config.num_attention_heads if self.expand_kv else config.num_key_value_heads
+        self.config = config
+        self.layer = layer
+        self.num_kv_heads = (
+            config.num_attention_heads if self.expand_kv else config.num_key_value_heads
+        )
         query_size = config.num_attention_heads * config.head_dim
         kv_size = self.num_kv_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
@@ -96,7 +101,8 @@ class HypeNetSoftmaxMixer(HypeNetMixer):
 
 
 class HypeNetLightningMixer(HypeNetMixer):
-    """S_t = gamma S_(t-1) + k_t v_t^T, o_t = q_t S_t / sqrt(d), gamma fixed per head; one norm over all heads, then the gate."""
+    """S_t = gamma S_(t-1) + k_t v_t^T, o_t = q_t S_t / sqrt(d), gamma fixed per head; one norm over
+    all heads, then the gate."""
 
     gate_name = "z_proj"
     expand_kv = True
@@ -104,7 +110,9 @@ class HypeNetLightningMixer(HypeNetMixer):
     def __init__(self, config: HypeNetConfig, layer: int) -> None:
         """`layer`: index of the layer, its slot in the cache."""
         super().__init__(config, layer)
-        self.o_norm = HypeNetRMSNorm(config.num_attention_heads * config.head_dim, config.rms_norm_eps)
+        self.o_norm = HypeNetRMSNorm(
+            config.num_attention_heads * config.head_dim, config.rms_norm_eps
+        )
 
     def forward(self, x: Tensor, step: Step, cache: HypeNetCache | None) -> Tensor:
         """x [b, t, H] -> [b, t, H]."""
@@ -147,7 +155,9 @@ class HypeNetDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: HypeNetConfig, layer: int) -> None:
         """`layer`: index of the layer; `config.mixer_types` says which mixer it has."""
         super().__init__()
-        mixer = HypeNetSoftmaxMixer if config.mixer_types[layer] == "attn" else HypeNetLightningMixer
+        mixer = (
+            HypeNetSoftmaxMixer if config.mixer_types[layer] == "attn" else HypeNetLightningMixer
+        )
         self.self_attn = mixer(config, layer)
         self.mlp = HypeNetMLP(config)
         self.input_layernorm = HypeNetRMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -172,13 +182,19 @@ class HypeNetPreTrainedModel(PreTrainedModel):
     _is_stateful = True
 
     def __init__(self, config: HypeNetConfig) -> None:
-        """Raise ValueError for settings that this code does not implement, also those changed after the configuration was made."""
+        """Raise ValueError for settings that this code does not implement, also those changed after
+        the configuration was made."""
         config.check()
         super().__init__(config)
 
-    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
+    def _check_and_adjust_attn_implementation(
+        self, attn_implementation: str | None, *args: Any, **kwargs: Any
+    ) -> str:
         if attn_implementation not in (None, "sdpa", "eager"):
-            raise ValueError(f'Specified `attn_implementation="{attn_implementation}"` is not supported: HypeNet has "sdpa" and "eager"')
+            raise ValueError(
+                f'Specified `attn_implementation="{attn_implementation}"` is not supported: '
+                'HypeNet has "sdpa" and "eager"'
+            )
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
 
@@ -189,7 +205,9 @@ class HypeNetModel(HypeNetPreTrainedModel):
         """Random weights; use `from_pretrained` to load."""
         super().__init__(config)
         self.embed_tokens: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(HypeNetDecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            HypeNetDecoderLayer(config, layer) for layer in range(config.num_hidden_layers)
+        )
         self.norm = HypeNetRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_init()
 
@@ -201,7 +219,13 @@ class HypeNetModel(HypeNetPreTrainedModel):
         """Replace the embedding module."""
         self.embed_tokens = value
 
-    def _step(self, x: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: HypeNetCache | None) -> Step:
+    def _step(
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: HypeNetCache | None,
+    ) -> Step:
         b, t, _ = x.shape
         past: int = 0 if cache is None else cache.length
         new_real = _new_columns(attention_mask, b, t, past)
@@ -209,7 +233,11 @@ class HypeNetModel(HypeNetPreTrainedModel):
         real = new_real
         if cache is not None:
             past, first, real = cache.advance(new_real, b, t, x.device)
-        order = torch.arange(1, t + 1, device=x.device)[None] if new_real is None else new_real.long().cumsum(1)
+        order = (
+            torch.arange(1, t + 1, device=x.device)[None]
+            if new_real is None
+            else new_real.long().cumsum(1)
+        )
         positions = (first + order - 1).clamp(min=0)
         if position_ids is not None:
             check_positions(position_ids, positions, new_real)
@@ -220,13 +248,24 @@ class HypeNetModel(HypeNetPreTrainedModel):
         return Step(cos, sin, scale, slopes, new_real, real, past)
 
     def _cache(self, given: HypeNetCache | None, use_cache: bool | None) -> HypeNetCache | None:
-        """The cache of this call: the given one, a new one, or None. ValueError where a given one cannot be used."""
-        recomputes = self.training and torch.is_grad_enabled() and any(layer.gradient_checkpointing for layer in self.layers)
+        """The cache of this call: the given one, a new one, or None. ValueError where a given one
+        cannot be used."""
+        recomputes = (
+            self.training
+            and torch.is_grad_enabled()
+            and any(layer.gradient_checkpointing for layer in self.layers)
+        )
         if given is not None:
             if not isinstance(given, HypeNetCache):
-                raise ValueError(f"past_key_values must be the HypeNetCache of an earlier call, got {type(given).__name__}")
+                raise ValueError(
+                    "past_key_values must be the HypeNetCache of an earlier call, "
+                    f"got {type(given).__name__}"
+                )
             if recomputes:
-                raise ValueError("gradient checkpointing runs each layer twice, which would enter its tokens twice into the given cache")
+                raise ValueError(
+                    "gradient checkpointing runs each layer twice, which would enter its tokens "
+                    "twice into the given cache"
+                )
             return given
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
@@ -245,27 +284,43 @@ class HypeNetModel(HypeNetPreTrainedModel):
         output_attentions: bool | None = None,
         cache: HypeNetCache | None = None,
     ) -> BaseModelOutputWithPast | tuple:
-        """input_ids [b, t] or inputs_embeds [b, t, H] -> hidden states after the final norm, [b, t, H].
+        """input_ids [b, t] or inputs_embeds [b, t, H] -> hidden states after the final norm, [b, t,
+        H].
 
-        `attention_mask` [b, t] or [b, past + t] marks real tokens with 1. `past_key_values` and `cache` are two names of one argument.
-        `output_hidden_states` gives each layer's input and the final output. Training with gradient checkpointing makes no cache.
-        ValueError for attention maps, other masks, other positions, or a cache of another class; TypeError for an unknown keyword."""
+        `attention_mask` [b, t] or [b, past + t] marks real tokens with 1. `past_key_values` and
+        `cache` are two names of one argument. `output_hidden_states` gives each layer's input and
+        the final output. Training with gradient checkpointing makes no cache. ValueError for
+        attention maps, other masks, other positions, or a cache of another class; TypeError for an
+        unknown keyword."""
         if self.config.output_attentions if output_attentions is None else output_attentions:
-            raise ValueError("HypeNet does not return attention maps: its Lightning layers have none; leave output_attentions out")
+            raise ValueError(
+                "HypeNet does not return attention maps: its Lightning layers have none; "
+                "leave output_attentions out"
+            )
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         memory = self._cache(given_cache(past_key_values, cache), use_cache)
         step = self._step(x, attention_mask, position_ids, memory)
-        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        wanted = (
+            self.config.output_hidden_states
+            if output_hidden_states is None
+            else output_hidden_states
+        )
         hidden = []
         for layer in self.layers:
             if wanted:
                 hidden.append(x)
             x = layer(x, step, memory)
         x = self.norm(x)
-        out = BaseModelOutputWithPast(last_hidden_state=x, hidden_states=(*hidden, x) if wanted else None, **{CACHE: memory})
-        return out if (self.config.return_dict if return_dict is None else return_dict) else out.to_tuple()
+        out = BaseModelOutputWithPast(
+            last_hidden_state=x, hidden_states=(*hidden, x) if wanted else None, **{CACHE: memory}
+        )
+        return (
+            out
+            if (self.config.return_dict if return_dict is None else return_dict)
+            else out.to_tuple()
+        )
 
 
 def _new_columns(attention_mask: Tensor | None, b: int, t: int, past: int) -> Tensor | None:
@@ -275,7 +330,9 @@ def _new_columns(attention_mask: Tensor | None, b: int, t: int, past: int) -> Te
     shape = list(getattr(attention_mask, "shape", [type(attention_mask).__name__]))
     if shape not in ([b, t], [b, past + t]):
         either = f"[{b}, {t}]" + (f" or, with the cached ones, [{b}, {past + t}]" if past else "")
-        raise ValueError(f"attention_mask must be [rows, tokens] = {either} of 0 and 1, got {shape}")
+        raise ValueError(
+            f"attention_mask must be [rows, tokens] = {either} of 0 and 1, got {shape}"
+        )
     new = attention_mask[:, -t:].bool()
     # a compiled graph cannot depend on values: there every mask is applied
     return None if not torch.compiler.is_compiling() and bool(new.all()) else new
@@ -286,7 +343,9 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, HypeNetGenerationMixin):
 
     # transformers 5 maps each tied weight to its source, 4.57 lists the tied ones
     _tied_weights_keys = (
-        ["lm_head.weight"] if transformers.__version__.startswith("4.") else {"lm_head.weight": "model.embed_tokens.weight"}
+        ["lm_head.weight"]
+        if transformers.__version__.startswith("4.")
+        else {"lm_head.weight": "model.embed_tokens.weight"}
     )
 
     def __init__(self, config: HypeNetConfig) -> None:
@@ -330,11 +389,14 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, HypeNetGenerationMixin):
         cache: HypeNetCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
-        """Next-token logits [b, t, vocab] (the last `logits_to_keep` tokens, 0 for all); with `labels` [b, t] also the mean cross entropy.
+        """Next-token logits [b, t, vocab] (the last `logits_to_keep` tokens, 0 for all); with
+        `labels` [b, t] also the mean cross entropy.
 
-        Labels are shifted inside, unless they come shifted, as `shift_labels`; -100 is left out; `num_items_in_batch` replaces the count in
-        the mean (gradient accumulation). `model.loss_function = f` puts another function in the place of `causal_lm_loss`; it gets the
-        further keywords. TypeError for keywords without labels, and for those that `causal_lm_loss` does not know."""
+        Labels are shifted inside, unless they come shifted, as `shift_labels`; -100 is left out;
+        `num_items_in_batch` replaces the count in the mean (gradient accumulation).
+        `model.loss_function = f` puts another function in the place of `causal_lm_loss`; it gets
+        the further keywords. TypeError for keywords without labels, and for those that
+        `causal_lm_loss` does not know."""
         has_labels = labels is not None or kwargs.get("shift_labels") is not None
         _refuse_unknown(kwargs, loss=self.loss_function if has_labels else None)
         out = self.model(
@@ -350,26 +412,47 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, HypeNetGenerationMixin):
             cache=cache,
         )
         hidden = out.last_hidden_state
-        logits = self.lm_head(hidden[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else hidden[:, logits_to_keep])
+        logits = self.lm_head(
+            hidden[:, -logits_to_keep:]
+            if isinstance(logits_to_keep, int)
+            else hidden[:, logits_to_keep]
+        )
         loss = None
         if has_labels:
             if num_items_in_batch is not None:
                 kwargs["num_items_in_batch"] = num_items_in_batch
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
         named = {CACHE: out.get(CACHE)}
-        result = CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=out.hidden_states, **named)
-        return result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
+        result = CausalLMOutputWithPast(
+            loss=loss, logits=logits, hidden_states=out.hidden_states, **named
+        )
+        return (
+            result
+            if (self.config.return_dict if return_dict is None else return_dict)
+            else result.to_tuple()
+        )
 
 
 def _refuse_unknown(keywords: dict[str, Any], loss: Any) -> None:
-    """TypeError for keywords that nothing takes; `loss` is the loss function of this call, None without labels."""
-    packing = sorted({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"} & set(keywords))
+    """TypeError for keywords that nothing takes; `loss` is the loss function of this call, None
+    without labels."""
+    packing = sorted(
+        {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
+        & set(keywords)
+    )
     if packing:
-        raise TypeError(f"HypeNet does not take rows with several documents ({', '.join(packing)}); give each document its own row")
+        raise TypeError(
+            f"HypeNet does not take rows with several documents ({', '.join(packing)}); "
+            "give each document its own row"
+        )
     known = {"shift_labels"} if loss in (None, causal_lm_loss) else set(keywords)
     unknown = sorted(set(keywords) - known)
     if unknown:
-        raise TypeError(f"HypeNetForCausalLM.forward() got unexpected keyword arguments: {', '.join(unknown)}")
+        raise TypeError(
+            f"HypeNetForCausalLM.forward() got unexpected keyword arguments: {', '.join(unknown)}"
+        )
 
 
 __all__ = ["HypeNetCache", "HypeNetForCausalLM", "HypeNetModel", "HypeNetPreTrainedModel"]

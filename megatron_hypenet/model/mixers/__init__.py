@@ -1,4 +1,5 @@
-"""Token mixers, one per file, registered by name: importing this package imports, and so registers, all of them."""
+"""Token mixers, one per file, registered by name: importing this package imports, and so registers,
+all of them."""
 
 import importlib
 import pkgutil

@@ -1,8 +1,10 @@
 """The mixer contract and its registry.
 
-A mixer is what a Megatron `TransformerLayer` calls as `self_attention`: hidden states [s, b, h] in (after the input norm), the same
-shape out, before the residual. What parameters it has stands in its specification (`config/mixers/`), registered under the same name: one
-fused input projection made of named sections, an output projection, and others. Subclasses say how the heads mix tokens."""
+A mixer is what a Megatron `TransformerLayer` calls as `self_attention`: hidden states [s, b, h] in
+(after the input norm), the same shape out, before the residual. What parameters it has stands in
+its specification (`config/mixers/`), registered under the same name: one fused input projection
+made of named sections, an output projection, and others. Subclasses say how the heads mix
+tokens."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -16,7 +18,10 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint, sharded_state_dict_default
+from megatron.core.transformer.utils import (
+    make_sharded_tensors_for_checkpoint,
+    sharded_state_dict_default,
+)
 from torch import Tensor
 
 from megatron_hypenet.config.mixers.base import OUTPUT, SECTION, ParamSpec
@@ -30,7 +35,8 @@ from megatron_hypenet.parallel.recompute import DropOutput
 
 @dataclass
 class MixerSubmodules:
-    """Which parallel linear layers a mixer is built from (Megatron's own, or Transformer Engine's)."""
+    """Which parallel linear layers a mixer is built from (Megatron's own, or Transformer
+    Engine's)."""
 
     linear_in: Any = ColumnParallelLinear
     linear_proj: Any = RowParallelLinear
@@ -49,7 +55,8 @@ class Mixer(MegatronModule, ABC):
         layer_number: int,
         model: ModelConfig,
         pg_collection: ProcessGroupCollection | None = None,
-        **unused: Any,  # cp_comm_type, name, pp_layer_offset: versions of Megatron-core differ in what they pass
+        # cp_comm_type, name, pp_layer_offset: versions of Megatron-core differ in what they pass
+        **unused: Any,
     ) -> None:
         super().__init__(config=config)
         assert pg_collection is not None, "Megatron passes pg_collection to every layer"
@@ -97,16 +104,22 @@ class Mixer(MegatronModule, ABC):
                 self._add_parameter(parameter)
 
     def add_modules(self) -> None:
-        """Build the norms of q and k, where the specification has them; subclasses add submodules of their own."""
+        """Build the norms of q and k, where the specification has them; subclasses add submodules
+        of their own."""
         for letter in ("q", "k"):
             if f"{letter}_norm.weight" in self.param_specs:
-                norm = RMSNorm(self.config, self.head_dim, self.model.layernorm_epsilon, per_head=True)
+                norm = RMSNorm(
+                    self.config, self.head_dim, self.model.layernorm_epsilon, per_head=True
+                )
                 self.add_module(f"{letter}_norm", norm)
 
     def _add_parameter(self, parameter: ParamSpec) -> None:
-        """A parameter without a submodule, drawn by its name; ZeRO-3 gathers it for this module's call."""
+        """A parameter without a submodule, drawn by its name; ZeRO-3 gathers it for this module's
+        call."""
         drawn = self._drawn(parameter, seed=torch.initial_seed() % 2**31)
-        weight = torch.nn.Parameter(drawn.to(self.linear_in.weight.device, self.config.params_dtype))
+        weight = torch.nn.Parameter(
+            drawn.to(self.linear_in.weight.device, self.config.params_dtype)
+        )
         if parameter.tp_dim is not None:
             # Read by DeepSpeed's gradient norm and by the sharded checkpoint.
             weight.tensor_model_parallel = True  # type: ignore[attr-defined]
@@ -115,22 +128,34 @@ class Mixer(MegatronModule, ABC):
         self.register_parameter(parameter.name, weight)
 
     def weight(self, name: str) -> Tensor:
-        """A parameter of this module as its computation has to read it: where every tensor-parallel rank holds all of it, but uses it
-        for its own heads only, the gradient is summed over the ranks."""
+        """A parameter of this module as its computation has to read it: where every tensor-parallel
+        rank holds all of it, but uses it for its own heads only, the gradient is summed over the
+        ranks."""
         parameter: Tensor = getattr(self, name)
         if self.param_specs[name].tp_dim is None and self.tensor_size > 1:
             return sum_gradient(parameter, self.tensor_group)
         return parameter
 
     @abstractmethod
-    def mix(self, parts: dict[str, Tensor], rotary_pos_emb: Tensor | None, document_ids: Tensor | None) -> Tensor:
+    def mix(
+        self, parts: dict[str, Tensor], rotary_pos_emb: Tensor | None, document_ids: Tensor | None
+    ) -> Tensor:
         """Sections [s, b, local rows] -> what `linear_proj` takes, [s, b, local heads * head_dim].
 
-        s are this context-parallel rank's tokens; document_ids [b, s * context ranks] those of the whole sequence, or None."""
+        s are this context-parallel rank's tokens; document_ids [b, s * context ranks] those of the
+        whole sequence, or None."""
 
-    def mix_projected(self, projected: Tensor, rotary_pos_emb: Tensor | None, document_ids: Tensor | None) -> Tensor:
+    def mix_projected(
+        self, projected: Tensor, rotary_pos_emb: Tensor | None, document_ids: Tensor | None
+    ) -> Tensor:
         """All sections [s, b, local rows] as `linear_in` gives them -> what `mix` gives."""
-        parts = dict(zip(self.local_sections, projected.split(list(self.local_sections.values()), dim=-1), strict=True))
+        parts = dict(
+            zip(
+                self.local_sections,
+                projected.split(list(self.local_sections.values()), dim=-1),
+                strict=True,
+            )
+        )
         return self.mix(parts, rotary_pos_emb, document_ids)
 
     def forward(
@@ -142,9 +167,11 @@ class Mixer(MegatronModule, ABC):
         packed_seq_params: Tensor | None = None,
         **unused: Any,
     ) -> tuple[Tensor, None]:
-        """hidden_states [s, b, h] -> ([s, b, h], no bias). Causal by construction: `attention_mask` has no say.
+        """hidden_states [s, b, h] -> ([s, b, h], no bias). Causal by construction: `attention_mask`
+        has no say.
 
-        `packed_seq_params` is Megatron's name for what tells packed documents apart; here it carries the document ids."""
+        `packed_seq_params` is Megatron's name for what tells packed documents apart; here it
+        carries the document ids."""
         projected, _ = self.linear_in(hidden_states)
 
         def mixed(projected: Tensor) -> Tensor:
@@ -159,10 +186,16 @@ class Mixer(MegatronModule, ABC):
         return output, None
 
     def _recomputes(self) -> bool:
-        """Whether backward computes everything between the projections again: Megatron's "core_attn", where that costs little.
+        """Whether backward computes everything between the projections again: Megatron's
+        "core_attn", where that costs little.
 
-        Softmax attention is the expensive part of its layer, and keeps little besides q, k, v and the output."""
-        return self.spec.recurrent and self.config.recompute_granularity == "selective" and "core_attn" in self.config.recompute_modules
+        Softmax attention is the expensive part of its layer, and keeps little besides q, k, v and
+        the output."""
+        return (
+            self.spec.recurrent
+            and self.config.recompute_granularity == "selective"
+            and "core_attn" in self.config.recompute_modules
+        )
 
     def heads(self, x: Tensor) -> Tensor:
         """[s, b, heads * head_dim] -> [s, b, heads, head_dim]."""
@@ -179,13 +212,17 @@ class Mixer(MegatronModule, ABC):
 
     @torch.no_grad()
     def init_from_attention(self, attention: "Mixer", *, seed: int) -> Self:
-        """HALO's weight transfer (arXiv 2601.22156): every parameter with a source is copied from the softmax layer that this mixer
-        replaces, key and value rows repeated for each query head of their group; the others are drawn by name and `seed`, the same on
-        every layout. Returns itself. TypeError where this is softmax attention, or the other is not."""
+        """HALO's weight transfer (arXiv 2601.22156): every parameter with a source is copied from
+        the softmax layer that this mixer replaces, key and value rows repeated for each query head
+        of their group; the others are drawn by name and `seed`, the same on every layout. Returns
+        itself. TypeError where this is softmax attention, or the other is not."""
         if not self.spec.recurrent:
             raise TypeError(f"{type(self).__name__} does not take over attention weights")
         if attention.spec.recurrent:
-            raise TypeError(f"weights are transferred from softmax attention, not from {type(attention).__name__}")
+            raise TypeError(
+                "weights are transferred from softmax attention, "
+                f"not from {type(attention).__name__}"
+            )
         for parameter in self.param_specs.values():
             target = self.local_tensor(parameter.name)
             if not parameter.source:
@@ -198,7 +235,8 @@ class Mixer(MegatronModule, ABC):
         return self
 
     def local_tensor(self, name: str) -> Tensor:
-        """This rank's part of a parameter of the specification: a parameter, or a view of the input projection."""
+        """This rank's part of a parameter of the specification: a parameter, or a view of the input
+        projection."""
         if name.startswith(SECTION):
             return self.section_weight(name.removeprefix(SECTION))
         return self.get_parameter(name)
@@ -212,12 +250,23 @@ class Mixer(MegatronModule, ABC):
         return whole.chunk(self.tensor_size, dim=parameter.tp_dim)[self.tensor_rank]
 
     def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple[tuple[int, int, int], ...] = (), metadata: dict[str, Any] | None = None
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
     ) -> ShardedStateDict:
         """Megatron's sharded state, with the fused projection as one logical tensor per section."""
         state: ShardedStateDict = {}
         for child, module in self.named_children():
-            state.update(sharded_state_dict_default(module, f"{prefix}{child}.", sharded_offsets, metadata, tp_group=self.tensor_group))
+            state.update(
+                sharded_state_dict_default(
+                    module,
+                    f"{prefix}{child}.",
+                    sharded_offsets,
+                    metadata,
+                    tp_group=self.tensor_group,
+                )
+            )
         key = f"{prefix}linear_in.weight"
         state[key] = split_factory(state[key], self.local_sections)
         own = dict(self.named_parameters(recurse=False))
@@ -227,7 +276,8 @@ class Mixer(MegatronModule, ABC):
 
 
 def without_extra_state(state: ShardedStateDict) -> ShardedStateDict:
-    """Leave out the `_extra_state` objects of Megatron's linear layers: empty without FP8, and stored as pickles."""
+    """Leave out the `_extra_state` objects of Megatron's linear layers: empty without FP8, and
+    stored as pickles."""
     return {key: value for key, value in state.items() if not key.endswith("_extra_state")}
 
 
@@ -256,4 +306,6 @@ def mixer_class(name: str) -> type[Mixer]:
     try:
         return _REGISTRY[name]
     except KeyError:
-        raise ConfigError(f"mixer_types: unknown mixer {name!r}; known mixers: {', '.join(sorted(_REGISTRY))}") from None
+        raise ConfigError(
+            f"mixer_types: unknown mixer {name!r}; known mixers: {', '.join(sorted(_REGISTRY))}"
+        ) from None

@@ -1,7 +1,8 @@
 """HypeNet's RNN mixer: Lightning Attention with fixed ALiBi decays (arXiv 2601.22156).
 
-Unlike a softmax layer it rotates q and k (its receptive field is finite, so positions stay in the trained range), has as many key and
-value heads as query heads, and normalises all heads together before the gate."""
+Unlike a softmax layer it rotates q and k (its receptive field is finite, so positions stay in the
+trained range), has as many key and value heads as query heads, and normalises all heads together
+before the gate."""
 
 import math
 from typing import Any
@@ -15,7 +16,12 @@ from megatron_hypenet.ops.decay import log_decay
 from megatron_hypenet.ops.lightning_attn import lightning_attn, lightning_state
 from megatron_hypenet.parallel.context import ChunkExchange, Chunks, exchange_states
 from megatron_hypenet.parallel.context.layout import check_document_ids
-from megatron_hypenet.parallel.context.state_algebra import Decay, add_incoming, carry_weights, read_factor
+from megatron_hypenet.parallel.context.state_algebra import (
+    Decay,
+    add_incoming,
+    carry_weights,
+    read_factor,
+)
 from megatron_hypenet.parallel.norm import AllHeadsRMSNorm
 
 
@@ -27,34 +33,62 @@ class LightningAttn(Mixer):
         super().__init__(*args, **kwargs)
         # A plain attribute, not a buffer: casting the module to bf16 must not round the decays.
         first = self.tensor_rank * self.num_local_heads
-        self.log_decay = log_decay(self.model.num_attention_heads)[first : first + self.num_local_heads]
+        self.log_decay = log_decay(self.model.num_attention_heads)[
+            first : first + self.num_local_heads
+        ]
 
     def add_modules(self) -> None:
         """The norms of q and k, and the norm over all heads."""
         super().add_modules()
-        self.o_norm = AllHeadsRMSNorm(self.config, self.num_local_heads * self.head_dim, self.tensor_group)
+        self.o_norm = AllHeadsRMSNorm(
+            self.config, self.num_local_heads * self.head_dim, self.tensor_group
+        )
 
-    def mix_projected(self, projected: Tensor, rotary_pos_emb: Tensor | None, document_ids: Tensor | None) -> Tensor:
-        """One node of the graph where this rank has all heads, the whole sequence, and kernels for it; else step by step."""
+    def mix_projected(
+        self, projected: Tensor, rotary_pos_emb: Tensor | None, document_ids: Tensor | None
+    ) -> Tensor:
+        """One node of the graph where this rank has all heads, the whole sequence, and kernels for
+        it; else step by step."""
         alone = self.tensor_size == 1 and self.context_group.size() == 1
-        gathered = self.q_norm.weight.numel() == self.head_dim  # ZeRO-3 may hold norms in pieces until their own module runs
+        # ZeRO-3 may hold norms in pieces until their own module runs
+        gathered = self.q_norm.weight.numel() == self.head_dim
         if not (alone and gathered and lightning_mix.fits(projected, self.head_dim)):
             return super().mix_projected(projected, rotary_pos_emb, document_ids)
         assert rotary_pos_emb is not None, "the model passes RoPE angles to every layer"
         check_document_ids(document_ids, projected.shape[1], projected.shape[0])
         return lightning_mix.lightning_mix(
-            projected, self.q_norm.weight, self.k_norm.weight, self.o_norm.weight, rotary_pos_emb, self.log_decay,
-            scale=1.0 / math.sqrt(self.head_dim), eps=self.q_norm.eps, document_ids=document_ids,
-        )  # fmt: skip
+            projected,
+            self.q_norm.weight,
+            self.k_norm.weight,
+            self.o_norm.weight,
+            rotary_pos_emb,
+            self.log_decay,
+            scale=1.0 / math.sqrt(self.head_dim),
+            eps=self.q_norm.eps,
+            document_ids=document_ids,
+        )
 
-    def mix(self, parts: dict[str, Tensor], rotary_pos_emb: Tensor | None, document_ids: Tensor | None) -> Tensor:
+    def mix(
+        self, parts: dict[str, Tensor], rotary_pos_emb: Tensor | None, document_ids: Tensor | None
+    ) -> Tensor:
         """The decayed recurrence over the sequence, then one norm over all heads, then the gate."""
         assert rotary_pos_emb is not None, "the model passes RoPE angles to every layer"
-        q, k = self.q_norm(self.heads(parts["q"]), rotary_pos_emb), self.k_norm(self.heads(parts["k"]), rotary_pos_emb)
-        q, k, v = (x.transpose(0, 1) for x in (q, k, self.heads(parts["v"])))  # the op's order: [b, t, heads, head_dim]
-        self.log_decay = self.log_decay.to(q.device)  # once: later calls find it there, and nothing waits for a copy
+        q = self.q_norm(self.heads(parts["q"]), rotary_pos_emb)
+        k = self.k_norm(self.heads(parts["k"]), rotary_pos_emb)
+        # the op's order: [b, t, heads, head_dim]
+        q, k, v = (x.transpose(0, 1) for x in (q, k, self.heads(parts["v"])))
+        # once: later calls find it there, and nothing waits for a copy
+        self.log_decay = self.log_decay.to(q.device)
         scale = 1.0 / math.sqrt(self.head_dim)
-        o = context_lightning_attn(q, k, v, self.log_decay, scale=scale, group=self.context_group, document_ids=document_ids)
+        o = context_lightning_attn(
+            q,
+            k,
+            v,
+            self.log_decay,
+            scale=scale,
+            group=self.context_group,
+            document_ids=document_ids,
+        )
         return self.o_norm(o.transpose(0, 1).flatten(-2), parts["gate"])
 
 
@@ -68,17 +102,20 @@ def context_lightning_attn(
     group: dist.ProcessGroup,
     document_ids: Tensor | None = None,
 ) -> Tensor:
-    """This rank's outputs of causal Lightning Attention over the whole sequence: o [b, t_local, h, v] in q's dtype.
+    """This rank's outputs of causal Lightning Attention over the whole sequence: o [b, t_local, h,
+    v] in q's dtype.
 
     Args:
-        q, k: [b, t_local, h, k], this rank's tokens as `split_sequence` gives them, already rotated by their global positions.
+        q, k: [b, t_local, h, k], this rank's tokens as `split_sequence` gives them, already rotated
+            by their global positions.
         v: [b, t_local, h, v].
         log_decay: [h], of the heads at hand.
         scale: factor of the outputs.
         group: context-parallel ranks.
         document_ids: [b, t_local * ranks], see `exchange_states`.
 
-    States are exchanged in fp32 (float64 for float64 inputs). Raises ValueError when t_local is odd or document_ids has another shape."""
+    States are exchanged in fp32 (float64 for float64 inputs). Raises ValueError when t_local is odd
+    or document_ids has another shape."""
     check_document_ids(document_ids, q.shape[0], q.shape[1] * group.size())
     if group.size() == 1:
         return lightning_attn(q, k, v, log_decay, scale=scale, document_ids=document_ids)[0]
@@ -87,14 +124,18 @@ def context_lightning_attn(
 
 
 class LightningExchange(ChunkExchange):
-    """The summary of a chunk is its final state; its outputs are those from a zero state plus what is read from the incoming one."""
+    """The summary of a chunk is its final state; its outputs are those from a zero state plus what
+    is read from the incoming one."""
 
     def __init__(self, log_decay: Tensor, scale: float) -> None:
-        self.log_decay, self.scale = log_decay, scale
+        self.log_decay = log_decay
+        self.scale = scale
 
     def combine(self, chunks: Chunks) -> Decay:
         """Powers of the decay, zero across documents."""
-        return Decay(carry_weights(self.log_decay, chunks.tokens, chunks.number, chunks.document_ids))
+        return Decay(
+            carry_weights(self.log_decay, chunks.tokens, chunks.number, chunks.document_ids)
+        )
 
     def local_summary(self, chunks: Chunks, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Final states [2 b, h, k, v]; they read k and v only."""
@@ -104,9 +145,13 @@ class LightningExchange(ChunkExchange):
     def local(self, chunks: Chunks, *inputs: Tensor) -> Tensor:
         """Outputs [2 b, c, h, v] from zero states."""
         q, k, v = inputs
-        return lightning_attn(q, k, v, self.log_decay, scale=self.scale, document_ids=chunks.rows)[0]
+        return lightning_attn(q, k, v, self.log_decay, scale=self.scale, document_ids=chunks.rows)[
+            0
+        ]
 
-    def apply(self, chunks: Chunks, local: Tensor | None, incoming: Tensor, *inputs: Tensor) -> Tensor:
+    def apply(
+        self, chunks: Chunks, local: Tensor | None, incoming: Tensor, *inputs: Tensor
+    ) -> Tensor:
         """Add scale * gamma^(t + 1) * q_t S."""
         assert local is not None, "the local scan gives outputs"
         factor = read_factor(self.log_decay, self.scale, chunks.tokens, chunks.rows)

@@ -1,6 +1,8 @@
-"""Softmax attention: a student's NoPE, gated layer, and with other switches the Qwen3 teacher's layer.
+"""Softmax attention: a student's NoPE, gated layer, and with other switches the Qwen3 teacher's
+layer.
 
-Source: arXiv 2601.22156 (HyPE: no RoPE, output gate, logit scaling at inference); Qwen3 for grouped heads and per-head norms."""
+Source: arXiv 2601.22156 (HyPE: no RoPE, output gate, logit scaling at inference); Qwen3 for grouped
+heads and per-head norms."""
 
 import math
 from typing import Any, Literal
@@ -17,24 +19,41 @@ from megatron_hypenet.parallel.context import context_softmax_attn, local_positi
 
 @register_mixer(ATTENTION)
 class SoftmaxAttn(Mixer):
-    """Causal grouped-query attention; `attn_use_rope`, `attn_use_output_gate` and `attn_logits_scaling` come from the model config."""
+    """Causal grouped-query attention; `attn_use_rope`, `attn_use_output_gate` and
+    `attn_logits_scaling` come from the model config."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.logits_scaling: LogitsScaling = self.model.attn_logits_scaling
-        self.method: Literal["all_gather", "ring"] = "ring" if self.config.cp_comm_type == "p2p" else "all_gather"
+        self.method: Literal["all_gather", "ring"] = (
+            "ring" if self.config.cp_comm_type == "p2p" else "all_gather"
+        )
 
-    def mix(self, parts: dict[str, Tensor], rotary_pos_emb: Tensor | None, document_ids: Tensor | None) -> Tensor:
+    def mix(
+        self, parts: dict[str, Tensor], rotary_pos_emb: Tensor | None, document_ids: Tensor | None
+    ) -> Tensor:
         """Attention over all earlier positions, then the gate."""
         angles = rotary_pos_emb if self.model.attn_use_rope else None
-        q, k, v = self.q_norm(self.heads(parts["q"]), angles), self.k_norm(self.heads(parts["k"]), angles), self.heads(parts["v"])
+        q = self.q_norm(self.heads(parts["q"]), angles)
+        k = self.k_norm(self.heads(parts["k"]), angles)
+        v = self.heads(parts["v"])
         if self.logits_scaling is not None:
-            scale = logits_scale(self.logits_scaling, local_positions(q.shape[0], self.context_group, q.device), q.dtype)
+            scale = logits_scale(
+                self.logits_scaling,
+                local_positions(q.shape[0], self.context_group, q.device),
+                q.dtype,
+            )
             assert scale is not None
             q = q * scale[:, None, None, None]
         q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # the op's order: [b, t, heads, head_dim]
         o = context_softmax_attn(
-            q, k, v, scale=1.0 / math.sqrt(self.head_dim), group=self.context_group, document_ids=document_ids, method=self.method
+            q,
+            k,
+            v,
+            scale=1.0 / math.sqrt(self.head_dim),
+            group=self.context_group,
+            document_ids=document_ids,
+            method=self.method,
         )
         o = o.transpose(0, 1).flatten(-2)
         return sigmoid_gate(o, parts["gate"]) if "gate" in parts else o

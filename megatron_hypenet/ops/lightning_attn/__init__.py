@@ -1,8 +1,13 @@
-"""Lightning Attention: `lightning_attn` is the front; `naive` is the definition, `chunked` the torch form, `recurrent` one decode step.
+"""Lightning Attention: `lightning_attn` is the front; `naive` is the definition, `chunked` the
+torch form, `recurrent` one decode step.
 
-All share one contract: q, k [b, t, h, k], v [b, t, h, v], log_decay [h] (fp32 or wider), state [b, h, k, v] -> (o, final state)."""
+All share one contract: q, k [b, t, h, k], v [b, t, h, v], log_decay [h] (fp32 or wider), state [b,
+h, k, v] -> (o, final state)."""
 
-from megatron_hypenet.ops.lightning_attn.chunked import chunked_lightning_attn, chunked_lightning_state
+from megatron_hypenet.ops.lightning_attn.chunked import (
+    chunked_lightning_attn,
+    chunked_lightning_state,
+)
 from megatron_hypenet.ops.lightning_attn.dispatch import lightning_attn, lightning_state
 from megatron_hypenet.ops.lightning_attn.naive import naive_lightning_attn
 from megatron_hypenet.ops.lightning_attn.recurrent import recurrent_lightning_attn_step

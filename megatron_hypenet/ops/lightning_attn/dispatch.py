@@ -1,4 +1,5 @@
-"""The front of Lightning Attention: one signature, the fastest form that runs where the tensors are."""
+"""The front of Lightning Attention: one signature, the fastest form that runs where the tensors
+are."""
 
 from __future__ import annotations
 
@@ -8,7 +9,10 @@ import torch
 from torch import Tensor
 
 from megatron_hypenet.ops.kernels import KernelUse, enabled, kernel_family
-from megatron_hypenet.ops.lightning_attn.chunked import chunked_lightning_attn, chunked_lightning_state
+from megatron_hypenet.ops.lightning_attn.chunked import (
+    chunked_lightning_attn,
+    chunked_lightning_state,
+)
 
 if TYPE_CHECKING:
     from megatron_hypenet.ops.selftest import KernelCheck
@@ -25,7 +29,13 @@ def _check(where: torch.device, use: KernelUse) -> KernelCheck:
     pieces = use.thorough or use.context_ranks > 1
     sizes = {"tokens": 1000} if use.thorough else {}
     return selftest.check_lightning(
-        where, use.dtype, head_dim=use.head_dim, documents=use.documents, states=use.thorough, pieces=pieces, **sizes
+        where,
+        use.dtype,
+        head_dim=use.head_dim,
+        documents=use.documents,
+        states=use.thorough,
+        pieces=pieces,
+        **sizes,
     )
 
 
@@ -45,20 +55,29 @@ def lightning_attn(
     initial_state: Tensor | None = None,
     document_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """q, k [b, t, h, k], v [b, t, h, v], log_decay [h] (fp32 or wider, <= 0) -> o [b, t, h, v] in q's dtype, final state [b, h, k, v].
+    """q, k [b, t, h, k], v [b, t, h, v], log_decay [h] (fp32 or wider, <= 0) -> o [b, t, h, v] in
+    q's dtype, final state [b, h, k, v].
 
-    `document_ids` [b, t] (integer, non-decreasing along t) separates packed documents. `initial_state` belongs to the document of the
-    row's first token, the final state to that of its last token. Accumulates and returns the state in fp32, in fp64 for fp64 inputs.
-    Gradients reach q, k, v and initial_state, from o and from the final state; log_decay is a constant."""
+    `document_ids` [b, t] (integer, non-decreasing along t) separates packed documents.
+    `initial_state` belongs to the document of the row's first token, the final state to that of its
+    last token. Accumulates and returns the state in fp32, in fp64 for fp64 inputs. Gradients reach
+    q, k, v and initial_state, from o and from the final state; log_decay is a constant."""
     if runs_kernels(q, v) and scale != 0:
         from megatron_hypenet.ops.lightning_attn.triton import triton_lightning_attn
 
-        return triton_lightning_attn(q, k, v, log_decay, scale=scale, initial_state=initial_state, document_ids=document_ids)
-    return chunked_lightning_attn(q, k, v, log_decay, scale=scale, initial_state=initial_state, document_ids=document_ids)
+        return triton_lightning_attn(
+            q, k, v, log_decay, scale=scale, initial_state=initial_state, document_ids=document_ids
+        )
+    return chunked_lightning_attn(
+        q, k, v, log_decay, scale=scale, initial_state=initial_state, document_ids=document_ids
+    )
 
 
-def lightning_state(k: Tensor, v: Tensor, log_decay: Tensor, *, document_ids: Tensor | None = None) -> Tensor:
-    """The final state of `lightning_attn` from a zero state, without outputs: k [b, t, h, k], v [b, t, h, v] -> [b, h, k, v]."""
+def lightning_state(
+    k: Tensor, v: Tensor, log_decay: Tensor, *, document_ids: Tensor | None = None
+) -> Tensor:
+    """The final state of `lightning_attn` from a zero state, without outputs: k [b, t, h, k], v [b,
+    t, h, v] -> [b, h, k, v]."""
     if runs_kernels(k, v):
         from megatron_hypenet.ops.lightning_attn.triton import triton_lightning_state
 
@@ -67,11 +86,18 @@ def lightning_state(k: Tensor, v: Tensor, log_decay: Tensor, *, document_ids: Te
 
 
 def runs_kernels(q: Tensor, v: Tensor) -> bool:
-    """Whether the Triton kernels take these tensors [b, t, h, d]: on CUDA, bf16, fp16 or fp32, key and value dims up to 256, not disabled.
+    """Whether the Triton kernels take these tensors [b, t, h, d]: on CUDA, bf16, fp16 or fp32, key
+    and value dims up to 256, not disabled.
 
     Triton is imported only here and only then: a machine without a GPU need not have it."""
-    dims, sequences = max(q.shape[-1], v.shape[-1]), q.shape[0] * q.shape[2]
-    return q.is_cuda and enabled("lightning_attn") and kernel_fits(q.dtype, dims) and sequences <= KERNEL_MAX_SEQUENCES
+    dims = max(q.shape[-1], v.shape[-1])
+    sequences = q.shape[0] * q.shape[2]
+    return (
+        q.is_cuda
+        and enabled("lightning_attn")
+        and kernel_fits(q.dtype, dims)
+        and sequences <= KERNEL_MAX_SEQUENCES
+    )
 
 
 def kernel_fits(dtype: torch.dtype, head_dim: int) -> bool:

@@ -1,7 +1,7 @@
 """Lightning Attention, one token at a time: the definition every faster form is tested against.
 
-Source: MODEL equation `S_t = gamma S_(t-1) + k_t v_t^T`, `o_t = scale q_t S_t` (arXiv 2601.22156). Never casts: float64 in, float64 out.
-Shapes: b batch, t tokens, h heads, k key dim, v value dim."""
+Source: MODEL equation `S_t = gamma S_(t-1) + k_t v_t^T`, `o_t = scale q_t S_t` (arXiv 2601.22156).
+Never casts: float64 in, float64 out. Shapes: b batch, t tokens, h heads, k key dim, v value dim."""
 
 import torch
 from torch import Tensor
@@ -17,10 +17,12 @@ def naive_lightning_attn(
     initial_state: Tensor | None = None,
     document_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """q, k [b, t, h, k], v [b, t, h, v], log_decay [h] (per token, <= 0) -> o [b, t, h, v], final state [b, h, k, v].
+    """q, k [b, t, h, k], v [b, t, h, v], log_decay [h] (per token, <= 0) -> o [b, t, h, v], final
+    state [b, h, k, v].
 
-    `document_ids` [b, t], non-decreasing along t: the state is cleared where the id changes, so no token sees another document.
-    `initial_state` belongs to the document of the first token, the final state to that of the last."""
+    `document_ids` [b, t], non-decreasing along t: the state is cleared where the id changes, so no
+    token sees another document. `initial_state` belongs to the document of the first token, the
+    final state to that of the last."""
     b, t, h, dk = q.shape
     state = q.new_zeros(b, h, dk, v.shape[-1]) if initial_state is None else initial_state
     decay = log_decay.to(q.device, q.dtype).exp()[:, None, None]

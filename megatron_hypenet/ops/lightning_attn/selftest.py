@@ -1,4 +1,5 @@
-"""The kernels of Lightning Attention, alone and as a whole mixer, against their definitions in float64: see `ops.selftest`."""
+"""The kernels of Lightning Attention, alone and as a whole mixer, against their definitions in
+float64: see `ops.selftest`."""
 
 from collections.abc import Callable
 
@@ -7,54 +8,127 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_hypenet.ops.decay import log_decay
-from megatron_hypenet.ops.lightning_attn.chunked import chunked_lightning_attn, chunked_lightning_state
+from megatron_hypenet.ops.lightning_attn.chunked import (
+    chunked_lightning_attn,
+    chunked_lightning_state,
+)
 from megatron_hypenet.ops.rope import apply_rope
-from megatron_hypenet.ops.selftest import EPS, PRODUCT_LIMITS, TF32_LIMIT, KernelCheck, Pairs, check, drawer, with_gradients
+from megatron_hypenet.ops.selftest import (
+    EPS,
+    PRODUCT_LIMITS,
+    TF32_LIMIT,
+    KernelCheck,
+    Pairs,
+    check,
+    drawer,
+    with_gradients,
+)
 
 MIX_LIMITS = {torch.bfloat16: 1.2e-2, torch.float16: 2e-3, torch.float32: 1e-5}
-"""Largest accepted relative errors of the fused mixer: it computes several operations, each of which rounds its result."""
+"""Largest accepted relative errors of the fused mixer: it computes several operations, each of
+which rounds its result."""
 
 
 def check_lightning(
-    device: torch.device, dtype: torch.dtype, *, head_dim: int, documents: bool, states: bool, pieces: bool, tokens: int = 1024
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    head_dim: int,
+    documents: bool,
+    states: bool,
+    pieces: bool,
+    tokens: int = 1024,
 ) -> KernelCheck:
-    """Output and all gradients, with every way that the kernels reach memory here. `states`: a state enters and the final one is used;
-    `pieces`: also the state alone, as context parallelism sends it. 1024 tokens are several segments."""
+    """Output and all gradients, with every way that the kernels reach memory here. `states`: a
+    state enters and the final one is used; `pieces`: also the state alone, as context parallelism
+    sends it. 1024 tokens are several segments."""
 
     def run() -> Pairs:
-        from megatron_hypenet.ops.lightning_attn.triton import triton_lightning_attn, triton_lightning_state, ways
+        from megatron_hypenet.ops.lightning_attn.triton import (
+            triton_lightning_attn,
+            triton_lightning_state,
+            ways,
+        )
 
-        heads, draw = 4, drawer(device)
+        heads = 4
+        draw = drawer(device)
         q, k = (draw(tokens, 1, heads, head_dim).to(dtype).transpose(0, 1) for _ in range(2))
-        v = draw(tokens, 1, 2 * heads * head_dim).to(dtype)[..., : heads * head_dim].unflatten(-1, (heads, head_dim)).transpose(0, 1)
+        v = (
+            draw(tokens, 1, 2 * heads * head_dim)
+            .to(dtype)[..., : heads * head_dim]
+            .unflatten(-1, (heads, head_dim))
+            .transpose(0, 1)
+        )
         do = draw(tokens, 1, heads, head_dim).to(dtype).transpose(0, 1)
-        entering, leaving = (draw(1, heads, head_dim, head_dim) if states else None for _ in range(2))
-        ids = (torch.arange(tokens, device=device) * 10 // (3 * tokens)).int()[None] if documents else None
+        entering, leaving = (
+            draw(1, heads, head_dim, head_dim) if states else None for _ in range(2)
+        )
+        ids = (
+            (torch.arange(tokens, device=device) * 10 // (3 * tokens)).int()[None]
+            if documents
+            else None
+        )
         decay = log_decay(heads)
 
-        def found(op: Callable[..., tuple[Tensor, Tensor]], state: Callable[..., Tensor], wide: torch.dtype | None) -> list[Tensor]:
-            inputs = [x.detach().to(wide or x.dtype).requires_grad_() for x in (q, k, v, *([] if entering is None else [entering]))]
+        def found(
+            op: Callable[..., tuple[Tensor, Tensor]],
+            state: Callable[..., Tensor],
+            wide: torch.dtype | None,
+        ) -> list[Tensor]:
+            inputs = [
+                x.detach().to(wide or x.dtype).requires_grad_()
+                for x in (q, k, v, *([] if entering is None else [entering]))
+            ]
             initial = inputs[3] if states else None
-            o, final = op(*inputs[:3], decay, scale=head_dim**-0.5, initial_state=initial, document_ids=ids)
-            outputs, gradients = ([o], [do.to(o.dtype)]) if leaving is None else ([o, final], [do.to(o.dtype), leaving.to(final.dtype)])
+            o, final = op(
+                *inputs[:3], decay, scale=head_dim**-0.5, initial_state=initial, document_ids=ids
+            )
+            outputs, gradients = (
+                ([o], [do.to(o.dtype)])
+                if leaving is None
+                else ([o, final], [do.to(o.dtype), leaving.to(final.dtype)])
+            )
             together = [*outputs, *torch.autograd.grad(outputs, inputs, gradients)]
             return [*together, *([state(*inputs[1:3], decay, document_ids=ids)] if pieces else [])]
 
-        names = ["o", *(["final state"] if states else []), "dq", "dk", "dv", *(["d initial state"] if states else []), "state alone"]
+        names = [
+            "o",
+            *(["final state"] if states else []),
+            "dq",
+            "dk",
+            "dv",
+            *(["d initial state"] if states else []),
+            "state alone",
+        ]
         wanted = found(chunked_lightning_attn, chunked_lightning_state, torch.float64)
         pairs: Pairs = {}
         for label, way in ways(device).items():
             with way:
                 got = found(triton_lightning_attn, triton_lightning_state, None)
-            pairs |= {name + label: (x.detach(), want.detach()) for name, x, want in zip(names, got, wanted, strict=False)}
+            pairs |= {
+                name + label: (x.detach(), want.detach())
+                for name, x, want in zip(names, got, wanted, strict=False)
+            }
         return pairs
 
-    limit = TF32_LIMIT if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else PRODUCT_LIMITS[dtype]
-    return check(f"lightning_attn head_dim {head_dim}{' packed' if documents else ''}", dtype, limit, run)
+    limit = (
+        TF32_LIMIT
+        if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+        else PRODUCT_LIMITS[dtype]
+    )
+    return check(
+        f"lightning_attn head_dim {head_dim}{' packed' if documents else ''}", dtype, limit, run
+    )
 
 
 def check_lightning_mix(
-    device: torch.device, dtype: torch.dtype, *, head_dim: int, heads: int = 4, documents: bool, tokens: int = 600
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    head_dim: int,
+    heads: int = 4,
+    documents: bool,
+    tokens: int = 600,
 ) -> KernelCheck:
     """Output and gradients of the whole mixer between its projections, in several segments."""
 
@@ -62,23 +136,50 @@ def check_lightning_mix(
         from megatron_hypenet.ops.lightning_attn.triton import ways
         from megatron_hypenet.ops.lightning_mix import lightning_mix
 
-        draw, width, decay = drawer(device), heads * head_dim, log_decay(heads)
-        projected, dy = draw(tokens, 1, 4 * width).to(dtype), draw(tokens, 1, width).to(dtype)
-        weights = {name: (1 + 0.1 * draw(size)).to(dtype) for name, size in (("wq", head_dim), ("wk", head_dim), ("wo", width))}
-        half = torch.linspace(0, 2000, tokens, device=device)[:, None] * 1e4 ** -torch.linspace(0, 1, head_dim // 2, device=device)
+        draw = drawer(device)
+        width = heads * head_dim
+        decay = log_decay(heads)
+        projected = draw(tokens, 1, 4 * width).to(dtype)
+        dy = draw(tokens, 1, width).to(dtype)
+        weights = {
+            name: (1 + 0.1 * draw(size)).to(dtype)
+            for name, size in (("wq", head_dim), ("wk", head_dim), ("wo", width))
+        }
+        half = torch.linspace(0, 2000, tokens, device=device)[:, None] * 1e4 ** -torch.linspace(
+            0, 1, head_dim // 2, device=device
+        )
         angles = torch.cat((half, half), -1)[:, None, None]
-        ids = (torch.arange(tokens, device=device) * 10 // (3 * tokens)).int()[None] if documents else None
+        ids = (
+            (torch.arange(tokens, device=device) * 10 // (3 * tokens)).int()[None]
+            if documents
+            else None
+        )
 
         def exact(projected: Tensor, wq: Tensor, wk: Tensor, wo: Tensor) -> Tensor:
             q, k, v, gate = projected.chunk(4, -1)
             q, k, v = (x.unflatten(-1, (heads, head_dim)) for x in (q, k, v))
-            q, k = (apply_rope(F.rms_norm(x, (head_dim,), w, EPS), angles.double()) for x, w in ((q, wq), (k, wk)))
+            q, k = (
+                apply_rope(F.rms_norm(x, (head_dim,), w, EPS), angles.double())
+                for x, w in ((q, wq), (k, wk))
+            )
             q, k, v = (x.transpose(0, 1) for x in (q, k, v))
             o, _ = chunked_lightning_attn(q, k, v, decay, scale=head_dim**-0.5, document_ids=ids)
-            return F.rms_norm(o.transpose(0, 1).flatten(-2), (width,), wo, EPS) * torch.sigmoid(gate)
+            return F.rms_norm(o.transpose(0, 1).flatten(-2), (width,), wo, EPS) * torch.sigmoid(
+                gate
+            )
 
         def fused(projected: Tensor, wq: Tensor, wk: Tensor, wo: Tensor) -> Tensor:
-            return lightning_mix(projected, wq, wk, wo, angles, decay, scale=head_dim**-0.5, eps=EPS, document_ids=ids)
+            return lightning_mix(
+                projected,
+                wq,
+                wk,
+                wo,
+                angles,
+                decay,
+                scale=head_dim**-0.5,
+                eps=EPS,
+                document_ids=ids,
+            )
 
         pairs: Pairs = {}
         for label, way in ways(device).items():
@@ -87,5 +188,11 @@ def check_lightning_mix(
             pairs |= {name + label: pair for name, pair in found.items()}
         return pairs
 
-    limit = TF32_LIMIT if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else MIX_LIMITS[dtype]
-    return check(f"lightning_mix head_dim {head_dim}{' packed' if documents else ''}", dtype, limit, run)
+    limit = (
+        TF32_LIMIT
+        if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+        else MIX_LIMITS[dtype]
+    )
+    return check(
+        f"lightning_mix head_dim {head_dim}{' packed' if documents else ''}", dtype, limit, run
+    )

@@ -1,7 +1,8 @@
 """Lightning Attention on a GPU: what the Triton kernels are given, and their gradients.
 
-Forward and backward recompute everything but one state per segment. No atomics: the same inputs give the same bits.
-Under `torch.compile` each launch is a custom operator, so the graph stays whole."""
+Forward and backward recompute everything but one state per segment. No atomics: the same inputs
+give the same bits. Under `torch.compile` each launch is a custom operator, so the graph stays
+whole."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -13,8 +14,19 @@ import triton
 from torch import Tensor
 
 from megatron_hypenet.ops.lightning_attn.triton_dkdv import dkdv_kernel
-from megatron_hypenet.ops.lightning_attn.triton_plan import H100, Blocks, Gpu, Plan, make_plan, power_of_two
-from megatron_hypenet.ops.lightning_attn.triton_scan import combine_kernel, scan_kernel, segment_states_kernel
+from megatron_hypenet.ops.lightning_attn.triton_plan import (
+    H100,
+    Blocks,
+    Gpu,
+    Plan,
+    make_plan,
+    power_of_two,
+)
+from megatron_hypenet.ops.lightning_attn.triton_scan import (
+    combine_kernel,
+    scan_kernel,
+    segment_states_kernel,
+)
 from megatron_hypenet.ops.lightning_attn.triton_tiles import DESCRIPTORS, MASKED, WHOLE
 
 try:
@@ -24,9 +36,9 @@ except ImportError:  # Triton before 3.4
 
 LOG2_E = 1.4426950408889634
 SMALL_BYTES = 2**25
-"""Up to this size of q, kernels launched one by one use pointers: making descriptors costs the host more than they save the GPU (8 x 512
-tokens, 16 heads of 128 on an H100: 0.73 ms forward and backward against 1.29, of which the GPU works 0.17 and 0.12). A CUDA graph makes
-them once."""
+"""Up to this size of q, kernels launched one by one use pointers: making descriptors costs the host
+more than they save the GPU (8 x 512 tokens, 16 heads of 128 on an H100: 0.73 ms forward and
+backward against 1.29, of which the GPU works 0.17 and 0.12). A CUDA graph makes them once."""
 _small_bytes = SMALL_BYTES
 
 
@@ -40,14 +52,18 @@ def triton_lightning_attn(
     initial_state: Tensor | None = None,
     document_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The contract of `dispatch.lightning_attn` for bf16, fp16 and fp32 on CUDA, key and value dims up to 256, scale not 0.
+    """The contract of `dispatch.lightning_attn` for bf16, fp16 and fp32 on CUDA, key and value dims
+    up to 256, scale not 0.
 
-    Products of fp32 inputs follow `torch.get_float32_matmul_precision()`; sums and states are fp32 always."""
+    Products of fp32 inputs follow `torch.get_float32_matmul_precision()`; sums and states are fp32
+    always."""
     decay = _log2_decay(log_decay, q.device)
     return _LightningAttn.apply(q, k, v, decay, float(scale), initial_state, _ids(document_ids))
 
 
-def triton_lightning_state(k: Tensor, v: Tensor, log_decay: Tensor, *, document_ids: Tensor | None = None) -> Tensor:
+def triton_lightning_state(
+    k: Tensor, v: Tensor, log_decay: Tensor, *, document_ids: Tensor | None = None
+) -> Tensor:
     """The contract of `dispatch.lightning_state`, for the same tensors."""
     return _LightningState.apply(k, v, _log2_decay(log_decay, k.device), _ids(document_ids))
 
@@ -55,13 +71,21 @@ def triton_lightning_state(k: Tensor, v: Tensor, log_decay: Tensor, *, document_
 class _LightningAttn(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, scale: float, initial: Tensor | None, ids: Tensor | None
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        decay: Tensor,
+        scale: float,
+        initial: Tensor | None,
+        ids: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         q, k, v = (_dense_rows(x) for x in (q, k, v))
         initial_fp32 = None if initial is None else initial.float().contiguous()
         o, final, states = _pick(forward, _forward_op)(q, k, v, decay, scale, initial_fp32, ids)
         ctx.save_for_backward(q, k, v, decay, states, initial_fp32, ids)
-        ctx.scale, ctx.initial_dtype = scale, None if initial is None else initial.dtype
+        ctx.scale = scale
+        ctx.initial_dtype = None if initial is None else initial.dtype
         ctx.set_materialize_grads(False)
         return o, final
 
@@ -70,8 +94,18 @@ class _LightningAttn(torch.autograd.Function):
         q, k, v, decay, states, initial, ids = ctx.saved_tensors
         do = torch.zeros_like(v) if do is None else _dense_rows(do)
         dfinal = None if dfinal is None else dfinal.float().contiguous()
-        dq, dk, dv, dinitial = _pick(_backward, _backward_op)(q, k, v, do, decay, ctx.scale, states, initial, dfinal, ids)
-        return dq, dk, dv, None, None, None if ctx.initial_dtype is None else dinitial.to(ctx.initial_dtype), None
+        dq, dk, dv, dinitial = _pick(_backward, _backward_op)(
+            q, k, v, do, decay, ctx.scale, states, initial, dfinal, ids
+        )
+        return (
+            dq,
+            dk,
+            dv,
+            None,
+            None,
+            None if ctx.initial_dtype is None else dinitial.to(ctx.initial_dtype),
+            None,
+        )
 
 
 class _LightningState(torch.autograd.Function):
@@ -96,7 +130,13 @@ class _LightningState(torch.autograd.Function):
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, scale: float, initial: Tensor | None, ids: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    scale: float,
+    initial: Tensor | None,
+    ids: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """o, the final state, and the states of the segments (empty when there is one segment)."""
     plan = _plan(q, v)
@@ -104,7 +144,9 @@ def forward(
     states = _segment_states(k, v, decay, ids, plan, reverse=False)
     o = _empty_like_rows(q, v.shape[-1])
     final = q.new_empty(b, h, dk, v.shape[-1], dtype=torch.float32)
-    _scan(q, k, v, o, states, initial, final, decay, ids, scale, plan, reverse=False, transposed=False)
+    _scan(
+        q, k, v, o, states, initial, final, decay, ids, scale, plan, reverse=False, transposed=False
+    )
     return o, final, states
 
 
@@ -120,7 +162,8 @@ def _backward(
     dfinal: Tensor | None,
     ids: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv and the gradient of the initial state (empty without one). `states` are those of `forward`."""
+    """dq, dk, dv and the gradient of the initial state (empty without one). `states` are those of
+    `forward`."""
     dq, dk, dv = (_empty_like_rows(x, x.shape[-1]) for x in (q, k, v))
     dinitial = None if initial is None else torch.empty_like(initial)
     backward_into(q, k, v, do, decay, scale, states, initial, dfinal, ids, dq, dk, dv, dinitial)
@@ -143,23 +186,58 @@ def backward_into(
     dv: Tensor,
     dinitial: Tensor | None,
 ) -> None:
-    """Fill dq, dk, dv (any strides, each head's numbers side by side) and, with an initial state, dinitial."""
+    """Fill dq, dk, dv (any strides, each head's numbers side by side) and, with an initial state,
+    dinitial."""
     plan = _plan(q, v)
-    _scan(do, v, k, dq, states, initial, None, decay, ids, scale, plan, reverse=False, transposed=True)
-    outer = None if dfinal is None else dfinal / scale  # the reverse scans carry the state gradient divided by scale
+    _scan(
+        do, v, k, dq, states, initial, None, decay, ids, scale, plan, reverse=False, transposed=True
+    )
+    # the reverse scans carry the state gradient divided by scale
+    outer = None if dfinal is None else dfinal / scale
     reverse_states = _segment_states(q, do, decay, ids, plan, reverse=True)
     if plan.dkdv is not None:
-        _dkdv(q, k, v, do, dk, dv, reverse_states, outer, dinitial, decay, ids, scale, plan, plan.dkdv)
+        _dkdv(
+            q, k, v, do, dk, dv, reverse_states, outer, dinitial, decay, ids, scale, plan, plan.dkdv
+        )
     else:
-        _scan(k, q, do, dv, reverse_states, outer, dinitial, decay, ids, scale, plan, reverse=True, transposed=False)
-        _scan(v, do, q, dk, reverse_states, outer, None, decay, ids, scale, plan, reverse=True, transposed=True)
+        _scan(
+            k,
+            q,
+            do,
+            dv,
+            reverse_states,
+            outer,
+            dinitial,
+            decay,
+            ids,
+            scale,
+            plan,
+            reverse=True,
+            transposed=False,
+        )
+        _scan(
+            v,
+            do,
+            q,
+            dk,
+            reverse_states,
+            outer,
+            None,
+            decay,
+            ids,
+            scale,
+            plan,
+            reverse=True,
+            transposed=True,
+        )
         if dinitial is not None:
             dinitial *= scale
 
 
 def _final_state(k: Tensor, v: Tensor, decay: Tensor, ids: Tensor | None) -> Tensor:
     """[b, h, k, v], fp32."""
-    plan, blocks = _plan(k, v), _plan(k, v).states
+    plan = _plan(k, v)
+    blocks = _plan(k, v).states
     b, t, h, dk = k.shape
     dv = v.shape[-1]
     states = _segment_states(k, v, decay, ids, plan, reverse=False, always=True)
@@ -167,27 +245,65 @@ def _final_state(k: Tensor, v: Tensor, decay: Tensor, ids: Tensor | None) -> Ten
         return states.view(b, h, dk, dv)
     final = k.new_empty(b, h, dk, dv, dtype=torch.float32)
     combine_kernel[(triton.cdiv(dv, blocks.columns), b * h)](
-        states, final, decay, decay if ids is None else ids, t, h, plan.segment_tokens, plan.num_segments,
-        dim_x=dk, dim_z=dv, block_x=power_of_two(dk), block_z=blocks.columns, documents=ids is not None, num_warps=blocks.warps,
-    )  # fmt: skip
+        states,
+        final,
+        decay,
+        decay if ids is None else ids,
+        t,
+        h,
+        plan.segment_tokens,
+        plan.num_segments,
+        dim_x=dk,
+        dim_z=dv,
+        block_x=power_of_two(dk),
+        block_z=blocks.columns,
+        documents=ids is not None,
+        num_warps=blocks.warps,
+    )
     return final
 
 
-def _segment_states(y: Tensor, z: Tensor, decay: Tensor, ids: Tensor | None, plan: Plan, *, reverse: bool, always: bool = False) -> Tensor:
+def _segment_states(
+    y: Tensor,
+    z: Tensor,
+    decay: Tensor,
+    ids: Tensor | None,
+    plan: Plan,
+    *,
+    reverse: bool,
+    always: bool = False,
+) -> Tensor:
     """[b*h, segments, y dim, z dim], fp32; empty when a single segment has no other to tell."""
     b, t, h, dy = y.shape
-    dz, blocks = z.shape[-1], plan.states
+    dz = z.shape[-1]
+    blocks = plan.states
     if plan.num_segments == 1 and not always:
         return y.new_empty(0, dtype=torch.float32)
     states = y.new_empty(b * h, plan.num_segments, dy, dz, dtype=torch.float32)
     access = _access((y, z), t % blocks.chunk == 0)
     segment_states_kernel[(triton.cdiv(dz, blocks.columns), b * h, plan.num_segments)](
         *_tiles((y, power_of_two(dy)), (z, blocks.columns), chunk=blocks.chunk, access=access),
-        states, decay, decay if ids is None else ids, t, h, plan.segment_tokens, plan.num_segments, *y.stride()[:3], *z.stride()[:3],
-        dim_x=dy, dim_z=dz, block_x=power_of_two(dy), block_z=blocks.columns, chunk=blocks.chunk, reverse=reverse,
-        documents=ids is not None, access=access, precision=plan.precision,
-        num_warps=blocks.warps, num_stages=blocks.stages,
-    )  # fmt: skip
+        states,
+        decay,
+        decay if ids is None else ids,
+        t,
+        h,
+        plan.segment_tokens,
+        plan.num_segments,
+        *y.stride()[:3],
+        *z.stride()[:3],
+        dim_x=dy,
+        dim_z=dz,
+        block_x=power_of_two(dy),
+        block_z=blocks.columns,
+        chunk=blocks.chunk,
+        reverse=reverse,
+        documents=ids is not None,
+        access=access,
+        precision=plan.precision,
+        num_warps=blocks.warps,
+        num_stages=blocks.stages,
+    )
     return states
 
 
@@ -207,19 +323,51 @@ def _scan(
     reverse: bool,
     transposed: bool,
 ) -> None:
-    """Fill `out` and, where given, `final`. `transposed`: x holds values and z keys, so states [k, v] are read as [z, x]."""
+    """Fill `out` and, where given, `final`. `transposed`: x holds values and z keys, so states [k,
+    v] are read as [z, x]."""
     b, t, h, dx = x.shape
-    dz, bx, blocks = z.shape[-1], power_of_two(dx), plan.scan
+    dz = z.shape[-1]
+    bx = power_of_two(dx)
+    blocks = plan.scan
     access = _access((x, y, z, out), t % blocks.chunk == 0)
     scan_kernel[(triton.cdiv(dz, blocks.columns), b * h, plan.num_segments)](
-        *_tiles((x, bx), (y, bx), (z, blocks.columns), (out, blocks.columns), chunk=blocks.chunk, access=access),
-        states, decay if outer is None else outer, decay if final is None else final, decay,
-        decay if ids is None else ids, scale, t, h, plan.segment_tokens, plan.num_segments,
-        *x.stride()[:3], *y.stride()[:3], *z.stride()[:3], *out.stride()[:3], *((1, dx) if transposed else (dz, 1)),
-        dim_x=dx, dim_z=dz, block_x=bx, block_z=blocks.columns, chunk=blocks.chunk, reverse=reverse,
-        documents=ids is not None, has_outer=outer is not None, wants_final=final is not None, access=access,
-        precision=plan.precision, num_warps=blocks.warps, num_stages=blocks.stages,
-    )  # fmt: skip
+        *_tiles(
+            (x, bx),
+            (y, bx),
+            (z, blocks.columns),
+            (out, blocks.columns),
+            chunk=blocks.chunk,
+            access=access,
+        ),
+        states,
+        decay if outer is None else outer,
+        decay if final is None else final,
+        decay,
+        decay if ids is None else ids,
+        scale,
+        t,
+        h,
+        plan.segment_tokens,
+        plan.num_segments,
+        *x.stride()[:3],
+        *y.stride()[:3],
+        *z.stride()[:3],
+        *out.stride()[:3],
+        *((1, dx) if transposed else (dz, 1)),
+        dim_x=dx,
+        dim_z=dz,
+        block_x=bx,
+        block_z=blocks.columns,
+        chunk=blocks.chunk,
+        reverse=reverse,
+        documents=ids is not None,
+        has_outer=outer is not None,
+        wants_final=final is not None,
+        access=access,
+        precision=plan.precision,
+        num_warps=blocks.warps,
+        num_stages=blocks.stages,
+    )
 
 
 def _dkdv(
@@ -241,16 +389,45 @@ def _dkdv(
     """Fill `dk`, `dv` and, where given, `final`, the gradient of the initial state."""
     b, t, h, dim_k = q.shape
     dim_v = v.shape[-1]
-    bk, bv, access = power_of_two(dim_k), power_of_two(dim_v), _access((q, k, v, do, dk, dv), t % blocks.chunk == 0)
+    bk = power_of_two(dim_k)
+    bv = power_of_two(dim_v)
+    access = _access((q, k, v, do, dk, dv), t % blocks.chunk == 0)
     strides = [stride for x in (q, k, v, do, dk, dv) for stride in x.stride()[:3]]
     dkdv_kernel[(b * h, plan.num_segments)](
-        *_tiles((q, bk), (k, bk), (v, bv), (do, bv), (dk, bk), (dv, bv), chunk=blocks.chunk, access=access),
-        states, decay if outer is None else outer, decay if final is None else final, decay,
-        decay if ids is None else ids, scale, t, h, plan.segment_tokens, plan.num_segments, *strides,
-        dim_k=dim_k, dim_v=dim_v, block_k=bk, block_v=bv, chunk=blocks.chunk,
-        documents=ids is not None, has_outer=outer is not None, wants_final=final is not None, access=access,
-        precision=plan.precision, num_warps=blocks.warps, num_stages=blocks.stages,
-    )  # fmt: skip
+        *_tiles(
+            (q, bk),
+            (k, bk),
+            (v, bv),
+            (do, bv),
+            (dk, bk),
+            (dv, bv),
+            chunk=blocks.chunk,
+            access=access,
+        ),
+        states,
+        decay if outer is None else outer,
+        decay if final is None else final,
+        decay,
+        decay if ids is None else ids,
+        scale,
+        t,
+        h,
+        plan.segment_tokens,
+        plan.num_segments,
+        *strides,
+        dim_k=dim_k,
+        dim_v=dim_v,
+        block_k=bk,
+        block_v=bv,
+        chunk=blocks.chunk,
+        documents=ids is not None,
+        has_outer=outer is not None,
+        wants_final=final is not None,
+        access=access,
+        precision=plan.precision,
+        num_warps=blocks.warps,
+        num_stages=blocks.stages,
+    )
 
 
 _forward_op = torch.library.custom_op("hypenet::lightning_forward", forward, mutates_args=())
@@ -279,18 +456,26 @@ def _(k, v, decay, ids):  # type: ignore[no-untyped-def]
 
 
 def _pick(direct: Callable[..., Any], operator: Callable[..., Any]) -> Callable[..., Any]:
-    """The plain function in eager mode (an operator costs host time), the operator where a compiler is watching."""
+    """The plain function in eager mode (an operator costs host time), the operator where a compiler
+    is watching."""
     return operator if torch.compiler.is_compiling() else direct
 
 
 def _plan(q: Tensor, v: Tensor) -> Plan:
     b, t, h, dk = q.shape
-    return make_plan(batch=b, tokens=t, heads=h, dim_k=dk, dim_v=v.shape[-1], dtype=q.dtype, gpu=_gpu(q.device))
+    return make_plan(
+        batch=b, tokens=t, heads=h, dim_k=dk, dim_v=v.shape[-1], dtype=q.dtype, gpu=_gpu(q.device)
+    )
 
 
 def _access(tensors: tuple[Tensor, ...], whole: bool) -> int:
-    """Descriptors where the GPU and this Triton have them, the memory is aligned for them, and they pay; else pointers."""
-    if _has_descriptors(tensors[0].device) and _descriptors_pay(tensors[0]) and all(_aligned(x) for x in tensors):
+    """Descriptors where the GPU and this Triton have them, the memory is aligned for them, and they
+    pay; else pointers."""
+    if (
+        _has_descriptors(tensors[0].device)
+        and _descriptors_pay(tensors[0])
+        and all(_aligned(x) for x in tensors)
+    ):
         return int(DESCRIPTORS.value)
     return int(WHOLE.value if whole else MASKED.value)
 
@@ -298,8 +483,13 @@ def _access(tensors: tuple[Tensor, ...], whole: bool) -> int:
 @lru_cache
 def _has_descriptors(device: torch.device) -> bool:
     """Compute capability 9.0 or later, and a Triton that makes descriptors on the host."""
-    nvidia = device.type == "cuda" and torch.version.hip is None  # AMD's capabilities are other numbers
-    return TensorDescriptor is not None and nvidia and torch.cuda.get_device_capability(device) >= (9, 0)
+    # AMD's capabilities are other numbers
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return (
+        TensorDescriptor is not None
+        and nvidia
+        and torch.cuda.get_device_capability(device) >= (9, 0)
+    )
 
 
 def _descriptors_pay(x: Tensor) -> bool:
@@ -307,8 +497,12 @@ def _descriptors_pay(x: Tensor) -> bool:
 
 
 def ways(device: torch.device) -> dict[str, AbstractContextManager[None]]:
-    """For checks on small inputs: contexts in which these, too, are reached in every way that the kernels know on `device`, by a label."""
-    return {"": nullcontext(), **({" by descriptors": descriptors_for_all()} if _has_descriptors(device) else {})}
+    """For checks on small inputs: contexts in which these, too, are reached in every way that the
+    kernels know on `device`, by a label."""
+    return {
+        "": nullcontext(),
+        **({" by descriptors": descriptors_for_all()} if _has_descriptors(device) else {}),
+    }
 
 
 @contextmanager
@@ -325,18 +519,29 @@ def descriptors_for_all() -> Iterator[None]:
 def _aligned(x: Tensor) -> bool:
     """The accelerator's rule: start and strides are multiples of 16 bytes, and no stride is 0."""
     unit = 16 // x.element_size()
-    return x.data_ptr() % 16 == 0 and all(size == 1 or (s > 0 and s % unit == 0) for size, s in zip(x.shape[:3], x.stride(), strict=False))
+    return x.data_ptr() % 16 == 0 and all(
+        size == 1 or (s > 0 and s % unit == 0)
+        for size, s in zip(x.shape[:3], x.stride(), strict=False)
+    )
 
 
 def _tiles(*tensors: tuple[Tensor, int], chunk: int, access: int) -> list[Any]:
-    """What the kernels get for each (tensor, columns per tile): the tensor, or its descriptor for tiles of `chunk` tokens of one head."""
+    """What the kernels get for each (tensor, columns per tile): the tensor, or its descriptor for
+    tiles of `chunk` tokens of one head."""
     if access != DESCRIPTORS.value:
         return [x for x, _ in tensors]
     found = []
     for x, columns in tensors:
-        view = x.transpose(1, 2)  # [b, h, t, d]: a tile's outer dims are ones, so that it needs no shuffling to become a matrix
-        strides = [x.shape[-1] * 16 if size == 1 else stride for size, stride in zip(view.shape, view.stride(), strict=True)]
-        found.append(TensorDescriptor(x, list(view.shape), [*strides[:3], 1], [1, 1, chunk, columns]))
+        # [b, h, t, d]: a tile's outer dims are ones, so that it needs no shuffling to become a
+        # matrix
+        view = x.transpose(1, 2)
+        strides = [
+            x.shape[-1] * 16 if size == 1 else stride
+            for size, stride in zip(view.shape, view.stride(), strict=True)
+        ]
+        found.append(
+            TensorDescriptor(x, list(view.shape), [*strides[:3], 1], [1, 1, chunk, columns])
+        )
     return found
 
 
@@ -346,7 +551,8 @@ def _gpu(device: torch.device) -> Gpu:
     if device.type != "cuda":
         return H100
     properties = torch.cuda.get_device_properties(device)
-    shared = getattr(properties, "shared_memory_per_block_optin", None)  # torch 2.6 and builds for AMD do not say
+    # torch 2.6 and builds for AMD do not say
+    shared = getattr(properties, "shared_memory_per_block_optin", None)
     if shared is None:
         index = torch.cuda.current_device() if device.index is None else device.index
         shared = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
@@ -356,7 +562,8 @@ def _gpu(device: torch.device) -> Gpu:
 
 
 def _log2_decay(log_decay: Tensor, device: torch.device) -> Tensor:
-    """fp32 on the device, in powers of two. Decays kept on the CPU are copied to each device once: a mixer's never change."""
+    """fp32 on the device, in powers of two. Decays kept on the CPU are copied to each device once:
+    a mixer's never change."""
     if log_decay.device.type == "cpu" and not torch.compiler.is_compiling():
         return _constant(tuple(log_decay.tolist()), device)
     return (log_decay.double() * LOG2_E).float().to(device)
@@ -377,7 +584,8 @@ def _dense_rows(x: Tensor) -> Tensor:
 
 
 def _empty_like_rows(like: Tensor, dim: int) -> Tensor:
-    """[b, t, h, dim] with batch and tokens in the memory order of `like`, so that the caller's transpose back is free."""
+    """[b, t, h, dim] with batch and tokens in the memory order of `like`, so that the caller's
+    transpose back is free."""
     b, t, h, _ = like.shape
     if b > 1 and like.stride(0) < like.stride(1):
         return like.new_empty(t, b, h, dim).transpose(0, 1)

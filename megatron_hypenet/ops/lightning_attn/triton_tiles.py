@@ -1,22 +1,28 @@
-"""What the Lightning Attention kernels share: tiles of a sequence, decays inside a chunk, and the state that enters a segment.
+"""What the Lightning Attention kernels share: tiles of a sequence, decays inside a chunk, and the
+state that enters a segment.
 
-A long sequence is cut into segments, one program each, so that a single sequence fills the GPU. Each segment first leaves its own state
-(`triton_scan.segment_states_kernel`), and a program then sums the states of the segments before its own, decayed by their distance, until
-they no longer count. Sequences are [b, t, h, d] with any strides but a contiguous last dim; positions along t are int32, addresses int64.
-All decays are `exp2` of non-positive numbers: `log2_decay` [h] holds log2 of gamma."""
+A long sequence is cut into segments, one program each, so that a single sequence fills the GPU.
+Each segment first leaves its own state (`triton_scan.segment_states_kernel`), and a program then
+sums the states of the segments before its own, decayed by their distance, until they no longer
+count. Sequences are [b, t, h, d] with any strides but a contiguous last dim; positions along t are
+int32, addresses int64. All decays are `exp2` of non-positive numbers: `log2_decay` [h] holds log2
+of gamma."""
 
 import triton
 import triton.language as tl
 
-# Terms decayed below 2^-32 of their first weight are dropped: far under fp32's own rounding of the sum, 2^-24.
+# Terms decayed below 2^-32 of their first weight are dropped: far under fp32's own rounding of the
+# sum, 2^-24.
 NEGLIGIBLE_BITS = tl.constexpr(32.0)
 
-# Arguments that stay run-time numbers even where they are 1: a compile-time 1 changes types inside loops.
+# Arguments that stay run-time numbers even where they are 1: a compile-time 1 changes types inside
+# loops.
 SIZES = ["length", "heads", "segment_tokens", "num_segments"]
 
 
-# How a kernel reaches a sequence: pointers with masks, pointers to whole chunks only, or the tensor memory accelerator of Hopper, whose
-# descriptors know the bounds, and which needs neither registers nor instructions for addresses.
+# How a kernel reaches a sequence: pointers with masks, pointers to whole chunks only, or the tensor
+# memory accelerator of Hopper, whose descriptors know the bounds, and which needs neither registers
+# nor instructions for addresses.
 MASKED, WHOLE, DESCRIPTORS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
@@ -31,18 +37,32 @@ def head_of(tensor, bh, heads, stride_b, stride_h, access: tl.constexpr):
 
 @triton.jit
 def load_tile(
-    head, bh, heads, start, stride_t, length, first_col, dim: tl.constexpr, rows: tl.constexpr, cols: tl.constexpr, access: tl.constexpr
+    head,
+    bh,
+    heads,
+    start,
+    stride_t,
+    length,
+    first_col,
+    dim: tl.constexpr,
+    rows: tl.constexpr,
+    cols: tl.constexpr,
+    access: tl.constexpr,
 ):
-    """[rows, cols] of a head (from `head_of`) from token `start` and column `first_col`; zeros past the sequence and past the dim."""
+    """[rows, cols] of a head (from `head_of`) from token `start` and column `first_col`; zeros past
+    the sequence and past the dim."""
     if access == DESCRIPTORS:
         return head.load([bh // heads, bh % heads, start, first_col]).reshape(rows, cols)
     else:
-        row, col = tl.arange(0, rows), first_col + tl.arange(0, cols)
+        row = tl.arange(0, rows)
+        col = first_col + tl.arange(0, cols)
         at = head + start.to(tl.int64) * stride_t + row[:, None] * stride_t + col[None, :]
         if access == WHOLE and dim % cols == 0:
             return tl.load(at)
         else:
-            return tl.load(at, mask=(start + row < length)[:, None] & (col < dim)[None, :], other=0.0)
+            return tl.load(
+                at, mask=(start + row < length)[:, None] & (col < dim)[None, :], other=0.0
+            )
 
 
 @triton.jit
@@ -62,14 +82,22 @@ def store_tile(
 ):
     """The inverse of `load_tile`, in the dtype of the tensor."""
     if access == DESCRIPTORS:
-        head.store([bh // heads, bh % heads, start, first_col], value.to(head.dtype).reshape(1, 1, rows, cols))
+        head.store(
+            [bh // heads, bh % heads, start, first_col],
+            value.to(head.dtype).reshape(1, 1, rows, cols),
+        )
     else:
-        row, col = tl.arange(0, rows), first_col + tl.arange(0, cols)
+        row = tl.arange(0, rows)
+        col = first_col + tl.arange(0, cols)
         at = head + start.to(tl.int64) * stride_t + row[:, None] * stride_t + col[None, :]
         if access == WHOLE and dim % cols == 0:
             tl.store(at, value.to(head.dtype.element_ty))
         else:
-            tl.store(at, value.to(head.dtype.element_ty), mask=(start + row < length)[:, None] & (col < dim)[None, :])
+            tl.store(
+                at,
+                value.to(head.dtype.element_ty),
+                mask=(start + row < length)[:, None] & (col < dim)[None, :],
+            )
 
 
 @triton.jit
@@ -80,18 +108,30 @@ def load_ids(ids, start, length, rows: tl.constexpr):
 
 @triton.jit
 def state_at(
-    ptr, index, first_z, stride_x, stride_z, dim_x: tl.constexpr, dim_z: tl.constexpr, block_x: tl.constexpr, block_z: tl.constexpr
+    ptr,
+    index,
+    first_z,
+    stride_x,
+    stride_z,
+    dim_x: tl.constexpr,
+    dim_z: tl.constexpr,
+    block_x: tl.constexpr,
+    block_z: tl.constexpr,
 ):
-    """Pointers to state `index` of an array of [k, v] states, as rows of z from `first_z` on, [block_z, block_x], and their mask."""
-    z, x = first_z + tl.arange(0, block_z), tl.arange(0, block_x)
+    """Pointers to state `index` of an array of [k, v] states, as rows of z from `first_z` on,
+    [block_z, block_x], and their mask."""
+    z = first_z + tl.arange(0, block_z)
+    x = tl.arange(0, block_x)
     at = ptr + index.to(tl.int64) * (dim_x * dim_z) + z[:, None] * stride_z + x[None, :] * stride_x
     return at, (z < dim_z)[:, None] & (x < dim_x)[None, :]
 
 
 @triton.jit
 def pair_decay(decay, chunk: tl.constexpr, reverse: tl.constexpr):
-    """gamma^|i - j| of token i and the tokens j it sees, [chunk, chunk]: j <= i, or j >= i in a reverse scan."""
-    i, j = tl.arange(0, chunk)[:, None], tl.arange(0, chunk)[None, :]
+    """gamma^|i - j| of token i and the tokens j it sees, [chunk, chunk]: j <= i, or j >= i in a
+    reverse scan."""
+    i = tl.arange(0, chunk)[:, None]
+    j = tl.arange(0, chunk)[None, :]
     if reverse:
         i, j = j, i
     return tl.where(i >= j, tl.exp2(decay * tl.maximum(i - j, 0).to(tl.float32)), 0.0)
@@ -99,8 +139,9 @@ def pair_decay(decay, chunk: tl.constexpr, reverse: tl.constexpr):
 
 @triton.jit
 def edge_decays(decay, count, chunk: tl.constexpr, reverse: tl.constexpr):
-    """Of a chunk of `count` tokens: the weights with which its tokens see the state that enters, and with which they join the one that
-    leaves, each [chunk]. Forward: gamma^(i+1) and gamma^(count-1-i); a reverse scan exchanges them."""
+    """Of a chunk of `count` tokens: the weights with which its tokens see the state that enters,
+    and with which they join the one that leaves, each [chunk]. Forward: gamma^(i+1) and
+    gamma^(count-1-i); a reverse scan exchanges them."""
     i = tl.arange(0, chunk)
     from_start = tl.exp2(decay * (i + 1).to(tl.float32))
     to_end = tl.exp2(decay * tl.maximum(count - 1 - i, 0).to(tl.float32))
@@ -121,12 +162,15 @@ def entering_owner(ids, segment_index, segment_tokens, length, reverse: tl.const
 
 @triton.jit
 def entering_state(
-    states, outer, ids, owner, decay, bh, segment_index, num_segments, segment_tokens, length, first_z, stride_x, stride_z,
-    dim_x: tl.constexpr, dim_z: tl.constexpr, block_x: tl.constexpr, block_z: tl.constexpr, reverse: tl.constexpr,
+    states, outer, ids, owner, decay, bh, segment_index, num_segments, segment_tokens, length,
+    first_z, stride_x, stride_z,
+    dim_x: tl.constexpr, dim_z: tl.constexpr, block_x: tl.constexpr, block_z: tl.constexpr,
+    reverse: tl.constexpr,
     documents: tl.constexpr, has_outer: tl.constexpr,
 ):  # fmt: skip
-    """The state at the edge of a segment, fp32 [block_z, block_x]: `states` [b*h, segments, k, v] of the segments on the far side, nearest
-    first, and `outer` [b*h, k, v], the state at the far end of the sequence. A reverse scan comes from the right."""
+    """The state at the edge of a segment, fp32 [block_z, block_x]: `states` [b*h, segments, k, v]
+    of the segments on the far side, nearest first, and `outer` [b*h, k, v], the state at the far
+    end of the sequence. A reverse scan comes from the right."""
     total = tl.zeros([block_z, block_x], dtype=tl.float32)
     if reverse:
         edge = tl.minimum((segment_index + 1) * segment_tokens, length)
@@ -149,7 +193,17 @@ def entering_state(
             same = tl.load(ids + last_seen) == owner
             weight = tl.where(same, weight, 0.0)
             left = tl.where(same, left, 0)
-        at, inside = state_at(states, bh * num_segments + other, first_z, stride_x, stride_z, dim_x, dim_z, block_x, block_z)
+        at, inside = state_at(
+            states,
+            bh * num_segments + other,
+            first_z,
+            stride_x,
+            stride_z,
+            dim_x,
+            dim_z,
+            block_x,
+            block_z,
+        )
         total += weight * tl.load(at, mask=inside, other=0.0)
         if reverse:
             distance = tl.minimum((other + 1) * segment_tokens, length) - edge
@@ -167,17 +221,32 @@ def entering_state(
         weight = tl.exp2(decay * distance.to(tl.float32))
         if documents:
             weight = tl.where(tl.load(ids + far) == owner, weight, 0.0)
-        at, inside = state_at(outer, bh, first_z, stride_x, stride_z, dim_x, dim_z, block_x, block_z)
+        at, inside = state_at(
+            outer, bh, first_z, stride_x, stride_z, dim_x, dim_z, block_x, block_z
+        )
         total += weight * tl.load(at, mask=inside, other=0.0)
     return total
 
 
 @triton.jit
-def within_documents(ids, owner, start, count, length, pairs, enter, join, keep, chunk: tl.constexpr, reverse: tl.constexpr):
-    """The weights of a chunk with every term between two documents set to 0, and the document of the state that leaves it.
+def within_documents(
+    ids,
+    owner,
+    start,
+    count,
+    length,
+    pairs,
+    enter,
+    join,
+    keep,
+    chunk: tl.constexpr,
+    reverse: tl.constexpr,
+):
+    """The weights of a chunk with every term between two documents set to 0, and the document of
+    the state that leaves it.
 
-    `owner` is the document of the state that enters; the arguments after `length` are those of `pair_decay`, of `edge_decays`, and the
-    decay of the whole chunk."""
+    `owner` is the document of the state that enters; the arguments after `length` are those of
+    `pair_decay`, of `edge_decays`, and the decay of the whole chunk."""
     chunk_ids = load_ids(ids, start, length, chunk)
     leaving = tl.load(ids + (start if reverse else start + count - 1))
     pairs = tl.where(chunk_ids[:, None] == chunk_ids[None, :], pairs, 0.0)

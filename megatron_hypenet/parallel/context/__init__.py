@@ -1,9 +1,14 @@
-"""Context parallelism: the tokens of each sequence lie on the ranks of a group, and the mixers exchange what crosses the borders.
+"""Context parallelism: the tokens of each sequence lie on the ranks of a group, and the mixers
+exchange what crosses the borders.
 
-`layout` says which tokens a rank holds, `state_exchange` hands the states of recurrent mixers from chunk to chunk, `softmax` brings keys
-and values to queries."""
+`layout` says which tokens a rank holds, `state_exchange` hands the states of recurrent mixers from
+chunk to chunk, `softmax` brings keys and values to queries."""
 
-from megatron_hypenet.parallel.context.layout import gather_sequence, local_positions, split_sequence
+from megatron_hypenet.parallel.context.layout import (
+    gather_sequence,
+    local_positions,
+    split_sequence,
+)
 from megatron_hypenet.parallel.context.softmax import context_softmax_attn
 from megatron_hypenet.parallel.context.state_exchange import ChunkExchange, Chunks, exchange_states
 

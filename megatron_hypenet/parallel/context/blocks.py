@@ -1,8 +1,11 @@
-"""Softmax attention of some queries to some keys, with the log-sum-exp that joins blocks: pure tensor functions.
+"""Softmax attention of some queries to some keys, with the log-sum-exp that joins blocks: pure
+tensor functions.
 
-A block says which positions of the whole sequence its queries and keys hold. `attend` picks torch's flash kernel where it can run (CUDA,
-bf16 or fp16) and plain torch elsewhere, in fp32 or wider, a tile of queries at a time, so that memory grows linearly with the keys.
-Shapes: b batch, m queries, n keys, h heads, g key/value groups, d head_dim; no kernel repeats k or v for the heads of a group."""
+A block says which positions of the whole sequence its queries and keys hold. `attend` picks torch's
+flash kernel where it can run (CUDA, bf16 or fp16) and plain torch elsewhere, in fp32 or wider, a
+tile of queries at a time, so that memory grows linearly with the keys. Shapes: b batch, m queries,
+n keys, h heads, g key/value groups, d head_dim; no kernel repeats k or v for the heads of a
+group."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,20 +23,33 @@ TILE_QUERIES = 256
 class Block:
     """Positions [start, stop) of queries and keys, in the order in which the tensors hold them.
 
-    `causal`: the last query is the last key, and earlier ones count back from there (bottom-right alignment; the is_causal switch of
-    torch's scaled_dot_product_attention is aligned top-left). Otherwise all keys lie before all queries."""
+    `causal`: the last query is the last key, and earlier ones count back from there (bottom-right
+    alignment; the is_causal switch of torch's scaled_dot_product_attention is aligned top-left).
+    Otherwise all keys lie before all queries."""
 
     queries: tuple[Span, ...]
     keys: tuple[Span, ...]
     causal: bool
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, block: Block, *, scale: float, documents: Documents | None) -> tuple[Tensor, Tensor]:
-    """q [b, m, h, d], k, v [b, n, g, d] -> o [b, m, h, d] (q's dtype or wider), log-sum-exp of the scaled scores [b, h, m] (fp32 or wider).
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, block: Block, *, scale: float, documents: Documents | None
+) -> tuple[Tensor, Tensor]:
+    """q [b, m, h, d], k, v [b, n, g, d] -> o [b, m, h, d] (q's dtype or wider), log-sum-exp of the
+    scaled scores [b, h, m] (fp32 or wider).
 
     A query sees the keys of its own document. One that sees none has o = 0 and log-sum-exp -inf."""
     if flash.supports(q, documents):
-        return flash.forward(q, k, v, block.queries, block.keys, causal=block.causal, scale=scale, documents=documents)
+        return flash.forward(
+            q,
+            k,
+            v,
+            block.queries,
+            block.keys,
+            causal=block.causal,
+            scale=scale,
+            documents=documents,
+        )
     wide = _wide(q.dtype)
     heads = _Heads(q, k)
     key, value = (x.to(wide).transpose(1, 2) for x in (k, v))  # [b, g, n, d]
@@ -41,11 +57,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, block: Block, *, scale: float, docum
     for rows, seen in _tiles(q.shape[1], k.shape[1], block.causal):
         scores = heads.fold(q[:, rows].to(wide) * scale) @ key[:, :, :seen].transpose(-1, -2)
         scores = _hide(scores, heads, rows, k.shape[1] - q.shape[1], block, documents)
-        top = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(wide).min)  # finite for a query that sees nothing
+        # finite for a query that sees nothing
+        top = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(wide).min)
         p = (scores - top).exp_()
         total = p.sum(-1, keepdim=True)
-        outs.append(heads.unfold((p @ value[:, :, :seen]) / total.clamp(min=torch.finfo(wide).tiny)))
-        sums.append((top + total.log()).squeeze(-1).unflatten(2, (heads.per_group, -1)).flatten(1, 2))
+        outs.append(
+            heads.unfold((p @ value[:, :, :seen]) / total.clamp(min=torch.finfo(wide).tiny))
+        )
+        sums.append(
+            (top + total.log()).squeeze(-1).unflatten(2, (heads.per_group, -1)).flatten(1, 2)
+        )
     return torch.cat(outs, dim=1), torch.cat(sums, dim=2)
 
 
@@ -63,18 +84,45 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients dq [b, m, h, d], dk, dv [b, n, g, d] of one block, in q's dtype or wider.
 
-    o [b, m, h, d] and log_sum [b, h, m] are those of all blocks of these queries together: with them each block's part is exact."""
+    o [b, m, h, d] and log_sum [b, h, m] are those of all blocks of these queries together: with
+    them each block's part is exact."""
     if flash.supports(q, documents):
-        return flash.backward(grad, q, k, v, o, log_sum, block.queries, block.keys, causal=block.causal, scale=scale, documents=documents)
+        return flash.backward(
+            grad,
+            q,
+            k,
+            v,
+            o,
+            log_sum,
+            block.queries,
+            block.keys,
+            causal=block.causal,
+            scale=scale,
+            documents=documents,
+        )
     wide = _wide(q.dtype)
     heads = _Heads(q, k)
     key, value = (x.to(wide).transpose(1, 2) for x in (k, v))
     dk, dv = torch.zeros_like(key), torch.zeros_like(value)
     dq = []
     for rows, seen in _tiles(q.shape[1], k.shape[1], block.causal):
-        query, d_out = heads.fold(q[:, rows].to(wide) * scale), heads.fold(grad[:, rows].to(wide))
-        scores = _hide(query @ key[:, :, :seen].transpose(-1, -2), heads, rows, k.shape[1] - q.shape[1], block, documents)
-        p = (scores - log_sum[:, :, rows].to(wide).unflatten(1, (-1, heads.per_group)).flatten(2, 3)[..., None]).exp_()
+        query = heads.fold(q[:, rows].to(wide) * scale)
+        d_out = heads.fold(grad[:, rows].to(wide))
+        scores = _hide(
+            query @ key[:, :, :seen].transpose(-1, -2),
+            heads,
+            rows,
+            k.shape[1] - q.shape[1],
+            block,
+            documents,
+        )
+        p = (
+            scores
+            - log_sum[:, :, rows]
+            .to(wide)
+            .unflatten(1, (-1, heads.per_group))
+            .flatten(2, 3)[..., None]
+        ).exp_()
         dv[:, :, :seen] += p.transpose(-1, -2) @ d_out
         delta = (d_out * heads.fold(o[:, rows].to(wide))).sum(-1, keepdim=True)
         d_scores = p * (d_out @ value[:, :, :seen].transpose(-1, -2) - delta)
@@ -84,7 +132,8 @@ def attend_backward(
 
 
 class _Heads:
-    """Query heads of a group as more rows of one product: [b, rows, h, d] <-> [b, g, (h / g) * rows, d]."""
+    """Query heads of a group as more rows of one product: [b, rows, h, d] <-> [b, g, (h / g) *
+    rows, d]."""
 
     def __init__(self, q: Tensor, k: Tensor) -> None:
         self.groups = k.shape[2]
@@ -104,15 +153,25 @@ def _tiles(queries: int, keys: int, causal: bool) -> Iterator[tuple[slice, int]]
         yield slice(start, stop), stop + keys - queries if causal else keys
 
 
-def _hide(scores: Tensor, heads: _Heads, rows: slice, shift: int, block: Block, documents: Documents | None) -> Tensor:
-    """Scores [b, g, r * rows, seen] with -inf where a query must not look; `shift` keys come before the first query."""
+def _hide(
+    scores: Tensor,
+    heads: _Heads,
+    rows: slice,
+    shift: int,
+    block: Block,
+    documents: Documents | None,
+) -> Tensor:
+    """Scores [b, g, r * rows, seen] with -inf where a query must not look; `shift` keys come before
+    the first query."""
     seen = scores.shape[-1]
     hidden = None
     if block.causal:
         position = torch.arange(rows.start, rows.stop, device=scores.device) + shift
-        hidden = (torch.arange(seen, device=scores.device) > position[:, None])[None]  # [1, rows, seen]
+        # [1, rows, seen]
+        hidden = (torch.arange(seen, device=scores.device) > position[:, None])[None]
     if documents is not None:
-        own, other = documents.ids_at(block.queries)[:, rows], documents.ids_at(block.keys)[:, :seen]
+        own = documents.ids_at(block.queries)[:, rows]
+        other = documents.ids_at(block.keys)[:, :seen]
         elsewhere = own[:, :, None] != other[:, None, :]
         hidden = elsewhere if hidden is None else hidden | elsewhere
     if hidden is None:

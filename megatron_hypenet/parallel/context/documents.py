@@ -1,4 +1,5 @@
-"""Which document each token belongs to, and how that packs queries and keys for a kernel that takes sequences of many lengths."""
+"""Which document each token belongs to, and how that packs queries and keys for a kernel that takes
+sequences of many lengths."""
 
 from dataclasses import dataclass
 
@@ -15,8 +16,9 @@ Span = tuple[int, int]
 class Packing:
     """Queries and keys of one block, document by document: those whose document is on both sides.
 
-    Indices are rows of the tensors [b * m, ...] and [b * n, ...], None when that is all of them in order; bounds are int32 [documents + 1]
-    as flash attention takes them, and the longest runs come as numbers."""
+    Indices are rows of the tensors [b * m, ...] and [b * n, ...], None when that is all of them in
+    order; bounds are int32 [documents + 1] as flash attention takes them, and the longest runs come
+    as numbers."""
 
     query_rows: Tensor | None
     key_rows: Tensor | None
@@ -32,14 +34,16 @@ class Packing:
 
 
 class Documents:
-    """document_ids [b, T] of the whole sequence, non-decreasing along T within a row, and what was derived from them.
+    """document_ids [b, T] of the whole sequence, non-decreasing along T within a row, and what was
+    derived from them.
 
-    Packings need the ids on the host once; they are kept as long as the tensor of ids lives (a batch, all its layers), so that one
-    device synchronisation serves a whole step."""
+    Packings need the ids on the host once; they are kept as long as the tensor of ids lives (a
+    batch, all its layers), so that one device synchronisation serves a whole step."""
 
     def __init__(self, ids: Tensor) -> None:
         self.ids = ids
-        self._derived = _Derived(0) if ids.is_inference() else _kept(ids)  # inference tensors do not count their changes
+        # inference tensors do not count their changes
+        self._derived = _Derived(0) if ids.is_inference() else _kept(ids)
 
     def ids_at(self, spans: tuple[Span, ...]) -> Tensor:
         """Ids at the given positions, in that order: [b, sum of lengths]."""
@@ -52,13 +56,17 @@ class Documents:
         if derived.host is None:
             derived.host = self.ids.cpu().numpy()
         if (queries, keys) not in derived.packings:
-            sides = [np.concatenate([derived.host[:, a:b] for a, b in spans], axis=1) for spans in (queries, keys)]
+            sides = [
+                np.concatenate([derived.host[:, a:b] for a, b in spans], axis=1)
+                for spans in (queries, keys)
+            ]
             derived.packings[queries, keys] = _pack(sides[0], sides[1], self.ids.device)
         return derived.packings[queries, keys]
 
 
 class _Derived:
-    """Everything computed from one tensor of ids, but not the tensor: the cache must not keep its own keys alive."""
+    """Everything computed from one tensor of ids, but not the tensor: the cache must not keep its
+    own keys alive."""
 
     def __init__(self, version: int) -> None:
         self.version = version
@@ -78,13 +86,20 @@ def _kept(ids: Tensor) -> _Derived:
 
 
 def _pack(query_ids: np.ndarray, key_ids: np.ndarray, device: torch.device) -> Packing:
-    shared = [np.intersect1d(query_row, key_row) for query_row, key_row in zip(query_ids, key_ids, strict=True)]
+    shared = [
+        np.intersect1d(query_row, key_row)
+        for query_row, key_row in zip(query_ids, key_ids, strict=True)
+    ]
     indices, bounds, longest = [], [], []
     for ids in (query_ids, key_ids):
         kept = [np.flatnonzero(np.isin(row, both)) for row, both in zip(ids, shared, strict=True)]
-        counts = np.concatenate([np.unique(row[at], return_counts=True)[1] for row, at in zip(ids, kept, strict=True)])
+        counts = np.concatenate(
+            [np.unique(row[at], return_counts=True)[1] for row, at in zip(ids, kept, strict=True)]
+        )
         index = np.concatenate([at + number * ids.shape[1] for number, at in enumerate(kept)])
         indices.append(None if index.size == ids.size else torch.from_numpy(index).to(device))
-        bounds.append(torch.from_numpy(np.concatenate([[0], counts.cumsum()]).astype(np.int32)).to(device))
+        bounds.append(
+            torch.from_numpy(np.concatenate([[0], counts.cumsum()]).astype(np.int32)).to(device)
+        )
         longest.append(int(counts.max(initial=0)))
     return Packing(indices[0], indices[1], bounds[0], bounds[1], longest[0], longest[1])

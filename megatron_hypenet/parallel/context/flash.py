@@ -1,7 +1,9 @@
-"""torch's flash attention with what its public door hides: bottom-right causal blocks, log-sum-exps, and packed documents.
+"""torch's flash attention with what its public door hides: bottom-right causal blocks,
+log-sum-exps, and packed documents.
 
-`aten::_flash_attention_forward` takes [b, m, h, d] as it lies in memory, fewer key/value groups than heads, and aligns causal blocks
-bottom-right; its backward accepts the output and log-sum-exp of a longer row of blocks, which makes it a step of ring attention."""
+`aten::_flash_attention_forward` takes [b, m, h, d] as it lies in memory, fewer key/value groups
+than heads, and aligns causal blocks bottom-right; its backward accepts the output and log-sum-exp
+of a longer row of blocks, which makes it a step of ring attention."""
 
 from typing import Any
 
@@ -11,9 +13,11 @@ from torch.torch_version import TorchVersion
 
 from megatron_hypenet.parallel.context.documents import Documents, Packing, Span
 
-_FORWARD, _BACKWARD = torch.ops.aten._flash_attention_forward, torch.ops.aten._flash_attention_backward
+_FORWARD = torch.ops.aten._flash_attention_forward
+_BACKWARD = torch.ops.aten._flash_attention_backward
 _PACKED_LOG_SUMS = TorchVersion(torch.__version__) >= "2.7"
-"""Since torch 2.7 packed sequences get their log-sum-exps as [h, tokens]; before, padded to the longest one."""
+"""Since torch 2.7 packed sequences get their log-sum-exps as [h, tokens]; before, padded to the
+longest one."""
 
 
 def supports(q: Tensor, documents: Documents | None) -> bool:
@@ -41,7 +45,9 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """As `blocks.attend`: o [b, m, h, d] in q's dtype, log-sum-exp [b, h, m] in fp32."""
     if documents is None:
-        o, log_sum, *_ = _FORWARD(q, k, v, None, None, q.shape[1], k.shape[1], 0.0, causal, False, scale=scale)
+        o, log_sum, *_ = _FORWARD(
+            q, k, v, None, None, q.shape[1], k.shape[1], 0.0, causal, False, scale=scale
+        )
         return o, log_sum
     b, m, h, _ = q.shape
     packing = documents.packing(queries, keys)
@@ -51,7 +57,8 @@ def forward(
     o, log_sum, *_ = _FORWARD(*packed, *_lengths(packing), 0.0, causal, False, scale=scale)
     if packing.query_rows is not None:
         packed_sums = log_sum
-        o, log_sum = _put(o, packing.query_rows, q).flatten(0, 1), packed_sums.new_full((h, b * m), -torch.inf)
+        o = _put(o, packing.query_rows, q).flatten(0, 1)
+        log_sum = packed_sums.new_full((h, b * m), -torch.inf)
         log_sum[:, packing.query_rows] = packed_sums
     return o.unflatten(0, (b, m)), log_sum.unflatten(1, (b, m)).transpose(0, 1)
 
@@ -72,18 +79,39 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `blocks.attend_backward`: dq, dk, dv in q's dtype."""
     unused = torch.empty(2, dtype=torch.uint64, device=q.device)  # state of the dropout that is off
-    grad, o = grad.contiguous(), o.to(q.dtype).contiguous()
+    grad = grad.contiguous()
+    o = o.to(q.dtype).contiguous()
     if documents is None:
         sums = log_sum.contiguous()
-        return _BACKWARD(grad, q, k, v, o, sums, None, None, q.shape[1], k.shape[1], 0.0, causal, unused, unused, scale=scale)
+        return _BACKWARD(
+            grad,
+            q,
+            k,
+            v,
+            o,
+            sums,
+            None,
+            None,
+            q.shape[1],
+            k.shape[1],
+            0.0,
+            causal,
+            unused,
+            unused,
+            scale=scale,
+        )
     packing = documents.packing(queries, keys)
     if packing.empty:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    packed = [_take(x, packing.query_rows) for x in (grad, q)] + [_take(x, packing.key_rows) for x in (k, v)]
+    packed = [_take(x, packing.query_rows) for x in (grad, q)] + [
+        _take(x, packing.key_rows) for x in (k, v)
+    ]
     sums = log_sum.transpose(0, 1).flatten(1, 2)
     sums = (sums if packing.query_rows is None else sums[:, packing.query_rows]).contiguous()
     out = _take(o, packing.query_rows)
-    grads = _BACKWARD(*packed, out, sums, *_lengths(packing), 0.0, causal, unused, unused, scale=scale)
+    grads = _BACKWARD(
+        *packed, out, sums, *_lengths(packing), 0.0, causal, unused, unused, scale=scale
+    )
     rows = (packing.query_rows, packing.key_rows, packing.key_rows)
     dq, dk, dv = (_put(g, r, x) for g, r, x in zip(grads, rows, (q, k, v), strict=True))
     return dq, dk, dv

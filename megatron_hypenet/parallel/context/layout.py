@@ -1,8 +1,9 @@
 """Which tokens a context-parallel rank holds: zigzag, two chunks of 2 * cp_size.
 
-Causal attention costs a late token more than an early one. Rank r therefore holds chunk r and chunk 2 * cp_size - 1 - r, whose costs add
-up to the same number on every rank; Megatron-core slices its RoPE angles the same way. The local sequence is the early chunk followed by
-the late one. Natural order means the order of the text."""
+Causal attention costs a late token more than an early one. Rank r therefore holds chunk r and chunk
+2 * cp_size - 1 - r, whose costs add up to the same number on every rank; Megatron-core slices its
+RoPE angles the same way. The local sequence is the early chunk followed by the late one. Natural
+order means the order of the text."""
 
 from typing import Any
 
@@ -17,7 +18,8 @@ def chunks_of(rank: int, size: int) -> tuple[int, int]:
 
 
 def chunk_tokens(length: int, size: int) -> int:
-    """Tokens per chunk of a whole sequence of `length` tokens over `size` ranks; ValueError when it does not divide."""
+    """Tokens per chunk of a whole sequence of `length` tokens over `size` ranks; ValueError when it
+    does not divide."""
     if length % (2 * size) or length < 2 * size:
         lower = length - length % (2 * size)
         fits = f"{lower} or {lower + 2 * size}" if lower else f"{2 * size}"
@@ -29,10 +31,12 @@ def chunk_tokens(length: int, size: int) -> int:
 
 
 def local_chunk_tokens(local_length: int, size: int) -> int:
-    """Tokens per chunk of a rank's `local_length` tokens; ValueError when they are not two chunks."""
+    """Tokens per chunk of a rank's `local_length` tokens; ValueError when they are not two
+    chunks."""
     if local_length % 2 or local_length < 2:
         raise ValueError(
-            f"{local_length} local tokens on one of {size} context-parallel ranks: a rank holds two chunks of one length, "
+            f"{local_length} local tokens on one of {size} context-parallel ranks: "
+            "a rank holds two chunks of one length, "
             "so the number must be even; split the sequence with split_sequence"
         )
     return local_length // 2
@@ -52,37 +56,49 @@ def local_part(x: Tensor, rank: int, size: int, dim: int) -> Tensor:
     if size == 1:
         return x
     length = chunk_tokens(x.shape[dim], size)
-    return torch.cat([x.narrow(dim, chunk * length, length) for chunk in chunks_of(rank, size)], dim=dim)
+    return torch.cat(
+        [x.narrow(dim, chunk * length, length) for chunk in chunks_of(rank, size)], dim=dim
+    )
 
 
 def natural_order(parts: list[Tensor], dim: int) -> Tensor:
     """Whole sequence from the local parts of all ranks, in order of rank."""
     halves = [part.chunk(2, dim=dim) for part in parts]
-    return torch.cat([early for early, _ in halves] + [late for _, late in reversed(halves)], dim=dim)
+    return torch.cat(
+        [early for early, _ in halves] + [late for _, late in reversed(halves)], dim=dim
+    )
 
 
 def split_sequence(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
-    """This rank's tokens of x, which every rank of the group holds whole: [..., T, ...] -> [..., T / cp_size, ...].
+    """This rank's tokens of x, which every rank of the group holds whole: [..., T, ...] -> [..., T
+    / cp_size, ...].
 
-    A new tensor, except over one rank. Raises ValueError when T is no multiple of 2 * cp_size. Its gradient on a rank is that of the
-    rank's own tokens; sum it over the group where the whole x is a common variable."""
+    A new tensor, except over one rank. Raises ValueError when T is no multiple of 2 * cp_size. Its
+    gradient on a rank is that of the rank's own tokens; sum it over the group where the whole x is
+    a common variable."""
     return local_part(x, group.rank(), group.size(), dim)
 
 
 def gather_sequence(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
-    """The inverse of `split_sequence`, on every rank: [..., t_local, ...] -> [..., t_local * cp_size, ...] in natural order, any dtype.
+    """The inverse of `split_sequence`, on every rank: [..., t_local, ...] -> [..., t_local *
+    cp_size, ...] in natural order, any dtype.
 
-    Differentiable: the gradient of the local tokens is the sum of what all ranks' losses say about them. A loss that every rank computes
-    alike on the gathered tensor therefore counts cp_size times."""
+    Differentiable: the gradient of the local tokens is the sum of what all ranks' losses say about
+    them. A loss that every rank computes alike on the gathered tensor therefore counts cp_size
+    times."""
     if group.size() == 1:
         return x
     local_chunk_tokens(x.shape[dim], group.size())
     return _GatherSequence.apply(x, group, dim)
 
 
-def local_positions(local_length: int, group: dist.ProcessGroup, device: torch.device | str | None = None) -> Tensor:
+def local_positions(
+    local_length: int, group: dist.ProcessGroup, device: torch.device | str | None = None
+) -> Tensor:
     """Positions in the whole sequence of this rank's tokens, int64 [local_length]."""
-    return local_part(torch.arange(local_length * group.size(), device=device), group.rank(), group.size(), 0)
+    return local_part(
+        torch.arange(local_length * group.size(), device=device), group.rank(), group.size(), 0
+    )
 
 
 def all_gather_sequence(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
@@ -94,7 +110,8 @@ def all_gather_sequence(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor
 
 
 def reduce_scatter_sequence(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
-    """Sum over the group of x (natural order along `dim`), of which each rank keeps its own tokens: one reduce-scatter."""
+    """Sum over the group of x (natural order along `dim`), of which each rank keeps its own tokens:
+    one reduce-scatter."""
     size, rank = group.size(), group.rank()
     if dist.get_backend(group) == "gloo":  # before torch 2.8 gloo had no reduce-scatter
         total = x.clone(memory_format=torch.contiguous_format)
@@ -111,7 +128,8 @@ class _GatherSequence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
-        ctx.group, ctx.dim = group, dim
+        ctx.group = group
+        ctx.dim = dim
         return all_gather_sequence(x, group, dim)
 
     @staticmethod

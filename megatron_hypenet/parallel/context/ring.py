@@ -1,11 +1,15 @@
-"""Ring attention in zigzag layout: keys and values travel round the ranks while each of them computes (arXiv 2310.01889).
+"""Ring attention in zigzag layout: keys and values travel round the ranks while each of them
+computes (arXiv 2310.01889).
 
-At step s rank r holds the keys and values of rank r - s. In the order of the text its own two chunks are r and 2 * cp_size - 1 - r, so
+At step s rank r holds the keys and values of rank r - s. In the order of the text its own two
+chunks are r and 2 * cp_size - 1 - r, so
     own keys:               all local queries, causal in local order
     keys of a lower rank:   all local queries see that rank's early chunk, none sees its late one
-    keys of a higher rank:  the queries of the late chunk see both chunks, those of the early one see none
-so every step after the first costs half a block on every rank. Blocks are joined by their log-sum-exps in fp32 or wider. In
-backward keys and values go round again, followed one step behind by their gradients, which end where they belong."""
+    keys of a higher rank:  the queries of the late chunk see both chunks, those of the early one
+                            see none
+so every step after the first costs half a block on every rank. Blocks are joined by their
+log-sum-exps in fp32 or wider. In backward keys and values go round again, followed one step behind
+by their gradients, which end where they belong."""
 
 from typing import Any, NamedTuple
 
@@ -30,10 +34,14 @@ def ring_step(rank: int, source: int, size: int, chunk_tokens: int) -> Step:
     """What `rank` computes with the keys and values of `source`."""
 
     def spans(owner: int) -> list[tuple[int, int]]:
-        return [(chunk * chunk_tokens, (chunk + 1) * chunk_tokens) for chunk in chunks_of(owner, size)]
+        return [
+            (chunk * chunk_tokens, (chunk + 1) * chunk_tokens) for chunk in chunks_of(owner, size)
+        ]
 
     mine, theirs = spans(rank), spans(source)
-    early, late, both = slice(0, chunk_tokens), slice(chunk_tokens, None), slice(None)
+    early = slice(0, chunk_tokens)
+    late = slice(chunk_tokens, None)
+    both = slice(None)
     if source == rank:
         return Step(both, both, Block(tuple(mine), tuple(mine), causal=True))
     if source < rank:
@@ -42,15 +50,25 @@ def ring_step(rank: int, source: int, size: int, chunk_tokens: int) -> Step:
 
 
 def merge(o: Tensor, log_sum: Tensor, o_block: Tensor, log_sum_block: Tensor) -> None:
-    """Join another block of keys into o [b, m, h, d] and log_sum [b, h, m], in place; log_sum is finite, that of the block may be -inf."""
+    """Join another block of keys into o [b, m, h, d] and log_sum [b, h, m], in place; log_sum is
+    finite, that of the block may be -inf."""
     total = torch.logaddexp(log_sum, log_sum_block)
     weight = (log_sum_block - total).exp().transpose(1, 2)[..., None]
     o.lerp_(o_block.to(o.dtype), weight.to(o.dtype))
     log_sum.copy_(total)
 
 
-def ring_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, group: dist.ProcessGroup, documents: Documents | None) -> Tensor:
-    """q [b, t_local, h, d], k, v [b, t_local, g, d] of this rank -> o like q; keeps only local tensors for backward."""
+def ring_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    group: dist.ProcessGroup,
+    documents: Documents | None,
+) -> Tensor:
+    """q [b, t_local, h, d], k, v [b, t_local, g, d] of this rank -> o like q; keeps only local
+    tensors for backward."""
     return _RingAttention.apply(q, k, v, scale, group, documents)
 
 
@@ -58,22 +76,40 @@ class _RingAttention(torch.autograd.Function):
     """Per hop: pass on, compute, join."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, group: dist.ProcessGroup, documents: Documents | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        group: dist.ProcessGroup,
+        documents: Documents | None,
+    ) -> Tensor:
         size, rank = group.size(), group.rank()
         visiting = torch.stack((k, v))
         for hop in range(size):
             arriving = _Hop(visiting, group) if hop + 1 < size else None
             queries, keys, block = ring_step(rank, (rank - hop) % size, size, q.shape[1] // 2)
-            part, sums = attend(q[:, queries], visiting[0][:, keys], visiting[1][:, keys], block, scale=scale, documents=documents)
+            part, sums = attend(
+                q[:, queries],
+                visiting[0][:, keys],
+                visiting[1][:, keys],
+                block,
+                scale=scale,
+                documents=documents,
+            )
             if hop == 0:
-                o, log_sum = part.to(sums.dtype), sums.contiguous()
+                o = part.to(sums.dtype)
+                log_sum = sums.contiguous()
             else:
                 merge(o[:, queries], log_sum[:, :, queries], part, sums)
             if arriving is not None:
                 visiting = arriving.wait()
         out = o.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, log_sum)
-        ctx.scale, ctx.group, ctx.documents = scale, group, documents
+        ctx.scale = scale
+        ctx.group = group
+        ctx.documents = documents
         return out
 
     @staticmethod
@@ -99,7 +135,11 @@ class _RingAttention(torch.autograd.Function):
                 documents=ctx.documents,
             )
             dq[:, queries] += dq_part
-            d_visiting = torch.zeros_like(visiting, dtype=log_sum.dtype) if following is None else following.wait()
+            d_visiting = (
+                torch.zeros_like(visiting, dtype=log_sum.dtype)
+                if following is None
+                else following.wait()
+            )
             for total, part in zip(d_visiting, dkv_part, strict=True):
                 total[:, keys] += part
             following = _Hop(d_visiting, ctx.group)
@@ -111,13 +151,18 @@ class _RingAttention(torch.autograd.Function):
 
 
 class _Hop:
-    """A tensor on its way to the next rank while the one of the previous rank arrives; both buffers live until `wait`."""
+    """A tensor on its way to the next rank while the one of the previous rank arrives; both buffers
+    live until `wait`."""
 
     def __init__(self, leaving: Tensor, group: dist.ProcessGroup) -> None:
         size, rank = group.size(), group.rank()
-        self.leaving, self.arriving = leaving, torch.empty_like(leaving)
+        self.leaving = leaving
+        self.arriving = torch.empty_like(leaving)
         after, before = (dist.get_global_rank(group, (rank + step) % size) for step in (1, -1))
-        sends = [dist.P2POp(dist.isend, self.leaving, after, group), dist.P2POp(dist.irecv, self.arriving, before, group)]
+        sends = [
+            dist.P2POp(dist.isend, self.leaving, after, group),
+            dist.P2POp(dist.irecv, self.arriving, before, group),
+        ]
         self.works = dist.batch_isend_irecv(sends)
 
     def wait(self) -> Tensor:

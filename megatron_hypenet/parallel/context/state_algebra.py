@@ -1,16 +1,20 @@
 """How states cross chunk borders: pure functions, no process group.
 
-`Decay` is for mixers whose heads forget at fixed rates, `Transition` for those whose chunks act on a state by a matrix (the delta rules),
-`Shift` hands tokens to the next chunk. The rest of this text is about `Decay`.
+`Decay` is for mixers whose heads forget at fixed rates, `Transition` for those whose chunks act on
+a state by a matrix (the delta rules), `Shift` hands tokens to the next chunk. The rest of this text
+is about `Decay`.
 
-The sequence is cut into n chunks of C tokens. F_c is the state at the end of chunk c scanned from zero, gamma the decay per token of a
-head. The recurrence S_t = gamma S_(t-1) + k_t v_t^T gives the state that enters chunk c, and what it adds to an output at position t
-(from 0) of that chunk, exactly:
-    S_c = sum over c' < c of gamma^(C (c - 1 - c')) F_c'          o_t += scale * gamma^(t + 1) * q_t S_c
+The sequence is cut into n chunks of C tokens. F_c is the state at the end of chunk c scanned from
+zero, gamma the decay per token of a head. The recurrence S_t = gamma S_(t-1) + k_t v_t^T gives the
+state that enters chunk c, and what it adds to an output at position t (from 0) of that chunk,
+exactly:
+    S_c = sum over c' < c of gamma^(C (c - 1 - c')) F_c'
+    o_t += scale * gamma^(t + 1) * q_t S_c
 The gradient runs the mirror way: dF_c' = sum over c > c' of gamma^(C (c - 1 - c')) dS_c.
-A state belongs to a document. Ids do not decrease along a row, so F_c' reaches chunk c if and only if the last token of c' and the first
-of c carry the same id, and within c it concerns only the tokens of that id.
-Powers are taken in float64 from non-positive exponents: no slope or length overflows, and far states vanish by underflow."""
+A state belongs to a document. Ids do not decrease along a row, so F_c' reaches chunk c if and only
+if the last token of c' and the first of c carry the same id, and within c it concerns only the
+tokens of that id. Powers are taken in float64 from non-positive exponents: no slope or length overflows, and
+far states vanish by underflow."""
 
 from typing import Any, Protocol
 
@@ -19,18 +23,21 @@ from torch import Tensor
 
 
 class Algebra(Protocol):
-    """A rule that turns the summaries of all n chunks into the state that enters one of them, and its transpose."""
+    """A rule that turns the summaries of all n chunks into the state that enters one of them, and
+    its transpose."""
 
     def incoming(self, summaries: tuple[Tensor, ...], chunk: int) -> Tensor:
-        """summaries [n, b, ...] each, in natural order -> the state that enters `chunk`, [b, ...]."""
+        """summaries [n, b, ...] each, in natural order -> the state that enters `chunk`, [b,
+        ...]."""
 
     def summary_gradient(self, gradients: Tensor, chunk: int) -> tuple[Tensor, ...]:
-        """Gradients of all incoming states [n, b, ...] -> those of the summaries of `chunk`, [b, ...] each; called after
-        `incoming`, whose summaries it may have kept."""
+        """Gradients of all incoming states [n, b, ...] -> those of the summaries of `chunk`, [b,
+        ...] each; called after `incoming`, whose summaries it may have kept."""
 
 
 class Shift:
-    """What a chunk sends is what enters the next one: the tokens before it. Zeros enter the first."""
+    """What a chunk sends is what enters the next one: the tokens before it. Zeros enter the
+    first."""
 
     def incoming(self, summaries: tuple[Tensor, ...], chunk: int) -> Tensor:
         """The summary of the chunk before."""
@@ -44,7 +51,8 @@ class Shift:
 
 
 class Decay:
-    """Chunks of heads that forget at fixed rates; the one summary is the final state F [b, h, k, v].
+    """Chunks of heads that forget at fixed rates; the one summary is the final state F [b, h, k,
+    v].
 
     `weights` are those of `carry_weights`."""
 
@@ -61,13 +69,15 @@ class Decay:
 
 
 class Transition:
-    """Chunks that map a state by a matrix, S_out = M S_in + F (Gated DeltaNet, Kimi Delta Attention: M is the product of
-    (I - beta k k^T) Diag(decay) over the chunk's tokens). Summaries are M [b, h, k, k] and F [b, h, k, v].
+    """Chunks that map a state by a matrix, S_out = M S_in + F (Gated DeltaNet, Kimi Delta
+    Attention: M is the product of (I - beta k k^T) Diag(decay) over the chunk's tokens). Summaries
+    are M [b, h, k, k] and F [b, h, k, v].
 
-    With documents a chunk that holds a boundary has M = 0, because its state leaves it from the last document alone; and a
-    state enters a chunk only where its first token continues the document before it: `continues` [n, b] (bool) or None.
-    Then S_c = 0 where it does not continue, and otherwise M_(c-1) S_(c-1) + F_(c-1).
-    The gradient of S_out of chunk c is G_c = [c+1 continues] (dS_(c+1) + M_(c+1)^T G_(c+1)), and dM = G S_in^T, dF = G."""
+    With documents a chunk that holds a boundary has M = 0, because its state leaves it from the
+    last document alone; and a state enters a chunk only where its first token continues the
+    document before it: `continues` [n, b] (bool) or None. Then S_c = 0 where it does not continue,
+    and otherwise M_(c-1) S_(c-1) + F_(c-1). The gradient of S_out of chunk c is G_c = [c+1
+    continues] (dS_(c+1) + M_(c+1)^T G_(c+1)), and dM = G S_in^T, dF = G."""
 
     def __init__(self, continues: Tensor | None = None) -> None:
         self.continues = continues
@@ -75,13 +85,16 @@ class Transition:
         self.states: list[Tensor] = []
 
     def incoming(self, summaries: tuple[Tensor, ...], chunk: int) -> Tensor:
-        """The state that enters `chunk`; all of them are computed in the first call and kept for backward."""
+        """The state that enters `chunk`; all of them are computed in the first call and kept for
+        backward."""
         if self.transitions is None:
             self.transitions, finals = summaries
             state = torch.zeros_like(finals[0])
             self.states = [state]
             for number in range(1, len(finals)):
-                state = self._kept(self.transitions[number - 1] @ state + finals[number - 1], number)
+                state = self._kept(
+                    self.transitions[number - 1] @ state + finals[number - 1], number
+                )
                 self.states.append(state)
         return self.states[chunk]
 
@@ -101,17 +114,21 @@ class Transition:
 
 
 def continuing_chunks(document_ids: Tensor | None, num_chunks: int) -> Tensor | None:
-    """Whether the first token of each chunk continues the document of the token before it: [n, b] bool (False for the first
-    chunk), or None without documents. document_ids [b, n * C]."""
+    """Whether the first token of each chunk continues the document of the token before it: [n, b]
+    bool (False for the first chunk), or None without documents. document_ids [b, n * C]."""
     if document_ids is None:
         return None
     ids = document_ids.unflatten(1, (num_chunks, -1))
-    first, before = ids[:, 1:, 0].t(), ids[:, :-1, -1].t()
+    first = ids[:, 1:, 0].t()
+    before = ids[:, :-1, -1].t()
     return torch.cat([torch.zeros_like(first[:1], dtype=torch.bool), first == before])
 
 
-def carry_weights(log_decay: Tensor, chunk_tokens: int, num_chunks: int, document_ids: Tensor | None = None) -> Tensor:
-    """What remains of F_c' at the start of chunk c: weights [c, c', b, h] in float64 (b = 1 without documents), zero for c' >= c.
+def carry_weights(
+    log_decay: Tensor, chunk_tokens: int, num_chunks: int, document_ids: Tensor | None = None
+) -> Tensor:
+    """What remains of F_c' at the start of chunk c: weights [c, c', b, h] in float64 (b = 1 without
+    documents), zero for c' >= c.
 
     log_decay [h]; document_ids [b, num_chunks * chunk_tokens]."""
     chunk = torch.arange(num_chunks, device=log_decay.device)
@@ -120,17 +137,21 @@ def carry_weights(log_decay: Tensor, chunk_tokens: int, num_chunks: int, documen
     if document_ids is None:
         return weights
     ids = document_ids.unflatten(1, (num_chunks, chunk_tokens))
-    first, last = ids[:, :, 0].t(), ids[:, :, -1].t()  # [chunk, b]
+    # [chunk, b]
+    first = ids[:, :, 0].t()
+    last = ids[:, :, -1].t()
     return weights * (first[:, None] == last[None, :])[..., None].to(weights.device)
 
 
 def incoming_state(final_states: Tensor, weights: Tensor, chunk: int) -> Tensor:
-    """The state S that enters `chunk`: final_states [n, b, h, k, v], weights from `carry_weights` -> [b, h, k, v]."""
+    """The state S that enters `chunk`: final_states [n, b, h, k, v], weights from `carry_weights`
+    -> [b, h, k, v]."""
     return _weighted_sum(final_states[:chunk], weights[chunk, :chunk])
 
 
 def final_state_gradient(incoming_gradients: Tensor, weights: Tensor, chunk: int) -> Tensor:
-    """Gradient of F of `chunk` from those of all incoming states [n, b, h, k, v] -> [b, h, k, v]."""
+    """Gradient of F of `chunk` from those of all incoming states [n, b, h, k, v] -> [b, h, k,
+    v]."""
     return _weighted_sum(incoming_gradients[chunk + 1 :], weights[chunk + 1 :, chunk])
 
 
@@ -139,19 +160,28 @@ def _weighted_sum(states: Tensor, weights: Tensor) -> Tensor:
     return (states * weights.to(states.dtype)[..., None, None]).sum(0)
 
 
-def read_factor(log_decay: Tensor, scale: float, chunk_tokens: int, document_ids: Tensor | None = None) -> Tensor:
-    """scale * gamma^(t + 1), and zero after the chunk's first document: [n, chunk_tokens, h] in float64 (n = 1 without documents).
+def read_factor(
+    log_decay: Tensor, scale: float, chunk_tokens: int, document_ids: Tensor | None = None
+) -> Tensor:
+    """scale * gamma^(t + 1), and zero after the chunk's first document: [n, chunk_tokens, h] in
+    float64 (n = 1 without documents).
 
     document_ids [n, chunk_tokens]: one row per chunk."""
     t = torch.arange(1, chunk_tokens + 1, device=log_decay.device)
     factor = scale * torch.exp(t[:, None] * log_decay.double())[None]
-    return factor if document_ids is None else factor * (document_ids == document_ids[:, :1])[..., None].to(factor.device)
+    return (
+        factor
+        if document_ids is None
+        else factor * (document_ids == document_ids[:, :1])[..., None].to(factor.device)
+    )
 
 
 def add_incoming(o: Tensor, q: Tensor, state: Tensor, factor: Tensor) -> Tensor:
-    """o + factor * (q S): o [n, c, h, v] and q [n, c, h, k] of n chunks, state [n, h, k, v], factor [n or 1, c, h] -> like o.
+    """o + factor * (q S): o [n, c, h, v] and q [n, c, h, k] of n chunks, state [n, h, k, v], factor
+    [n or 1, c, h] -> like o.
 
-    The product runs in q's dtype and accumulates in the state's; gradients flow to o, q and the state."""
+    The product runs in q's dtype and accumulates in the state's; gradients flow to o, q and the
+    state."""
     return _AddIncoming.apply(o, q, state, factor.to(state.dtype))
 
 
@@ -170,9 +200,15 @@ class _AddIncoming(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, state, factor = ctx.saved_tensors
-        dq, d_state = torch.empty_like(q, memory_format=torch.contiguous_format), torch.empty_like(state)
+        dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+        d_state = torch.empty_like(state)
         for n in range(q.shape[0]):
-            weighted = (grad[n] * factor[min(n, factor.shape[0] - 1), :, :, None]).to(q.dtype).transpose(0, 1)  # [h, c, v]
+            # [h, c, v]
+            weighted = (
+                (grad[n] * factor[min(n, factor.shape[0] - 1), :, :, None])
+                .to(q.dtype)
+                .transpose(0, 1)
+            )
             dq[n] = (weighted @ state[n].to(q.dtype).transpose(-1, -2)).transpose(0, 1)
             d_state[n] = _product(q[n].permute(1, 2, 0), weighted, state.dtype)
         return grad, dq, d_state, None

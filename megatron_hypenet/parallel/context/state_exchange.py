@@ -1,12 +1,13 @@
-"""Recurrent mixers over a sequence that is split over ranks: one all-gather of chunk summaries each way,
-whatever the length; and the tokens before a chunk that a short convolution reads.
+"""Recurrent mixers over a sequence that is split over ranks: one all-gather of chunk summaries each
+way, whatever the length; and the tokens before a chunk that a short convolution reads.
 
-Each rank holds two chunks (zigzag, see `layout`) and treats them side by side in the batch dimension.
-What a chunk does to a state is summarised by tensors whose size does not depend on its length. They
-are sent to all ranks first, and travel while the rank computes what needs no other chunk. An algebra
-(`state_algebra`) turns all summaries into the state that enters each chunk, and in backward the
-gradients of the incoming states, which travel the same way, into gradients of the summaries. The idea
-is LASP-2's (arXiv 2502.07563); zigzag layout, decays, transition matrices and documents are ours."""
+Each rank holds two chunks (zigzag, see `layout`) and treats them side by side in the batch
+dimension. What a chunk does to a state is summarised by tensors whose size does not depend on its
+length. They are sent to all ranks first, and travel while the rank computes what needs no other
+chunk. An algebra (`state_algebra`) turns all summaries into the state that enters each chunk, and
+in backward the gradients of the incoming states, which travel the same way, into gradients of the
+summaries. The idea is LASP-2's (arXiv 2502.07563); zigzag layout, decays, transition matrices and
+documents are ours."""
 
 from __future__ import annotations
 
@@ -77,14 +78,15 @@ def exchange_states(
     group: dist.ProcessGroup,
     document_ids: Tensor | None = None,
 ) -> Tensor:
-    """This rank's outputs [b, t_local, ...] of a recurrence over whole sequences split over `group`.
+    """This rank's outputs [b, t_local, ...] of a recurrence over whole sequences split over
+    `group`.
 
     Args:
         exchange: the mixer's part.
         inputs: [b, t_local, ...] each, as `split_sequence` gives them.
         group: context-parallel ranks; more than one.
-        document_ids: [b, t_local * ranks], the same on all ranks and not decreasing along a row; the
-            state restarts where they change.
+        document_ids: [b, t_local * ranks], the same on all ranks and not decreasing along a row;
+            the state restarts where they change.
 
     Raises ValueError when t_local is odd or document_ids has another shape. One all-gather forward,
     and one backward where the summaries need a gradient."""
@@ -103,7 +105,8 @@ def exchange_states(
 
 def preceding_tokens(x: Tensor, count: int, group: dist.ProcessGroup) -> Tensor:
     """x [b, t_local, ...] -> rows of chunks with the `count` tokens before each, zeros before the
-    sequence: [2 b, count + c, ...]; on one rank the whole sequence as one chunk, [b, count + t, ...].
+    sequence: [2 b, count + c, ...]; on one rank the whole sequence as one chunk, [b, count + t,
+    ...].
 
     `preceding_ids` tells which of them belong to another document; `join_chunks` follows the
     convolution. Costs one all-gather of the last `count` tokens of every chunk each way. Raises
@@ -139,7 +142,8 @@ def preceding_ids(
 
 
 def join_chunks(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Rows of chunks [2 b, c, ...] -> this rank's tokens [b, t_local, ...]; unchanged on one rank."""
+    """Rows of chunks [2 b, c, ...] -> this rank's tokens [b, t_local, ...]; unchanged on one
+    rank."""
     return rows if group.size() == 1 else rows.unflatten(0, (-1, 2)).flatten(1, 2)
 
 
@@ -182,7 +186,8 @@ class _Flight:
         """Wait; all chunks' tensors in natural order, [chunks, b, ...] each."""
         self.work.wait()
         everyone = self.buffers[1]
-        self.work, self.buffers = None, ()
+        self.work = None
+        self.buffers = ()
         early, late = everyone.unflatten(1, (-1, 2)).unbind(2)
         gathered = torch.cat([early, late.flip(0)])
         if len(self.shapes) == 1:
@@ -192,8 +197,8 @@ class _Flight:
 
 
 class _Start(torch.autograd.Function):
-    """Summaries -> an empty tensor that orders the graph; the summaries travel meanwhile. In backward
-    the gradients of the incoming states have arrived.
+    """Summaries -> an empty tensor that orders the graph; the summaries travel meanwhile. In
+    backward the gradients of the incoming states have arrived.
 
     Autograd runs first what was recorded last, so backward goes `_Finish` (send), local part,
     `_Start` (receive)."""

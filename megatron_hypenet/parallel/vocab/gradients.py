@@ -1,8 +1,10 @@
-"""The head's matrix products: wide logits from narrow operands, and the gradients of hidden states and weight summed over chunks.
+"""The head's matrix products: wide logits from narrow operands, and the gradients of hidden states
+and weight summed over chunks.
 
-bf16 products are accumulated and returned in fp32: logits rounded to bf16 alone give 4-23% gradient error near p = q.
-Memory for n tokens at a time: logits in fp32 for one chunk, their gradient in the model's dtype for `CHUNKS_PER_PRODUCT` chunks, because
-each weight-gradient product reads and writes the whole fp32 sum [v, h]: fewer, larger products move fewer bytes."""
+bf16 products are accumulated and returned in fp32: logits rounded to bf16 alone give 4-23% gradient
+error near p = q. Memory for n tokens at a time: logits in fp32 for one chunk, their gradient in the
+model's dtype for `CHUNKS_PER_PRODUCT` chunks, because each weight-gradient product reads and writes
+the whole fp32 sum [v, h]: fewer, larger products move fewer bytes."""
 
 import functools
 from collections.abc import Iterator
@@ -13,17 +15,20 @@ from torch import Tensor
 CHUNKS_PER_PRODUCT = 2
 """Chunks whose logit gradients are kept for one weight-gradient product."""
 BUFFER_BYTES = {"cuda": 2_000_000_000, "cpu": 32_000_000}
-"""Bound on logits and their gradients together where the caller leaves the chunk size open: what large products need on a GPU, what
-caches hold on a CPU (4096 tokens and 2048 words there: 116 ms, and 186 ms for all tokens at once)."""
+"""Bound on logits and their gradients together where the caller leaves the chunk size open: what
+large products need on a GPU, what caches hold on a CPU (4096 tokens and 2048 words there: 116 ms,
+and 186 ms for all tokens at once)."""
 ROW_MULTIPLE = 128
 """Chunk sizes are rounded to whole GEMM tiles."""
 
 
 class HeadGradients:
-    """d loss / d hidden [n, h] in hidden's dtype and d loss / d weight [v, h] in fp32 (float64 for float64), filled block by block."""
+    """d loss / d hidden [n, h] in hidden's dtype and d loss / d weight [v, h] in fp32 (float64 for
+    float64), filled block by block."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, *, want_weight: bool) -> None:
-        self._inputs, self._weight = hidden, weight
+        self._inputs = hidden
+        self._weight = weight
         self.hidden = torch.empty_like(hidden)
         self.weight = torch.empty_like(weight, dtype=wide(weight.dtype)) if want_weight else None
         self._empty = True
@@ -37,17 +42,23 @@ class HeadGradients:
 
 
 def blocks(count: int, chunk: int) -> Iterator[tuple[slice, list[slice]]]:
-    """Tokens of one weight-gradient product, with the chunks in it: consecutive slices of range(count)."""
+    """Tokens of one weight-gradient product, with the chunks in it: consecutive slices of
+    range(count)."""
     block = chunk * CHUNKS_PER_PRODUCT
     for start in range(0, count, block):
         stop = min(start + block, count)
-        yield slice(start, stop), [slice(at, min(at + chunk, stop)) for at in range(start, stop, chunk)]
+        yield (
+            slice(start, stop),
+            [slice(at, min(at + chunk, stop)) for at in range(start, stop, chunk)],
+        )
 
 
 def chunk_size(count: int, limit: int | None, bytes_per_token: int, device: torch.device) -> int:
-    """Tokens per chunk for `count` tokens: at most `limit` (None: what BUFFER_BYTES holds), and chunks of nearly equal size.
+    """Tokens per chunk for `count` tokens: at most `limit` (None: what BUFFER_BYTES holds), and
+    chunks of nearly equal size.
 
-    bytes_per_token: logits of a token plus CHUNKS_PER_PRODUCT times the gradient of its logits. Raises ValueError for a limit below 1."""
+    bytes_per_token: logits of a token plus CHUNKS_PER_PRODUCT times the gradient of its logits.
+    Raises ValueError for a limit below 1."""
     if limit is None:
         budget = BUFFER_BYTES.get(device.type, BUFFER_BYTES["cuda"])
         limit = max(budget // bytes_per_token // ROW_MULTIPLE * ROW_MULTIPLE, ROW_MULTIPLE)
@@ -63,7 +74,8 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """a [m, k] @ b [k, n] into out [m, n] of the wide dtype, never rounded to the operands' dtype in between."""
+    """a [m, k] @ b [k, n] into out [m, n] of the wide dtype, never rounded to the operands' dtype
+    in between."""
     if a.dtype == out.dtype:
         return torch.mm(a, b, out=out)
     if not a.is_cuda:
@@ -74,7 +86,8 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 
 
 def accumulate(total: Tensor, a: Tensor, b: Tensor, *, fresh: bool) -> None:
-    """total [m, n] += a [m, k] @ b [k, n] in total's dtype; `fresh` means total holds nothing yet, not even zeros."""
+    """total [m, n] += a [m, k] @ b [k, n] in total's dtype; `fresh` means total holds nothing yet,
+    not even zeros."""
     beta = 0 if fresh else 1
     if a.dtype == total.dtype:
         torch.addmm(total, a, b, beta=beta, out=total)
@@ -90,9 +103,11 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor, *, fresh: bool) -> None:
 
 
 def _tf32_product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """For torch < 2.8: bf16 and fp16 numbers are TF32 numbers, so TF32 tensor cores multiply their fp32 copies without rounding.
+    """For torch < 2.8: bf16 and fp16 numbers are TF32 numbers, so TF32 tensor cores multiply their
+    fp32 copies without rounding.
 
-    The copies are made anew for each product: 4 bytes for each number of a and b, on top of BUFFER_BYTES."""
+    The copies are made anew for each product: 4 bytes for each number of a and b, on top of
+    BUFFER_BYTES."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = True
     try:
@@ -108,10 +123,12 @@ def _has_wide_products() -> bool:
 
 @functools.cache
 def _wide_addmm_works(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether addmm adds narrow products to an fp32 sum in place: some versions since 2.8 want the sum in the operands' dtype."""
+    """Whether addmm adds narrow products to an fp32 sum in place: some versions since 2.8 want the
+    sum in the operands' dtype."""
     if not _has_wide_products():
         return False
-    a, total = torch.zeros(16, 16, dtype=dtype, device=device), torch.zeros(16, 16, dtype=torch.float32, device=device)
+    a = torch.zeros(16, 16, dtype=dtype, device=device)
+    total = torch.zeros(16, 16, dtype=torch.float32, device=device)
     try:
         torch.addmm(total, a, a, out_dtype=torch.float32, out=total)
     except RuntimeError:

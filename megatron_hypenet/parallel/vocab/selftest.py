@@ -1,4 +1,5 @@
-"""The kernels of the vocabulary losses against float64, launched directly: as `ops.selftest` does for the kernels of the ops."""
+"""The kernels of the vocabulary losses against float64, launched directly: as `ops.selftest` does
+for the kernels of the ops."""
 
 import torch
 from torch import Tensor
@@ -6,10 +7,14 @@ from torch import Tensor
 from megatron_hypenet.ops.selftest import ROUNDING_LIMITS, KernelCheck, Pairs, check
 
 
-def check_vocab(device: torch.device, dtype: torch.dtype, *, words: int, shards: int = 1, tokens: int = 32) -> KernelCheck:
-    """KL, cross entropy and scores of fp32 logits [tokens, words * shards], and their gradients rounded to dtype.
+def check_vocab(
+    device: torch.device, dtype: torch.dtype, *, words: int, shards: int = 1, tokens: int = 32
+) -> KernelCheck:
+    """KL, cross entropy and scores of fp32 logits [tokens, words * shards], and their gradients
+    rounded to dtype.
 
-    One shard takes the one-pass kernels where the GPU has room for them, two the kernels of a split vocabulary."""
+    One shard takes the one-pass kernels where the GPU has room for them, two the kernels of a split
+    vocabulary."""
 
     def run() -> Pairs:
         from megatron_hypenet.parallel.vocab import triton_terms as terms
@@ -24,26 +29,46 @@ def check_vocab(device: torch.device, dtype: torch.dtype, *, words: int, shards:
         gradients = [torch.empty(2, tokens, words, dtype=dtype, device=device) for _ in starts]
         kl_parts = list(zip(cut(s), cut(t), strict=True))
         ce_parts = [(part, labels - start) for part, start in zip(cut(s), starts, strict=True)]
-        scores = terms.ce_merge(torch.stack([terms.ce_merge(terms.ce_stats(*part)) for part in ce_parts]))
+        scores = terms.ce_merge(
+            torch.stack([terms.ce_merge(terms.ce_stats(*part)) for part in ce_parts])
+        )
         if shards == 1:
             kl = terms.kl_stats_and_gradient(*kl_parts[0], None, gradients[0][0])
             ce = terms.ce_stats_and_gradient(*ce_parts[0], None, gradients[0][1])
         else:
             own = [terms.kl_merge(terms.kl_stats(*part)) for part in kl_parts]
-            kl, ce = terms.kl_merge(torch.stack(own)), scores
-            for kl_part, ce_part, local, out in zip(kl_parts, ce_parts, own, gradients, strict=True):
+            kl = terms.kl_merge(torch.stack(own))
+            ce = scores
+            for kl_part, ce_part, local, out in zip(
+                kl_parts, ce_parts, own, gradients, strict=True
+            ):
                 terms.kl_gradient(*kl_part, local, kl, None, out[0])
                 terms.ce_gradient(*ce_part, local, ce, None, out[1])
         kl_gradient, ce_gradient = torch.cat(gradients, -1)
-        found = (terms.kl_loss(kl), kl_gradient, terms.ce_loss(ce), ce_gradient, terms.ce_loss(scores))
+        found = (
+            terms.kl_loss(kl),
+            kl_gradient,
+            terms.ce_loss(ce),
+            ce_gradient,
+            terms.ce_loss(scores),
+        )
         names = ("KL", "gradient of KL", "cross entropy", "gradient of cross entropy", "score")
-        return {name: (got, want) for name, got, want in zip(names, found, _exact(s, t, labels), strict=True)}
+        return {
+            name: (got, want)
+            for name, got, want in zip(names, found, _exact(s, t, labels), strict=True)
+        }
 
-    return check(f"vocab_loss {words} words{' of two shards' if shards > 1 else ''}", dtype, ROUNDING_LIMITS[dtype], run)
+    return check(
+        f"vocab_loss {words} words{' of two shards' if shards > 1 else ''}",
+        dtype,
+        ROUNDING_LIMITS[dtype],
+        run,
+    )
 
 
 def _exact(s: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-    """KL [n] and its gradient [n, v], cross entropy and its gradient, and the score, which is the cross entropy."""
+    """KL [n] and its gradient [n, v], cross entropy and its gradient, and the score, which is the
+    cross entropy."""
     log_q, log_p = s.double().log_softmax(-1), t.double().log_softmax(-1)
     q, p = log_q.exp(), log_p.exp()
     nll = -log_q.gather(-1, labels[:, None]).squeeze(-1)

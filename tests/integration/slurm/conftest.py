@@ -1,4 +1,5 @@
-"""A real SLURM of three nodes for the tests of this folder. Where it is not installed they fail: CI installs it."""
+"""A real SLURM of three nodes for the tests of this folder. Where it is not installed they fail: CI
+installs it."""
 
 import os
 import subprocess
@@ -10,8 +11,21 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[3]
 TESTCLUSTER = ROOT / "slurm" / "testcluster"
-STAGE = {"seq_length": 64, "micro_batch_size": 1, "global_batch_size": 2, "lr": 1e-3, "min_lr": 1e-4, "log_interval": 1}
-RECALL = {"recall_sequences": 2, "recall_pairs": 2, "heldout_sequences": 2, "seq_length": 64, "batch_size": 2}
+STAGE = {
+    "seq_length": 64,
+    "micro_batch_size": 1,
+    "global_batch_size": 2,
+    "lr": 1e-3,
+    "min_lr": 1e-4,
+    "log_interval": 1,
+}
+RECALL = {
+    "recall_sequences": 2,
+    "recall_pairs": 2,
+    "heldout_sequences": 2,
+    "seq_length": 64,
+    "batch_size": 2,
+}
 
 
 class Cluster:
@@ -21,26 +35,53 @@ class Cluster:
         self.folder = Path(folder)
         self.runs = []
         # other numbers of jobs, and so other ports, than the cluster of a test beside this one
-        done = self.control("up", "--nodes", str(nodes), "--first-job", str(1 + 50 * (os.getpid() % 390)))
+        done = self.control(
+            "up", "--nodes", str(nodes), "--first-job", str(1 + 50 * (os.getpid() % 390))
+        )
         if done.returncode:
             pytest.fail(f"the test cluster does not start:\n{done.stdout}{done.stderr}")
-        self.environment = {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf"), "OMP_NUM_THREADS": "1"}
+        self.environment = {
+            **os.environ,
+            "SLURM_CONF": str(self.folder / "slurm.conf"),
+            "OMP_NUM_THREADS": "1",
+        }
 
     def control(self, *words):
-        return subprocess.run([TESTCLUSTER, *words, "--dir", self.folder], capture_output=True, text=True, timeout=300, check=False)
+        return subprocess.run(
+            [TESTCLUSTER, *words, "--dir", self.folder],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
 
     def run(self, *words, code=0):
         """Output of a command that must end with `code`."""
-        done = subprocess.run([*map(str, words)], cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=300, check=False)
-        assert done.returncode == code, f"{words} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
+        done = subprocess.run(
+            [*map(str, words)],
+            cwd=ROOT,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == code, (
+            f"{words} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
+        )
         return done.stdout + done.stderr
 
     def hypenet(self, *words, code=0):
-        self.runs += [Path(word.partition("=")[2]) for word in map(str, words) if word.startswith("output_dir=")]
+        self.runs += [
+            Path(word.partition("=")[2])
+            for word in map(str, words)
+            if word.startswith("output_dir=")
+        ]
         return self.run(ROOT / ".venv" / "bin" / "hypenet", *words, code=code)
 
     def until(self, what, holds, seconds, every=0.3):
-        """Wait for `holds()`; what it returned. Fails with the logs of the last run after four times the `seconds` of a quiet machine."""
+        """Wait for `holds()`; what it returned. Fails with the logs of the last run after four
+        times the `seconds` of a quiet machine."""
         deadline = time.monotonic() + 4 * seconds
         while time.monotonic() < deadline:
             found = holds()
@@ -88,7 +129,8 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def calm(cluster, config, tmp_path_factory):
-    """Folder of a run of the same configuration and number of processes under another launcher, left in peace."""
+    """Folder of a run of the same configuration and number of processes under another launcher,
+    left in peace."""
     out = tmp_path_factory.mktemp("calm") / "run"
     cluster.hypenet("run", config, f"output_dir={out}", "--nproc", "2")
     return out

@@ -1,4 +1,5 @@
-"""What the tests of this folder do with a run: submit it, look at its jobs and files, and find the processes of its tasks."""
+"""What the tests of this folder do with a run: submit it, look at its jobs and files, and find the
+processes of its tasks."""
 
 import contextlib
 import json
@@ -17,7 +18,11 @@ def submit(cluster, config, out, *words):
     """Job numbers by part."""
     said = cluster.hypenet("submit", config, "--cluster", PROFILE, f"output_dir={out}", *words)
     assert f"tensorboard --logdir {out}/tb" in said and "ssh -N -L 6006:localhost:6006" in said
-    return {line.split()[2].strip("(),:"): int(line.split()[1]) for line in said.splitlines() if line.startswith("job ")}
+    return {
+        line.split()[2].strip("(),:"): int(line.split()[1])
+        for line in said.splitlines()
+        if line.startswith("job ")
+    }
 
 
 def status(cluster, out):
@@ -49,12 +54,15 @@ def losses(out):
 
 
 def processes(holds):
-    """Numbers of the processes whose (environment, command line), as sets of bytes, fulfil `holds`."""
+    """Numbers of the processes whose (environment, command line), as sets of bytes, fulfil
+    `holds`."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
             try:
-                told, words = ((entry / name).read_bytes().split(b"\0") for name in ("environ", "cmdline"))
+                told, words = (
+                    (entry / name).read_bytes().split(b"\0") for name in ("environ", "cmdline")
+                )
             except OSError:
                 continue
             if holds(set(told), words):
@@ -64,24 +72,40 @@ def processes(holds):
 
 def task_of(cluster, job, rank):
     """Process number of a task of a job, found as `ps` would; None while there is none."""
-    want = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_PROCID={rank}".encode(), f"SLURM_CONF={cluster.folder}/slurm.conf".encode()}
-    return next(iter(processes(lambda told, words: want <= told and b"launchers.slurm" in words)), None)
+    want = {
+        f"SLURM_JOB_ID={job}".encode(),
+        f"SLURM_PROCID={rank}".encode(),
+        f"SLURM_CONF={cluster.folder}/slurm.conf".encode(),
+    }
+    return next(
+        iter(processes(lambda told, words: want <= told and b"launchers.slurm" in words)), None
+    )
 
 
 def slurmd_of(cluster, node):
     """Process number of the SLURM daemon of a node; None where it does not run."""
     mine = f"SLURM_CONF={cluster.folder}/slurm.conf".encode()
-    return next(iter(processes(lambda told, words: mine in told and words[:3] == [b"slurmd", b"-N", node.encode()])), None)
+    return next(
+        iter(
+            processes(
+                lambda told, words: mine in told and words[:3] == [b"slurmd", b"-N", node.encode()]
+            )
+        ),
+        None,
+    )
 
 
 def restart_slurmd(cluster, node, preexec_fn=None):
-    """The daemon of a node anew; `preexec_fn` runs in it first, and what it sets holds for all tasks of the node."""
+    """The daemon of a node anew; `preexec_fn` runs in it first, and what it sets holds for all
+    tasks of the node."""
     if (old := slurmd_of(cluster, node)) is not None:
         send(signal.SIGKILL, old)
         while Path(f"/proc/{old}").exists():
             time.sleep(0.02)
     environment = {**cluster.environment, "PATH": f"{os.environ['PATH']}:/usr/sbin"}
-    subprocess.run(["slurmd", "-N", node], env=environment, preexec_fn=preexec_fn, check=True, timeout=30)
+    subprocess.run(
+        ["slurmd", "-N", node], env=environment, preexec_fn=preexec_fn, check=True, timeout=30
+    )
     cluster.until(f"{node} back", lambda: state_of(cluster, node) in ("idle", "mixed"), 30)
 
 

@@ -1,4 +1,5 @@
-"""`hypenet doctor --slurm` on real nodes: what it measures, and that a slow node and one that cannot write are named for --exclude."""
+"""`hypenet doctor --slurm` on real nodes: what it measures, and that a slow node and one that
+cannot write are named for --exclude."""
 
 import contextlib
 import json
@@ -21,20 +22,39 @@ def report(said):
 
 
 def test_nodes_are_measured_beside_each_other(cluster, tmp_path):
-    # rates of two nodes that share two cores with other tests may differ: they are judged below, where the difference is made
+    # rates of two nodes that share two cores with other tests may differ: they are judged below,
+    # where the difference is made
     done = subprocess.run(
         [sys.executable, "-m", "megatron_hypenet", *WORDS, "--folder", str(tmp_path), "--json"],
         env=cluster.environment, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     found = report(done.stdout)
-    assert [(node["host"], node["rank"], node["hardware"], node["faults"]) for node in found["nodes"]] == [
+    assert [
+        (node["host"], node["rank"], node["hardware"], node["faults"]) for node in found["nodes"]
+    ] == [
         ("n1", 0, "CPU", []),
         ("n2", 1, "CPU", []),
     ]
-    assert min(rate for node in found["nodes"] for rate in (node["gemm_tflops"], node["disk_mib_per_second"])) > 0
-    assert found["links"][0]["hosts"] == ["n1", "n2"] and min(found["links"][0]["gib_per_second"], found["all_reduce_gib_per_second"]) > 0
-    clocks, versions = zip(*((node["clock"], node["versions"]) for node in found["nodes"]), strict=True)
-    assert abs(clocks[0] - clocks[1]) < 2 and versions[0] == versions[1] and {"torch", "python", "megatron-core"} <= set(versions[0])
+    assert (
+        min(
+            rate
+            for node in found["nodes"]
+            for rate in (node["gemm_tflops"], node["disk_mib_per_second"])
+        )
+        > 0
+    )
+    assert (
+        found["links"][0]["hosts"] == ["n1", "n2"]
+        and min(found["links"][0]["gib_per_second"], found["all_reduce_gib_per_second"]) > 0
+    )
+    clocks, versions = zip(
+        *((node["clock"], node["versions"]) for node in found["nodes"]), strict=True
+    )
+    assert (
+        abs(clocks[0] - clocks[1]) < 2
+        and versions[0] == versions[1]
+        and {"torch", "python", "megatron-core"} <= set(versions[0])
+    )
     assert all("TFLOP/s" in problem or "MiB/s" in problem for problem in found["problems"])
     assert done.returncode == (4 if found["exclude"] else 0)
     assert list(tmp_path.iterdir()) == []
@@ -60,10 +80,15 @@ def test_a_node_that_cannot_write_is_to_be_left_out(cluster, tmp_path):
 
 @contextlib.contextmanager
 def busy(core):
-    """Processes that compete for a core; sessions of their own, or the kernel may count them as one.
+    """Processes that compete for a core; sessions of their own, or the kernel may count them as
+    one.
 
     Many, because the other node shares its core too: with the processes of another test."""
-    words = [sys.executable, "-c", f"import os; os.sched_setaffinity(0, {{{core}}})\nwhile True: pass"]
+    words = [
+        sys.executable,
+        "-c",
+        f"import os; os.sched_setaffinity(0, {{{core}}})\nwhile True: pass",
+    ]
     load = [subprocess.Popen(words, start_new_session=True) for _ in range(10)]
     try:
         yield
@@ -77,4 +102,8 @@ def test_a_slow_node_is_to_be_left_out(cluster, tmp_path):
     core = max(os.sched_getaffinity(0))
     with harmed(cluster, "n2", lambda: os.sched_setaffinity(0, {core})), busy(core):
         said = cluster.hypenet(*WORDS, "--folder", tmp_path, code=4)
-    assert "n2 (rank 1): " in said and "TFLOP/s, the median CPU here does" in said and "leave out: --exclude=n2" in said
+    assert (
+        "n2 (rank 1): " in said
+        and "TFLOP/s, the median CPU here does" in said
+        and "leave out: --exclude=n2" in said
+    )

@@ -34,7 +34,10 @@ def test_a_job_from_within_an_allocation_in_an_odd_folder_whose_port_is_taken(
     )
     # the next job has the number after the allocation's: what listens at the port made from it is
     # there before the job
-    listen = "import os, socket, time; s = socket.create_server(('', int(os.environ['SLURM_JOB_ID']) + 10001)); time.sleep(600)"
+    listen = (
+        "import os, socket, time; s = socket.create_server(('', int(os.environ['SLURM_JOB_ID']) + "
+        "10001)); time.sleep(600)"
+    )
     begin = f"python3 -c {shlex.quote(listen)} & {hypenet}; code=$?; "
     wait = "while squeue --noheader --format=%T | grep -q PENDING; do sleep 1; done; sleep 10; "
     said = cluster.run("salloc", "--nodes=1", "bash", "-c", f"{begin}{wait}kill %1; exit $code")

@@ -1,4 +1,5 @@
-"""A tiny model configuration, tensors, and a model whose sharded state dict has a plain, a fused and a stacked entry."""
+"""A tiny model configuration, tensors, and a model whose sharded state dict has a plain, a fused
+and a stacked entry."""
 
 from __future__ import annotations
 
@@ -16,9 +17,18 @@ from megatron_hypenet.config.model import ModelConfig
 def model_config() -> ModelConfig:
     """Two softmax layers."""
     return ModelConfig(
-        num_layers=2, hidden_size=8, ffn_hidden_size=16, num_attention_heads=2, num_query_groups=1, kv_channels=4, vocab_size=11,
-        share_embeddings_and_output_weights=True, mixer_types=("attn", "attn"), attn_use_rope=True, attn_use_output_gate=False,
-    )  # fmt: skip
+        num_layers=2,
+        hidden_size=8,
+        ffn_hidden_size=16,
+        num_attention_heads=2,
+        num_query_groups=1,
+        kv_channels=4,
+        vocab_size=11,
+        share_embeddings_and_output_weights=True,
+        mixer_types=("attn", "attn"),
+        attn_use_rope=True,
+        attn_use_output_gate=False,
+    )
 
 
 @pytest.fixture
@@ -55,7 +65,13 @@ class FusedModel(torch.nn.Module):
                 "k": replace(whole(f"{key}.k", data[4:]), replica_id=replica_id),
             }
 
-        fused = ShardedTensorFactory("linear.weight", self.linear, build, lambda parts: torch.cat([parts["q"], parts["k"]]), 0)
+        fused = ShardedTensorFactory(
+            "linear.weight",
+            self.linear,
+            build,
+            lambda parts: torch.cat([parts["q"], parts["k"]]),
+            0,
+        )
         return {
             f"{prefix}embed.weight": whole("embed.weight", self.embed),
             f"{prefix}linear.weight": fused,
@@ -72,7 +88,8 @@ def fused_model() -> FusedModel:
 class MemoryEngine:
     """An EngineState without DeepSpeed: Adam state in a dictionary; one process."""
 
-    data_rank, data_size = 0, 1
+    data_rank = 0
+    data_size = 1
 
     def __init__(self, module: FusedModel) -> None:
         from megatron_hypenet.checkpoint.state import Template

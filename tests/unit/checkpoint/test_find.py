@@ -17,7 +17,12 @@ from tests.reseal import reseal
 @pytest.fixture
 def run(tmp_path, tensors, model_config):
     for step in (10, 20):
-        save.write_weights(tmp_path / "run" / "checkpoints" / fmt.iteration_name(step), tensors, model_config, kind="student")
+        save.write_weights(
+            tmp_path / "run" / "checkpoints" / fmt.iteration_name(step),
+            tensors,
+            model_config,
+            kind="student",
+        )
     return tmp_path / "run"
 
 
@@ -47,15 +52,21 @@ def test_resolve_falls_back_and_says_so(run, damage, caplog):
 
 def test_what_a_stage_starts_from_is_the_newest_save_or_none(run):
     next((run / "checkpoints" / "iter_0000020").rglob("*.distcp")).write_bytes(b"")
-    with pytest.raises(CheckpointError, match="iter_0000020, the newest save .* cannot be used: damaged: .*0 bytes"):
+    with pytest.raises(
+        CheckpointError, match="iter_0000020, the newest save .* cannot be used: damaged: .*0 bytes"
+    ):
         find.resolve(run, fall_back=False)
-    assert find.resolve(run / "checkpoints" / "iter_0000010", fall_back=False).name == "iter_0000010"
+    assert (
+        find.resolve(run / "checkpoints" / "iter_0000010", fall_back=False).name == "iter_0000010"
+    )
 
 
 def test_a_tokenizer_is_handed_out_as_it_was_written(tmp_path, tensors, model_config):
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / "tokenizer.json").write_text('{"a": 1}')
-    folder = save.write_weights(tmp_path / "ck", tensors, model_config, kind="teacher", tokenizer_dir=tmp_path / "tokenizer")
+    folder = save.write_weights(
+        tmp_path / "ck", tensors, model_config, kind="teacher", tokenizer_dir=tmp_path / "tokenizer"
+    )
     assert find.tokenizer_dir(folder) == folder / "tokenizer"
     (folder / "tokenizer" / "tokenizer.json").write_text('{"a": 2}')
     with pytest.raises(CheckpointError, match="tokenizer/tokenizer.json: sha256 differs"):
@@ -75,7 +86,9 @@ def test_resolve_explains_what_the_path_is(tmp_path):
 def test_a_damaged_model_json_is_a_damaged_checkpoint(tmp_path, tensors, model_config):
     folder = save.write_weights(tmp_path / "ck", tensors, model_config, kind="teacher")
     (folder / "model.json").write_text("{bad")
-    with pytest.raises(CheckpointError, match="model.json: differs from what manifest.json says.*damaged"):
+    with pytest.raises(
+        CheckpointError, match="model.json: differs from what manifest.json says.*damaged"
+    ):
         find.read_model_config(folder)
     for text in ("{bad", "[]", "[" * 100_000, '{"num_layers": "3"}'):
         (folder / "model.json").write_text(text)
@@ -83,9 +96,13 @@ def test_a_damaged_model_json_is_a_damaged_checkpoint(tmp_path, tensors, model_c
             find.read_model_config(reseal(folder, "model.json"))
 
 
-def test_a_stage_is_finished_by_a_checkpoint_of_all_its_steps_that_is_whole(tmp_path, tensors, model_config, caplog):
+def test_a_stage_is_finished_by_a_checkpoint_of_all_its_steps_that_is_whole(
+    tmp_path, tensors, model_config, caplog
+):
     for step in (2, 6):
-        save.write_weights(tmp_path / "checkpoints" / fmt.iteration_name(step), tensors, model_config, kind="align")
+        save.write_weights(
+            tmp_path / "checkpoints" / fmt.iteration_name(step), tensors, model_config, kind="align"
+        )
     last = tmp_path / "checkpoints" / "iter_0000006"
     assert find.finished_checkpoint(tmp_path, 6) == last
     assert find.finished_checkpoint(tmp_path, 7) is None
@@ -97,5 +114,13 @@ def test_a_stage_is_finished_by_a_checkpoint_of_all_its_steps_that_is_whole(tmp_
 
 
 def test_no_tensor_library_is_imported():
-    code = "import megatron_hypenet.checkpoint.find, sys; print([name for name in ('torch', 'numpy') if name in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    code = (
+        "import megatron_hypenet.checkpoint.find, sys; print([name for name in ('torch', "
+        "'numpy') if name in sys.modules])"
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )

@@ -14,7 +14,11 @@ def test_iteration_names_round_trip_and_sort_by_number(tmp_path):
         (tmp_path / fmt.iteration_name(step)).mkdir()
     (tmp_path / "iter_12").mkdir()
     (tmp_path / "iter_0000099").symlink_to(tmp_path)
-    assert [fmt.iteration_of(folder) for folder in fmt.iteration_folders(tmp_path)] == [5, 70, 12_345_678]
+    assert [fmt.iteration_of(folder) for folder in fmt.iteration_folders(tmp_path)] == [
+        5,
+        70,
+        12_345_678,
+    ]
 
 
 def test_staged_folder_is_committed_at_the_end_only(tmp_path):
@@ -30,7 +34,10 @@ def test_failed_save_leaves_no_trace_and_keeps_the_old_one(tmp_path):
     target = tmp_path / "ck"
     with fmt.staged(target) as temporary:
         (temporary / "a").write_text("old")
-    with pytest.raises(SetupError, match="no space left") as caught, fmt.staged(target, overwrite=True):
+    with (
+        pytest.raises(SetupError, match="no space left") as caught,
+        fmt.staged(target, overwrite=True),
+    ):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert caught.value.exit_code == 4
     with pytest.raises(ZeroDivisionError), fmt.staged(target, overwrite=True):
@@ -56,8 +63,13 @@ def test_remove_stale_takes_only_leftovers(tmp_path):
 
 
 def test_a_save_that_lacked_only_its_name_gets_it(tmp_path):
-    """Killed between the marker and the rename, or between the two renames of an overwriting save."""
-    for name, text in ((".iter_0000003.tmp-17", "new"), (".iter_0000003.old-17", "old"), (".iter_0000002.tmp-17", "other")):
+    """Killed between the marker and the rename, or between the two renames of an overwriting
+    save."""
+    for name, text in (
+        (".iter_0000003.tmp-17", "new"),
+        (".iter_0000003.old-17", "old"),
+        (".iter_0000002.tmp-17", "other"),
+    ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a").write_text(text)
         (tmp_path / name / fmt.COMMITTED).touch()
@@ -65,7 +77,9 @@ def test_a_save_that_lacked_only_its_name_gets_it(tmp_path):
         pass
     fmt.remove_stale(tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["iter_0000002", "iter_0000003"]
-    assert (tmp_path / "iter_0000003" / "a").read_text() == "new" and not (tmp_path / "iter_0000002" / "a").exists()
+    assert (tmp_path / "iter_0000003" / "a").read_text() == "new" and not (
+        tmp_path / "iter_0000002" / "a"
+    ).exists()
 
 
 def test_a_failed_rename_puts_the_old_one_back(tmp_path, monkeypatch):

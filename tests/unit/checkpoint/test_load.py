@@ -15,7 +15,12 @@ from megatron_hypenet.errors import CheckpointError
 @pytest.fixture
 def run(tmp_path, tensors, model_config):
     for step in (10, 20):
-        save.write_weights(tmp_path / "run" / "checkpoints" / fmt.iteration_name(step), tensors, model_config, kind="student")
+        save.write_weights(
+            tmp_path / "run" / "checkpoints" / fmt.iteration_name(step),
+            tensors,
+            model_config,
+            kind="student",
+        )
     return tmp_path / "run"
 
 
@@ -29,7 +34,9 @@ def test_read_weights_takes_a_subset_and_names_what_is_missing(run, tensors):
 def test_load_model_splits_fused_parameters(run, tensors, fused_model):
     load.load_model(fused_model, run)
     assert torch.equal(fused_model.embed, tensors["embed.weight"])
-    assert torch.equal(fused_model.linear, torch.cat([tensors["linear.weight.q"], tensors["linear.weight.k"]]))
+    assert torch.equal(
+        fused_model.linear, torch.cat([tensors["linear.weight.q"], tensors["linear.weight.k"]])
+    )
     assert torch.equal(fused_model.norm, tensors["norm.weight"])
 
 
@@ -41,10 +48,22 @@ def test_load_model_casts_floating_dtypes(run, tensors, fused_model):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop("linear.weight.k"), "1 tensors of the model are not in it: linear.weight.k"),
-        (lambda t: t.update(extra=torch.ones(1)), "1 stored tensors have no place in the model: extra"),
-        (lambda t: t.update({"embed.weight": torch.ones(12, 8)}), r"stored \(12, 8\), model \(11, 8\)"),
-        (lambda t: t.update({"embed.weight": torch.ones(11, 8, dtype=torch.int64)}), "dtypes differ"),
+        (
+            lambda t: t.pop("linear.weight.k"),
+            "1 tensors of the model are not in it: linear.weight.k",
+        ),
+        (
+            lambda t: t.update(extra=torch.ones(1)),
+            "1 stored tensors have no place in the model: extra",
+        ),
+        (
+            lambda t: t.update({"embed.weight": torch.ones(12, 8)}),
+            r"stored \(12, 8\), model \(11, 8\)",
+        ),
+        (
+            lambda t: t.update({"embed.weight": torch.ones(11, 8, dtype=torch.int64)}),
+            "dtypes differ",
+        ),
     ],
 )
 def test_load_model_is_strict(tmp_path, tensors, model_config, fused_model, change, message):
@@ -56,7 +75,9 @@ def test_load_model_is_strict(tmp_path, tensors, model_config, fused_model, chan
 
 
 def test_load_model_can_leave_stored_tensors_unused(tmp_path, tensors, model_config, fused_model):
-    save.write_weights(tmp_path / "ck", {**tensors, "extra": torch.ones(1)}, model_config, kind="student")
+    save.write_weights(
+        tmp_path / "ck", {**tensors, "extra": torch.ones(1)}, model_config, kind="student"
+    )
     load.load_model(fused_model, tmp_path / "ck", allow_unused=True)
     assert torch.equal(fused_model.embed, tensors["embed.weight"])
 
@@ -65,7 +86,9 @@ def test_load_model_can_leave_stored_tensors_unused(tmp_path, tensors, model_con
 def saved(tmp_path, make_engine, model_config):
     engine = make_engine().randomize(1)
     state = TrainState(stage="distill", step=7, samples=56, adam_step=7)
-    return engine, save.save_training(tmp_path / "iter_0000007", engine, state, model_config=model_config, kind="student")
+    return engine, save.save_training(
+        tmp_path / "iter_0000007", engine, state, model_config=model_config, kind="student"
+    )
 
 
 def test_load_training_restores_weights_states_and_generators(saved, make_engine, model_config):
@@ -86,7 +109,9 @@ def test_load_training_refuses_damage_and_other_runs(saved, make_engine, model_c
     with pytest.raises(CheckpointError, match="stage distill, not align"):
         load.load_training(folder, engine, model_config=model_config, stage="align")
     with pytest.raises(CheckpointError, match="another shape"):
-        load.load_training(folder, engine, model_config=model_config.replace(vocab_size=12), stage="distill")
+        load.load_training(
+            folder, engine, model_config=model_config.replace(vocab_size=12), stage="distill"
+        )
     engine.module.to(torch.bfloat16)
     with pytest.raises(CheckpointError, match="another precision"):
         load.load_training(folder, engine, model_config=model_config, stage="distill")
@@ -104,7 +129,9 @@ def test_a_model_is_built_only_when_the_checkpoint_holds_as_many_values(tmp_path
     assert load.read_whole_config(tmp_path / "whole") == model_config
     huge = model_config.replace(vocab_size=1 << 31, hidden_size=1 << 24)
     save.write_weights(tmp_path / "huge", values, huge, kind="teacher")
-    with pytest.raises(CheckpointError, match="values, a model as its model.json describes has more than"):
+    with pytest.raises(
+        CheckpointError, match="values, a model as its model.json describes has more than"
+    ):
         load.read_whole_config(tmp_path / "huge")
 
 
@@ -114,7 +141,8 @@ def test_newest_of_run_cleans_up_and_takes_what_is_whole(run, tmp_path):
     (folder / ".iter_0000030.tmp-7").mkdir()
     assert load.newest_of_run(folder).name == "iter_0000020"
     assert sorted(entry.name for entry in folder.iterdir()) == ["iter_0000010", "iter_0000020"]
-    (folder / "iter_0000020").rename(folder / ".iter_0000020.tmp-7")  # killed before the last rename
+    # killed before the last rename
+    (folder / "iter_0000020").rename(folder / ".iter_0000020.tmp-7")
     assert load.newest_of_run(folder).name == "iter_0000020"
     for entry in folder.iterdir():
         (entry / fmt.MANIFEST).unlink()
@@ -124,10 +152,14 @@ def test_newest_of_run_cleans_up_and_takes_what_is_whole(run, tmp_path):
 
 @pytest.fixture
 def ranks(monkeypatch):
-    """Function that runs a function on several ranks, which are threads, and gives what each returned or raised."""
+    """Function that runs a function on several ranks, which are threads, and gives what each
+    returned or raised."""
 
     def run(size, work):
-        own, barrier, slots, ended = threading.local(), threading.Barrier(size, timeout=30), [None] * size, [None] * size
+        own = threading.local()
+        barrier = threading.Barrier(size, timeout=30)
+        slots = [None] * size
+        ended = [None] * size
 
         def gather(value):
             slots[own.rank] = value
@@ -162,7 +194,8 @@ def ranks(monkeypatch):
 @pytest.mark.parametrize("size", [2, 5])
 def test_ranks_share_the_hashing_and_all_hear_of_damage(run, ranks, monkeypatch, size):
     folder = run / "checkpoints" / "iter_0000020"
-    hashed, hash_file = [], mf.hash_file
+    hashed = []
+    hash_file = mf.hash_file
     monkeypatch.setattr(mf, "hash_file", lambda path: hashed.append(path.name) or hash_file(path))
     for _ in range(2):
         assert ranks(size, lambda: load.verify_together(folder)) == [None] * size
@@ -179,7 +212,8 @@ def test_ranks_share_the_hashing_and_all_hear_of_damage(run, ranks, monkeypatch,
 
 
 def test_one_rank_that_cannot_read_the_manifest_is_heard_by_all(run, ranks, monkeypatch):
-    seen, read = [], load.read_manifest
+    seen = []
+    read = load.read_manifest
 
     def failing_once(folder):
         seen.append(folder)

@@ -17,13 +17,20 @@ def folder(tmp_path):
         (temporary / "sub").mkdir()
         (temporary / "sub" / "a.bin").write_bytes(b"12345")
         (temporary / "b.txt").write_text("b")
-        mf.write_manifest(temporary, kind="student", extra={"stage": "distill", "hf_config": {"x": 1}, "note": 7})
+        mf.write_manifest(
+            temporary, kind="student", extra={"stage": "distill", "hf_config": {"x": 1}, "note": 7}
+        )
     return tmp_path / "ck"
 
 
 def test_records_kind_stage_origin_and_versions(folder):
     manifest = mf.verify_files(folder, hashes=True)
-    assert (manifest.kind, manifest.stage, manifest.hf_config, manifest.extra) == ("student", "distill", {"x": 1}, {"note": 7})
+    assert (manifest.kind, manifest.stage, manifest.hf_config, manifest.extra) == (
+        "student",
+        "distill",
+        {"x": 1},
+        {"note": 7},
+    )
     assert set(manifest.files) == {"sub/a.bin", "b.txt"} and manifest.files["sub/a.bin"].bytes == 5
     assert {"python", "torch", "megatron-core"} <= set(manifest.versions)
 
@@ -124,7 +131,14 @@ def test_a_checkpoint_of_an_older_version_loads_and_says_so(folder, caplog):
 
 @pytest.mark.parametrize(
     "name",
-    ["model.json", "weights/more.distcp", "weights/.metadata", "optimizer/common.pt", "tokenizer/chat_template.jinja", "rng.safetensors"],
+    [
+        "model.json",
+        "weights/more.distcp",
+        "weights/.metadata",
+        "optimizer/common.pt",
+        "tokenizer/chat_template.jinja",
+        "rng.safetensors",
+    ],
 )
 def test_a_file_that_would_be_read_and_is_not_listed_is_refused(folder, name):
     (folder / name).parent.mkdir(exist_ok=True)
@@ -140,7 +154,12 @@ def test_a_file_that_nobody_reads_is_left_alone_and_named_once(folder, caplog):
         (folder / name).write_text("")
     for _ in range(2):
         mf.verify_files(folder, hashes=True)
-    assert caplog.text.count("also holds notes.txt, weights/.nfs0001, which manifest.json does not list: not read") == 1
+    assert (
+        caplog.text.count(
+            "also holds notes.txt, weights/.nfs0001, which manifest.json does not list: not read"
+        )
+        == 1
+    )
 
 
 def test_parts_bound_what_is_checked(folder):

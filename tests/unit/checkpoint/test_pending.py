@@ -1,4 +1,5 @@
-"""A save in the background: invisible until its commit, raised at the next edge when it failed, gone when it is given up."""
+"""A save in the background: invisible until its commit, raised at the next edge when it failed,
+gone when it is given up."""
 
 import threading
 
@@ -16,7 +17,13 @@ def begin(tmp_path, make_engine, model_config):
     def start(step, **options):
         state = TrainState(stage="distill", step=step, adam_step=7)
         return save.begin_save(
-            tmp_path / f"iter_{step:07d}", engine, state, model_config=model_config, kind="distill", background=True, **options
+            tmp_path / f"iter_{step:07d}",
+            engine,
+            state,
+            model_config=model_config,
+            kind="distill",
+            background=True,
+            **options,
         )
 
     return start
@@ -25,7 +32,8 @@ def begin(tmp_path, make_engine, model_config):
 @pytest.fixture
 def held(monkeypatch):
     """Background writers wait for this event before each part."""
-    gate, write = threading.Event(), shard_writer.ShardWrite.write
+    gate = threading.Event()
+    write = shard_writer.ShardWrite.write
 
     def slow(self, **options):
         assert gate.wait(30)

@@ -26,7 +26,10 @@ def test_keeps_the_newest_and_never_touches_uncommitted_or_links(parent):
 
 
 def test_keeps_multiples(parent):
-    assert [folder.name for folder in prune(parent, keep_last=1, keep_every=20)] == ["iter_0000010", "iter_0000030"]
+    assert [folder.name for folder in prune(parent, keep_last=1, keep_every=20)] == [
+        "iter_0000010",
+        "iter_0000030",
+    ]
     assert left(parent) == [20, 40, 50, 60, 70]
 
 

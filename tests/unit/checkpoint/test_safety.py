@@ -61,11 +61,23 @@ class ByGetattr:
 
 
 def test_enumerations_as_debian_12_pickles_them_are_read(tmp_path):
-    payload = pickle.dumps([ByGetattr(_MEM_FORMAT_ENCODING, one.name) for one in _MEM_FORMAT_ENCODING])
-    assert [record.args[1] for record in read_plain(tmp_path / "m", payload)] == [one.name for one in _MEM_FORMAT_ENCODING]
+    payload = pickle.dumps(
+        [ByGetattr(_MEM_FORMAT_ENCODING, one.name) for one in _MEM_FORMAT_ENCODING]
+    )
+    assert [record.args[1] for record in read_plain(tmp_path / "m", payload)] == [
+        one.name for one in _MEM_FORMAT_ENCODING
+    ]
 
 
-@pytest.mark.parametrize("args", [(set, "pop"), (_MEM_FORMAT_ENCODING, "__class__"), (_MEM_FORMAT_ENCODING, "mro"), (Metadata, "__init__")])
+@pytest.mark.parametrize(
+    "args",
+    [
+        (set, "pop"),
+        (_MEM_FORMAT_ENCODING, "__class__"),
+        (_MEM_FORMAT_ENCODING, "mro"),
+        (Metadata, "__init__"),
+    ],
+)
 def test_getattr_gives_nothing_else(tmp_path, args):
     with pytest.raises(CheckpointError, match=r"builtins.getattr\(.*foreign code"):
         read_plain(tmp_path / "m", pickle.dumps(ByGetattr(*args)))
@@ -79,6 +91,10 @@ def test_a_common_file_that_is_no_zip_file_is_refused(tmp_path, content):
 
 
 def test_a_common_file_in_torchs_old_format_is_refused(tmp_path):
-    torch.save({"x": Evil(tmp_path / "owned")}, tmp_path / "common.pt", _use_new_zipfile_serialization=False)
+    torch.save(
+        {"x": Evil(tmp_path / "owned")},
+        tmp_path / "common.pt",
+        _use_new_zipfile_serialization=False,
+    )
     with pytest.raises(CheckpointError, match="damaged"):
         check_common(tmp_path / "common.pt")

@@ -13,18 +13,30 @@ def test_writes_everything_a_reader_needs(tmp_path, tensors, model_config):
     (tmp_path / "tok").mkdir()
     (tmp_path / "tok" / "tokenizer.json").write_text("{}")
     folder = save.write_weights(
-        tmp_path / "ck", tensors, model_config, kind="teacher", tokenizer_dir=tmp_path / "tok", extra={"hf_config": {"model_type": "qwen3"}}
+        tmp_path / "ck",
+        tensors,
+        model_config,
+        kind="teacher",
+        tokenizer_dir=tmp_path / "tok",
+        extra={"hf_config": {"model_type": "qwen3"}},
     )
     assert load.read_model_config(folder) == model_config
     assert (load.tokenizer_dir(folder) / "tokenizer.json").read_text() == "{}"
     assert load.read_manifest(folder).hf_config == {"model_type": "qwen3"}
-    assert str(tmp_path).encode() not in b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+    assert str(tmp_path).encode() not in b"".join(
+        path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    )
     got = load.read_weights(folder)
     assert all(torch.equal(got[key], tensors[key]) for key in tensors)
 
 
 def test_same_tensors_give_the_same_files(tmp_path, tensors, model_config):
-    first, second = (load.read_manifest(save.write_weights(tmp_path / name, tensors, model_config, kind="t")).files for name in "ab")
+    first, second = (
+        load.read_manifest(
+            save.write_weights(tmp_path / name, tensors, model_config, kind="t")
+        ).files
+        for name in "ab"
+    )
     assert first == second
 
 
@@ -33,7 +45,12 @@ def test_a_tensor_that_fails_halfway_leaves_nothing(tmp_path, tensors, model_con
         raise OSError(28, "No space left on device")
 
     with pytest.raises(SetupError, match="no space left"):
-        save.write_weights(tmp_path / "ck", {**tensors, "z": LazyTensor((2,), torch.float32, fail)}, model_config, kind="teacher")
+        save.write_weights(
+            tmp_path / "ck",
+            {**tensors, "z": LazyTensor((2,), torch.float32, fail)},
+            model_config,
+            kind="teacher",
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -41,7 +58,13 @@ def test_refuses_empty_missing_tokenizer_and_existing(tmp_path, tensors, model_c
     with pytest.raises(CheckpointError, match="no tensors"):
         save.write_weights(tmp_path / "ck", {}, model_config, kind="teacher")
     with pytest.raises(CheckpointError, match="tokenizer folder"):
-        save.write_weights(tmp_path / "ck", tensors, model_config, kind="teacher", tokenizer_dir=tmp_path / "nowhere")
+        save.write_weights(
+            tmp_path / "ck",
+            tensors,
+            model_config,
+            kind="teacher",
+            tokenizer_dir=tmp_path / "nowhere",
+        )
     save.write_weights(tmp_path / "ck", tensors, model_config, kind="teacher")
     with pytest.raises(CheckpointError, match="already exists"):
         save.write_weights(tmp_path / "ck", tensors, model_config, kind="teacher")
@@ -51,22 +74,38 @@ def test_refuses_empty_missing_tokenizer_and_existing(tmp_path, tensors, model_c
 
 def training_folder(folder, engine, model_config, **changes):
     state = TrainState(stage="distill", step=7, samples=56, adam_step=engine.adam_step())
-    arguments = {"model_config": model_config, "kind": "student", "config_yaml": "a: 1\n", "extra": {"run": "x"}}
+    arguments = {
+        "model_config": model_config,
+        "kind": "student",
+        "config_yaml": "a: 1\n",
+        "extra": {"run": "x"},
+    }
     return save.save_training(folder, engine, state, **{**arguments, **changes})
 
 
 def test_training_save_is_complete_and_hashed(tmp_path, make_engine, model_config):
     folder = training_folder(tmp_path / "iter_0000007", make_engine().randomize(0), model_config)
     manifest = load.verify_files(folder, hashes=True)
-    assert (manifest.kind, manifest.stage, manifest.extra) == ("student", "distill", {"step": 7, "run": "x"})
+    assert (manifest.kind, manifest.stage, manifest.extra) == (
+        "student",
+        "distill",
+        {"step": 7, "run": "x"},
+    )
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert set(manifest.files) == names - {"manifest.json", "COMMITTED"}
     assert {"train_state.json", "rng.safetensors", "config.yaml", "model.json"} <= names
-    assert set(load.read_weights(folder)) == {"embed.weight", "linear.weight.q", "linear.weight.k", "norm.weight"}
+    assert set(load.read_weights(folder)) == {
+        "embed.weight",
+        "linear.weight.q",
+        "linear.weight.k",
+        "norm.weight",
+    }
 
 
 @pytest.mark.parametrize("where", ["write", "finish"])
-def test_full_disk_removes_the_save_and_keeps_the_old_one(tmp_path, make_engine, model_config, monkeypatch, where):
+def test_full_disk_removes_the_save_and_keeps_the_old_one(
+    tmp_path, make_engine, model_config, monkeypatch, where
+):
     engine = make_engine().randomize(0)
     old = training_folder(tmp_path / "iter_0000006", engine, model_config)
 
@@ -74,7 +113,9 @@ def test_full_disk_removes_the_save_and_keeps_the_old_one(tmp_path, make_engine,
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(shard_writer.ShardWrite, where, full)
-    with pytest.raises(SetupError, match="no space left.*older checkpoints are untouched") as caught:
+    with pytest.raises(
+        SetupError, match="no space left.*older checkpoints are untouched"
+    ) as caught:
         training_folder(tmp_path / "iter_0000007", engine, model_config)
     assert caught.value.exit_code == 4
     assert [entry.name for entry in tmp_path.iterdir()] == ["iter_0000006"]
@@ -87,8 +128,15 @@ def test_background_save_is_the_same_bytes(tmp_path, make_engine, model_config):
     engine = make_engine().randomize(0)
     straight = training_folder(tmp_path / "a", engine, model_config, tokenizer_dir=tmp_path / "tok")
     state = TrainState(stage="distill", step=7, samples=56, adam_step=engine.adam_step())
-    options = {"model_config": model_config, "kind": "student", "config_yaml": "a: 1\n", "extra": {"run": "x"}}
-    pending = save.begin_save(tmp_path / "b", engine, state, **options, tokenizer_dir=tmp_path / "tok", background=True)
+    options = {
+        "model_config": model_config,
+        "kind": "student",
+        "config_yaml": "a: 1\n",
+        "extra": {"run": "x"},
+    }
+    pending = save.begin_save(
+        tmp_path / "b", engine, state, **options, tokenizer_dir=tmp_path / "tok", background=True
+    )
     engine.randomize(1)  # training goes on: the copies were taken at the request
     assert not (tmp_path / "b").exists()
     background = pending.commit()

@@ -6,7 +6,12 @@ import pickle
 import pytest
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata, Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+)
 
 from megatron_hypenet.checkpoint.shard_index import METADATA, intersection, overlaps, read_index
 from megatron_hypenet.checkpoint.shard_writer import write_shards
@@ -18,7 +23,11 @@ from megatron_hypenet.errors import CheckpointError
 def folder(tmp_path):
     """ "w" [6, 4] in three pieces and "b", a scalar."""
     full = torch.arange(24.0).view(6, 4)
-    pieces = [Shard("w", full[:2], (6, 4), (0, 0)), Shard("w", full[2:, :1], (6, 4), (2, 0)), Shard("w", full[2:, 1:], (6, 4), (2, 1))]
+    pieces = [
+        Shard("w", full[:2], (6, 4), (0, 0)),
+        Shard("w", full[2:, :1], (6, 4), (2, 0)),
+        Shard("w", full[2:, 1:], (6, 4), (2, 1)),
+    ]
     write_shards(tmp_path, [*pieces, Shard.whole("b", torch.tensor(2.0))])
     return tmp_path
 
@@ -32,14 +41,28 @@ def changed(folder, change):
 
 def test_tensors_pieces_and_places_are_read(folder):
     found = read_index(folder)
-    assert set(found) == {"w", "b"} and found["w"].shape == (6, 4) and found["b"].shape == () and found["w"].dtype == torch.float32
-    assert sorted((piece.offset, piece.shape) for piece in found["w"].pieces) == [((0, 0), (2, 4)), ((2, 0), (4, 1)), ((2, 1), (4, 3))]
+    assert (
+        set(found) == {"w", "b"}
+        and found["w"].shape == (6, 4)
+        and found["b"].shape == ()
+        and found["w"].dtype == torch.float32
+    )
+    assert sorted((piece.offset, piece.shape) for piece in found["w"].pieces) == [
+        ((0, 0), (2, 4)),
+        ((2, 0), (4, 1)),
+        ((2, 1), (4, 3)),
+    ]
     assert {piece.file.name for piece in found["w"].pieces} == {"__0_0.distcp"}
-    assert [common[1:] for common in overlaps(found["w"], (1, 1), (2, 2))] == [((1, 1), (1, 2)), ((2, 1), (1, 2))]
+    assert [common[1:] for common in overlaps(found["w"], (1, 1), (2, 2))] == [
+        ((1, 1), (1, 2)),
+        ((2, 1), (1, 2)),
+    ]
 
 
 def test_objects_that_are_no_tensors_are_left_alone(folder):
-    changed(folder, lambda metadata: metadata.state_dict_metadata.update(extra=BytesStorageMetadata()))
+    changed(
+        folder, lambda metadata: metadata.state_dict_metadata.update(extra=BytesStorageMetadata())
+    )
     assert set(read_index(folder)) == {"w", "b"}
 
 
@@ -60,20 +83,34 @@ CHANGES = {
     "no dictionary": lambda m: setattr(m, "state_dict_metadata", [1]),
     "expected an object of the class Metadata": lambda m: {"a": 1},
     "has no storage_data": lambda m: delattr(m, "storage_data"),
-    "expected an object of the class TensorStorageMetadata": lambda m: m.state_dict_metadata.update(w=3),
+    "expected an object of the class TensorStorageMetadata": lambda m: m.state_dict_metadata.update(
+        w=3
+    ),
     "has no list of pieces": lambda m: setattr(m.state_dict_metadata["w"], "chunks", {}),
-    "expected an object of the class ChunkStorageMetadata": lambda m: m.state_dict_metadata["w"].chunks.append(None),
+    "expected an object of the class ChunkStorageMetadata": lambda m: m.state_dict_metadata[
+        "w"
+    ].chunks.append(None),
     "the dtype of w is missing": lambda m: setattr(m.state_dict_metadata["w"], "properties", None),
     "is not inside its shape": lambda m: setattr(chunk_of(m), "sizes", torch.Size((7, 4))),
-    "is negative, too large or no whole number": lambda m: setattr(m.state_dict_metadata["w"], "size", (6.0, 4)),
-    "negative, too large": lambda m: setattr(m.state_dict_metadata["w"], "size", (1 << 40, 1 << 40)),
+    "is negative, too large or no whole number": lambda m: setattr(
+        m.state_dict_metadata["w"], "size", (6.0, 4)
+    ),
+    "negative, too large": lambda m: setattr(
+        m.state_dict_metadata["w"], "size", (1 << 40, 1 << 40)
+    ),
     "is negative": lambda m: setattr(chunk_of(m), "sizes", (-2, -4)),
     "at most 16 dimensions": lambda m: setattr(m.state_dict_metadata["w"], "size", (1,) * 40),
-    "do not cover its shape [6, 4] exactly once": lambda m: m.state_dict_metadata["w"].chunks.pop() and None,
-    "does not say where the piece of w": lambda m: m.storage_data.pop(MetadataIndex("w", torch.Size((0, 0)))) and None,
+    "do not cover its shape [6, 4] exactly once": lambda m: (
+        m.state_dict_metadata["w"].chunks.pop() and None
+    ),
+    "does not say where the piece of w": lambda m: (
+        m.storage_data.pop(MetadataIndex("w", torch.Size((0, 0)))) and None
+    ),
     "belongs to no tensor": lambda m: m.storage_data.update({MetadataIndex(7): info_of(m)}),
     "points outside its folder": lambda m: setattr(info_of(m), "relative_path", "../__0_0.distcp"),
-    "files with tensors end in .distcp": lambda m: setattr(info_of(m), "relative_path", "metadata.json"),
+    "files with tensors end in .distcp": lambda m: setattr(
+        info_of(m), "relative_path", "metadata.json"
+    ),
     "points outside its folder (no text)": lambda m: setattr(info_of(m), "relative_path", 7),
     "no such file": lambda m: setattr(info_of(m), "relative_path", "other.distcp"),
     "does not have": lambda m: setattr(info_of(m), "length", 1 << 40),
@@ -94,12 +131,11 @@ def test_what_the_files_do_not_bear_out_is_refused(folder, word):
 
 def test_pieces_that_overlap_are_refused_though_their_sizes_add_up(folder):
     def change(metadata):
-        chunks, places = metadata.state_dict_metadata["w"].chunks, metadata.storage_data
+        chunks = metadata.state_dict_metadata["w"].chunks
+        places = metadata.storage_data
         moved = next(chunk for chunk in chunks if chunk.offsets == (2, 1))
-        places[MetadataIndex("w", torch.Size((2, 0)))], places[MetadataIndex("w", torch.Size((1, 1)))] = (
-            info_of(metadata, (2, 0)),
-            info_of(metadata, (2, 1)),
-        )
+        places[MetadataIndex("w", torch.Size((2, 0)))] = info_of(metadata, (2, 0))
+        places[MetadataIndex("w", torch.Size((1, 1)))] = info_of(metadata, (2, 1))
         chunks[chunks.index(moved)] = dataclasses.replace(moved, offsets=torch.Size((1, 1)))
 
     changed(folder, change)
@@ -109,7 +145,11 @@ def test_pieces_that_overlap_are_refused_though_their_sizes_add_up(folder):
 
 def test_a_tensor_of_no_values_needs_no_pieces_and_a_grid_is_fine(tmp_path):
     full = torch.arange(400.0).view(20, 20)
-    grid = [Shard("w", full[i : i + 2, j : j + 5], (20, 20), (i, j)) for i in range(0, 20, 2) for j in range(0, 20, 5)]
+    grid = [
+        Shard("w", full[i : i + 2, j : j + 5], (20, 20), (i, j))
+        for i in range(0, 20, 2)
+        for j in range(0, 20, 5)
+    ]
     write_shards(tmp_path, [*grid, Shard.whole("empty", torch.zeros(0, 3))])
     found = read_index(tmp_path)
     assert len(found["w"].pieces) == 40 and found["empty"].shape == (0, 3)
@@ -117,4 +157,8 @@ def test_a_tensor_of_no_values_needs_no_pieces_and_a_grid_is_fine(tmp_path):
 
 def test_used_classes_are_torchs(folder):
     found = pickle.loads((folder / METADATA).read_bytes())  # noqa: S301
-    assert isinstance(found, Metadata) and isinstance(chunk_of(found), ChunkStorageMetadata) and isinstance(info_of(found), _StorageInfo)
+    assert (
+        isinstance(found, Metadata)
+        and isinstance(chunk_of(found), ChunkStorageMetadata)
+        and isinstance(info_of(found), _StorageInfo)
+    )

@@ -24,7 +24,9 @@ def test_lazy_tensors_are_produced_when_written_and_checked(tmp_path):
     write_shards(tmp_path, [Shard.whole("w", lazy)])
     assert alive == [1] and torch.equal(ShardReader(tmp_path)["w"], torch.ones(2, 2))
     with pytest.raises(CheckpointError, match="announced"):
-        write_shards(tmp_path, [Shard.whole("w", LazyTensor((2, 2), torch.float32, lambda: torch.ones(3)))])
+        write_shards(
+            tmp_path, [Shard.whole("w", LazyTensor((2, 2), torch.float32, lambda: torch.ones(3)))]
+        )
 
 
 def test_only_one_lazy_tensor_is_alive_while_writing(tmp_path):
@@ -36,7 +38,10 @@ def test_only_one_lazy_tensor_is_alive_while_writing(tmp_path):
         assert sum(ref() is not None for ref in alive) <= 2  # this one, and the one just written
         return tensor
 
-    write_shards(tmp_path, [Shard.whole(f"w{at}", LazyTensor((64,), torch.float32, produce)) for at in range(8)])
+    write_shards(
+        tmp_path,
+        [Shard.whole(f"w{at}", LazyTensor((64,), torch.float32, produce)) for at in range(8)],
+    )
     assert len(alive) == 8
 
 
@@ -48,8 +53,12 @@ def test_views_are_written_without_the_storage_behind_them(tmp_path):
 
 
 def test_a_piece_has_one_writer():
-    """Two processes that both claim a tensor: torch's planner would keep either of them without a word."""
-    plans = [shard_writer._plan([Shard.whole("w", torch.full((4,), float(writer)))]) for writer in range(2)]
+    """Two processes that both claim a tensor: torch's planner would keep either of them without a
+    word."""
+    plans = [
+        shard_writer._plan([Shard.whole("w", torch.full((4,), float(writer)))])
+        for writer in range(2)
+    ]
     with pytest.raises(ValueError, match="processes 0 and 1 both write w"):
         shard_writer._global_metadata(plans)
 
@@ -73,5 +82,7 @@ def test_pieces_that_overlap_are_refused_even_when_their_sizes_add_up():
 
 
 def test_the_hash_of_a_written_file_is_right(tmp_path):
-    written = ShardWrite(tmp_path, [Shard.whole(key, torch.randn(300, 70)) for key in "abc"], alone=True).write()
+    written = ShardWrite(
+        tmp_path, [Shard.whole(key, torch.randn(300, 70)) for key in "abc"], alone=True
+    ).write()
     assert written.file == hash_file(tmp_path / ShardWrite.name_of(0))

@@ -17,14 +17,20 @@ def test_round_trip_is_bit_equal_in_every_dtype_and_rank(tmp_path):
     }
     write_shards(tmp_path, [Shard.whole(key, tensor) for key, tensor in want.items()])
     reader = ShardReader(tmp_path)
-    assert set(reader) == set(want) and reader.shape("a") == (5, 3) and reader.dtype("b") == torch.bfloat16
+    assert (
+        set(reader) == set(want)
+        and reader.shape("a") == (5, 3)
+        and reader.dtype("b") == torch.bfloat16
+    )
     for key, tensor in want.items():
         assert torch.equal(reader[key], tensor) and reader[key].dtype == tensor.dtype
 
 
 def test_pieces_are_stored_apart_and_read_across(tmp_path):
     full = torch.arange(24.0).view(6, 4)
-    write_shards(tmp_path, [Shard("w", full[:2], (6, 4), (0, 0)), Shard("w", full[2:], (6, 4), (2, 0))])
+    write_shards(
+        tmp_path, [Shard("w", full[:2], (6, 4), (0, 0)), Shard("w", full[2:], (6, 4), (2, 0))]
+    )
     reader = ShardReader(tmp_path)
     middle = torch.empty(3, 2, dtype=torch.float64)
     reader.read_into([("w", (1, 2), middle)])

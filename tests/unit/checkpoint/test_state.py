@@ -1,4 +1,5 @@
-"""The train state survives its file exactly; the template describes every trained parameter once."""
+"""The train state survives its file exactly; the template describes every trained parameter
+once."""
 
 import json
 
@@ -29,7 +30,9 @@ def committed(folder, state):
 
 
 def test_file_keeps_every_bit(tmp_path):
-    state = TrainState(stage="distill", step=3, losses=(0.1 + 0.2, 1e-310), lr=1 / 3, layout={"world": 2})
+    state = TrainState(
+        stage="distill", step=3, losses=(0.1 + 0.2, 1e-310), lr=1 / 3, layout={"world": 2}
+    )
     assert TrainState.read(committed(tmp_path / "ck", state)) == state
 
 
@@ -38,7 +41,15 @@ def test_missing_and_foreign_files_are_checkpoint_errors(tmp_path):
         TrainState.read(tmp_path)
     folder = committed(tmp_path / "ck", TrainState(stage="align"))
     good = json.loads((folder / fmt.TRAIN_STATE).read_text())
-    for change in ({"losses": 5}, {"layout": "x"}, {"tokens": {}}, {"step": -1}, {"iteration": 3}, {"lr": "1e-3"}, {"stage": None}):
+    for change in (
+        {"losses": 5},
+        {"layout": "x"},
+        {"tokens": {}},
+        {"step": -1},
+        {"iteration": 3},
+        {"lr": "1e-3"},
+        {"stage": None},
+    ):
         (folder / fmt.TRAIN_STATE).write_text(json.dumps(good | change))
         with pytest.raises(CheckpointError, match=f"train_state.json: {next(iter(change))}"):
             TrainState.read(reseal(folder, fmt.TRAIN_STATE))

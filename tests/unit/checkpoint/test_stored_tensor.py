@@ -11,9 +11,19 @@ from megatron_hypenet.checkpoint.stored_tensor import read_tensor
 from megatron_hypenet.errors import CheckpointError
 
 DTYPES = (
-    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
-    torch.float8_e4m3fn, torch.float8_e5m2,
-)  # fmt: skip
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+)
 
 
 def saved(value):
@@ -35,7 +45,8 @@ def test_every_dtype_and_shape_comes_back(tmp_path, dtype, shape):
     got = read(tmp_path / "x", saved(want), shape, dtype)
     assert got.dtype == dtype and got.shape == want.shape
     assert torch.equal(
-        got.contiguous().view(torch.uint8) if shape else got.float(), want.contiguous().view(torch.uint8) if shape else want.float()
+        got.contiguous().view(torch.uint8) if shape else got.float(),
+        want.contiguous().view(torch.uint8) if shape else want.float(),
     )
 
 
@@ -47,7 +58,16 @@ def test_views_and_parameters_come_back(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "value", [{"a": 1}, [torch.zeros(2)], 3, torch.zeros(3), torch.zeros(2, dtype=torch.float64), torch.zeros(1, 2)], ids=str
+    "value",
+    [
+        {"a": 1},
+        [torch.zeros(2)],
+        3,
+        torch.zeros(3),
+        torch.zeros(2, dtype=torch.float64),
+        torch.zeros(1, 2),
+    ],
+    ids=str,
 )
 def test_another_value_is_refused(tmp_path, value):
     with pytest.raises(CheckpointError, match="no plain tensor|the index says|needs no such thing"):
@@ -77,11 +97,22 @@ def by_hand(count, offset, size, stride, body=b"\0" * 16):
 
     class Pickler(pickle.Pickler):
         def persistent_id(self, found):
-            return ("storage", torch.FloatStorage, "0", "cpu", found.count) if isinstance(found, Storage) else None
+            return (
+                ("storage", torch.FloatStorage, "0", "cpu", found.count)
+                if isinstance(found, Storage)
+                else None
+            )
 
     class Tensor:
         def __reduce__(self):
-            return torch._utils._rebuild_tensor_v2, (Storage(count), offset, size, stride, False, None)
+            return torch._utils._rebuild_tensor_v2, (
+                Storage(count),
+                offset,
+                size,
+                stride,
+                False,
+                None,
+            )
 
     Pickler(target, 2).dump(Tensor())
     out = io.BytesIO()
@@ -94,14 +125,22 @@ def by_hand(count, offset, size, stride, body=b"\0" * 16):
 @pytest.mark.parametrize(
     "described",
     [
-        (4, 0, (1 << 40,), (1,)), (4, 1, (4,), (1,)), (4, 0, (4,), (2,)), (4, -1, (4,), (1,)), (4, 0, (4,), (-1,)), (5, 0, (4,), (1,)),
-        (1 << 50, 0, (4,), (1,)), (4, 0, (4,), (1, 1)), (4, 0, [4], (1,)), (4, 0, (4.0,), (1,)), (True, 0, (1,), (1,)),
+        (4, 0, (1 << 40,), (1,)), (4, 1, (4,), (1,)), (4, 0, (4,), (2,)), (4, -1, (4,), (1,)),
+        (4, 0, (4,), (-1,)), (5, 0, (4,), (1,)),
+        (1 << 50, 0, (4,), (1,)), (4, 0, (4,), (1, 1)), (4, 0, [4], (1,)), (4, 0, (4.0,), (1,)),
+        (True, 0, (1,), (1,)),
     ],
 )  # fmt: skip
 def test_a_tensor_beyond_its_bytes_is_refused(tmp_path, described):
     assert read(tmp_path / "x", by_hand(4, 0, (4,), (1,)), (4,)).tolist() == [0, 0, 0, 0]
-    with pytest.raises(CheckpointError, match=r"x: .*(do not hold it|no plain tensor|the index says)"):
-        read(tmp_path / "x", by_hand(*described), (4,) if described[2] != (1 << 40,) else described[2])
+    with pytest.raises(
+        CheckpointError, match=r"x: .*(do not hold it|no plain tensor|the index says)"
+    ):
+        read(
+            tmp_path / "x",
+            by_hand(*described),
+            (4,) if described[2] != (1 << 40,) else described[2],
+        )
 
 
 def test_damaged_bytes_end_in_one_error_or_a_tensor(tmp_path):

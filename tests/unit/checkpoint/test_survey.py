@@ -22,9 +22,21 @@ def run(tmp_path, make_engine, model_config, tensors):
     save.write_weights(root / "teacher", tensors, model_config, kind="teacher")
     engine = make_engine().randomize(0)
     for step in (10, 20, 30):
-        state = TrainState(stage="distill", step=step, samples=step * 4, tokens=step * 64, adam_step=step, layout=LAYOUT, losses=(2.0, 1.5))
+        state = TrainState(
+            stage="distill",
+            step=step,
+            samples=step * 4,
+            tokens=step * 64,
+            adam_step=step,
+            layout=LAYOUT,
+            losses=(2.0, 1.5),
+        )
         save.save_training(
-            root / "distill/checkpoints" / fmt.iteration_name(step), engine, state, model_config=model_config, kind="distill"
+            root / "distill/checkpoints" / fmt.iteration_name(step),
+            engine,
+            state,
+            model_config=model_config,
+            kind="distill",
         )
     (root / "manifest.json").write_text("{}")  # the run's own, no checkpoint's
     (root / "logs").mkdir()
@@ -39,9 +51,16 @@ def test_finds_all_of_a_run_in_order(run):
     ]
     assert {one.state for one in found} == {survey.COMMITTED}
     teacher, first = found[:2]
-    assert (teacher.kind, teacher.stage, teacher.step, teacher.layout) == ("teacher", None, None, None)
+    assert (teacher.kind, teacher.stage, teacher.step, teacher.layout) == (
+        "teacher",
+        None,
+        None,
+        None,
+    )
     assert (first.stage, first.step, first.tokens, first.layout) == ("distill", 10, 640, LAYOUT)
-    assert first.bytes == sum(path.stat().st_size for path in first.path.rglob("*") if path.is_file()) and first.created.startswith("20")
+    assert first.bytes == sum(
+        path.stat().st_size for path in first.path.rglob("*") if path.is_file()
+    ) and first.created.startswith("20")
     assert survey.survey(run / "distill") == survey.survey(run / "distill/checkpoints") == found[1:]
     assert survey.survey(first.path) == [first] and survey.survey(run.parent) == found
 
@@ -72,10 +91,22 @@ def test_refuses_what_is_no_folder(tmp_path):
 def test_describes_origin_progress_and_model(run):
     described = survey.describe(run / "distill/checkpoints/iter_0000020")
     assert described["progress"] == {
-        "stage": "distill", "step": 20, "samples": 80, "tokens": 1280, "adam_step": 20, "lr": 0.0, "seed": 0, "last_loss": 1.5,
-        "skipped_steps": 0, "skipped_in_row": 0,
-    }  # fmt: skip
-    assert described["model"]["num_layers"] == 2 and described["versions"]["torch"] and described["layout"] == LAYOUT
+        "stage": "distill",
+        "step": 20,
+        "samples": 80,
+        "tokens": 1280,
+        "adam_step": 20,
+        "lr": 0.0,
+        "seed": 0,
+        "last_loss": 1.5,
+        "skipped_steps": 0,
+        "skipped_in_row": 0,
+    }
+    assert (
+        described["model"]["num_layers"] == 2
+        and described["versions"]["torch"]
+        and described["layout"] == LAYOUT
+    )
     shutil.rmtree(run / "distill/checkpoints/iter_0000020/optimizer")
     (run / "distill/checkpoints/iter_0000020/model.json").write_text("")
     broken = survey.describe(run / "distill/checkpoints/iter_0000020")
@@ -85,14 +116,20 @@ def test_describes_origin_progress_and_model(run):
 def test_texts():
     assert survey.layout_text(LAYOUT) == "4 processes, tp2 pp2 cp1 dp1 zero1"
     assert (
-        survey.layout_text({"world": 1, "pipeline_layout": [3, 5]}) == "1 process, pipeline_layout=[3, 5]" and survey.layout_text({}) == "-"
+        survey.layout_text({"world": 1, "pipeline_layout": [3, 5]})
+        == "1 process, pipeline_layout=[3, 5]"
+        and survey.layout_text({}) == "-"
     )
-    assert survey.mixer_runs(["a", "a", "b", "a"]) == ["0-1 a", "2 b", "3 a"] and survey.mixer_runs([]) == []
+    assert (
+        survey.mixer_runs(["a", "a", "b", "a"]) == ["0-1 a", "2 b", "3 a"]
+        and survey.mixer_runs([]) == []
+    )
 
 
 def test_listing_needs_no_torch(run):
     probe = (
-        "import sys; from pathlib import Path; from megatron_hypenet.checkpoint.survey import survey; "
+        "import sys; from pathlib import Path; from megatron_hypenet.checkpoint.survey import "
+        "survey; "
         "assert len(survey(Path(sys.argv[1]))) == 4 and 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", probe, str(run)], check=True, timeout=60)
@@ -101,7 +138,14 @@ def test_listing_needs_no_torch(run):
 @pytest.mark.parametrize("entry", ["stage", "step", "samples", "tokens", "losses", "layout"])
 @pytest.mark.parametrize("value", [None, "x", [[]], {"a": []}])
 def test_progress_of_other_types_is_not_shown(tmp_path, entry, value):
-    state = {"stage": "align", "step": 1, "samples": 2, "tokens": 3, "losses": [1.5], "layout": {"world": 1}}
+    state = {
+        "stage": "align",
+        "step": 1,
+        "samples": 2,
+        "tokens": 3,
+        "losses": [1.5],
+        "layout": {"world": 1},
+    }
     (tmp_path / "train_state.json").write_text(json.dumps(state))
     assert survey.read_progress(tmp_path) == state
     if (entry, value) != ("stage", "x"):

@@ -1,4 +1,5 @@
-"""One process needs no torch.distributed; tests/distributed/test_checkpoint_layouts.py has several."""
+"""One process needs no torch.distributed; tests/distributed/test_checkpoint_layouts.py has
+several."""
 
 import errno
 
@@ -10,7 +11,11 @@ from megatron_hypenet.errors import CheckpointError, SetupError
 
 def test_one_process_is_first_and_alone():
     assert not together.distributed() and together.is_first() and together.rank() == 0
-    assert together.from_first(3) == 3 and together.gather_to_first(3) == [3] and together.gather_to_all("x") == ["x"]
+    assert (
+        together.from_first(3) == 3
+        and together.gather_to_first(3) == [3]
+        and together.gather_to_all("x") == ["x"]
+    )
 
 
 def test_own_failures_stay_what_they_are():
@@ -19,15 +24,24 @@ def test_own_failures_stay_what_they_are():
         together.agree(ZeroDivisionError("x"))
 
 
-@pytest.mark.parametrize(("number", "kind"), [(errno.ENOSPC, SetupError), (errno.EIO, CheckpointError)])
+@pytest.mark.parametrize(
+    ("number", "kind"), [(errno.ENOSPC, SetupError), (errno.EIO, CheckpointError)]
+)
 def test_failures_of_the_disk_become_errors_for_the_user(tmp_path, number, kind):
-    with pytest.raises(kind, match="older checkpoints are untouched"), together.failing_together(tmp_path / "iter_0000001"):
+    with (
+        pytest.raises(kind, match="older checkpoints are untouched"),
+        together.failing_together(tmp_path / "iter_0000001"),
+    ):
         raise OSError(number, "no luck")
 
 
 def test_another_process_s_failure_is_raised_here_with_its_exit_code(monkeypatch):
     for of_machine, kind in ((True, SetupError), (False, CheckpointError)):
-        monkeypatch.setattr(together, "gather_to_all", lambda own, told=of_machine: [own, (told, "disk of the other one")])
+        monkeypatch.setattr(
+            together,
+            "gather_to_all",
+            lambda own, told=of_machine: [own, (told, "disk of the other one")],
+        )
         with pytest.raises(kind, match="disk of the other one"):
             together.agree(None)
 

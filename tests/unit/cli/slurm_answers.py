@@ -1,4 +1,5 @@
-"""Programs in the place of SLURM's, which say what a test wants to be said and note how they were called."""
+"""Programs in the place of SLURM's, which say what a test wants to be said and note how they were
+called."""
 
 import json
 import os
@@ -41,7 +42,14 @@ def run_with_jobs(folder, *jobs):
     folder.mkdir(exist_ok=True)
     (folder / "config.yaml").write_text("x: 1\n")
     rows = [
-        {"id": number, "part": part, "script": f"job_{part}.sbatch", "submitted": "2026-11-23T12:00:00+00:00", "after": None, "exclude": []}
+        {
+            "id": number,
+            "part": part,
+            "script": f"job_{part}.sbatch",
+            "submitted": "2026-11-23T12:00:00+00:00",
+            "after": None,
+            "exclude": [],
+        }
         for number, part in jobs
     ]
     for _, part in jobs:

@@ -16,8 +16,14 @@ def test_living_jobs_are_cancelled_the_last_first(tmp_path, answers, capsys):
     answers.queue((1, "COMPLETED"), (2, "RUNNING"), (3, "PENDING"))
     assert cli.run(["cancel", str(folder)]) == 0
     assert answers.calls("scancel") == ["scancel 3 2"]
-    assert capsys.readouterr().out == "cancelled job 2 (distill, RUNNING)\ncancelled job 3 (finetune, PENDING)\n"
-    assert "cancelled by" in (folder / "logs" / "job-2" / "events").read_text() and not (folder / "logs" / "job-1").exists()
+    assert (
+        capsys.readouterr().out
+        == "cancelled job 2 (distill, RUNNING)\ncancelled job 3 (finetune, PENDING)\n"
+    )
+    assert (
+        "cancelled by" in (folder / "logs" / "job-2" / "events").read_text()
+        and not (folder / "logs" / "job-1").exists()
+    )
 
 
 def test_dry_run_only_says_so(tmp_path, answers, capsys):

@@ -39,9 +39,22 @@ def test_ls_shows_every_checkpoint_and_its_state(ckpt, stage):
     (stage / "checkpoints" / "iter_0000010" / fmt.COMMITTED).unlink()
     code, out, _ = ckpt("ls", stage.parent)
     lines = out.splitlines()
-    assert code == 0 and lines[0].split() == ["CHECKPOINT", "STAGE", "STEP", "SIZE", "STATE", "WRITTEN", "BY", "DATE"]
+    assert code == 0 and lines[0].split() == [
+        "CHECKPOINT",
+        "STAGE",
+        "STEP",
+        "SIZE",
+        "STATE",
+        "WRITTEN",
+        "BY",
+        "DATE",
+    ]
     assert "distill/checkpoints/iter_0000010" in lines[1] and " uncommitted " in lines[1]
-    assert " 20 " in lines[2] and " committed " in lines[2] and lines[3].startswith("iter_0000010: uncommitted: ")
+    assert (
+        " 20 " in lines[2]
+        and " committed " in lines[2]
+        and lines[3].startswith("iter_0000010: uncommitted: ")
+    )
     code, out, _ = ckpt("ls", stage, "--json")
     assert [one["state"] for one in json.loads(out)["checkpoints"]] == ["uncommitted", "committed"]
 
@@ -54,11 +67,18 @@ def test_ls_of_nothing(ckpt, tmp_path):
 def test_inspect_shows_what_it_holds(ckpt, stage):
     code, out, _ = ckpt("inspect", stage, "--hashes", "--tensors")
     assert code == 0 and "iter_0000020" in out and "all hashes verified" in out
-    assert "mixers      0-1 attn" in out and "weights     2 tensors, 10 elements, bfloat16, float32" in out
+    assert (
+        "mixers      0-1 attn" in out
+        and "weights     2 tensors, 10 elements, bfloat16, float32" in out
+    )
     assert "weights/a.weight  float32 [2, 3] in 1 piece" in out
     code, out, _ = ckpt("inspect", stage / "checkpoints" / "iter_0000010", "--json", "--tensors")
     shown = json.loads(out)
-    assert shown["step"] == 10 and shown["tensors"]["weights"]["b.weight"] == {"shape": [4], "dtype": "bfloat16", "pieces": 1}
+    assert shown["step"] == 10 and shown["tensors"]["weights"]["b.weight"] == {
+        "shape": [4],
+        "dtype": "bfloat16",
+        "pieces": 1,
+    }
     assert "tensors" not in json.loads(ckpt("inspect", stage, "--json")[1])
 
 
@@ -82,7 +102,11 @@ def test_diff_says_same_or_exits_6(ckpt, stage, tmp_path):
     code, out, _ = ckpt("diff", one, one)
     assert code == 0 and out.endswith("verdict     same: 2 of 2 common tensors equal bit for bit\n")
     code, out, err = ckpt("diff", one, stage)
-    assert code == 6 and "tensor      a.weight: max abs diff 5, relative 1" in out and "verdict     DIFFERENT: 1 of 2" in out
+    assert (
+        code == 6
+        and "tensor      a.weight: max abs diff 5, relative 1" in out
+        and "verdict     DIFFERENT: 1 of 2" in out
+    )
     assert "differ" in err
     code, out, _ = ckpt("diff", one, other, "--json", "--weights-only")
     assert code == 6 and json.loads(out)["differing"][0]["max_abs_diff"] == 5.0
@@ -93,10 +117,24 @@ def test_diff_says_same_or_exits_6(ckpt, stage, tmp_path):
 
 def test_long_lists_are_cut(ckpt, tmp_path):
     for name, at in (("a", 0.0), ("b", 1.0)):
-        save.write_weights(tmp_path / name, {f"w{i:02}": torch.full((2,), at * i) for i in range(30)}, tiny_teacher_config(), kind="t")
+        save.write_weights(
+            tmp_path / name,
+            {f"w{i:02}": torch.full((2,), at * i) for i in range(30)},
+            tiny_teacher_config(),
+            kind="t",
+        )
     code, out, _ = ckpt("diff", tmp_path / "a", tmp_path / "b")
-    assert code == 6 and "... and 9 more (see --json)" in out and "largest     w29: max abs diff 29" in out
+    assert (
+        code == 6
+        and "... and 9 more (see --json)" in out
+        and "largest     w29: max abs diff 29" in out
+    )
 
 
 def test_sizes():
-    assert [size_text(n) for n in (0, 1023, 1536, 3 * 2**30)] == ["0 B", "1023 B", "1.5 KiB", "3.0 GiB"]
+    assert [size_text(n) for n in (0, 1023, 1536, 3 * 2**30)] == [
+        "0 B",
+        "1023 B",
+        "1.5 KiB",
+        "3.0 GiB",
+    ]

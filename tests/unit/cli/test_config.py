@@ -22,7 +22,9 @@ def hypenet(capsys, monkeypatch, repo_root):
 
 
 def test_show_merges_everything(hypenet):
-    code, out, _ = hypenet("show", "configs/run/distill_2b.yaml", "teacher=T", "data=D", "align.lr=3e-4", "--tp", "2")
+    code, out, _ = hypenet(
+        "show", "configs/run/distill_2b.yaml", "teacher=T", "data=D", "align.lr=3e-4", "--tp", "2"
+    )
     shown = yaml.safe_load(out)
     assert code == 0
     assert shown["align"]["lr"] == 3e-4 and shown["parallel"]["tensor_model_parallel_size"] == 2
@@ -51,18 +53,31 @@ def test_show_origin(hypenet):
 def test_validate_says_what_is_trained(hypenet):
     code, out, _ = hypenet("validate", "configs/run/distill_2b.yaml", "teacher=T", "data=D")
     assert code == 0 and "align 327,680,000, distill 983,040,000, finetune 1,048,576,000" in out
-    code, out, _ = hypenet("validate", "configs/run/distill_2b.yaml", "teacher=T", "data=D", "--json")
+    code, out, _ = hypenet(
+        "validate", "configs/run/distill_2b.yaml", "teacher=T", "data=D", "--json"
+    )
     assert code == 0 and json.loads(out)["tokens"]["align"] == 327_680_000
 
 
 def test_validate_lists_problems_with_exit_3(hypenet):
     code, out, err = hypenet("validate", "configs/run/quickstart.yaml", "algin.lr=1")
     assert code == 3 and out == ""
-    assert "teacher: missing" in err and "data.train: missing" in err and "did you mean 'align'?" in err
+    assert (
+        "teacher: missing" in err
+        and "data.train: missing" in err
+        and "did you mean 'align'?" in err
+    )
 
 
 def test_validate_against_a_model_and_a_world(hypenet):
-    words = ["validate", "configs/run/distill_2b.yaml", "teacher=T", "data=D", "--model", "configs/model/hypenet_2b.yaml"]
+    words = [
+        "validate",
+        "configs/run/distill_2b.yaml",
+        "teacher=T",
+        "data=D",
+        "--model",
+        "configs/model/hypenet_2b.yaml",
+    ]
     assert hypenet(*words, "--world-size", "8")[0] == 0
     assert hypenet(*words, "--world-size", "16", "--tp", "8", "--cp", "2")[0] == 0
     code, _, err = hypenet(*words, "--world-size", "3", "--tp", "3")
@@ -82,7 +97,10 @@ def test_validate_reads_the_teachers_shape_and_nothing_else(hypenet, tmp_path):
     words = ("validate", "configs/run/demo.yaml", f"teacher={tmp_path / 'teacher'}")
     assert hypenet(*words)[0] == 0
     code, _, err = hypenet(*words, "--pp", "64")
-    assert code == 3 and "error: pipeline-layers: parallel.pipeline_model_parallel_size=64 exceeds" in err
+    assert (
+        code == 3
+        and "error: pipeline-layers: parallel.pipeline_model_parallel_size=64 exceeds" in err
+    )
     assert hypenet(*words, "select.num_attention_layers=99")[0] == 3
 
 

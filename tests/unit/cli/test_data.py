@@ -29,7 +29,12 @@ def test_prepare_inspect_merge(hypenet, tmp_path):
     assert code == 0 and json.loads(out)["tokens"] == 2 * made["tokens"]
     code, out, _ = hypenet("inspect", tmp_path / "two", *TOKENIZER, "--json")
     shown = json.loads(out)
-    assert code == 0 and shown["documents"] == 2 and shown["text"].startswith("A short text.") and shown["id_type"] == "uint16"
+    assert (
+        code == 0
+        and shown["documents"] == 2
+        and shown["text"].startswith("A short text.")
+        and shown["id_type"] == "uint16"
+    )
     code, out, _ = hypenet("inspect", tmp_path / "a")
     assert code == 0 and f"tokens: {made['tokens']}" in out
 

@@ -12,9 +12,15 @@ from tests import tiny_run
 
 def test_the_bundled_configuration_is_valid_and_small(repo_root):
     settings = load_run_config(demo.CONFIG)
-    tokens = sum(stage.train_iters * stage.tokens_per_step for stage in (settings.align, settings.distill, settings.finetune))
+    tokens = sum(
+        stage.train_iters * stage.tokens_per_step
+        for stage in (settings.align, settings.distill, settings.finetune)
+    )
     assert tokens < 5_000_000
-    assert settings.eval.length_multiples == (1, 2, 4, 8) and settings.eval.seq_length == settings.distill.seq_length
+    assert (
+        settings.eval.length_multiples == (1, 2, 4, 8)
+        and settings.eval.seq_length == settings.distill.seq_length
+    )
     assert demo.CONFIG == repo_root / "configs" / "run" / "demo.yaml"
 
 
@@ -31,12 +37,16 @@ def test_the_demo_runs_everything_into_its_folder(tiny, capsys):
     assert run(["demo", "--out", str(tiny / "here"), "finetune.train_iters=1", "--json"]) == 0
     content = json.loads(capsys.readouterr().out)
     assert len(content["rows"]) == 4 and (tiny / "here" / "export" / "config.json").is_file()
-    assert (tiny / "here" / "finetune" / "checkpoints" / "iter_0000001").is_dir() and not (tiny / "run").exists()
+    assert (tiny / "here" / "finetune" / "checkpoints" / "iter_0000001").is_dir() and not (
+        tiny / "run"
+    ).exists()
 
 
 def test_dry_run_starts_nothing(tiny, capsys):
     assert run(["demo", "--out", str(tiny / "here"), "--dry-run"]) == 0
-    assert f"output_dir: {tiny / 'here'}" in capsys.readouterr().out and not (tiny / "here").exists()
+    assert (
+        f"output_dir: {tiny / 'here'}" in capsys.readouterr().out and not (tiny / "here").exists()
+    )
 
 
 def test_an_installation_without_the_bundle_says_so(tmp_path, monkeypatch, capsys):

@@ -16,7 +16,17 @@ def verdicts(findings):
 def test_this_machine_passes_as_table_and_as_json(capsys, tmp_path):
     assert run(["doctor", "--folder", str(tmp_path)]) == 0
     table = capsys.readouterr().out
-    for name in ("python", "torch", "megatron-core", "deepspeed", "transformers", "import megatron.core", "gloo", "memory", "disk"):
+    for name in (
+        "python",
+        "torch",
+        "megatron-core",
+        "deepspeed",
+        "transformers",
+        "import megatron.core",
+        "gloo",
+        "memory",
+        "disk",
+    ):
         assert any(line.split()[1:2] == [name.split()[0]] for line in table.splitlines()), name
     assert run(["doctor", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -42,7 +52,11 @@ def test_version_verdicts():
     torch = importlib.metadata.version("torch")
     assert doctor.check_version("torch", ">=2.6").verdict == "ok"
     too_old = doctor.check_version("torch", ">=99")
-    assert too_old.verdict == "broken" and torch in too_old.detail and too_old.fix == "pip install 'torch>=99'"
+    assert (
+        too_old.verdict == "broken"
+        and torch in too_old.detail
+        and too_old.fix == "pip install 'torch>=99'"
+    )
     assert doctor.check_version("no-such-library", ">=1").verdict == "broken"
 
 
@@ -66,7 +80,11 @@ def test_library_that_does_not_import(tmp_path, monkeypatch):
     (tmp_path / "crooked.py").write_text("print('noise')\nraise OSError('libfoo.so: not found')\n")
     monkeypatch.syspath_prepend(tmp_path)
     finding = doctor.check_import("crooked", "crooked-lib")
-    assert finding.verdict == "broken" and "OSError: libfoo.so: not found" in finding.detail and "crooked-lib" in finding.fix
+    assert (
+        finding.verdict == "broken"
+        and "OSError: libfoo.so: not found" in finding.detail
+        and "crooked-lib" in finding.fix
+    )
 
 
 def test_missing_compiler_is_a_note_with_the_fix(monkeypatch):
@@ -117,5 +135,8 @@ def test_kernels_report_each_check(monkeypatch):
     monkeypatch.setattr(kernel_guard, "survey", lambda device: iter(checks))
     good, off, failed = doctor.check_gpu_kernels()
     assert (good.verdict, good.detail, good.fix) == ("ok", "o is off by 1.0e-03, limit 8.0e-03", "")
-    assert (off.verdict, off.detail) == ("broken", "dq is off by 1.0e-01, limit 8.0e-03") and "torch form" in off.fix
+    assert (off.verdict, off.detail) == (
+        "broken",
+        "dq is off by 1.0e-01, limit 8.0e-03",
+    ) and "torch form" in off.fix
     assert (failed.verdict, failed.detail) == ("broken", "CompilationError: no such instruction")

@@ -8,11 +8,16 @@ ECHO = "RuntimeError: [gloo] Connection closed by peer [127.0.0.1]:4711"
 
 
 def fault(rank, error="ValueError: bad", *, host=None, time=1.0, traceback=""):
-    return Fault(rank=rank, host=host or f"n{rank // 8 + 1}", time=time, error=error, traceback=traceback)
+    return Fault(
+        rank=rank, host=host or f"n{rank // 8 + 1}", time=time, error=error, traceback=traceback
+    )
 
 
 def test_equal_faults_of_many_ranks_are_one_group():
-    groups = grouped(fault(rank, traceback=f'File "x.py", line 3\nValueError: rank {rank} at 0x7f{rank:02x}\n') for rank in range(31))
+    groups = grouped(
+        fault(rank, traceback=f'File "x.py", line 3\nValueError: rank {rank} at 0x7f{rank:02x}\n')
+        for rank in range(31)
+    )
     assert len(groups) == 1
     assert groups[0].who() == "31 ranks on 4 nodes (n1: 0-7, n2: 8-15, n3: 16-23, n4: 24-30)"
 
@@ -30,12 +35,18 @@ def test_among_causes_the_earliest_is_first():
 
 
 def test_long_lists_of_nodes_are_cut():
-    assert grouped(fault(rank, host=f"n{rank}") for rank in range(20))[0].who().endswith("n7: 7, and 12 more)")
+    assert (
+        grouped(fault(rank, host=f"n{rank}") for rank in range(20))[0]
+        .who()
+        .endswith("n7: 7, and 12 more)")
+    )
 
 
 def job_log(folder, *lines):
     path = folder / "job-1.log"
-    path.write_text("\n".join(["2026-11-23T12:00:00 attempt 0: started on n[1-2], head n1", *lines, ""]))
+    path.write_text(
+        "\n".join(["2026-11-23T12:00:00 attempt 0: started on n[1-2], head n1", *lines, ""])
+    )
     return path
 
 
@@ -68,13 +79,24 @@ def test_a_node_that_slurm_lost_is_the_cause(tmp_path):
         tmp_path,
         "srun: error: n1: task 0: Exited with exit code 1",
         "srun: error: Node failure on n2",
-        "slurmstepd-n1: error: *** JOB 1 ON n1 CANCELLED AT 2026-11-23T12:00:09 DUE TO NODE FAILURE, SEE SLURMCTLD LOG FOR DETAILS ***",
+        "slurmstepd-n1: error: *** JOB 1 ON n1 CANCELLED AT 2026-11-23T12:00:09 DUE TO NODE "
+        "FAILURE, SEE SLURMCTLD LOG FOR DETAILS ***",
         "srun: error: n1: task 1: Killed",
     )
     folder = attempt(tmp_path)
     for rank, host in enumerate(("n1", "n1", "n2", "n2")):
-        (folder / f"rank-{rank:04d}.log").write_text(f"node {host} attempt 0 RANK={rank} WORLD_SIZE=4\n")
-    record = {"rank": 0, "host": "n1", "time": 5.0, "code": 1, "error": "another process of this run ended", "traceback": "", "echo": True}
+        (folder / f"rank-{rank:04d}.log").write_text(
+            f"node {host} attempt 0 RANK={rank} WORLD_SIZE=4\n"
+        )
+    record = {
+        "rank": 0,
+        "host": "n1",
+        "time": 5.0,
+        "code": 1,
+        "error": "another process of this run ended",
+        "traceback": "",
+        "echo": True,
+    }
     (folder / "rank-0000.error.json").write_text(json.dumps(record))
     groups = grouped(faults_of(folder, log))
     assert [(group.who(), group.first.error) for group in groups] == [
@@ -100,9 +122,13 @@ def test_only_this_start_of_the_job_counts(tmp_path):
 def test_a_rank_without_a_record_is_read_from_its_log(tmp_path):
     folder = attempt(tmp_path)
     (folder / "rank-0002.log").write_text(
-        "node n7 attempt 0 RANK=2 WORLD_SIZE=4\nTraceback (most recent call last):\n  File \"a.py\", line 1\nKeyError: 'x'\nand more\n"
+        "node n7 attempt 0 RANK=2 WORLD_SIZE=4\nTraceback (most recent call last):\n  File "
+        "\"a.py\", line 1\nKeyError: 'x'\nand more\n"
     )
-    (folder / "rank-0003.log").write_text("node n8 attempt 0 RANK=3 WORLD_SIZE=4\nFatal Python error: Segmentation fault\n\nThread 0x1\n")
+    (folder / "rank-0003.log").write_text(
+        "node n8 attempt 0 RANK=3 WORLD_SIZE=4\nFatal Python error: Segmentation fault\n\nThread "
+        "0x1\n"
+    )
     (folder / "rank-0001.log").write_text("all is well\n")
     found = {one.rank: one for one in faults_of(folder, job_log(tmp_path))}
     assert {rank: (one.host, one.error) for rank, one in found.items()} == {
@@ -118,12 +144,17 @@ def test_a_torn_record_counts_for_nothing(tmp_path):
     assert faults_of(folder, job_log(tmp_path)) == []
 
 
-@pytest.mark.parametrize(("text", "numbers"), [("3", [3]), ("0-2,7", [0, 1, 2, 7]), ("0-1,4-5", [0, 1, 4, 5])])
+@pytest.mark.parametrize(
+    ("text", "numbers"), [("3", [3]), ("0-2,7", [0, 1, 2, 7]), ("0-1,4-5", [0, 1, 4, 5])]
+)
 def test_slurms_short_form_of_numbers(text, numbers):
     assert numbers_of(text) == numbers and ranges(numbers) == text
 
 
-FATAL = "srun: fatal: SLURM_MEM_PER_CPU, SLURM_MEM_PER_GPU, and SLURM_MEM_PER_NODE are mutually exclusive."
+FATAL = (
+    "srun: fatal: SLURM_MEM_PER_CPU, SLURM_MEM_PER_GPU, and SLURM_MEM_PER_NODE are mutually "
+    "exclusive."
+)
 
 
 def test_why_srun_could_start_nothing(tmp_path):
@@ -144,15 +175,19 @@ def test_a_task_that_slurmstepd_could_not_start(tmp_path):
     folder = attempt(tmp_path)
     line = "slurmstepd-n1: error: execve(): no-such-python: No such file or directory"
     (folder / "rank-0001.log").write_text(f"{line}\n")
-    (found,) = faults_of(folder, job_log(tmp_path, "srun: error: n1: task 1: Exited with exit code 2"))
+    (found,) = faults_of(
+        folder, job_log(tmp_path, "srun: error: n1: task 1: Exited with exit code 2")
+    )
     assert (found.rank, found.error) == (1, line)
 
 
 @pytest.mark.parametrize(
     "line",
     [
-        "slurmstepd-n1: error: *** JOB 1 ON n1 CANCELLED AT 2026-11-23T12:00:09 DUE TO TIME LIMIT ***",
-        "slurmstepd-n1: error: *** STEP 1.0 ON n1 CANCELLED AT 2026-11-23T12:00:09 DUE TO PREEMPTION ***",
+        "slurmstepd-n1: error: *** JOB 1 ON n1 CANCELLED AT 2026-11-23T12:00:09 DUE TO TIME LIMIT "
+        "***",
+        "slurmstepd-n1: error: *** STEP 1.0 ON n1 CANCELLED AT 2026-11-23T12:00:09 DUE TO "
+        "PREEMPTION ***",
         "srun: error: n1: task 0: Exited with exit code 75",
         "srun: Job step aborted: Waiting up to 32 seconds for job step to finish.",
     ],

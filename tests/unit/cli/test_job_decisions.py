@@ -1,4 +1,5 @@
-"""What a submitted script decides when its processes have ended: the real script, with programs in the place of srun and scontrol."""
+"""What a submitted script decides when its processes have ended: the real script, with programs in
+the place of srun and scontrol."""
 
 import contextlib
 import json
@@ -23,22 +24,39 @@ class Job:
     """A job of a run, started again and again."""
 
     def __init__(self, folder, monkeypatch, **requeue):
-        self.run, self.answers = folder / "a run", Answers(folder, monkeypatch)
+        self.run = folder / "a run"
+        self.answers = Answers(folder, monkeypatch)
         self.answers["scontrol"] = SCONTROL
         (self.run / "logs").mkdir(parents=True)
-        cluster = ClusterConfig(nodes=1, gpus_per_node=0, tasks_per_node=1, time="10", requeue=requeue)
+        cluster = ClusterConfig(
+            nodes=1, gpus_per_node=0, tasks_per_node=1, time="10", requeue=requeue
+        )
         self.script = job_scripts(self.run, cluster, chain=False)[0].text
 
     def start(self, srun, attempt=0, **environment):
         """Exit code of the script when srun does `srun`."""
         self.answers["srun"] = srun
-        own = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(attempt), "SLURM_JOB_NODELIST": "n1", **environment}
+        own = {
+            "SLURM_JOB_ID": "7",
+            "SLURM_RESTART_COUNT": str(attempt),
+            "SLURM_JOB_NODELIST": "n1",
+            **environment,
+        }
         with (self.run / "logs" / "job-7.log").open("a") as log:
-            words = {"input": self.script, "text": True, "env": {**os.environ, **own}, "stdout": log, "stderr": log}
+            words = {
+                "input": self.script,
+                "text": True,
+                "env": {**os.environ, **own},
+                "stdout": log,
+                "stderr": log,
+            }
             return subprocess.run(["bash"], check=False, **words).returncode
 
     def events(self):
-        return [line.split(" ", 2)[2] for line in (self.run / "logs" / "job-7" / "events").read_text().splitlines()]
+        return [
+            line.split(" ", 2)[2]
+            for line in (self.run / "logs" / "job-7" / "events").read_text().splitlines()
+        ]
 
     def requeued(self):
         return len(self.answers.calls("scontrol requeue 7"))
@@ -70,13 +88,20 @@ def record(rank, code, **more):
 )
 def test_the_first_fault_decides(job, srun, code, again):
     assert job.start(srun) == code
-    assert f"ended with code {code}" in job.events() and job.requeued() == again == ("starting again" in job.events())
+    assert f"ended with code {code}" in job.events() and job.requeued() == again == (
+        "starting again" in job.events()
+    )
 
 
 def test_it_stays_down_when_it_is_cancelled_or_told_to_stop(job):
-    assert job.start("exit 75", STATE="CANCELLED") == 75 and job.events()[-1] == "not started again: CANCELLED"
+    assert (
+        job.start("exit 75", STATE="CANCELLED") == 75
+        and job.events()[-1] == "not started again: CANCELLED"
+    )
     assert job.start(f"touch '{job.run / 'STOP'}'; exit 75") == 75 and job.requeued() == 0
-    assert job.events()[-1].startswith("not started again: ") and job.events()[-1].endswith("STOP is there")
+    assert job.events()[-1].startswith("not started again: ") and job.events()[-1].endswith(
+        "STOP is there"
+    )
 
 
 def test_it_does_not_start_where_a_stop_file_came_after_it_was_submitted(job):
@@ -95,11 +120,16 @@ def test_slurm_may_refuse(job):
     job.answers["sleep"] = "true"
     job.answers["scontrol"] = SCONTROL + '\n[ "$1" != requeue ]'
     job.start("exit 75")
-    assert job.requeued() == 3 and job.events()[-1].startswith("SLURM refuses to start it again; use: hypenet requeue ")
+    assert job.requeued() == 3 and job.events()[-1].startswith(
+        "SLURM refuses to start it again; use: hypenet requeue "
+    )
 
 
 def test_starts_without_progress_are_counted(job):
-    save = 'folder="{run}/align/checkpoints/iter_$SLURM_RESTART_COUNT"; mkdir -p "$folder"; touch "$folder/COMMITTED"; exit 75'
+    save = (
+        'folder="{run}/align/checkpoints/iter_$SLURM_RESTART_COUNT"; mkdir -p "$folder"; '
+        'touch "$folder/COMMITTED"; exit 75'
+    )
     job.start("exit 137")
     job.start(save.format(run=job.run), attempt=1)
     assert job.requeued() == 2
@@ -112,8 +142,11 @@ def test_starts_without_progress_are_counted(job):
 def test_two_starts_in_a_row_without_progress_are_enough(job):
     job.start("exit 137")
     job.start("exit 137", attempt=1)
-    assert job.requeued() == 1 and job.events()[-1].startswith("gave up: 2 starts in a row without a new checkpoint")
-    assert job.start("exit 0", attempt=2) == 75 and "started on" not in job.events()[-1]  # SLURM itself started it again
+    assert job.requeued() == 1 and job.events()[-1].startswith(
+        "gave up: 2 starts in a row without a new checkpoint"
+    )
+    # SLURM itself started it again
+    assert job.start("exit 0", attempt=2) == 75 and "started on" not in job.events()[-1]
 
 
 def test_a_start_whose_first_node_died_is_told_of(job):
@@ -123,20 +156,30 @@ def test_a_start_whose_first_node_died_is_told_of(job):
 
 
 def test_a_start_that_slurm_ended_says_why(job):
-    ended = "echo 'slurmstepd-n1: error: *** JOB 7 ON n1 CANCELLED AT 2026-11-23T14:28:33 DUE TO NODE FAILURE, SEE LOG ***'; kill -9 $PPID"
+    ended = (
+        "echo 'slurmstepd-n1: error: *** JOB 7 ON n1 CANCELLED AT 2026-11-23T14:28:33 DUE TO NODE "
+        "FAILURE, SEE LOG ***'; kill -9 $PPID"
+    )
     assert job.start(ended) == -9
     job.start("exit 75", attempt=1)
-    assert job.events()[1] == "starts again due to node failure" and job.events()[2].startswith("started on n1")
+    assert job.events()[1] == "starts again due to node failure" and job.events()[2].startswith(
+        "started on n1"
+    )
     job.start("exit 0", attempt=2)
-    assert sum(event.startswith("starts again") for event in job.events()) == 1  # not where the script itself asked for it
+    # not where the script itself asked for it
+    assert sum(event.startswith("starts again") for event in job.events()) == 1
 
 
 def held(address, port):
-    return socket.create_server((address, port), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
+    return socket.create_server(
+        (address, port), family=socket.AF_INET6 if ":" in address else socket.AF_INET
+    )
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
-def test_the_port_follows_from_the_number_of_the_job_unless_something_listens_there(tmp_path, monkeypatch, address):
+def test_the_port_follows_from_the_number_of_the_job_unless_something_listens_there(
+    tmp_path, monkeypatch, address
+):
     job = Job(tmp_path, monkeypatch, limit=9, without_progress=9)
     ports = tmp_path / "ports"
     for number in range(os.getpid() % 10_000, 20_000, 7):
@@ -149,4 +192,7 @@ def test_the_port_follows_from_the_number_of_the_job_unless_something_listens_th
     moved, chosen, first = map(int, ports.read_text().split())
     assert (moved - first) % 20_000 % 997 == 0 and moved != first and chosen == 4711
     assert first == 10_000 + number
-    assert f"something listens at port {first} of n1 already" in (job.run / "logs" / "job-7.log").read_text()
+    assert (
+        f"something listens at port {first} of n1 already"
+        in (job.run / "logs" / "job-7.log").read_text()
+    )

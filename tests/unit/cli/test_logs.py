@@ -20,7 +20,9 @@ def run(tmp_path):
     for number in (0, 1):
         path = attempt(folder, 1, number)
         for rank in (0, 1):
-            (path / f"rank-{rank:04d}.log").write_text("".join(f"start {number} rank {rank} line {line}\n" for line in range(100)))
+            (path / f"rank-{rank:04d}.log").write_text(
+                "".join(f"start {number} rank {rank} line {line}\n" for line in range(100))
+            )
         os.utime(path)
     (folder / "logs" / "job-1.log").write_text("")
     return folder
@@ -40,8 +42,14 @@ def record(folder, rank, error="CheckpointError: gone"):
 
 def test_the_end_of_rank_0_in_the_last_start(run, capsys):
     code, out, _ = invoke(capsys, "logs", run, "--lines", "2")
-    assert code == 0 and out.endswith("start 1 rank 0 line 98\nstart 1 rank 0 line 99\n") and "ranks 0 to 1 are beside it" in out
-    assert json.loads(invoke(capsys, "logs", run, "--rank", "1", "-n", "1", "--json")[1])["lines"] == ["start 1 rank 1 line 99"]
+    assert (
+        code == 0
+        and out.endswith("start 1 rank 0 line 98\nstart 1 rank 0 line 99\n")
+        and "ranks 0 to 1 are beside it" in out
+    )
+    assert json.loads(invoke(capsys, "logs", run, "--rank", "1", "-n", "1", "--json")[1])[
+        "lines"
+    ] == ["start 1 rank 1 line 99"]
 
 
 def test_the_job_log_where_no_rank_started(run, capsys):
@@ -54,7 +62,10 @@ def test_first_error_groups_the_ranks_of_the_newest_start_that_failed(run, capsy
         record(run / "logs" / "job-1" / "attempt-0", rank)
     code, out, _ = invoke(capsys, "logs", run, "--first-error")
     assert code == 0 and "job 1 (align), attempt 0" in out
-    assert "first: 2 ranks on 2 nodes (n1: 0, n2: 1): CheckpointError: gone\n    Traceback\n      x\n" in out
+    assert (
+        "first: 2 ranks on 2 nodes (n1: 0, n2: 1): CheckpointError: gone\n    Traceback\n      x\n"
+        in out
+    )
     assert out.count("Traceback") == 1
 
 

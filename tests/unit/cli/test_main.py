@@ -32,7 +32,13 @@ def test_nothing_at_all_shows_help_and_is_a_usage_fault(capsys):
 def test_version_names_the_libraries(capsys):
     code, out, _ = invoke(capsys, "--version")
     assert code == 0
-    assert [line.split()[0] for line in out.splitlines()] == ["hypenet", "torch", "megatron-core", "deepspeed", "transformers"]
+    assert [line.split()[0] for line in out.splitlines()] == [
+        "hypenet",
+        "torch",
+        "megatron-core",
+        "deepspeed",
+        "transformers",
+    ]
 
 
 def test_version_of_a_missing_library(capsys, monkeypatch):
@@ -89,7 +95,10 @@ def test_unforeseen_fault_is_one_line_and_a_hint(capsys, monkeypatch):
     raising(monkeypatch, ZeroDivisionError("division by zero\nmore"))
     code, _, err = invoke(capsys, "train")
     assert code == 1 and "Traceback" not in err
-    assert err.splitlines()[0] == "error: internal: ZeroDivisionError: division by zero" and "--debug" in err
+    assert (
+        err.splitlines()[0] == "error: internal: ZeroDivisionError: division by zero"
+        and "--debug" in err
+    )
 
 
 @pytest.mark.parametrize("words", [["--debug", "train"], ["train", "--debug"]])
@@ -117,8 +126,23 @@ def test_requeue_code_reaches_the_shell(monkeypatch):
     assert caught.value.code == 75
 
 
-PAGES = [*cli.VERBS, "convert import", "convert export", "convert verify", "select rank", "select sweep", "data prepare", "data merge",
-         "data inspect", "ckpt ls", "ckpt inspect", "ckpt diff", "config show", "config validate", "config schema"]  # fmt: skip
+PAGES = [
+    *cli.VERBS,
+    "convert import",
+    "convert export",
+    "convert verify",
+    "select rank",
+    "select sweep",
+    "data prepare",
+    "data merge",
+    "data inspect",
+    "ckpt ls",
+    "ckpt inspect",
+    "ckpt diff",
+    "config show",
+    "config validate",
+    "config schema",
+]
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -130,7 +154,8 @@ def test_help_has_an_example_and_offers_json(page, capsys):
 
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_every_verb_has_help_without_heavy_imports(verb):
-    """In a fresh interpreter, as a user would meet it; its own seconds count, because other tests run beside this one."""
+    """In a fresh interpreter, as a user would meet it; its own seconds count, because other tests
+    run beside this one."""
     probe = (
         "import sys, time, json\n"
         "from megatron_hypenet.cli.main import run\n"
@@ -138,7 +163,9 @@ def test_every_verb_has_help_without_heavy_imports(verb):
         "heavy = sorted({name.split('.')[0] for name in sys.modules} & set(sys.argv[1:]))\n"
         "print(json.dumps([code, heavy, time.process_time()]), file=sys.stderr)"
     )
-    done = subprocess.run([sys.executable, "-c", probe, *HEAVY], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", probe, *HEAVY], capture_output=True, text=True, timeout=60
+    )
     code, heavy, seconds = json.loads(done.stderr.splitlines()[-1])
     assert code == 0 and heavy == [], done.stderr
     assert f"hypenet {verb}" in done.stdout
@@ -146,11 +173,24 @@ def test_every_verb_has_help_without_heavy_imports(verb):
 
 
 def test_module_runs_as_the_command():
-    done = subprocess.run([sys.executable, "-m", "megatron_hypenet", "--help"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_hypenet", "--help"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 0 and "Usage: hypenet VERB" in done.stdout
 
 
 def test_reader_that_leaves_a_pipe_is_no_fault():
-    command = f"{sys.executable} -m megatron_hypenet config schema | head -n 1; exit ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    command = (
+        f"{sys.executable} -m megatron_hypenet config schema | head -n 1; exit ${{PIPESTATUS[0]}}"
+    )
+    done = subprocess.run(
+        ["bash", "-c", command],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
     assert done.returncode == 0 and "error" not in done.stderr

@@ -33,9 +33,22 @@ def test_paths_of_every_verb_are_expanded_or_refused_by_name(tmp_path, monkeypat
     for _ in range(2):
         assert run(["config", "validate", "~/model.yaml"]) == 3
         assert f"{tmp_path}/model.yaml: hidden_size: missing" in capsys.readouterr().err
-    assert run(["data", "merge", "out", "a", "${PLACE}/b", "--dry-run"]) == 5 and "a.bin: no such file" in capsys.readouterr().err
-    assert run(["data", "merge", "out", "$PLACE/a", "b"]) == 5 and f"{tmp_path}/there/a.bin: no such file" in capsys.readouterr().err
-    for words in (["data", "merge", "$UNSET/x", "a"], ["ckpt", "ls", "${UNSET}"], ["score", "c", "--tokens", "t", "--out=$UNSET/o"]):
+    assert (
+        run(["data", "merge", "out", "a", "${PLACE}/b", "--dry-run"]) == 5
+        and "a.bin: no such file" in capsys.readouterr().err
+    )
+    assert (
+        run(["data", "merge", "out", "$PLACE/a", "b"]) == 5
+        and f"{tmp_path}/there/a.bin: no such file" in capsys.readouterr().err
+    )
+    for words in (
+        ["data", "merge", "$UNSET/x", "a"],
+        ["ckpt", "ls", "${UNSET}"],
+        ["score", "c", "--tokens", "t", "--out=$UNSET/o"],
+    ):
         assert run(words) == 2 and "the variable UNSET, which is not set" in capsys.readouterr().err
-    assert run(["ckpt", "ls", "~nosuchuser/x"]) == 2 and "there is no such user" in capsys.readouterr().err
+    assert (
+        run(["ckpt", "ls", "~nosuchuser/x"]) == 2
+        and "there is no such user" in capsys.readouterr().err
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.yaml"]

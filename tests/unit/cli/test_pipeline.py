@@ -23,15 +23,25 @@ def run(tmp_path, monkeypatch):
 
 def test_a_teacher_may_be_a_folder_or_a_checkpoint(run, tmp_path):
     pipeline.import_teacher(tmp_path / "qwen3", tmp_path / "imported")
-    assert pipeline.teacher_shape(tmp_path / "qwen3") == pipeline.teacher_shape(tmp_path / "imported") == tiny_run.TEACHER
+    assert (
+        pipeline.teacher_shape(tmp_path / "qwen3")
+        == pipeline.teacher_shape(tmp_path / "imported")
+        == tiny_run.TEACHER
+    )
     pipeline.import_teacher(tmp_path / "imported", tmp_path / "linked")
-    assert resolve(tmp_path / "linked") == tmp_path / "linked" and read_model_config(tmp_path / "linked") == tiny_run.TEACHER
+    assert (
+        resolve(tmp_path / "linked") == tmp_path / "linked"
+        and read_model_config(tmp_path / "linked") == tiny_run.TEACHER
+    )
 
 
 def test_what_is_neither_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="does not exist"):
         pipeline.teacher_shape(tmp_path / "none")
-    with pytest.raises(CheckpointError, match="no Hugging Face folder .it has no config.json.*not a checkpoint.*Set teacher=PATH"):
+    with pytest.raises(
+        CheckpointError,
+        match="no Hugging Face folder .it has no config.json.*not a checkpoint.*Set teacher=PATH",
+    ):
         pipeline.teacher_shape(tmp_path)
 
 
@@ -41,7 +51,12 @@ def test_the_layout_is_checked_for_the_number_of_processes(run, monkeypatch):
         pipeline.checked(run, nproc=3)
     with pytest.raises(LayoutError, match="global_batch_size=2 is not a multiple"):
         pipeline.checked(run, world_size=3)
-    for name, value in {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "3",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29500",
+    }.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(LayoutError, match="global_batch_size=2 is not a multiple"):
         pipeline.checked(run)
@@ -61,22 +76,36 @@ main()
 
 @pytest.mark.parametrize("teacher", ["qwen3", "imported"])
 @pytest.mark.parametrize("verb", ["run", "train"])
-def test_a_command_that_only_starts_processes_imports_no_models(run, tmp_path, repo_root, verb, teacher):
+def test_a_command_that_only_starts_processes_imports_no_models(
+    run, tmp_path, repo_root, verb, teacher
+):
     pipeline.import_teacher(tmp_path / "qwen3", tmp_path / "imported")
     words = [verb, str(tmp_path / "run.yaml"), f"teacher={tmp_path / teacher}", "--nproc", "2"]
     environment = {name: value for name, value in os.environ.items() if name != "RANK"}
     done = subprocess.run(
-        [sys.executable, "-c", STARTING, *words], capture_output=True, text=True, cwd=repo_root, env=environment, check=False
+        [sys.executable, "-c", STARTING, *words],
+        capture_output=True,
+        text=True,
+        cwd=repo_root,
+        env=environment,
+        check=False,
     )
     assert (done.stdout.strip(), done.returncode) == ("[]", 2), done.stderr
 
 
 def test_a_pipeline_ends_its_process_groups_and_keeps_its_folder(run):
     with pipeline.prepared(run) as ready:
-        assert groups.is_initialized() and ready.is_main and list(ready.runner.steps) == list(ready.screen.does)
+        assert (
+            groups.is_initialized()
+            and ready.is_main
+            and list(ready.runner.steps) == list(ready.screen.does)
+        )
         ready.runner.run_step("teacher")
     assert not groups.is_initialized()
-    assert ready.folder.config_file.is_file() and "teacher: import the teacher" in ready.folder.log_file.read_text()
+    assert (
+        ready.folder.config_file.is_file()
+        and "teacher: import the teacher" in ready.folder.log_file.read_text()
+    )
 
 
 def test_a_stop_file_of_yesterday_is_named_before_anything_starts(run, monkeypatch):
@@ -86,12 +115,16 @@ def test_a_stop_file_of_yesterday_is_named_before_anything_starts(run, monkeypat
         with pytest.raises(UsageError, match="it was there before this command"):
             prepare(run)
     pipeline.checked(run, overwrite=True)  # which deletes the folder
-    monkeypatch.setenv("HYPENET_UNDER_WAY", "1")  # as in a rank: whoever started it has looked, so the file is for this run
+    # as in a rank: whoever started it has looked, so the file is for this run
+    monkeypatch.setenv("HYPENET_UNDER_WAY", "1")
     pipeline.checked(run)
 
 
 def test_a_stop_file_that_comes_between_steps_is_a_stop(run):
-    with pytest.raises(SavedAndRequeue, match="stopped before step data on the file"), pipeline.prepared(run) as ready:
+    with (
+        pytest.raises(SavedAndRequeue, match="stopped before step data on the file"),
+        pipeline.prepared(run) as ready,
+    ):
         ready.runner.run_step("teacher")
         (run.output_dir / "STOP").touch()
         ready.runner.run_step("teacher")  # done, so nothing starts
@@ -110,10 +143,14 @@ def somebody_else(run):
     with pipeline.prepared(run) as ready:
         ready.runner.run_step("teacher")
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom megatron_hypenet.ownership import owning\n"
-        "with owning(Path(sys.argv[1]), inside=True):\n    print('owned', flush=True)\n    time.sleep(60)\n"
+        "import sys, time\nfrom pathlib import Path\nfrom megatron_hypenet.ownership import "
+        "owning\n"
+        "with owning(Path(sys.argv[1]), inside=True):\n    print('owned', "
+        "flush=True)\n    time.sleep(60)\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", code, str(run.output_dir)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(run.output_dir)], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None and process.stdout.readline() == "owned\n"
     yield process
     process.kill()
@@ -121,7 +158,9 @@ def somebody_else(run):
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_folder_in_use_is_refused_by_its_owner_and_nothing_in_it_changes(run, somebody_else, overwrite):
+def test_a_folder_in_use_is_refused_by_its_owner_and_nothing_in_it_changes(
+    run, somebody_else, overwrite
+):
     before = {path: path.stat().st_mtime_ns for path in run.output_dir.rglob("*")}
     with pytest.raises(UsageError, match=f"is in use by process {somebody_else.pid} on "):
         pipeline.prepared(run, overwrite=overwrite).__enter__()

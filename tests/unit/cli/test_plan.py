@@ -27,25 +27,48 @@ def test_a_run_that_fits(hypenet):
     lines = out.splitlines()
     assert lines[0].startswith("8 GPUs: tensor 1, pipeline 1, context 1, data 8, ZeRO 1")
     assert [line.split()[0] for line in lines[2:5]] == ["align", "distill", "finetune"]
-    assert "--tp 1 --pp 1 --cp 1 parallel.zero_stage=1 distill.recompute=none finetune.recompute=none" in out
+    assert (
+        "--tp 1 --pp 1 --cp 1 parallel.zero_stage=1 distill.recompute=none finetune.recompute=none"
+        in out
+    )
 
 
 def test_one_that_does_not_names_a_layout_that_does(hypenet):
     words = (*WORDS, "configs/model/hypenet_9b.yaml", "--world-size", "8")
     code, out, err = hypenet(*words)
-    assert code == 3 and "finetune needs" in err and "use --tp" in err and "layouts that fit 79.1 GiB" in out
+    assert (
+        code == 3
+        and "finetune needs" in err
+        and "use --tp" in err
+        and "layouts that fit 79.1 GiB" in out
+    )
     advised = err.split("; use ")[1].split()
     assert hypenet(*words, *advised)[0] == 0, "the advice is itself checked"
 
 
 def test_json(hypenet):
-    code, out, err = hypenet(*WORDS, "configs/model/hypenet_9b.yaml", "--world-size", "8", "--gpu-memory", "140", "--json")
+    code, out, err = hypenet(
+        *WORDS,
+        "configs/model/hypenet_9b.yaml",
+        "--world-size",
+        "8",
+        "--gpu-memory",
+        "140",
+        "--json",
+    )
     answer = json.loads(out)
     assert code == 0 and err == ""
-    assert answer["fits"] and answer["data_parallel_size"] == 8 and set(answer["stages"]) == {"align", "distill", "finetune"}
+    assert (
+        answer["fits"]
+        and answer["data_parallel_size"] == 8
+        and set(answer["stages"]) == {"align", "distill", "finetune"}
+    )
     finetune = answer["stages"]["finetune"]
     assert finetune["total"] == pytest.approx(
-        sum(finetune[part] for part in ("weights", "gradients", "optimizer", "activations", "work")), rel=1e-6
+        sum(
+            finetune[part] for part in ("weights", "gradients", "optimizer", "activations", "work")
+        ),
+        rel=1e-6,
     )
     assert finetune["needed"] <= 140 * 2**30 and len(answer["layouts_that_fit"]) > 10
 

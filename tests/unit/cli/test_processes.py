@@ -35,7 +35,9 @@ def test_a_launcher_decides(monkeypatch):
     under(monkeypatch, 6)
     assert processes.count(run(), MODEL, None) == processes.fixed(2) == 6
     assert processes.count(run(), MODEL, 6) == 6
-    with pytest.raises(UsageError, match="--nproc 4 in a process that a launcher started as one of 6"):
+    with pytest.raises(
+        UsageError, match="--nproc 4 in a process that a launcher started as one of 6"
+    ):
         processes.count(run(), MODEL, 4)
     assert processes.planned_start(6) is None
     processes.start_here(6)
@@ -44,7 +46,9 @@ def test_a_launcher_decides(monkeypatch):
 def test_a_bare_task_of_srun_takes_its_place(monkeypatch):
     monkeypatch.setenv("SLURM_PROCID", "3")
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
-    monkeypatch.setattr("launchers.slurm.place_of", lambda environment: {"RANK": "3", "WORLD_SIZE": "4"})
+    monkeypatch.setattr(
+        "launchers.slurm.place_of", lambda environment: {"RANK": "3", "WORLD_SIZE": "4"}
+    )
     monkeypatch.setattr(processes.os, "environ", dict(processes.os.environ))  # join writes into it
     assert processes.join() == 4 and processes.os.environ["RANK"] == "3" and not processes.speaks()
 
@@ -150,7 +154,10 @@ def test_even_one_process_starts_on_its_host(monkeypatch, hosts):
     [
         (("ssh", None, None), "--launcher ssh: choose one of local, hostfile"),
         (("hostfile", None, None), "--launcher hostfile needs --hostfile FILE"),
-        (("local", "hosts", None), "--hostfile and --env are for other hosts; add --launcher hostfile"),
+        (
+            ("local", "hosts", None),
+            "--hostfile and --env are for other hosts; add --launcher hostfile",
+        ),
         (("local", None, ["A"]), "--hostfile and --env are for other hosts"),
     ],
 )

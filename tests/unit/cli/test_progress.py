@@ -22,13 +22,27 @@ def time():
 
 
 def make(tmp_path, time, stream, **kwargs):
-    screen = Screen(Clock({"data": 1.0, "align": 3.0}, now=lambda: time[0]), tmp_path / "logs" / "x.log", stream=stream, **kwargs)
+    screen = Screen(
+        Clock({"data": 1.0, "align": 3.0}, now=lambda: time[0]),
+        tmp_path / "logs" / "x.log",
+        stream=stream,
+        **kwargs,
+    )
     screen.does.update({"data": "tokenize", "align": "stage 1"})
     return screen
 
 
 def step(number):
-    return StepRecord(stage="align", step=number, train_iters=2, loss=1.0, grad_norm=1.0, lr=1.0, tokens_per_second=1.0, eta_seconds=1.0)
+    return StepRecord(
+        stage="align",
+        step=number,
+        train_iters=2,
+        loss=1.0,
+        grad_norm=1.0,
+        lr=1.0,
+        tokens_per_second=1.0,
+        eta_seconds=1.0,
+    )
 
 
 def test_lines_tell_place_share_and_time_left(tmp_path, time):
@@ -60,7 +74,10 @@ def test_skipped_steps_are_said_and_not_counted(tmp_path, time):
     screen.announce("data", "skipped")
     screen.train_line("iter 1/2")
     screen.close()
-    assert stream.getvalue() == "[1/2] data: done before, skipped\n  iter 1/2 | whole run: time left unknown\n"
+    assert (
+        stream.getvalue()
+        == "[1/2] data: done before, skipped\n  iter 1/2 | whole run: time left unknown\n"
+    )
 
 
 def test_other_processes_are_silent(tmp_path, time):
@@ -80,7 +97,10 @@ def test_a_terminal_gets_a_bar_and_keeps_the_lines(tmp_path, time):
     screen.part("align", 1, 2)
     screen.say("[a line with brackets]")
     screen.close()
-    assert "[a line with brackets]" in stream.getvalue() and "[2/2] align: stage 1" in stream.getvalue()
+    assert (
+        "[a line with brackets]" in stream.getvalue()
+        and "[2/2] align: stage 1" in stream.getvalue()
+    )
     assert screen.clock.fraction() == pytest.approx(1.5 / 4)
 
 

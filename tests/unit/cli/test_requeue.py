@@ -38,17 +38,28 @@ def test_an_ended_run_is_submitted_again_from_what_is_not_done(chain, answers, c
     attempt(chain, 2, 0, "started on n1", "ended with code 8")
     answers["sbatch"] = "expr 10 + $(grep -c sbatch $(dirname $0)/../calls)"
     assert cli.run(["requeue", str(chain), "--exclude", "n7"]) == 0
-    assert capsys.readouterr().out == "submitted again: job 11 (distill)\nsubmitted again: job 12 (finetune)\n"
+    assert (
+        capsys.readouterr().out
+        == "submitted again: job 11 (distill)\nsubmitted again: job 12 (finetune)\n"
+    )
     assert [call.split(" ", 2)[2] for call in answers.calls("sbatch")] == [
         f"--exclude=n7 {chain}/job_distill.sbatch",
-        f"--dependency=afterok:11 --kill-on-invalid-dep=yes --exclude=n7 {chain}/job_finetune.sbatch",
+        "--dependency=afterok:11 --kill-on-invalid-dep=yes --exclude=n7 "
+        f"{chain}/job_finetune.sbatch",
     ]
-    assert [(job.id, job.part) for job in Jobs(chain).newest_of_each_part()] == [(1, "align"), (11, "distill"), (12, "finetune")]
+    assert [(job.id, job.part) for job in Jobs(chain).newest_of_each_part()] == [
+        (1, "align"),
+        (11, "distill"),
+        (12, "finetune"),
+    ]
 
 
 def test_dry_run_does_nothing(chain, answers, capsys):
     assert cli.run(["requeue", str(chain), "--dry-run"]) == 0
-    assert answers.calls("sbatch") == [] and "would be submitted again: job 1 (align)" in capsys.readouterr().out
+    assert (
+        answers.calls("sbatch") == []
+        and "would be submitted again: job 1 (align)" in capsys.readouterr().out
+    )
 
 
 def test_a_run_that_is_done(chain, answers, capsys):
@@ -60,4 +71,7 @@ def test_a_run_that_is_done(chain, answers, capsys):
 def test_the_stop_file_has_to_go_first(chain, answers, capsys):
     (chain / "STOP").touch()
     assert cli.run(["requeue", str(chain)]) == 2
-    assert "delete it to start or continue the run" in capsys.readouterr().err and answers.calls() == []
+    assert (
+        "delete it to start or continue the run" in capsys.readouterr().err
+        and answers.calls() == []
+    )

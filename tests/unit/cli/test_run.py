@@ -37,12 +37,20 @@ def test_a_run_makes_a_model_and_running_again_does_nothing(config, tmp_path, ca
     assert again.err.count("done before, skipped") == 10
     chosen = json.loads((tmp_path / "run" / "selection" / "mixers.json").read_text())
     assert json.loads(again.out)["attention_layers"] == chosen["attention_layers"]
-    changed = {path for path, time in snapshot(tmp_path / "run").items() if before.get(path) != time}
-    assert {Path(path).name for path in changed} <= {"hypenet.log", "config.yaml", "rank_00000.json"}  # the last one is its heartbeat
+    changed = {
+        path for path, time in snapshot(tmp_path / "run").items() if before.get(path) != time
+    }
+    # the last one is its heartbeat
+    assert {Path(path).name for path in changed} <= {
+        "hypenet.log",
+        "config.yaml",
+        "rank_00000.json",
+    }
 
 
 def test_an_interrupted_run_continues_with_the_same_losses(config, tmp_path, monkeypatch, capsys):
-    """Stopped in the middle of distillation and started again, every loss is that of a run in one piece."""
+    """Stopped in the middle of distillation and started again, every loss is that of a run in one
+    piece."""
     assert run(["run", str(config), f"output_dir={tmp_path / 'whole'}"]) == 0
     stop = tmp_path / "run" / "distill" / "STOP"
 
@@ -53,15 +61,26 @@ def test_an_interrupted_run_continues_with_the_same_losses(config, tmp_path, mon
                 stop.touch()
             return super().batch(sample_start, count, seq_length)
 
-    monkeypatch.setattr("megatron_hypenet.engine.material.training_data", lambda run, folder: Stopping())
+    monkeypatch.setattr(
+        "megatron_hypenet.engine.material.training_data", lambda run, folder: Stopping()
+    )
     assert run(["run", str(config)]) == 75
     assert run(["run", str(config)]) == run(["run", str(config), "--dry-run"]) == 2
-    assert capsys.readouterr().err.count(f"error: {stop} asks for a stop, and it was there before this command; delete it") == 2
-    monkeypatch.setattr("megatron_hypenet.engine.material.training_data", lambda run, folder: tiny_run.Sequences())
+    assert (
+        capsys.readouterr().err.count(
+            f"error: {stop} asks for a stop, and it was there before this command; delete it"
+        )
+        == 2
+    )
+    monkeypatch.setattr(
+        "megatron_hypenet.engine.material.training_data", lambda run, folder: tiny_run.Sequences()
+    )
     stop.unlink()
     assert run(["run", str(config)]) == 0
     for stage in ("align", "distill", "finetune"):
-        losses = [(tmp_path / name / stage / "losses.jsonl").read_text() for name in ("whole", "run")]
+        losses = [
+            (tmp_path / name / stage / "losses.jsonl").read_text() for name in ("whole", "run")
+        ]
         assert losses[0] == losses[1], stage
 
 
@@ -71,7 +90,9 @@ def test_dry_run_touches_nothing(config, tmp_path, capsys):
     assert "10. report" in capsys.readouterr().out
     assert run(["run", str(config), "--dry-run", "--json"]) == 0
     content = json.loads(capsys.readouterr().out)
-    assert content["config"]["align"]["train_iters"] == 2 and {row["state"] for row in content["steps"]} == {"to do"}
+    assert content["config"]["align"]["train_iters"] == 2 and {
+        row["state"] for row in content["steps"]
+    } == {"to do"}
     assert snapshot(tmp_path) == before and not (tmp_path / "run").exists()
 
 
@@ -88,7 +109,9 @@ def test_dry_run_touches_nothing(config, tmp_path, capsys):
         ("parallel.tensor_model_parallel_size=2", 3, "tensor_model_parallel_size"),
     ],
 )
-def test_mistakes_are_found_before_anything_is_written(config, tmp_path, capsys, words, override, code, message):
+def test_mistakes_are_found_before_anything_is_written(
+    config, tmp_path, capsys, words, override, code, message
+):
     if code == 0 and not words:
         return  # a valid setting: only the dry run is of interest here
     assert run(["run", str(config), override, *words]) == code

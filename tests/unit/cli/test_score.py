@@ -14,7 +14,8 @@ from megatron_hypenet.config.schema import ParallelConfig
 from megatron_hypenet.model.hypenet import build_model
 from tests.tiny import tiny_model_config, whole_tensors
 
-CONFIG = tiny_model_config(attn_logits_scaling="hype 5", num_query_groups=2, vocab_size=62)  # two processes can split it
+# two processes can split it
+CONFIG = tiny_model_config(attn_logits_scaling="hype 5", num_query_groups=2, vocab_size=62)
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +49,25 @@ def score(checkpoint, tokens, out, *words):
 def test_float64_scores_are_those_of_the_model(model, checkpoint, tokens, ids, tmp_path):
     with torch.no_grad():
         logits = model(ids)
-    nll = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(3, 9)
-    assert score(checkpoint, tokens, tmp_path / "out.safetensors", "--dtype", "float64", "--batch-size", "2") == 0
+    nll = F.cross_entropy(
+        logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+    ).view(3, 9)
+    assert (
+        score(
+            checkpoint,
+            tokens,
+            tmp_path / "out.safetensors",
+            "--dtype",
+            "float64",
+            "--batch-size",
+            "2",
+        )
+        == 0
+    )
     got = load_file(tmp_path / "out.safetensors")
-    assert set(got) == {"logits", "nll"} and got["logits"].dtype == got["nll"].dtype == torch.float64
+    assert (
+        set(got) == {"logits", "nll"} and got["logits"].dtype == got["nll"].dtype == torch.float64
+    )
     torch.testing.assert_close(got["logits"], logits, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(got["nll"], nll, rtol=1e-12, atol=1e-14)
 
@@ -70,7 +86,9 @@ def test_int32_ids_and_json(checkpoint, ids, tmp_path, capsys):
     save_file({"input_ids": ids.int()}, tmp_path / "ids")
     assert score(checkpoint, tmp_path / "ids", tmp_path / "out", "--json") == 0
     shown = json.loads(capsys.readouterr().out)
-    assert shown["sequences"] == 3 and shown["mean_nll"] == pytest.approx(load_file(tmp_path / "out")["nll"].double().mean().item())
+    assert shown["sequences"] == 3 and shown["mean_nll"] == pytest.approx(
+        load_file(tmp_path / "out")["nll"].double().mean().item()
+    )
 
 
 @pytest.mark.parametrize(
@@ -102,10 +120,20 @@ def test_files_that_are_missing_or_in_the_way(checkpoint, tokens, tmp_path, caps
 
 def test_dry_run_checks_and_writes_nothing(checkpoint, tokens, tmp_path, capsys):
     assert score(checkpoint, tokens, tmp_path / "out", "--dry-run") == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1].removeprefix("launch: ").replace("None", "null")) is None
+    assert (
+        json.loads(
+            capsys.readouterr()
+            .out.splitlines()[-1]
+            .removeprefix("launch: ")
+            .replace("None", "null")
+        )
+        is None
+    )
     assert score(checkpoint, tokens, tmp_path / "out", "--dry-run", "--cp", "2", "--json") == 0
     launch = json.loads(capsys.readouterr().out)["launch"]
-    assert launch["command"].endswith("--cp 2 --json") and [own["RANK"] for own in launch["processes"]] == ["0", "1"]
+    assert launch["command"].endswith("--cp 2 --json") and [
+        own["RANK"] for own in launch["processes"]
+    ] == ["0", "1"]
     assert not (tmp_path / "out").exists()
 
 
@@ -126,7 +154,9 @@ def test_any_layout_gives_the_numbers_of_one_process(checkpoint, tmp_path, layou
 
 
 @pytest.mark.distributed
-def test_a_failure_in_several_processes_writes_nothing_and_keeps_its_code(checkpoint, tokens, tmp_path, capfd):
+def test_a_failure_in_several_processes_writes_nothing_and_keeps_its_code(
+    checkpoint, tokens, tmp_path, capfd
+):
     damaged = tmp_path / "damaged"
     shutil.copytree(checkpoint, damaged)
     shard = next((damaged / "weights").glob("*.distcp"))
@@ -134,16 +164,25 @@ def test_a_failure_in_several_processes_writes_nothing_and_keeps_its_code(checkp
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
     assert score(damaged, tokens, tmp_path / "out", "--cp", "2") == 5
-    assert "sha256 differs from the manifest" in capfd.readouterr().err and not (tmp_path / "out").exists()
+    assert (
+        "sha256 differs from the manifest" in capfd.readouterr().err
+        and not (tmp_path / "out").exists()
+    )
 
 
 def test_layouts_the_model_does_not_allow_are_refused(checkpoint, tokens, tmp_path, capsys):
-    for words, rule in (("--tp 3", "tensor-slices"), ("--pp 3", "pipeline-layers"), ("--sp", "sequence-parallel")):
+    for words, rule in (
+        ("--tp 3", "tensor-slices"),
+        ("--pp 3", "pipeline-layers"),
+        ("--sp", "sequence-parallel"),
+    ):
         assert score(checkpoint, tokens, tmp_path / "out", *words.split()) == 3
         assert f"error: {rule}: " in capsys.readouterr().err
 
 
-def test_places_that_cannot_be_written_are_refused_before_any_work(checkpoint, tokens, tmp_path, capsys):
+def test_places_that_cannot_be_written_are_refused_before_any_work(
+    checkpoint, tokens, tmp_path, capsys
+):
     (tmp_path / "file").write_text("x")
     assert score(checkpoint, tokens, tmp_path / "file" / "out") == 2
     assert "file is a file, not a folder" in capsys.readouterr().err
@@ -160,4 +199,7 @@ def test_a_flipped_byte_is_noticed(checkpoint, tokens, tmp_path, capsys):
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
     assert score(damaged, tokens, tmp_path / "out") == 5
-    assert "sha256 differs from the manifest" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert (
+        "sha256 differs from the manifest" in capsys.readouterr().err
+        and not (tmp_path / "out").exists()
+    )

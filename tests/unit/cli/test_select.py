@@ -30,7 +30,10 @@ def rank(scores, *words):
 def test_rank_writes_the_choice_and_prints_a_table(scores, tmp_path, capsys):
     out = tmp_path / "new" / "mixers.json"
     assert rank(scores, "--num-attention", "2", "--out", str(out)) == 0
-    assert json.loads(out.read_text()) == {"mixer_types": ["lightning_attn", "attn", "attn", "lightning_attn"], "attention_layers": [1, 2]}
+    assert json.loads(out.read_text()) == {
+        "mixer_types": ["lightning_attn", "attn", "attn", "lightning_attn"],
+        "attention_layers": [1, 2],
+    }
     shown = capsys.readouterr()
     assert "2 of 4 layers keep attention" in shown.out and "50.000" in shown.out
     assert str(out) in shown.err
@@ -72,16 +75,39 @@ def test_a_sweep_scores_and_ranks_in_the_run_folder(tmp_path, monkeypatch, capsy
     tiny_run.write_teacher(tmp_path / "qwen3")
     config = str(tiny_run.write_config(tmp_path))
     assert run(["select", config, "--dry-run", "--json"]) == 0
-    assert [row["step"] for row in json.loads(capsys.readouterr().out)["steps"]][-1] == "select" and not (tmp_path / "run").exists()
+    assert [row["step"] for row in json.loads(capsys.readouterr().out)["steps"]][
+        -1
+    ] == "select" and not (tmp_path / "run").exists()
     assert run(["select", config, "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
-    assert json.loads((tmp_path / "run" / "selection" / "mixers.json").read_text())["attention_layers"] == shown["attention_layers"]
-    assert run(["select", "rank", "--scores", str(tmp_path / "run" / "selection" / "scores.json"), "--num-attention", "1", "--json"]) == 0
+    assert (
+        json.loads((tmp_path / "run" / "selection" / "mixers.json").read_text())["attention_layers"]
+        == shown["attention_layers"]
+    )
+    assert (
+        run(
+            [
+                "select",
+                "rank",
+                "--scores",
+                str(tmp_path / "run" / "selection" / "scores.json"),
+                "--num-attention",
+                "1",
+                "--json",
+            ]
+        )
+        == 0
+    )
     assert json.loads(capsys.readouterr().out) == shown
 
 
 def test_ranking_imports_no_tensor_library(scores):
-    code = "import sys; from megatron_hypenet.cli.main import run; run(sys.argv[1:]); print(sorted({'torch', 'numpy'} & set(sys.modules)))"
+    code = (
+        "import sys; from megatron_hypenet.cli.main import run; run(sys.argv[1:]); "
+        "print(sorted({'torch', 'numpy'} & set(sys.modules)))"
+    )
     words = ["select", "rank", "--scores", str(scores), "--num-attention", "2", "--json"]
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, check=True
+    )
     assert done.stdout.splitlines()[-1] == "[]"

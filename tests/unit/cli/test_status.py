@@ -7,20 +7,36 @@ from megatron_hypenet.cli.status import last_lines, last_save, lines_of
 
 LOG = """\
 2026-11-23T12:58:10 [4/10] align: stage 1: align an RNN mixer per layer
-2026-11-23T12:58:11   iter 1/6 | loss 34.27 | gnorm 5.86 | lr 1.00e-03 | 1.1k tok/s | 559 tok/s/gpu | eta 1s | whole run: 1m08s left
-2026-11-23T12:58:11   iter 2/6 | loss 42.05 | gnorm 6.5 | lr 9.14e-04 | 2.6k tok/s | 1.3k tok/s/gpu | eta 5s | whole run: 48s left
+2026-11-23T12:58:11   iter 1/6 | loss 34.27 | gnorm 5.86 | lr 1.00e-03 | 1.1k tok/s \
+| 559 tok/s/gpu | eta 1s | whole run: 1m08s left
+2026-11-23T12:58:11   iter 2/6 | loss 42.05 | gnorm 6.5 | lr 9.14e-04 | 2.6k tok/s \
+| 1.3k tok/s/gpu | eta 5s | whole run: 48s left
 2026-11-23T12:58:11   saved /tmp/sr1/align/checkpoints/iter_0000002 in 0.4s
 """.splitlines()
 
 
 def test_the_log_says_step_and_iteration():
     step, iteration = last_lines(LOG)
-    assert step == {"name": "align", "place": 4, "of": 10, "what": "stage 1: align an RNN mixer per layer"}
-    assert iteration == {"number": 2, "of": 6, "loss": 42.05, "tokens_per_second": "2.6k", "eta": "5s", "whole_run": "48s left"}
+    assert step == {
+        "name": "align",
+        "place": 4,
+        "of": 10,
+        "what": "stage 1: align an RNN mixer per layer",
+    }
+    assert iteration == {
+        "number": 2,
+        "of": 6,
+        "loss": 42.05,
+        "tokens_per_second": "2.6k",
+        "eta": "5s",
+        "whole_run": "48s left",
+    }
 
 
 def test_an_iteration_of_an_earlier_step_is_not_that_of_this_one():
-    step, iteration = last_lines([*LOG, "2026-11-23T12:58:27 [5/10] select: score and rank the layers"])
+    step, iteration = last_lines(
+        [*LOG, "2026-11-23T12:58:27 [5/10] select: score and rank the layers"]
+    )
     assert step["name"] == "select" and iteration is None
 
 
@@ -41,14 +57,22 @@ def run_folder(tmp_path):
 def test_only_committed_saves_count(tmp_path):
     assert last_save(tmp_path) is None
     found = last_save(run_folder(tmp_path))
-    assert found["checkpoint"].endswith("align/checkpoints/iter_0000002") and 0 <= found["seconds_ago"] < 60
+    assert (
+        found["checkpoint"].endswith("align/checkpoints/iter_0000002")
+        and 0 <= found["seconds_ago"] < 60
+    )
 
 
 def test_a_run_without_jobs_has_a_status_too(tmp_path, capsys):
     folder = run_folder(tmp_path)
     assert cli.run(["status", str(folder)]) == 0
     out = capsys.readouterr().out
-    assert "no SLURM jobs" in out and "align (4/10)" in out and "2/6, loss 42.05" in out and "2.6k tokens/s, this stage: 5s left" in out
+    assert (
+        "no SLURM jobs" in out
+        and "align (4/10)" in out
+        and "2/6, loss 42.05" in out
+        and "2.6k tokens/s, this stage: 5s left" in out
+    )
     assert cli.run(["status", str(folder), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["iteration"]["number"] == 2
 
@@ -69,15 +93,42 @@ def test_what_is_no_run_folder(tmp_path, capsys):
     ("row", "says"),
     [
         (
-            {"state": "RUNNING", "live": True, "nodes": "n[1-2]", "time_left": "9:48", "requeues": 2},
+            {
+                "state": "RUNNING",
+                "live": True,
+                "nodes": "n[1-2]",
+                "time_left": "9:48",
+                "requeues": 2,
+            },
             "RUNNING on n[1-2], 9:48 left, started again 2x",
         ),
         ({"state": "PENDING", "live": True, "reason": "Dependency"}, "PENDING (Dependency)"),
-        ({"state": "FAILED", "reason": "NonZeroExitCode", "note": "ended with code 5"}, "FAILED (NonZeroExitCode); ended with code 5"),
+        (
+            {"state": "FAILED", "reason": "NonZeroExitCode", "note": "ended with code 5"},
+            "FAILED (NonZeroExitCode); ended with code 5",
+        ),
         ({"state": "COMPLETED", "note": "ended with code 0"}, "COMPLETED"),
     ],
 )
 def test_a_line_per_job(row, says):
-    job = {"id": 7, "part": "align", "live": False, "reason": "", "nodes": "", "time_left": "", "requeues": 0, "note": "", **row}
-    found = {"run": "r", "jobs": [job], "step": None, "iteration": None, "last_save": None, "finished": [], "problem": ""}
+    job = {
+        "id": 7,
+        "part": "align",
+        "live": False,
+        "reason": "",
+        "nodes": "",
+        "time_left": "",
+        "requeues": 0,
+        "note": "",
+        **row,
+    }
+    found = {
+        "run": "r",
+        "jobs": [job],
+        "step": None,
+        "iteration": None,
+        "last_save": None,
+        "finished": [],
+        "problem": "",
+    }
     assert lines_of(found)[1].endswith(f"align     {says}")

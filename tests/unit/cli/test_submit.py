@@ -35,11 +35,20 @@ def test_settings_of_run_and_profile_are_told_apart():
 def test_dry_run_prints_the_script_and_touches_nothing(run, tmp_path, capsys):
     config, profile = run
     before = sorted(tmp_path.rglob("*"))
-    code, out, err = invoke(capsys, "submit", config, "--cluster", profile, "--time", "4:00:00", "--dry-run")
+    code, out, err = invoke(
+        capsys, "submit", config, "--cluster", profile, "--time", "4:00:00", "--dry-run"
+    )
     assert code == 0 and err == "" and sorted(tmp_path.rglob("*")) == before
     assert "#SBATCH --time=4:00:00" in out and f"==> {tmp_path}/run/job.sbatch" in out
-    code, out, _ = invoke(capsys, "submit", config, "--cluster", profile, "--chain", "--dry-run", "--json")
-    assert code == 0 and [one["part"] for one in json.loads(out)["scripts"]] == ["align", "distill", "finetune", "finish"]
+    code, out, _ = invoke(
+        capsys, "submit", config, "--cluster", profile, "--chain", "--dry-run", "--json"
+    )
+    assert code == 0 and [one["part"] for one in json.loads(out)["scripts"]] == [
+        "align",
+        "distill",
+        "finetune",
+        "finish",
+    ]
 
 
 def test_the_warning_is_as_early_as_measured_steps_and_saves_need(run, tmp_path, capsys):
@@ -48,19 +57,41 @@ def test_the_warning_is_as_early_as_measured_steps_and_saves_need(run, tmp_path,
     for measured, asked in ((20, 300), (900, 900)):
         (tmp_path / "run" / "timing.json").write_text(json.dumps({"grace_seconds": measured}))
         code, out, err = invoke(capsys, "submit", config, "--cluster", profile, "--dry-run")
-        assert code == 0 and f"#SBATCH --signal=USR2@{asked}\n" in out and ("grace_seconds 300 -> 900" in err) == (measured == 900)
+        assert (
+            code == 0
+            and f"#SBATCH --signal=USR2@{asked}\n" in out
+            and ("grace_seconds 300 -> 900" in err) == (measured == 900)
+        )
 
 
 def test_jobs_of_a_chain_wait_for_each_other(run, tmp_path, capsys, monkeypatch):
     config, profile = run
     answers = Answers(tmp_path, monkeypatch)
     answers["sbatch"] = f"wc -l < {tmp_path}/calls"  # the first gets number 1, and so on
-    code, out, err = invoke(capsys, "submit", config, "--cluster", profile, "--chain", "--after", "77", "--account", "lab")
+    code, out, err = invoke(
+        capsys,
+        "submit",
+        config,
+        "--cluster",
+        profile,
+        "--chain",
+        "--after",
+        "77",
+        "--account",
+        "lab",
+    )
     assert code == 0
     calls = answers.calls("sbatch")
-    assert [call.partition("afterok:")[2].partition(" ")[0] for call in calls] == ["77", "1", "2", "3"]
+    assert [call.partition("afterok:")[2].partition(" ")[0] for call in calls] == [
+        "77",
+        "1",
+        "2",
+        "3",
+    ]
     assert out.splitlines()[1] == f"job 2 (distill), after job 1: {tmp_path}/run/job_distill.sbatch"
-    assert f"hypenet status {tmp_path}/run" in err and f"tensorboard --logdir {tmp_path}/run/tb" in err
+    assert (
+        f"hypenet status {tmp_path}/run" in err and f"tensorboard --logdir {tmp_path}/run/tb" in err
+    )
     assert "#SBATCH --account=lab" in (tmp_path / "run" / "job_align.sbatch").read_text()
     assert (tmp_path / "run" / "config.yaml").is_file() and (tmp_path / "run" / "logs").is_dir()
 
@@ -72,7 +103,9 @@ def test_a_run_with_living_jobs_is_not_submitted_again(run, tmp_path, capsys, mo
     assert invoke(capsys, "submit", config, "--cluster", profile)[0] == 0
     answers.queue((5, "PENDING"))
     code, _, err = invoke(capsys, "submit", config, "--cluster", profile)
-    assert code == 2 and "has jobs that are not done (5)" in err and len(answers.calls("sbatch")) == 1
+    assert (
+        code == 2 and "has jobs that are not done (5)" in err and len(answers.calls("sbatch")) == 1
+    )
     answers.queue((5, "COMPLETED"))
     assert invoke(capsys, "submit", config, "--cluster", profile)[0] == 0
 
@@ -83,7 +116,11 @@ def test_test_only_asks_slurm_and_touches_nothing(run, tmp_path, capsys, monkeyp
     answers["sbatch"] = "cat > asked; echo 'sbatch: Job 3 to start at noon' >&2"
     monkeypatch.chdir(tmp_path)
     code, out, _ = invoke(capsys, "submit", config, "--cluster", profile, "--test-only")
-    assert code == 0 and out == "job.sbatch: Job 3 to start at noon\n" and not (tmp_path / "run").exists()
+    assert (
+        code == 0
+        and out == "job.sbatch: Job 3 to start at noon\n"
+        and not (tmp_path / "run").exists()
+    )
     assert (tmp_path / "asked").read_text().startswith("#!/bin/bash\n")
 
 
@@ -92,22 +129,42 @@ def test_test_only_asks_slurm_and_touches_nothing(run, tmp_path, capsys, monkeyp
     [
         ([], 2, "--cluster is missing"),
         (["--cluster", "no.yaml"], 3, "no.yaml: no such configuration file"),
-        (["--cluster", "PROFILE", "cluster.nodse=3"], 3, "nodse: unknown key; did you mean 'nodes'?"),
+        (
+            ["--cluster", "PROFILE", "cluster.nodse=3"],
+            3,
+            "nodse: unknown key; did you mean 'nodes'?",
+        ),
         (["--cluster", "PROFILE", "--nodes", "3"], 3, "global_batch_size=2 is not a multiple of"),
         (
             ["--cluster", "PROFILE", "cluster.environment=[NOT_SET_ANYWHERE]"],
             4,
             "hands on NOT_SET_ANYWHERE from your shell, where it is not set",
         ),
-        (["--cluster", "PROFILE", "cluster.sbatch_args=[--array=1-3]"], 3, "'--array=1-3' is not possible"),
-        (["--cluster", "PROFILE", "--partition", "x\n#SBATCH --wrap=y"], 3, "partition: 'x\\n#SBATCH --wrap=y' holds"),
-        (["--cluster", "PROFILE", 'data="x\\u2028y"'], 3, "data.train: 'x\\u2028y' holds the control character"),
+        (
+            ["--cluster", "PROFILE", "cluster.sbatch_args=[--array=1-3]"],
+            3,
+            "'--array=1-3' is not possible",
+        ),
+        (
+            ["--cluster", "PROFILE", "--partition", "x\n#SBATCH --wrap=y"],
+            3,
+            "partition: 'x\\n#SBATCH --wrap=y' holds",
+        ),
+        (
+            ["--cluster", "PROFILE", 'data="x\\u2028y"'],
+            3,
+            "data.train: 'x\\u2028y' holds the control character",
+        ),
         (["--cluster", "PROFILE", "teacher=nowhere"], 5, "teacher nowhere does not exist"),
     ],
 )
-def test_mistakes_are_found_before_anything_is_queued(run, tmp_path, capsys, monkeypatch, words, code, says):
+def test_mistakes_are_found_before_anything_is_queued(
+    run, tmp_path, capsys, monkeypatch, words, code, says
+):
     config, profile = run
     answers = Answers(tmp_path, monkeypatch)
-    got, out, err = invoke(capsys, "submit", config, *(profile if word == "PROFILE" else word for word in words))
+    got, out, err = invoke(
+        capsys, "submit", config, *(profile if word == "PROFILE" else word for word in words)
+    )
     assert got == code and says in err and out == ""
     assert answers.calls() == [] and not (tmp_path / "run").exists()

@@ -50,27 +50,65 @@ def test_held_out_losses_reach_tensorboard_and_leave_training_alone(config, tmp_
         events = EventAccumulator(str(tmp_path / "often" / "tb" / stage)).Reload()
         points = [(point.step, point.value) for point in events.Scalars("eval/heldout-loss")]
         assert [step for step, _ in points] == [1, 2] and all(value > 0 for _, value in points)
-        losses = [(tmp_path / name / stage / "losses.jsonl").read_text() for name in ("often", "seldom")]
+        losses = [
+            (tmp_path / name / stage / "losses.jsonl").read_text() for name in ("often", "seldom")
+        ]
         assert losses[0] == losses[1]
 
 
 def test_init_starts_from_a_given_student(config, tmp_path, capsys):
     assert run(["train", str(config), "--stage", "2", "--json"]) == 0
     student = json.loads(capsys.readouterr().out)["checkpoint"]
-    assert run(["train", str(config), f"output_dir={tmp_path / 'other'}", "--stage", "3", "--init", student]) == 0
+    assert (
+        run(
+            [
+                "train",
+                str(config),
+                f"output_dir={tmp_path / 'other'}",
+                "--stage",
+                "3",
+                "--init",
+                student,
+            ]
+        )
+        == 0
+    )
     assert steps_done(tmp_path, "other") == ["teacher", "data", "finetune"]
-    assert run(["train", str(config), f"output_dir={tmp_path / 'third'}", "--stage", "3", "--init", str(tmp_path / "qwen3")]) == 5
+    assert (
+        run(
+            [
+                "train",
+                str(config),
+                f"output_dir={tmp_path / 'third'}",
+                "--stage",
+                "3",
+                "--init",
+                str(tmp_path / "qwen3"),
+            ]
+        )
+        == 5
+    )
 
 
 def test_dry_run_lists_the_steps_up_to_the_stage(config, tmp_path, capsys):
     assert run(["train", str(config), "--stage", "align", "--dry-run", "--json"]) == 0
-    assert [row["step"] for row in json.loads(capsys.readouterr().out)["steps"]] == ["teacher", "data", "probe", "align"]
+    assert [row["step"] for row in json.loads(capsys.readouterr().out)["steps"]] == [
+        "teacher",
+        "data",
+        "probe",
+        "align",
+    ]
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
     ("words", "code"),
-    [(["--init", "x"], 2), (["--stage", "4"], 3), (["--stage", "1", "--init", "x"], 2), (["--stage", "1", "--pp", "4"], 3)],
+    [
+        (["--init", "x"], 2),
+        (["--stage", "4"], 3),
+        (["--stage", "1", "--init", "x"], 2),
+        (["--stage", "1", "--pp", "4"], 3),
+    ],
 )
 def test_mistakes_end_with_their_exit_code(config, tmp_path, words, code):
     assert run(["train", str(config), *words]) == code

@@ -4,14 +4,27 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_hypenet.config.checks import check_layout, check_model_fits_selection, check_model_layout, layout_problems, layout_warnings
+from megatron_hypenet.config.checks import (
+    check_layout,
+    check_model_fits_selection,
+    check_model_layout,
+    layout_problems,
+    layout_warnings,
+)
 from megatron_hypenet.config.layout import Layout
 from megatron_hypenet.config.layout_rules import RULES
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.config.schema import ParallelConfig, RunConfig
 from megatron_hypenet.errors import ConfigError, LayoutError
 
-STAGE = {"train_iters": 10, "seq_length": 64, "micro_batch_size": 2, "global_batch_size": 8, "lr": 1e-3, "min_lr": 1e-5}
+STAGE = {
+    "train_iters": 10,
+    "seq_length": 64,
+    "micro_batch_size": 2,
+    "global_batch_size": 8,
+    "lr": 1e-3,
+    "min_lr": 1e-5,
+}
 MODEL = ModelConfig(
     num_layers=4,
     hidden_size=64,
@@ -28,12 +41,24 @@ MODEL = ModelConfig(
 
 
 def run(parallel=None, **changes):
-    values = {"output_dir": "x", "teacher": "t", "data": {"train": ["a"]}, "align": STAGE, "distill": STAGE, "finetune": STAGE}
+    values = {
+        "output_dir": "x",
+        "teacher": "t",
+        "data": {"train": ["a"]},
+        "align": STAGE,
+        "distill": STAGE,
+        "finetune": STAGE,
+    }
     return RunConfig.model_validate({**values, "parallel": parallel or {}, **changes})
 
 
 def axes(tp=1, pp=1, cp=1, **more):
-    return {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp, "context_parallel_size": cp, **more}
+    return {
+        "tensor_model_parallel_size": tp,
+        "pipeline_model_parallel_size": pp,
+        "context_parallel_size": cp,
+        **more,
+    }
 
 
 @pytest.mark.parametrize(
@@ -61,32 +86,85 @@ def test_valid_layouts_pass(parallel, world):
         (
             axes(tp=3),
             None,
-            r"tensor-slices: parallel.tensor_model_parallel_size=3 does not divide the model's num_attention_heads=16, num_query_groups=8, "
+            r"tensor-slices: parallel.tensor_model_parallel_size=3 does not divide the model's "
+            r"num_attention_heads=16, num_query_groups=8, "
             r"vocab_size=512, ffn_hidden_size=128; use parallel.tensor_model_parallel_size=2 or 4$",
         ),
-        (axes(tp=16), None, r"does not divide the model's num_query_groups=8; use parallel.tensor_model_parallel_size=8 or 4$"),
+        (
+            axes(tp=16),
+            None,
+            r"does not divide the model's num_query_groups=8; "
+            r"use parallel.tensor_model_parallel_size=8 or 4$",
+        ),
         (axes(tp=16), 16, r"use parallel.tensor_model_parallel_size=8 or 4$"),
         (
             axes(sequence_parallel=True),
             None,
-            r"sequence-parallel: .* use parallel.sequence_parallel=false, or parallel.tensor_model_parallel_size=2$",
+            r"sequence-parallel: .* use parallel.sequence_parallel=false, "
+            r"or parallel.tensor_model_parallel_size=2$",
         ),
-        (axes(pp=8), None, r"pipeline-layers: .*=8 exceeds the model's num_layers=4; use parallel.pipeline_model_parallel_size=4 or 3$"),
-        (axes(pp=2, pipeline_layout=[2, 1, 1]), None, r"has 3 entries for .*=2; use parallel.pipeline_layout=\[2, 2\] or null$"),
-        (axes(pp=2, pipeline_layout=[2, 1]), None, r"places 3 layers of the model's num_layers=4; use .*=\[2, 2\] or null$"),
-        (axes(pp=3, pipeline_layout=[2, 0, 2]), None, r"pipeline-layout: .* leaves stage 1 without layers; use .*=\[2, 1, 1\] or null$"),
-        (axes(pipeline_layout=[2, 2]), None, r"use parallel.pipeline_layout=null, or parallel.pipeline_model_parallel_size=2$"),
+        (
+            axes(pp=8),
+            None,
+            r"pipeline-layers: .*=8 exceeds the model's num_layers=4; "
+            r"use parallel.pipeline_model_parallel_size=4 or 3$",
+        ),
+        (
+            axes(pp=2, pipeline_layout=[2, 1, 1]),
+            None,
+            r"has 3 entries for .*=2; use parallel.pipeline_layout=\[2, 2\] or null$",
+        ),
+        (
+            axes(pp=2, pipeline_layout=[2, 1]),
+            None,
+            r"places 3 layers of the model's num_layers=4; use .*=\[2, 2\] or null$",
+        ),
+        (
+            axes(pp=3, pipeline_layout=[2, 0, 2]),
+            None,
+            r"pipeline-layout: .* leaves stage 1 without layers; use .*=\[2, 1, 1\] or null$",
+        ),
+        (
+            axes(pipeline_layout=[2, 2]),
+            None,
+            r"use parallel.pipeline_layout=null, or parallel.pipeline_model_parallel_size=2$",
+        ),
         (
             axes(pp=2, zero_stage=2),
             2,
-            r"pipeline-zero: .*zero_stage=2 with .*=2: .*; use parallel.zero_stage=1, or parallel.pipeline_model_parallel_size=1$",
+            r"pipeline-zero: .*zero_stage=2 with .*=2: .*; use parallel.zero_stage=1, "
+            r"or parallel.pipeline_model_parallel_size=1$",
         ),
-        (axes(pp=2, offload_optimizer=True), 2, r"pipeline-offload: .*; use parallel.offload_optimizer=false, or .*pipeline.*=1$"),
-        (axes(tp=2), 3, r"whole-replicas: 3 processes cannot be divided into replicas of 2 .*; start 2 or 4 processes$"),
+        (
+            axes(pp=2, offload_optimizer=True),
+            2,
+            r"pipeline-offload: .*; use parallel.offload_optimizer=false, or .*pipeline.*=1$",
+        ),
+        (
+            axes(tp=2),
+            3,
+            r"whole-replicas: 3 processes cannot be divided into replicas of 2 .*; "
+            r"start 2 or 4 processes$",
+        ),
         (axes(tp=4), 2, r"use 4 processes, or parallel.tensor_model_parallel_size=2$"),
-        (axes(cp=3), 3, r"sequence-split: align.seq_length=64 is not a multiple of 6: .*; use align.seq_length=60 or 66"),
-        (axes(), 8, r"global-batch: align.global_batch_size=8 is not .*= 16; use align.micro_batch_size=1, or align.global_batch_size=16"),
-        (axes(), 3, r"align.global_batch_size=8 is not .* 3 data-parallel processes = 6; use align.global_batch_size=6 or 12"),
+        (
+            axes(cp=3),
+            3,
+            r"sequence-split: align.seq_length=64 is not a multiple of 6: .*; "
+            r"use align.seq_length=60 or 66",
+        ),
+        (
+            axes(),
+            8,
+            r"global-batch: align.global_batch_size=8 is not .*= 16; use align.micro_batch_size=1, "
+            r"or align.global_batch_size=16",
+        ),
+        (
+            axes(),
+            3,
+            r"align.global_batch_size=8 is not .* 3 data-parallel processes = 6; "
+            r"use align.global_batch_size=6 or 12",
+        ),
     ],
 )
 def test_broken_rule_is_named_with_values_and_two_ways_out(parallel, world, says):
@@ -97,10 +175,18 @@ def test_broken_rule_is_named_with_values_and_two_ways_out(parallel, world, says
 
 def test_sequence_parallel_splits_what_context_parallel_left():
     stage = {**STAGE, "seq_length": 6}
-    with pytest.raises(LayoutError, match=r"seq_length=6 is not a multiple of 4: .*sequence_parallel.*; use align.seq_length=4 or 8"):
+    with pytest.raises(
+        LayoutError,
+        match=r"seq_length=6 is not a multiple of 4: .*sequence_parallel.*; use align.seq_length=4 "
+        r"or 8",
+    ):
         check_layout(MODEL, run(axes(tp=4, sequence_parallel=True), align=stage), 4)
     # tp=2, cp=3: chunks need 6, splitting needs 6
-    check_layout(MODEL, run(axes(tp=2, cp=3, sequence_parallel=True), align=stage, distill=stage, finetune=stage), 6)
+    check_layout(
+        MODEL,
+        run(axes(tp=2, cp=3, sequence_parallel=True), align=stage, distill=stage, finetune=stage),
+        6,
+    )
 
 
 def test_a_vocabulary_that_nothing_divides_leaves_other_axes():
@@ -108,14 +194,21 @@ def test_a_vocabulary_that_nothing_divides_leaves_other_axes():
     with pytest.raises(LayoutError) as caught:
         check_layout(model, run(axes(tp=4, sequence_parallel=True)), None)
     off = "parallel.tensor_model_parallel_size=1 with parallel.sequence_parallel=false"
-    assert str(caught.value).endswith(f"vocab_size=509; use {off}, or {off} with parallel.context_parallel_size=4")
+    assert str(caught.value).endswith(
+        f"vocab_size=509; use {off}, or {off} with parallel.context_parallel_size=4"
+    )
 
 
 def test_all_problems_at_once():
     with pytest.raises(LayoutError) as caught:
         check_layout(MODEL, run(axes(tp=3, pp=8, zero_stage=3)), 24)
     text = str(caught.value)
-    assert text.startswith("3 problems") and "does not divide" in text and "exceeds" in text and "zero_stage" in text
+    assert (
+        text.startswith("3 problems")
+        and "does not divide" in text
+        and "exceeds" in text
+        and "zero_stage" in text
+    )
 
 
 def test_only_the_stages_that_run_are_checked():
@@ -143,7 +236,10 @@ def test_an_idle_pipeline_is_a_warning():
     layout = Layout(MODEL, run(axes(pp=4), finetune={**STAGE, "micro_batch_size": 4}), 4)
     assert layout_problems(layout) == []
     (warning,) = layout_warnings(layout)
-    assert warning.startswith("finetune: 2 micro-batches per step on 4 pipeline stages leave each stage idle for 60% of the time")
+    assert warning.startswith(
+        "finetune: 2 micro-batches per step on 4 pipeline stages leave each stage idle for 60% of "
+        "the time"
+    )
     assert layout_warnings(Layout(MODEL, run(axes(tp=2)), 3)) == []
 
 
@@ -180,20 +276,34 @@ def layouts(draw):
     stages = {}
     for name in ("align", "distill", "finetune"):
         micro = draw(st.integers(1, 4))
-        sizes_of_stage = {"micro_batch_size": micro, "global_batch_size": micro * draw(st.integers(1, 24))}
+        sizes_of_stage = {
+            "micro_batch_size": micro,
+            "global_batch_size": micro * draw(st.integers(1, 24)),
+        }
         stages[name] = {**STAGE, "seq_length": draw(st.integers(1, 300)), **sizes_of_stage}
-    return Layout(draw(st.none() | st.just(model)), run(parallel, **stages), draw(st.none() | st.integers(1, 64)))
+    return Layout(
+        draw(st.none() | st.just(model)),
+        run(parallel, **stages),
+        draw(st.none() | st.integers(1, 64)),
+    )
 
 
 @settings(max_examples=150, deadline=None)
 @given(layouts())
 def test_every_problem_has_two_ways_out_and_each_lifts_it(layout):
     for problem in layout_problems(layout):
-        assert problem.rule in RULES and len(problem.ways_out) == 2 and problem.ways_out[0] != problem.ways_out[1]
+        assert (
+            problem.rule in RULES
+            and len(problem.ways_out) == 2
+            and problem.ways_out[0] != problem.ways_out[1]
+        )
         for change in problem.ways_out:
             changed = layout.changed(change)
-            RunConfig.model_validate(changed.run.model_dump())  # what a user would write is a valid configuration
+            # what a user would write is a valid configuration
+            RunConfig.model_validate(changed.run.model_dump())
             after = {(other.rule, other.says) for other in layout_problems(changed)}
             assert (problem.rule, problem.says) not in after
             stage = problem.says.split(".")[0]
-            assert not any(rule == problem.rule and says.split(".")[0] == stage for rule, says in after)
+            assert not any(
+                rule == problem.rule and says.split(".")[0] == stage for rule, says in after
+            )

@@ -20,8 +20,15 @@ def test_profiles_of_the_repository_are_valid(repo_root, name):
 
 
 def test_the_container_profile_is_the_plain_one_in_a_container(repo_root):
-    plain, boxed = (load_cluster_config(repo_root / "configs" / "cluster" / f"h100_{kind}.yaml") for kind in ("infiniband", "pyxis"))
-    assert boxed.container is not None and boxed.variables == plain.variables and boxed.time == plain.time
+    plain, boxed = (
+        load_cluster_config(repo_root / "configs" / "cluster" / f"h100_{kind}.yaml")
+        for kind in ("infiniband", "pyxis")
+    )
+    assert (
+        boxed.container is not None
+        and boxed.variables == plain.variables
+        and boxed.time == plain.time
+    )
 
 
 def test_one_process_per_gpu_unless_told_otherwise(tmp_path):
@@ -30,7 +37,23 @@ def test_one_process_per_gpu_unless_told_otherwise(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["8", "1.50", "12.10", "0755", "1:30", "0x1F", "1e3", "1_000", "yes", "off", "2026-01-01", "+1", ".inf", "0b1"]
+    "text",
+    [
+        "8",
+        "1.50",
+        "12.10",
+        "0755",
+        "1:30",
+        "0x1F",
+        "1e3",
+        "1_000",
+        "yes",
+        "off",
+        "2026-01-01",
+        "+1",
+        ".inf",
+        "0b1",
+    ],
 )
 def test_variables_arrive_as_they_are_written(tmp_path, text):
     for written in (text, f"'{text}'", f'"{text}"'):
@@ -48,7 +71,10 @@ def test_variables_arrive_as_they_are_written(tmp_path, text):
         (["gpus_per_node=0"], "tasks_per_node is needed where gpus_per_node is 0"),
         (["environment=[HF_TOKEN=abc]"], "'HF_TOKEN=abc' is not a variable's name"),
         (["variables={A-B: 1}"], "'A-B' is not a variable's name"),
-        (["variables={DEBUG: null}"], "variables: DEBUG: None is no text; put what the job is to get in quotes"),
+        (
+            ["variables={DEBUG: null}"],
+            "variables: DEBUG: None is no text; put what the job is to get in quotes",
+        ),
         (["variables={DEBUG: [1]}"], "variables: DEBUG: [1] is no text"),
         (["grace_seconds=0"], "greater than or equal to 1"),
     ],
@@ -66,7 +92,14 @@ def test_all_mistakes_at_once(tmp_path):
 
 @pytest.mark.parametrize(
     ("limit", "seconds"),
-    [("90", 5400), ("1:30", 90), ("01:00:30", 3630), ("2-0", 172800), ("2-12:30", 217800), ("2-12:30:05", 217805)],
+    [
+        ("90", 5400),
+        ("1:30", 90),
+        ("01:00:30", 3630),
+        ("2-0", 172800),
+        ("2-12:30", 217800),
+        ("2-12:30:05", 217805),
+    ],
 )
 def test_time_limits_in_seconds(limit, seconds):
     assert seconds_of(limit) == seconds
@@ -84,9 +117,22 @@ def test_time_limits_as_sbatch_takes_them(time):
 
 CONTROL = ["\n", "\r", "\t", "\x00", "\x1b", "\x7f", "\x85", "\u2028", "\u2029", "\ud800"]
 KEYS = [
-    "gpu_type", "memory", "partition", "account", "qos", "python", "container.image", "container.mounts", "container.workdir",
-    "exclude", "sbatch_args", "srun_args", "setup", "variables", "environment",
-]  # fmt: skip
+    "gpu_type",
+    "memory",
+    "partition",
+    "account",
+    "qos",
+    "python",
+    "container.image",
+    "container.mounts",
+    "container.workdir",
+    "exclude",
+    "sbatch_args",
+    "srun_args",
+    "setup",
+    "variables",
+    "environment",
+]
 
 
 def holding(key, text):
@@ -115,7 +161,9 @@ def test_setup_may_have_several_lines():
     assert ClusterConfig.model_validate(holding("setup", text)).setup == (text,)
 
 
-@pytest.mark.parametrize("name", ["RANK", "MASTER_PORT", "PMIX_RANK", "HYPENET_HEAD_ADDRESS", "HYPENET_UNDER_WAY"])
+@pytest.mark.parametrize(
+    "name", ["RANK", "MASTER_PORT", "PMIX_RANK", "HYPENET_HEAD_ADDRESS", "HYPENET_UNDER_WAY"]
+)
 def test_the_place_of_a_process_is_not_for_a_profile(tmp_path, name):
     for words in ([f"environment=[{name}]"], [f"variables={{{name}: '1'}}"]):
         with pytest.raises(ConfigError, match=f"{name} tells a process its place"):
@@ -125,11 +173,15 @@ def test_the_place_of_a_process_is_not_for_a_profile(tmp_path, name):
 def test_variables_of_the_submitting_shells_own_job(tmp_path):
     with pytest.raises(ConfigError, match="SLURM_CPU_BIND belongs to the shell that submits"):
         profile(tmp_path, SMALL, "environment=[SLURM_CPU_BIND]")
-    assert profile(tmp_path, SMALL, "variables={SLURM_CPU_BIND: none}").variables == {"SLURM_CPU_BIND": "none"}
+    assert profile(tmp_path, SMALL, "variables={SLURM_CPU_BIND: none}").variables == {
+        "SLURM_CPU_BIND": "none"
+    }
 
 
 def test_options_that_the_job_script_cannot_do_with(tmp_path):
-    with pytest.raises(ConfigError, match=r"sbatch_args: '--array=1-3%1' is not possible .*cluster.requeue.limit"):
+    with pytest.raises(
+        ConfigError, match=r"sbatch_args: '--array=1-3%1' is not possible .*cluster.requeue.limit"
+    ):
         profile(tmp_path, SMALL, 'sbatch_args=["--array=1-3%1"]')
     with pytest.raises(ConfigError, match="srun_args: '--pty' is not possible"):
         profile(tmp_path, SMALL, "srun_args=[--pty]")

@@ -2,7 +2,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_hypenet.config.layout import PROCESSES, Layout, divisors_near, even_layout, multiples_near, phrase
+from megatron_hypenet.config.layout import (
+    PROCESSES,
+    Layout,
+    divisors_near,
+    even_layout,
+    multiples_near,
+    phrase,
+)
 from tests.unit.config.test_checks import MODEL, axes, run
 
 
@@ -28,16 +35,31 @@ def test_even_layouts_place_every_layer_and_differ_by_one(layers, stages):
 def test_replicas():
     assert Layout(MODEL, run(axes(tp=2, pp=2)), 12).dp_size == 3
     assert Layout(MODEL, run(axes(tp=2, pp=2)), 6).dp_size is None
-    assert (Layout(None, run(axes(tp=2, cp=2))).processes, Layout(None, run(axes(tp=2, cp=2))).dp_size) == (4, 1)
+    assert (
+        Layout(None, run(axes(tp=2, cp=2))).processes,
+        Layout(None, run(axes(tp=2, cp=2))).dp_size,
+    ) == (4, 1)
     assert Layout(MODEL, run()).tensor_unit == 8
 
 
 def test_changes_apply_to_a_copy():
     layout = Layout(MODEL, run(axes(tp=2, pp=2, sequence_parallel=True, pipeline_layout=[1, 3])), 4)
-    changed = layout.changed({**layout.with_tensor(1), **layout.with_pipeline(4), PROCESSES: 8, "align.seq_length": 12})
-    assert (changed.parallel.tensor_model_parallel_size, changed.parallel.sequence_parallel) == (1, False)
-    assert (changed.parallel.pipeline_model_parallel_size, changed.parallel.pipeline_layout) == (4, None)
-    assert (changed.world_size, changed.run.align.seq_length, changed.run.distill.seq_length) == (8, 12, 64)
+    changed = layout.changed(
+        {**layout.with_tensor(1), **layout.with_pipeline(4), PROCESSES: 8, "align.seq_length": 12}
+    )
+    assert (changed.parallel.tensor_model_parallel_size, changed.parallel.sequence_parallel) == (
+        1,
+        False,
+    )
+    assert (changed.parallel.pipeline_model_parallel_size, changed.parallel.pipeline_layout) == (
+        4,
+        None,
+    )
+    assert (changed.world_size, changed.run.align.seq_length, changed.run.distill.seq_length) == (
+        8,
+        12,
+        64,
+    )
     assert layout.parallel.tensor_model_parallel_size == 2 and layout.run.align.seq_length == 64
 
 

@@ -1,4 +1,5 @@
-"""Each rule alone; what messages look like and which ways out are offered stands in test_checks.py."""
+"""Each rule alone; what messages look like and which ways out are offered stands in
+test_checks.py."""
 
 import pytest
 
@@ -30,10 +31,15 @@ def test_each_rule_speaks_alone(rule, parallel, world):
 
 def test_a_short_convolution_reads_from_the_chunk_before_only():
     settings = run(axes(cp=2))
-    align = AlignConfig.model_validate({**STAGE, "mixer": toy_mixer.NAME, "mixer_settings": {"conv_size": 30}})
+    align = AlignConfig.model_validate(
+        {**STAGE, "mixer": toy_mixer.NAME, "mixer_settings": {"conv_size": 30}}
+    )
     layout = Layout(MODEL, settings.model_copy(update={"align": align}))
     found = [finding for finding in RULES["chunk-halo"](layout) if finding.where == "align"]
-    assert "align.seq_length=64 gives chunks of 16 tokens" in found[0].says and {"align.seq_length": 116} in found[0].proposals
+    assert (
+        "align.seq_length=64 gives chunks of 16 tokens" in found[0].says
+        and {"align.seq_length": 116} in found[0].proposals
+    )
     assert list(RULES["chunk-halo"](Layout(MODEL, settings))) == []
 
 
@@ -44,12 +50,20 @@ def test_every_rule_is_explained_to_users(repo_root):
 
 
 def test_rules_about_stages_name_each_stage_that_breaks_them():
-    layout = Layout(MODEL, run(axes(cp=2), distill={**STAGE, "seq_length": 62}, finetune={**STAGE, "seq_length": 2}), None)
+    layout = Layout(
+        MODEL,
+        run(axes(cp=2), distill={**STAGE, "seq_length": 62}, finetune={**STAGE, "seq_length": 2}),
+        None,
+    )
     assert [finding.where for finding in RULES["sequence-split"](layout)] == ["distill", "finetune"]
 
 
-@pytest.mark.parametrize(("size", "broken"), [("num_query_groups", 3), ("vocab_size", 513), ("ffn_hidden_size", 129)])
+@pytest.mark.parametrize(
+    ("size", "broken"), [("num_query_groups", 3), ("vocab_size", 513), ("ffn_hidden_size", 129)]
+)
 def test_every_size_that_is_sliced_is_looked_at(size, broken):
     heads = {"num_attention_heads": 6} if size == "num_query_groups" else {}
-    (finding,) = RULES["tensor-slices"](Layout(MODEL.replace(**{size: broken}, **heads), run(axes(tp=2))))
+    (finding,) = RULES["tensor-slices"](
+        Layout(MODEL.replace(**{size: broken}, **heads), run(axes(tp=2)))
+    )
     assert finding.says.endswith(f"does not divide the model's {size}={broken}")

@@ -6,11 +6,25 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_hypenet.config.loader import bundled_path, completed, dump_config, load_model_config, load_run_config, read_stored, read_yaml
+from megatron_hypenet.config.loader import (
+    bundled_path,
+    completed,
+    dump_config,
+    load_model_config,
+    load_run_config,
+    read_stored,
+    read_yaml,
+)
 from megatron_hypenet.errors import ConfigError
 
-STAGE = "{train_iters: 10, seq_length: 64, micro_batch_size: 2, global_batch_size: 8, lr: 1e-3, min_lr: 1e-5}"
-RUN = f"output_dir: runs/x\nteacher: t\ndata: {{train: [a.txt]}}\nalign: {STAGE}\ndistill: {STAGE}\nfinetune: {STAGE}\n"
+STAGE = (
+    "{train_iters: 10, seq_length: 64, micro_batch_size: 2, global_batch_size: 8, lr: 1e-3, "
+    "min_lr: 1e-5}"
+)
+RUN = (
+    f"output_dir: runs/x\nteacher: t\ndata: {{train: [a.txt]}}\nalign: {STAGE}\ndistill: "
+    f"{STAGE}\nfinetune: {STAGE}\n"
+)
 
 
 @pytest.fixture
@@ -22,11 +36,25 @@ def run_file(tmp_path):
 
 def test_exponent_without_dot_is_a_number(run_file):
     run = load_run_config(run_file, ["align.lr=3e-4", "distill.lr=2E-3", "finetune.clip_grad=.5e0"])
-    assert (run.align.lr, run.distill.lr, run.finetune.clip_grad, run.align.min_lr) == (3e-4, 2e-3, 0.5, 1e-5)
+    assert (run.align.lr, run.distill.lr, run.finetune.clip_grad, run.align.min_lr) == (
+        3e-4,
+        2e-3,
+        0.5,
+        1e-5,
+    )
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("1e5", 1e5), ("-1e-5", -1e-5), ("1.5e3", 1500.0), ("12", 12), ("1.0", 1.0), ("e5", "e5"), ("1e5x", "1e5x")]
+    ("text", "value"),
+    [
+        ("1e5", 1e5),
+        ("-1e-5", -1e-5),
+        ("1.5e3", 1500.0),
+        ("12", 12),
+        ("1.0", 1.0),
+        ("e5", "e5"),
+        ("1e5x", "1e5x"),
+    ],
 )
 def test_numbers(tmp_path, text, value):
     path = tmp_path / "x.yaml"
@@ -43,7 +71,9 @@ def test_every_float_python_prints_reads_back(tmp_path_factory, value):
 
 def test_includes_merge_left_to_right_then_file_then_cli(tmp_path, run_file):
     (tmp_path / "one.yaml").write_text("seed: 1\nalign: {train_iters: 1, log_interval: 1}\n")
-    (tmp_path / "two.yaml").write_text("seed: 2\nalign: {log_interval: 2}\nselect: {seq_length: 128}\n")
+    (tmp_path / "two.yaml").write_text(
+        "seed: 2\nalign: {log_interval: 2}\nselect: {seq_length: 128}\n"
+    )
     run_file.write_text("include: [one.yaml, two.yaml]\n" + RUN)
     run = load_run_config(run_file, ["align.save_interval=7"])
     assert run.seed == 2 and run.select.seq_length == 128
@@ -62,7 +92,10 @@ def test_include_goes_one_level_deep(tmp_path, run_file):
 
 def test_data_sugar(run_file):
     assert load_run_config(run_file, ["data=b.txt"]).data.train == (Path("b.txt"),)
-    assert load_run_config(run_file, ["data=[b.txt, c.jsonl]"]).data.train == (Path("b.txt"), Path("c.jsonl"))
+    assert load_run_config(run_file, ["data=[b.txt, c.jsonl]"]).data.train == (
+        Path("b.txt"),
+        Path("c.jsonl"),
+    )
     assert load_run_config(run_file, ["data.train=b.txt"]).data.train == (Path("b.txt"),)
     assert load_run_config(run_file, ["data=b.txt", "data.seed=5"]).data.seed == 5
     assert load_run_config(run_file, ["--teacher=elsewhere"]).teacher == Path("elsewhere")
@@ -113,7 +146,10 @@ def test_missing_file_and_folder(tmp_path):
 
 
 def test_dump_reads_back_equal(run_file, tmp_path):
-    run = load_run_config(run_file, ["export.attn_logits_scaling=null", "align.lr=1.23456789012345e-05", "align.min_lr=0"])
+    run = load_run_config(
+        run_file,
+        ["export.attn_logits_scaling=null", "align.lr=1.23456789012345e-05", "align.min_lr=0"],
+    )
     again = tmp_path / "config.yaml"
     again.write_text(dump_config(run))
     assert load_run_config(again) == run
@@ -126,7 +162,10 @@ def test_bundled_paths_resolve_outside_the_repository(tmp_path, monkeypatch, run
     (tmp_path / "repo/assets/teacher").mkdir(parents=True)
     assert bundled_path(Path("assets/teacher")) == tmp_path / "repo/assets/teacher"
     assert bundled_path(Path("assets/none")) == Path("assets/none")
-    assert load_run_config(run_file, ["teacher=assets/teacher"]).teacher == tmp_path / "repo/assets/teacher"
+    assert (
+        load_run_config(run_file, ["teacher=assets/teacher"]).teacher
+        == tmp_path / "repo/assets/teacher"
+    )
     (tmp_path / "assets/teacher").mkdir(parents=True)  # the current directory comes first
     assert bundled_path(Path("assets/teacher")) == Path("assets/teacher")
 
@@ -167,19 +206,44 @@ def test_shipped_runs_need_only_what_they_say(repo_root):
 
 def test_paper_scale_is_the_papers(repo_root):
     run = load_run_config(repo_root / "configs/run/distill_2b.yaml", ["teacher=t", "data=x.txt"])
-    tokens = {name: run.stage(name).tokens_per_step * run.stage(name).train_iters for name in ("align", "distill", "finetune")}
+    tokens = {
+        name: run.stage(name).tokens_per_step * run.stage(name).train_iters
+        for name in ("align", "distill", "finetune")
+    }
     assert tokens == {"align": 327_680_000, "distill": 983_040_000, "finetune": 1_048_576_000}
     assert (run.align.lr, run.distill.lr, run.finetune.lr) == (1e-3, 1e-4, 1e-5)
 
 
-SCALARS = st.one_of(st.none(), st.booleans(), st.integers(-5, 5000), st.floats(), st.text(max_size=6), st.lists(st.integers(), max_size=3))
-NAMES = ["align", "data", "parallel", "select", "export", "train", "lr", "min_lr", "zero_stage", "seed", "teacher", "attn_logits_scaling"]
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-5, 5000),
+    st.floats(),
+    st.text(max_size=6),
+    st.lists(st.integers(), max_size=3),
+)
+NAMES = [
+    "align",
+    "data",
+    "parallel",
+    "select",
+    "export",
+    "train",
+    "lr",
+    "min_lr",
+    "zero_stage",
+    "seed",
+    "teacher",
+    "attn_logits_scaling",
+]
 KEYS = st.sampled_from([*NAMES, "device", "heldout", "?"])
 TREES = st.recursive(SCALARS, lambda below: st.dictionaries(KEYS, below, max_size=4), max_leaves=12)
 
 
 @settings(max_examples=60, deadline=None)
-@given(tree=st.dictionaries(KEYS, TREES, max_size=3), words=st.lists(st.text(max_size=12), max_size=2))
+@given(
+    tree=st.dictionaries(KEYS, TREES, max_size=3), words=st.lists(st.text(max_size=12), max_size=2)
+)
 def test_whatever_the_file_and_words_say_only_config_errors_come_out(tmp_path_factory, tree, words):
     folder = tmp_path_factory.getbasetemp()
     (folder / "base.yaml").write_text(RUN)
@@ -194,8 +258,10 @@ def test_whatever_the_file_and_words_say_only_config_errors_come_out(tmp_path_fa
 
 
 def test_what_was_written_earlier_is_completed_with_the_defaults_of_today(run_file):
-    """A file with nothing but what is required becomes the resolved configuration; other keys and missing required ones are left alone."""
-    now, written = load_run_config(run_file).model_dump(mode="json"), read_yaml(run_file)
+    """A file with nothing but what is required becomes the resolved configuration; other keys and
+    missing required ones are left alone."""
+    now = load_run_config(run_file).model_dump(mode="json")
+    written = read_yaml(run_file)
     assert completed(written) == now
     written["align"]["warp"] = 9
     assert completed(written)["align"] == {**now["align"], "warp": 9}
@@ -209,19 +275,30 @@ def test_settings_are_finite(run_file, value):
 
 
 def test_merge_keys_take_over_another_stage(tmp_path):
-    (tmp_path / "stages.yaml").write_text(f"align: &stage {STAGE}\ndistill: {{<<: *stage, lr: 2e-3}}\n")
+    (tmp_path / "stages.yaml").write_text(
+        f"align: &stage {STAGE}\ndistill: {{<<: *stage, lr: 2e-3}}\n"
+    )
     (tmp_path / "run.yaml").write_text(
-        f"include: stages.yaml\n{RUN.split('align')[0]}finetune: &f\n  <<: [{{seq_length: 128}}, {STAGE}]\n  lr: 5e-4\n"
+        f"include: stages.yaml\n{RUN.split('align')[0]}finetune: &f\n  <<: [{{seq_length: 128}}, "
+        f"{STAGE}]\n  lr: 5e-4\n"
     )
     run = load_run_config(tmp_path / "run.yaml", ["distill.lr=1e-4", "finetune.train_iters=3"])
     assert (run.align.lr, run.distill.lr, run.finetune.lr) == (1e-3, 1e-4, 5e-4)
-    assert (run.align.train_iters, run.finetune.train_iters, run.finetune.seq_length) == (10, 3, 128)
+    assert (run.align.train_iters, run.finetune.train_iters, run.finetune.seq_length) == (
+        10,
+        3,
+        128,
+    )
 
 
 @pytest.mark.parametrize(
     ("word", "says"),
     [
-        ("align.train_iters=1e3", "CLI: align.train_iters: should be a valid integer, got float 1e3; write 1000 if that is meant"),
+        (
+            "align.train_iters=1e3",
+            "CLI: align.train_iters: should be a valid integer, got float 1e3; "
+            "write 1000 if that is meant",
+        ),
         ("align.train_iters=1.0", "got float 1.0; write 1"),
         ("align.train_iters=true", "should be a valid integer, got bool true"),
         ("align.train_iters=0755", "got str '0755'; YAML 1.1 reads a leading zero as octal"),
@@ -232,10 +309,16 @@ def test_merge_keys_take_over_another_stage(tmp_path):
         ("align.lr=" + "[" * 3000, "CLI: align.lr: should be a valid number"),
         ("align.adam_betas=" + "[" * 3000 + "]", "nested more than"),
         ("align.cuda_graphs=1", "should be a valid boolean, got int 1"),
-        ("parallel.zero_stage=true", "CLI: parallel.zero_stage: should be 0, 1, 2 or 3, got bool true"),
+        (
+            "parallel.zero_stage=true",
+            "CLI: parallel.zero_stage: should be 0, 1, 2 or 3, got bool true",
+        ),
         ("parallel.zero_stage=1.0", "got float 1.0; write 1"),
         ("teacher=~nosuchuser/x", "CLI: teacher: the path '~nosuchuser/x' begins with ~nosuchuser"),
-        ("output_dir=${UNSET_VARIABLE}/x", "CLI: output_dir: .*variable UNSET_VARIABLE, which is not set"),
+        (
+            "output_dir=${UNSET_VARIABLE}/x",
+            "CLI: output_dir: .*variable UNSET_VARIABLE, which is not set",
+        ),
         ("output_dir=", "CLI: output_dir: the value is empty"),
         ("output_dir==x", "CLI: output_dir: two equals signs"),
         ("data.heldout=", "CLI: data.heldout: the value is empty"),
@@ -258,10 +341,23 @@ def test_values_mean_what_their_setting_is(run_file):
     ]
     run = load_run_config(run_file, words)
     assert (run.align.train_iters, run.seed, run.checkpoint.async_save) == (1000, 31, True)
-    assert (run.data.train, run.output_dir, run.teacher) == ((Path("my#file.txt"),), Path("runs/a #b"), Path("12.10"))
-    run_file.write_text(RUN.replace("runs/x", "2024-01-01").replace("teacher: t", "teacher: 0755").replace("lr: 1e-3", 'lr: "1e-3"'))
+    assert (run.data.train, run.output_dir, run.teacher) == (
+        (Path("my#file.txt"),),
+        Path("runs/a #b"),
+        Path("12.10"),
+    )
+    run_file.write_text(
+        RUN.replace("runs/x", "2024-01-01")
+        .replace("teacher: t", "teacher: 0755")
+        .replace("lr: 1e-3", 'lr: "1e-3"')
+    )
     run = load_run_config(run_file, ["data.train=[a=b.txt, 'c #d.txt']", "data.heldout=null"])
-    assert (run.output_dir, run.teacher, run.align.lr, run.data.heldout) == (Path("2024-01-01"), Path("0755"), 1e-3, None)
+    assert (run.output_dir, run.teacher, run.align.lr, run.data.heldout) == (
+        Path("2024-01-01"),
+        Path("0755"),
+        1e-3,
+        None,
+    )
     assert run.data.train == (Path("a=b.txt"), Path("c #d.txt"))
 
 
@@ -270,10 +366,20 @@ def test_paths_are_expanded_once_and_stored_so(run_file, tmp_path, monkeypatch):
     monkeypatch.setenv("SCRATCH", str(tmp_path / "scratch"))
     (tmp_path / "home").mkdir()
     (tmp_path / "home/base.yaml").write_text("seed: 7\ndata: {heldout: $SCRATCH/h.txt}\n")
-    run_file.write_text("include: ~/base.yaml\n" + RUN.replace("runs/x", "~/runs/x").replace("[a.txt]", "['${SCRATCH}/a.txt', ~/b]"))
+    run_file.write_text(
+        "include: ~/base.yaml\n"
+        + RUN.replace("runs/x", "~/runs/x").replace("[a.txt]", "['${SCRATCH}/a.txt', ~/b]")
+    )
     run = load_run_config(run_file, ["teacher=~/t"])
-    assert run.output_dir == tmp_path / "home/runs/x" and run.teacher == tmp_path / "home/t" and run.seed == 7
-    assert run.data.train == (tmp_path / "scratch/a.txt", tmp_path / "home/b") and run.data.heldout == tmp_path / "scratch/h.txt"
+    assert (
+        run.output_dir == tmp_path / "home/runs/x"
+        and run.teacher == tmp_path / "home/t"
+        and run.seed == 7
+    )
+    assert (
+        run.data.train == (tmp_path / "scratch/a.txt", tmp_path / "home/b")
+        and run.data.heldout == tmp_path / "scratch/h.txt"
+    )
     (tmp_path / "stored.yaml").write_text(dump_config(run))
     monkeypatch.delenv("SCRATCH")
     assert load_run_config(tmp_path / "stored.yaml") == run
@@ -283,9 +389,14 @@ def test_paths_are_expanded_once_and_stored_so(run_file, tmp_path, monkeypatch):
         load_run_config(run_file)
 
 
-@pytest.mark.parametrize("include", ["/dev/zero", ".", "pipe", '"a\\0b"', "run.yaml", "~nosuchuser/x"])
+@pytest.mark.parametrize(
+    "include", ["/dev/zero", ".", "pipe", '"a\\0b"', "run.yaml", "~nosuchuser/x"]
+)
 def test_includes_that_are_no_files_are_refused_at_once(run_file, include):
     os.mkfifo(run_file.parent / "pipe")
     run_file.write_text(f"include: [{include}]\n" + RUN)
-    with pytest.raises(ConfigError, match=r"not a regular file|cannot be read|not valid YAML|one level only|no such user"):
+    with pytest.raises(
+        ConfigError,
+        match=r"not a regular file|cannot be read|not valid YAML|one level only|no such user",
+    ):
         load_run_config(run_file)

@@ -99,7 +99,10 @@ def test_scaling_forms():
     assert check_logits_scaling(2) == 2.0
 
 
-@pytest.mark.parametrize("value", ["hype 1", "hype 0.5", "hype -3", "hype x", "1.5", "", True, 0, -1.0, float("nan"), {}, [1]])
+@pytest.mark.parametrize(
+    "value",
+    ["hype 1", "hype 0.5", "hype -3", "hype x", "1.5", "", True, 0, -1.0, float("nan"), {}, [1]],
+)
 def test_scaling_refused(value):
     with pytest.raises(ValueError, match="attn_logits_scaling"):
         check_logits_scaling(value)

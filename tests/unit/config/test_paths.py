@@ -18,8 +18,10 @@ def variables(monkeypatch):
 @pytest.mark.parametrize(
     ("text", "path"),
     [
-        ("~/runs/x", "/home/me/runs/x"), ("~", "/home/me"), ("~root/x", f"{pwd.getpwnam('root').pw_dir}/x"), ("a/~b", "a/~b"),
-        ("$SCRATCH/x", "/scratch/x"), ("${SCRATCH}/x", "/scratch/x"), ("a-${SCRATCH}b$SCRATCH", "a-/scratchb/scratch"),
+        ("~/runs/x", "/home/me/runs/x"), ("~", "/home/me"),
+        ("~root/x", f"{pwd.getpwnam('root').pw_dir}/x"), ("a/~b", "a/~b"),
+        ("$SCRATCH/x", "/scratch/x"), ("${SCRATCH}/x", "/scratch/x"),
+        ("a-${SCRATCH}b$SCRATCH", "a-/scratchb/scratch"),
         ("cost$", "cost$"), ("a$1", "a$1"), ("a b #c", "a b #c"), (".", "."), ("runs/x", "runs/x"),
     ],
 )  # fmt: skip
@@ -39,7 +41,8 @@ def test_paths_mean_what_they_mean_in_a_shell(text, path):
         ("${}/x", "which is no variable"),
         ("./~", "begins with ~"),
         ("$AGAIN", "variables stand again"),
-        ("", "is empty"), ("  ", "is empty"), ("a\nb", "control character"), ("a\0b", "control character"),
+        ("", "is empty"), ("  ", "is empty"), ("a\nb", "control character"),
+        ("a\0b", "control character"),
     ],
 )  # fmt: skip
 def test_what_stands_for_nothing_is_refused_by_name(text, says):

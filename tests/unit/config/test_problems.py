@@ -23,12 +23,18 @@ def test_each_finding_carries_its_origin():
 
 def test_key_of_another_section_is_pointed_to():
     found = lines({"tensor_model_parallel_size": 2})
-    assert "run.yaml: tensor_model_parallel_size: unknown key; it exists as parallel.tensor_model_parallel_size" in found
+    assert (
+        "run.yaml: tensor_model_parallel_size: unknown key; "
+        "it exists as parallel.tensor_model_parallel_size" in found
+    )
 
 
 def test_hopeless_key_lists_the_section():
     found = lines({"guard": {"qqq": 1}})
-    assert "run.yaml: guard.qqq: unknown key; keys here are max_teacher_loss, max_skipped_steps, hang_timeout_seconds" in found
+    assert (
+        "run.yaml: guard.qqq: unknown key; keys here are max_teacher_loss, max_skipped_steps, "
+        "hang_timeout_seconds" in found
+    )
 
 
 def test_section_lookup():
@@ -41,8 +47,18 @@ def test_section_lookup():
 
 def test_a_message_stays_short_whatever_it_repeats(tmp_path):
     path = tmp_path / "run.yaml"
-    path.write_text("output_dir: {" + "x" * 900 + ": 1}\nalign: {" + ", ".join(f"key{number}: 1" for number in range(3000)) + "}\n")
+    path.write_text(
+        "output_dir: {"
+        + "x" * 900
+        + ": 1}\nalign: {"
+        + ", ".join(f"key{number}: 1" for number in range(3000))
+        + "}\n"
+    )
     with pytest.raises(ConfigError) as caught:
         load_run_config(path)
     text = str(caught.value)
-    assert len(text) < 50_000 and "more" in text.splitlines()[-1] and max(map(len, text.splitlines())) < 3000
+    assert (
+        len(text) < 50_000
+        and "more" in text.splitlines()[-1]
+        and max(map(len, text.splitlines())) < 3000
+    )

@@ -6,11 +6,15 @@ from megatron_hypenet.config.sbatch_options import SBATCH, SRUN, check_options, 
 @pytest.mark.parametrize(
     "option",
     [
-        "--array=1-3%1", "--array 1-3", "-a1-3", "-a 1-3", "--arr=1-3", "-Qa1-3", "--wrap=x", "--requeue",
-        "--no-requeue", "--signal=USR1@1", "--output=x", "-o x", "-ox", "--error x", "--ntasks=3", "-n3",
+        "--array=1-3%1", "--array 1-3", "-a1-3", "-a 1-3", "--arr=1-3", "-Qa1-3", "--wrap=x",
+        "--requeue",
+        "--no-requeue", "--signal=USR1@1", "--output=x", "-o x", "-ox", "--error x", "--ntasks=3",
+        "-n3",
         "--nodes=9", "-N 9", "--job-name=x", "-Jx", "--export=ALL", "--parsable", "--wait", "-W",
-        "--dependency=singleton", "-d singleton", "--chdir=/", "--time=1", "--mem=1", "--partition=x",
-        "--no-kill", "-M x", "--test-only", "--comment=x --array=1", "-C gpu -a1", "-H -a1", "--help",
+        "--dependency=singleton", "-d singleton", "--chdir=/", "--time=1", "--mem=1",
+        "--partition=x",
+        "--no-kill", "-M x", "--test-only", "--comment=x --array=1", "-C gpu -a1", "-H -a1",
+        "--help",
     ],
 )  # fmt: skip
 def test_what_the_job_script_sets_or_cannot_do_with(option):
@@ -21,8 +25,10 @@ def test_what_the_job_script_sets_or_cannot_do_with(option):
 @pytest.mark.parametrize(
     "option",
     [
-        "--comment=x", "--comment 'a b'", "-C gpu", "--constraint=a&b", "--mem-per-cpu=4G", "--gres=gpu:8", "--reservation=x", "-H",
-        "--exclusive=user", "--mail-type=END", "--switches=1", "--time-min=10", "-Qv", "--nice", "-w n1", "--gpus-per-task=1", "-L lic:2",
+        "--comment=x", "--comment 'a b'", "-C gpu", "--constraint=a&b", "--mem-per-cpu=4G",
+        "--gres=gpu:8", "--reservation=x", "-H",
+        "--exclusive=user", "--mail-type=END", "--switches=1", "--time-min=10", "-Qv", "--nice",
+        "-w n1", "--gpus-per-task=1", "-L lic:2",
         "--licenses=a", "--begin=now+1hour", "--nodelist=n1", "--cpus-per-gpu=4",
     ],
 )  # fmt: skip

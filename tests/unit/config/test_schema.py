@@ -6,11 +6,32 @@ from pydantic import BaseModel, ValidationError
 
 from megatron_hypenet.config.mixers import default_mixer
 from megatron_hypenet.config.problems import section_type
-from megatron_hypenet.config.schema import STAGES, AlignConfig, HeadStageConfig, ParallelConfig, RunConfig, StageConfig
+from megatron_hypenet.config.schema import (
+    STAGES,
+    AlignConfig,
+    HeadStageConfig,
+    ParallelConfig,
+    RunConfig,
+    StageConfig,
+)
 from tests import toy_mixer
 
-STAGE = {"train_iters": 10, "seq_length": 64, "micro_batch_size": 2, "global_batch_size": 8, "lr": 1e-3, "min_lr": 1e-5}
-RUN = {"output_dir": "runs/x", "teacher": "t", "data": {"train": ["a.txt"]}, "align": STAGE, "distill": STAGE, "finetune": STAGE}
+STAGE = {
+    "train_iters": 10,
+    "seq_length": 64,
+    "micro_batch_size": 2,
+    "global_batch_size": 8,
+    "lr": 1e-3,
+    "min_lr": 1e-5,
+}
+RUN = {
+    "output_dir": "runs/x",
+    "teacher": "t",
+    "data": {"train": ["a.txt"]},
+    "align": STAGE,
+    "distill": STAGE,
+    "finetune": STAGE,
+}
 
 
 def sections(root: type[BaseModel]):
@@ -25,7 +46,11 @@ def test_smallest_run_has_all_sections():
     run = RunConfig.model_validate(RUN)
     assert run.data.train == (Path("a.txt"),)
     assert run.parallel == ParallelConfig()
-    assert [type(run.stage(name)) for name in STAGES] == [AlignConfig, HeadStageConfig, HeadStageConfig]
+    assert [type(run.stage(name)) for name in STAGES] == [
+        AlignConfig,
+        HeadStageConfig,
+        HeadStageConfig,
+    ]
     assert run.eval.length_multiples == (1, 2, 4, 8)
 
 
@@ -39,7 +64,9 @@ def test_every_section_is_strict_and_documented(section):
     assert section.model_config["frozen"] and section.model_config["extra"] == "forbid"
     assert section.__doc__
     for name, field in section.model_fields.items():
-        assert field.description and field.description.endswith("."), f"{section.__name__}.{name} needs a description"
+        assert field.description and field.description.endswith("."), (
+            f"{section.__name__}.{name} needs a description"
+        )
 
 
 @pytest.mark.parametrize(
@@ -65,7 +92,9 @@ def test_batch_arithmetic():
 
 
 def test_model_parallel_size():
-    parallel = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=3, context_parallel_size=4)
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=2, pipeline_model_parallel_size=3, context_parallel_size=4
+    )
     assert parallel.model_parallel_size == 24
 
 
@@ -84,27 +113,42 @@ def leaf_keys(root: type[BaseModel], above: tuple[str, ...] = ()):
 
 
 def test_no_setting_is_without_effect(repo_root):
-    """Each setting's name is read as an attribute somewhere outside the schema, itself or through a property that is: a setting nobody
-    reads misleads its user."""
+    """Each setting's name is read as an attribute somewhere outside the schema, itself or through a
+    property that is: a setting nobody reads misleads its user."""
     read = set()
     for path in (repo_root / "megatron_hypenet").rglob("*.py"):
         if path.name not in ("schema.py", "model.py"):
-            read |= {node.attr for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Attribute)}
-    schema = ast.parse((repo_root / "megatron_hypenet" / "config" / "schema.py").read_text(encoding="utf-8"))
+            read |= {
+                node.attr
+                for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+                if isinstance(node, ast.Attribute)
+            }
+    schema = ast.parse(
+        (repo_root / "megatron_hypenet" / "config" / "schema.py").read_text(encoding="utf-8")
+    )
     for function in ast.walk(schema):
-        if isinstance(function, ast.FunctionDef) and function.name in read and "property" in map(ast.unparse, function.decorator_list):
+        if (
+            isinstance(function, ast.FunctionDef)
+            and function.name in read
+            and "property" in map(ast.unparse, function.decorator_list)
+        ):
             read |= {node.attr for node in ast.walk(function) if isinstance(node, ast.Attribute)}
     assert [".".join(key) for key in leaf_keys(RunConfig) if key[-1] not in read] == []
 
 
 def test_the_mixer_of_a_run_is_chosen_by_name():
     assert AlignConfig.model_validate(STAGE).spec == default_mixer()
-    chosen = AlignConfig.model_validate({**STAGE, "mixer": toy_mixer.NAME, "mixer_settings": {"conv_size": 4}})
+    chosen = AlignConfig.model_validate(
+        {**STAGE, "mixer": toy_mixer.NAME, "mixer_settings": {"conv_size": 4}}
+    )
     assert chosen.spec == toy_mixer.ToySpec(conv_size=4)
     for wrong, says in (
         ({"mixer": "attn"}, "mixer='attn' is no RNN mixer; known: lightning_attn"),
         ({"mixer": "gdn"}, "mixer='gdn' is no RNN mixer"),
-        ({"mixer_settings": {"conv_size": 4}}, "lightning_attn.conv_size: Extra inputs are not permitted"),
+        (
+            {"mixer_settings": {"conv_size": 4}},
+            "lightning_attn.conv_size: Extra inputs are not permitted",
+        ),
     ):
         with pytest.raises(ValidationError, match=says):
             AlignConfig.model_validate({**STAGE, **wrong})

@@ -54,14 +54,18 @@ def test_any_split_of_the_index_range_gives_the_same_samples():
 
 
 def test_recall_share_is_exact_and_even():
-    vocabulary = RecallVocabulary(words=tuple(range(100, 200)), opening=(1,), separator=(), closing=(2,))
+    vocabulary = RecallVocabulary(
+        words=tuple(range(100, 200)), opening=(1,), separator=(), closing=(2,)
+    )
     task = RecallTask(vocabulary, text(), seed=3, num_pairs=2)
     mixed = data(recall=task, recall_fraction=0.3)
     is_recall = (mixed.batch(0, 1000, 40).diff(dim=1) != 1).any(dim=1)
     assert abs(int(is_recall.sum()) - 300) <= 1
     assert all(2 <= int(is_recall[i : i + 10].sum()) <= 4 for i in range(0, 1000, 10))
     plain = mixed.batch(0, 1000, 40)[~is_recall]
-    assert (plain == data().batch(0, len(plain), 40)).all(), "text samples are those of a run without recall, in the same order"
+    assert (plain == data().batch(0, len(plain), 40)).all(), (
+        "text samples are those of a run without recall, in the same order"
+    )
 
 
 def test_short_text():

@@ -35,14 +35,21 @@ def test_unchanged_text_is_not_tokenized_again(tmp_path, sources, teacher):
     assert (made, remade) == (2, 0) and first == again
     sources[1].write_text("Another text, much shorter.")
     changed, remade = make(sources, None, teacher, tmp_path / "data")
-    assert remade == 1 and changed["train"][0] == first["train"][0] and changed["train"][1]["tokens"] < 20
+    assert (
+        remade == 1
+        and changed["train"][0] == first["train"][0]
+        and changed["train"][1]["tokens"] < 20
+    )
 
 
 def test_heldout_is_the_end_of_each_source(tmp_path, sources, teacher):
     content, _ = make(sources, None, teacher, tmp_path / "data")
     corpus = open_corpus(tmp_path / "data", heldout_fraction=0.1, seed=1)
     total = sum(record["tokens"] for record in content["train"])
-    assert len(corpus.train) + len(corpus.heldout) == total and 0.1 * total <= len(corpus.heldout) < 0.5 * total
+    assert (
+        len(corpus.train) + len(corpus.heldout) == total
+        and 0.1 * total <= len(corpus.heldout) < 0.5 * total
+    )
     text = load_tokenizer(teacher).decode(corpus.heldout[: len(corpus.heldout)])
     assert text.split("<|endoftext|>")[0] in sources[0].read_text()
 
@@ -52,7 +59,10 @@ def test_heldout_file_and_prepared_pair(tmp_path, sources, teacher):
     content, made = make([tmp_path / "ready"], sources[1], teacher, tmp_path / "data")
     assert made == 1 and not (tmp_path / "data" / "train_000.bin").exists()
     corpus = open_corpus(tmp_path / "data", heldout_fraction=0.1, seed=1)
-    assert len(corpus.train) == content["train"][0]["tokens"] and len(corpus.heldout) == content["heldout"]["tokens"]
+    assert (
+        len(corpus.train) == content["train"][0]["tokens"]
+        and len(corpus.heldout) == content["heldout"]["tokens"]
+    )
 
 
 def test_what_an_opened_corpus_gives(tmp_path, sources, teacher):
@@ -95,9 +105,15 @@ def write_pair(prefix, documents):
 
 
 @pytest.mark.parametrize("foreign", [5000, -1])
-def test_prepared_pairs_with_foreign_ids_are_refused_wherever_they_stand(tmp_path, teacher, foreign):
+def test_prepared_pairs_with_foreign_ids_are_refused_wherever_they_stand(
+    tmp_path, teacher, foreign
+):
     pair = write_pair(tmp_path / "pair", [[1, 2, 0]] * 50 + [[3, foreign, 0]])
-    with pytest.raises(DataError, match=rf"pair\.bin: token 151 \(in document 50\) is {foreign}, but the model's vocabulary has 2048"):
+    with pytest.raises(
+        DataError,
+        match=rf"pair\.bin: token 151 \(in document 50\) is {foreign}, but the model's vocabulary "
+        r"has 2048",
+    ):
         make([pair], None, teacher, tmp_path / "data")
     good = write_pair(tmp_path / "good", [[1, 2, 0]] * 50)
     with pytest.raises(DataError, match="pair.bin: token 151"):
@@ -105,10 +121,17 @@ def test_prepared_pairs_with_foreign_ids_are_refused_wherever_they_stand(tmp_pat
 
 
 def test_a_prepared_pair_is_looked_through_once(tmp_path, teacher):
-    pair, log = write_pair(tmp_path / "pair", [[1, 2, 0]] * 50), []
+    pair = write_pair(tmp_path / "pair", [[1, 2, 0]] * 50)
+    log = []
     for _ in range(2):
-        content = prepare_corpus([pair], None, teacher, tmp_path / "data", vocab_size=2048, log=log.append)
-    assert len(log) == 1 and "150 tokens, ids 0 to 2, 50 end tokens" in log[0] and content["train"][0]["end_tokens"] == 50
+        content = prepare_corpus(
+            [pair], None, teacher, tmp_path / "data", vocab_size=2048, log=log.append
+        )
+    assert (
+        len(log) == 1
+        and "150 tokens, ids 0 to 2, 50 end tokens" in log[0]
+        and content["train"][0]["end_tokens"] == 50
+    )
     write_pair(tmp_path / "pair", [[1, 2, 0]] * 51)
     prepare_corpus([pair], None, teacher, tmp_path / "data", vocab_size=2048, log=log.append)
     prepare_corpus([pair], None, teacher, tmp_path / "data", vocab_size=1024, log=log.append)
@@ -132,14 +155,20 @@ def test_documents_without_end_tokens_are_kept_apart_by_the_index(tmp_path, teac
     for row, marks in zip(tokens.tolist(), ends.tolist(), strict=True):
         start = places.get(tuple(row))
         seen += start is not None
-        expected = [token == 0 for token in row] if start is None else last[start : start + 129].tolist()
+        expected = (
+            [token == 0 for token in row] if start is None else last[start : start + 129].tolist()
+        )
         assert marks == expected
     assert 0 < seen < 12
 
 
 def test_the_models_end_token_closes_documents_and_is_recorded(tmp_path, sources, teacher):
     log = []
-    content = prepare_corpus(sources[:1], None, teacher, tmp_path / "data", vocab_size=2048, model_end=9, log=log.append)
-    assert content["end_of_document"] == 9 and any("documents end with" in line and "(9)" in line for line in log)
+    content = prepare_corpus(
+        sources[:1], None, teacher, tmp_path / "data", vocab_size=2048, model_end=9, log=log.append
+    )
+    assert content["end_of_document"] == 9 and any(
+        "documents end with" in line and "(9)" in line for line in log
+    )
     again, made = make(sources[:1], None, teacher, tmp_path / "data")
     assert made == 1 and again["end_of_document"] == 0

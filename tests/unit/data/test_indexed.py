@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_hypenet.data.indexed import TokenFileWriter, TokenStream, is_token_file, open_tokens, token_paths
+from megatron_hypenet.data.indexed import (
+    TokenFileWriter,
+    TokenStream,
+    is_token_file,
+    open_tokens,
+    token_paths,
+)
 from megatron_hypenet.errors import DataError, SetupError
 
 DOCUMENTS = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
@@ -43,7 +49,9 @@ def test_a_failed_write_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == [] and not is_token_file(tmp_path / "text")
 
 
-@pytest.mark.parametrize(("fraction", "kept"), [(0.0, 9), (0.01, 5), (0.44, 5), (0.5, 3), (0.99, 3)])
+@pytest.mark.parametrize(
+    ("fraction", "kept"), [(0.0, 9), (0.01, 5), (0.44, 5), (0.5, 3), (0.99, 3)]
+)
 def test_heldout_documents_are_whole_and_last(tmp_path, fraction, kept):
     assert open_tokens(write(tmp_path / "text")).documents_before(fraction) == kept
 
@@ -67,11 +75,28 @@ def test_damage_is_named(tmp_path):
 
 
 def changed(
-    prefix, version=1, code=8, sequences=None, bounds=None, lengths=(3, 2, 4), pointers=(0, 6, 10), documents=(0, 1, 2, 3), rest=b""
+    prefix,
+    version=1,
+    code=8,
+    sequences=None,
+    bounds=None,
+    lengths=(3, 2, 4),
+    pointers=(0, 6, 10),
+    documents=(0, 1, 2, 3),
+    rest=b"",
 ):
     """Write the index of DOCUMENTS anew, with something changed."""
-    head = struct.pack("<9sQBQQ", b"MMIDIDX\0\0", version, code, sequences or len(lengths), len(documents) if bounds is None else bounds)
-    body = struct.pack(f"<{len(lengths)}i{len(pointers)}q{len(documents)}q", *lengths, *pointers, *documents)
+    head = struct.pack(
+        "<9sQBQQ",
+        b"MMIDIDX\0\0",
+        version,
+        code,
+        sequences or len(lengths),
+        len(documents) if bounds is None else bounds,
+    )
+    body = struct.pack(
+        f"<{len(lengths)}i{len(pointers)}q{len(documents)}q", *lengths, *pointers, *documents
+    )
     token_paths(prefix)[1].write_bytes(head + body + rest)
     return prefix
 
@@ -79,13 +104,20 @@ def changed(
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"version": 2}, "version 2"), ({"code": 99}, "unknown type 99"), ({"code": 7}, "its ids are float32"),
-        ({"sequences": 1 << 40}, "damaged: 1099511627776 sequences"), ({"bounds": 1 << 63}, "document bounds take"),
-        ({"bounds": 0}, "document bounds take"), ({"bounds": 0, "documents": ()}, "no document bounds"), ({"rest": b"x"}, "it has 103"),
-        ({"lengths": (3, -2, 8)}, "sequence 1 has the length -2"), ({"lengths": (2, 3, 4)}, "do not follow each other"),
-        ({"pointers": (0, 6, -10)}, "do not follow each other"), ({"pointers": (2, 8, 12)}, "do not follow each other"),
-        ({"documents": (0, 1, 2, 4)}, "do not ascend from 0 to its 3"), ({"documents": (0, 2, 1, 3)}, "do not ascend"),
-        ({"documents": (0, -5, 2, 3)}, "do not ascend"), ({"documents": (1, 1, 2, 3)}, "do not ascend"),
+        ({"version": 2}, "version 2"), ({"code": 99}, "unknown type 99"),
+        ({"code": 7}, "its ids are float32"),
+        ({"sequences": 1 << 40}, "damaged: 1099511627776 sequences"),
+        ({"bounds": 1 << 63}, "document bounds take"),
+        ({"bounds": 0}, "document bounds take"), ({"bounds": 0, "documents": ()}, "no document "
+            "bounds"), ({"rest": b"x"}, "it has 103"),
+        ({"lengths": (3, -2, 8)}, "sequence 1 has the length -2"),
+        ({"lengths": (2, 3, 4)}, "do not follow each other"),
+        ({"pointers": (0, 6, -10)}, "do not follow each other"),
+        ({"pointers": (2, 8, 12)}, "do not follow each other"),
+        ({"documents": (0, 1, 2, 4)}, "do not ascend from 0 to its 3"),
+        ({"documents": (0, 2, 1, 3)}, "do not ascend"),
+        ({"documents": (0, -5, 2, 3)}, "do not ascend"),
+        ({"documents": (1, 1, 2, 3)}, "do not ascend"),
         ({"documents": (0, 1, 2, 2)}, "do not ascend"), ({"code": 1}, "do not follow each other"),
         ({"lengths": (), "pointers": (), "documents": (0,)}, "0 tokens"),
     ],
@@ -107,7 +139,9 @@ def test_an_index_cut_off_anywhere_is_refused(tmp_path, size):
 
 
 def test_documents_of_several_sequences_and_empty_ones_are_read(tmp_path):
-    assert open_tokens(changed(write(tmp_path / "text"), documents=(0, 2, 2, 3))).document_ends.tolist() == [5, 5, 9]
+    assert open_tokens(
+        changed(write(tmp_path / "text"), documents=(0, 2, 2, 3))
+    ).document_ends.tolist() == [5, 5, 9]
 
 
 def test_an_empty_pair_is_named(tmp_path):
@@ -131,7 +165,9 @@ def test_stream_slices_across_parts():
 
 
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
-    with pytest.raises(SetupError, match="no space left on the disk; nothing was left there") as caught:
+    with pytest.raises(
+        SetupError, match="no space left on the disk; nothing was left there"
+    ) as caught:
         with TokenFileWriter(tmp_path / "text", vocab_size=100) as writer:
             writer.add([1])
 

@@ -3,7 +3,12 @@ import json
 import pytest
 
 from megatron_hypenet.data.indexed import open_tokens
-from megatron_hypenet.data.prepare import PIECE_CHARACTERS, merge_files, prepare_file, read_documents
+from megatron_hypenet.data.prepare import (
+    PIECE_CHARACTERS,
+    merge_files,
+    prepare_file,
+    read_documents,
+)
 from megatron_hypenet.data.tokenizer import encode, load_tokenizer
 from megatron_hypenet.errors import DataError
 
@@ -15,12 +20,26 @@ def tokenizer(repo_root):
 
 def test_jsonl_documents_end_with_the_end_id(tmp_path, tokenizer):
     source = tmp_path / "a.jsonl"
-    source.write_text("\n".join(json.dumps({"body": text}) for text in ("One sentence.", "", "Another one.")) + "\n\n")
+    source.write_text(
+        "\n".join(json.dumps({"body": text}) for text in ("One sentence.", "", "Another one."))
+        + "\n\n"
+    )
     heard = []
-    counts = prepare_file(source, tmp_path / "a", tokenizer, text_key="body", on_documents=heard.append)
+    counts = prepare_file(
+        source, tmp_path / "a", tokenizer, text_key="body", on_documents=heard.append
+    )
     opened = open_tokens(tmp_path / "a")
-    assert opened.tokens.tolist() == [*encode(tokenizer, "One sentence."), 0, *encode(tokenizer, "Another one."), 0]
-    assert counts.documents == 2 == len(opened.document_ends) and counts.tokens == len(opened.tokens) and heard == [2]
+    assert opened.tokens.tolist() == [
+        *encode(tokenizer, "One sentence."),
+        0,
+        *encode(tokenizer, "Another one."),
+        0,
+    ]
+    assert (
+        counts.documents == 2 == len(opened.document_ends)
+        and counts.tokens == len(opened.tokens)
+        and heard == [2]
+    )
 
 
 def test_txt_is_cut_into_pieces_and_ends_once(tmp_path, tokenizer):
@@ -54,9 +73,17 @@ def test_txt_without_blank_lines_is_cut_too(tmp_path):
         ("bad.jsonl", b'{"text": "a"}\n{', "line 2: not JSON"),
         ("key.jsonl", b'{"content": "a"}', "no text under 'text' .found: content."),
         ("list.jsonl", b"[1]", "no text under 'text' .found: list."),
-        ("latin.txt", b"a\n\xe9t\xe9", "latin.txt, line 2: not UTF-8 text: byte 1 of the line is 0xe9"),
+        (
+            "latin.txt",
+            b"a\n\xe9t\xe9",
+            "latin.txt, line 2: not UTF-8 text: byte 1 of the line is 0xe9",
+        ),
         ("latin.jsonl", b'{"text": "a"}\n{"text": "\xe9"}', "line 2: not UTF-8 text"),
-        ("cut.jsonl", b'{"text": "a"}\n{"text": "b \\ud83d c"}\n', r"cut.jsonl, line 2: the text holds .ud83d.*at character 2"),
+        (
+            "cut.jsonl",
+            b'{"text": "a"}\n{"text": "b \\ud83d c"}\n',
+            r"cut.jsonl, line 2: the text holds .ud83d.*at character 2",
+        ),
         ("low.jsonl", b'{"text": "\\udc00"}', "line 1: the text holds .udc00"),
         ("number.jsonl", b'{"text": 5}', "line 1: int, not text, under 'text'"),
         ("null.jsonl", b'{"text": "a"}\n{"text": null}', "line 2: NoneType, not text"),
@@ -92,7 +119,10 @@ def test_merge(tmp_path, tokenizer):
         prepare_file(tmp_path / f"{name}.txt", tmp_path / name, tokenizer)
     counts = merge_files([tmp_path / "b", tmp_path / "a"], tmp_path / "both")
     both, a, b = (open_tokens(tmp_path / name) for name in ("both", "a", "b"))
-    assert both.tokens.tolist() == b.tokens.tolist() + a.tokens.tolist() and both.tokens.dtype == a.tokens.dtype
+    assert (
+        both.tokens.tolist() == b.tokens.tolist() + a.tokens.tolist()
+        and both.tokens.dtype == a.tokens.dtype
+    )
     assert counts.documents == 2 and both.document_ends.tolist() == [len(b.tokens), counts.tokens]
     prepare_file(tmp_path / "a.txt", tmp_path / "wide", tokenizer, vocab_size=100_000)
     with pytest.raises(DataError, match="different id types"):
@@ -100,7 +130,10 @@ def test_merge(tmp_path, tokenizer):
 
 
 def test_marks_line_ends_and_other_fields_do_no_harm(tmp_path, tokenizer):
-    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one", "x": NaN}\r\n\r\n{"x": 1, "x": 2, "text": "\\ud83d\\ude00"}\r\n')
+    (tmp_path / "a.jsonl").write_bytes(
+        b'\xef\xbb\xbf{"text": "one", "x": NaN}\r\n\r\n'
+        b'{"x": 1, "x": 2, "text": "\\ud83d\\ude00"}\r\n'
+    )
     assert [text for text, _ in read_documents(tmp_path / "a.jsonl")] == ["one", "\U0001f600"]
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n")
     assert list(read_documents(tmp_path / "a.txt")) == [("one\ntwo\n", True)]
@@ -109,7 +142,11 @@ def test_marks_line_ends_and_other_fields_do_no_harm(tmp_path, tokenizer):
 def test_empty_texts_are_left_out_and_named(tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_text("\n".join(['{"text": "a"}', *['{"text": ""}'] * 7]))
     counts = prepare_file(tmp_path / "a.jsonl", tmp_path / "a", tokenizer)
-    assert counts.documents == 1 and "7 documents have an empty text and are left out (line 2, 3, 4, 5, 6, ...)" in counts.note
+    assert (
+        counts.documents == 1
+        and "7 documents have an empty text and are left out (line 2, 3, 4, 5, 6, ...)"
+        in counts.note
+    )
 
 
 def test_the_end_token_may_be_another_than_the_tokenizers(tmp_path, tokenizer):

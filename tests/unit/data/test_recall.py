@@ -4,7 +4,9 @@ import pytest
 from megatron_hypenet.data.recall import RecallTask, RecallVocabulary
 from megatron_hypenet.errors import DataError
 
-VOCABULARY = RecallVocabulary(words=tuple(range(10, 90)), opening=(1, 2), separator=(3,), closing=(4, 5))
+VOCABULARY = RecallVocabulary(
+    words=tuple(range(10, 90)), opening=(1, 2), separator=(3,), closing=(4, 5)
+)
 FILLER = np.full(1000, 9, dtype=np.uint16)
 
 
@@ -14,7 +16,11 @@ def make_task(**changes):
 
 def facts_of(ids):
     """(position of the key, key, value) of every statement or question."""
-    return [(i + 2, int(ids[i + 2]), int(ids[i + 4])) for i in range(len(ids) - 6) if ids[i] == 1 and ids[i + 1] == 2]
+    return [
+        (i + 2, int(ids[i + 2]), int(ids[i + 4]))
+        for i in range(len(ids) - 6)
+        if ids[i] == 1 and ids[i + 1] == 2
+    ]
 
 
 @pytest.mark.parametrize("seq_length", [56, 57, 128, 1000])
@@ -31,7 +37,9 @@ def test_every_answer_was_stated_before(seq_length, training):
                 asked.append(position + 1)  # the separator: its successor is the value
             stated.setdefault(key, value)
         assert sorted(answers) == asked
-        assert len(set(stated) | set(stated.values())) == 2 * len(stated), "keys and values are all distinct"
+        assert len(set(stated) | set(stated.values())) == 2 * len(stated), (
+            "keys and values are all distinct"
+        )
 
 
 def test_evaluation_asks_each_fact_once_at_the_end():
@@ -50,7 +58,10 @@ def test_document_is_a_pure_function():
     first, again = make_task(), make_task()
     for training in (False, True):
         again.document(9, 100, training=training)
-        assert (first.document(5, 100, training=training)[0] == again.document(5, 100, training=training)[0]).all()
+        assert (
+            first.document(5, 100, training=training)[0]
+            == again.document(5, 100, training=training)[0]
+        ).all()
     assert (first.document(5, 100)[0] != first.document(6, 100)[0]).any()
     assert (first.document(5, 100)[0] != make_task(seed=8).document(5, 100)[0]).any()
     assert (first.document(5, 100)[0][:50] != first.document(5, 100, training=True)[0][:50]).any()

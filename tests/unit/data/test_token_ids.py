@@ -26,7 +26,12 @@ def test_ids_inside_the_vocabulary_are_described(tmp_path, dtype):
 @pytest.mark.parametrize(
     ("documents", "vocab", "says"),
     [
-        ([[1, 2], [3, 5000, 5001]], 2048, "x.bin: token 3 (in document 1) is 5000, but the model's vocabulary has 2048 entries, 0 to 2047"),
+        (
+            [[1, 2], [3, 5000, 5001]],
+            2048,
+            "x.bin: token 3 (in document 1) is 5000, but the model's vocabulary has 2048 entries, "
+            "0 to 2047",
+        ),
         ([[1, 2], [2048]], 2048, "token 2 (in document 1) is 2048"),
         ([[1, -1], [3]], 2048, "token 1 (in document 0) is -1"),
         ([[1], [3, -7]], None, "token 2 (in document 1) is -7, but ids are not negative"),

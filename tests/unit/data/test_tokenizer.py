@@ -80,7 +80,11 @@ def test_the_tokenizers_end_token_is_used_where_the_model_has_it_too(model_end):
 def test_the_models_end_token_wins_and_the_user_is_told():
     for model_end in (2, [2, 3]):
         end = end_of_text(Chat(), model_end)
-        assert end.id == 2 and "documents end with <|endoftext|> (2)" in end.note and "<|im_end|> (7)" in end.note
+        assert (
+            end.id == 2
+            and "documents end with <|endoftext|> (2)" in end.note
+            and "<|im_end|> (7)" in end.note
+        )
     assert end_of_text(Nameless(), 2).id == 2
 
 
@@ -102,5 +106,8 @@ def test_the_models_files_are_found_beside_the_tokenizer(tmp_path, repo_root):
         model_end_of(tmp_path)
     (tmp_path / "ckpt/tokenizer").mkdir(parents=True)
     (tmp_path / "ckpt/model.json").write_text('{"eos_token_id": 3, "vocab_size": 8}')
-    assert model_end_of(tmp_path / "ckpt/tokenizer") == [3] and model_vocabulary(tmp_path / "ckpt/tokenizer") == 8
+    assert (
+        model_end_of(tmp_path / "ckpt/tokenizer") == [3]
+        and model_vocabulary(tmp_path / "ckpt/tokenizer") == 8
+    )
     assert model_end_of(repo_root / "assets/tiny-qwen3") == [0]

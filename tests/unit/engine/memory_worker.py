@@ -1,5 +1,5 @@
-"""Run alone, where no other test has left tensors: the bytes of all tensors that DeepSpeed's engine makes for a million weights, by ZeRO
-stage, as JSON."""
+"""Run alone, where no other test has left tensors: the bytes of all tensors that DeepSpeed's engine
+makes for a million weights, by ZeRO stage, as JSON."""
 
 import gc
 import json
@@ -21,7 +21,9 @@ class Wide(ToyStage):
     def __init__(self):
         super().__init__(torch.bfloat16)
         del self.table, self.head, self.bias
-        self.layers = nn.ParameterList([nn.Parameter(torch.randn(500, 500).bfloat16()) for _ in range(4)])
+        self.layers = nn.ParameterList(
+            [nn.Parameter(torch.randn(500, 500).bfloat16()) for _ in range(4)]
+        )
 
     def forward(self, batch):
         x = torch.ones(4, 500, dtype=torch.bfloat16)
@@ -41,10 +43,14 @@ def storages():
 def held(zero_stage):
     before = storages()
     engine = deepspeed.TrainingEngine(
-        Wide(), stage_config(global_batch_size=2), ParallelConfig(zero_stage=zero_stage, gradient_exchange="bfloat16")
+        Wide(),
+        stage_config(global_batch_size=2),
+        ParallelConfig(zero_stage=zero_stage, gradient_exchange="bfloat16"),
     )
     engine.micro_step({"tokens": ToyData().batch(0, 2, 8)}, last=True)
-    found = sum(storage.nbytes() for address, storage in storages().items() if address not in before)
+    found = sum(
+        storage.nbytes() for address, storage in storages().items() if address not in before
+    )
     engine.close()
     return found
 

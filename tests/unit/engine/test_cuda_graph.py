@@ -1,4 +1,5 @@
-"""A replayed micro-batch gives what kernel-by-kernel launches give; where nothing can be captured, training goes on without."""
+"""A replayed micro-batch gives what kernel-by-kernel launches give; where nothing can be captured,
+training goes on without."""
 
 import logging
 import math
@@ -44,7 +45,10 @@ def test_no_node_of_a_weight_outlives_its_graph():
     engine = TrainingEngine(stage, stage_config(), ParallelConfig())
 
     def marked():
-        nodes = [torch.autograd.graph.get_gradient_edge(parameter).node for parameter in stage.trainable_parameters().values()]
+        nodes = [
+            torch.autograd.graph.get_gradient_edge(parameter).node
+            for parameter in stage.trainable_parameters().values()
+        ]
         found = [node.metadata.get("seen", False) for node in nodes]
         for node in nodes:
             node.metadata["seen"] = True
@@ -63,7 +67,9 @@ def test_replays_equal_launches(micro_batches):
     for cuda_graphs in (True, False):
         groups.init_parallel(ParallelConfig())
         shape = tiny_model_config()
-        stage = FinetuneStage(build_model(shape, ParallelConfig(), dtype=torch.bfloat16, seed=3), chunk_tokens=None)
+        stage = FinetuneStage(
+            build_model(shape, ParallelConfig(), dtype=torch.bfloat16, seed=3), chunk_tokens=None
+        )
         config = HeadStageConfig(
             train_iters=3,
             seq_length=64,
@@ -73,13 +79,19 @@ def test_replays_equal_launches(micro_batches):
             min_lr=1e-3,
             cuda_graphs=cuda_graphs,
         )
-        engine, results = TrainingEngine(stage, config, ParallelConfig()), []
+        engine = TrainingEngine(stage, config, ParallelConfig())
+        results = []
         generator = torch.Generator().manual_seed(1)
         for _ in range(3):
-            batches = [{"tokens": torch.randint(0, shape.vocab_size, (2, 65), generator=generator).cuda()} for _ in range(micro_batches)]
+            batches = [
+                {"tokens": torch.randint(0, shape.vocab_size, (2, 65), generator=generator).cuda()}
+                for _ in range(micro_batches)
+            ]
             loss, _ = forward_backward(engine, batches)
             results += [float(loss), engine.apply(1e-3)]
-        assert (engine.graphs is not None and len(engine.graphs._graphs) == micro_batches) == cuda_graphs
+        assert (
+            engine.graphs is not None and len(engine.graphs._graphs) == micro_batches
+        ) == cuda_graphs
         found.append((results, [parameter.detach().clone() for parameter in stage.parameters()]))
         engine.close()
     (ours, weights), (theirs, wanted) = found
@@ -96,7 +108,8 @@ def test_large_or_packed_micro_batches_are_launched():
 
 
 class StandIn:
-    """What a CUDA graph does, on a CPU: captures calls without their effects, and runs them again into the same memory."""
+    """What a CUDA graph does, on a CPU: captures calls without their effects, and runs them again
+    into the same memory."""
 
     recording = None
     free = 2**40
@@ -114,7 +127,8 @@ class StandIn:
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """Replaces CUDA's graphs and streams in the module under test; gives a way to wrap an engine's micro-step."""
+    """Replaces CUDA's graphs and streams in the module under test; gives a way to wrap an engine's
+    micro-step."""
 
     @contextmanager
     def graph(captured, pool=None, capture_error_mode=None):
@@ -124,7 +138,8 @@ def stand_in(monkeypatch):
 
     stream = SimpleNamespace(wait_stream=lambda other: None)
     for name, value in {
-        "CUDAGraph": StandIn, "graph": graph, "Stream": lambda: stream, "current_stream": lambda: stream, "stream": nullcontext,
+        "CUDAGraph": StandIn, "graph": graph, "Stream": lambda: stream,
+        "current_stream": lambda: stream, "stream": nullcontext,
         "synchronize": lambda: None, "empty_cache": lambda: None, "graph_pool_handle": lambda: None,
         "mem_get_info": lambda: (StandIn.free, 2**40),
     }.items():  # fmt: skip
@@ -135,9 +150,12 @@ def stand_in(monkeypatch):
         def run(batch):
             if StandIn.recording is None:
                 return engine._forward_backward(batch)
-            marks, before = engine.sums.marks, [flat.clone() for flat in engine.engine.optimizer.fp32_groups_gradients_flat]
+            marks = engine.sums.marks
+            before = [flat.clone() for flat in engine.engine.optimizer.fp32_groups_gradients_flat]
             loss, metrics = engine._forward_backward(batch)
-            for flat, old in zip(engine.engine.optimizer.fp32_groups_gradients_flat, before, strict=True):
+            for flat, old in zip(
+                engine.engine.optimizer.fp32_groups_gradients_flat, before, strict=True
+            ):
                 flat.copy_(old)
 
             def again():
@@ -156,14 +174,18 @@ def stand_in(monkeypatch):
 
 
 def trained(wrap, *, factor=1.0, between=lambda engine: None):
-    """Losses, norms and weights of three steps of two micro-batches, and the graphs that ran them if there is a way to make some."""
+    """Losses, norms and weights of three steps of two micro-batches, and the graphs that ran them
+    if there is a way to make some."""
     groups.init_parallel(ParallelConfig())
-    stage, found = ToyStage(torch.bfloat16), []
+    stage = ToyStage(torch.bfloat16)
+    found = []
     engine = TrainingEngine(stage, stage_config(), ParallelConfig())
     if wrap is not None:
         engine.graphs = CudaGraphs(wrap(engine, factor), engine.sums, several=True)
     for step in range(3):
-        loss, metrics = forward_backward(engine, [{"tokens": ToyData().batch(4 * step + at, 2, 8)} for at in (0, 2)])
+        loss, metrics = forward_backward(
+            engine, [{"tokens": ToyData().batch(4 * step + at, 2, 8)} for at in (0, 2)]
+        )
         found += [float(loss), float(metrics["align/layer_00"]), engine.apply(0.05)]
         between(engine)
     graphs = engine.graphs
@@ -174,7 +196,9 @@ def trained(wrap, *, factor=1.0, between=lambda engine: None):
 def test_replays_add_up_to_the_same_steps(stand_in):
     figures, weights, graphs = trained(stand_in)
     wanted, launched, _ = trained(None)
-    assert figures == wanted and all(torch.equal(a, b) for a, b in zip(weights, launched, strict=True))
+    assert figures == wanted and all(
+        torch.equal(a, b) for a, b in zip(weights, launched, strict=True)
+    )
     assert set(graphs._graphs) == {True, False}, "one graph overwrites the sums, one adds to them"
 
 
@@ -182,18 +206,29 @@ def test_a_replay_that_is_off_is_not_used(stand_in, caplog):
     with caplog.at_level(logging.WARNING):
         figures, weights, graphs = trained(stand_in, factor=1.01)
     wanted, launched, _ = trained(None)
-    assert figures == wanted and all(torch.equal(a, b) for a, b in zip(weights, launched, strict=True))
+    assert figures == wanted and all(
+        torch.equal(a, b) for a, b in zip(weights, launched, strict=True)
+    )
     assert "a replay is off launched kernels by 1.0e-02" in caplog.text and graphs._graphs == {}
 
 
-def test_a_replay_may_be_off_by_what_launches_are_off_among_themselves(stand_in, caplog, monkeypatch):
+def test_a_replay_may_be_off_by_what_launches_are_off_among_themselves(
+    stand_in, caplog, monkeypatch
+):
     figures = CudaGraphs._figures
     for factor, kept in ((1.01, True), (1.02, False)):
         noise = iter([1.0, 1.004, 1.0])  # of two launched passes and the replay
-        monkeypatch.setattr(CudaGraphs, "_figures", lambda self, loss, noise=noise: figures(self, loss) * next(noise))
+        monkeypatch.setattr(
+            CudaGraphs,
+            "_figures",
+            lambda self, loss, noise=noise: figures(self, loss) * next(noise),
+        )
         with caplog.at_level(logging.WARNING):
             assert bool(trained(stand_in, factor=factor)[2]._graphs) == kept
-    assert "a replay is off launched kernels by 2.0e-02 in loss or gradients, limit 1.6e-02" in caplog.text
+    assert (
+        "a replay is off launched kernels by 2.0e-02 in loss or gradients, limit 1.6e-02"
+        in caplog.text
+    )
 
 
 @pytest.mark.parametrize(("free", "kept"), [(2**31 - 1, False), (2**31, True)])
@@ -217,12 +252,17 @@ def test_graphs_make_room_where_memory_is_short(stand_in, monkeypatch):
     figures, weights, graphs = trained(stand_in, between=evaluate)
     wanted, launched, _ = trained(None)
     assert left == [2, 0, 0] and graphs.failure is None
-    assert figures == wanted and all(torch.equal(a, b) for a, b in zip(weights, launched, strict=True))
+    assert figures == wanted and all(
+        torch.equal(a, b) for a, b in zip(weights, launched, strict=True)
+    )
 
 
 @pytest.mark.parametrize(("figures", "others", "off"), [
-    ([1.0, 2.0], [1.0, 2.002], 1e-3), ([math.nan, 1.0], [math.nan, 1.0], 0.0), ([math.nan], [1.0], math.inf), ([1.0], [math.nan], math.inf),
+    ([1.0, 2.0], [1.0, 2.002], 1e-3), ([math.nan, 1.0], [math.nan, 1.0], 0.0),
+    ([math.nan], [1.0], math.inf), ([1.0], [math.nan], math.inf),
     ([0.0], [0.0], 0.0), ([math.inf], [1.0], math.inf),
 ])  # fmt: skip
 def test_the_difference_of_two_passes(figures, others, off):
-    assert cuda_graph._difference(torch.tensor(figures), torch.tensor(others)) == pytest.approx(off, rel=2e-3)
+    assert cuda_graph._difference(torch.tensor(figures), torch.tensor(others)) == pytest.approx(
+        off, rel=2e-3
+    )

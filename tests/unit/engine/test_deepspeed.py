@@ -1,4 +1,5 @@
-"""DeepSpeed's step equals plain AdamW under every ZeRO stage, refuses bad gradients, and gives its state away by parameter."""
+"""DeepSpeed's step equals plain AdamW under every ZeRO stage, refuses bad gradients, and gives its
+state away by parameter."""
 
 import os
 
@@ -7,7 +8,13 @@ import torch
 
 from megatron_hypenet.checkpoint.format import OPTIMIZER_STATES
 from megatron_hypenet.config.schema import ParallelConfig
-from megatron_hypenet.engine.deepspeed import RefusedUpdate, TrainingEngine, config_dict, finite_or_nan, import_deepspeed
+from megatron_hypenet.engine.deepspeed import (
+    RefusedUpdate,
+    TrainingEngine,
+    config_dict,
+    finite_or_nan,
+    import_deepspeed,
+)
 from megatron_hypenet.engine.optim import lr_at
 from megatron_hypenet.engine.schedule import forward_backward
 from megatron_hypenet.errors import DivergedError, LayoutError
@@ -26,10 +33,16 @@ def micro_batches(step):
 
 def plain_adamw(config, steps):
     """Losses, norms and weights without DeepSpeed."""
-    stage, results = ToyStage(), []
-    matrices, vectors = [stage.table, stage.head], [stage.bias]
+    stage = ToyStage()
+    results = []
+    matrices = [stage.table, stage.head]
+    vectors = [stage.bias]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}], betas=(0.9, 0.95)
+        [
+            {"params": matrices, "weight_decay": config.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ],
+        betas=(0.9, 0.95),
     )
     for step in range(steps):
         losses = [stage(batch)[0] for batch in micro_batches(step)]
@@ -52,12 +65,22 @@ def test_equals_plain_adamw(zero_stage):
     assert engine.zero_stage == max(zero_stage, 1) and engine.adam_step() == 0
     for step, (loss, norm) in enumerate(want):
         got, metrics = forward_backward(engine, micro_batches(step))
-        assert float(got) == pytest.approx(loss, rel=1e-6) and float(metrics["align/layer_00"]) == pytest.approx(2 * loss, rel=1e-6)
+        assert float(got) == pytest.approx(loss, rel=1e-6) and float(
+            metrics["align/layer_00"]
+        ) == pytest.approx(2 * loss, rel=1e-6)
         assert engine.apply(lr_at(step, config)) == pytest.approx(norm, rel=1e-5)
     assert engine.adam_step() == 4
-    for (name, parameter), (_, wanted) in zip(stage.named_parameters(), reference.named_parameters(), strict=True):
+    for (name, parameter), (_, wanted) in zip(
+        stage.named_parameters(), reference.named_parameters(), strict=True
+    ):
         with engine.gathered(parameter):
-            torch.testing.assert_close(parameter.detach(), wanted.detach(), rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                parameter.detach(),
+                wanted.detach(),
+                rtol=1e-5,
+                atol=1e-6,
+                msg=lambda m, n=name: f"{n}: {m}",
+            )
     engine.close()
 
 
@@ -66,10 +89,14 @@ def test_equals_plain_adamw(zero_stage):
 def test_a_gradient_that_is_not_finite_changes_no_weight(zero_stage, dtype):
     stage = ToyStage(dtype, poison=VOCAB - 1)
     stage.poison_gradient = True
-    engine = TrainingEngine(stage, stage_config(weight_decay=0.1), ParallelConfig(zero_stage=zero_stage))
+    engine = TrainingEngine(
+        stage, stage_config(weight_decay=0.1), ParallelConfig(zero_stage=zero_stage)
+    )
     forward_backward(engine, micro_batches(0))
     engine.apply(0.05)
-    before = [engine.full_state(parameter, "fp32_param").clone() for parameter in stage.parameters()]
+    before = [
+        engine.full_state(parameter, "fp32_param").clone() for parameter in stage.parameters()
+    ]
     forward_backward(engine, [{"tokens": torch.full((2, 9), VOCAB - 1)}] * 2)
     with pytest.raises(DivergedError):
         engine.apply(0.05)
@@ -94,17 +121,26 @@ def state_of(engine):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
 def test_training_after_a_refused_step_is_as_if_it_had_not_been(zero_stage, dtype, offload):
-    poison, states = torch.full((2, 9), VOCAB - 1), []
+    poison = torch.full((2, 9), VOCAB - 1)
+    states = []
     for refused in (False, True):
         stage = ToyStage(dtype, poison=VOCAB - 1)
-        engine = TrainingEngine(stage, stage_config(weight_decay=0.1), ParallelConfig(zero_stage=zero_stage, offload_optimizer=offload))
+        engine = TrainingEngine(
+            stage,
+            stage_config(weight_decay=0.1),
+            ParallelConfig(zero_stage=zero_stage, offload_optimizer=offload),
+        )
         for step in range(4):
             forward_backward(engine, micro_batches(step))
             engine.apply(0.05)
-            if refused and step == 1:  # a bad first micro-batch, a bad last one with a finite loss, then both bad
+            # a bad first micro-batch, a bad last one with a finite loss, then both bad
+            if refused and step == 1:
                 for bad_gradient, where in ((False, (0,)), (True, (1,)), (False, (0, 1))):
                     stage.poison_gradient = bad_gradient
-                    batches = [{"tokens": poison} if at in where else batch for at, batch in enumerate(micro_batches(9))]
+                    batches = [
+                        {"tokens": poison} if at in where else batch
+                        for at, batch in enumerate(micro_batches(9))
+                    ]
                     loss, _ = forward_backward(engine, batches)
                     assert torch.isfinite(loss) == bad_gradient
                     with pytest.raises(RefusedUpdate, match="not finite"):
@@ -112,7 +148,9 @@ def test_training_after_a_refused_step_is_as_if_it_had_not_been(zero_stage, dtyp
         states.append(state_of(engine))
         engine.close()
     (want, steps), (got, steps_too) = states
-    assert steps == steps_too == 4 and all(torch.equal(one, other) for one, other in zip(want, got, strict=True))
+    assert steps == steps_too == 4 and all(
+        torch.equal(one, other) for one, other in zip(want, got, strict=True)
+    )
 
 
 def test_a_bad_loss_with_finite_gradients_is_refused_too():
@@ -124,14 +162,18 @@ def test_a_bad_loss_with_finite_gradients_is_refused_too():
     with pytest.raises(RefusedUpdate):
         engine.apply(0.05)
     engine.close()
-    assert finite_or_nan(torch.tensor(2.0)) == 1 and finite_or_nan(torch.tensor(float("-inf"))).isnan()
+    assert (
+        finite_or_nan(torch.tensor(2.0)) == 1 and finite_or_nan(torch.tensor(float("-inf"))).isnan()
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
 def test_state_goes_in_and_out_by_parameter(zero_stage, dtype):
     stage = ToyStage(dtype)
-    engine = TrainingEngine(stage, stage_config(weight_decay=0.1), ParallelConfig(zero_stage=zero_stage))
+    engine = TrainingEngine(
+        stage, stage_config(weight_decay=0.1), ParallelConfig(zero_stage=zero_stage)
+    )
     generator = torch.Generator().manual_seed(3)
     values = {}
     engine.init_optimizer_state(5)
@@ -143,9 +185,13 @@ def test_state_goes_in_and_out_by_parameter(zero_stage, dtype):
     assert engine.adam_step() == 5
     for entry in engine.template:
         for name in OPTIMIZER_STATES:
-            assert torch.equal(engine.full_state(entry.parameter, name), values[entry.index, name]), name
+            assert torch.equal(
+                engine.full_state(entry.parameter, name), values[entry.index, name]
+            ), name
         with engine.gathered(entry.parameter):
-            assert torch.equal(entry.parameter.detach(), values[entry.index, "fp32_param"].to(dtype))
+            assert torch.equal(
+                entry.parameter.detach(), values[entry.index, "fp32_param"].to(dtype)
+            )
     forward_backward(engine, micro_batches(0))
     engine.apply(0.05)
     assert engine.adam_step() == 6
@@ -153,7 +199,8 @@ def test_state_goes_in_and_out_by_parameter(zero_stage, dtype):
 
 
 def test_starts_fast_and_compiles_nothing(capfd):
-    started = sum(os.times()[:4])  # processor time with children, a compiler for one: other tests run beside this one
+    # processor time with children, a compiler for one: other tests run beside this one
+    started = sum(os.times()[:4])
     assert import_deepspeed().ops.__compatible_ops__["deepspeed_shm_comm"] is False
     TrainingEngine(ToyStage(torch.bfloat16), stage_config(), ParallelConfig()).close()
     assert sum(os.times()[:4]) - started < 10
@@ -162,9 +209,20 @@ def test_starts_fast_and_compiles_nothing(capfd):
 
 def test_config_covers_precision_and_stage_zero():
     config = stage_config(clip_grad=0.0)
-    assert config_dict(config, ParallelConfig(zero_stage=0), num_micro_batches=3, dtype=torch.float32)["zero_optimization"]["stage"] == 1
-    bf16 = config_dict(config, ParallelConfig(zero_stage=2), num_micro_batches=3, dtype=torch.bfloat16)
-    assert bf16["bf16"] == {"enabled": True, "immediate_grad_update": True, "check_grad_overflow": True}
+    assert (
+        config_dict(config, ParallelConfig(zero_stage=0), num_micro_batches=3, dtype=torch.float32)[
+            "zero_optimization"
+        ]["stage"]
+        == 1
+    )
+    bf16 = config_dict(
+        config, ParallelConfig(zero_stage=2), num_micro_batches=3, dtype=torch.bfloat16
+    )
+    assert bf16["bf16"] == {
+        "enabled": True,
+        "immediate_grad_update": True,
+        "check_grad_overflow": True,
+    }
     assert bf16["gradient_accumulation_steps"] == 3
     with pytest.raises(ValueError, match="float16"):
         config_dict(config, ParallelConfig(zero_stage=1), num_micro_batches=1, dtype=torch.float16)

@@ -16,8 +16,12 @@ GIB = 2**30
 @pytest.fixture
 def layout(repo_root):
     def of(model, world_size, *words):
-        shape = ModelConfig.model_validate(yaml.safe_load((repo_root / "configs" / "model" / f"{model}.yaml").read_text()))
-        run = load_run_config(repo_root / "configs" / "run" / "distill_2b.yaml", ["teacher=T", "data=D", *words])
+        shape = ModelConfig.model_validate(
+            yaml.safe_load((repo_root / "configs" / "model" / f"{model}.yaml").read_text())
+        )
+        run = load_run_config(
+            repo_root / "configs" / "run" / "distill_2b.yaml", ["teacher=T", "data=D", *words]
+        )
         return Layout(shape, run, world_size)
 
     return of
@@ -28,7 +32,12 @@ def test_both_models_come_from_either_shape(layout):
     teacher, same = teacher_and_student(student, default_mixer())
     assert same == student and teacher.is_teacher and teacher.num_layers == student.num_layers
     again, made = teacher_and_student(teacher, default_mixer())
-    assert again == teacher and len(made.attention_layers) == 7 and not made.attn_use_rope and made.attn_use_output_gate
+    assert (
+        again == teacher
+        and len(made.attention_layers) == 7
+        and not made.attn_use_rope
+        and made.attn_use_output_gate
+    )
 
 
 def test_every_stage_is_measured_where_it_needs_most(layout):

@@ -26,10 +26,15 @@ def batches(step):
 
 def gradients(step):
     """fp32 sums of the bf16 gradients of a step's two micro-batches, by hand."""
-    stage, sums = ToyStage(torch.bfloat16), []
+    stage = ToyStage(torch.bfloat16)
+    sums = []
     for batch in batches(step):
         found = torch.autograd.grad(stage(batch)[0] / 2, list(stage.parameters()))
-        sums = [x.float() for x in found] if not sums else [total + x.float() for total, x in zip(sums, found, strict=True)]
+        sums = (
+            [x.float() for x in found]
+            if not sums
+            else [total + x.float() for total, x in zip(sums, found, strict=True)]
+        )
     return sums
 
 
@@ -48,7 +53,8 @@ def test_sums_are_those_of_the_step_alone():
         for parameter, want in zip(stage.parameters(), gradients(step), strict=True):
             assert parameter.grad is None and torch.equal(parameter._hp_grad.view_as(want), want)
         norm = torch.cat([x.flatten() for x in gradients(step)]).double().norm()
-        assert engine.apply(0.0) == pytest.approx(float(norm), rel=1e-6)  # learning rate 0: the weights stay
+        # learning rate 0: the weights stay
+        assert engine.apply(0.0) == pytest.approx(float(norm), rel=1e-6)
     engine.close()
 
 
@@ -56,7 +62,11 @@ def test_the_kernel_gives_the_same_sums(monkeypatch):
     """Of two micro-batches, into views of one flat buffer."""
     pytest.importorskip("triton")
     calls = []
-    monkeypatch.setattr(gradient_sums, "gradient_sum", lambda *args, add: calls.append(add) or fused_gradient_sum(*args, add=add))
+    monkeypatch.setattr(
+        gradient_sums,
+        "gradient_sum",
+        lambda *args, add: calls.append(add) or fused_gradient_sum(*args, add=add),
+    )
     stage = ToyStage(torch.bfloat16)
     engine = engine_of(stage)
     forward_backward(engine, batches(0))
@@ -72,8 +82,13 @@ def test_equals_deepspeeds_own_sums(monkeypatch):
     for shortcut in (True, False):
         stage = ToyStage(torch.bfloat16)
         if not shortcut:
-            monkeypatch.setattr("megatron_hypenet.engine.deepspeed.GradientSums", lambda *args, **kwargs: SimpleNamespace(norm=None))
-            monkeypatch.setattr("megatron_hypenet.engine.deepspeed.MasterUpdate", lambda *args: None)
+            monkeypatch.setattr(
+                "megatron_hypenet.engine.deepspeed.GradientSums",
+                lambda *args, **kwargs: SimpleNamespace(norm=None),
+            )
+            monkeypatch.setattr(
+                "megatron_hypenet.engine.deepspeed.MasterUpdate", lambda *args: None
+            )
         engine = TrainingEngine(stage, stage_config(weight_decay=0.1), ParallelConfig())
         for step in range(4):
             forward_backward(engine, batches(step))
@@ -85,7 +100,8 @@ def test_equals_deepspeeds_own_sums(monkeypatch):
 
 
 def test_a_parameter_without_a_gradient_counts_as_zero():
-    """Its sum holds an earlier step's gradient, which must reach neither the norm nor the weights."""
+    """Its sum holds an earlier step's gradient, which must reach neither the norm nor the
+    weights."""
     stage = ToyStage(torch.bfloat16)
     engine = engine_of(stage)
     forward_backward(engine, batches(0))
@@ -94,6 +110,8 @@ def test_a_parameter_without_a_gradient_counts_as_zero():
     for batch, last in zip(batches(1), (False, True), strict=True):
         engine.micro_step(batch, last=last)
     table, head, _ = gradients(1)
-    assert engine.apply(0.1) == pytest.approx(float(torch.cat((table.flatten(), head.flatten())).norm()), rel=1e-6)
+    assert engine.apply(0.1) == pytest.approx(
+        float(torch.cat((table.flatten(), head.flatten())).norm()), rel=1e-6
+    )
     assert torch.equal(stage.bias._hp_grad, torch.zeros_like(stage.bias._hp_grad))
     engine.close()

@@ -49,7 +49,9 @@ def test_every_step_leaves_what_the_next_one_needs(make):
     assert list(folder.records()) == list(runner.steps)
     chosen = json.loads(folder.mixers_file.read_text())
     student = read_model_config(folder.assembled)
-    assert student.mixer_types == tuple(chosen["mixer_types"]) and len(chosen["attention_layers"]) == 1
+    assert (
+        student.mixer_types == tuple(chosen["mixer_types"]) and len(chosen["attention_layers"]) == 1
+    )
     for stage in ("distill", "finetune"):
         assert read_model_config(folder.stage(stage)) == student
         assert resolve(folder.stage(stage)).name == "iter_0000002"
@@ -57,7 +59,12 @@ def test_every_step_leaves_what_the_next_one_needs(make):
     assert all(".self_attention." in name for name in read_weights(folder.stage("align")))
     assert load_scores(folder.scores_file).num_layers == 3
     report = json.loads(folder.report_file.read_text())
-    assert [row["model"] for row in report["rows"]] == ["teacher", "all layers converted", "student after stage 2", "student after stage 3"]
+    assert [row["model"] for row in report["rows"]] == [
+        "teacher",
+        "all layers converted",
+        "student after stage 2",
+        "student after stage 3",
+    ]
     assert set(report["step_seconds"]) == set(runner.steps)
     assert folder.report_plot.is_file() and folder.importance_plot.is_file()
 
@@ -66,14 +73,16 @@ def test_training_moves_the_weights_of_its_stage(make):
     runner, _ = make()
     runner.run_through("distill")
     folder = runner.folder
-    before, after = read_weights(folder.assembled), read_weights(folder.stage("distill"))
+    before = read_weights(folder.assembled)
+    after = read_weights(folder.stage("distill"))
     assert set(before) == set(after)
     assert any(not torch.equal(before[name], after[name]) for name in before)
     assert "finetune" not in folder.records()
 
 
 def test_no_step_reads_what_another_did_not_write(make):
-    """One bit flips in what a finished step left, and the steps after it are done again: each stops and names the damaged checkpoint."""
+    """One bit flips in what a finished step left, and the steps after it are done again: each stops
+    and names the damaged checkpoint."""
     runner, _ = make()
     runner.run_all()
     folder = runner.folder
@@ -95,7 +104,11 @@ def test_no_step_reads_what_another_did_not_write(make):
         with pytest.raises(CheckpointError, match=f"{place} is damaged"):
             runner.run_all()
         for name in again:  # by itself, as if nothing had looked at the checkpoint before
-            forgotten = {key: value for key, value in record["steps"].items() if after.index(key) < after.index(name)}
+            forgotten = {
+                key: value
+                for key, value in record["steps"].items()
+                if after.index(key) < after.index(name)
+            }
             folder.manifest_file.write_text(json.dumps({**record, "steps": forgotten}))
             with pytest.raises(CheckpointError, match=f"{place} is damaged"):
                 runner.steps[name].action()
@@ -115,7 +128,12 @@ def test_an_untrained_teacher_stops_the_run_before_training(make):
 def test_a_hypenet_is_no_teacher(make, tmp_path):
     runner, _ = make()
     runner.run_through("assemble")
-    halo = Halo(run=runner.run, folder=RunFolder(tmp_path / "other"), import_teacher=lambda *_: None, export_student=lambda *_: None)
+    halo = Halo(
+        run=runner.run,
+        folder=RunFolder(tmp_path / "other"),
+        import_teacher=lambda *_: None,
+        export_student=lambda *_: None,
+    )
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "teacher").symlink_to(runner.folder.assembled)
     with pytest.raises(CheckpointError, match="is not a teacher"):
@@ -140,7 +158,11 @@ def test_an_interrupted_sweep_continues(make, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         runner.run_step("select")
     assert list(json.loads(runner.folder.scores_file.read_text())["layers"]) == ["0"]
-    monkeypatch.setattr(measure.Measure, "selection_scores", lambda self, model: scored.append(1) or original(self, model))
+    monkeypatch.setattr(
+        measure.Measure,
+        "selection_scores",
+        lambda self, model: scored.append(1) or original(self, model),
+    )
     runner.run_step("select")
     assert len(scored) == 4  # the baseline and three layers, each once
 
@@ -149,7 +171,9 @@ def test_a_choice_made_by_hand_is_assembled(make):
     runner, _ = make()
     runner.run_through("assemble")
     folder = runner.folder
-    folder.mixers_file.write_text(json.dumps({"mixer_types": ["attn", "lightning_attn", "attn"], "attention_layers": [0, 2]}))
+    folder.mixers_file.write_text(
+        json.dumps({"mixer_types": ["attn", "lightning_attn", "attn"], "attention_layers": [0, 2]})
+    )
     runner.run_through("assemble")
     assert read_model_config(folder.assembled).attention_layers == (0, 2)
 

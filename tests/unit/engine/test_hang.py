@@ -1,4 +1,5 @@
-"""A silent main thread is noticed after its time, not before; the report names who holds the others up."""
+"""A silent main thread is noticed after its time, not before; the report names who holds the others
+up."""
 
 import json
 import time
@@ -14,13 +15,22 @@ from megatron_hypenet.engine.heartbeat import Beat, Pulse, Writer, file_of
 @pytest.fixture
 def world(tmp_path):
     """A watch with a timeout of 0.4 s over a process that trains, and what it did."""
-    pulse, seen = Pulse(), []
+    pulse = Pulse()
+    seen = []
     pulse.begin("align", train_iters=5)
     pulse.finish_step(2)
     (tmp_path / "heartbeat").mkdir()
-    writer = Writer(tmp_path / "heartbeat", life="now", rank=1, world_size=2, interval=0.1, pulse=pulse)
+    writer = Writer(
+        tmp_path / "heartbeat", life="now", rank=1, world_size=2, interval=0.1, pulse=pulse
+    )
     writer.start()
-    watch = HangWatch(writer, 0.4, tmp_path / "errors", record=lambda error: seen.append(error), end=lambda code: seen.append(code))
+    watch = HangWatch(
+        writer,
+        0.4,
+        tmp_path / "errors",
+        record=lambda error: seen.append(error),
+        end=lambda code: seen.append(code),
+    )
     yield watch, pulse, seen
     watch.stop()
     writer.stop("done")
@@ -41,7 +51,11 @@ def test_a_silent_process_is_reported_with_stacks_and_ended_with_8(world, tmp_pa
     error, code = seen
     said = capfd.readouterr().err
     assert code == 8 and str(error) in said and "guard.hang_timeout_seconds=0.4" in said
-    assert "rank 1 on " in said and "hangs in iteration 3/5 of align, reduce" in said and "no sign of rank 0" in said
+    assert (
+        "rank 1 on " in said
+        and "hangs in iteration 3/5 of align, reduce" in said
+        and "no sign of rank 0" in said
+    )
     text = (tmp_path / "errors" / "hang_rank_00001.txt").read_text()
     assert "no sign of rank 0" in text and "Thread 0x" in text and "test_hang.py" in text
     assert json.loads(file_of(tmp_path / "heartbeat", 1).read_text())["state"] == "hung"
@@ -74,19 +88,24 @@ def test_a_process_that_was_stopped_as_a_whole_does_not_hang(world):
     pulse.note("data")
     time.sleep(0.6)
     assert "no further for 1 s" in watch.what_hangs()
-    watch._awake = time.monotonic()  # what the thread notes when it finds that it has slept too long
+    # what the thread notes when it finds that it has slept too long
+    watch._awake = time.monotonic()
     assert watch.what_hangs() is None
 
 
 def test_waiting_for_the_first_process_ends_when_that_one_is_gone(world, tmp_path):
     watch, pulse, _ = world
-    first = Writer(tmp_path / "heartbeat", life="now", rank=0, world_size=2, interval=1, pulse=Pulse())
+    first = Writer(
+        tmp_path / "heartbeat", life="now", rank=0, world_size=2, interval=1, pulse=Pulse()
+    )
     pulse.note("waiting")
     for _ in range(8):
         first.write()
         assert watch.what_hangs() is None
         time.sleep(0.1)
-    eventually(lambda: (time.sleep(0.05), "rank 0, for which it waits" in str(watch.what_hangs()))[1])
+    eventually(
+        lambda: (time.sleep(0.05), "rank 0, for which it waits" in str(watch.what_hangs()))[1]
+    )
 
 
 def test_a_process_that_cannot_end_after_its_fault_is_ended_with_its_code(world):
@@ -99,29 +118,45 @@ def test_a_process_that_cannot_end_after_its_fault_is_ended_with_its_code(world)
 
 def beat(rank, *, phase="reduce", iteration=4, state="running", host="n0", silent=9.0):
     return Beat(
-        rank=rank, host=host, pid=100 + rank, state=state, beats=7, begun=2, stage="distill", phase=phase, iteration=iteration,
-        train_iters=9, silent_seconds=silent,
-    )  # fmt: skip
+        rank=rank,
+        host=host,
+        pid=100 + rank,
+        state=state,
+        beats=7,
+        begun=2,
+        stage="distill",
+        phase=phase,
+        iteration=iteration,
+        train_iters=9,
+        silent_seconds=silent,
+    )
 
 
 def test_suspects():
     everyone = {rank: beat(rank) for rank in range(4)}
     assert suspects(everyone, (), 4) == [
-        "no rank is behind the others: they wait for each other, or all for the same thing; compare their stacks"
+        "no rank is behind the others: they wait for each other, or all for the same thing; "
+        "compare their stacks"
     ]
     assert suspects(everyone, {2}, 4) == [
-        "rank 2 on n0 (pid 102) does not answer: its process is stopped or dead, or its node is (last heartbeat: "
+        "rank 2 on n0 (pid 102) does not answer: its process is stopped or dead, "
+        "or its node is (last heartbeat: "
         "iteration 5/9 of distill, reduce)"
     ]
     assert suspects(everyone | {3: beat(3, phase="data", host="n1")}, (), 5) == [
         "no sign of rank 4 in this start of the run",
-        "rank 3 on n1 (pid 103) is behind the others: in iteration 5/9 of distill, data, without progress for 9 s",
+        "rank 3 on n1 (pid 103) is behind the others: in iteration 5/9 of distill, data, "
+        "without progress for 9 s",
     ]
     assert suspects(everyone | {1: beat(1, state="failed", phase="update")}, (), 4) == [
-        "rank 1 on n0 (pid 101) has failed in iteration 5/9 of distill, update; see rank_00001.json beside this"
+        "rank 1 on n0 (pid 101) has failed in iteration 5/9 of distill, update; "
+        "see rank_00001.json beside this"
     ]
     many = {rank: beat(rank, iteration=3 if rank < 20 else 4) for rank in range(30)}
-    assert len(suspects(many, (), 30)) == hang._LONGEST_LIST + 1 and suspects(many, (), 30)[-1] == "and 12 more ranks like these"
+    assert (
+        len(suspects(many, (), 30)) == hang._LONGEST_LIST + 1
+        and suspects(many, (), 30)[-1] == "and 12 more ranks like these"
+    )
 
 
 def test_libraries_wait_longer_than_we_do():

@@ -7,7 +7,12 @@ from megatron_hypenet.engine.hardware import Workload, peak_flops
 
 @pytest.mark.parametrize(
     ("name", "peak"),
-    [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA GeForce GT 710", None)],
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA GeForce GT 710", None),
+    ],
 )
 def test_peaks_go_by_name(name, peak):
     assert peak_flops(name) == peak

@@ -1,4 +1,5 @@
-"""What a process notes reaches its file, and readers tell the living from the dead and this start from an earlier one."""
+"""What a process notes reaches its file, and readers tell the living from the dead and this start
+from an earlier one."""
 
 import json
 import os
@@ -9,7 +10,17 @@ import time
 import pytest
 
 from megatron_hypenet.engine import heartbeat
-from megatron_hypenet.engine.heartbeat import PHASES, Pulse, Writer, file_of, is_dead, position, read_all, read_beat, told_apart
+from megatron_hypenet.engine.heartbeat import (
+    PHASES,
+    Pulse,
+    Writer,
+    file_of,
+    is_dead,
+    position,
+    read_all,
+    read_beat,
+    told_apart,
+)
 
 
 @pytest.fixture
@@ -35,17 +46,29 @@ def test_phases_change_and_return(pulse):
         1 / 0  # noqa: B018
     assert pulse.phase == "evaluate"  # where the fault was
     pulse.finish_step(5, loss=1.5)
-    assert (pulse.iteration, pulse.phase, pulse.warm, pulse.facts) == (5, "edge", True, {"loss": 1.5})
+    assert (pulse.iteration, pulse.phase, pulse.warm, pulse.facts) == (
+        5,
+        "edge",
+        True,
+        {"loss": 1.5},
+    )
 
 
 def test_every_documented_field_is_written(tmp_path, pulse):
     pulse.finish_step(5, loss=1.5, eta_seconds=60.0)
     writer(tmp_path, pulse).write()
     content = json.loads(file_of(tmp_path, 0).read_text())
-    for name in ("life", "rank", "world_size", "host", "pid", "state", "time", "beats", "stage", "phase", "iteration", "train_iters",
-                 "silent_seconds"):  # fmt: skip
+    for name in (
+        "life", "rank", "world_size", "host", "pid", "state", "time", "beats", "stage", "phase",
+        "iteration", "train_iters", "silent_seconds",
+    ):  # fmt: skip
         assert name in content and name in heartbeat.__doc__
-    assert (content["iteration"], content["loss"], content["eta_seconds"], content["pid"]) == (5, 1.5, 60.0, os.getpid())
+    assert (content["iteration"], content["loss"], content["eta_seconds"], content["pid"]) == (
+        5,
+        1.5,
+        60.0,
+        os.getpid(),
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["rank_00000.json"]
 
 
@@ -94,7 +117,10 @@ def test_places_are_in_the_order_of_a_run(tmp_path):
 def test_position_in_words():
     assert position("distill", "reduce", 4, 9) == "iteration 5/9 of distill, reduce"
     assert position("distill", "save", 9, 9) == "iteration 9/9 of distill, save"
-    assert position("export", "alone", 0, 0) == "export, alone" and position("", "start", 0, 0) == "start"
+    assert (
+        position("export", "alone", 0, 0) == "export, alone"
+        and position("", "start", 0, 0) == "start"
+    )
 
 
 def test_the_dead_are_known_on_their_own_machine(tmp_path, pulse):

@@ -27,7 +27,13 @@ def world(repo_root, tmp_path_factory):
 def run_config(folder, text, seq_length=128, **data):
     stage = {**STAGE, "seq_length": seq_length}
     sections = {name: stage for name in ("align", "distill", "finetune")}
-    return config(folder.root, data={"train": [str(text)], "heldout_fraction": 0.3, **data}, **sections, select=SHORT, eval=SHORT)
+    return config(
+        folder.root,
+        data={"train": [str(text)], "heldout_fraction": 0.3, **data},
+        **sections,
+        select=SHORT,
+        eval=SHORT,
+    )
 
 
 def test_text_becomes_sequences_and_heldout_material(world):
@@ -50,7 +56,9 @@ def test_text_too_short_to_hold_out_is_found_at_once(world, tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("one line\n")
     with pytest.raises(DataError, match="no held-out text"):
-        material.prepare(run_config(folder, short), RunFolderWith(folder, tmp_path / "data"), lambda line: None)
+        material.prepare(
+            run_config(folder, short), RunFolderWith(folder, tmp_path / "data"), lambda line: None
+        )
 
 
 def test_what_does_not_fit_a_late_stage_is_found_at_once(world, tmp_path):
@@ -60,8 +68,14 @@ def test_what_does_not_fit_a_late_stage_is_found_at_once(world, tmp_path):
         material.prepare(run_config(folder, text, seq_length=100_000), elsewhere, lambda line: None)
     for name in ("align", "distill", "finetune"):
         assert f"{name}.seq_length=100000: the training text has" in str(caught.value)
-    with pytest.raises(DataError, match="align.seq_length=32: a recall document with 8 facts needs at least"):
-        material.prepare(run_config(folder, text, seq_length=32, recall_fraction=0.5), elsewhere, lambda line: None)
+    with pytest.raises(
+        DataError, match="align.seq_length=32: a recall document with 8 facts needs at least"
+    ):
+        material.prepare(
+            run_config(folder, text, seq_length=32, recall_fraction=0.5),
+            elsewhere,
+            lambda line: None,
+        )
 
 
 def test_a_teacher_without_tokenizer_is_refused(tmp_path):
@@ -77,4 +91,5 @@ class RunFolderWith:
     """A run folder's teacher with data elsewhere."""
 
     def __init__(self, folder, data):
-        self.teacher, self.data = folder.teacher, data
+        self.teacher = folder.teacher
+        self.data = data

@@ -49,15 +49,30 @@ def measure(tmp_path):
             "heldout_sequences": 5,
             "batch_size": 2,
         },
-        select={"seq_length": 8, "recall_sequences": 7, "recall_pairs": 2, "heldout_sequences": 9, "batch_size": 3},
+        select={
+            "seq_length": 8,
+            "recall_sequences": 7,
+            "recall_pairs": 2,
+            "heldout_sequences": 9,
+            "batch_size": 3,
+        },
     )
-    return Measure(run=run, task=lambda pairs: f"task of {pairs}", heldout=lambda count, length: torch.zeros(count, length + 1))
+    return Measure(
+        run=run,
+        task=lambda pairs: f"task of {pairs}",
+        heldout=lambda count, length: torch.zeros(count, length + 1),
+    )
 
 
 def test_a_row_measures_text_once_and_recall_at_every_length(measure, calls):
     parts = []
     row = measure.row("student", Model, lambda: parts.append(1))
-    assert row == {"model": "student", "heldout_loss": 2.5, "heldout_accuracy": 40.0, "recall": {"1": 20.0, "4": 30.0}}
+    assert row == {
+        "model": "student",
+        "heldout_loss": 2.5,
+        "heldout_accuracy": 40.0,
+        "recall": {"1": 20.0, "4": 30.0},
+    }
     assert calls[0] == ("heldout", (5, 17), 2)
     assert calls[1] == ("task of 3", {"count": 6, "seq_length": 16, "batch_size": 2})
     assert calls[2] == ("task of 3", {"count": 6, "seq_length": 64, "batch_size": 1})
@@ -66,7 +81,10 @@ def test_a_row_measures_text_once_and_recall_at_every_length(measure, calls):
 
 def test_selection_scores_recall_and_text(measure, calls):
     assert measure.selection_scores(Model) == {"recall": 10.0, "commonsense": 40.0}
-    assert calls == [("task of 2", {"count": 7, "seq_length": 8, "batch_size": 3}), ("heldout", (9, 9), 3)]
+    assert calls == [
+        ("task of 2", {"count": 7, "seq_length": 8, "batch_size": 3}),
+        ("heldout", (9, 9), 3),
+    ]
 
 
 def test_a_stage_is_measured_by_its_own_loss_over_all_sequences(measure):

@@ -1,4 +1,5 @@
-"""Nodes are judged by comparison; one that fails or never reports is named; reports pass between real processes' stores."""
+"""Nodes are judged by comparison; one that fails or never reports is named; reports pass between
+real processes' stores."""
 
 import threading
 from dataclasses import replace
@@ -8,7 +9,15 @@ import pytest
 import torch.distributed as dist
 
 from megatron_hypenet.engine import node_check
-from megatron_hypenet.engine.node_check import Link, NodeReport, Survey, examine, exchange_reports, judge, survey
+from megatron_hypenet.engine.node_check import (
+    Link,
+    NodeReport,
+    Survey,
+    examine,
+    exchange_reports,
+    judge,
+    survey,
+)
 from megatron_hypenet.errors import SetupError
 from megatron_hypenet.parallel.rendezvous import Meeting
 
@@ -48,19 +57,29 @@ def test_equal_nodes_pass():
         ({"hardware": "NVIDIA A100", "gemm_tflops": 250.0}, "hardware is NVIDIA A100", True),
         ({"disk_mib_per_second": 100.0}, "writes 100 MiB/s, the median here is 900", False),
         ({"clock": 1e9 + 7}, "its clock is +7.0 s", False),
-        ({"faults": ("writing to /runs: Read-only file system",), "gemm_tflops": 0.0}, "writing to /runs: Read-only file system", True),
+        (
+            {"faults": ("writing to /runs: Read-only file system",), "gemm_tflops": 0.0},
+            "writing to /runs: Read-only file system",
+            True,
+        ),
     ],
 )
 def test_the_odd_one_is_named(changes, said, excluded):
     found = verdict(changed(2, **changes))
-    assert len(found.problems) == 1 and said in found.problems[0] and found.problems[0].startswith("n2")
+    assert (
+        len(found.problems) == 1
+        and said in found.problems[0]
+        and found.problems[0].startswith("n2")
+    )
     assert found.exclude == (("n2",) if excluded else ())
 
 
 def test_a_node_with_slow_links_on_both_sides_is_left_out():
     both = [replace(link, gib_per_second=5.0) if "n3" in link.hosts else link for link in LINKS]
     assert verdict(links=both).exclude == ("n3",)
-    one = [replace(link, gib_per_second=5.0) if link.hosts == ("n3", "n4") else link for link in LINKS]
+    one = [
+        replace(link, gib_per_second=5.0) if link.hosts == ("n3", "n4") else link for link in LINKS
+    ]
     assert verdict(links=one).exclude == ()
 
 
@@ -73,13 +92,19 @@ def test_what_never_reported_or_failed_everywhere_is_named():
 
 def meetings(count):
     """The same store as each of `count` processes sees it."""
-    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=20))
-    clients = [dist.TCPStore("127.0.0.1", server.port, is_master=False, timeout=timedelta(seconds=20)) for _ in range(count - 1)]
+    server = dist.TCPStore(
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=20)
+    )
+    clients = [
+        dist.TCPStore("127.0.0.1", server.port, is_master=False, timeout=timedelta(seconds=20))
+        for _ in range(count - 1)
+    ]
     return [Meeting(store, rank, count) for rank, store in enumerate([server, *clients])]
 
 
 def test_reports_reach_everybody_and_a_silent_node_is_missing():
-    points, found = meetings(4), {}
+    points = meetings(4)
+    found = {}
 
     def take_part(rank):
         hosts = [f"n{i}" for i in range(4)] if rank == 0 else ()
@@ -108,7 +133,9 @@ def test_a_node_that_cannot_write_or_compute_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(node_check.measure, "gemm_tflops", fails)
     found = examine(tmp_path / "nowhere", 3)
     assert (found.rank, found.gemm_tflops, found.disk_mib_per_second) == (3, 0.0, None)
-    assert found.faults[0] == "computing: uncorrectable ECC error" and found.faults[1].startswith(f"writing to {tmp_path / 'nowhere'}")
+    assert found.faults[0] == "computing: uncorrectable ECC error" and found.faults[1].startswith(
+        f"writing to {tmp_path / 'nowhere'}"
+    )
     monkeypatch.setenv("LOCAL_RANK", "1")  # the first process of a node writes for all
     assert len(examine(tmp_path / "nowhere", 3).faults) == 1
 

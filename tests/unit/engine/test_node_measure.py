@@ -9,7 +9,10 @@ from megatron_hypenet.parallel import groups
 
 def test_rates_of_this_machine(tmp_path):
     assert node_measure.gemm_tflops(seconds=0.01) > 0
-    assert node_measure.disk_mib_per_second(tmp_path, mib=1, turns=2) > 0 and list(tmp_path.iterdir()) == []
+    assert (
+        node_measure.disk_mib_per_second(tmp_path, mib=1, turns=2) > 0
+        and list(tmp_path.iterdir()) == []
+    )
     with pytest.raises(FileNotFoundError):
         node_measure.disk_mib_per_second(tmp_path / "nowhere", mib=1)
 
@@ -17,7 +20,9 @@ def test_rates_of_this_machine(tmp_path):
 def test_versions_name_what_has_to_be_alike(tmp_path, monkeypatch):
     assert {"python", "torch", "megatron-core"} <= set(node_measure.versions())
     driver = tmp_path / "version"
-    driver.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024\n")
+    driver.write_text(
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024\n"
+    )
     monkeypatch.setattr(node_measure, "_DRIVER", driver)
     assert node_measure.versions()["nvidia-driver"] == "550.54.15"
 

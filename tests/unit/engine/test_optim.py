@@ -25,7 +25,9 @@ def test_cosine_is_half_way_in_the_middle_and_ends_at_min_lr():
 
 
 def test_constant_stays():
-    config = stage_config(train_iters=10, warmup_iters=2, lr=1.0, min_lr=0.1, lr_schedule="constant")
+    config = stage_config(
+        train_iters=10, warmup_iters=2, lr=1.0, min_lr=0.1, lr_schedule="constant"
+    )
     assert {lr_at(step, config) for step in range(1, 10)} == {1.0}
 
 
@@ -35,8 +37,13 @@ def test_only_warm_up_is_allowed():
 
 
 def test_weight_decay_spares_vectors():
-    parameters = {"w": torch.nn.Parameter(torch.ones(2, 2)), "norm": torch.nn.Parameter(torch.ones(2))}
+    parameters = {
+        "w": torch.nn.Parameter(torch.ones(2, 2)),
+        "norm": torch.nn.Parameter(torch.ones(2)),
+    }
     groups = adamw(parameters, stage_config(weight_decay=0.1)).param_groups
-    assert [(len(group["params"]), group["params"][0].dim(), group["weight_decay"]) for group in groups] == [(1, 2, 0.1), (1, 1, 0.0)]
+    assert [
+        (len(group["params"]), group["params"][0].dim(), group["weight_decay"]) for group in groups
+    ] == [(1, 2, 0.1), (1, 1, 0.0)]
     assert len(adamw(parameters, stage_config(weight_decay=0.0)).param_groups) == 1
     assert len(adamw({"w": parameters["w"]}, stage_config(weight_decay=0.1)).param_groups) == 1

@@ -1,4 +1,5 @@
-"""Pipeline stages are balanced by what a HALO stage computes on them, and what they hold is checked and shown."""
+"""Pipeline stages are balanced by what a HALO stage computes on them, and what they hold is checked
+and shown."""
 
 import pytest
 

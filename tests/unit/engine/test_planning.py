@@ -7,9 +7,18 @@ from megatron_hypenet.engine.planning import Clock, planned_work
 from tests.unit.engine.test_run_folder import STAGE, config
 
 TEACHER = ModelConfig(
-    num_layers=4, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, num_query_groups=2, kv_channels=8, vocab_size=100,
-    share_embeddings_and_output_weights=True, mixer_types=("attn",) * 4, attn_use_rope=True, attn_use_output_gate=False,
-)  # fmt: skip
+    num_layers=4,
+    hidden_size=32,
+    ffn_hidden_size=64,
+    num_attention_heads=4,
+    num_query_groups=2,
+    kv_channels=8,
+    vocab_size=100,
+    share_embeddings_and_output_weights=True,
+    mixer_types=("attn",) * 4,
+    attn_use_rope=True,
+    attn_use_output_gate=False,
+)
 
 
 def test_work_grows_with_what_is_asked(tmp_path):
@@ -18,7 +27,9 @@ def test_work_grows_with_what_is_asked(tmp_path):
     assert longer["distill"] == 2 * base["distill"] and longer["align"] == base["align"]
     wider = planned_work(config(tmp_path, eval={"length_multiples": [1]}), TEACHER)
     assert wider["report"] < base["report"] and wider["select"] == base["select"]
-    assert list(base)[:4] == ["teacher", "data", "probe", "align"] and all(value > 0 for value in base.values())
+    assert list(base)[:4] == ["teacher", "data", "probe", "align"] and all(
+        value > 0 for value in base.values()
+    )
 
 
 def test_distillation_costs_more_per_token_than_finetuning(tmp_path):
@@ -47,7 +58,8 @@ def test_what_an_earlier_start_did_is_no_speed_of_this_one():
     clock.progress("a", 8, 10)  # goes on after the seventh part
     time[0] = 2.0
     clock.progress("a", 9, 10)
-    assert clock.fraction() == pytest.approx(0.45) and clock.eta() == pytest.approx(11.0)  # 2 units of work in 2 seconds, 11 are left
+    # 2 units of work in 2 seconds, 11 are left
+    assert clock.fraction() == pytest.approx(0.45) and clock.eta() == pytest.approx(11.0)
     time[0] = 3.0
     clock.finish("a")
     assert clock.fraction() == 0.5 and clock.eta() == pytest.approx(10.0)

@@ -21,5 +21,12 @@ leave(75)
 
 def test_code_and_output_survive_and_nothing_hangs():
     env = os.environ | {"PYTHONPATH": str(Path(megatron_hypenet.__file__).parents[1])}
-    done = subprocess.run([sys.executable, "-c", PROGRAM], env=env, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert (done.returncode, done.stdout) == (75, "last words"), done.stderr[-1000:]

@@ -10,17 +10,34 @@ from megatron_hypenet.errors import DataError
 from tests.unit.engine.test_run_folder import config
 
 ROWS = [
-    {"model": "teacher", "heldout_loss": 3.25, "heldout_accuracy": 40.0, "recall": {"1": 99.5, "2": 3.0}},
-    {"model": "student", "heldout_loss": 3.3, "heldout_accuracy": 39.0, "recall": {"1": 97.0, "2": 80.0}},
+    {
+        "model": "teacher",
+        "heldout_loss": 3.25,
+        "heldout_accuracy": 40.0,
+        "recall": {"1": 99.5, "2": 3.0},
+    },
+    {
+        "model": "student",
+        "heldout_loss": 3.3,
+        "heldout_accuracy": 39.0,
+        "recall": {"1": 97.0, "2": 80.0},
+    },
 ]
-RECORDS = {"probe": {"seconds": 1.0, "teacher_loss": 3.1}, "align": {"seconds": 2.5}, "report": {"seconds": 100.0}}
+RECORDS = {
+    "probe": {"seconds": 1.0, "teacher_loss": 3.1},
+    "align": {"seconds": 2.5},
+    "report": {"seconds": 100.0},
+}
 
 
 def test_the_report_holds_rows_selection_and_times(tmp_path):
     selection = {"attention_layers": [1], "mixer_types": ["lightning_attn", "attn"]}
     content = report.report_of(config(tmp_path), ROWS, selection, RECORDS, 4.0)
     assert content["rows"] == ROWS and content["attention_layers"] == [1]
-    assert content["step_seconds"] == {"probe": 1.0, "align": 2.5, "report": 4.0} and content["seconds"] == 7.5
+    assert (
+        content["step_seconds"] == {"probe": 1.0, "align": 2.5, "report": 4.0}
+        and content["seconds"] == 7.5
+    )
     assert content["teacher_probe_loss"] == 3.1 and "torch" in content["software"]["versions"]
     json.dumps(content)
 
@@ -37,7 +54,9 @@ def test_the_report_is_written_into_the_run_folder(tmp_path):
 
 
 def test_a_row_reads_as_one_line():
-    assert report.row_line(ROWS[1]) == "student: held-out loss 3.3000, recall in %: 1x 97.0, 2x 80.0"
+    assert (
+        report.row_line(ROWS[1]) == "student: held-out loss 3.3000, recall in %: 1x 97.0, 2x 80.0"
+    )
 
 
 @pytest.mark.parametrize(

@@ -9,15 +9,35 @@ from megatron_hypenet import ownership
 from megatron_hypenet.atomic_files import write_json
 from megatron_hypenet.config.loader import load_run_config
 from megatron_hypenet.config.schema import RunConfig
-from megatron_hypenet.engine.run_folder import RunFolder, difference, files_identity, fingerprint_of, settled
+from megatron_hypenet.engine.run_folder import (
+    RunFolder,
+    difference,
+    files_identity,
+    fingerprint_of,
+    settled,
+)
 from megatron_hypenet.errors import ConfigError, DataError, UsageError
 
-STAGE = {"train_iters": 2, "seq_length": 8, "micro_batch_size": 1, "global_batch_size": 2, "lr": 1e-3, "min_lr": 1e-4}
+STAGE = {
+    "train_iters": 2,
+    "seq_length": 8,
+    "micro_batch_size": 1,
+    "global_batch_size": 2,
+    "lr": 1e-3,
+    "min_lr": 1e-4,
+}
 
 
 def config(root, **changes):
     """A valid run configuration."""
-    values = {"output_dir": root, "teacher": "teacher", "data": {"train": ["a.txt"]}, "align": STAGE, "distill": STAGE, "finetune": STAGE}
+    values = {
+        "output_dir": root,
+        "teacher": "teacher",
+        "data": {"train": ["a.txt"]},
+        "align": STAGE,
+        "distill": STAGE,
+        "finetune": STAGE,
+    }
     return RunConfig.model_validate({**values, **changes})
 
 
@@ -63,13 +83,16 @@ def written_by_an_older_version(folder, *unknown):
     return stored
 
 
-@pytest.mark.parametrize("unknown", ["align.weight_decay", "data.separate_documents", "precision", "eval"])
+@pytest.mark.parametrize(
+    "unknown", ["align.weight_decay", "data.separate_documents", "precision", "eval"]
+)
 def test_a_setting_that_came_later_counts_as_set_to_its_default(folder, unknown):
     written_by_an_older_version(folder, unknown)
     folder.check_same(config(folder.root))
     added = folder.added_settings(config(folder.root))
     assert added and all(key == unknown or key.startswith(f"{unknown}.") for key in added)
-    for _ in range(2):  # noted when it first continues, and still known when config.yaml has it, too
+    # noted when it first continues, and still known when config.yaml has it, too
+    for _ in range(2):
         folder.prepare(config(folder.root))
         assert folder.added_settings(config(folder.root)) == added
     assert load_run_config(folder.config_file) == config(folder.root)
@@ -87,7 +110,10 @@ def test_a_new_folder_knows_every_setting(folder):
     assert folder.added_settings(config(folder.root)) == frozenset()
     folder.prepare(config(folder.root))
     folder.prepare(config(folder.root))
-    assert folder.added_settings(config(folder.root)) == frozenset() and not folder.manifest_file.exists()
+    assert (
+        folder.added_settings(config(folder.root)) == frozenset()
+        and not folder.manifest_file.exists()
+    )
     folder.begin("align", "f1")
     written_by_an_older_version(folder, "precision")
     folder.prepare(config(folder.root))
@@ -100,8 +126,17 @@ def test_a_setting_that_no_longer_exists_is_named_with_the_version_that_had_it(f
     folder.prepare(config(folder.root))
     with folder.config_file.open("a") as stream:
         stream.write("warp: 9\n")
-    folder.record("teacher", "f1", seconds=1.0, software={"versions": {"megatron-hypenet": "0.0.7"}, "git_commit": "abc"})
-    with pytest.raises(ConfigError, match=r"does not have:\n  - warp: 9\nContinue it .*megatron-hypenet 0\.0\.7, commit abc.*--overwrite"):
+    folder.record(
+        "teacher",
+        "f1",
+        seconds=1.0,
+        software={"versions": {"megatron-hypenet": "0.0.7"}, "git_commit": "abc"},
+    )
+    with pytest.raises(
+        ConfigError,
+        match=r"does not have:\n  - warp: 9\nContinue it .*megatron-hypenet 0\.0\.7, "
+        r"commit abc.*--overwrite",
+    ):
         folder.prepare(config(folder.root))
     folder.prepare(config(folder.root), overwrite=True)
 
@@ -112,14 +147,30 @@ def test_a_stop_file_that_is_there_is_a_mistake_of_who_starts(folder, place):
     (folder.root / place).mkdir(parents=True)
     stop = folder.root / place / "STOP"
     stop.touch()
-    with pytest.raises(UsageError, match=f"{stop} asks for a stop, and it was there before this command; delete it"):
+    with pytest.raises(
+        UsageError, match=f"{stop} asks for a stop, and it was there before this command; delete it"
+    ):
         folder.refuse_stop()
 
 
 def test_settings_of_layout_and_logging_may_change(folder, tmp_path):
     folder.prepare(config(folder.root))
-    faster = {**STAGE, "micro_batch_size": 2, "log_interval": 1, "save_interval": 3, "cuda_graphs": False}
-    folder.prepare(config(folder.root, align=faster, parallel={"zero_stage": 2}, checkpoint={"keep_last": 5}, device="cpu"))
+    faster = {
+        **STAGE,
+        "micro_batch_size": 2,
+        "log_interval": 1,
+        "save_interval": 3,
+        "cuda_graphs": False,
+    }
+    folder.prepare(
+        config(
+            folder.root,
+            align=faster,
+            parallel={"zero_stage": 2},
+            checkpoint={"keep_last": 5},
+            device="cpu",
+        )
+    )
 
 
 def test_overwrite_deletes_the_old_run(folder):
@@ -163,7 +214,10 @@ def test_a_damaged_record_says_what_to_do(folder):
 
 
 def test_difference_sees_new_and_lost_keys():
-    assert difference({"a": 1, "b": {"c": 2}}, {"b": {"c": 2}, "d": [1]}) == ["a: 1 there, not set now", "d: not set there, [1] now"]
+    assert difference({"a": 1, "b": {"c": 2}}, {"b": {"c": 2}, "d": [1]}) == [
+        "a: 1 there, not set now",
+        "d: not set there, [1] now",
+    ]
 
 
 def test_settled_leaves_out_what_may_change():
@@ -183,7 +237,9 @@ def test_identity_follows_content_not_place(tmp_path):
         stream.seek(2_999_999)
         stream.write(b"y")
     assert files_identity(tmp_path / "b") != first
-    assert fingerprint_of({"files": first}) != fingerprint_of({"files": files_identity(tmp_path / "b")})
+    assert fingerprint_of({"files": first}) != fingerprint_of(
+        {"files": files_identity(tmp_path / "b")}
+    )
     assert files_identity(tmp_path / "none") == []
 
 
@@ -199,7 +255,9 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
 def test_a_file_in_the_place_of_a_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("x")
     for root in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(UsageError, match="file is a file, not a folder; choose another output_dir"):
+        with pytest.raises(
+            UsageError, match="file is a file, not a folder; choose another output_dir"
+        ):
             with RunFolder(root).owned():
                 RunFolder(root).prepare(config(root))
 
@@ -224,6 +282,9 @@ def test_the_owner_finds_no_leftovers_and_its_own_mark_counts_for_nothing(folder
 
 def test_a_second_owner_is_refused_and_an_empty_folder_does_not_stay(folder):
     with folder.owned():
-        with pytest.raises(UsageError, match="is in use by process"), RunFolder(folder.root.parent / "x" / ".." / "run").owned():
+        with (
+            pytest.raises(UsageError, match="is in use by process"),
+            RunFolder(folder.root.parent / "x" / ".." / "run").owned(),
+        ):
             pass
     assert not folder.root.exists()

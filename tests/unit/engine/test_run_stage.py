@@ -27,7 +27,13 @@ def teacher():
 def world(teacher, tmp_path_factory):
     """A folder with a teacher checkpoint and the aligned mixers of all its layers."""
     root = tmp_path_factory.mktemp("stages")
-    write_weights(root / "teacher", whole_tensors(teacher), TEACHER, kind="teacher", extra={"hf_config": {"model_type": "qwen3"}})
+    write_weights(
+        root / "teacher",
+        whole_tensors(teacher),
+        TEACHER,
+        kind="teacher",
+        extra={"hf_config": {"model_type": "qwen3"}},
+    )
     aligned = AlignedMixers.beside(teacher, default_mixer(), seed=1)
     with torch.no_grad():
         for parameter in aligned.parameters():
@@ -43,9 +49,13 @@ def assembled(world):
 
 
 def test_the_assembled_student_is_put_together_from_its_sources(world, assembled):
-    student, teacher, aligned = (read_weights(folder) for folder in (assembled, world / "teacher", world / "align"))
+    student, teacher, aligned = (
+        read_weights(folder) for folder in (assembled, world / "teacher", world / "align")
+    )
     assert read_model_config(assembled) == TEACHER.with_mixers(MIXERS)
-    assert read_manifest(assembled).kind == "student" and read_manifest(assembled).hf_config == {"model_type": "qwen3"}
+    assert read_manifest(assembled).kind == "student" and read_manifest(assembled).hf_config == {
+        "model_type": "qwen3"
+    }
     for name, tensor in student.items():
         if ".1.self_attention.linear_in.weight.gate" in name:
             assert tensor.std().item() == pytest.approx(0.02, rel=0.2)
@@ -56,7 +66,11 @@ def test_the_assembled_student_is_put_together_from_its_sources(world, assembled
 
 def test_stages_load_strictly_and_run(world, assembled):
     run = config(world)
-    batch = {"tokens": torch.randint(0, TEACHER.vocab_size, (1, 9), generator=torch.Generator().manual_seed(0))}
+    batch = {
+        "tokens": torch.randint(
+            0, TEACHER.vocab_size, (1, 9), generator=torch.Generator().manual_seed(0)
+        )
+    }
     for name, inputs in (
         ("align", {"teacher": world / "teacher"}),
         ("distill", {"teacher": world / "teacher", "init": assembled}),
@@ -66,7 +80,9 @@ def test_stages_load_strictly_and_run(world, assembled):
         assert stage.name == name
         loss, _ = stage(batch)
         loss.backward()
-        assert loss.isfinite() and all(parameter.grad is not None for parameter in stage.trainable_parameters().values())
+        assert loss.isfinite() and all(
+            parameter.grad is not None for parameter in stage.trainable_parameters().values()
+        )
         assert ("frozen" in run_stage.parameter_table(stage)) == (name != "finetune")
 
 
@@ -74,8 +90,15 @@ def test_a_student_claims_the_length_it_was_trained_on(world, assembled):
     claimed = TEACHER.max_position_embeddings
     for seq_length, want in ((claimed + 1, claimed + 1), (claimed - 1, claimed)):
         base = config(world)
-        run = base.model_copy(update={"finetune": base.finetune.model_copy(update={"seq_length": seq_length})})
-        assert run_stage.build_stage("finetune", run, init=assembled).model_config.max_position_embeddings == want
+        run = base.model_copy(
+            update={"finetune": base.finetune.model_copy(update={"seq_length": seq_length})}
+        )
+        assert (
+            run_stage.build_stage(
+                "finetune", run, init=assembled
+            ).model_config.max_position_embeddings
+            == want
+        )
 
 
 def test_the_student_holds_what_was_assembled(world, assembled):
@@ -104,11 +127,21 @@ def test_the_wrong_checkpoint_is_refused(world, assembled, tmp_path):
 
 def test_teacher_and_student_share_a_vocabulary(world, tmp_path):
     other = tiny_model_config(MIXERS, vocab_size=67)
-    write_weights(tmp_path / "other", whole_tensors(build_model(other, ParallelConfig(), dtype=torch.float32)), other, kind="student")
+    write_weights(
+        tmp_path / "other",
+        whole_tensors(build_model(other, ParallelConfig(), dtype=torch.float32)),
+        other,
+        kind="student",
+    )
     with pytest.raises(CheckpointError, match="vocab_size=61, student .* 67"):
-        run_stage.build_stage("distill", config(world), teacher=world / "teacher", init=tmp_path / "other")
+        run_stage.build_stage(
+            "distill", config(world), teacher=world / "teacher", init=tmp_path / "other"
+        )
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("auto", torch.float32), ("bfloat16", torch.bfloat16), ("float32", torch.float32)])
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [("auto", torch.float32), ("bfloat16", torch.bfloat16), ("float32", torch.float32)],
+)
 def test_precision_on_a_cpu(tmp_path, precision, dtype):
     assert run_stage.compute_dtype(config(tmp_path, precision=precision)) == dtype

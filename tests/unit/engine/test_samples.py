@@ -1,4 +1,5 @@
-"""The micro-batches of a step: their samples, and weights that make the loss a mean over real labels."""
+"""The micro-batches of a step: their samples, and weights that make the loss a mean over real
+labels."""
 
 import pytest
 import torch
@@ -37,7 +38,12 @@ def test_separate_documents_weigh_real_labels_alone():
     assert (inputs == 3).any() and torch.equal(weights == 0, inputs == 3)
     losses = torch.rand(6, 8, generator=torch.Generator().manual_seed(0))
     # every micro-batch divides by its own number of tokens, and the step takes their mean
-    step = torch.stack([(part * weight).mean() for part, weight in zip(losses.split(2), weights.split(2), strict=True)]).mean()
+    step = torch.stack(
+        [
+            (part * weight).mean()
+            for part, weight in zip(losses.split(2), weights.split(2), strict=True)
+        ]
+    ).mean()
     torch.testing.assert_close(step, losses[inputs != 3].mean())
     assert all(batch["document_ids"].dtype == torch.int32 for batch in batches)
 
@@ -47,4 +53,7 @@ def test_a_step_without_a_real_label_weighs_nothing():
         def batch(self, sample_start, count, seq_length):
             return torch.full((count, seq_length + 1), 3)
 
-    assert all(float(batch["token_weights"].sum()) == 0 for batch in step_batches(Ends(end_of_document=3), CONFIG, 0, separate=True))
+    assert all(
+        float(batch["token_weights"].sum()) == 0
+        for batch in step_batches(Ends(end_of_document=3), CONFIG, 0, separate=True)
+    )

@@ -1,4 +1,5 @@
-"""Saves in the background: the same checkpoints as in the foreground, later; never early, never half, never lost on the way out."""
+"""Saves in the background: the same checkpoints as in the foreground, later; never early, never
+half, never lost on the way out."""
 
 import os
 import signal
@@ -27,7 +28,8 @@ def one_process():
 @pytest.fixture
 def gate(monkeypatch):
     """Writers of a save wait until it is set."""
-    event, write = threading.Event(), shard_writer.ShardWrite.write
+    event = threading.Event()
+    write = shard_writer.ShardWrite.write
 
     def slow(self, **options):
         assert event.wait(30)
@@ -40,7 +42,15 @@ def gate(monkeypatch):
 
 def train(out, lines, *, stage=None, data=None, on_step=None, config=None, **changes):
     run = run_config(out, **(BACKGROUND | changes))
-    return loop.train(stage or ToyStage(), data or ToyData(), config or stage_config(), run, out, on_step=on_step, log=lines.append)
+    return loop.train(
+        stage or ToyStage(),
+        data or ToyData(),
+        config or stage_config(),
+        run,
+        out,
+        on_step=on_step,
+        log=lines.append,
+    )
 
 
 def saves(out):
@@ -53,11 +63,20 @@ def test_background_saves_hold_the_same_bytes(tmp_path):
     train(tmp_path / "b", [], checkpoint={"keep_last": 9})
     assert saves(tmp_path / "a") == saves(tmp_path / "b") == [3, 6]
     for step in ("iter_0000003", "iter_0000006"):
-        one, other = (verify_files(tmp_path / name / "checkpoints" / step, hashes=True) for name in "ab")
+        one, other = (
+            verify_files(tmp_path / name / "checkpoints" / step, hashes=True) for name in "ab"
+        )
         # config.yaml names the run's folder and how it saves
-        assert {k: v for k, v in one.files.items() if k != "config.yaml"} == {k: v for k, v in other.files.items() if k != "config.yaml"}
-    said = [line.split()[0] + " " + line.split()[1].split("/")[-1].rstrip(":") for line in lines if line.startswith(("requested", "saved"))]
-    assert said == ["requested iter_0000003", "saved iter_0000003", "saved iter_0000006"]  # the last one is waited for
+        assert {k: v for k, v in one.files.items() if k != "config.yaml"} == {
+            k: v for k, v in other.files.items() if k != "config.yaml"
+        }
+    said = [
+        line.split()[0] + " " + line.split()[1].split("/")[-1].rstrip(":")
+        for line in lines
+        if line.startswith(("requested", "saved"))
+    ]
+    # the last one is waited for
+    assert said == ["requested iter_0000003", "saved iter_0000003", "saved iter_0000006"]
 
 
 def test_training_goes_on_and_the_commit_comes_at_a_later_edge(tmp_path, gate):
@@ -86,14 +105,24 @@ def test_pruning_waits_for_the_commit(tmp_path, gate):
 
     def on_step(record):
         if record.step == 3:  # or its writer could meet the closed gate
-            [writer.join() for writer in threading.enumerate() if writer.name == "save-iter_0000002"]
+            [
+                writer.join()
+                for writer in threading.enumerate()
+                if writer.name == "save-iter_0000002"
+            ]
         if record.step == 4:
             gate.clear()  # holds the save of step 4
         if record.step == 6:
             seen["before"] = saves(tmp_path)
             gate.set()
 
-    train(tmp_path, [], on_step=on_step, config=stage_config(save_interval=2), checkpoint={"async_save": True, "keep_last": 1})
+    train(
+        tmp_path,
+        [],
+        on_step=on_step,
+        config=stage_config(save_interval=2),
+        checkpoint={"async_save": True, "keep_last": 1},
+    )
     assert seen["before"] == [2] and saves(tmp_path) == [6]
 
 
@@ -108,7 +137,8 @@ def test_a_signal_is_answered_with_committed_saves(tmp_path):
 
 
 def test_full_disk_in_the_background_is_raised_at_an_edge(tmp_path, monkeypatch):
-    write, steps = shard_writer.ShardWrite.write, []
+    write = shard_writer.ShardWrite.write
+    steps = []
 
     def full(self, **options):
         if "iter_0000004" in str(self.folder):
@@ -116,8 +146,16 @@ def test_full_disk_in_the_background_is_raised_at_an_edge(tmp_path, monkeypatch)
         return write(self, **options)
 
     monkeypatch.setattr(shard_writer.ShardWrite, "write", full)
-    with pytest.raises(SetupError, match="cannot save .*iter_0000004: no space left.*older checkpoints are untouched"):
-        train(tmp_path, [], on_step=lambda record: steps.append(record.step), config=stage_config(save_interval=2))
+    with pytest.raises(
+        SetupError,
+        match="cannot save .*iter_0000004: no space left.*older checkpoints are untouched",
+    ):
+        train(
+            tmp_path,
+            [],
+            on_step=lambda record: steps.append(record.step),
+            config=stage_config(save_interval=2),
+        )
     assert steps[-1] in (5, 6)
     assert saves(tmp_path) == [2] and not list((tmp_path / "checkpoints").glob(".*"))
     verify_files(tmp_path / "checkpoints" / "iter_0000002", hashes=True)
@@ -137,8 +175,16 @@ def test_a_crash_removes_the_pending_save(tmp_path, gate):
 def test_divergence_keeps_the_pending_save(tmp_path, gate):
     threading.Timer(0.5, gate.set).start()
     with pytest.raises(DivergedError, match="the last checkpoint is .*iter_0000004"):
-        poisoned, never_skip = ToyStage(poison=VOCAB - 1), {"max_skipped_steps": 0}
-        train(tmp_path, [], stage=poisoned, data=ToyData(bad=17), config=stage_config(save_interval=4), guard=never_skip)
+        poisoned = ToyStage(poison=VOCAB - 1)
+        never_skip = {"max_skipped_steps": 0}
+        train(
+            tmp_path,
+            [],
+            stage=poisoned,
+            data=ToyData(bad=17),
+            config=stage_config(save_interval=4),
+            guard=never_skip,
+        )
     assert read_manifest(tmp_path / "checkpoints" / "iter_0000004").stage == "align"
 
 
@@ -153,7 +199,9 @@ def test_a_background_run_continues_bit_for_bit(tmp_path):
         train(tmp_path / "b", [], config=config, on_step=crash)
     assert saves(tmp_path / "b") in ([1, 2, 3], [1, 2, 3, 4])
     resumed = train(tmp_path / "b", [], config=config)
-    assert (tmp_path / "a" / "losses.jsonl").read_text() == (tmp_path / "b" / "losses.jsonl").read_text()
+    assert (tmp_path / "a" / "losses.jsonl").read_text() == (
+        tmp_path / "b" / "losses.jsonl"
+    ).read_text()
     one, other = (read_manifest(folder).files for folder in (straight, resumed))
     assert [name for name in one if one[name] != other[name]] in ([], ["config.yaml"])
     assert torch.is_grad_enabled()

@@ -6,7 +6,14 @@ import signal
 import pytest
 
 from megatron_hypenet.engine import signals
-from megatron_hypenet.engine.signals import GO_ON, LEAVE, SAVE, Requests, leave_if_stopped, leaving_at_once
+from megatron_hypenet.engine.signals import (
+    GO_ON,
+    LEAVE,
+    SAVE,
+    Requests,
+    leave_if_stopped,
+    leaving_at_once,
+)
 from megatron_hypenet.errors import CheckpointError, SavedAndRequeue
 
 
@@ -43,7 +50,10 @@ def test_stop_stays_until_a_person_deletes_it(tmp_path):
 def test_between_steps_a_stop_file_ends_the_work_as_a_stop(tmp_path):
     leave_if_stopped("stage align", [tmp_path / "missing", tmp_path])
     (tmp_path / "STOP").touch()
-    with pytest.raises(SavedAndRequeue, match=r"stopped before stage align on the file .*STOP; .*delete it and start the same") as caught:
+    with pytest.raises(
+        SavedAndRequeue,
+        match=r"stopped before stage align on the file .*STOP; .*delete it and start the same",
+    ) as caught:
         leave_if_stopped("stage align", [tmp_path / "missing", tmp_path])
     assert caught.value.exit_code == 75
 
@@ -58,7 +68,12 @@ def test_files_are_not_looked_for_at_every_step(tmp_path, monkeypatch):
 
 def test_between_steps_a_signal_ends_the_work_whatever_a_library_makes_of_it():
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SavedAndRequeue, match="stopped on SIGTERM.*start the same command again") as caught, leaving_at_once():
+    with (
+        pytest.raises(
+            SavedAndRequeue, match="stopped on SIGTERM.*start the same command again"
+        ) as caught,
+        leaving_at_once(),
+    ):
         try:
             os.kill(os.getpid(), signal.SIGTERM)
         except BaseException as error:

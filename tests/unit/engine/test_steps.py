@@ -15,7 +15,9 @@ class World:
     """Two chained steps that write files and log what they did."""
 
     def __init__(self, root):
-        self.folder, self.source, self.log = RunFolder(root / "run"), root / "source", []
+        self.folder = RunFolder(root / "run")
+        self.source = root / "source"
+        self.log = []
         self.source.write_text("one")
         self.folder.prepare(config(self.folder.root))
 
@@ -33,8 +35,23 @@ class World:
             name="first", does="", after=(), settings=("align",), results=(root / "first",),
             inputs=lambda: identity_of([self.source]), action=self.write("first"),
         )  # fmt: skip
-        second = Step(name="second", does="", after=("first",), settings=("seed",), results=(root / "second",), action=self.write("second"))
-        third = Step(name="third", does="", after=(), settings=(), results=(root / "third",), action=self.write("third"), alone=True)
+        second = Step(
+            name="second",
+            does="",
+            after=("first",),
+            settings=("seed",),
+            results=(root / "second",),
+            action=self.write("second"),
+        )
+        third = Step(
+            name="third",
+            does="",
+            after=(),
+            settings=(),
+            results=(root / "third",),
+            action=self.write("third"),
+            alone=True,
+        )
         return Runner(run or config(root), self.folder, [first, second, third], **kwargs)
 
 
@@ -64,7 +81,10 @@ def test_a_run_may_be_ended_before_a_step_that_has_work_to_do(world):
     for _ in range(2):
         with pytest.raises(SavedAndRequeue):
             world.runner(may_start=may_start).run_all()
-    assert world.log == ["first?", "first", "second?", "second?"] and world.folder.started("second") is None
+    assert (
+        world.log == ["first?", "first", "second?", "second?"]
+        and world.folder.started("second") is None
+    )
 
 
 def test_only_what_a_step_needs_is_run(world):
@@ -88,7 +108,8 @@ def test_changed_settings_run_only_what_reads_them(world):
 
 
 def test_a_setting_that_a_newer_version_adds_runs_nothing_again(world):
-    """The older version knew no align.weight_decay: neither its config.yaml nor its fingerprints have it."""
+    """The older version knew no align.weight_decay: neither its config.yaml nor its fingerprints
+    have it."""
     older = world.runner()
     older.added = frozenset({"align.weight_decay"})
     assert older.fingerprint("second") != world.runner().fingerprint("second")
@@ -96,7 +117,8 @@ def test_a_setting_that_a_newer_version_adds_runs_nothing_again(world):
     stored = yaml.safe_load(world.folder.config_file.read_text())
     del stored["align"]["weight_decay"]
     world.folder.config_file.write_text(yaml.safe_dump(stored))
-    assert {row["state"] for row in world.runner().plan()} == {"done"}  # a dry run, before anything is brought up to date
+    # a dry run, before anything is brought up to date
+    assert {row["state"] for row in world.runner().plan()} == {"done"}
     for _ in range(2):
         world.folder.prepare(config(world.folder.root))
         world.runner().run_all()
@@ -105,7 +127,9 @@ def test_a_setting_that_a_newer_version_adds_runs_nothing_again(world):
 
 def test_settings_that_may_change_run_nothing_again(world):
     world.runner().run_all()
-    world.runner(config(world.folder.root, align={**STAGE, "log_interval": 3, "micro_batch_size": 2})).run_all()
+    world.runner(
+        config(world.folder.root, align={**STAGE, "log_interval": 3, "micro_batch_size": 2})
+    ).run_all()
     assert len(world.log) == 3
 
 
@@ -134,7 +158,11 @@ def test_a_partial_result_of_other_inputs_is_cleared(world):
     partial.write_text("half")
     runner = world.runner()
     seen = []
-    object.__setattr__(runner.steps["first"], "action", lambda: seen.append(partial.exists()) or partial.write_text("x") and {})
+    object.__setattr__(
+        runner.steps["first"],
+        "action",
+        lambda: seen.append(partial.exists()) or partial.write_text("x") and {},
+    )
     runner.run_step("first")
     assert seen == [False]
 
@@ -180,11 +208,14 @@ def test_damaged_json_is_named(tmp_path):
 
 
 def test_a_step_whose_checkpoint_is_not_whole_is_not_done(world):
-    root, whole = world.folder.root, [True]
+    root = world.folder.root
+    whole = [True]
 
     def runner(**kwargs):
         made = world.runner(**kwargs)
-        made.steps["first"] = replace(made.steps["first"], checkpoint=lambda: root / "first" if whole[0] else None)
+        made.steps["first"] = replace(
+            made.steps["first"], checkpoint=lambda: root / "first" if whole[0] else None
+        )
         return made
 
     verified = []
@@ -210,7 +241,9 @@ def test_a_step_whose_checkpoint_is_not_whole_is_not_done(world):
 
 def test_only_the_first_process_decides(world):
     world.runner().run_all()
-    other = world.runner(is_main=False, decided=lambda decide: ("fingerprint of the first", True, None))
+    other = world.runner(
+        is_main=False, decided=lambda decide: ("fingerprint of the first", True, None)
+    )
     other.fingerprint = None
     other.run_step("first")
     assert world.log == ["first", "second", "third"]

@@ -50,17 +50,27 @@ def test_one_process_is_never_slow():
     times = StepTimes(Said(0.5))
     for _ in range(5):
         points, slow = times.compare(5)
-        assert points == {"step-time/min-ms": 100.0, "step-time/median-ms": 100.0, "step-time/max-ms": 100.0} and slow == []
+        assert (
+            points
+            == {"step-time/min-ms": 100.0, "step-time/median-ms": 100.0, "step-time/max-ms": 100.0}
+            and slow == []
+        )
 
 
 def test_named_after_three_intervals_in_a_row(ranks):
     make, compare = ranks
     times = make([("n0", 0), ("n0", 0), ("n1", 0), ("n1", 0)])
     slow_one, even = (0.1, 0.1, 0.1, 0.2), (0.1, 0.1, 0.1, 0.12)
-    assert [compare(times, *seconds)[1] for seconds in (slow_one, slow_one, even, slow_one, slow_one)] == [[]] * 5
+    assert [
+        compare(times, *seconds)[1] for seconds in (slow_one, slow_one, even, slow_one, slow_one)
+    ] == [[]] * 5
     points, slow = compare(times, *slow_one)
     assert slow == [SlowRank(3, "n1", pytest.approx(2.0))] and named(slow) == "rank 3 on n1 2.0x"
-    assert points == {"step-time/min-ms": 100.0, "step-time/median-ms": 100.0, "step-time/max-ms": 200.0}
+    assert points == {
+        "step-time/min-ms": 100.0,
+        "step-time/median-ms": 100.0,
+        "step-time/max-ms": 200.0,
+    }
     assert compare(times, *even)[1] == []
 
 
@@ -68,7 +78,10 @@ def test_pipeline_stages_are_compared_with_themselves_and_noise_counts_nothing(r
     make, compare = ranks
     times = make([("n0", 0), ("n0", 0), ("n1", 1), ("n1", 1)])
     for _ in range(4):
-        assert compare(times, 0.1, 0.1, 0.3, 0.3)[1] == [] and compare(times, 0.001, 0.002, 0.003, 0.003)[1] == []
+        assert (
+            compare(times, 0.1, 0.1, 0.3, 0.3)[1] == []
+            and compare(times, 0.001, 0.002, 0.003, 0.003)[1] == []
+        )
     for _ in range(3):
         slow = compare(times, 0.1, 0.1, 0.3, 0.6)[1]
     assert [found.rank for found in slow] == [3]

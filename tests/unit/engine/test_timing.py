@@ -1,4 +1,5 @@
-"""The slowest of what was measured decides how early a run must be told to leave, over all stages of a run."""
+"""The slowest of what was measured decides how early a run must be told to leave, over all stages
+of a run."""
 
 import json
 
@@ -13,8 +14,12 @@ def test_grace_covers_a_step_an_evaluation_and_a_save(tmp_path):
     measured.evaluation(6.0)
     measured.save(10.0)
     assert measured.figures() == {
-        "step_seconds": 4.0, "evaluate_seconds": 6.0, "save_seconds": 10.0, "margin_seconds": 40.0, "grace_seconds": 60,
-    }  # fmt: skip
+        "step_seconds": 4.0,
+        "evaluate_seconds": 6.0,
+        "save_seconds": 10.0,
+        "margin_seconds": 40.0,
+        "grace_seconds": 60,
+    }
     assert set(measured.figures()) <= set(timing.__doc__.replace(",", " ").split())
 
 

@@ -11,7 +11,8 @@ VOCAB = 13
 
 
 class ToyStage(StageModule):
-    """Predicts the next token from the present one; `poison` makes the loss NaN when that token appears."""
+    """Predicts the next token from the present one; `poison` makes the loss NaN when that token
+    appears."""
 
     name = "align"
     layout = (1,)
@@ -42,7 +43,10 @@ class ToyStage(StageModule):
         assert groups.is_initialized()
         from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-        return {name: ShardedTensor.from_rank_offsets(name, parameter) for name, parameter in self.named_parameters()}
+        return {
+            name: ShardedTensor.from_rank_offsets(name, parameter)
+            for name, parameter in self.named_parameters()
+        }
 
 
 class Trap(torch.autograd.Function):
@@ -70,7 +74,9 @@ class ToyData:
     def batch(self, sample_start, count, seq_length):
         rows = []
         for index in range(sample_start, sample_start + count):
-            row = torch.randint(0, VOCAB - 1, (seq_length + 1,), generator=torch.Generator().manual_seed(index))
+            row = torch.randint(
+                0, VOCAB - 1, (seq_length + 1,), generator=torch.Generator().manual_seed(index)
+            )
             if index == self.bad:
                 row[0] = VOCAB - 1
             rows.append(row)

@@ -14,10 +14,17 @@ def test_importance_draws_a_file(tmp_path):
 
 def test_report_draws_a_file(tmp_path):
     rows = [
-        {"model": name, "heldout_loss": 2.8, "heldout_accuracy": 42.0, "recall": {"1": 99.0, "2": 40.0, "8": 0.0}}
+        {
+            "model": name,
+            "heldout_loss": 2.8,
+            "heldout_accuracy": 42.0,
+            "recall": {"1": 99.0, "2": 40.0, "8": 0.0},
+        }
         for name in ("teacher", "hypenet")
     ]
-    plots.report({"rows": rows, "seq_length": 256, "train_seq_length": 256}, tmp_path / "report.png")
+    plots.report(
+        {"rows": rows, "seq_length": 256, "train_seq_length": 256}, tmp_path / "report.png"
+    )
     assert (tmp_path / "report.png").read_bytes().startswith(PNG)
 
 

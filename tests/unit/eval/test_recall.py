@@ -6,7 +6,9 @@ from megatron_hypenet.data.recall import RecallTask, RecallVocabulary
 from megatron_hypenet.errors import DataError
 from megatron_hypenet.eval.recall import recall_accuracy
 
-VOCABULARY = RecallVocabulary(words=tuple(range(10, 90)), opening=(1,), separator=(2,), closing=(3,))
+VOCABULARY = RecallVocabulary(
+    words=tuple(range(10, 90)), opening=(1,), separator=(2,), closing=(3,)
+)
 TASK = RecallTask(VOCABULARY, np.full(500, 9), seed=1, num_pairs=4)
 
 
@@ -15,7 +17,10 @@ def remembers(ids, horizon=10**9):
     correct = torch.zeros(ids.shape[0], ids.shape[1] - 1, dtype=torch.bool)
     for row, tokens in enumerate(ids.tolist()):
         for p in range(1, len(tokens) - 1):
-            correct[row, p] = any(tokens[q - 1 : q + 2] == tokens[p - 1 : p + 2] for q in range(max(1, p - horizon), p))
+            correct[row, p] = any(
+                tokens[q - 1 : q + 2] == tokens[p - 1 : p + 2]
+                for q in range(max(1, p - horizon), p)
+            )
     return torch.zeros(correct.shape), correct
 
 
@@ -27,7 +32,12 @@ def test_perfect_and_blind(batch_size):
 
 
 def test_short_memory_fails_at_length():
-    near, far = (recall_accuracy(lambda ids: remembers(ids, 90), TASK, count=5, seq_length=length, batch_size=2) for length in (100, 400))
+    near, far = (
+        recall_accuracy(
+            lambda ids: remembers(ids, 90), TASK, count=5, seq_length=length, batch_size=2
+        )
+        for length in (100, 400)
+    )
     assert near > 90 and far < 30
 
 

@@ -1,4 +1,5 @@
-"""Small Hugging Face folders with random weights, written from scratch so that each test can break one thing."""
+"""Small Hugging Face folders with random weights, written from scratch so that each test can break
+one thing."""
 
 import json
 from collections.abc import Callable
@@ -34,7 +35,8 @@ class HfModel:
     files: dict[str, str] = field(default_factory=dict)
 
     def write(self, folder: Path, *, shards: int = 1) -> Path:
-        """config.json, weights (with an index when `shards` > 1) and the other files; returns the folder."""
+        """config.json, weights (with an index when `shards` > 1) and the other files; returns the
+        folder."""
         folder.mkdir(parents=True)
         (folder / "config.json").write_text(json.dumps(self.config))
         for name, text in self.files.items():
@@ -42,16 +44,31 @@ class HfModel:
         if shards == 1:
             save_file(self.tensors, folder / "model.safetensors", metadata={"format": "pt"})
             return folder
-        weight_map = {name: f"model-{1 + i % shards:05d}-of-{shards:05d}.safetensors" for i, name in enumerate(self.tensors)}
+        weight_map = {
+            name: f"model-{1 + i % shards:05d}-of-{shards:05d}.safetensors"
+            for i, name in enumerate(self.tensors)
+        }
         for file in set(weight_map.values()):
-            save_file({name: self.tensors[name] for name in weight_map if weight_map[name] == file}, folder / file)
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+            save_file(
+                {name: self.tensors[name] for name in weight_map if weight_map[name] == file},
+                folder / file,
+            )
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": weight_map})
+        )
         return folder
 
 
 def model_config(*, student: bool = False, **changes: Any) -> ModelConfig:
     """Three layers; the student has Lightning, softmax, Lightning."""
-    sizes = dict(hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2, kv_channels=8, vocab_size=67)
+    sizes = dict(
+        hidden_size=32,
+        ffn_hidden_size=48,
+        num_attention_heads=4,
+        num_query_groups=2,
+        kv_channels=8,
+        vocab_size=67,
+    )
     fields = dict(
         **sizes,
         num_layers=3,
@@ -74,10 +91,13 @@ def hf_model() -> Callable[..., HfModel]:
         config = model_config(student=student, **changes)
         generator = torch.Generator().manual_seed(7)
         tensors = {
-            name: torch.randn(entry.part_shape, generator=generator) * 0.2 + (len(entry.part_shape) == 1)
+            name: torch.randn(entry.part_shape, generator=generator) * 0.2
+            + (len(entry.part_shape) == 1)
             for entry in mapping.entries(config)
             for name in entry.hf
         }
-        return HfModel(config, hf_config.hf_config_from_model(config, torch_dtype="float32"), tensors)
+        return HfModel(
+            config, hf_config.hf_config_from_model(config, torch_dtype="float32"), tensors
+        )
 
     return build

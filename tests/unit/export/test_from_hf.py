@@ -27,7 +27,9 @@ def refused(model, tmp_path, message, error=ConversionError, **options):
 def test_tensors_arrive_bit_for_bit(hf_model, tmp_path, student, tied, shards):
     model = hf_model(student=student, share_embeddings_and_output_weights=tied)
     lines = []
-    config = import_hf(model.write(tmp_path / "hf", shards=shards), tmp_path / "ckpt", progress=lines.append)
+    config = import_hf(
+        model.write(tmp_path / "hf", shards=shards), tmp_path / "ckpt", progress=lines.append
+    )
     assert config == model.model == load.read_model_config(tmp_path / "ckpt")
     stored = load.read_weights(tmp_path / "ckpt")
     fc1 = torch.cat([model.tensors[GATE], model.tensors["model.layers.0.mlp.up_proj.weight"]])
@@ -41,12 +43,20 @@ def test_tensors_arrive_bit_for_bit(hf_model, tmp_path, student, tied, shards):
 def test_everything_an_export_needs_is_kept(hf_model, tmp_path):
     model = hf_model()
     model.config["note"] = "kept"
-    model.files = {"tokenizer.json": TOKENIZER, "merges.txt": "a b", "generation_config.json": '{"top_p": 0.9}', "README.md": "not kept"}
+    model.files = {
+        "tokenizer.json": TOKENIZER,
+        "merges.txt": "a b",
+        "generation_config.json": '{"top_p": 0.9}',
+        "README.md": "not kept",
+    }
     import_hf(model.write(tmp_path / "hf"), tmp_path / "ckpt")
     manifest = load.read_manifest(tmp_path / "ckpt")
     assert manifest.hf_config == model.config
     assert manifest.extra["generation_config"] == {"top_p": 0.9}
-    assert sorted(path.name for path in load.tokenizer_dir(tmp_path / "ckpt").iterdir()) == ["merges.txt", "tokenizer.json"]
+    assert sorted(path.name for path in load.tokenizer_dir(tmp_path / "ckpt").iterdir()) == [
+        "merges.txt",
+        "tokenizer.json",
+    ]
 
 
 def test_dtype_is_kept_or_converted(hf_model, tmp_path):
@@ -59,7 +69,10 @@ def test_dtype_is_kept_or_converted(hf_model, tmp_path):
     kept, wide = load.read_weights(tmp_path / "kept"), load.read_weights(tmp_path / "float32")
     assert kept["decoder.final_layernorm.weight"].dtype == torch.float32
     assert {tensor.dtype for tensor in kept.values()} == {torch.float32, torch.bfloat16}
-    assert all(tensor.dtype == torch.float32 and torch.equal(tensor, kept[name].float()) for name, tensor in wide.items())
+    assert all(
+        tensor.dtype == torch.float32 and torch.equal(tensor, kept[name].float())
+        for name, tensor in wide.items()
+    )
 
 
 def test_tied_head_stored_twice_is_accepted_when_equal(hf_model, tmp_path):
@@ -72,7 +85,12 @@ def test_tied_head_stored_twice_is_accepted_when_equal(hf_model, tmp_path):
 def test_tied_head_that_differs_is_refused(hf_model, tmp_path):
     model = hf_model()
     model.tensors["lm_head.weight"] = model.tensors["model.embed_tokens.weight"] + 1e-3
-    refused(model, tmp_path, "tie_word_embeddings = true, but lm_head.weight .* differs.*set tie_word_embeddings to false")
+    refused(
+        model,
+        tmp_path,
+        "tie_word_embeddings = true, but lm_head.weight .* differs.*set tie_word_embeddings to "
+        "false",
+    )
 
 
 def test_untied_model_without_a_head_is_refused(hf_model, tmp_path):
@@ -85,7 +103,12 @@ def test_missing_and_unmapped_tensors_are_counted(hf_model, tmp_path):
     model = hf_model()
     del model.tensors[GATE], model.tensors[NORM]
     model.tensors["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(4)
-    refused(model, tmp_path, "2 of 35 tensors are missing, first .*gate_proj.*; 1 tensors have no row .*first .*q_proj.bias")
+    refused(
+        model,
+        tmp_path,
+        "2 of 35 tensors are missing, first .*gate_proj.*; 1 tensors have no row .*first "
+        ".*q_proj.bias",
+    )
 
 
 def test_wrong_shape(hf_model, tmp_path):
@@ -103,7 +126,9 @@ def test_unsupported_dtype(hf_model, tmp_path):
 def test_two_dtypes_for_one_tensor_need_a_choice(hf_model, tmp_path):
     model = hf_model()
     model.tensors[GATE] = model.tensors[GATE].bfloat16()
-    refused(model, tmp_path, "become one tensor but are stored as BF16, F32; choose one with --dtype")
+    refused(
+        model, tmp_path, "become one tensor but are stored as BF16, F32; choose one with --dtype"
+    )
     import_hf(tmp_path / "hf", tmp_path / "ckpt", dtype="float32")
 
 
@@ -117,7 +142,12 @@ def test_values_that_are_not_finite(hf_model, tmp_path, value):
 def test_overflow_in_the_asked_dtype(hf_model, tmp_path):
     model = hf_model()
     model.tensors[NORM][3] = 1e6
-    refused(model, tmp_path, f"{NORM} as float16 has 1 of 32 values that are NaN or infinite", dtype="float16")
+    refused(
+        model,
+        tmp_path,
+        f"{NORM} as float16 has 1 of 32 values that are NaN or infinite",
+        dtype="float16",
+    )
 
 
 def test_unknown_dtype(hf_model, tmp_path):
@@ -137,7 +167,10 @@ def test_existing_destination(hf_model, tmp_path):
     with pytest.raises(CheckpointError, match="already exists"):
         import_hf(folder, tmp_path / "ckpt")
     import_hf(folder, tmp_path / "ckpt", overwrite=True, dtype="bfloat16")
-    assert load.read_weights(tmp_path / "ckpt")["decoder.final_layernorm.weight"].dtype == torch.bfloat16
+    assert (
+        load.read_weights(tmp_path / "ckpt")["decoder.final_layernorm.weight"].dtype
+        == torch.bfloat16
+    )
 
 
 def test_overwriting_replaces_only_checkpoints(hf_model, tmp_path):
@@ -153,4 +186,6 @@ def test_a_failed_overwrite_leaves_the_old_checkpoint(hf_model, tmp_path):
     broken.tensors[NORM][0] = torch.nan
     with pytest.raises(ConversionError):
         import_hf(broken.write(tmp_path / "broken"), tmp_path / "ckpt", overwrite=True)
-    assert torch.isfinite(load.read_weights(tmp_path / "ckpt")["decoder.final_layernorm.weight"]).all()
+    assert torch.isfinite(
+        load.read_weights(tmp_path / "ckpt")["decoder.final_layernorm.weight"]
+    ).all()

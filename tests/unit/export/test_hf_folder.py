@@ -27,7 +27,11 @@ def test_reads_what_was_written(hf_model, tmp_path, shards):
     weights = HfWeights(model.write(tmp_path / "hf", shards=shards))
     assert set(weights) == set(model.tensors) and len(weights) == len(model.tensors)
     for name, tensor in model.tensors.items():
-        assert torch.equal(weights[name], tensor) and weights.shape(name) == tuple(tensor.shape) and weights.dtype(name) == "F32"
+        assert (
+            torch.equal(weights[name], tensor)
+            and weights.shape(name) == tuple(tensor.shape)
+            and weights.dtype(name) == "F32"
+        )
     assert weights.total_bytes() > sum(tensor.nbytes for tensor in model.tensors.values())
 
 
@@ -42,13 +46,21 @@ def test_truncated_file(hf_model, tmp_path):
 
 def test_missing_shard(sharded):
     (sharded / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(ConversionError, match="names model-00002-of-00002.safetensors, which is missing"):
+    with pytest.raises(
+        ConversionError, match="names model-00002-of-00002.safetensors, which is missing"
+    ):
         HfWeights(sharded)
 
 
 def test_index_names_a_tensor_that_is_elsewhere(sharded):
-    edit_index(sharded, lambda index: index.update({"model.norm.weight": _other(index["model.norm.weight"])}))
-    with pytest.raises(ConversionError, match="1 tensors are not in the file that the index names, first model.norm.weight"):
+    edit_index(
+        sharded,
+        lambda index: index.update({"model.norm.weight": _other(index["model.norm.weight"])}),
+    )
+    with pytest.raises(
+        ConversionError,
+        match="1 tensors are not in the file that the index names, first model.norm.weight",
+    ):
         HfWeights(sharded)
 
 
@@ -102,13 +114,17 @@ def test_shards_respect_the_limit_and_keep_the_order():
 
 
 def _other(file):
-    return file.replace("00001-of", "X-of").replace("00002-of", "00001-of").replace("X-of", "00002-of")
+    return (
+        file.replace("00001-of", "X-of").replace("00002-of", "00001-of").replace("X-of", "00002-of")
+    )
 
 
 def test_one_file_beside_the_index_of_another_model_is_refused(hf_model, tmp_path):
     folder = hf_model().write(tmp_path / "hf", shards=2)
     save_file({"other": torch.zeros(1)}, folder / "model.safetensors")
-    with pytest.raises(ConversionError, match=r"two models: model.safetensors, .* model-00001-of-00002.safetensors"):
+    with pytest.raises(
+        ConversionError, match=r"two models: model.safetensors, .* model-00001-of-00002.safetensors"
+    ):
         HfWeights(folder)
 
 

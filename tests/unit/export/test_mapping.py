@@ -4,7 +4,13 @@ from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.errors import ConversionError
 from megatron_hypenet.export import mapping
 
-QWEN3 = dict(num_query_groups=8, kv_channels=128, vocab_size=151936, attn_use_rope=True, attn_use_output_gate=False)
+QWEN3 = dict(
+    num_query_groups=8,
+    kv_channels=128,
+    vocab_size=151936,
+    attn_use_rope=True,
+    attn_use_output_gate=False,
+)
 
 
 def qwen3(layers, hidden, ffn, heads, tied):
@@ -40,10 +46,19 @@ def test_parameter_counts_of_published_models(shape, parameters):
 
 def test_names_of_a_hypenet_are_the_published_ones():
     common = ["q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"]
-    around = ["input_layernorm", "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+    around = [
+        "input_layernorm",
+        "post_attention_layernorm",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
+    ]
     expected = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
     for layer, extra in enumerate((["o_gate"], ["z_proj", "o_norm"])):
-        expected |= {f"model.layers.{layer}.{name}.weight" for name in [*around, *(f"self_attn.{part}" for part in common + extra)]}
+        expected |= {
+            f"model.layers.{layer}.{name}.weight"
+            for name in [*around, *(f"self_attn.{part}" for part in common + extra)]
+        }
     assert {name for entry in mapping.entries(student()) for name in entry.hf} == expected
 
 
@@ -52,14 +67,17 @@ def test_our_names_and_shapes():
     assert table["embedding.word_embeddings.weight"] == (11, 8)
     assert table["output_layer.weight"] == (11, 8)
     assert table["decoder.layers.0.mlp.linear_fc1.weight"] == (24, 8)
-    assert table["decoder.layers.0.self_attention.linear_in.weight.k"] == (16, 8)  # 8 groups of 2 channels
+    # 8 groups of 2 channels
+    assert table["decoder.layers.0.self_attention.linear_in.weight.k"] == (16, 8)
     assert table["decoder.layers.1.self_attention.linear_in.weight.k"] == (32, 8)  # all 16 heads
     assert table["decoder.layers.1.self_attention.o_norm.weight"] == (32,)
     assert "decoder.layers.0.self_attention.o_norm.weight" not in table
 
 
 def test_head_and_gate_rows_follow_the_configuration():
-    tied = {entry.ours for entry in mapping.entries(student(share_embeddings_and_output_weights=True))}
+    tied = {
+        entry.ours for entry in mapping.entries(student(share_embeddings_and_output_weights=True))
+    }
     teacher = {entry.ours for entry in mapping.entries(qwen3(2, 8, 12, 16, tied=False))}
     assert "output_layer.weight" not in tied
     assert not any("gate" in name for name in teacher) and "output_layer.weight" in teacher
@@ -71,6 +89,9 @@ def test_unknown_mixer_is_refused():
 
 
 def test_missing_and_extra_names_are_counted_and_named():
-    with pytest.raises(ConversionError, match=r"x: 2 of 4 tensors are missing, first c, d; 1 tensors have no row.*first q"):
+    with pytest.raises(
+        ConversionError,
+        match=r"x: 2 of 4 tensors are missing, first c, d; 1 tensors have no row.*first q",
+    ):
         mapping.check_names(["a", "b", "c", "d"], ["a", "b", "q"], where="x")
     mapping.check_names(["a", "b"], ["b", "a"], where="x")

@@ -15,9 +15,15 @@ def test_plan_reads_no_weights_and_writes_nothing(hf_model, tmp_path):
 
 
 def test_no_tensor_library_is_imported(hf_model, tmp_path):
-    """One that would cost a second in every command that only starts processes; numpy comes with safetensors."""
+    """One that would cost a second in every command that only starts processes; numpy comes with
+    safetensors."""
     folder = hf_model().write(tmp_path / "hf")
-    code = "import pathlib, sys; from megatron_hypenet.export.plan import plan_import; plan_import(pathlib.Path(sys.argv[1]))"
+    code = (
+        "import pathlib, sys; from megatron_hypenet.export.plan import plan_import; "
+        "plan_import(pathlib.Path(sys.argv[1]))"
+    )
     code += "; print([name for name in ('torch', 'transformers') if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "[]"

@@ -13,7 +13,10 @@ def test_split_undoes_join():
         assert joined.shape == entry.shape
         back = entry.split(joined)
         assert list(back) == list(entry.hf)
-        assert all(torch.equal(back[name], part) and back[name].is_contiguous() for name, part in zip(entry.hf, parts, strict=True))
+        assert all(
+            torch.equal(back[name], part) and back[name].is_contiguous()
+            for name, part in zip(entry.hf, parts, strict=True)
+        )
 
 
 def test_gate_comes_before_up():
@@ -28,7 +31,10 @@ def test_gate_comes_before_up():
     [
         (torch.zeros(3, 2), r"shape \[3, 2\], the configuration asks for \[2, 3\]"),
         (torch.zeros(2, 3, dtype=torch.int8), "stored as int8; supported are float32"),
-        (torch.tensor([[0.0, torch.nan, 1], [0, torch.inf, 1]]), "2 of 6 values that are NaN or infinite"),
+        (
+            torch.tensor([[0.0, torch.nan, 1], [0, torch.inf, 1]]),
+            "2 of 6 values that are NaN or infinite",
+        ),
     ],
 )
 def test_bad_tensor_is_named(tensor, message):

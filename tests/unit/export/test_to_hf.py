@@ -18,11 +18,15 @@ from .conftest import TOKENIZER
 
 @pytest.fixture
 def imported(hf_model, tmp_path):
-    """import(**changes) -> (HfModel, checkpoint folder); the HF folder is gone, as for a user who moved the checkpoint."""
+    """import(**changes) -> (HfModel, checkpoint folder); the HF folder is gone, as for a user who
+    moved the checkpoint."""
 
     def run(**changes):
         model = hf_model(**changes)
-        model.files = {"tokenizer.json": TOKENIZER, "generation_config.json": '{"top_p": 0.9, "transformers_version": "4.57.1"}'}
+        model.files = {
+            "tokenizer.json": TOKENIZER,
+            "generation_config.json": '{"top_p": 0.9, "transformers_version": "4.57.1"}',
+        }
         import_hf(model.write(tmp_path / "source"), tmp_path / "ckpt")
         shutil.rmtree(tmp_path / "source")
         return model, tmp_path / "ckpt"
@@ -37,7 +41,10 @@ def test_round_trip_is_bit_equal(imported, tmp_path, student, tied):
     assert export_hf(ckpt, tmp_path / "hf") == model.model
     found = load_file(tmp_path / "hf/model.safetensors")
     assert found.keys() == model.tensors.keys()
-    assert all(found[name].dtype == tensor.dtype and torch.equal(found[name], tensor) for name, tensor in model.tensors.items())
+    assert all(
+        found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
+        for name, tensor in model.tensors.items()
+    )
     assert json.loads((tmp_path / "hf/config.json").read_text()) == model.config
     with safe_open(tmp_path / "hf/model.safetensors", "pt") as handle:
         assert handle.metadata() == {"format": "pt"}
@@ -47,11 +54,19 @@ def test_folder_of_a_student_carries_its_code(imported, tmp_path):
     _, ckpt = imported(student=True)
     export_hf(ckpt, tmp_path / "hf")
     names = {path.name for path in (tmp_path / "hf").iterdir()}
-    assert names == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", *to_hf.REMOTE_FILES}
+    assert names == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        *to_hf.REMOTE_FILES,
+    }
     for module in json.loads((tmp_path / "hf/config.json").read_text())["auto_map"].values():
         assert f"{module.split('.')[0]}.py" in names
     # every file that the modelling code imports travels with it
-    assert set(to_hf.REMOTE_FILES) == {path.name for path in to_hf.REMOTE_CODE.glob("*.py")} - {"__init__.py"}
+    assert set(to_hf.REMOTE_FILES) == {path.name for path in to_hf.REMOTE_CODE.glob("*.py")} - {
+        "__init__.py"
+    }
 
 
 def test_folder_of_a_teacher_needs_no_code(imported, tmp_path):
@@ -59,7 +74,10 @@ def test_folder_of_a_teacher_needs_no_code(imported, tmp_path):
     export_hf(ckpt, tmp_path / "hf")
     names = {path.name for path in (tmp_path / "hf").iterdir()}
     assert names == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
-    assert json.loads((tmp_path / "hf/generation_config.json").read_text()) == {"eos_token_id": 2, "top_p": 0.9}
+    assert json.loads((tmp_path / "hf/generation_config.json").read_text()) == {
+        "eos_token_id": 2,
+        "top_p": 0.9,
+    }
 
 
 def test_shards_and_index(imported, tmp_path):
@@ -68,12 +86,20 @@ def test_shards_and_index(imported, tmp_path):
     export_hf(ckpt, tmp_path / "hf", max_shard_bytes=12_000, progress=lines.append)
     index = json.loads((tmp_path / "hf/model.safetensors.index.json").read_text())
     files = sorted(path.name for path in (tmp_path / "hf").glob("*.safetensors"))
-    assert len(files) > 2 and files == sorted(set(index["weight_map"].values())) and len(lines) == len(files)
+    assert (
+        len(files) > 2
+        and files == sorted(set(index["weight_map"].values()))
+        and len(lines) == len(files)
+    )
     assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
-    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in model.tensors.values())
+    assert index["metadata"]["total_size"] == sum(
+        tensor.nbytes for tensor in model.tensors.values()
+    )
     for file in files:
         found = load_file(tmp_path / "hf" / file)
-        assert {name for name, where in index["weight_map"].items() if where == file} == found.keys()
+        assert {
+            name for name, where in index["weight_map"].items() if where == file
+        } == found.keys()
         assert all(torch.equal(tensor, model.tensors[name]) for name, tensor in found.items())
 
 
@@ -87,11 +113,15 @@ def test_dtype_is_converted(imported, tmp_path):
     model, ckpt = imported()
     export_hf(ckpt, tmp_path / "hf", dtype="bfloat16")
     found = load_file(tmp_path / "hf/model.safetensors")
-    assert all(torch.equal(tensor, model.tensors[name].bfloat16()) for name, tensor in found.items())
+    assert all(
+        torch.equal(tensor, model.tensors[name].bfloat16()) for name, tensor in found.items()
+    )
     assert json.loads((tmp_path / "hf/config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
-@pytest.mark.parametrize(("asked", "written"), [("keep", "hype 362"), ("hype 500", "hype 500"), (None, None), (2, 2.0)])
+@pytest.mark.parametrize(
+    ("asked", "written"), [("keep", "hype 362"), ("hype 500", "hype 500"), (None, None), (2, 2.0)]
+)
 def test_logits_scaling_is_written(imported, tmp_path, asked, written):
     _, ckpt = imported(student=True, attn_logits_scaling="hype 362")
     export_hf(ckpt, tmp_path / "hf", attn_logits_scaling=asked)
@@ -112,7 +142,10 @@ def test_a_teacher_has_no_logits_scaling(imported, tmp_path):
 
 
 def write_checkpoint(model, folder, change):
-    tensors = {entry.ours: join(entry, [model.tensors[name] for name in entry.hf]).clone() for entry in mapping.entries(model.model)}
+    tensors = {
+        entry.ours: join(entry, [model.tensors[name] for name in entry.hf]).clone()
+        for entry in mapping.entries(model.model)
+    }
     change(tensors)
     return save.write_weights(folder, tensors, model.model, kind="student")
 
@@ -120,10 +153,19 @@ def write_checkpoint(model, folder, change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop("decoder.final_layernorm.weight"), "1 of 37 tensors are missing, first decoder.final_layernorm.weight"),
+        (
+            lambda t: t.pop("decoder.final_layernorm.weight"),
+            "1 of 37 tensors are missing, first decoder.final_layernorm.weight",
+        ),
         (lambda t: t.update(extra=torch.zeros(2)), "1 tensors have no row.*first extra"),
-        (lambda t: t["decoder.final_layernorm.weight"].fill_(torch.nan), "decoder.final_layernorm.weight has 32 of 32 values"),
-        (lambda t: t.update({"decoder.final_layernorm.weight": torch.zeros(9)}), r"has shape \[9\], the configuration asks for \[32\]"),
+        (
+            lambda t: t["decoder.final_layernorm.weight"].fill_(torch.nan),
+            "decoder.final_layernorm.weight has 32 of 32 values",
+        ),
+        (
+            lambda t: t.update({"decoder.final_layernorm.weight": torch.zeros(9)}),
+            r"has shape \[9\], the configuration asks for \[32\]",
+        ),
     ],
 )
 def test_bad_checkpoints_leave_nothing(hf_model, tmp_path, change, message):
@@ -172,7 +214,9 @@ def test_a_full_disk_leaves_nothing(imported, tmp_path, monkeypatch):
     _, ckpt = imported()
 
     def full(*_, **__):
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        )
 
     monkeypatch.setattr(to_hf, "save_file", full)
     with pytest.raises(SetupError, match="no space left on the disk"):

@@ -9,7 +9,8 @@ from megatron_hypenet.export.to_hf import export_hf
 
 @pytest.fixture
 def pair(hf_model, tmp_path):
-    """pair(change, **model changes) -> (HF folder, checkpoint of the same model); `change` is applied to the HF tensors afterwards."""
+    """pair(change, **model changes) -> (HF folder, checkpoint of the same model); `change` is
+    applied to the HF tensors afterwards."""
 
     def build(change=None, config=None, **changes):
         model = hf_model(**changes)
@@ -25,9 +26,19 @@ def pair(hf_model, tmp_path):
 @pytest.mark.parametrize("student", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
 def test_same_model(pair, student, tied):
-    report = verify.verify(*pair(student=student, share_embeddings_and_output_weights=tied), dtype="float64", num_tokens=20)
-    assert report.ok and report.tensors.equal == report.tensors.compared and report.tensors.cast == 0
-    assert report.logits.max_rel_diff < 1e-6 and report.logits.top1_agreement == 1 and report.logits.cosine > 1 - 1e-12
+    report = verify.verify(
+        *pair(student=student, share_embeddings_and_output_weights=tied),
+        dtype="float64",
+        num_tokens=20,
+    )
+    assert (
+        report.ok and report.tensors.equal == report.tensors.compared and report.tensors.cast == 0
+    )
+    assert (
+        report.logits.max_rel_diff < 1e-6
+        and report.logits.top1_agreement == 1
+        and report.logits.cosine > 1 - 1e-12
+    )
     assert report.logits.tokens == 40 and report.notes == []
     report.require_ok()
 
@@ -39,7 +50,10 @@ def test_one_changed_weight_is_found_and_located(pair):
     report = verify.verify(*pair(change, student=True), num_tokens=20)
     assert report.tensors.different == ["model.layers.1.self_attn.v_proj.weight"]
     assert report.logits.first_diverging == "layer 1" and not report.ok
-    with pytest.raises(VerificationError, match="1 of 40 tensors differ, first model.layers.1.self_attn.v_proj.weight") as caught:
+    with pytest.raises(
+        VerificationError,
+        match="1 of 40 tensors differ, first model.layers.1.self_attn.v_proj.weight",
+    ) as caught:
         report.require_ok()
     assert "hidden states part at layer 1" in str(caught.value)
 
@@ -54,7 +68,9 @@ def test_one_changed_weight_is_found_and_located(pair):
     ],
 )
 def test_place_of_the_first_difference(pair, name, place):
-    report = verify.verify(*pair(lambda tensors: tensors[name].mul_(1.5), student=True), num_tokens=20)
+    report = verify.verify(
+        *pair(lambda tensors: tensors[name].mul_(1.5), student=True), num_tokens=20
+    )
     assert report.logits.first_diverging == place
 
 
@@ -68,7 +84,9 @@ def test_one_flipped_bit_is_found_without_running_models(pair):
 
 
 def test_other_logits_scaling_is_a_note_and_the_folder_decides(pair):
-    report = verify.verify(*pair(config={"attn_logits_scaling": "hype 500"}, student=True), num_tokens=20)
+    report = verify.verify(
+        *pair(config={"attn_logits_scaling": "hype 500"}, student=True), num_tokens=20
+    )
     assert report.ok and report.notes == ["attn_logits_scaling: folder 'hype 500', checkpoint None"]
 
 
@@ -84,7 +102,11 @@ def test_a_narrower_copy_is_the_same_model_up_to_its_rounding(hf_model, tmp_path
     export_hf(tmp_path / "ckpt", tmp_path / "wide", dtype="float32")
     for other, checked in ((folder, "bfloat16"), (tmp_path / "wide", "bfloat16")):
         report = verify.verify(other, tmp_path / "ckpt", num_tokens=20)
-        assert report.ok and report.tensors.cast == report.tensors.compared and report.tensors.cast_to == checked
+        assert (
+            report.ok
+            and report.tensors.cast == report.tensors.compared
+            and report.tensors.cast_to == checked
+        )
         assert report.logits.max_rel_diff < 1e-5
 
 

@@ -1,4 +1,5 @@
-"""Hostfiles, addresses, ports, variables and hosts: read and resolved the same way every time, or refused with one clear error."""
+"""Hostfiles, addresses, ports, variables and hosts: read and resolved the same way every time, or
+refused with one clear error."""
 
 import os
 import shlex
@@ -9,7 +10,17 @@ from pathlib import Path
 import pytest
 
 from launchers import hostfile
-from launchers.hostfile import Host, environment_file, packed, planned, port_of, read_hostfile, unpacked, variables, without_secrets
+from launchers.hostfile import (
+    Host,
+    environment_file,
+    packed,
+    planned,
+    port_of,
+    read_hostfile,
+    unpacked,
+    variables,
+    without_secrets,
+)
 from megatron_hypenet.errors import SetupError, UsageError
 
 WORKERS = (Host("worker-1", 8), Host("worker-2", 4))
@@ -17,16 +28,26 @@ WORKERS = (Host("worker-1", 8), Host("worker-2", 4))
 
 @pytest.fixture
 def ssh(tmp_path, monkeypatch):
-    """`ssh` and `pdsh` found first are programs of ours: every host is an address from `addresses`, and commands are done here."""
+    """`ssh` and `pdsh` found first are programs of ours: every host is an address from `addresses`,
+    and commands are done here."""
     tools = tmp_path / "tools"
     tools.mkdir()
     addresses = {"worker-1": "10.0.0.1", "worker-2": "10.0.0.2"}
 
     def write(refusing="nobody"):
-        lines = ["#!/bin/sh", 'while [ "$1" = -o ]; do shift 2; done', 'if [ "$1" = -G ]; then case "$2" in']
+        lines = [
+            "#!/bin/sh",
+            'while [ "$1" = -o ]; do shift 2; done',
+            'if [ "$1" = -G ]; then case "$2" in',
+        ]
         lines += [f"{name}) echo hostname {address};;" for name, address in addresses.items()]
         lines += ['*) echo "hostname $2";;', "esac; exit; fi"]
-        lines += [f'if [ "$1" = {refusing} ]; then echo "$1: Permission denied (publickey)." >&2; exit 255; fi', "shift", 'eval "$@"']
+        lines += [
+            f'if [ "$1" = {refusing} ]; then echo "$1: Permission denied (publickey)." >&2; '
+            "exit 255; fi",
+            "shift",
+            'eval "$@"',
+        ]
         for name, text in (("ssh", "\n".join(lines)), ("pdsh", "#!/bin/sh")):
             (tools / name).write_text(text + "\n")
             (tools / name).chmod(0o755)
@@ -43,7 +64,9 @@ def ssh(tmp_path, monkeypatch):
 
 
 def test_a_hostfile_is_read_in_its_order(tmp_path):
-    (tmp_path / "hosts").write_text("# ours\n\nworker-2 slots=4  # the small one\nme@10.0.0.7   slots=8\n")
+    (tmp_path / "hosts").write_text(
+        "# ours\n\nworker-2 slots=4  # the small one\nme@10.0.0.7   slots=8\n"
+    )
     assert read_hostfile(tmp_path / "hosts") == (Host("worker-2", 4), Host("me@10.0.0.7", 8))
 
 
@@ -80,18 +103,34 @@ def test_the_whole_start_is_known_beforehand(ssh, tmp_path, monkeypatch):
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib0")
     monkeypatch.setenv("PYTHONPATH", "src")
     launch = planned(["train", "x.yaml", "note=two words"], Path("hosts"))
-    assert (launch.num_processes, launch.address) == (12, "10.0.0.1") and 10000 <= launch.port < 30000
+    assert (launch.num_processes, launch.address) == (
+        12,
+        "10.0.0.1",
+    ) and 10000 <= launch.port < 30000
     content = launch.describe()
     words = shlex.split(content["command"])
     assert words[:3] == [sys.executable, "-m", "deepspeed.launcher.runner"]
-    assert words[words.index("--hostfile") + 1] == str(tmp_path / "hosts") and words[words.index("--master_addr") + 1] == "10.0.0.1"
+    assert (
+        words[words.index("--hostfile") + 1] == str(tmp_path / "hosts")
+        and words[words.index("--master_addr") + 1] == "10.0.0.1"
+    )
     assert words[words.index("--master_port") + 1] == str(launch.port) and "--force_multi" in words
     module = words.index("launchers.hostfile_rank")
-    assert words[module - 1] == "--module" and [unpacked(word) for word in words[module + 1 :]] == list(launch.words)
+    assert words[module - 1] == "--module" and [
+        unpacked(word) for word in words[module + 1 :]
+    ] == list(launch.words)
     assert [entry["ranks"] for entry in content["hosts"]] == [list(range(8)), list(range(8, 12))]
-    assert content["environment"]["NCCL_SOCKET_IFNAME"] == "ib0" and content["environment"]["PYTHONPATH"] == f"{tmp_path}:src"
-    assert content["command_environment"]["PDSH_SSH_ARGS_APPEND"].startswith("-o ServerAliveInterval=15 ")
-    assert "  worker-2: ranks 8 to 11" in launch.lines() and "  with NCCL_SOCKET_IFNAME=ib0" in launch.lines()
+    assert (
+        content["environment"]["NCCL_SOCKET_IFNAME"] == "ib0"
+        and content["environment"]["PYTHONPATH"] == f"{tmp_path}:src"
+    )
+    assert content["command_environment"]["PDSH_SSH_ARGS_APPEND"].startswith(
+        "-o ServerAliveInterval=15 "
+    )
+    assert (
+        "  worker-2: ranks 8 to 11" in launch.lines()
+        and "  with NCCL_SOCKET_IFNAME=ib0" in launch.lines()
+    )
     assert planned(["train", "x.yaml", "note=two words"], Path("hosts")) == launch
 
 
@@ -99,10 +138,24 @@ def test_deepspeeds_own_launcher_understands_the_command(ssh):
     runner = pytest.importorskip("deepspeed.launcher.runner")
     launch = planned(["run", "--tp", "2", "a=b c"], Path("hosts"))
     found = runner.parse_args(launch.command[3:])
-    assert (found.hostfile, found.launcher, found.launcher_args, found.force_multi) == (str(launch.hostfile), "pdsh", "-N", True)
-    assert (found.master_addr, found.master_port, found.module, found.no_local_rank) == (launch.address, launch.port, True, True)
-    assert found.user_script == "launchers.hostfile_rank" and [unpacked(word) for word in found.user_args] == list(launch.words)
-    assert runner.fetch_hostfile(str(launch.hostfile)) == {host.name: host.slots for host in launch.hosts}
+    assert (found.hostfile, found.launcher, found.launcher_args, found.force_multi) == (
+        str(launch.hostfile),
+        "pdsh",
+        "-N",
+        True,
+    )
+    assert (found.master_addr, found.master_port, found.module, found.no_local_rank) == (
+        launch.address,
+        launch.port,
+        True,
+        True,
+    )
+    assert found.user_script == "launchers.hostfile_rank" and [
+        unpacked(word) for word in found.user_args
+    ] == list(launch.words)
+    assert runner.fetch_hostfile(str(launch.hostfile)) == {
+        host.name: host.slots for host in launch.hosts
+    }
 
 
 def test_hosts_that_ssh_cannot_reach_are_all_named(ssh):
@@ -111,26 +164,38 @@ def test_hosts_that_ssh_cannot_reach_are_all_named(ssh):
         planned(["run"], Path("hosts"))
     said = str(error.value).splitlines()
     assert said[0] == "1 of 2 hosts cannot be used:"
-    assert said[1] == "  worker-2: ssh: worker-2: Permission denied (publickey).; it must work without a password"
+    assert (
+        said[1]
+        == "  worker-2: ssh: worker-2: Permission denied (publickey).; it must work without a "
+        "password"
+    )
 
 
 def test_a_host_without_the_same_folder(ssh):
     hostfile.check_reachable(WORKERS, os.getcwd())
-    with pytest.raises(SetupError, match=r"worker-1: it has no .* or no .*; both must be the same on all hosts"):
+    with pytest.raises(
+        SetupError, match=r"worker-1: it has no .* or no .*; both must be the same on all hosts"
+    ):
         hostfile.check_reachable(WORKERS, "/nowhere")
 
 
 def test_names_that_nobody_knows(ssh):
     ssh.addresses["worker-1"] = "no-such-host.invalid"
     ssh()
-    with pytest.raises(SetupError, match=r"host 'worker-1' of the hostfile cannot be looked up \(no-such-host.invalid\)"):
+    with pytest.raises(
+        SetupError,
+        match=r"host 'worker-1' of the hostfile cannot be looked up \(no-such-host.invalid\)",
+    ):
         planned(["run"], Path("hosts"))
 
 
 def test_a_head_that_every_host_takes_for_itself(ssh):
     ssh.addresses["worker-1"] = "127.0.1.1"
     ssh()
-    with pytest.raises(SetupError, match=r"the first host, worker-1, is 127.0.1.1 here, which for every other host is itself"):
+    with pytest.raises(
+        SetupError,
+        match=r"the first host, worker-1, is 127.0.1.1 here, which for every other host is itself",
+    ):
         planned(["run"], Path("hosts"))
     ssh.addresses["worker-2"] = "127.0.0.2"
     ssh()
@@ -139,19 +204,29 @@ def test_a_head_that_every_host_takes_for_itself(ssh):
 
 def test_missing_tools_are_named(ssh, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(SetupError, match=r"needs ssh and pdsh, not found here; apt-get install openssh-client pdsh"):
+    with pytest.raises(
+        SetupError, match=r"needs ssh and pdsh, not found here; apt-get install openssh-client pdsh"
+    ):
         planned(["run"], Path("hosts"))
 
 
 def test_a_folder_that_a_shell_would_split(ssh, tmp_path, monkeypatch):
     (tmp_path / "my run").mkdir()
     monkeypatch.chdir(tmp_path / "my run")
-    with pytest.raises(SetupError, match="the working directory is .*my run, and DeepSpeed's launcher hands it to a shell without quotes"):
+    with pytest.raises(
+        SetupError,
+        match="the working directory is .*my run, and DeepSpeed's launcher hands it to a shell "
+        "without quotes",
+    ):
         planned(["run"], tmp_path / "hosts")
 
 
 def test_ports_follow_from_hosts_folder_and_command():
-    ports = {port_of(WORKERS, folder, words, {}) for folder in ("/a", "/b") for words in (["run"], ["train"])}
+    ports = {
+        port_of(WORKERS, folder, words, {})
+        for folder in ("/a", "/b")
+        for words in (["run"], ["train"])
+    }
     assert len(ports) == 4 and all(10000 <= port < 30000 for port in ports)
     assert port_of(WORKERS, "/a", ["run"], {}) == port_of(WORKERS, "/a", ["run"], {})
     assert port_of(WORKERS, "/a", ["run"], {"HYPENET_MASTER_PORT": "4711"}) == 4711
@@ -187,9 +262,15 @@ def test_deepspeeds_file_of_variables_counts(ssh, tmp_path):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / ".deepspeed_env").write_text("NCCL_DEBUG=WARN\nFROM_HOME=1\n")
     (tmp_path / ".deepspeed_env").write_text("FROM_HERE=a b\n")
-    assert variables({"NCCL_DEBUG": "INFO"}, ()) == {"NCCL_DEBUG": "WARN", "FROM_HOME": "1", "FROM_HERE": "a b"}
+    assert variables({"NCCL_DEBUG": "INFO"}, ()) == {
+        "NCCL_DEBUG": "WARN",
+        "FROM_HOME": "1",
+        "FROM_HERE": "a b",
+    }
     (tmp_path / ".deepspeed_env").write_text("HF_TOKEN=t\n")
-    with pytest.raises(UsageError, match=r"\.deepspeed_env sets HF_TOKEN, which looks like a secret"):
+    with pytest.raises(
+        UsageError, match=r"\.deepspeed_env sets HF_TOKEN, which looks like a secret"
+    ):
         variables({}, ())
     (tmp_path / ".deepspeed_env").write_text("export\n")
     with pytest.raises(SetupError, match="'export' is not of the form NAME=VALUE"):
@@ -203,8 +284,16 @@ def test_values_survive_deepspeeds_quoting_and_a_shell(tmp_path):
     runner.exports = {}
     for line in environment_file(values).splitlines():
         runner.add_export(*line.split("=", maxsplit=1))
-    exports = "".join(f"export {name}={value}; " for name, value in runner.exports.items()).replace("%%", "%")  # pdsh's part
-    show = subprocess.run(["sh", "-c", exports + 'printf "%s\\n" "$PLAIN" "$ODD"'], capture_output=True, text=True, check=True)
+    # pdsh's part
+    exports = "".join(f"export {name}={value}; " for name, value in runner.exports.items()).replace(
+        "%%", "%"
+    )
+    show = subprocess.run(
+        ["sh", "-c", exports + 'printf "%s\\n" "$PLAIN" "$ODD"'],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert show.stdout.splitlines() == list(values.values())
 
 
@@ -212,7 +301,11 @@ def test_words_stay_readable_where_they_can():
     for word in ("train", "configs/run/demo.yaml", "align.lr=3e-4", "--tp", "data=a,b:c"):
         assert packed(word) == word
     for word in ("a b", "$HOME", "100%", "it's", "[1,2]", "@x", "", "é"):
-        assert packed(word).startswith("@") and packed(packed(word)) != packed(word) and unpacked(packed(word)) == word
+        assert (
+            packed(word).startswith("@")
+            and packed(packed(word)) != packed(word)
+            and unpacked(packed(word)) == word
+        )
 
 
 def test_a_hostfile_with_other_line_ends(tmp_path):

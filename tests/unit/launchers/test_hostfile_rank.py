@@ -1,4 +1,5 @@
-"""One slot of a hostfile: what it tells, what it hands on, and that its command never outlives the connection."""
+"""One slot of a hostfile: what it tells, what it hands on, and that its command never outlives the
+connection."""
 
 import json
 import os
@@ -21,7 +22,13 @@ from launchers import hostfile_rank
 hostfile_rank.hypenet_command = lambda words: (sys.executable, "-u", "-c", *words)
 hostfile_rank.main()
 """
-PLACE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "4", "LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+PLACE = {
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "WORLD_SIZE": "4",
+    "LOCAL_SIZE": "2",
+    "MASTER_ADDR": "127.0.0.1",
+}
 
 
 @pytest.fixture
@@ -31,7 +38,9 @@ def start(repo_root):
 
     def begin(code, *words, **more):
         with held_port() as port:
-            environment = os.environ | PLACE | {"MASTER_PORT": str(port), "PYTHONPATH": str(repo_root)} | more
+            environment = (
+                os.environ | PLACE | {"MASTER_PORT": str(port), "PYTHONPATH": str(repo_root)} | more
+            )
         command = [sys.executable, "-c", DRIVER, packed(code), *map(packed, words)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         running.append(subprocess.Popen(command, env=environment, text=True, **pipes))
@@ -50,7 +59,12 @@ def told(line):
 
 
 def test_the_first_rank_speaks_and_the_end_is_told(start):
-    slot = start("import os, sys; print(sys.argv[1:], os.environ['LOCAL_WORLD_SIZE']); print('to stderr', file=sys.stderr)", "a b", "$c")
+    slot = start(
+        "import os, sys; print(sys.argv[1:], os.environ['LOCAL_WORLD_SIZE']); print('to stderr', "
+        "file=sys.stderr)",
+        "a b",
+        "$c",
+    )
     assert slot.wait(timeout=30) == 0
     out, said = slot.stdout.read(), slot.stderr.read()
     assert out == "['a b', '$c'] 2\n"
@@ -63,14 +77,18 @@ def test_another_rank_keeps_its_words_until_it_fails(start):
     slot = start("print('x' * 5000); print('last words'); raise SystemExit(7)", RANK="3")
     assert told(slot.stderr.readline())["event"] == "started"
     end = told(slot.stderr.readline())
-    assert (end["rank"], end["code"], end["tail"]) == (3, 7, ["last words"])  # as much of the end as fits into one line
+    # as much of the end as fits into one line
+    assert (end["rank"], end["code"], end["tail"]) == (3, 7, ["last words"])
     assert slot.poll() is None, "it waits for leave to go, which ends the other slots of its host"
     out, _ = slot.communicate(timeout=30)
     assert slot.returncode == 7 and out == ""
 
 
 def test_a_killed_command_and_what_it_left(start):
-    code = "import os, subprocess; print(subprocess.Popen(['sleep', '60']).pid); os.kill(os.getpid(), 9)"
+    code = (
+        "import os, subprocess; print(subprocess.Popen(['sleep', '60']).pid); os.kill(os.getpid(), "
+        "9)"
+    )
     slot = start(code)
     left = int(slot.stdout.readline())
     slot.stderr.readline()
@@ -80,7 +98,10 @@ def test_a_killed_command_and_what_it_left(start):
 
 @pytest.mark.parametrize("end", ["input", "output"])
 def test_the_command_is_killed_with_the_connection(start, end):
-    slot = start("import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(os.getpid()); time.sleep(60)")
+    slot = start(
+        "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+        "print(os.getpid()); time.sleep(60)"
+    )
     pid = int(slot.stdout.readline())
     (slot.stdin if end == "input" else slot.stdout).close()
     eventually(lambda: gone(pid) and slot.poll() is not None)
@@ -94,7 +115,10 @@ def test_the_command_dies_with_its_slot(start):
 
 
 def test_signals_are_handed_on(start):
-    slot = start("import signal, sys, time; signal.signal(signal.SIGUSR2, lambda *_: sys.exit(75)); print('ready'); time.sleep(60)")
+    slot = start(
+        "import signal, sys, time; signal.signal(signal.SIGUSR2, lambda *_: sys.exit(75)); "
+        "print('ready'); time.sleep(60)"
+    )
     slot.stdout.readline()
     slot.send_signal(signal.SIGUSR2)
     slot.stderr.readline()
@@ -104,7 +128,9 @@ def test_signals_are_handed_on(start):
 def test_a_place_that_cannot_be_taken():
     with pytest.raises(SetupError, match="did not say where this process belongs: 'RANK'"):
         environment_of({})
-    with pytest.raises(SetupError, match=r"first host's address 'no-such-host.invalid' cannot be looked up on"):
+    with pytest.raises(
+        SetupError, match=r"first host's address 'no-such-host.invalid' cannot be looked up on"
+    ):
         environment_of({**PLACE, "MASTER_ADDR": "no-such-host.invalid", "MASTER_PORT": "12345"})
     own = environment_of({**PLACE, "RANK": "1", "MASTER_PORT": "12345"})
     assert own["LOCAL_WORLD_SIZE"] == "2" and under_way(own)

@@ -1,4 +1,5 @@
-"""Real processes of a small Python program in the place of `hypenet`: exit codes, signals, streams, and that nobody is left behind."""
+"""Real processes of a small Python program in the place of `hypenet`: exit codes, signals, streams,
+and that nobody is left behind."""
 
 import os
 import signal
@@ -34,7 +35,9 @@ def program(tmp_path, monkeypatch):
     def write(code):
         path = tmp_path / "program.py"
         path.write_text(PROGRAM + code)
-        monkeypatch.setattr(local, "hypenet_command", lambda words: (sys.executable, str(path), *words))
+        monkeypatch.setattr(
+            local, "hypenet_command", lambda words: (sys.executable, str(path), *words)
+        )
         return path
 
     return write
@@ -59,7 +62,11 @@ def signal_when_ready(ranks, *numbers):
     """Send signals to this process once all `ranks` have written their ready files."""
 
     def send():
-        eventually(lambda: all(Path(f"ready{rank}").exists() and Path(f"ready{rank}").read_text() for rank in ranks))
+        eventually(
+            lambda: all(
+                Path(f"ready{rank}").exists() and Path(f"ready{rank}").read_text() for rank in ranks
+            )
+        )
         for number in numbers:
             os.kill(os.getpid(), number)
             time.sleep(0.3)
@@ -73,20 +80,29 @@ def test_every_process_knows_its_place(program, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     program(
         """
-names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+names = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT".split()
+names.append("OMP_NUM_THREADS")
 open(f"env{rank}", "w").write(" ".join([os.environ[name] for name in names] + sys.argv[1:]))
 """
     )
     assert run(LocalLaunch(("train", "x=1"), 3)) == 0
     seen = [Path(f"env{rank}").read_text().split() for rank in range(3)]
-    assert [row[:5] for row in seen] == [[str(rank), str(rank), "3", "3", "127.0.0.1"] for rank in range(3)]
-    assert len({row[5] for row in seen}) == 1 and int(seen[0][6]) >= 1 and seen[0][7:] == ["train", "x=1"]
+    assert [row[:5] for row in seen] == [
+        [str(rank), str(rank), "3", "3", "127.0.0.1"] for rank in range(3)
+    ]
+    assert (
+        len({row[5] for row in seen}) == 1
+        and int(seen[0][6]) >= 1
+        and seen[0][7:] == ["train", "x=1"]
+    )
 
 
 def test_a_thread_number_that_is_set_stays(monkeypatch):
     assert "OMP_NUM_THREADS" not in LocalLaunch((), 2).environment(0, 1, {"OMP_NUM_THREADS": "3"})
     assert under_way(LocalLaunch((), 2).environment(0, 1, {}))
-    assert LocalLaunch((), 2).environment(0, 1, {})["OMP_NUM_THREADS"] == str(max(1, len(os.sched_getaffinity(0)) // 2))
+    assert LocalLaunch((), 2).environment(0, 1, {})["OMP_NUM_THREADS"] == str(
+        max(1, len(os.sched_getaffinity(0)) // 2)
+    )
 
 
 def test_streams_of_rank_0_pass_and_others_are_quiet(program, capfd):
@@ -107,7 +123,14 @@ def test_the_first_failure_decides_and_is_shown(program, capfd):
 if rank == 1:
     print("error: loss is nan", file=sys.stderr)
     sys.exit(7)
-wait_for("never") if size == 3 and rank == 2 else wait_for("ready0") if rank else (time.sleep(1), ready(), sys.exit(1))
+if size == 3 and rank == 2:
+    wait_for("never")
+if rank:
+    wait_for("ready0")
+else:
+    time.sleep(1)
+    ready()
+    sys.exit(1)
 """
     )
     start = time.monotonic()
@@ -133,7 +156,10 @@ def test_what_all_processes_say_is_shown_once(program, capfd):
 
 
 def test_a_process_that_ignores_sigterm_is_killed(program):
-    program("if rank == 0: wait_for('ready1'); sys.exit(3)\nsignal.signal(signal.SIGTERM, signal.SIG_IGN); ready(); wait_for('never')")
+    program(
+        "if rank == 0: wait_for('ready1'); sys.exit(3)\nsignal.signal(signal.SIGTERM, "
+        "signal.SIG_IGN); ready(); wait_for('never')"
+    )
     assert run(LocalLaunch((), 2, grace_seconds=0.5)) == 3
     eventually(lambda: gone(int(Path("ready1").read_text())))
 
@@ -157,7 +183,10 @@ def test_death_by_a_signal_is_128_plus_its_number(program):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
 def test_requests_to_stop_reach_every_process(program, number):
-    program(f"signal.signal({int(number)}, lambda *_: (open(f'asked{{rank}}', 'w'), sys.exit(75))); ready(); wait_for('never')")
+    program(
+        f"signal.signal({int(number)}, lambda *_: (open(f'asked{{rank}}', 'w'), sys.exit(75))); "
+        "ready(); wait_for('never')"
+    )
     sender = signal_when_ready(range(2), number)
     assert run(LocalLaunch((), 2)) == 75
     sender.join()
@@ -180,7 +209,8 @@ def test_the_keyboard_stops_all_and_twice_kills(program):
 
 def test_what_a_process_leaves_behind_is_ended(program):
     program(
-        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); open(f'pid{rank}', 'w').write(str(child.pid))"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); "
+        "open(f'pid{rank}', 'w').write(str(child.pid))"
     )
     assert run(LocalLaunch((), 2)) == 0
     eventually(lambda: all(gone(int(Path(f"pid{rank}").read_text())) for rank in range(2)))
@@ -188,10 +218,20 @@ def test_what_a_process_leaves_behind_is_ended(program):
 
 def test_processes_die_with_a_launcher_that_is_killed(program, repo_root, tmp_path):
     path = program("ready(); wait_for('never')")
-    starter = f"from launchers import local; local.hypenet_command = lambda w: ({sys.executable!r}, {str(path)!r}); "
+    starter = (
+        f"from launchers import local; local.hypenet_command = lambda w: ({sys.executable!r}, "
+        f"{str(path)!r}); "
+    )
     starter += "local.run(local.LocalLaunch((), 2))"
-    launcher = subprocess.Popen([sys.executable, "-c", starter], env={**os.environ, "PYTHONPATH": str(repo_root), "TMPDIR": str(tmp_path)})
-    eventually(lambda: all(Path(f"ready{rank}").exists() and Path(f"ready{rank}").read_text() for rank in range(2)))
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", starter],
+        env={**os.environ, "PYTHONPATH": str(repo_root), "TMPDIR": str(tmp_path)},
+    )
+    eventually(
+        lambda: all(
+            Path(f"ready{rank}").exists() and Path(f"ready{rank}").read_text() for rank in range(2)
+        )
+    )
     launcher.kill()
     launcher.wait()
     for rank in range(2):
@@ -214,10 +254,18 @@ def test_dry_run_says_everything(capsys):
     assert content["command"].endswith("-m megatron_hypenet score 'a b'")
     assert [own["RANK"] for own in content["processes"]] == ["0", "1"]
     lines = launch.lines()
-    assert len(lines) == 3 and "2 times" in lines[0] and "RANK=1" in lines[2] and "MASTER_PORT='a free port'" in lines[2]
+    assert (
+        len(lines) == 3
+        and "2 times" in lines[0]
+        and "RANK=1" in lines[2]
+        and "MASTER_PORT='a free port'" in lines[2]
+    )
 
 
-@pytest.mark.parametrize(("devices", "count"), [(None, 2), ("0", 1), ("0,1", 2), ("", 0), ("-1", 0), ("1,-1,0", 1), ("GPU-a,GPU-b", 2)])
+@pytest.mark.parametrize(
+    ("devices", "count"),
+    [(None, 2), ("0", 1), ("0,1", 2), ("", 0), ("-1", 0), ("1,-1,0", 1), ("GPU-a,GPU-b", 2)],
+)
 def test_visible_gpus(tmp_path, monkeypatch, devices, count):
     fake = tmp_path / "nvidia-smi"
     fake.write_text("#!/bin/sh\necho 'GPU 0: A (UUID: GPU-a)'\necho 'GPU 1: B (UUID: GPU-b)'\n")

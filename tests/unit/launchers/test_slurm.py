@@ -11,18 +11,31 @@ from launchers import slurm
 from megatron_hypenet.errors import CheckpointError, SavedAndRequeue, SetupError
 
 TASK = {
-    "SLURM_JOB_ID": "70001", "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_STEP_NUM_TASKS": "20",
-    "SLURM_STEP_TASKS_PER_NODE": "8(x2),4", "SLURM_STEP_NODELIST": "n[1-3]", "HYPENET_HEAD_ADDRESS": "127.0.0.1",
-}  # fmt: skip
+    "SLURM_JOB_ID": "70001",
+    "SLURM_PROCID": "9",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_NUM_TASKS": "20",
+    "SLURM_STEP_TASKS_PER_NODE": "8(x2),4",
+    "SLURM_STEP_NODELIST": "n[1-3]",
+    "HYPENET_HEAD_ADDRESS": "127.0.0.1",
+}
 
 
 def test_the_place_comes_from_slurm():
     assert slurm.place_of(TASK) == {
-        "RANK": "9", "WORLD_SIZE": "20", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "20001",
-    }  # fmt: skip
+        "RANK": "9",
+        "WORLD_SIZE": "20",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "8",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "20001",
+    }
 
 
-@pytest.mark.parametrize(("devices", "local_rank"), [("0,1,2,3", "1"), ("1", "0"), ("GPU-12ab", "0"), ("", "1")])
+@pytest.mark.parametrize(
+    ("devices", "local_rank"), [("0,1,2,3", "1"), ("1", "0"), ("GPU-12ab", "0"), ("", "1")]
+)
 def test_a_task_that_sees_one_gpu_calls_it_the_first(devices, local_rank):
     assert slurm.place_of({**TASK, "CUDA_VISIBLE_DEVICES": devices})["LOCAL_RANK"] == local_rank
 
@@ -30,7 +43,9 @@ def test_a_task_that_sees_one_gpu_calls_it_the_first(devices, local_rank):
 @pytest.mark.parametrize("name", [name for name in TASK if name != "HYPENET_HEAD_ADDRESS"])
 def test_what_slurm_does_not_say_is_fatal(name):
     if name == "SLURM_STEP_NODELIST":
-        task = {key: value for key, value in TASK.items() if key not in (name, "HYPENET_HEAD_ADDRESS")}
+        task = {
+            key: value for key, value in TASK.items() if key not in (name, "HYPENET_HEAD_ADDRESS")
+        }
     else:
         task = {key: value for key, value in TASK.items() if key != name}
     with pytest.raises(SetupError, match=f"{name} is not set"):
@@ -49,12 +64,16 @@ def test_the_port_that_the_job_script_found_free():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("SLURM_PROCID", "20"), ("SLURM_PROCID", "-1"), ("SLURM_PROCID", ""), ("SLURM_STEP_NUM_TASKS", "0"),
-        ("SLURM_STEP_NUM_TASKS", "9" * 30), ("SLURM_NODEID", "3"), ("SLURM_LOCALID", "8"), ("SLURM_JOB_ID", "seven"),
+        ("SLURM_PROCID", "20"), ("SLURM_PROCID", "-1"), ("SLURM_PROCID", ""),
+        ("SLURM_STEP_NUM_TASKS", "0"),
+        ("SLURM_STEP_NUM_TASKS", "9" * 30), ("SLURM_NODEID", "3"), ("SLURM_LOCALID", "8"),
+        ("SLURM_JOB_ID", "seven"),
     ],
 )  # fmt: skip
 def test_numbers_that_cannot_be_slurms(name, value):
-    with pytest.raises(SetupError, match=f"{name}='{value[:20]}.*' is set here, which is not a whole number from"):
+    with pytest.raises(
+        SetupError, match=f"{name}='{value[:20]}.*' is set here, which is not a whole number from"
+    ):
         slurm.place_of({**TASK, name: value})
 
 
@@ -82,7 +101,8 @@ def test_unknown_head_is_fatal_and_never_this_machine():
 
 
 def scontrol(tmp_path, monkeypatch, script):
-    """A program of this name in front of the PATH: what the cluster answers is the input of these tests."""
+    """A program of this name in front of the PATH: what the cluster answers is the input of these
+    tests."""
     program = tmp_path / "scontrol"
     program.write_text(f"#!/bin/sh\n{script}\n")
     program.chmod(0o755)
@@ -104,7 +124,10 @@ def test_head_is_the_first_node_at_the_address_slurm_uses(tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("script", "says"),
     [
-        ("echo 'Unable to contact slurm controller' >&2; exit 1", "scontrol show hostnames .*Unable to contact slurm controller"),
+        (
+            "echo 'Unable to contact slurm controller' >&2; exit 1",
+            "scontrol show hostnames .*Unable to contact slurm controller",
+        ),
         ("true", "names no node"),
         ('[ "$2" = hostnames ] && echo n1 || echo "NodeName=n1"', "gives no NodeAddr"),
     ],
@@ -117,7 +140,9 @@ def test_a_cluster_that_does_not_answer_is_fatal(tmp_path, monkeypatch, script, 
 
 def test_hosts_of_the_ranks(tmp_path, monkeypatch):
     scontrol(tmp_path, monkeypatch, 'printf "n1\\nn2\\n"')
-    assert slurm.step_hosts({"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_STEP_TASKS_PER_NODE": "2,1"}) == ["n1", "n1", "n2"]
+    assert slurm.step_hosts(
+        {"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_STEP_TASKS_PER_NODE": "2,1"}
+    ) == ["n1", "n1", "n2"]
     with pytest.raises(SetupError, match=r"2 nodes .* and of tasks on 3"):
         slurm.step_hosts({"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_STEP_TASKS_PER_NODE": "2,1,1"})
 
@@ -132,17 +157,24 @@ def test_a_fault_leaves_a_record(tmp_path):
         "code": 5,
         "error": "teacher is gone",
     }
-    assert "CheckpointError: teacher is gone" in record["traceback"] and abs(record["time"] - time.time()) < 60
+    assert (
+        "CheckpointError: teacher is gone" in record["traceback"]
+        and abs(record["time"] - time.time()) < 60
+    )
 
 
 def test_the_record_of_the_engine_stays(tmp_path):
     (tmp_path / "rank-0003.error.json").write_text('{"echo": true}')
-    slurm.record_fault(CheckpointError("x"), 5, {"HYPENET_ATTEMPT_LOGS": str(tmp_path), "RANK": "3"})
+    slurm.record_fault(
+        CheckpointError("x"), 5, {"HYPENET_ATTEMPT_LOGS": str(tmp_path), "RANK": "3"}
+    )
     assert (tmp_path / "rank-0003.error.json").read_text() == '{"echo": true}'
 
 
 def test_being_asked_to_stop_is_no_fault(tmp_path):
-    slurm.record_fault(SavedAndRequeue("saved"), 75, {"HYPENET_ATTEMPT_LOGS": str(tmp_path), "RANK": "0"})
+    slurm.record_fault(
+        SavedAndRequeue("saved"), 75, {"HYPENET_ATTEMPT_LOGS": str(tmp_path), "RANK": "0"}
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -158,15 +190,30 @@ def start(*words, **environment):
 
 def test_without_srun_it_ends_with_code_4(tmp_path):
     process = start("config", "show", "x.yaml")
-    assert "was not started by srun" in process.communicate(timeout=60)[1] and process.returncode == 4
+    assert (
+        "was not started by srun" in process.communicate(timeout=60)[1] and process.returncode == 4
+    )
 
 
 def test_a_task_runs_the_command_and_reports_its_fault(tmp_path):
-    process = start("config", "validate", str(tmp_path / "no.yaml"), HYPENET_ATTEMPT_LOGS=str(tmp_path), SLURMD_NODENAME="n2", **TASK)
+    process = start(
+        "config",
+        "validate",
+        str(tmp_path / "no.yaml"),
+        HYPENET_ATTEMPT_LOGS=str(tmp_path),
+        SLURMD_NODENAME="n2",
+        **TASK,
+    )
     out, err = process.communicate(timeout=60)
     assert process.returncode == 3 and out == ""
-    assert "node n2 attempt 0 RANK=9 WORLD_SIZE=20 LOCAL_RANK=1 MASTER_ADDR=127.0.0.1 MASTER_PORT=20001" in err
-    assert "no such configuration file" in json.loads((tmp_path / "rank-0009.error.json").read_text())["error"]
+    assert (
+        "node n2 attempt 0 RANK=9 WORLD_SIZE=20 LOCAL_RANK=1 MASTER_ADDR=127.0.0.1 "
+        "MASTER_PORT=20001" in err
+    )
+    assert (
+        "no such configuration file"
+        in json.loads((tmp_path / "rank-0009.error.json").read_text())["error"]
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
@@ -175,9 +222,17 @@ def test_asked_to_stop_before_anything_runs(tmp_path, number):
     (tmp_path / "scontrol").write_text("#!/bin/sh\necho x > asked; sleep 30\n")
     (tmp_path / "scontrol").chmod(0o755)
     process = subprocess.Popen(
-        [sys.executable, "-m", "launchers.slurm", "doctor"], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, **without_head(), "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": os.getcwd()},
-    )  # fmt: skip
+        [sys.executable, "-m", "launchers.slurm", "doctor"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={
+            **os.environ,
+            **without_head(),
+            "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": os.getcwd(),
+        },
+    )
     deadline = time.monotonic() + 30
     while not (tmp_path / "asked").exists() and time.monotonic() < deadline:
         time.sleep(0.05)

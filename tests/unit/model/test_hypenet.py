@@ -13,7 +13,9 @@ IDS = torch.randint(0, 61, (2, 11), generator=torch.Generator().manual_seed(0))
 
 
 def build(config=None, **kwargs):
-    return build_model(config or tiny_model_config(), ParallelConfig(), dtype=torch.float64, seed=3, **kwargs)
+    return build_model(
+        config or tiny_model_config(), ParallelConfig(), dtype=torch.float64, seed=3, **kwargs
+    )
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -21,7 +23,9 @@ def test_scores_are_the_log_softmax_of_the_logits(tied):
     model = build(tiny_model_config(share_embeddings_and_output_weights=tied))
     logits = model(IDS)
     nll, correct = model.token_scores(IDS)
-    want = F.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten(), reduction="none").view(2, 10)
+    want = F.cross_entropy(
+        logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten(), reduction="none"
+    ).view(2, 10)
     torch.testing.assert_close(nll, want)
     assert torch.equal(correct, logits[:, :-1].argmax(-1) == IDS[:, 1:])
     assert (model.head_weight() is model.embedding.word_embeddings.weight) == tied
@@ -56,7 +60,11 @@ def test_logit_scaling_can_be_switched_and_matters_only_past_position_zero():
 def test_checkpoint_keys_are_layout_free_tensors():
     keys = build().sharded_state_dict()
     assert not any("_extra_state" in key for key in keys)
-    assert {"embedding.word_embeddings.weight", "output_layer.weight", "decoder.final_layernorm.weight"} <= set(keys)
+    assert {
+        "embedding.word_embeddings.weight",
+        "output_layer.weight",
+        "decoder.final_layernorm.weight",
+    } <= set(keys)
     parts = keys["decoder.layers.0.self_attention.linear_in.weight"].build()
     assert [part.key.rsplit(".", 1)[-1] for part in parts.values()] == ["q", "k", "v", "gate"]
 
@@ -80,7 +88,11 @@ def test_recomputing_gives_the_same_gradients_and_holds_less():
         model = build_model(config, ParallelConfig(), dtype=torch.float64, seed=3, recompute=mode)
         hidden, held[mode] = bytes_held(model, IDS, documents[: len(IDS), : IDS.shape[1]])
         hidden.square().sum().backward()
-        gradients[mode] = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+        gradients[mode] = {
+            name: parameter.grad
+            for name, parameter in model.named_parameters()
+            if parameter.grad is not None
+        }
     for mode in ("selective", "full"):
         assert gradients[mode].keys() == gradients["none"].keys()
         for name, want in gradients["none"].items():
@@ -89,16 +101,26 @@ def test_recomputing_gives_the_same_gradients_and_holds_less():
 
 
 def test_selective_holds_what_the_products_read_or_made():
-    """Per token of a recurrent layer: its input and the residual in the middle, and the results of both input projections."""
-    held = [bytes_held(build(tiny_model_config(("lightning_attn",) * layers), recompute="selective"), IDS)[1] for layers in (1, 2)]
-    assert (held[1] - held[0]) / 8 / IDS.numel() == pytest.approx(2 * 24 + 4 * 48 + 2 * 40, rel=0.01)
+    """Per token of a recurrent layer: its input and the residual in the middle, and the results of
+    both input projections."""
+    held = [
+        bytes_held(
+            build(tiny_model_config(("lightning_attn",) * layers), recompute="selective"), IDS
+        )[1]
+        for layers in (1, 2)
+    ]
+    assert (held[1] - held[0]) / 8 / IDS.numel() == pytest.approx(
+        2 * 24 + 4 * 48 + 2 * 40, rel=0.01
+    )
 
 
 def test_selective_computes_only_recurrent_mixers_again(monkeypatch):
     calls = []
     for mixer in (LightningAttn, SoftmaxAttn):
         mix = mixer.mix
-        monkeypatch.setattr(mixer, "mix", lambda self, *args, mix=mix: calls.append(self.name) or mix(self, *args))
+        monkeypatch.setattr(
+            mixer, "mix", lambda self, *args, mix=mix: calls.append(self.name) or mix(self, *args)
+        )
     build(recompute="selective").hidden(IDS).sum().backward()
     assert calls == ["lightning_attn", "attn", "lightning_attn"]
 

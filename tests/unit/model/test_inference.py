@@ -1,4 +1,5 @@
-"""Scores of whole sequences: what the logits say, for any length and number of rows. Other layouts: tests/distributed/test_parity.py."""
+"""Scores of whole sequences: what the logits say, for any length and number of rows. Other layouts:
+tests/distributed/test_parity.py."""
 
 import pytest
 import torch
@@ -28,12 +29,20 @@ def test_scores_are_those_of_the_logits(model):
 
 def test_padding_for_a_layout_changes_nothing(model, monkeypatch):
     want = inference.logits(model, IDS)
-    monkeypatch.setattr(model, "parallel", ParallelConfig(context_parallel_size=4, tensor_model_parallel_size=2, sequence_parallel=True))
+    monkeypatch.setattr(
+        model,
+        "parallel",
+        ParallelConfig(
+            context_parallel_size=4, tensor_model_parallel_size=2, sequence_parallel=True
+        ),
+    )
     assert inference._padded(model, IDS).shape == (3, 16)
     torch.testing.assert_close(inference.logits(model, IDS), want, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize(("rows", "stages", "count"), [(1, 4, 1), (8, 2, 4), (6, 2, 3), (7, 4, 7), (9, 2, 3)])
+@pytest.mark.parametrize(
+    ("rows", "stages", "count"), [(1, 4, 1), (8, 2, 4), (6, 2, 3), (7, 4, 7), (9, 2, 3)]
+)
 def test_rows_travel_in_equal_micro_batches(monkeypatch, rows, stages, count):
     monkeypatch.setattr(groups, "pipeline_stage", lambda: (0, stages))
     assert inference._num_micro_batches(rows) == count

@@ -10,7 +10,9 @@ from tests.tiny import tiny_model_config
 
 
 def built(dtype=torch.float64, recompute="none"):
-    layer = build_model(tiny_model_config(), ParallelConfig(), dtype=dtype, seed=3, recompute=recompute).decoder.layers[0]
+    layer = build_model(
+        tiny_model_config(), ParallelConfig(), dtype=dtype, seed=3, recompute=recompute
+    ).decoder.layers[0]
     return layer.mlp
 
 
@@ -50,7 +52,13 @@ def test_what_megatron_passes_is_taken():
 
 
 def test_weights_keep_megatrons_names():
-    assert [name for name, _ in built().named_parameters()] == ["linear_fc1.weight", "linear_fc2.weight"]
-    keys = build_model(tiny_model_config(), ParallelConfig(), dtype=torch.float64, seed=3).sharded_state_dict()
+    assert [name for name, _ in built().named_parameters()] == [
+        "linear_fc1.weight",
+        "linear_fc2.weight",
+    ]
+    keys = build_model(
+        tiny_model_config(), ParallelConfig(), dtype=torch.float64, seed=3
+    ).sharded_state_dict()
     parts = [part.global_shape for part in keys["decoder.layers.0.mlp.linear_fc1.weight"].build()]
-    assert parts == [(80, 24), (80, 24)] and "decoder.layers.0.mlp.linear_fc2.weight" in keys  # gate and up are pieces of one tensor
+    # gate and up are pieces of one tensor
+    assert parts == [(80, 24), (80, 24)] and "decoder.layers.0.mlp.linear_fc2.weight" in keys

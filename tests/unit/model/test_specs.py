@@ -18,21 +18,33 @@ def specs(model, **kwargs):
 
 def test_every_layer_gets_its_own_mixer():
     layers = specs(tiny_model_config(("lightning_attn", "attn", "lightning_attn")))
-    assert [layer.submodules.self_attention.module for layer in layers] == [LightningAttn, SoftmaxAttn, LightningAttn]
+    assert [layer.submodules.self_attention.module for layer in layers] == [
+        LightningAttn,
+        SoftmaxAttn,
+        LightningAttn,
+    ]
 
 
 def test_a_trunk_ends_with_its_last_mixer():
     *first, last = specs(tiny_model_config(("attn",) * 3), trunk_only=True)
-    assert last.submodules.mlp is IdentityOp and all(layer.submodules.mlp is not IdentityOp for layer in first)
+    assert last.submodules.mlp is IdentityOp and all(
+        layer.submodules.mlp is not IdentityOp for layer in first
+    )
 
 
 def test_an_unknown_mixer_is_named_with_the_known_ones():
-    with pytest.raises(ConfigError, match="unknown mixer 'mamba3'; known mixers: attn, lightning_attn"):
+    with pytest.raises(
+        ConfigError, match="unknown mixer 'mamba3'; known mixers: attn, lightning_attn"
+    ):
         specs(tiny_model_config(("mamba3",)))
 
 
 def test_megatron_config_follows_the_model():
     model = tiny_model_config()
     config = transformer_config(model, ParallelConfig(), torch.float64)
-    assert (config.kv_channels, config.num_query_groups, config.params_dtype) == (8, 3, torch.float64)
+    assert (config.kv_channels, config.num_query_groups, config.params_dtype) == (
+        8,
+        3,
+        torch.float64,
+    )
     assert not config.add_bias_linear and config.hetereogenous_dist_checkpoint

@@ -5,7 +5,10 @@ from megatron_hypenet.model.transfer import named_normal, repeat_groups
 
 def test_each_query_head_gets_its_groups_rows_and_copies_are_adjacent():
     weight = torch.arange(4.0)[:, None].expand(4, 3)  # 2 groups of 2 rows
-    assert repeat_groups(weight, head_dim=2, heads_per_group=3)[:, 0].tolist() == [0, 1] * 3 + [2, 3] * 3
+    assert (
+        repeat_groups(weight, head_dim=2, heads_per_group=3)[:, 0].tolist()
+        == [0, 1] * 3 + [2, 3] * 3
+    )
 
 
 def test_fresh_weights_depend_on_name_shape_and_seed_alone():

@@ -15,18 +15,23 @@ def kernel(*arguments):
 
 
 def numbers(count, **changes):
-    return AdamWStep(**{"count": count, "lr": 0.05, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1} | changes)
+    return AdamWStep(
+        **{"count": count, "lr": 0.05, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+        | changes
+    )
 
 
 def scaled_by(value):
     return torch.tensor(value, device=DEVICE)
 
 
-NARROW = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # Triton's interpreter cuts bf16 off instead of rounding it
+# Triton's interpreter cuts bf16 off instead of rounding it
+NARROW = torch.bfloat16 if DEVICE == "cuda" else torch.float16
 
 
 def state(count):
-    weight, narrow = torch.randn(count, device=DEVICE), torch.full((count,), torch.nan, dtype=NARROW, device=DEVICE)
+    weight = torch.randn(count, device=DEVICE)
+    narrow = torch.full((count,), torch.nan, dtype=NARROW, device=DEVICE)
     return weight, torch.zeros_like(weight), torch.zeros_like(weight), narrow
 
 
@@ -36,8 +41,10 @@ def definition(weight, gradients, scale, **changes):
     mean, square = torch.zeros_like(weight), torch.zeros_like(weight)
     for count, gradient in enumerate(gradients, 1):
         step = numbers(count, **changes)
-        scaled, (beta1, beta2) = gradient.double() * scale, step.betas
-        mean, square = beta1 * mean + (1 - beta1) * scaled, beta2 * square + (1 - beta2) * scaled**2
+        scaled = gradient.double() * scale
+        (beta1, beta2) = step.betas
+        mean = beta1 * mean + (1 - beta1) * scaled
+        square = beta2 * square + (1 - beta2) * scaled**2
         direction = mean / (1 - beta1**count) / ((square / (1 - beta2**count)).sqrt() + step.eps)
         weight = weight - step.lr * step.weight_decay * weight - step.lr * direction
     return weight, mean, square
@@ -45,13 +52,24 @@ def definition(weight, gradients, scale, **changes):
 
 @pytest.mark.parametrize("op", [adamw, kernel])
 @pytest.mark.parametrize("count", [1, 7, 1024, 2500])
-@pytest.mark.parametrize(("scale", "changes"), [(0.25, {}), (1.0, {"weight_decay": 0.0}), (0.25, {"betas": (0.0, 0.999)})])
+@pytest.mark.parametrize(
+    ("scale", "changes"),
+    [(0.25, {}), (1.0, {"weight_decay": 0.0}), (0.25, {"betas": (0.0, 0.999)})],
+)
 def test_three_steps_match_float64(op, count, scale, changes):
     weight, mean, square, narrow = state(count)
     gradients = [torch.randn(count, device=DEVICE) * 10.0**-turn for turn in range(3)]
     want = definition(weight, gradients, scale, **changes)
     for turn, gradient in enumerate(gradients, 1):
-        op(weight, gradient.clone(), mean, square, narrow, numbers(turn, **changes), scaled_by(scale))
+        op(
+            weight,
+            gradient.clone(),
+            mean,
+            square,
+            narrow,
+            numbers(turn, **changes),
+            scaled_by(scale),
+        )
         assert torch.equal(narrow, weight.to(NARROW))
     for got, exact in zip((weight, mean, square), want, strict=True):
         torch.testing.assert_close(got.double(), exact, rtol=2e-5, atol=1e-6)
@@ -81,7 +99,13 @@ def test_a_weight_that_never_had_a_gradient_only_decays(op):
 @pytest.mark.parametrize("op", [adamw, kernel])
 def test_a_scale_that_is_nan_changes_nothing(op):
     before = [x.fill_(0.5) for x in state(1100)]
-    op(before[0], torch.full((1100,), torch.inf, device=DEVICE), *before[1:], numbers(1), scaled_by(torch.nan))
+    op(
+        before[0],
+        torch.full((1100,), torch.inf, device=DEVICE),
+        *before[1:],
+        numbers(1),
+        scaled_by(torch.nan),
+    )
     assert all((x == 0.5).all() for x in before)
 
 
@@ -89,7 +113,9 @@ def test_the_torch_form_is_torchs_own_optimizer_bit_for_bit(monkeypatch):
     monkeypatch.setitem(kernels._enabled, "adamw", False)
     weight, mean, square, narrow = state(300)
     parameter = torch.nn.Parameter(weight.clone())
-    theirs = torch.optim.AdamW([parameter], lr=0.05, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused=True)
+    theirs = torch.optim.AdamW(
+        [parameter], lr=0.05, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused=True
+    )
     for turn in (1, 2, 3):
         gradient = torch.randn(300, device=DEVICE)
         parameter.grad = gradient * 0.25
@@ -103,10 +129,24 @@ def test_what_does_not_belong_together_is_refused():
     pytest.importorskip("triton")
     weight, mean, square, narrow = state(8)
     with pytest.raises(ValueError, match=r"do not belong together: \(8,\), \(1,\)"):
-        fused_adamw(weight, torch.ones(1, device=DEVICE), mean, square, narrow, numbers(1), scaled_by(1.0))
+        fused_adamw(
+            weight, torch.ones(1, device=DEVICE), mean, square, narrow, numbers(1), scaled_by(1.0)
+        )
     with pytest.raises(ValueError, match="do not belong together"):
-        fused_adamw(weight, torch.ones(16, device=DEVICE)[::2], mean, square, narrow, numbers(1), scaled_by(1.0))
+        fused_adamw(
+            weight,
+            torch.ones(16, device=DEVICE)[::2],
+            mean,
+            square,
+            narrow,
+            numbers(1),
+            scaled_by(1.0),
+        )
 
 
 def test_float64_has_no_kernel():
-    assert kernel_fits(torch.bfloat16) and kernel_fits(torch.float16) and not kernel_fits(torch.float64)
+    assert (
+        kernel_fits(torch.bfloat16)
+        and kernel_fits(torch.float16)
+        and not kernel_fits(torch.float64)
+    )

@@ -16,15 +16,31 @@ STEP = AdamWStep(count=1, lr=0.05, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0
 def test_blocks_cover_every_number_once(monkeypatch, count):
     """The first step moves each weight by the learning rate, against its gradient's sign."""
     monkeypatch.setattr(kernels, "BLOCK", 16)
-    before, gradient = torch.randn(count + 8, device=DEVICE), torch.randn(count, device=DEVICE)
-    weight, moments = before.clone(), torch.zeros(2, count + 8, device=DEVICE)
+    before = torch.randn(count + 8, device=DEVICE)
+    gradient = torch.randn(count, device=DEVICE)
+    weight = before.clone()
+    moments = torch.zeros(2, count + 8, device=DEVICE)
     narrow = torch.zeros(count + 8, device=DEVICE).half()
-    kernels.run(weight[:count], gradient, moments[0, :count], moments[1, :count], narrow[:count], STEP, torch.ones((), device=DEVICE))
-    torch.testing.assert_close(weight[:count], before[:count] - 0.05 * gradient.sign(), rtol=0, atol=1e-5)
+    kernels.run(
+        weight[:count],
+        gradient,
+        moments[0, :count],
+        moments[1, :count],
+        narrow[:count],
+        STEP,
+        torch.ones((), device=DEVICE),
+    )
+    torch.testing.assert_close(
+        weight[:count], before[:count] - 0.05 * gradient.sign(), rtol=0, atol=1e-5
+    )
     torch.testing.assert_close(moments[0, :count], 0.1 * gradient)
     torch.testing.assert_close(moments[1, :count], 0.05 * gradient.square())
     assert torch.equal(narrow[:count], weight[:count].half())
-    assert torch.equal(weight[count:], before[count:]) and not moments[:, count:].any() and not narrow[count:].any()
+    assert (
+        torch.equal(weight[count:], before[count:])
+        and not moments[:, count:].any()
+        and not narrow[count:].any()
+    )
 
 
 @pytest.mark.parametrize(("count", "launches"), [(0, []), (16, [16]), (40, [32, 8]), (7, [7])])
@@ -46,10 +62,13 @@ def test_whole_blocks_are_one_launch_and_the_rest_another(monkeypatch, count, la
 def test_more_than_two_to_the_31_numbers(takes_gib):
     takes_gib(34)
     count = 2**31 + 5
-    weight = gradient = torch.ones(count, device=DEVICE)  # one piece of memory for both: each number is read before it is written
+    # one piece of memory for both: each number is read before it is written
+    weight = gradient = torch.ones(count, device=DEVICE)
     mean, square = torch.zeros(count, device=DEVICE), torch.zeros(count, device=DEVICE)
     narrow = torch.zeros(count, dtype=torch.bfloat16, device=DEVICE)
     kernels.run(weight, gradient, mean, square, narrow, STEP, torch.ones((), device=DEVICE))
     for x, value in ((weight, 0.95), (mean, 0.1), (square, 0.05), (narrow, 0.95)):
-        assert torch.allclose(x[[0, 2**31 - 1, 2**31, -1]].float(), torch.full((4,), value, device=DEVICE), rtol=4e-3)
+        assert torch.allclose(
+            x[[0, 2**31 - 1, 2**31, -1]].float(), torch.full((4,), value, device=DEVICE), rtol=4e-3
+        )
         assert bool((x == x[0]).all())

@@ -5,11 +5,17 @@ from megatron_hypenet.ops.decay import alibi_slopes, log_decay
 
 
 def test_powers_of_two_are_a_geometric_series():
-    torch.testing.assert_close(alibi_slopes(8), torch.tensor([2.0**-i for i in range(1, 9)], dtype=torch.float64), rtol=0, atol=0)
+    torch.testing.assert_close(
+        alibi_slopes(8),
+        torch.tensor([2.0**-i for i in range(1, 9)], dtype=torch.float64),
+        rtol=0,
+        atol=0,
+    )
 
 
 def test_other_counts_fill_up_with_every_second_slope_of_the_next_power():
-    want = [2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8, 2.0**-1, 2.0**-3]  # 4 heads, then slopes 0 and 2 of 8 heads
+    # 4 heads, then slopes 0 and 2 of 8 heads
+    want = [2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8, 2.0**-1, 2.0**-3]
     assert alibi_slopes(6).tolist() == want
 
 

@@ -12,7 +12,8 @@ def definition(x, gate, weight, eps):
 
 def case(t=9, b=2, n=48):
     """x with the batch outermost in memory, the gate a slice of a wider projection."""
-    x, gate = torch.randn(b, t, n, device=DEVICE).transpose(0, 1), torch.randn(t, b, 2 * n, device=DEVICE)[..., n:]
+    x = torch.randn(b, t, n, device=DEVICE).transpose(0, 1)
+    gate = torch.randn(t, b, 2 * n, device=DEVICE)[..., n:]
     return x, gate, torch.randn(n, device=DEVICE), torch.randn(t, b, n, device=DEVICE)
 
 

@@ -11,7 +11,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def test_partial_sums_cover_all_rows(monkeypatch):
-    x, weight = torch.randn(7, 3, 20, device=DEVICE), torch.ones(20, device=DEVICE)
+    x = torch.randn(7, 3, 20, device=DEVICE)
+    weight = torch.ones(20, device=DEVICE)
     gate = torch.full_like(x, 100.0)  # open
     _, _, want = kernels.backward(x, gate, weight, x, 0.0)
     monkeypatch.setattr(kernels, "BACKWARD_PROGRAMS", 4)
@@ -22,6 +23,7 @@ def test_partial_sums_cover_all_rows(monkeypatch):
 
 
 def test_narrow_inputs_give_narrow_outputs():
-    x, weight = torch.randn(3, 1, 20, device=DEVICE).half(), torch.ones(20, device=DEVICE).half()
+    x = torch.randn(3, 1, 20, device=DEVICE).half()
+    weight = torch.ones(20, device=DEVICE).half()
     outputs = (kernels.forward(x, x, weight, 1e-6), *kernels.backward(x, x, weight, x, 1e-6))
     assert all(output.dtype == torch.float16 for output in outputs)

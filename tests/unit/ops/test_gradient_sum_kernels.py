@@ -14,7 +14,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 @pytest.mark.parametrize("count", [1, 15, 16, 17, 40])
 def test_blocks_cover_every_number_once(monkeypatch, count, add):
     monkeypatch.setattr(kernels, "BLOCK", 16)
-    memory, gradient = torch.randn(count + 8, device=DEVICE), torch.randn(count, device=DEVICE).half()
+    memory = torch.randn(count + 8, device=DEVICE)
+    gradient = torch.randn(count, device=DEVICE).half()
     want = torch.cat((memory[:count] * add + gradient, memory[count:]))
     kernels.run(memory[:count], gradient, add)
     assert torch.equal(memory, want)
@@ -42,8 +43,10 @@ def test_more_than_two_to_the_31_numbers(takes_gib, extra):
 @pytest.mark.parametrize("start", [0, 1, 2, 4])
 @pytest.mark.parametrize("count", [4096 * 16, 4096 * 16 + 3])
 def test_every_width_of_access_gives_torchs_bits(dtype, start, count):
-    buffer, gradients = torch.randn(start + count, device=DEVICE), torch.randn(start + count, device=DEVICE).to(dtype)
-    total, gradient = buffer[start:].clone(), gradients[start:]
+    buffer = torch.randn(start + count, device=DEVICE)
+    gradients = torch.randn(start + count, device=DEVICE).to(dtype)
+    total = buffer[start:].clone()
+    gradient = gradients[start:]
     want = total + gradient
     kernels.run(buffer[start:], gradient, True)
     assert torch.equal(buffer[start:], want)

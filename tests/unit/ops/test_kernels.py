@@ -2,7 +2,17 @@ import pytest
 import torch
 
 from megatron_hypenet.errors import ConfigError
-from megatron_hypenet.ops import adamw, gated_norm, gradient_sum, kernels, lightning_mix, norm_rope, rms_norm, sigmoid_gate, swiglu
+from megatron_hypenet.ops import (
+    adamw,
+    gated_norm,
+    gradient_sum,
+    kernels,
+    lightning_mix,
+    norm_rope,
+    rms_norm,
+    sigmoid_gate,
+    swiglu,
+)
 from megatron_hypenet.ops.lightning_attn import dispatch
 from megatron_hypenet.parallel import vocab_loss
 from megatron_hypenet.parallel.vocab import torch_terms
@@ -21,14 +31,21 @@ def switches(monkeypatch):
 
 @pytest.mark.parametrize(
     ("words", "families"),
-    [("", ()), ("norm_rope", ("norm_rope",)), (" norm_rope, vocab_loss,", ("norm_rope", "vocab_loss")), ("all", tuple(kernels.FAMILIES))],
+    [
+        ("", ()),
+        ("norm_rope", ("norm_rope",)),
+        (" norm_rope, vocab_loss,", ("norm_rope", "vocab_loss")),
+        ("all", tuple(kernels.FAMILIES)),
+    ],
 )
 def test_the_environment_names_families(words, families):
     assert kernels.named(words) == families
 
 
 def test_a_wrong_name_is_refused_with_the_right_ones():
-    with pytest.raises(ConfigError, match="norm is no family of kernels; choose from adamw, gated_norm"):
+    with pytest.raises(
+        ConfigError, match="norm is no family of kernels; choose from adamw, gated_norm"
+    ):
         kernels.named("norm")
     with pytest.raises(KeyError):
         kernels.disable("norm")
@@ -52,8 +69,10 @@ def chosen(monkeypatch):
     found = {
         "lightning_mix": lightning_mix.fits(x.flatten(-2).repeat(1, 1, 4), 32),
         "lightning_attn": dispatch.runs_kernels(x, x),
-        "norm_rope": norm_rope.norm_rope(x, torch.ones(32), torch.zeros(3, 1, 1, 32), 1e-6) is kernel,
-        "gated_norm": gated_norm.gated_norm(x[..., 0, :], x[..., 0, :], torch.ones(32), 1e-6) is kernel,
+        "norm_rope": norm_rope.norm_rope(x, torch.ones(32), torch.zeros(3, 1, 1, 32), 1e-6)
+        is kernel,
+        "gated_norm": gated_norm.gated_norm(x[..., 0, :], x[..., 0, :], torch.ones(32), 1e-6)
+        is kernel,
         "sigmoid_gate": sigmoid_gate.sigmoid_gate(x, x) is kernel,
         "rms_norm": rms_norm.rms_norm(x[:, :, 0].repeat(1, 1, 16), torch.ones(512), 1e-6) is kernel,
         "swiglu": swiglu.swiglu(x) is kernel,
@@ -78,7 +97,8 @@ def test_compiled_code_follows_the_switch():
     def op(x):
         return x + 1 if kernels.enabled("norm_rope") else x - 1
 
-    compiled, x = torch.compile(op, backend="eager", fullgraph=True), torch.zeros(2)
+    compiled = torch.compile(op, backend="eager", fullgraph=True)
+    x = torch.zeros(2)
     assert compiled(x).tolist() == [1.0, 1.0]
     kernels.disable("norm_rope")
     assert compiled(x).tolist() == [-1.0, -1.0]
@@ -89,7 +109,9 @@ def test_a_family_registers_where_it_is_defined(monkeypatch):
     monkeypatch.setattr(kernels, "_needs", {})
     monkeypatch.setenv(kernels.VARIABLE, "second")
 
-    @kernels.kernel_family("first", fits=lambda use: True, check=lambda where, use: None, needs=("second",))
+    @kernels.kernel_family(
+        "first", fits=lambda use: True, check=lambda where, use: None, needs=("second",)
+    )
     def front():
         return 1
 

@@ -19,7 +19,12 @@ def case(t=11, b=2, h=3, d=32):
     x = torch.randn(t, b, h * d + 16, device=DEVICE)[..., : h * d].unflatten(-1, (h, d))
     frequencies = 10000.0 ** -(torch.arange(d // 2) / (d // 2))
     half = (torch.arange(t) * 20000.0 / t)[:, None] * frequencies
-    return x, torch.randn(d, device=DEVICE), torch.cat((half, half), -1)[:, None, None].to(DEVICE), torch.randn(t, b, h, d, device=DEVICE)
+    return (
+        x,
+        torch.randn(d, device=DEVICE),
+        torch.cat((half, half), -1)[:, None, None].to(DEVICE),
+        torch.randn(t, b, h, d, device=DEVICE),
+    )
 
 
 def gradients(op, x, weight, angles, dy, dtype):
@@ -54,7 +59,8 @@ def test_the_operators_have_right_fake_forms():
     from megatron_hypenet.ops import norm_rope_kernels as kernels
 
     x, weight, angles, dy = case()
-    angles, checks = angles.reshape(x.shape[0], -1), ("test_schema", "test_faketensor")
+    angles = angles.reshape(x.shape[0], -1)
+    checks = ("test_schema", "test_faketensor")
     for turned in (angles, None):
         torch.library.opcheck(kernels.forward_op, (x, weight, turned, 1e-6), test_utils=checks)
         torch.library.opcheck(kernels.backward_op, (x, weight, turned, dy, 1e-6), test_utils=checks)

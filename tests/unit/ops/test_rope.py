@@ -20,7 +20,9 @@ def test_products_depend_on_the_distance_alone():
     q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64)
     q, k = q.expand(12, 1, 1, 16), k.expand(12, 1, 1, 16)
     near = (apply_rope(q, angles(12, 16))[7] * apply_rope(k, angles(12, 16))[3]).sum()
-    far = (apply_rope(q, angles(12, 16, start=100))[7] * apply_rope(k, angles(12, 16, start=100))[3]).sum()
+    far = (
+        apply_rope(q, angles(12, 16, start=100))[7] * apply_rope(k, angles(12, 16, start=100))[3]
+    ).sum()
     torch.testing.assert_close(near, far)
 
 

@@ -1,4 +1,5 @@
-"""The checks pass where kernels are right (in Triton's interpreter without a GPU) and fail where they are wrong or do not run."""
+"""The checks pass where kernels are right (in Triton's interpreter without a GPU) and fail where
+they are wrong or do not run."""
 
 import math
 
@@ -41,10 +42,20 @@ def test_right_kernels_pass(name, dtype):
 
 WRONG = {
     "norm_rope": (norm_rope_kernels, "backward", lambda dx, dw: (dx, dw * 1.02), "d weight"),
-    "gated_norm": (gated_norm_kernels, "backward", lambda dx, dgate, dw: (dx, dgate * 1.02, dw), "d gate"),
+    "gated_norm": (
+        gated_norm_kernels,
+        "backward",
+        lambda dx, dgate, dw: (dx, dgate * 1.02, dw),
+        "d gate",
+    ),
     "rms_norm": (rms_norm_kernels, "backward", lambda dx, dw: (dx, dw * 1.02), "d weight"),
     "rms_norm of a sum": (rms_norm_kernels, "add_forward", lambda y, total: (y, total * 1.02), "y"),
-    "sigmoid_gate": (sigmoid_gate_kernels, "backward", lambda dx, dgate: (dx, dgate * 1.02), "d gate"),
+    "sigmoid_gate": (
+        sigmoid_gate_kernels,
+        "backward",
+        lambda dx, dgate: (dx, dgate * 1.02),
+        "d gate",
+    ),
     "swiglu": (swiglu_kernels, "backward", lambda *rows: (torch.stack(rows) * 1.02,), "d x"),
 }
 
@@ -55,7 +66,12 @@ def test_wrong_kernels_fail_and_say_where(monkeypatch, name):
     right = getattr(module, function)
     monkeypatch.setattr(module, function, lambda *args: spoil(*right(*args)))
     found = CHECKS[name.partition(" ")[0]](torch.float32)
-    assert not found.ok and found.worst.partition(" with")[0] == worst and 0.01 < found.error < 0.03 and worst in str(found)
+    assert (
+        not found.ok
+        and found.worst.partition(" with")[0] == worst
+        and 0.01 < found.error < 0.03
+        and worst in str(found)
+    )
 
 
 def test_a_sum_that_is_off_by_its_last_bit_fails(monkeypatch):
@@ -68,7 +84,12 @@ def test_a_sum_that_is_off_by_its_last_bit_fails(monkeypatch):
 
     monkeypatch.setattr(gradient_sum_kernels, "run", rounded)
     found = CHECKS["gradient_sum"](torch.float16)
-    assert not found.ok and found.worst.startswith("sum of") and 0 < found.error < 1e-6 and "limit 0.0e+00" in str(found)
+    assert (
+        not found.ok
+        and found.worst.startswith("sum of")
+        and 0 < found.error < 1e-6
+        and "limit 0.0e+00" in str(found)
+    )
 
 
 def test_an_update_that_is_off_fails(monkeypatch):
@@ -80,7 +101,9 @@ def test_an_update_that_is_off_fails(monkeypatch):
 
     monkeypatch.setattr(adamw_kernels, "run", spoilt)
     found = CHECKS["adamw"](torch.float32)
-    assert not found.ok and found.worst == "second moment of step 2" and 0.01 < found.error < 0.05, found
+    assert (
+        not found.ok and found.worst == "second moment of step 2" and 0.01 < found.error < 0.05
+    ), found
 
 
 def test_narrow_weights_that_are_not_the_weights_rounded_fail(monkeypatch):
@@ -91,8 +114,14 @@ def test_narrow_weights_that_are_not_the_weights_rounded_fail(monkeypatch):
 
 
 def test_nan_is_the_worst_of_all():
-    one, nan = torch.ones(2, dtype=torch.float64), torch.tensor([1.0, math.nan])
-    found = selftest.check("x", torch.float32, 1.0, lambda: {"far": (one * 9, one), "nan": (nan, one), "right": (one, one)})
+    one = torch.ones(2, dtype=torch.float64)
+    nan = torch.tensor([1.0, math.nan])
+    found = selftest.check(
+        "x",
+        torch.float32,
+        1.0,
+        lambda: {"far": (one * 9, one), "nan": (nan, one), "right": (one, one)},
+    )
     assert found.worst == "nan" and not found.ok
 
 

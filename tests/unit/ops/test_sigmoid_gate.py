@@ -40,26 +40,41 @@ def test_a_gate_far_from_zero_is_open_or_shut(op):
     gate = torch.tensor([-200.0, 200.0], device=DEVICE, requires_grad=True)
     y = op(x, gate)
     y.sum().backward()
-    assert y.tolist() == [0.0, 3.0] and x.grad.tolist() == [0.0, 1.0] and gate.grad.tolist() == [0.0, 0.0]
+    assert (
+        y.tolist() == [0.0, 3.0]
+        and x.grad.tolist() == [0.0, 1.0]
+        and gate.grad.tolist() == [0.0, 0.0]
+    )
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_rows_may_lie_anywhere_in_memory(op):
-    wide, dy = torch.randn(4, 6, 60, device=DEVICE), torch.ones(1, 1, 1, device=DEVICE).expand(6, 4, 20)
-    x, gate = wide.transpose(0, 1)[..., 20:40], wide.permute(1, 0, 2)[..., ::3]
-    for got, want in zip(gradients(op, x, gate, dy, torch.float32), gradients(definition, x, gate, dy, torch.float64), strict=True):
+    wide = torch.randn(4, 6, 60, device=DEVICE)
+    dy = torch.ones(1, 1, 1, device=DEVICE).expand(6, 4, 20)
+    x = wide.transpose(0, 1)[..., 20:40]
+    gate = wide.permute(1, 0, 2)[..., ::3]
+    for got, want in zip(
+        gradients(op, x, gate, dy, torch.float32),
+        gradients(definition, x, gate, dy, torch.float64),
+        strict=True,
+    ):
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
 
 
 def test_the_kernel_keeps_its_inputs_alone():
-    kept, (x, gate) = [], torch.randn(2, 3, 8, device=DEVICE, requires_grad=True).unbind()
+    kept = []
+    (x, gate) = torch.randn(2, 3, 8, device=DEVICE, requires_grad=True).unbind()
     with torch.autograd.graph.saved_tensors_hooks(lambda a: kept.append(a) or a, lambda a: a):
         kernel(x, gate)
     assert [a.data_ptr() for a in kept] == [x.data_ptr(), gate.data_ptr()]
 
 
 def test_float64_has_no_kernel():
-    assert kernel_fits(torch.bfloat16) and kernel_fits(torch.float32) and not kernel_fits(torch.float64)
+    assert (
+        kernel_fits(torch.bfloat16)
+        and kernel_fits(torch.float32)
+        and not kernel_fits(torch.float64)
+    )
 
 
 def test_the_operators_have_right_fake_forms():

@@ -14,7 +14,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 @pytest.mark.parametrize("width", [1, 5, 16, 31, 40])
 def test_several_blocks_of_columns_cover_each_row(monkeypatch, width):
     monkeypatch.setattr(kernels, "BLOCK", 16)
-    x, dy = torch.randn(7, 3, 2 * width, device=DEVICE), torch.randn(7, 3, width, device=DEVICE)
+    x = torch.randn(7, 3, 2 * width, device=DEVICE)
+    dy = torch.randn(7, 3, width, device=DEVICE)
     want_x = x.double().requires_grad_()
     gate, up = want_x.chunk(2, dim=-1)
     want = F.silu(gate) * up
@@ -30,8 +31,11 @@ def test_narrow_inputs_give_narrow_outputs():
 
 def test_rows_past_two_to_the_31_elements_are_found():
     """Three rows in a block of memory of which only their pages are touched."""
-    apart, width = 2**30, 16
-    x = torch.empty(2 * apart + 2 * width, dtype=torch.float16, device=DEVICE).as_strided((3, 2 * width), (apart, 1))
+    apart = 2**30
+    width = 16
+    x = torch.empty(2 * apart + 2 * width, dtype=torch.float16, device=DEVICE).as_strided(
+        (3, 2 * width), (apart, 1)
+    )
     x.copy_(torch.randn(3, 2 * width))
     dy = torch.randn(3, width, device=DEVICE).half()
     assert torch.equal(kernels.forward(x), kernels.forward(x.contiguous()))
@@ -41,7 +45,8 @@ def test_rows_past_two_to_the_31_elements_are_found():
 @pytest.mark.gpu
 def test_more_than_two_to_the_31_elements(takes_gib):
     takes_gib(16)
-    rows, width = 131_072, 12_288
+    rows = 131_072
+    width = 12_288
     x = torch.randn(1, 2 * width, device=DEVICE).bfloat16().expand(rows, -1).contiguous()
     y = kernels.forward(x)
     assert torch.equal(y[-1], y[0]) and torch.equal(y[-1:], kernels.forward(x[:1]))

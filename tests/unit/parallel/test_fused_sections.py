@@ -10,7 +10,10 @@ def test_each_section_keeps_its_place_in_the_global_tensor():
     fused = ShardedTensor.from_rank_offsets("in.weight", local, (0, 1, 2))
     factory = split_factory(fused, {"q": 3, "v": 2})
     parts = factory.build()
-    assert {name: (part.key, tuple(part.global_shape), tuple(part.global_offset)) for name, part in parts.items()} == {
+    assert {
+        name: (part.key, tuple(part.global_shape), tuple(part.global_offset))
+        for name, part in parts.items()
+    } == {
         "q": ("in.weight.q", (6, 2), (3, 0)),
         "v": ("in.weight.v", (4, 2), (2, 0)),
     }

@@ -20,6 +20,10 @@ def test_deepspeed_sees_data_and_model_parallel_groups():
     assert unit.get_data_parallel_world_size() == unit.get_model_parallel_world_size() == 1
     assert unit.get_data_parallel_rank() == unit.get_model_parallel_rank() == 0
     assert unit.get_data_parallel_group_ranks() == [0]
-    assert unit.get_tensor_model_parallel_world_size() == unit.get_pipeline_model_parallel_world_size() == 1
+    assert (
+        unit.get_tensor_model_parallel_world_size()
+        == unit.get_pipeline_model_parallel_world_size()
+        == 1
+    )
     # DeepSpeed ignores the model-parallel group of an mpu that has this method
     assert not hasattr(unit, "initialize_sequence_parallel")

@@ -15,7 +15,8 @@ from tests.tiny import tiny_model_config
 def test_norms_are_weight_times_normalised_value():
     init_parallel(ParallelConfig())
     config = transformer_config(tiny_model_config(), ParallelConfig(), torch.float64)
-    x, gate = torch.randn(5, 3, 24, dtype=torch.float64) * 7, torch.randn(5, 3, 24, dtype=torch.float64)
+    x = torch.randn(5, 3, 24, dtype=torch.float64) * 7
+    gate = torch.randn(5, 3, 24, dtype=torch.float64)
     for norm, options, factor in (
         (RMSNorm(config, 24, 1e-6), (), 1.0),
         (AllHeadsRMSNorm(config, 24, tensor_group()), (gate,), torch.sigmoid(gate)),
@@ -29,7 +30,9 @@ def test_norms_are_weight_times_normalised_value():
 def test_a_prenorm_gives_the_sum_and_its_norm(partial):
     """Also where the weight's gradient is summed over ranks, here over one."""
     init_parallel(ParallelConfig())
-    norm = RMSNorm(transformer_config(tiny_model_config(), ParallelConfig(), torch.float64), 24, 1e-6)
+    norm = RMSNorm(
+        transformer_config(tiny_model_config(), ParallelConfig(), torch.float64), 24, 1e-6
+    )
     norm.partial_gradient = partial
     x, residual, dy = torch.randn(3, 5, 2, 24, dtype=torch.float64)
     for added, summed in ((None, x), (residual, x + residual)):
@@ -41,8 +44,14 @@ def test_a_prenorm_gives_the_sum_and_its_norm(partial):
 
 def test_a_per_head_norm_rotates_when_it_gets_angles():
     init_parallel(ParallelConfig())
-    norm = RMSNorm(transformer_config(tiny_model_config(), ParallelConfig(), torch.float64), 8, 1e-6, per_head=True)
-    x, angles = torch.randn(5, 2, 3, 8, dtype=torch.float64), torch.randn(5, 1, 1, 4, dtype=torch.float64).repeat(1, 1, 1, 2)
+    norm = RMSNorm(
+        transformer_config(tiny_model_config(), ParallelConfig(), torch.float64),
+        8,
+        1e-6,
+        per_head=True,
+    )
+    x = torch.randn(5, 2, 3, 8, dtype=torch.float64)
+    angles = torch.randn(5, 1, 1, 4, dtype=torch.float64).repeat(1, 1, 1, 2)
     torch.testing.assert_close(norm(x, angles), apply_rope(norm(x), angles))
 
 
@@ -51,8 +60,12 @@ def test_the_kernels_output_may_be_dropped_and_made_again(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setattr(norms, "rms_norm", fused_rms_norm)
     init_parallel(ParallelConfig())
-    norm, linear = RMSNorm(transformer_config(tiny_model_config(), ParallelConfig(), torch.float32), 24, 1e-6), torch.nn.Linear(24, 5)
-    x, results = torch.randn(6, 2, 24, requires_grad=True), []
+    norm = RMSNorm(
+        transformer_config(tiny_model_config(), ParallelConfig(), torch.float32), 24, 1e-6
+    )
+    linear = torch.nn.Linear(24, 5)
+    x = torch.randn(6, 2, 24, requires_grad=True)
+    results = []
     for drop in (False, True):
         dropping = DropOutput()
         normal = dropping.checkpoint(norm, x) if drop else norm(x)

@@ -1,4 +1,5 @@
-"""What Megatron's schedules get from us. The schedules themselves run in tests/distributed/test_parity.py."""
+"""What Megatron's schedules get from us. The schedules themselves run in
+tests/distributed/test_parity.py."""
 
 import torch
 
@@ -27,9 +28,18 @@ def test_the_last_stage_answers_with_a_loss_that_may_be_divided_in_place(monkeyp
         return losses[-1]
 
     sizes = {"seq_length": 8, "micro_batch_size": 1}
-    pipeline.run_pipeline(None, 3, step=lambda index: weight * torch.ones(2), finish=finish, train=True, **sizes)
+    pipeline.run_pipeline(
+        None, 3, step=lambda index: weight * torch.ones(2), finish=finish, train=True, **sizes
+    )
     assert [float(loss.detach()) for loss in losses] == [0.0, 6.0, 12.0]
     assert float(weight.grad) == (0 + 2 + 4) / 3
     assert seen == {**sizes, "forward_only": False, "grad": True, "data_iterator": None}
-    pipeline.run_pipeline(None, 2, step=lambda index: weight * torch.ones(2), finish=lambda index, output: None, train=False, **sizes)
+    pipeline.run_pipeline(
+        None,
+        2,
+        step=lambda index: weight * torch.ones(2),
+        finish=lambda index, output: None,
+        train=False,
+        **sizes,
+    )
     assert seen["forward_only"] and not seen["grad"]

@@ -12,7 +12,8 @@ class Scaled(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.scale, self.calls = torch.nn.Parameter(torch.tensor([2.0, 3.0, 4.0, 5.0], dtype=torch.float64)), 0
+        self.scale = torch.nn.Parameter(torch.tensor([2.0, 3.0, 4.0, 5.0], dtype=torch.float64))
+        self.calls = 0
 
     def forward(self, x, y=None):
         self.calls += 1
@@ -36,8 +37,11 @@ def step(drops, view=False):
 @pytest.mark.parametrize("view", [False, True])
 def test_the_result_is_dropped_and_gradients_are_the_same(view, monkeypatch):
     """Numbers are copied only where the consumer kept another tensor than the one it was given."""
-    copies, copy = [], torch.UntypedStorage.copy_
-    monkeypatch.setattr(torch.UntypedStorage, "copy_", lambda *storages: copies.append(1) or copy(*storages))
+    copies = []
+    copy = torch.UntypedStorage.copy_
+    monkeypatch.setattr(
+        torch.UntypedStorage, "copy_", lambda *storages: copies.append(1) or copy(*storages)
+    )
     kept_cheap, kept_loss, kept, held = step(drops=False, view=view)
     cheap, loss, dropped, nothing = step(drops=True, view=view)
     assert held == 3 * 4 * 8 and nothing == 0
@@ -62,7 +66,8 @@ def test_several_in_flight_and_backward_twice():
 
 def test_inputs_that_need_no_gradient_get_none():
     cheap, drop = Scaled(), DropOutput()
-    x, y = torch.ones(4, dtype=torch.float64, requires_grad=True), torch.full((4,), 0.1, dtype=torch.float64)
+    x = torch.ones(4, dtype=torch.float64, requires_grad=True)
+    y = torch.full((4,), 0.1, dtype=torch.float64)
     out = drop.checkpoint(cheap, x, y) @ WEIGHT.T.clone().requires_grad_()
     drop.discard_output_and_register_recompute(out)
     out.sum().backward()

@@ -30,7 +30,8 @@ from megatron_hypenet.config.schema import ParallelConfig
 from megatron_hypenet.parallel import groups
 groups.init_parallel(ParallelConfig())
 groups.barrier()
-print(*sorted({one.laddr.ip for one in psutil.Process().net_connections("inet") if one.status == "LISTEN"}), flush=True)
+sockets = psutil.Process().net_connections("inet")
+print(*sorted({one.laddr.ip for one in sockets if one.status == "LISTEN"}), flush=True)
 groups.barrier()
 groups.destroy_parallel()
 """
@@ -150,7 +151,8 @@ def test_rank_0_that_is_not_there_is_named(monkeypatch):
             monkeypatch.setenv(name, value)
         with pytest.raises(
             SetupError,
-            match=rf"rank 1 on .* cannot reach rank 0 at 127\.0\.0\.1:{port} within 1 s: .*unset RANK",
+            match=rf"rank 1 on .* cannot reach rank 0 at 127\.0\.0\.1:{port} within 1 s: "
+            r".*unset RANK",
         ):
             rendezvous.meeting_point(timedelta(seconds=1))
 
@@ -247,5 +249,7 @@ def test_a_choice_of_the_users_stays(monkeypatch, tmp_path):
 def test_something_else_at_the_port_of_rank_0_is_no_store():
     with socket.create_server(("127.0.0.1", 0)) as other:
         place = at("127.0.0.1", other.getsockname()[1])
-        with pytest.raises(SetupError, match="within 1 s: what listens there does not answer as its"):
+        with pytest.raises(
+            SetupError, match="within 1 s: what listens there does not answer as its"
+        ):
             rendezvous._reached(place, timedelta(seconds=1))

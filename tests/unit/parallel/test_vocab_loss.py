@@ -4,13 +4,22 @@ import torch.nn.functional as F
 
 from megatron_hypenet.parallel.vocab_loss import linear_cross_entropy, linear_kl, token_scores
 
-N, H, H_T, V = 37, 12, 20, 50
+N = 37
+H = 12
+H_T = 20
+V = 50
 
 
 def tensors(dtype, scale=1.0):
     generator = torch.Generator().manual_seed(3)
     draw = lambda *shape: (torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)  # noqa: E731
-    return draw(N, H) * scale, draw(V, H), draw(N, H_T) * scale, draw(V, H_T), torch.randint(0, V, (N,), generator=generator)
+    return (
+        draw(N, H) * scale,
+        draw(V, H),
+        draw(N, H_T) * scale,
+        draw(V, H_T),
+        torch.randint(0, V, (N,), generator=generator),
+    )
 
 
 @pytest.mark.parametrize("chunk", [1, 8, 36, 37, 1000])
@@ -52,9 +61,15 @@ def test_identical_models_have_no_divergence_and_no_gradient():
 
 
 def test_bf16_inputs_keep_fp32_sums():
-    h, w, ht, wt, labels = (t.bfloat16() if t.is_floating_point() else t for t in tensors(torch.float32))
-    want = F.kl_div((h.double() @ w.double().t()).log_softmax(-1), (ht.double() @ wt.double().t()).log_softmax(-1),
-                    log_target=True, reduction="batchmean")  # fmt: skip
+    h, w, ht, wt, labels = (
+        t.bfloat16() if t.is_floating_point() else t for t in tensors(torch.float32)
+    )
+    want = F.kl_div(
+        (h.double() @ w.double().t()).log_softmax(-1),
+        (ht.double() @ wt.double().t()).log_softmax(-1),
+        log_target=True,
+        reduction="batchmean",
+    )
     got = linear_kl(h, w, ht, wt, chunk_tokens=16)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
@@ -93,12 +108,16 @@ def test_token_weights_scale_each_token_in_loss_and_gradient(chunk):
     counts = torch.linspace(0.0, 2.0, N, dtype=torch.float64)
     a, b = h.clone().requires_grad_(), w.clone().requires_grad_()
     scores = a @ b.t()
-    kl = F.kl_div(scores.log_softmax(-1), (ht @ wt.t()).log_softmax(-1), log_target=True, reduction="none").sum(-1)
+    kl = F.kl_div(
+        scores.log_softmax(-1), (ht @ wt.t()).log_softmax(-1), log_target=True, reduction="none"
+    ).sum(-1)
     want = (counts * (kl + F.cross_entropy(scores, labels, reduction="none"))).sum() / N
     want.backward()
     c, d = h.clone().requires_grad_(), w.clone().requires_grad_()
     got = linear_kl(c, d, ht, wt, chunk_tokens=chunk, token_weights=counts)
-    got = got + linear_cross_entropy(c, d, labels, chunk_tokens=chunk, token_weights=counts, sequence_parallel=True)
+    got = got + linear_cross_entropy(
+        c, d, labels, chunk_tokens=chunk, token_weights=counts, sequence_parallel=True
+    )
     got.backward()
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(c.grad, a.grad, rtol=1e-9, atol=1e-11)

@@ -45,4 +45,8 @@ def student():
 @pytest.fixture
 def batch():
     """Two sequences of 11 input tokens and the one that follows."""
-    return {"tokens": torch.randint(0, TEACHER.vocab_size, (2, 12), generator=torch.Generator().manual_seed(5))}
+    return {
+        "tokens": torch.randint(
+            0, TEACHER.vocab_size, (2, 12), generator=torch.Generator().manual_seed(5)
+        )
+    }

@@ -24,7 +24,10 @@ def expected_losses(tokens):
     def note(layer):
         return lambda _module, args, kwargs, out: inputs.update({layer: (args[0], kwargs, out[0])})
 
-    hooks = [teacher.mixer(layer).register_forward_hook(note(layer), with_kwargs=True) for layer in range(TEACHER.num_layers)]
+    hooks = [
+        teacher.mixer(layer).register_forward_hook(note(layer), with_kwargs=True)
+        for layer in range(TEACHER.num_layers)
+    ]
     with torch.no_grad():
         teacher.hidden(tokens[:, :-1])
     for hook in hooks:
@@ -47,11 +50,14 @@ def test_loss_and_gradients_are_those_of_plain_torch(stage, batch):
         torch.testing.assert_close(got, want.detach(), rtol=1e-12, atol=0)
         assert not got.requires_grad
     for (name, got), want in zip(stage.mixers.named_parameters(), mixers.parameters(), strict=True):
-        torch.testing.assert_close(got.grad, want.grad, rtol=1e-9, atol=1e-14, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            got.grad, want.grad, rtol=1e-9, atol=1e-14, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 def test_the_trunk_computes_what_the_teacher_computes(stage, batch):
-    """Wrapping the attention must not change what flows down: the last layer's loss would see it."""
+    """Wrapping the attention must not change what flows down: the last layer's loss would see
+    it."""
     whole = build(TEACHER)
     states = whole.hidden_states(batch["tokens"][:, :-1])
     wrapped = AlignStage(whole, AlignedMixers.beside(whole, default_mixer(), seed=3))
@@ -63,7 +69,9 @@ def test_the_trunk_computes_what_the_teacher_computes(stage, batch):
 
 def test_only_the_mixers_train_and_are_saved(stage):
     names = set(stage.trainable_parameters())
-    assert names == {name for name, _ in stage.named_parameters()} and all(name.startswith("mixers.mixers.") for name in names)
+    assert names == {name for name, _ in stage.named_parameters()} and all(
+        name.startswith("mixers.mixers.") for name in names
+    )
     saved = stage.sharded_state_dict()
     assert all(name.startswith("decoder.layers.") and ".self_attention." in name for name in saved)
     assert {name.split(".")[2] for name in saved} == {"0", "1", "2"}
@@ -99,11 +107,18 @@ def test_a_few_steps_of_adam_reduce_every_layers_loss(stage, batch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_squared_error_sums_wide_and_keeps_the_dtype_of_its_input(dtype):
     generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(5, 3, 8, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
+    a, b = (
+        torch.randn(5, 3, 8, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2)
+    )
     a.requires_grad_()
     loss = mean_squared_error(a, b)
     (3 * loss).backward()
     assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     exact = a.detach().double() - b.double()
     torch.testing.assert_close(loss.detach().double(), exact.pow(2).mean(), rtol=1e-6, atol=0)
-    torch.testing.assert_close(a.grad.double(), 6 * exact / a.numel(), rtol=2**-7 if dtype == torch.bfloat16 else 1e-6, atol=1e-9)
+    torch.testing.assert_close(
+        a.grad.double(),
+        6 * exact / a.numel(),
+        rtol=2**-7 if dtype == torch.bfloat16 else 1e-6,
+        atol=1e-9,
+    )

@@ -12,7 +12,11 @@ from tests.unit.stages.conftest import STUDENT, build
 
 def stored_names(module):
     """Canonical tensor names of a module's checkpoint: a fused projection counts by section."""
-    return [piece.key for entry in module.sharded_state_dict(prefix="").values() for piece in tensor_pieces(entry)]
+    return [
+        piece.key
+        for entry in module.sharded_state_dict(prefix="").values()
+        for piece in tensor_pieces(entry)
+    ]
 
 
 def test_the_plan_covers_the_student_exactly(teacher):
@@ -25,8 +29,16 @@ def test_the_plan_covers_the_student_exactly(teacher):
 
 
 def test_missing_mixers_are_named(teacher):
-    aligned = [name for name in stored_names(AlignedMixers.beside(teacher, default_mixer(), seed=0)) if mixer_layer(name) != 2]
+    aligned = [
+        name
+        for name in stored_names(AlignedMixers.beside(teacher, default_mixer(), seed=0))
+        if mixer_layer(name) != 2
+    ]
     with pytest.raises(CheckpointError, match="aligned mixers hold no mixer tensors of layers 2"):
         plan_assembly(STUDENT, stored_names(teacher), aligned)
     with pytest.raises(CheckpointError, match="teacher hold no mixer tensors of layers 1"):
-        plan_assembly(STUDENT, aligned[:0], stored_names(AlignedMixers.beside(teacher, default_mixer(), seed=0)))
+        plan_assembly(
+            STUDENT,
+            aligned[:0],
+            stored_names(AlignedMixers.beside(teacher, default_mixer(), seed=0)),
+        )

@@ -34,7 +34,11 @@ def test_a_frozen_module_is_usable_but_not_part_of_the_stage():
     stage.layer = nn.Linear(2, 3)
     stage.attach_frozen("teacher", nn.Linear(4, 5))
     assert stage.teacher(torch.ones(1, 4)).shape == (1, 5)
-    assert set(dict(stage.named_parameters())) == {"layer.weight", "layer.bias"} == set(stage.state_dict())
+    assert (
+        set(dict(stage.named_parameters()))
+        == {"layer.weight", "layer.bias"}
+        == set(stage.state_dict())
+    )
     assert not any(parameter.requires_grad for parameter in stage.teacher.parameters())
     stage.train()
     assert not stage.teacher.training

@@ -17,19 +17,31 @@ def test_loss_and_gradients_are_those_of_whole_logits(student, teacher, batch, c
     inputs = batch["tokens"][:, :-1]
     with torch.no_grad():
         target = teacher(inputs).log_softmax(-1)
-    want = F.kl_div(student(inputs).log_softmax(-1), target, log_target=True, reduction="none").sum(-1).mean()
+    want = (
+        F.kl_div(student(inputs).log_softmax(-1), target, log_target=True, reduction="none")
+        .sum(-1)
+        .mean()
+    )
     want.backward()
     torch.testing.assert_close(loss, want, rtol=1e-12, atol=0)
     assert metrics == {"distill/kl": loss.detach()} and not metrics["distill/kl"].requires_grad
     for name, parameter in student.named_parameters():
-        torch.testing.assert_close(got[name], parameter.grad, rtol=1e-8, atol=1e-13, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            got[name],
+            parameter.grad,
+            rtol=1e-8,
+            atol=1e-13,
+            msg=lambda m, name=name: f"{name}: {m}",
+        )
 
 
 def test_the_teacher_neither_trains_nor_is_saved(student, teacher, batch):
     stage = DistillStage(student, teacher, chunk_tokens=8)
     stage(batch)[0].backward()
     assert all(parameter.grad is None for parameter in teacher.parameters())
-    assert set(stage.trainable_parameters()) == {f"student.{name}" for name, _ in student.named_parameters()}
+    assert set(stage.trainable_parameters()) == {
+        f"student.{name}" for name, _ in student.named_parameters()
+    }
     assert set(stage.sharded_state_dict()) == set(student.sharded_state_dict())
     assert stage.model_config == student.model_config
 

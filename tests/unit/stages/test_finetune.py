@@ -19,10 +19,18 @@ def test_loss_and_gradients_are_those_of_whole_logits(student, batch, chunk_toke
     torch.testing.assert_close(loss, want, rtol=1e-12, atol=0)
     assert metrics == {"finetune/lm_loss": loss.detach()}
     for name, parameter in student.named_parameters():
-        torch.testing.assert_close(got[name], parameter.grad, rtol=1e-8, atol=1e-13, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            got[name],
+            parameter.grad,
+            rtol=1e-8,
+            atol=1e-13,
+            msg=lambda m, name=name: f"{name}: {m}",
+        )
 
 
 def test_the_whole_student_trains_and_is_saved(student):
     stage = FinetuneStage(student, chunk_tokens=8)
-    assert set(stage.trainable_parameters()) == {f"student.{name}" for name, _ in student.named_parameters()}
+    assert set(stage.trainable_parameters()) == {
+        f"student.{name}" for name, _ in student.named_parameters()
+    }
     assert set(stage.sharded_state_dict()) == set(student.sharded_state_dict())

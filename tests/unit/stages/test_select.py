@@ -7,22 +7,39 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_hypenet.errors import ConfigError, DataError
-from megatron_hypenet.stages.select import LayerScores, importance, load_scores, load_selection, parse_scores, rank
+from megatron_hypenet.stages.select import (
+    LayerScores,
+    importance,
+    load_scores,
+    load_selection,
+    parse_scores,
+    rank,
+)
 
 METRIC = st.floats(min_value=0, max_value=100, allow_nan=False)
 SCORES = st.lists(st.tuples(METRIC, METRIC), min_size=1, max_size=40).map(
-    lambda rows: LayerScores(recall=tuple(r for r, _ in rows), commonsense=tuple(c for _, c in rows))
+    lambda rows: LayerScores(
+        recall=tuple(r for r, _ in rows), commonsense=tuple(c for _, c in rows)
+    )
 )
 
 
 def payload(recall, commonsense):
     """A decoded scores file."""
-    return {"layers": {str(i): {"recall": r, "commonsense": c} for i, (r, c) in enumerate(zip(recall, commonsense, strict=True))}}
+    return {
+        "layers": {
+            str(i): {"recall": r, "commonsense": c}
+            for i, (r, c) in enumerate(zip(recall, commonsense, strict=True))
+        }
+    }
 
 
 def test_importance_is_the_papers_formula_with_its_cap():
-    got = importance(LayerScores(recall=(80.0, 60.0, 70.0, 80.0), commonsense=(50.0, 48.0, 50.0, 40.0)))
-    # layer 2 loses recall and no commonsense: 10 / 1e-10, capped; the best recall layers cost nothing
+    got = importance(
+        LayerScores(recall=(80.0, 60.0, 70.0, 80.0), commonsense=(50.0, 48.0, 50.0, 40.0))
+    )
+    # layer 2 loses recall and no commonsense: 10 / 1e-10, capped; the best recall layers cost
+    # nothing
     assert got == pytest.approx((0.0, 10.0, 50.0, 0.0))
 
 
@@ -30,7 +47,10 @@ def test_rank_keeps_the_most_important_layers_and_breaks_ties_downwards():
     scores = LayerScores(recall=(80.0, 60.0, 70.0, 60.0), commonsense=(50.0, 48.0, 50.0, 48.0))
     selection = rank(scores, 2, "lightning_attn")
     assert selection.attention_layers == (1, 2)
-    assert selection.to_json() == {"mixer_types": ["lightning_attn", "attn", "attn", "lightning_attn"], "attention_layers": [1, 2]}
+    assert selection.to_json() == {
+        "mixer_types": ["lightning_attn", "attn", "attn", "lightning_attn"],
+        "attention_layers": [1, 2],
+    }
 
 
 @given(SCORES, st.data())
@@ -43,24 +63,34 @@ def test_every_selection_keeps_exactly_the_top_layers(scores, data):
     assert all(0.0 <= value <= 50.0 for value in selection.importance)
     for inside in kept:
         for outside in set(range(scores.num_layers)) - kept:
-            assert (-selection.importance[inside], inside) < (-selection.importance[outside], outside)
+            assert (-selection.importance[inside], inside) < (
+                -selection.importance[outside],
+                outside,
+            )
 
 
 @given(SCORES)
 def test_more_attention_only_adds_layers(scores):
-    chosen = [set(rank(scores, n, "lightning_attn").attention_layers) for n in range(1, scores.num_layers + 1)]
+    chosen = [
+        set(rank(scores, n, "lightning_attn").attention_layers)
+        for n in range(1, scores.num_layers + 1)
+    ]
     assert all(smaller < larger for smaller, larger in zip(chosen, chosen[1:], strict=False))
 
 
 @given(SCORES)
 def test_scores_survive_the_file_format(scores):
-    assert parse_scores(json.loads(json.dumps(payload(scores.recall, scores.commonsense)))) == scores
+    assert (
+        parse_scores(json.loads(json.dumps(payload(scores.recall, scores.commonsense)))) == scores
+    )
 
 
 @pytest.mark.parametrize("num_attention", [-1, 0, 5])
 def test_a_number_outside_the_depth_is_refused(num_attention):
     with pytest.raises(ConfigError, match=f"num_attention={num_attention} .* 4 scored layers"):
-        rank(LayerScores(recall=(1.0,) * 4, commonsense=(1.0,) * 4), num_attention, "lightning_attn")
+        rank(
+            LayerScores(recall=(1.0,) * 4, commonsense=(1.0,) * 4), num_attention, "lightning_attn"
+        )
 
 
 @pytest.mark.parametrize(
@@ -69,9 +99,29 @@ def test_a_number_outside_the_depth_is_refused(num_attention):
         ({}, "non-empty object"),
         ([], "non-empty object"),
         ({"layers": {}}, "non-empty object"),
-        ({"layers": {"0": {"recall": 1, "commonsense": 1}, "2": {"recall": 1, "commonsense": 1}}}, "missing layers 1"),
-        ({"num_layers": 3, "layers": {"0": {"recall": 1, "commonsense": 1}}}, "missing layers 1, 2"),
-        ({"num_layers": 1, "layers": {"0": {"recall": 1, "commonsense": 1}, "1": {"recall": 1, "commonsense": 1}}}, "beyond num_layers=1"),
+        (
+            {
+                "layers": {
+                    "0": {"recall": 1, "commonsense": 1},
+                    "2": {"recall": 1, "commonsense": 1},
+                }
+            },
+            "missing layers 1",
+        ),
+        (
+            {"num_layers": 3, "layers": {"0": {"recall": 1, "commonsense": 1}}},
+            "missing layers 1, 2",
+        ),
+        (
+            {
+                "num_layers": 1,
+                "layers": {
+                    "0": {"recall": 1, "commonsense": 1},
+                    "1": {"recall": 1, "commonsense": 1},
+                },
+            },
+            "beyond num_layers=1",
+        ),
         ({"layers": {"0": {"recall": float("nan"), "commonsense": 1}}}, "recall is nan"),
         ({"layers": {"0": {"recall": 1, "commonsense": float("inf")}}}, "commonsense is inf"),
         ({"layers": {"0": {"recall": 1}}}, "commonsense is missing"),
@@ -89,13 +139,20 @@ def test_all_problems_are_named_at_once():
     broken = {"layers": {"0": {"recall": float("nan")}, "3": {"recall": 1, "commonsense": 1}}}
     with pytest.raises(DataError) as caught:
         parse_scores(broken)
-    assert all(part in str(caught.value) for part in ("missing layers 1, 2", "recall is nan", "commonsense is missing"))
+    assert all(
+        part in str(caught.value)
+        for part in ("missing layers 1, 2", "recall is nan", "commonsense is missing")
+    )
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"layers": {"0": {"recall": 1, "commonsense": 1}, "0": {"recall": 2, "commonsense": 1}}}', "the key '0' is written twice"),
+        (
+            '{"layers": {"0": {"recall": 1, "commonsense": 1}, "0": {"recall": 2, "commonsense": '
+            "1}}}",
+            "the key '0' is written twice",
+        ),
         ('{"layers": ', "not valid JSON"),
         ('{"layers": {"0": {"recall": NaN, "commonsense": 1}}}', "NaN is no number"),
     ],
@@ -125,7 +182,13 @@ def test_huge_numbers_are_refused_at_once(tmp_path, broken):
 
 
 @pytest.mark.parametrize(
-    "text", ["[]", '{"mixer_types": 3, "attention_layers": [0]}', '{"mixer_types": ["attn"], "attention_layers": ["0"]}', "{"]
+    "text",
+    [
+        "[]",
+        '{"mixer_types": 3, "attention_layers": [0]}',
+        '{"mixer_types": ["attn"], "attention_layers": ["0"]}',
+        "{",
+    ],
 )
 def test_a_selection_file_of_another_form_is_refused(tmp_path, text):
     (tmp_path / "mixers.json").write_text(text)
@@ -140,7 +203,13 @@ def test_a_missing_file_says_how_to_make_one(tmp_path):
 
 def test_a_selection_file_must_agree_with_the_model(tmp_path):
     path = tmp_path / "mixers.json"
-    path.write_text(json.dumps(rank(LayerScores(recall=(1.0, 2.0), commonsense=(1.0, 1.0)), 1, "lightning_attn").to_json()))
+    path.write_text(
+        json.dumps(
+            rank(
+                LayerScores(recall=(1.0, 2.0), commonsense=(1.0, 1.0)), 1, "lightning_attn"
+            ).to_json()
+        )
+    )
     assert load_selection(path, num_layers=2).attention_layers == (0,)
     with pytest.raises(DataError, match="2 mixer_types, but the teacher has 3"):
         load_selection(path, num_layers=3)

@@ -42,7 +42,12 @@ def recorder(teacher, mixers, seen):
 
 def test_every_layer_is_scored_alone_after_the_baseline(teacher, mixers):
     seen, saved = [], []
-    result = score_layers(teacher, mixers, recorder(teacher, mixers, seen), on_scored=lambda payload: saved.append(len(payload["layers"])))
+    result = score_layers(
+        teacher,
+        mixers,
+        recorder(teacher, mixers, seen),
+        on_scored=lambda payload: saved.append(len(payload["layers"])),
+    )
     assert seen == [(), (0,), (1,), (2,)]
     assert saved == [0, 1, 2, 3]
     assert result["num_layers"] == 3 and result["baseline"] == {"recall": 90.0, "commonsense": 50.0}
@@ -51,7 +56,10 @@ def test_every_layer_is_scored_alone_after_the_baseline(teacher, mixers):
 
 def test_what_is_known_is_not_measured_again(teacher, mixers):
     seen = []
-    known = {"baseline": {"recall": 1.0, "commonsense": 2.0}, "layers": {"0": {"recall": 3.0, "commonsense": 4.0}}}
+    known = {
+        "baseline": {"recall": 1.0, "commonsense": 2.0},
+        "layers": {"0": {"recall": 3.0, "commonsense": 4.0}},
+    }
     result = score_layers(teacher, mixers, recorder(teacher, mixers, seen), known=known)
     assert seen == [(1,), (2,)]
     assert result["baseline"] == known["baseline"] and result["layers"]["0"] == known["layers"]["0"]
@@ -63,6 +71,11 @@ def test_mixers_start_from_their_layers_attention(teacher, mixers):
         assert torch.equal(mixer.section_weight("q"), attention.section_weight("q"))
         assert torch.equal(mixer.linear_proj.weight, attention.linear_proj.weight)
         assert torch.equal(mixer.o_norm.weight, torch.ones_like(mixer.o_norm.weight))
-    again, other = AlignedMixers.beside(teacher, default_mixer(), seed=3), AlignedMixers.beside(teacher, default_mixer(), seed=4)
-    assert torch.equal(again.of_layer(1).section_weight("gate"), mixers.of_layer(1).section_weight("gate"))
-    assert not torch.equal(other.of_layer(1).section_weight("gate"), mixers.of_layer(1).section_weight("gate"))
+    again = AlignedMixers.beside(teacher, default_mixer(), seed=3)
+    other = AlignedMixers.beside(teacher, default_mixer(), seed=4)
+    assert torch.equal(
+        again.of_layer(1).section_weight("gate"), mixers.of_layer(1).section_weight("gate")
+    )
+    assert not torch.equal(
+        other.of_layer(1).section_weight("gate"), mixers.of_layer(1).section_weight("gate")
+    )

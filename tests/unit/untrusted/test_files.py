@@ -42,13 +42,18 @@ def test_missing_files_and_impossible_names_are_refused(tmp_path):
     refused(lambda: KIND.read_bytes(tmp_path / ("a" * 300)), "File name too long")
 
 
-@pytest.mark.parametrize(("content", "word"), [(b"ab\xff", "byte 2 is 0xff"), (b"ab\0", "NUL character (at character 2)")])
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [(b"ab\xff", "byte 2 is 0xff"), (b"ab\0", "NUL character (at character 2)")],
+)
 def test_bytes_that_are_no_text_are_refused(tmp_path, content, word):
     (tmp_path / "x").write_bytes(content)
     refused(lambda: KIND.read_text(tmp_path / "x"), word)
 
 
-@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x", "", 3, None, "a\0b", "a\nb", "..\\x"])
+@pytest.mark.parametrize(
+    "name", ["../x", "/etc/passwd", "a/../../x", "", 3, None, "a\0b", "a\nb", "..\\x"]
+)
 def test_a_name_that_leads_out_of_the_folder_is_refused(tmp_path, name):
     with pytest.raises(ConversionError, match=r"no file name|not inside the folder"):
         inside(tmp_path, name, KIND)
@@ -77,7 +82,8 @@ def test_symbolic_links_count_where_they_lead(tmp_path):
 
 
 def test_the_cache_of_hugging_face_links_to_its_blobs(tmp_path):
-    snapshot, blobs = tmp_path / "models--a" / "snapshots" / "abc", tmp_path / "models--a" / "blobs"
+    snapshot = tmp_path / "models--a" / "snapshots" / "abc"
+    blobs = tmp_path / "models--a" / "blobs"
     snapshot.mkdir(parents=True)
     blobs.mkdir()
     (blobs / "hash").write_text("x")

@@ -20,8 +20,14 @@ class Form:
 
 
 def test_plain_json_is_returned_as_python_has_it():
-    text = '{"a": [1, -2.5e3, true, null, "\\ud83d\\ude00 ]["], "b": {"c": 1000000000000000019884624838656}}'
-    assert parse_json(KIND, "x.json", text) == {"a": [1, -2500.0, True, None, "😀 ]["], "b": {"c": 1000000000000000019884624838656}}
+    text = (
+        '{"a": [1, -2.5e3, true, null, "\\ud83d\\ude00 ]["], "b": {"c": '
+        "1000000000000000019884624838656}}"
+    )
+    assert parse_json(KIND, "x.json", text) == {
+        "a": [1, -2500.0, True, None, "😀 ]["],
+        "b": {"c": 1000000000000000019884624838656},
+    }
 
 
 @pytest.mark.parametrize(
@@ -69,7 +75,9 @@ def test_an_object_is_expected_at_the_top(tmp_path):
 
 
 def test_typed_values_are_strict(tmp_path):
-    (tmp_path / "x.json").write_text('{"name": "a", "steps": 3, "rates": [1, 2.5], "extra": {"k": [1]}}')
+    (tmp_path / "x.json").write_text(
+        '{"name": "a", "steps": 3, "rates": [1, 2.5], "extra": {"k": [1]}}'
+    )
     assert read_typed(KIND, tmp_path / "x.json", Form) == Form("a", 3, (1.0, 2.5), {"k": [1]})
     for value, word in [
         ({}, "name: missing"),

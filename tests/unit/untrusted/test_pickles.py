@@ -1,4 +1,5 @@
-"""A pickle is read as inert values: nothing is called, nothing is hashed, and a damaged one ends in one error."""
+"""A pickle is read as inert values: nothing is called, nothing is hashed, and a damaged one ends in
+one error."""
 
 import pickle
 import random
@@ -13,7 +14,8 @@ from megatron_hypenet.untrusted.files import FileKind
 from megatron_hypenet.untrusted.pickles import Collection, Global, Pairs, Record, read_pickle
 
 KIND = FileKind(error=CheckpointError, advice="use another one")
-DOUBLED = b"".join(b"q" + bytes([i]) + b"h" + bytes([i]) + b"\x86" for i in range(60))  # t = (t, t), sixty times
+# t = (t, t), sixty times
+DOUBLED = b"".join(b"q" + bytes([i]) + b"h" + bytes([i]) + b"\x86" for i in range(60))
 
 
 @dataclass
@@ -44,7 +46,26 @@ def refused(payload, *words):
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_plain_values_of_every_protocol_come_back(protocol):
-    value = ["text", "ä", 0, -1, 300, 70000, 1 << 40, 1.5, None, True, False, (), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4), [], [[1], "text"]]
+    value = [
+        "text",
+        "ä",
+        0,
+        -1,
+        300,
+        70000,
+        1 << 40,
+        1.5,
+        None,
+        True,
+        False,
+        (),
+        (1,),
+        (1, 2),
+        (1, 2, 3),
+        (1, 2, 3, 4),
+        [],
+        [[1], "text"],
+    ]
     assert read(pickle.dumps(value, protocol)) == value
     found = read(pickle.dumps({"a": 1, (1, 2): "b"}, protocol))
     assert isinstance(found, Pairs) and found.items == [("a", 1), ((1, 2), "b")]
@@ -54,9 +75,17 @@ def test_sets_objects_and_calls_are_described():
     found = read(pickle.dumps({1, 2}, 4))
     assert isinstance(found, Collection) and sorted(found.items) == [1, 2]
     found = read(pickle.dumps(PurePosixPath("a/b"), 4))
-    assert isinstance(found, Record) and found.what == Global("pathlib", "PurePosixPath") and found.args == ("a", "b")
+    assert (
+        isinstance(found, Record)
+        and found.what == Global("pathlib", "PurePosixPath")
+        and found.args == ("a", "b")
+    )
     found = read(pickle.dumps(Point(1, (2, 3)), 4))
-    assert isinstance(found, Record) and found.what.name == "Point" and found.state.items == [("x", 1), ("y", (2, 3))]
+    assert (
+        isinstance(found, Record)
+        and found.what.name == "Point"
+        and found.state.items == [("x", 1), ("y", (2, 3))]
+    )
 
 
 def test_a_forbidden_global_is_named_and_not_called(tmp_path):
@@ -78,8 +107,10 @@ def test_more_opcodes_than_the_limit_are_refused(monkeypatch):
 @pytest.mark.parametrize(
     "payload",
     [
-        b"", b".", b"\x80\x02", b"K\x01K\x02.", b"(K\x01.", b"0.", b"h\x05.", b"K\x01a.", b"K\x01K\x02a.", b"K\x01K\x02s.", b"\x85.",
-        b"K\x01b.", b"X\xff\xff\xff\x7fab.", b"\x80\x63.", b"]K\x01R.", b"I1\n.", b"(i__main__\nx\n.", b"\x8a\x08\x00.",
+        b"", b".", b"\x80\x02", b"K\x01K\x02.", b"(K\x01.", b"0.", b"h\x05.", b"K\x01a.",
+        b"K\x01K\x02a.", b"K\x01K\x02s.", b"\x85.",
+        b"K\x01b.", b"X\xff\xff\xff\x7fab.", b"\x80\x63.", b"]K\x01R.", b"I1\n.",
+        b"(i__main__\nx\n.", b"\x8a\x08\x00.",
         b"X\x03\x00\x00\x00\xed\xa0\x80.", b"csome\nthing\n)\x81}b}b.", b"Q.", b"e.", b"}(K\x01u.",
     ],
 )  # fmt: skip
@@ -91,7 +122,9 @@ def test_any_bytes_end_in_a_value_or_in_one_error():
     chance = random.Random(0)
     whole = pickle.dumps({"a": [1, (2, "three"), {4.5}], "b": KIND.advice * 3}, 4)
     for _ in range(3000):
-        content = bytearray(whole[: chance.randrange(len(whole) + 1)] if chance.random() < 0.3 else whole)
+        content = bytearray(
+            whole[: chance.randrange(len(whole) + 1)] if chance.random() < 0.3 else whole
+        )
         for _ in range(chance.randrange(1, 6)):
             if content:
                 content[chance.randrange(len(content))] = chance.randrange(256)

@@ -33,7 +33,9 @@ def test_what_the_library_writes_is_read(tmp_path):
     }
     save_file(tensors, tmp_path / "x", metadata={"format": "pt"})
     want = {"a": ("F32", (2, 3)), "b": ("F32", (0, 4)), "c": ("BF16", ()), "d": ("BOOL", (5,))}
-    assert read_header(KIND, tmp_path / "x") == {name: TensorHeader(*entry) for name, entry in want.items()}
+    assert read_header(KIND, tmp_path / "x") == {
+        name: TensorHeader(*entry) for name, entry in want.items()
+    }
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,9 @@ from megatron_hypenet.errors import ConfigError
 from megatron_hypenet.untrusted.files import FileKind
 from megatron_hypenet.untrusted.yaml_text import Plain, parse_yaml, read_yaml, value_of
 
-KIND = FileKind(error=ConfigError, advice="mend it", max_bytes=100_000, max_values=1000, max_depth=10)
+KIND = FileKind(
+    error=ConfigError, advice="mend it", max_bytes=100_000, max_values=1000, max_depth=10
+)
 
 
 def parsed(text):
@@ -31,11 +33,14 @@ def refused(text, *words):
     ("text", "value"),
     [
         ("12", 12), ("-3", -3), ("+4", 4), ("1_000", 1000), ("0x1F", 31), ("0b11", 3), ("0", 0),
-        ("1e5", 1e5), ("3e-4", 3e-4), (".5", 0.5), ("12.10", 12.1), ("1.", 1.0), ("-1.5E+3", -1500.0), ("1_000.5", 1000.5),
+        ("1e5", 1e5), ("3e-4", 3e-4), (".5", 0.5), ("12.10", 12.1), ("1.", 1.0),
+        ("-1.5E+3", -1500.0), ("1_000.5", 1000.5),
         ("true", True), ("Yes", True), ("ON", True), ("off", False), ("No", False),
         ("null", None), ("~", None), ("", None),
-        ("1:30", "1:30"), ("4:00:00", "4:00:00"), ("0755", "0755"), ("-017", "-017"), ("2024-01-01", "2024-01-01"), ("e5", "e5"),
-        ("1e5x", "1e5x"), ("1__0", "1__0"), ("y", "y"), ("0o17", "0o17"), ("0x", "0x"), ("9" * 5000, "9" * 5000),
+        ("1:30", "1:30"), ("4:00:00", "4:00:00"), ("0755", "0755"), ("-017", "-017"),
+        ("2024-01-01", "2024-01-01"), ("e5", "e5"),
+        ("1e5x", "1e5x"), ("1__0", "1__0"), ("y", "y"), ("0o17", "0o17"), ("0x", "0x"),
+        ("9" * 5000, "9" * 5000),
         ("'12'", "12"), ('"yes"', "yes"), ("!!str 12", "12"), ("! 12", "12"), ("!!float 12", 12),
     ],
 )  # fmt: skip
@@ -45,14 +50,29 @@ def test_scalars_look_like_what_a_person_means(text, value):
 
 
 def test_scalars_keep_their_text_and_whether_they_had_quotes():
-    found = parse_yaml(KIND, "x", "{a: 012.10, b: '1', on: ~, 1.50: x, c: |\n  7\n}".replace("{", "").replace("}", "").replace(", ", "\n"))
+    found = parse_yaml(
+        KIND,
+        "x",
+        "{a: 012.10, b: '1', on: ~, 1.50: x, c: |\n  7\n}".replace("{", "")
+        .replace("}", "")
+        .replace(", ", "\n"),
+    )
     assert found == {"a": "012.10", "b": "1", "on": "~", "1.50": "x", "c": "7\n"}
-    assert [isinstance(found[key], Plain) for key in ("a", "b", "on", "1.50", "c")] == [True, False, True, True, False]
+    assert [isinstance(found[key], Plain) for key in ("a", "b", "on", "1.50", "c")] == [
+        True,
+        False,
+        True,
+        True,
+        False,
+    ]
     assert all(type(key) is str for key in found)
 
 
 def test_infinities_are_floats():
-    assert parsed("[.inf, -.INF]") == [float("inf"), float("-inf")] and parsed("[.nan]")[0] != parsed("[.nan]")[0]
+    assert (
+        parsed("[.inf, -.INF]") == [float("inf"), float("-inf")]
+        and parsed("[.nan]")[0] != parsed("[.nan]")[0]
+    )
 
 
 MERGES = [
@@ -81,10 +101,12 @@ LISTS = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"{n}: &{n} [{','.join(['*' + o] * 9)}]\n" for o, n in zip("abcdefgh", "bcdefghi", strict=True)
 )
 MAPS = "a: &a {x: 1}\n" + "".join(
-    f"{n}: &{n} {{{','.join(f'k{i}: *{o}' for i in range(9))}}}\n" for o, n in zip("abcdefgh", "bcdefghi", strict=True)
+    f"{n}: &{n} {{{','.join(f'k{i}: *{o}' for i in range(9))}}}\n"
+    for o, n in zip("abcdefgh", "bcdefghi", strict=True)
 )
 BILLION_MERGES = "a: &a {x: 1}\n" + "".join(
-    f"{n}: &{n} {{<<: [{','.join(['*' + o] * 9)}]}}\n" for o, n in zip("abcdefgh", "bcdefghi", strict=True)
+    f"{n}: &{n} {{<<: [{','.join(['*' + o] * 9)}]}}\n"
+    for o, n in zip("abcdefgh", "bcdefghi", strict=True)
 )
 
 
@@ -113,8 +135,14 @@ BILLION_MERGES = "a: &a {x: 1}\n" + "".join(
         ("a: 1\n---\nb: 2\n", ["a second document"]),
         ("a: [1\n", ["not valid YAML (line 2", "column"]),
         ("a: 1\n\tb: 2\n", ["not valid YAML (line 2"]),
-        ("a: !!python/object/apply:os.system ['true']", ["the tag !!python/object/apply:os.system"]),
-        ("%TAG ! tag:yaml.org,2002:python/\n---\na: !name:os.system x", ["the tag !!python/name:os.system"]),
+        (
+            "a: !!python/object/apply:os.system ['true']",
+            ["the tag !!python/object/apply:os.system"],
+        ),
+        (
+            "%TAG ! tag:yaml.org,2002:python/\n---\na: !name:os.system x",
+            ["the tag !!python/name:os.system"],
+        ),
         ("a: !!set {x}", ["the tag !!set"]),
         ("a: !!binary aGk=", ["the tag !!binary"]),
         ("a: !!timestamp 2024-01-01", ["the tag !!timestamp"]),
@@ -131,7 +159,11 @@ def test_hostile_and_damaged_text_is_refused_at_once(text, words):
 
 
 def test_aliases_within_the_limits_stand_for_their_value():
-    assert parsed("a: &a [1, &b x]\nc: *a\nd: {*b : *b}\n") == {"a": [1, "x"], "c": [1, "x"], "d": {"x": "x"}}
+    assert parsed("a: &a [1, &b x]\nc: *a\nd: {*b : *b}\n") == {
+        "a": [1, "x"],
+        "c": [1, "x"],
+        "d": {"x": "x"},
+    }
 
 
 def test_files_are_read_within_limits(tmp_path):
@@ -139,8 +171,15 @@ def test_files_are_read_within_limits(tmp_path):
     (tmp_path / "empty").write_text("# nothing\n")
     (tmp_path / "large").write_text("a: " + "x" * 200_000)
     os.mkfifo(tmp_path / "pipe")
-    assert read_yaml(KIND, tmp_path / "a.yaml") == {"a": "ä"} and read_yaml(KIND, tmp_path / "empty") is None
-    for name, says in [("large", "larger than"), ("pipe", "not a regular file"), ("", "cannot be read")]:
+    assert (
+        read_yaml(KIND, tmp_path / "a.yaml") == {"a": "ä"}
+        and read_yaml(KIND, tmp_path / "empty") is None
+    )
+    for name, says in [
+        ("large", "larger than"),
+        ("pipe", "not a regular file"),
+        ("", "cannot be read"),
+    ]:
         with pytest.raises(ConfigError, match=says):
             read_yaml(KIND, tmp_path / name)
 
@@ -151,10 +190,14 @@ VALUES = st.recursive(
         st.booleans(),
         st.integers(-(10**9), 10**9),
         st.floats(allow_nan=False),
-        # not U+0085: what PyYAML writes for it with allow_unicode, PyYAML itself reads as something else
+        # not U+0085: what PyYAML writes for it with allow_unicode, PyYAML itself reads as something
+        # else
         st.text(st.characters(codec="utf-8", exclude_characters="\x85"), max_size=8),
     ),
-    lambda below: st.lists(below, max_size=3) | st.dictionaries(st.text("abc:#~!", min_size=1, max_size=4), below, max_size=3),
+    lambda below: (
+        st.lists(below, max_size=3)
+        | st.dictionaries(st.text("abc:#~!", min_size=1, max_size=4), below, max_size=3)
+    ),
     max_leaves=8,
 )
 

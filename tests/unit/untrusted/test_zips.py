@@ -1,4 +1,5 @@
-"""Members of a zip file are found and read within limits; a compressed or misplaced one is refused."""
+"""Members of a zip file are found and read within limits; a compressed or misplaced one is
+refused."""
 
 import io
 import zipfile
@@ -15,7 +16,9 @@ KIND = FileKind(error=CheckpointError, advice="use another one")
 
 def opened(path, content, start=0, length=None):
     path.write_bytes(content)
-    return StoredZip(KIND, path, path.open("rb"), start, len(content) - start if length is None else length)
+    return StoredZip(
+        KIND, path, path.open("rb"), start, len(content) - start if length is None else length
+    )
 
 
 def zipped(members, compression=zipfile.ZIP_STORED):
@@ -33,7 +36,9 @@ def test_members_of_a_file_of_torch_are_found_where_they_are(tmp_path):
     content = b"before" + target.getvalue() + b"after"
     archive = opened(tmp_path / "x", content, 6, len(target.getvalue()))
     start, size = archive.place("archive/data/0")
-    assert torch.frombuffer(bytearray(content[start : start + size]), dtype=torch.int64).tolist() == [0, 1, 2, 3, 4]
+    assert torch.frombuffer(
+        bytearray(content[start : start + size]), dtype=torch.int64
+    ).tolist() == [0, 1, 2, 3, 4]
     assert archive.read("archive/byteorder", 100) == b"little"
 
 

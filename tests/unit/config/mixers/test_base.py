@@ -17,7 +17,9 @@ from tests.tiny import tiny_model_config
 def test_the_registry_finds_by_name_and_lists_what_it_knows():
     assert {"attn", "lightning_attn"} <= set(mixer_specs())
     assert default_mixer().name == "lightning_attn" and default_mixer().recurrent
-    with pytest.raises(ConfigError, match="unknown mixer 'gdn'; known mixers: attn, lightning_attn"):
+    with pytest.raises(
+        ConfigError, match="unknown mixer 'gdn'; known mixers: attn, lightning_attn"
+    ):
         mixer_spec("gdn")
     with pytest.raises(AssertionError, match="registered twice"):
         register_mixer_spec("attn")(mixer_spec("attn"))
@@ -43,8 +45,17 @@ def test_what_follows_from_the_parameters(name):
     sections = spec.sections(config)
     assert list(sections) == ["q", "k", "v", "gate"]
     flops = spec.flops(config, 64)
-    assert flops == MixerFlops(2.0 * 24 * sum(sections.values()), spec.core_flops(config, 64), 2.0 * 24 * 48)
+    assert flops == MixerFlops(
+        2.0 * 24 * sum(sections.values()), spec.core_flops(config, 64), 2.0 * 24 * 48
+    )
     assert flops.total == flops.projections + flops.core + flops.output
-    replicated = sum(parameter.numel for parameter in spec.parameters(config) if parameter.tp_dim is None)
-    assert 3 * (spec.num_parameters(config, 3) - replicated) == spec.num_parameters(config) - replicated
-    assert all(parameter.init == ONES for parameter in spec.parameters(config) if "norm" in parameter.name)
+    replicated = sum(
+        parameter.numel for parameter in spec.parameters(config) if parameter.tp_dim is None
+    )
+    assert (
+        3 * (spec.num_parameters(config, 3) - replicated)
+        == spec.num_parameters(config) - replicated
+    )
+    assert all(
+        parameter.init == ONES for parameter in spec.parameters(config) if "norm" in parameter.name
+    )

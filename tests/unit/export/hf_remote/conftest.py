@@ -7,7 +7,13 @@ from megatron_hypenet.export.hf_remote.configuration_hypenet import HypeNetConfi
 from megatron_hypenet.export.hf_remote.modeling_hypenet import HypeNetForCausalLM
 
 SIZES = dict(
-    vocab_size=53, hidden_size=32, intermediate_size=40, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2, head_dim=8
+    vocab_size=53,
+    hidden_size=32,
+    intermediate_size=40,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=8,
 )
 MIXERS = ["lightning-attn", "attn", "lightning-attn"]
 
@@ -15,12 +21,15 @@ MIXERS = ["lightning-attn", "attn", "lightning-attn"]
 @pytest.fixture
 def make_config():
     """make_config(**changes) -> HypeNetConfig."""
-    return lambda **changes: HypeNetConfig(**{**SIZES, "mixer_types": MIXERS, "attn_logits_scaling": "hype 50", **changes})
+    return lambda **changes: HypeNetConfig(
+        **{**SIZES, "mixer_types": MIXERS, "attn_logits_scaling": "hype 50", **changes}
+    )
 
 
 @pytest.fixture
 def make_model(make_config):
-    """make_model(**changes) -> HypeNetForCausalLM in float64 with random weights large enough to matter."""
+    """make_model(**changes) -> HypeNetForCausalLM in float64 with random weights large enough to
+    matter."""
 
     def build(**changes):
         torch.manual_seed(5)
@@ -43,10 +52,12 @@ def tokens(rows, count, seed=0):
 
 
 def padded(rows, total, *, left=True, filler=1):
-    ids, mask = torch.full((len(rows), total), filler), torch.zeros(len(rows), total, dtype=torch.long)
+    ids = torch.full((len(rows), total), filler)
+    mask = torch.zeros(len(rows), total, dtype=torch.long)
     for index, row in enumerate(rows):
         where = slice(total - len(row), total) if left else slice(0, len(row))
-        ids[index, where], mask[index, where] = row, 1
+        ids[index, where] = row
+        mask[index, where] = 1
     return ids, mask
 
 

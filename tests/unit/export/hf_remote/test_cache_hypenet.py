@@ -14,7 +14,8 @@ def feed(cache, tokens, batch=2, real=None):
 
 def test_keys_and_values_come_back_in_order_while_the_buffer_grows():
     cache = HypeNetCache(1)
-    seen, capacities = [], set()
+    seen = []
+    capacities = set()
     for tokens in (100, 1, 155, 1, 400, 1, 1):
         new, (keys, values), _, mask = feed(cache, tokens)
         seen.append(new)
@@ -41,7 +42,10 @@ def test_padding_is_remembered_even_when_it_comes_late():
     _, _, first, mask = feed(cache, 3)
     assert first == 0 and mask is None
     _, _, first, mask = feed(cache, 2, real=torch.tensor([[False, True], [True, True]]))
-    assert first.tolist() == [[3], [3]] and mask.tolist() == [[True] * 3 + [False, True], [True] * 5]
+    assert first.tolist() == [[3], [3]] and mask.tolist() == [
+        [True] * 3 + [False, True],
+        [True] * 5,
+    ]
     _, _, first, mask = feed(cache, 1)
     assert first.tolist() == [[4], [5]] and mask[:, -1].all()
 
@@ -110,7 +114,9 @@ def test_earlier_keys_keep_their_gradients():
 def test_a_lightning_state_is_never_rolled_back():
     cache = HypeNetCache(1)
     for refused in (lambda: cache.crop(3), cache.activate_past_recording):
-        with pytest.raises(ValueError, match="cannot be cropped: its Lightning layers keep one state"):
+        with pytest.raises(
+            ValueError, match="cannot be cropped: its Lightning layers keep one state"
+        ):
             refused()
 
 

@@ -7,7 +7,9 @@ from ..conftest import model_config
 
 
 def test_reads_what_the_export_writes():
-    raw = hf_config_from_model(model_config(student=True, attn_logits_scaling="hype 500"), torch_dtype="float32")
+    raw = hf_config_from_model(
+        model_config(student=True, attn_logits_scaling="hype 500"), torch_dtype="float32"
+    )
     config = HypeNetConfig.from_dict(dict(raw))  # transformers 4.57 writes into its argument
     for name, value in raw.items():
         if name not in ("architectures", "auto_map", "torch_dtype", "rope_scaling"):
@@ -15,20 +17,28 @@ def test_reads_what_the_export_writes():
 
 
 def test_survives_saving(make_config, tmp_path):
-    make_config(rope_theta=777.0, tie_word_embeddings=True, eos_token_id=[1, 2]).save_pretrained(tmp_path)
+    make_config(rope_theta=777.0, tie_word_embeddings=True, eos_token_id=[1, 2]).save_pretrained(
+        tmp_path
+    )
     again = HypeNetConfig.from_pretrained(tmp_path)
     assert again.rope_theta == 777.0 and again.tie_word_embeddings and again.eos_token_id == [1, 2]
     assert again.mixer_types == ["lightning-attn", "attn", "lightning-attn"]
 
 
 def test_theta_may_stand_in_rope_parameters(make_config):
-    assert make_config(rope_parameters={"rope_type": "default", "rope_theta": 9.0}).rope_theta == 9.0
+    assert (
+        make_config(rope_parameters={"rope_type": "default", "rope_theta": 9.0}).rope_theta == 9.0
+    )
     with pytest.raises(ValueError, match="plain RoPE only"):
         make_config(rope_parameters={"rope_type": "yarn", "rope_theta": 9.0})
 
 
 def test_older_spelling_of_a_mixer(make_config):
-    assert make_config(mixer_types=["lightning_attn", "attn", "attn"]).mixer_types == ["lightning-attn", "attn", "attn"]
+    assert make_config(mixer_types=["lightning_attn", "attn", "attn"]).mixer_types == [
+        "lightning-attn",
+        "attn",
+        "attn",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -17,18 +17,26 @@ GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 def without_cache(model, ids, count):
     """Greedy decoding by whole forward passes."""
     for _ in range(count):
-        ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)], 1)
+        ids = torch.cat(
+            [ids, model(ids, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)], 1
+        )
     return ids
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("options", [{}, {"do_sample": True, "top_k": 9}, {"num_beams": 3}], ids=["greedy", "sampling", "beams"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"do_sample": True, "top_k": 9}, {"num_beams": 3}],
+    ids=["greedy", "sampling", "beams"],
+)
 def test_generation_with_cache_is_generation_without(model, options):
     ids = tokens(2, 11)
     found = []
     for use_cache in (True, False):
         torch.manual_seed(0)
-        found.append(model.generate(ids, max_new_tokens=12, pad_token_id=0, use_cache=use_cache, **options))
+        found.append(
+            model.generate(ids, max_new_tokens=12, pad_token_id=0, use_cache=use_cache, **options)
+        )
     assert torch.equal(*found) and found[0].shape == (2, 23)
 
 
@@ -39,8 +47,11 @@ def test_a_padded_batch_generates_what_its_rows_generate(model, rows, options):
     ids, mask = padded(rows, 14)
     got = model.generate(ids, attention_mask=mask, max_new_tokens=9, pad_token_id=0, **options)
     for index, row in enumerate(rows):
-        # with a mask: without one `generate` would take real tokens that equal the padding token for padding
-        alone = model.generate(row[None], attention_mask=torch.ones(1, len(row)), max_new_tokens=9, pad_token_id=0)
+        # with a mask: without one `generate` would take real tokens that equal the padding token
+        # for padding
+        alone = model.generate(
+            row[None], attention_mask=torch.ones(1, len(row)), max_new_tokens=9, pad_token_id=0
+        )
         assert torch.equal(got[index, 14:], alone[0, len(row) :])
 
 
@@ -48,15 +59,21 @@ def test_a_padded_batch_generates_what_its_rows_generate(model, rows, options):
 def test_generation_continues_from_a_returned_cache(model):
     ids = tokens(1, 8)
     whole = model.generate(ids, max_new_tokens=10, pad_token_id=0)
-    first = model.generate(ids, max_new_tokens=4, pad_token_id=0, return_dict_in_generate=True, use_cache=True)
-    again = model.generate(first.sequences, max_new_tokens=6, pad_token_id=0, past_key_values=first.past_key_values)
+    first = model.generate(
+        ids, max_new_tokens=4, pad_token_id=0, return_dict_in_generate=True, use_cache=True
+    )
+    again = model.generate(
+        first.sequences, max_new_tokens=6, pad_token_id=0, past_key_values=first.past_key_values
+    )
     assert torch.equal(again, whole)
 
 
 @torch.no_grad()
 def test_generation_from_embeddings(model):
     ids = tokens(2, 8)
-    got = model.generate(inputs_embeds=model.get_input_embeddings()(ids), max_new_tokens=6, pad_token_id=0)
+    got = model.generate(
+        inputs_embeds=model.get_input_embeddings()(ids), max_new_tokens=6, pad_token_id=0
+    )
     assert torch.equal(got, model.generate(ids, max_new_tokens=6, pad_token_id=0)[:, 8:])
 
 
@@ -71,20 +88,40 @@ def test_copies_of_a_cache_are_continued(model, name, options):
         ids = torch.cat([prefix, tokens(1, 10, seed=seed)], 1)
         mask = torch.ones_like(ids)
         if options and CACHE == "past_key_values":
-            # versions before 5.24 cut their first chunk from the start of the input, whatever the cache has seen
+            # versions before 5.24 cut their first chunk from the start of the input, whatever the
+            # cache has seen
             with pytest.raises(ValueError, match="has seen 8 tokens"):
-                model.generate(ids, attention_mask=mask, max_new_tokens=6, **{name: copy.deepcopy(cache)}, **GREEDY, **options)
+                model.generate(
+                    ids,
+                    attention_mask=mask,
+                    max_new_tokens=6,
+                    **{name: copy.deepcopy(cache)},
+                    **GREEDY,
+                    **options,
+                )
             continue
-        got = model.generate(ids, attention_mask=mask, max_new_tokens=6, **{name: copy.deepcopy(cache)}, **GREEDY, **options)
+        got = model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=6,
+            **{name: copy.deepcopy(cache)},
+            **GREEDY,
+            **options,
+        )
         assert torch.equal(got, without_cache(model, ids, 6))
     assert cache.get_seq_length() == 8
 
 
 @torch.no_grad()
 def test_new_tokens_alone_continue_a_cache_when_the_mask_is_whole(model):
-    prefix, new = tokens(1, 8), tokens(1, 3, seed=4)
+    prefix = tokens(1, 8)
+    new = tokens(1, 3, seed=4)
     got = model.generate(
-        new, attention_mask=torch.ones(1, 11), past_key_values=model(prefix).get("past_key_values"), max_new_tokens=5, **GREEDY
+        new,
+        attention_mask=torch.ones(1, 11),
+        past_key_values=model(prefix).get("past_key_values"),
+        max_new_tokens=5,
+        **GREEDY,
     )
     assert torch.equal(got[:, 3:], without_cache(model, torch.cat([prefix, new], 1), 5)[:, 11:])
 
@@ -94,7 +131,9 @@ def test_a_padded_cache_is_continued(model, rows):
     rows = [row for row in rows if len(row) > 4]
     ids, mask = padded(rows, 14)
     cache = model(ids[:, :11], attention_mask=mask[:, :11]).get("past_key_values")
-    got = model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=6, **GREEDY)
+    got = model.generate(
+        ids, attention_mask=mask, past_key_values=cache, max_new_tokens=6, **GREEDY
+    )
     for index, row in enumerate(rows):
         assert torch.equal(got[index, 14:], without_cache(model, row[None], 6)[0, len(row) :])
 
@@ -104,10 +143,16 @@ def test_beams_start_from_a_repeated_cache(model):
     ids = tokens(1, 9)
     want = model.generate(ids, num_beams=3, max_new_tokens=6, **GREEDY)
     cache = model(ids[:, :7]).get("past_key_values")
-    with pytest.raises(ValueError, match="holds 1 rows and the input has 3; repeat the rows of the cache first"):
-        model.generate(ids, num_beams=3, max_new_tokens=6, past_key_values=copy.deepcopy(cache), **GREEDY)
+    with pytest.raises(
+        ValueError, match="holds 1 rows and the input has 3; repeat the rows of the cache first"
+    ):
+        model.generate(
+            ids, num_beams=3, max_new_tokens=6, past_key_values=copy.deepcopy(cache), **GREEDY
+        )
     cache.batch_repeat_interleave(3)
-    assert torch.equal(model.generate(ids, num_beams=3, max_new_tokens=6, past_key_values=cache, **GREEDY), want)
+    assert torch.equal(
+        model.generate(ids, num_beams=3, max_new_tokens=6, past_key_values=cache, **GREEDY), want
+    )
 
 
 @torch.no_grad()
@@ -129,14 +174,25 @@ def test_a_cache_has_one_name_per_call(model):
 
 @torch.no_grad()
 def test_guidance_reads_the_context_of_the_negative_prompt(model):
-    ids, negative = tokens(1, 7), tokens(1, 5, seed=3)
+    ids = tokens(1, 7)
+    negative = tokens(1, 5, seed=3)
     found = [
-        model.generate(ids, negative_prompt_ids=negative, guidance_scale=2.5, max_new_tokens=8, use_cache=use_cache, **GREEDY)
+        model.generate(
+            ids,
+            negative_prompt_ids=negative,
+            guidance_scale=2.5,
+            max_new_tokens=8,
+            use_cache=use_cache,
+            **GREEDY,
+        )
         for use_cache in (True, False)
     ]
-    row, other = ids, negative
+    row = ids
+    other = negative
     for _ in range(8):
-        with_prompt, without = (model(x, use_cache=False).logits[:, -1].float().log_softmax(-1) for x in (row, other))
+        with_prompt, without = (
+            model(x, use_cache=False).logits[:, -1].float().log_softmax(-1) for x in (row, other)
+        )
         best = (2.5 * (with_prompt - without) + without).argmax(-1, keepdim=True)
         row, other = torch.cat([row, best], 1), torch.cat([other, best], 1)
     assert torch.equal(found[0], row) and torch.equal(found[1], row)
@@ -145,14 +201,18 @@ def test_guidance_reads_the_context_of_the_negative_prompt(model):
 @torch.no_grad()
 def test_hidden_states_of_every_step(model):
     ids = tokens(2, 6)
-    out = model.generate(ids, max_new_tokens=4, output_hidden_states=True, return_dict_in_generate=True, **GREEDY)
+    out = model.generate(
+        ids, max_new_tokens=4, output_hidden_states=True, return_dict_in_generate=True, **GREEDY
+    )
     want = model(out.sequences[:, :-1], output_hidden_states=True, use_cache=False).hidden_states
     assert len(out.hidden_states) == 4
     for layer in range(4):
         steps = torch.cat([step[layer] for step in out.hidden_states], 1)
         torch.testing.assert_close(steps, want[layer], rtol=1e-9, atol=1e-10)
     with pytest.raises(ValueError, match="does not return attention maps"):
-        model.generate(ids, max_new_tokens=2, output_attentions=True, return_dict_in_generate=True, **GREEDY)
+        model.generate(
+            ids, max_new_tokens=2, output_attentions=True, return_dict_in_generate=True, **GREEDY
+        )
 
 
 @torch.no_grad()
@@ -160,7 +220,10 @@ def test_positions_given_to_generate_are_checked(model, rows):
     ids, mask = padded(rows, 13)
     right = (mask.cumsum(1) - 1).clamp(min=0)
     want = model.generate(ids, attention_mask=mask, max_new_tokens=3, **GREEDY)
-    assert torch.equal(model.generate(ids, attention_mask=mask, position_ids=right, max_new_tokens=3, **GREEDY), want)
+    assert torch.equal(
+        model.generate(ids, attention_mask=mask, position_ids=right, max_new_tokens=3, **GREEDY),
+        want,
+    )
     with pytest.raises(ValueError, match="packed rows and shifted positions"):
         model.generate(ids, attention_mask=mask, position_ids=right + 1, max_new_tokens=3, **GREEDY)
 
@@ -181,7 +244,12 @@ def test_unknown_keywords_of_generate_are_refused(model, unknown):
 
 def test_cache_has_the_name_of_the_installed_transformers(model):
     assert CACHE in model(tokens(1, 3)).keys()
-    assert isinstance(model.generate(tokens(1, 3), max_new_tokens=2, return_dict_in_generate=True, **GREEDY)[CACHE], HypeNetCache)
+    assert isinstance(
+        model.generate(tokens(1, 3), max_new_tokens=2, return_dict_in_generate=True, **GREEDY)[
+            CACHE
+        ],
+        HypeNetCache,
+    )
 
 
 def test_refuses_other_caches_and_rollback(model):
@@ -195,7 +263,14 @@ def test_refuses_other_caches_and_rollback(model):
 
 
 def test_drafts_are_refused_in_one_sentence(model):
-    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8)
+    sizes = dict(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
     teacher = Qwen3ForCausalLM(Qwen3Config(vocab_size=53, **sizes)).eval()
     with pytest.raises(ValueError, match="stateful"):
         model.generate(tokens(1, 4), max_new_tokens=2, assistant_model=teacher)

@@ -17,7 +17,8 @@ def test_any_split_of_a_sequence_gives_the_same_logits(model, pieces):
     ids = tokens(2, 30)
     want = model(ids, use_cache=False)
     assert want.past_key_values is None
-    cache, got = None, []
+    cache = None
+    got = []
     for piece in ids.split(pieces, dim=1):
         out = model(piece, past_key_values=cache)
         cache = out.past_key_values
@@ -44,7 +45,8 @@ def test_padded_turns_continue_each_row(model, rows):
     cache = model(ids, attention_mask=mask).past_key_values
     more, more_mask = padded(second, 12)
     out = model(more, attention_mask=torch.cat([mask, more_mask], 1), past_key_values=cache)
-    last = model(torch.full((4, 1), 7), past_key_values=out.past_key_values)  # no mask: everything new is real
+    # no mask: everything new is real
+    last = model(torch.full((4, 1), 7), past_key_values=out.past_key_values)
     for index, (a, b) in enumerate(zip(rows, second, strict=True)):
         whole = model(torch.cat([a, b, torch.tensor([7])])[None]).logits[0]
         close(out.logits[index, more_mask[index].bool()], whole[len(a) : -1])
@@ -56,7 +58,9 @@ def test_mask_of_the_new_tokens_alone_is_enough(model, rows):
     ids, mask = padded(rows, 13)
     first, second = model(ids, attention_mask=mask), model(ids, attention_mask=mask)
     new = torch.ones(4, 1, dtype=torch.long)
-    full = model(new, attention_mask=torch.cat([mask, new], 1), past_key_values=first.past_key_values)
+    full = model(
+        new, attention_mask=torch.cat([mask, new], 1), past_key_values=first.past_key_values
+    )
     short = model(new, attention_mask=new, past_key_values=second.past_key_values)
     assert torch.equal(full.logits, short.logits)
 
@@ -70,7 +74,10 @@ def test_loss_is_the_mean_next_token_cross_entropy(model):
     close(out.loss, want)
     close(model(ids, labels=labels, num_items_in_batch=24).loss, want * 12 / 24)
     out.loss.backward()
-    assert all(parameter.grad is not None and torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+    assert all(
+        parameter.grad is not None and torch.isfinite(parameter.grad).all()
+        for parameter in model.parameters()
+    )
 
 
 def test_labels_that_are_already_shifted(model):
@@ -97,15 +104,21 @@ def test_gradient_checkpointing_gives_the_same_gradients(model, rows, reentrant)
 
     def gradients(**inputs):
         model.zero_grad()
-        model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100), **inputs).loss.backward()
+        model(
+            ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100), **inputs
+        ).loss.backward()
         return [parameter.grad for parameter in model.parameters()]
 
     want = gradients()
     model.train()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # transformers 5.24 has another name for it, and warns
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    runs, forward = [], model.model.layers[1].mlp.forward
+        # transformers 5.24 has another name for it, and warns
+        warnings.simplefilter("ignore", FutureWarning)
+        model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": reentrant}
+        )
+    runs = []
+    forward = model.model.layers[1].mlp.forward
     model.model.layers[1].mlp.forward = lambda x: runs.append(1) or forward(x)
     for inputs in ({}, {"use_cache": True}):
         for a, b in zip(gradients(**inputs), want, strict=True):
@@ -118,28 +131,39 @@ def test_gradient_checkpointing_gives_the_same_gradients(model, rows, reentrant)
         model(ids[:, :1], past_key_values=cache)
 
 
-@pytest.mark.parametrize("inputs", [{"foo": 1}, {"token_type_ids": torch.zeros(1)}, {"output_router_logits": True}])
+@pytest.mark.parametrize(
+    "inputs", [{"foo": 1}, {"token_type_ids": torch.zeros(1)}, {"output_router_logits": True}]
+)
 def test_unknown_keywords_are_refused(model, inputs):
     ids = tokens(1, 4)
-    for call in (lambda: model(ids, **inputs), lambda: model(ids, labels=ids, **inputs), lambda: model.model(ids, **inputs)):
+    for call in (
+        lambda: model(ids, **inputs),
+        lambda: model(ids, labels=ids, **inputs),
+        lambda: model.model(ids, **inputs),
+    ):
         with pytest.raises(TypeError, match=next(iter(inputs))):
             call()
 
 
 def test_several_documents_in_a_row_are_refused(model):
-    with pytest.raises(TypeError, match=r"rows with several documents \(cu_seq_lens_q, max_length_q\)"):
+    with pytest.raises(
+        TypeError, match=r"rows with several documents \(cu_seq_lens_q, max_length_q\)"
+    ):
         model(tokens(1, 4), cu_seq_lens_q=torch.tensor([0, 2, 4]), max_length_q=2)
 
 
 @torch.no_grad()
 def test_eager_attention_is_sdpa(make_model):
     ids = tokens(2, 9)
-    plain, eager = make_model(), make_model(attn_implementation="eager")
+    plain = make_model()
+    eager = make_model(attn_implementation="eager")
     assert eager.config._attn_implementation == "eager"
     close(eager(ids).logits, plain(ids).logits)
 
 
-@pytest.mark.parametrize("name", ["flash_attention_2", "flex_attention", "kernels-community/flash-attn", "paged|sdpa"])
+@pytest.mark.parametrize(
+    "name", ["flash_attention_2", "flex_attention", "kernels-community/flash-attn", "paged|sdpa"]
+)
 def test_other_attention_kernels_are_refused(make_model, name):
     with pytest.raises(ValueError, match="is not supported: HypeNet has .sdpa. and .eager"):
         make_model(attn_implementation=name)
@@ -160,7 +184,9 @@ def test_other_attention_kernels_are_refused(make_model, name):
 )
 def test_settings_given_while_loading_are_checked(model, tmp_path, change, message):
     model.float().save_pretrained(tmp_path)
-    assert torch.equal(type(model).from_pretrained(tmp_path)(tokens(1, 3)).logits, model(tokens(1, 3)).logits)
+    assert torch.equal(
+        type(model).from_pretrained(tmp_path)(tokens(1, 3)).logits, model(tokens(1, 3)).logits
+    )
     with pytest.raises(ValueError, match=message):
         type(model).from_pretrained(tmp_path, **change)
     with pytest.raises(TypeError, match="unheard_of"):
@@ -198,7 +224,10 @@ def test_training_keeps_no_cache(model):
 def test_logits_to_keep(model, keep):
     ids = tokens(2, 6)
     whole = model(ids).logits
-    close(model(ids, logits_to_keep=keep).logits, whole[:, keep if torch.is_tensor(keep) else slice(-keep, None)])
+    close(
+        model(ids, logits_to_keep=keep).logits,
+        whole[:, keep if torch.is_tensor(keep) else slice(-keep, None)],
+    )
 
 
 @torch.no_grad()
@@ -229,7 +258,10 @@ def test_positions_are_checked(model):
         ({"past_key_values": "cache"}, "must be the HypeNetCache"),
         ({"attention_mask": torch.ones(2, 3)}, "attention_mask must be"),
         ({"attention_mask": torch.ones(2, 1, 4, 4)}, "attention_mask must be"),
-        ({"inputs_embeds": torch.zeros(2, 4, 32, dtype=torch.float64)}, "give either input_ids or inputs_embeds"),
+        (
+            {"inputs_embeds": torch.zeros(2, 4, 32, dtype=torch.float64)},
+            "give either input_ids or inputs_embeds",
+        ),
     ],
 )
 def test_refuses_what_it_cannot_do(model, inputs, message):
@@ -238,7 +270,8 @@ def test_refuses_what_it_cannot_do(model, inputs, message):
 
 
 def test_tied_head_shares_storage(make_model):
-    tied, own = make_model(tie_word_embeddings=True), make_model()
+    tied = make_model(tie_word_embeddings=True)
+    own = make_model()
     assert tied.lm_head.weight is tied.model.embed_tokens.weight
     assert own.lm_head.weight is not own.model.embed_tokens.weight
 
@@ -255,10 +288,15 @@ def test_bf16_keeps_its_states_in_fp32_and_stays_close(model):
 @torch.no_grad()
 def test_logit_scaling_changes_softmax_layers_only(make_model):
     ids = tokens(1, 40)
-    assert not torch.allclose(make_model(attn_logits_scaling="hype 50")(ids).logits, make_model(attn_logits_scaling=None)(ids).logits)
+    assert not torch.allclose(
+        make_model(attn_logits_scaling="hype 50")(ids).logits,
+        make_model(attn_logits_scaling=None)(ids).logits,
+    )
     linear = ["lightning-attn"] * 3
     with_scaling = make_model(mixer_types=linear, attn_logits_scaling="hype 50")(ids).logits
-    assert torch.equal(with_scaling, make_model(mixer_types=linear, attn_logits_scaling=None)(ids).logits)
+    assert torch.equal(
+        with_scaling, make_model(mixer_types=linear, attn_logits_scaling=None)(ids).logits
+    )
 
 
 @torch.no_grad()
@@ -267,25 +305,32 @@ def test_logit_scaling_changes_softmax_layers_only(make_model):
 def test_cuda_is_the_cpu(make_model, rows, dtype):
     """Whole prompts, padding, pieces and single steps on a GPU against the CPU in float64."""
     limit = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1}[dtype]
-    # flash and memory-efficient attention need channels that are a multiple of 8 and like them a power of two
+    # flash and memory-efficient attention need channels that are a multiple of 8 and like them a
+    # power of two
     changes = {"head_dim": 64, "max_position_embeddings": 4096}
-    model, device_model = make_model(**changes), make_model(**changes).to("cuda", dtype)
+    model = make_model(**changes)
+    device_model = make_model(**changes).to("cuda", dtype)
 
     def same(found, want):
         assert torch.isfinite(found).all()
         assert (found.double().cpu() - want).norm() / want.norm() < limit
 
-    ids, (padded_ids, mask) = tokens(2, 700), padded(rows, 14)
+    ids = tokens(2, 700)
+    (padded_ids, mask) = padded(rows, 14)
     same(device_model(ids.cuda()).logits, model(ids).logits)
     real = mask.bool()
     same(
-        device_model(padded_ids.cuda(), attention_mask=mask.cuda()).logits[real.cuda()], model(padded_ids, attention_mask=mask).logits[real]
+        device_model(padded_ids.cuda(), attention_mask=mask.cuda()).logits[real.cuda()],
+        model(padded_ids, attention_mask=mask).logits[real],
     )
-    cache, found = None, []
+    cache = None
+    found = []
     for piece in ids[:, :330].cuda().split([300, 1, 28, 1], dim=1):
         out = device_model(piece, past_key_values=cache)
         cache = out.past_key_values
         found.append(out.logits)
     same(torch.cat(found, 1), model(ids[:, :330]).logits)
-    generated = device_model.generate(padded_ids.cuda(), attention_mask=mask.cuda(), max_new_tokens=5, pad_token_id=0)
+    generated = device_model.generate(
+        padded_ids.cuda(), attention_mask=mask.cuda(), max_new_tokens=5, pad_token_id=0
+    )
     assert generated.shape == (4, 19)

@@ -40,11 +40,15 @@ def test_query_scale_refuses(setting):
 
 def test_rope_rotates_halves_by_relative_position():
     cos, sin = remote.rope_tables(8, 100.0, torch.tensor([[5, 9]]), torch.float64)
-    q, k = random(1, 1, 1, 8), random(1, 1, 1, 8, seed=1)
-    turned_q, turned_k = remote.rotate(q, cos[:, :, :1], sin[:, :, :1]), remote.rotate(k, cos[:, :, 1:], sin[:, :, 1:])
+    q = random(1, 1, 1, 8)
+    k = random(1, 1, 1, 8, seed=1)
+    turned_q = remote.rotate(q, cos[:, :, :1], sin[:, :, :1])
+    turned_k = remote.rotate(k, cos[:, :, 1:], sin[:, :, 1:])
     angles = [4 * 100.0 ** (-2 * i / 8) for i in range(4)]
     pairs = [
-        (q[..., i] + 1j * q[..., i + 4]).conj() * (k[..., i] + 1j * k[..., i + 4]) * complex(math.cos(a), math.sin(a))
+        (q[..., i] + 1j * q[..., i + 4]).conj()
+        * (k[..., i] + 1j * k[..., i + 4])
+        * complex(math.cos(a), math.sin(a))
         for i, a in enumerate(angles)
     ]
     close((turned_q * turned_k).sum(), sum(pair.real for pair in pairs).sum())
@@ -55,12 +59,18 @@ def test_rope_rotates_halves_by_relative_position():
 @pytest.mark.parametrize("group", [128, 256, 4096])
 def test_chunks_are_the_recurrence(monkeypatch, t, with_state, group):
     monkeypatch.setattr(remote, "_group_tokens", lambda q: group)
-    b, h, d = 2, 3, 4
+    b = 2
+    h = 3
+    d = 4
     q, k, v = (random(b, h, t, d, seed=i) for i in range(3))
     slopes = decay.alibi_slopes(h)
-    state = random(b, h, d, d, seed=9) if with_state else torch.zeros(b, h, d, d, dtype=torch.float64)
+    state = (
+        random(b, h, d, d, seed=9) if with_state else torch.zeros(b, h, d, d, dtype=torch.float64)
+    )
     swapped = [x.transpose(1, 2) for x in (q, k, v)]
-    want_o, want_state = naive_lightning_attn(*swapped, -slopes, scale=1.0, initial_state=state.clone())
+    want_o, want_state = naive_lightning_attn(
+        *swapped, -slopes, scale=1.0, initial_state=state.clone()
+    )
     got_o, got_state = remote.lightning_chunks(q, k, v, state, slopes, None)
     close(got_o, want_o.transpose(1, 2))
     close(got_state, want_state)
@@ -73,9 +83,13 @@ def test_chunks_are_the_recurrence(monkeypatch, t, with_state, group):
 @pytest.mark.parametrize("group", [128, 256, 4096])
 def test_padding_anywhere_leaves_the_other_tokens_alone(monkeypatch, group):
     monkeypatch.setattr(remote, "_group_tokens", lambda q: group)
-    b, h, t, d = 2, 3, 200, 4
+    b = 2
+    h = 3
+    t = 200
+    d = 4
     q, k, v = (random(b, h, t, d, seed=i) for i in range(3))
-    slopes, start = decay.alibi_slopes(h), random(b, h, d, d, seed=9)
+    slopes = decay.alibi_slopes(h)
+    start = random(b, h, d, d, seed=9)
     real = torch.rand(b, t, generator=torch.Generator().manual_seed(3)) > 0.4
     o, state = remote.lightning_chunks(q, k, v, start, slopes, real)
     for row in range(b):
@@ -88,20 +102,26 @@ def test_padding_anywhere_leaves_the_other_tokens_alone(monkeypatch, group):
 def test_a_padded_step_keeps_the_state():
     q, k, v = (random(2, 3, 1, 4, seed=i) for i in range(3))
     start = random(2, 3, 4, 4, seed=9)
-    _, state = remote.lightning_step(q, k, v, start, decay.alibi_slopes(3), torch.tensor([[True], [False]]))
+    _, state = remote.lightning_step(
+        q, k, v, start, decay.alibi_slopes(3), torch.tensor([[True], [False]])
+    )
     assert torch.equal(state[1], start[1]) and not torch.equal(state[0], start[0])
 
 
 def test_strong_decay_over_long_chunks_has_finite_gradients():
     q, k, v = (random(1, 2, 256, 4, seed=i).requires_grad_() for i in range(3))
     slopes = torch.tensor([20.0, 1e-3], dtype=torch.float64)
-    remote.lightning_chunks(q, k, v, torch.zeros(1, 2, 4, 4, dtype=torch.float64), slopes, None)[0].sum().backward()
+    remote.lightning_chunks(q, k, v, torch.zeros(1, 2, 4, 4, dtype=torch.float64), slopes, None)[
+        0
+    ].sum().backward()
     assert all(torch.isfinite(x.grad).all() for x in (q, k, v))
 
 
 def step(*, past=0, real=None):
     empty = torch.zeros(1)
-    return remote.Step(empty, empty, None, empty, None if real is None else real[:, past:], real, past)
+    return remote.Step(
+        empty, empty, None, empty, None if real is None else real[:, past:], real, past
+    )
 
 
 def dense(q, k, v, past, real=None):
@@ -111,7 +131,9 @@ def dense(q, k, v, past, real=None):
     allowed = torch.ones(t, past + t, dtype=torch.bool).tril(past).expand(b, 1, t, past + t)
     if real is not None:
         allowed = allowed & real[:, None, None, :]
-    return ((q @ k.transpose(-1, -2)) / math.sqrt(d)).masked_fill(~allowed, -torch.inf).softmax(-1).nan_to_num() @ v
+    return ((q @ k.transpose(-1, -2)) / math.sqrt(d)).masked_fill(~allowed, -torch.inf).softmax(
+        -1
+    ).nan_to_num() @ v
 
 
 @pytest.mark.parametrize("past", [0, 5])
@@ -119,7 +141,9 @@ def dense(q, k, v, past, real=None):
 @pytest.mark.parametrize("padded", [False, True])
 def test_softmax_attention(monkeypatch, past, t, padded):
     monkeypatch.setattr(remote, "_QUERY_BLOCK_TOKENS", 8)
-    q, k, v = random(2, 6, t, 4), random(2, 2, past + t, 4, seed=1), random(2, 2, past + t, 4, seed=2)
+    q = random(2, 6, t, 4)
+    k = random(2, 2, past + t, 4, seed=1)
+    v = random(2, 2, past + t, 4, seed=2)
     real = None
     if padded:
         real = torch.rand(2, past + t, generator=torch.Generator().manual_seed(4)) > 0.3

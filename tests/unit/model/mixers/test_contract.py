@@ -1,5 +1,5 @@
-"""What every registered mixer must do, tested unasked, and on a toy that has parameters of its own and a convolution: a new mixer passes
-here before it is used."""
+"""What every registered mixer must do, tested unasked, and on a toy that has parameters of its own
+and a convolution: a new mixer passes here before it is used."""
 
 import copy
 import math
@@ -30,7 +30,9 @@ HEADS = [(1, 1), (2, 1), (4, 2), (6, 3), (5, 5), (12, 4)]
 
 
 def build(name, dtype=torch.float64, **changes):
-    return build_model(tiny_model_config((name, name), **changes), ParallelConfig(), dtype=dtype, seed=2)
+    return build_model(
+        tiny_model_config((name, name), **changes), ParallelConfig(), dtype=dtype, seed=2
+    )
 
 
 def test_the_toy_is_among_the_tested():
@@ -57,14 +59,17 @@ def test_a_prefix_gives_the_same_outputs_as_the_whole(name, length):
     model = build(name)
     ids = torch.randint(0, 61, (2, 131))
     with torch.no_grad():
-        torch.testing.assert_close(model(ids[:, :length]), model(ids)[:, :length], rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(
+            model(ids[:, :length]), model(ids)[:, :length], rtol=1e-10, atol=1e-12
+        )
 
 
 @pytest.mark.parametrize("name", MIXERS)
 @pytest.mark.parametrize(("heads", "groups"), HEADS)
 def test_the_parameters_are_those_of_the_specification(name, heads, groups):
     model = build(name, num_attention_heads=heads, num_query_groups=groups)
-    mixer, config = model.mixer(1), model.model_config
+    mixer = model.mixer(1)
+    config = model.model_config
     assert mixer.spec.num_parameters(config) == sum(p.numel() for p in mixer.parameters())
     found = {key: tuple(tensor.shape) for key, tensor in whole_tensors(mixer).items()}
     assert found == {parameter.name: parameter.shape for parameter in mixer.spec.parameters(config)}
@@ -77,14 +82,17 @@ def test_tensor_parallel_ranks_hold_slices_that_make_up_the_whole(name):
     for parameter in config.spec(name).parameters(config):
         local = parameter.local_shape(3)
         assert math.prod(local) * (3 if parameter.tp_dim is not None else 1) == parameter.numel
-    assert all(size % 3 == 0 for size in config.spec(name).layout_rules(config).tensor_slices.values())
+    assert all(
+        size % 3 == 0 for size in config.spec(name).layout_rules(config).tensor_slices.values()
+    )
 
 
 @pytest.mark.parametrize("name", MIXERS)
 def test_flops_are_positive_and_recurrent_ones_do_not_grow_with_the_context(name):
     config = tiny_model_config((name,))
     spec = config.spec(name)
-    short, long = spec.flops(config, 512).total, spec.flops(config, 65536).total
+    short = spec.flops(config, 512).total
+    long = spec.flops(config, 65536).total
     assert short > 0 and (long == short if spec.recurrent else long > short)
 
 
@@ -115,8 +123,10 @@ def test_lower_precision_stays_close_to_float64(name):
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("ids", [None, document_ids((5, 6, 13), (12,), length=24)])
 def test_context_parallel_ranks_compute_their_part_of_the_whole(name, size, ids):
-    """Outputs and gradients of the inputs; each row of ids is a sequence, and a document begins inside chunks and at their border."""
-    mixer, generator = build(name).mixer(0), torch.Generator().manual_seed(1)
+    """Outputs and gradients of the inputs; each row of ids is a sequence, and a document begins
+    inside chunks and at their border."""
+    mixer = build(name).mixer(0)
+    generator = torch.Generator().manual_seed(1)
     x, weight = (torch.randn(24, 2, 24, generator=generator, dtype=torch.float64) for _ in range(2))
     half = torch.linspace(0, 3, 24 * 4, dtype=torch.float64).view(24, 1, 1, 4)
     angles = torch.cat((half, half), -1)
@@ -144,12 +154,18 @@ def test_context_parallel_ranks_compute_their_part_of_the_whole(name, size, ids)
 def test_checkpoint_sections_tile_the_fused_projection(name):
     mixer = build(name).mixer(0)
     factory = mixer.sharded_state_dict("m.")["m.linear_in.weight"]
-    assert torch.equal(factory.merge_fn({k: part.data for k, part in factory.build().items()}), mixer.linear_in.weight)
+    assert torch.equal(
+        factory.merge_fn({k: part.data for k, part in factory.build().items()}),
+        mixer.linear_in.weight,
+    )
 
 
 @pytest.mark.parametrize("name", MIXERS)
 def test_a_checkpoint_gives_back_every_weight_and_the_configuration(name, tmp_path):
-    model, other = build(name, torch.float32), build_model(tiny_model_config((name, name)), ParallelConfig(), dtype=torch.float32, seed=7)
+    model = build(name, torch.float32)
+    other = build_model(
+        tiny_model_config((name, name)), ParallelConfig(), dtype=torch.float32, seed=7
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.01)
@@ -174,12 +190,16 @@ def test_the_hugging_face_form_comes_back(name):
     for entry in entries:
         parts = entry.split(ours[entry.ours])
         assert all(tuple(part.shape) == entry.part_shape for part in parts.values())
-        assert torch.equal(tensors.join(entry, [parts[part] for part in entry.hf]), ours[entry.ours])
+        assert torch.equal(
+            tensors.join(entry, [parts[part] for part in entry.hf]), ours[entry.ours]
+        )
 
 
 def hf_settings(config):
     """The configuration with the settings of its mixers written out."""
-    return config.with_mixers(config.mixer_types, [config.spec(mixer) for mixer in config.used_mixers])
+    return config.with_mixers(
+        config.mixer_types, [config.spec(mixer) for mixer in config.used_mixers]
+    )
 
 
 def test_settings_travel_with_the_model(tmp_path):
@@ -197,24 +217,32 @@ def test_settings_travel_with_the_model(tmp_path):
 def test_memory_counts_the_mixers_own_parameters(name):
     teacher = tiny_teacher_config(2)
     student = teacher.converted(mixer_specs()[name]())
-    (found,) = stage_memory("align", teacher, student, stage_config(), ParallelConfig(), data_ranks=1)
+    (found,) = stage_memory(
+        "align", teacher, student, stage_config(), ParallelConfig(), data_ranks=1
+    )
     built = build_model(student, ParallelConfig(), dtype=torch.float32)
     trained = sum(p.numel() for layer in range(2) for p in built.mixer(layer).parameters())
-    assert found.weights == 2 * trained and found.optimizer == 12 * trained and found.activations > 0
+    assert (
+        found.weights == 2 * trained and found.optimizer == 12 * trained and found.activations > 0
+    )
 
 
 @pytest.mark.parametrize("name", RECURRENT)
 @pytest.mark.parametrize(("heads", "groups"), HEADS)
 def test_recurrent_mixers_take_over_attention_weights(name, heads, groups):
     shape = {"num_attention_heads": heads, "num_query_groups": groups}
-    teacher = build_model(tiny_teacher_config(2, **shape), ParallelConfig(), dtype=torch.float64, seed=4)
+    teacher = build_model(
+        tiny_teacher_config(2, **shape), ParallelConfig(), dtype=torch.float64, seed=4
+    )
     mixer = build(name, **shape).mixer(1)
     before = [p.clone() for p in mixer.parameters()]
     assert mixer.init_from_attention(teacher.mixer(1), seed=9) is mixer
     assert any(not torch.equal(a, b) for a, b in zip(before, mixer.parameters(), strict=True))
     assert torch.equal(mixer.linear_proj.weight, teacher.mixer(1).linear_proj.weight)
     again = build(name, **shape).mixer(1).init_from_attention(teacher.mixer(1), seed=9)
-    assert all(torch.equal(a, b) for a, b in zip(mixer.parameters(), again.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(mixer.parameters(), again.parameters(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("name", RECURRENT)
@@ -223,5 +251,6 @@ def test_stage_one_trains_them_beside_a_teacher(name):
     aligned = AlignedMixers.beside(teacher, mixer_specs()[name](), seed=1)
     assert aligned.model_config.used_mixers == (name,)
     assert {key.split("self_attention.")[1] for key in whole_tensors(aligned)} == {
-        parameter.name for parameter in aligned.model_config.spec(name).parameters(aligned.model_config)
+        parameter.name
+        for parameter in aligned.model_config.spec(name).parameters(aligned.model_config)
     }

@@ -20,10 +20,15 @@ def test_forward_is_the_written_formula_over_the_naive_recurrence():
     mixer = mixer_of(tiny_model_config(("lightning_attn",)))
     x = torch.randn(70, 2, 24, dtype=torch.float64)
     angles = torch.randn(70, 1, 1, 8, dtype=torch.float64)
-    q, k, v, z = (torch.nn.functional.linear(x, mixer.section_weight(name)) for name in ("q", "k", "v", "gate"))
+    q, k, v, z = (
+        torch.nn.functional.linear(x, mixer.section_weight(name))
+        for name in ("q", "k", "v", "gate")
+    )
     rms = lambda t: t / (t.square().mean(-1, keepdim=True) + 1e-6).sqrt()  # noqa: E731
     q, k = (apply_rope(rms(t.unflatten(-1, (6, 8))), angles).transpose(0, 1) for t in (q, k))
-    o, _ = naive_lightning_attn(q, k, v.unflatten(-1, (6, 8)).transpose(0, 1), -alibi_slopes(6), scale=1 / math.sqrt(8))
+    o, _ = naive_lightning_attn(
+        q, k, v.unflatten(-1, (6, 8)).transpose(0, 1), -alibi_slopes(6), scale=1 / math.sqrt(8)
+    )
     want = (rms(o.transpose(0, 1).flatten(-2)) * torch.sigmoid(z)) @ mixer.linear_proj.weight.t()
     torch.testing.assert_close(mixer(x, rotary_pos_emb=angles)[0], want)
 
@@ -34,14 +39,17 @@ def test_casting_the_model_to_bf16_leaves_the_decays_exact():
 
 
 def test_weight_transfer_takes_attention_apart_head_by_head():
-    attention, lightning = mixer_of(tiny_teacher_config(1)), mixer_of(tiny_model_config(("lightning_attn",)))
+    attention = mixer_of(tiny_teacher_config(1))
+    lightning = mixer_of(tiny_model_config(("lightning_attn",)))
     torch.nn.init.normal_(attention.q_norm.weight)
     lightning.init_from_attention(attention, seed=5)
     assert torch.equal(lightning.section_weight("q"), attention.section_weight("q"))
     for head in range(6):
         for name in ("k", "v"):
             mine = lightning.section_weight(name)[head * 8 : head * 8 + 8]
-            assert torch.equal(mine, attention.section_weight(name)[head // 2 * 8 : head // 2 * 8 + 8])
+            assert torch.equal(
+                mine, attention.section_weight(name)[head // 2 * 8 : head // 2 * 8 + 8]
+            )
     assert torch.equal(lightning.q_norm.weight, attention.q_norm.weight)
     assert torch.equal(lightning.linear_proj.weight, attention.linear_proj.weight)
     assert torch.equal(lightning.o_norm.weight, torch.ones(48, dtype=torch.float64))
@@ -69,7 +77,9 @@ def test_one_node_gives_what_the_steps_give(monkeypatch, documents):
     ids = (torch.arange(70, device=where) // 30).int().expand(2, 70) if documents else None
     found = []
     for one_node in (True, False):
-        monkeypatch.setattr(lightning_mix, "fits", lambda projected, head_dim, one_node=one_node: one_node)
+        monkeypatch.setattr(
+            lightning_mix, "fits", lambda projected, head_dim, one_node=one_node: one_node
+        )
         inputs = [x.clone().requires_grad_(), *mixer.parameters()]
         y, _ = mixer(inputs[0], rotary_pos_emb=angles, packed_seq_params=ids)
         found.append([y.detach(), *torch.autograd.grad(y, inputs, dy)])

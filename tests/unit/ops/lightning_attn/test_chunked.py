@@ -2,31 +2,47 @@ import pytest
 import torch
 
 from megatron_hypenet.ops.decay import log_decay
-from megatron_hypenet.ops.lightning_attn import chunked_lightning_attn, chunked_lightning_state, naive_lightning_attn
+from megatron_hypenet.ops.lightning_attn import (
+    chunked_lightning_attn,
+    chunked_lightning_state,
+    naive_lightning_attn,
+)
 
 
 def run(op, t, h=3, **kwargs):
     """Outputs and gradients by name, from the same random numbers for every op."""
     generator = torch.Generator().manual_seed(7)
-    draw = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()  # noqa: E731
-    q, k, v, state = draw(2, t, h, 4), draw(2, t, h, 4), draw(2, t, h, 6), draw(2, h, 4, 6)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    q = draw(2, t, h, 4)
+    k = draw(2, t, h, 4)
+    v = draw(2, t, h, 6)
+    state = draw(2, h, 4, 6)
     o, final = op(q, k, v, log_decay(h), scale=0.5, initial_state=state, **kwargs)
     weights = torch.linspace(0.1, 1.0, o.numel(), dtype=torch.float64).view_as(o)
     ((o * weights).sum() + final.square().sum()).backward()
     return {"o": o, "state": final, "dq": q.grad, "dk": k.grad, "dv": v.grad, "dstate": state.grad}
 
 
-@pytest.mark.parametrize("t", [1, 2, 15, 16, 17, 63, 64, 65, 100])  # odd lengths catch chunk-edge faults
+# odd lengths catch chunk-edge faults
+@pytest.mark.parametrize("t", [1, 2, 15, 16, 17, 63, 64, 65, 100])
 @pytest.mark.parametrize("chunk_size", [16, 64])
 def test_matches_the_definition_in_float64_with_all_gradients(t, chunk_size):
-    want, got = run(naive_lightning_attn, t), run(chunked_lightning_attn, t, chunk_size=chunk_size)
+    want = run(naive_lightning_attn, t)
+    got = run(chunked_lightning_attn, t, chunk_size=chunk_size)
     for name in want:
-        torch.testing.assert_close(got[name], want[name], rtol=1e-10, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            got[name], want[name], rtol=1e-10, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 def ids_of(*rows):
     """document_ids from the lengths of the documents of each row."""
-    return torch.stack([torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in rows]).int()
+    return torch.stack(
+        [torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in rows]
+    ).int()
 
 
 PACKED = {
@@ -43,7 +59,9 @@ def test_packed_documents_match_the_definition_with_all_gradients(ids, chunk_siz
     want = run(naive_lightning_attn, 50, document_ids=ids)
     got = run(chunked_lightning_attn, 50, document_ids=ids, chunk_size=chunk_size)
     for name in want:
-        torch.testing.assert_close(got[name], want[name], rtol=1e-10, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            got[name], want[name], rtol=1e-10, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 @pytest.mark.parametrize("ids", [None, *PACKED.values()])

@@ -1,4 +1,5 @@
-"""The checks pass where kernels are right (in Triton's interpreter without a GPU) and fail where they are wrong."""
+"""The checks pass where kernels are right (in Triton's interpreter without a GPU) and fail where
+they are wrong."""
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ CHECKS = {
     "lightning": lambda dtype: selftest.check_lightning(
         DEVICE, dtype, head_dim=16, documents=False, states=False, pieces=False, tokens=200
     ),
-    "lightning_mix": lambda dtype: selftest.check_lightning_mix(DEVICE, dtype, head_dim=32, heads=2, documents=True, tokens=70),
+    "lightning_mix": lambda dtype: selftest.check_lightning_mix(
+        DEVICE, dtype, head_dim=32, heads=2, documents=True, tokens=70
+    ),
 }
 
 
@@ -28,7 +31,9 @@ def test_right_kernels_pass(name, dtype):
 
 
 def test_lightning_with_everything():
-    found = selftest.check_lightning(DEVICE, torch.float32, head_dim=16, documents=True, states=True, pieces=True, tokens=300)
+    found = selftest.check_lightning(
+        DEVICE, torch.float32, head_dim=16, documents=True, states=True, pieces=True, tokens=300
+    )
     assert found.ok and "packed float32" in found.name, found
 
 
@@ -36,18 +41,26 @@ def test_lightning_with_everything():
 def test_every_tensor_of_lightning_is_compared(monkeypatch, states):
     seen = {}
     monkeypatch.setattr(selftest, "check", lambda name, dtype, limit, run: seen.update(run()))
-    selftest.check_lightning(DEVICE, torch.float32, head_dim=16, documents=False, states=states, pieces=True, tokens=64)
+    selftest.check_lightning(
+        DEVICE, torch.float32, head_dim=16, documents=False, states=states, pieces=True, tokens=64
+    )
     wanted = {"o", "dq", "dk", "dv"} | ({"final state", "d initial state"} if states else set())
     assert {name.removesuffix(" by descriptors") for name in seen} == wanted | {"state alone"}
-    assert all(got.shape == want.shape and want.dtype == torch.float64 for got, want in seen.values())
+    assert all(
+        got.shape == want.shape and want.dtype == torch.float64 for got, want in seen.values()
+    )
 
 
 def test_tf32_products_are_allowed_where_torch_allows_them(monkeypatch):
     limits = []
     monkeypatch.setattr(selftest, "check", lambda name, dtype, limit, run: limits.append(limit))
     for precision in ("highest", "high"):
-        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda precision=precision: precision)
-        selftest.check_lightning(DEVICE, torch.float32, head_dim=16, documents=False, states=False, pieces=False)
+        monkeypatch.setattr(
+            torch, "get_float32_matmul_precision", lambda precision=precision: precision
+        )
+        selftest.check_lightning(
+            DEVICE, torch.float32, head_dim=16, documents=False, states=False, pieces=False
+        )
     assert limits == [selftest.PRODUCT_LIMITS[torch.float32], selftest.TF32_LIMIT]
 
 
@@ -63,4 +76,9 @@ def test_wrong_kernels_fail_and_say_where(monkeypatch, name):
     right = getattr(module, function)
     monkeypatch.setattr(module, function, lambda *args: spoil(*right(*args)))
     found = CHECKS[name](torch.float32)
-    assert not found.ok and found.worst.partition(" with")[0] == worst and 0.01 < found.error < 0.03 and worst in str(found)
+    assert (
+        not found.ok
+        and found.worst.partition(" with")[0] == worst
+        and 0.01 < found.error < 0.03
+        and worst in str(found)
+    )

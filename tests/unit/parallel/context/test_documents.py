@@ -43,7 +43,15 @@ def test_what_was_derived_is_kept_for_a_tensor_until_it_changes_or_dies():
     first = Documents(ids).packing(((0, 8),), ((0, 8),))
     assert Documents(ids).packing(((0, 8),), ((0, 8),)) is first
     ids[:, 4:] += 1
-    assert Documents(ids).packing(((0, 8),), ((0, 8),)).query_bounds.tolist() == [0, 3, 4, 5, 8, 12, 16]
+    assert Documents(ids).packing(((0, 8),), ((0, 8),)).query_bounds.tolist() == [
+        0,
+        3,
+        4,
+        5,
+        8,
+        12,
+        16,
+    ]
     gc.collect()
     before = len(_DERIVED)
     del ids

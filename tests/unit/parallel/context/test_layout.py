@@ -52,9 +52,14 @@ def test_the_gradient_of_a_gathered_sequence_sums_over_the_losses_of_all_ranks()
         assert torch.equal(grad, torch.full((4, 2), 3.0))
 
 
-@pytest.mark.parametrize(("length", "fits"), [(20, "16 or 32"), (31, "16 or 32"), (3, "example 16"), (0, "example 16")])
+@pytest.mark.parametrize(
+    ("length", "fits"), [(20, "16 or 32"), (31, "16 or 32"), (3, "example 16"), (0, "example 16")]
+)
 def test_lengths_that_do_not_split_are_refused_with_lengths_that_do(length, fits):
-    with pytest.raises(ValueError, match=rf"{length} tokens .* 8 context-parallel ranks.*multiple of 2 \* 8.*{fits}"):
+    with pytest.raises(
+        ValueError,
+        match=rf"{length} tokens .* 8 context-parallel ranks.*multiple of 2 \* 8.*{fits}",
+    ):
         chunk_tokens(length, 8)
 
 

@@ -17,7 +17,8 @@ def test_the_steps_of_all_ranks_cover_the_causal_triangle_once_and_evenly(size):
         costs = []
         for source in range(size):
             queries, keys, block = ring_step(rank, source, size, c)
-            rows, columns = mine[queries], local_part(torch.arange(2 * size * c), source, size, 0)[keys]
+            rows = mine[queries]
+            columns = local_part(torch.arange(2 * size * c), source, size, 0)[keys]
             assert rows.tolist() == [i for span in block.queries for i in range(*span)]
             assert columns.tolist() == [i for span in block.keys for i in range(*span)]
             visible = rows[:, None] >= columns[None, :]
@@ -29,9 +30,12 @@ def test_the_steps_of_all_ranks_cover_the_causal_triangle_once_and_evenly(size):
 
 
 def test_merged_blocks_are_one_softmax_and_blocks_without_keys_change_nothing():
-    scores, values = torch.randn(1, 1, 3, 8).double() * 20, torch.randn(8, 4).double()
+    scores = torch.randn(1, 1, 3, 8).double() * 20
+    values = torch.randn(8, 4).double()
     parts = [(scores[..., keys], values[keys]) for keys in (slice(0, 3), slice(3, 8))]
-    (o, log_sum), (o_2, log_sum_2) = [((s.softmax(-1) @ x).transpose(1, 2), s.logsumexp(-1)) for s, x in parts]
+    (o, log_sum), (o_2, log_sum_2) = [
+        ((s.softmax(-1) @ x).transpose(1, 2), s.logsumexp(-1)) for s, x in parts
+    ]
     merge(o, log_sum, o_2, log_sum_2)
     torch.testing.assert_close(o.transpose(1, 2), scores.softmax(-1) @ values)
     torch.testing.assert_close(log_sum, scores.logsumexp(-1))
@@ -46,7 +50,12 @@ def test_merging_through_views_reaches_the_whole():
     q, k, v = torch.randn(3, 1, 4, 2, 4).double().unbind(0)
     o, log_sum = attend(q, k, v, block, scale=1.0, documents=None)
     early = o[:, :2].clone()
-    merge(o[:, 2:], log_sum[:, :, 2:], torch.ones(1, 2, 2, 4).double(), torch.full((1, 2, 2), 1e3).double())
+    merge(
+        o[:, 2:],
+        log_sum[:, :, 2:],
+        torch.ones(1, 2, 2, 4).double(),
+        torch.full((1, 2, 2), 1e3).double(),
+    )
     assert torch.equal(o[:, :2], early) and torch.equal(o[:, 2:], torch.ones(1, 2, 2, 4).double())
     assert torch.equal(log_sum[:, :, 2:], torch.full((1, 2, 2), 1e3).double())
 

@@ -30,7 +30,9 @@ def chunk_states(k, v, decay, ids, chunks):
 def test_incoming_states_complete_the_chunks(starts):
     """What chunks miss is read from the incoming states, exactly."""
     q, k, v = (torch.randn(1, 16, 3, d).double() for d in (2, 2, 5))
-    ids, decay, chunks = document_ids(starts, length=16), log_decay(3), 4
+    ids = document_ids(starts, length=16)
+    decay = log_decay(3)
+    chunks = 4
     weights = carry_weights(decay, 4, chunks, ids)
     states = chunk_states(k, v, decay, ids, chunks)
     want = dense_lightning(q, k, v, decay, 0.7, ids)
@@ -38,7 +40,12 @@ def test_incoming_states_complete_the_chunks(starts):
         tokens = slice(4 * chunk, 4 * chunk + 4)
         own = ids[:, tokens]
         local = dense_lightning(q[:, tokens], k[:, tokens], v[:, tokens], decay, 0.7, own)
-        got = add_incoming(local, q[:, tokens], incoming_state(states, weights, chunk), read_factor(decay, 0.7, 4, own))
+        got = add_incoming(
+            local,
+            q[:, tokens],
+            incoming_state(states, weights, chunk),
+            read_factor(decay, 0.7, 4, own),
+        )
         torch.testing.assert_close(got, want[:, tokens], rtol=1e-12, atol=1e-13)
 
 
@@ -62,7 +69,10 @@ def test_weights_are_powers_of_the_decay_within_a_document():
     assert not weights.triu(0)[:, :, 0, 0].diagonal().any()
     ids = document_ids((4,), (6,), length=12)  # within chunk 1; at the start of chunk 2
     cut = carry_weights(decay, 3, 4, ids)
-    assert cut[1, 0].all(dim=-1).tolist() == [True, True] and cut[2, 1].all(dim=-1).tolist() == [True, False]
+    assert cut[1, 0].all(dim=-1).tolist() == [True, True] and cut[2, 1].all(dim=-1).tolist() == [
+        True,
+        False,
+    ]
     assert not cut[2:, 0].any() and not cut[3, 1, 1].any()
 
 
@@ -72,7 +82,9 @@ def test_strong_decay_over_long_chunks_vanishes_without_overflow():
 
 
 def test_add_incoming_differentiates():
-    o, q, state = torch.randn(3, 4, 2, 5).double(), torch.randn(3, 4, 2, 3).double(), torch.randn(3, 2, 3, 5).double()
+    o = torch.randn(3, 4, 2, 5).double()
+    q = torch.randn(3, 4, 2, 3).double()
+    state = torch.randn(3, 2, 3, 5).double()
     for factor in (torch.rand(1, 4, 2).double(), torch.rand(3, 4, 2).double()):
         inputs = [x.clone().requires_grad_() for x in (o, q, state)]
         assert torch.autograd.gradcheck(lambda *x, factor=factor: add_incoming(*x, factor), inputs)
@@ -81,7 +93,9 @@ def test_add_incoming_differentiates():
 
 
 def test_bf16_reads_fp32_states_and_returns_fp32_state_gradients():
-    o, q, state = torch.randn(2, 4, 2, 8).bfloat16(), torch.randn(2, 4, 2, 8).bfloat16(), torch.randn(2, 2, 8, 8)
+    o = torch.randn(2, 4, 2, 8).bfloat16()
+    q = torch.randn(2, 4, 2, 8).bfloat16()
+    state = torch.randn(2, 2, 8, 8)
     q.requires_grad_()
     state.requires_grad_()
     out = add_incoming(o, q, state, torch.ones(1, 4, 2).double())
@@ -93,9 +107,12 @@ def test_bf16_reads_fp32_states_and_returns_fp32_state_gradients():
 def test_transitions_carry_states_and_their_gradients(ids):
     """Against autograd through the recurrence written out."""
     continues = continuing_chunks(ids, 6)
-    matrices, finals, upstream = (torch.randn(6, 2, 3, 4, d, dtype=torch.float64) for d in (4, 5, 5))
+    matrices, finals, upstream = (
+        torch.randn(6, 2, 3, 4, d, dtype=torch.float64) for d in (4, 5, 5)
+    )
     inputs = [matrices.clone().requires_grad_(), finals.clone().requires_grad_()]
-    state, states = torch.zeros_like(finals[0]), []
+    state = torch.zeros_like(finals[0])
+    states = []
     for chunk in range(6):
         states.append(state if continues is None else state * continues[chunk][:, None, None, None])
         state = inputs[0][chunk] @ states[-1] + inputs[1][chunk]
@@ -110,7 +127,10 @@ def test_transitions_carry_states_and_their_gradients(ids):
 
 def test_a_shift_hands_tokens_to_the_next_chunk():
     sent = torch.randn(4, 2, 3)
-    assert torch.equal(Shift().incoming((sent,), 2), sent[1]) and not Shift().incoming((sent,), 0).any()
+    assert (
+        torch.equal(Shift().incoming((sent,), 2), sent[1])
+        and not Shift().incoming((sent,), 0).any()
+    )
     (back,), (last,) = Shift().summary_gradient(sent, 1), Shift().summary_gradient(sent, 3)
     assert torch.equal(back, sent[2]) and not last.any()
 

@@ -1,12 +1,20 @@
 """The head's products against float64, on every path a version of torch may send them down.
 
-Paths for GPUs run here on CPU tensors that say they were on one: what is tested is which product is taken and that its sums are right."""
+Paths for GPUs run here on CPU tensors that say they were on one: what is tested is which product is
+taken and that its sums are right."""
 
 import pytest
 import torch
 
 from megatron_hypenet.parallel.vocab import gradients
-from megatron_hypenet.parallel.vocab.gradients import HeadGradients, accumulate, blocks, chunk_size, product, wide
+from megatron_hypenet.parallel.vocab.gradients import (
+    HeadGradients,
+    accumulate,
+    blocks,
+    chunk_size,
+    product,
+    wide,
+)
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -30,7 +38,10 @@ def test_blocks_are_consecutive_and_complete(count, chunk):
     seen = []
     for block, chunks in blocks(count, chunk):
         rows = [row for part in chunks for row in range(part.start, part.stop)]
-        assert rows == list(range(block.start, block.stop)) and len(chunks) <= gradients.CHUNKS_PER_PRODUCT
+        assert (
+            rows == list(range(block.start, block.stop))
+            and len(chunks) <= gradients.CHUNKS_PER_PRODUCT
+        )
         assert all(part.stop - part.start <= chunk for part in chunks)
         seen += rows
     assert seen == list(range(count))
@@ -54,7 +65,10 @@ def test_chunk_size(count, limit, per_token, device, want):
 def test_an_open_limit_keeps_to_its_budget():
     for words in (500, 32_000, 151_936):
         size = chunk_size(10**6, None, words * 12, CUDA)
-        assert size * words * 12 <= gradients.BUFFER_BYTES["cuda"] and size % gradients.ROW_MULTIPLE == 0
+        assert (
+            size * words * 12 <= gradients.BUFFER_BYTES["cuda"]
+            and size % gradients.ROW_MULTIPLE == 0
+        )
 
 
 def test_chunks_below_one_token_are_refused():
@@ -64,7 +78,8 @@ def test_chunks_below_one_token_are_refused():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_products_are_wide(dtype):
-    a, b = draw(9, 20, dtype=dtype), draw(20, 11, dtype=dtype, seed=1)
+    a = draw(9, 20, dtype=dtype)
+    b = draw(20, 11, dtype=dtype, seed=1)
     out = torch.empty(9, 11, dtype=wide(dtype))
     assert product(a, b, out) is out
     torch.testing.assert_close(out.double(), a.double() @ b.double(), rtol=2e-6, atol=2e-6)
@@ -73,24 +88,30 @@ def test_products_are_wide(dtype):
 @pytest.fixture(params=[True, False])
 def tf32(request):
     switch = torch.backends.cuda.matmul
-    before, switch.allow_tf32 = switch.allow_tf32, request.param
+    before = switch.allow_tf32
+    switch.allow_tf32 = request.param
     yield request.param
     switch.allow_tf32 = before
 
 
 def test_old_torch_multiplies_fp32_copies_as_tf32(monkeypatch, tf32):
     monkeypatch.setattr(gradients, "_has_wide_products", lambda: False)
-    multiply, seen = torch.mm, []
+    multiply = torch.mm
+    seen = []
 
     def mm(a, b, *, out):
         seen.append((a.dtype, b.dtype, torch.backends.cuda.matmul.allow_tf32))
         return multiply(a, b, out=out)
 
     monkeypatch.setattr(torch, "mm", mm)
-    a, b = draw(9, 20, dtype=torch.bfloat16), draw(20, 11, dtype=torch.bfloat16, seed=1)
+    a = draw(9, 20, dtype=torch.bfloat16)
+    b = draw(20, 11, dtype=torch.bfloat16, seed=1)
     out = torch.empty(9, 11)
     product(on_gpu(a), on_gpu(b), out)
-    assert seen == [(torch.float32, torch.float32, True)] and torch.backends.cuda.matmul.allow_tf32 is tf32
+    assert (
+        seen == [(torch.float32, torch.float32, True)]
+        and torch.backends.cuda.matmul.allow_tf32 is tf32
+    )
     torch.testing.assert_close(out.double(), a.double() @ b.double(), rtol=2e-6, atol=2e-6)
 
 
@@ -103,7 +124,8 @@ def test_new_torch_widens_in_the_product(monkeypatch):
         return out.copy_(a.to(out_dtype) @ b.to(out_dtype))
 
     monkeypatch.setattr(torch, "mm", mm)
-    a, b = draw(9, 20, dtype=torch.bfloat16), draw(20, 11, dtype=torch.bfloat16, seed=1)
+    a = draw(9, 20, dtype=torch.bfloat16)
+    b = draw(20, 11, dtype=torch.bfloat16, seed=1)
     out = torch.empty(9, 11)
     product(on_gpu(a), on_gpu(b), out)
     assert seen == [(torch.bfloat16, torch.float32)]
@@ -113,7 +135,8 @@ def test_new_torch_widens_in_the_product(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 19])  # fewer than the eighths, and not a multiple of them
 def test_sums_start_from_anything_and_go_on(dtype, rows):
-    a, b = draw(rows, 6, dtype=dtype), draw(6, 5, dtype=dtype, seed=1)
+    a = draw(rows, 6, dtype=dtype)
+    b = draw(6, 5, dtype=dtype, seed=1)
     total = torch.full((rows, 5), float("nan"), dtype=wide(dtype))
     accumulate(total, a, b, fresh=True)
     accumulate(total, a, b, fresh=False)
@@ -124,14 +147,16 @@ def test_sums_start_from_anything_and_go_on(dtype, rows):
 def test_a_gpu_adds_in_place_where_its_torch_can(monkeypatch, works):
     monkeypatch.setattr(gradients, "_wide_addmm_works", lambda dtype, device: works)
     monkeypatch.setattr(gradients, "_has_wide_products", lambda: False)
-    plain, seen = torch.addmm, []
+    plain = torch.addmm
+    seen = []
 
     def addmm(total, a, b, *, out_dtype, beta, out):
         seen.append(beta)
         return plain(total, a.to(out_dtype), b.to(out_dtype), beta=beta, out=out)
 
     monkeypatch.setattr(torch, "addmm", addmm)
-    a, b = draw(19, 6, dtype=torch.bfloat16), draw(6, 5, dtype=torch.bfloat16, seed=1)
+    a = draw(19, 6, dtype=torch.bfloat16)
+    b = draw(6, 5, dtype=torch.bfloat16, seed=1)
     total = torch.full((19, 5), float("nan"))
     for fresh in (True, False):
         accumulate(total, on_gpu(a), on_gpu(b), fresh=fresh)
@@ -139,7 +164,10 @@ def test_a_gpu_adds_in_place_where_its_torch_can(monkeypatch, works):
     torch.testing.assert_close(total.double(), 2 * (a.double() @ b.double()), rtol=2e-6, atol=2e-6)
 
 
-@pytest.mark.parametrize(("has", "error", "want"), [(False, None, False), (True, RuntimeError("dtypes"), False), (True, None, True)])
+@pytest.mark.parametrize(
+    ("has", "error", "want"),
+    [(False, None, False), (True, RuntimeError("dtypes"), False), (True, None, True)],
+)
 def test_in_place_sums_are_tried_before_they_are_used(monkeypatch, has, error, want):
     def addmm(*args, **kwargs):
         if error is not None:
@@ -151,7 +179,9 @@ def test_in_place_sums_are_tried_before_they_are_used(monkeypatch, has, error, w
 
 
 def test_head_gradients_gather_all_blocks():
-    hidden, weight, logit_grad = draw(10, 4), draw(7, 4, seed=1), draw(10, 7, seed=2)
+    hidden = draw(10, 4)
+    weight = draw(7, 4, seed=1)
+    logit_grad = draw(10, 7, seed=2)
     grads = HeadGradients(hidden, weight, want_weight=True)
     for rows in (slice(0, 4), slice(4, 10)):
         grads.add(rows, logit_grad[rows])

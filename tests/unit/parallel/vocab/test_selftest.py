@@ -1,4 +1,5 @@
-"""The check passes where the kernels are right (in Triton's interpreter without a GPU) and fails where they are not."""
+"""The check passes where the kernels are right (in Triton's interpreter without a GPU) and fails
+where they are not."""
 
 import pytest
 import torch
@@ -23,7 +24,10 @@ def test_right_kernels_pass(dtype, shards):
     assert found.ok and found.error > 0, found
 
 
-@pytest.mark.parametrize(("shards", "function"), [(1, "kl_stats_and_gradient"), (1, "ce_stats_and_gradient"), (2, "kl_gradient")])
+@pytest.mark.parametrize(
+    ("shards", "function"),
+    [(1, "kl_stats_and_gradient"), (1, "ce_stats_and_gradient"), (2, "kl_gradient")],
+)
 def test_wrong_gradients_fail(monkeypatch, shards, function):
     right = getattr(triton_terms, function)
 

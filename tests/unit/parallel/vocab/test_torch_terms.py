@@ -1,4 +1,5 @@
-"""Terms of one chunk against torch's own losses in float64, whole and in shards of the vocabulary."""
+"""Terms of one chunk against torch's own losses in float64, whole and in shards of the
+vocabulary."""
 
 import pytest
 import torch
@@ -6,14 +7,20 @@ import torch.nn.functional as F
 
 from megatron_hypenet.parallel.vocab import torch_terms as terms
 
-N, V = 11, 40
+N = 11
+V = 40
 CUTS = [(0, V), (0, 1, V), (0, 13, 26, V)]
 
 
 def draw(scale=1.0):
     generator = torch.Generator().manual_seed(5)
     s, t = (torch.randn(N, V, generator=generator, dtype=torch.float64) * scale for _ in range(2))
-    return s, t, torch.randint(0, V, (N,), generator=generator), torch.linspace(0, 2, N, dtype=torch.float64)
+    return (
+        s,
+        t,
+        torch.randint(0, V, (N,), generator=generator),
+        torch.linspace(0, 2, N, dtype=torch.float64),
+    )
 
 
 def parts(cuts):
@@ -38,7 +45,9 @@ def test_kl_in_shards(cuts, scale, weighted):
         terms.kl_gradient(*shard, numbers, merged, weights, out[:, part])
     torch.testing.assert_close(out, x.grad, rtol=1e-9, atol=1e-12)
     whole = torch.empty_like(s)
-    torch.testing.assert_close(terms.kl_stats_and_gradient(s.clone(), t.clone(), weights, whole), merged)
+    torch.testing.assert_close(
+        terms.kl_stats_and_gradient(s.clone(), t.clone(), weights, whole), merged
+    )
     torch.testing.assert_close(whole, x.grad, rtol=1e-9, atol=1e-12)
 
 
@@ -51,7 +60,10 @@ def test_cross_entropy_in_shards(cuts, weighted):
     want = F.cross_entropy(x, labels, reduction="none")
     (want if weights is None else want * weights).sum().backward()
     shards = [s[:, part].clone() for part in parts(cuts)]
-    local = [terms.ce_merge(terms.ce_stats(shard, labels - part.start)) for part, shard in zip(parts(cuts), shards, strict=True)]
+    local = [
+        terms.ce_merge(terms.ce_stats(shard, labels - part.start))
+        for part, shard in zip(parts(cuts), shards, strict=True)
+    ]
     merged = terms.ce_merge(torch.stack(local))
     torch.testing.assert_close(terms.ce_loss(merged), want, rtol=1e-10, atol=1e-10)
     out = torch.empty_like(s)
@@ -59,7 +71,9 @@ def test_cross_entropy_in_shards(cuts, weighted):
         terms.ce_gradient(shard, labels - part.start, numbers, merged, weights, out[:, part])
     torch.testing.assert_close(out, x.grad, rtol=1e-9, atol=1e-12)
     whole = torch.empty_like(s)
-    torch.testing.assert_close(terms.ce_stats_and_gradient(s.clone(), labels, weights, whole), merged)
+    torch.testing.assert_close(
+        terms.ce_stats_and_gradient(s.clone(), labels, weights, whole), merged
+    )
     torch.testing.assert_close(whole, x.grad, rtol=1e-9, atol=1e-12)
 
 
