@@ -6,9 +6,11 @@ read. What cannot be found out ends the command with code 4: a process that met 
 alone and look healthy. slurm/job.sbatch.j2 is the job script around it.
 
 HYPENET_HEAD_ADDRESS   where rank 0 listens, when the script has resolved it (a container has no
-scontrol to ask) HYPENET_MASTER_PORT    its port there, when the script has looked for a free one or
-a person chose one HYPENET_ATTEMPT_LOGS   folder of this attempt; a task that fails leaves
-rank-0003.error.json there for `hypenet logs --first-error`
+                       scontrol to ask)
+HYPENET_MASTER_PORT    its port there, when the script has looked for a free one or a person chose
+                       one
+HYPENET_ATTEMPT_LOGS   folder of this attempt; a task that fails leaves rank-0003.error.json there
+                       for `hypenet logs --first-error`
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ exactly:
 The gradient runs the mirror way: dF_c' = sum over c > c' of gamma^(C (c - 1 - c')) dS_c.
 A state belongs to a document. Ids do not decrease along a row, so F_c' reaches chunk c if and only
 if the last token of c' and the first of c carry the same id, and within c it concerns only the
-tokens of that id. Powers are taken in float64 from non-positive exponents: no slope or length overflows, and
-far states vanish by underflow."""
+tokens of that id. Powers are taken in float64 from non-positive exponents: no slope or length
+overflows, and far states vanish by underflow."""
 
 from typing import Any, Protocol
 
