@@ -30,8 +30,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launchers.command import chosen_port, is_host
 from megatron_hypenet.errors import SetupError, UsageError
+from megatron_hypenet.process_place import chosen_port, is_host
 from megatron_hypenet.untrusted.files import MIB, FileKind, shown
 
 HOSTFILE = FileKind(

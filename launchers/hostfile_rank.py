@@ -27,10 +27,10 @@ from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import IO, Any, NoReturn
 
-from launchers.command import UNDER_WAY, hypenet_command, place, threads_per_process
 from launchers.hostfile import unpacked
 from launchers.local import FORWARDED, PEACEFUL, TAIL_LINES, die_with
 from megatron_hypenet.errors import SetupError
+from megatron_hypenet.process_place import UNDER_WAY, hypenet_command, place, threads_per_process
 
 MARK = "hypenet-rank "
 """Begins a line for the waiting process; JSON follows."""

@@ -25,8 +25,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from launchers.command import UNDER_WAY, hypenet_command, place, threads_per_process
 from megatron_hypenet.atomic_files import temporary_folder
+from megatron_hypenet.process_place import UNDER_WAY, hypenet_command, place, threads_per_process
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 """Signals that are handed to every process: SIGTERM and SIGUSR2 ask a run to save and leave, SIGINT

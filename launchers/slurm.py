@@ -3,38 +3,27 @@ ARGS...`, one task per GPU.
 
 SLURM says which task this is; here that becomes the place that torch.distributed and DeepSpeed
 read. What cannot be found out ends the command with code 4: a process that met nobody would train
-alone and look healthy. slurm/job.sbatch.j2 is the job script around it.
+alone and look healthy. What the task then does is in megatron_hypenet/cli/srun_task.py;
+slurm/job.sbatch.j2 is the job script around it.
 
 HYPENET_HEAD_ADDRESS   where rank 0 listens, when the script has resolved it (a container has no
                        scontrol to ask)
 HYPENET_MASTER_PORT    its port there, when the script has looked for a free one or a person chose
                        one
-HYPENET_ATTEMPT_LOGS   folder of this attempt; a task that fails leaves rank-0003.error.json there
-                       for `hypenet logs --first-error`
 """
 
 from __future__ import annotations
 
-import faulthandler
-import json
-import os
 import re
-import signal
+import runpy
 import socket
 import subprocess
-import sys
-import time
-import traceback
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from types import FrameType
-from typing import NoReturn
+from collections.abc import Mapping
 
-from launchers.command import MOST_PROCESSES, chosen_port, is_host, number_of, place
-from megatron_hypenet.errors import HypenetError, SavedAndRequeue, SetupError
+from megatron_hypenet.errors import SetupError
+from megatron_hypenet.process_place import MOST_PROCESSES, chosen_port, is_host, number_of, place
 
 HEAD_ADDRESS = "HYPENET_HEAD_ADDRESS"
-ATTEMPT_LOGS = "HYPENET_ATTEMPT_LOGS"
 
 # below the range from which systems take ports for outgoing connections
 _LOWEST_PORT = 10000
@@ -175,78 +164,6 @@ def _number(environment: Mapping[str, str], name: str, least: int, most: int) ->
     return number_of(environment, name, least, most)
 
 
-def _leave_before_start(number: int, _frame: FrameType | None) -> NoReturn:
-    """Asked to stop while nothing trains here yet, or any more: there is nothing to save, and the
-    next start goes on from the disk."""
-    sys.stderr.write(f"{signal.Signals(number).name} while no step was running; leaving\n")
-    sys.stderr.flush()
-    os._exit(SavedAndRequeue.exit_code)
-
-
-def record_fault(fault: BaseException, code: int, environment: Mapping[str, str]) -> None:
-    """Leave what ended this task in the attempt's folder, unless a record is there: the engine's
-    says more. Being asked to stop is no fault."""
-    folder = environment.get(ATTEMPT_LOGS)
-    if folder is None or isinstance(fault, SavedAndRequeue):
-        return
-    rank = int(environment["RANK"])
-    path = Path(folder, f"rank-{rank:04d}.error.json")
-    if path.is_file():
-        return
-    content = {
-        "time": time.time(),
-        "rank": rank,
-        "host": environment.get("SLURMD_NODENAME", socket.gethostname()),
-        "code": code,
-        "error": f"{fault}"
-        if isinstance(fault, HypenetError)
-        else f"{type(fault).__name__}: {fault}",
-        "traceback": "".join(traceback.format_exception(fault)),
-    }
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def run(words: Sequence[str]) -> int:
-    """Take this task's place and do the command; returns the exit code."""
-    from megatron_hypenet.cli import main
-
-    try:
-        os.environ.update(place_of(os.environ))
-    except SetupError as fault:
-        return main.report_fault(fault, debug=False)
-    here = {
-        name: os.environ[name]
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    }
-    node = os.environ.get("SLURMD_NODENAME", "?")
-    attempt = os.environ.get("SLURM_RESTART_COUNT", "0")
-    print(
-        f"node {node} attempt {attempt} "
-        f"{' '.join(f'{name}={value}' for name, value in here.items())}",
-        file=sys.stderr,
-        flush=True,
-    )
-    try:
-        return main.dispatch(list(words))
-    except (KeyboardInterrupt, Exception) as fault:
-        # a job's task has a log of its own, which has room for the traceback
-        code = main.report_fault(
-            fault, debug=ATTEMPT_LOGS in os.environ and not isinstance(fault, SavedAndRequeue)
-        )
-        record_fault(fault, code, os.environ)
-        return code
-
-
-def main() -> NoReturn:
-    """Entry point of a task."""
-    for number in (signal.SIGTERM, signal.SIGUSR2):
-        signal.signal(number, _leave_before_start)
-    faulthandler.enable()
-    code = run(sys.argv[1:])
-    from megatron_hypenet.engine.process import leave
-
-    leave(code)
-
-
 if __name__ == "__main__":
-    main()
+    # by name: the command starts processes through these launchers, so they do not import it
+    runpy.run_module("megatron_hypenet.cli.srun_task", run_name="__main__")

@@ -8,10 +8,10 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from megatron_hypenet.engine import material
-from megatron_hypenet.engine.measure import Measure
 from megatron_hypenet.export.hf_config import hf_config_from_model
 from megatron_hypenet.export.mapping import entries
+from megatron_hypenet.halo import datasets
+from megatron_hypenet.halo.evaluation import Measure
 from tests.tiny import tiny_teacher_config
 
 TEACHER = tiny_teacher_config(3)
@@ -102,9 +102,9 @@ def fake_material(monkeypatch) -> None:
             heldout=lambda count, length: Sequences().batch(1000, count, length),
         )
 
-    monkeypatch.setattr(material, "prepare", prepare)
-    monkeypatch.setattr(material, "training_data", lambda run, folder: Sequences())
-    monkeypatch.setattr(material, "measure", measured)
+    monkeypatch.setattr(datasets, "prepare", prepare)
+    monkeypatch.setattr(datasets, "training_data", lambda run, folder: Sequences())
+    monkeypatch.setattr(datasets, "measure", measured)
     monkeypatch.setattr(
-        "megatron_hypenet.engine.measure.recall_accuracy", lambda scores, task, **kwargs: 50.0
+        "megatron_hypenet.halo.evaluation.recall_accuracy", lambda scores, task, **kwargs: 50.0
     )

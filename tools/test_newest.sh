@@ -12,7 +12,7 @@ newest=.venv-newest
 library_facing=(
   tests/golden tests/integration/test_megatron_interchange.py tests/integration/test_bundled_teacher.py
   tests/unit/checkpoint tests/unit/cli tests/unit/config tests/unit/data tests/unit/eval tests/unit/export tests/unit/model
-  tests/unit/engine/test_deepspeed.py tests/unit/engine/test_loop.py tests/unit/engine/test_metrics.py tests/unit/engine/test_schedule.py
+  tests/unit/engine/deepspeed/test_engine.py tests/unit/training/test_loop.py tests/unit/training/test_metrics.py tests/unit/training/test_schedule.py
   tests/unit/ops tests/distributed/test_tensor_parallel.py tests/distributed/test_checkpoint_layouts.py
 )
 of_transformers=(tests/golden tests/unit/export tests/unit/data tests/unit/cli/test_convert.py tests/unit/cli/test_data.py)

@@ -29,7 +29,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -181,6 +181,11 @@ def staged(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise as_checkpoint_error(error, target) from error
+
+
+def error_of_save(target: Path) -> Callable[[BaseException], BaseException]:
+    """The translation of errors for the save of `target`; see `as_checkpoint_error`."""
+    return lambda error: as_checkpoint_error(error, target)
 
 
 def as_checkpoint_error(error: BaseException, target: Path) -> BaseException:

@@ -30,15 +30,15 @@ from megatron_hypenet.checkpoint.manifest import (
 from megatron_hypenet.checkpoint.rng import load_rng
 from megatron_hypenet.checkpoint.shards import ShardReader, tensor_pieces
 from megatron_hypenet.checkpoint.state import EngineState, TrainState, empty_like_entry
-from megatron_hypenet.checkpoint.together import (
+from megatron_hypenet.config.model import ModelConfig
+from megatron_hypenet.errors import CheckpointError
+from megatron_hypenet.parallel.agreement import (
     agree,
     distributed,
     from_first,
     gather_to_all,
     is_first,
 )
-from megatron_hypenet.config.model import ModelConfig
-from megatron_hypenet.errors import CheckpointError
 
 __all__ = [
     "Manifest",

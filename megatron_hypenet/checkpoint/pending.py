@@ -21,7 +21,7 @@ import torch.distributed as dist
 from megatron_hypenet.checkpoint import format as fmt
 from megatron_hypenet.checkpoint.manifest import write_manifest
 from megatron_hypenet.checkpoint.shard_writer import ShardWrite, Written
-from megatron_hypenet.checkpoint.together import (
+from megatron_hypenet.parallel.agreement import (
     agree,
     distributed,
     failing_together,
@@ -130,7 +130,7 @@ class PendingSave:
                 if self._failure is not None
                 else None
             )
-            with failing_together(self.folder):
+            with failing_together(fmt.error_of_save(self.folder)):
                 self._finish(gather_to_first(self._written))
         except BaseException:
             self.abandon()

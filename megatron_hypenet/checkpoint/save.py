@@ -26,9 +26,9 @@ from megatron_hypenet.checkpoint.shards import (
     tensor_pieces,
 )
 from megatron_hypenet.checkpoint.state import EngineState, TrainState
-from megatron_hypenet.checkpoint.together import failing_together, from_first, is_first
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.errors import CheckpointError
+from megatron_hypenet.parallel.agreement import failing_together, from_first, is_first
 
 
 def write_weights(
@@ -101,7 +101,7 @@ def begin_save(
     manifest = {"kind": kind, "stage": state.stage, "extra": {"step": state.step, **(extra or {})}}
     save = PendingSave(folder, temporary, overwrite=overwrite, manifest=manifest)
     try:
-        with failing_together(folder):
+        with failing_together(fmt.error_of_save(folder)):
             if is_first():
                 fmt.refuse_existing(folder, overwrite)
                 _make_folders(temporary)
@@ -109,7 +109,7 @@ def begin_save(
             (fmt.WEIGHTS, _weight_shards),
             (fmt.OPTIMIZER, _optimizer_shards),
         ):
-            with failing_together(folder):
+            with failing_together(fmt.error_of_save(folder)):
                 shards = copy_shards(engine)
             save.add(ShardWrite(temporary / name, shards))
             del shards

@@ -33,8 +33,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_hypenet.checkpoint.manifest import FileEntry, HashedFile
 from megatron_hypenet.checkpoint.shards import LazyTensor, Shard
-from megatron_hypenet.checkpoint.together import agree, gather_to_first, is_first, rank
 from megatron_hypenet.errors import CheckpointError
+from megatron_hypenet.parallel.agreement import agree, gather_to_first, is_first, rank
 
 BACKEND = {
     "sharded_backend": "torch_dist",

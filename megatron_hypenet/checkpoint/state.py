@@ -3,7 +3,7 @@ optimizer state are reached.
 
 Optimizer state is stored per parameter under the parameter's canonical name, in its global shape:
 any parallel layout and any ZeRO stage can read it. The engine is asked through `EngineState`, so
-that only engine/deepspeed.py knows DeepSpeed.
+that only engine/deepspeed/engine.py knows DeepSpeed.
 """
 
 from __future__ import annotations

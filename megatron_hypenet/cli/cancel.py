@@ -22,7 +22,7 @@ def cancel(
 
     Example: hypenet cancel runs/demo
     """
-    from megatron_hypenet.cli.jobs import Jobs, slurm
+    from megatron_hypenet.cluster.jobs import Jobs, slurm
 
     jobs = Jobs(run_folder)
     jobs.required()

@@ -260,7 +260,7 @@ def check_gpu_kernels() -> list[Finding]:
                 "run it where the training will run",
             )
         ]
-    from megatron_hypenet.engine.kernel_guard import survey
+    from megatron_hypenet.model.kernel_guard import survey
 
     fix = "update torch and triton together; runs use the torch form meanwhile"
     return [

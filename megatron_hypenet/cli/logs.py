@@ -12,7 +12,7 @@ from megatron_hypenet.cli.options import JsonOption
 from megatron_hypenet.cli.status import RunArgument
 
 if TYPE_CHECKING:
-    from megatron_hypenet.cli.jobs import Job, Jobs
+    from megatron_hypenet.cluster.jobs import Job, Jobs
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -45,7 +45,7 @@ def logs(
 
       hypenet logs runs/demo --first-error
     """
-    from megatron_hypenet.cli.jobs import Jobs
+    from megatron_hypenet.cluster.jobs import Jobs
 
     jobs = Jobs(run_folder)
     job = chosen(jobs, job_id)
@@ -114,7 +114,7 @@ def show_log(jobs: Jobs, job: Job, rank: int, count: int, *, as_json: bool) -> N
 
 def show_first_error(jobs: Jobs, only: Job | None, *, as_json: bool) -> None:
     """Faults of the newest start that had any: of job `only`, or of all jobs."""
-    from megatron_hypenet.cli.first_error import faults_of, grouped
+    from megatron_hypenet.cluster.first_error import faults_of, grouped
 
     starts = [
         (folder, job)

@@ -208,7 +208,7 @@ def main() -> NoReturn:
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")
     code = run(sys.argv[1:])
     if "megatron_hypenet.parallel.groups" in sys.modules and "RANK" in os.environ:
-        from megatron_hypenet.engine.process import leave
+        from megatron_hypenet.supervision.process_exit import leave
 
         # one of several: an ordinary end may abort in what is left of the process groups
         leave(code)

@@ -18,11 +18,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launchers.command import launched_world_size
 from megatron_hypenet.errors import SetupError, UsageError
+from megatron_hypenet.process_place import launched_world_size
 
 if TYPE_CHECKING:
-    from megatron_hypenet.engine.node_check import Survey, Verdict
+    from megatron_hypenet.cluster.node_check import Survey, Verdict
 
 _WAIT_SECONDS = 30
 
@@ -41,7 +41,7 @@ def examine_nodes(
             "--nodes is for the command that starts srun; this process is one of its tasks already"
         )
     from megatron_hypenet.cli import processes
-    from megatron_hypenet.engine.node_check import judge, survey
+    from megatron_hypenet.cluster.node_check import judge, survey
     from megatron_hypenet.parallel import groups
 
     processes.join()

@@ -17,17 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launchers.command import under_way
 from megatron_hypenet.cli import processes
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.config.schema import STAGES, RunConfig
 from megatron_hypenet.errors import CheckpointError
+from megatron_hypenet.process_place import under_way
 
 if TYPE_CHECKING:
     from megatron_hypenet.cli.progress import Screen
-    from megatron_hypenet.engine.halo import Halo
-    from megatron_hypenet.engine.run_folder import RunFolder
-    from megatron_hypenet.engine.steps import Runner
+    from megatron_hypenet.halo.actions import Halo
+    from megatron_hypenet.halo.run_folder import RunFolder
+    from megatron_hypenet.halo.task_runner import Runner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,16 +70,16 @@ def prepared(
     quieten()
     from megatron_hypenet.checkpoint.load import verify_together
     from megatron_hypenet.checkpoint.manifest import WEIGHTS_PARTS
-    from megatron_hypenet.checkpoint.together import decided_by_first
     from megatron_hypenet.cli.progress import Screen
-    from megatron_hypenet.engine.faults import watched
-    from megatron_hypenet.engine.halo import Halo
-    from megatron_hypenet.engine.hang import collective_minutes
-    from megatron_hypenet.engine.planning import Clock, planned_work
-    from megatron_hypenet.engine.run_folder import RunFolder
-    from megatron_hypenet.engine.signals import leave_if_stopped, leaving_at_once
-    from megatron_hypenet.engine.steps import Runner
+    from megatron_hypenet.halo.actions import Halo
+    from megatron_hypenet.halo.run_folder import RunFolder
+    from megatron_hypenet.halo.task_runner import Runner
     from megatron_hypenet.parallel import groups
+    from megatron_hypenet.parallel.agreement import decided_by_first
+    from megatron_hypenet.planning.eta import Clock, planned_work
+    from megatron_hypenet.supervision.faults import watched
+    from megatron_hypenet.supervision.hang_watchdog import collective_minutes
+    from megatron_hypenet.supervision.signals import leave_if_stopped, leaving_at_once
 
     folder = RunFolder(run.output_dir)
     is_main = processes.speaks()
@@ -130,7 +130,7 @@ def refuse_in_use(folder: Path) -> None:
     It costs little and comes before anything is started. Who then writes into the folder owns it
     (RunFolder.owned).
     """
-    from megatron_hypenet.cli.jobs import refuse_live_jobs
+    from megatron_hypenet.cluster.jobs import refuse_live_jobs
     from megatron_hypenet.ownership import refuse_if_owned
 
     if under_way():
@@ -152,8 +152,8 @@ def checked(
     run that others will start.
     """
     from megatron_hypenet.config.checks import check_layout, check_model_fits_selection
-    from megatron_hypenet.engine.run_folder import RunFolder
-    from megatron_hypenet.engine.steps import identity_of
+    from megatron_hypenet.halo.run_folder import RunFolder
+    from megatron_hypenet.halo.task_runner import identity_of
 
     if not overwrite:
         RunFolder(run.output_dir).check_same(run)
@@ -183,9 +183,9 @@ def warn(run: RunConfig, found: Checked) -> None:
 
 def planned(run: RunConfig, *, overwrite: bool = False) -> list[dict[str, Any]]:
     """The steps of a run that was `checked`, and their state; starts and writes nothing."""
-    from megatron_hypenet.engine.halo_steps import halo_steps
-    from megatron_hypenet.engine.run_folder import RunFolder
-    from megatron_hypenet.engine.steps import Runner
+    from megatron_hypenet.halo.run_folder import RunFolder
+    from megatron_hypenet.halo.task_runner import Runner
+    from megatron_hypenet.halo.tasks import halo_steps
 
     folder = RunFolder(run.output_dir)
     rows = Runner(run, folder, halo_steps(run, folder)).plan()

@@ -25,7 +25,7 @@ from megatron_hypenet.config.loader import load_model_config, load_run_config
 from megatron_hypenet.errors import CheckpointError, LayoutError
 
 if TYPE_CHECKING:
-    from megatron_hypenet.engine.fitting import Fit, StageNeed
+    from megatron_hypenet.planning.layout_search import Fit, StageNeed
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -74,7 +74,7 @@ def plan(
             "name one with --model configs/model/NAME.yaml"
         )
     check_run(run, shape, world_size)
-    from megatron_hypenet.engine.fitting import fits, fullest, needs
+    from megatron_hypenet.planning.layout_search import fits, fullest, needs
 
     layout = Layout(shape, run, world_size)
     found = needs(layout)

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from launchers.command import launched_world_size, threads_per_process
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.config.schema import RunConfig
 from megatron_hypenet.errors import SetupError, UsageError
+from megatron_hypenet.process_place import launched_world_size, threads_per_process
 
 if TYPE_CHECKING:
     from launchers.hostfile import HostfileLaunch

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
-    from megatron_hypenet.engine.metrics import StepRecord
-    from megatron_hypenet.engine.planning import Clock
+    from megatron_hypenet.planning.eta import Clock
+    from megatron_hypenet.training.metrics import StepRecord
 
 
 class Screen:
@@ -90,7 +90,7 @@ class Screen:
         return f"{list(self.does).index(step) + 1}/{len(self.does)}"
 
     def _left(self) -> str:
-        from megatron_hypenet.engine.metrics import short_time
+        from megatron_hypenet.training.metrics import short_time
 
         eta = self.clock.eta()
         return "time left unknown" if eta is None else f"{short_time(eta)} left"

@@ -12,7 +12,7 @@ import typer
 from megatron_hypenet.cli.options import JsonOption
 
 if TYPE_CHECKING:
-    from megatron_hypenet.engine.run_folder import RunFolder
+    from megatron_hypenet.halo.run_folder import RunFolder
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -33,8 +33,8 @@ def report(
     Example: hypenet report runs/demo
     """
     from megatron_hypenet.config.loader import load_run_config
-    from megatron_hypenet.engine.run_folder import RunFolder
     from megatron_hypenet.errors import DataError
+    from megatron_hypenet.halo.run_folder import RunFolder
 
     folder = RunFolder(run_folder)
     if not folder.config_file.is_file():
@@ -46,7 +46,7 @@ def report(
             folder, load_run_config(folder.config_file, [f"output_dir={run_folder}"]), again=again
         )
     else:
-        from megatron_hypenet.engine.report import draw_report
+        from megatron_hypenet.halo.report import draw_report
 
         with folder.owned():
             draw_report(folder)
@@ -74,7 +74,7 @@ def evaluate(folder: RunFolder, run: Any, *, again: bool) -> None:
 def show(folder: RunFolder, *, as_json: bool) -> None:
     """The report on stdout, as a table and the places of everything, or as the JSON that was
     stored."""
-    from megatron_hypenet.engine.report import read_report
+    from megatron_hypenet.halo.report import read_report
 
     content = read_report(folder)
     if as_json:

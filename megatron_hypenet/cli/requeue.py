@@ -12,7 +12,7 @@ from megatron_hypenet.cli.options import DryRunOption, JsonOption
 from megatron_hypenet.cli.status import RunArgument
 
 if TYPE_CHECKING:
-    from megatron_hypenet.cli.jobs import Job, Jobs, JobState
+    from megatron_hypenet.cluster.jobs import Job, Jobs, JobState
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -35,8 +35,8 @@ def requeue(
 
     Example: hypenet requeue runs/demo --exclude n7
     """
-    from megatron_hypenet.cli.jobs import Jobs
-    from megatron_hypenet.engine.run_folder import RunFolder
+    from megatron_hypenet.cluster.jobs import Jobs
+    from megatron_hypenet.halo.run_folder import RunFolder
     from megatron_hypenet.ownership import refuse_if_owned
 
     jobs = Jobs(run_folder)
@@ -69,7 +69,7 @@ def again(
 ) -> list[dict[str, object]]:
     """Requeue the job that runs, with further nodes excluded; those that wait only learn of the
     nodes."""
-    from megatron_hypenet.cli.jobs import slurm
+    from megatron_hypenet.cluster.jobs import slurm
 
     rows: list[dict[str, object]] = []
     for job in alive:

@@ -200,8 +200,8 @@ def compute(
     import torch
 
     from megatron_hypenet.checkpoint.load import load_model, read_whole_config
-    from megatron_hypenet.engine.kernel_guard import guard_kernels
     from megatron_hypenet.model.hypenet import build_model
+    from megatron_hypenet.model.kernel_guard import guard_kernels
     from megatron_hypenet.parallel.cpu import device
     from megatron_hypenet.parallel.groups import destroy_parallel, rank
 

@@ -14,7 +14,7 @@ from megatron_hypenet.cli.options import JsonOption
 from megatron_hypenet.errors import DataError
 
 if TYPE_CHECKING:
-    from megatron_hypenet.cli.jobs import Jobs
+    from megatron_hypenet.cluster.jobs import Jobs
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -36,7 +36,7 @@ def status(run_folder: RunArgument, as_json: JsonOption = False) -> None:
 
     Example: hypenet status runs/demo
     """
-    from megatron_hypenet.cli.jobs import Jobs
+    from megatron_hypenet.cluster.jobs import Jobs
 
     jobs = Jobs(run_folder)
     found = {"run": str(run_folder), "jobs": job_rows(jobs), **progress_of(run_folder)}
@@ -70,7 +70,7 @@ def job_rows(jobs: Jobs) -> list[dict[str, Any]]:
 def progress_of(run_folder: Path) -> dict[str, Any]:
     """How far the run is by its own files: finished steps, the step that runs, its last logged
     iteration, the last save."""
-    from megatron_hypenet.engine.run_folder import RunFolder
+    from megatron_hypenet.halo.run_folder import RunFolder
 
     folder = RunFolder(run_folder)
     text = (
@@ -140,7 +140,7 @@ def last_save(run_folder: Path) -> dict[str, Any] | None:
 
 def lines_of(found: dict[str, Any]) -> list[str]:
     """The same for a person."""
-    from megatron_hypenet.engine.metrics import short_time
+    from megatron_hypenet.training.metrics import short_time
 
     lines = [found["run"]]
     for row in found["jobs"]:

@@ -26,8 +26,8 @@ from megatron_hypenet.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from megatron_hypenet.cli.job_script import JobScript
-    from megatron_hypenet.cli.jobs import Job
+    from megatron_hypenet.cluster.job_script import JobScript
+    from megatron_hypenet.cluster.jobs import Job
     from megatron_hypenet.config.cluster import ClusterConfig
     from megatron_hypenet.config.schema import RunConfig
 
@@ -145,14 +145,14 @@ def with_measured_grace(profile: ClusterConfig, folder: Path) -> ClusterConfig:
     """`profile` with as much warning as this run's steps and saves were measured to need, where it
     gives less; says so then."""
     from megatron_hypenet.config.cluster import ClusterConfig
-    from megatron_hypenet.engine import timing
+    from megatron_hypenet.training import grace_period
 
-    needed = timing.read(folder).get("grace_seconds", 0)
+    needed = grace_period.read(folder).get("grace_seconds", 0)
     if not isinstance(needed, int) or needed <= profile.grace_seconds:
         return profile
     print(
         f"grace_seconds {profile.grace_seconds} -> {needed}: what a step and a save of this run "
-        f"took ({folder / timing.FILE})",
+        f"took ({folder / grace_period.FILE})",
         file=sys.stderr,
     )
     return ClusterConfig.model_validate({**profile.model_dump(), "grace_seconds": needed})
@@ -164,7 +164,7 @@ def checked_scripts(
     """The scripts, after all checks that a job would otherwise fail in hours later; touches
     nothing."""
     from megatron_hypenet.cli import pipeline
-    from megatron_hypenet.cli.job_script import job_scripts, missing_variables
+    from megatron_hypenet.cluster.job_script import job_scripts, missing_variables
     from megatron_hypenet.errors import SetupError
 
     missing = missing_variables(profile, os.environ)
@@ -213,7 +213,7 @@ def _texts(key: str, value: object) -> Iterator[tuple[str, str]]:
 def try_out(scripts: Sequence[JobScript]) -> None:
     """Let sbatch say whether each script could run and when; SetupError with its words when one
     could not."""
-    from megatron_hypenet.cli.jobs import slurm
+    from megatron_hypenet.cluster.jobs import slurm
 
     for script in scripts:
         said = slurm("sbatch", "--test-only", stdin=script.text)
@@ -249,8 +249,8 @@ def send(
     """Make the run folder, write the scripts into it and submit them in order. Raises UsageError
     while jobs of this run are alive."""
     from megatron_hypenet.atomic_files import write_text
-    from megatron_hypenet.cli.jobs import Jobs, refuse_live_jobs
-    from megatron_hypenet.engine.run_folder import RunFolder
+    from megatron_hypenet.cluster.jobs import Jobs, refuse_live_jobs
+    from megatron_hypenet.halo.run_folder import RunFolder
 
     folder = RunFolder(settings.output_dir)
     with folder.owned():

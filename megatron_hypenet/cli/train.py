@@ -74,7 +74,7 @@ def train(
 
     processes.choose(launcher, hostfile, env)
     settings = load_run_config(config, collect_overrides(overrides, tp=tp, pp=pp, cp=cp))
-    from megatron_hypenet.engine.halo_steps import stage_name
+    from megatron_hypenet.halo.tasks import stage_name
 
     if init is not None and not stage:
         raise UsageError(

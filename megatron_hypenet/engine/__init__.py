@@ -1,1 +1,1 @@
-"""The training loop, what it calls, and HALO's steps around it."""
+"""How one optimizer step is computed: DeepSpeed's engine, CUDA graphs, AdamW."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_hypenet.engine.gradient_sums import GradientSums
+from megatron_hypenet.engine.deepspeed.bf16_accumulation import GradientSums
 
 logger = logging.getLogger(__name__)
 

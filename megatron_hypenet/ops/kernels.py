@@ -1,12 +1,13 @@
 """Families of Triton kernels: each registers where its front is defined; whatever chooses between a
 kernel and its torch form asks here.
 
-A family is turned off when its kernels do not work on this machine's GPU (`engine.kernel_guard`
+A family is turned off when its kernels do not work on this machine's GPU (`model.kernel_guard`
 finds that out), or by whoever starts the process, with their names in HYPENET_DISABLE_KERNELS,
 joined by commas, or `all`."""
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -54,10 +55,15 @@ class Family:
     name: str
     fits: Callable[[KernelUse], bool]
     """Whether a model with this use runs them."""
-    check: Callable[[torch.device, KernelUse], KernelCheck]
-    """Runs them once as the use says, against their definition in float64."""
+    checked_by: str
+    """`module:function` of the check; by name, because checks import what they check."""
     surveyed: tuple[Mapping[str, Any], ...]
     """The uses that the doctor checks, as changes of its own."""
+
+    def check(self, where: torch.device, use: KernelUse) -> KernelCheck:
+        """Run the kernels once as the use says, against their definition in float64."""
+        module, _, function = self.checked_by.partition(":")
+        return getattr(importlib.import_module(module), function)(where, use)
 
 
 FAMILIES: dict[str, Family] = {}
@@ -73,7 +79,7 @@ def kernel_family(
     name: str,
     *,
     fits: Callable[[KernelUse], bool],
-    check: Callable[[torch.device, KernelUse], KernelCheck],
+    check: str,
     needs: tuple[str, ...] = (),
     surveyed: tuple[Mapping[str, Any], ...] = ({},),
 ) -> Callable[[Front], Front]:
@@ -82,7 +88,8 @@ def kernel_family(
 
     Args:
         name: as HYPENET_DISABLE_KERNELS and messages spell it.
-        fits, check, surveyed: see `Family`.
+        fits, surveyed: see `Family`.
+        check: `module:function`, called with a device and the use.
         needs: families whose kernels these launch; they run only where those do."""
 
     def register(front: Front) -> Front:

@@ -7,7 +7,7 @@ that no pass over memory concatenates the parts (a fifth of all traffic)."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +15,6 @@ from torch import Tensor
 from megatron_hypenet.ops import gated_norm, norm_rope
 from megatron_hypenet.ops.kernels import KernelUse, enabled, kernel_family
 from megatron_hypenet.ops.lightning_attn import dispatch
-
-if TYPE_CHECKING:
-    from megatron_hypenet.ops.selftest import KernelCheck
 
 
 def fits(projected: Tensor, head_dim: int) -> bool:
@@ -39,14 +36,6 @@ def kernel_fits(dtype: torch.dtype, head_dim: int, width: int) -> bool:
     return rows and dispatch.kernel_fits(dtype, head_dim)
 
 
-def _check(where: torch.device, use: KernelUse) -> KernelCheck:
-    from megatron_hypenet.ops.lightning_attn import selftest
-
-    return selftest.check_lightning_mix(
-        where, use.dtype, head_dim=use.head_dim, documents=use.documents
-    )
-
-
 def _runs(use: KernelUse) -> bool:
     alone = use.tensor_ranks == use.context_ranks == 1
     return alone and kernel_fits(use.dtype, use.head_dim, use.width)
@@ -55,7 +44,7 @@ def _runs(use: KernelUse) -> bool:
 @kernel_family(
     "lightning_mix",
     fits=_runs,
-    check=_check,
+    check="megatron_hypenet.ops.lightning_attn.selftest:check_lightning_mix_use",
     needs=("norm_rope", "lightning_attn", "gated_norm"),
     surveyed=({"documents": True},),
 )
@@ -101,8 +90,9 @@ class _LightningMix(torch.autograd.Function):
         angles: Tensor, decay: Tensor, scale: float,
         eps: float, ids: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        from megatron_hypenet.ops import gated_norm_kernels, norm_rope_kernels
+        from megatron_hypenet.ops.gated_norm import triton as gated_norm_kernels
         from megatron_hypenet.ops.lightning_attn import triton as scan
+        from megatron_hypenet.ops.norm_rope import triton as norm_rope_kernels
 
         raw_q, raw_k, v, gate = _sections(projected, q_weight.shape[0])
         q = norm_rope_kernels.forward(raw_q, q_weight, angles, eps)
@@ -121,8 +111,9 @@ class _LightningMix(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        from megatron_hypenet.ops import gated_norm_kernels, norm_rope_kernels
+        from megatron_hypenet.ops.gated_norm import triton as gated_norm_kernels
         from megatron_hypenet.ops.lightning_attn import triton as scan
+        from megatron_hypenet.ops.norm_rope import triton as norm_rope_kernels
 
         projected, q, k, rows, states, q_weight, k_weight, o_weight, angles, decay, ids = (
             ctx.saved_tensors

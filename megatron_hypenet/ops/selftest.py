@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_hypenet.ops.adamw import AdamWStep, fused_adamw
 from megatron_hypenet.ops.gated_norm import fused_gated_norm
 from megatron_hypenet.ops.gradient_sum import fused_gradient_sum
+from megatron_hypenet.ops.kernels import KernelUse
 from megatron_hypenet.ops.norm_rope import fused_norm_rope
 from megatron_hypenet.ops.rms_norm import fused_residual_rms_norm, fused_rms_norm
 from megatron_hypenet.ops.rope import apply_rope
@@ -308,3 +309,38 @@ def drawer(device: torch.device) -> Callable[..., Tensor]:
     touched."""
     generator = torch.Generator().manual_seed(5)
     return lambda *shape: torch.randn(shape, generator=generator).to(device)
+
+
+def check_gated_norm_use(where: torch.device, use: KernelUse) -> KernelCheck:
+    """The check of family gated_norm for a model's use of it."""
+    return check_gated_norm(where, use.dtype, width=use.width)
+
+
+def check_rms_norm_use(where: torch.device, use: KernelUse) -> KernelCheck:
+    """The check of family rms_norm for a model's use of it."""
+    return check_rms_norm(where, use.dtype, width=use.hidden)
+
+
+def check_sigmoid_gate_use(where: torch.device, use: KernelUse) -> KernelCheck:
+    """The check of family sigmoid_gate for a model's use of it."""
+    return check_sigmoid_gate(where, use.dtype, width=use.width)
+
+
+def check_adamw_use(where: torch.device, use: KernelUse) -> KernelCheck:
+    """The check of family adamw for a model's use of it."""
+    return check_adamw(where, use.dtype)
+
+
+def check_swiglu_use(where: torch.device, use: KernelUse) -> KernelCheck:
+    """The check of family swiglu for a model's use of it."""
+    return check_swiglu(where, use.dtype, width=use.ffn)
+
+
+def check_gradient_sum_use(where: torch.device, use: KernelUse) -> KernelCheck:
+    """The check of family gradient_sum for a model's use of it."""
+    return check_gradient_sum(where, use.dtype)
+
+
+def check_norm_rope_use(where: torch.device, use: KernelUse) -> KernelCheck:
+    """The check of family norm_rope for a model's use of it."""
+    return check_norm_rope(where, use.dtype, head_dim=use.head_dim)

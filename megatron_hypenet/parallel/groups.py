@@ -16,7 +16,6 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from launchers.command import launched_place
 from megatron_hypenet.config.schema import ParallelConfig
 from megatron_hypenet.errors import SetupError
 from megatron_hypenet.parallel.cpu import device, enable_cpu
@@ -26,6 +25,7 @@ from megatron_hypenet.parallel.rendezvous import (
     meeting_point,
     wait_for_all,
 )
+from megatron_hypenet.process_place import launched_place
 
 
 def init_parallel(

@@ -26,8 +26,8 @@ from typing import Any
 import psutil
 import torch.distributed as dist
 
-from launchers.command import CHOSEN_PORT, PLACE, Place, launched_place
 from megatron_hypenet.errors import SetupError
+from megatron_hypenet.process_place import CHOSEN_PORT, PLACE, Place, launched_place
 
 log = logging.getLogger(__name__)
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from megatron_hypenet.model.flops import align_flops
 from megatron_hypenet.model.hypenet import HypeNetModel
 from megatron_hypenet.parallel import groups
+from megatron_hypenet.stages.aligned_mixers import AlignedMixers
 from megatron_hypenet.stages.base import Batch, StageModule, accumulate_dtype, local_tokens
-from megatron_hypenet.stages.swap import AlignedMixers
 
 
 class AlignStage(StageModule):

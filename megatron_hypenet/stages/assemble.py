@@ -2,7 +2,7 @@
 tensor comes from where.
 
 Only names and fresh tensors are decided here, without reading or writing anything:
-engine/run_stage.py moves the data. Kept layers take the teacher's attention and get a new random
+halo/build_stage.py moves the data. Kept layers take the teacher's attention and get a new random
 output gate; every other layer takes its aligned RNN mixer; all the rest is the teacher's.
 """
 

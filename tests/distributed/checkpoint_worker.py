@@ -17,12 +17,12 @@ from megatron_hypenet.checkpoint.format import OPTIMIZER_STATES
 from megatron_hypenet.checkpoint.load import load_training, read_entry
 from megatron_hypenet.checkpoint.save import begin_save
 from megatron_hypenet.checkpoint.state import TrainState, empty_like_entry
-from megatron_hypenet.engine.deepspeed import TrainingEngine
-from megatron_hypenet.engine.process import leave
+from megatron_hypenet.engine.deepspeed.engine import TrainingEngine
 from megatron_hypenet.errors import SetupError
 from megatron_hypenet.model.hypenet import build_model
 from megatron_hypenet.parallel import groups
 from megatron_hypenet.stages.finetune import FinetuneStage
+from megatron_hypenet.supervision.process_exit import leave
 from tests.distributed.layouts import STUDENT, run_config
 
 

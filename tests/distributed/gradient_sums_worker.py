@@ -15,11 +15,11 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer  # noqa: E402
 from deepspeed.runtime.utils import get_global_norm_of_tensors  # noqa: E402
 
 from megatron_hypenet.config.schema import ParallelConfig  # noqa: E402
-from megatron_hypenet.engine.deepspeed import TrainingEngine  # noqa: E402
-from megatron_hypenet.engine.schedule import forward_backward  # noqa: E402
+from megatron_hypenet.engine.deepspeed.engine import TrainingEngine  # noqa: E402
 from megatron_hypenet.model.hypenet import build_model  # noqa: E402
 from megatron_hypenet.parallel import groups  # noqa: E402
 from megatron_hypenet.stages.finetune import FinetuneStage  # noqa: E402
+from megatron_hypenet.training.schedule import forward_backward  # noqa: E402
 from tests.tiny import tiny_model_config  # noqa: E402
 from tests.unit.engine.toy import ToyData, ToyStage, stage_config  # noqa: E402
 

@@ -15,11 +15,12 @@ import torch
 import torch.distributed as dist
 
 from megatron_hypenet.checkpoint.shards import tensor_pieces
-from megatron_hypenet.engine import run_stage, schedule
-from megatron_hypenet.engine.process import leave
-from megatron_hypenet.engine.samples import step_batches
-from megatron_hypenet.engine.stragglers import OwnTime
+from megatron_hypenet.engine.own_time import OwnTime
+from megatron_hypenet.halo import build_stage
 from megatron_hypenet.parallel import groups
+from megatron_hypenet.supervision.process_exit import leave
+from megatron_hypenet.training import schedule
+from megatron_hypenet.training.micro_batches import step_batches
 from tests.distributed.layouts import SHAPE, Tokens, run_config
 
 IDS = torch.randint(0, SHAPE["vocab_size"], (3, 13), generator=torch.Generator().manual_seed(5))
@@ -69,7 +70,7 @@ def one(folder, case):
     )
     groups.init_parallel(run.parallel, seed=run.seed)
     name, documents = case["stage"], case["documents"]
-    stage = run_stage.build_stage(
+    stage = build_stage.build_stage(
         name, run, teacher=folder / "teacher", init=None if name == "align" else folder / "student"
     )
     found = {}
@@ -133,12 +134,12 @@ def one(folder, case):
                 flush=True,
             )
     del stage
-    run_stage.release()
+    build_stage.release()
     groups.destroy_model_groups()
 
 
 if __name__ == "__main__":
-    run_stage.compute_dtype = lambda run: torch.float64
+    build_stage.compute_dtype = lambda run: torch.float64
     torch.set_default_dtype(torch.float32)
     for each in json.loads(sys.argv[2]):
         one(Path(sys.argv[1]), each)

@@ -12,11 +12,11 @@ import sys
 import time
 from pathlib import Path
 
-from megatron_hypenet.engine import run_stage
-from megatron_hypenet.engine.loop import train
-from megatron_hypenet.engine.process import leave
 from megatron_hypenet.errors import SavedAndRequeue
+from megatron_hypenet.halo import build_stage
 from megatron_hypenet.parallel import groups
+from megatron_hypenet.supervision.process_exit import leave
+from megatron_hypenet.training.loop import train
 from tests.distributed.layouts import Tokens, run_config
 
 
@@ -30,7 +30,7 @@ def one(folder: Path, case: dict) -> None:
     )
     groups.init_parallel(run.parallel, seed=run.seed)
     name = case["stage"]
-    stage = run_stage.build_stage(
+    stage = build_stage.build_stage(
         name, run, teacher=folder / "teacher", init=None if name == "align" else folder / "student"
     )
 
@@ -49,7 +49,7 @@ def one(folder: Path, case: dict) -> None:
             on_step=on_step,
         )
     del stage
-    run_stage.release()
+    build_stage.release()
     groups.destroy_model_groups()
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_hypenet.checkpoint.load import read_manifest, read_weights, resolve
-from megatron_hypenet.engine.metrics import read_losses
+from megatron_hypenet.training.metrics import read_losses
 from tests.distributed.layouts import STAGES, start, write_models
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]

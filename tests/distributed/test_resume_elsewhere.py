@@ -7,7 +7,7 @@ import pytest
 
 from megatron_hypenet.checkpoint.load import read_weights
 from megatron_hypenet.checkpoint.state import TrainState
-from megatron_hypenet.engine.metrics import read_losses
+from megatron_hypenet.training.metrics import read_losses
 from tests.distributed.layouts import start, write_models
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]

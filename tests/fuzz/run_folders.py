@@ -149,12 +149,13 @@ def make_run_folder(folder):
 
 
 def read_run_folder(folder):
-    from megatron_hypenet.cli.first_error import _from_record
-    from megatron_hypenet.cli.jobs import Jobs
+    from megatron_hypenet.cluster.first_error import _from_record
+    from megatron_hypenet.cluster.jobs import Jobs
     from megatron_hypenet.data.corpus import open_corpus
-    from megatron_hypenet.engine import faults, heartbeat, timing
-    from megatron_hypenet.engine.metrics import read_losses
-    from megatron_hypenet.engine.run_folder import RunFolder
+    from megatron_hypenet.halo.run_folder import RunFolder
+    from megatron_hypenet.supervision import faults, heartbeat
+    from megatron_hypenet.training import grace_period
+    from megatron_hypenet.training.metrics import read_losses
 
     jobs, place = Jobs(folder), RunFolder(folder)
     for job in jobs.all:
@@ -171,7 +172,7 @@ def read_run_folder(folder):
     assert beat is None or beat.where()
     return {
         "jobs": len(jobs.all),
-        "grace": timing.read(folder).get("grace_seconds"),
+        "grace": grace_period.read(folder).get("grace_seconds"),
         "losses": losses,
         "fault": fault,
         "told": told and told.kind,

@@ -20,9 +20,9 @@ from megatron_hypenet.export.mapping import entries
 from megatron_hypenet.export.to_hf import export_hf
 from megatron_hypenet.model.hypenet import build_model
 from megatron_hypenet.stages.align import AlignStage
+from megatron_hypenet.stages.aligned_mixers import AlignedMixers
 from megatron_hypenet.stages.distill import DistillStage
 from megatron_hypenet.stages.finetune import FinetuneStage
-from megatron_hypenet.stages.swap import AlignedMixers
 
 CASES = sorted(path for path in (Path(__file__).parent / "data").iterdir() if path.is_dir())
 LIMITS = {torch.float64: 1e-6, torch.float32: 1e-4}

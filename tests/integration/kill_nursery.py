@@ -34,7 +34,7 @@ from megatron_hypenet.checkpoint.load import (
 )
 from megatron_hypenet.checkpoint.state import Template, TrainState
 from megatron_hypenet.config.schema import CheckpointConfig
-from megatron_hypenet.engine.saving import Saver
+from megatron_hypenet.training.checkpointing import Saver
 from tests.integration import training_worker
 from tests.tiny import tiny_model_config
 

@@ -24,7 +24,7 @@ from launchers import local
 from launchers.local import LocalLaunch
 from megatron_hypenet.checkpoint.load import resolve, verify_files
 from megatron_hypenet.checkpoint.shards import ShardReader
-from megatron_hypenet.engine.metrics import read_losses
+from megatron_hypenet.training.metrics import read_losses
 from tests.integration.test_kill_resume import assert_same_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
@@ -288,9 +288,9 @@ import os, signal, sys
 from pathlib import Path
 from megatron_hypenet.cli.main import report_fault
 from megatron_hypenet.config.schema import GuardConfig, ParallelConfig
-from megatron_hypenet.engine.faults import watched
-from megatron_hypenet.engine.process import leave
-from megatron_hypenet.engine.signals import leaving_at_once
+from megatron_hypenet.supervision.faults import watched
+from megatron_hypenet.supervision.process_exit import leave
+from megatron_hypenet.supervision.signals import leaving_at_once
 from megatron_hypenet.parallel import groups
 groups.init_parallel(ParallelConfig())
 code = 0

@@ -22,16 +22,16 @@ from megatron_hypenet.checkpoint.format import iteration_name
 from megatron_hypenet.cli.main import report_fault
 from megatron_hypenet.config.mixers import default_mixer
 from megatron_hypenet.config.schema import HeadStageConfig, RunConfig
-from megatron_hypenet.engine.faults import watched
-from megatron_hypenet.engine.hang import collective_minutes
-from megatron_hypenet.engine.loop import train
-from megatron_hypenet.engine.process import leave
 from megatron_hypenet.model.hypenet import build_model
 from megatron_hypenet.parallel import groups
 from megatron_hypenet.stages.align import AlignStage
+from megatron_hypenet.stages.aligned_mixers import AlignedMixers
 from megatron_hypenet.stages.distill import DistillStage
 from megatron_hypenet.stages.finetune import FinetuneStage
-from megatron_hypenet.stages.swap import AlignedMixers
+from megatron_hypenet.supervision.faults import watched
+from megatron_hypenet.supervision.hang_watchdog import collective_minutes
+from megatron_hypenet.supervision.process_exit import leave
+from megatron_hypenet.training.loop import train
 from tests.tiny import tiny_model_config, tiny_teacher_config
 
 SHAPE = {"num_attention_heads": 4, "num_query_groups": 2, "vocab_size": 62}

@@ -12,26 +12,16 @@ from megatron_hypenet.config.mixers import mixer_specs
 
 PACKAGE = "megatron_hypenet"
 ORDER = [
-    "errors",
-    "untrusted",
-    "atomic_files",
-    "slurm_environment",
-    "ownership",
-    "config",
-    "ops",
-    "parallel",
-    "model",
-    "data",
-    "eval",
-    "stages",
-    "checkpoint",
-    "engine",
-    "cli",
-]
+    "errors", "untrusted", "atomic_files", "slurm_environment", "ownership", "process_place",
+    "config", "ops", "parallel", "model", "data", "eval", "stages", "checkpoint", "supervision",
+    "engine", "training", "planning", "halo", "cluster", "cli",
+]  # fmt: skip
 SEES = {part: set(ORDER[: index + 1]) for index, part in enumerate(ORDER)}
 # beside the line: export sees six parts only, and only the command may use it
 SEES["export"] = {"errors", "untrusted", "atomic_files", "config", "model", "checkpoint", "export"}
-SEES["cli"] |= {"export"}
+SEES["cli"] |= {"export", "launchers"}
+# the launchers start processes of the command and know nothing of what these do
+SEES["launchers"] = {*ORDER[: ORDER.index("process_place") + 1], "launchers"}
 SEES["__main__"] = {"cli"}
 SEES["__init__"] = set()
 
@@ -41,8 +31,8 @@ DOORS = {
     "tokenizers": {"export", "data"},
     "sentencepiece": {"export", "data"},
     "deepspeed": {"engine.deepspeed"},
-    "tensorboard": {"engine.metrics"},
-    "torch.utils.tensorboard": {"engine.metrics"},
+    "tensorboard": {"training.metrics"},
+    "torch.utils.tensorboard": {"training.metrics"},
     "megatron.core.parallel_state": {"parallel.groups"},
     "matplotlib": {"eval.plots"},
     "typer": {"cli"},
@@ -90,14 +80,22 @@ def outside_siblings(path: Path) -> list[str]:
     return names
 
 
-def violations(root: Path) -> list[str]:
-    """Every import under the package folder `root` that breaks the direction or goes round a
+def target_of(name: str) -> str | None:
+    """The room that an imported dotted name belongs to; None for other people's modules."""
+    first, *rest = name.split(".")
+    if first == "launchers":
+        return first
+    return rest[0] if first == PACKAGE and rest else None
+
+
+def violations(root: Path, package: str = PACKAGE) -> list[str]:
+    """Every import under the folder `root` of `package` that breaks the direction or goes round a
     door."""
     found = []
     for path in sorted(root.rglob("*.py")):
         module = module_name(path, root)
         names = imports_of(path.read_text(encoding="utf-8"), module, path.name == "__init__.py")
-        part = module.split(".")[0]
+        part = module.split(".")[0] if package == PACKAGE else package
         if module == STANDALONE or module.startswith(STANDALONE + "."):
             found += [
                 f"{module} imports {name}: it must work without this package"
@@ -105,22 +103,75 @@ def violations(root: Path) -> list[str]:
             ]
             continue
         for name in names:
-            if name.startswith(PACKAGE + "."):
-                target = name.split(".")[1]
+            target = target_of(name)
+            if target is not None:
                 known = (
                     target in SEES or (root / target).exists() or (root / f"{target}.py").exists()
                 )
                 if known and target not in SEES.get(part, set()):
                     found.append(f"{module} imports {name}: {part} may not see {target}")
             elif module not in PROBES:
-                for library, doors in DOORS.items():
-                    through = any(module == door or module.startswith(door + ".") for door in doors)
-                    if (name == library or name.startswith(library + ".")) and not through:
-                        found.append(
-                            f"{module} imports {name}: "
-                            f"{library} belongs to {', '.join(sorted(doors))}"
-                        )
+                found += [
+                    f"{module} imports {name}: {library} belongs to {', '.join(sorted(doors))}"
+                    for library, doors in DOORS.items()
+                    if (name == library or name.startswith(library + "."))
+                    and not any(module == door or module.startswith(door + ".") for door in doors)
+                ]
     return found
+
+
+def without_type_checking(source: str) -> str:
+    """The source without what only type checkers import."""
+    tree = ast.parse(source)
+    tree.body = [
+        node
+        for node in tree.body
+        if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    ]
+    return ast.unparse(tree)
+
+
+def circles(files: dict[str, Path]) -> list[list[str]]:
+    """Sets of modules that import each other, at whatever depth of the code; `files` by dotted
+    name."""
+    edges = {}
+    for name, path in files.items():
+        found = set()
+        source = without_type_checking(path.read_text(encoding="utf-8"))
+        for target in imports_of(source, name, False):
+            while target and target not in files:
+                target = target.rpartition(".")[0]
+            found.add(target)
+        edges[name] = found - {name, ""}
+    graph = {name: sorted(targets) for name, targets in edges.items()}
+    reach = {name: reachable(graph, name) for name in graph}
+    return sorted(
+        {
+            tuple(sorted(other for other in reach[name] if name in reach[other]))
+            for name in graph
+            if name in reach[name]
+        }
+    )
+
+
+def reachable(graph: dict[str, list[str]], start: str) -> set[str]:
+    """What `start` leads to in one step or more."""
+    seen: set[str] = set()
+    todo = list(graph[start])
+    while todo:
+        name = todo.pop()
+        if name not in seen:
+            seen.add(name)
+            todo += graph[name]
+    return seen
+
+
+def modules_of(root: Path, package: str) -> dict[str, Path]:
+    """Modules and packages under the folder `root` of `package`, by dotted name."""
+    return {
+        f"{package}.{module_name(path, root)}".removesuffix(".__init__"): path
+        for path in root.rglob("*.py")
+    }
 
 
 def unmirrored(package: Path, tests: Path) -> list[str]:
@@ -146,9 +197,30 @@ def unmirrored(package: Path, tests: Path) -> list[str]:
 def test_imports_point_left_and_pass_through_doors(repo_root):
     assert violations(repo_root / PACKAGE) == []
 
+    assert violations(repo_root / "launchers", "launchers") == []
+
+
+def test_no_modules_import_each_other_in_a_circle(repo_root):
+    files = modules_of(repo_root / PACKAGE, PACKAGE)
+    files |= modules_of(repo_root / "launchers", "launchers")
+    assert circles(files) == []
+
+
+def test_a_planted_circle_is_caught(tmp_path):
+    for name, line in (
+        ("a", "from megatron_hypenet import b"),
+        ("b", "def f():\n    import megatron_hypenet.c"),
+        ("c", "from megatron_hypenet.a import x"),
+        ("d", "from megatron_hypenet.a import x"),
+    ):
+        (tmp_path / f"{name}.py").write_text(line + "\n")
+    names = tuple(f"{PACKAGE}.{name}" for name in "abc")
+    assert circles(modules_of(tmp_path, PACKAGE)) == [names]
+
 
 def test_every_module_has_its_mirrored_test(repo_root):
     assert unmirrored(repo_root / PACKAGE, repo_root / "tests" / "unit") == []
+    assert unmirrored(repo_root / "launchers", repo_root / "tests" / "unit" / "launchers") == []
 
 
 @pytest.mark.parametrize(
@@ -156,13 +228,13 @@ def test_every_module_has_its_mirrored_test(repo_root):
     [
         ("ops/decay.py", "from megatron_hypenet.model import hypenet"),
         ("ops/decay.py", "from ..model.hypenet import build_model"),
-        ("stages/align.py", "import megatron_hypenet.engine.loop"),
+        ("stages/align.py", "import megatron_hypenet.training.loop"),
         ("stages/align.py", "from megatron_hypenet import checkpoint"),
         ("export/to_hf.py", "from megatron_hypenet.stages import align"),
         ("model/hypenet.py", "from transformers import AutoConfig"),
         ("model/hypenet.py", "def f():\n    import deepspeed"),
         ("model/hypenet.py", "from megatron.core import parallel_state"),
-        ("engine/loop.py", "from torch.utils.tensorboard import SummaryWriter"),
+        ("training/loop.py", "from torch.utils.tensorboard import SummaryWriter"),
         ("export/hf_remote/modeling.py", "from megatron_hypenet import errors"),
         ("export/hf_remote/modeling.py", "from ..mapping import ROWS"),
     ],
@@ -179,8 +251,8 @@ def test_planted_violation_is_caught(tmp_path, file, line):
 @pytest.mark.parametrize(
     ("file", "line"),
     [
-        ("engine/loop.py", "from megatron_hypenet.stages.align import Align"),
-        ("engine/loop.py", "from .metrics import Metrics"),
+        ("training/loop.py", "from megatron_hypenet.stages.align import Align"),
+        ("training/loop.py", "from .metrics import Metrics"),
         ("data/prepare.py", "from transformers import AutoTokenizer"),
         ("parallel/groups.py", "from megatron.core import parallel_state"),
         ("cli/convert.py", "from megatron_hypenet.export import to_hf"),
@@ -303,7 +375,7 @@ def test_no_mixer_name_outside_its_files(repo_root):
     ],
 )
 def test_a_planted_mixer_name_is_caught(tmp_path, line):
-    for place, count in (("engine/loop.py", 1), ("model/mixers/lightning_softmax.py", 0)):
+    for place, count in (("training/loop.py", 1), ("model/mixers/lightning_softmax.py", 0)):
         (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / place).write_text(line + "\n")
         assert len(mixer_names_outside(tmp_path)) == 1, place if count else line

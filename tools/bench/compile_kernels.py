@@ -29,20 +29,18 @@ import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from megatron_hypenet.ops import (  # noqa: E402
-    adamw_kernels,
-    gated_norm_kernels,
-    gradient_sum_kernels,
-    norm_rope_kernels,
-    rms_norm_kernels,
-    sigmoid_gate_kernels,
-    swiglu_kernels,
-)
+from megatron_hypenet.ops.adamw import triton as adamw_kernels  # noqa: E402
+from megatron_hypenet.ops.gated_norm import triton as gated_norm_kernels  # noqa: E402
+from megatron_hypenet.ops.gradient_sum import triton as gradient_sum_kernels  # noqa: E402
 from megatron_hypenet.ops.lightning_attn import triton_dkdv, triton_scan  # noqa: E402
 from megatron_hypenet.ops.lightning_attn.triton_plan import Blocks, Gpu, make_plan, power_of_two  # noqa: E402
 from megatron_hypenet.ops.lightning_attn.triton_tiles import DESCRIPTORS, WHOLE  # noqa: E402
+from megatron_hypenet.ops.norm_rope import triton as norm_rope_kernels  # noqa: E402
+from megatron_hypenet.ops.rms_norm import triton as rms_norm_kernels  # noqa: E402
 from megatron_hypenet.ops.rows import warps_of_row  # noqa: E402
-from megatron_hypenet.parallel.vocab import triton_terms  # noqa: E402
+from megatron_hypenet.ops.sigmoid_gate import triton as sigmoid_gate_kernels  # noqa: E402
+from megatron_hypenet.ops.swiglu import triton as swiglu_kernels  # noqa: E402
+from megatron_hypenet.parallel.vocab_loss import triton_terms  # noqa: E402
 
 # compute capability -> processors and bytes of shared memory of one program
 GPUS = {

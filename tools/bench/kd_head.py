@@ -306,9 +306,12 @@ def table(rows: list[dict]) -> str:
     )
 
 
-COLUMNS = """hidden: size of both models; ratio: to the bare products of the same run;
-extra_gb: peak without the fp32 sum of the weight's gradient. bf16, student = teacher with 1% noise.
-Errors are relative, of the gradients of hidden states and weight."""
+COLUMNS = (
+    "hidden: size of both models; ratio: to the bare products of the same run; extra_gb: peak "
+    "without the fp32 sum of the weight's\n"
+    "gradient. bf16, student = teacher with 1% noise. Errors are relative, of the gradients of "
+    "hidden states and weight."
+)
 
 
 def write(record: dict, stem: Path) -> None:

@@ -100,11 +100,11 @@ def work(case: dict[str, Any], out: Path) -> None:
     from random_stage import TimedSteps, build, median, model_config
 
     from megatron_hypenet.config.schema import HeadStageConfig, ParallelConfig
-    from megatron_hypenet.engine.hardware import peak_flops
-    from megatron_hypenet.engine.metrics import memory_gib
-    from megatron_hypenet.engine.process import leave
     from megatron_hypenet.parallel import groups
     from megatron_hypenet.parallel.context import state_exchange
+    from megatron_hypenet.supervision.process_exit import leave
+    from megatron_hypenet.training.metrics import memory_gib
+    from megatron_hypenet.training.throughput import peak_flops
 
     parallel = ParallelConfig.model_validate(case["parallel"])
     student = model_config(case["model"], num_layers=case["layers"], vocab_size=case["vocab"])

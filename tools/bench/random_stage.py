@@ -16,19 +16,19 @@ from megatron_hypenet.checkpoint.shards import tensor_pieces
 from megatron_hypenet.config.mixers import default_mixer
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.config.schema import HeadStageConfig, ParallelConfig
-from megatron_hypenet.engine.deepspeed import TrainingEngine
-from megatron_hypenet.engine.fitting import teacher_and_student
-from megatron_hypenet.engine.placement import placed
-from megatron_hypenet.engine.samples import step_batches
-from megatron_hypenet.engine.schedule import forward_backward
+from megatron_hypenet.engine.deepspeed.engine import TrainingEngine
 from megatron_hypenet.model.hypenet import HypeNetModel, build_model
 from megatron_hypenet.model.transfer import named_normal
 from megatron_hypenet.parallel import groups
+from megatron_hypenet.planning.layer_placement import placed
+from megatron_hypenet.planning.layout_search import teacher_and_student
 from megatron_hypenet.stages.align import AlignStage
+from megatron_hypenet.stages.aligned_mixers import AlignedMixers
 from megatron_hypenet.stages.base import Batch, StageModule
 from megatron_hypenet.stages.distill import DistillStage
 from megatron_hypenet.stages.finetune import FinetuneStage
-from megatron_hypenet.stages.swap import AlignedMixers
+from megatron_hypenet.training.micro_batches import step_batches
+from megatron_hypenet.training.schedule import forward_backward
 
 ROOT = Path(__file__).resolve().parents[2]
 

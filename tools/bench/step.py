@@ -54,12 +54,12 @@ def measure(row: dict[str, Any], out: Path) -> None:
     from megatron_hypenet.checkpoint.manifest import library_versions
     from megatron_hypenet.config.mixers import default_mixer
     from megatron_hypenet.config.schema import HeadStageConfig, ParallelConfig
-    from megatron_hypenet.engine.fitting import teacher_and_student
-    from megatron_hypenet.engine.hardware import Workload, peak_flops
-    from megatron_hypenet.engine.memory import stage_memory
-    from megatron_hypenet.engine.metrics import memory_gib
-    from megatron_hypenet.engine.process import leave
     from megatron_hypenet.parallel import groups
+    from megatron_hypenet.planning.layout_search import teacher_and_student
+    from megatron_hypenet.planning.memory import stage_memory
+    from megatron_hypenet.supervision.process_exit import leave
+    from megatron_hypenet.training.metrics import memory_gib
+    from megatron_hypenet.training.throughput import Workload, peak_flops
 
     parallel = ParallelConfig(zero_stage=row["zero_stage"])
     groups.init_parallel(parallel)

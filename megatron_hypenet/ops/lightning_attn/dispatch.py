@@ -3,19 +3,14 @@ are."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from megatron_hypenet.ops.kernels import KernelUse, enabled, kernel_family
+from megatron_hypenet.ops.kernels import enabled, kernel_family
 from megatron_hypenet.ops.lightning_attn.chunked import (
     chunked_lightning_attn,
     chunked_lightning_state,
 )
-
-if TYPE_CHECKING:
-    from megatron_hypenet.ops.selftest import KernelCheck
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 KERNEL_MAX_DIM = 256
@@ -23,26 +18,10 @@ KERNEL_MAX_SEQUENCES = 65535
 """Batch times heads: CUDA's bound on the second dimension of a grid."""
 
 
-def _check(where: torch.device, use: KernelUse) -> KernelCheck:
-    from megatron_hypenet.ops.lightning_attn import selftest
-
-    pieces = use.thorough or use.context_ranks > 1
-    sizes = {"tokens": 1000} if use.thorough else {}
-    return selftest.check_lightning(
-        where,
-        use.dtype,
-        head_dim=use.head_dim,
-        documents=use.documents,
-        states=use.thorough,
-        pieces=pieces,
-        **sizes,
-    )
-
-
 @kernel_family(
     "lightning_attn",
     fits=lambda use: kernel_fits(use.dtype, use.head_dim),
-    check=_check,
+    check="megatron_hypenet.ops.lightning_attn.selftest:check_lightning_attn_use",
     surveyed=({"head_dim": 64, "thorough": False}, {"documents": True}),
 )
 def lightning_attn(

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_hypenet.ops.decay import log_decay
+from megatron_hypenet.ops.kernels import KernelUse
 from megatron_hypenet.ops.lightning_attn.chunked import (
     chunked_lightning_attn,
     chunked_lightning_state,
@@ -196,3 +197,23 @@ def check_lightning_mix(
     return check(
         f"lightning_mix head_dim {head_dim}{' packed' if documents else ''}", dtype, limit, run
     )
+
+
+def check_lightning_attn_use(where: torch.device, use: KernelUse) -> KernelCheck:
+    """The check of family lightning_attn for a model's use of it."""
+    pieces = use.thorough or use.context_ranks > 1
+    sizes = {"tokens": 1000} if use.thorough else {}
+    return check_lightning(
+        where,
+        use.dtype,
+        head_dim=use.head_dim,
+        documents=use.documents,
+        states=use.thorough,
+        pieces=pieces,
+        **sizes,
+    )
+
+
+def check_lightning_mix_use(where: torch.device, use: KernelUse) -> KernelCheck:
+    """The check of family lightning_mix for a model's use of it."""
+    return check_lightning_mix(where, use.dtype, head_dim=use.head_dim, documents=use.documents)

@@ -172,7 +172,7 @@ def ranks(monkeypatch):
         monkeypatch.setattr(load.dist, "get_rank", lambda: own.rank)
         monkeypatch.setattr(load.dist, "get_world_size", lambda: size)
         monkeypatch.setattr(load, "gather_to_all", gather)
-        monkeypatch.setattr("megatron_hypenet.checkpoint.together.gather_to_all", gather)
+        monkeypatch.setattr("megatron_hypenet.parallel.agreement.gather_to_all", gather)
 
         def one(rank):
             own.rank = rank

@@ -123,7 +123,7 @@ def test_kernels_without_a_gpu_is_an_unready_machine(monkeypatch):
 
 
 def test_kernels_report_each_check(monkeypatch):
-    from megatron_hypenet.engine import kernel_guard
+    from megatron_hypenet.model import kernel_guard
     from megatron_hypenet.ops.selftest import KernelCheck
 
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)

@@ -9,7 +9,7 @@ import subprocess
 
 import pytest
 
-from megatron_hypenet.cli.job_script import job_scripts
+from megatron_hypenet.cluster.job_script import job_scripts
 from megatron_hypenet.config.cluster import ClusterConfig
 from tests.unit.cli.slurm_answers import Answers
 

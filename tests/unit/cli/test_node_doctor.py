@@ -15,7 +15,7 @@ from megatron_hypenet.cli.node_doctor import (
     srun_command,
     tasks_per_node,
 )
-from megatron_hypenet.engine.node_check import Link, NodeReport, Survey, Verdict
+from megatron_hypenet.cluster.node_check import Link, NodeReport, Survey, Verdict
 from megatron_hypenet.errors import SetupError, UsageError
 
 NODES = tuple(

@@ -5,8 +5,8 @@ import io
 import pytest
 
 from megatron_hypenet.cli.progress import Screen
-from megatron_hypenet.engine.metrics import StepRecord
-from megatron_hypenet.engine.planning import Clock
+from megatron_hypenet.planning.eta import Clock
+from megatron_hypenet.training.metrics import StepRecord
 
 
 class Terminal(io.StringIO):

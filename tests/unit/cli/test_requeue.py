@@ -1,7 +1,7 @@
 import pytest
 
 from megatron_hypenet.cli import main as cli
-from megatron_hypenet.cli.jobs import Jobs
+from megatron_hypenet.cluster.jobs import Jobs
 from tests.unit.cli.slurm_answers import Answers, attempt, run_with_jobs
 
 

@@ -62,7 +62,7 @@ def test_an_interrupted_run_continues_with_the_same_losses(config, tmp_path, mon
             return super().batch(sample_start, count, seq_length)
 
     monkeypatch.setattr(
-        "megatron_hypenet.engine.material.training_data", lambda run, folder: Stopping()
+        "megatron_hypenet.halo.datasets.training_data", lambda run, folder: Stopping()
     )
     assert run(["run", str(config)]) == 75
     assert run(["run", str(config)]) == run(["run", str(config), "--dry-run"]) == 2
@@ -73,7 +73,7 @@ def test_an_interrupted_run_continues_with_the_same_losses(config, tmp_path, mon
         == 2
     )
     monkeypatch.setattr(
-        "megatron_hypenet.engine.material.training_data", lambda run, folder: tiny_run.Sequences()
+        "megatron_hypenet.halo.datasets.training_data", lambda run, folder: tiny_run.Sequences()
     )
     stop.unlink()
     assert run(["run", str(config)]) == 0

@@ -12,12 +12,12 @@ import torch
 from megatron_hypenet.config.schema import HeadStageConfig, ParallelConfig
 from megatron_hypenet.engine import cuda_graph
 from megatron_hypenet.engine.cuda_graph import LAUNCH_BOUND_TOKENS, CudaGraphs, eligible
-from megatron_hypenet.engine.deepspeed import TrainingEngine
-from megatron_hypenet.engine.schedule import forward_backward
+from megatron_hypenet.engine.deepspeed.engine import TrainingEngine
 from megatron_hypenet.model.hypenet import build_model
 from megatron_hypenet.parallel import groups
 from megatron_hypenet.parallel.cpu import device
 from megatron_hypenet.stages.finetune import FinetuneStage
+from megatron_hypenet.training.schedule import forward_backward
 from tests.tiny import tiny_model_config
 from tests.unit.engine.toy import ToyData, ToyStage, stage_config
 

@@ -9,11 +9,11 @@ import sys
 
 import pytest
 
-from launchers.command import under_way
 from launchers.hostfile import packed
 from launchers.hostfile_rank import MARK, environment_of
 from launchers.local import held_port
 from megatron_hypenet.errors import SetupError
+from megatron_hypenet.process_place import under_way
 from tests.unit.launchers.test_local import eventually, gone
 
 DRIVER = """

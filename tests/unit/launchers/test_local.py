@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from launchers import local
-from launchers.command import under_way
 from launchers.local import LocalLaunch, held_port, run, visible_gpus
+from megatron_hypenet.process_place import under_way
 
 PROGRAM = """
 import os, signal, subprocess, sys, time

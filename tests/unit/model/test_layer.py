@@ -84,7 +84,7 @@ def test_with_the_kernels_it_is_close_and_no_sum_beside_a_norm_is_left(
     monkeypatch, dtype, tolerance
 ):
     pytest.importorskip("triton")
-    from megatron_hypenet.ops import rms_norm_kernels as kernels
+    from megatron_hypenet.ops.rms_norm import triton as kernels
 
     layer = one_layer(dtype)
     ran = []

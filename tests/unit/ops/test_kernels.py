@@ -15,7 +15,7 @@ from megatron_hypenet.ops import (
 )
 from megatron_hypenet.ops.lightning_attn import dispatch
 from megatron_hypenet.parallel import vocab_loss
-from megatron_hypenet.parallel.vocab import torch_terms
+from megatron_hypenet.parallel.vocab_loss import torch_terms
 
 
 class OnGpu(torch.Tensor):

@@ -8,16 +8,14 @@ import torch
 
 pytest.importorskip("triton")
 
-from megatron_hypenet.ops import (
-    adamw_kernels,
-    gated_norm_kernels,
-    gradient_sum_kernels,
-    norm_rope_kernels,
-    rms_norm_kernels,
-    selftest,
-    sigmoid_gate_kernels,
-    swiglu_kernels,
-)
+from megatron_hypenet.ops import selftest
+from megatron_hypenet.ops.adamw import triton as adamw_kernels
+from megatron_hypenet.ops.gated_norm import triton as gated_norm_kernels
+from megatron_hypenet.ops.gradient_sum import triton as gradient_sum_kernels
+from megatron_hypenet.ops.norm_rope import triton as norm_rope_kernels
+from megatron_hypenet.ops.rms_norm import triton as rms_norm_kernels
+from megatron_hypenet.ops.sigmoid_gate import triton as sigmoid_gate_kernels
+from megatron_hypenet.ops.swiglu import triton as swiglu_kernels
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # the interpreter cannot multiply bf16

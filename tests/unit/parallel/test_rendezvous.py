@@ -11,7 +11,6 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from launchers.command import Place
 from launchers.local import held_port
 from megatron_hypenet.errors import SetupError
 from megatron_hypenet.parallel import rendezvous
@@ -22,6 +21,7 @@ from megatron_hypenet.parallel.rendezvous import (
     listening,
     wait_for_all,
 )
+from megatron_hypenet.process_place import Place
 
 # what a process that has started its groups listens on, asked of the kernel
 LISTENERS = """

@@ -5,7 +5,7 @@ import torch
 
 from megatron_hypenet.config.mixers import default_mixer
 from megatron_hypenet.stages.align import AlignStage, mean_squared_error
-from megatron_hypenet.stages.swap import AlignedMixers
+from megatron_hypenet.stages.aligned_mixers import AlignedMixers
 from tests.unit.stages.conftest import TEACHER, build
 
 

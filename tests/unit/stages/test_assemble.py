@@ -5,8 +5,8 @@ import pytest
 from megatron_hypenet.checkpoint.shards import tensor_pieces
 from megatron_hypenet.config.mixers import default_mixer
 from megatron_hypenet.errors import CheckpointError
+from megatron_hypenet.stages.aligned_mixers import AlignedMixers
 from megatron_hypenet.stages.assemble import mixer_layer, plan_assembly
-from megatron_hypenet.stages.swap import AlignedMixers
 from tests.unit.stages.conftest import STUDENT, build
 
 

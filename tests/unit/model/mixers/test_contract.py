@@ -12,12 +12,12 @@ from megatron_hypenet.checkpoint.save import write_weights
 from megatron_hypenet.config.mixers import mixer_specs
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.config.schema import ParallelConfig
-from megatron_hypenet.engine.memory import stage_memory
 from megatron_hypenet.export import hf_config, mapping, tensors
 from megatron_hypenet.model.hypenet import build_model
 from megatron_hypenet.model.mixers import registered_mixers
 from megatron_hypenet.parallel.context.layout import local_part, natural_order
-from megatron_hypenet.stages.swap import AlignedMixers
+from megatron_hypenet.planning.memory import stage_memory
+from megatron_hypenet.stages.aligned_mixers import AlignedMixers
 from tests import toy_mixer
 from tests.dense_attention import document_ids
 from tests.threaded_ranks import on_ranks

@@ -6,7 +6,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from megatron_hypenet.ops import gated_norm_kernels
+from megatron_hypenet.ops.gated_norm import triton as gated_norm_kernels
 from megatron_hypenet.ops.lightning_attn import selftest
 from megatron_hypenet.ops.lightning_attn import triton as lightning_kernels
 

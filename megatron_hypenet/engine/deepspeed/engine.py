@@ -1,0 +1,325 @@
+"""The one door to DeepSpeed: engine configuration, one training step, and access to weights and
+optimizer state by parameter.
+
+DeepSpeed does data parallelism and ZeRO over Megatron's groups. What is handled here, found with
+DeepSpeed 0.19.8:
+- ZeRO stage 0 becomes 1: stage 0 has no gradient norm in fp32, and its clipping asks the wrong rank
+  under pipeline parallelism.
+- bf16 with fp32 accumulation at stage 1 selects BF16_Optimizer, which needs
+  `immediate_grad_update`.
+- On a CPU, DeepSpeed compiles a shared-memory collective for inference when its backend starts (24
+  s, needs a compiler). Training never calls it, so it is marked unusable in DeepSpeed's table of
+  ops.
+- Adam's state is created at the start: DeepSpeed links it to parameters after the first group's
+  first step, and so misses the others.
+- BF16_Optimizer rounds fp32 sums to bf16 before it reduces them, on one rank too, and passes over
+  memory too often: bf16_accumulation.py, bf16_step.py.
+- With the optimizer on the CPU, gradients of a refused update stay in stage 1 and 2's buffers and
+  spoil all later ones.
+- `safe_set_full_*` fails under ZeRO-3 when a parameter's size is no multiple of the group
+  (stage3.py): the local part is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_hypenet.checkpoint.state import Template
+from megatron_hypenet.config.schema import HeadStageConfig, ParallelConfig, StageConfig
+from megatron_hypenet.engine.cuda_graph import CudaGraphs
+from megatron_hypenet.engine.deepspeed.bf16_accumulation import GradientSums
+from megatron_hypenet.engine.deepspeed.bf16_step import MasterUpdate
+from megatron_hypenet.engine.deepspeed.config import config_dict, import_deepspeed
+from megatron_hypenet.engine.optim import adamw
+from megatron_hypenet.engine.own_time import OwnTime
+from megatron_hypenet.errors import DivergedError, LayoutError
+from megatron_hypenet.parallel import groups
+
+_MASTER = "fp32_param"
+
+
+class RefusedUpdate(DivergedError):
+    """A step whose gradients were not finite; nothing has changed, and training may go on with
+    other samples."""
+
+
+def finite_or_nan(loss: Tensor) -> Tensor:
+    """1 for a finite loss, else NaN: a factor that makes every gradient of a bad loss NaN.
+
+    Choosing between two numbers would copy them to the device and wait for it; a product stays
+    there.
+
+    Some bad losses have finite gradients (an infinite sum of finite terms). This way the gradient
+    norm, which DeepSpeed reduces over all processes and looks at before it updates, is the one
+    judge of a step.
+    """
+    return loss.detach() * 0 + 1
+
+
+class TrainingEngine:
+    """A stage module under DeepSpeed. Use: micro_step per micro-batch, then apply; close at the
+    end.
+
+    Also the `EngineState` through which checkpoints reach weights and optimizer state.
+    """
+
+    def __init__(self, module: nn.Module, stage: StageConfig, parallel: ParallelConfig) -> None:
+        """`module` has trainable_parameters() and sharded_state_dict(), lies on its device in its
+        dtype, and stays usable by itself."""
+        if groups.pipeline_stage()[1] > 1 and parallel.zero_stage > 1:
+            raise LayoutError(
+                f"parallel.zero_stage={parallel.zero_stage} under pipeline parallelism would give "
+                "gradients away before they are complete; "
+                "use zero_stage 0 or 1, or a pipeline size of 1"
+            )
+        self.deepspeed = import_deepspeed()
+        self.module = module
+        trainable: Mapping[str, nn.Parameter] = module.trainable_parameters()  # type: ignore[operator]
+        self.dtype = next(iter(trainable.values())).dtype
+        self.num_micro_batches = stage.num_micro_batches(groups.data_size())
+        self.template = Template(module)
+        self.data_rank = groups.ModelParallelUnit.get_data_parallel_rank()
+        self.data_size = groups.ModelParallelUnit.get_data_parallel_world_size()
+        self.replicated: list[nn.Parameter] = module.replicated_over_pipeline()  # type: ignore[operator]
+        if groups.pipeline_stage()[0] > 0:
+            for parameter in self.replicated:
+                parameter.ds_pipe_replicated = True  # type: ignore[attr-defined] # DeepSpeed: counts once in the gradient norm
+        optimizer = adamw(dict(trainable), stage)
+        self._guard = optimizer.register_step_pre_hook(self._refuse_bad_norm)
+        config = config_dict(
+            stage, parallel, num_micro_batches=self.num_micro_batches, dtype=self.dtype
+        )
+        # without no_grad its flat copies of the weights are results of a graph that lives, with
+        # nodes of all weights
+        with _silenced(), torch.no_grad():
+            self.engine, *_ = self.deepspeed.initialize(
+                model=module, optimizer=optimizer, mpu=groups.ModelParallelUnit, config=config
+            )
+        self.zero_stage = self.engine.zero_optimization_stage()
+        self.own_time = OwnTime()
+        """Of the forward passes since somebody last asked; with CUDA graphs, of forward and
+        backward."""
+        self.sums: GradientSums | None = None
+        self.graphs: CudaGraphs | None = None
+        if type(self.engine.optimizer).__name__ == "BF16_Optimizer":
+            exchange = getattr(torch, parallel.gradient_exchange)
+            self.sums = GradientSums(
+                self.engine.optimizer, counts=self._counts_in_norm, exchange=exchange
+            )
+            MasterUpdate(self.engine.optimizer, self.sums.norm)
+            # micro-batches so small have no need to recompute, and Megatron's way of it restores
+            # random states, which no graph holds
+            recomputes = isinstance(stage, HeadStageConfig) and stage.recompute != "none"
+            if (
+                torch.cuda.is_available()
+                and parallel.model_parallel_size == 1
+                and stage.cuda_graphs
+                and not recomputes
+            ):
+                self.graphs = CudaGraphs(
+                    self._forward_backward, self.sums, several=self.num_micro_batches > 1
+                )
+        self.init_optimizer_state(0)
+
+    def micro_step(
+        self, batch: Mapping[str, Tensor], *, last: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Forward and backward of one micro-batch; gradients accumulate until the `last` of the
+        step.
+
+        Returns (loss, metrics) detached, good until the next call."""
+        if self.graphs is not None and self.sums is not None and self.graphs.takes(batch):
+            with self.own_time.working():
+                result = self.graphs.replay(batch, first=self.sums.empty)
+            if last:
+                self.reduce_gradients()
+            return result
+        self.engine.set_gradient_accumulation_boundary(last)
+        with self.own_time.working():
+            loss, metrics = self.engine(batch)
+        self.engine.backward(loss * finite_or_nan(loss))
+        if not last:
+            self.engine.step()  # only counts: the update waits for the boundary
+        return loss.detach(), metrics
+
+    def make_room(self) -> None:
+        """Before other work than training, which may need the GPU's memory."""
+        if self.graphs is not None:
+            self.graphs.make_room()
+
+    def _forward_backward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """A micro-batch without DeepSpeed's part in it but its gradient hooks: what a CUDA graph
+        can hold."""
+        # not the call: DeepSpeed hooks into that, and its timer waits for the device
+        loss, metrics = self.module.forward(batch)
+        loss.backward(gradient=finite_or_nan(loss) / self.num_micro_batches)
+        return loss.detach(), metrics
+
+    def reduce_gradients(self) -> None:
+        """After gradients were accumulated past DeepSpeed's engine, by a pipeline schedule or a
+        CUDA graph: complete and average them."""
+        for parameter in self.replicated:
+            dist.all_reduce(self._accumulated(parameter), group=groups.embedding_group())
+        self.engine.set_gradient_accumulation_boundary(True)
+        self.engine.allreduce_gradients()
+
+    def _counts_in_norm(self, parameter: nn.Parameter) -> bool:
+        """Of weights that several model-parallel ranks hold whole, one rank's gradient counts, as
+        in DeepSpeed's own norm."""
+        if getattr(parameter, "ds_pipe_replicated", False):
+            return False
+        split = getattr(parameter, "tensor_model_parallel", False) or getattr(
+            parameter, "model_parallel", False
+        )
+        return split or groups.tensor_group().rank() == 0
+
+    def _accumulated(self, parameter: nn.Parameter) -> Tensor:
+        """The local sum of gradients, wherever this DeepSpeed optimizer keeps it."""
+        optimizer: Any = self.engine.optimizer
+        if type(optimizer).__name__ == "BF16_Optimizer":
+            gradient = parameter._hp_grad  # type: ignore[attr-defined]
+        elif getattr(optimizer, "use_grad_accum_attribute", False):
+            gradient = parameter.grad_accum  # type: ignore[attr-defined]
+        else:
+            gradient = parameter.grad
+        assert gradient is not None, "a replicated parameter got no gradient on this pipeline stage"
+        return gradient
+
+    def apply(self, lr: float) -> float:
+        """Clip, update the weights with learning rate `lr`, clear gradients; returns the gradient
+        norm before clipping.
+
+        RefusedUpdate on all processes when the norm is not finite: gradients are then cleared,
+        weights, moments and Adam's step are as they were, and the next step may follow. The norm is
+        reduced over all processes, so they agree without asking.
+        """
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        self.engine.step()
+        norm = float(self.engine.get_global_grad_norm())
+        if not math.isfinite(norm) or getattr(self.engine.optimizer, "overflow", False):
+            self._drop_gradients()
+            raise RefusedUpdate("the gradient norm is not finite")
+        return norm
+
+    def _drop_gradients(self) -> None:
+        """After a refused update: what DeepSpeed itself forgets to clear."""
+        optimizer = self.engine.optimizer
+        if self.zero_stage < 3 and getattr(optimizer, "cpu_offload", False):
+            optimizer._release_preflattened_grad_buffers()
+            for group in optimizer.averaged_gradients:
+                optimizer.averaged_gradients[group] = None
+
+    def _refuse_bad_norm(self, *_: Any) -> None:
+        """Runs inside DeepSpeed's step, before the first change of a weight: a bad norm (-1 is
+        DeepSpeed's mark) must not get this far. Where MasterUpdate has taken that step's place, it
+        refuses such a norm itself.
+
+        Should another version of DeepSpeed let one through, the weights are saved, but not the
+        step: it cannot be continued from here.
+        """
+        norm = float(self.engine.optimizer._global_grad_norm)
+        if not math.isfinite(norm) or norm < 0:
+            raise DivergedError("the gradient norm is not finite")
+
+    @contextmanager
+    def gathered(self, parameter: nn.Parameter) -> Iterator[None]:
+        """Inside, `parameter` holds its full local value."""
+        with (
+            self.deepspeed.zero.GatheredParameters([parameter])
+            if self.zero_stage == 3
+            else contextlib.nullcontext()
+        ):
+            yield
+
+    def set_weight(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Overwrite the weight the forward pass uses."""
+        if self.zero_stage != 3:
+            parameter.data.copy_(value)
+            return
+        with self.deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            parameter.data.copy_(value)
+
+    def full_state(self, parameter: nn.Parameter, name: str) -> Tensor:
+        """fp32_param, exp_avg or exp_avg_sq of one parameter, full local shape; collective over the
+        data-parallel group."""
+        utils = self.deepspeed.utils
+        full = (
+            utils.safe_get_full_fp32_param(parameter)
+            if name == _MASTER
+            else utils.safe_get_full_optimizer_state(parameter, name)
+        )
+        assert full is not None, "DeepSpeed holds no optimizer state for a trained parameter"
+        return full
+
+    def set_full_state(self, parameter: nn.Parameter, name: str, value: Tensor) -> None:
+        """Write this rank's part of one state from the full local value."""
+        utils = self.deepspeed.utils
+        if self.zero_stage == 3:
+            self._set_partition(parameter, name, value)
+        elif name == _MASTER:
+            utils.safe_set_full_fp32_param(parameter, value.float())
+        else:
+            utils.safe_set_full_optimizer_state(parameter, value.float(), name)
+
+    def _set_partition(self, parameter: nn.Parameter, name: str, value: Tensor) -> None:
+        optimizer: Any = parameter._z3_optimizer  # type: ignore[attr-defined]
+        key = None if name == _MASTER else name
+        part, _ = optimizer._get_fp32_opt_state_partition(
+            parameter, release_swap_buffers=False, optim_state_key=key
+        )
+        start = part.numel() * optimizer._get_param_partition_rank(parameter)
+        # the last part is padded beyond the parameter's end
+        own = value.float().flatten()[start : start + part.numel()]
+        part.data.view(-1)[: own.numel()].copy_(own)
+
+    def _flat_parameters(self) -> list[Tensor]:
+        optimizer = self.engine.optimizer
+        if self.zero_stage == 3:
+            return list(optimizer.fp32_partitioned_groups_flat)
+        return [
+            parameter for group in optimizer.optimizer.param_groups for parameter in group["params"]
+        ]
+
+    def init_optimizer_state(self, adam_step: int) -> None:
+        """Create Adam's moments (zeros) where they are missing, and set its step counters."""
+        optimizer = self.engine.optimizer
+        fused = any(group.get("fused") for group in optimizer.optimizer.param_groups)
+        for flat in self._flat_parameters():
+            state = optimizer.optimizer.state[flat]
+            for key in ("exp_avg", "exp_avg_sq"):
+                if key not in state:
+                    state[key] = torch.zeros_like(flat.data)
+            state["step"] = torch.tensor(
+                float(adam_step), dtype=torch.float32, device=flat.device if fused else "cpu"
+            )
+        if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
+            optimizer._lazy_init_hp_params_optimizer_state()
+
+    def adam_step(self) -> int:
+        """Adam's step counter, 0 before the first step."""
+        return int(self.engine.optimizer.optimizer.state[self._flat_parameters()[0]].get("step", 0))
+
+    def close(self) -> None:
+        """Release DeepSpeed's hooks and buffers; the module keeps its weights (whole ones, except
+        under ZeRO-3)."""
+        self._guard.remove()
+        self.graphs = None
+        with _silenced():
+            self.engine.destroy()
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """DeepSpeed reports memory with print while it builds an optimizer."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield

@@ -1,0 +1,271 @@
+"""What HALO's steps do; which there are, in which order and with which inputs, is the table in
+tasks.py.
+
+Import and export of Hugging Face folders are handed in, because this package knows checkpoints
+only.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_hypenet.atomic_files import write_json
+from megatron_hypenet.checkpoint import format as fmt
+from megatron_hypenet.checkpoint.load import (
+    read_manifest,
+    read_model_config,
+    resolve,
+    tokenizer_dir,
+)
+from megatron_hypenet.config.schema import RunConfig
+from megatron_hypenet.errors import CheckpointError
+from megatron_hypenet.halo import build_stage, datasets
+from megatron_hypenet.halo.report import draw_importance, draw_report, row_line, write_report
+from megatron_hypenet.halo.run_folder import RunFolder
+from megatron_hypenet.halo.task_runner import Runner, Step, identity_of, read_json
+from megatron_hypenet.halo.tasks import halo_steps, required_checkpoint
+from megatron_hypenet.model.hypenet import HypeNetModel
+from megatron_hypenet.parallel import groups
+from megatron_hypenet.stages.aligned_mixers import score_layers
+from megatron_hypenet.stages.base import StageModule
+from megatron_hypenet.stages.select import LayerScores, Selection, load_scores, load_selection, rank
+from megatron_hypenet.supervision.heartbeat import PULSE
+from megatron_hypenet.training.loop import train
+from megatron_hypenet.training.metrics import StepRecord
+
+
+@dataclass(frozen=True, kw_only=True)
+class Halo:
+    """The work behind every step of one run."""
+
+    run: RunConfig
+    folder: RunFolder
+    import_teacher: Callable[[Path, Path], None]
+    """(source, checkpoint folder): make a committed teacher checkpoint of a Hugging Face folder or
+    of a checkpoint."""
+    export_student: Callable[[Path, Path], None]
+    """(checkpoint, Hugging Face folder): write the finished model."""
+    on_step: Callable[[StepRecord], None] = lambda record: None
+    """Hears of every optimizer step of a training stage."""
+    on_part: Callable[[str, int, int], None] = lambda step, count, total: None
+    """(step, parts done, parts in all): hears of the progress of other long steps."""
+    log: Callable[[str], None] = lambda text: None
+    """Gets the lines of the training loop."""
+
+    def steps(self) -> list[Step]:
+        """All steps in order."""
+        return halo_steps(self.run, self.folder, lambda name: getattr(self, f"do_{name}"))
+
+    def train_from(self, runner: Runner, name: str, init: Path | None) -> Path:
+        """Do training stage `name` with what it needs, from the run's own results or from `init`;
+        returns its final checkpoint."""
+        if init is not None:
+            start = resolve(init, fall_back=False)
+            runner.steps[name] = replace(
+                runner.steps[name],
+                after=("teacher", "data"),
+                inputs=lambda: identity_of([start / fmt.MANIFEST]),
+                action=lambda: self.do_training(name, teacher=self.folder.teacher, init=start),
+            )
+        runner.run_through(name)
+        return required_checkpoint(self.run, self.folder, name)
+
+    def _of(self, step: str) -> Path:
+        """The checkpoint that a finished step left."""
+        return required_checkpoint(self.run, self.folder, step)
+
+    def selection(self) -> tuple[LayerScores, Selection]:
+        """The scores and the choice that the selection step left."""
+        scores = load_scores(self.folder.scores_file)
+        return scores, rank(
+            scores, self._num_attention(), self.run.align.mixer, cap=self.run.select.importance_cap
+        )
+
+    def do_teacher(self) -> dict[str, Any]:
+        """Import the teacher."""
+        self.import_teacher(self.run.teacher, self.folder.teacher)
+        config = read_model_config(self.folder.teacher)
+        return {
+            "num_layers": config.num_layers,
+            "hidden_size": config.hidden_size,
+            "vocab_size": config.vocab_size,
+        }
+
+    def do_data(self) -> dict[str, Any]:
+        """Make token files of the text with the teacher's tokenizer."""
+        return datasets.prepare(self.run, self.folder, self.log)
+
+    def do_probe(self) -> dict[str, Any]:
+        """Stop a run whose teacher cannot predict text: random or unloaded weights would be
+        distilled faithfully."""
+        teacher = build_stage.load_teacher(self.run, self.folder.teacher)
+        vocab_size = teacher.model_config.vocab_size
+        loss = datasets.measure(self.run, self.folder).probe_loss(teacher)
+        limit = self.run.guard.max_teacher_loss or 0.9 * math.log(vocab_size)
+        if not loss < limit:
+            raise CheckpointError(
+                f"teacher {self.run.teacher} looks untrained, or its weights were not loaded: "
+                f"its loss on held-out text is {loss:.3f} nats "
+                f"per token, the limit is {limit:.3f} (guessing costs {math.log(vocab_size):.3f}). "
+                "Check the teacher's folder and that its "
+                "tokenizer belongs to it; guard.max_teacher_loss sets the limit"
+            )
+        return {"teacher_loss": loss, "limit": limit}
+
+    def do_align(self) -> dict[str, Any]:
+        """Stage 1."""
+        return self.do_training("align", teacher=self.folder.teacher)
+
+    def do_distill(self) -> dict[str, Any]:
+        """Stage 2."""
+        return self.do_training("distill", teacher=self.folder.teacher, init=self.folder.assembled)
+
+    def do_finetune(self) -> dict[str, Any]:
+        """Stage 3."""
+        return self.do_training("finetune", init=self._of("distill"))
+
+    def do_training(
+        self, name: str, *, teacher: Path | None = None, init: Path | None = None
+    ) -> dict[str, Any]:
+        """Train one stage to its end."""
+        stage = build_stage.build_stage(name, self.run, teacher=teacher, init=init)
+        self.log(build_stage.parameter_table(stage))
+        self.folder.stage(name).mkdir(exist_ok=True)
+        final = train(
+            stage,
+            datasets.training_data(self.run, self.folder),
+            self.run.stage(name),
+            self.run,
+            self.folder.stage(name),
+            tensorboard_dir=self.folder.tensorboard / name,
+            tokenizer_dir=tokenizer_dir(self.folder.teacher),
+            extra={
+                "hf_config": read_manifest(resolve(self.folder.teacher)).hf_config,
+                "pipeline_layout": list(stage.layout),
+            },
+            on_step=self.on_step,
+            evaluate=self._heldout_loss_of(stage),
+            log=self.log,
+        )
+        del stage
+        build_stage.release()
+        return {"checkpoint": str(final.relative_to(self.folder.root))}
+
+    def _heldout_loss_of(self, stage: StageModule) -> Callable[[int], dict[str, float]]:
+        """What the training loop puts into TensorBoard every eval_interval steps and at the end."""
+        measure = datasets.measure(self.run, self.folder)
+        seq_length = self.run.stage(stage.name).seq_length
+        return lambda step: {"eval/heldout-loss": measure.stage_loss(stage, seq_length)}
+
+    def do_select(self) -> dict[str, Any]:
+        """Score every layer alone, then rank; an interrupted sweep continues."""
+        self._sweep()
+        build_stage.release()
+        groups.barrier()
+        _, selection = self.selection()
+        if groups.rank() == 0:
+            write_json(self.folder.mixers_file, selection.to_json())
+            draw_importance(self.folder, selection)
+        return {"attention_layers": list(selection.attention_layers)}
+
+    def _sweep(self) -> None:
+        teacher = build_stage.load_teacher(self.run, self.folder.teacher)
+        mixers = build_stage.load_aligned(self.run, teacher, self._of("align"))
+        measure = datasets.measure(self.run, self.folder)
+        total = teacher.model_config.num_layers
+        known = read_json(self.folder.scores_file) if self.folder.scores_file.is_file() else None
+        groups.barrier()  # all have read what is known before the first one adds to it
+
+        PULSE.note("evaluate")
+
+        def scored(result: dict[str, Any]) -> None:
+            PULSE.note("evaluate")
+            if groups.rank() == 0:
+                write_json(self.folder.scores_file, result)
+            self.on_part("select", len(result["layers"]), total)
+
+        score_layers(
+            teacher,
+            mixers,
+            lambda: measure.selection_scores(teacher),
+            known=known,
+            on_scored=scored,
+        )
+
+    def do_assemble(self) -> dict[str, Any]:
+        """Write the student that stage 2 starts from."""
+        num_layers = read_model_config(self.folder.teacher).num_layers
+        selection = load_selection(self.folder.mixers_file, num_layers=num_layers)
+        build_stage.assemble(
+            self.run,
+            self.folder.teacher,
+            self._of("align"),
+            selection.mixer_types,
+            self.folder.assembled,
+        )
+        return {"attention_layers": list(selection.attention_layers)}
+
+    def do_export(self) -> dict[str, Any]:
+        """Write the Hugging Face folder."""
+        self.export_student(self._of("finetune"), self.folder.export)
+        return {"attn_logits_scaling": self.run.export.attn_logits_scaling}
+
+    def do_report(self) -> dict[str, Any]:
+        """Evaluate teacher and students, write the numbers and draw them."""
+        start = time.monotonic()
+        rows = []
+        measure = datasets.measure(self.run, self.folder)
+        models = self._reported_models()
+        total = measure.num_parts() * len(models)
+        done = iter(range(1, total + 1))
+
+        def part_done(count: int) -> None:
+            PULSE.note("evaluate")
+            self.on_part("report", count, total)
+
+        for name, make in models.items():
+            model = make()
+            rows.append(measure.row(name, model, lambda: part_done(next(done))))
+            self.log(row_line(rows[-1]))
+            del model
+            build_stage.release()
+        if groups.rank() == 0:
+            write_report(self.run, self.folder, rows, report_seconds=time.monotonic() - start)
+            draw_report(self.folder)
+        return {}
+
+    def _reported_models(self) -> dict[str, Callable[[], HypeNetModel]]:
+        """The models of the report in order, each built when it is called."""
+        return {
+            "teacher": lambda: build_stage.load_teacher(self.run, self.folder.teacher),
+            "all layers converted": self._all_converted,
+            "student after stage 2": lambda: self._student("distill"),
+            "student after stage 3": lambda: self._student("finetune"),
+        }
+
+    def _student(self, stage: str) -> HypeNetModel:
+        """A student as it will be exported: with logit scaling."""
+        student = build_stage.load_hypenet(self.run, self._of(stage))
+        student.set_attn_logits_scaling(self.run.export.attn_logits_scaling)
+        return student
+
+    def _all_converted(self) -> HypeNetModel:
+        """The teacher with every layer's attention replaced by its aligned RNN mixer: alignment
+        without selection or distillation."""
+        teacher = build_stage.load_teacher(self.run, self.folder.teacher)
+        for layer, mixer in build_stage.load_aligned(self.run, teacher, self._of("align")).items():
+            teacher.set_mixer(layer, mixer)
+        return teacher
+
+    def _num_attention(self) -> int:
+        wanted = self.run.select.num_attention_layers
+        return (
+            max(1, read_model_config(self.folder.teacher).num_layers // 4)
+            if wanted is None
+            else wanted
+        )

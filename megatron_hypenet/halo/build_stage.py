@@ -1,0 +1,231 @@
+"""One HALO stage from checkpoints to checkpoint: build the models, load them strictly, train, hand
+on."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_hypenet.checkpoint.load import (
+    load_model,
+    open_weights,
+    read_manifest,
+    read_model_config,
+    read_whole_config,
+    resolve,
+    tokenizer_dir,
+)
+from megatron_hypenet.checkpoint.save import write_weights
+from megatron_hypenet.checkpoint.shards import LazyTensor, ShardReader
+from megatron_hypenet.config.model import ModelConfig
+from megatron_hypenet.config.schema import HeadStageConfig, ParallelConfig, Recompute, RunConfig
+from megatron_hypenet.errors import CheckpointError
+from megatron_hypenet.model.hypenet import HypeNetModel, build_model
+from megatron_hypenet.model.kernel_guard import guard_kernels
+from megatron_hypenet.model.transfer import fresh_parameter
+from megatron_hypenet.parallel.cpu import device
+from megatron_hypenet.planning.layer_placement import check_placement, placed, placement_table
+from megatron_hypenet.stages.align import AlignStage
+from megatron_hypenet.stages.aligned_mixers import AlignedMixers
+from megatron_hypenet.stages.assemble import plan_assembly
+from megatron_hypenet.stages.base import StageModule
+from megatron_hypenet.stages.distill import DistillStage
+from megatron_hypenet.stages.finetune import FinetuneStage
+
+logger = logging.getLogger(__name__)
+
+
+def compute_dtype(run: RunConfig) -> torch.dtype:
+    """Dtype of weights and activations: as configured; `auto` is bfloat16 on CUDA and float32 on a
+    CPU."""
+    if run.precision == "auto":
+        return torch.bfloat16 if device().type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[run.precision]
+
+
+def load_hypenet(
+    run: RunConfig,
+    folder: Path,
+    *,
+    trunk_only: bool = False,
+    parallel: ParallelConfig | None = None,
+    recompute: Recompute = "none",
+) -> HypeNetModel:
+    """The model of a checkpoint in the run's dtype and layout, filled strictly; a trunk leaves the
+    tensors after the last mixer unread.
+
+    `parallel` is the run's layout with the pipeline stages settled, where that matters; `recompute`
+    is for a model that trains."""
+    parallel = parallel or run.parallel
+    model = build_model(
+        read_whole_config(folder),
+        parallel,
+        dtype=compute_dtype(run),
+        seed=run.seed,
+        trunk_only=trunk_only,
+        recompute=recompute,
+    )
+    check_placement(model)
+    guard_kernels(model, documents=run.data.separate_documents, mixers=(run.align.mixer,))
+    load_model(model, folder, allow_unused=trunk_only)
+    return model
+
+
+def load_teacher(
+    run: RunConfig,
+    folder: Path,
+    *,
+    trunk_only: bool = False,
+    parallel: ParallelConfig | None = None,
+) -> HypeNetModel:
+    """`load_hypenet` for a teacher; CheckpointError when the checkpoint is a HypeNet already."""
+    read_teacher_config(folder)
+    return load_hypenet(run, folder, trunk_only=trunk_only, parallel=parallel)
+
+
+def read_teacher_config(folder: Path) -> ModelConfig:
+    """Shape of a teacher; CheckpointError when the checkpoint is a HypeNet already."""
+    config = read_model_config(folder)
+    if not config.is_teacher:
+        raise CheckpointError(
+            f"{folder} is not a teacher: a teacher has softmax attention with RoPE and without "
+            "output gate in every layer, this has "
+            f"{len(config.attention_layers)} softmax layers of {config.num_layers}; "
+            "point teacher to a Qwen3 model"
+        )
+    return config
+
+
+def load_aligned(run: RunConfig, teacher: HypeNetModel, folder: Path) -> AlignedMixers:
+    """The RNN mixers that stage 1 trained, for the layers of `teacher`."""
+    trained = read_model_config(folder)
+    mixers = AlignedMixers.beside(teacher, trained.spec(trained.mixer_types[0]), seed=run.seed)
+    load_model(mixers, folder)
+    return mixers
+
+
+def build_stage(
+    name: str, run: RunConfig, *, teacher: Path | None = None, init: Path | None = None
+) -> StageModule:
+    """The stage module with all weights loaded.
+
+    `teacher` is needed by align and distill, `init` (the student to start from) by distill and
+    finetune. Raises CheckpointError.
+    """
+    config = run.stage(name)
+    shape = read_teacher_config(teacher) if teacher is not None else None
+    if name == "align":
+        assert teacher is not None and shape is not None, "align imitates a teacher"
+        spec = run.align.spec
+        parallel = placed(name, config, run.parallel, shape, shape.converted(spec))
+        trunk = load_teacher(run, teacher, trunk_only=True, parallel=parallel)
+        return AlignStage(trunk, AlignedMixers.beside(trunk, spec, seed=run.seed))
+    assert init is not None, f"{name} starts from a student"
+    target = read_model_config(init)
+    if target.is_teacher:
+        raise CheckpointError(
+            f"{init} is a teacher, but stage {name} trains a student; give the assembled student "
+            "or the result of stage 2"
+        )
+    if shape is not None and shape.vocab_size != target.vocab_size:
+        raise CheckpointError(
+            f"teacher {teacher} has vocab_size={shape.vocab_size}, "
+            f"student {init} {target.vocab_size}; "
+            "distillation compares distributions over one vocabulary: use the teacher the student "
+            "was made from"
+        )
+    assert isinstance(config, HeadStageConfig), "distill and finetune run through the head"
+    parallel = placed(name, config, run.parallel, shape if name == "distill" else None, target)
+    student = load_hypenet(run, init, parallel=parallel, recompute=config.recompute)
+    stage: StageModule
+    if name == "finetune":
+        stage = FinetuneStage(student, chunk_tokens=config.vocab_chunk_tokens)
+    else:
+        assert teacher is not None, "distill imitates a teacher"
+        stage = DistillStage(
+            student,
+            load_teacher(run, teacher, parallel=parallel),
+            chunk_tokens=config.vocab_chunk_tokens,
+        )
+    stage.model_config = trained_at(student.model_config, config.seq_length)
+    return stage
+
+
+def trained_at(config: ModelConfig, seq_length: int) -> ModelConfig:
+    """The shape of a student trained on `seq_length` tokens: it claims that length where the
+    teacher's claim is shorter.
+
+    Longer contexts are what HyPE is for, but what was not trained is for the report to show, not
+    for the model to claim."""
+    return config.replace(max_position_embeddings=max(config.max_position_embeddings, seq_length))
+
+
+def assemble(
+    run: RunConfig, teacher: Path, aligned: Path, mixer_types: tuple[str, ...], out: Path
+) -> ModelConfig:
+    """Write the student that stage 2 starts from; one process, one tensor in memory at a time.
+    Returns its shape."""
+    student = read_model_config(teacher).with_mixers(
+        mixer_types, read_model_config(aligned).mixers.values()
+    )
+    sources = {"teacher": open_weights(teacher), "aligned": open_weights(aligned)}
+    plan = plan_assembly(student, sources["teacher"], sources["aligned"])
+    tensors: dict[str, Any] = {}
+    for source, names in (("teacher", plan.from_teacher), ("aligned", plan.from_aligned)):
+        for name in names:
+            tensors[name] = _lazy(sources[source], name)
+    dtype = tensors[plan.from_teacher[0]].dtype
+    for name, parameter in plan.fresh.items():
+        tensors[name] = fresh_parameter(name, parameter, seed=run.seed, dtype=dtype)
+    origin = read_manifest(resolve(teacher)).hf_config
+    extra = {
+        "teacher": str(teacher),
+        "aligned": str(aligned),
+        "attention_layers": list(student.attention_layers),
+        "hf_config": origin,
+    }
+    write_weights(
+        out,
+        tensors,
+        student,
+        kind="student",
+        tokenizer_dir=tokenizer_dir(teacher),
+        extra=extra,
+        overwrite=True,
+    )
+    return student
+
+
+def _lazy(reader: ShardReader, name: str) -> LazyTensor:
+    return LazyTensor(reader.shape(name), reader.dtype(name), lambda: reader[name])
+
+
+def parameter_table(stage: StageModule) -> str:
+    """What trains and what is frozen, counted on this process: a stage that trains the wrong thing
+    is seen before its first step."""
+    trains = sum(parameter.numel() for parameter in stage.trainable_parameters().values())
+    lines = [
+        f"  {'trains':<18}{len(stage.trainable_parameters()):>5} tensors {trains:>14,} parameters"
+    ]
+    mentor = stage.__dict__.get("teacher")
+    if mentor is not None:
+        frozen = sum(parameter.numel() for parameter in mentor.parameters())
+        lines.append(
+            f"  {'frozen (teacher)':<18}{len(list(mentor.parameters())):>5} tensors {frozen:>14,} "
+            "parameters"
+        )
+    if len(stage.layout) > 1:
+        lines.append(placement_table(stage.layout, stage.model_config))
+    return "\n".join(lines)
+
+
+def release() -> None:
+    """Give the memory of models that went out of scope back, before the next step builds its
+    own."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,114 @@
+"""Measurements of models: the teacher gate, the scores behind layer selection, and the rows of the
+report.
+
+Recall documents are spread over held-out text, so nothing that is measured was trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from megatron_hypenet.config.schema import RunConfig
+from megatron_hypenet.data.recall import RecallTask
+from megatron_hypenet.eval.heldout import TokenScores, heldout_loss
+from megatron_hypenet.eval.recall import recall_accuracy
+from megatron_hypenet.model.hypenet import HypeNetModel
+from megatron_hypenet.parallel import groups
+from megatron_hypenet.parallel.cpu import device
+from megatron_hypenet.stages.base import StageModule
+from megatron_hypenet.training.schedule import stage_loss
+
+PROBE_SEQUENCES = 16
+"""Held-out sequences behind the teacher gate."""
+
+Row = dict[str, Any]
+"""One model in the report: heldout_loss, heldout_accuracy, and recall by length multiple."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """Evaluation material of one run and how it is scored; every process measures the same and gets
+    the same numbers."""
+
+    run: RunConfig
+    task: Callable[[int], RecallTask]
+    """Number of key-value pairs -> evaluation documents."""
+    heldout: Callable[[int, int], Tensor]
+    """(count, seq_length) -> held-out sequences, int64 [count or fewer, seq_length + 1]."""
+
+    def probe_loss(self, teacher: HypeNetModel) -> float:
+        """Loss of the teacher on a little held-out text, in nats per token."""
+        settings = self.run.eval
+        loss, _ = heldout_loss(
+            _scores(teacher),
+            self.heldout(PROBE_SEQUENCES, settings.seq_length),
+            batch_size=settings.batch_size,
+        )
+        return loss
+
+    def selection_scores(self, model: HypeNetModel) -> dict[str, float]:
+        """Recall accuracy and, in the place of the paper's commonsense suite, next-token accuracy
+        on held-out text; both in %.
+
+        The text itself is the language measure that needs no download and no harness; scores of a
+        real suite can be ranked by `hypenet select rank`.
+        """
+        settings = self.run.select
+        recall = recall_accuracy(
+            _scores(model),
+            self.task(settings.recall_pairs),
+            count=settings.recall_sequences,
+            seq_length=settings.seq_length,
+            batch_size=settings.batch_size,
+        )
+        texts = self.heldout(settings.heldout_sequences, settings.seq_length)
+        _, accuracy = heldout_loss(_scores(model), texts, batch_size=settings.batch_size)
+        return {"recall": recall, "commonsense": accuracy}
+
+    def row(
+        self, name: str, model: HypeNetModel, on_part: Callable[[], None] = lambda: None
+    ) -> Row:
+        """The measurements of one model for the report; `on_part` hears of each of num_parts()
+        parts."""
+        settings = self.run.eval
+        texts = self.heldout(settings.heldout_sequences, settings.seq_length)
+        loss, accuracy = heldout_loss(_scores(model), texts, batch_size=settings.batch_size)
+        on_part()
+        recall = {}
+        for multiple in settings.length_multiples:
+            recall[str(multiple)] = recall_accuracy(
+                _scores(model),
+                self.task(settings.recall_pairs),
+                count=settings.recall_sequences,
+                seq_length=multiple * settings.seq_length,
+                batch_size=max(1, settings.batch_size // multiple),
+            )
+            on_part()
+        return {"model": name, "heldout_loss": loss, "heldout_accuracy": accuracy, "recall": recall}
+
+    def stage_loss(self, stage: StageModule, seq_length: int) -> float:
+        """Mean loss of a training stage on held-out text of at most `seq_length` tokens; the caller
+        has put it into eval mode."""
+        settings = self.run.eval
+        total = 0.0
+        # never longer than the report's sequences, which are known to fit the held-out text
+        length = min(seq_length, settings.seq_length)
+        unit = self.run.parallel.sequence_unit
+        texts = self.heldout(settings.heldout_sequences, max(length - length % unit, unit))
+        for part in texts.split(settings.batch_size):
+            loss = stage_loss(stage, {"tokens": part.to(device())})
+            total += float(groups.all_reduce_mean(loss)) * len(part)
+        return total / len(texts)
+
+    def num_parts(self) -> int:
+        """Calls of `on_part` in one row."""
+        return 1 + len(self.run.eval.length_multiples)
+
+
+def _scores(model: HypeNetModel) -> TokenScores:
+    """The model's token scores for ids that lie on any device."""
+    return lambda ids: model.token_scores(ids.to(device()))

@@ -1,0 +1,108 @@
+"""report.json: what a run achieved, in numbers, and where its time went."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from megatron_hypenet.atomic_files import write_json
+from megatron_hypenet.config.schema import RunConfig
+from megatron_hypenet.errors import DataError
+from megatron_hypenet.halo.run_folder import RunFolder
+from megatron_hypenet.halo.task_runner import read_json, software
+from megatron_hypenet.stages.select import Selection
+from megatron_hypenet.untrusted.files import FileKind
+from megatron_hypenet.untrusted.json_text import read_object, typed
+
+FORMAT_VERSION = 1
+_REPORT = FileKind(error=DataError, advice="make it again: hypenet report RUN_DIR --again")
+
+
+def write_report(
+    run: RunConfig, folder: RunFolder, rows: Sequence[Mapping[str, Any]], *, report_seconds: float
+) -> None:
+    """Write report.json from the measured rows, the selection and the recorded steps;
+    `report_seconds` is the time of the measuring."""
+    write_json(
+        folder.report_file,
+        report_of(run, rows, read_json(folder.mixers_file), folder.records(), report_seconds),
+    )
+
+
+def report_of(
+    run: RunConfig,
+    rows: Sequence[Mapping[str, Any]],
+    selection: Mapping[str, Any],
+    records: Mapping[str, Mapping[str, Any]],
+    seconds: float,
+) -> dict[str, Any]:
+    """The content of report.json. Losses are nats per token, accuracies %, times seconds."""
+    steps = {name: record["seconds"] for name, record in records.items() if name != "report"} | {
+        "report": round(seconds, 3)
+    }
+    return {
+        "format_version": FORMAT_VERSION,
+        "seq_length": run.eval.seq_length,
+        "length_multiples": list(run.eval.length_multiples),
+        "train_seq_length": run.distill.seq_length,
+        "attn_logits_scaling": run.export.attn_logits_scaling,
+        "rows": [dict(row) for row in rows],
+        "attention_layers": list(selection["attention_layers"]),
+        "mixer_types": list(selection["mixer_types"]),
+        "teacher_probe_loss": records.get("probe", {}).get("teacher_loss"),
+        "step_seconds": steps,
+        "seconds": round(sum(steps.values()), 3),
+        "software": software(),
+    }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Row:
+    """One model in report.json."""
+
+    model: str
+    heldout_loss: float
+    recall: dict[Annotated[str, Field(pattern="^[1-9][0-9]{0,5}$")], float]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Report:
+    """What is shown and drawn of report.json."""
+
+    rows: Annotated[list[_Row], Field(min_length=1)]
+    seq_length: Annotated[int, Field(gt=0, le=1 << 40)]
+    attention_layers: list[int]
+    seconds: float
+    train_seq_length: Annotated[int, Field(gt=0, le=1 << 40)] | None = None
+
+
+def read_report(folder: RunFolder) -> dict[str, Any]:
+    """The content of report.json. DataError when it is damaged."""
+    content = read_object(_REPORT, folder.report_file)
+    rows = typed(_REPORT, folder.report_file, content, _Report).rows
+    if any(row.recall.keys() != rows[0].recall.keys() for row in rows):
+        _REPORT.refuse(folder.report_file, "its rows have different context lengths")
+    return content
+
+
+def row_line(row: Mapping[str, Any]) -> str:
+    """One row as a line for the log."""
+    recall = ", ".join(f"{multiple}x {value:.1f}" for multiple, value in row["recall"].items())
+    return f"{row['model']}: held-out loss {row['heldout_loss']:.4f}, recall in %: {recall}"
+
+
+def draw_report(folder: RunFolder) -> None:
+    """Draw report.json as report.png."""
+    from megatron_hypenet.eval.plots import report
+
+    report(read_report(folder), folder.report_plot)
+
+
+def draw_importance(folder: RunFolder, selection: Selection) -> None:
+    """Draw the importances of all layers as importance.png."""
+    from megatron_hypenet.eval.plots import importance
+
+    importance(selection.importance, selection.attention_layers, folder.importance_plot)

@@ -1,0 +1,472 @@
+"""The folder of one run: where everything lies, which steps are done, and whether a configuration
+may continue in it.
+
+    runs/NAME/  config.yaml  manifest.json  logs/  tb/  data/  teacher/  align/
+                selection/{scores.json,mixers.json,importance.png}
+                assembled/  distill/  finetune/  export/  report/{report.json,report.png}
+
+A step is done when manifest.json records it with the fingerprint of its present inputs and its
+result is still there. The record is written after the result, so a step that was interrupted is run
+again (and its training continues from its newest checkpoint).
+
+A newer version may know more settings than the one that began a run. Such a setting counts as set
+to its default there: left at that, the run continues and no step is done again, because
+manifest.json lists it as added later and fingerprints leave it out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import functools
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from megatron_hypenet import ownership
+from megatron_hypenet.atomic_files import is_temporary, sweep, write_json, write_text
+from megatron_hypenet.checkpoint import format as fmt
+from megatron_hypenet.config.loader import completed, dump_config, read_stored
+from megatron_hypenet.config.schema import STAGES, RunConfig
+from megatron_hypenet.errors import ConfigError, DataError, UsageError
+from megatron_hypenet.supervision.request_files import stop_file
+from megatron_hypenet.untrusted.files import FileKind
+from megatron_hypenet.untrusted.json_text import read_object, typed
+
+_MANIFEST = FileKind(error=DataError, advice="delete it to run every step again")
+
+MAY_CHANGE = (
+    "output_dir",
+    "parallel.*",
+    "device",
+    "*.micro_batch_size",
+    "*.log_interval",
+    "*.save_interval",
+    "*.eval_interval",
+    "*.vocab_chunk_tokens",
+    "*.batch_size",
+    "*.cuda_graphs",
+    "*.recompute",
+    "checkpoint.*",
+    "guard.max_skipped_steps",
+    "guard.hang_timeout_seconds",
+)
+"""Settings that may differ when a run continues: they change where and how fast, not what is
+computed (up to rounding)."""
+
+"""Name of the file by which a person stops a run; in the run folder, or in the folder of one
+training stage."""
+
+_SAMPLE_BYTES = 1 << 20
+_OWN_FOLDERS = (
+    "teacher",
+    "data",
+    *STAGES,
+    "selection",
+    "assembled",
+    "export",
+    "report",
+    "logs",
+    "tb",
+    "heartbeat",
+    "errors",
+)
+_OWN_FILES = (
+    "config.yaml",
+    "manifest.json",
+    "jobs.json",
+    "timing.json",
+    "job.sbatch",
+    *(f"job_{part}.sbatch" for part in (*STAGES, "finish")),
+)
+"""What a run writes in its folder; whatever else lies there is somebody's own."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """Paths of one run folder and the record of its finished steps."""
+
+    root: Path
+
+    @property
+    def config_file(self) -> Path:
+        """The resolved configuration."""
+        return self.root / "config.yaml"
+
+    @property
+    def manifest_file(self) -> Path:
+        """Record of finished steps and of the software that ran them."""
+        return self.root / "manifest.json"
+
+    @property
+    def tensorboard(self) -> Path:
+        """TensorBoard event files of all stages."""
+        return self.root / "tb"
+
+    @property
+    def teacher(self) -> Path:
+        """The imported teacher."""
+        return self.root / "teacher"
+
+    @property
+    def data(self) -> Path:
+        """Token files made of the text."""
+        return self.root / "data"
+
+    @property
+    def log_file(self) -> Path:
+        """Everything that was said on the screen, with time stamps."""
+        return self.root / "logs" / "hypenet.log"
+
+    @property
+    def scores_file(self) -> Path:
+        """Per-layer scores of the selection sweep."""
+        return self.root / "selection" / "scores.json"
+
+    @property
+    def mixers_file(self) -> Path:
+        """The chosen mixer of every layer."""
+        return self.root / "selection" / "mixers.json"
+
+    @property
+    def importance_plot(self) -> Path:
+        """Bar chart of the importances."""
+        return self.root / "selection" / "importance.png"
+
+    @property
+    def assembled(self) -> Path:
+        """The student before stage 2."""
+        return self.root / "assembled"
+
+    @property
+    def export(self) -> Path:
+        """The finished Hugging Face folder."""
+        return self.root / "export"
+
+    @property
+    def report_file(self) -> Path:
+        """Numbers of the report."""
+        return self.root / "report" / "report.json"
+
+    @property
+    def report_plot(self) -> Path:
+        """Figure of the report."""
+        return self.root / "report" / "report.png"
+
+    def stage(self, name: str) -> Path:
+        """Checkpoints of training stage `name`."""
+        return self.root / name
+
+    def refuse_stop(self) -> None:
+        """UsageError when a STOP file is there: for the start of a command, before it does
+        anything."""
+        if (stop := stop_file([self.root, *map(self.stage, STAGES)])) is not None:
+            raise UsageError(
+                f"{stop} asks for a stop, and it was there before this command; "
+                "delete it to start or continue the run"
+            )
+
+    @contextmanager
+    def owned(self) -> Iterator[None]:
+        """Own the folder for the block, which may then write into it; made if it is missing. What
+        killed processes left is removed.
+
+        Raises UsageError when the folder holds something that is no run, and when another process
+        owns it (ownership.py).
+        """
+        for place in (self.root, *self.root.parents):
+            if place.exists() and not place.is_dir():
+                raise UsageError(
+                    f"output_dir={self.root}: {place} is a file, not a folder; "
+                    "choose another output_dir"
+                )
+        if not self.config_file.is_file() and not all(map(is_temporary, self._content())):
+            raise UsageError(
+                f"{self.root} is not empty and is not a run folder (it has no config.yaml); "
+                "choose another output_dir"
+            )
+        self.root.mkdir(parents=True, exist_ok=True)
+        try:
+            # `submit` still owns the folder while the first of its jobs may start already
+            patience = 60.0 if "SLURM_JOB_ID" in os.environ else 1.0
+            with ownership.owning(self.root, inside=True, patience_seconds=patience):
+                # before the sweep: a save that was finished but for its name gets it
+                for stage in STAGES:
+                    fmt.remove_stale(self.stage(stage) / fmt.CHECKPOINTS)
+                sweep(self.root, names=(*_OWN_FOLDERS, *_OWN_FILES))
+                for name in _OWN_FOLDERS:
+                    sweep(self.root / name)
+                yield
+        finally:
+            with contextlib.suppress(OSError):
+                self.root.rmdir()  # if it is still empty
+
+    def prepare(self, run: RunConfig, *, overwrite: bool = False) -> None:
+        """Make the folder, which this process owns, ready for `run`, or check that `run` may
+        continue in it; writes config.yaml.
+
+        Raises ConfigError that names the differing settings.
+        """
+        if overwrite:
+            for entry in self._content():
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry)
+                else:
+                    entry.unlink()
+        else:
+            self.check_same(run)
+        if added := self.added_settings(run):  # before config.yaml has them, too
+            write_json(
+                self.manifest_file,
+                {**self._manifest(), "format_version": 1, "added_settings": sorted(added)},
+            )
+        write_text(self.config_file, dump_config(run))
+
+    def _content(self) -> list[Path]:
+        """What the folder holds beside the name of its owner."""
+        return (
+            [entry for entry in self.root.iterdir() if entry.name != ownership.FILE]
+            if self.root.is_dir()
+            else []
+        )
+
+    def check_same(self, run: RunConfig) -> None:
+        """ConfigError unless `run` has the stored settings, those in MAY_CHANGE aside; does nothing
+        for a new folder."""
+        stored = self._stored_settings()
+        if stored is None:
+            return
+        present = run.model_dump(mode="json")
+        gone = removed(stored, present)
+        if gone:
+            software = self._manifest().get("software", {})
+            raise ConfigError(
+                f"{self.root} holds a run with settings that this version of hypenet does not "
+                "have:\n  - "
+                + "\n  - ".join(gone)
+                + f"\nContinue it with the version that it was run with ({_named(software)}), "
+                "use another output_dir, or --overwrite to "
+                "delete it and start again."
+            )
+        differing = difference(completed(stored), present)
+        if differing:
+            raise ConfigError(
+                f"{self.root} holds a run with other settings:\n  - "
+                + "\n  - ".join(differing)
+                + "\nUse another output_dir, restore these settings to continue that run, "
+                "or --overwrite to delete it and start again."
+            )
+
+    def added_settings(self, run: RunConfig) -> frozenset[str]:
+        """The settings of `run`, by dotted key, that the version which began the run in this folder
+        did not have; none in a new folder."""
+        noted = frozenset(self._manifest().get("added_settings", ()))
+        stored = self._stored_settings()
+        return (
+            noted
+            if stored is None
+            else noted | (settled(run.model_dump(mode="json")).keys() - _flat(stored).keys())
+        )
+
+    def _stored_settings(self) -> Mapping[str, Any] | None:
+        """What config.yaml holds; None when there is none."""
+        if not self.config_file.is_file():
+            return None
+        try:
+            return read_stored(self.config_file)
+        except ConfigError as error:
+            raise ConfigError(
+                f"{error}; use another output_dir, or --overwrite to start again"
+            ) from None
+
+    def records(self) -> dict[str, dict[str, Any]]:
+        """The finished steps by name: fingerprint, seconds, finished, and what the step
+        reported."""
+        return dict(self._manifest().get("steps", {}))
+
+    def is_done(self, step: str, fingerprint: str, results: Iterable[Path]) -> bool:
+        """Whether `step` finished with these inputs and all its results are still there."""
+        record = self.records().get(step)
+        return (
+            record is not None
+            and record.get("fingerprint") == fingerprint
+            and all(path.exists() for path in results)
+        )
+
+    def record(
+        self,
+        step: str,
+        fingerprint: str,
+        *,
+        seconds: float,
+        software: Mapping[str, Any],
+        **details: Any,
+    ) -> None:
+        """Note that `step` is done; `software` says which versions ran it."""
+        manifest = self._manifest()
+        steps = dict(manifest.get("steps", {}))
+        finished = datetime.now(UTC).isoformat(timespec="seconds")
+        steps[step] = {
+            "fingerprint": fingerprint,
+            "seconds": round(seconds, 3),
+            "finished": finished,
+            **details,
+        }
+        write_json(
+            self.manifest_file,
+            {**manifest, "format_version": 1, "software": dict(software), "steps": steps},
+        )
+
+    def begin(self, step: str, fingerprint: str) -> None:
+        """Note that `step` was started with these inputs, so that another attempt with the same
+        ones may continue it."""
+        manifest = self._manifest()
+        steps = {name: record for name, record in manifest.get("steps", {}).items() if name != step}
+        started = {**manifest.get("started", {}), step: fingerprint}
+        write_json(
+            self.manifest_file,
+            {**manifest, "format_version": 1, "started": started, "steps": steps},
+        )
+
+    def started(self, step: str) -> str | None:
+        """Fingerprint with which `step` was last started; None when it never was."""
+        fingerprint: str | None = self._manifest().get("started", {}).get(step)
+        return fingerprint
+
+    def _manifest(self) -> dict[str, Any]:
+        if not self.manifest_file.exists():
+            return {}
+        manifest = read_object(_MANIFEST, self.manifest_file)
+        typed(_MANIFEST, self.manifest_file, manifest, _Manifest)
+        return manifest
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Step:
+    """What the record of a finished step has; a step may add its own."""
+
+    fingerprint: str
+    seconds: float
+    finished: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Software:
+    """Which code and libraries ran a step."""
+
+    versions: dict[str, str] = field(default_factory=dict)
+    git_commit: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Manifest:
+    """The form of the run's manifest."""
+
+    steps: dict[str, _Step] = field(default_factory=dict)
+    started: dict[str, str] = field(default_factory=dict)
+    added_settings: list[str] = field(default_factory=list)
+    software: _Software = field(default_factory=_Software)
+
+
+def difference(stored: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
+    """`key: stored -> present` for every setting that differs and is not in MAY_CHANGE, by dotted
+    key."""
+    old, new = _flat(stored), _flat(present)
+    keys = [key for key in {**old, **new} if old.get(key) != new.get(key) and not _may_change(key)]
+    return [f"{key}: {_shown(old, key)} there, {_shown(new, key)} now" for key in keys]
+
+
+def removed(stored: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
+    """`key: stored` for every stored setting that decides a result and that `present`, which has
+    every setting there is, lacks."""
+    old, new = settled(stored), _flat(present)
+    return [f"{key}: {value!r}" for key, value in old.items() if key not in new]
+
+
+def settled(settings: Mapping[str, Any], *, without: Collection[str] = ()) -> dict[str, Any]:
+    """The settings that decide a result, by dotted key: all but those in MAY_CHANGE and in
+    `without`."""
+    return {
+        key: value
+        for key, value in _flat(settings).items()
+        if not _may_change(key) and key not in without
+    }
+
+
+def fingerprint_of(payload: Mapping[str, Any]) -> str:
+    """Hash of a JSON-able description of a step's inputs."""
+    return hashlib.sha256(json.dumps(payload, sort_keys=True, default=str).encode()).hexdigest()[
+        :24
+    ]
+
+
+def files_identity(path: Path) -> list[list[Any]]:
+    """What a file, or the files of a folder, are by content: name, size, hash of the first and last
+    MiB. Cheap for large weights."""
+    files = (
+        sorted(entry for entry in path.rglob("*") if entry.is_file())
+        if path.is_dir()
+        else [path]
+        if path.is_file()
+        else []
+    )
+    base = path if path.is_dir() else path.parent
+    return [
+        [file.relative_to(base).as_posix(), file.stat().st_size, _sampled_hash(file)]
+        for file in files
+    ]
+
+
+def _sampled_hash(file: Path) -> str:
+    status = file.stat()
+    return _sampled_hash_of(
+        file, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    )
+
+
+# a run asks for its teacher's before every step; a file that changes has another state
+@functools.cache
+def _sampled_hash_of(file: Path, _inode: int, size: int, _modified: int, _changed: int) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        digest.update(stream.read(_SAMPLE_BYTES))
+        stream.seek(max(0, size - _SAMPLE_BYTES))
+        digest.update(stream.read(_SAMPLE_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        return {prefix: list(value) if isinstance(value, tuple) else value}
+    return {
+        key: leaf
+        for name, inner in value.items()
+        for key, leaf in _flat(inner, f"{prefix}.{name}" if prefix else str(name)).items()
+    }
+
+
+def _may_change(key: str) -> bool:
+    return any(fnmatch.fnmatch(key, rule) for rule in MAY_CHANGE)
+
+
+def _named(software: Mapping[str, Any]) -> str:
+    """The version and commit in a record of `software`, as far as it has them."""
+    version = software.get("versions", {}).get("megatron-hypenet")
+    commit = software.get("git_commit")
+    return (
+        ", ".join(
+            filter(None, (version and f"megatron-hypenet {version}", commit and f"commit {commit}"))
+        )
+        or "which is not recorded"
+    )
+
+
+def _shown(flat: Mapping[str, Any], key: str) -> str:
+    return repr(flat[key]) if key in flat else "not set"

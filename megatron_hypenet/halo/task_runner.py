@@ -1,0 +1,245 @@
+"""Steps that remember: each runs once for the same inputs, and starting a run again continues it
+where it stopped.
+
+What the steps of HALO are is in actions.py; here is only when a step has to be done, in which
+order, and by which process.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_hypenet.checkpoint.manifest import (
+    WEIGHTS_PARTS,
+    git_commit,
+    library_versions,
+    verify_files,
+)
+from megatron_hypenet.config.schema import RunConfig
+from megatron_hypenet.errors import CheckpointError, DataError
+from megatron_hypenet.halo.run_folder import RunFolder, files_identity, fingerprint_of, settled
+from megatron_hypenet.supervision.heartbeat import PULSE
+from megatron_hypenet.untrusted import json_text
+from megatron_hypenet.untrusted.files import FileKind
+
+_RESULT = FileKind(error=DataError, advice="delete it to make it again")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """One step of a run: what it reads, what it leaves, and how it is done."""
+
+    name: str
+    does: str
+    """A few words for the plan and the progress line."""
+    after: tuple[str, ...]
+    """Steps whose results it reads."""
+    settings: tuple[str, ...]
+    """Sections of the run configuration that shape its result."""
+    results: tuple[Path, ...]
+    """What must exist once it is done."""
+    action: Callable[[], dict[str, Any]]
+    """Does the work; what it returns is recorded beside the step."""
+    inputs: Callable[[], Any] = field(default=lambda: None)
+    """Content of files outside the run's own steps, for the fingerprint."""
+    alone: bool = False
+    """Done by the first process only, while the others wait."""
+    checkpoint: Callable[[], Path | None] | None = None
+    """Gives the checkpoint that the step leaves, None when it is not there whole; for steps that
+    leave one."""
+
+
+class Runner:
+    """Runs steps in order inside a run folder, remembering which are done."""
+
+    def __init__(
+        self,
+        run: RunConfig,
+        folder: RunFolder,
+        steps: Sequence[Step],
+        *,
+        is_main: bool = True,
+        barrier: Callable[[], None] = lambda: None,
+        announce: Callable[[str, str], None] = lambda step, what: None,
+        may_start: Callable[[str], None] = lambda step: None,
+        decided: Callable[[Callable[[], Any]], Any] = lambda decide: decide(),
+        verify: Callable[[Path], Any] = lambda checkpoint: verify_files(
+            checkpoint, hashes=True, parts=WEIGHTS_PARTS
+        ),
+    ) -> None:
+        """Callbacks, which all processes call in the same order:
+
+        - `announce(step, what)` hears of every step: "skipped", "starts" or "done in 12.3 s".
+        - `may_start(step)` comes before a step that has work to do, and ends the run there by
+          raising.
+        - `decided(decide)` gives what `decide` returns on the first process.
+        - `verify(checkpoint)` compares the weights of a finished step with their hashes.
+          CheckpointError.
+        """
+        self.run = run
+        self.folder = folder
+        self.steps = {step.name: step for step in steps}
+        self.is_main = is_main
+        self.barrier = barrier
+        self.announce = announce
+        self.may_start = may_start
+        self.decided = decided
+        self.verify = verify
+        self.added = folder.added_settings(run)
+        self.settings = run.model_dump(mode="json")
+
+    def fingerprint(self, name: str) -> str:
+        """Hash of everything that decides the result of step `name`, its predecessors included, as
+        they are now."""
+        found: dict[str, str] = {}  # every predecessor once, on however many ways it is one
+        for before, step in self.steps.items():
+            if before in self._needed_for(name):
+                found[before] = fingerprint_of(
+                    {
+                        "step": before,
+                        "settings": settled(
+                            {section: self.settings[section] for section in step.settings},
+                            without=self.added,
+                        ),
+                        "inputs": step.inputs(),
+                        "after": [found[earlier] for earlier in step.after],
+                    }
+                )
+        return found[name]
+
+    def is_done(self, name: str) -> bool:
+        """Whether step `name` needs no work: it finished with the present inputs, and what it left
+        is there, a checkpoint whole."""
+        return self._is_done(name, self.fingerprint(name))
+
+    def _is_done(self, name: str, fingerprint: str) -> bool:
+        step = self.steps[name]
+        return self.folder.is_done(name, fingerprint, step.results) and (
+            step.checkpoint is None or step.checkpoint() is not None
+        )
+
+    def run_through(self, last: str) -> None:
+        """Do every step up to and including `last` that `last` depends on and that is not done."""
+        wanted = self._needed_for(last)
+        for name in self.steps:
+            if name in wanted:
+                self.run_step(name)
+
+    def run_all(self) -> None:
+        """Do every step that is not done."""
+        for name in self.steps:
+            self.run_step(name)
+
+    def run_step(self, name: str) -> None:
+        """Do one step unless it is done; an earlier attempt with other inputs is cleared away, one
+        with the same is continued."""
+        step = self.steps[name]
+
+        def decide() -> tuple[str, bool, Path | None]:
+            fingerprint = self.fingerprint(name)
+            done = self._is_done(name, fingerprint)
+            return (
+                fingerprint,
+                done,
+                step.checkpoint() if done and step.checkpoint is not None else None,
+            )
+
+        fingerprint, done, checkpoint = self.decided(decide)
+        if done:
+            if checkpoint is not None:
+                self.verify(checkpoint)
+            self.announce(name, "skipped")
+            return
+        self.may_start(name)
+        if self.is_main:
+            if self.folder.started(name) != fingerprint:
+                for result in step.results:
+                    remove(result)
+            self.folder.begin(name, fingerprint)
+        self.barrier()
+        self.announce(name, "starts")
+        PULSE.begin(name)
+        if step.alone:
+            PULSE.note("alone" if self.is_main else "waiting")
+        start = time.monotonic()
+        details = step.action() if self.is_main or not step.alone else {}
+        self.barrier()
+        seconds = time.monotonic() - start
+        if self.is_main:
+            missing = [str(path) for path in step.results if not path.exists()]
+            if missing:
+                raise CheckpointError(
+                    f"step {name} ended without {', '.join(missing)}; start the same command again"
+                )
+            if step.checkpoint is not None and step.checkpoint() is None:
+                raise CheckpointError(
+                    f"step {name} ended without a whole checkpoint in {step.results[0]}; "
+                    "start the same command again"
+                )
+            self.folder.record(name, fingerprint, seconds=seconds, software=software(), **details)
+        self.barrier()
+        self.announce(name, f"done in {seconds:.1f} s")
+
+    def plan(self) -> list[dict[str, Any]]:
+        """Every step with its state, for --dry-run; touches nothing. Inputs that a step has yet to
+        make count as not done."""
+        rows = []
+        ready = True
+        for name, step in self.steps.items():
+            ready = ready and self._is_done_quietly(name)
+            rows.append(
+                {
+                    "step": name,
+                    "does": step.does,
+                    "state": "done" if ready else "to do",
+                    "results": [str(p) for p in step.results],
+                }
+            )
+        return rows
+
+    def _is_done_quietly(self, name: str) -> bool:
+        try:
+            return self.is_done(name)
+        except (CheckpointError, DataError, OSError):
+            return False
+
+    def _needed_for(self, last: str) -> set[str]:
+        needed = {last}
+        for name in reversed(self.steps):
+            if name in needed:
+                needed.update(self.steps[name].after)
+        return needed
+
+
+def software() -> dict[str, Any]:
+    """Which code and libraries ran a step."""
+    return {"versions": library_versions(), "git_commit": git_commit()}
+
+
+def remove(path: Path) -> None:
+    """Delete a result, file or folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def identity_of(paths: Sequence[Path]) -> list[Any]:
+    """What the given files and folders are, by content; DataError names one that does not exist."""
+    for path in paths:
+        # a prepared prefix names two files, PREFIX.bin and PREFIX.idx
+        if not path.exists() and not path.with_name(path.name + ".bin").exists():
+            raise DataError(f"{path} does not exist; correct the path in the configuration")
+    return [
+        files_identity(path) or files_identity(path.with_name(path.name + ".bin")) for path in paths
+    ]
+
+
+def read_json(path: Path) -> Any:
+    """Decoded JSON of a file of the run folder; DataError when it is damaged."""
+    return json_text.read_json(_RESULT, path)

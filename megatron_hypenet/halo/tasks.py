@@ -1,0 +1,164 @@
+"""HALO in order: teacher -> alignment -> layer selection -> assembly -> distillation -> finetuning
+-> export -> report.
+
+The table alone, without what the steps do (actions.py): a command that only plans a run, or starts
+processes for it, imports no models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_hypenet.checkpoint import format as fmt
+from megatron_hypenet.checkpoint.find import finished_checkpoint, is_whole
+from megatron_hypenet.config.schema import STAGES, RunConfig
+from megatron_hypenet.errors import CheckpointError, ConfigError
+from megatron_hypenet.halo.run_folder import RunFolder
+from megatron_hypenet.halo.task_runner import Step, identity_of
+
+Action = Callable[[], dict[str, Any]]
+
+STAGE_ALIASES = {"1": "align", "2": "distill", "3": "finetune"}
+"""HALO's stage numbers for the names of the three training stages."""
+
+
+def halo_steps(
+    run: RunConfig, folder: RunFolder, action_of: Callable[[str], Action] | None = None
+) -> list[Step]:
+    """All steps of `run` in order; `action_of(name)` does one. Without it they can be planned, not
+    done."""
+
+    def step(
+        name: str,
+        does: str,
+        after: tuple[str, ...],
+        settings: tuple[str, ...],
+        results: tuple[Path, ...],
+        inputs: Callable[[], Any] = lambda: None,
+        alone: bool = False,
+    ) -> Step:
+        action = action_of(name) if action_of is not None else _only_planned
+        return Step(
+            name=name,
+            does=does,
+            after=after,
+            settings=settings,
+            results=results,
+            action=action,
+            inputs=inputs,
+            alone=alone,
+            checkpoint=checkpoint_of(run, folder, name),
+        )
+
+    training = ("data", "seed", "precision")
+    after_text = ("teacher", "data")
+    align, distill, finetune = (folder.stage(name) for name in ("align", "distill", "finetune"))
+    chosen = (folder.scores_file, folder.mixers_file)
+    reported = (folder.report_file, folder.report_plot)
+    texts = [*run.data.train, *([run.data.heldout] if run.data.heldout else [])]
+    return [
+        step(
+            "teacher",
+            "import the teacher",
+            (),
+            (),
+            (folder.teacher,),
+            lambda: identity_of([run.teacher]),
+            alone=True,
+        ),
+        step(
+            "data",
+            "tokenize the text",
+            ("teacher",),
+            ("data",),
+            (folder.data,),
+            lambda: identity_of(texts),
+            alone=True,
+        ),
+        step(
+            "probe", "check that the teacher predicts text", after_text, ("guard", "precision"), ()
+        ),
+        step(
+            "align",
+            "stage 1: align an RNN mixer per layer",
+            ("probe",),
+            ("align", *training),
+            (align,),
+        ),
+        step("select", "score and rank the layers", ("align",), ("select",), chosen),
+        step(
+            "assemble",
+            "assemble the student",
+            ("align", "select"),
+            ("seed",),
+            (folder.assembled,),
+            lambda: identity_of([folder.mixers_file]),
+            alone=True,
+        ),
+        step(
+            "distill",
+            "stage 2: distil from the teacher",
+            ("assemble",),
+            ("distill", *training),
+            (distill,),
+        ),
+        step(
+            "finetune",
+            "stage 3: finetune on long sequences",
+            ("distill",),
+            ("finetune", *training),
+            (finetune,),
+        ),
+        step(
+            "export",
+            "export to Hugging Face format",
+            ("finetune",),
+            ("export",),
+            (folder.export,),
+            alone=True,
+        ),
+        step("report", "evaluate and report", ("finetune", "select"), ("eval", "export"), reported),
+    ]
+
+
+def checkpoint_of(run: RunConfig, folder: RunFolder, name: str) -> Callable[[], Path | None] | None:
+    """Where the checkpoint lies that step `name` leaves: a function that gives its folder, or None
+    when it is not there whole.
+
+    None for a step that leaves no checkpoint.
+    """
+    if name in STAGES:
+        return lambda: finished_checkpoint(folder.stage(name), run.stage(name).train_iters)
+    place = {"teacher": folder.teacher, "assemble": folder.assembled}.get(name)
+    return None if place is None else lambda: place if is_whole(place) else None
+
+
+def required_checkpoint(run: RunConfig, folder: RunFolder, name: str) -> Path:
+    """The checkpoint that the finished step `name` left. CheckpointError when it is missing or not
+    whole: an older one would not do."""
+    find = checkpoint_of(run, folder, name)
+    assert find is not None, f"{name} leaves no checkpoint"
+    found = find()
+    if found is None:
+        place = folder.stage(name) / fmt.CHECKPOINTS if name in STAGES else folder.root
+        raise CheckpointError(
+            f"the result of step {name} is missing or damaged in {place}; "
+            f"`hypenet run {folder.config_file}` makes it again"
+        )
+    return found
+
+
+def _only_planned() -> dict[str, Any]:
+    raise AssertionError("these steps were made for a plan")
+
+
+def stage_name(word: str) -> str:
+    """The training stage meant by a name or by HALO's number; ConfigError lists the choices."""
+    name = STAGE_ALIASES.get(word, word)
+    if name not in STAGE_ALIASES.values():
+        raise ConfigError(
+            f"--stage {word}: unknown stage; use align, distill or finetune (or 1, 2, 3)"
+        )
+    return name

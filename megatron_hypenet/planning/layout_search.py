@@ -1,0 +1,141 @@
+"""Layouts whose training stages fit a GPU's memory, the ones that should be fastest first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from megatron_hypenet.config.checks import layout_problems
+from megatron_hypenet.config.layout import (
+    CONTEXT,
+    OFFLOAD,
+    PIPELINE,
+    PIPELINE_LAYOUT,
+    SEQUENCE,
+    TENSOR,
+    ZERO,
+    Change,
+    Layout,
+)
+from megatron_hypenet.config.mixers import MixerSpec
+from megatron_hypenet.config.mixers.softmax_attn import ATTENTION
+from megatron_hypenet.config.model import ModelConfig
+from megatron_hypenet.planning.memory import StageMemory, stage_memory
+
+SIZES = (1, 2, 4, 8)
+"""Of tensor, pipeline and context parallelism that are looked at."""
+RECOMPUTE = ("none", "selective", "full")
+RECOMPUTING = ("distill.recompute", "finetune.recompute")
+
+
+@dataclass(frozen=True, slots=True)
+class StageNeed:
+    """What one training stage needs on the pipeline stage where it needs most."""
+
+    stage: str
+    pipeline_stage: int
+    memory: StageMemory
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """A layout that fits, as settings, with the need of its fullest training stage."""
+
+    change: Change
+    fullest: StageNeed
+
+
+def teacher_and_student(shape: ModelConfig, spec: MixerSpec) -> tuple[ModelConfig, ModelConfig]:
+    """Both models of a run from the shape of one of them. Which layers will keep softmax attention
+    matters little: from a teacher's shape, every fourth, with the RNN mixer `spec` in the
+    others."""
+    everywhere = (ATTENTION,) * shape.num_layers
+    teacher = shape.replace(
+        mixer_types=everywhere, mixers={}, attn_use_rope=True, attn_use_output_gate=False
+    )
+    if not shape.is_teacher:
+        return teacher, shape
+    kinds = (ATTENTION if layer % 4 == 3 else spec.name for layer in range(shape.num_layers))
+    return teacher, teacher.with_mixers(kinds, (spec,))
+
+
+def needs(layout: Layout) -> list[StageNeed]:
+    """Need of each training stage of a valid layout with a model."""
+    assert layout.model is not None and layout.dp_size is not None, (
+        "asked for valid layouts of a known model"
+    )
+    spec = layout.run.align.spec
+    teacher, student = teacher_and_student(layout.model, spec)
+    found = []
+    for name in layout.stages:
+        trained = teacher.converted(spec) if name == "align" else student
+        parts = stage_memory(
+            name,
+            teacher,
+            trained,
+            layout.run.stage(name),
+            layout.parallel,
+            data_ranks=layout.dp_size,
+        )
+        index = max(range(len(parts)), key=lambda at: parts[at].needed)
+        found.append(StageNeed(name, index, parts[index]))
+    return found
+
+
+def fullest(found: Sequence[StageNeed]) -> StageNeed:
+    """The one that needs most."""
+    return max(found, key=lambda need: need.memory.needed)
+
+
+def fits(layout: Layout, gpu_bytes: float) -> list[Fit]:
+    """Every layout on these processes that obeys the rules and fits, fastest first as far as that
+    can be said without running it: little model parallelism, then little computed again, then
+    little ZeRO."""
+    found = []
+    for change in _candidates(layout):
+        changed = layout.changed(change)
+        if layout_problems(changed):
+            continue
+        need = fullest(needs(changed))
+        if need.memory.needed <= gpu_bytes:
+            found.append(Fit(change, need))
+    return sorted(found, key=lambda fit: _cost(layout.changed(fit.change)))
+
+
+def _candidates(layout: Layout) -> Iterator[Change]:
+    processes = layout.processes
+    for tensor, pipeline, context in product(SIZES, repeat=3):
+        if processes % (tensor * pipeline * context):
+            continue
+        for zero, recompute in product((1, 2, 3), RECOMPUTE):
+            if zero > 1 and pipeline > 1:
+                continue
+            yield {
+                TENSOR: tensor,
+                PIPELINE: pipeline,
+                CONTEXT: context,
+                SEQUENCE: tensor > 1,
+                PIPELINE_LAYOUT: None,
+                ZERO: zero,
+                OFFLOAD: False,
+                **dict.fromkeys(RECOMPUTING, recompute),
+            }
+
+
+def _cost(layout: Layout) -> tuple[int, ...]:
+    parallel = layout.parallel
+    recompute = RECOMPUTE.index(layout.run.finetune.recompute)
+    full = recompute == len(RECOMPUTE) - 1  # a third more work
+    sizes = (
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.context_parallel_size,
+    )
+    return (
+        full + parallel.model_parallel_size,
+        parallel.zero_stage == 3,
+        recompute,
+        parallel.zero_stage,
+        *sizes,
+    )

@@ -1,0 +1,344 @@
+"""The fault that ended a process of a run: written down where people and `hypenet logs` find it,
+and told apart from its echoes.
+
+When one process fails, the others lose a partner in the middle of a collective and fail as well,
+with texts such as "Connection closed by peer". The process that failed by itself is the one to
+read. Each leaves <run folder>/errors/rank_00000.json:
+
+    life                          start of the run it belongs to, as in heartbeat/
+    time, host, rank              when (seconds since 1970) and where
+    stage, phase, iteration       what the process was doing; iteration are finished steps
+    type, error, traceback, code  the fault, and the exit code it leads to
+    echo                          true when it only tells of another process's end
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_hypenet.atomic_files import write_text
+from megatron_hypenet.config.schema import GuardConfig
+from megatron_hypenet.errors import (
+    DataError,
+    HangError,
+    HypenetError,
+    LayoutError,
+    PeerError,
+    SavedAndRequeue,
+    SetupError,
+    is_disk_full,
+)
+from megatron_hypenet.parallel import groups
+from megatron_hypenet.parallel.agreement import from_first
+from megatron_hypenet.supervision import heartbeat
+from megatron_hypenet.supervision.hang_watchdog import HangWatch, suspects
+from megatron_hypenet.supervision.heartbeat import PULSE, Beat, Writer
+from megatron_hypenet.untrusted.files import FileKind
+from megatron_hypenet.untrusted.json_text import read_object, typed
+
+FOLDER = "errors"
+
+_LOST_PEER = re.compile(
+    r"Connection (closed|reset|refused)|Broken pipe|remote process exited|ncclRemoteError"
+    r"|NCCL communicator was aborted|(recv|send)(Value|Bytes|Vector).*fail|failed to (recv|send)",
+    re.IGNORECASE,
+)
+"""What gloo, NCCL and torch's store say when a partner is gone."""
+_TIMED_OUT = re.compile(
+    r"Timed out waiting|Watchdog caught collective operation timeout"
+    r"|(wait|operation|barrier|Socket).{0,40} time(d )?out",
+    re.IGNORECASE,
+)
+
+_SECONDS_FOR_THE_CAUSE = 3.0
+"""How long an echo waits for the process that really failed to write down why."""
+_SECONDS_TO_LEAVE = 90.0
+
+
+def lost_peer(fault: BaseException) -> bool:
+    """Whether a library says that another process is gone."""
+    return (
+        isinstance(fault, RuntimeError)
+        and not isinstance(fault, HypenetError)
+        and bool(_LOST_PEER.search(str(fault)))
+    )
+
+
+def timed_out(fault: BaseException) -> bool:
+    """Whether a library gave up waiting for other processes."""
+    return (
+        isinstance(fault, RuntimeError)
+        and not isinstance(fault, HypenetError)
+        and bool(_TIMED_OUT.search(str(fault)))
+    )
+
+
+def code_of(fault: BaseException) -> int:
+    """The exit code that a fault leads to; cli/main.py has the same view."""
+    if isinstance(fault, HypenetError):
+        return fault.exit_code
+    if isinstance(fault, KeyboardInterrupt):
+        return 130
+    return SetupError.exit_code if is_disk_full(fault) else 1
+
+
+_RECORD = FileKind(error=DataError, advice="it is only for people")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Which process of which start of a run this is, and where it writes."""
+
+    root: Path
+    life: str
+    rank: int
+    world_size: int
+
+    @property
+    def errors(self) -> Path:
+        """Folder of the records."""
+        return self.root / FOLDER
+
+    @property
+    def heartbeats(self) -> Path:
+        """Folder of the heartbeats."""
+        return self.root / heartbeat.FOLDER
+
+    def record(self, fault: BaseException) -> None:
+        """Write down what ends this process; the first record stays. A full disk costs the record,
+        not the message."""
+        path = self.errors / f"rank_{self.rank:05d}.json"
+        if _read_record(path, self.life) is not None:
+            return
+        content = {
+            "life": self.life,
+            "time": time.time(),
+            "host": heartbeat.host_name(),
+            "rank": self.rank,
+            "stage": PULSE.stage,
+            "phase": PULSE.phase,
+            "iteration": PULSE.iteration,
+            "train_iters": PULSE.train_iters,
+            "type": type(fault).__name__,
+            "error": f"{fault}"
+            if isinstance(fault, HypenetError)
+            else f"{type(fault).__name__}: {fault}",
+            "code": code_of(fault),
+            "echo": isinstance(fault, PeerError) or lost_peer(fault),
+            "traceback": "".join(traceback.format_exception(fault)),
+        }
+        paths = [path]
+        if (logs := os.environ.get("HYPENET_ATTEMPT_LOGS")) is not None:
+            # beside the logs of a SLURM job, see launchers/slurm.py
+            paths.append(Path(logs, f"rank-{self.rank:04d}.error.json"))
+        for path in paths:
+            with contextlib.suppress(OSError):
+                write_text(path, json.dumps(content, indent=2) + "\n", durable=False)
+
+    def causes(self) -> list[dict[str, Any]]:
+        """The records of this start of the run that are no echoes, the earliest first."""
+        found = [_read_record(path, self.life) for path in sorted(self.errors.glob("rank_*.json"))]
+        return sorted(
+            (record for record in found if record is not None and not record["echo"]),
+            key=lambda record: record["time"],
+        )
+
+
+def _read_record(path: Path, life: str) -> dict[str, Any] | None:
+    try:
+        record = read_object(_RECORD, path)
+        typed(_RECORD, path, record, _Record)
+    except DataError:  # torn, or none
+        return None
+    return record if record["life"] == life else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Record:
+    """What others read of a record."""
+
+    life: str
+    time: float
+    rank: int
+    host: str
+    stage: str
+    phase: str
+    iteration: int
+    train_iters: int
+    type: str
+    error: str
+    code: int
+    echo: bool
+    traceback: str
+
+
+@contextmanager
+def watched(root: Path, guard: GuardConfig) -> Iterator[None]:
+    """Everything one process does for the run in folder `root`: with heartbeat, hang detection, and
+    a record of what ends it. Collective.
+
+    What a library says about a lost or silent partner leaves as PeerError or HangError, with the
+    cause where it is known.
+    """
+    life = from_first(f"{time.time():.3f}-{os.getpid()}")
+    place = Place(root, life, groups.rank(), groups.world_size())
+    interval = min(5.0, guard.hang_timeout_seconds / 4)
+    writer = Writer(
+        place.heartbeats, life=life, rank=place.rank, world_size=place.world_size, interval=interval
+    )
+    watch = HangWatch(writer, guard.hang_timeout_seconds, place.errors, record=place.record)
+    PULSE.note("start")
+    writer.start()
+    watch.start()
+    previous = _Current.place
+    _Current.place = place
+    try:
+        yield
+    except BaseException as fault:
+        told = explained(fault, place)
+        stopped = isinstance(told, SavedAndRequeue)
+        if place.world_size > 1:
+            watch.expect_end(code_of(told), _SECONDS_TO_LEAVE)
+        else:
+            watch.stop()
+        if not stopped:
+            place.record(told)
+        writer.stop("stopped" if stopped else "failed")
+        if told is not fault:
+            raise told from fault
+        raise
+    else:
+        watch.stop()
+        writer.stop("done")
+    finally:
+        _Current.place = previous
+
+
+class _Current:
+    """The place that `watched` has set up."""
+
+    place: Place | None = None
+
+
+def record_now(fault: BaseException) -> None:
+    """Record a fault where it is first seen, before anything is closed; without effect outside
+    `watched`."""
+    if (
+        _Current.place is not None
+        and not isinstance(fault, SavedAndRequeue)
+        and isinstance(fault, Exception | KeyboardInterrupt)
+    ):
+        # those are explained first, which takes a while
+        if not (timed_out(fault) or lost_peer(fault)):
+            _Current.place.record(fault)
+
+
+def out_of_gpu_memory(fault: BaseException) -> LayoutError | None:
+    """What to do about a training stage that does not fit the GPU; None for any other fault."""
+    if not isinstance(fault, torch.OutOfMemoryError):
+        return None
+    stage = PULSE.stage
+    recompute = f"{stage}.recompute=selective or full, " if stage != "align" else ""
+    return LayoutError(
+        f"rank {groups.rank()} on {heartbeat.host_name()} ran out of GPU memory in {_here()}: "
+        f"{_first_line(fault)}\n"
+        f"  less memory take a smaller {stage}.micro_batch_size, {recompute}parallel.zero_stage=2 "
+        "or 3, more tensor or context "
+        "parallelism;\n  `hypenet plan` shows what each part takes and which layouts fit. "
+        "Start the same command with any of these: it "
+        "goes on from the last save"
+    )
+
+
+def explained(fault: BaseException, place: Place) -> BaseException:
+    """`fault` itself, or what it means where it only tells of another process."""
+    if place.world_size == 1:
+        return fault
+    if timed_out(fault):
+        return _hang(fault, place)
+    return _peer(fault, place) if lost_peer(fault) else fault
+
+
+def _hang(fault: BaseException, place: Place) -> HangError:
+    beats, silent = heartbeat.told_apart(
+        lambda: heartbeat.read_all(place.heartbeats, place.life, place.world_size),
+        lambda: time.sleep(_SECONDS_FOR_THE_CAUSE),
+    )
+    lines = suspects(beats, silent, place.world_size)
+    return HangError(
+        "\n  ".join(
+            [f"rank {place.rank} waited in vain in {_here()}: {_first_line(fault)}", *lines]
+        )
+    )
+
+
+def _peer(fault: BaseException, place: Place) -> HypenetError:
+    said = (
+        f"while rank {place.rank} on {heartbeat.host_name()} waited for it in {_here()} "
+        f"({_first_line(fault)})"
+    )
+    deadline = time.monotonic() + _SECONDS_FOR_THE_CAUSE
+    while True:
+        causes = place.causes()
+        beats = heartbeat.read_all(place.heartbeats, place.life, place.world_size)
+        over = time.monotonic() > deadline
+        if causes:
+            first = causes[0]
+            where = heartbeat.position(
+                first["stage"], first["phase"], first["iteration"], first["train_iters"]
+            )
+            return PeerError(
+                f"rank {first['rank']} on {first['host']} failed in {where}: {first['error']}\n"
+                f"  traceback: {place.errors / 'rank_{:05d}.json'.format(first['rank'])}. "
+                f"This process ended {said}"
+            )
+        stopped = [beat for beat in beats.values() if beat.state == "stopped"]
+        if stopped and over:
+            return SavedAndRequeue(
+                f"{stopped[0].who()} left on request {said}; start the same command again to "
+                "continue"
+            )
+        killed = [
+            beat
+            for beat in beats.values()
+            if beat.state == "running" and beat.rank != place.rank and heartbeat.is_dead(beat)
+        ]
+        if killed and (over or not stopped):
+            return PeerError(_killed(killed, said))
+        if over:
+            return PeerError(
+                f"another process of this run ended {said}, and none has written down why. "
+                "A process that the kernel kills (out of memory) "
+                "or whose node dies cannot; see the log of the job and of the other ranks"
+            )
+        time.sleep(0.1)
+
+
+def _killed(killed: list[Beat], said: str) -> str:
+    return (
+        f"{killed[0].who()} was killed, without a word of its own (last heartbeat: "
+        f"{killed[0].where()}), {said}. Out of memory, which the "
+        "kernel's log would say, or somebody ended it"
+    )
+
+
+def _here() -> str:
+    return heartbeat.position(PULSE.stage, PULSE.phase, PULSE.iteration, PULSE.train_iters)
+
+
+def _first_line(fault: BaseException) -> str:
+    text = str(fault).strip().split("\n")[0]
+    # without the library's source file and advice
+    return re.sub(r"^\[[^\]]*\]\s*", "", text).split(". ")[0][:200]

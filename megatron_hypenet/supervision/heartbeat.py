@@ -1,0 +1,286 @@
+"""What every process of a run is doing: noted in memory as it goes, and written by a thread to <run
+folder>/heartbeat/rank_00000.json.
+
+Noting costs a clock reading and talks to nobody. The files are for `hypenet status`, for people,
+and for the report of a hang (hang_watchdog.py). A file is replaced as a whole every few seconds
+while the process lives, and once more as it leaves. Its fields:
+
+    life             names this start of the run: the same on all ranks, another after a restart
+    rank, world_size, host, pid
+    state            running; at the end done, stopped (saved on request), failed or hung
+    time             seconds since 1970 when it was written, by the clock of `host`
+    beats            how often it was written: whoever cannot trust `time` reads twice, and looks
+                     whether this has grown
+    stage, phase     step of HALO, and what of it is being done; see PHASES
+    iteration, train_iters   finished steps of a training stage, and all of them
+    silent_seconds   since the main thread last noted that it got further
+
+While a stage trains, also loss (null after a skipped step), tokens_per_second, eta_seconds,
+skipped_steps, last_save (folder), last_save_time (seconds since 1970), step_seconds,
+evaluate_seconds, save_seconds and grace_seconds (see grace_period.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_hypenet.atomic_files import replacing
+from megatron_hypenet.errors import DataError
+from megatron_hypenet.untrusted.files import FileKind
+from megatron_hypenet.untrusted.json_text import read_object, typed
+
+FOLDER = "heartbeat"
+_KIND = FileKind(
+    error=DataError, advice="it is written again while the process lives", max_bytes=1 << 20
+)
+
+PHASES = {
+    "start": "before the first step of HALO",
+    "waiting": "the first process works alone, the others wait for it",
+    "alone": "the first process works alone: import, tokenizing, assembly, export",
+    "build": "models and optimizer are made",
+    "load": "a checkpoint is read",
+    "data": "the samples of a step are read",
+    "forward-backward": "one micro-batch after the other, with the collectives of model "
+    "parallelism and ZeRO",
+    "reduce": "gradients and loss are summed over the processes",
+    "update": "the norm of all gradients, and the optimizer's step",
+    "evaluate": "a model is measured",
+    "edge": "after a step: the processes agree on requests from outside",
+    "save": "a checkpoint is written",
+}
+"""Phase -> meaning, in the order of a stage."""
+
+_ORDER = {phase: place for place, phase in enumerate(PHASES)}
+
+
+@dataclass
+class Pulse:
+    """What this process does. The main thread writes, others read; every attribute is replaced as a
+    whole."""
+
+    stage: str = ""
+    phase: str = "start"
+    iteration: int = 0
+    train_iters: int = 0
+    begun: int = 0
+    """Stages begun so far: the same on all ranks that are equally far."""
+    warm: bool = False
+    """Whether this process has finished a step of the present stage: from then on nothing is
+    compiled or connected any more."""
+    moved: float = field(default_factory=time.monotonic)
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What else is written of a training stage."""
+
+    def begin(self, stage: str, *, iteration: int = 0, train_iters: int = 0) -> None:
+        """The main thread begins a stage."""
+        self.stage = stage
+        self.iteration = iteration
+        self.train_iters = train_iters
+        self.warm = False
+        self.facts = {}
+        self.begun += 1
+        self.note("build")
+
+    def note(self, phase: str) -> None:
+        """The main thread gets on: it enters `phase`, or begins the next part of it."""
+        self.phase = phase
+        self.moved = time.monotonic()
+
+    @contextmanager
+    def doing(self, phase: str) -> Iterator[None]:
+        """A block that is another phase; a fault in it leaves the phase as it is, for the record of
+        the fault."""
+        before = self.phase
+        self.note(phase)
+        yield
+        self.note(before)
+
+    def finish_step(self, iteration: int, **facts: Any) -> None:
+        """A training step is done."""
+        self.iteration, self.warm, self.facts = iteration, True, {**self.facts, **facts}
+        self.note("edge")
+
+    def silent_seconds(self) -> float:
+        """Since the main thread last noted something."""
+        return time.monotonic() - self.moved
+
+
+PULSE = Pulse()
+"""That of this process."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Beat:
+    """One rank's file, as another process reads it."""
+
+    rank: int
+    host: str
+    pid: int
+    state: str
+    beats: int
+    begun: int
+    stage: str
+    phase: str
+    iteration: int
+    train_iters: int
+    silent_seconds: float
+
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """How far it is; grows as a run proceeds."""
+        return self.begun, self.iteration, _ORDER.get(self.phase, 0)
+
+    def who(self) -> str:
+        """e.g. "rank 3 on node7 (pid 4711)"."""
+        return f"rank {self.rank} on {self.host} (pid {self.pid})"
+
+    def where(self) -> str:
+        """e.g. "iteration 5/100 of distill, forward-backward"."""
+        return position(self.stage, self.phase, self.iteration, self.train_iters)
+
+
+def position(stage: str, phase: str, iteration: int, train_iters: int) -> str:
+    """Where a process is, in words; `iteration` are finished steps."""
+    if not stage:
+        return phase
+    return (
+        f"iteration {min(iteration + 1, train_iters)}/{train_iters} of {stage}, {phase}"
+        if train_iters
+        else f"{stage}, {phase}"
+    )
+
+
+def host_name() -> str:
+    """This machine as SLURM calls it, else as it calls itself."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def file_of(folder: Path, rank: int) -> Path:
+    """The file of `rank` in the heartbeat folder of a run."""
+    return folder / f"rank_{rank:05d}.json"
+
+
+def read_beat(path: Path, life: str) -> Beat | None:
+    """The content of one file; None when it is missing, torn, or of another start of the run."""
+    try:
+        content = read_object(_KIND, path)
+        return typed(_KIND, path, content, Beat) if content.get("life") == life else None
+    except DataError:
+        return None
+
+
+def read_all(folder: Path, life: str, world_size: int) -> dict[int, Beat]:
+    """What the ranks of this start of the run have written, by rank."""
+    found = {rank: read_beat(file_of(folder, rank), life) for rank in range(world_size)}
+    return {rank: beat for rank, beat in found.items() if beat is not None}
+
+
+class Writer:
+    """The thread that writes this process's file. A disk that is full or hangs costs heartbeats and
+    nothing else."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        life: str,
+        rank: int,
+        world_size: int,
+        interval: float,
+        pulse: Pulse = PULSE,
+    ) -> None:
+        self.folder = folder
+        self.life = life
+        self.rank = rank
+        self.world_size = world_size
+        self.interval = interval
+        self.pulse = pulse
+        self.state = "running"
+        self.beats = 0
+        self._stop = threading.Event()
+        self._writing = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+
+    def start(self) -> None:
+        """Write now, and go on in the background."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.write()
+        self._thread.start()
+
+    def stop(self, state: str) -> None:
+        """Write the last file, with the state in which this process leaves."""
+        self._stop.set()
+        self.state = state
+        self.write()
+
+    def _run(self) -> None:
+        while not self._stop.wait(self.interval):
+            self.write()
+
+    def content(self) -> dict[str, Any]:
+        """The fields of the file."""
+        pulse = self.pulse
+        return {
+            "life": self.life,
+            "rank": self.rank,
+            "world_size": self.world_size,
+            "host": host_name(),
+            "pid": os.getpid(),
+            "state": self.state,
+            "time": round(time.time(), 3),
+            "beats": self.beats,
+            "begun": pulse.begun,
+            "stage": pulse.stage,
+            "phase": pulse.phase,
+            "iteration": pulse.iteration,
+            "train_iters": pulse.train_iters,
+            "silent_seconds": round(pulse.silent_seconds(), 3),
+            **pulse.facts,
+        }
+
+    def write(self) -> None:
+        """Replace the file."""
+        with self._writing, contextlib.suppress(OSError):
+            self.beats += 1
+            with replacing(file_of(self.folder, self.rank), durable=False) as temporary:
+                temporary.write_text(json.dumps(self.content()) + "\n", encoding="utf-8")
+
+
+def is_dead(beat: Beat) -> bool:
+    """Whether the process of `beat` is known to have ended, which only its own machine can tell."""
+    if beat.host != host_name():
+        return False
+    try:
+        status = Path(f"/proc/{beat.pid}/stat").read_text(encoding="utf-8")
+    except (FileNotFoundError, ProcessLookupError):
+        return Path("/proc/self").exists()
+    except OSError:
+        return False
+    return status.rpartition(")")[2].split()[0] in ("Z", "X")
+
+
+def told_apart(
+    read: Callable[[], dict[int, Beat]], pause: Callable[[], None]
+) -> tuple[dict[int, Beat], set[int]]:
+    """(the newest beat of each rank, the ranks whose process writes no more): read twice, with
+    `pause` between."""
+    before = read()
+    pause()
+    after = read()
+    silent = {
+        rank
+        for rank, beat in after.items()
+        if beat.state == "running" and rank in before and beat.beats == before[rank].beats
+    }
+    return after, silent

@@ -1,0 +1,141 @@
+"""Requests from outside, noticed between steps: SIGTERM and SIGUSR2 (SLURM's warning), and the
+files SAVE_NOW and STOP.
+
+A signal or STOP: save, then leave; SAVE_NOW: save and go on. All processes act on the same step,
+whoever received the request.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_hypenet.errors import SavedAndRequeue
+from megatron_hypenet.parallel import groups
+from megatron_hypenet.parallel.agreement import from_first
+from megatron_hypenet.parallel.cpu import device
+from megatron_hypenet.supervision.request_files import SAVE_NOW, stop_file
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
+
+GO_ON = 0
+SAVE = 1
+LEAVE = 2
+"""What `Requests.poll` answers, the strongest wins."""
+
+_FILE_CHECK_SECONDS = 1.0
+
+
+class _StopRequested(BaseException):
+    """Raised by the handler of `leaving_at_once`; no `except Exception` on the way may swallow
+    it."""
+
+
+@contextmanager
+def leaving_at_once() -> Iterator[None]:
+    """Context in which a signal ends the block with SavedAndRequeue (main thread only): for work
+    that keeps what it finished by itself.
+
+    A training stage inside it takes the signals over with `Requests`, finishes its step and saves
+    first.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[int] = []
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        raise _StopRequested
+
+    previous = {number: signal.signal(number, leave) for number in SIGNALS}
+    try:
+        yield
+    except BaseException as error:
+        # a library on the way may have turned the exception into one of its own: what was received
+        # decides
+        if not received or isinstance(error, SavedAndRequeue):
+            raise
+        name = signal.Signals(received[0]).name
+        raise SavedAndRequeue(
+            f"stopped on {name}; finished steps are kept, start the same command again to continue"
+        ) from error
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def leave_if_stopped(what: str, places: Iterable[Path]) -> None:
+    """Before `what` begins: SavedAndRequeue on every process when the first one sees a STOP file in
+    one of `places`; collective."""
+    stop: Path | None = from_first(stop_file(places))
+    if stop is not None:
+        raise SavedAndRequeue(
+            f"stopped before {what} on the file {stop}; finished steps are kept, "
+            "delete it and start the same command again to continue"
+        )
+
+
+class Requests:
+    """Context that catches the signals (in the main thread) and watches `folders` for the request
+    files."""
+
+    def __init__(self, folders: Iterable[Path]) -> None:
+        self.folders = tuple(dict.fromkeys(folders))
+        self.reason = ""
+        """What asked to leave, on the process that received it."""
+        self._received: int | None = None
+        self._previous: dict[int, Any] = {}
+        self._next_file_check = 0.0
+
+    def __enter__(self) -> Requests:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._received = number
+
+    def poll(self) -> int:
+        """GO_ON, SAVE or LEAVE, agreed by all processes; call once per step on every one of
+        them."""
+        wish = GO_ON
+        if self._received is not None:
+            wish = LEAVE
+            self.reason = signal.Signals(self._received).name
+        elif groups.rank() == 0 and time.monotonic() >= self._next_file_check:
+            self._next_file_check = time.monotonic() + _FILE_CHECK_SECONDS
+            wish = self._file_wish()
+        if groups.world_size() == 1:
+            return wish
+        strongest = torch.tensor([wish], dtype=torch.int32, device=device())
+        dist.all_reduce(strongest, op=dist.ReduceOp.MAX)
+        return int(strongest.item())
+
+    def _file_wish(self) -> int:
+        if (stop := stop_file(self.folders)) is not None:
+            self.reason = f"the file {stop} (delete it to continue)"
+            return LEAVE
+        for folder in self.folders:
+            if (folder / SAVE_NOW).exists():
+                (folder / SAVE_NOW).unlink(missing_ok=True)
+                return SAVE
+        return GO_ON

@@ -1,0 +1,2 @@
+"""How many steps are done and what is told of them: the loop, its micro-batches, saves and
+metrics."""

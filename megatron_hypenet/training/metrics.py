@@ -1,0 +1,378 @@
+"""What a training run reports: every loss to losses.jsonl, TensorBoard points and one line per log
+interval.
+
+TensorBoard tags and units are the table below; a stage adds its own (align/layer_00 ...,
+distill/kl, finetune/lm_loss).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from megatron_hypenet.atomic_files import write_text
+from megatron_hypenet.errors import DataError
+from megatron_hypenet.training.throughput import Workload
+from megatron_hypenet.untrusted.files import FileKind
+from megatron_hypenet.untrusted.json_text import parse_json, typed
+
+logger = logging.getLogger(__name__)
+
+_KIND = FileKind(
+    error=DataError,
+    advice="restore the file, or delete the damaged lines: the run goes on without them",
+    max_bytes=1 << 30,
+)
+
+TAGS = {
+    "loss": "mean stage loss since the last point (align: mean squared error; "
+    "distill and finetune: nats per token)",
+    "learning-rate": "of the last step",
+    "grad-norm": "global gradient norm of the last step, before clipping",
+    "tokens-per-second": "tokens of all processes per second, since the last point",
+    "tokens-per-second-per-gpu": "the same per process, each of which has one GPU (or is one on a "
+    "CPU)",
+    "tflops-per-gpu": "useful floating-point operations per second and process, "
+    "in units of 1e12 (model/flops.py)",
+    "mfu": "those over the GPU's dense bf16 peak, between 0 and 1; only for GPUs whose peak is "
+    "known",
+    "step-time-ms": "milliseconds per step, since the last point",
+    "step-time/min-ms": "of the time each rank spends in its own forward passes per step: "
+    "the fastest rank's (training/stragglers.py)",
+    "step-time/median-ms": "the median of the ranks; those above 1.3 times their peers' in three "
+    "intervals are named in slow-ranks",
+    "step-time/max-ms": "the slowest rank's",
+    "tokens-seen": "tokens consumed since the stage began",
+    "skipped-steps": "steps of this stage so far that were left out because their loss or gradient "
+    "was not finite",
+    "memory-gib": "peak GPU memory of the stage, or resident memory on a CPU, "
+    "of the rank where it is largest",
+}
+"""Tag -> meaning and unit; eval/* comes from the evaluation callback."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepRecord:
+    """One finished optimizer step, as callbacks see it; the same on every process."""
+
+    stage: str
+    step: int
+    train_iters: int
+    loss: float
+    grad_norm: float
+    lr: float
+    tokens_per_second: float
+    """Smoothed over the current log interval."""
+    eta_seconds: float
+    workload: Workload | None = None
+    skipped: bool = False
+    """The loss or the gradient was not finite, and nothing was updated; loss and grad_norm are
+    NaN."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """The stage's metrics, averaged over the log interval; only on steps that are logged."""
+
+    def line(self) -> str:
+        """The log line of this step."""
+        return (
+            f"iter {self.step}/{self.train_iters} | loss {self.loss:.4g} | gnorm "
+            f"{self.grad_norm:.3g} | lr {self.lr:.2e} | "
+            f"{short_count(self.tokens_per_second)} tok/s{self._use()} | eta "
+            f"{short_time(self.eta_seconds)}"
+        )
+
+    def _use(self) -> str:
+        """Speed per GPU and the use of it, where that means something."""
+        work = self.workload
+        if work is None:
+            return ""
+        share = work.mfu(self.tokens_per_second)
+        each = (
+            f" | {short_count(self.tokens_per_second / work.num_devices)} tok/s/gpu"
+            if work.num_devices > 1
+            else ""
+        )
+        return (
+            each
+            if share is None
+            else f"{each} | {work.tflops_per_device(self.tokens_per_second):.0f} TFLOP/s/gpu | mfu "
+            f"{share:.1%}"
+        )
+
+
+def short_count(value: float) -> str:
+    """1234 -> 1.2k."""
+    for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.1f}{suffix}"
+    return f"{value:.0f}"
+
+
+def short_time(seconds: float) -> str:
+    """72 -> 1m12s, 3700 -> 1h01m."""
+    whole = int(round(seconds))
+    if whole >= 3600:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 60}m{whole % 60:02d}s" if whole >= 60 else f"{whole}s"
+
+
+class LossLog:
+    """losses.jsonl: one line per step with exact values (JSON keeps every bit of a float); rewound
+    when a run continues."""
+
+    def __init__(self, path: Path, resumed_step: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        records = _read(path)
+        kept = [line for line, record in records if record.step <= resumed_step]
+        reached = max((record.step for _, record in records), default=0)
+        if reached < resumed_step:
+            logger.warning(
+                "%s ends at step %d, the run continues after step %d: the losses between are lost",
+                path,
+                reached,
+                resumed_step,
+            )
+        write_text(path, "".join(line + "\n" for line in kept))
+        self._stream: IO[str] = path.open("a", buffering=1)
+
+    def append(self, step: int, loss: float | None, grad_norm: float | None, lr: float) -> None:
+        """Add one step; a skipped one has no loss and no norm."""
+        self._stream.write(
+            json.dumps({"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr}) + "\n"
+        )
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._stream.close()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Line:
+    """One line of losses.jsonl; entries of a later version are ignored."""
+
+    step: Annotated[int, Field(ge=1)]
+    loss: float | None
+    grad_norm: float | None
+    lr: float
+
+
+def _read(path: Path) -> list[tuple[str, _Line]]:
+    """The lines of a losses.jsonl and what they say, steps ascending. A torn last line, as a killed
+    process leaves it, is dropped.
+
+    DataError names the first line that is damaged otherwise.
+    """
+    if not path.is_file():
+        return []
+    *lines, _torn = _KIND.read_bytes(path).split(b"\n")
+    found: list[tuple[str, _Line]] = []
+    for number, content in enumerate(lines, start=1):
+        where = f"{path}, line {number}"
+        line = _KIND.decode(where, content)
+        record = typed(_KIND, where, parse_json(_KIND, where, line), _Line)
+        if found and record.step <= found[-1][1].step:
+            _KIND.refuse(where, f"step {record.step} follows step {found[-1][1].step}")
+        found.append((line, record))
+    return found
+
+
+def read_losses(path: Path) -> list[dict[str, float]]:
+    """The records of a losses.jsonl: step, loss, grad_norm, lr. Skipped steps are left out."""
+    return [asdict(record) for _, record in _read(path) if record.loss is not None]
+
+
+class Recorder:
+    """Rank 0's side of reporting. On the other ranks it only measures time, so that records agree
+    in form."""
+
+    def __init__(
+        self, *, stage: str, train_iters: int, step: int, first: bool, out_dir: Path,
+        tensorboard_dir: Path,
+        log: Callable[[str], None] | None = None, workload: Workload | None = None,
+        skipped_steps: int = 0,
+    ) -> None:  # fmt: skip
+        self.workload = workload
+        self.skipped_steps = skipped_steps
+        self.stage = stage
+        self.train_iters = train_iters
+        self.first = first
+        self._log = log or _print_line
+        self._losses = LossLog(out_dir / "losses.jsonl", step) if first else None
+        self._board: Any = None
+        if first:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # also from step 0: a start that ended before its first save may have left points
+            self._board = SummaryWriter(str(tensorboard_dir), purge_step=step + 1)
+        self._restart(step)
+
+    def _restart(self, step: int) -> None:
+        self._since = time.perf_counter()
+        self._from_step = step
+        self._tokens = 0
+        self._loss_sum = 0.0
+        self._num_losses = 0
+
+    def step(
+        self,
+        step: int,
+        *,
+        loss: float,
+        grad_norm: float,
+        lr: float,
+        tokens: int,
+        skipped: bool = False,
+    ) -> StepRecord:
+        """Note one finished step of `tokens` tokens. Of a `skipped` one, loss and norm are not
+        used."""
+        self._tokens += tokens
+        if skipped:
+            loss = grad_norm = math.nan
+            self.skipped_steps += 1
+        else:
+            self._loss_sum += loss
+            self._num_losses += 1
+        elapsed = max(time.perf_counter() - self._since, 1e-9)
+        if self._losses is not None:
+            self._losses.append(step, None if skipped else loss, None if skipped else grad_norm, lr)
+        eta = elapsed / (step - self._from_step) * (self.train_iters - step)
+        return StepRecord(
+            stage=self.stage,
+            step=step,
+            train_iters=self.train_iters,
+            loss=loss,
+            grad_norm=grad_norm,
+            lr=lr,
+            tokens_per_second=self._tokens / elapsed,
+            eta_seconds=eta,
+            workload=self.workload,
+            skipped=skipped,
+        )
+
+    def interval(
+        self,
+        record: StepRecord,
+        metrics: Mapping[str, float],
+        tokens_seen: int,
+        *,
+        memory: float,
+        slow: str = "",
+    ) -> None:
+        """Log the interval that ends with `record`, and begin the next; `memory` is the fullest
+        rank's `memory_gib`, `slow` names ranks that hold the others up."""
+        steps = self.interval_steps(record.step)
+        if self._board is not None:
+            points = {
+                "loss": self._loss_sum / self._num_losses if self._num_losses else math.nan,
+                "learning-rate": record.lr,
+                "grad-norm": record.grad_norm,
+                "tokens-per-second": record.tokens_per_second,
+                "step-time-ms": 1000 * (time.perf_counter() - self._since) / steps,
+                "tokens-seen": tokens_seen,
+                "skipped-steps": self.skipped_steps,
+                "memory-gib": memory,
+            }
+            self.points(record.step, {**points, **self._use(record.tokens_per_second), **metrics})
+            if slow:
+                self._board.add_text("step-time/slow-ranks", slow, record.step)
+            self._log(record.line() + (f" | slow: {slow}" if slow else ""))
+        self._restart(record.step)
+
+    def _use(self, tokens_per_second: float) -> dict[str, float]:
+        if self.workload is None:
+            return {}
+        points = {
+            "tokens-per-second-per-gpu": tokens_per_second / self.workload.num_devices,
+            "tflops-per-gpu": self.workload.tflops_per_device(tokens_per_second),
+        }
+        share = self.workload.mfu(tokens_per_second)
+        return points if share is None else {**points, "mfu": share}
+
+    def interval_steps(self, step: int) -> int:
+        """Steps of the present interval, up to and including `step`."""
+        return max(step - self._from_step, 1)
+
+    def exclude(self, seconds: float) -> None:
+        """Leave `seconds` (a save, an evaluation) out of the speed of the present interval."""
+        self._since += seconds
+
+    def points(self, step: int, values: Mapping[str, float]) -> None:
+        """Write TensorBoard points at `step`."""
+        if self._board is not None:
+            for tag, value in values.items():
+                self._board.add_scalar(tag, value, step)
+
+    def flush(self) -> None:
+        """Put the points on the disk. Before a save: a start that continues from it writes none of
+        the points before it again."""
+        if self._board is not None:
+            self._board.flush()
+
+    def note(self, text: str) -> None:
+        """One line that is no step: resumed, saved."""
+        if self.first:
+            self._log(text)
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        if self._losses is not None:
+            self._losses.close()
+        if self._board is not None:
+            self._board.close()
+
+
+class MetricSums:
+    """Running sums of a stage's metrics on the device; fetched once per log interval."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+
+    def add(self, metrics: Mapping[str, Tensor]) -> None:
+        """Add one step's metrics."""
+        self._count += 1
+        for tag, value in metrics.items():
+            self._sums[tag] = value if tag not in self._sums else self._sums[tag] + value
+
+    def take(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Means since the last call, after `reduce` (mean over data-parallel ranks); clears the
+        sums."""
+        if not self._sums:
+            return {}
+        stacked = reduce(
+            torch.stack([value.float() for value in self._sums.values()]) / self._count
+        )
+        values = dict(zip(self._sums, stacked.tolist(), strict=True))
+        self._sums = {}
+        self._count = 0
+        return values
+
+
+def reset_peak_memory() -> None:
+    """Begin to look for the peak of GPU memory anew."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def memory_gib() -> float:
+    """Peak GPU memory since `reset_peak_memory`, or resident memory of the process without CUDA, in
+    GiB."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    import psutil
+
+    return psutil.Process().memory_info().rss / 2**30
+
+
+def _print_line(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

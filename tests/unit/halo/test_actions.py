@@ -1,0 +1,193 @@
+"""HALO's steps on a random tiny teacher: what each leaves, and what stops a run."""
+
+import json
+
+import pytest
+import torch
+
+from megatron_hypenet.checkpoint.load import read_manifest, read_model_config, read_weights, resolve
+from megatron_hypenet.config.loader import load_run_config
+from megatron_hypenet.errors import CheckpointError, ConfigError
+from megatron_hypenet.export.from_hf import import_hf
+from megatron_hypenet.halo.actions import Halo
+from megatron_hypenet.halo.run_folder import RunFolder
+from megatron_hypenet.halo.task_runner import Runner
+from megatron_hypenet.parallel import groups
+from megatron_hypenet.stages.select import load_scores
+from tests import tiny_run
+
+
+@pytest.fixture
+def make(tmp_path, monkeypatch):
+    """Function from overrides to a Runner with its Halo."""
+    tiny_run.fake_material(monkeypatch)
+    tiny_run.write_teacher(tmp_path / "qwen3")
+    path = tmp_path / "run.yaml"
+    tiny_run.write_config(tmp_path)
+
+    def build(*overrides):
+        run = load_run_config(path, overrides)
+        folder = RunFolder(run.output_dir)
+        folder.prepare(run)
+        groups.init_parallel(run.parallel)
+        exported = []
+        halo = Halo(
+            run=run,
+            folder=folder,
+            import_teacher=lambda source, target: import_hf(source, target) and None,
+            export_student=lambda source, target: exported.append(source) or target.mkdir(),
+        )
+        return Runner(run, folder, halo.steps()), halo
+
+    return build
+
+
+def test_every_step_leaves_what_the_next_one_needs(make):
+    runner, halo = make()
+    runner.run_all()
+    folder = runner.folder
+    assert list(folder.records()) == list(runner.steps)
+    chosen = json.loads(folder.mixers_file.read_text())
+    student = read_model_config(folder.assembled)
+    assert (
+        student.mixer_types == tuple(chosen["mixer_types"]) and len(chosen["attention_layers"]) == 1
+    )
+    for stage in ("distill", "finetune"):
+        assert read_model_config(folder.stage(stage)) == student
+        assert resolve(folder.stage(stage)).name == "iter_0000002"
+    assert read_manifest(resolve(folder.stage("align"))).hf_config["model_type"] == "qwen3"
+    assert all(".self_attention." in name for name in read_weights(folder.stage("align")))
+    assert load_scores(folder.scores_file).num_layers == 3
+    report = json.loads(folder.report_file.read_text())
+    assert [row["model"] for row in report["rows"]] == [
+        "teacher",
+        "all layers converted",
+        "student after stage 2",
+        "student after stage 3",
+    ]
+    assert set(report["step_seconds"]) == set(runner.steps)
+    assert folder.report_plot.is_file() and folder.importance_plot.is_file()
+
+
+def test_training_moves_the_weights_of_its_stage(make):
+    runner, _ = make()
+    runner.run_through("distill")
+    folder = runner.folder
+    before = read_weights(folder.assembled)
+    after = read_weights(folder.stage("distill"))
+    assert set(before) == set(after)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert "finetune" not in folder.records()
+
+
+def test_no_step_reads_what_another_did_not_write(make):
+    """One bit flips in what a finished step left, and the steps after it are done again: each stops
+    and names the damaged checkpoint."""
+    runner, _ = make()
+    runner.run_all()
+    folder = runner.folder
+    record = json.loads(folder.manifest_file.read_text())
+    after = list(record["steps"])
+    last = "checkpoints/iter_0000002"
+    for step, place, again in [
+        ("teacher", folder.teacher, ("probe", "align", "select", "assemble", "distill", "report")),
+        ("align", folder.stage("align") / last, ("select", "assemble", "report")),
+        ("assemble", folder.assembled, ("distill",)),
+        ("distill", folder.stage("distill") / last, ("finetune", "report")),
+        ("finetune", folder.stage("finetune") / last, ("report",)),
+    ]:
+        data = next((place / "weights").glob("*.distcp"))
+        good = data.read_bytes()
+        content = bytearray(good)
+        content[len(content) // 2] ^= 64
+        data.write_bytes(content)
+        with pytest.raises(CheckpointError, match=f"{place} is damaged"):
+            runner.run_all()
+        for name in again:  # by itself, as if nothing had looked at the checkpoint before
+            forgotten = {
+                key: value
+                for key, value in record["steps"].items()
+                if after.index(key) < after.index(name)
+            }
+            folder.manifest_file.write_text(json.dumps({**record, "steps": forgotten}))
+            with pytest.raises(CheckpointError, match=f"{place} is damaged"):
+                runner.steps[name].action()
+        data.write_bytes(good)
+        folder.manifest_file.write_text(json.dumps(record))
+        assert step in folder.records()
+    runner.run_all()
+
+
+def test_an_untrained_teacher_stops_the_run_before_training(make):
+    runner, _ = make("guard.max_teacher_loss=null")
+    with pytest.raises(CheckpointError, match="looks untrained"):
+        runner.run_all()
+    assert "probe" not in runner.folder.records() and not runner.folder.stage("align").exists()
+
+
+def test_a_hypenet_is_no_teacher(make, tmp_path):
+    runner, _ = make()
+    runner.run_through("assemble")
+    halo = Halo(
+        run=runner.run,
+        folder=RunFolder(tmp_path / "other"),
+        import_teacher=lambda *_: None,
+        export_student=lambda *_: None,
+    )
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "teacher").symlink_to(runner.folder.assembled)
+    with pytest.raises(CheckpointError, match="is not a teacher"):
+        halo.do_probe()
+
+
+def test_an_interrupted_sweep_continues(make, monkeypatch):
+    runner, halo = make()
+    runner.run_through("align")
+    from megatron_hypenet.halo import evaluation
+
+    scored = []
+    original = evaluation.Measure.selection_scores
+
+    def counted(self, model):
+        if len(scored) == 2:
+            raise KeyboardInterrupt
+        scored.append(1)
+        return original(self, model)
+
+    monkeypatch.setattr(evaluation.Measure, "selection_scores", counted)
+    with pytest.raises(KeyboardInterrupt):
+        runner.run_step("select")
+    assert list(json.loads(runner.folder.scores_file.read_text())["layers"]) == ["0"]
+    monkeypatch.setattr(
+        evaluation.Measure,
+        "selection_scores",
+        lambda self, model: scored.append(1) or original(self, model),
+    )
+    runner.run_step("select")
+    assert len(scored) == 4  # the baseline and three layers, each once
+
+
+def test_a_choice_made_by_hand_is_assembled(make):
+    runner, _ = make()
+    runner.run_through("assemble")
+    folder = runner.folder
+    folder.mixers_file.write_text(
+        json.dumps({"mixer_types": ["attn", "lightning_attn", "attn"], "attention_layers": [0, 2]})
+    )
+    runner.run_through("assemble")
+    assert read_model_config(folder.assembled).attention_layers == (0, 2)
+
+
+def test_a_stage_can_start_from_a_given_student(make, tmp_path):
+    runner, halo = make()
+    runner.run_through("assemble")
+    other, other_halo = make(f"output_dir={tmp_path / 'other'}")
+    checkpoint = other_halo.train_from(other, "finetune", runner.folder.assembled)
+    assert checkpoint.name == "iter_0000002"
+    assert set(other.folder.records()) == {"teacher", "data", "finetune"}
+
+
+def test_too_many_attention_layers_are_refused(make):
+    runner, _ = make("select.num_attention_layers=4")
+    with pytest.raises(ConfigError, match="num_attention=4 is out of range for 3"):
+        runner.run_through("select")

@@ -1,0 +1,106 @@
+"""Which material is measured, in which amounts."""
+
+import pytest
+import torch
+
+from megatron_hypenet.config.schema import ParallelConfig
+from megatron_hypenet.halo import evaluation as module
+from megatron_hypenet.halo.evaluation import Measure
+from megatron_hypenet.parallel import groups
+from tests.unit.halo.test_run_folder import config
+
+
+class Model:
+    """Stands in for a model: measurements are recorded, not made."""
+
+    @staticmethod
+    def token_scores(ids):
+        """What a model would say of each token."""
+        return ids, ids
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    seen = []
+
+    def recall(token_scores, task, **kwargs):
+        assert torch.equal(token_scores(torch.ones(1))[0], torch.ones(1))
+        seen.append((task, kwargs))
+        return 10.0 * len(seen)
+
+    def loss(token_scores, texts, *, batch_size):
+        seen.append(("heldout", texts.shape, batch_size))
+        return 2.5, 40.0
+
+    monkeypatch.setattr(module, "recall_accuracy", recall)
+    monkeypatch.setattr(module, "heldout_loss", loss)
+    return seen
+
+
+@pytest.fixture
+def measure(tmp_path):
+    run = config(
+        tmp_path,
+        eval={
+            "seq_length": 16,
+            "length_multiples": [1, 4],
+            "recall_sequences": 6,
+            "recall_pairs": 3,
+            "heldout_sequences": 5,
+            "batch_size": 2,
+        },
+        select={
+            "seq_length": 8,
+            "recall_sequences": 7,
+            "recall_pairs": 2,
+            "heldout_sequences": 9,
+            "batch_size": 3,
+        },
+    )
+    return Measure(
+        run=run,
+        task=lambda pairs: f"task of {pairs}",
+        heldout=lambda count, length: torch.zeros(count, length + 1),
+    )
+
+
+def test_a_row_measures_text_once_and_recall_at_every_length(measure, calls):
+    parts = []
+    row = measure.row("student", Model, lambda: parts.append(1))
+    assert row == {
+        "model": "student",
+        "heldout_loss": 2.5,
+        "heldout_accuracy": 40.0,
+        "recall": {"1": 20.0, "4": 30.0},
+    }
+    assert calls[0] == ("heldout", (5, 17), 2)
+    assert calls[1] == ("task of 3", {"count": 6, "seq_length": 16, "batch_size": 2})
+    assert calls[2] == ("task of 3", {"count": 6, "seq_length": 64, "batch_size": 1})
+    assert len(parts) == measure.num_parts() == 3
+
+
+def test_selection_scores_recall_and_text(measure, calls):
+    assert measure.selection_scores(Model) == {"recall": 10.0, "commonsense": 40.0}
+    assert calls == [
+        ("task of 2", {"count": 7, "seq_length": 8, "batch_size": 3}),
+        ("heldout", (9, 9), 3),
+    ]
+
+
+def test_a_stage_is_measured_by_its_own_loss_over_all_sequences(measure):
+    groups.init_parallel(ParallelConfig())
+    shapes = []
+
+    def stage(batch):
+        shapes.append(tuple(batch["tokens"].shape))
+        return torch.tensor(float(len(shapes))), {}
+
+    assert measure.stage_loss(stage, 12) == pytest.approx((2 * 1 + 2 * 2 + 1 * 3) / 5)
+    assert shapes == [(2, 13), (2, 13), (1, 13)]
+    measure.stage_loss(stage, 99)
+    assert shapes[-1] == (1, 17), "not longer than what the report reads"
+
+
+def test_the_probe_is_small(measure, calls):
+    assert measure.probe_loss(Model) == 2.5
+    assert calls == [("heldout", (module.PROBE_SEQUENCES, 17), 2)]

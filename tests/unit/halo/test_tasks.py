@@ -1,0 +1,68 @@
+"""The table of HALO's steps: which there are, what they read, and nothing heavy."""
+
+import subprocess
+import sys
+
+import pytest
+
+from megatron_hypenet.errors import ConfigError
+from megatron_hypenet.halo.run_folder import RunFolder
+from megatron_hypenet.halo.tasks import halo_steps, stage_name
+from tests.unit.halo.test_run_folder import config
+
+
+def test_steps_come_after_what_they_read_and_leave_what_is_theirs_alone(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    steps = halo_steps(config(folder.root), folder)
+    names = [step.name for step in steps]
+    assert names == [
+        "teacher",
+        "data",
+        "probe",
+        "align",
+        "select",
+        "assemble",
+        "distill",
+        "finetune",
+        "export",
+        "report",
+    ]
+    for at, step in enumerate(steps):
+        assert set(step.after) <= set(names[:at])
+    results = [path for step in steps for path in step.results]
+    assert len(set(results)) == len(results) and all(
+        path.is_relative_to(folder.root) for path in results
+    )
+
+
+def test_an_action_belongs_to_each_step_by_name(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    steps = halo_steps(config(folder.root), folder, lambda name: lambda: {"did": name})
+    assert [step.action() for step in steps] == [{"did": step.name} for step in steps]
+    with pytest.raises(AssertionError, match="made for a plan"):
+        halo_steps(config(folder.root), folder)[0].action()
+
+
+def test_no_tensor_library_is_imported():
+    code = (
+        "import megatron_hypenet.halo.tasks, sys; print([name for name in ('torch', "
+        "'numpy') if name in sys.modules])"
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )
+
+
+@pytest.mark.parametrize(
+    ("word", "name"), [("1", "align"), ("2", "distill"), ("3", "finetune"), ("align", "align")]
+)
+def test_stages_have_names_and_numbers(word, name):
+    assert stage_name(word) == name
+
+
+def test_unknown_stages_are_refused():
+    with pytest.raises(ConfigError, match="use align, distill or finetune"):
+        stage_name("4")

@@ -1,0 +1,59 @@
+"""The micro-batches of a step: their samples, and weights that make the loss a mean over real
+labels."""
+
+import pytest
+import torch
+
+from megatron_hypenet.config.schema import ParallelConfig
+from megatron_hypenet.parallel import groups
+from megatron_hypenet.training.micro_batches import step_batches
+from tests.unit.engine.toy import ToyData, stage_config
+
+
+@pytest.fixture(autouse=True)
+def process_groups():
+    groups.init_parallel(ParallelConfig())
+
+
+CONFIG = stage_config(micro_batch_size=2, global_batch_size=6, seq_length=8)
+
+
+def test_one_process_takes_all_samples_in_order():
+    batches = step_batches(ToyData(), CONFIG, 12)
+    assert [set(batch) for batch in batches] == [{"tokens"}] * 3
+    assert torch.equal(torch.cat([batch["tokens"] for batch in batches]), ToyData().batch(12, 6, 8))
+
+
+def test_each_data_parallel_rank_takes_its_share(monkeypatch):
+    monkeypatch.setattr(groups, "data_size", lambda: 3)
+    monkeypatch.setattr(groups, "data_rank", lambda: 2)
+    (batch,) = step_batches(ToyData(), CONFIG, 12)
+    assert torch.equal(batch["tokens"], ToyData().batch(16, 2, 8))
+
+
+def test_separate_documents_weigh_real_labels_alone():
+    batches = step_batches(ToyData(end_of_document=3), CONFIG, 0, separate=True)
+    inputs = torch.cat([batch["tokens"] for batch in batches])[:, :-1]
+    weights = torch.cat([batch["token_weights"] for batch in batches])
+    assert (inputs == 3).any() and torch.equal(weights == 0, inputs == 3)
+    losses = torch.rand(6, 8, generator=torch.Generator().manual_seed(0))
+    # every micro-batch divides by its own number of tokens, and the step takes their mean
+    step = torch.stack(
+        [
+            (part * weight).mean()
+            for part, weight in zip(losses.split(2), weights.split(2), strict=True)
+        ]
+    ).mean()
+    torch.testing.assert_close(step, losses[inputs != 3].mean())
+    assert all(batch["document_ids"].dtype == torch.int32 for batch in batches)
+
+
+def test_a_step_without_a_real_label_weighs_nothing():
+    class Ends(ToyData):
+        def batch(self, sample_start, count, seq_length):
+            return torch.full((count, seq_length + 1), 3)
+
+    assert all(
+        float(batch["token_weights"].sum()) == 0
+        for batch in step_batches(Ends(end_of_document=3), CONFIG, 0, separate=True)
+    )
