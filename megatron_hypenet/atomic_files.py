@@ -18,16 +18,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# .NAME.tmp-4711, .NAME.old-4711, .NAME.tmp-4711.bin; .NAME.partial4711.bin was written by version
-# 0.1
+# .NAME.tmp-4711, .NAME.old-4711, .NAME.del-4711, .NAME.tmp-4711.bin; .NAME.partial4711.bin was
+# written by version 0.1
 _TEMPORARY = re.compile(
-    r"\.(?P<target>.+)\.(?:(?P<kind>tmp|old)-|partial)(?P<pid>\d+)(?P<suffix>\.\w+)?"
+    r"\.(?P<target>.+)\.(?:(?P<kind>tmp|old|del)-|partial)(?P<pid>\d+)(?P<suffix>\.\w+)?"
 )
 
 
 def temporary_beside(target: Path, *, kind: str = "tmp", pid: int | None = None) -> Path:
-    """Return the name under which this process, or process `pid`, makes `target`, or with kind
-    "old" keeps what it is about to replace."""
+    """Return the name under which this process, or process `pid`, makes `target`, with kind "old"
+    keeps what it is about to replace, and with kind "del" deletes a folder: a name that `sweep`
+    never gives back."""
     return target.with_name(f".{target.name}.{kind}-{os.getpid() if pid is None else pid}")
 
 
@@ -48,6 +49,12 @@ def was_replaced(path: Path) -> bool:
     """Whether the temporary `path` holds what was being replaced, not what was being made."""
     match = _TEMPORARY.fullmatch(path.name)
     return match is not None and match["kind"] == "old"
+
+
+def is_being_deleted(path: Path) -> bool:
+    """Whether the temporary `path` holds the rest of something that was being deleted."""
+    match = _TEMPORARY.fullmatch(path.name)
+    return match is not None and match["kind"] == "del"
 
 
 @contextmanager

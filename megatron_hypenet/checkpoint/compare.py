@@ -16,6 +16,7 @@ from megatron_hypenet.checkpoint.manifest import KIND, WEIGHTS_PARTS, verify_fil
 from megatron_hypenet.checkpoint.shards import ShardReader
 from megatron_hypenet.checkpoint.survey import read_progress
 from megatron_hypenet.config.loader import read_stored
+from megatron_hypenet.untrusted.files import has_entry
 from megatron_hypenet.untrusted.json_text import read_object
 
 _CHUNK_ELEMENTS = 1 << 22
@@ -164,7 +165,7 @@ def _model(folder: Path) -> dict[str, Any]:
 
 def _settings(folder: Path) -> dict[str, Any]:
     file = folder / fmt.CONFIG
-    return _flat(read_stored(file)) if file.is_file() else {}
+    return _flat(read_stored(file)) if has_entry(file) else {}
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -33,7 +33,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_hypenet.atomic_files import target_of, temporary_beside, was_replaced
+from megatron_hypenet.atomic_files import (
+    is_being_deleted,
+    target_of,
+    temporary_beside,
+    was_replaced,
+)
 from megatron_hypenet.errors import CheckpointError, SetupError, is_disk_full
 
 WEIGHTS = "weights"
@@ -146,7 +151,7 @@ def remove_stale(parent: Path) -> list[Path]:
 
     A save that was finished but for its last rename (the marker is written after everything else
     has reached the disk) gets its name, and so does one that was being replaced when nothing has
-    taken its place.
+    taken its place. The rest of one that was being deleted goes.
     """
     stale = []
     left = (
@@ -156,7 +161,8 @@ def remove_stale(parent: Path) -> list[Path]:
     )
     # what was finished comes before what it replaces
     for entry, target in sorted(left, key=lambda pair: (was_replaced(pair[0]), pair[0])):
-        if is_committed(entry) and not (target.exists() or target.is_symlink()):
+        whole = is_committed(entry) and not is_being_deleted(entry)
+        if whole and not (target.exists() or target.is_symlink()):
             os.replace(entry, target)
             fsync_path(parent)
         else:

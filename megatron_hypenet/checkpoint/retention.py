@@ -7,6 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
+from megatron_hypenet.atomic_files import temporary_beside
 from megatron_hypenet.checkpoint import format as fmt
 
 
@@ -32,8 +33,8 @@ def prune(parent: Path, *, keep_last: int, keep_every: int | None = None) -> lis
     )
     for folder in removed:
         # Renamed first: a deletion that is cut short must not leave half a checkpoint under a valid
-        # name.
-        doomed = parent / f".{folder.name}.old-{os.getpid()}"
+        # name, nor under one that is given back its valid name by the next start.
+        doomed = temporary_beside(folder, kind="del")
         os.replace(folder, doomed)
         shutil.rmtree(doomed, ignore_errors=True)
     return removed

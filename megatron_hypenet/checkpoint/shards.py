@@ -22,6 +22,7 @@ from megatron_hypenet.checkpoint.safety import PICKLE, check_common
 from megatron_hypenet.checkpoint.shard_index import METADATA, overlaps, read_index
 from megatron_hypenet.checkpoint.stored_tensor import read_tensor
 from megatron_hypenet.errors import CheckpointError
+from megatron_hypenet.untrusted.files import has_entry
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ class ShardReader(Mapping[str, Tensor]):
                     f"{self.folder} is not a Megatron sharded checkpoint: {name} is missing; "
                     "use another checkpoint"
                 )
-        if (self.folder / "common.pt").exists():
+        if has_entry(self.folder / "common.pt"):
             check_common(self.folder / "common.pt")
         self._tensors = read_index(self.folder)
 

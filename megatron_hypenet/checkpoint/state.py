@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from megatron_hypenet.checkpoint import format as fmt
 from megatron_hypenet.checkpoint.manifest import KIND, read_listed
 from megatron_hypenet.errors import CheckpointError
+from megatron_hypenet.untrusted.files import has_entry
 from megatron_hypenet.untrusted.json_text import parse_json, typed
 
 LOSS_TAIL = 50
@@ -93,7 +94,7 @@ class TrainState:
         """Read what `write` stored in a committed checkpoint; CheckpointError when it is missing,
         changed or does not fit."""
         path = folder / fmt.TRAIN_STATE
-        if not path.exists():
+        if not has_entry(path):
             raise CheckpointError(
                 f"{folder} has no {path.name}: it holds weights only and no run can continue from "
                 "it"

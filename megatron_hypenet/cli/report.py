@@ -35,13 +35,14 @@ def report(
     from megatron_hypenet.config.loader import load_run_config
     from megatron_hypenet.errors import DataError
     from megatron_hypenet.halo.run_folder import RunFolder
+    from megatron_hypenet.untrusted.files import has_entry
 
     folder = RunFolder(run_folder)
-    if not folder.config_file.is_file():
+    if not has_entry(folder.config_file):
         raise DataError(
             f"{run_folder} is not a run folder: it has no config.yaml; give the output_dir of a run"
         )
-    if again or not folder.report_file.is_file():
+    if again or not has_entry(folder.report_file):
         evaluate(
             folder, load_run_config(folder.config_file, [f"output_dir={run_folder}"]), again=again
         )

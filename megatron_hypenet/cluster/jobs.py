@@ -19,7 +19,7 @@ from pathlib import Path
 
 from megatron_hypenet.errors import DataError, SetupError, UsageError
 from megatron_hypenet.slurm_environment import own_environment
-from megatron_hypenet.untrusted.files import FileKind, inside
+from megatron_hypenet.untrusted.files import FileKind, has_entry, inside
 from megatron_hypenet.untrusted.json_text import read_typed
 
 logger = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ class Jobs:
 
     def __init__(self, run_folder: Path) -> None:
         """Raises DataError when `run_folder` is not a run folder or its record is damaged."""
-        if not (run_folder / "config.yaml").is_file():
+        if not has_entry(run_folder / "config.yaml"):
             raise DataError(
                 f"{run_folder} is not a run folder: it has no config.yaml; give the output_dir of "
                 "a run"
@@ -104,7 +104,7 @@ class Jobs:
         self.all: list[Job] = self._read()
 
     def _read(self) -> list[Job]:
-        if not self.file.exists():
+        if not has_entry(self.file):
             return []
         jobs = read_typed(_JOBS, self.file, _Jobs).jobs
         for job in jobs:
@@ -167,7 +167,9 @@ class Jobs:
         """What the job noted of itself."""
         path = self.folder / "logs" / f"job-{job.id}" / "events"
         rows = (
-            _EVENTS.read_bytes(path).decode(errors="replace").splitlines() if path.is_file() else []
+            _EVENTS.read_bytes(path).decode(errors="replace").splitlines()
+            if has_entry(path)
+            else []
         )
         # a torn line says nothing
         found = [match.groups() for row in rows if (match := _EVENT.fullmatch(row))]
@@ -209,7 +211,7 @@ class Jobs:
 def refuse_live_jobs(run_folder: Path) -> None:
     """Raise UsageError while jobs of the run in this folder wait or run; where there is no SLURM,
     what the jobs noted themselves counts."""
-    if not (run_folder / "jobs.json").is_file() or not (run_folder / "config.yaml").is_file():
+    if not all(has_entry(run_folder / name) for name in ("jobs.json", "config.yaml")):
         return
     jobs = Jobs(run_folder)
     try:

@@ -27,7 +27,7 @@ from megatron_hypenet.data.recall import RecallTask, RecallVocabulary
 from megatron_hypenet.data.token_ids import scan_ids
 from megatron_hypenet.data.tokenizer import end_of_text, load_tokenizer, recall_vocabulary
 from megatron_hypenet.errors import DataError
-from megatron_hypenet.untrusted.files import FileKind
+from megatron_hypenet.untrusted.files import FileKind, has_entry
 from megatron_hypenet.untrusted.json_text import read_object, typed
 
 INDEX_FILE = "corpus.json"
@@ -51,7 +51,7 @@ def prepare_corpus(
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(tokenizer_dir)
     known = (
-        _read_index(folder) if (folder / INDEX_FILE).is_file() else {"train": [], "heldout": None}
+        _read_index(folder) if has_entry(folder / INDEX_FILE) else {"train": [], "heldout": None}
     )
     end = end_of_text(tokenizer, model_end)
     if end.note:

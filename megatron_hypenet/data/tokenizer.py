@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_hypenet.data.recall import RecallVocabulary
 from megatron_hypenet.errors import DataError
-from megatron_hypenet.untrusted.files import FileKind
+from megatron_hypenet.untrusted.files import FileKind, has_entry
 from megatron_hypenet.untrusted.json_text import read_object
 
 WORD_PIECE = re.compile(r"^[\u0120\u2581][a-z]{3,8}$")
@@ -129,7 +129,7 @@ def _model_files(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     """The files about the model beside a tokenizer, with what they hold."""
     beside = [folder / "config.json", folder / "generation_config.json"]
     for path in [*beside, *([folder.parent / "model.json"] if folder.name == "tokenizer" else [])]:
-        if path.is_file():
+        if has_entry(path):
             yield path, read_object(_MODEL_FILES, path)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from megatron_hypenet.errors import ConversionError
-from megatron_hypenet.untrusted.files import FileKind, inside, shown
+from megatron_hypenet.untrusted.files import FileKind, has_entry, inside, shown
 from megatron_hypenet.untrusted.json_text import read_object
 from megatron_hypenet.untrusted.safetensors_header import TensorHeader, read_header
 
@@ -62,8 +62,8 @@ class HfWeights(Mapping[str, "Tensor"]):
 
     def _read_index(self) -> dict[str, str] | None:
         path, single = self.hf_dir / INDEX, self.hf_dir / SINGLE
-        if not path.is_file():
-            if not single.is_file():
+        if not has_entry(path):
+            if not has_entry(single):
                 raise ConversionError(f"{self.hf_dir}: {self._no_weights()}")
             return None
         index = read_object(JSON, inside(self.hf_dir, INDEX, JSON)).get("weight_map")
@@ -75,7 +75,7 @@ class HfWeights(Mapping[str, "Tensor"]):
                 JSON.refuse(
                     path, f"names the file {shown(repr(file), 80)}, which is not inside the folder"
                 )
-        if single.is_file() and set(index.values()) != {SINGLE}:
+        if has_entry(single) and set(index.values()) != {SINGLE}:
             others = shown(", ".join(sorted(set(index.values()))[:4]))
             raise ConversionError(
                 f"{self.hf_dir} holds two models: {SINGLE}, which transformers would load, "
@@ -152,7 +152,7 @@ def read_generation_config(hf_dir: Path) -> dict[str, Any] | None:
     """generation_config.json as a dict, None when the folder has none; ConversionError when it is
     no JSON object."""
     path = hf_dir / GENERATION
-    if not (path.exists() or path.is_symlink()):
+    if not has_entry(path):
         return None
     return read_object(JSON, inside(hf_dir, GENERATION, JSON))
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from megatron_hypenet.errors import ConversionError
-from megatron_hypenet.untrusted.files import MIB, FileKind, inside, reason_of, shown
+from megatron_hypenet.untrusted.files import MIB, FileKind, has_entry, inside, reason_of, shown
 from megatron_hypenet.untrusted.json_text import parse_json, typed
 
 MODEL = "tokenizer.json"
@@ -119,7 +119,7 @@ def export(source: Path, target: Path, say: Callable[[str], None] | None = None)
 
     `say` gets a line when one of them cannot read it. Raises ConversionError for a damaged file.
     """
-    for name in (name for name in FILES if (source / name).is_file()):
+    for name in (name for name in FILES if has_entry(source / name)):
         content = _KIND.read_bytes(source / name)
         if name in (CONFIG, "special_tokens_map.json"):
             old = _table(source / name, content)

@@ -37,6 +37,7 @@ from megatron_hypenet.stages.select import LayerScores, Selection, load_scores, 
 from megatron_hypenet.supervision.heartbeat import PULSE
 from megatron_hypenet.training.loop import train
 from megatron_hypenet.training.metrics import StepRecord
+from megatron_hypenet.untrusted.files import has_entry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +179,7 @@ class Halo:
         mixers = build_stage.load_aligned(self.run, teacher, self._of("align"))
         measure = datasets.measure(self.run, self.folder)
         total = teacher.model_config.num_layers
-        known = read_json(self.folder.scores_file) if self.folder.scores_file.is_file() else None
+        known = read_json(self.folder.scores_file) if has_entry(self.folder.scores_file) else None
         groups.barrier()  # all have read what is known before the first one adds to it
 
         PULSE.note("evaluate")

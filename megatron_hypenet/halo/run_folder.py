@@ -37,7 +37,7 @@ from megatron_hypenet.config.loader import completed, dump_config, read_stored
 from megatron_hypenet.config.schema import STAGES, RunConfig
 from megatron_hypenet.errors import ConfigError, DataError, UsageError
 from megatron_hypenet.supervision.request_files import stop_file
-from megatron_hypenet.untrusted.files import FileKind
+from megatron_hypenet.untrusted.files import FileKind, has_entry
 from megatron_hypenet.untrusted.json_text import read_object, typed
 
 _MANIFEST = FileKind(error=DataError, advice="delete it to run every step again")
@@ -187,7 +187,7 @@ class RunFolder:
                     f"output_dir={self.root}: {place} is a file, not a folder; "
                     "choose another output_dir"
                 )
-        if not self.config_file.is_file() and not all(map(is_temporary, self._content())):
+        if not has_entry(self.config_file) and not all(map(is_temporary, self._content())):
             raise UsageError(
                 f"{self.root} is not empty and is not a run folder (it has no config.yaml); "
                 "choose another output_dir"
@@ -277,7 +277,7 @@ class RunFolder:
 
     def _stored_settings(self) -> Mapping[str, Any] | None:
         """What config.yaml holds; None when there is none."""
-        if not self.config_file.is_file():
+        if not has_entry(self.config_file):
             return None
         try:
             return read_stored(self.config_file)
@@ -341,7 +341,7 @@ class RunFolder:
         return fingerprint
 
     def _manifest(self) -> dict[str, Any]:
-        if not self.manifest_file.exists():
+        if not has_entry(self.manifest_file):
             return {}
         manifest = read_object(_MANIFEST, self.manifest_file)
         typed(_MANIFEST, self.manifest_file, manifest, _Manifest)

@@ -22,7 +22,7 @@ from typing import Any
 from megatron_hypenet.config.mixers.softmax_attn import ATTENTION
 from megatron_hypenet.config.model import MAX_LAYERS
 from megatron_hypenet.errors import ConfigError, DataError
-from megatron_hypenet.untrusted.files import FileKind, shown
+from megatron_hypenet.untrusted.files import FileKind, has_entry, shown
 from megatron_hypenet.untrusted.json_text import read_json, read_typed
 
 _SCORES = FileKind(error=DataError, advice="score every layer once, then rank again")
@@ -155,7 +155,7 @@ def parse_scores(payload: Any, *, where: str = "scores") -> LayerScores:
 def load_scores(path: Path) -> LayerScores:
     """Read and check a scores file. Raises DataError when it is absent, not JSON, or names a layer
     twice."""
-    if not path.exists():
+    if not has_entry(path):
         raise DataError(
             f"{path}: there is no scores file; run `hypenet select CONFIG.yaml` to make one"
         )

@@ -24,7 +24,7 @@ from torch import Tensor
 from megatron_hypenet.atomic_files import write_text
 from megatron_hypenet.errors import DataError
 from megatron_hypenet.training.throughput import Workload
-from megatron_hypenet.untrusted.files import FileKind
+from megatron_hypenet.untrusted.files import FileKind, has_entry
 from megatron_hypenet.untrusted.json_text import parse_json, typed
 
 logger = logging.getLogger(__name__)
@@ -172,7 +172,7 @@ def _read(path: Path) -> list[tuple[str, _Line]]:
 
     DataError names the first line that is damaged otherwise.
     """
-    if not path.is_file():
+    if not has_entry(path):
         return []
     *lines, _torn = _KIND.read_bytes(path).split(b"\n")
     found: list[tuple[str, _Line]] = []

@@ -87,6 +87,12 @@ class FileKind:
         return text
 
 
+def has_entry(path: Path) -> bool:
+    """Whether anything has this name, be it a folder, or a symbolic link that leads nowhere or in a
+    circle: then an optional file is not absent, and reading it says what is wrong."""
+    return os.path.lexists(path)
+
+
 def inside(folder: Path, name: object, kind: FileKind) -> Path:
     """Return the path of the file or folder `name`, relative to `folder`, that a foreign file
     refers to.

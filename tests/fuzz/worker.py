@@ -156,16 +156,10 @@ def main(seed, count, kinds):
                 shutil.copytree(whole, place / "x")
                 with captured(place / "log"):
                     code = subject.read(place / "x", place / "out" / "result")
-                    if code == 0:
-                        subject.accepted(
-                            place / "x",
-                            place / "out" / "result",
-                            (place / "log.out").read_text(),
-                            whole,
-                        )
-                assert code == 0, (
-                    f"{kind}: the undamaged input is refused: {(place / 'log.err').read_text()}"
-                )
+                said, err = ((place / f"log.{suffix}").read_text() for suffix in ("out", "err"))
+                assert code == 0, f"{kind}: the undamaged input is refused: {err}"
+                with captured(place / "check"):
+                    subject.accepted(place / "x", place / "out" / "result", said, whole)
             limit()
             for number in range(count):
                 place = Path(root, kind, "one")

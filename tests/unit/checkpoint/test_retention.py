@@ -1,7 +1,10 @@
 """Old saves go, the newest and the marked ones stay."""
 
+import shutil
+
 import pytest
 
+from megatron_hypenet.atomic_files import sweep
 from megatron_hypenet.checkpoint import format as fmt
 from megatron_hypenet.checkpoint.retention import prune
 
@@ -36,3 +39,27 @@ def test_keeps_multiples(parent):
 def test_never_removes_the_newest(parent):
     prune(parent, keep_last=0)
     assert left(parent) == [50, 60, 70]
+
+
+def test_a_deletion_that_was_cut_short_is_not_undone(parent, monkeypatch):
+    """Killed while files go: the marker may still be there, the weights not."""
+
+    def killed(folder, **_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prune(parent, keep_last=4)
+    monkeypatch.undo()
+    (half,) = parent.glob(".iter_0000010.*")
+    assert fmt.is_committed(half)
+    assert fmt.remove_stale(parent) == [half]
+    assert left(parent) == [20, 30, 40, 50, 60, 70]
+
+
+def test_a_sweep_deletes_the_rest(parent, monkeypatch):
+    monkeypatch.setattr(shutil, "rmtree", lambda folder, **_: None)
+    prune(parent, keep_last=4)
+    monkeypatch.undo()
+    sweep(parent)
+    assert left(parent) == [20, 30, 40, 50, 60, 70]

@@ -3,7 +3,14 @@ import os
 import pytest
 
 from megatron_hypenet.errors import ConversionError
-from megatron_hypenet.untrusted.files import FileKind, inside, is_inside, reason_of, shown
+from megatron_hypenet.untrusted.files import (
+    FileKind,
+    has_entry,
+    inside,
+    is_inside,
+    reason_of,
+    shown,
+)
 
 KIND = FileKind(error=ConversionError, advice="fetch it again", max_bytes=10)
 
@@ -99,3 +106,18 @@ def test_messages_stay_one_short_printable_line():
     assert reason_of(ValueError("first\nsecond")) == "first"
     assert reason_of(ValueError()) == "ValueError"
     assert reason_of(FileNotFoundError(2, "No such file", "/x")) == "No such file"
+
+
+def test_a_name_that_cannot_be_read_is_not_absent(tmp_path):
+    """An optional file counts as absent only where nothing has its name."""
+    path = tmp_path / "x"
+    assert not has_entry(path)
+    for make in (
+        path.mkdir,
+        path.touch,
+        lambda: path.symlink_to("nowhere"),
+        lambda: path.symlink_to("x"),
+    ):
+        make()
+        assert has_entry(path)
+        path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
