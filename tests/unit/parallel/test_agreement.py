@@ -5,6 +5,7 @@ import errno
 
 import pytest
 
+from megatron_hypenet.checkpoint.format import error_of_save
 from megatron_hypenet.errors import CheckpointError, SetupError
 from megatron_hypenet.parallel import agreement
 
@@ -30,7 +31,7 @@ def test_own_failures_stay_what_they_are():
 def test_failures_of_the_disk_become_errors_for_the_user(tmp_path, number, kind):
     with (
         pytest.raises(kind, match="older checkpoints are untouched"),
-        agreement.failing_together(tmp_path / "iter_0000001"),
+        agreement.failing_together(error_of_save(tmp_path / "iter_0000001")),
     ):
         raise OSError(number, "no luck")
 
