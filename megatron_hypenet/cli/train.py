@@ -74,7 +74,7 @@ def train(
 
     processes.choose(launcher, hostfile, env)
     settings = load_run_config(config, collect_overrides(overrides, tp=tp, pp=pp, cp=cp))
-    from megatron_hypenet.halo.tasks import stage_name
+    from megatron_hypenet.halo.tasks import STARTS_FROM, stage_name
 
     if init is not None and not stage:
         raise UsageError(
@@ -82,8 +82,10 @@ def train(
         )
     found = pipeline.checked(settings, nproc=nproc)
     name = stage_name(stage) if stage else first_unfinished(pipeline.planned(settings))
-    if init is not None and name == "align":
-        raise UsageError("--init is for distill and finetune; stage align starts from the teacher")
+    if init is not None and name not in STARTS_FROM:
+        raise UsageError(
+            f"--init is for distill and finetune; stage {name} starts from the teacher"
+        )
     if init is not None:
         check_init(
             init, starts=not dry_run and processes.planned_start(found.num_processes) is not None

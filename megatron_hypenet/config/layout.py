@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from megatron_hypenet.config.mixers import MixerSpec
 from megatron_hypenet.config.mixers.softmax_attn import ATTENTION
 from megatron_hypenet.config.model import ModelConfig
-from megatron_hypenet.config.schema import STAGES, ParallelConfig, RunConfig
+from megatron_hypenet.config.schema import STAGES, AlignConfig, ParallelConfig, RunConfig
 
 PROCESSES = "processes"
 """Stands for the number of processes among the keys of a Change."""
@@ -82,8 +82,9 @@ class Layout:
         1 trains."""
         assert self.model is not None, "rules about the model are asked with a model only"
         found = {name: self.model.spec(name) for name in (ATTENTION, *self.model.used_mixers)}
-        if "align" in self.stages:
-            found.setdefault(self.run.align.mixer, self.run.align.spec)
+        for settings in map(self.run.stage, self.stages):
+            if isinstance(settings, AlignConfig):
+                found.setdefault(settings.mixer, settings.spec)
         return tuple(found.values())
 
     def changed(self, change: Change) -> Layout:

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,19 @@ from megatron_hypenet.checkpoint.load import (
     resolve,
     tokenizer_dir,
 )
-from megatron_hypenet.config.schema import RunConfig
+from megatron_hypenet.config.schema import STAGES, RunConfig
 from megatron_hypenet.errors import CheckpointError
 from megatron_hypenet.halo import build_stage, datasets
 from megatron_hypenet.halo.report import draw_importance, draw_report, row_line, write_report
 from megatron_hypenet.halo.run_folder import RunFolder
 from megatron_hypenet.halo.task_runner import Runner, Step, identity_of, read_json
-from megatron_hypenet.halo.tasks import halo_steps, required_checkpoint
+from megatron_hypenet.halo.tasks import STARTS_FROM, halo_steps, required_checkpoint
 from megatron_hypenet.model.hypenet import HypeNetModel
 from megatron_hypenet.parallel import groups
 from megatron_hypenet.stages.aligned_mixers import score_layers
 from megatron_hypenet.stages.base import StageModule
 from megatron_hypenet.stages.select import LayerScores, Selection, load_scores, load_selection, rank
+from megatron_hypenet.stages.spec import stage_spec
 from megatron_hypenet.supervision.heartbeat import PULSE
 from megatron_hypenet.training.loop import train
 from megatron_hypenet.training.metrics import StepRecord
@@ -60,7 +62,13 @@ class Halo:
 
     def steps(self) -> list[Step]:
         """All steps in order."""
-        return halo_steps(self.run, self.folder, lambda name: getattr(self, f"do_{name}"))
+        return halo_steps(self.run, self.folder, self._action)
+
+    def _action(self, step: str) -> Callable[[], dict[str, Any]]:
+        if step in STAGES:
+            return partial(self.do_stage, step)
+        action: Callable[[], dict[str, Any]] = getattr(self, f"do_{step}")
+        return action
 
     def train_from(self, runner: Runner, name: str, init: Path | None) -> Path:
         """Do training stage `name` with what it needs, from the run's own results or from `init`;
@@ -118,17 +126,14 @@ class Halo:
             )
         return {"teacher_loss": loss, "limit": limit}
 
-    def do_align(self) -> dict[str, Any]:
-        """Stage 1."""
-        return self.do_training("align", teacher=self.folder.teacher)
-
-    def do_distill(self) -> dict[str, Any]:
-        """Stage 2."""
-        return self.do_training("distill", teacher=self.folder.teacher, init=self.folder.assembled)
-
-    def do_finetune(self) -> dict[str, Any]:
-        """Stage 3."""
-        return self.do_training("finetune", init=self._of("distill"))
+    def do_stage(self, name: str) -> dict[str, Any]:
+        """Train one stage from the run's own results."""
+        spec = stage_spec(name)
+        return self.do_training(
+            name,
+            teacher=self.folder.teacher if spec.needs_teacher else None,
+            init=self._of(STARTS_FROM[name]) if spec.through_head else None,
+        )
 
     def do_training(
         self, name: str, *, teacher: Path | None = None, init: Path | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +22,19 @@ from megatron_hypenet.checkpoint.load import (
 )
 from megatron_hypenet.checkpoint.save import write_weights
 from megatron_hypenet.checkpoint.shards import LazyTensor, ShardReader
+from megatron_hypenet.config.mixers import MixerSpec
 from megatron_hypenet.config.model import ModelConfig
-from megatron_hypenet.config.schema import HeadStageConfig, ParallelConfig, Recompute, RunConfig
+from megatron_hypenet.config.schema import ParallelConfig, Recompute, RunConfig
 from megatron_hypenet.errors import CheckpointError
 from megatron_hypenet.model.hypenet import HypeNetModel, build_model
 from megatron_hypenet.model.kernel_guard import guard_kernels
 from megatron_hypenet.model.transfer import fresh_parameter
 from megatron_hypenet.parallel.cpu import device
 from megatron_hypenet.planning.layer_placement import check_placement, placed, placement_table
-from megatron_hypenet.stages.align import AlignStage
 from megatron_hypenet.stages.aligned_mixers import AlignedMixers
 from megatron_hypenet.stages.assemble import plan_assembly
 from megatron_hypenet.stages.base import StageModule
-from megatron_hypenet.stages.distill import DistillStage
-from megatron_hypenet.stages.finetune import FinetuneStage
+from megatron_hypenet.stages.spec import stage_spec
 
 logger = logging.getLogger(__name__)
 
@@ -108,51 +108,81 @@ def load_aligned(run: RunConfig, teacher: HypeNetModel, folder: Path) -> Aligned
     return mixers
 
 
+@dataclass(frozen=True, slots=True)
+class _Checkpoints:
+    """The models of a stage from their checkpoints, as `StageSpec.build` asks for them."""
+
+    run: RunConfig
+    parallel: ParallelConfig
+    teacher_folder: Path | None
+    student_folder: Path | None
+
+    @property
+    def mixer(self) -> MixerSpec:
+        return self.run.align.spec
+
+    @property
+    def seed(self) -> int:
+        return self.run.seed
+
+    def teacher(self, *, trunk_only: bool = False) -> HypeNetModel:
+        assert self.teacher_folder is not None, "the stage has a teacher"
+        return load_teacher(
+            self.run, self.teacher_folder, trunk_only=trunk_only, parallel=self.parallel
+        )
+
+    def student(self, *, recompute: Recompute) -> HypeNetModel:
+        assert self.student_folder is not None, "the stage starts from a student"
+        return load_hypenet(
+            self.run, self.student_folder, parallel=self.parallel, recompute=recompute
+        )
+
+
 def build_stage(
     name: str, run: RunConfig, *, teacher: Path | None = None, init: Path | None = None
 ) -> StageModule:
     """The stage module with all weights loaded.
 
-    `teacher` is needed by align and distill, `init` (the student to start from) by distill and
-    finetune. Raises CheckpointError.
+    `teacher` is needed by stages with `StageSpec.needs_teacher`, `init` (the student to start from)
+    by those with `through_head`. Raises CheckpointError.
     """
+    spec = stage_spec(name)
     config = run.stage(name)
     shape = read_teacher_config(teacher) if teacher is not None else None
-    if name == "align":
-        assert teacher is not None and shape is not None, "align imitates a teacher"
-        spec = run.align.spec
-        parallel = placed(name, config, run.parallel, shape, shape.converted(spec))
-        trunk = load_teacher(run, teacher, trunk_only=True, parallel=parallel)
-        return AlignStage(trunk, AlignedMixers.beside(trunk, spec, seed=run.seed))
-    assert init is not None, f"{name} starts from a student"
-    target = read_model_config(init)
-    if target.is_teacher:
+    assert shape is not None or not spec.needs_teacher, f"{name} learns from a teacher"
+    if spec.through_head:
+        assert init is not None, f"{name} starts from a student"
+        start = read_student_config(name, init, teacher, shape)
+    else:
+        assert shape is not None, f"{name} starts from its teacher"
+        start = shape
+    student = spec.student_shape(shape or start, start, run.align.spec)
+    parallel = placed(name, config, run.parallel, shape, student)
+    stage = spec.build(_Checkpoints(run, parallel, teacher, init), config)
+    if spec.through_head:
+        stage.model_config = trained_at(stage.model_config, config.seq_length)
+    return stage
+
+
+def read_student_config(
+    name: str, folder: Path, teacher: Path | None, teacher_shape: ModelConfig | None
+) -> ModelConfig:
+    """Shape of the student that stage `name` starts from; CheckpointError when the checkpoint is a
+    teacher's, or its vocabulary is not that of its teacher."""
+    student = read_model_config(folder)
+    if student.is_teacher:
         raise CheckpointError(
-            f"{init} is a teacher, but stage {name} trains a student; give the assembled student "
+            f"{folder} is a teacher, but stage {name} trains a student; give the assembled student "
             "or the result of stage 2"
         )
-    if shape is not None and shape.vocab_size != target.vocab_size:
+    if teacher_shape is not None and teacher_shape.vocab_size != student.vocab_size:
         raise CheckpointError(
-            f"teacher {teacher} has vocab_size={shape.vocab_size}, "
-            f"student {init} {target.vocab_size}; "
+            f"teacher {teacher} has vocab_size={teacher_shape.vocab_size}, "
+            f"student {folder} {student.vocab_size}; "
             "distillation compares distributions over one vocabulary: use the teacher the student "
             "was made from"
         )
-    assert isinstance(config, HeadStageConfig), "distill and finetune run through the head"
-    parallel = placed(name, config, run.parallel, shape if name == "distill" else None, target)
-    student = load_hypenet(run, init, parallel=parallel, recompute=config.recompute)
-    stage: StageModule
-    if name == "finetune":
-        stage = FinetuneStage(student, chunk_tokens=config.vocab_chunk_tokens)
-    else:
-        assert teacher is not None, "distill imitates a teacher"
-        stage = DistillStage(
-            student,
-            load_teacher(run, teacher, parallel=parallel),
-            chunk_tokens=config.vocab_chunk_tokens,
-        )
-    stage.model_config = trained_at(student.model_config, config.seq_length)
-    return stage
+    return student
 
 
 def trained_at(config: ModelConfig, seq_length: int) -> ModelConfig:
@@ -211,11 +241,11 @@ def parameter_table(stage: StageModule) -> str:
     lines = [
         f"  {'trains':<18}{len(stage.trainable_parameters()):>5} tensors {trains:>14,} parameters"
     ]
-    mentor = stage.__dict__.get("teacher")
-    if mentor is not None:
-        frozen = sum(parameter.numel() for parameter in mentor.parameters())
+    teacher = stage.__dict__.get("teacher")
+    if teacher is not None:
+        frozen = sum(parameter.numel() for parameter in teacher.parameters())
         lines.append(
-            f"  {'frozen (teacher)':<18}{len(list(mentor.parameters())):>5} tensors {frozen:>14,} "
+            f"  {'frozen (teacher)':<18}{len(list(teacher.parameters())):>5} tensors {frozen:>14,} "
             "parameters"
         )
     if len(stage.layout) > 1:

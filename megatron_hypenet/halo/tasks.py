@@ -22,6 +22,8 @@ Action = Callable[[], dict[str, Any]]
 
 STAGE_ALIASES = {"1": "align", "2": "distill", "3": "finetune"}
 """HALO's stage numbers for the names of the three training stages."""
+STARTS_FROM = {"distill": "assemble", "finetune": "distill"}
+"""The task that leaves the student which a training stage starts from."""
 
 
 def halo_steps(

@@ -1,5 +1,5 @@
-"""Floating-point operations of a model and of HALO's stages, per token, by each mixer's own
-formula.
+"""Floating-point operations of a model per token, by each mixer's own formula; what a training
+stage adds up of them is in its own file.
 
 Counted are matrix products as the algorithm needs them: causal attention over half the square, no
 recomputation, no norms and no elementwise work. A backward pass costs twice its forward. Tokens per
@@ -35,29 +35,6 @@ def forward_flops(model: ModelConfig, seq_length: int) -> float:
     )
 
 
-def align_flops(teacher: ModelConfig, mixers: ModelConfig, seq_length: int) -> float:
-    """Stage 1 per token: the teacher's trunk up to the last mixer, and forward and backward of an
-    RNN mixer in every layer.
-
-    `mixers` is the student with an RNN mixer in every layer. Their inputs are detached: of the
-    projections only the output projection passes a gradient on, the others get that of their
-    weights."""
-    trunk = sum(mixer_flops(teacher, seq_length)) + (teacher.num_layers - 1) * mlp_flops(teacher)
-    learned = 0.0
-    for name in mixers.mixer_types:
-        work = mixers.spec(name).flops(mixers, seq_length)
-        learned += (
-            work.total + (work.projections + work.output) + work.output + BACKWARD * work.core
-        )
-    return trunk + learned
-
-
-def distill_flops(teacher: ModelConfig, student: ModelConfig, seq_length: int) -> float:
-    """Stage 2 per token: the teacher forward, the student forward and backward, both with their
-    heads."""
-    return forward_flops(teacher, seq_length) + finetune_flops(student, seq_length)
-
-
-def finetune_flops(student: ModelConfig, seq_length: int) -> float:
-    """Stage 3 per token: the student forward and backward."""
-    return (1 + BACKWARD) * forward_flops(student, seq_length)
+def training_flops(model: ModelConfig, seq_length: int) -> float:
+    """Forward and backward pass of a whole model per token."""
+    return (1 + BACKWARD) * forward_flops(model, seq_length)

@@ -10,13 +10,29 @@ import time
 from collections.abc import Callable, Mapping
 
 from megatron_hypenet.config.model import ModelConfig
-from megatron_hypenet.config.schema import RunConfig, StageConfig
-from megatron_hypenet.model.flops import align_flops, distill_flops, finetune_flops, forward_flops
+from megatron_hypenet.config.schema import STAGES, RunConfig, StageConfig
+from megatron_hypenet.model.flops import forward_flops
+from megatron_hypenet.stages.spec import stage_spec
 
 FIXED_SHARE = {"teacher": 0.01, "data": 0.03, "probe": 0.005, "assemble": 0.01, "export": 0.01}
 """Share of the computing work that each file-moving step is taken for."""
 EVALUATED_MODELS = 4
 """Models in the report: teacher, all layers converted, after distillation, after finetuning."""
+
+
+ORDER = (
+    "teacher",
+    "data",
+    "probe",
+    "align",
+    "select",
+    "assemble",
+    "distill",
+    "finetune",
+    "export",
+    "report",
+)
+"""The steps of a run."""
 
 
 def planned_work(run: RunConfig, teacher: ModelConfig) -> dict[str, float]:
@@ -28,27 +44,15 @@ def planned_work(run: RunConfig, teacher: ModelConfig) -> dict[str, float]:
     heldout = run.eval.heldout_sequences * run.eval.seq_length
     scored = (sweep.recall_sequences + sweep.heldout_sequences) * sweep.seq_length
     work = {
-        "align": _tokens(run.align) * align_flops(teacher, student, run.align.seq_length),
-        "select": (teacher.num_layers + 1) * scored * forward_flops(teacher, sweep.seq_length),
-        "distill": _tokens(run.distill) * distill_flops(teacher, student, run.distill.seq_length),
-        "finetune": _tokens(run.finetune) * finetune_flops(student, run.finetune.seq_length),
-        "report": EVALUATED_MODELS * (recall + heldout) * forward_flops(teacher, longest),
+        name: _tokens(run.stage(name))
+        * stage_spec(name).flops(teacher, student, run.stage(name).seq_length)
+        for name in STAGES
     }
-    total = float(sum(work.values()))
+    work["select"] = (teacher.num_layers + 1) * scored * forward_flops(teacher, sweep.seq_length)
+    work["report"] = EVALUATED_MODELS * (recall + heldout) * forward_flops(teacher, longest)
+    total = float(sum(work[name] for name in ORDER if name in work))
     fixed = {name: share * total for name, share in FIXED_SHARE.items()}
-    order = (
-        "teacher",
-        "data",
-        "probe",
-        "align",
-        "select",
-        "assemble",
-        "distill",
-        "finetune",
-        "export",
-        "report",
-    )
-    return {name: float(work[name]) if name in work else fixed[name] for name in order}
+    return {name: float(work[name]) if name in work else fixed[name] for name in ORDER}
 
 
 class Clock:

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.config.schema import ParallelConfig, StageConfig
 from megatron_hypenet.errors import LayoutError
-from megatron_hypenet.model.flops import BACKWARD, head_flops, mixer_flops
 from megatron_hypenet.model.hypenet import HypeNetModel
-from megatron_hypenet.model.pipeline_layout import balanced_layout, layer_costs, layers_of_stage
+from megatron_hypenet.model.pipeline_layout import balanced_layout, layers_of_stage
 from megatron_hypenet.parallel import groups
+from megatron_hypenet.stages.spec import stage_spec
 
 
 def placed(
@@ -24,31 +24,14 @@ def placed(
     """`parallel` with its pipeline layout settled for training stage `name`; teacher and student
     share one layout, layer by layer.
 
-    For align `student` has an RNN mixer in every layer (`ModelConfig.converted`). A layout that the
-    user wrote stays. Raises LayoutError when there are fewer layers than pipeline stages."""
+    `student` has the shape that trains (`StageSpec.student_shape`); `teacher` may be None for a
+    stage that needs none. A layout that the user wrote stays. Raises LayoutError when there are
+    fewer layers than pipeline stages."""
     if parallel.pipeline_model_parallel_size == 1 or parallel.pipeline_layout is not None:
         return parallel
-    costs, head = _costs(name, stage.seq_length, teacher, student)
+    costs, head = stage_spec(name).layer_costs(teacher or student, student, stage.seq_length)
     layout = balanced_layout(costs, parallel.pipeline_model_parallel_size, head=head)
     return parallel.model_copy(update={"pipeline_layout": layout})
-
-
-def _costs(
-    name: str, seq_length: int, teacher: ModelConfig | None, student: ModelConfig
-) -> tuple[list[float], float]:
-    """Work of one HALO stage per layer and for the head, in FLOPs per token."""
-    frozen = layer_costs(teacher, seq_length) if teacher is not None else [0.0] * student.num_layers
-    training = 1 + BACKWARD
-    if name == "align":  # no head, and the MLPs are the trunk's alone
-        mixers = mixer_flops(student, seq_length)
-        return [
-            before + training * mixer for before, mixer in zip(frozen, mixers, strict=True)
-        ], 0.0
-    heads = training * head_flops(student) + (head_flops(teacher) if teacher is not None else 0.0)
-    return [
-        before + training * cost
-        for before, cost in zip(frozen, layer_costs(student, seq_length), strict=True)
-    ], heads
 
 
 def check_placement(model: HypeNetModel) -> None:

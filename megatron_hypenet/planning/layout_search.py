@@ -22,6 +22,7 @@ from megatron_hypenet.config.mixers import MixerSpec
 from megatron_hypenet.config.mixers.softmax_attn import ATTENTION
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.planning.memory import StageMemory, stage_memory
+from megatron_hypenet.stages.spec import stage_spec
 
 SIZES = (1, 2, 4, 8)
 """Of tensor, pipeline and context parallelism that are looked at."""
@@ -69,7 +70,7 @@ def needs(layout: Layout) -> list[StageNeed]:
     teacher, student = teacher_and_student(layout.model, spec)
     found = []
     for name in layout.stages:
-        trained = teacher.converted(spec) if name == "align" else student
+        trained = stage_spec(name).student_shape(teacher, student, spec)
         parts = stage_memory(
             name,
             teacher,

@@ -18,11 +18,24 @@ import torch
 from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from torch import Tensor, nn
 
-from megatron_hypenet.model.flops import align_flops
+from megatron_hypenet.config.mixers import MixerSpec
+from megatron_hypenet.config.model import ModelConfig
+from megatron_hypenet.config.schema import StageConfig
+from megatron_hypenet.model.flops import BACKWARD, mixer_flops, mlp_flops
 from megatron_hypenet.model.hypenet import HypeNetModel
+from megatron_hypenet.model.pipeline_layout import layer_costs
 from megatron_hypenet.parallel import groups
 from megatron_hypenet.stages.aligned_mixers import AlignedMixers
-from megatron_hypenet.stages.base import Batch, StageModule, accumulate_dtype, local_tokens
+from megatron_hypenet.stages.base import (
+    Batch,
+    PipelineRun,
+    StageModule,
+    accumulate_dtype,
+    finite_or_nan,
+    local_tokens,
+)
+from megatron_hypenet.stages.footprint import COMPUTE_BYTES, Footprint, StageRank
+from megatron_hypenet.stages.spec import ModelSource, StageSpec, register_stage
 
 
 class AlignStage(StageModule):
@@ -70,13 +83,87 @@ class AlignStage(StageModule):
             loss = torch.stack(list(losses.values())).sum() / self.model_config.num_layers
         return loss, {f"align/layer_{layer:02d}": value.detach() for layer, value in losses.items()}
 
+    def pipeline_step(self, pipeline: PipelineRun) -> None:
+        """The teacher's trunk, forward only; this rank differentiates its own layers' losses on the
+        spot, and nothing flows back."""
+        tokens = pipeline.tokens
+
+        def step(index: int) -> Tensor:
+            with pipeline.working():
+                output = self.teacher.hidden(tokens[index].inputs, tokens[index].document_ids)
+                loss, metrics = self.layer_losses()
+            if pipeline.train:
+                loss.backward(gradient=finite_or_nan(loss) / len(tokens))
+            pipeline.add(loss, metrics)
+            return output
+
+        pipeline.flow(self.teacher, step, lambda index, hidden: None)
+
     def flops_per_token(self, seq_length: int) -> float:
         """The teacher's trunk forward, the mixers forward and backward."""
-        return align_flops(self.teacher.model_config, self.model_config, seq_length)
+        return AlignSpec().flops(self.teacher.model_config, self.model_config, seq_length)
 
     def sharded_state_dict(self, prefix: str = "") -> dict[str, Any]:
         """The RNN mixers of all layers, under the names they have in a student."""
         return self.mixers.sharded_state_dict(prefix)
+
+
+@register_stage
+class AlignSpec(StageSpec):
+    """An RNN mixer of every layer learns beside the teacher's trunk."""
+
+    name = AlignStage.name
+    needs_teacher = True
+    through_head = False
+
+    def build(self, source: ModelSource, config: StageConfig) -> AlignStage:
+        """The trunk, and mixers initialised from its attention."""
+        trunk = source.teacher(trunk_only=True)
+        return AlignStage(trunk, AlignedMixers.beside(trunk, source.mixer, seed=source.seed))
+
+    def student_shape(
+        self, teacher: ModelConfig, student: ModelConfig, mixer: MixerSpec
+    ) -> ModelConfig:
+        """An RNN mixer in every layer: which ones will keep attention is not known yet."""
+        return teacher.converted(mixer)
+
+    def flops(self, teacher: ModelConfig, student: ModelConfig, seq_length: int) -> float:
+        """The teacher's trunk up to the last mixer, and forward and backward of every RNN mixer.
+
+        The mixers' inputs are detached: of the projections only the output projection passes a
+        gradient on, the others get that of their weights."""
+        trunk = sum(mixer_flops(teacher, seq_length)) + (teacher.num_layers - 1) * mlp_flops(
+            teacher
+        )
+        learned = 0.0
+        for name in student.mixer_types:
+            work = student.spec(name).flops(student, seq_length)
+            learned += (
+                work.total + (work.projections + work.output) + work.output + BACKWARD * work.core
+            )
+        return trunk + learned
+
+    def layer_costs(
+        self, teacher: ModelConfig, student: ModelConfig, seq_length: int
+    ) -> tuple[list[float], float]:
+        """The teacher's layers forward and the mixers in both directions; no head."""
+        frozen = layer_costs(teacher, seq_length)
+        mixers = mixer_flops(student, seq_length)
+        return [
+            before + (1 + BACKWARD) * mixer for before, mixer in zip(frozen, mixers, strict=True)
+        ], 0.0
+
+    def footprint(self, rank: StageRank, teacher: ModelConfig, student: ModelConfig) -> Footprint:
+        """The mixers train; what each keeps comes with its input and its difference from the
+        attention."""
+        mixers = [student.spec(student.mixer_types[layer]) for layer in rank.layers]
+        inside = sum(mixer.saved_activations(student, rank.tensor, "none") for mixer in mixers)
+        return Footprint(
+            trained=sum(mixer.num_parameters(student, rank.tensor) for mixer in mixers),
+            frozen=rank.parameters(teacher, trunk=True),
+            activations=rank.tokens * (inside + 2 * rank.stream(student) * len(mixers)),
+            work=COMPUTE_BYTES * (rank.tokens * rank.mlp_work(teacher)),
+        )
 
 
 class Imitation(nn.Module):

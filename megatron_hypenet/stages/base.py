@@ -4,15 +4,15 @@ under which names."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from megatron_hypenet.config.model import ModelConfig
-from megatron_hypenet.model.flops import distill_flops, finetune_flops
 from megatron_hypenet.model.hypenet import HypeNetModel
 from megatron_hypenet.parallel import groups
 from megatron_hypenet.parallel.context.layout import split_sequence
@@ -48,6 +48,34 @@ def local_tokens(batch: Batch) -> LocalTokens:
         document_ids=batch.get("document_ids"),
         weights=None if weights is None else split_sequence(weights, group, dim=1),
     )
+
+
+class PipelineRun(Protocol):
+    """The micro-batches of one step on their way through several pipeline stages, for
+    `StageModule.pipeline_step`; training/schedule.py has it."""
+
+    tokens: Sequence[LocalTokens]
+    """This rank's part of every micro-batch."""
+    train: bool
+    """Whether gradients are wanted."""
+
+    def flow(
+        self,
+        model: HypeNetModel,
+        step: Callable[[int], Tensor],
+        finish: Callable[[int, Tensor], Tensor | None],
+        *,
+        train: bool = False,
+    ) -> None:
+        """Send every micro-batch through `model`: `step(i)` runs this rank's layers, `finish(i,
+        hidden)` gets the final hidden states on the last stage, and gives the loss with `train`
+        (parallel/pipeline.py)."""
+
+    def working(self) -> AbstractContextManager[None]:
+        """A block whose time counts as this rank's own work, without waiting for other ranks."""
+
+    def add(self, loss: Tensor, metrics: Mapping[str, Tensor]) -> None:
+        """Count one micro-batch's loss and metrics."""
 
 
 class StageModule(nn.Module, ABC):
@@ -103,6 +131,11 @@ class StageModule(nn.Module, ABC):
     def sharded_state_dict(self, prefix: str = "") -> dict[str, Any]:
         """Megatron sharded tensors of what this stage hands on, under the student's final names."""
 
+    def pipeline_step(self, pipeline: PipelineRun) -> None:
+        """Run the micro-batches of `pipeline` through several pipeline stages, and add this rank's
+        losses and metrics to it."""
+        raise NotImplementedError(f"no pipeline schedule for {type(self).__name__}")
+
     def attach_frozen(self, name: str, module: nn.Module) -> None:
         """Hang a frozen module beside the stage as attribute `name`, without registering it."""
         module.requires_grad_(False)
@@ -110,64 +143,17 @@ class StageModule(nn.Module, ABC):
         self.__dict__[name] = module
 
 
-class HeadStage(StageModule):
-    """A stage that trains a whole student through its output head, perhaps beside a frozen teacher:
-    HALO's stages 2 and 3.
+def finite_or_nan(loss: Tensor) -> Tensor:
+    """1 for a finite loss, else NaN: a factor that makes every gradient of a bad loss NaN.
 
-    `head_loss` runs where the last layers are; under pipeline parallelism the schedule calls it on
-    the last stage."""
+    Choosing between two numbers would copy them to the device and wait for it; a product stays
+    there.
 
-    student: HypeNetModel
-
-    def __init__(self, student: HypeNetModel, teacher: HypeNetModel | None = None) -> None:
-        super().__init__(student.model_config)
-        self.student = student
-        self.__dict__["teacher"] = None
-        if teacher is not None:
-            self.attach_frozen("teacher", teacher)
-
-    @property
-    def frozen_teacher(self) -> HypeNetModel | None:
-        """The teacher whose final hidden states `head_loss` takes, if there is one."""
-        teacher: HypeNetModel | None = self.__dict__["teacher"]
-        return teacher
-
-    @property
-    def layout(self) -> tuple[int, ...]:
-        """Layers per pipeline stage, the same for student and teacher."""
-        return self.student.layout
-
-    def flops_per_token(self, seq_length: int) -> float:
-        """The student forward and backward, after the teacher forward if there is one."""
-        if self.frozen_teacher is None:
-            return finetune_flops(self.model_config, seq_length)
-        return distill_flops(self.frozen_teacher.model_config, self.model_config, seq_length)
-
-    @abstractmethod
-    def head_loss(
-        self, tokens: LocalTokens, hidden: Tensor, teacher_hidden: Tensor | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(loss, metrics) as `forward` gives them, from final hidden states [t, b, h] of student
-        and teacher."""
-
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Tokens [b, t + 1] -> (loss, metrics)."""
-        tokens = local_tokens(batch)
-        teacher_hidden = None
-        if self.frozen_teacher is not None:
-            with torch.no_grad():
-                teacher_hidden = self.frozen_teacher.hidden(tokens.inputs, tokens.document_ids)
-        return self.head_loss(
-            tokens, self.student.hidden(tokens.inputs, tokens.document_ids), teacher_hidden
-        )
-
-    def replicated_over_pipeline(self) -> list[nn.Parameter]:
-        """The student's tied embedding, on the pipeline stages that share it."""
-        return self.student.replicated_over_pipeline()
-
-    def sharded_state_dict(self, prefix: str = "") -> dict[str, Any]:
-        """The whole student."""
-        return self.student.sharded_state_dict(prefix)
+    Some bad losses have finite gradients (an infinite sum of finite terms). This way the gradient
+    norm, which DeepSpeed reduces over all processes and looks at before it updates, is the one
+    judge of a step.
+    """
+    return loss.detach() * 0 + 1
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

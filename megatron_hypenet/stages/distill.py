@@ -5,10 +5,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from megatron_hypenet.config.schema import HeadStageConfig, StageConfig
 from megatron_hypenet.model.hypenet import HypeNetModel
 from megatron_hypenet.parallel import groups
 from megatron_hypenet.parallel.vocab_loss import linear_kl
-from megatron_hypenet.stages.base import HeadStage, LocalTokens
+from megatron_hypenet.stages.base import LocalTokens
+from megatron_hypenet.stages.head import HeadSpec, HeadStage
+from megatron_hypenet.stages.spec import ModelSource, register_stage
 
 
 class DistillStage(HeadStage):
@@ -45,3 +48,17 @@ class DistillStage(HeadStage):
             sequence_parallel=self.student.config.sequence_parallel,
         )
         return loss, {"distill/kl": loss.detach()}
+
+
+@register_stage
+class DistillSpec(HeadSpec):
+    """The student learns beside its teacher."""
+
+    name = DistillStage.name
+    needs_teacher = True
+
+    def build(self, source: ModelSource, config: StageConfig) -> DistillStage:
+        """The student that trains, then the teacher."""
+        assert isinstance(config, HeadStageConfig), "distillation runs through the head"
+        student = source.student(recompute=config.recompute)
+        return DistillStage(student, source.teacher(), chunk_tokens=config.vocab_chunk_tokens)

@@ -5,10 +5,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from megatron_hypenet.config.schema import HeadStageConfig, StageConfig
 from megatron_hypenet.model.hypenet import HypeNetModel
 from megatron_hypenet.parallel import groups
 from megatron_hypenet.parallel.vocab_loss import linear_cross_entropy
-from megatron_hypenet.stages.base import HeadStage, LocalTokens
+from megatron_hypenet.stages.base import LocalTokens
+from megatron_hypenet.stages.head import HeadSpec, HeadStage
+from megatron_hypenet.stages.spec import ModelSource, register_stage
 
 
 class FinetuneStage(HeadStage):
@@ -35,3 +38,17 @@ class FinetuneStage(HeadStage):
             token_weights=None if tokens.weights is None else tokens.weights.t(),
         )
         return loss, {"finetune/lm_loss": loss.detach()}
+
+
+@register_stage
+class FinetuneSpec(HeadSpec):
+    """The student learns alone."""
+
+    name = FinetuneStage.name
+    needs_teacher = False
+
+    def build(self, source: ModelSource, config: StageConfig) -> FinetuneStage:
+        """The student that trains."""
+        assert isinstance(config, HeadStageConfig), "finetuning runs through the head"
+        student = source.student(recompute=config.recompute)
+        return FinetuneStage(student, chunk_tokens=config.vocab_chunk_tokens)

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from megatron_hypenet.atomic_files import write_text
-from megatron_hypenet.config.schema import GuardConfig
+from megatron_hypenet.config.schema import GuardConfig, HeadStageConfig, StageConfig
 from megatron_hypenet.errors import (
     DataError,
     HangError,
@@ -245,12 +245,14 @@ def record_now(fault: BaseException) -> None:
             _Current.place.record(fault)
 
 
-def out_of_gpu_memory(fault: BaseException) -> LayoutError | None:
-    """What to do about a training stage that does not fit the GPU; None for any other fault."""
+def out_of_gpu_memory(fault: BaseException, config: StageConfig) -> LayoutError | None:
+    """What to do about a training stage with settings `config` that does not fit the GPU; None for
+    any other fault."""
     if not isinstance(fault, torch.OutOfMemoryError):
         return None
     stage = PULSE.stage
-    recompute = f"{stage}.recompute=selective or full, " if stage != "align" else ""
+    can_recompute = isinstance(config, HeadStageConfig)
+    recompute = f"{stage}.recompute=selective or full, " if can_recompute else ""
     return LayoutError(
         f"rank {groups.rank()} on {heartbeat.host_name()} ran out of GPU memory in {_here()}: "
         f"{_first_line(fault)}\n"

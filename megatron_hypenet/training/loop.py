@@ -86,7 +86,7 @@ def train(
             trainer.open(tensorboard_dir or Path(out_dir) / "tb", log)
             return trainer.run_to_end(on_step, evaluate)
     except BaseException as fault:
-        told = out_of_gpu_memory(fault) or fault
+        told = out_of_gpu_memory(fault, config) or fault
         record_now(told)  # before anything is closed: the other processes are about to fail of it
         if told is fault:
             raise

@@ -2,28 +2,22 @@
 
 With one, DeepSpeed's engine runs each micro-batch. With several, Megatron's schedules move hidden
 states between the stages and DeepSpeed only reduces and applies the gradients (ZeRO 0 and 1). What
-flows differs by HALO stage:
-- alignment: the teacher's trunk, forward only; each rank differentiates its own layers' losses on
-  the spot, nothing flows back;
-- distillation: the teacher forward only, the last rank keeps its hidden states; then the student,
-  one forward one backward, with the loss of both on the last rank;
-- finetuning: the student alone."""
+flows is for the HALO stage to say (`StageModule.pipeline_step`)."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
-from megatron_hypenet.engine.deepspeed.engine import TrainingEngine, finite_or_nan
+from megatron_hypenet.engine.deepspeed.engine import TrainingEngine
 from megatron_hypenet.engine.own_time import OwnTime
 from megatron_hypenet.model.hypenet import HypeNetModel
 from megatron_hypenet.parallel import groups
 from megatron_hypenet.parallel.pipeline import run_pipeline
-from megatron_hypenet.stages.align import AlignStage
-from megatron_hypenet.stages.base import Batch, HeadStage, LocalTokens, StageModule, local_tokens
+from megatron_hypenet.stages.base import Batch, LocalTokens, StageModule, local_tokens
 from megatron_hypenet.supervision.heartbeat import PULSE
 
 LossAndMetrics = tuple[Tensor, dict[str, Tensor]]
@@ -100,85 +94,57 @@ def _pipelined(
 ) -> LossAndMetrics:
     """One step's micro-batches through several pipeline stages; the share of this rank in loss and
     metrics."""
-    tokens = [local_tokens(batch) for batch in batches]
-    results = _Mean()
-    if isinstance(stage, AlignStage):
-        _align(stage, tokens, results, train=train, clock=clock)
-    else:
-        assert isinstance(stage, HeadStage), f"no pipeline schedule for {type(stage).__name__}"
-        kept = (
-            _kept_hidden(stage.frozen_teacher, tokens)
-            if stage.frozen_teacher is not None
-            else [None] * len(tokens)
+    pipeline = _PipelineRun([local_tokens(batch) for batch in batches], train=train, clock=clock)
+    stage.pipeline_step(pipeline)
+    return pipeline.results()
+
+
+class _PipelineRun:
+    """Megatron's schedules over micro-batches that all have the shape of the first, with the
+    heartbeat and the own time of this rank."""
+
+    def __init__(self, tokens: Sequence[LocalTokens], *, train: bool, clock: OwnTime) -> None:
+        self.tokens = tokens
+        self.train = train
+        self._clock = clock
+        self._phase = PULSE.phase
+        self._results = _Mean()
+
+    def flow(
+        self,
+        model: HypeNetModel,
+        step: Callable[[int], Tensor],
+        finish: Callable[[int, Tensor], Tensor | None],
+        *,
+        train: bool = False,
+    ) -> None:
+        """Send every micro-batch through `model`."""
+        rows, length = self.tokens[0].inputs.shape
+
+        def noted(index: int) -> Tensor:
+            PULSE.note(self._phase)
+            return step(index)
+
+        run_pipeline(
+            model,
+            len(self.tokens),
+            seq_length=length * groups.context_group().size(),
+            micro_batch_size=rows,
+            step=noted,
+            finish=finish,
+            train=train,
         )
 
-        def loss_of(index: int, hidden: Tensor) -> Tensor:
-            loss, metrics = stage.head_loss(tokens[index], hidden, kept[index])
-            results.add(loss, metrics)
-            kept[index] = None
-            return loss * finite_or_nan(loss)
+    def working(self) -> AbstractContextManager[None]:
+        """A block of this rank's own work."""
+        return self._clock.working()
 
-        _flow(stage.student, tokens, loss_of, train=train, clock=clock)
-    if not results.count:  # not the last rank: the loss arises there
-        results.add(torch.zeros((), device=tokens[0].inputs.device), {})
-    return results.take()
+    def add(self, loss: Tensor, metrics: Mapping[str, Tensor]) -> None:
+        """Count one micro-batch's loss and metrics."""
+        self._results.add(loss, metrics)
 
-
-def _align(
-    stage: AlignStage, tokens: Sequence[LocalTokens], results: _Mean, *, train: bool, clock: OwnTime
-) -> None:
-    phase = "forward-backward" if train else "evaluate"
-
-    def step(index: int) -> Tensor:
-        PULSE.note(phase)
-        with clock.working():
-            output = stage.teacher.hidden(tokens[index].inputs, tokens[index].document_ids)
-            loss, metrics = stage.layer_losses()
-        if train:
-            loss.backward(gradient=finite_or_nan(loss) / len(tokens))
-        results.add(loss, metrics)
-        return output
-
-    _flow(stage.teacher, tokens, lambda index, hidden: None, train=False, step=step)
-
-
-def _kept_hidden(teacher: HypeNetModel, tokens: Sequence[LocalTokens]) -> list[Tensor | None]:
-    """The teacher's final hidden states of every micro-batch on the last pipeline stage, None
-    elsewhere."""
-    kept: list[Tensor | None] = [None] * len(tokens)
-
-    def keep(index: int, hidden: Tensor) -> None:
-        kept[index] = hidden
-
-    _flow(teacher, tokens, keep, train=False)
-    return kept
-
-
-def _flow(
-    model: HypeNetModel,
-    tokens: Sequence[LocalTokens],
-    finish: Callable[[int, Tensor], Tensor | None],
-    *,
-    train: bool,
-    step: Callable[[int], Tensor] | None = None,
-    clock: OwnTime | None = None,
-) -> None:
-    """run_pipeline over micro-batches that all have the shape of the first; the stage's own work
-    counts on `clock`."""
-    rows, length = tokens[0].inputs.shape
-    phase = "forward-backward" if train else PULSE.phase
-
-    def hidden(index: int) -> Tensor:
-        PULSE.note(phase)
-        with contextlib.nullcontext() if clock is None else clock.working():
-            return model.hidden(tokens[index].inputs, tokens[index].document_ids)
-
-    run_pipeline(
-        model,
-        len(tokens),
-        seq_length=length * groups.context_group().size(),
-        micro_batch_size=rows,
-        step=step or hidden,
-        finish=finish,
-        train=train,
-    )
+    def results(self) -> LossAndMetrics:
+        """Means over the micro-batches; a loss of zero on ranks where none arises."""
+        if not self._results.count:
+            self._results.add(torch.zeros((), device=self.tokens[0].inputs.device), {})
+        return self._results.take()

@@ -1,5 +1,5 @@
 """Rules of the house: imports point left, each foreign library has one door, every module has its
-mirrored test, and a mixer's name stands in its own files alone."""
+mirrored test, and nothing branches on the name of a mixer or a stage outside its own files."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_hypenet.config.mixers import mixer_specs
+from megatron_hypenet.config.schema import STAGES
 
 PACKAGE = "megatron_hypenet"
 ORDER = [
@@ -379,3 +380,70 @@ def test_a_planted_mixer_name_is_caught(tmp_path, line):
         (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / place).write_text(line + "\n")
         assert len(mixer_names_outside(tmp_path)) == 1, place if count else line
+
+
+# beside a stage's own file: the table of HALO's tasks, the schema of their settings, and texts
+STAGE_NAMES_ARE_DATA = ("halo/tasks.py", "config/schema.py", "cluster/job_script.py")
+
+
+def stage_branches(root: Path) -> list[str]:
+    """Comparisons, memberships, `match` patterns and dictionary keys with a stage's name outside
+    the files that may have them."""
+    found = []
+    for path in sorted(root.rglob("*.py")):
+        place = path.relative_to(root).as_posix()
+        if place in STAGE_NAMES_ARE_DATA:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Compare):
+                parts = [node.left, *node.comparators]
+            elif isinstance(node, ast.Dict):
+                parts = [key for key in node.keys if key is not None]
+            elif isinstance(node, ast.MatchValue):
+                parts = [node.value]
+            else:
+                continue
+            names = {
+                child.value
+                for part in parts
+                for child in ast.walk(part)
+                if isinstance(child, ast.Constant) and child.value in STAGES
+            }
+            found += [
+                f"{place}:{node.lineno} branches on {name}"
+                for name in sorted(names)
+                if place != f"stages/{name}.py"
+            ]
+    return found
+
+
+@pytest.mark.parametrize("folder", [PACKAGE, "launchers", "slurm", "tools"])
+def test_nothing_branches_on_the_name_of_a_stage(repo_root, folder):
+    assert stage_branches(repo_root / folder) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'x = name == "align"',
+        'x = name in ("distill", y)',
+        'x = {"finetune": 1}[name]',
+        'match name:\n    case "align" | "other":\n        pass',
+    ],
+)
+def test_a_planted_branch_on_a_stage_is_caught(tmp_path, line):
+    for place in ("planning/memory.py", "stages/base.py"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).write_text(line + "\n")
+    assert len(stage_branches(tmp_path)) == 2
+    for place in STAGE_NAMES_ARE_DATA:
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).write_text(line + "\n")
+    assert len(stage_branches(tmp_path)) == 2
+
+
+def test_a_stage_may_name_itself_and_pass_its_name_on(tmp_path):
+    (tmp_path / "stages").mkdir()
+    (tmp_path / "stages" / "align.py").write_text('x = name == "align"\n')
+    (tmp_path / "actions.py").write_text('train("align")\ny = {"stage": "align"}\n')
+    assert stage_branches(tmp_path) == []

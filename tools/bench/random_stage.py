@@ -13,20 +13,17 @@ import yaml
 from torch import Tensor
 
 from megatron_hypenet.checkpoint.shards import tensor_pieces
-from megatron_hypenet.config.mixers import default_mixer
+from megatron_hypenet.config.mixers import MixerSpec, default_mixer
 from megatron_hypenet.config.model import ModelConfig
-from megatron_hypenet.config.schema import HeadStageConfig, ParallelConfig
+from megatron_hypenet.config.schema import HeadStageConfig, ParallelConfig, Recompute
 from megatron_hypenet.engine.deepspeed.engine import TrainingEngine
 from megatron_hypenet.model.hypenet import HypeNetModel, build_model
 from megatron_hypenet.model.transfer import named_normal
 from megatron_hypenet.parallel import groups
 from megatron_hypenet.planning.layer_placement import placed
 from megatron_hypenet.planning.layout_search import teacher_and_student
-from megatron_hypenet.stages.align import AlignStage
-from megatron_hypenet.stages.aligned_mixers import AlignedMixers
 from megatron_hypenet.stages.base import Batch, StageModule
-from megatron_hypenet.stages.distill import DistillStage
-from megatron_hypenet.stages.finetune import FinetuneStage
+from megatron_hypenet.stages.spec import stage_spec
 from megatron_hypenet.training.micro_batches import step_batches
 from megatron_hypenet.training.schedule import forward_backward
 
@@ -73,6 +70,42 @@ def model_config(
     )
 
 
+@dataclass(frozen=True)
+class _RandomModels:
+    """The models of a stage with random weights, as `StageSpec.build` asks for them."""
+
+    teacher_shape: ModelConfig
+    student_shape: ModelConfig
+    parallel: ParallelConfig
+    by_name: bool
+    mixer: MixerSpec
+    seed: int = 2
+
+    def teacher(self, *, trunk_only: bool = False) -> HypeNetModel:
+        """Weights of seed 1."""
+        return self._model(self.teacher_shape, 1, trunk_only=trunk_only)
+
+    def student(self, *, recompute: Recompute) -> HypeNetModel:
+        """Weights of seed 2."""
+        return self._model(self.student_shape, self.seed, recompute=recompute)
+
+    def _model(
+        self,
+        shape: ModelConfig,
+        seed: int,
+        *,
+        trunk_only: bool = False,
+        recompute: Recompute = "none",
+    ) -> HypeNetModel:
+        dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+        built = build_model(
+            shape, self.parallel, dtype=dtype, seed=seed, trunk_only=trunk_only, recompute=recompute
+        )
+        if self.by_name:
+            _fill_by_name(built, seed)
+        return built
+
+
 def build(
     name: str,
     student: ModelConfig,
@@ -83,26 +116,12 @@ def build(
 ) -> StageModule:
     """Stage `name` in bfloat16 on CUDA, float32 on a CPU. `by_name` draws each weight from its
     name, the same on every layout (slow)."""
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    spec = default_mixer()
-    teacher, _ = teacher_and_student(student, spec)
-    if name == "align":
-        student = teacher.converted(spec)
-    parallel = placed(name, config, parallel, None if name == "finetune" else teacher, student)
-
-    def model(shape: ModelConfig, seed: int, **options: object) -> HypeNetModel:
-        built = build_model(shape, parallel, dtype=dtype, seed=seed, **options)  # type: ignore[arg-type]
-        if by_name:
-            _fill_by_name(built, seed)
-        return built
-
-    if name == "align":
-        trunk = model(teacher, 1, trunk_only=True)
-        return AlignStage(trunk, AlignedMixers.beside(trunk, spec, seed=2))
-    learner = model(student, 2, recompute=config.recompute)
-    if name == "finetune":
-        return FinetuneStage(learner, chunk_tokens=config.vocab_chunk_tokens)
-    return DistillStage(learner, model(teacher, 1), chunk_tokens=config.vocab_chunk_tokens)
+    spec = stage_spec(name)
+    mixer = default_mixer()
+    teacher, _ = teacher_and_student(student, mixer)
+    trained = spec.student_shape(teacher, student, mixer)
+    parallel = placed(name, config, parallel, teacher, trained)
+    return spec.build(_RandomModels(teacher, trained, parallel, by_name, mixer), config)
 
 
 @torch.no_grad()

@@ -57,6 +57,7 @@ def measure(row: dict[str, Any], out: Path) -> None:
     from megatron_hypenet.parallel import groups
     from megatron_hypenet.planning.layout_search import teacher_and_student
     from megatron_hypenet.planning.memory import stage_memory
+    from megatron_hypenet.stages.spec import stage_spec
     from megatron_hypenet.supervision.process_exit import leave
     from megatron_hypenet.training.metrics import memory_gib
     from megatron_hypenet.training.throughput import Workload, peak_flops
@@ -81,7 +82,7 @@ def measure(row: dict[str, Any], out: Path) -> None:
         steps.run(row["steps"])
     speed = config.tokens_per_step / median(steps.seconds)
     teacher, learner = teacher_and_student(student, default_mixer())
-    learner = teacher.converted(default_mixer()) if row["stage"] == "align" else learner
+    learner = stage_spec(row["stage"]).student_shape(teacher, learner, default_mixer())
     (memory,) = stage_memory(row["stage"], teacher, learner, config, parallel, data_ranks=1)
     graphs = steps.engine.graphs
     work = Workload(stage.flops_per_token(config.seq_length), 1, peak_flops())

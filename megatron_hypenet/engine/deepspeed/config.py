@@ -11,7 +11,7 @@ import torch
 
 from megatron_hypenet.config.schema import ParallelConfig, StageConfig
 
-BUCKET_NUMBERS = 2**28
+BUCKET_ELEMENTS = 2**28
 """Gradients that ZeRO-2 and 3 gather before they reduce them: half of DeepSpeed's default, which
 takes 2 GB more."""
 _EXCHANGE = {"float32": "fp32", "bfloat16": "bf16"}
@@ -31,7 +31,7 @@ def config_dict(
         "zero_optimization": {
             "stage": max(parallel.zero_stage, 1),
             "overlap_comm": False,
-            "reduce_bucket_size": BUCKET_NUMBERS,
+            "reduce_bucket_size": BUCKET_ELEMENTS,
         },
         "steps_per_print": None,
         # it waits for the device in every forward and step

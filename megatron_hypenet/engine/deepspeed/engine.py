@@ -43,6 +43,7 @@ from megatron_hypenet.engine.optim import adamw
 from megatron_hypenet.engine.own_time import OwnTime
 from megatron_hypenet.errors import DivergedError, LayoutError
 from megatron_hypenet.parallel import groups
+from megatron_hypenet.stages.base import finite_or_nan
 
 _MASTER = "fp32_param"
 
@@ -50,19 +51,6 @@ _MASTER = "fp32_param"
 class RefusedUpdate(DivergedError):
     """A step whose gradients were not finite; nothing has changed, and training may go on with
     other samples."""
-
-
-def finite_or_nan(loss: Tensor) -> Tensor:
-    """1 for a finite loss, else NaN: a factor that makes every gradient of a bad loss NaN.
-
-    Choosing between two numbers would copy them to the device and wait for it; a product stays
-    there.
-
-    Some bad losses have finite gradients (an infinite sum of finite terms). This way the gradient
-    norm, which DeepSpeed reduces over all processes and looks at before it updates, is the one
-    judge of a step.
-    """
-    return loss.detach() * 0 + 1
 
 
 class TrainingEngine:

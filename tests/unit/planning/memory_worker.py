@@ -57,6 +57,6 @@ def held(zero_stage):
 
 
 if __name__ == "__main__":
-    config.BUCKET_NUMBERS = BUCKET
+    config.BUCKET_ELEMENTS = BUCKET
     groups.init_parallel(ParallelConfig())
     print(json.dumps({zero_stage: held(zero_stage) for zero_stage in (1, 2, 3)}))

@@ -1,23 +1,21 @@
-"""The memory of a training stage: against an H100's own count, against DeepSpeed's tensors, and
-against what forward keeps."""
+"""The memory of a training stage: against an H100's own count, against DeepSpeed's
+tensors."""
 
 import json
 import subprocess
 import sys
 
 import pytest
-import torch
 import yaml
 
 from megatron_hypenet.config.mixers import default_mixer
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.config.schema import HeadStageConfig, ParallelConfig
-from megatron_hypenet.model.hypenet import build_model
 from megatron_hypenet.planning import memory
 from megatron_hypenet.planning.layout_search import teacher_and_student
 from megatron_hypenet.planning.memory import stage_memory
-from tests.held import bytes_held
-from tests.tiny import tiny_model_config
+from megatron_hypenet.stages.footprint import COMPUTE_BYTES, StageRank
+from megatron_hypenet.stages.spec import stage_spec
 from tests.unit.engine.toy import stage_config
 from tests.unit.planning.memory_worker import BUCKET
 
@@ -45,8 +43,7 @@ def config(batch, length, *, ranks=1, micro_batches=1, **changes):
 
 def estimate(shape, name, stage, *, ranks=1, **parallel):
     teacher, student = teacher_and_student(shape, default_mixer())
-    if name == "align":
-        student = teacher.converted(default_mixer())
+    student = stage_spec(name).student_shape(teacher, student, default_mixer())
     return stage_memory(name, teacher, student, stage, ParallelConfig(**parallel), data_ranks=ranks)
 
 
@@ -64,36 +61,19 @@ def test_weights_gradients_and_optimizer_are_deepspeeds_tensors(repo_root, monke
         command, capture_output=True, text=True, cwd=repo_root, timeout=200, check=False
     )
     assert result.returncode == 0, result.stderr
-    monkeypatch.setattr(memory, "BUCKET_NUMBERS", BUCKET)
+    monkeypatch.setattr(memory, "BUCKET_ELEMENTS", BUCKET)
     for zero_stage, held in json.loads(result.stdout.splitlines()[-1]).items():
         parallel = ParallelConfig(zero_stage=int(zero_stage), gradient_exchange="bfloat16")
         weights = 1e6
-        states = memory._states(
-            memory._Rank("finetune", stage_config(), parallel, 1, (1,), 0), weights
-        )
+        states = memory._states(StageRank(stage_config(), parallel, 1, (1,), 0), weights)
         # on one rank ZeRO-3 gathers nothing, and the bucket of ZeRO-2 and 3 may be gone already
-        passing = memory.NARROW * (
+        passing = COMPUTE_BYTES * (
             (weights if parallel.zero_stage == 3 else 0)
             + (BUCKET if parallel.zero_stage >= 2 else 0)
         )
         assert 0.99 * (sum(states.values()) - passing) <= held <= 1.01 * sum(states.values()), (
             f"ZeRO {zero_stage}: {held}"
         )
-
-
-@pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_recurrent_layers_keep_what_they_say(recompute):
-    """With recomputation a CPU keeps what a GPU keeps."""
-    shapes = [tiny_model_config(("lightning_attn",) * layers) for layers in (1, 2)]
-    ids = torch.randint(0, 61, (2, 11), generator=torch.Generator().manual_seed(0))
-    built = [
-        build_model(shape, ParallelConfig(), dtype=torch.bfloat16, seed=3, recompute=recompute)
-        for shape in shapes
-    ]
-    held = [bytes_held(model, ids)[1] for model in built]
-    rank = memory._Rank("finetune", config(1, 64), ParallelConfig(), 1, (2,), 0)
-    want = memory.NARROW * memory._kept_numbers(rank, shapes[1], 0, recompute)
-    assert (held[1] - held[0]) / ids.numel() == pytest.approx(want, rel=0.02)
 
 
 def test_sharding_and_splitting_take_their_share(model):

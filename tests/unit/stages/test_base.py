@@ -6,7 +6,7 @@ from torch import nn
 
 from megatron_hypenet.config.schema import ParallelConfig
 from megatron_hypenet.parallel import groups
-from megatron_hypenet.stages.base import StageModule, accumulate_dtype, local_tokens
+from megatron_hypenet.stages.base import StageModule, accumulate_dtype, finite_or_nan, local_tokens
 from tests.unit.stages.conftest import STUDENT
 
 
@@ -62,3 +62,13 @@ def test_labels_are_the_tokens_after_the_inputs():
 def test_sums_are_kept_in_fp32_or_wider():
     assert accumulate_dtype(torch.bfloat16) == accumulate_dtype(torch.float32) == torch.float32
     assert accumulate_dtype(torch.float64) == torch.float64
+
+
+def test_a_bad_loss_makes_its_factor_nan():
+    assert finite_or_nan(torch.tensor(2.0)) == 1
+    assert all(finite_or_nan(torch.tensor(bad)).isnan() for bad in (float("-inf"), float("nan")))
+
+
+def test_a_stage_without_a_pipeline_schedule_says_so():
+    with pytest.raises(NotImplementedError, match="no pipeline schedule for Stage"):
+        Stage(STUDENT).pipeline_step(None)

@@ -6,11 +6,7 @@ import torch
 
 from megatron_hypenet.checkpoint.format import OPTIMIZER_STATES
 from megatron_hypenet.config.schema import ParallelConfig
-from megatron_hypenet.engine.deepspeed.engine import (
-    RefusedUpdate,
-    TrainingEngine,
-    finite_or_nan,
-)
+from megatron_hypenet.engine.deepspeed.engine import RefusedUpdate, TrainingEngine
 from megatron_hypenet.engine.optim import lr_at
 from megatron_hypenet.errors import DivergedError, LayoutError
 from megatron_hypenet.parallel import groups
@@ -158,9 +154,6 @@ def test_a_bad_loss_with_finite_gradients_is_refused_too():
     with pytest.raises(RefusedUpdate):
         engine.apply(0.05)
     engine.close()
-    assert (
-        finite_or_nan(torch.tensor(2.0)) == 1 and finite_or_nan(torch.tensor(float("-inf"))).isnan()
-    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,0 +1,126 @@
+"""What a training stage holds on one pipeline stage, from shapes and layout alone.
+
+Elements of weights and activations are counted here, model by model and layer by layer; each
+stage's specification adds up what it needs, and planning/memory.py turns the sums into bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_hypenet.config.model import ModelConfig
+from megatron_hypenet.config.schema import HeadStageConfig, ParallelConfig, Recompute, StageConfig
+from megatron_hypenet.model.pipeline_layout import layers_of_stage
+
+COMPUTE_BYTES = 2
+ACCUMULATION_BYTES = 4
+"""Bytes of an element in the compute dtype (bf16) and in the accumulation dtype (fp32)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Footprint:
+    """What a stage needs beside the gradients and the optimizer state of its trained weights."""
+
+    trained: float
+    """Weights that train, in elements."""
+    frozen: float = 0.0
+    """Weights of a frozen teacher, in elements."""
+    activations: float
+    """Elements that forward keeps for backward, and hidden states of a teacher that wait for their
+    loss."""
+    work: float
+    """Bytes of the larger of: the loss with its chunk of logits and the gradient of the head; one
+    layer's backward."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageRank:
+    """One pipeline stage of a training stage on a layout."""
+
+    config: StageConfig
+    parallel: ParallelConfig
+    data_ranks: int
+    layout: tuple[int, ...]
+    """Layers per pipeline stage."""
+    index: int
+
+    @property
+    def tensor(self) -> int:
+        """Tensor-parallel ranks."""
+        return self.parallel.tensor_model_parallel_size
+
+    @property
+    def first(self) -> bool:
+        """Whether the embedding is here."""
+        return self.index == 0
+
+    @property
+    def last(self) -> bool:
+        """Whether the output head is here."""
+        return self.index == len(self.layout) - 1
+
+    @property
+    def layers(self) -> range:
+        """Global indices of the layers that are here."""
+        return layers_of_stage(self.layout, self.index)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one micro-batch on one context-parallel rank."""
+        return (
+            self.config.micro_batch_size
+            * self.config.seq_length
+            // self.parallel.context_parallel_size
+        )
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of a step on one replica."""
+        return self.config.num_micro_batches(self.data_ranks)
+
+    @property
+    def in_flight(self) -> int:
+        """Micro-batches whose activations are alive at one time: with one forward, one backward, as
+        many as stages follow."""
+        return min(len(self.layout) - self.index, self.micro_batches)
+
+    @property
+    def recompute(self) -> Recompute:
+        """What is computed again in backward instead of kept."""
+        return self.config.recompute if isinstance(self.config, HeadStageConfig) else "none"
+
+    def stream(self, model: ModelConfig) -> float:
+        """Elements of the residual stream per token."""
+        return model.hidden_size / (self.tensor if self.parallel.sequence_parallel else 1)
+
+    def parameters(self, model: ModelConfig, *, trunk: bool = False) -> float:
+        """Weights of a model here; a `trunk` ends before the last layer's MLP."""
+        hidden = model.hidden_size
+        mlp = 3 * model.hidden_size * model.ffn_hidden_size + model.hidden_size
+        mixers = sum(
+            model.spec(model.mixer_types[layer]).num_parameters(model, self.tensor)
+            for layer in self.layers
+        )
+        own = (hidden + mlp) * len(self.layers)
+        if trunk and self.last:
+            own -= mlp
+        tables = int(self.first)
+        if self.last and not trunk:
+            own += hidden
+            tables += not (self.first and model.share_embeddings_and_output_weights)
+        return mixers + (own + tables * model.vocab_size * hidden) / self.tensor
+
+    def saved_activations(self, model: ModelConfig, layer: int, recompute: Recompute) -> float:
+        """Elements per token that one layer keeps for backward."""
+        stream = self.stream(model)
+        inner = model.ffn_hidden_size / self.tensor
+        if recompute == "full":
+            return stream
+        kept = model.spec(model.mixer_types[layer]).saved_activations(model, self.tensor, recompute)
+        if recompute == "selective":
+            return 2 * stream + kept + 2 * inner
+        return 4 * stream + kept + 3 * inner
+
+    def mlp_work(self, model: ModelConfig) -> float:
+        """Elements per token that are alive while the backward of an MLP runs, which holds more
+        than a mixer's."""
+        return 3 * model.ffn_hidden_size / self.tensor + 3 * model.hidden_size

@@ -1,0 +1,207 @@
+"""Stages that train a whole student through its output head, perhaps beside a frozen teacher:
+HALO's stages 2 and 3."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from math import ceil
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_hypenet.config.mixers import MixerSpec
+from megatron_hypenet.config.model import ModelConfig
+from megatron_hypenet.config.schema import HeadStageConfig
+from megatron_hypenet.model.flops import BACKWARD, forward_flops, head_flops, training_flops
+from megatron_hypenet.model.hypenet import HypeNetModel
+from megatron_hypenet.model.pipeline_layout import layer_costs
+from megatron_hypenet.parallel.vocab_loss.gradients import CHUNKS_PER_PRODUCT, chunk_size
+from megatron_hypenet.stages.base import (
+    Batch,
+    LocalTokens,
+    PipelineRun,
+    StageModule,
+    finite_or_nan,
+    local_tokens,
+)
+from megatron_hypenet.stages.footprint import (
+    ACCUMULATION_BYTES,
+    COMPUTE_BYTES,
+    Footprint,
+    StageRank,
+)
+from megatron_hypenet.stages.spec import StageSpec, stage_spec
+
+
+class HeadStage(StageModule):
+    """The module of such a stage.
+
+    `head_loss` runs where the last layers are; under pipeline parallelism the schedule calls it on
+    the last stage."""
+
+    student: HypeNetModel
+
+    def __init__(self, student: HypeNetModel, teacher: HypeNetModel | None = None) -> None:
+        super().__init__(student.model_config)
+        self.student = student
+        self.__dict__["teacher"] = None
+        if teacher is not None:
+            self.attach_frozen("teacher", teacher)
+
+    @property
+    def frozen_teacher(self) -> HypeNetModel | None:
+        """The teacher whose final hidden states `head_loss` takes, if there is one."""
+        teacher: HypeNetModel | None = self.__dict__["teacher"]
+        return teacher
+
+    @property
+    def layout(self) -> tuple[int, ...]:
+        """Layers per pipeline stage, the same for student and teacher."""
+        return self.student.layout
+
+    def flops_per_token(self, seq_length: int) -> float:
+        """The student forward and backward, after the teacher forward if there is one."""
+        teacher = self.student if self.frozen_teacher is None else self.frozen_teacher
+        return stage_spec(self.name).flops(teacher.model_config, self.model_config, seq_length)
+
+    @abstractmethod
+    def head_loss(
+        self, tokens: LocalTokens, hidden: Tensor, teacher_hidden: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(loss, metrics) as `forward` gives them, from final hidden states [t, b, h] of student
+        and teacher."""
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Tokens [b, t + 1] -> (loss, metrics)."""
+        tokens = local_tokens(batch)
+        teacher_hidden = None
+        if self.frozen_teacher is not None:
+            with torch.no_grad():
+                teacher_hidden = self.frozen_teacher.hidden(tokens.inputs, tokens.document_ids)
+        return self.head_loss(
+            tokens, self.student.hidden(tokens.inputs, tokens.document_ids), teacher_hidden
+        )
+
+    def pipeline_step(self, pipeline: PipelineRun) -> None:
+        """The teacher forward for all micro-batches, whose hidden states the last rank keeps; then
+        the student, one forward one backward, with the loss of both on the last rank."""
+        tokens = pipeline.tokens
+        waiting: list[Tensor | None] = [None] * len(tokens)
+        teacher = self.frozen_teacher
+        if teacher is not None:
+
+            def keep(index: int, hidden: Tensor) -> None:
+                waiting[index] = hidden
+
+            pipeline.flow(
+                teacher,
+                lambda index: teacher.hidden(tokens[index].inputs, tokens[index].document_ids),
+                keep,
+            )
+
+        def student_step(index: int) -> Tensor:
+            with pipeline.working():
+                return self.student.hidden(tokens[index].inputs, tokens[index].document_ids)
+
+        def loss_of(index: int, hidden: Tensor) -> Tensor:
+            loss, metrics = self.head_loss(tokens[index], hidden, waiting[index])
+            pipeline.add(loss, metrics)
+            waiting[index] = None
+            return loss * finite_or_nan(loss)
+
+        pipeline.flow(self.student, student_step, loss_of, train=pipeline.train)
+
+    def replicated_over_pipeline(self) -> list[nn.Parameter]:
+        """The student's tied embedding, on the pipeline stages that share it."""
+        return self.student.replicated_over_pipeline()
+
+    def sharded_state_dict(self, prefix: str = "") -> dict[str, Any]:
+        """The whole student."""
+        return self.student.sharded_state_dict(prefix)
+
+
+class HeadSpec(StageSpec):
+    """What both stages have in common; a teacher runs beside the student where one is needed."""
+
+    through_head = True
+
+    def student_shape(
+        self, teacher: ModelConfig, student: ModelConfig, mixer: MixerSpec
+    ) -> ModelConfig:
+        """The student as it is."""
+        return student
+
+    def flops(self, teacher: ModelConfig, student: ModelConfig, seq_length: int) -> float:
+        """The student forward and backward, after the teacher forward where there is one."""
+        before = forward_flops(teacher, seq_length) if self.needs_teacher else 0.0
+        return before + training_flops(student, seq_length)
+
+    def layer_costs(
+        self, teacher: ModelConfig, student: ModelConfig, seq_length: int
+    ) -> tuple[list[float], float]:
+        """Both models' layers and heads, those of the student forward and backward."""
+        costs = [(1 + BACKWARD) * cost for cost in layer_costs(student, seq_length)]
+        heads = (1 + BACKWARD) * head_flops(student)
+        if not self.needs_teacher:
+            return costs, heads
+        frozen = layer_costs(teacher, seq_length)
+        return [
+            before + cost for before, cost in zip(frozen, costs, strict=True)
+        ], heads + head_flops(teacher)
+
+    def footprint(self, rank: StageRank, teacher: ModelConfig, student: ModelConfig) -> Footprint:
+        """The whole student trains; on the last rank the loss takes the head's gradient and chunks
+        of logits."""
+        saved = sum(rank.saved_activations(student, layer, rank.recompute) for layer in rank.layers)
+        waiting = 0.0
+        # with several pipeline stages the teacher has seen all micro-batches before the student
+        # begins
+        if self.needs_teacher and rank.last:
+            waiting = rank.stream(teacher) * (rank.micro_batches if len(rank.layout) > 1 else 1)
+        return Footprint(
+            trained=rank.parameters(student),
+            frozen=rank.parameters(teacher) if self.needs_teacher else 0.0,
+            activations=rank.tokens * (saved * rank.in_flight + waiting),
+            work=max(
+                layer_backward_bytes(rank, student),
+                loss_bytes(rank, student, logit_sets=2 if self.needs_teacher else 1)
+                if rank.last
+                else 0.0,
+            ),
+        )
+
+
+def layer_backward_bytes(rank: StageRank, student: ModelConfig) -> float:
+    """Bytes that the backward of one layer holds at its fullest moment, what it computes again
+    included."""
+    recomputed = {
+        "none": 0.0,
+        "selective": student.ffn_hidden_size / rank.tensor + 2 * student.hidden_size,
+        "full": 0.0,
+    }[rank.recompute]
+    if rank.recompute == "full":
+        recomputed = max(rank.saved_activations(student, layer, "none") for layer in rank.layers)
+    matrix = 2 * student.ffn_hidden_size * student.hidden_size / rank.tensor
+    tied = student.share_embeddings_and_output_weights and rank.first
+    vocab_rows = student.vocab_size / rank.tensor
+    return COMPUTE_BYTES * (
+        rank.tokens * (rank.mlp_work(student) + recomputed)
+        + matrix
+        + (vocab_rows * student.hidden_size if tied else 0.0)
+    )
+
+
+def loss_bytes(rank: StageRank, student: ModelConfig, *, logit_sets: int) -> float:
+    """Bytes of the loss: the head's gradient in fp32, a chunk of logits and their gradients (later
+    a bf16 copy), gradient of hidden."""
+    vocab_rows = ceil(student.vocab_size / rank.tensor)
+    limit = rank.config.vocab_chunk_tokens if isinstance(rank.config, HeadStageConfig) else None
+    per_token = vocab_rows * (logit_sets * ACCUMULATION_BYTES + CHUNKS_PER_PRODUCT * COMPUTE_BYTES)
+    chunk = chunk_size(rank.tokens, limit, per_token, torch.device("cuda")) * per_token
+    head = vocab_rows * student.hidden_size
+    return (
+        ACCUMULATION_BYTES * head
+        + max(chunk, COMPUTE_BYTES * head)
+        + COMPUTE_BYTES * rank.tokens * student.hidden_size
+    )

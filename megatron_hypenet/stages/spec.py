@@ -1,0 +1,97 @@
+"""What a training stage is, without its tensors: what it is made from, what it computes and what it
+holds. One specification per stage, in the stage's own file.
+
+Everything outside that depends on which stage trains (building, planning, time left, the layout of
+a pipeline) asks the specification, so that a stage's name stands in its own file."""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+from megatron_hypenet.config.mixers import MixerSpec
+from megatron_hypenet.config.model import ModelConfig
+from megatron_hypenet.config.schema import STAGES, Recompute, StageConfig
+from megatron_hypenet.stages.footprint import Footprint, StageRank
+
+if TYPE_CHECKING:
+    from megatron_hypenet.model.hypenet import HypeNetModel
+    from megatron_hypenet.stages.base import StageModule
+
+
+class ModelSource(Protocol):
+    """Where a stage's models come from: checkpoints (halo/build_stage.py) or random weights
+    (tools/bench)."""
+
+    @property
+    def mixer(self) -> MixerSpec:
+        """The RNN mixer that replaces attention."""
+
+    @property
+    def seed(self) -> int:
+        """Seed of weights that no model has yet."""
+
+    def teacher(self, *, trunk_only: bool = False) -> HypeNetModel:
+        """The teacher, perhaps without what follows its last mixer."""
+
+    def student(self, *, recompute: Recompute) -> HypeNetModel:
+        """The student that the stage starts from."""
+
+
+class StageSpec(ABC):
+    """One training stage of HALO."""
+
+    name: ClassVar[str]
+    """The stage's name in configs, folders and metric tags."""
+    needs_teacher: ClassVar[bool]
+    """Whether a frozen teacher runs beside what trains."""
+    through_head: ClassVar[bool]
+    """Whether a whole student trains through its output head; it then starts from a student."""
+
+    @abstractmethod
+    def build(self, source: ModelSource, config: StageConfig) -> StageModule:
+        """The stage's module with the models of `source`."""
+
+    @abstractmethod
+    def student_shape(
+        self, teacher: ModelConfig, student: ModelConfig, mixer: MixerSpec
+    ) -> ModelConfig:
+        """The shape that trains, of a run whose finished student has the shape `student`."""
+
+    @abstractmethod
+    def flops(self, teacher: ModelConfig, student: ModelConfig, seq_length: int) -> float:
+        """Floating-point operations of a training step per token, over all ranks; `student` is
+        what trains (`student_shape`)."""
+
+    @abstractmethod
+    def layer_costs(
+        self, teacher: ModelConfig, student: ModelConfig, seq_length: int
+    ) -> tuple[list[float], float]:
+        """FLOPs per token of every layer, and of the head: what balances a pipeline."""
+
+    @abstractmethod
+    def footprint(self, rank: StageRank, teacher: ModelConfig, student: ModelConfig) -> Footprint:
+        """What the stage holds on one pipeline stage, for a bf16 model on CUDA."""
+
+
+_REGISTRY: dict[str, StageSpec] = {}
+
+
+def register_stage(cls: type[StageSpec]) -> type[StageSpec]:
+    """Class decorator: make the specification of a stage known under its name."""
+    assert cls.name in STAGES and cls.name not in _REGISTRY, f"{cls.name} is unknown or twice there"
+    _REGISTRY[cls.name] = cls()
+    return cls
+
+
+def stage_spec(name: str) -> StageSpec:
+    """The specification of training stage `name`, one of STAGES.
+
+    Its file is imported at the first call: it has the stage's module, which needs torch, and
+    commands that only show a plan do without."""
+    if name not in STAGES:
+        raise KeyError(f"no stage {name!r}; stages are {', '.join(STAGES)}")
+    if name not in _REGISTRY:
+        importlib.import_module(f"megatron_hypenet.stages.{name}")
+    return _REGISTRY[name]

@@ -1,0 +1,84 @@
+"""What stages 2 and 3 have in common: their forward pass, and their share of a pipeline."""
+
+import torch
+
+from megatron_hypenet.config.schema import HeadStageConfig, ParallelConfig
+from megatron_hypenet.stages.base import local_tokens
+from megatron_hypenet.stages.distill import DistillSpec, DistillStage
+from megatron_hypenet.stages.finetune import FinetuneSpec, FinetuneStage
+from megatron_hypenet.stages.footprint import StageRank
+from megatron_hypenet.stages.head import layer_backward_bytes, loss_bytes
+from tests.unit.stages.conftest import STUDENT, TEACHER
+
+
+class OnePipelineStage:
+    """A pipeline of one stage: every micro-batch goes through as it is."""
+
+    train = True
+
+    def __init__(self, *batches):
+        self.tokens = [local_tokens(batch) for batch in batches]
+        self.losses = []
+        self.flows = []
+
+    def flow(self, model, step, finish, *, train=False):
+        self.flows.append((model, train))
+        for index in range(len(self.tokens)):
+            with torch.set_grad_enabled(train):
+                finish(index, step(index))
+
+    def working(self):
+        import contextlib
+
+        return contextlib.nullcontext()
+
+    def add(self, loss, metrics):
+        self.losses.append(loss)
+
+
+def test_a_pipeline_gives_the_losses_of_forward(student, teacher, batch):
+    other = {"tokens": batch["tokens"].flip(0)}
+    for stage in (
+        DistillStage(student, teacher, chunk_tokens=8),
+        FinetuneStage(student, chunk_tokens=8),
+    ):
+        pipeline = OnePipelineStage(batch, other)
+        stage.pipeline_step(pipeline)
+        assert pipeline.losses == [stage(batch)[0], stage(other)[0]]
+        assert pipeline.flows[-1] == (student, True)
+        assert pipeline.flows[:-1] == ([(teacher, False)] if stage.frozen_teacher else [])
+
+
+def rank(index=1, stages=(1, 2), **changes):
+    config = HeadStageConfig(
+        train_iters=1,
+        seq_length=64,
+        micro_batch_size=1,
+        global_batch_size=8,
+        lr=1e-5,
+        min_lr=1e-5,
+        **changes,
+    )
+    return StageRank(config, ParallelConfig(), 1, stages, index)
+
+
+def test_a_teacher_adds_its_weights_its_waiting_states_and_a_second_set_of_logits():
+    alone = FinetuneSpec().footprint(rank(), TEACHER, STUDENT)
+    beside = DistillSpec().footprint(rank(), TEACHER, STUDENT)
+    assert (alone.frozen, beside.frozen) == (0.0, rank().parameters(TEACHER))
+    assert beside.activations - alone.activations == 64 * 8 * TEACHER.hidden_size
+    assert beside.trained == alone.trained
+    one, two = (loss_bytes(rank(), STUDENT, logit_sets=sets) for sets in (1, 2))
+    assert one < two
+
+
+def test_the_loss_is_on_the_last_rank_alone():
+    first = FinetuneSpec().footprint(rank(index=0), TEACHER, STUDENT)
+    assert first.work == layer_backward_bytes(rank(index=0), STUDENT)
+    assert first.activations > 0
+
+
+def test_layers_cost_more_beside_a_teacher():
+    alone, head = FinetuneSpec().layer_costs(TEACHER, STUDENT, 64)
+    beside, heads = DistillSpec().layer_costs(TEACHER, STUDENT, 64)
+    assert all(one < two for one, two in zip(alone, beside, strict=True)) and head < heads

@@ -1,0 +1,111 @@
+"""The registry of stages, and what planning asks a stage, over all of them."""
+
+import pytest
+import yaml
+
+from megatron_hypenet.config.mixers import default_mixer
+from megatron_hypenet.config.model import ModelConfig
+from megatron_hypenet.config.schema import STAGES, AlignConfig, HeadStageConfig, RunConfig
+from megatron_hypenet.model.flops import forward_flops, mixer_flops, mlp_flops, training_flops
+from megatron_hypenet.stages.spec import StageSpec, register_stage, stage_spec
+from tests.unit.stages.conftest import STUDENT, TEACHER, build
+
+T = 128
+
+
+class Source:
+    """Random models in float64, and a note of what was asked for."""
+
+    mixer = default_mixer()
+    seed = 3
+
+    def __init__(self):
+        self.asked = []
+
+    def teacher(self, *, trunk_only=False):
+        self.asked.append(("teacher", trunk_only))
+        return build(TEACHER, trunk_only=trunk_only)
+
+    def student(self, *, recompute):
+        self.asked.append(("student", recompute))
+        return build(STUDENT, seed=1, recompute=recompute)
+
+
+SETTINGS = {
+    "train_iters": 1,
+    "seq_length": 11,
+    "micro_batch_size": 2,
+    "global_batch_size": 2,
+    "lr": 1e-3,
+    "min_lr": 1e-3,
+}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_every_stage_is_registered_and_its_settings_say_what_trains(name):
+    spec = stage_spec(name)
+    assert isinstance(spec, StageSpec) and spec.name == name
+    settings = RunConfig.model_fields[name].annotation
+    assert issubclass(settings, HeadStageConfig) == spec.through_head
+
+
+def test_an_unknown_or_repeated_stage_is_refused():
+    with pytest.raises(KeyError, match="no stage 'warmup'; stages are align, distill, finetune"):
+        stage_spec("warmup")
+    with pytest.raises(AssertionError, match="twice"):
+        register_stage(type(stage_spec("align")))
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("align", [("teacher", True)]),
+        ("distill", [("student", "full"), ("teacher", False)]),
+        ("finetune", [("student", "full")]),
+    ],
+)
+def test_a_stage_is_built_from_the_models_it_needs(name, asked, batch):
+    spec, source = stage_spec(name), Source()
+    config = (
+        HeadStageConfig(**SETTINGS, recompute="full")
+        if spec.through_head
+        else AlignConfig(**SETTINGS)
+    )
+    stage = spec.build(source, config)
+    assert source.asked == asked and stage.name == name
+    assert spec.needs_teacher == any(kind == "teacher" for kind, _ in asked)
+    shape = spec.student_shape(TEACHER, STUDENT, default_mixer())
+    assert stage.model_config == shape
+    assert stage.flops_per_token(T) == spec.flops(TEACHER, shape, T)
+    stage(batch)[0].backward()
+
+
+def test_work_of_the_stages():
+    every = TEACHER.converted(default_mixer())
+    finetune = stage_spec("finetune").flops(TEACHER, STUDENT, T)
+    assert finetune == training_flops(STUDENT, T)
+    assert stage_spec("distill").flops(TEACHER, STUDENT, T) == finetune + forward_flops(TEACHER, T)
+    assert stage_spec("align").flops(TEACHER, every, T) < sum(
+        mixer_flops(TEACHER, T)
+    ) + 2 * mlp_flops(TEACHER) + 3 * sum(mixer_flops(every, T))
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [("2b", (5.5, 15.2, 13.1)), ("5b", (15.9, 37.5, 32.8)), ("9b", (27.4, 68.7, 57.0))],
+)
+def test_published_sizes(repo_root, size, expected):
+    """GFLOP per token of the three stages at 512, 512 and 16,384 tokens, worked out by hand from
+    the layer formulas."""
+    student = ModelConfig.model_validate(
+        yaml.safe_load((repo_root / f"configs/model/hypenet_{size}.yaml").read_text())
+    )
+    teacher = student.replace(
+        mixer_types=("attn",) * student.num_layers, attn_use_rope=True, attn_use_output_gate=False
+    )
+    got = []
+    for name, length in zip(STAGES, (512, 512, 16384), strict=True):
+        spec = stage_spec(name)
+        shape = spec.student_shape(teacher, student, default_mixer())
+        got.append(spec.flops(teacher, shape, length) / 1e9)
+    assert got == pytest.approx(expected, rel=0.01)
