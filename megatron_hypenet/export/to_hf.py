@@ -29,13 +29,10 @@ from megatron_hypenet.errors import (
     is_disk_full,
 )
 from megatron_hypenet.export import hf_config, hf_folder, mapping, tokenizer
+from megatron_hypenet.export.remote_code import remote_files
 from megatron_hypenet.export.tensors import check_tensor, parse_dtype
 
 KEEP = "keep"
-REMOTE_CODE = Path(__file__).parent / "hf_remote"
-REMOTE_FILES = tuple(
-    f"{part}_hypenet.py" for part in ("configuration", "modeling", "generation", "cache", "ops")
-)
 MAX_SHARD_BYTES = 5_000_000_000
 
 
@@ -155,8 +152,8 @@ def export_hf(
         if (words := load.tokenizer_dir(plan.folder)) is not None:
             tokenizer.export(words, temporary, progress)
         if plan.family == hf_config.HYPENET:
-            for name in REMOTE_FILES:
-                shutil.copyfile(REMOTE_CODE / name, temporary / name)
+            for name, text in remote_files(set(config["mixer_types"])).items():
+                (temporary / name).write_text(text, encoding="utf-8")
         # safetensors writes files that only their owner may read; a model is shared like the rest
         # of the folder
         for file in temporary.glob("*.safetensors"):

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_hypenet.export import to_hf, tokenizer
+from megatron_hypenet.export import tokenizer
 from megatron_hypenet.export.from_hf import import_hf
 from megatron_hypenet.export.hf_remote.configuration_hypenet import HypeNetConfig
 from megatron_hypenet.export.hf_remote.modeling_hypenet import HypeNetForCausalLM
+from megatron_hypenet.export.remote_code import remote_files
 from megatron_hypenet.export.to_hf import export_hf
 
 HERE = Path(__file__).parent
@@ -203,7 +204,7 @@ def test_model_card_code_runs_without_warnings_and_tokenizers_agree(repo_root, t
         assert found[-1].pop("transformers").startswith("4.57.") == (version == "4.57")
     assert found[0] == found[1]
     assert found[0]["continued"] and found[0]["round_trip"] and found[0]["warnings"] == []
-    assert found[0]["saved"] == sorted(to_hf.REMOTE_FILES)
+    assert found[0]["saved"] == sorted(remote_files(set(config.mixer_types)))
     for one in found[0]["tokenizers"]:
         assert (
             one["ids"][-1] == one["end"] == 0

@@ -1,9 +1,10 @@
-"""What a HypeNet remembers between calls: keys and values of its softmax layers, one matrix per
-head of its Lightning layers.
+"""What a HypeNet remembers between calls: a slot per layer, which that layer's mixer makes and
+fills, and which columns of the batch are padding.
 
 Shapes: b rows, g key/value heads, h heads, t new tokens, d head_dim."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,27 +13,122 @@ _BLOCK_TOKENS = 256
 _GROWTH = 1.5
 
 
+class CacheSlot:
+    """Memory of one layer: tensors with a dimension of rows in front, None before the first token.
+    A subclass names them."""
+
+    kept: ClassVar[tuple[str, ...]] = ()
+    """Names of the attributes that hold the tensors."""
+    is_croppable: ClassVar[bool] = False
+    """Whether the last tokens can be taken back."""
+
+    def __init__(self, layer_kind: str) -> None:
+        """`layer_kind`: what messages call such layers."""
+        self.layer_kind = layer_kind
+        self.reset()
+
+    def get_seq_length(self) -> int:
+        """Columns seen so far, padding included."""
+        return self.length
+
+    def change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replace every tensor by `change` of it."""
+        for name in self.kept:
+            tensor = getattr(self, name)
+            setattr(self, name, None if tensor is None else change(tensor))
+
+    def reorder(self, beam_idx: Tensor) -> None:
+        """Row i becomes what row beam_idx[i] was (beam search)."""
+        self.change_rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.length = 0
+        for name in self.kept:
+            setattr(self, name, None)
+
+    def crop(self, max_length: int) -> None:
+        """Forget the columns from `max_length` on; ValueError where they cannot be taken back."""
+        raise ValueError(
+            f"a HypeNetCache cannot be cropped: its {self.layer_kind} layers keep one state, "
+            "which cannot be rolled back;"
+            " continue a copy that was made before (copy.deepcopy)"
+        )
+
+
+class StateSlot(CacheSlot):
+    """A state of fixed size, in fp32 (fp64 in an fp64 model)."""
+
+    kept = ("state",)
+    state: Tensor | None
+
+    def update(self, state: Tensor, *, new_tokens: int) -> None:
+        """The state after `new_tokens` more columns."""
+        self.state = state
+        self.length += new_tokens
+
+
+class KeyValueSlot(CacheSlot):
+    """Keys and values [b, g, capacity, d], filled in place; the buffers grow by half their size, in
+    blocks of 256 tokens, so a token is copied a bounded number of times."""
+
+    kept = ("keys", "values")
+    is_croppable = True
+    keys: Tensor | None
+    values: Tensor | None
+
+    def __init__(self) -> None:
+        """No keys yet."""
+        super().__init__("softmax")
+
+    def update(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Append key, value [b, g, t, d]; returns all keys and values so far, as views
+        [b, g, length, d]."""
+        keys = self._appended(self.keys, key)
+        values = self._appended(self.values, value)
+        self.keys = keys
+        self.values = values
+        self.length += key.shape[2]
+        return keys[:, :, : self.length], values[:, :, : self.length]
+
+    def _appended(self, buffer: Tensor | None, new: Tensor) -> Tensor:
+        past = self.length
+        total = past + new.shape[2]
+        tracked = new.requires_grad or (buffer is not None and buffer.requires_grad)
+        if buffer is not None and torch.is_grad_enabled() and tracked:
+            # a backward pass needs the earlier keys and values as they were
+            return torch.cat([buffer[:, :, :past], new], dim=2)
+        if buffer is None or buffer.shape[2] < total:
+            wanted = total if buffer is None else max(total, int(buffer.shape[2] * _GROWTH))
+            capacity = -(-wanted // _BLOCK_TOKENS) * _BLOCK_TOKENS
+            grown = new.new_empty(new.shape[0], new.shape[1], capacity, new.shape[3])
+            if buffer is not None:
+                grown[:, :, :past] = buffer[:, :, :past]
+            buffer = grown
+        buffer[:, :, past:total] = new
+        return buffer
+
+    def crop(self, max_length: int) -> None:
+        """Forget the columns from `max_length` on; their memory is overwritten later."""
+        self.length = min(self.length, max_length)
+
+
 class HypeNetCache:
     """Memory of one batch of sequences; pass it back, as `past_key_values` or `cache`, to continue
     them.
 
-    Softmax layers keep [b, g, capacity, d] buffers that are filled in place and grow by half their
-    size, in blocks of 256 tokens, so a token is copied a bounded number of times. Lightning layers
-    keep a state [b, h, d, d] in fp32 (fp64 in an fp64 model) of fixed size. Padding is remembered
-    per row: `num_real` counts the real tokens, `real` says which cached columns they are. A
-    Lightning state cannot be rolled back, so the cache cannot be cropped. `copy.deepcopy` gives a
-    cache that is continued independently."""
+    `slots` has the memory of each layer. Padding is remembered per row: `num_real` counts the real
+    tokens, `real` says which cached columns they are. A recurrent state cannot be rolled back, so
+    only the cache of a model without any can be cropped. `copy.deepcopy` gives a cache that is
+    continued independently."""
 
     is_compileable = False
-    is_croppable = False
     # `generate` feeds no token beyond the last to a cache that its caller goes on with
     _is_user_defined = False
 
-    def __init__(self, num_layers: int) -> None:
-        """An empty cache for a model of `num_layers` layers."""
-        self.keys: list[Tensor | None] = [None] * num_layers
-        self.values: list[Tensor | None] = [None] * num_layers
-        self.states: list[Tensor | None] = [None] * num_layers
+    def __init__(self, slots: Iterable[CacheSlot]) -> None:
+        """An empty cache; `slots` by layer, `model.new_cache()` makes them."""
+        self.slots = list(slots)
         self.length = 0
         self.batch_size = -1
         self.real: Tensor | None = None
@@ -40,7 +136,7 @@ class HypeNetCache:
 
     def __len__(self) -> int:
         """Number of layers."""
-        return len(self.keys)
+        return len(self.slots)
 
     @property
     def is_initialized(self) -> bool:
@@ -57,6 +153,11 @@ class HypeNetCache:
     def is_sliding(self) -> list[bool]:
         """False for every layer."""
         return [False] * len(self)
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether no layer has a state that cannot be rolled back."""
+        return all(slot.is_croppable for slot in self.slots)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns seen so far, padding included: what `generate` has already fed."""
@@ -111,32 +212,6 @@ class HypeNetCache:
         self.num_real = self.num_real + new_real.sum(1)
         return past, first, self.real
 
-    def update(self, layer: int, key: Tensor, value: Tensor, past: int) -> tuple[Tensor, Tensor]:
-        """Append key, value [b, g, t, d] after `past` columns; returns all keys and values so far,
-        [b, g, past + t, d] views."""
-        total = past + key.shape[2]
-        views = []
-        for buffers, new in ((self.keys, key), (self.values, value)):
-            buffer = buffers[layer]
-            if (
-                buffer is not None
-                and torch.is_grad_enabled()
-                and (new.requires_grad or buffer.requires_grad)
-            ):
-                # a backward pass needs the earlier keys and values as they were
-                buffers[layer] = buffer = torch.cat([buffer[:, :, :past], new], dim=2)
-            else:
-                if buffer is None or buffer.shape[2] < total:
-                    wanted = total if buffer is None else max(total, int(buffer.shape[2] * _GROWTH))
-                    capacity = -(-wanted // _BLOCK_TOKENS) * _BLOCK_TOKENS
-                    grown = new.new_empty(new.shape[0], new.shape[1], capacity, new.shape[3])
-                    if buffer is not None:
-                        grown[:, :, :past] = buffer[:, :, :past]
-                    buffers[layer] = buffer = grown
-                buffer[:, :, past:total] = new
-            views.append(buffer[:, :, :total])
-        return views[0], views[1]
-
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row beam_idx[i] was (beam search)."""
         self._change_rows(len(beam_idx), lambda x: x.index_select(0, beam_idx.to(x.device)))
@@ -152,32 +227,34 @@ class HypeNetCache:
         self._change_rows(self.batch_size * repeats, lambda x: x.repeat_interleave(repeats, dim=0))
 
     def _change_rows(self, batch: int, change: Callable[[Tensor], Tensor]) -> None:
-        def changed(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else change(tensor)
-
-        for memory in (self.keys, self.values, self.states):
-            memory[:] = [changed(tensor) for tensor in memory]
-        self.real, self.num_real = changed(self.real), changed(self.num_real)
+        for slot in self.slots:
+            slot.change_rows(change)
+        if self.real is not None and self.num_real is not None:
+            self.real = change(self.real)
+            self.num_real = change(self.num_real)
         if self.batch_size >= 0:
             self.batch_size = batch
 
     def reset(self) -> None:
         """Forget everything."""
-        for memory in (self.keys, self.values, self.states):
-            memory[:] = [None] * len(memory)
+        for slot in self.slots:
+            slot.reset()
         self.length = 0
         self.batch_size = -1
         self.real = None
         self.num_real = None
 
     def crop(self, max_length: int) -> None:
-        """Raise ValueError: a Lightning state cannot be rolled back."""
-        raise ValueError(
-            "a HypeNetCache cannot be cropped: its Lightning layers keep one state, "
-            "which cannot be rolled back;"
-            " continue a copy that was made before (copy.deepcopy)"
-        )
+        """Forget the columns from `max_length` on, or the last `-max_length` ones. ValueError where
+        a layer keeps a state: nothing is changed then."""
+        length = max_length if max_length >= 0 else max(self.length + max_length, 0)
+        for slot in sorted(self.slots, key=lambda slot: slot.is_croppable):
+            slot.crop(length)
+        self.length = min(self.length, length)
+        if self.real is not None:
+            self.real = self.real[:, : self.length]
+            self.num_real = self.real.sum(1)
 
     def activate_past_recording(self) -> None:
-        """Raise ValueError, as `crop` would later: transformers 5 asks before it drafts tokens."""
-        self.crop(0)
+        """Raise ValueError as `crop` would later: transformers 5 asks before it drafts tokens."""
+        self.crop(self.length)

@@ -1,27 +1,23 @@
 """HypeNet configuration for Hugging Face transformers 4.57 and 5.x (arXiv 2601.22156)."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import PretrainedConfig
 
+from .layers_hypenet import HypeNetMixer
+from .mixers_hypenet import MIXERS
 from .ops_hypenet import hype_constant
 
 _SUPPORTED = {
     "attention_bias": False,
     "attn_use_rope": False,
     "attn_use_output_gate": True,
-    "expand_kv_proj": True,
     "hidden_act": "silu",
-    "lightning_rope_scaling": None,
-    "lightning_scale": "1/sqrt(d)",
-    "lightning_use_output_gate": True,
-    "lightning_use_output_norm": True,
-    "lightning_use_qk_norm": True,
-    "lightning_use_rope": True,
-    "lightning_use_short_conv": False,
     "rope_scaling": None,
 }
-"""The only value of each of these switches that the modelling code implements."""
+"""The only value of each of these switches that the modelling code implements; mixers say which
+values theirs may have."""
 
 _ALSO_SUPPORTED = {
     "attention_dropout": 0.0,
@@ -31,12 +27,15 @@ _ALSO_SUPPORTED = {
 }
 """The same for switches of other models, which a config.json may carry."""
 
+_DEFAULT_MIXER = "lightning-attn" if "lightning-attn" in MIXERS else next(iter(MIXERS))
+
 
 class HypeNetConfig(PretrainedConfig):
     """Shape and switches of a HypeNet.
 
     `mixer_types` names the mixer of every layer: "attn" (softmax attention without positions,
-    gated) or "lightning-attn" (linear attention with a fixed decay per head, with RoPE).
+    gated) or a recurrent mixer, such as "lightning-attn" (linear attention with a fixed decay per
+    head, with RoPE). The keys of a mixer that no layer has are kept and mean nothing.
     `attn_logits_scaling` multiplies the queries of the softmax layers at 0-based position t: "hype
     <a>" by ln(t + a) / ln(a), plain "hype" with a = 362, a number by itself, None not at all.
     """
@@ -69,10 +68,6 @@ class HypeNetConfig(PretrainedConfig):
     ) -> None:
         """Raise ValueError for settings that the modelling code does not implement."""
         switches = {name: kwargs.pop(name, supported) for name, supported in _SUPPORTED.items()}
-        sizes = {
-            name: kwargs.pop(name, None)
-            for name in ("lightning_nh", "lightning_nkv", "lightning_head_dim")
-        }
         kwargs.pop("layer_types", None)
         super().__init__(**kwargs)
         self.tie_word_embeddings = tie_word_embeddings
@@ -100,22 +95,24 @@ class HypeNetConfig(PretrainedConfig):
             raise ValueError(
                 f"HypeNet has plain RoPE only, got rope_parameters={rope_parameters!r}"
             )
-        mixers = (
-            ["lightning-attn"] * num_hidden_layers if mixer_types is None else list(mixer_types)
-        )
-        self.mixer_types = [name.replace("_", "-") for name in mixers]
+        given = [_DEFAULT_MIXER] * num_hidden_layers if mixer_types is None else mixer_types
+        self.mixer_types = [MIXERS[name].hf_names[0] if name in MIXERS else name for name in given]
         for name, value in switches.items():
             # transformers 5 makes it an alias of rope_parameters
             if name != "rope_scaling" or value is not None:
                 setattr(self, name, value)
-        for name, default in self._sizes().items():
-            setattr(self, name, default if sizes[name] is None else sizes[name])
+        for mixer in self.mixers:
+            for name, values in mixer.settings(self).items():
+                # a size of null is the default one, a switch of null is a value to be checked
+                is_size = isinstance(values[0], int) and not isinstance(values[0], bool)
+                if not hasattr(self, name) or (is_size and getattr(self, name) is None):
+                    setattr(self, name, values[0])
         self.check()
 
-    def _sizes(self) -> dict[str, int]:
-        """The only supported sizes of the Lightning layers: those of the attention."""
-        heads = self.num_attention_heads
-        return {"lightning_nh": heads, "lightning_nkv": heads, "lightning_head_dim": self.head_dim}
+    @property
+    def mixers(self) -> tuple[type[HypeNetMixer], ...]:
+        """The mixers that layers have, each once; without those that this code does not know."""
+        return tuple(dict.fromkeys(MIXERS[name] for name in self.mixer_types if name in MIXERS))
 
     def check(self) -> None:
         """Raise ValueError for a mixer, a switch or a size that the modelling code does not
@@ -123,12 +120,15 @@ class HypeNetConfig(PretrainedConfig):
 
         The model calls it too: `from_pretrained(..., name=value)` changes a configuration that is
         already made."""
-        supported = {**_SUPPORTED, **_ALSO_SUPPORTED, **self._sizes()}
-        given = {name: getattr(self, name, value) for name, value in supported.items()}
+        supported: list[tuple[str, Sequence[Any]]] = [
+            (name, (value,)) for name, value in {**_SUPPORTED, **_ALSO_SUPPORTED}.items()
+        ]
+        for mixer in self.mixers:
+            supported += mixer.settings(self).items()
         wrong = [
-            f"{name}={value!r} (supported: {supported[name]!r})"
-            for name, value in given.items()
-            if value != supported[name]
+            f"{name}={value!r} (supported: {_listed(values)})"
+            for name, values in supported
+            if (value := getattr(self, name, values[0])) not in values
         ]
         if wrong:
             raise ValueError(f"this HypeNet code does not implement {', '.join(wrong)}")
@@ -139,10 +139,11 @@ class HypeNetConfig(PretrainedConfig):
                 f"got rope_parameters={rope!r}"
             )
         hype_constant(self.attn_logits_scaling)
-        unknown = sorted(set(self.mixer_types) - {"attn", "lightning-attn"})
-        if unknown or len(self.mixer_types) != self.num_hidden_layers:
+        if not MIXERS.keys() >= set(self.mixer_types) or (
+            len(self.mixer_types) != self.num_hidden_layers
+        ):
             raise ValueError(
-                f"mixer_types must name 'attn' or 'lightning-attn' for {self.num_hidden_layers} "
+                f"mixer_types must name one of {sorted(MIXERS)} for {self.num_hidden_layers} "
                 f"layers, got {self.mixer_types}"
             )
         if self.num_attention_heads % self.num_key_value_heads:
@@ -150,6 +151,13 @@ class HypeNetConfig(PretrainedConfig):
                 f"num_key_value_heads={self.num_key_value_heads} must divide "
                 f"num_attention_heads={self.num_attention_heads}"
             )
+
+
+def _listed(values: Sequence[Any]) -> str:
+    """Values for a message."""
+    if isinstance(values, range):
+        return f"{values[0]} to {values[-1]}"
+    return " or ".join(repr(value) for value in values)
 
 
 __all__ = ["HypeNetConfig"]

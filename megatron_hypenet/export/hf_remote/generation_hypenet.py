@@ -83,7 +83,7 @@ class HypeNetGenerationMixin(GenerationMixin):
     ) -> None:
         if generation_config.is_assistant:
             raise ValueError(
-                "a HypeNet cannot be an assistant_model: its Lightning states cannot be rolled "
+                "a HypeNet cannot be an assistant_model: its recurrent states cannot be rolled "
                 "back when drafts are rejected"
             )
         if generation_config.cache_implementation not in (None, "dynamic"):
@@ -98,7 +98,7 @@ class HypeNetGenerationMixin(GenerationMixin):
             _check_given(cache, model_kwargs)
             cache._is_user_defined = True
         elif generation_config.use_cache is not False:
-            cache = HypeNetCache(self.config.num_hidden_layers)
+            cache = self.model.new_cache()
         if cache is not None:
             model_kwargs[CACHE] = cache
 

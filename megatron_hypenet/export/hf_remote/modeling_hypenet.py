@@ -1,12 +1,10 @@
-"""HypeNet for Hugging Face transformers 4.57 and 5.x (arXiv 2601.22156): Lightning linear attention
-and softmax attention by layer.
+"""HypeNet for Hugging Face transformers 4.57 and 5.x (arXiv 2601.22156): recurrent mixers and
+softmax attention by layer.
 
 Plain torch on CPU or GPU. Prompts run chunk by chunk, decoding one token at a time, with any
 padding in the batch: positions count real tokens only, and padding enters neither an attention nor
-a Lightning state. Shapes: b rows, t new tokens, h heads, g key/value heads, d head_dim, H
-hidden_size."""
+a recurrent state. Shapes: b rows, t new tokens, h heads, d head_dim, H hidden_size."""
 
-import math
 from typing import Any
 
 import torch
@@ -20,118 +18,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from .cache_hypenet import HypeNetCache
 from .configuration_hypenet import HypeNetConfig
 from .generation_hypenet import CACHE, HypeNetGenerationMixin, check_positions, given_cache
-from .ops_hypenet import (
-    Step,
-    accumulation_dtype,
-    alibi_slopes,
-    causal_lm_loss,
-    lightning_chunks,
-    lightning_step,
-    query_scale,
-    rope_tables,
-    rotate,
-    softmax_attention,
-)
-
-
-class HypeNetRMSNorm(nn.Module):
-    """Root-mean-square norm over the last dimension."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        """`size`: length of the last dimension."""
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., size] -> same shape and dtype."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
-class HypeNetMixer(nn.Module):
-    """What both mixers share: projections, per-head norms of q and k, and the gated output."""
-
-    gate_name = ""
-    expand_kv = False
-
-    def __init__(self, config: HypeNetConfig, layer: int) -> None:
-        """`layer`: index of the layer, its slot in the cache."""
-        super().__init__()
-        self.config = config
-        self.layer = layer
-        self.num_kv_heads = (
-            config.num_attention_heads if self.expand_kv else config.num_key_value_heads
-        )
-        query_size = config.num_attention_heads * config.head_dim
-        kv_size = self.num_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.add_module(self.gate_name, nn.Linear(config.hidden_size, query_size, bias=False))
-        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
-        self.q_norm = HypeNetRMSNorm(config.head_dim, config.rms_norm_eps)
-        self.k_norm = HypeNetRMSNorm(config.head_dim, config.rms_norm_eps)
-
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [b, t, H] -> q [b, h, t, d], k and v [b, g, t, d]; q and k normalised per head."""
-        b, t, _ = x.shape
-        q = self.q_norm(self.q_proj(x).view(b, t, -1, self.config.head_dim)).transpose(1, 2)
-        k = self.k_norm(self.k_proj(x).view(b, t, -1, self.config.head_dim)).transpose(1, 2)
-        return q, k, self.v_proj(x).view(b, t, -1, self.config.head_dim).transpose(1, 2)
-
-    def merge(self, o: Tensor, x: Tensor) -> Tensor:
-        """o [b, t, h * d], gated by a projection of x, -> [b, t, H]."""
-        return self.o_proj(o * torch.sigmoid(getattr(self, self.gate_name)(x)))
-
-
-class HypeNetSoftmaxMixer(HypeNetMixer):
-    """Grouped-query softmax attention without positions, with logit scaling and an output gate."""
-
-    gate_name = "o_gate"
-
-    def forward(self, x: Tensor, step: Step, cache: HypeNetCache | None) -> Tensor:
-        """x [b, t, H] -> [b, t, H]."""
-        q, k, v = self.project(x)
-        if step.query_scale is not None:
-            q = (q * step.query_scale).to(q.dtype)
-        if cache is not None:
-            k, v = cache.update(self.layer, k, v, step.past)
-        o = softmax_attention(q, k, v, step, plain=self.config._attn_implementation == "eager")
-        return self.merge(o.transpose(1, 2).flatten(2), x)
-
-
-class HypeNetLightningMixer(HypeNetMixer):
-    """S_t = gamma S_(t-1) + k_t v_t^T, o_t = q_t S_t / sqrt(d), gamma fixed per head; one norm over
-    all heads, then the gate."""
-
-    gate_name = "z_proj"
-    expand_kv = True
-
-    def __init__(self, config: HypeNetConfig, layer: int) -> None:
-        """`layer`: index of the layer, its slot in the cache."""
-        super().__init__(config, layer)
-        self.o_norm = HypeNetRMSNorm(
-            config.num_attention_heads * config.head_dim, config.rms_norm_eps
-        )
-
-    def forward(self, x: Tensor, step: Step, cache: HypeNetCache | None) -> Tensor:
-        """x [b, t, H] -> [b, t, H]."""
-        q, k, v = self.project(x)
-        q, k = rotate(q, step.cos, step.sin), rotate(k, step.cos, step.sin)
-        b, h, t, d = q.shape
-        state = None if cache is None else cache.states[self.layer]
-        if state is None:
-            state = q.new_zeros(b, h, d, d, dtype=accumulation_dtype(q.dtype))
-        slopes = step.slopes.to(state.dtype)
-        if t == 1:
-            q, k, v = (y.to(state.dtype) for y in (q, k, v))
-            o, state = lightning_step(q, k, v, state, slopes, step.new_real)
-        else:
-            o, state = lightning_chunks(q, k, v, state, slopes, step.new_real)
-        if cache is not None:
-            cache.states[self.layer] = state
-        o = (o / math.sqrt(d)).to(x.dtype).transpose(1, 2).flatten(2)
-        return self.merge(self.o_norm(o), x)
+from .layers_hypenet import HypeNetRMSNorm
+from .mixers_hypenet import MIXERS
+from .ops_hypenet import Step, accumulation_dtype, causal_lm_loss, rope_tables
 
 
 class HypeNetMLP(nn.Module):
@@ -155,17 +44,16 @@ class HypeNetDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: HypeNetConfig, layer: int) -> None:
         """`layer`: index of the layer; `config.mixer_types` says which mixer it has."""
         super().__init__()
-        mixer = (
-            HypeNetSoftmaxMixer if config.mixer_types[layer] == "attn" else HypeNetLightningMixer
-        )
-        self.self_attn = mixer(config, layer)
+        self.layer = layer
+        self.self_attn = MIXERS[config.mixer_types[layer]](config)
         self.mlp = HypeNetMLP(config)
         self.input_layernorm = HypeNetRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = HypeNetRMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, step: Step, cache: HypeNetCache | None = None) -> Tensor:
         """x [b, t, H] -> [b, t, H]."""
-        x = x + self.self_attn(self.input_layernorm(x), step, cache)
+        slot = None if cache is None else cache.slots[self.layer]
+        x = x + self.self_attn(self.input_layernorm(x), step, slot)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -178,7 +66,7 @@ class HypeNetPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
     supports_gradient_checkpointing = True
-    # a Lightning state cannot be rolled back: `generate` then refuses assisted decoding
+    # a recurrent state cannot be rolled back: `generate` then refuses assisted decoding
     _is_stateful = True
 
     def __init__(self, config: HypeNetConfig) -> None:
@@ -186,6 +74,9 @@ class HypeNetPreTrainedModel(PreTrainedModel):
         the configuration was made."""
         config.check()
         super().__init__(config)
+        # of the mixers in use alone: transformers 4.57 refuses names that no parameter has
+        names = {name for mixer in config.mixers for name in mixer.kept_in_fp32}
+        self._keep_in_fp32_modules_strict = sorted(names) or None
 
     def _check_and_adjust_attn_implementation(
         self, attn_implementation: str | None, *args: Any, **kwargs: Any
@@ -243,9 +134,15 @@ class HypeNetModel(HypeNetPreTrainedModel):
             check_positions(position_ids, positions, new_real)
         dtype = accumulation_dtype(x.dtype)
         cos, sin = rope_tables(self.config.head_dim, self.config.rope_theta, positions, dtype)
-        scale = query_scale(self.config.attn_logits_scaling, positions, dtype)
-        slopes = alibi_slopes(self.config.num_attention_heads, x.device, dtype)
-        return Step(cos, sin, scale, slopes, new_real, real, past)
+        shared = {
+            mixer.hf_names[0]: mixer.shared(self.config, positions, dtype)
+            for mixer in self.config.mixers
+        }
+        return Step(cos, sin, shared, new_real, real, past)
+
+    def new_cache(self) -> HypeNetCache:
+        """An empty cache."""
+        return HypeNetCache(MIXERS[name].new_cache() for name in self.config.mixer_types)
 
     def _cache(self, given: HypeNetCache | None, use_cache: bool | None) -> HypeNetCache | None:
         """The cache of this call: the given one, a new one, or None. ValueError where a given one
@@ -269,7 +166,7 @@ class HypeNetModel(HypeNetPreTrainedModel):
             return given
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        return HypeNetCache(self.config.num_hidden_layers) if use_cache and not recomputes else None
+        return self.new_cache() if use_cache and not recomputes else None
 
     def forward(
         self,
@@ -294,7 +191,7 @@ class HypeNetModel(HypeNetPreTrainedModel):
         unknown keyword."""
         if self.config.output_attentions if output_attentions is None else output_attentions:
             raise ValueError(
-                "HypeNet does not return attention maps: its Lightning layers have none; "
+                "HypeNet does not return attention maps: its recurrent layers have none; "
                 "leave output_attentions out"
             )
         if (input_ids is None) == (inputs_embeds is None):

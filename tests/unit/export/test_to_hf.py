@@ -10,6 +10,7 @@ from megatron_hypenet.checkpoint import save
 from megatron_hypenet.errors import CheckpointError, ConfigError, ConversionError, SetupError
 from megatron_hypenet.export import mapping, to_hf
 from megatron_hypenet.export.from_hf import import_hf
+from megatron_hypenet.export.remote_code import remote_files
 from megatron_hypenet.export.tensors import join
 from megatron_hypenet.export.to_hf import export_hf
 
@@ -59,14 +60,10 @@ def test_folder_of_a_student_carries_its_code(imported, tmp_path):
         "generation_config.json",
         "model.safetensors",
         "tokenizer.json",
-        *to_hf.REMOTE_FILES,
+        *remote_files(["attn", "lightning-attn"]),
     }
     for module in json.loads((tmp_path / "hf/config.json").read_text())["auto_map"].values():
         assert f"{module.split('.')[0]}.py" in names
-    # every file that the modelling code imports travels with it
-    assert set(to_hf.REMOTE_FILES) == {path.name for path in to_hf.REMOTE_CODE.glob("*.py")} - {
-        "__init__.py"
-    }
 
 
 def test_folder_of_a_teacher_needs_no_code(imported, tmp_path):

@@ -47,6 +47,14 @@ def model(make_model):
     return make_model()
 
 
+def random(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
 def tokens(rows, count, seed=0):
     return torch.randint(53, (rows, count), generator=torch.Generator().manual_seed(seed))
 

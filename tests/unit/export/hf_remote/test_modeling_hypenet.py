@@ -281,7 +281,7 @@ def test_bf16_keeps_its_states_in_fp32_and_stays_close(model):
     ids = tokens(2, 40)
     want = model(ids).logits
     out = model.bfloat16()(ids)
-    assert out.past_key_values.states[0].dtype == torch.float32
+    assert out.past_key_values.slots[0].state.dtype == torch.float32
     assert F.cosine_similarity(out.logits.double(), want, dim=-1).min() > 0.99
 
 
