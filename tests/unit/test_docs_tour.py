@@ -59,7 +59,7 @@ def missing_paths(page: str, root: Path) -> list[str]:
         path
         for path in found
         if path.split("/")[0] in folders
-        and not re.search(r"\*|\.\.\.|/(?:test_)?[A-Z]{3,}", path)
+        and not re.search(r"\*|\.\.\.|[/_][A-Z]{3,}", path)
         and not (root / path).exists()
     ]
 
