@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from megatron_hypenet.config.schema import ParallelConfig, StageConfig
+from megatron_hypenet.engine.deepspeed.private_fields import check_private_fields
 
 BUCKET_ELEMENTS = 2**28
 """Gradients that ZeRO-2 and 3 gather before they reduce them: half of DeepSpeed's default, which
@@ -60,7 +61,9 @@ def config_dict(
 
 
 def import_deepspeed() -> Any:
-    """DeepSpeed, told which accelerator to use and to keep quiet, without its CPU inference op."""
+    """DeepSpeed, told which accelerator to use and to keep quiet, without its CPU inference op.
+
+    Raises SetupError where it lacks a private field that training uses."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     os.environ.setdefault("LOCAL_RANK", "0")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -73,4 +76,5 @@ def import_deepspeed() -> Any:
         if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stdout:
             handler.setStream(sys.stderr)  # stdout is for results
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    check_private_fields(deepspeed)
     return deepspeed

@@ -18,6 +18,9 @@ DeepSpeed 0.19.8:
   spoil all later ones.
 - `safe_set_full_*` fails under ZeRO-3 when a parameter's size is no multiple of the group
   (stage3.py): the local part is written.
+
+Private fields of its optimizers are used in state_access.py and the bf16 files, and listed in
+private_fields.py.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ import contextlib
 import math
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -36,16 +39,17 @@ from torch import Tensor, nn
 from megatron_hypenet.checkpoint.state import Template
 from megatron_hypenet.config.schema import HeadStageConfig, ParallelConfig, StageConfig
 from megatron_hypenet.engine.cuda_graph import CudaGraphs
-from megatron_hypenet.engine.deepspeed.bf16_accumulation import GradientSums
-from megatron_hypenet.engine.deepspeed.bf16_step import MasterUpdate
 from megatron_hypenet.engine.deepspeed.config import config_dict, import_deepspeed
+from megatron_hypenet.engine.deepspeed.state_access import (
+    is_replicated,
+    mark_replicated,
+    optimizer_access,
+)
 from megatron_hypenet.engine.optim import adamw
 from megatron_hypenet.engine.own_time import OwnTime
 from megatron_hypenet.errors import DivergedError, LayoutError
 from megatron_hypenet.parallel import groups
 from megatron_hypenet.stages.base import finite_or_nan
-
-_MASTER = "fp32_param"
 
 
 class RefusedUpdate(DivergedError):
@@ -80,7 +84,7 @@ class TrainingEngine:
         self.replicated: list[nn.Parameter] = module.replicated_over_pipeline()  # type: ignore[operator]
         if groups.pipeline_stage()[0] > 0:
             for parameter in self.replicated:
-                parameter.ds_pipe_replicated = True  # type: ignore[attr-defined] # DeepSpeed: counts once in the gradient norm
+                mark_replicated(parameter)
         optimizer = adamw(dict(trainable), stage)
         self._guard = optimizer.register_step_pre_hook(self._refuse_bad_norm)
         config = config_dict(
@@ -96,14 +100,12 @@ class TrainingEngine:
         self.own_time = OwnTime()
         """Of the forward passes since somebody last asked; with CUDA graphs, of forward and
         backward."""
-        self.sums: GradientSums | None = None
         self.graphs: CudaGraphs | None = None
-        if type(self.engine.optimizer).__name__ == "BF16_Optimizer":
-            exchange = getattr(torch, parallel.gradient_exchange)
-            self.sums = GradientSums(
-                self.engine.optimizer, counts=self._counts_in_norm, exchange=exchange
-            )
-            MasterUpdate(self.engine.optimizer, self.sums.norm)
+        self.access = optimizer_access(self.engine.optimizer, self.deepspeed)
+        self.sums = self.access.accumulate_in_fp32(
+            self._counts_in_norm, getattr(torch, parallel.gradient_exchange)
+        )
+        if self.sums is not None:
             # micro-batches so small have no need to recompute, and Megatron's way of it restores
             # random states, which no graph holds
             recomputes = isinstance(stage, HeadStageConfig) and stage.recompute != "none"
@@ -116,7 +118,7 @@ class TrainingEngine:
                 self.graphs = CudaGraphs(
                     self._forward_backward, self.sums, several=self.num_micro_batches > 1
                 )
-        self.init_optimizer_state(0)
+        self.access.init_adam(0)
 
     def micro_step(
         self, batch: Mapping[str, Tensor], *, last: bool
@@ -156,31 +158,23 @@ class TrainingEngine:
         """After gradients were accumulated past DeepSpeed's engine, by a pipeline schedule or a
         CUDA graph: complete and average them."""
         for parameter in self.replicated:
-            dist.all_reduce(self._accumulated(parameter), group=groups.embedding_group())
+            gradient = self.access.accumulated_gradient(parameter)
+            assert gradient is not None, (
+                "a replicated parameter got no gradient on this pipeline stage"
+            )
+            dist.all_reduce(gradient, group=groups.embedding_group())
         self.engine.set_gradient_accumulation_boundary(True)
         self.engine.allreduce_gradients()
 
     def _counts_in_norm(self, parameter: nn.Parameter) -> bool:
         """Of weights that several model-parallel ranks hold whole, one rank's gradient counts, as
         in DeepSpeed's own norm."""
-        if getattr(parameter, "ds_pipe_replicated", False):
+        if is_replicated(parameter):
             return False
         split = getattr(parameter, "tensor_model_parallel", False) or getattr(
             parameter, "model_parallel", False
         )
         return split or groups.tensor_group().rank() == 0
-
-    def _accumulated(self, parameter: nn.Parameter) -> Tensor:
-        """The local sum of gradients, wherever this DeepSpeed optimizer keeps it."""
-        optimizer: Any = self.engine.optimizer
-        if type(optimizer).__name__ == "BF16_Optimizer":
-            gradient = parameter._hp_grad  # type: ignore[attr-defined]
-        elif getattr(optimizer, "use_grad_accum_attribute", False):
-            gradient = parameter.grad_accum  # type: ignore[attr-defined]
-        else:
-            gradient = parameter.grad
-        assert gradient is not None, "a replicated parameter got no gradient on this pipeline stage"
-        return gradient
 
     def apply(self, lr: float) -> float:
         """Clip, update the weights with learning rate `lr`, clear gradients; returns the gradient
@@ -190,22 +184,13 @@ class TrainingEngine:
         weights, moments and Adam's step are as they were, and the next step may follow. The norm is
         reduced over all processes, so they agree without asking.
         """
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
+        self.access.set_learning_rate(lr)
         self.engine.step()
         norm = float(self.engine.get_global_grad_norm())
-        if not math.isfinite(norm) or getattr(self.engine.optimizer, "overflow", False):
-            self._drop_gradients()
+        if not math.isfinite(norm) or self.access.overflow:
+            self.access.drop_gradients()
             raise RefusedUpdate("the gradient norm is not finite")
         return norm
-
-    def _drop_gradients(self) -> None:
-        """After a refused update: what DeepSpeed itself forgets to clear."""
-        optimizer = self.engine.optimizer
-        if self.zero_stage < 3 and getattr(optimizer, "cpu_offload", False):
-            optimizer._release_preflattened_grad_buffers()
-            for group in optimizer.averaged_gradients:
-                optimizer.averaged_gradients[group] = None
 
     def _refuse_bad_norm(self, *_: Any) -> None:
         """Runs inside DeepSpeed's step, before the first change of a weight: a bad norm (-1 is
@@ -215,87 +200,34 @@ class TrainingEngine:
         Should another version of DeepSpeed let one through, the weights are saved, but not the
         step: it cannot be continued from here.
         """
-        norm = float(self.engine.optimizer._global_grad_norm)
+        norm = self.access.gradient_norm
         if not math.isfinite(norm) or norm < 0:
             raise DivergedError("the gradient norm is not finite")
 
-    @contextmanager
-    def gathered(self, parameter: nn.Parameter) -> Iterator[None]:
-        """Inside, `parameter` holds its full local value."""
-        with (
-            self.deepspeed.zero.GatheredParameters([parameter])
-            if self.zero_stage == 3
-            else contextlib.nullcontext()
-        ):
-            yield
+    def gathered(self, parameter: nn.Parameter) -> AbstractContextManager[None]:
+        """Context in which `parameter` holds its full local value."""
+        return self.access.gathered(parameter)
 
     def set_weight(self, parameter: nn.Parameter, value: Tensor) -> None:
         """Overwrite the weight the forward pass uses."""
-        if self.zero_stage != 3:
-            parameter.data.copy_(value)
-            return
-        with self.deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-            parameter.data.copy_(value)
+        self.access.set_weight(parameter, value)
 
     def full_state(self, parameter: nn.Parameter, name: str) -> Tensor:
         """fp32_param, exp_avg or exp_avg_sq of one parameter, full local shape; collective over the
         data-parallel group."""
-        utils = self.deepspeed.utils
-        full = (
-            utils.safe_get_full_fp32_param(parameter)
-            if name == _MASTER
-            else utils.safe_get_full_optimizer_state(parameter, name)
-        )
-        assert full is not None, "DeepSpeed holds no optimizer state for a trained parameter"
-        return full
+        return self.access.full_state(parameter, name)
 
     def set_full_state(self, parameter: nn.Parameter, name: str, value: Tensor) -> None:
         """Write this rank's part of one state from the full local value."""
-        utils = self.deepspeed.utils
-        if self.zero_stage == 3:
-            self._set_partition(parameter, name, value)
-        elif name == _MASTER:
-            utils.safe_set_full_fp32_param(parameter, value.float())
-        else:
-            utils.safe_set_full_optimizer_state(parameter, value.float(), name)
-
-    def _set_partition(self, parameter: nn.Parameter, name: str, value: Tensor) -> None:
-        optimizer: Any = parameter._z3_optimizer  # type: ignore[attr-defined]
-        key = None if name == _MASTER else name
-        part, _ = optimizer._get_fp32_opt_state_partition(
-            parameter, release_swap_buffers=False, optim_state_key=key
-        )
-        start = part.numel() * optimizer._get_param_partition_rank(parameter)
-        # the last part is padded beyond the parameter's end
-        own = value.float().flatten()[start : start + part.numel()]
-        part.data.view(-1)[: own.numel()].copy_(own)
-
-    def _flat_parameters(self) -> list[Tensor]:
-        optimizer = self.engine.optimizer
-        if self.zero_stage == 3:
-            return list(optimizer.fp32_partitioned_groups_flat)
-        return [
-            parameter for group in optimizer.optimizer.param_groups for parameter in group["params"]
-        ]
+        self.access.set_full_state(parameter, name, value)
 
     def init_optimizer_state(self, adam_step: int) -> None:
         """Create Adam's moments (zeros) where they are missing, and set its step counters."""
-        optimizer = self.engine.optimizer
-        fused = any(group.get("fused") for group in optimizer.optimizer.param_groups)
-        for flat in self._flat_parameters():
-            state = optimizer.optimizer.state[flat]
-            for key in ("exp_avg", "exp_avg_sq"):
-                if key not in state:
-                    state[key] = torch.zeros_like(flat.data)
-            state["step"] = torch.tensor(
-                float(adam_step), dtype=torch.float32, device=flat.device if fused else "cpu"
-            )
-        if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
-            optimizer._lazy_init_hp_params_optimizer_state()
+        self.access.init_adam(adam_step)
 
     def adam_step(self) -> int:
         """Adam's step counter, 0 before the first step."""
-        return int(self.engine.optimizer.optimizer.state[self._flat_parameters()[0]].get("step", 0))
+        return self.access.adam_step()
 
     def close(self) -> None:
         """Release DeepSpeed's hooks and buffers; the module keeps its weights (whole ones, except

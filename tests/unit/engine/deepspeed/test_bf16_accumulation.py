@@ -1,7 +1,5 @@
 """The fp32 sums of bf16 gradients are DeepSpeed's own numbers, taken in fewer passes."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
@@ -9,6 +7,7 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from megatron_hypenet.config.schema import ParallelConfig
 from megatron_hypenet.engine.deepspeed import bf16_accumulation
 from megatron_hypenet.engine.deepspeed.engine import TrainingEngine
+from megatron_hypenet.engine.deepspeed.state_access import Bf16Access
 from megatron_hypenet.ops.gradient_sum import fused_gradient_sum
 from megatron_hypenet.parallel import groups
 from megatron_hypenet.training.schedule import forward_backward
@@ -82,13 +81,7 @@ def test_equals_deepspeeds_own_sums(monkeypatch):
     for shortcut in (True, False):
         stage = ToyStage(torch.bfloat16)
         if not shortcut:
-            monkeypatch.setattr(
-                "megatron_hypenet.engine.deepspeed.engine.GradientSums",
-                lambda *args, **kwargs: SimpleNamespace(norm=None),
-            )
-            monkeypatch.setattr(
-                "megatron_hypenet.engine.deepspeed.engine.MasterUpdate", lambda *args: None
-            )
+            monkeypatch.setattr(Bf16Access, "accumulate_in_fp32", lambda *args: None)
         engine = TrainingEngine(stage, stage_config(weight_decay=0.1), ParallelConfig())
         for step in range(4):
             forward_backward(engine, batches(step))
