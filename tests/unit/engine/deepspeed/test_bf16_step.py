@@ -7,6 +7,7 @@ import torch
 from megatron_hypenet.config.schema import ParallelConfig
 from megatron_hypenet.engine.deepspeed import bf16_step
 from megatron_hypenet.engine.deepspeed.engine import RefusedUpdate, TrainingEngine
+from megatron_hypenet.engine.deepspeed.state_access import Bf16Access
 from megatron_hypenet.ops.adamw import fused_adamw
 from megatron_hypenet.parallel import groups
 from megatron_hypenet.training.schedule import forward_backward
