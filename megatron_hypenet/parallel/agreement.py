@@ -1,8 +1,8 @@
-"""What several processes do as one: values from the first process, and failures that reach
-everybody.
+"""Decisions that all processes share: values from the first process, and failures that are raised
+on every one.
 
-A process that failed must not leave the others waiting in a collective: every act of a save ends in
-`agree`.
+A process that failed must not leave the others waiting in a collective: every part of a save ends
+in `agree`.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def gather_to_first(value: Any) -> list[Any]:
 
 
 def gather_to_all(value: Any) -> list[Any]:
-    """The `value` of every process by rank, everywhere; collective."""
+    """The `value` of every process by rank, on all processes; collective."""
     if not distributed():
         return [value]
     gathered: list[Any] = [None] * dist.get_world_size()
@@ -76,10 +76,9 @@ def gather_to_all(value: Any) -> list[Any]:
 
 
 def agree(failure: BaseException | None) -> None:
-    """Raise on every process when any of them failed: its own error where it has one, else what the
-    first other one says.
-
-    A SetupError (a full disk) is one everywhere, so that all processes end with the same exit code.
+    """Raise on every process when any of them failed: its own error if it has one, else the first
+    error of another process. A SetupError (a full disk) stays a SetupError on all of them, so that
+    they end with the same exit code.
     """
     faults = gather_to_all(
         None if failure is None else (isinstance(failure, SetupError), str(failure))

@@ -1,13 +1,13 @@
-"""Megatron-core on a machine without CUDA: the few torch.cuda entry points it calls, answered for
+"""Megatron-core on a machine without CUDA: the few torch.cuda functions that it calls, provided for
 the CPU.
 
 Megatron-core asks `torch.cuda` for the current device, for random-number states and for
 synchronisation even when every tensor is on the CPU (0.16.1: rotary_pos_embedding.py,
-tensor_parallel/random.py, dist_checkpointing/strategies/filesystem_async.py). This module answers
-those calls. Of Megatron itself two RNG helpers are patched, and the name `torch` in its pipeline
-schedules, which ask for a tensor on "cuda" by name. `torch.cuda.is_available()` stays False,
-because torch and DeepSpeed choose their own CPU paths by it. With CUDA present everything here does
-nothing."""
+tensor_parallel/random.py, dist_checkpointing/strategies/filesystem_async.py). This module provides
+those calls for the CPU. In Megatron itself it patches two RNG helpers, and the name `torch` in the
+pipeline schedules, which ask for a tensor on "cuda" by name. `torch.cuda.is_available()` stays
+False, because torch and DeepSpeed choose their own CPU paths by it. With CUDA present everything
+here does nothing."""
 
 import ctypes
 from typing import Any
@@ -30,7 +30,7 @@ def _keep_freed_memory() -> None:
     """Ask glibc to keep large freed blocks instead of returning them to the kernel, where the C
     library has that switch.
 
-    Activations of a training step are allocated and freed over and over; mapping their pages anew
+    Activations of a training step are allocated and freed over and over; mapping their pages again
     each time cost 10-35% of a step of the tiny models (measured on 2 cores with glibc 2.36)."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -1,8 +1,8 @@
 """Process groups: the one place that starts torch.distributed and asks Megatron-core's
 `parallel_state`.
 
-Megatron-core does the model-parallel groups; DeepSpeed gets them through `ModelParallelUnit` and
-does data parallelism over them (context-parallel ranks count as data-parallel there: they hold the
+Megatron-core makes the model-parallel groups; DeepSpeed gets them through `ModelParallelUnit` and
+runs data parallelism over them (context-parallel ranks count as data-parallel there: they hold the
 same weights and different tokens)."""
 
 import math
@@ -37,8 +37,8 @@ def init_parallel(
     Megatron's groups.
 
     `timeout_minutes` is how long the processes wait for each other at the start,
-    `collective_minutes` (default: the same) how long in any collective later. Calling it again with
-    the groups standing does nothing but reseed; `destroy_parallel` ends them."""
+    `collective_minutes` (default: the same) how long in any collective later. Calling it again
+    while the groups exist only sets the seeds again; `destroy_parallel` ends them."""
     enable_cpu()
     minutes = timeout_minutes if collective_minutes is None else collective_minutes
     if not dist.is_initialized():
@@ -85,8 +85,8 @@ def _init_process_group(timeout: timedelta, meeting: Meeting | None) -> None:
 def destroy_model_groups() -> None:
     """End Megatron's groups, so that another layout can be set up over the same processes.
 
-    Megatron only forgets them: their sockets and threads would stay, and a process that changes its
-    layout often drowns in them."""
+    Megatron only drops its references: their sockets and threads would stay and add up in a process
+    that changes its layout often."""
     if not parallel_state.model_parallel_is_initialized():
         return
     created = [
@@ -106,7 +106,7 @@ def destroy_parallel() -> None:
 
 
 def is_initialized() -> bool:
-    """True when Megatron's groups stand."""
+    """True when Megatron's groups exist."""
     return parallel_state.model_parallel_is_initialized()
 
 
@@ -121,7 +121,8 @@ def tensor_group() -> dist.ProcessGroup:
 
 
 def data_group() -> dist.ProcessGroup:
-    """Ranks that hold the same weights and see other tokens: data parallel x context parallel."""
+    """Ranks that hold the same weights and read different tokens: data parallel x context
+    parallel."""
     return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
 
@@ -141,7 +142,8 @@ def embedding_group() -> dist.ProcessGroup:
 
 
 def data_rank() -> int:
-    """Rank among those that read different samples (context-parallel ranks share their samples)."""
+    """This process's rank among the processes that read different samples (context-parallel ranks
+    share their samples)."""
     return parallel_state.get_data_parallel_rank()
 
 
@@ -220,7 +222,7 @@ def world_size() -> int:
 
 
 def gather_numbers(value: float) -> list[float]:
-    """The `value` of every process by rank, everywhere; collective."""
+    """The `value` of every process by rank, on all processes; collective."""
     if world_size() == 1:
         return [value]
     own = torch.tensor([value], dtype=torch.float64, device=device())

@@ -1,4 +1,4 @@
-"""RMSNorm modules that stay right under tensor and sequence parallelism.
+"""RMSNorm modules that are correct under tensor and sequence parallelism.
 
 Megatron's own norm without Apex or Transformer Engine refuses sequence parallelism, and no norm of
 Megatron's spans heads that lie on several ranks. Weight times normalised value (no `1 + weight`),
@@ -52,12 +52,12 @@ class RMSNorm(torch.nn.Module):
         residual: Tensor | None = None,
         prenorm: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """x [..., hidden_size] -> the same shape and dtype; of heads, x [t, b, heads, d], with RoPE
-        `angles` [t, 1, 1, d] rotated too.
+        """x [..., hidden_size] -> the same shape and dtype; per head, x [t, b, heads, d] is also
+        rotated by RoPE `angles` [t, 1, 1, d].
 
-        `prenorm`: (norm of total, total), total being x plus the `residual`, if there is one; what
-        a pre-norm layer goes on with. No method of its own: ZeRO-3 gathers the weight for a
-        module's call."""
+        With `prenorm` it returns (norm of total, total), where total is x plus the `residual` if
+        there is one, as a pre-norm layer needs them. This is not a method of its own, because
+        ZeRO-3 gathers the weight for a module's call."""
         weight: Tensor = self.weight
         if self.partial_gradient:
             weight = sum_gradient(weight, tensor_group())
@@ -109,8 +109,8 @@ class AllHeadsRMSNorm(torch.nn.Module):
 
 
 def sum_gradient(weight: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """`weight`, which all ranks of the group hold and each uses for a part of the heads or tokens;
-    its gradient is summed over them."""
+    """Return `weight`, which all ranks of the group hold and each uses for a part of the heads or
+    tokens, with a gradient that is summed over them."""
     summed: Tensor = _SumGradient.apply(weight, group)
     return summed
 

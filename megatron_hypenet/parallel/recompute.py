@@ -1,9 +1,9 @@
-"""Cheap results that are dropped once their one reader has run, and made again from their input in
+"""Cheap results that are freed once their only consumer has run, and recomputed from their input in
 backward.
 
-Does what Megatron's `CheckpointWithoutOutput` promises. Megatron's own asks Transformer Engine for
-its FP8 state (0.16) or compiles C++ at run time (0.17 and later), and saves random-number states,
-which nothing here draws from."""
+Replaces Megatron's `CheckpointWithoutOutput`, which asks Transformer Engine for its FP8 state
+(0.16) or compiles C++ at run time (0.17 and later), and saves random-number states, which nothing
+here uses."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,10 +20,9 @@ def use_in_megatron() -> None:
 
 
 class DropOutput:
-    """One result of one forward pass: made by `checkpoint`, read by one consumer, then dropped.
-
-    Where no input needs a gradient nothing is dropped. Needs `Tensor.backward`;
-    `torch.autograd.grad` raises RuntimeError."""
+    """One result of one forward pass: computed by `checkpoint`, read by one consumer, then freed.
+    Nothing is freed where no input needs a gradient. Needs `Tensor.backward`; `torch.autograd.grad`
+    raises RuntimeError."""
 
     def __init__(self) -> None:
         self._made_by: Any = None
@@ -39,14 +38,14 @@ class DropOutput:
         return output
 
     def discard_output_and_register_recompute(self, consumed: Tensor) -> None:
-        """Free the result's memory; once the gradient of `consumed`, which the consumer made of it,
-        is known, it is filled again."""
+        """Free the result's memory; it is filled again once the gradient of `consumed`, the
+        consumer's output, is known."""
         if self._output is not None:
             self._output.untyped_storage().resize_(0)
             consumed.register_hook(self._fill)
 
     def _fill(self, _: Tensor) -> None:
-        """Runs in backward, before that of the consumer."""
+        """Recompute in backward, before the consumer's own backward runs."""
         if self._output is None:
             return
         if not torch.autograd._is_checkpoint_valid():
@@ -60,11 +59,10 @@ class DropOutput:
 
 
 def _restore(dropped: Tensor, made: Tensor) -> None:
-    """Let everything that shares the dropped tensor's storage see the numbers of `made`.
-
-    A consumer that kept the tensor itself gets the other storage for nothing; views that it may
-    have kept instead (as behind hooks of ZeRO-3, or Megatron's copy to tensor-parallel ranks) have
-    to find the numbers in the old one."""
+    """Let everything that shares the freed tensor's storage see the values of `made`. A consumer
+    that kept the tensor itself gets the other storage without a copy; views that it may have kept
+    instead (as behind hooks of ZeRO-3, or Megatron's copy to tensor-parallel ranks) need the values
+    in the old one."""
     if _references(dropped) == _references(torch.empty(0)):
         dropped.data = made.detach()
     else:
@@ -74,13 +72,13 @@ def _restore(dropped: Tensor, made: Tensor) -> None:
 
 
 def _references(x: Tensor) -> int:
-    """How many tensors share x's storage, and what Python adds to that."""
+    """Number of references to x's storage, including those that Python itself holds."""
     storage = x.untyped_storage()
     return torch._C._storage_Use_Count(storage._cdata)
 
 
 class _Dropped(torch.autograd.Function):
-    """Keeps the inputs; backward goes through the graph of the second time."""
+    """Keeps the inputs; backward goes through the graph of the recomputation."""
 
     @staticmethod
     def forward(ctx: Any, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -99,7 +97,8 @@ class _Dropped(torch.autograd.Function):
 
 
 def _again(ctx: Any) -> tuple[Tensor, list[Tensor]]:
-    """The function's result on its inputs cut off from the graph, and these inputs."""
+    """Recompute the function on its inputs, detached from the graph; returns the result and these
+    inputs."""
     inputs = [
         x.detach().requires_grad_(needed)
         for x, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[1:], strict=True)

@@ -1,9 +1,9 @@
-"""Where the processes of a run meet, and on which network interfaces they listen: no more of the
-network than the launcher needs.
+"""Where the processes of a run meet, and on which network interfaces they listen: no more of them
+than the launcher needs.
 
 Rank 0 opens torch's store at the launcher's address and no other; torch alone would open it on
-every interface, and it asks nobody for a password. gloo and NCCL listen on the interface that leads
-there, which for processes of one machine is loopback.
+every interface, without any authentication. gloo and NCCL listen on the interface that leads there,
+which for processes of one machine is loopback.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ LOOPBACK = "127.0.0.1"
 GLOO = "GLOO_SOCKET_IFNAME"
 NCCL = "NCCL_SOCKET_IFNAME"
 _NCCL_FILES = ("/etc/nccl.conf", "~/.nccl.conf")
-_BACKLOG = 2048  # connections that may wait: every process of a large run comes at the same moment
+# length of the queue of connections: all processes of a large run connect at the same moment
+_BACKLOG = 2048
 _NOTE_SECONDS = 60
 _RETRY_SECONDS = 0.2
 _TRY_SECONDS = 5
@@ -44,8 +45,8 @@ _ADVICE = f"where no launcher started this command, unset {' '.join(PLACE)}"
 
 @dataclass(frozen=True, slots=True)
 class Meeting:
-    """The launcher's processes at the store of rank 0, before torch.distributed runs: each can say
-    something and nobody waits for all."""
+    """The launcher's processes at the store of rank 0, before torch.distributed runs: each can
+    write to it without waiting for the others."""
 
     store: dist.Store
     rank: int
@@ -57,7 +58,7 @@ def meeting_point(timeout: timedelta) -> Meeting | None:
     None without a launcher.
 
     `timeout` is the store's: for connecting, and for every later `get`. Raises SetupError where the
-    launcher's variables make no sense, the port is taken, or rank 0 cannot be reached.
+    launcher's variables are inconsistent, the port is taken, or rank 0 cannot be reached.
     """
     place = launched_place()
     if place is None:
@@ -90,8 +91,8 @@ def _reached(place: Place, timeout: timedelta) -> dist.Store:
     """The store that rank 0 or torchrun's agent opens; says after a minute that it is not there
     yet.
 
-    torch alone would try without a word and without hearing signals, and wait for ever where
-    something else accepts its connection and says nothing: so it does that in a thread.
+    torch alone would try silently and without handling signals, and wait for ever where another
+    program accepts its connection and does not answer. It therefore connects in a thread.
     """
     who = f"rank {place.rank} on {socket.gethostname()}"
     where = f"{place.master}:{place.port}"
@@ -142,7 +143,7 @@ def listening(place: Place) -> socket.socket:
     """A socket that listens at the launcher's address alone. Raises SetupError where it cannot be
     looked up or the port is taken.
 
-    Two kinds of addresses leave no choice but all interfaces, and the log says so: one that this
+    For two kinds of addresses it listens on all interfaces, and the log says so: one that this
     machine does not have, as behind a translation of addresses, and a name that means loopback here
     (127.0.1.1 in /etc/hosts) and something else on the other machines.
     """
@@ -218,8 +219,8 @@ def _parsed(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
 
 
 def wait_for_all(meeting: Meeting, timeout: timedelta) -> None:
-    """Return when every process has come to the store. Raises SetupError, in each of them, that
-    names who did not come in time."""
+    """Return when every process has reached the store. Raises SetupError on each of them that names
+    the processes that did not in time."""
     store = meeting.store
     others = range(1, meeting.world_size)
     store.set(f"here/{meeting.rank}", "")
@@ -248,7 +249,7 @@ def wait_for_all(meeting: Meeting, timeout: timedelta) -> None:
 
 
 def _missing(store: dist.Store, ranks: Sequence[int], timeout: timedelta) -> list[int]:
-    """Return the `ranks` that have not come within `timeout`."""
+    """Return the `ranks` that have not reached the store within `timeout`."""
     try:
         if ranks:
             store.wait([f"here/{rank}" for rank in ranks], timeout)
@@ -264,8 +265,8 @@ def _absent(missing: Sequence[int], meeting: Meeting) -> str:
 
 
 def choose_interfaces(place: Place | None) -> None:
-    """Have gloo and NCCL listen on the interface that leads to rank 0, loopback without other
-    processes; what is set already stays."""
+    """Make gloo and NCCL listen on the interface that leads to rank 0, loopback without other
+    processes; variables that are set already stay."""
     if place is None:
         name = interface_of(LOOPBACK)
     elif _means_loopback_only_here(place):
@@ -281,7 +282,7 @@ def choose_interfaces(place: Place | None) -> None:
 
 def interface_to(address: str, port: int) -> str | None:
     """Name of the interface whose address this machine would connect from; None where it cannot be
-    told."""
+    found."""
     for family, target in _addresses(address, port):
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             try:

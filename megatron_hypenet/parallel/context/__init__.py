@@ -1,8 +1,8 @@
-"""Context parallelism: the tokens of each sequence lie on the ranks of a group, and the mixers
-exchange what crosses the borders.
+"""Context parallelism: the tokens of each sequence are split over the ranks of a group, and the
+mixers exchange what crosses chunk borders.
 
 `layout` says which tokens a rank holds, `state_exchange` hands the states of recurrent mixers from
-chunk to chunk, `softmax` brings keys and values to queries."""
+chunk to chunk, `softmax` brings all keys and values to each rank's queries."""
 
 from megatron_hypenet.parallel.context.layout import (
     gather_sequence,

@@ -57,7 +57,7 @@ def attend(
     for rows, seen in _tiles(q.shape[1], k.shape[1], block.causal):
         scores = heads.fold(q[:, rows].to(wide) * scale) @ key[:, :, :seen].transpose(-1, -2)
         scores = _hide(scores, heads, rows, k.shape[1] - q.shape[1], block, documents)
-        # finite for a query that sees nothing
+        # finite for a query that sees no key
         top = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(wide).min)
         p = (scores - top).exp_()
         total = p.sum(-1, keepdim=True)
@@ -161,8 +161,8 @@ def _hide(
     block: Block,
     documents: Documents | None,
 ) -> Tensor:
-    """Scores [b, g, r * rows, seen] with -inf where a query must not look; `shift` keys come before
-    the first query."""
+    """Mask scores [b, g, r * rows, seen] with -inf where a query may not attend; `shift` keys come
+    before the first query."""
     seen = scores.shape[-1]
     hidden = None
     if block.causal:

@@ -1,5 +1,5 @@
-"""Which document each token belongs to, and how that packs queries and keys for a kernel that takes
-sequences of many lengths."""
+"""The document of each token, and the packing of queries and keys by document for a kernel that
+takes sequences of many lengths."""
 
 from dataclasses import dataclass
 
@@ -17,8 +17,8 @@ class Packing:
     """Queries and keys of one block, document by document: those whose document is on both sides.
 
     Indices are rows of the tensors [b * m, ...] and [b * n, ...], None when that is all of them in
-    order; bounds are int32 [documents + 1] as flash attention takes them, and the longest runs come
-    as numbers."""
+    order; bounds are int32 [documents + 1] as flash attention takes them, and the lengths of the
+    longest documents are integers."""
 
     query_rows: Tensor | None
     key_rows: Tensor | None
@@ -37,12 +37,12 @@ class Documents:
     """document_ids [b, T] of the whole sequence, non-decreasing along T within a row, and what was
     derived from them.
 
-    Packings need the ids on the host once; they are kept as long as the tensor of ids lives (a
-    batch, all its layers), so that one device synchronisation serves a whole step."""
+    Packings need the ids on the host once; they are cached as long as the tensor of ids exists (a
+    batch, all its layers), so that a step needs one device synchronisation."""
 
     def __init__(self, ids: Tensor) -> None:
         self.ids = ids
-        # inference tensors do not count their changes
+        # inference tensors have no version counter
         self._derived = _Derived(0) if ids.is_inference() else _kept(ids)
 
     def ids_at(self, spans: tuple[Span, ...]) -> Tensor:
@@ -51,7 +51,7 @@ class Documents:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def packing(self, queries: tuple[Span, ...], keys: tuple[Span, ...]) -> Packing:
-        """How a block with these positions packs."""
+        """The packing of a block with these positions."""
         derived = self._derived
         if derived.host is None:
             derived.host = self.ids.cpu().numpy()
@@ -65,8 +65,8 @@ class Documents:
 
 
 class _Derived:
-    """Everything computed from one tensor of ids, but not the tensor: the cache must not keep its
-    own keys alive."""
+    """Everything computed from one tensor of ids, without the tensor: the cache must not keep its
+    keys alive."""
 
     def __init__(self, version: int) -> None:
         self.version = version

@@ -1,4 +1,4 @@
-"""torch's flash attention with what its public door hides: bottom-right causal blocks,
+"""torch's flash attention with what its public function hides: bottom-right causal blocks,
 log-sum-exps, and packed documents.
 
 `aten::_flash_attention_forward` takes [b, m, h, d] as it lies in memory, fewer key/value groups

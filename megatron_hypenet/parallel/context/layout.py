@@ -1,9 +1,9 @@
-"""Which tokens a context-parallel rank holds: zigzag, two chunks of 2 * cp_size.
+"""The tokens that a context-parallel rank holds: zigzag, two chunks of 2 * cp_size.
 
 Causal attention costs a late token more than an early one. Rank r therefore holds chunk r and chunk
-2 * cp_size - 1 - r, whose costs add up to the same number on every rank; Megatron-core slices its
-RoPE angles the same way. The local sequence is the early chunk followed by the late one. Natural
-order means the order of the text."""
+2 * cp_size - 1 - r, whose costs have the same sum on every rank; Megatron-core slices its RoPE
+angles the same way. The local sequence is the early chunk followed by the late one. Natural order
+means the order of the text."""
 
 from typing import Any
 
@@ -43,7 +43,7 @@ def local_chunk_tokens(local_length: int, size: int) -> int:
 
 
 def check_document_ids(document_ids: Tensor | None, batch: int, length: int) -> None:
-    """ValueError unless the ids, if any, are those of a whole sequence [batch, length]."""
+    """Raise ValueError unless the ids, if any, cover whole sequences [batch, length]."""
     if document_ids is not None and tuple(document_ids.shape) != (batch, length):
         raise ValueError(
             f"document_ids has shape {tuple(document_ids.shape)}, expected {(batch, length)}: "
@@ -52,7 +52,8 @@ def check_document_ids(document_ids: Tensor | None, batch: int, length: int) -> 
 
 
 def local_part(x: Tensor, rank: int, size: int, dim: int) -> Tensor:
-    """What `rank` of `size` holds of x (natural order along `dim`); x itself for one rank."""
+    """The part of x (natural order along `dim`) that `rank` of `size` holds; x itself for one
+    rank."""
     if size == 1:
         return x
     length = chunk_tokens(x.shape[dim], size)
@@ -83,9 +84,8 @@ def gather_sequence(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
     """The inverse of `split_sequence`, on every rank: [..., t_local, ...] -> [..., t_local *
     cp_size, ...] in natural order, any dtype.
 
-    Differentiable: the gradient of the local tokens is the sum of what all ranks' losses say about
-    them. A loss that every rank computes alike on the gathered tensor therefore counts cp_size
-    times."""
+    Differentiable: the gradient of the local tokens is summed over the losses of all ranks. A loss
+    that every rank computes alike on the gathered tensor therefore counts cp_size times."""
     if group.size() == 1:
         return x
     local_chunk_tokens(x.shape[dim], group.size())

@@ -1,4 +1,4 @@
-"""Ring attention in zigzag layout: keys and values travel round the ranks while each of them
+"""Ring attention in zigzag layout: keys and values are passed from rank to rank while each of them
 computes (arXiv 2310.01889).
 
 At step s rank r holds the keys and values of rank r - s. In the order of the text its own two
@@ -9,7 +9,7 @@ chunks are r and 2 * cp_size - 1 - r, so
                             see none
 so every step after the first costs half a block on every rank. Blocks are joined by their
 log-sum-exps in fp32 or wider. In backward keys and values go round again, followed one step behind
-by their gradients, which end where they belong."""
+by their gradients, which end on the rank that owns them."""
 
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from megatron_hypenet.parallel.context.layout import chunks_of
 
 
 class Step(NamedTuple):
-    """One block of the ring: which local queries meet which of the visiting keys."""
+    """One block of the ring: local queries, and the received keys that they attend to."""
 
     queries: slice
     keys: slice
@@ -31,7 +31,7 @@ class Step(NamedTuple):
 
 
 def ring_step(rank: int, source: int, size: int, chunk_tokens: int) -> Step:
-    """What `rank` computes with the keys and values of `source`."""
+    """The block that `rank` computes with the keys and values of `source`."""
 
     def spans(owner: int) -> list[tuple[int, int]]:
         return [
@@ -151,8 +151,8 @@ class _RingAttention(torch.autograd.Function):
 
 
 class _Hop:
-    """A tensor on its way to the next rank while the one of the previous rank arrives; both buffers
-    live until `wait`."""
+    """Send a tensor to the next rank while the one of the previous rank arrives; both buffers are
+    held until `wait`."""
 
     def __init__(self, leaving: Tensor, group: dist.ProcessGroup) -> None:
         size, rank = group.size(), group.rank()

@@ -1,8 +1,8 @@
-"""How states cross chunk borders: pure functions, no process group.
+"""How states cross chunk borders, as pure functions without process groups.
 
-`Decay` is for mixers whose heads forget at fixed rates, `Transition` for those whose chunks act on
-a state by a matrix (the delta rules), `Shift` hands tokens to the next chunk. The rest of this text
-is about `Decay`.
+`Decay` is for mixers whose heads decay at fixed rates, `Transition` for mixers whose chunks
+multiply a state by a matrix (the delta rules), `Shift` passes tokens to the next chunk. The rest of
+this text is about `Decay`.
 
 The sequence is cut into n chunks of C tokens. F_c is the state at the end of chunk c scanned from
 zero, gamma the decay per token of a head. The recurrence S_t = gamma S_(t-1) + k_t v_t^T gives the
@@ -10,7 +10,7 @@ state that enters chunk c, and what it adds to an output at position t (from 0) 
 exactly:
     S_c = sum over c' < c of gamma^(C (c - 1 - c')) F_c'
     o_t += scale * gamma^(t + 1) * q_t S_c
-The gradient runs the mirror way: dF_c' = sum over c > c' of gamma^(C (c - 1 - c')) dS_c.
+The gradient goes in the opposite direction: dF_c' = sum over c > c' of gamma^(C (c - 1 - c')) dS_c.
 A state belongs to a document. Ids do not decrease along a row, so F_c' reaches chunk c if and only
 if the last token of c' and the first of c carry the same id, and within c it concerns only the
 tokens of that id. Powers are taken in float64 from non-positive exponents: no slope or length
@@ -31,13 +31,12 @@ class Algebra(Protocol):
         ...]."""
 
     def summary_gradient(self, gradients: Tensor, chunk: int) -> tuple[Tensor, ...]:
-        """Gradients of all incoming states [n, b, ...] -> those of the summaries of `chunk`, [b,
-        ...] each; called after `incoming`, whose summaries it may have kept."""
+        """Gradients of all incoming states [n, b, ...] -> gradients of the summaries of `chunk`,
+        [b, ...] each. It is called after `incoming`, which may have kept the summaries."""
 
 
 class Shift:
-    """What a chunk sends is what enters the next one: the tokens before it. Zeros enter the
-    first."""
+    """Passes what a chunk sends (its last tokens) to the next chunk; the first one gets zeros."""
 
     def incoming(self, summaries: tuple[Tensor, ...], chunk: int) -> Tensor:
         """The summary of the chunk before."""
@@ -51,10 +50,9 @@ class Shift:
 
 
 class Decay:
-    """Chunks of heads that forget at fixed rates; the one summary is the final state F [b, h, k,
-    v].
+    """Chunks whose heads decay at fixed rates; the one summary is the final state F [b, h, k, v].
 
-    `weights` are those of `carry_weights`."""
+    `weights` come from `carry_weights`."""
 
     def __init__(self, weights: Tensor) -> None:
         self.weights = weights
@@ -127,8 +125,8 @@ def continuing_chunks(document_ids: Tensor | None, num_chunks: int) -> Tensor | 
 def carry_weights(
     log_decay: Tensor, chunk_tokens: int, num_chunks: int, document_ids: Tensor | None = None
 ) -> Tensor:
-    """What remains of F_c' at the start of chunk c: weights [c, c', b, h] in float64 (b = 1 without
-    documents), zero for c' >= c.
+    """The factor that remains of F_c' at the start of chunk c: weights [c, c', b, h] in float64 (b
+    = 1 without documents), zero for c' >= c.
 
     log_decay [h]; document_ids [b, num_chunks * chunk_tokens]."""
     chunk = torch.arange(num_chunks, device=log_decay.device)
@@ -150,8 +148,8 @@ def incoming_state(final_states: Tensor, weights: Tensor, chunk: int) -> Tensor:
 
 
 def final_state_gradient(incoming_gradients: Tensor, weights: Tensor, chunk: int) -> Tensor:
-    """Gradient of F of `chunk` from those of all incoming states [n, b, h, k, v] -> [b, h, k,
-    v]."""
+    """Gradient of F of `chunk` from the gradients of all incoming states [n, b, h, k, v] -> [b, h,
+    k, v]."""
     return _weighted_sum(incoming_gradients[chunk + 1 :], weights[chunk + 1 :, chunk])
 
 

@@ -1,13 +1,14 @@
-"""Recurrent mixers over a sequence that is split over ranks: one all-gather of chunk summaries each
-way, whatever the length; and the tokens before a chunk that a short convolution reads.
+"""Recurrent mixers over a sequence that is split over ranks: one all-gather of chunk summaries
+forward and one backward for any length, and the tokens before a chunk that a short convolution
+reads.
 
 Each rank holds two chunks (zigzag, see `layout`) and treats them side by side in the batch
 dimension. What a chunk does to a state is summarised by tensors whose size does not depend on its
-length. They are sent to all ranks first, and travel while the rank computes what needs no other
-chunk. An algebra (`state_algebra`) turns all summaries into the state that enters each chunk, and
-in backward the gradients of the incoming states, which travel the same way, into gradients of the
-summaries. The idea is LASP-2's (arXiv 2502.07563); zigzag layout, decays, transition matrices and
-documents are ours."""
+length. They are sent to all ranks first, and the transfer overlaps with the computation that needs
+no other chunk. An algebra (`state_algebra`) turns all summaries into the state that enters each
+chunk, and in backward the gradients of the incoming states, which are sent the same way, into
+gradients of the summaries. The idea is LASP-2's (arXiv 2502.07563); zigzag layout, decays,
+transition matrices and documents are ours."""
 
 from __future__ import annotations
 
@@ -57,8 +58,8 @@ class ChunkExchange(ABC):
     @abstractmethod
     def local_summary(self, chunks: Chunks, *inputs: Tensor) -> tuple[Tensor, ...]:
         """What each chunk does to a state, as the algebra takes it: [2 b, ...] each, with the state
-        that the chunk leaves from a zero state last. Computed first and alone, because it travels
-        while `local` works."""
+        that the chunk leaves from a zero state last. Computed first and by itself, because it is
+        sent while `local` computes."""
 
     def local(self, chunks: Chunks, *inputs: Tensor) -> Tensor | None:
         """What can be computed without the incoming state; None for nothing."""
@@ -68,8 +69,8 @@ class ChunkExchange(ABC):
     def apply(
         self, chunks: Chunks, local: Tensor | None, incoming: Tensor, *inputs: Tensor
     ) -> Tensor:
-        """Outputs [2 b, c, ...] from what `local` gave and the states that enter the chunks,
-        [2 b, ...]. A state belongs to the document of a chunk's first token."""
+        """Outputs [2 b, c, ...] from the result of `local` and the states that enter the chunks, [2
+        b, ...]. A state belongs to the document of a chunk's first token."""
 
 
 def exchange_states(
@@ -157,7 +158,7 @@ def _chunks(local_tokens: int, group: dist.ProcessGroup, document_ids: Tensor | 
 
 
 class _Flight:
-    """One exchange, forward and then backward; holds its buffers until they are waited for."""
+    """One exchange, forward and then backward; holds its buffers until it has waited for them."""
 
     def __init__(self, group: dist.ProcessGroup, algebra: Algebra) -> None:
         self.group = group
@@ -183,7 +184,8 @@ class _Flight:
         )
 
     def finish(self) -> tuple[Tensor, ...]:
-        """Wait; all chunks' tensors in natural order, [chunks, b, ...] each."""
+        """Wait for the collective and return all chunks' tensors in natural order, [chunks, b, ...]
+        each."""
         self.work.wait()
         everyone = self.buffers[1]
         self.work = None
@@ -197,8 +199,8 @@ class _Flight:
 
 
 class _Start(torch.autograd.Function):
-    """Summaries -> an empty tensor that orders the graph; the summaries travel meanwhile. In
-    backward the gradients of the incoming states have arrived.
+    """Start to send the summaries; returns an empty tensor that orders the autograd graph. Backward
+    waits for the gradients of the incoming states.
 
     Autograd runs first what was recorded last, so backward goes `_Finish` (send), local part,
     `_Start` (receive)."""
@@ -218,7 +220,8 @@ class _Start(torch.autograd.Function):
 
 
 class _Finish(torch.autograd.Function):
-    """The states that enter this rank's chunks, [2 b, ...]. In backward their gradients set out."""
+    """The states that enter this rank's chunks, [2 b, ...]; backward starts to send their
+    gradients."""
 
     @staticmethod
     def forward(ctx: Any, started: Tensor, flight: _Flight) -> Tensor:

@@ -2,7 +2,7 @@
 per-token scores.
 
 Full logits never exist: tokens go through the head in chunks, and the gradients of hidden states
-and weight are formed while a chunk's logits are at hand. The vocabulary may be split over a
+and weight are computed while a chunk's logits are in memory. The vocabulary may be split over a
 tensor-parallel group; then each chunk costs one all-gather of a few numbers per token. Sums are
 fp32 (float64 for float64 inputs), and logits are never rounded to bf16: near p = q that alone gives
 4-23% gradient error.
@@ -11,8 +11,8 @@ With logits shifted by each model's maximum, Z = sum e^x and A = sum e^t (t - s)
     KL(teacher || student) = A / Z_t - log Z_t + log Z_s          dKL/ds = softmax(s) - softmax(t)
 (arXiv 2601.22156 uses temperature 1 and the mean over all tokens).
 
-On CUDA the terms are Triton kernels, elsewhere torch; both live in `vocab/`. Nothing here waits for
-the device."""
+On CUDA the terms are Triton kernels, elsewhere torch; see `torch_terms.py` and `triton_terms.py`.
+Nothing here waits for the device."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def linear_cross_entropy(
     gathered here and its gradient is reduce-scattered; labels and token_weights are those of all n
     tokens. token_weights w makes the loss sum(w * ce) / n. chunk_tokens as in `linear_kl`. Raises
     ValueError when there is not one label per hidden state (as when hidden states are split and
-    nobody said so)."""
+    `sequence_parallel` is not set)."""
     flat = hidden.reshape(-1, hidden.shape[-1])
     split = _Split(group, sequence_parallel)
     count = flat.shape[0] * split.token_parts
@@ -124,12 +124,13 @@ def token_scores(
 
 
 class _Loss(Protocol):
-    """A loss of student logits [n, v] in wide dtype: statistics, merged over shards, then loss and
-    gradient (see `vocab/torch_terms`)."""
+    """A loss of student logits [n, v] in the accumulation dtype: statistics, merged over shards,
+    then loss and gradient (see `torch_terms.py`)."""
 
     numbers: int
     logit_sets: int
-    """Numbers of wide dtype per logit of a chunk: the student's, and for a teacher more."""
+    """Elements of the accumulation dtype per logit of a chunk: the student's, and more with a
+    teacher."""
 
     def stats(self, rows: slice, logits: Tensor) -> Tensor: ...
     def merge(self, stats: Tensor) -> Tensor: ...
@@ -195,7 +196,7 @@ class _KL:
 
 
 class _CrossEntropy:
-    """Cross entropy of labels counted from this shard's first word."""
+    """Cross entropy of labels counted from this shard's first row of the vocabulary."""
 
     numbers = 3
     logit_sets = 1
@@ -262,7 +263,7 @@ class _HeadLoss(torch.autograd.Function):
             hidden_grad = ctx.split.reduce_tokens(hidden_grad) * grad.to(hidden_grad.dtype)
         if weight_grad is not None:
             narrow = torch.empty_like(weight_grad, dtype=ctx.weight_dtype)
-            # rounds once, without a wide temporary
+            # rounds once, without a temporary in the accumulation dtype
             weight_grad = torch.mul(weight_grad, grad, out=narrow)
         return hidden_grad if ctx.needs_input_grad[0] else None, weight_grad, None, None, None, None
 
@@ -311,8 +312,8 @@ def _run(
 
 
 class _Split:
-    """How the vocabulary, and with sequence parallelism the tokens, lie over a tensor-parallel
-    group (None: not at all)."""
+    """How the vocabulary, and with sequence parallelism the tokens, are split over a
+    tensor-parallel group (None: not split)."""
 
     def __init__(self, group: dist.ProcessGroup | None, sequence_parallel: bool) -> None:
         self.group = group

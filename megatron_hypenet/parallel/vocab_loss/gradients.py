@@ -1,5 +1,5 @@
-"""The head's matrix products: wide logits from narrow operands, and the gradients of hidden states
-and weight summed over chunks.
+"""The head's matrix products: logits in the accumulation dtype from operands in the compute dtype,
+and the gradients of hidden states and weight summed over chunks.
 
 bf16 products are accumulated and returned in fp32: logits rounded to bf16 alone give 4-23% gradient
 error near p = q. Memory for n tokens at a time: logits in fp32 for one chunk, their gradient in the
@@ -15,9 +15,9 @@ from torch import Tensor
 CHUNKS_PER_PRODUCT = 2
 """Chunks whose logit gradients are kept for one weight-gradient product."""
 BUFFER_BYTES = {"cuda": 2_000_000_000, "cpu": 32_000_000}
-"""Bound on logits and their gradients together where the caller leaves the chunk size open: what
-large products need on a GPU, what caches hold on a CPU (4096 tokens and 2048 words there: 116 ms,
-and 186 ms for all tokens at once)."""
+"""Bound on logits and their gradients together where the caller gives no chunk size: what large
+products need on a GPU, what caches hold on a CPU (4096 tokens and 2048 words there: 116 ms, and 186
+ms for all tokens at once)."""
 ROW_MULTIPLE = 128
 """Chunk sizes are rounded to whole GEMM tiles."""
 
@@ -69,13 +69,13 @@ def chunk_size(count: int, limit: int | None, bytes_per_token: int, device: torc
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of logits and sums: float64 for float64, fp32 for all else."""
+    """The accumulation dtype of logits and sums: float64 for float64, fp32 otherwise."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """a [m, k] @ b [k, n] into out [m, n] of the wide dtype, never rounded to the operands' dtype
-    in between."""
+    """a [m, k] @ b [k, n] into out [m, n] of the accumulation dtype, never rounded to the operands'
+    dtype in between."""
     if a.dtype == out.dtype:
         return torch.mm(a, b, out=out)
     if not a.is_cuda:
@@ -86,8 +86,8 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 
 
 def accumulate(total: Tensor, a: Tensor, b: Tensor, *, fresh: bool) -> None:
-    """total [m, n] += a [m, k] @ b [k, n] in total's dtype; `fresh` means total holds nothing yet,
-    not even zeros."""
+    """total [m, n] += a [m, k] @ b [k, n] in total's dtype; `fresh` means that total is not
+    initialised, not even with zeros."""
     beta = 0 if fresh else 1
     if a.dtype == total.dtype:
         torch.addmm(total, a, b, beta=beta, out=total)
@@ -106,7 +106,7 @@ def _tf32_product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """For torch < 2.8: bf16 and fp16 numbers are TF32 numbers, so TF32 tensor cores multiply their
     fp32 copies without rounding.
 
-    The copies are made anew for each product: 4 bytes for each number of a and b, on top of
+    The copies are made for each product: 4 bytes for each element of a and b, beyond
     BUFFER_BYTES."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = True
@@ -123,8 +123,8 @@ def _has_wide_products() -> bool:
 
 @functools.cache
 def _wide_addmm_works(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether addmm adds narrow products to an fp32 sum in place: some versions since 2.8 want the
-    sum in the operands' dtype."""
+    """Whether addmm adds products of bf16 operands to an fp32 sum in place: some versions since 2.8
+    require the sum in the operands' dtype."""
     if not _has_wide_products():
         return False
     a = torch.zeros(16, 16, dtype=dtype, device=device)

@@ -1,16 +1,16 @@
 """Terms of the vocabulary losses for one chunk of logits, in plain torch: any device, fp32 or
-float64; Triton answers to these.
+float64; the Triton kernels are tested against these.
 
-Each loss has a row of numbers per token that shards of the vocabulary can be merged from. With
+Each loss has a few statistics per token from which shards of the vocabulary can be merged. With
 logits shifted by their maximum:
     KL(teacher || student)    t_max, Z_t = sum e^t, A = sum e^t (t - s), s_max, Z_s = sum e^s
     cross entropy             s_max, Z_s, the label's logit (zero where another shard has the label)
 Statistics have shape [parts, numbers, n]: parts of the vocabulary (tiles of a kernel or ranks),
 merged into [numbers, n].
 
-`*_stats` may leave anything in place of the logits, and `*_gradient` must be given what it left:
-here the exponentials, so that each is taken once. `*_gradient` writes d(sum of w * loss) / d logits
-of this shard into `out`, given the merged numbers of this shard alone (`local`) and of the whole
+`*_stats` may overwrite the logits, and `*_gradient` must be given what it left: here the
+exponentials, so that each is computed once. `*_gradient` writes d(sum of w * loss) / d logits of
+this shard into `out`, given the merged numbers of this shard alone (`local`) and of the whole
 vocabulary (`merged`), and destroys what it reads."""
 
 import torch
@@ -112,7 +112,7 @@ def ce_gradient(
     drop = mine.to(logits.dtype)
     if weights is not None:
         scale, drop = scale * weights, drop * weights
-    # the label's entry in wide dtype first: p - 1 must not be formed from a rounded p
+    # the label's entry in the accumulation dtype first: p - 1 must not be formed from a rounded p
     at_label = logits.gather(-1, columns) * scale[:, None] - drop[:, None]
     torch.mul(logits, scale[:, None], out=out).scatter_(1, columns, at_label.to(out.dtype))
 

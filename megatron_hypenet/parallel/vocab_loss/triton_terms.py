@@ -3,11 +3,11 @@ same shapes.
 
 A program owns one tile of one token's vocabulary. Split form (tensor parallel): one kernel reads
 the logits for the statistics, one reads them again for the gradient. One-pass form (whole
-vocabulary here): a program keeps its exponentials in registers while the tiles of its token meet at
-a counter, so logits are read once and only gradients are written: 10 instead of 18 bytes per token
-and word. Programs number themselves when they start and a token's tiles are consecutive, so the
-programs waited for are already running; that needs room for one token's tiles on the device at
-once, else the split form is used."""
+vocabulary here): a program keeps its exponentials in registers while the tiles of its token
+synchronise at a counter, so logits are read once and only gradients are written: 10 instead of 18
+bytes per token and vocabulary row. Programs number themselves when they start and a token's tiles
+are consecutive, so the programs waited for are already running; that needs room for one token's
+tiles on the device at once, else the split form is used."""
 
 import torch
 import triton
@@ -36,7 +36,7 @@ def _sums(a, b, c, x, y, z):
 
 @triton.jit
 def _kl_numbers(s, t, inside):
-    """Shifted exponentials of a tile and its five numbers; words outside the vocabulary hold -inf
+    """Shifted exponentials of a tile and its five statistics; rows outside the vocabulary hold -inf
     and count as zero."""
     t_max, s_max = tl.reduce((t, s), 0, _larger)
     t, s = t - t_max, s - s_max
@@ -47,8 +47,8 @@ def _kl_numbers(s, t, inside):
 
 @triton.jit
 def _kl_merged(used, t_max, t_sum, a, s_max, s_sum):
-    """Numbers of parts, first axis, -> those of the whole; `used` marks the parts that exist, the
-    others hold -inf and 0."""
+    """Statistics of parts (first axis) -> statistics of the whole; `used` marks the parts that
+    exist, the others hold -inf and 0."""
     t_top, s_top = tl.reduce((t_max, s_max), 0, _larger)
     t_shift, s_shift = tl.where(used, t_max - t_top, 0.0), tl.where(used, s_max - s_top, 0.0)
     scale = tl.exp(t_shift)
@@ -399,8 +399,8 @@ def _merge(kernel: triton.JITFunction, stats: Tensor) -> Tensor:
 
 
 def _meeting(like: Tensor, n: int, tiles: int, numbers: int) -> tuple[Tensor, Tensor, Tensor, int]:
-    """What the programs of a token share: merged numbers, numbers per tile, arrivals per token
-    (last: programs started), padded tiles."""
+    """What the programs of a token share: merged statistics, statistics per tile, arrivals per
+    token (last: programs started), padded tiles."""
     parts = triton.next_power_of_2(tiles)
     count = torch.zeros(n + 1, dtype=torch.int32, device=like.device)
     return like.new_empty(numbers, n), like.new_empty(n, numbers, parts), count, parts
@@ -414,8 +414,8 @@ def _sizes(logits: Tensor, *others: Tensor) -> tuple[int, int, int]:
 
 
 def _fits(logits: Tensor, tiles: int) -> bool:
-    """One program per multiprocessor is the least a device holds; without a device (interpreter)
-    programs run one after the other."""
+    """Whether all programs of a token run at once: a device holds at least one program per
+    multiprocessor; without a device (interpreter) programs run one after the other."""
     return tiles <= (
         torch.cuda.get_device_properties(logits.device).multi_processor_count
         if logits.is_cuda
