@@ -1,9 +1,9 @@
-"""Floating-point operations of a model per token, by each mixer's own formula; what a training
-stage adds up of them is in its own file.
+"""Floating-point operations of a model per token, by each mixer's own formula; each training stage
+sums what it needs in its own file.
 
-Counted are matrix products as the algorithm needs them: causal attention over half the square, no
-recomputation, no norms and no elementwise work. A backward pass costs twice its forward. Tokens per
-second times this, over the hardware's peak, is MFU."""
+Only the matrix products that the algorithm needs are counted: causal attention over half the
+square, no recomputation, no norms and no elementwise work. A backward pass costs twice its forward
+pass. Tokens per second times this, divided by the hardware's peak, is MFU."""
 
 from megatron_hypenet.config.model import ModelConfig
 

@@ -27,7 +27,7 @@ from megatron_hypenet.parallel.cpu import device
 
 
 class HypeNetModel(LanguageModule):
-    """Decoder-only model whose layers differ in their mixer. Inside, tensors are [s, b, h] as in
+    """Decoder-only model whose layers differ in their mixer. Hidden states are [s, b, h] as in
     Megatron; token ids are [b, s]."""
 
     def __init__(
@@ -146,16 +146,17 @@ class HypeNetModel(LanguageModule):
         with one stage the whole trunk.
 
         input_ids [b, s] are this context-parallel rank's tokens; document_ids [b, s * context
-        ranks] those of the whole sequence, or None when each row is one document. Returns [s, b, h]
-        (s / tp under sequence parallelism): on the last stage after the final norm (before it for a
-        trunk), on others what the next one takes."""
+        ranks] cover the whole sequence, or are None when each row is one document. Returns [s, b,
+        h] (s / tp under sequence parallelism): on the last stage after the final norm (before it
+        for a trunk), on other stages the input of the next one."""
         x = self.embedding(input_ids=input_ids, position_ids=None) if self.pre_process else None
-        # `packed_seq` only means: all positions. The zigzag is ours to cut.
+        # `packed_seq` only means that angles of all positions come back; this rank's zigzag part is
+        # cut from them here.
         angles = self.rotary_pos_emb(
             input_ids.shape[1] * self.pg_collection.cp.size(), packed_seq=True
         )
         angles = split_sequence(angles, self.pg_collection.cp, dim=0)
-        # Megatron hands `packed_seq_params` through to the mixers without looking at it.
+        # Megatron passes `packed_seq_params` on to the mixers without using it.
         return self.decoder(
             hidden_states=x,
             attention_mask=None,
@@ -181,7 +182,7 @@ class HypeNetModel(LanguageModule):
         metadata: dict[str, Any] | None = None,
     ) -> ShardedStateDict:
         """Megatron's sharded state under layout-free keys; tensors only."""
-        # LanguageModule's own method insists on an output head, which a trunk does not have.
+        # LanguageModule's own method requires an output head, which a trunk does not have.
         parent: Any = super(LanguageModule, self) if self.trunk_only else super()
         return without_extra_state(parent.sharded_state_dict(prefix, sharded_offsets, metadata))
 
@@ -226,8 +227,8 @@ def build_model(
 ) -> HypeNetModel:
     """A model with fresh random weights on this process's device; callers load weights into it.
 
-    Starts the process groups if none stand. `seed` fixes the random weights; `recompute` is what
-    training computes again in backward. ConfigError names an unknown mixer."""
+    Starts the process groups if none exist. `seed` fixes the random weights; `recompute` says what
+    training recomputes in backward. ConfigError names an unknown mixer."""
     groups.init_parallel(parallel, seed=1234 if seed is None else seed)
     layout = pipeline_layout(model_config, parallel)
     config = transformer_config(model_config, parallel, dtype, layout, recompute)

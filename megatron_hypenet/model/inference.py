@@ -3,7 +3,7 @@ and gets the same answer.
 
 Sequences are padded at the end to what the layout can split; models are causal, so padding changes
 nothing before it. Under context parallelism each rank computes its chunks, under pipeline
-parallelism the rows travel as micro-batches, and results are put together."""
+parallelism the rows go through as micro-batches; results are gathered on every rank."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ def _over_layout(
     head: Callable[[Tensor, slice], tuple[Tensor, ...]],
 ) -> tuple[Tensor, ...]:
     """Run the model and, on the last stage, `head(hidden [s, b, h], rows)` -> tensors [s, b, ...]
-    of this rank's tokens; gives them whole, [b, t, ...], on every rank. `results` names dtype and
-    device (by an empty tensor) and trailing shape of each."""
+    of this rank's tokens; returns them for whole sequences, [b, t, ...], on every rank. `results`
+    names dtype and device (by an empty tensor) and trailing shape of each."""
     group = model.pg_collection.cp
     length = input_ids.shape[1]
     local_ids = split_sequence(_padded(model, input_ids), group, dim=1)
@@ -107,6 +107,6 @@ def _padded(model: HypeNetModel, ids: Tensor) -> Tensor:
 
 
 def _num_micro_batches(rows: int) -> int:
-    """Into how many equal micro-batches `rows` go: the most that the pipeline profits from."""
+    """Number of equal micro-batches for `rows`: the largest from which the pipeline profits."""
     most = 2 * groups.pipeline_stage()[1]
     return max(count for count in range(1, min(rows, most) + 1) if rows % count == 0)

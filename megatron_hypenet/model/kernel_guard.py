@@ -1,9 +1,9 @@
-"""Are the kernels right on this GPU? Each is run once, as this run will use it, against its
-definition in float64, before anything trains.
+"""Check that the kernels are correct on this GPU: each runs once, as this run will use it, and is
+compared with its definition in float64 before training starts.
 
-Kernels meet GPUs and versions of Triton that nobody tried. One that does not compile, or is off its
-limit, on any rank is replaced by its torch form on all ranks, with a warning: the run is then
-slower and right. On a CPU nothing is looked at and nothing is paid."""
+Users have GPUs and versions of Triton on which the kernels were never tested. A kernel that does
+not compile or exceeds its error limit on any rank is replaced by its torch form on all ranks, with
+a warning: the run is then slower but correct. On a CPU nothing is checked and nothing is spent."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ DOCTOR_USE = KernelUse(
     dtype=torch.bfloat16, head_dim=128, width=4096, hidden=4096, ffn=12_288, words=151_936,
     tensor_ranks=1, context_ranks=1, documents=False, thorough=True,
 )  # fmt: skip
-"""What `survey` looks at: 32 heads, the width and the MLP of Qwen3-8B, Qwen3's vocabulary."""
+"""The use that `survey` checks: 32 heads, the width and the MLP of Qwen3-8B, Qwen3's vocabulary."""
 
 
 def use_of(model: HypeNetModel, *, documents: bool, mixers: tuple[str, ...] = ()) -> KernelUse:
-    """What this model runs, and mixers that will be trained beside it."""
+    """The kernels' use by this model, and by mixers that will be trained beside it."""
     shape = model.model_config
     ranks = model.parallel.tensor_model_parallel_size
     return KernelUse(
@@ -134,8 +134,8 @@ def guard(use: KernelUse, where: torch.device, gpu: str) -> None:
 
 
 def _still_usable(where: torch.device, family: str, gpu: str) -> None:
-    """An illegal access is reported by all later calls too: no torch form can run in this process
-    any more."""
+    """Return whether the GPU still works: after an illegal access all later calls fail too, and no
+    torch form can run in this process."""
     if where.type != "cuda":
         return
     try:
@@ -150,7 +150,7 @@ def _still_usable(where: torch.device, family: str, gpu: str) -> None:
 
 
 def survey(where: torch.device) -> Iterator[KernelCheck]:
-    """Every family in every dtype, in the uses that it names: narrow and wide heads, packed
+    """Check every family in every dtype, in the uses that it names: small and large heads, packed
     documents, states in and out, a whole and a split vocabulary."""
     for dtype in DOCTOR_DTYPES:
         for family in kernels.FAMILIES.values():

@@ -1,6 +1,6 @@
-"""The decoder layer: Megatron's, whose norms also make the residual sums beside them.
+"""Megatron's decoder layer with norms that also compute the residual sums beside them.
 
-In Megatron's own forward, and in its backward, each of these sums is a kernel of its own: five more
+In Megatron's own layer each of these sums is a kernel of its own, forward and backward: five more
 reads and writes of [s, b, h]."""
 
 from typing import Any
@@ -17,11 +17,11 @@ class PreNormLayer(TransformerLayer):
         """hidden_states [s, b, h] -> ([s, b, h], the `context` that came in); whatever else
         Megatron's block passes goes to the mixer.
 
-        Where norms are made again in backward, and at the end of a trunk, which has no MLP,
-        Megatron's own forward runs."""
+        Megatron's own forward runs where norms are recomputed in backward, and at the end of a
+        trunk, which has no MLP."""
         if self.config.recompute_granularity == "selective" or isinstance(self.mlp, IdentityOp):
             return super().forward(hidden_states, **kwargs)
-        # one name for all: what has been used is not kept
+        # one name for all of them, so that a used tensor is freed
         x, residual = self.input_layernorm(hidden_states, prenorm=True)
         x, _ = self.self_attention(x, **kwargs)
         x, residual = self.pre_mlp_layernorm(x, residual=residual, prenorm=True)

@@ -17,8 +17,8 @@ class SwiGLU(MLP):
     """Megatron's MLP, its weights and their names, with one operation between the two products that
     keeps nothing but its input.
 
-    Under selective recomputation the product is dropped once `linear_fc2` has read it, and made
-    again in backward."""
+    Under selective recomputation the product is freed once `linear_fc2` has read it, and recomputed
+    in backward."""
 
     def __init__(
         self,
@@ -26,8 +26,8 @@ class SwiGLU(MLP):
         pg_collection: ProcessGroupCollection | None = None,
         **unused: Any,
     ) -> None:
-        """What Megatron's layers pass for a class given as `mlp`: the configuration alone (0.16),
-        or the groups and more too (0.19)."""
+        """Take what Megatron's layers pass to a class given as `mlp`: the configuration alone
+        (0.16), or the groups and more too (0.19)."""
         super().__init__(
             config,
             MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
@@ -41,8 +41,8 @@ class SwiGLU(MLP):
         """hidden_states [s, b, h] (the rank's own tokens under sequence parallelism) -> ([s, b, h],
         no bias).
 
-        Megatron also passes what only experts use: `per_token_scale`, which must be None, and a
-        padding mask."""
+        Megatron also passes arguments that only experts use: `per_token_scale`, which must be None,
+        and a padding mask."""
         assert per_token_scale is None, "only the experts of a mixture are scaled per token"
         projected, _ = self.linear_fc1(hidden_states)
         if self.config.recompute_granularity != "selective":

@@ -1,7 +1,7 @@
 """How many layers each pipeline stage holds: as configured, or balanced by what each layer costs.
 
-Layers differ (softmax attention grows with the sequence, the RNN mixer does not) and the head is
-worth several layers on the last stage, so equal counts would leave stages waiting. Costs are FLOPs
+Layers differ (softmax attention grows with the sequence, the RNN mixer does not) and the head costs
+as much as several layers on the last stage, so equal counts would make stages wait. Costs are FLOPs
 per token (model/flops.py); only their ratios matter."""
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from megatron_hypenet.errors import LayoutError
 from megatron_hypenet.model.flops import head_flops, mixer_flops, mlp_flops
 
 DEFAULT_SEQ_LENGTH = 4096
-"""Length at which layers are weighed when a model is built outside a training stage."""
+"""Sequence length for the costs of layers when a model is built outside a training stage."""
 
 
 def layer_costs(model: ModelConfig, seq_length: int) -> list[float]:
@@ -24,8 +24,8 @@ def layer_costs(model: ModelConfig, seq_length: int) -> list[float]:
 def balanced_layout(
     costs: Sequence[float], num_stages: int, *, head: float = 0.0
 ) -> tuple[int, ...]:
-    """Layers per stage, in order and at least one each, such that the most loaded stage has least
-    to do; `head` counts on the last.
+    """Layers per stage, in order and at least one each, that minimise the load of the most loaded
+    stage; `head` counts on the last.
 
     Exact, by dynamic programming over (stages, layers). Among equally good layouts the one with
     more layers on earlier stages wins. Raises LayoutError when there are fewer layers than

@@ -50,8 +50,8 @@ def transformer_config(
     init = init_method_normal(model.init_method_std)
     # for "layernorm"; "core_attn" is read by the mixers, and the MLP goes by the granularity
     use_in_megatron()
-    # Megatron wonders whether Transformer Engine's attention needs recomputing; these mixers are
-    # not Transformer Engine's.
+    # This warning of Megatron's is about Transformer Engine's attention, which these mixers do not
+    # use.
     warnings.filterwarnings(
         "ignore", message="If you are using transformer_engine as the transformer implementation"
     )
@@ -79,14 +79,13 @@ def transformer_config(
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         pipeline_model_parallel_layout=_megatron_layout(layout) if len(layout) > 1 else None,
         context_parallel_size=parallel.context_parallel_size,
-        # Megatron's names for the two
+        # Megatron's names for the two methods
         cp_comm_type="p2p" if parallel.context_parallel_method == "ring" else "all_gather",
         sequence_parallel=parallel.sequence_parallel,
         bias_activation_fusion=False,  # model.mlp has its own
         bias_dropout_fusion=False,
         gradient_accumulation_fusion=False,
-        # sic: Megatron's spelling. Checkpoint keys carry the global layer index, since layers
-        # differ.
+        # (Megatron's spelling.) Checkpoint keys carry the global layer index, since layers differ.
         hetereogenous_dist_checkpoint=True,
         **_RECOMPUTE[recompute],
         attention_softmax_in_fp32=dtype != torch.float64,
@@ -94,8 +93,8 @@ def transformer_config(
 
 
 def _megatron_layout(layout: tuple[int, ...]) -> list[list[str]]:
-    """Layers per stage as Megatron spells a free layout: the embedding opens the first stage, the
-    loss closes the last."""
+    """Layers per stage in Megatron's notation of a free layout: the embedding begins the first
+    stage, the loss ends the last."""
     stages = [["decoder"] * count for count in layout]
     stages[0].insert(0, "embedding")
     stages[-1].append("loss")

@@ -21,16 +21,16 @@ def repeat_groups(weight: Tensor, head_dim: int, heads_per_group: int) -> Tensor
 def fresh_parameter(
     key: str, parameter: ParamSpec, *, seed: int, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """A tensor of the parameter's whole shape, drawn as its specification says; it depends on its
-    global name `key` and on the seed alone: equal on every layout and in every order. Drawn on the
-    CPU in fp32, then cast."""
+    """A tensor of the parameter's whole shape, drawn as its specification says. It depends on its
+    global name `key` and on the seed alone, so it is equal on every layout and in every order of
+    creation. It is drawn on the CPU in fp32, then cast."""
     return draw(parameter.init, parameter.shape, _generator(key, seed)).to(dtype)
 
 
 def named_normal(
     key: str, shape: tuple[int, ...], *, std: float, seed: int, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """The same for any tensor from N(0, std^2)."""
+    """A tensor from N(0, std^2), drawn in the same way by its name."""
     return draw(Init("normal", 0.0, std), shape, _generator(key, seed)).to(dtype)
 
 
@@ -40,8 +40,8 @@ def _generator(key: str, seed: int) -> torch.Generator:
 
 
 def draw(init: Init, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """fp32 numbers of the distribution on the CPU; inverse softplus is x + log(1 - exp(-x)), and
-    "log" its plain logarithm."""
+    """Draw an fp32 tensor of the distribution on the CPU. Inverse softplus is x + log(1 - exp(-x)),
+    and "log" the logarithm of what was drawn."""
     if init.distribution == "constant":
         drawn = torch.full(shape, init.first)
     elif init.distribution == "normal":

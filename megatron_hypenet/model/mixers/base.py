@@ -1,8 +1,8 @@
 """The mixer contract and its registry.
 
 A mixer is what a Megatron `TransformerLayer` calls as `self_attention`: hidden states [s, b, h] in
-(after the input norm), the same shape out, before the residual. What parameters it has stands in
-its specification (`config/mixers/`), registered under the same name: one fused input projection
+(after the input norm), the same shape out, before the residual. Its specification
+(`config/mixers/`), registered under the same name, lists its parameters: one fused input projection
 made of named sections, an output projection, and others. Subclasses say how the heads mix
 tokens."""
 
@@ -35,7 +35,7 @@ from megatron_hypenet.parallel.recompute import DropOutput
 
 @dataclass
 class MixerSubmodules:
-    """Which parallel linear layers a mixer is built from (Megatron's own, or Transformer
+    """The parallel linear layers that a mixer is built from (Megatron's own, or Transformer
     Engine's)."""
 
     linear_in: Any = ColumnParallelLinear
@@ -128,8 +128,8 @@ class Mixer(MegatronModule, ABC):
         self.register_parameter(parameter.name, weight)
 
     def weight(self, name: str) -> Tensor:
-        """A parameter of this module as its computation has to read it: where every tensor-parallel
-        rank holds all of it, but uses it for its own heads only, the gradient is summed over the
+        """A parameter of this module for use in its computation: where every tensor-parallel rank
+        holds all of it but uses it for its own heads only, its gradient is summed over the
         ranks."""
         parameter: Tensor = getattr(self, name)
         if self.param_specs[name].tp_dim is None and self.tensor_size > 1:
@@ -140,15 +140,16 @@ class Mixer(MegatronModule, ABC):
     def mix(
         self, parts: dict[str, Tensor], rotary_pos_emb: Tensor | None, document_ids: Tensor | None
     ) -> Tensor:
-        """Sections [s, b, local rows] -> what `linear_proj` takes, [s, b, local heads * head_dim].
+        """Sections [s, b, local rows] -> the input of `linear_proj`, [s, b, local heads *
+        head_dim].
 
-        s are this context-parallel rank's tokens; document_ids [b, s * context ranks] those of the
-        whole sequence, or None."""
+        s are this context-parallel rank's tokens; document_ids [b, s * context ranks] cover the
+        whole sequence, or are None."""
 
     def mix_projected(
         self, projected: Tensor, rotary_pos_emb: Tensor | None, document_ids: Tensor | None
     ) -> Tensor:
-        """All sections [s, b, local rows] as `linear_in` gives them -> what `mix` gives."""
+        """All sections [s, b, local rows] as `linear_in` gives them -> the result of `mix`."""
         parts = dict(
             zip(
                 self.local_sections,
@@ -167,10 +168,10 @@ class Mixer(MegatronModule, ABC):
         packed_seq_params: Tensor | None = None,
         **unused: Any,
     ) -> tuple[Tensor, None]:
-        """hidden_states [s, b, h] -> ([s, b, h], no bias). Causal by construction: `attention_mask`
-        has no say.
+        """hidden_states [s, b, h] -> ([s, b, h], no bias). Mixers are causal by construction;
+        `attention_mask` is ignored.
 
-        `packed_seq_params` is Megatron's name for what tells packed documents apart; here it
+        `packed_seq_params` is Megatron's name for the description of packed documents; here it
         carries the document ids."""
         projected, _ = self.linear_in(hidden_states)
 
@@ -186,8 +187,8 @@ class Mixer(MegatronModule, ABC):
         return output, None
 
     def _recomputes(self) -> bool:
-        """Whether backward computes everything between the projections again: Megatron's
-        "core_attn", where that costs little.
+        """Whether backward recomputes everything between the projections (Megatron's "core_attn"),
+        for mixers where this costs little.
 
         Softmax attention is the expensive part of its layer, and keeps little besides q, k, v and
         the output."""

@@ -27,7 +27,7 @@ from megatron_hypenet.parallel.norm import AllHeadsRMSNorm
 
 @register_mixer("lightning_attn")
 class LightningAttn(Mixer):
-    """Gated linear attention whose heads forget at fixed rates."""
+    """Gated linear attention whose heads decay at fixed rates."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -47,10 +47,10 @@ class LightningAttn(Mixer):
     def mix_projected(
         self, projected: Tensor, rotary_pos_emb: Tensor | None, document_ids: Tensor | None
     ) -> Tensor:
-        """One node of the graph where this rank has all heads, the whole sequence, and kernels for
-        it; else step by step."""
+        """Run as one node of the autograd graph where this rank has all heads, the whole sequence,
+        and kernels for it; otherwise call `mix`."""
         alone = self.tensor_size == 1 and self.context_group.size() == 1
-        # ZeRO-3 may hold norms in pieces until their own module runs
+        # under ZeRO-3 a norm may be partitioned until its own module runs
         gathered = self.q_norm.weight.numel() == self.head_dim
         if not (alone and gathered and lightning_mix.fits(projected, self.head_dim)):
             return super().mix_projected(projected, rotary_pos_emb, document_ids)
@@ -77,7 +77,7 @@ class LightningAttn(Mixer):
         k = self.k_norm(self.heads(parts["k"]), rotary_pos_emb)
         # the op's order: [b, t, heads, head_dim]
         q, k, v = (x.transpose(0, 1) for x in (q, k, self.heads(parts["v"])))
-        # once: later calls find it there, and nothing waits for a copy
+        # copied in the first call only, so that later calls wait for nothing
         self.log_decay = self.log_decay.to(q.device)
         scale = 1.0 / math.sqrt(self.head_dim)
         o = context_lightning_attn(
@@ -108,11 +108,8 @@ def context_lightning_attn(
     Args:
         q, k: [b, t_local, h, k], this rank's tokens as `split_sequence` gives them, already rotated
             by their global positions.
-        v: [b, t_local, h, v].
-        log_decay: [h], of the heads at hand.
-        scale: factor of the outputs.
-        group: context-parallel ranks.
-        document_ids: [b, t_local * ranks], see `exchange_states`.
+        v: [b, t_local, h, v]. log_decay: [h], of this rank's heads. scale: factor of the outputs.
+        group: context-parallel ranks. document_ids: [b, t_local * ranks], see `exchange_states`.
 
     States are exchanged in fp32 (float64 for float64 inputs). Raises ValueError when t_local is odd
     or document_ids has another shape."""
