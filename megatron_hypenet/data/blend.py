@@ -33,11 +33,11 @@ def scramble(*words: int) -> int:
 
 
 def permuted(index: int, size: int, key: int) -> int:
-    """Place of `index` in a pseudo-random permutation of range(size) chosen by `key`, in constant
-    time and memory.
+    """The position of `index` in a pseudo-random permutation of range(size) chosen by `key`, in
+    constant time and memory.
 
-    A four-round Feistel network on the smallest even number of bits that holds `size`, walked until
-    it lands inside the range (Black and Rogaway 2002, cycle walking: at most four tries on
+    A four-round Feistel network on the smallest even number of bits that holds `size`, applied
+    until the result lies in the range (Black and Rogaway 2002, cycle walking: at most four tries on
     average).
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
@@ -53,7 +53,7 @@ def permuted(index: int, size: int, key: int) -> int:
 
 
 def check_ids(ids: np.ndarray, vocab_size: int) -> None:
-    """DataError when a token id is negative or not below `vocab_size`."""
+    """Raise DataError when a token id is negative or not below `vocab_size`."""
     lowest, highest = int(ids.min()), int(ids.max())
     if lowest < 0 or highest >= vocab_size:
         raise DataError(
@@ -96,7 +96,7 @@ class TrainData:
         """Samples sample_start .. sample_start + count - 1 -> int64 [count, seq_length + 1].
 
         Raises DataError when the text is shorter than one sequence or holds an id outside the
-        vocabulary: the files were looked at before (data/corpus.py), but may have changed since.
+        vocabulary: the files were checked before (data/corpus.py), but may have changed since.
         """
         rows = np.stack(
             [self.sample(index, seq_length) for index in range(sample_start, sample_start + count)]
@@ -108,8 +108,8 @@ class TrainData:
         """Where documents end in `tokens`, a batch that starts with sample `sample_start`: bool of
         the same shape.
 
-        At end-of-document tokens, and in text from files without any at the boundaries that their
-        index has. Raises DataError when the prepared data names neither.
+        Documents end at end-of-document tokens; in text from files without such tokens they end at
+        the boundaries of the files' index. Raises DataError when the prepared data names neither.
         """
         if self.end_of_document is None and not self.text.has_document_ends:
             raise DataError(
@@ -143,8 +143,8 @@ class TrainData:
         return self.text[start : start + seq_length + 1]
 
     def windows_per_epoch(self, seq_length: int) -> int:
-        """Windows that fit whatever the epoch's offset; neighbours share one token, the target of
-        one and the input of the next."""
+        """Number of windows that fit for any offset of an epoch; neighbours share one token, the
+        last target of one and the first input of the next."""
         windows = (len(self.text) - seq_length) // seq_length
         if windows >= 1:
             return windows

@@ -32,8 +32,8 @@ from megatron_hypenet.untrusted.json_text import read_object, typed
 
 INDEX_FILE = "corpus.json"
 EVALUATION_SEED = 0x5EED
-"""Added to the run's seed for recall documents that are measured on, so that they are not those
-trained on."""
+"""Added to the run's seed for evaluation documents, so that they differ from the recall documents
+that are trained on."""
 
 
 def prepare_corpus(
@@ -42,7 +42,7 @@ def prepare_corpus(
     model_end: int | Sequence[int] | None = None, log: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Make the token files of a run in `folder`; a source that has not changed since the last call
-    is not tokenized again, and a prepared pair that has not changed is not searched for foreign ids
+    is not tokenized again, and a prepared pair that has not changed is not checked for foreign ids
     again.
 
     `model_end` is the end-of-text token of the model's configuration. Returns what corpus.json
@@ -107,8 +107,8 @@ def _checked_pair(
     end: int,
     log: Callable[[str], None],
 ) -> dict[str, Any]:
-    """The record of a prepared pair, whose ids were searched once: now, or when `earlier` was
-    written for the same files."""
+    """The record of a prepared pair. Its ids are checked once: now, or when `earlier` was written
+    for the same files."""
     opened = open_tokens(source)
     files = [path.stat() for path in token_paths(source)]
     fingerprint = [vocab_size, *([stat.st_size, stat.st_mtime_ns, stat.st_ino] for stat in files)]
@@ -136,8 +136,8 @@ def _checked_pair(
 
 
 def _fingerprint(source: Path, tokenizer_dir: Path, vocab_size: int) -> list[Any]:
-    """Changes when the text or the tokenizer may have changed: sizes and modification times, not
-    contents (texts can be terabytes)."""
+    """Values that change when the text or the tokenizer may have changed: sizes and modification
+    times, not contents (texts can be terabytes)."""
     files = [source] if source.is_file() else []
     files += sorted(
         path for path in tokenizer_dir.iterdir() if path.suffix in (".json", ".txt", ".model")
@@ -167,8 +167,7 @@ class _Source:
     tokens: int
     fingerprint: list[Any] | None
     end_tokens: int | None = None
-    """How many end-of-document tokens a prepared pair holds; None for text, which always has
-    them."""
+    """Number of end-of-document tokens in a prepared pair; None for text, which always has them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -237,8 +236,8 @@ class Corpus:
 
 
 def open_corpus(folder: Path, *, heldout_fraction: float, seed: int) -> Corpus:
-    """Open what `prepare_corpus` made. Without a held-out source, the last `heldout_fraction` of
-    each training source is held out.
+    """Open a folder that `prepare_corpus` made. Without a held-out source, the last
+    `heldout_fraction` of each training source is held out.
 
     Raises DataError when the folder was not prepared, a file is damaged, or no text is left to
     train on or to measure on.

@@ -1,10 +1,10 @@
-"""Where documents meet inside one training sequence: ids that keep them apart, and weights that
-leave out what cannot be predicted.
+"""Documents inside one training sequence: ids that keep them apart, and loss weights that leave out
+predictions across a boundary.
 
-A token stream holds document after document; a window of it may start and end inside one. The last
+A token stream is a sequence of documents; a window of it may start and end inside one. The last
 token of a document is its end-of-document token (data/prepare.py), or, in a file without such
-tokens, the last one that the index counts for it. It still belongs to its document: the model
-learns when to stop, but not what comes next.
+tokens, its last token by the file's index. The end token still belongs to its document: the model
+learns when to stop, but not what follows.
 """
 
 from __future__ import annotations

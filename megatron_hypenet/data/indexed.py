@@ -1,9 +1,10 @@
 """Token files in Megatron's format (prefix.bin, prefix.idx): writing, opening, and reading them as
 one stream.
 
-Megatron-core writes the index. It is read here, because Megatron's reader believes every number in
-it; the tokens themselves are memory-mapped flat, because training reads windows that cross
-documents. Megatron is imported where it is used: it takes seconds and looks for a GPU.
+Megatron-core writes the index. It is read here, because Megatron's reader does not check its
+values; the tokens themselves are memory-mapped as one array, because training reads windows that
+cross documents. Megatron is imported where it is used, because its import takes seconds and looks
+for a GPU.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ _INDEX = FileKind(error=DataError, advice="run `hypenet data prepare` again")
 
 def _megatron() -> Any:
     with warnings.catch_warnings():
-        # it warns about optional GPU libraries that token files do not need
+        # Megatron warns about optional GPU libraries that token files do not need
         warnings.simplefilter("ignore")
         from megatron.core.datasets import indexed_dataset
     return indexed_dataset
@@ -96,7 +97,7 @@ class TokenFileWriter:
         self.num_tokens += len(other.tokens)
 
     def __enter__(self) -> Self:
-        """Nothing to open: the constructor did."""
+        """Return the writer; its constructor has opened the files."""
         return self
 
     def __exit__(
@@ -105,7 +106,7 @@ class TokenFileWriter:
         fault: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Commit, or remove what was written when the block failed."""
+        """Commit the pair, or remove what was written when the block failed."""
         parts = token_paths(self._partial)
         try:
             self._builder.finalize(str(parts[1]))
@@ -134,7 +135,7 @@ class TokenFile:
     tokens: npt.NDArray[np.integer]
     """All tokens, in document order [num_tokens], memory-mapped."""
     document_ends: npt.NDArray[np.int64]
-    """Tokens up to and including each document [num_documents]."""
+    """Number of tokens up to and including each document [num_documents]."""
 
     def documents_before(self, fraction: float) -> int:
         """Tokens of the documents that are left when the last `fraction` of the text (whole
@@ -248,8 +249,7 @@ def _check_lengths(
 
 
 class TokenStream:
-    """Several stretches of token files as one sequence of tokens; it supports len() and slices, as
-    recall documents want."""
+    """Several parts of token files as one sequence of tokens, with len() and slices."""
 
     def __init__(
         self,
@@ -259,7 +259,7 @@ class TokenStream:
         """Parts are joined in order; empty ones are dropped.
 
         `document_ends` has, for each part, the tokens up to and including each of its documents;
-        None, or nothing at all, for a part whose documents are told apart by a token.
+        None, or no entry, for a part whose documents end with an end-of-document token.
         """
         known = list(itertools.zip_longest(parts, document_ends))
         self._parts = [part for part, _ in known if len(part)]

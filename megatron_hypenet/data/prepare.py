@@ -18,8 +18,8 @@ from megatron_hypenet.untrusted.files import reason_of, shown
 
 TEXT_SUFFIXES = (".txt", ".jsonl")
 PIECE_CHARACTERS = 16_000
-"""A .txt file is cut at line ends into pieces of about this size, so that whole pieces can be held
-out; only its end is marked."""
+"""Approximate size of the pieces into which a .txt file is cut at line ends, so that whole pieces
+can be held out; only the end of the file is marked."""
 _BATCH_DOCUMENTS = 256
 _LINE_BYTES = 256 << 20
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -33,12 +33,12 @@ _OTHER_KINDS = {
     b"\xff\xfe": "UTF-16 text",
     b"\xfe\xff": "UTF-16 text",
 }
-"""First bytes of files that are passed for text by mistake."""
+"""First bytes of other kinds of files, which are sometimes given as text by mistake."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """What one preparation wrote."""
+    """The counts of what one preparation wrote."""
 
     documents: int
     tokens: int
@@ -55,8 +55,8 @@ def prepare_file(
     follows every document.
 
     `end` is that id (default: the tokenizer's, see `end_of_text`); `vocab_size` is the model's
-    (default: the tokenizer's); `on_documents` hears the running count. Nothing is left behind on
-    failure. Raises DataError when the file is missing, of another kind, without text, or the
+    (default: the tokenizer's); `on_documents` is called with the running count. A failure leaves no
+    files. Raises DataError when the file is missing, of another kind, without text, or the
     tokenizer makes ids beyond `vocab_size`.
     """
     end = end_of_text(tokenizer, None).id if end is None else end
@@ -99,11 +99,11 @@ def prepare_file(
 def read_documents(
     source: Path, *, text_key: str = "text", on_empty: Callable[[int], None] = lambda line: None
 ) -> Iterator[tuple[str, bool]]:
-    """(text, does the document end with it) pairs of a .txt file (one document, in pieces) or a
-    .jsonl file (one document a line).
+    """Yield pairs (text, whether the document ends with it) of a .txt file (one document, in
+    pieces) or a .jsonl file (one document per line).
 
-    `on_empty` hears the line of every .jsonl object whose text is empty: it gives no document.
-    Raises DataError that names file and line for whatever else is not as it should be.
+    `on_empty` is called with the line number of every .jsonl object whose text is empty; such an
+    object gives no document. Raises DataError that names file and line for every other defect.
     """
     if not source.is_file():
         raise DataError(
@@ -182,7 +182,7 @@ def _json_lines(
 
 
 def _decoded(source: Path, number: int, content: bytes) -> str:
-    """Line `number` of `source` as text; the first one without a byte order mark."""
+    """Decode line `number` of `source`; a byte order mark on the first one is dropped."""
     try:
         return content.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
@@ -205,7 +205,7 @@ def _text_of(line: str, where: str, text_key: str) -> str:
 
     try:
         record = json.loads(line, object_pairs_hook=once)
-    # ValueError: also a number of thousands of digits
+    # ValueError also covers a number of thousands of digits
     except (ValueError, RecursionError) as error:
         raise DataError(
             f"{where}: not JSON: {shown(reason_of(error))}; a .jsonl file has one object a line."

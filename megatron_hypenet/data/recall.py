@@ -1,11 +1,11 @@
-"""Key-value recall documents: real text with facts scattered in it, and questions about them.
+"""Key-value recall documents: text with facts at random places, and questions about them.
 
 A fact reads `\\n[ key value ]\\n`; key and value are words that are one token each, so one position
-of the sequence holds the answer. A question is the same statement made again: after `[ key` a model
-that remembers the fact knows the next token. Evaluation documents keep the number of facts fixed
-and let the filler grow with the length, so at a longer length the facts lie further back. A
-document is a pure function of (seed, index, length, number of facts). This module knows token ids
-only; `data/tokenizer.py` finds them.
+of the sequence holds the answer. A question repeats the statement: after `[ key` a model that
+remembers the fact predicts the next token. Evaluation documents keep the number of facts fixed and
+let the filler grow with the length, so in a longer document the facts lie further back. A document
+is a pure function of (seed, index, length, number of facts). This module knows token ids only;
+`data/tokenizer.py` finds them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TokenArray = npt.NDArray[np.int64]
 
 
 class TokenSlices(Protocol):
-    """A one-dimensional sequence of tokens that gives slices: an array, a memory map or a
+    """A one-dimensional sequence of tokens that can be sliced: an array, a memory map or a
     TokenStream."""
 
     def __len__(self) -> int:
@@ -99,9 +99,9 @@ class RecallTask:
         of ids[:-1] against ids[1:]. Evaluation: facts are spread uniformly over everything before
         the questions, and each is asked once, at the end, in random order. Training: 2 to
         `num_pairs` facts; about half of the questions come earlier, anywhere after their fact, and
-        every second document asks again and again: without such dense documents a small model takes
-        very long to discover how to look a fact up. Raises DataError when `seq_length` is too short
-        for the facts.
+        every second document asks again and again: without such dense documents a small model needs
+        very long to learn to look a fact up. Raises DataError when `seq_length` is too short for
+        the facts.
         """
         rng = np.random.Generator(
             np.random.Philox(

@@ -1,5 +1,5 @@
-"""Are the ids of a token file those of the model's vocabulary? One pass over the memory-mapped
-file, before anything is trained on it."""
+"""Check that the ids of a token file belong to the model's vocabulary, in one pass over the
+memory-mapped file before training."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from megatron_hypenet.data.indexed import TokenFile, token_paths
 from megatron_hypenet.errors import DataError
 
 _CHUNK = 1 << 22
-"""Tokens looked at together: a few MB, which stay in the cache between the passes over them."""
+"""Number of tokens checked at a time: a few MB, which stay in the cache between the passes over
+them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IdRange:
-    """What the ids of a token file are."""
+    """The smallest and largest id of a token file, and its number of end tokens."""
 
     lowest: int
     highest: int
     ends: int
-    """How many are the end-of-document token; 0 where none was named."""
+    """Number of end-of-document tokens; 0 where no such token was given."""
 
 
 def scan_ids(

@@ -1,5 +1,5 @@
-"""Tokenizers of Hugging Face folders, read offline, and the words of one that recall documents are
-made of."""
+"""Tokenizers of Hugging Face folders, read offline, and the words of a tokenizer from which recall
+documents are made."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of `text` alone: no begin, end or template tokens."""
+    """Token ids of `text`, without begin, end or template tokens."""
     return list(tokenizer.encode(text, add_special_tokens=False))
 
 
@@ -66,10 +66,10 @@ def end_of_text(tokenizer: Any, model_end: int | Sequence[int] | None) -> EndOfT
     """Return the token that closes documents: the one that the model's configuration names, else
     the tokenizer's.
 
-    The model's counts because the model was trained with it; tokenizers of base models often name a
-    chat token. `model_end` may be a list, as in config.json: the tokenizer's token where it is in
-    it, else the first. Raises DataError when neither names one, or the model's is not in the
-    tokenizer.
+    The model's token takes precedence because the model was trained with it; tokenizers of base
+    models often name a chat token. `model_end` may be a list, as in config.json: then the
+    tokenizer's token counts if the list has it, else the first entry. Raises DataError when neither
+    names a token, or the tokenizer lacks the model's.
     """
     given = tokenizer.eos_token_id
     known = (
@@ -102,11 +102,9 @@ def end_of_text(tokenizer: Any, model_end: int | Sequence[int] | None) -> EndOfT
 
 
 def model_end_of(folder: Path) -> list[int] | None:
-    """Return eos_token_id of the model that the tokenizer folder `folder` belongs to; None where
-    nothing is there that names one.
-
-    Looks into config.json and generation_config.json beside the tokenizer, and for a checkpoint's
-    tokenizer/ into its model.json. Raises DataError when such a file is damaged.
+    """Return eos_token_id of the model that the tokenizer folder `folder` belongs to; None where no
+    file names one. Looks into config.json and generation_config.json beside the tokenizer, and for
+    a checkpoint's tokenizer/ into its model.json. Raises DataError when such a file is damaged.
     """
     for path, settings in _model_files(folder):
         end = settings.get("eos_token_id")
@@ -119,14 +117,14 @@ def model_end_of(folder: Path) -> list[int] | None:
 
 
 def model_vocabulary(folder: Path) -> int | None:
-    """Return vocab_size of the model that the tokenizer folder `folder` belongs to, as
-    `model_end_of` finds it; None where nothing is."""
+    """Return vocab_size of the model that the tokenizer folder `folder` belongs to, found as in
+    `model_end_of`; None where no file has it."""
     sizes = (settings.get("vocab_size") for _, settings in _model_files(folder))
     return next((size for size in sizes if type(size) is int and size > 0), None)
 
 
 def _model_files(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The files about the model beside a tokenizer, with what they hold."""
+    """The model's configuration files beside a tokenizer, with their content."""
     beside = [folder / "config.json", folder / "generation_config.json"]
     for path in [*beside, *([folder.parent / "model.json"] if folder.name == "tokenizer" else [])]:
         if has_entry(path):

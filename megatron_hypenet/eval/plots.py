@@ -30,7 +30,7 @@ def _save(figure: Any, path: Path) -> None:
 
 def importance(values: Sequence[float], attention_layers: Sequence[int], path: Path) -> None:
     """Bar chart of the importance of every layer's attention, in layer order; the layers that keep
-    softmax attention stand out."""
+    softmax attention have another colour."""
     kept = set(attention_layers)
     figure, (axis,) = _figure(max(6.0, 0.32 * len(values) + 2.0), 3.6)
     layers = range(len(values))
@@ -58,8 +58,8 @@ def report(content: Mapping[str, Any], path: Path) -> None:
     held-out loss, one bar a model.
 
     Needs `rows` (each with model, heldout_loss and recall by length multiple), `seq_length`, and
-    optionally `train_seq_length`, which is marked: right of it a model works beyond the length it
-    was trained on.
+    optionally `train_seq_length`, which is marked: beyond it a model is used at lengths it was not
+    trained on.
     """
     rows = content["rows"]
     figure, (recall, loss) = _figure(11.0, 4.2, columns=2)

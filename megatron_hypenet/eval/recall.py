@@ -1,5 +1,5 @@
-"""Recall accuracy: the share of questions about facts stated earlier in the sequence that a model
-answers right."""
+"""Recall accuracy: the share of questions about earlier facts of the sequence that a model answers
+correctly."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def recall_accuracy(
     """Accuracy in % over evaluation documents 0..count-1 of `seq_length` tokens (plus the last
     token, which is only a target).
 
-    An answer counts as right when the value is the model's most likely token. Raises DataError when
+    An answer is correct when the value is the model's most likely token. Raises DataError when
     `count` is not positive or the documents do not fit `seq_length`.
     """
     if count < 1:

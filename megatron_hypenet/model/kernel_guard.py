@@ -134,8 +134,8 @@ def guard(use: KernelUse, where: torch.device, gpu: str) -> None:
 
 
 def _still_usable(where: torch.device, family: str, gpu: str) -> None:
-    """Return whether the GPU still works: after an illegal access all later calls fail too, and no
-    torch form can run in this process."""
+    """Raise SetupError when the check of `family` left the GPU unusable: after an illegal access
+    all later calls fail too, so no torch form can run in this process."""
     if where.type != "cuda":
         return
     try:
