@@ -1,5 +1,4 @@
-"""Two checkpoints side by side: settings, progress, and every tensor; whatever layouts wrote
-them."""
+"""Compare two checkpoints, written on any layouts: settings, progress, and every tensor."""
 
 from __future__ import annotations
 
@@ -21,14 +20,14 @@ from megatron_hypenet.untrusted.json_text import read_object
 
 _CHUNK_ELEMENTS = 1 << 22
 _PROGRESS = ("stage", "step", "samples", "tokens", "adam_step")
-"""What of a train state must agree; learning rate and losses are rounded by the layout that
-computed them."""
+"""The entries of a train state that must agree; learning rate and losses depend on the rounding of
+the layout that computed them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorDifference:
-    """How one tensor differs between A and B; differences of values are None where the shapes
-    differ."""
+    """The differences of one tensor between A and B; differences of values are None where the
+    shapes differ."""
 
     name: str
     shapes: tuple[tuple[int, ...], tuple[int, ...]]
@@ -41,13 +40,12 @@ class TensorDifference:
 
 @dataclass(kw_only=True, slots=True)
 class Comparison:
-    """The result of `compare`. `equal` speaks of what the checkpoints hold: model, tensors,
-    progress; not of `run_settings`."""
+    """The result of `compare`. `equal` covers model, tensors and progress, not `run_settings`."""
 
     model: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     """Keys of model.json with both values."""
     run_settings: dict[str, tuple[Any, Any]] = field(default_factory=dict)
-    """Keys of config.yaml with both values, for information."""
+    """Keys of config.yaml with both values; they do not count as differences."""
     progress: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     only_in_first: list[str] = field(default_factory=list)
     only_in_second: list[str] = field(default_factory=list)
@@ -67,7 +65,7 @@ class Comparison:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """The comparison as plain data for JSON."""
         return {"equal": self.equal, **asdict(self)}
 
 
@@ -80,7 +78,7 @@ def compare(
 ) -> Comparison:
     """Compare two committed checkpoint folders, with one tensor of each in memory at a time.
 
-    `weights_only` leaves optimizer state and progress aside. CheckpointError when one of them is
+    `weights_only` ignores optimizer state and progress. CheckpointError when one of them is
     damaged.
     """
     for folder in (first, second):

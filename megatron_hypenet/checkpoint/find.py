@@ -1,5 +1,5 @@
-"""Finding a checkpoint and its small files. No tensor library is imported here: a command that only
-starts processes needs no more."""
+"""Find a checkpoint and read its small files. No tensor library is imported here, because a command
+that only starts processes needs none."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def resolve(path: Path | str, *, fall_back: bool = True) -> Path:
     """The committed checkpoint meant by `path`: the folder itself, or the newest usable
     iter_XXXXXXX folder in it or its checkpoints/.
 
-    With `fall_back`, an older save takes the place of a newest one that is uncommitted or damaged,
-    with a warning that names both; without it that is an error, for what a training stage starts
-    from. Raises CheckpointError.
+    With `fall_back`, an older save replaces a newest one that is uncommitted or damaged, with a
+    warning that names both; without it that is an error, as for the checkpoint that a training
+    stage starts from. Raises CheckpointError.
     """
     path = Path(path)
     if fmt.is_committed(path):
@@ -73,7 +73,7 @@ def read_model_config(path: Path | str) -> ModelConfig:
     folder = resolve(path)
     file = folder / fmt.MODEL_JSON
     text = KIND.decode(file, read_listed(folder, fmt.MODEL_JSON))
-    parse_json(KIND, file, text)  # bounds what pydantic then parses
+    parse_json(KIND, file, text)  # limits the size of what pydantic then parses
     try:
         return ModelConfig.from_json(text)
     except ConfigError as error:
@@ -81,10 +81,8 @@ def read_model_config(path: Path | str) -> ModelConfig:
 
 
 def finished_checkpoint(stage_folder: Path, train_iters: int) -> Path | None:
-    """The checkpoint of a training stage that has done all its steps, or None; one that is not
-    whole does not count.
-
-    Presence and sizes decide; who reads the checkpoint compares hashes.
+    """The checkpoint of a training stage that has done all its steps, or None; an incomplete one
+    does not count. Presence and sizes decide; a reader of the checkpoint compares hashes.
     """
     done = [
         folder
@@ -95,7 +93,7 @@ def finished_checkpoint(stage_folder: Path, train_iters: int) -> Path | None:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a checkpoint is committed and all its files are there with their sizes; a warning
+    """Whether a checkpoint is committed and all its files are present with their sizes; a warning
     says why it is not."""
     reason = _why_unusable(folder)
     if reason is not None and folder.exists():

@@ -1,4 +1,4 @@
-"""The checkpoint folder: what each file is called, and how a folder becomes visible only when it is
+"""The checkpoint folder: the name of each file, and how a folder becomes visible only when it is
 complete.
 
     weights/          tensors in Megatron's sharded format (`dist_checkpointing`, backend
@@ -13,14 +13,14 @@ complete.
     COMMITTED         sha256 of manifest.json; written last, after every file above has reached
                       the disk (empty in version 0.1's folders)
 
-optimizer/, train_state.json, rng.safetensors and config.yaml are there after training only.
+optimizer/, train_state.json, rng.safetensors and config.yaml exist after training only.
 
-`manifest.json` has a `format_version`, now 1. It rises when a reader of the version before would
-misread a folder; a folder of a greater version is refused, every smaller one is read. A file that
-is read has to be listed in manifest.json; a file that is not listed is not read.
+`manifest.json` has a `format_version`, now 1. It is raised when a reader of the previous version
+would misread a folder; a folder of a greater version is refused, every smaller one is read. A file
+that is read has to be listed in manifest.json; a file that is not listed is not read.
 
 A save is written into the sibling `.<name>.tmp-<pid>` and renamed: a folder under its final name is
-whole or was damaged later.
+complete, or was damaged later.
 """
 
 from __future__ import annotations
@@ -89,13 +89,12 @@ def iteration_folders(parent: Path) -> list[Path]:
 
 
 def is_committed(folder: Path) -> bool:
-    """Whether the commit marker is there; says nothing about later damage (see
-    manifest.verify_files)."""
+    """Whether the commit marker exists; later damage is not checked (see manifest.verify_files)."""
     return (folder / COMMITTED).is_file()
 
 
 def fsync_path(path: Path) -> None:
-    """Force one file or folder to the disk."""
+    """Flush one file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -104,7 +103,7 @@ def fsync_path(path: Path) -> None:
 
 
 def fsync_tree(folder: Path) -> None:
-    """Force every file below `folder`, every folder and `folder` itself to the disk."""
+    """Flush every file below `folder`, every folder and `folder` itself to the disk."""
     for root, _, names in os.walk(folder):
         for name in names:
             fsync_path(Path(root) / name)
@@ -112,7 +111,7 @@ def fsync_tree(folder: Path) -> None:
 
 
 def refuse_existing(target: Path, overwrite: bool) -> None:
-    """CheckpointError if something is already at `target` and may not be replaced."""
+    """Raise CheckpointError if something exists at `target` and may not be replaced."""
     if (target.exists() or target.is_symlink()) and not overwrite:
         raise CheckpointError(
             f"{target} already exists; choose another folder, or allow overwriting (--overwrite)"
@@ -149,9 +148,9 @@ def remove_stale(parent: Path) -> list[Path]:
     """Delete what interrupted saves left under `parent` and return it. Only for a folder with one
     writer: a run's own checkpoints.
 
-    A save that was finished but for its last rename (the marker is written after everything else
-    has reached the disk) gets its name, and so does one that was being replaced when nothing has
-    taken its place. The rest of one that was being deleted goes.
+    A save that only lacks its last rename (the marker is written after everything else has reached
+    the disk) gets its final name, and so does one that was being replaced and whose replacement is
+    missing. The rest of a save that was being deleted is deleted.
     """
     stale = []
     left = (
@@ -159,7 +158,7 @@ def remove_stale(parent: Path) -> list[Path]:
         if parent.is_dir()
         else []
     )
-    # what was finished comes before what it replaces
+    # a finished save takes precedence over the one that it replaces
     for entry, target in sorted(left, key=lambda pair: (was_replaced(pair[0]), pair[0])):
         whole = is_committed(entry) and not is_being_deleted(entry)
         if whole and not (target.exists() or target.is_symlink()):
@@ -190,13 +189,13 @@ def staged(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def error_of_save(target: Path) -> Callable[[BaseException], BaseException]:
-    """The translation of errors for the save of `target`; see `as_checkpoint_error`."""
+    """The function that translates errors of the save of `target`; see `as_checkpoint_error`."""
     return lambda error: as_checkpoint_error(error, target)
 
 
 def as_checkpoint_error(error: BaseException, target: Path) -> BaseException:
-    """What a failed save of `target` raises: SetupError for a full disk, CheckpointError for other
-    I/O trouble, else the error itself."""
+    """The error to raise for a failed save of `target`: SetupError for a full disk, CheckpointError
+    for other I/O errors, else the error itself."""
     if is_disk_full(error):
         return SetupError(
             f"cannot save {target}: no space left on the disk; the unfinished save was removed and "

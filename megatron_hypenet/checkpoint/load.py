@@ -1,5 +1,5 @@
-"""Reading checkpoints: weights, and filling a model of any parallel layout; finding one and its
-shape is in find.py."""
+"""Read checkpoints: weights, and filling a model of any parallel layout. find.py finds a checkpoint
+and its shape."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def newest_of_run(checkpoints: Path) -> Path | None:
     """The checkpoint a run continues from, the same on every process, or None when nothing was ever
     committed; collective.
 
-    The first process looks and clears away what interrupted saves left; for the one writer of this
-    folder, before it saves.
+    The first process searches, and removes what interrupted saves left; only the one writer of this
+    folder may call it, before it saves.
     """
     found: Path | None = None
     failure: Exception | None = None
@@ -107,8 +107,8 @@ def read_whole_config(path: Path | str) -> ModelConfig:
     """The configuration of a whole model, for building it: CheckpointError when the checkpoint
     holds fewer values than that has.
 
-    So that a model.json with sizes out of all proportion asks for no memory that the files do not
-    bear out.
+    This keeps a damaged model.json with huge sizes from allocating more memory than the files
+    justify.
     """
     folder = resolve(path)
     config = read_model_config(folder)
@@ -124,8 +124,8 @@ def read_whole_config(path: Path | str) -> ModelConfig:
 
 
 def load_model(model: Any, path: Path | str, *, allow_unused: bool = False) -> Path:
-    """Fill `model` from a checkpoint, whatever layout wrote it, after its hashes were compared;
-    returns the folder that was read.
+    """Fill `model` from a checkpoint of any layout after comparing its hashes; returns the folder
+    that was read.
 
     `model` needs `sharded_state_dict(prefix)`; every process of the layout calls this with its own
     part. They share the hashing, and compare names; no other communication is needed. Strict: a
@@ -198,10 +198,9 @@ def load_training(
     folder: Path | str, engine: EngineState, *, model_config: ModelConfig, stage: str
 ) -> TrainState:
     """Continue from a committed training save: weights, optimizer state and random generators;
-    returns where it stood.
-
-    Called by all processes of any layout and ZeRO stage, which share the hashing of its files.
-    CheckpointError when the save is damaged, of another stage or model, or of another precision.
+    returns its train state. All processes of any layout and ZeRO stage call it, and share the
+    hashing of its files. CheckpointError when the save is damaged, of another stage or model, or of
+    another precision.
     """
     folder = Path(folder)
     verify_together(folder)
@@ -255,7 +254,7 @@ def verify_together(folder: Path, *, parts: Collection[str] = ()) -> None:
     manifest = None
     try:
         manifest = read_manifest(folder)
-        # large files first, so that every process gets about as many bytes
+        # large files first, so that all processes hash about the same number of bytes
         names = sorted(
             (name for name in manifest.files if is_part(name, parts)),
             key=lambda name: -manifest.files[name].bytes,
@@ -277,8 +276,8 @@ def verify_together(folder: Path, *, parts: Collection[str] = ()) -> None:
 
 
 def check_fit(reader: ShardReader, pieces: list[Any], *, allow_unused: bool = False) -> None:
-    """CheckpointError unless names, shapes and kinds of dtype of `pieces` (over all processes)
-    agree with what is stored."""
+    """Raise CheckpointError unless names, shapes and kinds of dtype of `pieces` (over all
+    processes) agree with what is stored."""
     wanted = {piece.key: tuple(piece.global_shape) for piece in pieces}
     missing = sorted(key for key in wanted if key not in reader)
     shapes = [

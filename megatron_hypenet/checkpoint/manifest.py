@@ -1,5 +1,5 @@
-"""manifest.json: what a checkpoint is, where it came from, and the size and sha256 of each of its
-files."""
+"""Read and write manifest.json: the kind and origin of a checkpoint, and the size and sha256 of
+each of its files."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ logger = logging.getLogger(__name__)
 KIND = FileKind(
     error=CheckpointError, advice="the checkpoint is damaged, use another one", max_bytes=64 << 20
 )
-"""How the small files of a checkpoint are read."""
+"""Limits and error class for reading the small files of a checkpoint."""
 
 WEIGHTS_PARTS = (fmt.WEIGHTS, fmt.MODEL_JSON)
-"""What a reader of the weights reads."""
+"""Parts of a checkpoint that a reader of the weights needs."""
 
 FORMAT_VERSION = 1
 _READ_FILES = (fmt.MODEL_JSON, fmt.TRAIN_STATE, fmt.RNG, fmt.CONFIG)
 _SHARDED_FOLDERS = (fmt.WEIGHTS, fmt.OPTIMIZER)
 _SHARDED_FILES = (".metadata", "metadata.json", "common.pt")
-"""What is read in a sharded folder besides the files with tensors."""
+"""Files of a sharded folder that are read besides those with tensors."""
 _HASHING_THREADS = min(8, os.cpu_count() or 1)
 _hashed: dict[tuple[int, ...], FileEntry] = {}
 """Hashes of files by device, inode, size and times."""
@@ -65,11 +65,11 @@ class Manifest:
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     kind: str
-    """What the folder holds: teacher, student, align, distill, finetune, ..."""
+    """Content of the folder: teacher, student, align, distill, finetune, ..."""
     stage: str | None = None
     """HALO stage that wrote it, None for converted or assembled weights."""
     files: dict[str, FileEntry] = field(default_factory=dict)
-    """Relative path -> size and hash; everything but manifest.json and COMMITTED."""
+    """Relative path -> size and hash of every file but manifest.json and COMMITTED."""
     versions: dict[str, str] = field(default_factory=dict)
     """Library versions of the writer."""
     git_commit: str | None = None
@@ -80,7 +80,7 @@ class Manifest:
     hf_config: dict[str, Any] | None = None
     """config.json of the Hugging Face folder the weights came from."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """Whatever else the writer recorded."""
+    """Other entries that the writer recorded."""
     format_version: Annotated[int, Field(ge=1)] = FORMAT_VERSION
     """Version of the folder layout; checkpoint/format.py has its rule."""
 
@@ -134,9 +134,9 @@ def hash_file(path: Path) -> FileEntry:
 
 
 class HashedFile:
-    """A new file that knows its size and sha256 when it is closed, without being read again: large
-    pieces are hashed by a second thread while they are written. A context manager; `entry` holds
-    after it, and what was written is on the disk then."""
+    """Write a new file whose size and sha256 are known when it is closed, without reading it again:
+    large pieces are hashed by a second thread while they are written. It is a context manager;
+    after it `entry` is set and the content is on the disk."""
 
     entry: FileEntry
 
@@ -147,7 +147,8 @@ class HashedFile:
         self._hashing = ThreadPoolExecutor(1)
 
     def write(self, data: bytes | memoryview) -> int:
-        """Append `data`, which may change once this has returned; the number of bytes."""
+        """Append `data`, which may be changed once this has returned; returns the number of
+        bytes."""
         with memoryview(data).cast("B") as view:
             if view.nbytes < _CHUNK_BYTES:
                 self._digest.update(view)
@@ -166,7 +167,7 @@ class HashedFile:
         return self._size
 
     def flush(self) -> None:
-        """Hand what is buffered to the operating system."""
+        """Pass buffered data to the operating system."""
         self._stream.flush()
 
     def __enter__(self) -> Self:
@@ -220,8 +221,8 @@ def read_manifest(folder: Path | str) -> Manifest:
     """The manifest of one committed folder; CheckpointError if the folder is uncommitted, or its
     manifest unreadable or changed.
 
-    COMMITTED holds the manifest's hash. A folder of format 0.1 has an empty one; then the manifest
-    cannot be checked, which is said once.
+    COMMITTED holds the manifest's hash. In a folder of format 0.1 it is empty; then the manifest
+    cannot be checked, and the log says so once.
     """
     folder = Path(folder)
     if not fmt.is_committed(folder):
@@ -252,13 +253,14 @@ def read_manifest(folder: Path | str) -> Manifest:
 
 @functools.cache
 def _say_once(text: str) -> None:
-    if os.environ.get("RANK", "0") == "0":  # the other processes of a run find the same
+    # the other processes of a run find the same and need not log it
+    if os.environ.get("RANK", "0") == "0":
         logger.warning(text)
 
 
 def read_listed(folder: Path, name: str) -> bytes:
-    """The content of a small file of a committed folder, as the manifest says it was written.
-    CheckpointError otherwise."""
+    """The content of a small file of a committed folder, verified against the manifest. Raises
+    CheckpointError when it differs."""
     entry = read_manifest(folder).files.get(name)
     path = folder / name
     content = KIND.read_bytes(path)
@@ -272,12 +274,13 @@ def read_listed(folder: Path, name: str) -> bytes:
 def file_problems(
     folder: Path, manifest: Manifest, *, hashes: bool, parts: Collection[str] = ()
 ) -> list[str]:
-    """What is wrong with the files of a checkpoint, one line each, empty when all is well.
+    """Problems of a checkpoint's files, one line each; empty when there are none.
 
-    Checked are presence and size, with `hashes` the content, and that the manifest lists every file
-    that would be read; others that it does not list are left alone, which is said once. `parts`
-    bounds the check to some files and folders of the checkpoint, such as WEIGHTS_PARTS. A file that
-    was hashed by this process and has not changed since is not read again.
+    Presence and size are checked, with `hashes` also the content, and that the manifest lists every
+    file that would be read; other files that it does not list are ignored, and the log names them
+    once. `parts` limits the check to some files and folders of the checkpoint, such as
+    WEIGHTS_PARTS. A file that was hashed by this process and has not changed since is not read
+    again.
     """
     listed = {name: entry for name, entry in manifest.files.items() if is_part(name, parts)}
     unlisted = [name for name in _present(folder) if name not in manifest.files]
@@ -304,8 +307,8 @@ def file_problems(
 
 
 def hash_problems(folder: Path, manifest: Manifest) -> list[str]:
-    """The files whose content is not what the manifest says, one line each; several files are
-    hashed at a time."""
+    """Files whose content differs from the manifest, one line each; several files are hashed at a
+    time."""
     with ThreadPoolExecutor(_HASHING_THREADS) as pool:
         right = pool.map(
             lambda item: is_as_written(folder / item[0], item[1]), manifest.files.items()
@@ -324,8 +327,8 @@ def is_part(name: str, parts: Collection[str]) -> bool:
 
 
 def is_as_written(path: Path, entry: FileEntry) -> bool:
-    """Whether a file has the content that `entry` says; its hash is remembered for as long as the
-    file does not change."""
+    """Whether a file has the size and hash of `entry`; its hash is cached as long as the file does
+    not change."""
     try:
         key = _state_of(path)
         if key not in _hashed:
@@ -339,8 +342,8 @@ def is_as_written(path: Path, entry: FileEntry) -> bool:
 
 
 def remember(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
-    """Note that another process of this command has found these files as written: they are not
-    hashed here again."""
+    """Record that another process of this command has verified these files: they are not hashed
+    here again."""
     for name in names:
         with contextlib.suppress(OSError):
             _hashed[_state_of(folder / name)] = manifest.files[name]
@@ -352,8 +355,8 @@ def _state_of(path: Path) -> tuple[int, ...]:
 
 
 def _present(folder: Path) -> list[str]:
-    """The files of a checkpoint that its manifest is to list: those in the folder itself, and those
-    below the folders it consists of."""
+    """The files of a checkpoint that its manifest has to list: those in the folder itself, and
+    those in its subfolders."""
     found = [
         path
         for path in folder.iterdir()
@@ -365,7 +368,7 @@ def _present(folder: Path) -> list[str]:
 
 
 def _is_read(name: str) -> bool:
-    """Whether a reader of a checkpoint would open the file `name` if it is there: all tokenizer
+    """Whether a reader of a checkpoint would open the file `name` if it existed: all tokenizer
     files, and those with a fixed name."""
     part, _, rest = name.partition("/")
     if part in _SHARDED_FOLDERS:
@@ -385,7 +388,7 @@ def verify_files(
 
 
 def refuse_damaged(folder: Path, problems: Sequence[str]) -> None:
-    """CheckpointError when there are problems, with the first few of them."""
+    """Raise CheckpointError with the first few of the problems, if there are any."""
     if problems:
         listed = "; ".join(problems[:3]) + (
             f"; and {len(problems) - 3} more" if len(problems) > 3 else ""

@@ -1,10 +1,10 @@
-"""A save on its way: planned by all processes at a step's edge, written by each alone, committed by
-all at a later edge.
+"""A save in progress: planned by all processes at a step boundary, written by each process by
+itself, committed by all at a later step boundary.
 
-The writing may run in a background thread while training goes on. It touches nothing but the copies
-taken at the start and this process's own files, and never communicates: that every process is done
-is agreed by a collective which all of them call in the same step. Until the commit renames it, the
-folder has a temporary name that no reader takes.
+The writing may run in a background thread while training goes on. It uses only the copies taken at
+the start and this process's own files, and never communicates: a collective, which all processes
+call in the same step, agrees that every process is done. Until the commit renames it, the folder
+has a temporary name that readers ignore.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ _WRITTEN = 0
 _WRITING = 1
 _FAILED = 2
 _PATIENCE_SECONDS = 60.0
-"""How long a process that leaves after a fault waits for its writer: a disk that hangs must not
-keep it."""
+"""How long a process that ends after a fault waits for its writer, in case the disk hangs."""
 
 
 class PendingSave:
     """One save of a training run, from its request to its commit; `save.begin_save` makes it.
 
-    Every process calls `ready` and `commit` in the same step. `abandon` is for leaving after a
-    fault and needs nobody else.
+    Every process calls `ready` and `commit` in the same step. `abandon` is for the end after a
+    fault and needs no other process.
     """
 
     def __init__(
         self, folder: Path, temporary: Path, *, overwrite: bool, manifest: dict[str, Any]
     ) -> None:
-        """`temporary` exists; `manifest` holds write_manifest's keywords other than `known`."""
+        """Take an existing folder `temporary`, and in `manifest` write_manifest's keywords other
+        than `known`."""
         self.folder = folder
         self.temporary = temporary
         self.overwrite = overwrite
@@ -61,16 +61,16 @@ class PendingSave:
         self._cancelled = threading.Event()
 
     def add(self, part: ShardWrite) -> None:
-        """A planned part, to be written by this process in the order of adding."""
+        """Add a planned part; this process writes its parts in the order of adding."""
         self._planned.append(part)
 
     def add_small_files(self, write: Callable[[], None]) -> None:
-        """What the first process writes beside the parts, after them."""
+        """Set the function by which the first process writes the small files, after the parts."""
         self._small_files = write
 
     def write(self) -> None:
         """Write this process's share of what has been added since the last call; a failure is kept
-        for the next edge."""
+        for the next step boundary."""
         if self._failure is not None:
             return
         try:
@@ -80,8 +80,9 @@ class PendingSave:
             self._failure = error
 
     def write_in_background(self) -> None:
-        """Start writing everything in a thread of its own; nothing may be added any more."""
-        # A daemon: a process that ends without `commit` or `abandon` must not wait for a disk.
+        """Start writing everything in a thread; nothing may be added afterwards."""
+        # A daemon thread: a process that ends without `commit` or `abandon` must not wait for a
+        # disk.
         self._thread = threading.Thread(
             target=self._write_all, name=f"save-{self.folder.name}", daemon=True
         )
@@ -117,8 +118,8 @@ class PendingSave:
     def commit(self) -> Path:
         """Wait for all writers, then make the checkpoint visible; returns its folder. Collective.
 
-        When any process failed, all raise (SetupError for a full disk, CheckpointError), nothing of
-        this save stays, and older checkpoints are untouched.
+        When any process failed, all raise (SetupError for a full disk, CheckpointError), this save
+        is removed, and older checkpoints are untouched.
         """
         try:
             if self._thread is not None:
@@ -138,7 +139,7 @@ class PendingSave:
         return self.folder
 
     def _finish(self, gathered: list[list[Written]]) -> None:
-        """The first process: indices, manifest, marker, rename."""
+        """Write indices, manifest and marker, and rename the folder; on the first process."""
         if not is_first():
             return
         known = {}
@@ -152,10 +153,10 @@ class PendingSave:
         fmt.commit(self.temporary, self.folder, overwrite=self.overwrite)
 
     def abandon(self) -> None:
-        """Give the save up without anybody else: stop this process's writer, and remove the folder
-        on the first process."""
+        """Give the save up without other processes: stop this process's writer, and remove the
+        folder on the first process."""
         self._cancelled.set()
         if self._thread is not None:
             self._thread.join(_PATIENCE_SECONDS)
-        if is_first():  # what a straggling process still writes there goes at the next start
+        if is_first():  # the next start removes what a slower process still writes there
             shutil.rmtree(self.temporary, ignore_errors=True)

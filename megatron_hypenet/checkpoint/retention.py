@@ -1,5 +1,5 @@
-"""Which checkpoints of a run stay on the disk. Called after a commit only, so the newest save is
-never at risk."""
+"""Decide which checkpoints of a run stay on the disk. This happens after a commit only, so the
+newest save is never at risk."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from megatron_hypenet.checkpoint import format as fmt
 
 
 def surplus(folders: list[Path], *, keep_last: int, keep_every: int | None) -> list[Path]:
-    """Of the committed iter_XXXXXXX `folders`, those that are neither among the newest `keep_last`
-    nor at a multiple of `keep_every`."""
+    """The committed iter_XXXXXXX `folders` that are neither among the newest `keep_last` nor at a
+    multiple of `keep_every`."""
     ordered = sorted(folders, key=lambda folder: fmt.iteration_of(folder) or 0)
     old = ordered[: -max(keep_last, 1)]
     return [
@@ -25,7 +25,7 @@ def surplus(folders: list[Path], *, keep_last: int, keep_every: int | None) -> l
 
 def prune(parent: Path, *, keep_last: int, keep_every: int | None = None) -> list[Path]:
     """Delete surplus committed checkpoints of `parent` and return them; uncommitted folders and
-    links are left alone."""
+    links are not touched."""
     removed = surplus(
         [folder for folder in fmt.iteration_folders(parent) if fmt.is_committed(folder)],
         keep_last=keep_last,

@@ -1,5 +1,5 @@
-"""State of every random generator of every process, as plain tensors: rng.safetensors needs no
-pickle."""
+"""Save and restore the random generators of all processes as plain tensors, so that rng.safetensors
+needs no pickle."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def local_state() -> dict[str, Tensor]:
 
 
 def restore_local_state(state: dict[str, Tensor]) -> None:
-    """Put back what `local_state` took; entries for generators that this process lacks are left
-    alone."""
+    """Restore what `local_state` returned; entries for generators that this process lacks are
+    ignored."""
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
     tracker = get_cuda_rng_tracker()
@@ -91,8 +91,8 @@ def gather_state() -> dict[str, Tensor]:
 
 
 def load_rng(path: Path) -> bool:
-    """Restore this process's generators; False, with a note, when the number of processes changed
-    and no state is its own."""
+    """Restore this process's generators; returns False, with a note in the log, when the number of
+    processes changed and no state belongs to it."""
     try:
         stored = load_file(path)
     except (OSError, SafetensorError) as error:

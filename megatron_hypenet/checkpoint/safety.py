@@ -1,4 +1,4 @@
-"""What the pickles of a sharded folder may refer to. They are read without being unpickled
+"""The names to which pickles of a sharded folder may refer. They are read without being unpickled
 (untrusted/pickles.py), so nothing in them runs.
 
 `common.pt` is never used: it is scanned, because Megatron's own loader would unpickle it.
@@ -22,7 +22,7 @@ PICKLE = FileKind(
 )
 """The pickles of a checkpoint, and the files that hold them."""
 MAX_MEMBER_BYTES = 1 << 20
-"""Largest accepted pickle inside a zip file: those of tensors have some hundred bytes."""
+"""Largest accepted pickle inside a zip file: pickles of tensors have some hundred bytes."""
 
 _FORBIDDEN = (
     "which a checkpoint has no use for: it may run foreign code, so nothing was loaded. "
@@ -78,8 +78,8 @@ ALLOWED_GLOBALS = frozenset(
     ]
     + [("pathlib", "PosixPath"), ("pathlib", "PurePosixPath"), ("pathlib._local", "PosixPath")]
 )
-"""(module, name) pairs a checkpoint's pickles may refer to: data classes, dtypes and containers;
-nothing that acts when called."""
+"""(module, name) pairs a checkpoint's pickles may refer to: data classes, dtypes and containers,
+nothing with an effect when called."""
 
 
 def read_plain(path: Path, payload: bytes) -> Any:

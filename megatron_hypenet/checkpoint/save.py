@@ -1,5 +1,5 @@
-"""Writing checkpoints: whole tensors from one process (converter, assembly), and the full state of
-a training run."""
+"""Write checkpoints: whole tensors from one process (converter, assembly), or the full state of a
+training run."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def write_weights(
     returns the folder.
 
     LazyTensor values are produced one at a time, so memory stays at one tensor. Tensors keep their
-    dtype. `extra` goes into the manifest ("hf_config" and "stage" are known there). Raises
-    CheckpointError when the folder exists, or the disk is full.
+    dtype. `extra` goes into the manifest (which has fields of its own for "hf_config" and "stage").
+    Raises CheckpointError when the folder exists, or the disk is full.
     """
     folder = Path(folder)
     if not tensors:
@@ -62,8 +62,8 @@ def write_weights(
 
 
 def copy_tokenizer(source: Path | None, folder: Path) -> None:
-    """Copy the tokenizer's files into `folder`/tokenizer; nothing when `source` is None,
-    CheckpointError when it is not there."""
+    """Copy the tokenizer's files into `folder`/tokenizer; does nothing when `source` is None,
+    raises CheckpointError when it does not exist."""
     if source is None:
         return
     if not source.is_dir():
@@ -87,8 +87,8 @@ def begin_save(
     overwrite: bool = True,
     background: bool = False,
 ) -> PendingSave:
-    """Save everything that continues a run, as far as `PendingSave.commit`; called by all
-    processes.
+    """Begin to save everything that continues a run; `PendingSave.commit` completes it. All
+    processes call this.
 
     Each data-parallel rank copies and writes the parameters whose index it owns. With `background`
     the copies of all of them are taken here (on the CPU: weights and 12 bytes of state per owned
@@ -137,8 +137,8 @@ def begin_save(
 def save_training(
     folder: Path | str, engine: EngineState, state: TrainState, **arguments: Any
 ) -> Path:
-    """`begin_save` and its commit: a committed checkpoint that continues a run; called by all
-    processes, returns the folder."""
+    """Write a committed checkpoint that continues a run (`begin_save` and its commit); all
+    processes call this. Returns the folder."""
     return begin_save(folder, engine, state, **arguments).commit()
 
 

@@ -1,5 +1,4 @@
-"""`.metadata` of a sharded folder: which tensors it holds, in which pieces, and where each piece
-lies.
+"""Read `.metadata` of a sharded folder: its tensors, their pieces, and the place of each piece.
 
 torch writes the file as a pickle of its Metadata class. It is read as inert values and checked
 here, entry by entry, against the files: every piece lies inside its tensor, the pieces tile the
@@ -24,22 +23,21 @@ from megatron_hypenet.untrusted.files import inside, shown
 from megatron_hypenet.untrusted.pickles import Global, Pairs, Record
 
 METADATA = ".metadata"
-"""The file that says which tensors a sharded folder holds and where their pieces lie."""
+"""Name of the file that lists the tensors of a sharded folder and the places of their pieces."""
 
 _MODULE = "torch.distributed.checkpoint.metadata"
 _SIZE = Global("torch", "Size")
 _MAX_DIMENSIONS = 16
 _MAX_COUNT = 1 << 60
 _MAX_COMPARISONS = 20_000_000
-"""Pairs of pieces that are looked at for an overlap: some seconds of work."""
+"""Number of pairs of pieces that are compared for an overlap: some seconds of work."""
 
 Extents = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One stored piece of a tensor: where it lies in the tensor, and in which bytes of which
-    file."""
+    """One stored piece of a tensor: its place in the tensor, and its bytes in a file."""
 
     offset: Extents
     shape: Extents
@@ -64,7 +62,7 @@ def read_index(folder: Path) -> dict[str, StoredTensor]:
 
 
 class _Index:
-    """The file while it is read: its name stands in every message."""
+    """The file while it is read; every message names it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -91,7 +89,7 @@ class _Index:
                     "or is there twice"
                 )
             if isinstance(entry, Record) and entry.what == Global(_MODULE, "BytesStorageMetadata"):
-                continue  # an object that is no tensor: never read
+                continue  # an object that is not a tensor is never read
             found[name] = self.tensor(name, entry, places)
         self.check_places([piece for tensor in found.values() for piece in tensor.pieces])
         return found
@@ -146,7 +144,8 @@ class _Index:
         return Piece(offset, shape, self.folder / file, start, length)
 
     def places(self, value: Any) -> dict[tuple[str, Extents], tuple[str, int, int]]:
-        """Where every piece lies: (tensor, offset in it) -> (file, first byte, number of bytes)."""
+        """The place of every piece: (tensor, offset in it) -> (file, first byte, number of
+        bytes)."""
         found: dict[tuple[str, Extents], tuple[str, int, int]] = {}
         for index, info in self.pairs(value, "storage_data"):
             key = self.attributes(index, "MetadataIndex", ("fqn",))

@@ -1,5 +1,5 @@
-"""Tensors into Megatron's sharded format, in three acts: plan together, write alone, finish on the
-first process.
+"""Write tensors in Megatron's sharded format, in three parts: plan together, write separately,
+finish on the first process.
 
 Megatron's own writer starts a manager and forks one process per file, which costs seconds per save
 and leaves processes behind when a worker dies. Here each process writes one file by itself, from
@@ -46,24 +46,24 @@ BACKEND = {
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What one process wrote into a sharded folder: where each piece lies, and its file's size and
-    hash (no file for no pieces)."""
+    """The record of what one process wrote into a sharded folder: the place of each piece, and its
+    file's size and hash (no file when it owns no pieces)."""
 
     results: tuple[WriteResult, ...]
     file: FileEntry | None
 
 
 class ShardWrite:
-    """The writing of one sharded folder, as one process sees it.
+    """One process's part in writing a sharded folder.
 
-    Building it plans the folder, together with all processes unless `alone`. `write` and what it
-    holds are this process's own: it may run in another thread. `finish` turns what all processes
-    wrote into a readable folder; the first process calls it.
+    Building it plans the folder, together with all processes unless `alone`. `write` uses only this
+    process's data, so it may run in another thread. `finish` turns what all processes wrote into a
+    readable folder; the first process calls it.
     """
 
     def __init__(self, folder: Path, shards: Iterable[Shard], *, alone: bool = False) -> None:
-        """CheckpointError, on all processes, when the shards of a key do not tile its global shape
-        exactly once."""
+        """Raise CheckpointError on all processes when the shards of a key do not tile its global
+        shape exactly once."""
         self.folder = folder
         self.name = self.name_of(0 if alone else rank())
         """This process's file."""
@@ -75,7 +75,7 @@ class ShardWrite:
         if alone or is_first():
             try:
                 self._metadata = _global_metadata(plans)
-            except Exception as error:  # whatever it is: the others wait to hear of it
+            except Exception as error:  # any error: the other processes wait for the outcome
                 failure = CheckpointError(f"cannot write {folder}: {error}")
                 failure.__cause__ = error
         if alone and failure is not None:
@@ -89,8 +89,8 @@ class ShardWrite:
         return f"__{rank}_0{DEFAULT_SUFFIX}"
 
     def write(self, *, cancelled: Callable[[], bool] = lambda: False) -> Written:
-        """Write this process's pieces to disk, letting go of each, and hash the file; once only.
-        InterruptedError when `cancelled`."""
+        """Write this process's pieces to disk, release each of them, and hash the file; call it
+        once. InterruptedError when `cancelled`."""
         assert self._shards is not None, "the shards of a folder are written once"
         shards = self._shards
         self._shards = None
@@ -129,7 +129,7 @@ class ShardWrite:
 
 class _IndexWriter(dcp.FileSystemWriter):
     """torch's writer of `.metadata`, without the (temporary, absolute) folder name that it would
-    note there."""
+    record there."""
 
     def storage_meta(self) -> StorageMeta | None:
         return None
@@ -144,7 +144,7 @@ def write_shards(folder: Path, shards: Iterable[Shard]) -> None:
 
 
 def _plan(shards: Sequence[Shard]) -> SavePlan:
-    """One write per shard; data is not touched."""
+    """Plan one write per shard; data is not read."""
     items = []
     for shard in shards:
         chunk = ChunkStorageMetadata(
@@ -171,7 +171,7 @@ def _global_metadata(plans: list[SavePlan]) -> Metadata:
     writers: dict[MetadataIndex, int] = {}
     for writer, plan in enumerate(plans):
         for item in plan.items:
-            if item.index in writers:  # torch would keep one of them without a word
+            if item.index in writers:  # torch would silently keep one of them
                 raise ValueError(
                     f"processes {writers[item.index]} and {writer} both write {item.index.fqn} at "
                     f"{item.index.offset}"
@@ -200,7 +200,7 @@ def _data_of(shard: Shard) -> Tensor:
 
 
 def _compact(tensor: Tensor) -> Tensor:
-    """On the CPU, and alone in its storage: torch.save writes whole storages."""
+    """The tensor on the CPU in a storage of its own, because torch.save writes whole storages."""
     tensor = tensor.detach().cpu()
     return (
         tensor.clone()

@@ -1,9 +1,9 @@
 """Pieces of tensors, and reading them out of Megatron's sharded format on any layout;
 shard_writer.py is the other direction.
 
-On disk this is what `megatron.core.dist_checkpointing` writes and reads (backend torch_dist:
-torch's distributed checkpoint plus metadata.json and common.pt). It is read here without torch's
-reader, which trusts the files; one process needs no torch.distributed.
+The format on disk is that of `megatron.core.dist_checkpointing` (backend torch_dist: torch's
+distributed checkpoint plus metadata.json and common.pt). It is read here without torch's reader,
+which trusts the files; one process needs no torch.distributed.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class ShardReader(Mapping[str, Tensor]):
         return self._tensors[key].dtype
 
     def pieces(self, key: str) -> int:
-        """How many pieces one tensor is stored in: what its writer's layout made of it."""
+        """Number of pieces in which one tensor is stored, which depends on its writer's layout."""
         return len(self._tensors[key].pieces)
 
     def __getitem__(self, key: str) -> Tensor:
@@ -149,8 +149,8 @@ def tensor_pieces(entry: Any) -> list[Any]:
     )
     pieces = [piece for piece in built if isinstance(piece, ShardedTensor)]
     for piece in pieces:
-        # Only Megatron's own distributed optimizer flattens shards, and DeepSpeed stands in its
-        # place here.
+        # Only Megatron's own distributed optimizer flattens shards, and DeepSpeed is used in its
+        # place.
         assert piece.flattened_range is None, f"{piece.key} is a flattened shard"
     return pieces
 

@@ -1,9 +1,9 @@
-"""What continues a run: the train state, and the view of an engine through which its weights and
-optimizer state are reached.
+"""State that continues a run: the train state, and the interface through which an engine's weights
+and optimizer state are read and set.
 
 Optimizer state is stored per parameter under the parameter's canonical name, in its global shape:
-any parallel layout and any ZeRO stage can read it. The engine is asked through `EngineState`, so
-that only engine/deepspeed/engine.py knows DeepSpeed.
+any parallel layout and any ZeRO stage can read it. `EngineState` is that interface, so that only
+engine/deepspeed/ knows DeepSpeed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Count = Annotated[int, Field(ge=0, le=1 << 62)]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainState:
-    """Where a training stage stands; stored as train_state.json."""
+    """Progress of a training stage; stored as train_state.json."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -53,12 +53,13 @@ class TrainState:
     losses: tuple[float, ...] = ()
     """Losses of the last steps, newest last."""
     layout: dict[str, int] = field(default_factory=dict)
-    """Parallel sizes that wrote the state, for information: any other layout may read it."""
+    """Parallel sizes of the run that wrote the state, for messages; any other layout may read
+    it."""
     skipped_steps: Count = 0
-    """Steps so far that were left out because their loss or gradient was not finite; they count in
+    """Steps so far that were skipped because their loss or gradient was not finite; they count in
     `step` and `samples`."""
     skipped_in_row: Count = 0
-    """Those among them since the last step that was not."""
+    """Number of skipped steps since the last step that was not skipped."""
 
     def skip(self, *, samples: int, tokens: int, lr: float) -> TrainState:
         """The state after one more step whose update was refused."""
@@ -104,8 +105,8 @@ class TrainState:
 
 
 class EngineState(Protocol):
-    """What saving and loading ask of an engine. Every method is called by all processes in the same
-    order."""
+    """The interface of an engine for saving and loading. All processes call every method in the
+    same order."""
 
     module: nn.Module
     template: Template
@@ -150,8 +151,8 @@ class Entry:
     sharded: Any
 
     def described(self, value: Tensor, *, prefix: str = "", owned: bool = True) -> Any:
-        """Megatron's description with `value` as its data, under `prefix`.key; `owned` makes this
-        process its data-parallel writer."""
+        """Megatron's description with `value` as its data, under `prefix`.key; with `owned` this
+        process is its data-parallel writer."""
         from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 
         sharded = self.sharded

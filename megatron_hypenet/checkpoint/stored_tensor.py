@@ -1,7 +1,7 @@
-"""Read one tensor that torch.save wrote, from the bytes of a larger file: checked as other people's
-bytes, and read without unpickling.
+"""Read one tensor that torch.save wrote, from the bytes of a larger file: checked like all foreign
+files, and read without unpickling.
 
-torch's own reader resizes a storage to whatever strides the file names, and hashes whatever keys it
+torch's own reader resizes a storage to any strides that the file names, and hashes any keys that it
 holds.
 """
 

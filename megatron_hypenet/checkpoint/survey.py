@@ -1,5 +1,5 @@
-"""What lies in a folder: every checkpoint with its state, found without reading a tensor and
-without importing torch."""
+"""Find every checkpoint in a folder with its state, without reading a tensor and without importing
+torch."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ COMMITTED = "committed"
 DAMAGED = "damaged"
 UNCOMMITTED = "uncommitted"
 UNFINISHED = "unfinished"
-"""Usable | committed, then files went missing or changed size | never committed | what a save left
-behind, or is writing now."""
+"""States: usable; committed, but files are missing or have changed size; never committed; the rest
+of a save that was interrupted or is running."""
 
 _DEPTH = 4
-"""RUN/STAGE/checkpoints/iter_XXXXXXX is the deepest place of a checkpoint below the folder that
+"""RUN/STAGE/checkpoints/iter_XXXXXXX is the deepest path of a checkpoint below the folder that
 holds all runs."""
 
 _AXES = {
@@ -60,14 +60,13 @@ _PROGRESS = tuple(_Progress.__dataclass_fields__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Found:
-    """One checkpoint, or what is left of one. Numbers are None where nothing readable tells
-    them."""
+    """One checkpoint, or what is left of one. Counts are None where no readable file has them."""
 
     path: Path
     state: str
     """One of COMMITTED, DAMAGED, UNCOMMITTED, UNFINISHED."""
     problem: str | None
-    """Why it is not usable."""
+    """The reason why it is not usable."""
     bytes: int
     """Size of its files on the disk."""
     kind: str | None
@@ -80,7 +79,7 @@ class Found:
     """Parallel layout of the run that wrote it; None for weights that one process wrote."""
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """The checkpoint as plain data for JSON."""
         return {**asdict(self), "path": str(self.path)}
 
 
@@ -155,7 +154,7 @@ def _state(folder: Path) -> tuple[str, str | None, Manifest | None]:
 
 
 def read_progress(folder: Path) -> dict[str, Any]:
-    """train_state.json as it stands; empty when there is none or it cannot be read."""
+    """The content of train_state.json, unchecked; empty when there is none or it cannot be read."""
     path = folder / fmt.TRAIN_STATE
     try:
         record = read_object(KIND, path)
@@ -168,8 +167,8 @@ def read_progress(folder: Path) -> dict[str, Any]:
 
 
 def layout_text(layout: dict[str, Any] | None) -> str:
-    """ "4 processes, tp2 pp2 cp1 dp1 zero1", or "-" for None; keys this version does not know are
-    spelled out."""
+    """ "4 processes, tp2 pp2 cp1 dp1 zero1", or "-" for None; keys that this version does not know
+    are written out."""
     if not layout:
         return "-"
     axes = " ".join(

@@ -1,2 +1,2 @@
-"""How many steps are done and what is told of them: the loop, its micro-batches, saves and
-metrics."""
+"""How many optimizer steps a stage takes and what is reported of them: the loop, its micro-batches,
+saves and metrics."""

@@ -1,5 +1,5 @@
-"""When the loop's checkpoints are requested, committed and pruned: at once, or in the background
-while training goes on."""
+"""Request, commit and prune the loop's checkpoints: at once, or in the background while training
+goes on."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ logger = logging.getLogger(__name__)
 
 class Saver:
     """The checkpoints of one training stage. At most one save is pending; `committed` is the newest
-    that can be continued from.
+    from which a run can continue.
 
     All processes call `save`, `edge` and `settle` in the same steps. Older checkpoints are pruned
     after a commit only.
     """
 
     def __init__(self, checkpoints: Path, config: CheckpointConfig) -> None:
-        """Collective: finds the checkpoint to continue from and clears away what interrupted saves
-        left."""
+        """Find the checkpoint to continue from, and remove what interrupted saves left;
+        collective."""
         self.checkpoints = checkpoints
         self.config = config
         self.committed: Path | None = newest_of_run(checkpoints)
         self.note: Callable[[str], None] = lambda text: None
-        """Hears that a save is requested, and that it is committed."""
+        """Called with a line when a save is requested and when it is committed."""
         self._pending: PendingSave | None = None
         self._requested = 0.0
         self.seconds: float | None = None
-        """From the request of the newest committed save to its commit; who has read it may clear
-        it."""
+        """Seconds from the request of the newest committed save to its commit; a reader may reset
+        it to None."""
 
     def save(self, engine: EngineState, state: TrainState, *, wait: bool, **what: Any) -> None:
         """Save `state`. Without `wait`, and with checkpoint.async_save, this only takes copies: a
@@ -65,8 +65,8 @@ class Saver:
             self.settle()
 
     def edge(self) -> None:
-        """At a step's edge: commit the pending save if all processes have written their files;
-        never waits for a disk otherwise."""
+        """Commit the pending save if all processes have written their files, without waiting for a
+        disk; call it at a step boundary."""
         if self._pending is not None and self._pending.ready():
             self.settle()
 
@@ -85,16 +85,16 @@ class Saver:
         self.note(f"saved {self.committed} in {self._seconds()}")
 
     def settle_before_fault(self) -> None:
-        """`settle` on the way out with an error that all processes have found in the same step: it
-        must not hide that error."""
+        """Call `settle` before raising an error that all processes have found in the same step,
+        without hiding that error."""
         try:
             self.settle()
         except (CheckpointError, SetupError) as error:
             logger.warning("the save that was being written is lost: %s", error)
 
     def close(self) -> None:
-        """Remove a save that is still pending; after `settle` there is none. Needs no other
-        process."""
+        """Remove a save that is still pending (after `settle` there is none), without other
+        processes."""
         if self._pending is not None:
             self._pending.abandon()
             self._pending = None

@@ -1,13 +1,13 @@
-"""How long a step, an evaluation and a save take, and so how early a run must hear that its time is
-over: <run folder>/timing.json.
+"""Measure how long a step, an evaluation and a save take, and from that how early before its time
+limit a run needs a signal: <run folder>/timing.json.
 
     stages          the same figures for every training stage that has run in this folder
     step_seconds, evaluate_seconds, save_seconds, margin_seconds, grace_seconds
-                    of the stage that needs the most time to leave
+                    of the stage that needs the most time to stop
 
-A request to leave (signals.py) that comes just after a step's edge waits for a whole step, perhaps
-for the evaluation after it, and for a save; where saves are written in the background, for the one
-that is pending as well. `hypenet submit` asks SLURM for a signal that early.
+A request to stop (signals.py) just after a step boundary waits for a whole step, perhaps for the
+evaluation after it, and for a save; where saves are written in the background, also for the pending
+one. `hypenet submit` asks SLURM for a signal that long before the limit.
 """
 
 from __future__ import annotations
@@ -27,19 +27,20 @@ FILE = "timing.json"
 _KIND = FileKind(error=DataError, advice="it is measured again", max_bytes=1 << 20)
 
 MARGIN_SECONDS = 30.0
-"""For what is not measured: the signal's way to the processes, and their end."""
+"""Seconds added for what is not measured: delivery of the signal, and the end of the processes."""
 VARIATION = 0.5
-"""Steps and saves may take this much longer than any that was measured, e.g. on a busy file
-system."""
+"""Factor by which steps and saves may take longer than the slowest measured one, e.g. on a busy
+file system."""
 
 _REMEMBERED = 100
 
 
 class Timing:
-    """What one stage has measured; the slowest of the last hundred counts."""
+    """Measurements of one stage; the slowest of the last hundred counts."""
 
     def __init__(self, stage: str, *, background: bool) -> None:
-        """`background`: saves may be pending while training goes on."""
+        """Start without measurements; with `background`, saves may be pending while training goes
+        on."""
         self.stage = stage
         self.background = background
         self._steps: deque[float] = deque(maxlen=_REMEMBERED)
@@ -47,19 +48,19 @@ class Timing:
         self._saves: deque[float] = deque(maxlen=_REMEMBERED)
 
     def step(self, seconds: float) -> None:
-        """A step took `seconds`."""
+        """Record that a step took `seconds`."""
         self._steps.append(seconds)
 
     def evaluation(self, seconds: float) -> None:
-        """The evaluation after a step took `seconds`."""
+        """Record that the evaluation after a step took `seconds`."""
         self._evaluations.append(seconds)
 
     def save(self, seconds: float) -> None:
-        """A save took `seconds` from its request to its commit."""
+        """Record that a save took `seconds` from its request to its commit."""
         self._saves.append(seconds)
 
     def figures(self) -> dict[str, float]:
-        """The fields of a stage."""
+        """The stage's fields of timing.json."""
         step, evaluation, save = (
             max(values, default=0.0) for values in (self._steps, self._evaluations, self._saves)
         )
@@ -74,8 +75,8 @@ class Timing:
         }
 
     def write(self, folder: Path) -> None:
-        """Put the figures into the folder's file; a disk that is full costs them and nothing
-        else."""
+        """Write the figures into the folder's file; on a full disk they are lost, and training goes
+        on."""
         stages = {**read(folder).get("stages", {}), self.stage: self.figures()}
         longest = max(stages.values(), key=lambda figures: figures["grace_seconds"])
         with contextlib.suppress(OSError):

@@ -1,7 +1,7 @@
-"""What a training run reports: every loss to losses.jsonl, TensorBoard points and one line per log
+"""Report a training run: every loss to losses.jsonl, TensorBoard points and one line per log
 interval.
 
-TensorBoard tags and units are the table below; a stage adds its own (align/layer_00 ...,
+TensorBoard tags and units are in the table below; a stage adds its own (align/layer_00 ...,
 distill/kl, finetune/lm_loss).
 """
 
@@ -64,7 +64,7 @@ TAGS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepRecord:
-    """One finished optimizer step, as callbacks see it; the same on every process."""
+    """One finished optimizer step, as callbacks get it; the same on every process."""
 
     stage: str
     step: int
@@ -73,12 +73,12 @@ class StepRecord:
     grad_norm: float
     lr: float
     tokens_per_second: float
-    """Smoothed over the current log interval."""
+    """Tokens per second, averaged over the current log interval."""
     eta_seconds: float
     workload: Workload | None = None
     skipped: bool = False
-    """The loss or the gradient was not finite, and nothing was updated; loss and grad_norm are
-    NaN."""
+    """True when the loss or the gradient was not finite and nothing was updated; loss and grad_norm
+    are then NaN."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """The stage's metrics, averaged over the log interval; only on steps that are logged."""
 
@@ -92,7 +92,7 @@ class StepRecord:
         )
 
     def _use(self) -> str:
-        """Speed per GPU and the use of it, where that means something."""
+        """Text with speed and utilisation per GPU; empty where these are unknown."""
         work = self.workload
         if work is None:
             return ""
@@ -111,7 +111,7 @@ class StepRecord:
 
 
 def short_count(value: float) -> str:
-    """1234 -> 1.2k."""
+    """Format a count: 1234 -> 1.2k."""
     for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= limit:
             return f"{value / limit:.1f}{suffix}"
@@ -119,7 +119,7 @@ def short_count(value: float) -> str:
 
 
 def short_time(seconds: float) -> str:
-    """72 -> 1m12s, 3700 -> 1h01m."""
+    """Format seconds: 72 -> 1m12s, 3700 -> 1h01m."""
     whole = int(round(seconds))
     if whole >= 3600:
         return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
@@ -127,8 +127,8 @@ def short_time(seconds: float) -> str:
 
 
 class LossLog:
-    """losses.jsonl: one line per step with exact values (JSON keeps every bit of a float); rewound
-    when a run continues."""
+    """The file losses.jsonl: one line per step with exact values (JSON keeps every bit of a float).
+    When a run continues, later lines are removed."""
 
     def __init__(self, path: Path, resumed_step: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -167,10 +167,9 @@ class _Line:
 
 
 def _read(path: Path) -> list[tuple[str, _Line]]:
-    """The lines of a losses.jsonl and what they say, steps ascending. A torn last line, as a killed
-    process leaves it, is dropped.
-
-    DataError names the first line that is damaged otherwise.
+    """The lines of a losses.jsonl and their parsed content, with ascending steps. An incomplete
+    last line, as a killed process leaves it, is dropped. DataError names the first line that is
+    damaged otherwise.
     """
     if not has_entry(path):
         return []
@@ -187,13 +186,13 @@ def _read(path: Path) -> list[tuple[str, _Line]]:
 
 
 def read_losses(path: Path) -> list[dict[str, float]]:
-    """The records of a losses.jsonl: step, loss, grad_norm, lr. Skipped steps are left out."""
+    """The records of a losses.jsonl without skipped steps: step, loss, grad_norm, lr."""
     return [asdict(record) for _, record in _read(path) if record.loss is not None]
 
 
 class Recorder:
-    """Rank 0's side of reporting. On the other ranks it only measures time, so that records agree
-    in form."""
+    """Writes the reports on rank 0. On other ranks it only measures time, so that all ranks make
+    records."""
 
     def __init__(
         self, *, stage: str, train_iters: int, step: int, first: bool, out_dir: Path,
@@ -212,7 +211,7 @@ class Recorder:
         if first:
             from torch.utils.tensorboard import SummaryWriter
 
-            # also from step 0: a start that ended before its first save may have left points
+            # from step 0 too: a start that ended before its first save may have written points
             self._board = SummaryWriter(str(tensorboard_dir), purge_step=step + 1)
         self._restart(step)
 
@@ -233,7 +232,7 @@ class Recorder:
         tokens: int,
         skipped: bool = False,
     ) -> StepRecord:
-        """Note one finished step of `tokens` tokens. Of a `skipped` one, loss and norm are not
+        """Record one finished step of `tokens` tokens. Loss and norm of a `skipped` step are not
         used."""
         self._tokens += tokens
         if skipped:
@@ -269,7 +268,7 @@ class Recorder:
         slow: str = "",
     ) -> None:
         """Log the interval that ends with `record`, and begin the next; `memory` is the fullest
-        rank's `memory_gib`, `slow` names ranks that hold the others up."""
+        rank's `memory_gib`, `slow` names ranks that slow the others down."""
         steps = self.interval_steps(record.step)
         if self._board is not None:
             points = {
@@ -299,11 +298,11 @@ class Recorder:
         return points if share is None else {**points, "mfu": share}
 
     def interval_steps(self, step: int) -> int:
-        """Steps of the present interval, up to and including `step`."""
+        """Number of steps of the current interval, up to and including `step`."""
         return max(step - self._from_step, 1)
 
     def exclude(self, seconds: float) -> None:
-        """Leave `seconds` (a save, an evaluation) out of the speed of the present interval."""
+        """Exclude `seconds` (a save, an evaluation) from the speed of the current interval."""
         self._since += seconds
 
     def points(self, step: int, values: Mapping[str, float]) -> None:
@@ -313,13 +312,13 @@ class Recorder:
                 self._board.add_scalar(tag, value, step)
 
     def flush(self) -> None:
-        """Put the points on the disk. Before a save: a start that continues from it writes none of
-        the points before it again."""
+        """Write buffered points to the disk. This comes before a save, because a start that
+        continues from the save does not write earlier points again."""
         if self._board is not None:
             self._board.flush()
 
     def note(self, text: str) -> None:
-        """One line that is no step: resumed, saved."""
+        """Log one line that is not a step: resumed, saved."""
         if self.first:
             self._log(text)
 
@@ -359,7 +358,7 @@ class MetricSums:
 
 
 def reset_peak_memory() -> None:
-    """Begin to look for the peak of GPU memory anew."""
+    """Restart the measurement of peak GPU memory."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
 

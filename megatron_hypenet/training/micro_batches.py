@@ -1,5 +1,5 @@
-"""The micro-batches of one optimizer step on this process: which samples, on which device, and what
-tells packed documents apart."""
+"""The micro-batches of one optimizer step on this process: their samples, their device, and the
+description of packed documents."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from megatron_hypenet.stages.base import Batch
 
 
 class TokenSource(Protocol):
-    """Training data: a pure function of the sample index, so that a position is one number."""
+    """Training data as a pure function of the sample index, so that the position in it is one
+    number."""
 
     def batch(self, sample_start: int, count: int, seq_length: int) -> Tensor:
         """Samples sample_start .. + count - 1: int64 [count, seq_length + 1]."""
@@ -27,7 +28,7 @@ class TokenSource(Protocol):
         their document.
 
         tokens is int64 [count, seq_length + 1], the result bool of the same shape. Raises DataError
-        when the data does not say."""
+        when the data has no document boundaries."""
         ...
 
 
@@ -38,8 +39,8 @@ def step_batches(
     one replica get the same.
 
     With `separate` documents are kept apart: each batch also holds their ids, and loss weights that
-    leave out predictions across a boundary and average the loss over the real labels of the whole
-    step, wherever they lie."""
+    leave out predictions across a boundary and average the loss over the remaining labels of the
+    whole step on all ranks."""
     share = config.global_batch_size // groups.data_size()
     start = first_sample + groups.data_rank() * share
     batches: list[Batch] = []
@@ -50,7 +51,7 @@ def step_batches(
         if separate:
             ends.append(data.document_ends(tokens, start + offset)[:, :-1].to(where))
         if where.type == "cuda":
-            # a copy from other memory waits for all that the device has to do
+            # a copy from memory that is not pinned would wait for all work of the device
             tokens = tokens.pin_memory()
         batches.append({"tokens": tokens.to(where, non_blocking=True)})
     return _separated(batches, ends, config.tokens_per_step) if separate else batches

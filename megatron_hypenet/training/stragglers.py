@@ -1,11 +1,11 @@
-"""Which ranks are slow: every rank's own time per step side by side, once per log interval.
+"""Find slow ranks: compare every rank's own time per step once per log interval.
 
-Ranks that wait for each other take equally long for a step, so what is compared is the time of the
-forward passes alone: under data parallelism and ZeRO 1 and 2 nothing in them waits for another
-rank, and a processor that is throttled, shared or sick is slow in them as in everything else.
-Tensor, context and ZeRO-3 parallelism gather inside the forward pass: there the ranks of one group
-look alike, and a group is named through all of its ranks. Pipeline stages have different work and
-are compared with themselves.
+Ranks that wait for each other take equally long for a step, so only the time of forward passes is
+compared: under data parallelism and ZeRO 1 and 2 they do not wait for another rank, and a processor
+that is throttled, shared or faulty is slow in them too. Tensor, context and ZeRO-3 parallelism
+communicate inside the forward pass: there the ranks of one group take equally long, and a slow
+group is named by all of its ranks. Pipeline stages differ in work, so ranks are compared within
+their stage.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ INTERVALS = 3
 """in this many log intervals in a row."""
 
 _NOISE_SECONDS = 0.005
-"""A smaller difference per step is nobody's concern, and common for models that only tests
-train."""
+"""Smaller differences per step are ignored; they are common for the tiny models of tests."""
 _LONGEST_LIST = 8
 
 
@@ -44,11 +43,11 @@ class SlowRank:
 
 
 class StepTimes:
-    """Compares the ranks at every log interval. All processes make one, and call `compare` in the
+    """Compares the ranks at every log interval. All processes create one, and call `compare` in the
     same steps."""
 
     def __init__(self, clock: OwnTime) -> None:
-        """Collective: the ranks' hosts and pipeline stages are learnt once."""
+        """Gather the ranks' hosts and pipeline stages; collective."""
         self.clock = clock
         self.places: list[tuple[str, int]] = gather_to_all(
             (host_name(), groups.pipeline_stage()[0])
@@ -56,8 +55,8 @@ class StepTimes:
         self._slow_for = [0] * len(self.places)
 
     def compare(self, steps: int) -> tuple[dict[str, float], list[SlowRank]]:
-        """(min, median and max over the ranks of the milliseconds per step in the last `steps`
-        steps, who is slow), the same everywhere."""
+        """Return (min, median and max over the ranks of the milliseconds per step in the last
+        `steps` steps, slow ranks), the same on all processes."""
         seconds = groups.gather_numbers(self.clock.take() / max(steps, 1))
         points = {
             "step-time/min-ms": 1000 * min(seconds),

@@ -1,4 +1,4 @@
-"""What the hardware could do at most, and what share of that a run reaches."""
+"""The hardware's peak performance, and the share of it that a run reaches."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def peak_flops(name: str | None = None) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """How much a token costs and who shares the work: turns tokens per second into use of the
-    hardware."""
+    """The cost of a token and the devices that share the work: turns tokens per second into
+    utilisation."""
 
     flops_per_token: float
-    """Of one training step, over all devices; see model/flops.py."""
+    """FLOPs per token of a training step, over all devices; see model/flops.py."""
     num_devices: int = 1
     peak: float | None = None
-    """Of one device, None when unknown."""
+    """Peak FLOP/s of one device, None when unknown."""
 
     def tflops_per_device(self, tokens_per_second: float) -> float:
         """Tera-operations per second and device."""
