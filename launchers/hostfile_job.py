@@ -54,6 +54,31 @@ class _Running:
     """Of its hostfile_rank process."""
 
 
+@dataclass(frozen=True, slots=True)
+class HostfileStart:
+    """The start of a command on the hosts of a hostfile."""
+
+    launch: HostfileLaunch
+
+    def start(self) -> int:
+        """Say so, and `run`."""
+        print(
+            f"starting {self.launch.num_processes} processes on the hosts of "
+            f"{self.launch.hostfile}",
+            file=sys.stderr,
+            flush=True,
+        )
+        return run(self.launch)
+
+    def describe(self) -> dict[str, Any]:
+        """The exact start, for --dry-run."""
+        return self.launch.describe()
+
+    def lines(self) -> list[str]:
+        """`describe` for a person."""
+        return self.launch.lines()
+
+
 def run(launch: HostfileLaunch) -> int:
     """Start the command on all hosts, wait for it, and return the exit code as launchers/local.py
     does: that of the rank that failed first.

@@ -26,18 +26,18 @@ from types import FrameType
 from typing import Any
 
 from megatron_hypenet.atomic_files import temporary_folder
+from megatron_hypenet.errors import PeerError, SavedAndRequeue
 from megatron_hypenet.process_place import UNDER_WAY, hypenet_command, place, threads_per_process
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 """Signals that are handed to every process: SIGTERM and SIGUSR2 ask a run to save and leave, SIGINT
 is the keyboard."""
 
-SAVED_AND_REQUEUE = 75
-PEACEFUL = frozenset({0, SAVED_AND_REQUEUE})
+PEACEFUL = frozenset({0, SavedAndRequeue.exit_code})
 """Codes that all processes agree on before any leaves with them: the others are waited for, they
 may still be writing."""
 
-ECHO = 1
+ECHO = PeerError.exit_code
 """What a process that only lost its partner ends with, too; a code of another process's own says
 more, even a moment later."""
 
@@ -58,6 +58,17 @@ class LocalLaunch:
     grace_seconds: float = 10.0
     """Time the others have to end by themselves after one failed, and again between SIGTERM and
     SIGKILL."""
+
+    def start(self) -> int:
+        """Say so, and `run`."""
+        gpus = visible_gpus()
+        more = f" with {gpus} GPUs" if gpus > self.num_processes else ""
+        print(
+            f"starting {self.num_processes} processes on this machine{more}",
+            file=sys.stderr,
+            flush=True,
+        )
+        return run(self)
 
     @property
     def command(self) -> tuple[str, ...]:

@@ -92,6 +92,22 @@ class SavedAndRequeue(HypenetError):  # noqa: N818 - it reports a clean stop, no
     exit_code = 75
 
 
+INTERRUPTED = 130
+"""Exit code of a command that the keyboard ended: 128 and the number of SIGINT, as shells have
+it."""
+
+
+def exit_code_of(fault: BaseException) -> int:
+    """The exit code that a fault leads to, wherever it is reported."""
+    if isinstance(fault, HypenetError):
+        return fault.exit_code
+    if isinstance(fault, KeyboardInterrupt):
+        return INTERRUPTED
+    if is_disk_full(fault) or (isinstance(fault, OSError) and fault.filename):
+        return SetupError.exit_code
+    return HypenetError.exit_code
+
+
 def is_disk_full(error: BaseException | None) -> bool:
     """Whether `error`, or one that led to it, says that the disk (or the quota on it) is full."""
     while error is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,11 @@ class Place:
     master: str
     """Address at which rank 0 listens."""
     port: int
+
+
+def host_name(environment: Mapping[str, str] = os.environ) -> str:
+    """This machine as SLURM calls it, else as it calls itself."""
+    return environment.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def under_way(environment: Mapping[str, str] = os.environ) -> bool:

@@ -33,7 +33,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from megatron_hypenet import __version__
-from megatron_hypenet.errors import HypenetError, SetupError, UsageError, is_disk_full
+from megatron_hypenet.errors import HypenetError, UsageError, exit_code_of, is_disk_full
 
 VERBS: dict[str, str] = {
     "demo": "Run the whole pipeline on the bundled tiny teacher (CPU or GPU).",
@@ -152,20 +152,18 @@ def report_fault(fault: BaseException, debug: bool) -> int:
     """Print the one error block for `fault` on stderr and return its exit code."""
     if debug:
         traceback.print_exception(fault)
+    print(f"error: {_error_text(fault, debug)}", file=sys.stderr)
+    return exit_code_of(fault)
+
+
+def _error_text(fault: BaseException, debug: bool) -> str:
     if isinstance(fault, KeyboardInterrupt):
-        print("error: interrupted", file=sys.stderr)
-        return 130
+        return "interrupted"
     if isinstance(fault, HypenetError):
-        print(f"error: {fault}", file=sys.stderr)
-        return fault.exit_code
+        return str(fault)
     if is_disk_full(fault):
         where = f"{fault.filename}: " if isinstance(fault, OSError) and fault.filename else ""
-        print(
-            f"error: {where}no space left on the disk; free space, then start the same command "
-            "again",
-            file=sys.stderr,
-        )
-        return SetupError.exit_code
+        return f"{where}no space left on the disk; free space, then start the same command again"
     if isinstance(fault, OSError) and fault.filename:
         blocked = isinstance(fault, FileExistsError | NotADirectoryError)
         why = (
@@ -173,16 +171,14 @@ def report_fault(fault: BaseException, debug: bool) -> int:
             if blocked
             else f"{fault.strerror}; check path and permissions"
         )
-        print(f"error: {fault.filename}: {why}", file=sys.stderr)
-        return SetupError.exit_code
+        return f"{fault.filename}: {why}"
     summary = str(fault).strip().split("\n")[0] or "no message"
     hint = (
         ""
         if debug
         else "\nthis is a fault of hypenet or of a library under it; add --debug to see where"
     )
-    print(f"error: internal: {type(fault).__name__}: {summary}{hint}", file=sys.stderr)
-    return 1
+    return f"internal: {type(fault).__name__}: {summary}{hint}"
 
 
 def run(argv: Sequence[str]) -> int:

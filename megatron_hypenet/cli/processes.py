@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import os
-import sys
 from collections.abc import Sequence
 from contextvars import ContextVar
 from pathlib import Path
@@ -24,8 +23,7 @@ from megatron_hypenet.errors import SetupError, UsageError
 from megatron_hypenet.process_place import launched_world_size, threads_per_process
 
 if TYPE_CHECKING:
-    from launchers.hostfile import HostfileLaunch
-    from launchers.local import LocalLaunch
+    from launchers.launch import Launch
 
 WORDS: ContextVar[tuple[str, ...]] = ContextVar("words after `hypenet`", default=())
 """The command line that is being done; cli/main.py sets it."""
@@ -108,14 +106,14 @@ def fixed(size: int, nproc: int | None = None) -> int:
     return asked
 
 
-def planned_start(num_processes: int) -> LocalLaunch | HostfileLaunch | None:
+def planned_start(num_processes: int) -> Launch | None:
     """What `start_here` would start: this command, in several processes; None when it would return.
     --dry-run is not for them."""
     words = tuple(word for word in WORDS.get() if word != "--dry-run")
     if (chosen := _hostfile.get()) is not None:
-        from launchers import hostfile
+        from launchers import hostfile, hostfile_job
 
-        return hostfile.planned(words, *chosen)
+        return hostfile_job.HostfileStart(hostfile.planned(words, *chosen))
     if num_processes == 1 or launched_world_size() is not None:
         return None
     from launchers.local import LocalLaunch
@@ -128,21 +126,9 @@ def start_here(num_processes: int) -> None:
     is enough or a launcher was there."""
     if _threads_are_ours and (num_processes > 1 or _hostfile.get() is not None):
         os.environ.pop(_THREADS, None)  # it was for one process
-    start = planned_start(num_processes)
-    if start is None:
-        return
-    from launchers import hostfile_job, local
-
-    if not isinstance(start, local.LocalLaunch):
-        print(
-            f"starting {num_processes} processes on the hosts of {start.hostfile}",
-            file=sys.stderr,
-            flush=True,
-        )
-        raise typer.Exit(hostfile_job.run(start))
-    more = f" with {gpus} GPUs" if (gpus := _gpus()) > num_processes else ""
-    print(f"starting {num_processes} processes on this machine{more}", file=sys.stderr, flush=True)
-    raise typer.Exit(local.run(start))
+    launch = planned_start(num_processes)
+    if launch is not None:
+        raise typer.Exit(launch.start())
 
 
 def speaks() -> bool:

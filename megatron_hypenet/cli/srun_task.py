@@ -8,23 +8,17 @@ HYPENET_ATTEMPT_LOGS   folder of this attempt; a task that fails leaves rank-000
 from __future__ import annotations
 
 import faulthandler
-import json
 import os
 import signal
-import socket
 import sys
-import time
-import traceback
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
 from launchers.slurm import place_of
 from megatron_hypenet.cli import main as command
-from megatron_hypenet.errors import HypenetError, SavedAndRequeue, SetupError
-
-ATTEMPT_LOGS = "HYPENET_ATTEMPT_LOGS"
+from megatron_hypenet.errors import SavedAndRequeue, SetupError
+from megatron_hypenet.supervision.fault_record import ATTEMPT_LOGS, attempt_file, record_of
 
 
 def _leave_before_start(number: int, _frame: FrameType | None) -> NoReturn:
@@ -35,27 +29,14 @@ def _leave_before_start(number: int, _frame: FrameType | None) -> NoReturn:
     os._exit(SavedAndRequeue.exit_code)
 
 
-def record_fault(fault: BaseException, code: int, environment: Mapping[str, str]) -> None:
+def record_fault(fault: BaseException, environment: Mapping[str, str]) -> None:
     """Leave what ended this task in the attempt's folder, unless a record is there: the engine's
     says more. Being asked to stop is no fault."""
-    folder = environment.get(ATTEMPT_LOGS)
-    if folder is None or isinstance(fault, SavedAndRequeue):
-        return
     rank = int(environment["RANK"])
-    path = Path(folder, f"rank-{rank:04d}.error.json")
-    if path.is_file():
+    path = attempt_file(rank, environment)
+    if path is None or path.is_file() or isinstance(fault, SavedAndRequeue):
         return
-    content = {
-        "time": time.time(),
-        "rank": rank,
-        "host": environment.get("SLURMD_NODENAME", socket.gethostname()),
-        "code": code,
-        "error": f"{fault}"
-        if isinstance(fault, HypenetError)
-        else f"{type(fault).__name__}: {fault}",
-        "traceback": "".join(traceback.format_exception(fault)),
-    }
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    record_of(fault, rank=rank, environment=environment).write(path)
 
 
 def run(words: Sequence[str]) -> int:
@@ -83,7 +64,7 @@ def run(words: Sequence[str]) -> int:
         code = command.report_fault(
             fault, debug=ATTEMPT_LOGS in os.environ and not isinstance(fault, SavedAndRequeue)
         )
-        record_fault(fault, code, os.environ)
+        record_fault(fault, os.environ)
         return code
 
 

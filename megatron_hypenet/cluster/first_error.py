@@ -2,9 +2,9 @@
 with host and rank.
 
 Not a verb: `hypenet logs --first-error` shows it. Sources, per start of a job: the records that
-failing tasks leave (launchers/slurm.py), tracebacks in the rank logs of those that left none, and
-srun's lines about tasks that were killed. Where no task has said anything, it is the job log that
-does: srun's and slurmstepd's own errors, such as why no task could start.
+failing tasks leave (supervision/fault_record.py), tracebacks in the rank logs of those that left
+none, and srun's lines about tasks that were killed. Where no task has said anything, it is the job
+log that does: srun's and slurmstepd's own errors, such as why no task could start.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_hypenet.errors import DataError
+from megatron_hypenet.errors import DataError, SavedAndRequeue
 from megatron_hypenet.untrusted.files import FileKind
 from megatron_hypenet.untrusted.json_text import read_typed
 
@@ -37,10 +37,10 @@ _HEADER = re.compile(r"^node (\S+) attempt \d+ RANK=(\d+)\b")
 # srun: fatal: SLURM_MEM_PER_CPU, ... are mutually exclusive.
 # slurmstepd-n1: error: execve(): python3: No such file or directory
 # A job that is cancelled, preempted or at its time limit is no error, nor is a task that has saved
-# and leaves with 75.
+# and asks for another start.
 _SLURMS_OWN = re.compile(
     r"^(?:srun|slurmstepd(?:-\S+)?): (?:error|fatal): "
-    r"(?!\*\*\* (?:JOB|STEP) )(?!.*Exited with exit code 75$)"
+    rf"(?!\*\*\* (?:JOB|STEP) )(?!.*Exited with exit code {SavedAndRequeue.exit_code}$)"
 )
 _FATAL = re.compile(rf"^Fatal Python error: .*|^terminate called.*|{_SLURMS_OWN.pattern}.*")
 _LONGEST_LIST = 8

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from megatron_hypenet.config import sbatch_options
 from megatron_hypenet.config.cluster import ClusterConfig, control_character
 from megatron_hypenet.config.loader import REPO_ROOT
 from megatron_hypenet.config.schema import STAGES
-from megatron_hypenet.errors import ConfigError, SetupError
+from megatron_hypenet.errors import ConfigError, SavedAndRequeue, SetupError
 
 TEMPLATES = REPO_ROOT / "slurm"
 TEMPLATE = "job.sbatch.j2"
@@ -31,6 +32,15 @@ _DOES = {
     "finetune": "stage 3 (finetune)",
     LAST: "export to Hugging Face format and report",
 }
+
+_BY_SIGNAL = 128
+_CODES = {
+    "saved": SavedAndRequeue.exit_code,
+    "setup": SetupError.exit_code,
+    "by_signal": _BY_SIGNAL,
+    "killed": _BY_SIGNAL + signal.SIGKILL,
+}
+"""Exit codes that the script decides by; from `by_signal` on, a signal ended the process."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,6 +78,7 @@ def _script(part: str, folder: Path, cluster: ClusterConfig) -> JobScript:
         cwd=str(Path.cwd()),
         repo=str(REPO_ROOT),
         command=shlex.join([python, "-m", "launchers.slurm", *words]),
+        codes=_CODES,
     )
     return JobScript(
         part=part,

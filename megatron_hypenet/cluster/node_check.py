@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +30,7 @@ from megatron_hypenet.config.schema import ParallelConfig
 from megatron_hypenet.errors import SetupError
 from megatron_hypenet.parallel import groups
 from megatron_hypenet.parallel.rendezvous import Meeting, meeting_point
+from megatron_hypenet.process_place import host_name
 
 SLOW_COMPUTE = 0.85
 """Share of the median GEMM rate below which a node is to be left out."""
@@ -150,11 +150,6 @@ def examine(folder: Path, rank: int) -> NodeReport:
         versions=tried("finding versions", measure.versions, {}),
         faults=tuple(faults),
     )
-
-
-def host_name() -> str:
-    """The node's name as SLURM knows it, else the machine's."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def exchange_reports(

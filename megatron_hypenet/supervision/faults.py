@@ -3,50 +3,42 @@ and told apart from its echoes.
 
 When one process fails, the others lose a partner in the middle of a collective and fail as well,
 with texts such as "Connection closed by peer". The process that failed by itself is the one to
-read. Each leaves <run folder>/errors/rank_00000.json:
-
-    life                          start of the run it belongs to, as in heartbeat/
-    time, host, rank              when (seconds since 1970) and where
-    stage, phase, iteration       what the process was doing; iteration are finished steps
-    type, error, traceback, code  the fault, and the exit code it leads to
-    echo                          true when it only tells of another process's end
+read. Each leaves a record (fault_record.py).
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import re
 import time
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from megatron_hypenet.atomic_files import write_text
 from megatron_hypenet.config.schema import GuardConfig, HeadStageConfig, StageConfig
 from megatron_hypenet.errors import (
-    DataError,
     HangError,
     HypenetError,
     LayoutError,
     PeerError,
     SavedAndRequeue,
-    SetupError,
-    is_disk_full,
+    exit_code_of,
 )
 from megatron_hypenet.parallel import groups
 from megatron_hypenet.parallel.agreement import from_first
+from megatron_hypenet.process_place import host_name
 from megatron_hypenet.supervision import heartbeat
+from megatron_hypenet.supervision.fault_record import (
+    FaultRecord,
+    attempt_file,
+    read_record,
+    record_of,
+)
 from megatron_hypenet.supervision.hang_watchdog import HangWatch, suspects
 from megatron_hypenet.supervision.heartbeat import PULSE, Beat, Writer
-from megatron_hypenet.untrusted.files import FileKind
-from megatron_hypenet.untrusted.json_text import read_object, typed
 
 FOLDER = "errors"
 
@@ -85,18 +77,6 @@ def timed_out(fault: BaseException) -> bool:
     )
 
 
-def code_of(fault: BaseException) -> int:
-    """The exit code that a fault leads to; cli/main.py has the same view."""
-    if isinstance(fault, HypenetError):
-        return fault.exit_code
-    if isinstance(fault, KeyboardInterrupt):
-        return 130
-    return SetupError.exit_code if is_disk_full(fault) else 1
-
-
-_RECORD = FileKind(error=DataError, advice="it is only for people")
-
-
 @dataclass(frozen=True, slots=True)
 class Place:
     """Which process of which start of a run this is, and where it writes."""
@@ -116,72 +96,42 @@ class Place:
         """Folder of the heartbeats."""
         return self.root / heartbeat.FOLDER
 
-    def record(self, fault: BaseException) -> None:
-        """Write down what ends this process; the first record stays. A full disk costs the record,
-        not the message."""
-        path = self.errors / f"rank_{self.rank:05d}.json"
-        if _read_record(path, self.life) is not None:
-            return
-        content = {
-            "life": self.life,
-            "time": time.time(),
-            "host": heartbeat.host_name(),
-            "rank": self.rank,
-            "stage": PULSE.stage,
-            "phase": PULSE.phase,
-            "iteration": PULSE.iteration,
-            "train_iters": PULSE.train_iters,
-            "type": type(fault).__name__,
-            "error": f"{fault}"
-            if isinstance(fault, HypenetError)
-            else f"{type(fault).__name__}: {fault}",
-            "code": code_of(fault),
-            "echo": isinstance(fault, PeerError) or lost_peer(fault),
-            "traceback": "".join(traceback.format_exception(fault)),
-        }
-        paths = [path]
-        if (logs := os.environ.get("HYPENET_ATTEMPT_LOGS")) is not None:
-            # beside the logs of a SLURM job, see launchers/slurm.py
-            paths.append(Path(logs, f"rank-{self.rank:04d}.error.json"))
-        for path in paths:
-            with contextlib.suppress(OSError):
-                write_text(path, json.dumps(content, indent=2) + "\n", durable=False)
+    def file_of(self, rank: int) -> Path:
+        """The record of `rank`."""
+        return self.errors / f"rank_{rank:05d}.json"
 
-    def causes(self) -> list[dict[str, Any]]:
+    def record(self, fault: BaseException) -> None:
+        """Write down what ends this process, in the run folder and beside the logs of a SLURM job;
+        the first record of this start stays."""
+        path = self.file_of(self.rank)
+        if self._read(path) is not None:
+            return
+        record = record_of(
+            fault,
+            rank=self.rank,
+            life=self.life,
+            stage=PULSE.stage,
+            phase=PULSE.phase,
+            iteration=PULSE.iteration,
+            train_iters=PULSE.train_iters,
+            echo=isinstance(fault, PeerError) or lost_peer(fault),
+        )
+        record.write(path)
+        if (beside := attempt_file(self.rank)) is not None:
+            record.write(beside)
+
+    def causes(self) -> list[FaultRecord]:
         """The records of this start of the run that are no echoes, the earliest first."""
-        found = [_read_record(path, self.life) for path in sorted(self.errors.glob("rank_*.json"))]
+        found = [self._read(path) for path in sorted(self.errors.glob("rank_*.json"))]
         return sorted(
-            (record for record in found if record is not None and not record["echo"]),
-            key=lambda record: record["time"],
+            (record for record in found if record is not None and not record.echo),
+            key=lambda record: record.time,
         )
 
-
-def _read_record(path: Path, life: str) -> dict[str, Any] | None:
-    try:
-        record = read_object(_RECORD, path)
-        typed(_RECORD, path, record, _Record)
-    except DataError:  # torn, or none
-        return None
-    return record if record["life"] == life else None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Record:
-    """What others read of a record."""
-
-    life: str
-    time: float
-    rank: int
-    host: str
-    stage: str
-    phase: str
-    iteration: int
-    train_iters: int
-    type: str
-    error: str
-    code: int
-    echo: bool
-    traceback: str
+    def _read(self, path: Path) -> FaultRecord | None:
+        """A record of this start; None for another's, a torn one, or none."""
+        record = read_record(path)
+        return record if record is not None and record.life == self.life else None
 
 
 @contextmanager
@@ -210,7 +160,7 @@ def watched(root: Path, guard: GuardConfig) -> Iterator[None]:
         told = explained(fault, place)
         stopped = isinstance(told, SavedAndRequeue)
         if place.world_size > 1:
-            watch.expect_end(code_of(told), _SECONDS_TO_LEAVE)
+            watch.expect_end(exit_code_of(told), _SECONDS_TO_LEAVE)
         else:
             watch.stop()
         if not stopped:
@@ -254,7 +204,7 @@ def out_of_gpu_memory(fault: BaseException, config: StageConfig) -> LayoutError 
     can_recompute = isinstance(config, HeadStageConfig)
     recompute = f"{stage}.recompute=selective or full, " if can_recompute else ""
     return LayoutError(
-        f"rank {groups.rank()} on {heartbeat.host_name()} ran out of GPU memory in {_here()}: "
+        f"rank {groups.rank()} on {host_name()} ran out of GPU memory in {_here()}: "
         f"{_first_line(fault)}\n"
         f"  less memory take a smaller {stage}.micro_batch_size, {recompute}parallel.zero_stage=2 "
         "or 3, more tensor or context "
@@ -288,7 +238,7 @@ def _hang(fault: BaseException, place: Place) -> HangError:
 
 def _peer(fault: BaseException, place: Place) -> HypenetError:
     said = (
-        f"while rank {place.rank} on {heartbeat.host_name()} waited for it in {_here()} "
+        f"while rank {place.rank} on {host_name()} waited for it in {_here()} "
         f"({_first_line(fault)})"
     )
     deadline = time.monotonic() + _SECONDS_FOR_THE_CAUSE
@@ -298,12 +248,10 @@ def _peer(fault: BaseException, place: Place) -> HypenetError:
         over = time.monotonic() > deadline
         if causes:
             first = causes[0]
-            where = heartbeat.position(
-                first["stage"], first["phase"], first["iteration"], first["train_iters"]
-            )
+            where = heartbeat.position(first.stage, first.phase, first.iteration, first.train_iters)
             return PeerError(
-                f"rank {first['rank']} on {first['host']} failed in {where}: {first['error']}\n"
-                f"  traceback: {place.errors / 'rank_{:05d}.json'.format(first['rank'])}. "
+                f"rank {first.rank} on {first.host} failed in {where}: {first.error}\n"
+                f"  traceback: {place.file_of(first.rank)}. "
                 f"This process ended {said}"
             )
         stopped = [beat for beat in beats.values() if beat.state == "stopped"]

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from megatron_hypenet.config.schema import GuardConfig
 from megatron_hypenet.errors import HangError
+from megatron_hypenet.process_place import host_name
 from megatron_hypenet.supervision import heartbeat
 from megatron_hypenet.supervision.heartbeat import Beat, Pulse, Writer
 
@@ -159,7 +160,7 @@ class HangWatch:
 
         beats, silent = heartbeat.told_apart(read, lambda: time.sleep(self.pause))
         lines = [
-            f"rank {writer.rank} on {heartbeat.host_name()} hangs in {where}: {what}",
+            f"rank {writer.rank} on {host_name()} hangs in {where}: {what}",
             *suspects(beats, silent, writer.world_size),
             f"stacks of all threads of this rank: {stacks}; every rank that can writes its own "
             "beside it",

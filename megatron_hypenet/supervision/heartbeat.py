@@ -25,7 +25,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -36,6 +35,7 @@ from typing import Any
 
 from megatron_hypenet.atomic_files import replacing
 from megatron_hypenet.errors import DataError
+from megatron_hypenet.process_place import host_name
 from megatron_hypenet.untrusted.files import FileKind
 from megatron_hypenet.untrusted.json_text import read_object, typed
 
@@ -159,11 +159,6 @@ def position(stage: str, phase: str, iteration: int, train_iters: int) -> str:
         if train_iters
         else f"{stage}, {phase}"
     )
-
-
-def host_name() -> str:
-    """This machine as SLURM calls it, else as it calls itself."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def file_of(folder: Path, rank: int) -> Path:

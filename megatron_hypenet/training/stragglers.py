@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from megatron_hypenet.engine.own_time import OwnTime
 from megatron_hypenet.parallel import groups
 from megatron_hypenet.parallel.agreement import gather_to_all
-from megatron_hypenet.supervision.heartbeat import host_name
+from megatron_hypenet.process_place import host_name
 
 SLOW = 1.3
 """A rank is slow when it takes this many times the median of its peers,"""

@@ -3,6 +3,7 @@ them."""
 
 import json
 import math
+from dataclasses import asdict
 
 from tests.fuzz.token_files import make_tokens
 from tests.tiny_run import TEACHER
@@ -153,7 +154,8 @@ def read_run_folder(folder):
     from megatron_hypenet.cluster.jobs import Jobs
     from megatron_hypenet.data.corpus import open_corpus
     from megatron_hypenet.halo.run_folder import RunFolder
-    from megatron_hypenet.supervision import faults, heartbeat
+    from megatron_hypenet.supervision import heartbeat
+    from megatron_hypenet.supervision.fault_record import read_record
     from megatron_hypenet.training import grace_period
     from megatron_hypenet.training.metrics import read_losses
 
@@ -167,14 +169,14 @@ def read_run_folder(folder):
     corpus.heldout_sequences(1, 2)
     losses = [record["step"] + record["loss"] for record in read_losses(folder / "losses.jsonl")]
     beat = heartbeat.read_beat(folder / "beat.json", "x")
-    fault = faults._read_record(folder / "error.json", "x")
+    fault = read_record(folder / "error.json")
     told = _from_record(folder / "error.json")
     assert beat is None or beat.where()
     return {
         "jobs": len(jobs.all),
         "grace": grace_period.read(folder).get("grace_seconds"),
         "losses": losses,
-        "fault": fault,
+        "fault": fault and asdict(fault),
         "told": told and told.kind,
     }
 

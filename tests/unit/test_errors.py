@@ -1,6 +1,8 @@
 import errno
 import inspect
 
+import pytest
+
 from megatron_hypenet import errors
 from megatron_hypenet.errors import HypenetError, is_disk_full
 
@@ -71,3 +73,19 @@ def test_a_full_disk_is_seen_behind_what_libraries_make_of_it():
         is_disk_full(error)
         for error in (None, OSError(errno.EACCES, "denied"), RuntimeError("unexpected pos"))
     )
+
+
+@pytest.mark.parametrize(
+    ("fault", "code"),
+    [
+        (errors.DataError("x"), 5),
+        (errors.SavedAndRequeue("x"), 75),
+        (KeyboardInterrupt(), 130),
+        (OSError(28, "No space left on device"), 4),
+        (FileNotFoundError(2, "No such file or directory", "a.txt"), 4),
+        (OSError("without a file"), 1),
+        (ValueError(), 1),
+    ],
+)
+def test_a_fault_leads_to_one_code_wherever_it_is_reported(fault, code):
+    assert errors.exit_code_of(fault) == code

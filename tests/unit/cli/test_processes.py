@@ -144,7 +144,8 @@ def test_even_one_process_starts_on_its_host(monkeypatch, hosts):
     processes.choose("hostfile", hosts, ["NAME"])
     token = processes.WORDS.set(("run", "x.yaml", "--dry-run"))
     try:
-        assert processes.planned_start(1) == (("run", "x.yaml"), hosts, ("NAME",))
+        start = processes.planned_start(1)
+        assert start.launch == (("run", "x.yaml"), hosts, ("NAME",))
     finally:
         processes.WORDS.reset(token)
 

@@ -9,13 +9,15 @@ import pytest
 
 from megatron_hypenet.cli import srun_task
 from megatron_hypenet.errors import CheckpointError, SavedAndRequeue
+from megatron_hypenet.supervision.fault_record import FaultRecord
 from tests.unit.launchers.test_slurm import TASK, without_head
 
 
 def test_a_fault_leaves_a_record(tmp_path):
     environment = {"HYPENET_ATTEMPT_LOGS": str(tmp_path), "RANK": "3", "SLURMD_NODENAME": "n2"}
-    srun_task.record_fault(CheckpointError("teacher is gone"), 5, environment)
+    srun_task.record_fault(CheckpointError("teacher is gone"), environment)
     record = json.loads((tmp_path / "rank-0003.error.json").read_text())
+    assert set(record) == set(FaultRecord.__slots__), "the schema of the engine's"
     assert {key: record[key] for key in ("rank", "host", "code", "error")} == {
         "rank": 3,
         "host": "n2",
@@ -31,14 +33,14 @@ def test_a_fault_leaves_a_record(tmp_path):
 def test_the_record_of_the_engine_stays(tmp_path):
     (tmp_path / "rank-0003.error.json").write_text('{"echo": true}')
     srun_task.record_fault(
-        CheckpointError("x"), 5, {"HYPENET_ATTEMPT_LOGS": str(tmp_path), "RANK": "3"}
+        CheckpointError("x"), {"HYPENET_ATTEMPT_LOGS": str(tmp_path), "RANK": "3"}
     )
     assert (tmp_path / "rank-0003.error.json").read_text() == '{"echo": true}'
 
 
 def test_being_asked_to_stop_is_no_fault(tmp_path):
     srun_task.record_fault(
-        SavedAndRequeue("saved"), 75, {"HYPENET_ATTEMPT_LOGS": str(tmp_path), "RANK": "0"}
+        SavedAndRequeue("saved"), {"HYPENET_ATTEMPT_LOGS": str(tmp_path), "RANK": "0"}
     )
     assert list(tmp_path.iterdir()) == []
 
