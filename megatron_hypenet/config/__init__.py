@@ -1,2 +1,2 @@
-"""What a run is made of: frozen, strict pydantic models, the YAML loader, and the rules that span
-several fields."""
+"""The configuration of a run: frozen, strict pydantic models, the YAML loader, and the rules that
+span several fields."""

@@ -18,10 +18,10 @@ from megatron_hypenet.config.schema import STAGES, ParallelConfig, RunConfig
 from megatron_hypenet.errors import ConfigError, LayoutError
 
 WAYS_OUT = 2
-"""How many settings that would lift a problem are named."""
+"""Number of settings that would lift a problem and are named."""
 
 Findings = dict[tuple[str, str], Finding]
-"""(name of the rule, training stage or "") -> what is broken."""
+"""(name of the rule, training stage or "") -> finding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ def check_layout(
 ) -> None:
     """Raise LayoutError listing every rule that this model and run break on `world_size` processes.
 
-    Without a model the rules about it are left out; without a number of processes there are as many
+    Without a model the rules about it are skipped; without a number of processes there are as many
     as one replica takes. `stages` are the stages that will run; the batch and sequence rules are
     checked for these only.
     """
@@ -54,9 +54,11 @@ def check_layout(
 def check_model_layout(
     model_config: ModelConfig, parallel: ParallelConfig, world_size: int | None
 ) -> None:
-    """As `check_layout` for a model that is only evaluated: no stage trains, and evaluation pads
-    sequences to what the layout splits."""
-    only: dict[str, Any] = {"parallel": parallel}  # all that is looked at where no stage runs
+    """Check a layout as `check_layout` does for a model that is only evaluated: no stage trains,
+    and evaluation pads sequences to what the layout splits."""
+    only: dict[str, Any] = {
+        "parallel": parallel
+    }  # the only section that the rules read where no stage runs
     _raise(
         layout_problems(
             Layout(model_config, RunConfig.model_construct(**only), world_size, stages=())
@@ -85,8 +87,8 @@ def layout_problems(layout: Layout) -> list[Problem]:
 
 
 def layout_warnings(layout: Layout) -> list[str]:
-    """What is allowed and probably not wanted: training stages with too few micro-batches to keep
-    the pipeline busy."""
+    """Warnings about layouts that are allowed but probably a mistake: training stages with too few
+    micro-batches to keep the pipeline busy."""
     stages = layout.parallel.pipeline_model_parallel_size
     dp_size = layout.dp_size
     warnings = []

@@ -1,8 +1,8 @@
-"""Cluster profiles (configs/cluster/*.yaml): what `hypenet submit` asks SLURM for and how a job's
-processes are started.
+"""Cluster profiles (configs/cluster/*.yaml): the resources that `hypenet submit` requests from
+SLURM, and how a job's processes are started.
 
-Same rules as a run configuration: `include:`, overrides as `cluster.KEY=VALUE`, unknown keys
-refused with the nearest right one.
+They follow the rules of a run configuration: `include:`, overrides as `cluster.KEY=VALUE`, unknown
+keys refused with the nearest known one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megatron_hypenet.config.schema import Count, Section
 # the forms that sbatch takes: MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS
 _TIME = re.compile(r"\d+|\d+:\d\d|\d+:\d\d:\d\d|\d+-\d+|\d+-\d+:\d\d|\d+-\d+:\d\d:\d\d")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-# what a process finds its place by: the job script and srun set these anew for every start
+# variables by which a process finds its rank: the job script and srun set these for every start
 _PLACE = re.compile(
     r"RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT|PMIX?_.*|HYPENET_(UNDER_WAY|ATTEMPT_LOGS|HEAD_ADDRESS)"
 )
@@ -31,10 +31,9 @@ _SHELLS_OWN = re.compile(r"(SLURMD?|SBATCH|SALLOC|SRUN)_.*")
 
 
 def control_character(text: str, *, allowed: str = "") -> str | None:
-    """The first character of `text` that ends a line or steers a terminal, as Python writes it;
-    None where there is none.
-
-    Unicode's own line separators count, and what stands for a byte that is not UTF-8.
+    """The first character of `text` that ends a line or controls a terminal, as Python writes it;
+    None where there is none. Unicode's line separators count, and surrogates that represent bytes
+    that are not UTF-8.
     """
     found = (
         one
@@ -45,7 +44,7 @@ def control_character(text: str, *, allowed: str = "") -> str | None:
 
 
 def _printable(value: Any, *, allowed: str = "") -> Any:
-    """`value`, a text or path of one line. Raises ValueError."""
+    """Return `value`, a text or path of one line; ValueError when it has control characters."""
     if (found := control_character(str(value), allowed=allowed)) is not None:
         raise ValueError(
             f"{str(value)!r} holds the control character {found}, which could become a line of the "
@@ -173,8 +172,8 @@ class ClusterConfig(Section):
     @field_validator("variables", mode="before")
     @classmethod
     def _texts_only(cls, value: Any) -> Any:
-        """The reader leaves a value as it is written, `0755` and `yes` too; what is left is null,
-        lists and mappings."""
+        """Refuse null, lists and mappings; the reader has kept scalars as they are written, also
+        `0755` and `yes`."""
         for name, entry in value.items() if isinstance(value, dict) else ():
             if not isinstance(entry, str):
                 raise ValueError(
@@ -190,7 +189,7 @@ class ClusterConfig(Section):
     @field_validator("time", mode="before")
     @classmethod
     def _time_form(cls, value: Any) -> Any:
-        """YAML 1.1 reads 4:00:00 as the number 14400, so a number cannot be trusted to mean
+        """Refuse numbers: YAML 1.1 reads 4:00:00 as 14400, so a number is not certain to mean
         minutes."""
         if not isinstance(value, str) or not _TIME.fullmatch(value):
             raise ValueError(

@@ -1,5 +1,5 @@
-"""One way of spreading a run over processes, as the rules look at it, and small changes to it that
-may lift a problem."""
+"""A run on a number of processes, as the layout rules check it, and small changes to it that may
+lift a problem."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.config.schema import STAGES, AlignConfig, ParallelConfig, RunConfig
 
 PROCESSES = "processes"
-"""Stands for the number of processes among the keys of a Change."""
+"""Key of a Change for the number of processes."""
 
 TENSOR = "parallel.tensor_model_parallel_size"
 PIPELINE = "parallel.pipeline_model_parallel_size"
@@ -25,12 +25,12 @@ ZERO = "parallel.zero_stage"
 OFFLOAD = "parallel.offload_optimizer"
 
 Change = Mapping[str, object]
-"""Settings that would differ: dotted key (section.name), or PROCESSES -> value."""
+"""Settings to change: dotted key (section.name) or PROCESSES -> value."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """A run on a number of processes. Without a model only the rules that need none apply."""
+    """A run on a number of processes. Without a model only rules that do not need one apply."""
 
     model: ModelConfig | None
     run: RunConfig
@@ -88,7 +88,7 @@ class Layout:
         return tuple(found.values())
 
     def changed(self, change: Change) -> Layout:
-        """This layout with other settings; what comes out is not validated."""
+        """This layout with other settings; the result is not validated."""
         run = self.run
         world_size = self.world_size
         for key, value in change.items():
@@ -103,13 +103,13 @@ class Layout:
         return replace(self, run=run, world_size=world_size)
 
     def with_tensor(self, size: int) -> dict[str, object]:
-        """The change to another tensor-parallel size; sequence parallelism ends with a size of
-        1."""
+        """The change to another tensor-parallel size; a size of 1 also turns sequence parallelism
+        off."""
         off = {SEQUENCE: False} if size == 1 and self.parallel.sequence_parallel else {}
         return {TENSOR: size, **off}
 
     def with_pipeline(self, size: int) -> dict[str, object]:
-        """The change to another pipeline size; a written layout falls away, because it is for the
+        """The change to another pipeline size; an explicit layout is removed, because it is for the
         old size."""
         off = {PIPELINE_LAYOUT: None} if self.parallel.pipeline_layout is not None else {}
         return {PIPELINE: size, **off}

@@ -1,7 +1,7 @@
-"""The rules of parallel layouts, one function each: what a layout breaks, and settings that may
-mend it, best first.
+"""The rules of parallel layouts, one function each: how a layout breaks the rule, and settings that
+may lift the problem, best first.
 
-A rule proposes generously; config/checks.py applies every proposal, keeps those that lift the
+A rule may propose many settings; config/checks.py applies every proposal, keeps those that lift the
 problem, and prefers those that break nothing else. docs/errors.md explains each rule under its name
 in RULES.
 """
@@ -28,7 +28,7 @@ from megatron_hypenet.config.layout import (
 )
 
 NEAREST = 8
-"""How many neighbouring sizes a rule proposes."""
+"""Number of neighbouring sizes that a rule proposes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +145,8 @@ def pipeline_layout(layout: Layout) -> Iterator[Finding]:
 
 
 def pipeline_zero(layout: Layout) -> Iterator[Finding]:
-    """Pipeline parallelism accumulates whole gradients over micro-batches; ZeRO 2 and 3 would have
-    given them away."""
+    """Pipeline parallelism accumulates whole gradients over micro-batches; ZeRO 2 and 3 would
+    reduce and free them before."""
     pp = layout.parallel.pipeline_model_parallel_size
     zero = layout.parallel.zero_stage
     if pp > 1 and zero > 1:
@@ -264,7 +264,7 @@ def global_batch(layout: Layout) -> Iterator[Finding]:
     """Every data-parallel process runs the same number of whole micro-batches per optimizer
     step."""
     dp_size = layout.dp_size
-    if dp_size is None:  # another rule speaks
+    if dp_size is None:  # another rule reports this
         return
     for name in layout.stages:
         stage = layout.run.stage(name)

@@ -41,7 +41,7 @@ SUGAR = {"data": "data.train"}
 LIST_KEYS = frozenset({"data.train"})
 
 _MOST_PROBLEMS = 100
-"""Problems that one message lists."""
+"""Largest number of problems that one message lists."""
 
 
 def load_run_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -51,8 +51,8 @@ def load_run_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfi
 
 
 def load_with_origins(path: Path | str, overrides: Sequence[str] = ()) -> tuple[RunConfig, Origins]:
-    """As `load_run_config`, with the file or CLI that set each key; keys that are not in it have
-    their default."""
+    """Load as `load_run_config` does, and return the file or CLI that set each key; keys that are
+    not in it have their default."""
     config, origins = load_as(RunConfig, path, overrides)
     return _resolve_bundled(config), origins
 
@@ -86,8 +86,8 @@ def dump_config(config: RunConfig) -> str:
 
 
 def completed(values: Mapping[str, Any], section: type[BaseModel] = RunConfig) -> dict[str, Any]:
-    """What `dump_config` wrote, perhaps in an earlier version, with what it lacks at the default
-    that it would get now; nothing is checked.
+    """A mapping that `dump_config` wrote, perhaps in an earlier version, with missing keys at their
+    present defaults; nothing is checked.
 
     A required value that is missing stays missing, and a key that `section` does not know is kept.
     """
@@ -105,15 +105,15 @@ def completed(values: Mapping[str, Any], section: type[BaseModel] = RunConfig) -
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in one YAML file, values by their looks; ConfigError when it is missing, not
-    YAML, not a mapping, or too large."""
+    """The mapping in one YAML file, with values typed by YAML's rules; ConfigError when it is
+    missing, not YAML, not a mapping, or too large."""
     found: dict[str, Any] = value_of(_read(path))
     return found
 
 
 def read_stored(path: Path) -> dict[str, Any]:
-    """The mapping in a file that `dump_config` wrote, perhaps in another version, as the settings
-    mean it; nothing is checked."""
+    """The mapping in a file that `dump_config` wrote, perhaps in another version, with values typed
+    by the settings; nothing is checked."""
     found: dict[str, Any] = as_meant(_read(path), RunConfig)
     return value_of(found)
 
@@ -181,7 +181,7 @@ def _merge(
 def _apply_overrides(
     root: type[BaseModel], values: dict[str, Any], overrides: Sequence[str], origins: Origins
 ) -> list[str]:
-    """Set each KEY=VALUE in place; returns the words that could not be understood."""
+    """Set each KEY=VALUE in place; returns a problem for each word that could not be understood."""
     problems = []
     for word in overrides:
         key, equals, text = word.partition("=")
@@ -229,8 +229,8 @@ def _resolve_bundled(config: RunConfig) -> RunConfig:
 
 
 def bundled_path(path: Path) -> Path:
-    """`path`, or its twin in the repository when it starts with assets/ and is not in the current
-    directory."""
+    """`path`, or the file of that name in the repository when it starts with assets/ and does not
+    exist in the current directory."""
     inside = not path.is_absolute() and path.parts[:1] == (BUNDLED,)
     if inside and not path.exists() and (REPO_ROOT / path).exists():
         return REPO_ROOT / path

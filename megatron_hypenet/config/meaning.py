@@ -1,4 +1,4 @@
-"""What the scalars of a configuration mean: a setting's type decides, not how its value looks.
+"""Read the scalars of a configuration by the type of their setting, not by how they look.
 
 `12.10` is the number 12.1 for a learning rate and the text 12.10 for an environment variable; `yes`
 is true for a switch and a name for an account. A value that does not fit its setting stays as it
@@ -28,14 +28,14 @@ YAML = FileKind(
     max_bytes=2 << 20,
     max_values=100_000,
 )
-"""A configuration, and a value on the command line."""
+"""Limits and error class for a configuration, and for a value on the command line."""
 
 _QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"|\'(?:[^\']|\'\')*\'', re.DOTALL)
 
 
 def as_meant(value: Any, annotation: Any) -> Any:
-    """Return `value`, as `parse_yaml` built it, with its scalars as the type `annotation` means
-    them; the containers are copies."""
+    """Return `value`, as `parse_yaml` built it, with its scalars read as the type `annotation`; the
+    containers are copies."""
     if isinstance(value, dict):
         return {key: as_meant(inner, member(annotation, key)) for key, inner in value.items()}
     if isinstance(value, list):
@@ -122,8 +122,8 @@ def holds_items(annotation: Any) -> bool:
 
 
 def scalar_kinds(annotation: Any) -> frozenset[str]:
-    """The scalars that a type takes, of null, bool, int, float, text and path (which is text, too);
-    all but path for Any."""
+    """The kinds of scalars that a type accepts: null, bool, int, float, text and path (which is
+    text too); all but path for Any."""
     kinds: set[str] = set()
     for part in _alternatives(annotation):
         if typing.get_origin(part) is typing.Literal:
@@ -174,10 +174,8 @@ def _plain(plain: Plain, kinds: frozenset[str]) -> Any:
 
 
 def hint(plain: str, *, wanted: str) -> str:
-    """What to write instead of a scalar that did not fit where `wanted`, an "integer" or a
-    "number", is expected; begins with a semicolon.
-
-    Empty where there is nothing to say.
+    """Advice on a scalar that does not fit where `wanted`, an "integer" or a "number", is expected.
+    It begins with a semicolon, and is empty where there is no advice.
     """
     if re.fullmatch(r"[-+]?\d+(:[0-5]?\d)+(\.\d*)?", plain):
         return "; YAML 1.1 reads such times as numbers to the base 60: write the number itself"

@@ -1,4 +1,4 @@
-"""The shape of one model, teacher or student: the same class describes both.
+"""The shape of one model; the same class describes teacher and student.
 
 Names are megatron-core's. A teacher (Qwen3) is the configuration whose layers are all softmax, with
 RoPE and without an output gate; a student keeps softmax ("attn") in some layers and has an RNN
@@ -29,8 +29,8 @@ from megatron_hypenet.config.mixers.softmax_attn import ATTENTION
 from megatron_hypenet.errors import ConfigError
 
 MAX_LAYERS = 10_000
-"""Layers a model may have; this bound and those below keep a damaged file from asking for memory
-that no model needs."""
+"""Largest number of layers; this bound and the ones below keep a damaged file from allocating
+memory that no model needs."""
 
 PositiveInt = Annotated[int, Field(gt=0, le=1 << 40, strict=True)]
 Layers = Annotated[int, Field(gt=0, le=MAX_LAYERS, strict=True)]
@@ -135,7 +135,7 @@ class ModelConfig(BaseModel):
     @field_validator("mixers", mode="before")
     @classmethod
     def _settings(cls, value: object) -> object:
-        """Each entry as the specification of its name, with that one's own rules."""
+        """Validate each entry by the specification of its name."""
         if not isinstance(value, Mapping):
             return value
         known = mixer_specs()
@@ -147,7 +147,7 @@ class ModelConfig(BaseModel):
 
     @model_serializer(mode="wrap")
     def _without_empty_settings(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A model whose mixers have no settings is written as before there were any."""
+        """Leave `mixers` out when it is empty, as in files written before mixers had settings."""
         values: dict[str, Any] = handler(self)
         if not values.get("mixers"):
             values.pop("mixers", None)
@@ -207,13 +207,13 @@ class ModelConfig(BaseModel):
 
     @property
     def heads_per_group(self) -> int:
-        """How often a key/value head repeats when an RNN mixer expands it to all heads."""
+        """Number of query heads that share a key/value head; an RNN mixer repeats it as often."""
         return self.num_attention_heads // self.num_query_groups
 
     @property
     def least_values(self) -> int:
-        """Values of the large matrices that every model of this shape has, whatever its mixers: a
-        lower bound of its size."""
+        """Number of elements in the large matrices that every model of this shape has with any
+        mixers: a lower bound of its size."""
         layer = 2 * self.query_size * self.hidden_size + 3 * self.hidden_size * self.ffn_hidden_size
         return self.vocab_size * self.hidden_size + self.num_layers * layer
 
@@ -235,8 +235,8 @@ class ModelConfig(BaseModel):
         """The student with these mixers: this shape with softmax layers gated and without RoPE
         (HyPE).
 
-        `settings` are specifications whose settings the student takes; of mixers that are not used
-        they are left out."""
+        `settings` are specifications whose settings the student takes; those of unused mixers are
+        left out."""
         types = tuple(mixer_types)
         given = {spec.name: spec for spec in (*self.mixers.values(), *settings)}
         kept = {

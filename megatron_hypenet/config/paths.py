@@ -1,5 +1,5 @@
-"""Paths that a person writes: `~`, `~user`, `$NAME` and `${NAME}` stand for what they stand for in
-a shell, or are refused by name."""
+"""Paths in settings and options: `~`, `~user`, `$NAME` and `${NAME}` are expanded as in a shell, or
+refused by name."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 def expanded(path: Path | str) -> Path:
     """Return `path` with a leading `~` or `~user` and all `$NAME` and `${NAME}` replaced.
 
-    Raises ValueError that names the user or the variable where there is none, and for text that is
-    no path: empty, or with line breaks or other characters that cannot be printed. What comes out
-    goes in again unchanged, so a stored path stays what it is.
+    Raises ValueError that names the user or the variable that does not exist, and for text that is
+    no path: empty, or with line breaks or other characters that cannot be printed. Expanding the
+    result again changes nothing, so a stored path stays the same.
     """
     text = path if isinstance(path, str) else str(path)
     if not text.strip():
@@ -33,7 +33,7 @@ def expanded(path: Path | str) -> Path:
             "write it without variables"
         )
     result = Path(found)
-    # ./~x: Path drops the ./, and read again it would be a home
+    # ./~x: Path drops the ./, and the result would be read as a home folder
     if result.parts and result.parts[0].startswith("~"):
         raise ValueError(
             f"the path {text!r} is a name that begins with ~; write it from /, "

@@ -1,5 +1,5 @@
-"""Turns pydantic's findings into lines a person can act on: origin, key, what is wrong, and the
-nearest right key."""
+"""Turn pydantic's findings into lines that a user can act on: origin, key, what is wrong, and the
+nearest known key."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_hypenet.untrusted.yaml_text import Plain, value_of
 Origins = dict[tuple[str, ...], str]
 """Where each key was last set: path of keys -> file name or "CLI"."""
 _LONGEST = 2000
-"""Characters of the message of one rule."""
+"""Largest number of characters in the message of one rule."""
 
 
 def describe(
@@ -68,7 +68,7 @@ def _what(
 
 
 def _bounded(message: str) -> str:
-    """The message of a rule, which may repeat a value of any length."""
+    """The message of a rule, shortened: it may repeat a value of any length."""
     return (
         message
         if len(message) <= _LONGEST

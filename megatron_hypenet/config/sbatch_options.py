@@ -2,7 +2,7 @@
 or would no longer work with them.
 
 SLURM's commands read options with getopt: long ones may be shortened as long as they are
-unambiguous, short ones may stand together (`-Qa1-3`), and a value may be the next word.
+unambiguous, short ones may stand together (`-Qa1-3`), and a value may follow as the next word.
 """
 
 from __future__ import annotations

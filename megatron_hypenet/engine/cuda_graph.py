@@ -3,8 +3,8 @@ longer than they run.
 
 A graph is captured once, at the first micro-batch, and then replayed: same kernels, same order,
 same memory, one launch. What it can hold is limited: one shape, no communication between ranks, no
-random numbers, and gradients that end up at fixed addresses. The engine makes one only where that
-holds; everything else runs kernel by kernel."""
+random numbers, and gradients that end up at fixed addresses. The engine captures one only where
+these conditions hold; everything else is launched kernel by kernel."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ launched one by one: they are equal but for the order of sums in matrix products
 gradients."""
 
 NOISE = 4
-"""Where two launched passes over the same micro-batch differ among themselves, so many times that
-difference is allowed instead: gradients that are sums of thousands of terms of both signs keep
-little but the rounding of those."""
+"""If two launched passes over the same micro-batch differ from each other, this many times their
+difference is allowed instead: gradients that are sums of thousands of terms of both signs consist
+mainly of rounding errors."""
 
 ROOM = 2 * 2**30
-"""Bytes that must stay free beside the graphs: collectives take their buffers later."""
+"""Bytes that must stay free beside the graphs, because collectives allocate their buffers later."""
 
 ROOM_TO_EVALUATE = 8 * 2**30
-"""With less than that free, the graphs are given back before something else runs, and captured
-again afterwards."""
+"""With fewer bytes free, the graphs are released before an evaluation, and captured again
+afterwards."""
 
 Batch = Mapping[str, Tensor]
 MicroStep = Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
@@ -49,8 +49,8 @@ detached."""
 
 
 def eligible(batch: Batch) -> bool:
-    """Whether a micro-batch is of the kind that graphs are captured for: small, and tokens alone
-    (the masks of separate documents are made with the host's help)."""
+    """Whether graphs are captured for such a micro-batch: small, and without document ids (the
+    masks of separate documents need the host)."""
     tokens = batch["tokens"]
     return (
         set(batch) == {"tokens"}
@@ -65,7 +65,7 @@ class _Captured:
     loss: Tensor
     metrics: dict[str, Tensor]
     marks: list[list[bool]]
-    """Which gradient sums hold something after a replay."""
+    """The gradient sums that hold values after a replay."""
 
     def replay(self, sums: GradientSums) -> tuple[Tensor, dict[str, Tensor]]:
         self.graph.replay()
@@ -78,14 +78,14 @@ class CudaGraphs:
     for later ones, which add to them."""
 
     def __init__(self, run: MicroStep, sums: GradientSums, *, several: bool) -> None:
-        """`several`: whether a step has more than one micro-batch."""
+        """Prepare to capture `run`; `several` says whether a step has more than one micro-batch."""
         self._run = run
         self._sums = sums
         self._several = several
         self._tokens: Tensor | None = None
         self._graphs: dict[bool, _Captured] = {}
         self.failure: str | None = None
-        """Why there is no graph, once that is known."""
+        """Reason why there is no graph, once that is known."""
 
     @property
     def captured(self) -> bool:
@@ -102,22 +102,21 @@ class CudaGraphs:
         are in the sums.
 
         The first call captures, and compares a replay with the same micro-batch launched kernel by
-        kernel. Where either fails, it says so, and this and all later micro-batches are
-        launched."""
+        kernel. Where either fails, the log says so, and this and all later micro-batches are
+        launched kernel by kernel."""
         if self._tokens is None:
             self._tokens = batch["tokens"].clone()
             try:
                 self._capture()
-            # the compilers' too: whatever it is, launching one by one either works or fails with a
-            # better text
+            # errors of compilers too: launching the kernels one by one either works or fails with a
+            # better message
             except Exception as error:
                 self.failure = (
                     f"{type(error).__name__}: "
                     f"{str(error).splitlines()[0] if str(error) else 'no text'}"
                 )
             if self.failure is not None:
-                # here, where the error is gone, and with it what its frames held of the graph's
-                # memory
+                # here, where the error and the tensors of the graph in its frames have been freed
                 self._give_up()
         if self.failure is not None:
             return self._run(batch)
@@ -129,8 +128,7 @@ class CudaGraphs:
         batch = {"tokens": self._tokens}
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        # compiles and loads every kernel; what it leaves in the sums is overwritten by the first
-        # replay
+        # compiles and loads every kernel; the first replay overwrites its gradients in the sums
         with torch.cuda.stream(stream):
             passes = []
             for _ in range(2):
@@ -141,7 +139,7 @@ class CudaGraphs:
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         gc.collect()
-        # the graph's memory is its own: what the warm-up took must not stay taken beside it
+        # a graph has its own memory pool: release what the warm-up allocated
         torch.cuda.empty_cache()
         pool = torch.cuda.graph_pool_handle()
         for first in (True, False) if self._several else (True,):
@@ -149,8 +147,8 @@ class CudaGraphs:
                 self._sums.forget()
             graph = torch.cuda.CUDAGraph()
             try:
-                # thread_local: other threads of this process (heartbeat, NCCL's watchdog) may go on
-                # using CUDA meanwhile
+                # thread_local: other threads of this process (heartbeat, NCCL's watchdog) may use
+                # CUDA meanwhile
                 with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                     loss, metrics = self._run(batch)
             except Exception:
@@ -175,15 +173,15 @@ class CudaGraphs:
             )
 
     def make_room(self) -> None:
-        """Before other work than training: where memory is short, give the graphs' back; the next
-        micro-batch captures them again."""
+        """Release the graphs' memory before an evaluation if little is free; the next micro-batch
+        captures them again."""
         if self._graphs and torch.cuda.mem_get_info()[0] < ROOM_TO_EVALUATE:
             self._tokens = None
             self._release()
 
     def _figures(self, loss: Tensor) -> Tensor:
-        """What tells two passes over the same micro-batch apart: the loss, and the norm of every
-        gradient sum; fp32 on the host."""
+        """Values by which two passes over the same micro-batch are compared: the loss, and the norm
+        of every gradient sum; fp32 on the host."""
         return torch.stack([loss.float(), *self._sums.norms()]).cpu()
 
     def _give_up(self) -> None:
@@ -201,7 +199,7 @@ class CudaGraphs:
 
 
 def _difference(figures: Tensor, others: Tensor) -> float:
-    """The largest relative one; NaN equals NaN and nothing else."""
+    """The largest relative difference; NaN equals only NaN."""
     off = ((figures - others).abs() / others.abs().clamp(min=1e-30)).masked_fill(
         figures.isnan() & others.isnan(), 0.0
     )

@@ -28,7 +28,7 @@ def lr_at(step: int, config: StageConfig) -> float:
 
 
 def adamw(parameters: dict[str, nn.Parameter], config: StageConfig) -> torch.optim.AdamW:
-    """Fused AdamW over named parameters; weight decay, where there is any, spares vectors (norm
+    """Fused AdamW over named parameters; weight decay, if any, does not apply to vectors (norm
     weights)."""
     groups = [{"params": list(parameters.values()), "weight_decay": config.weight_decay}]
     if config.weight_decay > 0:

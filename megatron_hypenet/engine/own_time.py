@@ -1,4 +1,4 @@
-"""The time a process spends on its own work, without what it waits for."""
+"""Measure the time of a process's own work, without waiting for others."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class OwnTime:
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """A block of own work."""
+        """Measure a block of own work."""
         if torch.cuda.is_available():
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
@@ -32,7 +32,7 @@ class OwnTime:
             self._seconds += time.perf_counter() - begin
 
     def take(self) -> float:
-        """Seconds since the last call. To be called where the device has done its work, as after
+        """Seconds of work since the last call. Call it where the device has finished, as after
         fetching a step's loss."""
         if self._events:
             self._events[-1][1].synchronize()

@@ -1,1 +1,1 @@
-"""HALO's tasks in order: what they are, what they do, their folder and their report."""
+"""HALO's tasks in order: the table, the actions, the run folder and the report."""

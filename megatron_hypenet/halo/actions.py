@@ -1,8 +1,7 @@
-"""What HALO's steps do; which there are, in which order and with which inputs, is the table in
-tasks.py.
+"""The actions of HALO's tasks. The table in tasks.py has their order and inputs.
 
-Import and export of Hugging Face folders are handed in, because this package knows checkpoints
-only.
+Import and export of Hugging Face folders are passed in as functions, because this package works on
+checkpoints only.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ from megatron_hypenet.untrusted.files import has_entry
 
 @dataclass(frozen=True, kw_only=True)
 class Halo:
-    """The work behind every step of one run."""
+    """The actions of every task of one run."""
 
     run: RunConfig
     folder: RunFolder
@@ -54,14 +53,14 @@ class Halo:
     export_student: Callable[[Path, Path], None]
     """(checkpoint, Hugging Face folder): write the finished model."""
     on_step: Callable[[StepRecord], None] = lambda record: None
-    """Hears of every optimizer step of a training stage."""
+    """Called with every optimizer step of a training stage."""
     on_part: Callable[[str, int, int], None] = lambda step, count, total: None
-    """(step, parts done, parts in all): hears of the progress of other long steps."""
+    """(task, parts done, number of parts): called with the progress of other long tasks."""
     log: Callable[[str], None] = lambda text: None
-    """Gets the lines of the training loop."""
+    """Called with the lines of the training loop."""
 
     def steps(self) -> list[Step]:
-        """All steps in order."""
+        """All tasks in order."""
         return halo_steps(self.run, self.folder, self._action)
 
     def _action(self, step: str) -> Callable[[], dict[str, Any]]:
@@ -71,8 +70,8 @@ class Halo:
         return action
 
     def train_from(self, runner: Runner, name: str, init: Path | None) -> Path:
-        """Do training stage `name` with what it needs, from the run's own results or from `init`;
-        returns its final checkpoint."""
+        """Run training stage `name` and the tasks that it needs, from the run's own results or from
+        `init`; returns its final checkpoint."""
         if init is not None:
             start = resolve(init, fall_back=False)
             runner.steps[name] = replace(
@@ -85,11 +84,11 @@ class Halo:
         return required_checkpoint(self.run, self.folder, name)
 
     def _of(self, step: str) -> Path:
-        """The checkpoint that a finished step left."""
+        """The checkpoint that a finished task left."""
         return required_checkpoint(self.run, self.folder, step)
 
     def selection(self) -> tuple[LayerScores, Selection]:
-        """The scores and the choice that the selection step left."""
+        """The scores and the choice that layer selection left."""
         scores = load_scores(self.folder.scores_file)
         return scores, rank(
             scores, self._num_attention(), self.run.align.mixer, cap=self.run.select.importance_cap
@@ -110,8 +109,8 @@ class Halo:
         return datasets.prepare(self.run, self.folder, self.log)
 
     def do_probe(self) -> dict[str, Any]:
-        """Stop a run whose teacher cannot predict text: random or unloaded weights would be
-        distilled faithfully."""
+        """Stop a run whose teacher cannot predict text; otherwise random or unloaded weights would
+        be distilled."""
         teacher = build_stage.load_teacher(self.run, self.folder.teacher)
         vocab_size = teacher.model_config.vocab_size
         loss = datasets.measure(self.run, self.folder).probe_loss(teacher)
@@ -163,7 +162,8 @@ class Halo:
         return {"checkpoint": str(final.relative_to(self.folder.root))}
 
     def _heldout_loss_of(self, stage: StageModule) -> Callable[[int], dict[str, float]]:
-        """What the training loop puts into TensorBoard every eval_interval steps and at the end."""
+        """The function whose values the training loop writes to TensorBoard every eval_interval
+        steps and at the end."""
         measure = datasets.measure(self.run, self.folder)
         seq_length = self.run.stage(stage.name).seq_length
         return lambda step: {"eval/heldout-loss": measure.stage_loss(stage, seq_length)}
@@ -185,7 +185,8 @@ class Halo:
         measure = datasets.measure(self.run, self.folder)
         total = teacher.model_config.num_layers
         known = read_json(self.folder.scores_file) if has_entry(self.folder.scores_file) else None
-        groups.barrier()  # all have read what is known before the first one adds to it
+        # all processes have read the known scores before the first one adds to them
+        groups.barrier()
 
         PULSE.note("evaluate")
 

@@ -1,5 +1,5 @@
-"""One HALO stage from checkpoints to checkpoint: build the models, load them strictly, train, hand
-on."""
+"""One HALO stage from checkpoints to checkpoint: build the models and load them strictly; also
+assemble the student."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def load_hypenet(
     """The model of a checkpoint in the run's dtype and layout, filled strictly; a trunk leaves the
     tensors after the last mixer unread.
 
-    `parallel` is the run's layout with the pipeline stages settled, where that matters; `recompute`
-    is for a model that trains."""
+    `parallel` is the run's layout with the pipeline stages settled, where they are needed;
+    `recompute` is for a model that trains."""
     parallel = parallel or run.parallel
     model = build_model(
         read_whole_config(folder),
@@ -189,8 +189,8 @@ def trained_at(config: ModelConfig, seq_length: int) -> ModelConfig:
     """The shape of a student trained on `seq_length` tokens: it claims that length where the
     teacher's claim is shorter.
 
-    Longer contexts are what HyPE is for, but what was not trained is for the report to show, not
-    for the model to claim."""
+    HyPE is made for longer contexts, but lengths that were not trained are measured in the report,
+    not claimed by the model."""
     return config.replace(max_position_embeddings=max(config.max_position_embeddings, seq_length))
 
 
@@ -235,8 +235,8 @@ def _lazy(reader: ShardReader, name: str) -> LazyTensor:
 
 
 def parameter_table(stage: StageModule) -> str:
-    """What trains and what is frozen, counted on this process: a stage that trains the wrong thing
-    is seen before its first step."""
+    """A table of trained and frozen parameters, counted on this process, which shows before the
+    first step if a stage trains the wrong ones."""
     trains = sum(parameter.numel() for parameter in stage.trainable_parameters().values())
     lines = [
         f"  {'trains':<18}{len(stage.trainable_parameters()):>5} tensors {trains:>14,} parameters"
@@ -254,8 +254,7 @@ def parameter_table(stage: StageModule) -> str:
 
 
 def release() -> None:
-    """Give the memory of models that went out of scope back, before the next step builds its
-    own."""
+    """Release the memory of models that went out of scope, before the next task builds its own."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,5 +1,5 @@
-"""What a run reads: its text as token files, training sequences from them, and the held-out
-material that models are measured on."""
+"""The data of a run: its text as token files, training sequences from them, and held-out data for
+evaluation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def prepare(run: RunConfig, folder: RunFolder, log: Callable[[str], None]) -> di
     """Make token files of the run's text in the folder's data/; returns token counts. Raises
     DataError.
 
-    Text needs the teacher's tokenizer, which came with its import; so do recall documents over
+    Text needs the teacher's tokenizer, which was imported with it; so do recall documents over
     prepared token files.
     """
     tokenizer = tokenizer_dir(folder.teacher)
@@ -31,7 +31,7 @@ def prepare(run: RunConfig, folder: RunFolder, log: Callable[[str], None]) -> di
             "put its tokenizer.json and tokenizer_config.json into the teacher's folder"
         )
     model = read_model_config(folder.teacher)
-    # its eos_token_id may be a list, of which model.json has the first
+    # its eos_token_id may be a list; model.json has the first entry
     original = read_manifest(folder.teacher).extra.get("hf_config")
     model_end = (
         original.get("eos_token_id", model.eos_token_id)
@@ -65,8 +65,8 @@ def prepare(run: RunConfig, folder: RunFolder, log: Callable[[str], None]) -> di
 
 
 def check_lengths(run: RunConfig, folder: RunFolder) -> None:
-    """DataError, with all problems, when the text or a recall document does not fit the sequence
-    length of a stage or measurement."""
+    """Raise DataError with all problems when the text or a recall document does not fit the
+    sequence length of a stage or measurement."""
     source, measured = training_data(run, folder), measure(run, folder)
     attempts: list[tuple[str, Callable[[], Any]]] = []
     for name in STAGES:

@@ -1,7 +1,7 @@
-"""Measurements of models: the teacher gate, the scores behind layer selection, and the rows of the
-report.
+"""Evaluation of models: the check of the teacher, the scores for layer selection, and the rows of
+the report.
 
-Recall documents are spread over held-out text, so nothing that is measured was trained on.
+Recall documents use held-out text, so nothing that is evaluated was trained on.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megatron_hypenet.stages.base import StageModule
 from megatron_hypenet.training.schedule import stage_loss
 
 PROBE_SEQUENCES = 16
-"""Held-out sequences behind the teacher gate."""
+"""Number of held-out sequences for the check of the teacher."""
 
 Row = dict[str, Any]
 """One model in the report: heldout_loss, heldout_accuracy, and recall by length multiple."""
@@ -31,8 +31,8 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Measure:
-    """Evaluation material of one run and how it is scored; every process measures the same and gets
-    the same numbers."""
+    """The evaluation data of one run and its metrics; every process evaluates the same and gets the
+    same values."""
 
     run: RunConfig
     task: Callable[[int], RecallTask]
@@ -51,11 +51,11 @@ class Measure:
         return loss
 
     def selection_scores(self, model: HypeNetModel) -> dict[str, float]:
-        """Recall accuracy and, in the place of the paper's commonsense suite, next-token accuracy
-        on held-out text; both in %.
+        """Recall accuracy and, instead of the paper's commonsense suite, next-token accuracy on
+        held-out text; both in %.
 
-        The text itself is the language measure that needs no download and no harness; scores of a
-        real suite can be ranked by `hypenet select rank`.
+        Accuracy on the text needs no download and no evaluation harness; scores of a real suite can
+        be ranked by `hypenet select rank`.
         """
         settings = self.run.select
         recall = recall_accuracy(
@@ -72,8 +72,8 @@ class Measure:
     def row(
         self, name: str, model: HypeNetModel, on_part: Callable[[], None] = lambda: None
     ) -> Row:
-        """The measurements of one model for the report; `on_part` hears of each of num_parts()
-        parts."""
+        """The measurements of one model for the report; `on_part` is called after each of
+        num_parts() parts."""
         settings = self.run.eval
         texts = self.heldout(settings.heldout_sequences, settings.seq_length)
         loss, accuracy = heldout_loss(_scores(model), texts, batch_size=settings.batch_size)
@@ -92,10 +92,10 @@ class Measure:
 
     def stage_loss(self, stage: StageModule, seq_length: int) -> float:
         """Mean loss of a training stage on held-out text of at most `seq_length` tokens; the caller
-        has put it into eval mode."""
+        has set eval mode."""
         settings = self.run.eval
         total = 0.0
-        # never longer than the report's sequences, which are known to fit the held-out text
+        # at most the report's length, which is known to fit the held-out text
         length = min(seq_length, settings.seq_length)
         unit = self.run.parallel.sequence_unit
         texts = self.heldout(settings.heldout_sequences, max(length - length % unit, unit))
@@ -105,10 +105,10 @@ class Measure:
         return total / len(texts)
 
     def num_parts(self) -> int:
-        """Calls of `on_part` in one row."""
+        """Number of calls of `on_part` in one row."""
         return 1 + len(self.run.eval.length_multiples)
 
 
 def _scores(model: HypeNetModel) -> TokenScores:
-    """The model's token scores for ids that lie on any device."""
+    """The model's token scores for ids on any device."""
     return lambda ids: model.token_scores(ids.to(device()))

@@ -1,4 +1,4 @@
-"""report.json: what a run achieved, in numbers, and where its time went."""
+"""Write and draw report.json: losses and recall of a run's models, and the time of its tasks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def write_report(
     run: RunConfig, folder: RunFolder, rows: Sequence[Mapping[str, Any]], *, report_seconds: float
 ) -> None:
     """Write report.json from the measured rows, the selection and the recorded steps;
-    `report_seconds` is the time of the measuring."""
+    `report_seconds` is the time of the evaluation."""
     write_json(
         folder.report_file,
         report_of(run, rows, read_json(folder.mixers_file), folder.records(), report_seconds),
@@ -70,7 +70,7 @@ class _Row:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Report:
-    """What is shown and drawn of report.json."""
+    """The entries of report.json that are shown and drawn."""
 
     rows: Annotated[list[_Row], Field(min_length=1)]
     seq_length: Annotated[int, Field(gt=0, le=1 << 40)]

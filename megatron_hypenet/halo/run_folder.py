@@ -1,5 +1,5 @@
-"""The folder of one run: where everything lies, which steps are done, and whether a configuration
-may continue in it.
+"""The folder of one run: its paths, the record of finished tasks, and the check that a
+configuration may continue in it.
 
     runs/NAME/  config.yaml  manifest.json  logs/  tb/  data/  teacher/  align/
                 selection/{scores.json,mixers.json,importance.png}
@@ -58,11 +58,8 @@ MAY_CHANGE = (
     "guard.max_skipped_steps",
     "guard.hang_timeout_seconds",
 )
-"""Settings that may differ when a run continues: they change where and how fast, not what is
-computed (up to rounding)."""
-
-"""Name of the file by which a person stops a run; in the run folder, or in the folder of one
-training stage."""
+"""Settings that may differ when a run continues: they change where and how fast the run computes,
+but not its results (up to rounding)."""
 
 _SAMPLE_BYTES = 1 << 20
 _OWN_FOLDERS = (
@@ -86,7 +83,7 @@ _OWN_FILES = (
     "job.sbatch",
     *(f"job_{part}.sbatch" for part in (*STAGES, "finish")),
 )
-"""What a run writes in its folder; whatever else lies there is somebody's own."""
+"""Files that a run writes in its folder; others are the user's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +119,7 @@ class RunFolder:
 
     @property
     def log_file(self) -> Path:
-        """Everything that was said on the screen, with time stamps."""
+        """All output to the screen, with time stamps."""
         return self.root / "logs" / "hypenet.log"
 
     @property
@@ -165,7 +162,7 @@ class RunFolder:
         return self.root / name
 
     def refuse_stop(self) -> None:
-        """UsageError when a STOP file is there: for the start of a command, before it does
+        """Raise UsageError when a STOP file exists; for the start of a command, before it does
         anything."""
         if (stop := stop_file([self.root, *map(self.stage, STAGES)])) is not None:
             raise UsageError(
@@ -175,8 +172,8 @@ class RunFolder:
 
     @contextmanager
     def owned(self) -> Iterator[None]:
-        """Own the folder for the block, which may then write into it; made if it is missing. What
-        killed processes left is removed.
+        """Own the folder for the block, which may then write into it; made if it is missing.
+        Temporary files of killed processes are removed.
 
         Raises UsageError when the folder holds something that is no run, and when another process
         owns it (ownership.py).
@@ -197,7 +194,7 @@ class RunFolder:
             # `submit` still owns the folder while the first of its jobs may start already
             patience = 60.0 if "SLURM_JOB_ID" in os.environ else 1.0
             with ownership.owning(self.root, inside=True, patience_seconds=patience):
-                # before the sweep: a save that was finished but for its name gets it
+                # before the sweep: a save that only lacks its final name gets it
                 for stage in STAGES:
                     fmt.remove_stale(self.stage(stage) / fmt.CHECKPOINTS)
                 sweep(self.root, names=(*_OWN_FOLDERS, *_OWN_FILES))
@@ -230,7 +227,7 @@ class RunFolder:
         write_text(self.config_file, dump_config(run))
 
     def _content(self) -> list[Path]:
-        """What the folder holds beside the name of its owner."""
+        """The content of the folder besides its owner file."""
         return (
             [entry for entry in self.root.iterdir() if entry.name != ownership.FILE]
             if self.root.is_dir()
@@ -238,8 +235,8 @@ class RunFolder:
         )
 
     def check_same(self, run: RunConfig) -> None:
-        """ConfigError unless `run` has the stored settings, those in MAY_CHANGE aside; does nothing
-        for a new folder."""
+        """Raise ConfigError unless `run` has the stored settings, except those in MAY_CHANGE; does
+        nothing for a new folder."""
         stored = self._stored_settings()
         if stored is None:
             return
@@ -276,7 +273,7 @@ class RunFolder:
         )
 
     def _stored_settings(self) -> Mapping[str, Any] | None:
-        """What config.yaml holds; None when there is none."""
+        """The content of config.yaml; None when it does not exist."""
         if not has_entry(self.config_file):
             return None
         try:
@@ -309,7 +306,7 @@ class RunFolder:
         software: Mapping[str, Any],
         **details: Any,
     ) -> None:
-        """Note that `step` is done; `software` says which versions ran it."""
+        """Record that `step` is done; `software` has the versions that ran it."""
         manifest = self._manifest()
         steps = dict(manifest.get("steps", {}))
         finished = datetime.now(UTC).isoformat(timespec="seconds")
@@ -325,8 +322,8 @@ class RunFolder:
         )
 
     def begin(self, step: str, fingerprint: str) -> None:
-        """Note that `step` was started with these inputs, so that another attempt with the same
-        ones may continue it."""
+        """Record that `step` was started with these inputs, so that another attempt with the same
+        inputs may continue it."""
         manifest = self._manifest()
         steps = {name: record for name, record in manifest.get("steps", {}).items() if name != step}
         started = {**manifest.get("started", {}), step: fingerprint}
@@ -350,7 +347,7 @@ class RunFolder:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Step:
-    """What the record of a finished step has; a step may add its own."""
+    """The entries in the record of a finished step; a step may add its own."""
 
     fingerprint: str
     seconds: float
@@ -359,7 +356,7 @@ class _Step:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Software:
-    """Which code and libraries ran a step."""
+    """The code and libraries that ran a step."""
 
     versions: dict[str, str] = field(default_factory=dict)
     git_commit: str | None = None
@@ -385,7 +382,7 @@ def difference(stored: Mapping[str, Any], present: Mapping[str, Any]) -> list[st
 
 def removed(stored: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
     """`key: stored` for every stored setting that decides a result and that `present`, which has
-    every setting there is, lacks."""
+    every known setting, lacks."""
     old, new = settled(stored), _flat(present)
     return [f"{key}: {value!r}" for key, value in old.items() if key not in new]
 
@@ -408,8 +405,8 @@ def fingerprint_of(payload: Mapping[str, Any]) -> str:
 
 
 def files_identity(path: Path) -> list[list[Any]]:
-    """What a file, or the files of a folder, are by content: name, size, hash of the first and last
-    MiB. Cheap for large weights."""
+    """Identify a file, or the files of a folder, by content: name, size, hash of the first and last
+    MiB. This is cheap for large weights."""
     files = (
         sorted(entry for entry in path.rglob("*") if entry.is_file())
         if path.is_dir()
@@ -431,7 +428,7 @@ def _sampled_hash(file: Path) -> str:
     )
 
 
-# a run asks for its teacher's before every step; a file that changes has another state
+# cached, because a run asks for its teacher's before every task; a changed file has another state
 @functools.cache
 def _sampled_hash_of(file: Path, _inode: int, size: int, _modified: int, _changed: int) -> str:
     digest = hashlib.sha256()

@@ -1,8 +1,8 @@
-"""Steps that remember: each runs once for the same inputs, and starting a run again continues it
-where it stopped.
+"""Run HALO's tasks: each once for the same inputs, so that starting a run again continues it where
+it stopped.
 
-What the steps of HALO are is in actions.py; here is only when a step has to be done, in which
-order, and by which process.
+actions.py has what the tasks do. This module decides when a task has to be done, in which order,
+and by which process. A task is called step here.
 """
 
 from __future__ import annotations
@@ -32,30 +32,29 @@ _RESULT = FileKind(error=DataError, advice="delete it to make it again")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
-    """One step of a run: what it reads, what it leaves, and how it is done."""
+    """One step (task) of a run: its inputs, its results, and its action."""
 
     name: str
     does: str
-    """A few words for the plan and the progress line."""
+    """Short description for the plan and the progress line."""
     after: tuple[str, ...]
     """Steps whose results it reads."""
     settings: tuple[str, ...]
     """Sections of the run configuration that shape its result."""
     results: tuple[Path, ...]
-    """What must exist once it is done."""
+    """Paths that must exist once it is done."""
     action: Callable[[], dict[str, Any]]
-    """Does the work; what it returns is recorded beside the step."""
+    """The work; its return value is recorded beside the step."""
     inputs: Callable[[], Any] = field(default=lambda: None)
     """Content of files outside the run's own steps, for the fingerprint."""
     alone: bool = False
-    """Done by the first process only, while the others wait."""
+    """True when the first process does it while the others wait."""
     checkpoint: Callable[[], Path | None] | None = None
-    """Gives the checkpoint that the step leaves, None when it is not there whole; for steps that
-    leave one."""
+    """For steps that leave a checkpoint: returns it, or None when it is not complete."""
 
 
 class Runner:
-    """Runs steps in order inside a run folder, remembering which are done."""
+    """Runs steps in order inside a run folder, and records which are done."""
 
     def __init__(
         self,
@@ -72,13 +71,13 @@ class Runner:
             checkpoint, hashes=True, parts=WEIGHTS_PARTS
         ),
     ) -> None:
-        """Callbacks, which all processes call in the same order:
+        """Take callbacks that all processes call in the same order:
 
-        - `announce(step, what)` hears of every step: "skipped", "starts" or "done in 12.3 s".
-        - `may_start(step)` comes before a step that has work to do, and ends the run there by
-          raising.
-        - `decided(decide)` gives what `decide` returns on the first process.
-        - `verify(checkpoint)` compares the weights of a finished step with their hashes.
+        - `announce(step, what)` is called for every step: "skipped", "starts" or "done in 12.3 s".
+          - `may_start(step)` is called before a step that has work to do, and may end the run by
+            raising.
+        - `decided(decide)` returns the result of `decide` on the first process. -
+          `verify(checkpoint)` compares the weights of a finished step with their hashes.
           CheckpointError.
         """
         self.run = run
@@ -96,7 +95,7 @@ class Runner:
     def fingerprint(self, name: str) -> str:
         """Hash of everything that decides the result of step `name`, its predecessors included, as
         they are now."""
-        found: dict[str, str] = {}  # every predecessor once, on however many ways it is one
+        found: dict[str, str] = {}  # every predecessor is computed once
         for before, step in self.steps.items():
             if before in self._needed_for(name):
                 found[before] = fingerprint_of(
@@ -113,8 +112,8 @@ class Runner:
         return found[name]
 
     def is_done(self, name: str) -> bool:
-        """Whether step `name` needs no work: it finished with the present inputs, and what it left
-        is there, a checkpoint whole."""
+        """Whether step `name` needs no work: it finished with the present inputs, and its results
+        exist, with a complete checkpoint."""
         return self._is_done(name, self.fingerprint(name))
 
     def _is_done(self, name: str, fingerprint: str) -> bool:
@@ -136,8 +135,8 @@ class Runner:
             self.run_step(name)
 
     def run_step(self, name: str) -> None:
-        """Do one step unless it is done; an earlier attempt with other inputs is cleared away, one
-        with the same is continued."""
+        """Do one step unless it is done; results of an earlier attempt with other inputs are
+        removed, an attempt with the same inputs is continued."""
         step = self.steps[name]
 
         def decide() -> tuple[str, bool, Path | None]:
@@ -186,8 +185,8 @@ class Runner:
         self.announce(name, f"done in {seconds:.1f} s")
 
     def plan(self) -> list[dict[str, Any]]:
-        """Every step with its state, for --dry-run; touches nothing. Inputs that a step has yet to
-        make count as not done."""
+        """Every step with its state, for --dry-run; writes nothing. A step whose inputs do not
+        exist yet counts as not done."""
         rows = []
         ready = True
         for name, step in self.steps.items():
@@ -217,12 +216,12 @@ class Runner:
 
 
 def software() -> dict[str, Any]:
-    """Which code and libraries ran a step."""
+    """The code and libraries that run a step."""
     return {"versions": library_versions(), "git_commit": git_commit()}
 
 
 def remove(path: Path) -> None:
-    """Delete a result, file or folder, if it is there."""
+    """Delete a result (file or folder) if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -230,7 +229,7 @@ def remove(path: Path) -> None:
 
 
 def identity_of(paths: Sequence[Path]) -> list[Any]:
-    """What the given files and folders are, by content; DataError names one that does not exist."""
+    """Identify the given files and folders by content; DataError names one that does not exist."""
     for path in paths:
         # a prepared prefix names two files, PREFIX.bin and PREFIX.idx
         if not path.exists() and not path.with_name(path.name + ".bin").exists():

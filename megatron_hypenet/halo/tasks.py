@@ -1,8 +1,8 @@
 """HALO in order: teacher -> alignment -> layer selection -> assembly -> distillation -> finetuning
 -> export -> report.
 
-The table alone, without what the steps do (actions.py): a command that only plans a run, or starts
-processes for it, imports no models.
+This is the table only, without the actions (actions.py), so that a command that only plans a run or
+starts its processes imports no models.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ STARTS_FROM = {"distill": "assemble", "finetune": "distill"}
 def halo_steps(
     run: RunConfig, folder: RunFolder, action_of: Callable[[str], Action] | None = None
 ) -> list[Step]:
-    """All steps of `run` in order; `action_of(name)` does one. Without it they can be planned, not
-    done."""
+    """All tasks of `run` in order; `action_of(name)` gives the action of one. Without it they can
+    be planned but not run."""
 
     def step(
         name: str,
@@ -126,10 +126,10 @@ def halo_steps(
 
 
 def checkpoint_of(run: RunConfig, folder: RunFolder, name: str) -> Callable[[], Path | None] | None:
-    """Where the checkpoint lies that step `name` leaves: a function that gives its folder, or None
-    when it is not there whole.
+    """A function that returns the folder of the checkpoint that task `name` leaves, or None when it
+    is not complete.
 
-    None for a step that leaves no checkpoint.
+    Returns None for a task that leaves no checkpoint.
     """
     if name in STAGES:
         return lambda: finished_checkpoint(folder.stage(name), run.stage(name).train_iters)
@@ -138,8 +138,8 @@ def checkpoint_of(run: RunConfig, folder: RunFolder, name: str) -> Callable[[], 
 
 
 def required_checkpoint(run: RunConfig, folder: RunFolder, name: str) -> Path:
-    """The checkpoint that the finished step `name` left. CheckpointError when it is missing or not
-    whole: an older one would not do."""
+    """The checkpoint that the finished task `name` left. Raises CheckpointError when it is missing
+    or incomplete; an older one is not accepted."""
     find = checkpoint_of(run, folder, name)
     assert find is not None, f"{name} leaves no checkpoint"
     found = find()

@@ -1,2 +1,2 @@
-"""What a run will need, known before it starts: GPU memory, layouts that fit, layers per pipeline
-stage, time."""
+"""Estimates of what a run will need, before it starts: GPU memory, layouts that fit, layers per
+pipeline stage, time."""

@@ -1,7 +1,7 @@
-"""How much work each step of a run is, and from that, how long the rest will take.
+"""Estimate the work of each task of a run, and from it the remaining time.
 
 Work is counted as in model/flops.py. Only ratios matter, because the machine's speed is measured
-while the run goes on; steps that move files instead of computing get a fixed share.
+while the run goes on; tasks that move files instead of computing get a fixed share.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from megatron_hypenet.model.flops import forward_flops
 from megatron_hypenet.stages.spec import stage_spec
 
 FIXED_SHARE = {"teacher": 0.01, "data": 0.03, "probe": 0.005, "assemble": 0.01, "export": 0.01}
-"""Share of the computing work that each file-moving step is taken for."""
+"""Share of the total work that each file-moving task counts as."""
 EVALUATED_MODELS = 4
 """Models in the report: teacher, all layers converted, after distillation, after finetuning."""
 
@@ -56,8 +56,8 @@ def planned_work(run: RunConfig, teacher: ModelConfig) -> dict[str, float]:
 
 
 class Clock:
-    """Remaining time of a run from planned work and measured time. What an earlier start has done
-    counts neither as work nor as time."""
+    """Remaining time of a run from planned work and measured time. Work of an earlier start counts
+    neither as work nor as time."""
 
     def __init__(
         self, work: Mapping[str, float], now: Callable[[], float] = time.monotonic
@@ -70,19 +70,20 @@ class Clock:
         """Share of a step that was done when its first part was reported here."""
         self._fraction: dict[str, float] = {}
         self._earlier = 0.0
-        """Of `done_work`, what an earlier start did."""
+        """The part of `done_work` that an earlier start did."""
 
     def skip(self, step: str) -> None:
-        """`step` needs no work."""
+        """Record that `step` needs no work."""
         self.remaining.pop(step, None)
 
     def progress(self, step: str, count: int, total: int) -> None:
-        """`count` of `total` equal parts of `step` are done, the last of them just now."""
+        """Record that `count` of `total` equal parts of `step` are done, the last of them just
+        now."""
         self._before.setdefault(step, max(count - 1, 0) / total)
         self._fraction[step] = count / total
 
     def finish(self, step: str) -> None:
-        """`step` is done."""
+        """Record that `step` is done."""
         work = self.remaining.pop(step, 0.0)
         self.done_work += work
         self._earlier += work * self._before.pop(step, 0.0)

@@ -1,5 +1,5 @@
-"""Which layers lie on which pipeline stage while a HALO stage trains: balanced by what that stage
-computes, checked, and shown."""
+"""The layers of each pipeline stage while a HALO stage trains: balanced by what that stage
+computes, checked, and printed."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def placed(
 
 
 def check_placement(model: HypeNetModel) -> None:
-    """LayoutError unless the pipeline stages together hold every layer exactly once. Collective
-    over the pipeline."""
+    """Raise LayoutError unless the pipeline stages together hold every layer exactly once.
+    Collective over the pipeline."""
     held = [
         layer
         for part in groups.gather_over_pipeline(

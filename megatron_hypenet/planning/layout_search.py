@@ -1,4 +1,4 @@
-"""Layouts whose training stages fit a GPU's memory, the ones that should be fastest first."""
+"""Find layouts whose training stages fit a GPU's memory, those that should be fastest first."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from megatron_hypenet.planning.memory import StageMemory, stage_memory
 from megatron_hypenet.stages.spec import stage_spec
 
 SIZES = (1, 2, 4, 8)
-"""Of tensor, pipeline and context parallelism that are looked at."""
+"""Sizes of tensor, pipeline and context parallelism that are tried."""
 RECOMPUTE = ("none", "selective", "full")
 RECOMPUTING = ("distill.recompute", "finetune.recompute")
 
 
 @dataclass(frozen=True, slots=True)
 class StageNeed:
-    """What one training stage needs on the pipeline stage where it needs most."""
+    """The need of one training stage on the pipeline stage that needs most."""
 
     stage: str
     pipeline_stage: int
@@ -48,9 +48,9 @@ class Fit:
 
 
 def teacher_and_student(shape: ModelConfig, spec: MixerSpec) -> tuple[ModelConfig, ModelConfig]:
-    """Both models of a run from the shape of one of them. Which layers will keep softmax attention
-    matters little: from a teacher's shape, every fourth, with the RNN mixer `spec` in the
-    others."""
+    """Both models of a run from the shape of one of them. It matters little which layers will keep
+    softmax attention: from a teacher's shape it takes every fourth, with the RNN mixer `spec` in
+    the others."""
     everywhere = (ATTENTION,) * shape.num_layers
     teacher = shape.replace(
         mixer_types=everywhere, mixers={}, attn_use_rope=True, attn_use_output_gate=False
@@ -85,14 +85,13 @@ def needs(layout: Layout) -> list[StageNeed]:
 
 
 def fullest(found: Sequence[StageNeed]) -> StageNeed:
-    """The one that needs most."""
+    """The stage that needs most."""
     return max(found, key=lambda need: need.memory.needed)
 
 
 def fits(layout: Layout, gpu_bytes: float) -> list[Fit]:
-    """Every layout on these processes that obeys the rules and fits, fastest first as far as that
-    can be said without running it: little model parallelism, then little computed again, then
-    little ZeRO."""
+    """Every layout on these processes that obeys the rules and fits, in the estimated order of
+    speed: little model parallelism first, then little recomputation, then a low ZeRO stage."""
     found = []
     for change in _candidates(layout):
         changed = layout.changed(change)

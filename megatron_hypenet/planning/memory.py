@@ -1,9 +1,8 @@
-"""GPU memory of one training process, by what holds it, from shapes and layout alone: does it fit,
-before anyone sees it fail.
+"""Estimate the GPU memory of one training process by its parts, from shapes and layout alone.
 
-Counted is the fullest moment of a step in bfloat16 with this package's CUDA kernels: the static
-part, what forward keeps for backward, and the larger of the loss and one layer's backward. Not
-counted: the CUDA context, NCCL's buffers, and gaps between allocations (`reserve`)."""
+It is the peak of a step in bfloat16 with this package's CUDA kernels: the static part, saved
+activations, and the larger of the loss and one layer's backward. The CUDA context, NCCL's buffers
+and gaps between allocations are added in `needed`."""
 
 from __future__ import annotations
 
@@ -20,10 +19,12 @@ from megatron_hypenet.stages.spec import stage_spec
 STATE = 3 * ACCUMULATION_BYTES
 """Bytes per weight of AdamW's fp32 master and two moments."""
 LIVE_WEIGHTS = 10**9
-"""Gathered weights that ZeRO-3 lets live at one time (DeepSpeed's stage3_max_live_parameters)."""
+"""Largest number of gathered weights under ZeRO-3 at one time (DeepSpeed's
+stage3_max_live_parameters)."""
 CONTEXT_BYTES = 2**30
 GAPS = 0.03
-"""What a CUDA context with NCCL takes, and the share of memory that falls between allocations."""
+"""Memory of a CUDA context with NCCL, and the share of memory that is lost in gaps between
+allocations."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,22 +32,22 @@ class StageMemory:
     """Bytes on one GPU."""
 
     weights: float
-    """In bf16, of what trains."""
+    """Trained weights in bf16."""
     gradients: float
-    """fp32 sums, and buckets on their way to other ranks."""
+    """fp32 sums, and buckets that are being sent to other ranks."""
     optimizer: float
     """fp32 masters and moments."""
     teacher: float
     """Frozen weights."""
     activations: float
-    """What forward keeps for backward, and hidden states of a teacher that wait for their loss."""
+    """Saved activations, and a teacher's hidden states that are kept until their loss."""
     work: float
     """The larger of: the loss with its chunk of logits and the gradient of the head; one layer's
     backward."""
 
     @property
     def total(self) -> float:
-        """Together: what torch calls the peak of allocated memory."""
+        """The sum, which torch reports as the peak of allocated memory."""
         return (
             self.weights
             + self.gradients
