@@ -1,2 +1,2 @@
-"""Hugging Face folders <-> our checkpoints: one name table (`mapping`), one config table
-(`hf_config`), both directions, and the proof."""
+"""Conversion between Hugging Face folders and checkpoints in both directions, by one table of names
+(`mapping`) and one of config keys (`hf_config`), and its verification."""

@@ -1,5 +1,5 @@
-"""Import: a Hugging Face folder (Qwen3 or HypeNet) becomes a committed checkpoint of ours, one
-tensor in memory at a time."""
+"""Import a Hugging Face folder (Qwen3 or HypeNet) as a committed checkpoint, with one tensor in
+memory at a time."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def import_hf(
     Weights keep their stored dtype unless `dtype` names another. Every value must be finite. The
     tokenizer's files, config.json and generation_config.json are kept in the checkpoint, so that an
     export needs nothing else. On any error (ConfigError, ConversionError, CheckpointError) nothing
-    is left at `ckpt_dir`. `progress` gets a line now and then.
+    is left at `ckpt_dir`. `progress` is called with a line every few seconds.
     """
     hf_dir, ckpt_dir = Path(hf_dir), Path(ckpt_dir)
     refuse_existing(ckpt_dir, overwrite)
@@ -122,8 +122,8 @@ def _target_dtype(plan: ImportPlan, entry: mapping.Entry, wanted: str | None) ->
 
 
 def _refuse_foreign(target: Path) -> None:
-    """Overwriting is for checkpoints: a folder with anything else in it (the model itself, say) is
-    never replaced."""
+    """Raise ConversionError unless an existing folder is a checkpoint or empty: a folder with other
+    files (the model itself, for example) is never replaced."""
     if target.exists() and not (
         target.is_dir() and (is_committed(target) or not any(target.iterdir()))
     ):
@@ -133,8 +133,7 @@ def _refuse_foreign(target: Path) -> None:
 
 
 def _check_tied_head(plan: ImportPlan) -> None:
-    """A tied model may store its head as well, when both are the same; otherwise one of the two
-    statements is wrong."""
+    """Raise ConversionError when a tied model stores a head that differs from its embedding."""
     head, embedding = plan.weights[mapping.HF_HEAD], plan.weights[mapping.HF_EMBEDDING]
     if head.shape != embedding.shape or not torch.equal(head, embedding):
         raise ConversionError(
@@ -151,7 +150,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 class _Progress:
-    """A line every few seconds."""
+    """Calls the progress function every few seconds."""
 
     def __init__(self, line: Callable[[str], None] | None, plan: ImportPlan) -> None:
         self.line = line

@@ -1,11 +1,11 @@
 """Hugging Face's config.json <-> ModelConfig, for Qwen3 and for HypeNet in both published
 spellings.
 
-A key that would change the computation and asks for something we do not have is refused, all such
-keys in one ConfigError; a key that changes nothing (token ids, generation defaults, options of
-mixers that the model does not use) is carried in the checkpoint's manifest. Both spellings of
-transformers 4 (`rope_theta`, `torch_dtype`) and 5 (`rope_parameters`, `dtype`) are read; the former
-are written, since both versions understand them.
+A key that asks for an unsupported computation is refused, all such keys in one ConfigError; a key
+that changes nothing (token ids, generation defaults, options of mixers that the model does not use)
+is carried in the checkpoint's manifest. Both spellings of transformers 4 (`rope_theta`,
+`torch_dtype`) and 5 (`rope_parameters`, `dtype`) are read; the former are written, since both
+versions understand them.
 """
 
 from __future__ import annotations
@@ -95,11 +95,11 @@ def read_hf_config(hf_dir: Path) -> HfConfig:
 
 
 def family(raw: Mapping[str, Any]) -> str | None:
-    """`qwen3`, `hypenet`, or None for a model that we do not know. The architecture decides, then
-    the model type.
+    """`qwen3`, `hypenet`, or None for an unknown model. The architecture decides, then the model
+    type.
 
-    HypeNets in the wild call their model type differently; their architecture, switches and tensor
-    names say what they are."""
+    Published HypeNets use several model types; their architecture, switches and tensor names
+    identify them."""
     architectures, model_type = raw.get("architectures"), raw.get("model_type")
     if (
         isinstance(architectures, list)
@@ -113,7 +113,7 @@ def family(raw: Mapping[str, Any]) -> str | None:
 
 
 def model_config_from_hf(raw: HfConfig, *, where: str) -> ModelConfig:
-    """The model that this config.json describes; `where` opens the message. ConfigError lists
+    """The model that this config.json describes; `where` begins the message. ConfigError lists
     everything unsupported at once."""
     kind = family(raw)
     if kind is None:
@@ -268,8 +268,8 @@ def _settings(raw: HfConfig, mixers: Iterable[type[MixerSpec]]) -> dict[str, HfC
 
 
 def _carry(key: str, *, teacher: bool) -> bool:
-    """Whether a key of the original config.json is given back: not what this module writes, nor
-    what belongs to the other family."""
+    """Whether a key of the original config.json is written again: not the keys that this module
+    writes, nor those of the other family."""
     if key in _WRITTEN_ELSEWHERE or (not teacher and key in _QWEN3_ONLY):
         return False
     mixers_keys = {key for mixer in mixer_specs().values() for key in mixer.hf_keys.known}
@@ -317,7 +317,7 @@ def _hypenet_problems(raw: HfConfig, mixers: Iterable[type[MixerSpec]]) -> list[
     )
     prefixes = tuple(mixer.hf_keys.prefix for mixer in mixers)
     for key, value in raw.items():
-        # without the short convolution its own options (kernel size and the like) do nothing
+        # without the short convolution its options (kernel size and others) have no effect
         if (
             key.startswith(prefixes)
             and key not in known
@@ -370,7 +370,7 @@ def _rotary_base(raw: HfConfig, problems: list[str]) -> float:
         if isinstance(value, dict) and _is_number(inner := value.get("rope_theta")):
             found.add(float(inner))
     if not found and not plain:
-        return 1.0  # whether a theta stands in what is not understood is not known
+        return 1.0  # an unknown form may or may not have a theta
     if len(found) != 1:
         stated = f"states different values {sorted(found)}" if found else "is missing"
         problems.append(f"rope_theta {stated}; give it once, as rope_theta or in rope_parameters")

@@ -1,5 +1,5 @@
-"""A Hugging Face model folder on disk: its safetensors read lazily, and the small files that travel
-with the weights."""
+"""A Hugging Face model folder on disk: its safetensors, read lazily, and the small files beside the
+weights."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _WEIGHTS = FileKind(
 )
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
-"""safetensors' names of the dtypes that a model weight of ours may have, and torch's."""
+"""safetensors' names of the supported dtypes of weights, and torch's dtypes."""
 
 
 class HfWeights(Mapping[str, "Tensor"]):
@@ -70,7 +70,7 @@ class HfWeights(Mapping[str, "Tensor"]):
         if not isinstance(index, dict) or not index:
             JSON.refuse(path, "cannot be read: weight_map is no mapping of tensor names to files")
         for file in index.values():
-            # the index comes from whoever made the folder: it may only point into the folder
+            # the index is a foreign file: it may only point into the folder
             if not isinstance(file, str) or Path(file).name != file:
                 JSON.refuse(
                     path, f"names the file {shown(repr(file), 80)}, which is not inside the folder"

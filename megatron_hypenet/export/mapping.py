@@ -4,7 +4,8 @@ verification.
 Qwen3 and HypeNet share it: a teacher is the case without output gates. Shapes are written with the
 letters V vocab_size, H hidden_size, F ffn_hidden_size. The rows of a mixer are the parameters of
 its specification (config/mixers/). A tensor without a row, or a row without a tensor, is an error
-in either direction. No tensor library is imported here: names and shapes are known without weights.
+in either direction. No tensor library is imported here, because names and shapes are known without
+weights.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class Entry:
         return self.reshaped or (self.part_shape[0] * len(self.hf), *self.part_shape[1:])
 
     def split(self, tensor: Tensor) -> dict[str, Tensor]:
-        """Our tensor as {HF name: part}; the inverse of `join`. Parts are contiguous, as
+        """Split our tensor into {HF name: part}; the inverse of `join`. Parts are contiguous, as
         safetensors requires."""
         if self.reshaped is not None:
             return {self.hf[0]: tensor.reshape(self.part_shape).contiguous()}
@@ -128,8 +129,8 @@ def num_parameters(config: ModelConfig) -> int:
 
 
 def check_names(expected: Iterable[str], found: Iterable[str], *, where: str) -> None:
-    """ConversionError naming the first missing and the first unmapped tensors, with counts, unless
-    the two sets are equal."""
+    """Raise ConversionError with the first missing and the first unmapped tensors, and their
+    counts, unless the two sets are equal."""
     expected, found = list(expected), list(found)
     missing = sorted(set(expected) - set(found), key=expected.index)
     extra = sorted(set(found) - set(expected))
@@ -154,7 +155,7 @@ def check_names(expected: Iterable[str], found: Iterable[str], *, where: str) ->
 def check_shape(
     name: str, found: tuple[int, ...], expected: tuple[int, ...], *, where: str
 ) -> None:
-    """ConversionError unless the two shapes are equal."""
+    """Raise ConversionError unless the two shapes are equal."""
     if found != expected:
         raise ConversionError(
             f"{where}: {name} has shape {list(found)}, the configuration asks for {list(expected)};"

@@ -1,5 +1,5 @@
-"""What an import would do, from config.json and headers alone: without weights, and without a
-tensor library."""
+"""Plan an import from config.json and the headers of weight files alone, without reading weights
+and without a tensor library."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_hypenet.export import hf_config, hf_folder, mapping
 
 @dataclass(frozen=True)
 class ImportPlan:
-    """What an import would do: everything that can be known from config.json and the headers of the
+    """The plan of an import: everything that is known from config.json and the headers of the
     weight files."""
 
     config: ModelConfig
@@ -22,11 +22,11 @@ class ImportPlan:
     weights: hf_folder.HfWeights
     entries: list[mapping.Entry]
     duplicate_head: bool
-    """The folder stores the tied head a second time."""
+    """Whether the folder stores the tied head a second time."""
 
     @property
     def kind(self) -> str:
-        """What the checkpoint will be called in its manifest: teacher or student."""
+        """Kind of the checkpoint in its manifest: teacher or student."""
         return "teacher" if self.config.is_teacher else "student"
 
 

@@ -1,10 +1,10 @@
-"""The modelling code of an exported folder: the files that the model's mixers need, no others.
+"""The modelling code of an exported folder: only the files that the model's mixers need.
 
 transformers copies the files that imports of the form `from .name import ...` name, so the registry
-of mixers, which finds the files beside it here, is written out in each folder. It stands in the
-files that transformers loads: 4.57 keeps folders of the same name in one place, and loads only
-those files anew. Of a local folder 4.57 also copies only what such a file imports itself, and then
-misses the rest, so it gets an import of all others that it leads to."""
+of mixers, which here finds the files beside it, is written out in each folder. It is written into
+the files that transformers loads, because 4.57 keeps folders of the same name in one place and
+reloads only those files. From a local folder 4.57 also copies only direct imports of such a file
+and then misses the rest, so each of them gets an import of all files that it needs."""
 
 from __future__ import annotations
 

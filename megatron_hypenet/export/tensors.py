@@ -1,5 +1,5 @@
-"""What conversions do with tensors, in both directions: dtypes by name, checks of values, and parts
-that become one tensor."""
+"""Tensor functions of conversions in both directions: dtypes by name, checks of values, and joining
+of parts."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def parse_dtype(name: str) -> torch.dtype:
 
 
 def join(entry: mapping.Entry, parts: Sequence[Tensor]) -> Tensor:
-    """The HF parts of one entry, in the order of its `hf`, as our one tensor. A single part is
-    handed on, not copied."""
+    """Join the HF parts of one entry, in the order of its `hf`, into our tensor. A single part is
+    returned without a copy."""
     joined = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=0)
     return joined if entry.reshaped is None else joined.reshape(entry.reshaped)
 
 
 def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], *, where: str) -> None:
-    """ConversionError unless the tensor has this shape, a supported dtype and only finite
+    """Raise ConversionError unless the tensor has this shape, a supported dtype and only finite
     values."""
     mapping.check_shape(name, tuple(tensor.shape), shape, where=where)
     if tensor.dtype not in DTYPES.values():

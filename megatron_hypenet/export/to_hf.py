@@ -1,5 +1,5 @@
-"""Export: a checkpoint becomes a Hugging Face folder, from the checkpoint's own files alone, one
-shard in memory at a time."""
+"""Export a checkpoint as a Hugging Face folder, from the checkpoint's files alone, with one shard
+in memory at a time."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ MAX_SHARD_BYTES = 5_000_000_000
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """What an export would do: everything that can be known without reading a weight."""
+    """The plan of an export: everything that is known without reading a weight."""
 
     folder: Path
     """The committed checkpoint that is read."""
@@ -154,8 +154,8 @@ def export_hf(
         if plan.family == hf_config.HYPENET:
             for name, text in remote_files(set(config["mixer_types"])).items():
                 (temporary / name).write_text(text, encoding="utf-8")
-        # safetensors writes files that only their owner may read; a model is shared like the rest
-        # of the folder
+        # safetensors writes files that only their owner may read; they get the mode of the other
+        # files
         for file in temporary.glob("*.safetensors"):
             shutil.copymode(temporary / "config.json", file)
     return plan.config
@@ -223,8 +223,8 @@ def _noted_generation_config(folder: Path, manifest: load.Manifest) -> dict[str,
 
 
 def refuse_existing(target: Path, overwrite: bool) -> None:
-    """ConversionError if something stands at `target`, unless it may be replaced and is an exported
-    folder or empty."""
+    """Raise ConversionError if something exists at `target`, unless it may be replaced and is an
+    exported folder or empty."""
     if not target.exists():
         return
     if not overwrite:
@@ -240,7 +240,7 @@ def refuse_existing(target: Path, overwrite: bool) -> None:
 
 @contextmanager
 def _staged(target: Path, overwrite: bool) -> Iterator[Path]:
-    """A temporary sibling that becomes `target` when the block ends well and is removed
+    """Provide a temporary sibling that becomes `target` when the block succeeds and is removed
     otherwise."""
     temporary = temporary_beside(target)
     try:

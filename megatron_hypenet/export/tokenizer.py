@@ -29,7 +29,7 @@ _TEXTS = ("merges.txt", "vocab.txt", "chat_template.jinja")
 FILES = (MODEL, "tokenizer.model", *_TABLES, *_TEXTS)
 """Files that a tokenizer may consist of; those present are kept, in both directions."""
 
-# Gemma's, among the largest, has 35 MB and some 2.5 million values
+# Gemma's tokenizer.json, one of the largest, has 35 MB and about 2.5 million values
 _KIND = FileKind(
     error=ConversionError,
     advice="fetch the tokenizer's files again",
@@ -55,8 +55,8 @@ _Token = str | _AddedToken
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Config:
-    """What transformers reads of tokenizer_config.json and special_tokens_map.json; other keys are
-    the tokenizer class's own."""
+    """The keys of tokenizer_config.json and special_tokens_map.json that transformers reads; other
+    keys belong to the tokenizer class."""
 
     bos_token: _Token | None = None
     eos_token: _Token | None = None
@@ -95,8 +95,8 @@ def read(folder: Path) -> dict[str, bytes]:
     """Return the tokenizer's files of `folder` by name, each of them checked; empty when there are
     none.
 
-    Raise ConversionError, which names the file, for one that leads out of the folder, is cut off,
-    or is no tokenizer's.
+    Raise ConversionError, which names the file, for a file that leads out of the folder, is
+    truncated, or is not a tokenizer's.
     """
     found = {name: inside(folder, name, _KIND) for name in FILES if os.path.lexists(folder / name)}
     contents = {name: _KIND.read_bytes(path) for name, path in found.items()}
@@ -117,7 +117,8 @@ def export(source: Path, target: Path, say: Callable[[str], None] | None = None)
     """Copy the tokenizer's files of a checkpoint from `source` to `target`, in the spelling that
     transformers 4.57 and 5.x both read.
 
-    `say` gets a line when one of them cannot read it. Raises ConversionError for a damaged file.
+    `say` is called with a line when one of them cannot read it. Raises ConversionError for a
+    damaged file.
     """
     for name in (name for name in FILES if has_entry(source / name)):
         content = _KIND.read_bytes(source / name)
@@ -143,7 +144,7 @@ def _for_both(config: dict[str, Any], has_model: bool) -> dict[str, Any]:
     config = _with_older_tokens(config)
     if has_model and config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
-        # the older class would make token_type_ids, too, which the model does not take
+        # the older class would also make token_type_ids, which the model does not accept
         config.setdefault("model_input_names", ["input_ids", "attention_mask"])
     return config
 
@@ -168,14 +169,14 @@ def _table(path: Path, content: bytes) -> dict[str, Any]:
 
 
 def _check_model(path: Path, content: bytes) -> None:
-    """ConversionError unless the library that will tokenize accepts tokenizer.json."""
+    """Raise ConversionError unless the tokenizers library accepts tokenizer.json."""
     if not isinstance(_table(path, content).get("model"), dict):
         _KIND.refuse(path, "not a tokenizer: it has no 'model'")
     from tokenizers import Tokenizer
 
     try:
         Tokenizer.from_str(content.decode())
-    except BaseException as error:  # what panics in the library derives from BaseException
+    except BaseException as error:  # a panic of the library derives from BaseException
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
         _KIND.refuse(path, f"not a tokenizer ({shown(reason_of(error))})")

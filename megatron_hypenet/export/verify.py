@@ -1,7 +1,7 @@
-"""Proof that a Hugging Face folder and a checkpoint are the same model: equal bits, and equal
+"""Verify that a Hugging Face folder and a checkpoint hold the same model: equal bits, and equal
 logits from two implementations.
 
-transformers runs the folder (its own Qwen3, or the modelling code that our exports carry),
+transformers runs the folder (its own Qwen3, or this package's copy of the exported modelling code),
 Megatron-core runs the checkpoint, both on the same random token ids. Code that came with the folder
 is never run.
 """
@@ -27,8 +27,8 @@ from megatron_hypenet.export.tensors import parse_dtype
 
 TOLERANCE = {"float64": 1e-5, "float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-3}
 """Largest accepted difference of logits, relative to the largest logit, by compute dtype. Both
-sides sum in other orders; Megatron's RoPE tables are fp32 in every dtype. Measured on the golden
-models: 4e-7 in float64, 2e-6 in float32."""
+sides sum in different orders; Megatron's RoPE tables are fp32 in every dtype. Measured on the
+golden models: 4e-7 in float64, 2e-6 in float32."""
 _COSMETIC = (
     "attn_logits_scaling",
     "max_position_embeddings",
@@ -68,7 +68,7 @@ class LogitsReport:
     top1_agreement: float
     tolerance: float
     first_diverging: str | None
-    """Where the hidden states part for the first time, None when they agree throughout."""
+    """First place where the hidden states differ, None when they agree everywhere."""
 
     @property
     def ok(self) -> bool:
@@ -117,11 +117,11 @@ class Report:
         return lines
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for JSON, with the verdict."""
+        """The report as plain data for JSON, with the result as `ok`."""
         return {"ok": self.ok, **asdict(self)}
 
     def require_ok(self) -> None:
-        """VerificationError naming what differs."""
+        """Raise VerificationError that names what differs, if anything does."""
         if not self.ok:
             lines = "\n  ".join(self.problems())
             raise VerificationError(
@@ -177,8 +177,8 @@ def compare_configs(folder: ModelConfig, checkpoint: ModelConfig) -> tuple[list[
 
 
 def compare_tensors(plan: ImportPlan, folder: Path) -> TensorReport:
-    """Bitwise, one tensor at a time. ConversionError when the checkpoint's names are not those of
-    the folder's model."""
+    """Compare bit by bit, one tensor at a time. ConversionError when the checkpoint's names are not
+    those of the folder's model."""
     reader = load.open_weights(folder)
     mapping.check_names((entry.ours for entry in plan.entries), reader, where=str(folder))
     report = TensorReport()
@@ -234,7 +234,8 @@ def run_checkpoint(
 def run_hf(
     hf_dir: Path, config: ModelConfig, ids: Tensor, dtype: str, rounded: torch.dtype | None = None
 ) -> list[Tensor]:
-    """The same from transformers: its Qwen3, or our modelling code with the folder's weights."""
+    """Return the same as `run_checkpoint` from transformers: its Qwen3, or this package's modelling
+    code with the folder's weights."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 

@@ -1,2 +1,2 @@
-"""Pure tensor functions: definitions in plain torch, and faster forms that answer to them. No
-module state, no process groups."""
+"""Pure tensor functions: definitions in plain torch, and faster forms that are tested against them.
+They use no module state and no process groups."""

@@ -1,9 +1,9 @@
-"""Families of Triton kernels: each registers where its front is defined; whatever chooses between a
-kernel and its torch form asks here.
+"""Families of Triton kernels. Each registers where its operation is defined; code that chooses
+between a kernel and its torch form asks here.
 
 A family is turned off when its kernels do not work on this machine's GPU (`model.kernel_guard`
-finds that out), or by whoever starts the process, with their names in HYPENET_DISABLE_KERNELS,
-joined by commas, or `all`."""
+finds that out), or by the user, with names in HYPENET_DISABLE_KERNELS, joined by commas, or
+`all`."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ VARIABLE = "HYPENET_DISABLE_KERNELS"
 
 @dataclass(frozen=True)
 class KernelUse:
-    """Which kernels a model runs: what they are compiled for, and the shapes that decide how. Sizes
-    are those of one rank."""
+    """How a model uses kernels: what they are compiled for, and the shapes that decide how they
+    run. Sizes are those of one rank."""
 
     dtype: torch.dtype
     head_dim: int
     width: int
     """Heads times head_dim."""
     hidden: int
-    """Columns of what goes from layer to layer."""
+    """Columns of the hidden states between layers."""
     ffn: int
     """Columns of the MLP's inner product."""
     words: int
@@ -44,8 +44,8 @@ class KernelUse:
     mixers: frozenset[str] = frozenset()
     """Names of the mixers in the model, or that will be trained beside it."""
     thorough: bool = False
-    """Check every way in and out, whether or not a model uses it, as `hypenet doctor --kernels`
-    does."""
+    """Check every variant of a kernel, whether or not a model uses it, as `hypenet doctor
+    --kernels` does."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Family:
 FAMILIES: dict[str, Family] = {}
 """All families whose code is loaded, by name."""
 
-# a plain dictionary that is only ever read in ops: a compiler can put a guard on it
+# a plain dictionary that operations only read, so that torch.compile can guard on it
 _enabled: dict[str, bool] = {}
 _needs: dict[str, tuple[str, ...]] = {}
 Front = TypeVar("Front", bound=Callable[..., Any])
@@ -103,8 +103,8 @@ def kernel_family(
 
 
 def named(words: str) -> tuple[str, ...]:
-    """The families that a value of the environment variable names. ConfigError for a word that is
-    none."""
+    """The families that a value of the environment variable names. ConfigError for a word that
+    names no family."""
     chosen = _words(words)
     if unknown := [word for word in chosen if word not in (*FAMILIES, "all")]:
         known = ", ".join(sorted(FAMILIES))
@@ -116,8 +116,8 @@ def named(words: str) -> tuple[str, ...]:
 
 
 def check_variable() -> None:
-    """ConfigError when the environment variable names what is no family; asked once all families
-    are loaded."""
+    """Raise ConfigError when the environment variable names an unknown family; call it once all
+    families are loaded."""
     named(os.environ.get(VARIABLE, ""))
 
 

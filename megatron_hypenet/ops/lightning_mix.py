@@ -1,9 +1,9 @@
 """Everything a Lightning layer does between its two projections, as one node of the autograd graph:
 q/k norm and RoPE, the scan, output norm and gate (arXiv 2601.22156).
 
-The kernels are those of `norm_rope`, `lightning_attn` and `gated_norm`. Together they can do what
-five nodes cannot: each writes its part of the gradient of the fused projection where it belongs, so
-that no pass over memory concatenates the parts (a fifth of all traffic)."""
+The kernels are those of `norm_rope`, `lightning_attn` and `gated_norm`. In one node each kernel
+writes its part of the fused projection's gradient in place, so that no pass over memory
+concatenates the parts (a fifth of all traffic)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_hypenet.ops.lightning_attn import dispatch
 
 def fits(projected: Tensor, head_dim: int) -> bool:
     """Whether `lightning_mix` takes a projection [t, b, 4 h d] here: where each of its kernels
-    would run, and no compiler is watching."""
+    would run, outside torch.compile."""
     if not (projected.is_cuda and enabled("lightning_mix")) or torch.compiler.is_compiling():
         return False
     width = projected.shape[-1] // 4

@@ -1,13 +1,13 @@
-"""HALO stage 1: each RNN mixer learns to give what the attention of its layer gives, all layers at
+"""HALO stage 1: each RNN mixer learns to reproduce the attention output of its layer, all layers at
 once.
 
-The trunk is the frozen teacher: layer l's attention runs on its own input and its output goes on
-down the trunk, while the RNN mixer of layer l gets the same input, detached. Losses are therefore
-layer-local, and nothing after the last mixer is computed.
+The trunk is the frozen teacher: layer l's attention runs on its own input and its output continues
+through the trunk, while the RNN mixer of layer l gets the same input, detached. Losses are
+therefore layer-local, and nothing after the last mixer is computed.
 
 All layers share one backward, on the sum of their losses: the engine takes one scalar, and ZeRO's
-gradient hooks then fire once per micro-batch. What that keeps alive is each mixer's own
-activations; the squared error saves its difference in the model's dtype only.
+gradient hooks then fire once per micro-batch. This keeps each mixer's own activations until then;
+the squared error saves its difference in the model's dtype only.
 """
 
 from __future__ import annotations
@@ -74,18 +74,21 @@ class AlignStage(StageModule):
         return self.layer_losses()
 
     def layer_losses(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """(loss, metrics) after a pass of the teacher: the share that this process's layers have in
-        the mean over all layers."""
+        """(loss, metrics) after a pass of the teacher: the part of the mean over all layers that
+        belongs to this process's layers."""
         losses = {
             imitation.layer: imitation.take_loss() for imitation in self.__dict__["imitations"]
         }
-        with torch.enable_grad():  # the teacher's pass may be still under way, without gradients
+        with (
+            torch.enable_grad()
+            # this may run inside the teacher's pass, which has gradients disabled
+        ):
             loss = torch.stack(list(losses.values())).sum() / self.model_config.num_layers
         return loss, {f"align/layer_{layer:02d}": value.detach() for layer, value in losses.items()}
 
     def pipeline_step(self, pipeline: PipelineRun) -> None:
-        """The teacher's trunk, forward only; this rank differentiates its own layers' losses on the
-        spot, and nothing flows back."""
+        """Run the teacher's trunk forward only; this rank differentiates its own layers' losses at
+        once, and no gradient is sent back."""
         tokens = pipeline.tokens
 
         def step(index: int) -> Tensor:
@@ -130,8 +133,8 @@ class AlignSpec(StageSpec):
     def flops(self, teacher: ModelConfig, student: ModelConfig, seq_length: int) -> float:
         """The teacher's trunk up to the last mixer, and forward and backward of every RNN mixer.
 
-        The mixers' inputs are detached: of the projections only the output projection passes a
-        gradient on, the others get that of their weights."""
+        The mixers' inputs are detached: only the output projection computes the gradient of its
+        input; the input projections compute that of their weights alone."""
         trunk = sum(mixer_flops(teacher, seq_length)) + (teacher.num_layers - 1) * mlp_flops(
             teacher
         )
@@ -167,8 +170,8 @@ class AlignSpec(StageSpec):
 
 
 class Imitation(nn.Module):
-    """Stands in for a teacher layer's attention: gives the attention's output and notes how far the
-    RNN mixer's is from it."""
+    """Replaces a teacher layer's attention: returns the attention's output and stores the RNN
+    mixer's loss against it."""
 
     def __init__(
         self, layer: int, attention: nn.Module, mixer: nn.Module, *, sequence_parallel: bool = False
@@ -184,8 +187,8 @@ class Imitation(nn.Module):
     def forward(
         self, hidden_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """Megatron's call of a mixer: hidden_states [s, b, h] -> (output [s, b, h], bias); runs
-        without grad, the mixer with."""
+        """Megatron's call of a mixer: hidden_states [s, b, h] -> (output [s, b, h], bias); the
+        attention runs without grad, the mixer with."""
         attention, mixer = self.__dict__["attention"], self.__dict__["mixer"]
         output, bias = attention(hidden_states, *args, **kwargs)
         with torch.enable_grad():
@@ -196,8 +199,8 @@ class Imitation(nn.Module):
         return output, bias
 
     def take_loss(self) -> Tensor:
-        """The loss of the last forward pass; the reference is dropped so that its graph dies with
-        the backward."""
+        """The loss of the last forward pass; the reference is dropped so that its graph is freed by
+        the backward pass."""
         assert self._loss is not None, "take_loss needs a forward pass first"
         loss = self._loss
         self._loss = None

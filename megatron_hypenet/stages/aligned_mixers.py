@@ -1,5 +1,5 @@
-"""The aligned RNN mixers as a module of their own, and the measurement behind layer selection: swap
-one layer, score, swap back."""
+"""The aligned RNN mixers as a module, and the layer sweep of layer selection: convert one layer,
+score, convert back."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ Scores = dict[str, float]
 
 
 class AlignedMixers(nn.Module):
-    """One RNN mixer per decoder layer of this pipeline stage; what stage 1 trains, saves and hands
-    on."""
+    """One RNN mixer per decoder layer of this pipeline stage; the module that stage 1 trains and
+    saves."""
 
     def __init__(self, model_config: ModelConfig, mixers: Mapping[int, Mixer]) -> None:
         """`model_config` is the student with an RNN mixer in every layer; `mixers` goes by global
@@ -69,7 +69,7 @@ class AlignedMixers(nn.Module):
 @contextmanager
 def swapped(model: HypeNetModel, layer: int, mixers: AlignedMixers) -> Iterator[None]:
     """Inside the block, `model` uses the RNN mixer in global layer `layer`; a layer of another
-    pipeline stage is left alone."""
+    pipeline stage is not touched."""
     if str(layer) not in mixers.mixers:
         yield
         return

@@ -1,9 +1,9 @@
-"""From the teacher, the aligned mixers and a selection to the student that stage 2 trains: which
-tensor comes from where.
+"""Plan the student that stage 2 trains from the teacher, the aligned mixers and a selection: the
+source of every tensor.
 
-Only names and fresh tensors are decided here, without reading or writing anything:
-halo/build_stage.py moves the data. Kept layers take the teacher's attention and get a new random
-output gate; every other layer takes its aligned RNN mixer; all the rest is the teacher's.
+This decides only names and fresh tensors, and reads or writes nothing; halo/build_stage.py moves
+the data. Kept layers take the teacher's attention and get a new random output gate; every other
+layer takes its aligned RNN mixer; all other tensors are the teacher's.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _MIXER_KEY = re.compile(r"decoder\.layers\.(\d+)\.self_attention\.")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AssemblyPlan:
-    """Where every tensor of the student comes from, by canonical name."""
+    """The source of every tensor of the student, by canonical name."""
 
     from_teacher: tuple[str, ...]
     from_aligned: tuple[str, ...]

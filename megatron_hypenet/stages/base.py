@@ -1,5 +1,5 @@
-"""What a training stage promises the engine: what trains, what the loss is, and what is handed on
-under which names."""
+"""The interface of a training stage for the engine: trained parameters, loss, and what the stage
+saves under which names."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def local_tokens(batch: Batch) -> LocalTokens:
 
 
 class PipelineRun(Protocol):
-    """The micro-batches of one step on their way through several pipeline stages, for
-    `StageModule.pipeline_step`; training/schedule.py has it."""
+    """The micro-batches of one step in a pipeline of several stages, for
+    `StageModule.pipeline_step`; training/schedule.py implements it."""
 
     tokens: Sequence[LocalTokens]
     """This rank's part of every micro-batch."""
@@ -72,15 +72,15 @@ class PipelineRun(Protocol):
         (parallel/pipeline.py)."""
 
     def working(self) -> AbstractContextManager[None]:
-        """A block whose time counts as this rank's own work, without waiting for other ranks."""
+        """Measure a block as this rank's own work, without waiting for other ranks."""
 
     def add(self, loss: Tensor, metrics: Mapping[str, Tensor]) -> None:
         """Count one micro-batch's loss and metrics."""
 
 
 class StageModule(nn.Module, ABC):
-    """The module the engine wraps. Its parameters are exactly what trains; a frozen teacher hangs
-    beside it, unregistered.
+    """The module that the engine wraps. Its parameters are exactly those that train; a frozen
+    teacher is an attribute that is not registered as a submodule.
 
     Keeping the teacher out of `modules()` keeps it out of the optimizer, the gradient norm, dtype
     casts and every checkpoint.
@@ -100,8 +100,7 @@ class StageModule(nn.Module, ABC):
 
         The loss is a scalar in fp32 (fp64 for fp64 models), a mean over this process's tokens and
         already summed over tensor-parallel ranks; metrics are detached scalars of the same kind, by
-        TensorBoard tag. For the layers of one process: under pipeline parallelism the engine's
-        schedule runs the parts instead.
+        TensorBoard tag. This is for one pipeline stage; with several, `pipeline_step` runs instead.
         """
 
     @property
@@ -115,7 +114,7 @@ class StageModule(nn.Module, ABC):
         model/flops.py."""
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
-        """What the optimizer gets, by local parameter name."""
+        """The parameters for the optimizer, by local name."""
         return {
             name: parameter
             for name, parameter in self.named_parameters()
@@ -137,7 +136,8 @@ class StageModule(nn.Module, ABC):
         raise NotImplementedError(f"no pipeline schedule for {type(self).__name__}")
 
     def attach_frozen(self, name: str, module: nn.Module) -> None:
-        """Hang a frozen module beside the stage as attribute `name`, without registering it."""
+        """Freeze a module and make it the attribute `name`, without registering it as a
+        submodule."""
         module.requires_grad_(False)
         module.eval()
         self.__dict__[name] = module
@@ -146,12 +146,12 @@ class StageModule(nn.Module, ABC):
 def finite_or_nan(loss: Tensor) -> Tensor:
     """1 for a finite loss, else NaN: a factor that makes every gradient of a bad loss NaN.
 
-    Choosing between two numbers would copy them to the device and wait for it; a product stays
+    Choosing between two values would copy them to the device and wait for it; a product stays
     there.
 
     Some bad losses have finite gradients (an infinite sum of finite terms). This way the gradient
-    norm, which DeepSpeed reduces over all processes and looks at before it updates, is the one
-    judge of a step.
+    norm, which DeepSpeed reduces over all processes and checks before it updates, alone decides
+    about a step.
     """
     return loss.detach() * 0 + 1
 

@@ -33,8 +33,7 @@ class DistillStage(HeadStage):
     def head_loss(
         self, tokens: LocalTokens, hidden: Tensor, teacher_hidden: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The KL of the next-token distributions at every input token; labels have no part in
-        it."""
+        """The KL of the next-token distributions at every input token; labels are not used."""
         assert self.frozen_teacher is not None and teacher_hidden is not None, (
             "distillation has a teacher"
         )

@@ -27,7 +27,7 @@ class FinetuneStage(HeadStage):
         self, tokens: LocalTokens, hidden: Tensor, teacher_hidden: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean cross entropy of the tokens that follow the inputs; hidden states are [t, b, h], so
-        labels go by token first too."""
+        labels are [t, b] too."""
         loss = linear_cross_entropy(
             hidden,
             self.student.head_weight(),

@@ -1,4 +1,4 @@
-"""What a training stage holds on one pipeline stage, from shapes and layout alone.
+"""The memory of a training stage on one pipeline stage, computed from shapes and layout alone.
 
 Elements of weights and activations are counted here, model by model and layer by layer; each
 stage's specification adds up what it needs, and planning/memory.py turns the sums into bytes."""
@@ -18,14 +18,14 @@ ACCUMULATION_BYTES = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Footprint:
-    """What a stage needs beside the gradients and the optimizer state of its trained weights."""
+    """The needs of a stage besides the gradients and the optimizer state of its trained weights."""
 
     trained: float
     """Weights that train, in elements."""
     frozen: float = 0.0
     """Weights of a frozen teacher, in elements."""
     activations: float
-    """Elements that forward keeps for backward, and hidden states of a teacher that wait for their
+    """Elements of saved activations, and of a teacher's hidden states that are kept until their
     loss."""
     work: float
     """Bytes of the larger of: the loss with its chunk of logits and the gradient of the head; one
@@ -79,13 +79,13 @@ class StageRank:
 
     @property
     def in_flight(self) -> int:
-        """Micro-batches whose activations are alive at one time: with one forward, one backward, as
-        many as stages follow."""
+        """Number of micro-batches whose activations are held at one time: under 1F1B, one for this
+        stage and for each that follows."""
         return min(len(self.layout) - self.index, self.micro_batches)
 
     @property
     def recompute(self) -> Recompute:
-        """What is computed again in backward instead of kept."""
+        """The stage's `recompute` setting."""
         return self.config.recompute if isinstance(self.config, HeadStageConfig) else "none"
 
     def stream(self, model: ModelConfig) -> float:
@@ -121,6 +121,6 @@ class StageRank:
         return 4 * stream + kept + 3 * inner
 
     def mlp_work(self, model: ModelConfig) -> float:
-        """Elements per token that are alive while the backward of an MLP runs, which holds more
-        than a mixer's."""
+        """Elements per token that are held while the backward of an MLP runs, which needs more than
+        a mixer's."""
         return 3 * model.ffn_hidden_size / self.tensor + 3 * model.hidden_size

@@ -35,7 +35,7 @@ from megatron_hypenet.stages.spec import StageSpec, stage_spec
 
 
 class HeadStage(StageModule):
-    """The module of such a stage.
+    """The module of a stage that trains through the output head.
 
     `head_loss` runs where the last layers are; under pipeline parallelism the schedule calls it on
     the last stage."""
@@ -84,8 +84,8 @@ class HeadStage(StageModule):
         )
 
     def pipeline_step(self, pipeline: PipelineRun) -> None:
-        """The teacher forward for all micro-batches, whose hidden states the last rank keeps; then
-        the student, one forward one backward, with the loss of both on the last rank."""
+        """Run the teacher forward for all micro-batches and keep its hidden states on the last
+        rank; then run the student by 1F1B, with the loss on the last rank."""
         tokens = pipeline.tokens
         waiting: list[Tensor | None] = [None] * len(tokens)
         teacher = self.frozen_teacher
@@ -140,7 +140,7 @@ class HeadSpec(StageSpec):
     def layer_costs(
         self, teacher: ModelConfig, student: ModelConfig, seq_length: int
     ) -> tuple[list[float], float]:
-        """Both models' layers and heads, those of the student forward and backward."""
+        """The layers and heads of both models, the student's forward and backward."""
         costs = [(1 + BACKWARD) * cost for cost in layer_costs(student, seq_length)]
         heads = (1 + BACKWARD) * head_flops(student)
         if not self.needs_teacher:
@@ -173,8 +173,7 @@ class HeadSpec(StageSpec):
 
 
 def layer_backward_bytes(rank: StageRank, student: ModelConfig) -> float:
-    """Bytes that the backward of one layer holds at its fullest moment, what it computes again
-    included."""
+    """Peak bytes of the backward of one layer, with what it recomputes."""
     recomputed = {
         "none": 0.0,
         "selective": student.ffn_hidden_size / rank.tensor + 2 * student.hidden_size,

@@ -1,13 +1,13 @@
-"""Layer selection, the pure part: from per-layer scores to the layers that stay softmax attention.
+"""Rank layers by their scores, and choose those that keep softmax attention.
 
-Every layer l is once replaced alone by its aligned RNN mixer and scored: recall R_l and commonsense
-C_l. A layer matters when losing its attention costs recall but little else, so its importance is
-(arXiv 2601.22156)
+Every layer l is replaced by its aligned RNN mixer, one at a time, and the model is scored: recall
+R_l and commonsense C_l. A layer matters when losing its attention costs recall but little else, so
+its importance is (arXiv 2601.22156)
 
     I_l = (max_j R_j - R_l) / (max_j C_j - C_l + eps)        capped at 50
 
 and the `num_attention` layers of the highest importance keep attention. No tensor library is
-imported here: ranking is a desk job.
+imported here: ranking needs none.
 """
 
 from __future__ import annotations
@@ -34,26 +34,26 @@ otherwise divide by eps."""
 IMPORTANCE_EPS = 1e-10
 """Keeps the quotient finite for the layer with the best commonsense score."""
 METRICS = ("recall", "commonsense")
-"""The two scores that every layer must have."""
+"""The two metrics that every layer must have."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerScores:
-    """Scores of the model with one layer replaced, in layer order; higher is better. The scale is
-    free: it cancels only per metric."""
+    """Scores of the model with one layer replaced, in layer order; higher is better. Their scale is
+    free, but must be the same for all layers."""
 
     recall: tuple[float, ...]
     commonsense: tuple[float, ...]
 
     @property
     def num_layers(self) -> int:
-        """Number of layers that were swapped, one after the other."""
+        """Number of layers that were scored."""
         return len(self.recall)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Selection:
-    """Which mixer every layer gets, and the importances that decided it."""
+    """The mixer of every layer, and the importances that decided it."""
 
     mixer_types: tuple[str, ...]
     attention_layers: tuple[int, ...]
@@ -164,7 +164,7 @@ def load_scores(path: Path) -> LayerScores:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Mixers:
-    """What must be in `mixers.json`; other keys are free."""
+    """The required keys of `mixers.json`; others are allowed."""
 
     mixer_types: list[str]
     attention_layers: list[int]

@@ -1,8 +1,8 @@
-"""What a training stage is, without its tensors: what it is made from, what it computes and what it
-holds. One specification per stage, in the stage's own file.
+"""The specification of a training stage: how it is built, what it computes, and what it holds in
+memory. There is one per stage, in the stage's own file.
 
-Everything outside that depends on which stage trains (building, planning, time left, the layout of
-a pipeline) asks the specification, so that a stage's name stands in its own file."""
+Code that depends on which stage trains (building, planning, remaining time, pipeline layout) asks
+the specification, so that only a stage's own file branches on its name."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class ModelSource(Protocol):
-    """Where a stage's models come from: checkpoints (halo/build_stage.py) or random weights
+    """The source of a stage's models: checkpoints (halo/build_stage.py) or random weights
     (tools/bench)."""
 
     @property
@@ -30,7 +30,7 @@ class ModelSource(Protocol):
 
     @property
     def seed(self) -> int:
-        """Seed of weights that no model has yet."""
+        """Seed of fresh weights."""
 
     def teacher(self, *, trunk_only: bool = False) -> HypeNetModel:
         """The teacher, perhaps without what follows its last mixer."""
@@ -45,7 +45,7 @@ class StageSpec(ABC):
     name: ClassVar[str]
     """The stage's name in configs, folders and metric tags."""
     needs_teacher: ClassVar[bool]
-    """Whether a frozen teacher runs beside what trains."""
+    """Whether the stage needs a frozen teacher."""
     through_head: ClassVar[bool]
     """Whether a whole student trains through its output head; it then starts from a student."""
 
@@ -68,11 +68,11 @@ class StageSpec(ABC):
     def layer_costs(
         self, teacher: ModelConfig, student: ModelConfig, seq_length: int
     ) -> tuple[list[float], float]:
-        """FLOPs per token of every layer, and of the head: what balances a pipeline."""
+        """FLOPs per token of every layer, and of the head, for balancing a pipeline."""
 
     @abstractmethod
     def footprint(self, rank: StageRank, teacher: ModelConfig, student: ModelConfig) -> Footprint:
-        """What the stage holds on one pipeline stage, for a bf16 model on CUDA."""
+        """The memory of the stage on one pipeline stage, for a bf16 model on CUDA."""
 
 
 _REGISTRY: dict[str, StageSpec] = {}
@@ -88,8 +88,8 @@ def register_stage(cls: type[StageSpec]) -> type[StageSpec]:
 def stage_spec(name: str) -> StageSpec:
     """The specification of training stage `name`, one of STAGES.
 
-    Its file is imported at the first call: it has the stage's module, which needs torch, and
-    commands that only show a plan do without."""
+    Its file is imported at the first call, because it needs torch, which commands that only show a
+    plan do not load."""
     if name not in STAGES:
         raise KeyError(f"no stage {name!r}; stages are {', '.join(STAGES)}")
     if name not in _REGISTRY:

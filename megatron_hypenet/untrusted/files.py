@@ -58,7 +58,7 @@ class FileKind:
             self.refuse(path, f"cannot be read: {reason_of(error)}")
         try:
             stream = open(descriptor, "rb")  # noqa: SIM115 - handed to the caller
-        except OSError as error:  # a folder; Python closes the descriptor
+        except OSError as error:  # a folder; Python has closed the descriptor
             self.refuse(path, f"cannot be read: {reason_of(error)}")
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             stream.close()
@@ -88,8 +88,8 @@ class FileKind:
 
 
 def has_entry(path: Path) -> bool:
-    """Whether anything has this name, be it a folder, or a symbolic link that leads nowhere or in a
-    circle: then an optional file is not absent, and reading it says what is wrong."""
+    """Whether anything has this name, also a folder, or a symbolic link that leads nowhere or in a
+    circle: then an optional file is not absent, and reading it reports the problem."""
     return os.path.lexists(path)
 
 
@@ -132,8 +132,8 @@ def is_inside(folder: Path, path: Path) -> bool:
 
 
 def reason_of(error: BaseException) -> str:
-    """Return what an exception says in one line: an OSError's reason without its path, else its
-    first line."""
+    """Return the message of an exception in one line: an OSError's reason without its path, else
+    its first line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return next(iter(str(error).splitlines()), "") or type(error).__name__

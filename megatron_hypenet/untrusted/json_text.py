@@ -2,7 +2,7 @@
 open, and typed by pydantic.
 
 Python's parser accepts NaN, Infinity, numbers that overflow to infinity, keys written twice and
-escapes of half a surrogate pair. Each of them has a meaning nobody intended, so each is refused
+escapes of half a surrogate pair. None of these is intended in a valid file, so each is refused
 here.
 """
 
@@ -47,9 +47,9 @@ def read_typed(kind: FileKind, path: Path, form: type[T]) -> T:
     """Return the JSON value in the file `path` as a `form`, which is any type that pydantic knows
     (dataclasses among them).
 
-    Types are strict: a number is no text, 3.0 is no integer. The error names every entry that does
-    not fit, up to three. Entries that a dataclass does not have are ignored unless it says
-    `__pydantic_config__ = ConfigDict(extra="forbid")`.
+    Types are strict: a number is not accepted as text, nor 3.0 as an integer. The error names every
+    entry that does not fit, up to three. Entries that a dataclass does not have are ignored unless
+    it says `__pydantic_config__ = ConfigDict(extra="forbid")`.
     """
     return typed(kind, path, read_json(kind, path), form)
 

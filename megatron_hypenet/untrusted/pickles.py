@@ -40,13 +40,13 @@ class Record:
     what: Global
     args: tuple[Any, ...]
     state: Any = None
-    """What the object would be filled with: usually `Pairs` of attribute names and values."""
+    """The state that would fill the object: usually `Pairs` of attribute names and values."""
 
 
 @dataclass(slots=True, eq=False)
 class Pairs:
     """A dictionary, as its keys and values in order. A key may be any value, hashable or not, and
-    may be there twice."""
+    may occur twice."""
 
     items: list[tuple[Any, Any]] = field(default_factory=list)
 
@@ -60,7 +60,8 @@ class Collection:
 
 @dataclass(slots=True, eq=False)
 class Stored:
-    """What a pickle refers to by a persistent id: the storage of a tensor, in torch's files."""
+    """An object that a pickle refers to by a persistent id: the storage of a tensor, in torch's
+    files."""
 
     key: Any
 
@@ -179,8 +180,8 @@ class _Machine:
 
     def set_items(self, values: list[Any]) -> None:
         target = self.stack[-1]
-        # an OrderedDict is a call that is filled like a dictionary; nobody reads one, so what it
-        # holds is dropped
+        # an OrderedDict is a call that is filled like a dictionary; no reader uses one, so its
+        # content is dropped
         if not isinstance(target, Pairs | Record) or len(values) % 2:
             raise Damaged("keys and values for what is no dictionary")
         if isinstance(target, Pairs):

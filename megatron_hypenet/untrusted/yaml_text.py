@@ -2,10 +2,10 @@
 scalar kept as it is written.
 
 PyYAML scans the text; the values are built here, from its events, in one pass without recursion.
-What a scalar without quotes means is left to whoever knows the setting it is for
-(`config/meaning.py`): `12.10` is a number for one setting and a version for another. Where nobody
-knows, `value_of` says what it looks like. Nothing is read that means one thing to YAML 1.1 and
-another to a person: `1:30` is not 90, `0755` is not 493, and a date is text.
+The meaning of a scalar without quotes depends on the setting that it is for (`config/meaning.py`):
+`12.10` is a number for one setting and a version for another. Where the setting is not known,
+`value_of` converts it by its form. Scalars that YAML 1.1 reads in an unexpected way stay text:
+`1:30` is not 90, `0755` is not 493, and a date is text.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import yaml
 from megatron_hypenet.untrusted.files import FileKind, reason_of, shown
 
 MERGE = "<<"
-"""Key whose value is a mapping, or a list of mappings, that this mapping begins with; what is
-written beside it wins."""
+"""Key whose value is a mapping, or a list of mappings, that this mapping begins with; keys that are
+written beside it take precedence."""
 
 MAX_DIGITS = 100
 """Longest number that `value_of` converts, in characters; Python's conversion of integers takes
@@ -55,8 +55,8 @@ _PLAIN_TAGS = frozenset({f"{_TAG}{name}" for name in ("int", "float", "bool", "n
 
 
 class Plain(str):
-    """A scalar that was written without quotes: its text, which may stand for a number, a switch,
-    nothing, or itself."""
+    """A scalar that was written without quotes: its text, which may mean a number, a switch, null,
+    or itself."""
 
     __slots__ = ()
 
@@ -70,18 +70,18 @@ def parse_yaml(kind: FileKind, path: Path | str, text: str) -> Any:
     """Return the YAML value in `text`, which came from `path`: dicts with text as keys, lists,
     text, and `Plain` for unquoted scalars.
 
-    Aliases and merge keys are resolved; one object may then stand in several places, so copy before
-    you change. Raises `kind`'s error for anything but one document of plain YAML, a key written
-    twice, an alias inside its own anchor, other tags than YAML's scalars, lists and mappings, text
-    that UTF-8 cannot hold, and beyond the kind's limits, where aliases count as what they stand
-    for.
+    Aliases and merge keys are resolved; one object may then occur in several places, so copy it
+    before changing it. Raises `kind`'s error for anything but one document of plain YAML, a key
+    written twice, an alias inside its own anchor, other tags than YAML's scalars, lists and
+    mappings, text that UTF-8 cannot hold, and beyond the kind's limits, where aliases count as the
+    value that they refer to.
     """
     return _Builder(kind, path).build(text)
 
 
 def value_of(value: Any) -> Any:
-    """Return `value` with every `Plain` in it as what it looks like: None, a bool, an int, a float,
-    or text."""
+    """Return `value` with every `Plain` in it converted by its form: to None, a bool, an int, a
+    float, or text."""
     if isinstance(value, dict):
         return {key: value_of(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -222,13 +222,13 @@ class _Builder:
         self._place(built)
 
     def _take(self, built: _Built, anchor: str | None) -> None:
-        """Place a scalar or what an alias stands for."""
+        """Place a scalar, or the value of an alias."""
         self._name(anchor, built)
         self._bound(built.size, len(self.open) + built.height)
         self._place(built)
 
     def _place(self, built: _Built) -> None:
-        """Put a finished value where it belongs; its size is in `total` already."""
+        """Put a finished value into its container; `total` already has its size."""
         if not self.open:
             self.result = built.value
             return

@@ -1,9 +1,9 @@
-"""One step of AdamW on flat fp32 weights that clips the gradient and writes the model's own,
-narrower weights as it goes.
+"""One step of AdamW on flat fp32 weights that also clips the gradient and writes the model's
+weights in the compute dtype.
 
 Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (arXiv 1711.05101). Scaling
-the gradient, torch's fused step, and the copy to the narrow weights move 8, 28 and 6 bytes per
-weight one after the other; together they move 30."""
+the gradient, torch's fused step, and the copy to the model's weights move 8, 28 and 6 bytes per
+weight one after the other; in one pass they move 30."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclass(frozen=True)
 class AdamWStep:
-    """The numbers of one step; `count` from 1."""
+    """The scalars of one step; `count` begins with 1."""
 
     count: int
     lr: float
@@ -58,9 +58,9 @@ def adamw(
     """Update `weight`, `exp_avg`, `exp_avg_sq` [n], fp32, and overwrite `narrow` [n] with the
     weight in its own dtype; all contiguous.
 
-    `scale` (0-dimensional, fp32, on the same device) is what the gradient is multiplied with first;
-    where it is NaN nothing changes. On CUDA one kernel, and the host does not wait; elsewhere
-    torch's fused step, with the gradient scaled in place before it and the copy after it."""
+    `scale` (0-dimensional, fp32, on the same device) multiplies the gradient first; where it is NaN
+    nothing changes. On CUDA one kernel, and the host does not wait; elsewhere torch's fused step,
+    with the gradient scaled in place before it and the copy after it."""
     if (
         weight.is_cuda
         and enabled("adamw")
@@ -95,7 +95,7 @@ def adamw(
 
 
 def kernel_fits(dtype: torch.dtype) -> bool:
-    """Whether the kernel writes narrow weights of this dtype."""
+    """Whether the kernel writes weights of this dtype."""
     return dtype in KERNEL_DTYPES
 
 
@@ -108,8 +108,8 @@ def fused_adamw(
     step: AdamWStep,
     scale: Tensor,
 ) -> None:
-    """The kernel; arguments as in `adamw`. ValueError unless all five have as many numbers, in one
-    piece of memory each."""
+    """Run the kernel; arguments as in `adamw`. ValueError unless all five have the same number of
+    elements and are contiguous."""
     from megatron_hypenet.ops.adamw import triton as kernels
 
     tensors = (weight, gradient, exp_avg, exp_avg_sq, narrow)

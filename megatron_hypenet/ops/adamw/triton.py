@@ -1,4 +1,4 @@
-"""Triton kernel of `adamw.py`: one flat block per program, each number read and written once."""
+"""Triton kernel of `adamw`: one flat block per program, each element read and written once."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ if TYPE_CHECKING:
 BLOCK = 1024
 WARPS = 4
 VECTOR = 4
-"""Numbers that lie together in one thread: 16 bytes of fp32; the narrow weights follow with what
-that leaves them."""
+"""Adjacent elements per thread: 16 bytes of fp32, and half of that for bf16 weights."""
 
 
 @triton.jit
@@ -27,7 +26,7 @@ def kernel(
     """m = beta1 m + rest1 g, s = beta2 s + rest2 g^2, w = kept w - step_size m / (sqrt(s) /
     root_correction + eps), with g scaled.
 
-    Nothing where the scale is NaN."""
+    Writes nothing where the scale is NaN."""
     factor = tl.load(scale)
     at = tl.program_id(0).to(tl.int64) * block + tl.max_contiguous(tl.arange(0, block), vector)
     inside = at < count
@@ -53,8 +52,9 @@ def run(
     step: AdamWStep,
     scale: Tensor,
 ) -> None:
-    """All contiguous and of as many numbers. What is left of a whole number of blocks is a launch
-    of its own, so that a size that no power of two divides costs the wide accesses nowhere else."""
+    """Launch the kernel on contiguous tensors of one size. The remainder after whole blocks is a
+    launch of its own, so that a size which no power of two divides loses vectorised accesses only
+    there."""
     tensors = [x.detach().view(-1) for x in (weight, gradient, exp_avg, exp_avg_sq, narrow)]
     count = tensors[0].numel()
     (beta1, beta2) = step.betas

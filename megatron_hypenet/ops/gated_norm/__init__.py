@@ -2,8 +2,8 @@
 over memory on a GPU.
 
 Source: HypeNet's Lightning layer, which normalises all heads together and then gates (arXiv
-2601.22156). Only where one process holds whole rows: a row split over tensor-parallel ranks needs
-its sum of squares from all of them first."""
+2601.22156). It is for processes that hold whole rows: a row that is split over tensor-parallel
+ranks needs its sum of squares from all of them first."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def gated_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def kernel_fits(dtype: torch.dtype, width: int) -> bool:
-    """Whether the kernel is made for rows of this width, which one program holds, and dtype."""
+    """Whether the kernel supports rows of this width (one program holds a row) and dtype."""
     return dtype in KERNEL_DTYPES and width <= KERNEL_MAX_WIDTH
 
 

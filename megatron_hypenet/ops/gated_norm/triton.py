@@ -1,5 +1,5 @@
-"""Triton kernels of `gated_norm.py`: forward one row per program, backward a strided set of rows,
-so that dweight has few partial sums."""
+"""Triton kernels of `gated_norm`: forward one row per program, backward a strided set of rows, so
+that dweight has few partial sums."""
 
 import torch
 import triton
@@ -9,8 +9,8 @@ from torch import Tensor
 from megatron_hypenet.ops.rows import warps_of_row
 
 BACKWARD_PROGRAMS = 528  # four for each multiprocessor of an H100
-# `batch` and `rows` stay run-time numbers: a batch of one would otherwise be compiled, and have to
-# be checked, apart.
+# `batch` and `rows` stay run-time arguments: a batch of one would otherwise be compiled, and have
+# to be checked, separately.
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -109,7 +109,7 @@ def forward(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
 def backward(
     x: Tensor, gate: Tensor, weight: Tensor, dy: Tensor, eps: float, dgate: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx [t, b, n] contiguous, dgate [t, b, n], contiguous or the one that is given to be filled,
+    """Return dx [t, b, n] contiguous, dgate [t, b, n] (contiguous, or the given tensor, filled),
     dweight [n] in weight's dtype."""
     t, b, n = x.shape
     programs = min(t * b, BACKWARD_PROGRAMS)

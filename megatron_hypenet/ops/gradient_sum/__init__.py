@@ -1,8 +1,8 @@
-"""The fp32 sum of narrow gradients, `total = gradient` or `total += gradient`, by wide accesses to
-memory on a GPU.
+"""The fp32 sum of bf16 gradients, `total = gradient` or `total += gradient`, by vectorised accesses
+to memory on a GPU.
 
-torch's own `copy_` and `add_` between two dtypes move one number at a time: on an H100 1.8 TB/s of
-3.0. The numbers are the same."""
+torch's own `copy_` and `add_` between two dtypes move one element at a time: on an H100 1.8 TB/s of
+3.0. The results are the same."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def gradient_sum(total: Tensor, gradient: Tensor, *, add: bool) -> None:
 
 
 def kernel_fits(dtype: torch.dtype) -> bool:
-    """Whether the kernel is made for gradients of this dtype."""
+    """Whether the kernel supports gradients of this dtype."""
     return dtype in KERNEL_DTYPES
 
 
 def fused_gradient_sum(total: Tensor, gradient: Tensor, *, add: bool) -> None:
-    """The kernel; arguments as in `gradient_sum`. ValueError for another number of gradients, of
-    which torch would repeat a single one."""
+    """The kernel; arguments as in `gradient_sum`. ValueError when the sizes differ; torch would
+    broadcast a single gradient."""
     from megatron_hypenet.ops.gradient_sum import triton as kernels
 
     if total.numel() != gradient.numel():

@@ -1,4 +1,4 @@
-"""Triton kernel of `gradient_sum.py`: one flat block per program, each number read and written
+"""Triton kernel of `gradient_sum`: one flat block per program, each element read and written
 once."""
 
 import triton
@@ -8,14 +8,14 @@ from torch import Tensor
 BLOCK = 2048
 WARPS = 4
 VECTOR = 4
-"""Numbers that lie together in one thread: 16 bytes of the sum. With eight, which are 16 bytes of a
-bf16 gradient, the store would need the numbers dealt to other threads, through shared memory."""
+"""Adjacent elements per thread: 16 bytes of the sum. With eight, which are 16 bytes of a bf16
+gradient, the store would first have to move elements to other threads through shared memory."""
 
 
 @triton.jit
 def kernel(total, gradient, count, add: tl.constexpr, block: tl.constexpr, vector: tl.constexpr):
-    """total = gradient, or total += gradient. How wide the accesses are follows from where both
-    begin, which each launch looks at."""
+    """total = gradient, or total += gradient. The width of the accesses follows from the alignment
+    of both, which each launch checks."""
     at = tl.program_id(0).to(tl.int64) * block + tl.max_contiguous(tl.arange(0, block), vector)
     inside = at < count
     value = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
@@ -25,7 +25,8 @@ def kernel(total, gradient, count, add: tl.constexpr, block: tl.constexpr, vecto
 
 
 def run(total: Tensor, gradient: Tensor, add: bool) -> None:
-    """Both contiguous and of as many numbers, total fp32: it is overwritten, or added to."""
+    """Launch the kernel on contiguous tensors of one size; total is fp32, and is overwritten or
+    added to."""
     if count := total.numel():
         kernel[(triton.cdiv(count, BLOCK),)](
             total, gradient, count, add=add, block=BLOCK, vector=VECTOR, num_warps=WARPS

@@ -1,4 +1,4 @@
-"""Lightning Attention: `lightning_attn` is the front; `naive` is the definition, `chunked` the
+"""Lightning Attention: `lightning_attn` chooses the form; `naive` is the definition, `chunked` the
 torch form, `recurrent` one decode step.
 
 All share one contract: q, k [b, t, h, k], v [b, t, h, v], log_decay [h] (fp32 or wider), state [b,

@@ -29,7 +29,7 @@ def chunked_lightning_attn(
 
     `document_ids` [b, t] as in `naive.py`. Any t >= 1: a tail shorter than a chunk is one more,
     smaller chunk. Accumulates and returns the state in float32, in float64 for float64 inputs.
-    Memory: about t * chunk_size numbers per head besides inputs and outputs."""
+    Memory: about t * chunk_size elements per head besides inputs and outputs."""
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     b, t, h, dk = q.shape
     state = (
@@ -89,8 +89,8 @@ def chunked_lightning_state(
 
 
 class _DocumentMasks:
-    """Which terms of the chunk sums stay inside one document, for `n` chunks: ids [b, n*size],
-    `before` [b] the id the state belongs to."""
+    """Masks of the terms of the chunk sums that stay inside one document, for `n` chunks: ids [b,
+    n*size], `before` [b] the id the state belongs to."""
 
     def __init__(self, ids: Tensor, before: Tensor, size: int) -> None:
         chunks = ids.unflatten(1, (-1, size))

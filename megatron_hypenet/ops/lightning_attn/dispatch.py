@@ -1,5 +1,4 @@
-"""The front of Lightning Attention: one signature, the fastest form that runs where the tensors
-are."""
+"""One function for Lightning Attention: it runs the fastest form that supports the tensors."""
 
 from __future__ import annotations
 
@@ -68,7 +67,7 @@ def runs_kernels(q: Tensor, v: Tensor) -> bool:
     """Whether the Triton kernels take these tensors [b, t, h, d]: on CUDA, bf16, fp16 or fp32, key
     and value dims up to 256, not disabled.
 
-    Triton is imported only here and only then: a machine without a GPU need not have it."""
+    Triton is imported only in this case, so a machine without a GPU need not have it."""
     dims = max(q.shape[-1], v.shape[-1])
     sequences = q.shape[0] * q.shape[2]
     return (
@@ -80,5 +79,5 @@ def runs_kernels(q: Tensor, v: Tensor) -> bool:
 
 
 def kernel_fits(dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether the kernels are made for heads of this size and dtype."""
+    """Whether the kernels support heads of this size and dtype."""
     return dtype in KERNEL_DTYPES and head_dim <= KERNEL_MAX_DIM

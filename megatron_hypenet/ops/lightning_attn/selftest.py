@@ -40,9 +40,9 @@ def check_lightning(
     pieces: bool,
     tokens: int = 1024,
 ) -> KernelCheck:
-    """Output and all gradients, with every way that the kernels reach memory here. `states`: a
-    state enters and the final one is used; `pieces`: also the state alone, as context parallelism
-    sends it. 1024 tokens are several segments."""
+    """Check output and all gradients, with every way in which the kernels access memory here.
+    `states`: a state enters and the final one is used; `pieces`: also the state alone, as context
+    parallelism sends it. 1024 tokens are several segments."""
 
     def run() -> Pairs:
         from megatron_hypenet.ops.lightning_attn.triton import (

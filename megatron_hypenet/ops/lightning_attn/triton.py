@@ -1,8 +1,8 @@
-"""Lightning Attention on a GPU: what the Triton kernels are given, and their gradients.
+"""Lightning Attention on a GPU: launches of the Triton kernels, and their gradients.
 
 Forward and backward recompute everything but one state per segment. No atomics: the same inputs
-give the same bits. Under `torch.compile` each launch is a custom operator, so the graph stays
-whole."""
+give the same bits. Under `torch.compile` each launch is a custom operator, so the graph is not
+broken."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -186,8 +186,7 @@ def backward_into(
     dv: Tensor,
     dinitial: Tensor | None,
 ) -> None:
-    """Fill dq, dk, dv (any strides, each head's numbers side by side) and, with an initial state,
-    dinitial."""
+    """Fill dq, dk, dv (any strides, each head contiguous) and, with an initial state, dinitial."""
     plan = _plan(q, v)
     _scan(
         do, v, k, dq, states, initial, None, decay, ids, scale, plan, reverse=False, transposed=True
@@ -273,7 +272,7 @@ def _segment_states(
     reverse: bool,
     always: bool = False,
 ) -> Tensor:
-    """[b*h, segments, y dim, z dim], fp32; empty when a single segment has no other to tell."""
+    """[b*h, segments, y dim, z dim], fp32; empty when there is a single segment."""
     b, t, h, dy = y.shape
     dz = z.shape[-1]
     blocks = plan.states
@@ -456,8 +455,8 @@ def _(k, v, decay, ids):  # type: ignore[no-untyped-def]
 
 
 def _pick(direct: Callable[..., Any], operator: Callable[..., Any]) -> Callable[..., Any]:
-    """The plain function in eager mode (an operator costs host time), the operator where a compiler
-    is watching."""
+    """The plain function in eager mode (an operator costs host time), the operator under
+    torch.compile."""
     return operator if torch.compiler.is_compiling() else direct
 
 
@@ -469,8 +468,8 @@ def _plan(q: Tensor, v: Tensor) -> Plan:
 
 
 def _access(tensors: tuple[Tensor, ...], whole: bool) -> int:
-    """Descriptors where the GPU and this Triton have them, the memory is aligned for them, and they
-    pay; else pointers."""
+    """Descriptors where the GPU and this Triton support them, the memory is aligned, and they are
+    faster; else pointers."""
     if (
         _has_descriptors(tensors[0].device)
         and _descriptors_pay(tensors[0])
@@ -497,8 +496,8 @@ def _descriptors_pay(x: Tensor) -> bool:
 
 
 def ways(device: torch.device) -> dict[str, AbstractContextManager[None]]:
-    """For checks on small inputs: contexts in which these, too, are reached in every way that the
-    kernels know on `device`, by a label."""
+    """Contexts, by label, in which small inputs too are accessed in every way that the kernels have
+    on `device`; used by checks."""
     return {
         "": nullcontext(),
         **({" by descriptors": descriptors_for_all()} if _has_descriptors(device) else {}),
@@ -507,7 +506,7 @@ def ways(device: torch.device) -> dict[str, AbstractContextManager[None]]:
 
 @contextmanager
 def descriptors_for_all() -> Iterator[None]:
-    """Inside, small inputs are reached as large ones are."""
+    """Access small inputs like large ones inside this context."""
     global _small_bytes
     _small_bytes = -1
     try:
@@ -517,7 +516,8 @@ def descriptors_for_all() -> Iterator[None]:
 
 
 def _aligned(x: Tensor) -> bool:
-    """The accelerator's rule: start and strides are multiples of 16 bytes, and no stride is 0."""
+    """The rule of the tensor memory accelerator: start and strides are multiples of 16 bytes, and
+    no stride is 0."""
     unit = 16 // x.element_size()
     return x.data_ptr() % 16 == 0 and all(
         size == 1 or (s > 0 and s % unit == 0)
@@ -526,7 +526,7 @@ def _aligned(x: Tensor) -> bool:
 
 
 def _tiles(*tensors: tuple[Tensor, int], chunk: int, access: int) -> list[Any]:
-    """What the kernels get for each (tensor, columns per tile): the tensor, or its descriptor for
+    """The kernels' argument for each (tensor, columns per tile): the tensor, or its descriptor for
     tiles of `chunk` tokens of one head."""
     if access != DESCRIPTORS.value:
         return [x for x, _ in tensors]
@@ -556,7 +556,7 @@ def _gpu(device: torch.device) -> Gpu:
     if shared is None:
         index = torch.cuda.current_device() if device.index is None else device.index
         shared = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
-    # Triton 3.3 fails to compile some of our products for Hopper, and 3.2 takes the process with it
+    # Triton 3.3 fails to compile some of these products for Hopper, and 3.2 crashes the process
     all_products = TensorDescriptor is not None or torch.cuda.get_device_capability(device) < (9, 0)
     return Gpu(properties.multi_processor_count, shared, all_products)
 
@@ -579,7 +579,7 @@ def _ids(document_ids: Tensor | None) -> Tensor | None:
 
 
 def _dense_rows(x: Tensor) -> Tensor:
-    """The kernels take any strides, but each head's numbers must lie side by side."""
+    """Return x with each head contiguous; the kernels take any other strides."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 

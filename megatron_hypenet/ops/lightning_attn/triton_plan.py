@@ -1,8 +1,8 @@
-"""How the Lightning Attention kernels cut their work: block shapes, warps, pipeline depth, and
-tokens per segment.
+"""The launch parameters of the Lightning Attention kernels: block shapes, warps, pipeline depth,
+and tokens per segment.
 
-No tuning at run time: the same call always runs the same code, so results repeat bit for bit. The
-numbers come from the sweep in tools/bench/results/."""
+Nothing is tuned at run time: the same call always runs the same code, so results repeat bit for
+bit. The parameters come from the sweep in tools/bench/results/."""
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -22,14 +22,14 @@ SHARED_BYTES_OF_DEEP = 200 * 1024
 
 @dataclass(frozen=True)
 class Gpu:
-    """What a plan depends on."""
+    """The properties of a GPU on which a plan depends."""
 
     processors: int
     shared_bytes: int
     """The most shared memory of one program."""
     all_products: bool = True
-    """Whether Triton compiles every product for it: for Hopper not narrow types over 8 warps before
-    3.4, nor TF32 with 3.2."""
+    """Whether Triton compiles every product for it: for Hopper, versions before 3.4 fail with
+    16-bit types over 8 warps, and 3.2 with TF32."""
 
 
 H100 = Gpu(132, 227 * 1024)
@@ -59,7 +59,7 @@ class Plan:
     segment_tokens: int
     num_segments: int
     precision: str
-    """How float32 products are taken; narrower types ignore it."""
+    """Precision of float32 products; 16-bit types ignore it."""
 
 
 def power_of_two(dim: int) -> int:

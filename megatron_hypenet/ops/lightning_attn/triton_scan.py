@@ -51,7 +51,7 @@ def segment_states_kernel(
     """What each segment alone adds to the state at its end (its start in a reverse scan): `states`
     [b*h, segments, x, z], fp32.
 
-    Only the tokens near that end count, the fewer the faster a head forgets: the rest is not even
+    Only the tokens near that end count, fewer of them for heads that decay faster; the rest is not
     read. Grid: (z blocks, b*h, segments)."""
     first_col = tl.program_id(0) * block_z
     bh = tl.program_id(1)

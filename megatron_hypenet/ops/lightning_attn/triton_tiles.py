@@ -2,7 +2,7 @@
 state that enters a segment.
 
 A long sequence is cut into segments, one program each, so that a single sequence fills the GPU.
-Each segment first leaves its own state (`triton_scan.segment_states_kernel`), and a program then
+Each segment first stores its own state (`triton_scan.segment_states_kernel`), and a program then
 sums the states of the segments before its own, decayed by their distance, until they no longer
 count. Sequences are [b, t, h, d] with any strides but a contiguous last dim; positions along t are
 int32, addresses int64. All decays are `exp2` of non-positive numbers: `log2_decay` [h] holds log2
@@ -28,7 +28,7 @@ MASKED, WHOLE, DESCRIPTORS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 @triton.jit
 def head_of(tensor, bh, heads, stride_b, stride_h, access: tl.constexpr):
-    """The first element of one head of one row; a descriptor addresses heads itself."""
+    """Pointer to the first element of one head of one row; a descriptor addresses heads itself."""
     if access == DESCRIPTORS:
         return tensor
     else:
@@ -139,8 +139,8 @@ def pair_decay(decay, chunk: tl.constexpr, reverse: tl.constexpr):
 
 @triton.jit
 def edge_decays(decay, count, chunk: tl.constexpr, reverse: tl.constexpr):
-    """Of a chunk of `count` tokens: the weights with which its tokens see the state that enters,
-    and with which they join the one that leaves, each [chunk]. Forward: gamma^(i+1) and
+    """The weights with which the tokens of a chunk of `count` tokens read the incoming state, and
+    with which they enter the outgoing one, each [chunk]. Forward: gamma^(i+1) and
     gamma^(count-1-i); a reverse scan exchanges them."""
     i = tl.arange(0, chunk)
     from_start = tl.exp2(decay * (i + 1).to(tl.float32))

@@ -1,5 +1,5 @@
-"""Triton kernels of `norm_rope.py`. A program takes a few tokens and all of their heads: each sine
-is taken once."""
+"""Triton kernels of `norm_rope`. A program takes a few tokens and all of their heads: each sine is
+taken once."""
 
 import torch
 import triton
@@ -10,7 +10,8 @@ from torch import Tensor
 TOKENS = 8
 WARPS = 2
 
-# One kernel for all of them: a batch of one, say, would be compiled, and have to be checked, apart.
+# One kernel for all values: a batch of one, for example, would be compiled, and have to be checked,
+# separately.
 SIZES = ["rows", "batch", "heads"]
 
 
@@ -141,7 +142,7 @@ def backward(
     eps: float,
     dx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """dx [t, b, h, d], contiguous or the one that is given to be filled, dweight [d] in weight's
+    """Return dx [t, b, h, d] (contiguous, or the given tensor, filled) and dweight [d] in weight's
     dtype."""
     t, b, h, d = x.shape
     programs = triton.cdiv(t * b, TOKENS)

@@ -17,10 +17,10 @@ from megatron_hypenet.ops.kernels import enabled, kernel_family
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 KERNEL_MIN_WIDTH = 512
-"""Four numbers for each thread of the smallest program: shorter rows, as of one head, would leave
-its threads with nothing to do."""
+"""Four elements for each thread of the smallest program: shorter rows, as of one head, would leave
+threads idle."""
 KERNEL_MAX_WIDTH = 8192
-"""Backward keeps six or seven numbers for each column in registers; of wider rows they do not
+"""Backward keeps six or seven values for each column in registers; those of wider rows do not
 fit."""
 
 
