@@ -2,9 +2,9 @@
 code of the rank that failed first.
 
 DeepSpeed's launcher and pdsh pass on neither codes nor signals as they are, and leave processes
-behind: asked to stop, DeepSpeed kills all jobs of its user on these hosts. So each rank tells us in
-lines of its own (launchers/hostfile_rank.py) how it fares, signals reach rank 0 by ssh, and a job
-is ended by ending the connections, which the ranks notice.
+behind: asked to stop, DeepSpeed kills all jobs of its user on these hosts. So each rank reports its
+state in lines of its own (launchers/hostfile_rank.py), signals are sent to rank 0 by ssh, and a job
+is ended by closing the connections, which the ranks detect.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ def run(launch: HostfileLaunch) -> int:
 
 
 class _Job:
-    """DeepSpeed's launcher and what is known of the ranks. Leaving ends whatever still runs."""
+    """DeepSpeed's launcher and what is known of the ranks. Leaving the context ends all that still
+    runs."""
 
     def __init__(self, launch: HostfileLaunch, values: Path) -> None:
         self.launch = launch
@@ -296,8 +297,8 @@ class _Job:
         self._signal(signal.SIGKILL, self.running.values())
 
     def _read(self, stream: IO[bytes], ours: TextIO) -> None:
-        """Hand on what the ranks say, keep what DeepSpeed and pdsh say, and note what the ranks
-        tell us."""
+        """Pass on the output of the ranks, keep that of DeepSpeed and pdsh, and record the ranks'
+        reports."""
         for content in stream:
             line = content.decode(errors="replace")
             before, mark, told = line.partition(MARK)

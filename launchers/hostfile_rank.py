@@ -3,11 +3,11 @@ the command in a process of its own.
 
     python -m launchers.hostfile_rank WORD...
 
-DeepSpeed and pdsh turn the ways in which processes end into few numbers. So this process tells the
-one that waits for the job, in lines on stderr that launchers/hostfile_job.py takes out, when its
-command starts and with which code it ends. What rank 0 says goes on as it is; the others' words
-wait in a file, and their last lines are told when one fails. When the connection ends, the command
-is killed.
+DeepSpeed and pdsh turn the ways in which processes end into few numbers. So this process reports to
+the one that waits for the job when its command starts and with which code it ends, in lines on
+stderr that launchers/hostfile_job.py filters out. The output of rank 0 is passed on; that of the
+others goes to a file, whose last lines are reported when one fails. When the connection ends, the
+command is killed.
 """
 
 from __future__ import annotations
@@ -168,8 +168,7 @@ def _wait_for_hangup(ended: int | None, seconds: float | None) -> None:
 
 
 def _is_stream(number: int) -> bool:
-    """Whether somebody is at the other end of this descriptor, as of ssh's: then their leaving
-    shows."""
+    """Whether this descriptor is a connection, as ssh's is, whose end can be detected."""
     try:
         mode = os.fstat(number).st_mode
     except OSError:

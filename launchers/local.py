@@ -2,8 +2,8 @@
 of the one that failed first.
 
 torch's own launcher turns every failure into exit code 1; callers of `hypenet` need to tell 7
-(diverged) from 75 (saved, start again). Rank 0 keeps the streams of the caller. What other ranks
-say goes to one file each, shown when one of them is the first to fail.
+(diverged) from 75 (saved, start again). Rank 0 keeps the streams of the caller. The output of each
+other rank goes to a file, which is shown when that rank is the first to fail.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 is the keyboard."""
 
 PEACEFUL = frozenset({0, SavedAndRequeue.exit_code})
-"""Codes that all processes agree on before any leaves with them: the others are waited for, they
-may still be writing."""
+"""Codes that all processes agree on before any leaves with them: the others may still be writing,
+so they are waited for."""
 
 ECHO = PeerError.exit_code
 """What a process that only lost its partner ends with, too; a code of another process's own says
@@ -43,7 +43,7 @@ more, even a moment later."""
 
 TAIL_LINES = 40
 LOOPBACK = "127.0.0.1"
-"""Where the processes of one machine meet: nobody else reaches it."""
+"""Address at which the processes of one machine meet; other machines cannot reach it."""
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -128,7 +128,7 @@ def run(launch: LocalLaunch) -> int:
 
 @contextlib.contextmanager
 def held_port() -> Iterator[int]:
-    """A free TCP port of loopback that nobody else is given inside the block, while a socket with
+    """A free TCP port of loopback that no other program gets inside the block, while a socket with
     SO_REUSEADDR can listen on it.
 
     A bound socket that does not listen keeps the port out of the kernel's choice for others.
@@ -140,8 +140,8 @@ def held_port() -> Iterator[int]:
 
 
 class _Group:
-    """The running processes. Entering starts them and takes the signals over; leaving ends whatever
-    still runs."""
+    """The running processes. Entering the context starts them and installs signal handlers; leaving
+    it ends those that still run."""
 
     def __init__(self, launch: LocalLaunch, logs: Path, port: int) -> None:
         self.launch = launch
@@ -224,7 +224,7 @@ class _Group:
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         with self.reaping:
             with contextlib.suppress(OSError):
-                # what it left behind; until it is reaped nobody else has its number
+                # what it left behind; its process number is not reused until it is reaped
                 os.killpg(process.pid, signal.SIGKILL)
             code = process.wait()
         self.ended.put((rank, 128 - code if code < 0 else code))
@@ -277,7 +277,7 @@ class _Group:
 
 
 def die_with(parent: int) -> Callable[[], None] | None:
-    """What a new process does first, on Linux: ask to be killed when its parent is gone."""
+    """Ask Linux to kill this new process when its parent ends."""
     if not sys.platform.startswith("linux"):
         return None
     prctl = ctypes.CDLL(None).prctl

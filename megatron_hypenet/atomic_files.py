@@ -1,8 +1,9 @@
-"""Write files that appear whole or not at all, under temporary names that tell who writes them.
+"""Write files that appear complete or not at all, under temporary names that contain the writer's
+process number.
 
 A file or folder is made under a temporary name beside its target, brought to the disk, and renamed.
-What a killed process leaves under such a name is recognised by it, and removed by whoever owns the
-target next (`sweep`; see ownership.py).
+The next owner of the target recognises by the name what a killed process left, and removes it
+(`sweep`; see ownership.py).
 """
 
 from __future__ import annotations
@@ -95,10 +96,10 @@ def sweep(folder: Path, *, names: Collection[str] | None = None) -> list[Path]:
     """Remove what killed processes left below `folder`, or directly in it for the targets `names`,
     and return it.
 
-    Only for the one process that owns the folder, or the targets: whatever is there under a
-    temporary name is then nobody's work any more. A folder in which people may keep files of their
-    own is swept by `names`. What was being replaced gets its name back if nothing has taken its
-    place. Symbolic links are not followed.
+    Only for the one process that owns the folder, or the targets: no other process then uses the
+    files with temporary names. A folder in which people may keep files of their own is swept by
+    `names`. What was being replaced gets its name back if nothing has taken its place. Symbolic
+    links are not followed.
     """
     if folder.is_symlink():
         return []
@@ -132,8 +133,8 @@ def sweep(folder: Path, *, names: Collection[str] | None = None) -> list[Path]:
 
 @contextmanager
 def temporary_folder() -> Iterator[Path]:
-    """Yield a new folder in the system's place for temporary files, removed with the block; those
-    that killed processes left go first."""
+    """Yield a new folder in the system's place for temporary files, removed with the block; folders
+    that killed processes left are removed first."""
     place = Path(tempfile.gettempdir())
     numbers = _process_numbers()
     for left in place.glob(f"hypenet-{numbers}-*"):

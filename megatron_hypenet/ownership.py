@@ -1,9 +1,8 @@
-"""One writer per folder: who writes it is named in a file, and a second writer is refused with that
-name.
+"""One writer per folder: a file names the owner, and a second writer is refused with that name.
 
-The file names host, process, SLURM job and command of the owner. It is locked for as long as the
-owner lives, where the file system has locks, and its `beat` grows every few seconds. A process that
-finds it asks, in this order:
+The file names host, process, SLURM job and command of the owner. It is locked as long as the owner
+runs, where the file system has locks, and its `beat` grows every few seconds. A process that finds
+it checks, in this order:
 
     1. the lock: if another process holds it, the folder is in use
     2. the process table, when the owner ran on this machine since its last start: a process that
@@ -145,10 +144,10 @@ def refuse_if_owned(folder: Path) -> None:
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
-        return  # nobody, or nobody who could be told; `owning` says what is wrong with the folder
+        return  # no owner, or none that can be read; `owning` reports what is wrong with the folder
     try:
         found, free = _read(descriptor), _lock(descriptor)
-        # at once: who starts now must not take this question for an owner
+        # at once: a process that starts now must not take this check for an owner
         fcntl.flock(descriptor, fcntl.LOCK_UN)
         if not free or (found is not None and _known(found, this_process())):
             raise UsageError(_refusal(folder, path, found))
@@ -169,9 +168,9 @@ def owning(
     Args:
         target: A folder, which has to exist with `inside`; else any file or folder to be written,
             in a folder that exists.
-        inside: Whether the owner is named in the folder itself.
-        watch_seconds: How long an owner on another machine without SLURM is watched.
-        patience_seconds: How long to wait for an owner that lives before giving up.
+        inside: Whether the owner is named in the folder itself. watch_seconds: How long an owner on
+        another machine without SLURM is watched. patience_seconds: How long to wait for an owner
+        that still runs before giving up.
     """
     path = owner_file(target, inside=inside)
     mine = this_process()
@@ -200,7 +199,7 @@ def writing(target: Path) -> Iterator[None]:
     processes left of it is removed first.
 
     UsageError, which names the owner, when another process is making it, or owns a folder that it
-    lies in. Where nothing can be written nothing is owned: the block says so.
+    lies in. Where nothing can be written nothing is owned, and the block fails by itself.
     """
     for folder in target.absolute().parents:
         refuse_if_owned(folder)  # a run that is under way may read or write there
@@ -262,7 +261,7 @@ def _refusal(target: Path, path: Path, owner: Owner | None) -> str:
 
 
 def _lives(found: Owner, mine: Owner, path: Path, watch_seconds: float) -> bool:
-    """Whether the owner of a file that nobody has locked lives; may take `watch_seconds`."""
+    """Whether the owner of a file that is not locked still runs; may take `watch_seconds`."""
     if (known := _known(found, mine)) is not None:
         return known
     logger.warning(
@@ -280,7 +279,7 @@ def _lives(found: Owner, mine: Owner, path: Path, watch_seconds: float) -> bool:
 
 
 def _known(found: Owner, mine: Owner) -> bool | None:
-    """Whether an owner lives, as far as the process table or SLURM know; None when neither does."""
+    """Whether an owner still runs by the process table or SLURM; None when neither knows."""
     if found.boot and found.boot == mine.boot:
         return _started(found.pid) == found.started
     if found.job and found.job == mine.job:
@@ -290,7 +289,7 @@ def _known(found: Owner, mine: Owner) -> bool | None:
 
 
 def _is_over(job: str) -> bool:
-    """Whether SLURM says that a job has ended, or waits for another start. That it runs says
+    """Whether SLURM says that a job has ended, or waits for another start. A running job decides
     nothing: a process may end before its job."""
     if not job.isdecimal():
         return False
@@ -400,8 +399,8 @@ def _is_still(descriptor: int, path: Path) -> bool:
 
 
 def _is_local(path: Path) -> bool:
-    """Whether a lock on `path` is seen by everybody who can see the file: its file system is one of
-    this machine's own."""
+    """Whether all processes that can see `path` also see its lock, because its file system belongs
+    to this machine."""
     try:
         mounts = [
             line.split()

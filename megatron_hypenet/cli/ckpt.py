@@ -33,7 +33,7 @@ CkptArgument = Annotated[
     ),
 ]
 SHOWN = 20
-"""Lines of a list before the rest is counted."""
+"""Number of lines of a list that are shown; further ones are counted."""
 
 
 @app.command("ls")

@@ -126,8 +126,8 @@ def validate(
 
 
 def check_run(run: RunConfig, shape: ModelConfig | None, world_size: int | None) -> None:
-    """Raise LayoutError or ConfigError for what spans model, run and processes; what is allowed and
-    odd goes to stderr."""
+    """Raise LayoutError or ConfigError for what spans model, run and processes; warnings go to
+    stderr."""
     check_layout(shape, run, world_size)
     if shape is None:
         typer.echo(
@@ -207,7 +207,7 @@ def stage_tokens(run: RunConfig) -> dict[str, int]:
 
 
 def describe(summary: dict[str, object]) -> str:
-    """The part of the summary a person wants on one line."""
+    """A summary in one line."""
     if isinstance(tokens := summary.get("tokens"), dict):
         return "tokens: " + ", ".join(f"{name} {count:,}" for name, count in tokens.items())
     return f"{summary['num_layers']} layers, softmax in {summary['attention_layers']}"

@@ -1,4 +1,4 @@
-"""`hypenet data`: text to token files, and a look at them."""
+"""`hypenet data`: make token files of text, join and inspect them."""
 
 from __future__ import annotations
 

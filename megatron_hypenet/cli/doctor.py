@@ -1,5 +1,5 @@
-"""`hypenet doctor`: is this machine ready? Versions, devices, compilers, memory and disk, each with
-a verdict and the fix."""
+"""`hypenet doctor`: check this machine: versions, devices, compilers, memory and disk, each with a
+result and the fix."""
 
 from __future__ import annotations
 
@@ -102,8 +102,8 @@ def doctor(
 
 
 def examine(folder: Path) -> list[Finding]:
-    """All findings, in the order they are printed. Nothing here raises: what cannot be found out is
-    a finding."""
+    """All findings, in the order they are printed. No check raises: what cannot be found out
+    becomes a finding."""
     parts: list[Callable[[], list[Finding]]] = [
         check_python,
         check_versions,
@@ -228,7 +228,7 @@ def check_torch() -> list[Finding]:
 
 
 def check_import(module: str, package: str) -> Finding:
-    """Does the library import? Its own warnings are kept off the report."""
+    """Check that the library can be imported, without printing its warnings."""
     import contextlib
     import io
 
@@ -245,10 +245,9 @@ def check_import(module: str, package: str) -> Finding:
 
 
 def check_gpu_kernels() -> list[Finding]:
-    """Each kernel against its float64 definition on this machine's GPU. Without one that is a
-    broken finding: it was asked for.
-
-    A kernel that fails is broken here, though a run would go on with its torch form."""
+    """Check each kernel against its float64 definition on this machine's GPU. Without a GPU this is
+    a failure, because the user asked for it. A kernel that fails is reported as broken, though a
+    run would use its torch form."""
     import torch
 
     if not torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""`hypenet logs`: what the processes of a job said, or which of them failed first."""
+"""`hypenet logs`: show the output of a job's processes, or which of them failed first."""
 
 from __future__ import annotations
 

@@ -140,7 +140,7 @@ def expand_paths(app: typer.Typer) -> None:
     """Make every command of `app` replace `~` and variables in its paths, which a shell leaves
     alone in quotes and in `--out=~/x`.
 
-    A path that stands for nothing is a UsageError that names it.
+    A path with an unknown user or variable is a UsageError that names it.
     """
     for info in app.registered_commands:
         if info.callback is not None and not hasattr(info.callback, "takes_expanded_paths"):

@@ -1,8 +1,7 @@
-"""A run made ready to start: processes, run folder, screen, and HALO's steps with import and export
-filled in.
+"""Prepare a run to start: processes, run folder, screen, and HALO's tasks with import and export.
 
-Not a verb: `run`, `train`, `select`, `demo` and `report` share it. Here the engine, which knows
-checkpoints only, meets `export/`.
+Not a verb: `run`, `train`, `select`, `demo` and `report` share it. Here HALO, which works on
+checkpoints only, is given the functions of `export/`.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Pipeline:
-    """What a verb needs to do steps of a run."""
+    """The objects that a verb needs to run tasks."""
 
     run: RunConfig
     folder: RunFolder
@@ -44,10 +43,10 @@ class Pipeline:
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """What `checked` found out."""
+    """The results of `checked`."""
 
     shape: ModelConfig
-    """The teacher's."""
+    """The teacher's shape."""
     num_processes: int
 
 
@@ -59,7 +58,7 @@ def prepared(
     ConfigError, UsageError.
 
     Where several processes are needed and no launcher started them, they are started here, and this
-    one leaves with their exit code.
+    process ends with their exit code.
     """
     found = checked(run, overwrite=overwrite, nproc=nproc)
     if processes.join() is None:
@@ -127,8 +126,8 @@ def refuse_in_use(folder: Path) -> None:
     """Raise UsageError when another command or a job of SLURM works in the run folder; for the
     command that a person gives.
 
-    It costs little and comes before anything is started. Who then writes into the folder owns it
-    (RunFolder.owned).
+    It is cheap and comes before anything is started. The process that then writes into the folder
+    owns it (RunFolder.owned).
     """
     from megatron_hypenet.cluster.jobs import refuse_live_jobs
     from megatron_hypenet.ownership import refuse_if_owned
@@ -146,7 +145,7 @@ def checked(
     nproc: int | None = None,
     world_size: int | None = None,
 ) -> Checked:
-    """Everything that can be found wrong before a process, a folder or a model is made.
+    """Check everything that can be checked before a process, a folder or a model is made.
 
     `nproc` is what --nproc asks for on this machine; `world_size` is the number of processes of a
     run that others will start.
@@ -161,7 +160,7 @@ def checked(
             RunFolder(run.output_dir).refuse_stop()
     shape = teacher_shape(run.teacher)
     num_processes = world_size or processes.count(run, shape, nproc)
-    # a number that only follows from the layout is no reason to keep to it in what is advised
+    # a number of processes that only follows from the layout does not restrict the advice
     follows = (
         not (world_size or nproc or processes.join())
         and num_processes == run.parallel.model_parallel_size
@@ -173,7 +172,7 @@ def checked(
 
 
 def warn(run: RunConfig, found: Checked) -> None:
-    """Say on stderr what is allowed and probably not wanted."""
+    """Print warnings on stderr about settings that are allowed but probably a mistake."""
     from megatron_hypenet.config.checks import layout_warnings
     from megatron_hypenet.config.layout import Layout
 
@@ -195,7 +194,7 @@ def planned(run: RunConfig, *, overwrite: bool = False) -> list[dict[str, Any]]:
 def show_plan(
     run: RunConfig, rows: list[dict[str, Any]], found: Checked, *, as_json: bool, **more: Any
 ) -> None:
-    """What --dry-run says on stdout: the resolved configuration, the processes that would start,
+    """Print the output of --dry-run: the resolved configuration, the processes that would start,
     and the steps; `more` is for JSON."""
     from megatron_hypenet.config.loader import dump_config
 

@@ -1,9 +1,8 @@
-"""How many processes a verb gets, and starting them, here or on the hosts of a hostfile, when no
+"""Decide how many processes a verb gets, and start them here or on the hosts of a hostfile when no
 launcher has.
 
-Not a verb: every verb that computes uses it. The words of the command line are given again to each
-process, which finds its place in the environment and goes on where the starting process handed
-over.
+Not a verb: every verb that computes uses it. Each process gets the words of the command line again,
+finds its rank in the environment, and continues where the starting process stopped.
 """
 
 from __future__ import annotations
@@ -40,8 +39,8 @@ _threads_are_ours = False
 
 
 def choose(launcher: str, hostfile: Path | None, names: Sequence[str] | None) -> None:
-    """Take what --launcher, --hostfile and --env say. In a process that a launcher started they are
-    spent. Raises UsageError."""
+    """Set the launcher by --launcher, --hostfile and --env. A process that a launcher started
+    ignores them. Raises UsageError."""
     if launcher not in LAUNCHERS:
         raise UsageError(
             f"--launcher {launcher}: choose one of {', '.join(LAUNCHERS)}; `hypenet submit` starts "
@@ -139,7 +138,7 @@ def speaks() -> bool:
 
 def use_all_cores() -> None:
     """Let one process compute on every core it may use. On shared or virtual machines torch may
-    take more threads than there are cores for us, which slows tiny models down badly."""
+    start more threads than this process has cores, which slows tiny models down."""
     global _threads_are_ours
     if _THREADS not in os.environ:
         os.environ[_THREADS] = str(threads_per_process(1))

@@ -1,5 +1,5 @@
-"""What a run shows while it works: one line per event, and on a terminal a bar with the time left
-for the whole run."""
+"""The output of a run while it works: one line per event, and on a terminal a bar with the time
+left for the whole run."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Screen:
         )
 
     def close(self) -> None:
-        """Take the bar away and close the log."""
+        """Remove the bar and close the log."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

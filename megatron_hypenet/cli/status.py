@@ -1,4 +1,4 @@
-"""`hypenet status`: where a run stands, from SLURM and from the run folder's own files."""
+"""`hypenet status`: show the progress of a run, from SLURM and from the run folder's files."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def job_rows(jobs: Jobs) -> list[dict[str, Any]]:
 
 
 def progress_of(run_folder: Path) -> dict[str, Any]:
-    """How far the run is by its own files: finished steps, the step that runs, its last logged
+    """Progress of the run by its own files: finished tasks, the running task, its last logged
     iteration, the last save."""
     from megatron_hypenet.halo.run_folder import RunFolder
 
@@ -139,7 +139,7 @@ def last_save(run_folder: Path) -> dict[str, Any] | None:
 
 
 def lines_of(found: dict[str, Any]) -> list[str]:
-    """The same for a person."""
+    """The same as readable text."""
     from megatron_hypenet.training.metrics import short_time
 
     lines = [found["run"]]

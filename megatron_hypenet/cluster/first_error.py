@@ -1,10 +1,10 @@
-"""What went wrong first in a job of many processes: equal faults together, causes before echoes,
-with host and rank.
+"""Find the first error of a job of many processes: equal faults together, causes before their
+consequences, with host and rank.
 
 Not a verb: `hypenet logs --first-error` shows it. Sources, per start of a job: the records that
 failing tasks leave (supervision/fault_record.py), tracebacks in the rank logs of those that left
-none, and srun's lines about tasks that were killed. Where no task has said anything, it is the job
-log that does: srun's and slurmstepd's own errors, such as why no task could start.
+none, and srun's lines about tasks that were killed. Where no task has left anything, the job log is
+used: errors of srun and slurmstepd, such as why no task could start.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megatron_hypenet.untrusted.json_text import read_typed
 
 _RECORD = FileKind(error=DataError, advice="it is only for people")
 
-# a process that lost its partner says so; the partner knows why
+# messages of a process whose peer ended; the peer's record has the cause
 _ECHO = re.compile(
     r"Connection (closed|reset|refused)|Broken pipe|recvBytes|sendBytes|socket.*(closed|reset)"
     r"|NCCL.*remote|remote process exited|DistNetworkError|DistStoreError|store->get"
@@ -48,17 +48,17 @@ _LONGEST_LIST = 8
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fault:
-    """How one rank ended."""
+    """The error with which one rank ended."""
 
     rank: int | None
-    """None for an error of SLURM itself, which is no task's."""
+    """None for an error of SLURM itself."""
     host: str
     time: float
     """Seconds since 1970; 0 where only the order is known, which srun's lines give."""
     error: str
     traceback: str = ""
     echo: bool = False
-    """The rank itself wrote down that it only lost another one."""
+    """Whether the rank's own record says that it failed only because another one did."""
 
     @property
     def kind(self) -> str:
@@ -68,13 +68,13 @@ class Fault:
 
     @property
     def is_echo(self) -> bool:
-        """Whether it only says that another process is gone."""
+        """Whether the error only says that another process has ended."""
         return self.echo or bool(_ECHO.search(self.error))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
-    """Ranks that ended alike."""
+    """Ranks that ended with the same error."""
 
     faults: tuple[Fault, ...]
 
@@ -123,8 +123,8 @@ def grouped(faults: Iterable[Fault]) -> list[Group]:
 
 
 def faults_of(attempt_logs: Path, job_log: Path) -> list[Fault]:
-    """Every rank's fault in one start of a job; where no rank has one, what SLURM itself says in
-    the job's log."""
+    """Every rank's fault in one start of a job; where no rank has one, SLURM's own errors in the
+    job's log."""
     said = _start_of(job_log, int(attempt_logs.name.rpartition("-")[2]))
     killed, lost_nodes = _killed_and_lost(said)
     found = {fault.rank: fault for fault in killed}
@@ -167,7 +167,7 @@ def _slurms_own(lines: Sequence[str]) -> list[Fault]:
 def _from_record(path: Path) -> Fault | None:
     try:
         return read_typed(_RECORD, path, Fault)
-    except DataError:  # torn: the task was killed while writing it, and srun says so
+    except DataError:  # incomplete: the task was killed while writing it, and srun reports that
         return None
 
 
@@ -228,7 +228,7 @@ def _killed_and_lost(lines: Sequence[str]) -> tuple[list[Fault], set[str]]:
             lost.add(match.group(1))
             ending = True
         elif _ENDS_THE_OTHERS in line:
-            ending = True  # whatever ends now was ended by srun
+            ending = True  # from here on tasks are ended by srun
         elif (
             not ending and (match := _SRUN.match(line)) and not match.group(3).startswith("Exited")
         ):

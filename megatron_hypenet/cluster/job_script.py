@@ -1,4 +1,4 @@
-"""The sbatch scripts of a run: which jobs there are, what each one does, and their text from
+"""The sbatch scripts of a run: its jobs, what each one does, and their text from
 slurm/job.sbatch.j2.
 
 Not a verb: `submit` writes and sends them, `requeue` sends them again.
@@ -120,7 +120,7 @@ def sbatch_quoted(value: object) -> str:
 
 
 def render(**values: object) -> str:
-    """The template with these values; a name that it uses and nobody gives is an error."""
+    """Render the template with these values; a missing value is an error."""
     import jinja2
 
     if not (TEMPLATES / TEMPLATE).is_file():
@@ -145,6 +145,6 @@ def render(**values: object) -> str:
 
 
 def missing_variables(cluster: ClusterConfig, environment: Iterable[str]) -> list[str]:
-    """Names that the profile hands on from the shell and that are not set there."""
+    """Variables that the profile passes on from the shell and that are not set there."""
     present = set(environment)
     return [name for name in cluster.environment if name not in present]

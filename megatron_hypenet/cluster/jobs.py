@@ -1,5 +1,5 @@
-"""The SLURM jobs of a run: which were submitted (jobs.json in its folder), what SLURM says of them,
-what they wrote down themselves.
+"""The SLURM jobs of a run: the submitted jobs (jobs.json in its folder), their states in SLURM, and
+their own records.
 
 Not a verb: submit, status, logs, cancel and requeue share it. SLURM forgets a job minutes after its
 end, and accounting (sacct) is not everywhere; the job script therefore notes each start and end in
@@ -37,7 +37,7 @@ LIVE = frozenset(
         "SIGNALING",
     }
 )
-"""SLURM's states of a job that runs or will."""
+"""SLURM's states of a job that runs or will run."""
 
 _COMMAND_SECONDS = 60
 _JOBS = FileKind(error=DataError, advice="delete it to forget the jobs of this run")
@@ -51,7 +51,7 @@ class Job:
 
     id: int
     part: str
-    """What it does of the run, as job_script.JobScript names it."""
+    """Part of the run that it does, as job_script.JobScript names it."""
     script: str
     """File name of its script in the run folder."""
     submitted: str
@@ -63,10 +63,11 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobState:
-    """Where a job stands."""
+    """The state of a job."""
 
     state: str
-    """SLURM's word for it, or what the job's own notes say once SLURM has forgotten it."""
+    """SLURM's name of the state, or the state by the job's own records once SLURM has forgotten
+    it."""
     live: bool
     reason: str = ""
     nodes: str = ""
@@ -152,7 +153,7 @@ class Jobs:
         return job
 
     def log(self, job: Job) -> Path:
-        """What the job script and srun said, all starts of the job in one file."""
+        """Output of the job script and of srun, all starts of the job in one file."""
         return self.folder / "logs" / f"job-{job.id}.log"
 
     def attempts(self, job: Job) -> list[Path]:
@@ -164,14 +165,14 @@ class Jobs:
         )
 
     def events(self, job: Job) -> list[Event]:
-        """What the job noted of itself."""
+        """The events that the job recorded."""
         path = self.folder / "logs" / f"job-{job.id}" / "events"
         rows = (
             _EVENTS.read_bytes(path).decode(errors="replace").splitlines()
             if has_entry(path)
             else []
         )
-        # a torn line says nothing
+        # an incomplete line is ignored
         found = [match.groups() for row in rows if (match := _EVENT.fullmatch(row))]
         return [
             Event(time=float(time), attempt=int(attempt), text=text)
@@ -189,8 +190,7 @@ class Jobs:
             )
 
     def states(self) -> dict[int, JobState]:
-        """Where every job stands: what SLURM says while it knows the job, else what the job
-        noted."""
+        """The state of every job: SLURM's while it knows the job, else by the job's records."""
         known = queue([job.id for job in self.all]) if self.all else {}
         return {job.id: known.get(job.id) or self._remembered(job) for job in self.all}
 
@@ -209,8 +209,8 @@ class Jobs:
 
 
 def refuse_live_jobs(run_folder: Path) -> None:
-    """Raise UsageError while jobs of the run in this folder wait or run; where there is no SLURM,
-    what the jobs noted themselves counts."""
+    """Raise UsageError while jobs of the run in this folder wait or run; without SLURM the jobs'
+    own records count."""
     if not all(has_entry(run_folder / name) for name in ("jobs.json", "config.yaml")):
         return
     jobs = Jobs(run_folder)
@@ -230,7 +230,7 @@ def refuse_live_jobs(run_folder: Path) -> None:
 
 
 def queue(ids: Sequence[int]) -> dict[int, JobState]:
-    """What SLURM says of these jobs; those it has forgotten are left out. Raises SetupError."""
+    """SLURM's states of these jobs, without those that it has forgotten. Raises SetupError."""
     # all of the user's jobs: asking for one that is forgotten is an error to squeue
     rows = slurm(
         "squeue", "--me", "--noheader", "--states=all", "--format=%i|%T|%r|%N|%L"
@@ -255,8 +255,8 @@ def queue(ids: Sequence[int]) -> dict[int, JobState]:
 def slurm(
     *words: str, stdin: str | None = None, environment: Mapping[str, str] = os.environ
 ) -> str:
-    """What a SLURM command says (sbatch --test-only says it on stderr: both streams then). Raises
-    SetupError with its words."""
+    """The output of a SLURM command (of both streams for sbatch --test-only, which prints to
+    stderr). Raises SetupError with the command's message."""
     try:
         done = subprocess.run(
             words,

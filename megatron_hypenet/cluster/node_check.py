@@ -1,13 +1,13 @@
-"""Are all nodes of an allocation fit to train? Each is measured beside the others, and those that
-would slow all down are named.
+"""Check that all nodes of an allocation are fit to train: each is measured and compared with the
+others, and those that would slow the run down are named.
 
-A collective waits for its slowest member: one throttled GPU, one bad cable or one full disk sets
-the pace of hundreds. What is measured is compared with the median of the same allocation, not with
-a data sheet, so the same rules serve any cluster.
+A collective waits for its slowest member: one throttled GPU, one bad cable or one full disk slows
+hundreds of processes down. Measurements are compared with the median of the same allocation, not
+with a data sheet, so the same rules serve any cluster.
 
 First every process examines its node alone and reports through the launcher's store, so that a node
-that fails, or never reports, is named and keeps nobody waiting for ever. Only when all have
-reported well do they measure what is between them.
+that fails, or never reports, is named and blocks no other. Links are measured only when all nodes
+have reported without a fault.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ SLOW_COMPUTE = 0.85
 SLOW_LINK = 0.5
 """Share of the median link below which a link counts as slow."""
 SLOW_DISK = 0.3
-"""Share of the median disk rate below which a node is to be looked at."""
+"""Share of the median disk rate below which a disk is reported as slow."""
 CLOCK_SECONDS = 2.0
-"""Difference of clocks from which logs of several nodes no longer tell what came first."""
+"""Difference of clocks from which logs of several nodes no longer show the order of events."""
 PATIENCE_SECONDS = 180.0
 """How long the first process waits for the reports of the others after its own."""
 
@@ -62,7 +62,7 @@ class NodeReport:
     """time.time() right after a barrier; 0 for all where there was none."""
     versions: Mapping[str, str] = field(default_factory=dict)
     faults: tuple[str, ...] = ()
-    """What did not work at all."""
+    """Checks that failed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +75,7 @@ class Link:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
-    """What follows from the measurements."""
+    """The result of the comparison."""
 
     problems: tuple[str, ...]
     exclude: tuple[str, ...]
@@ -125,8 +125,8 @@ def survey(
 
 
 def examine(folder: Path, rank: int) -> NodeReport:
-    """This process's node alone. What fails here becomes part of the report: the others must hear
-    of it."""
+    """Measure this process's node alone. A failure becomes part of the report, because the other
+    processes need it."""
     faults: list[str] = []
     writes = os.environ.get("LOCAL_RANK", "0") == "0"
 
@@ -189,7 +189,7 @@ def _key(rank: int) -> str:
 
 
 def _silent(store: dist.Store, keys: Sequence[str], seconds: float) -> set[str]:
-    """Those of `keys` that nobody has set within `seconds`."""
+    """The `keys` that no process has set within `seconds`."""
     deadline = time.monotonic() + seconds
     silent = set()
     for key in keys:
@@ -278,8 +278,8 @@ def _odd_versions(nodes: Sequence[NodeReport]) -> dict[str, list[str]]:
 
 
 def _slow_links(links: Sequence[Link]) -> dict[str, str]:
-    """Hosts all of whose links are slow; one slow link between two nodes with good ones elsewhere
-    blames neither."""
+    """Hosts all of whose links are slow; one slow link between two nodes that have good links
+    elsewhere counts for neither."""
     if len(links) < 3:
         return {}
     usual = median(link.gib_per_second for link in links)

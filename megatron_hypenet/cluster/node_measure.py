@@ -1,5 +1,5 @@
-"""What `hypenet doctor --slurm` measures: on one node (matrix products, disk, versions) and between
-nodes (links, all-reduce)."""
+"""Measurements of `hypenet doctor --slurm`: on one node (matrix products, disk, versions) and
+between nodes (links, all-reduce)."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def gemm_tflops(seconds: float = 1.0) -> float:
     """Rate of square matrix products over about `seconds`, bf16 on a GPU and fp32 on a CPU, in
     units of 1e12 operations per second.
 
-    The mean over the time, not the best: what slows a node down now and then slows every collective
-    down then.
+    The mean over the time, not the best: an occasional slowdown of a node slows every collective at
+    that time.
     """
     where = local_device()
     size, dtype = (8192, torch.bfloat16) if where.type == "cuda" else (512, torch.float32)
@@ -91,8 +91,8 @@ def disk_mib_per_second(folder: Path, mib: int = 64, turns: int = 3) -> float:
 
 
 def rounds(leaders: Sequence[int]) -> list[list[tuple[int, int]]]:
-    """Pairs that can talk at the same time: neighbours on a ring, in two rounds (three for an odd
-    number)."""
+    """Pairs that can exchange data at the same time: neighbours on a ring, in two rounds (three for
+    an odd number)."""
     count = len(leaders)
     if count < 2:
         return []
@@ -143,6 +143,6 @@ def all_reduce_rate(repetitions: int = 3) -> float | None:
 
 
 def wait(where: torch.device) -> None:
-    """Until the device has done what it was given."""
+    """Wait until the device has finished its work."""
     if where.type == "cuda":
         torch.cuda.synchronize(where)

@@ -79,10 +79,8 @@ class AlignStage(StageModule):
         losses = {
             imitation.layer: imitation.take_loss() for imitation in self.__dict__["imitations"]
         }
-        with (
-            torch.enable_grad()
-            # this may run inside the teacher's pass, which has gradients disabled
-        ):
+        # this may run inside the teacher's pass, which has gradients disabled
+        with torch.enable_grad():
             loss = torch.stack(list(losses.values())).sum() / self.model_config.num_layers
         return loss, {f"align/layer_{layer:02d}": value.detach() for layer, value in losses.items()}
 

@@ -1,2 +1,2 @@
-"""A running process watched: what it is doing, whether it still gets further, what was asked of it,
-and the fault that ended it."""
+"""Supervision of a running process: what it is doing, whether it makes progress, requests to save
+or stop, and the fault that ended it."""

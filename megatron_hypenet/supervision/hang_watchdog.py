@@ -1,10 +1,10 @@
-"""Notices that this process gets no further, says where it and the others stand, and ends it with
+"""Detect that this process makes no progress, report where it and the others are, and end it with
 code 8.
 
-A process that waits for ever in a collective cannot help itself: the thread here does it. It looks
-at what the main thread notes (heartbeat.py), so every rank notices by itself. Only then are the
-others' files read: a rank whose file is no longer written is stopped or on a dead node; one that
-writes but is behind the others is the one they wait for.
+A process that waits for ever in a collective cannot end by itself, so a thread does it. The thread
+reads the main thread's progress (heartbeat.py), so every rank detects a hang by itself. Only then
+are the others' files read: a rank whose file is no longer written is stopped or on a dead node; a
+rank that writes but is behind is the one that the others wait for.
 """
 
 from __future__ import annotations
@@ -24,34 +24,34 @@ from megatron_hypenet.supervision import heartbeat
 from megatron_hypenet.supervision.heartbeat import Beat, Pulse, Writer
 
 LONG_PHASES = frozenset({"start", "build", "load", "save", "evaluate"})
-"""Their time is not bounded by a micro-batch: they get twice the timeout, as the first step of a
-stage does (compilation)."""
+"""Phases that may take longer than a micro-batch: they get twice the timeout, as the first step of
+a stage does (compilation)."""
 
 OPEN_PHASES = frozenset({"alone", "waiting"})
-"""Work of unknown length on the first process; those who wait for it only see to it that it is
+"""Phases of unknown length on the first process; processes that wait for it only check that it is
 alive."""
 
 _LONGEST_LIST = 8
 _PATIENCE_SECONDS = 60.0
-"""For the report: the disk it goes to may be what hangs."""
+"""How long to wait for the report to be written: its disk may be what hangs."""
 
 
 def collective_minutes(guard: GuardConfig) -> float:
-    """Timeout of the libraries' own collectives: a hang is reported here before, and the first
-    process may work alone for a day."""
+    """Timeout of the libraries' own collectives: longer than the watchdog's, which reports first,
+    and the first process may work alone for a day."""
     return max(24 * 60.0, 4 * guard.hang_timeout_seconds / 60)
 
 
 class HangWatch:
-    """The watching thread. `end` is how a process that hangs is left: with os._exit, for nothing in
-    it can be trusted to end."""
+    """The watching thread. `end` ends a process that hangs: by os._exit, because an orderly exit
+    might hang too."""
 
     def __init__(
         self, writer: Writer, timeout: float, errors: Path, *,
         record: Callable[[HangError], None] = lambda error: None,
         end: Callable[[int], None] = os._exit,
     ) -> None:  # fmt: skip
-        """`timeout` in seconds; reports go to the folder `errors`, and `record` hears of the
+        """`timeout` in seconds; reports go to the folder `errors`, and `record` is called with the
         error."""
         self.writer = writer
         self.timeout = timeout
@@ -72,11 +72,11 @@ class HangWatch:
         self._thread = threading.Thread(target=self._run, name="hang-watch", daemon=True)
 
     def start(self) -> None:
-        """Begin to watch."""
+        """Start the watching thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Watch no longer."""
+        """Stop watching."""
         self._stop.set()
 
     def expect_end(self, code: int, seconds: float) -> None:
@@ -85,7 +85,7 @@ class HangWatch:
         self._deadline = (time.monotonic() + seconds, code)
 
     def limit(self) -> float:
-        """Seconds that the main thread may be silent in what it does now."""
+        """Seconds that the main thread may be without progress in its current phase."""
         if self.pulse.phase in OPEN_PHASES:
             return float("inf")
         trains = self.pulse.train_iters > 0
@@ -94,7 +94,7 @@ class HangWatch:
         )
 
     def what_hangs(self) -> str | None:
-        """The sentence that says so, or None."""
+        """The message that says what hangs, or None."""
         silent = time.monotonic() - max(self.pulse.moved, self._awake)
         limit = self.limit()
         if silent > limit:
@@ -113,7 +113,7 @@ class HangWatch:
         now = time.monotonic()
         if now - self._first_read >= min(30.0, self.interval):
             if now - self._first_read > self.timeout:
-                self._first_moved = now  # not looked at for so long: nothing is known
+                self._first_moved = now  # not checked for so long, so nothing is known
             self._first_read = now
             beat = heartbeat.read_beat(heartbeat.file_of(self.writer.folder, 0), self.writer.life)
             if beat is not None and (beat.beats != self._first_beats or beat.state != "running"):
@@ -179,7 +179,7 @@ class HangWatch:
 
 
 def suspects(beats: dict[int, Beat], silent: Iterable[int], world_size: int) -> list[str]:
-    """Lines that name the ranks that hold the others up: gone, never begun, or behind."""
+    """Lines that name the ranks that the others wait for: ended, never started, or behind."""
     gone = [beats[rank] for rank in sorted(silent)]
     lines = _listed(
         gone,
@@ -212,7 +212,7 @@ def suspects(beats: dict[int, Beat], silent: Iterable[int], world_size: int) -> 
 
 
 def _listed(beats: list[Beat], what: str) -> list[str]:
-    """One line per rank, the rest as a number."""
+    """One line per rank; the number of further ranks."""
     lines = [
         f"{beat.who()} "
         f"{what.format(where=beat.where(), rank=beat.rank, silent_seconds=beat.silent_seconds)}"

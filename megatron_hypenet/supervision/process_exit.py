@@ -1,4 +1,4 @@
-"""Leaving a process that used torch.distributed, with the right exit code and without hanging."""
+"""End a process that used torch.distributed, with the right exit code and without hanging."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def leave(code: int) -> NoReturn:
     checkpoints and logs are closed before, and this package starts no helper processes.
     """
     if code == 0 and groups.world_size() > 1:
-        groups.barrier()  # nobody leaves while another still talks to it
+        groups.barrier()  # no process ends while another still communicates with it
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -1,4 +1,5 @@
-"""Files by which a person asks something of a run, put into its folder or a stage's folder."""
+"""Request files: a user puts them into a run's folder, or a stage's folder, to make the run save or
+stop."""
 
 from __future__ import annotations
 
@@ -6,11 +7,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 STOP = "STOP"
-"""Save, then leave; the next start is refused until the file is gone."""
+"""Name of the file that asks a run to save and stop; the next start is refused until it is
+deleted."""
 SAVE_NOW = "SAVE_NOW"
-"""Save and go on; the file is removed."""
+"""Name of the file that asks a run to save and go on; the run removes it."""
 
 
 def stop_file(places: Iterable[Path]) -> Path | None:
-    """The STOP file that is there now, if any."""
+    """The STOP file that exists now, if any."""
     return next((place / STOP for place in places if (place / STOP).exists()), None)

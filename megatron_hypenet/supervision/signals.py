@@ -1,8 +1,8 @@
-"""Requests from outside, noticed between steps: SIGTERM and SIGUSR2 (SLURM's warning), and the
+"""Requests from outside, handled between steps: SIGTERM and SIGUSR2 (SLURM's warning), and the
 files SAVE_NOW and STOP.
 
 A signal or STOP: save, then leave; SAVE_NOW: save and go on. All processes act on the same step,
-whoever received the request.
+whichever received the request.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ _FILE_CHECK_SECONDS = 1.0
 
 
 class _StopRequested(BaseException):
-    """Raised by the handler of `leaving_at_once`; no `except Exception` on the way may swallow
-    it."""
+    """Raised by the handler of `leaving_at_once`; it is no Exception, so that no `except Exception`
+    catches it."""
 
 
 @contextmanager
