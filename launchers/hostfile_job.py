@@ -186,8 +186,8 @@ class _Job:
             # with the same code, rank 0 has said the same on our streams
             if code not in PEACEFUL and self.codes.get(0) != code:
                 killed = (
-                    " (SIGKILL: out of memory, which the kernel's log there would say, "
-                    "or somebody ended it)"
+                    " (SIGKILL: out of memory, which the kernel's log there would show, "
+                    "or killed by hand)"
                     if code == _KILLED
                     else ""
                 )

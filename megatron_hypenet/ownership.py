@@ -235,7 +235,7 @@ def _take(
             raise UsageError(_refusal(target, path, found))
         if found is not None:
             logger.warning(
-                "%s was in use by %s, which is gone; this command takes its place", target, found
+                "%s was in use by %s, which is gone; this command now owns it", target, found
             )
         # a full disk; the lock counts, and who saves says that the disk is full
         with contextlib.suppress(OSError):

@@ -240,7 +240,7 @@ class ClusterConfig(Section):
         if self.grace_seconds >= seconds_of(self.time):
             raise ValueError(
                 f"grace_seconds={self.grace_seconds} leaves nothing of time={self.time!r}: "
-                "every start would be told to leave"
+                "every start would be asked to stop at once"
             )
         bad = [name for name in self.variables if not _NAME.fullmatch(name)]
         if bad:

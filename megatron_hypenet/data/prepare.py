@@ -226,7 +226,7 @@ def _text_of(line: str, where: str, text_key: str) -> str:
         raise DataError(
             f"{where}: the text holds \\u{ord(half.group()):04x}, half of a surrogate pair and no "
             f"character (at character {half.start()}); "
-            "something cut the text inside an emoji: mend or remove the line."
+            "the text was cut inside a character such as an emoji: correct or remove the line."
         )
     return text
 

@@ -50,7 +50,7 @@ class DropOutput:
             return
         if not torch.autograd._is_checkpoint_valid():
             raise RuntimeError(
-                "results that are made again in backward need .backward(): "
+                "results that are recomputed in backward need .backward(): "
                 "torch.autograd.grad() cannot be used"
             )
         self._made_by.again = _again(self._made_by)

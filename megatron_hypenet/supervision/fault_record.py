@@ -1,4 +1,5 @@
-"""What ended one process of a run, as a file: one schema and one writer, without torch.
+"""The record of the fault that ended one process of a run: one schema and one writer, without
+torch.
 
 A process leaves <run folder>/errors/rank_00000.json, and under SLURM rank-0000.error.json in the
 folder of its attempt's logs, where the job script and `hypenet logs` look:
@@ -10,7 +11,7 @@ folder of its attempt's logs, where the job script and `hypenet logs` look:
     type, error, traceback, code  the fault, and the exit code it leads to
     echo                          true when it only tells of another process's end
 
-Fields of the run are empty in the record of a task that has not come as far as a run.
+Fields of the run are empty in the record of a task that failed before the run began.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class FaultRecord:
     traceback: str
 
     def write(self, path: Path) -> None:
-        """Write the file; a full disk costs the record, not the message that is printed."""
+        """Write the file; on a full disk the record is lost, but the message is still printed."""
         with contextlib.suppress(OSError):
             write_text(path, json.dumps(asdict(self), indent=2) + "\n", durable=False)
 
@@ -97,7 +98,7 @@ def attempt_file(rank: int, environment: Mapping[str, str] = os.environ) -> Path
 
 
 def read_record(path: Path) -> FaultRecord | None:
-    """The content of a file; None when there is none, or it is torn."""
+    """The content of a file; None when it is missing or incomplete."""
     try:
         return read_typed(_KIND, path, FaultRecord)
     except DataError:

@@ -1,9 +1,9 @@
-"""The fault that ended a process of a run: written down where people and `hypenet logs` find it,
-and told apart from its echoes.
+"""The fault that ended a process of a run: recorded where users and `hypenet logs` find it, and
+distinguished from its consequences on other ranks.
 
-When one process fails, the others lose a partner in the middle of a collective and fail as well,
-with texts such as "Connection closed by peer". The process that failed by itself is the one to
-read. Each leaves a record (fault_record.py).
+When one process fails, the collectives of the others fail too, with messages such as "Connection
+closed by peer" (an echo). The cause is the fault of the process that failed by itself. Each process
+leaves a record (fault_record.py).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _LOST_PEER = re.compile(
     r"|NCCL communicator was aborted|(recv|send)(Value|Bytes|Vector).*fail|failed to (recv|send)",
     re.IGNORECASE,
 )
-"""What gloo, NCCL and torch's store say when a partner is gone."""
+"""Messages of gloo, NCCL and torch's store when a peer has ended."""
 _TIMED_OUT = re.compile(
     r"Timed out waiting|Watchdog caught collective operation timeout"
     r"|(wait|operation|barrier|Socket).{0,40} time(d )?out",
@@ -55,12 +55,12 @@ _TIMED_OUT = re.compile(
 )
 
 _SECONDS_FOR_THE_CAUSE = 3.0
-"""How long an echo waits for the process that really failed to write down why."""
+"""How long a process with an echo waits for the record of the process that failed first."""
 _SECONDS_TO_LEAVE = 90.0
 
 
 def lost_peer(fault: BaseException) -> bool:
-    """Whether a library says that another process is gone."""
+    """Whether an error of a library says that another process has ended."""
     return (
         isinstance(fault, RuntimeError)
         and not isinstance(fault, HypenetError)
@@ -69,7 +69,7 @@ def lost_peer(fault: BaseException) -> bool:
 
 
 def timed_out(fault: BaseException) -> bool:
-    """Whether a library gave up waiting for other processes."""
+    """Whether an error of a library is a timeout of waiting for other processes."""
     return (
         isinstance(fault, RuntimeError)
         and not isinstance(fault, HypenetError)
@@ -79,7 +79,7 @@ def timed_out(fault: BaseException) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Which process of which start of a run this is, and where it writes."""
+    """This process and this start of a run, and the places of their records."""
 
     root: Path
     life: str
@@ -101,8 +101,8 @@ class Place:
         return self.errors / f"rank_{rank:05d}.json"
 
     def record(self, fault: BaseException) -> None:
-        """Write down what ends this process, in the run folder and beside the logs of a SLURM job;
-        the first record of this start stays."""
+        """Record the fault that ends this process, in the run folder and beside the logs of a SLURM
+        job; the first record of this start stays."""
         path = self.file_of(self.rank)
         if self._read(path) is not None:
             return
@@ -129,18 +129,19 @@ class Place:
         )
 
     def _read(self, path: Path) -> FaultRecord | None:
-        """A record of this start; None for another's, a torn one, or none."""
+        """A record of this start; None when there is none, it is incomplete, or it belongs to
+        another start."""
         record = read_record(path)
         return record if record is not None and record.life == self.life else None
 
 
 @contextmanager
 def watched(root: Path, guard: GuardConfig) -> Iterator[None]:
-    """Everything one process does for the run in folder `root`: with heartbeat, hang detection, and
-    a record of what ends it. Collective.
+    """Run the block with a heartbeat, hang detection, and a record of the fault that ends it, for
+    the run in folder `root`. Collective.
 
-    What a library says about a lost or silent partner leaves as PeerError or HangError, with the
-    cause where it is known.
+    Errors of libraries about a peer that ended or does not answer are raised as PeerError or
+    HangError, with the cause where it is known.
     """
     life = from_first(f"{time.time():.3f}-{os.getpid()}")
     place = Place(root, life, groups.rank(), groups.world_size())
@@ -190,7 +191,7 @@ def record_now(fault: BaseException) -> None:
         and not isinstance(fault, SavedAndRequeue)
         and isinstance(fault, Exception | KeyboardInterrupt)
     ):
-        # those are explained first, which takes a while
+        # an echo is explained first, which takes a while
         if not (timed_out(fault) or lost_peer(fault)):
             _Current.place.record(fault)
 
@@ -215,7 +216,7 @@ def out_of_gpu_memory(fault: BaseException, config: StageConfig) -> LayoutError 
 
 
 def explained(fault: BaseException, place: Place) -> BaseException:
-    """`fault` itself, or what it means where it only tells of another process."""
+    """Return `fault`, or for an echo the error that names its cause."""
     if place.world_size == 1:
         return fault
     if timed_out(fault):
@@ -231,7 +232,7 @@ def _hang(fault: BaseException, place: Place) -> HangError:
     lines = suspects(beats, silent, place.world_size)
     return HangError(
         "\n  ".join(
-            [f"rank {place.rank} waited in vain in {_here()}: {_first_line(fault)}", *lines]
+            [f"rank {place.rank} timed out waiting in {_here()}: {_first_line(fault)}", *lines]
         )
     )
 
@@ -271,16 +272,16 @@ def _peer(fault: BaseException, place: Place) -> HypenetError:
             return PeerError(
                 f"another process of this run ended {said}, and none has written down why. "
                 "A process that the kernel kills (out of memory) "
-                "or whose node dies cannot; see the log of the job and of the other ranks"
+                "or whose node fails cannot; see the log of the job and of the other ranks"
             )
         time.sleep(0.1)
 
 
 def _killed(killed: list[Beat], said: str) -> str:
     return (
-        f"{killed[0].who()} was killed, without a word of its own (last heartbeat: "
-        f"{killed[0].where()}), {said}. Out of memory, which the "
-        "kernel's log would say, or somebody ended it"
+        f"{killed[0].who()} was killed and left no error record (last heartbeat: "
+        f"{killed[0].where()}), {said}. It ran out of memory, which the "
+        "kernel's log would show, or was killed by hand"
     )
 
 

@@ -1,9 +1,9 @@
-"""What every process of a run is doing: noted in memory as it goes, and written by a thread to <run
+"""The progress of every process of a run: kept in memory, and written by a thread to <run
 folder>/heartbeat/rank_00000.json.
 
-Noting costs a clock reading and talks to nobody. The files are for `hypenet status`, for people,
-and for the report of a hang (hang_watchdog.py). A file is replaced as a whole every few seconds
-while the process lives, and once more as it leaves. Its fields:
+Recording progress costs a clock reading and no communication. The files are for `hypenet status`,
+for users, and for the report of a hang (hang_watchdog.py). A file is replaced as a whole every few
+seconds while the process runs, and once more when it ends. Its fields:
 
     life             names this start of the run: the same on all ranks, another after a restart
     rank, world_size, host, pid
@@ -66,24 +66,24 @@ _ORDER = {phase: place for place, phase in enumerate(PHASES)}
 
 @dataclass
 class Pulse:
-    """What this process does. The main thread writes, others read; every attribute is replaced as a
-    whole."""
+    """The progress of this process. The main thread writes, others read; every attribute is
+    replaced as a whole."""
 
     stage: str = ""
     phase: str = "start"
     iteration: int = 0
     train_iters: int = 0
     begun: int = 0
-    """Stages begun so far: the same on all ranks that are equally far."""
+    """Number of stages begun so far, by which ranks are compared."""
     warm: bool = False
-    """Whether this process has finished a step of the present stage: from then on nothing is
-    compiled or connected any more."""
+    """Whether this process has finished a step of the present stage: from then on nothing more is
+    compiled or connected."""
     moved: float = field(default_factory=time.monotonic)
     facts: dict[str, Any] = field(default_factory=dict)
-    """What else is written of a training stage."""
+    """Further fields for a training stage."""
 
     def begin(self, stage: str, *, iteration: int = 0, train_iters: int = 0) -> None:
-        """The main thread begins a stage."""
+        """Record that the main thread begins a stage."""
         self.stage = stage
         self.iteration = iteration
         self.train_iters = train_iters
@@ -93,13 +93,13 @@ class Pulse:
         self.note("build")
 
     def note(self, phase: str) -> None:
-        """The main thread gets on: it enters `phase`, or begins the next part of it."""
+        """Record progress of the main thread: it enters `phase`, or begins the next part of it."""
         self.phase = phase
         self.moved = time.monotonic()
 
     @contextmanager
     def doing(self, phase: str) -> Iterator[None]:
-        """A block that is another phase; a fault in it leaves the phase as it is, for the record of
+        """Run a block as another phase; a fault in it leaves the phase unchanged, for the record of
         the fault."""
         before = self.phase
         self.note(phase)
@@ -107,17 +107,17 @@ class Pulse:
         self.note(before)
 
     def finish_step(self, iteration: int, **facts: Any) -> None:
-        """A training step is done."""
+        """Record that a training step is done."""
         self.iteration, self.warm, self.facts = iteration, True, {**self.facts, **facts}
         self.note("edge")
 
     def silent_seconds(self) -> float:
-        """Since the main thread last noted something."""
+        """Seconds since the main thread last recorded progress."""
         return time.monotonic() - self.moved
 
 
 PULSE = Pulse()
-"""That of this process."""
+"""The progress of this process."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,7 +138,7 @@ class Beat:
 
     @property
     def place(self) -> tuple[int, int, int]:
-        """How far it is; grows as a run proceeds."""
+        """Its progress as a tuple that grows during a run."""
         return self.begun, self.iteration, _ORDER.get(self.phase, 0)
 
     def who(self) -> str:
@@ -151,7 +151,7 @@ class Beat:
 
 
 def position(stage: str, phase: str, iteration: int, train_iters: int) -> str:
-    """Where a process is, in words; `iteration` are finished steps."""
+    """The progress of a process in words; `iteration` is the number of finished steps."""
     if not stage:
         return phase
     return (
@@ -167,7 +167,8 @@ def file_of(folder: Path, rank: int) -> Path:
 
 
 def read_beat(path: Path, life: str) -> Beat | None:
-    """The content of one file; None when it is missing, torn, or of another start of the run."""
+    """The content of one file; None when it is missing, incomplete, or of another start of the
+    run."""
     try:
         content = read_object(_KIND, path)
         return typed(_KIND, path, content, Beat) if content.get("life") == life else None
@@ -176,14 +177,14 @@ def read_beat(path: Path, life: str) -> Beat | None:
 
 
 def read_all(folder: Path, life: str, world_size: int) -> dict[int, Beat]:
-    """What the ranks of this start of the run have written, by rank."""
+    """The files of all ranks of this start of the run, by rank."""
     found = {rank: read_beat(file_of(folder, rank), life) for rank in range(world_size)}
     return {rank: beat for rank, beat in found.items() if beat is not None}
 
 
 class Writer:
-    """The thread that writes this process's file. A disk that is full or hangs costs heartbeats and
-    nothing else."""
+    """The thread that writes this process's file. A disk that is full or hangs stops heartbeats
+    only."""
 
     def __init__(
         self,
@@ -208,13 +209,13 @@ class Writer:
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def start(self) -> None:
-        """Write now, and go on in the background."""
+        """Write the file, and continue in a background thread."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.write()
         self._thread.start()
 
     def stop(self, state: str) -> None:
-        """Write the last file, with the state in which this process leaves."""
+        """Write the file for the last time, with the state in which this process ends."""
         self._stop.set()
         self.state = state
         self.write()
@@ -253,7 +254,7 @@ class Writer:
 
 
 def is_dead(beat: Beat) -> bool:
-    """Whether the process of `beat` is known to have ended, which only its own machine can tell."""
+    """Whether the process of `beat` is known to have ended; only its own machine can find out."""
     if beat.host != host_name():
         return False
     try:
@@ -268,8 +269,8 @@ def is_dead(beat: Beat) -> bool:
 def told_apart(
     read: Callable[[], dict[int, Beat]], pause: Callable[[], None]
 ) -> tuple[dict[int, Beat], set[int]]:
-    """(the newest beat of each rank, the ranks whose process writes no more): read twice, with
-    `pause` between."""
+    """Return (the newest beat of each rank, the ranks that no longer write), from two readings with
+    `pause` between them."""
     before = read()
     pause()
     after = read()

@@ -1,8 +1,8 @@
 """Requests from outside, handled between steps: SIGTERM and SIGUSR2 (SLURM's warning), and the
 files SAVE_NOW and STOP.
 
-A signal or STOP: save, then leave; SAVE_NOW: save and go on. All processes act on the same step,
-whichever received the request.
+A signal or STOP means: save, then stop; SAVE_NOW means: save and go on. All processes act on the
+same step, whichever received the request.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 GO_ON = 0
 SAVE = 1
 LEAVE = 2
-"""What `Requests.poll` answers, the strongest wins."""
+"""Results of `Requests.poll`; the strongest request wins."""
 
 _FILE_CHECK_SECONDS = 1.0
 
@@ -61,7 +61,7 @@ def leaving_at_once() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        # a library on the way may have turned the exception into one of its own: what was received
+        # a library may have replaced the exception by one of its own, so the received signal
         # decides
         if not received or isinstance(error, SavedAndRequeue):
             raise
@@ -92,7 +92,7 @@ class Requests:
     def __init__(self, folders: Iterable[Path]) -> None:
         self.folders = tuple(dict.fromkeys(folders))
         self.reason = ""
-        """What asked to leave, on the process that received it."""
+        """Name of the request to stop, on the process that received it."""
         self._received: int | None = None
         self._previous: dict[int, Any] = {}
         self._next_file_check = 0.0
