@@ -40,7 +40,7 @@ A run is one YAML file plus `key.sub=value` words on the command line:
   for a number, `yes` is true for a switch, and `12.10`, `0755` or `1:30` stay as they are written
   for a text. What YAML 1.1 would turn into another number (`0755`, `1:30`) is refused for a number.
   `<<: *name` takes over a section with an anchor; what is written beside it wins.
-- On the command line, a path or text is what stands behind the first `=`, with `#`, `:`, `*` or
+- On the command line, a path or text is all that follows the first `=`, with `#`, `:`, `*` or
   spaces inside of it; only lists and sections (`[1, 2]`, `{lr: 1e-3}`) are read as YAML. An empty
   value is refused; write `null` for none.
 - `~`, `~user`, `$NAME` and `${NAME}` in paths are replaced, in files and on the command line; an

@@ -65,7 +65,7 @@ class DataConfig(Section):
     separate_documents: Switch = Field(
         default=False,
         description="Documents packed into one sequence do not see each other: "
-        "attention and RNN state start anew after each "
+        "attention and RNN state restart after each "
         "end-of-document token (in prepared files without any: at the document boundaries of the "
         ".idx), and "
         "the loss skips predicting across the boundary.",
@@ -102,7 +102,7 @@ class ParallelConfig(Section):
     )
     context_parallel_method: Literal["all_gather", "ring"] = Field(
         default="all_gather",
-        description="How softmax attention meets the keys of the other context-parallel processes: "
+        description="How softmax attention gets the keys of the other context-parallel processes: "
         "all_gather fetches all at once, "
         "ring passes them on one by one and needs less memory.",
     )
@@ -357,10 +357,9 @@ class GuardConfig(Section):
     )
     hang_timeout_seconds: Rate = Field(
         default=1800.0,
-        description="A process that gets no further for this long (twice as long while it builds, "
-        "loads, saves or evaluates) writes "
-        "down where it stands and ends the run with exit code 8. Longer than the slowest "
-        "micro-batch and the first one's compilation.",
+        description="A process that makes no progress for this long (twice as long while it builds, "
+        "loads, saves or evaluates) records where it hangs and ends the run with exit code 8. "
+        "Longer than the slowest micro-batch and the compilation in the first one.",
     )
 
 
