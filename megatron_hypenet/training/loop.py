@@ -3,11 +3,9 @@ request and at the end."""
 
 from __future__ import annotations
 
-import logging
 import math
-import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,36 +14,31 @@ import torch
 import yaml
 from torch import Tensor
 
-from megatron_hypenet.checkpoint import format as fmt
 from megatron_hypenet.checkpoint.find import finished_checkpoint
-from megatron_hypenet.checkpoint.load import load_training, verify_together
-from megatron_hypenet.checkpoint.state import TrainState
+from megatron_hypenet.checkpoint.load import verify_together
 from megatron_hypenet.config.schema import RunConfig, StageConfig
 from megatron_hypenet.engine.async_scalar import OnItsWay
-from megatron_hypenet.engine.deepspeed.engine import RefusedUpdate, TrainingEngine
+from megatron_hypenet.engine.deepspeed.engine import RefusedUpdate
 from megatron_hypenet.engine.optim import lr_at
-from megatron_hypenet.errors import ConfigError, DivergedError, SavedAndRequeue
+from megatron_hypenet.errors import DivergedError, SavedAndRequeue
 from megatron_hypenet.parallel import groups
 from megatron_hypenet.parallel.agreement import from_first
-from megatron_hypenet.stages.base import Batch, StageModule
+from megatron_hypenet.stages.base import StageModule
 from megatron_hypenet.supervision import signals
-from megatron_hypenet.supervision.faults import out_of_gpu_memory, record_now
 from megatron_hypenet.supervision.heartbeat import PULSE
-from megatron_hypenet.training.checkpointing import Saver
 from megatron_hypenet.training.grace_period import Timing
-from megatron_hypenet.training.metrics import (
-    MetricSums,
-    Recorder,
-    StepRecord,
-    memory_gib,
-    reset_peak_memory,
+from megatron_hypenet.training.hooks import (
+    CallbackHook,
+    Hook,
+    ProgressHook,
+    RecordingHook,
+    StepEnd,
 )
-from megatron_hypenet.training.micro_batches import TokenSource, step_batches
+from megatron_hypenet.training.metrics import StepRecord
+from megatron_hypenet.training.micro_batches import StepReader, TokenSource
+from megatron_hypenet.training.opening import Job, Opened, opened
 from megatron_hypenet.training.schedule import forward_backward
-from megatron_hypenet.training.stragglers import StepTimes, named
-from megatron_hypenet.training.throughput import Workload, peak_flops
-
-logger = logging.getLogger(__name__)
+from megatron_hypenet.training.stragglers import StepTimes
 
 
 def train(
@@ -77,186 +70,94 @@ def train(
     if done is not None:
         verify_together(done)
         return done
-    trainer = _Trainer(
-        stage, data, config, run, Path(out_dir), tokenizer_dir=tokenizer_dir, extra=extra or {}
+    job = Job(
+        stage=stage,
+        data=data,
+        config=config,
+        run=run,
+        out_dir=Path(out_dir),
+        tensorboard_dir=tensorboard_dir or Path(out_dir) / "tb",
+        tokenizer_dir=tokenizer_dir,
+        extra=extra or {},
+        log=log,
     )
-    signals.leave_if_stopped(f"stage {stage.name}", trainer.requests.folders)
-    try:
-        with trainer.requests:
-            trainer.open(tensorboard_dir or Path(out_dir) / "tb", log)
-            return trainer.run_to_end(on_step, evaluate)
-    except BaseException as fault:
-        told = out_of_gpu_memory(fault, config) or fault
-        record_now(told)  # before anything is closed: the other processes are about to fail of it
-        if told is fault:
-            raise
-        raise told from fault
-    finally:
-        trainer.close()
+    requests = signals.Requests([run.output_dir, job.out_dir])
+    signals.leave_if_stopped(f"stage {stage.name}", requests.folders)
+    with opened(job, requests) as parts:
+        timing = Timing(stage.name, background=run.checkpoint.async_save)
+        hooks = [
+            ProgressHook(timing, run.output_dir),
+            RecordingHook(parts.recorder, StepTimes(parts.engine.own_time), config),
+            *([CallbackHook(on_step)] if on_step is not None else []),
+        ]
+        return _Loop(job, parts, requests, hooks, evaluate).run_to_end()
 
 
-def _not_finite(metrics: Mapping[str, Tensor]) -> str:
-    """Names the metrics of this process that are not finite."""
-    bad = sorted(tag for tag, value in metrics.items() if not torch.isfinite(value).all())
-    return f"; not finite here: {', '.join(bad[:5])}" if bad else ""
-
-
-class _Trainer:
-    """State of one call of `train`."""
+class _Loop:
+    """The steps of one call of `train`, on what is open."""
 
     def __init__(
-        self, stage: StageModule, data: TokenSource, config: StageConfig, run: RunConfig,
-        out_dir: Path, *, tokenizer_dir: Path | None,
-        extra: dict[str, Any],
-    ) -> None:  # fmt: skip
-        self.stage = stage
-        self.data = data
-        self.config = config
-        self.run = run
-        self.out_dir = out_dir
-        self.tokenizer_dir = tokenizer_dir
-        self.extra = extra
-        self.requests = signals.Requests([run.output_dir, out_dir])
-        self.engine: TrainingEngine | None = None
-        self.recorder: Recorder | None = None
-        self.saver: Saver | None = None
-        self.timing = Timing(stage.name, background=run.checkpoint.async_save)
-        self._ahead: tuple[int, list[Batch]] | None = None
-        """First sample and micro-batches of a step that has not begun."""
-
-    def open(self, tensorboard_dir: Path, log: Callable[[str], None] | None) -> None:
-        """Build the engine, continue from a checkpoint if there is one, and open the logs."""
-        PULSE.begin(self.stage.name, train_iters=self.config.train_iters)
-        reset_peak_memory()
-        self.saver = Saver(self.out_dir / fmt.CHECKPOINTS, self.run.checkpoint)
-        self.engine = TrainingEngine(self.stage, self.config, self.run.parallel)
-        self.step_times = StepTimes(self.engine.own_time)
-        self.state = TrainState(
-            stage=self.stage.name, seed=self.run.data.seed, layout=self._layout()
-        )
-        resumed = self.saver.committed
-        elsewhere = ""
-        if resumed is not None:
-            PULSE.note("load")
-            stored = load_training(
-                resumed, self.engine, model_config=self.stage.model_config, stage=self.stage.name
-            )
-            if stored.seed != self.run.data.seed:
-                raise ConfigError(
-                    f"data.seed={self.run.data.seed}, but {resumed} was trained with "
-                    f"data.seed={stored.seed}: the samples after "
-                    f"{stored.samples} would be others than in the run it continues; set it back, "
-                    "or use another output_dir"
-                )
-            elsewhere = self._what_changed(stored.layout)
-            self.state = replace(stored, layout=self._layout())
-            PULSE.iteration = stored.step
-        self.recorder = Recorder(
-            stage=self.stage.name,
-            train_iters=self.config.train_iters,
-            step=self.state.step,
-            first=groups.rank() == 0,
-            out_dir=self.out_dir,
-            tensorboard_dir=tensorboard_dir,
-            log=log,
-            workload=Workload(
-                self.stage.flops_per_token(self.config.seq_length),
-                groups.world_size(),
-                peak_flops(),
-            ),
-            skipped_steps=self.state.skipped_steps,
-        )
-        self.saver.note = self.recorder.note
-        if resumed is not None:
-            self.recorder.note(
-                f"resumed from {resumed} at iter "
-                f"{self.state.step}/{self.config.train_iters}{elsewhere}"
-            )
-        if groups.rank() == 0:  # which also has made the folder
-            self._warn_of_small_disk()
-
-    def _warn_of_small_disk(self) -> None:
-        """Say at the start, not hours later, when the disk cannot hold the next two saves (weights
-        and 12 bytes of state per weight)."""
-        assert self.engine is not None and self.recorder is not None
-        local = sum(
-            math.prod(entry.shape) * (entry.parameter.element_size() + 12)
-            for entry in self.engine.template
-        )
-        parallel = self.run.parallel  # context-parallel processes hold the same weights
-        parts = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-        needed = 2 * local * parts
-        free = shutil.disk_usage(self.out_dir).free
-        if free < needed:
-            self.recorder.note(
-                f"warning: two checkpoints need about {needed / 2**30:.1f} GiB, "
-                f"{self.out_dir} has {free / 2**30:.1f} GiB free"
-            )
-
-    def run_to_end(
         self,
-        on_step: Callable[[StepRecord], None] | None,
+        job: Job,
+        parts: Opened,
+        requests: signals.Requests,
+        hooks: Sequence[Hook],
         evaluate: Callable[[int], Mapping[str, float]] | None,
-    ) -> Path:
-        """The loop itself."""
-        assert self.engine is not None and self.recorder is not None and self.saver is not None
-        config = self.config
-        sums = MetricSums()
+    ) -> None:
+        self.job = job
+        self.stage = job.stage
+        self.config = job.config
+        self.run = job.run
+        self.engine = parts.engine
+        self.saver = parts.saver
+        self.recorder = parts.recorder
+        self.state = parts.state
+        self.requests = requests
+        self.hooks = hooks
+        self.evaluate = evaluate
+        self.reader = StepReader(job.data, job.config, separate=job.run.data.separate_documents)
+
+    def run_to_end(self) -> Path:
+        """The loop itself; returns the final checkpoint."""
         self.stage.train()
-        while self.state.step < config.train_iters:
-            start = time.perf_counter()
-            record, metrics = self._one_step()
-            self._note_step(record, time.perf_counter() - start)
-            if not record.skipped:
-                sums.add(metrics)
-            step = record.step
-            last = record.step == config.train_iters
-            if step % config.log_interval == 0 or last:
-                values = sums.take(groups.all_reduce_mean)
-                values = {
-                    tag: value
-                    for part in groups.gather_over_pipeline(values)
-                    for tag, value in part.items()
-                }
-                record = replace(record, metrics=values)
-                times, slow = self.step_times.compare(self.recorder.interval_steps(step))
-                memory = max(groups.gather_numbers(memory_gib()))
-                self.recorder.interval(
-                    record, {**values, **times}, self.state.tokens, memory=memory, slow=named(slow)
-                )
-            if on_step is not None:
-                on_step(record)
+        while self.state.step < self.config.train_iters:
+            end = self._step_end()
+            for hook in self.hooks:
+                hook.on_step_end(end)
             pause = time.perf_counter()
-            if evaluate is not None and (
-                last or (config.eval_interval and step % config.eval_interval == 0)
-            ):
-                self.recorder.points(step, self._evaluated(evaluate, step))
-                self.timing.evaluation(time.perf_counter() - pause)
-            wish = self.requests.poll()
-            if last or wish != signals.GO_ON or step % config.save_interval == 0:
-                with PULSE.doing("save"):
-                    self._save(wait=last or wish == signals.LEAVE)
-            else:
-                self.saver.edge()
-            self._note_saves()
+            self._evaluate_if_due(end)
+            request = self.requests.poll()
+            self._save_if_due(end, request)
             self.recorder.exclude(time.perf_counter() - pause)
             # on the last step too: the steps after this stage are for the next start
-            if wish == signals.LEAVE:
+            if request == signals.LEAVE:
                 raise SavedAndRequeue(
-                    f"stage {self.stage.name} stopped at iter {step}/{config.train_iters} on "
+                    f"stage {self.stage.name} stopped at iter "
+                    f"{end.step}/{self.config.train_iters} on "
                     f"{self.requests.reason or 'request'} and saved "
                     f"{self.saver.committed}; start the same command again to continue"
                 )
-        assert self.saver.committed is not None
+        assert self.saver.committed is not None, "the last step was saved"
         return self.saver.committed
+
+    def _step_end(self) -> StepEnd:
+        start = time.perf_counter()
+        record, metrics = self._one_step()
+        return StepEnd(
+            record=record,
+            metrics=metrics,
+            seconds=time.perf_counter() - start,
+            tokens_seen=self.state.tokens,
+            skipped_steps=self.state.skipped_steps,
+        )
 
     def _one_step(self) -> tuple[StepRecord, dict[str, Tensor]]:
         """One optimizer step: forward, backward, checks, update, bookkeeping."""
-        assert self.engine is not None and self.recorder is not None
         step = self.state.step + 1
         lr = lr_at(self.state.step, self.config)
-        loss_tensor, metrics = forward_backward(self.engine, self._batches())
-        self._read_ahead()
+        loss_tensor, metrics = forward_backward(self.engine, self.reader.take(self.state.samples))
+        if step < self.config.train_iters:  # while the device is at this step
+            self.reader.read_ahead(self.state.samples + self.config.global_batch_size)
         PULSE.note("reduce")
         arriving = OnItsWay(groups.sum_over_pipeline(groups.all_reduce_mean(loss_tensor.double())))
         samples = self.config.global_batch_size
@@ -284,82 +185,57 @@ class _Trainer:
             step, loss=loss, grad_norm=grad_norm, lr=lr, tokens=tokens
         ), metrics
 
-    def _note_step(self, record: StepRecord, seconds: float) -> None:
-        """Tell the heartbeat and the timing of a step that took `seconds`."""
-        if PULSE.warm:  # the first one also compiles and connects
-            self.timing.step(seconds)
-        PULSE.finish_step(
-            record.step,
-            loss=None if record.skipped else record.loss,
-            tokens_per_second=round(record.tokens_per_second, 1),
-            eta_seconds=round(record.eta_seconds, 1),
-            skipped_steps=self.state.skipped_steps,
-        )
-
-    def _note_saves(self) -> None:
-        """Tell them of a save that was committed since the last call."""
-        assert self.saver is not None
-        if self.saver.seconds is None:
+    def _evaluate_if_due(self, end: StepEnd) -> None:
+        """Evaluate at the interval and after the last step, where there is something to do."""
+        interval = self.config.eval_interval
+        if self.evaluate is None or not (end.last or (interval and end.step % interval == 0)):
             return
-        self.timing.save(self.saver.seconds)
-        self.saver.seconds = None
-        figures = self.timing.figures()
-        del figures["margin_seconds"]
-        PULSE.facts = {
-            **PULSE.facts,
-            "last_save": str(self.saver.committed),
-            "last_save_time": round(time.time(), 1),
-            **figures,
-        }
-        if groups.rank() == 0:
-            self.timing.write(self.run.output_dir)
+        start = time.perf_counter()
+        self.stage.eval()
+        try:
+            with torch.no_grad(), PULSE.doing("evaluate"):
+                self.engine.make_room()
+                values = self.evaluate(end.step)
+        finally:
+            self.stage.train()
+        for hook in self.hooks:
+            hook.on_eval(end.step, values, time.perf_counter() - start)
 
-    def _what_changed(self, stored: Mapping[str, int]) -> str:
-        """Of the layout since the checkpoint was written, and what became of the global batch;
-        empty when nothing did."""
-        now = self._layout()
-        num_micro_batches = self.config.num_micro_batches(groups.data_size())
-        changed = [
-            f"{axis} {stored[axis]} -> {size}"
-            for axis, size in now.items()
-            if axis in stored and stored[axis] != size
-        ]
-        if not changed:
-            return ""
-        return (
-            f" on another layout ({', '.join(changed)}); the global batch stays "
-            f"{self.config.global_batch_size}: {num_micro_batches} "
-            f"micro-batch{'es' if num_micro_batches > 1 else ''} of {self.config.micro_batch_size} "
-            "per process and step"
-        )
+    def _save_if_due(self, end: StepEnd, request: int) -> None:
+        """Save at the interval, on request and after the last step; else look whether the pending
+        save can be committed."""
+        interval = self.config.save_interval
+        if end.last or request != signals.GO_ON or end.step % interval == 0:
+            with PULSE.doing("save"):
+                self._save(wait=end.last or request == signals.LEAVE)
+        else:
+            self.saver.edge()
+        if (seconds := self.saver.take_seconds()) is not None:
+            assert self.saver.committed is not None, "a save was committed"
+            for hook in self.hooks:
+                hook.on_save(self.saver.committed, seconds)
 
-    def _batches(self) -> list[Batch]:
-        """Of this step."""
-        first = self.state.samples
-        if self._ahead is None or self._ahead[0] != first:
-            self._ahead = (first, self._read(first))
-        (_, batches) = self._ahead
-        self._ahead = None
-        return batches
-
-    def _read_ahead(self) -> None:
-        """The micro-batches of the next step, while the device is at this one's."""
-        if self.state.step + 1 < self.config.train_iters:
-            first = self.state.samples + self.config.global_batch_size
-            self._ahead = (first, self._read(first))
-
-    def _read(self, first_sample: int) -> list[Batch]:
-        PULSE.note("data")
-        return step_batches(
-            self.data, self.config, first_sample, separate=self.run.data.separate_documents
+    def _save(self, *, wait: bool) -> None:
+        """Save the present state; with `wait` it is committed on return, whatever
+        checkpoint.async_save says."""
+        self.recorder.flush()
+        self.state = replace(self.state, adam_step=self.engine.adam_step())
+        self.saver.save(
+            self.engine,
+            self.state,
+            wait=wait,
+            model_config=self.stage.model_config,
+            kind=self.stage.name,
+            config_yaml=yaml.safe_dump(self.run.model_dump(mode="json"), sort_keys=False),
+            tokenizer_dir=self.job.tokenizer_dir,
+            extra=dict(self.job.extra),
         )
 
     def _samples_of_step(self) -> str:
-        """Those of the step that is being done."""
+        """The samples of the step under way, for messages."""
         return f"{self.state.samples} to {self.state.samples + self.config.global_batch_size - 1}"
 
     def _say_skipped(self, step: int, what: str, metrics: Mapping[str, Tensor]) -> None:
-        assert self.recorder is not None
         self.recorder.note(
             f"skipped iter {step}/{self.config.train_iters}: {what}{_not_finite(metrics)}; "
             "nothing was updated, samples "
@@ -374,7 +250,6 @@ class _Trainer:
             if skipped
             else ""
         )
-        assert self.saver is not None
         self.saver.settle_before_fault()
         kept = (
             f"the last checkpoint is {self.saver.committed}"
@@ -389,51 +264,8 @@ class _Trainer:
             f"Lower {self.stage.name}.lr or clip_grad, or look at these samples"
         )
 
-    def _evaluated(
-        self, evaluate: Callable[[int], Mapping[str, float]], step: int
-    ) -> Mapping[str, float]:
-        assert self.engine is not None
-        self.stage.eval()
-        try:
-            with torch.no_grad(), PULSE.doing("evaluate"):
-                self.engine.make_room()
-                return evaluate(step)
-        finally:
-            self.stage.train()
 
-    def _save(self, *, wait: bool) -> None:
-        """Save the present state; with `wait` it is committed on return, whatever
-        checkpoint.async_save says."""
-        assert self.engine is not None and self.saver is not None and self.recorder is not None
-        self.recorder.flush()
-        self.state = replace(self.state, adam_step=self.engine.adam_step())
-        self.saver.save(
-            self.engine,
-            self.state,
-            wait=wait,
-            model_config=self.stage.model_config,
-            kind=self.stage.name,
-            config_yaml=yaml.safe_dump(self.run.model_dump(mode="json"), sort_keys=False),
-            tokenizer_dir=self.tokenizer_dir,
-            extra=self.extra,
-        )
-
-    def _layout(self) -> dict[str, int]:
-        parallel = self.run.parallel
-        return {
-            "world": groups.world_size(),
-            "data": groups.data_size(),
-            "tensor": parallel.tensor_model_parallel_size,
-            "pipeline": parallel.pipeline_model_parallel_size,
-            "context": parallel.context_parallel_size,
-            "zero_stage": parallel.zero_stage,
-        }
-
-    def close(self) -> None:
-        """Close logs and engine; a save that is neither committed nor failed is removed."""
-        if self.saver is not None:
-            self.saver.close()
-        if self.recorder is not None:
-            self.recorder.close()
-        if self.engine is not None:
-            self.engine.close()
+def _not_finite(metrics: Mapping[str, Tensor]) -> str:
+    """Names the metrics of this process that are not finite."""
+    bad = sorted(tag for tag, value in metrics.items() if not torch.isfinite(value).all())
+    return f"; not finite here: {', '.join(bad[:5])}" if bad else ""

@@ -13,6 +13,7 @@ from megatron_hypenet.data.documents import document_ids, loss_weights
 from megatron_hypenet.parallel import groups
 from megatron_hypenet.parallel.cpu import device
 from megatron_hypenet.stages.base import Batch
+from megatron_hypenet.supervision.heartbeat import PULSE
 
 
 class TokenSource(Protocol):
@@ -30,6 +31,33 @@ class TokenSource(Protocol):
         tokens is int64 [count, seq_length + 1], the result bool of the same shape. Raises DataError
         when the data has no document boundaries."""
         ...
+
+
+class StepReader:
+    """Reads the micro-batches of steps, perhaps one step ahead of the device."""
+
+    def __init__(self, data: TokenSource, config: StageConfig, *, separate: bool) -> None:
+        self.data = data
+        self.config = config
+        self.separate = separate
+        self._ahead: tuple[int, list[Batch]] | None = None
+        """First sample and micro-batches of a step that has not begun."""
+
+    def take(self, first_sample: int) -> list[Batch]:
+        """The micro-batches of the step that begins with `first_sample`, which are forgotten
+        here."""
+        if self._ahead is None or self._ahead[0] != first_sample:
+            self.read_ahead(first_sample)
+        assert self._ahead is not None
+        (_, batches) = self._ahead
+        self._ahead = None
+        return batches
+
+    def read_ahead(self, first_sample: int) -> None:
+        """Read a step's micro-batches, for the next `take`."""
+        PULSE.note("data")
+        batches = step_batches(self.data, self.config, first_sample, separate=self.separate)
+        self._ahead = (first_sample, batches)
 
 
 def step_batches(

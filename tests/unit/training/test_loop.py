@@ -1,6 +1,7 @@
 """The loop trains, saves, continues bit for bit, and leaves by the right door."""
 
 import os
+import shutil
 import signal
 from types import SimpleNamespace
 
@@ -398,7 +399,7 @@ def test_another_data_seed_does_not_continue_a_run(tmp_path):
 
 def test_a_small_disk_is_announced_at_the_start(tmp_path, monkeypatch):
     lines = []
-    monkeypatch.setattr(loop.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     loop.train(
         ToyStage(),
         ToyData(),

@@ -6,7 +6,7 @@ import torch
 
 from megatron_hypenet.config.schema import ParallelConfig
 from megatron_hypenet.parallel import groups
-from megatron_hypenet.training.micro_batches import step_batches
+from megatron_hypenet.training.micro_batches import StepReader, step_batches
 from tests.unit.engine.toy import ToyData, stage_config
 
 
@@ -57,3 +57,24 @@ def test_a_step_without_a_real_label_weighs_nothing():
         float(batch["token_weights"].sum()) == 0
         for batch in step_batches(Ends(end_of_document=3), CONFIG, 0, separate=True)
     )
+
+
+def test_a_step_that_was_read_ahead_is_not_read_again():
+    read = []
+
+    class Watched(ToyData):
+        def batch(self, sample_start, count, seq_length):
+            read.append(sample_start)
+            return super().batch(sample_start, count, seq_length)
+
+    reader = StepReader(Watched(), stage_config(), separate=False)
+    reader.read_ahead(4)
+    assert read == [4, 6]
+    ahead = reader.take(4)
+    assert read == [4, 6] and len(ahead) == 2
+    again = reader.take(4)  # forgotten once taken
+    assert read == [4, 6, 4, 6]
+    assert all(torch.equal(a["tokens"], b["tokens"]) for a, b in zip(ahead, again, strict=True))
+    reader.read_ahead(8)
+    reader.take(12)  # another step than the one that was read
+    assert read[4:] == [8, 10, 12, 14]

@@ -1,0 +1,144 @@
+"""What happens beside a training loop after each step, evaluation and save: the heartbeat and the
+time that a stop takes, the reports, and the caller's own function.
+
+All processes call the same hooks in the same order; some of them are collective."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from megatron_hypenet.config.schema import StageConfig
+from megatron_hypenet.parallel import groups
+from megatron_hypenet.supervision.heartbeat import PULSE
+from megatron_hypenet.training.grace_period import Timing
+from megatron_hypenet.training.metrics import MetricSums, Recorder, StepRecord, memory_gib
+from megatron_hypenet.training.stragglers import StepTimes, named
+
+
+@dataclass(slots=True)
+class StepEnd:
+    """A finished optimizer step."""
+
+    record: StepRecord
+    """Its loss, norm and speed; where the step is logged, hooks after RecordingHook also see the
+    stage's metrics here."""
+    metrics: Mapping[str, Tensor]
+    """The stage's metrics of this process, on the device."""
+    seconds: float
+    tokens_seen: int
+    """Tokens of all steps so far, the skipped ones included."""
+    skipped_steps: int
+    """Steps so far that updated nothing."""
+
+    @property
+    def step(self) -> int:
+        """Its number, from 1."""
+        return self.record.step
+
+    @property
+    def last(self) -> bool:
+        """Whether the stage is trained."""
+        return self.record.step == self.record.train_iters
+
+
+class Hook:
+    """Does nothing at any of the moments; subclasses override some."""
+
+    def on_step_end(self, end: StepEnd) -> None:
+        """A step is done, and nothing is evaluated or saved yet."""
+
+    def on_eval(self, step: int, values: Mapping[str, float], seconds: float) -> None:
+        """An evaluation after `step` has given `values`."""
+
+    def on_save(self, committed: Path, seconds: float) -> None:
+        """A save was committed, `seconds` after it was requested."""
+
+
+class ProgressHook(Hook):
+    """Tells the heartbeat how far training is, and measures how early a run must be asked to
+    stop."""
+
+    def __init__(self, timing: Timing, folder: Path) -> None:
+        """`folder`: the run folder, which gets timing.json."""
+        self.timing = timing
+        self.folder = folder
+
+    def on_step_end(self, end: StepEnd) -> None:
+        """Note a step; the first one also compiles and connects, so its time does not count."""
+        if PULSE.warm:
+            self.timing.step(end.seconds)
+        record = end.record
+        PULSE.finish_step(
+            record.step,
+            loss=None if record.skipped else record.loss,
+            tokens_per_second=round(record.tokens_per_second, 1),
+            eta_seconds=round(record.eta_seconds, 1),
+            skipped_steps=end.skipped_steps,
+        )
+
+    def on_eval(self, step: int, values: Mapping[str, float], seconds: float) -> None:
+        """Measure the evaluation."""
+        self.timing.evaluation(seconds)
+
+    def on_save(self, committed: Path, seconds: float) -> None:
+        """Note the save, and write down how long a stop takes."""
+        self.timing.save(seconds)
+        figures = self.timing.figures()
+        del figures["margin_seconds"]
+        PULSE.facts = {
+            **PULSE.facts,
+            "last_save": str(committed),
+            "last_save_time": round(time.time(), 1),
+            **figures,
+        }
+        if groups.rank() == 0:
+            self.timing.write(self.folder)
+
+
+class RecordingHook(Hook):
+    """Averages the stage's metrics and reports every log interval."""
+
+    def __init__(self, recorder: Recorder, step_times: StepTimes, config: StageConfig) -> None:
+        self.recorder = recorder
+        self.step_times = step_times
+        self.config = config
+        self._sums = MetricSums()
+
+    def on_step_end(self, end: StepEnd) -> None:
+        """Collective at the end of a log interval."""
+        if not end.record.skipped:
+            self._sums.add(end.metrics)
+        if end.step % self.config.log_interval and not end.last:
+            return
+        values = self._sums.take(groups.all_reduce_mean)
+        values = {
+            tag: value
+            for part in groups.gather_over_pipeline(values)
+            for tag, value in part.items()
+        }
+        end.record = replace(end.record, metrics=values)
+        times, slow = self.step_times.compare(self.recorder.interval_steps(end.step))
+        memory = max(groups.gather_numbers(memory_gib()))
+        self.recorder.interval(
+            end.record, {**values, **times}, end.tokens_seen, memory=memory, slow=named(slow)
+        )
+
+    def on_eval(self, step: int, values: Mapping[str, float], seconds: float) -> None:
+        """Write the values beside the others."""
+        self.recorder.points(step, values)
+
+
+class CallbackHook(Hook):
+    """Hands every step to a function."""
+
+    def __init__(self, function: Callable[[StepRecord], None]) -> None:
+        self.function = function
+
+    def on_step_end(self, end: StepEnd) -> None:
+        """Call it."""
+        self.function(end.record)
