@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megatron_hypenet.engine.deepspeed.bf16_accumulation import GradientSums
+from megatron_hypenet.stages.base import MicroBatch
 
 logger = logging.getLogger(__name__)
 
@@ -42,18 +43,18 @@ ROOM_TO_EVALUATE = 8 * 2**30
 """With fewer bytes free, the graphs are released before an evaluation, and captured again
 afterwards."""
 
-Batch = Mapping[str, Tensor]
-MicroStep = Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
+MicroStep = Callable[[MicroBatch], tuple[Tensor, dict[str, Tensor]]]
 """Forward and backward of one micro-batch: adds its gradients to the sums; (loss, metrics)
 detached."""
 
 
-def eligible(batch: Batch) -> bool:
+def eligible(batch: MicroBatch) -> bool:
     """Whether graphs are captured for such a micro-batch: small, and without document ids (the
     masks of separate documents need the host)."""
-    tokens = batch["tokens"]
+    tokens = batch.tokens
     return (
-        set(batch) == {"tokens"}
+        batch.document_ids is None
+        and batch.token_weights is None
         and tokens.is_cuda
         and tokens.shape[0] * (tokens.shape[1] - 1) <= LAUNCH_BOUND_TOKENS
     )
@@ -92,12 +93,12 @@ class CudaGraphs:
         """Whether micro-batches are replayed."""
         return bool(self._graphs)
 
-    def takes(self, batch: Batch) -> bool:
+    def takes(self, batch: MicroBatch) -> bool:
         """Whether `replay` takes this micro-batch."""
-        same = self._tokens is None or self._tokens.shape == batch["tokens"].shape
+        same = self._tokens is None or self._tokens.shape == batch.tokens.shape
         return eligible(batch) and same and self.failure is None
 
-    def replay(self, batch: Batch, *, first: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    def replay(self, batch: MicroBatch, *, first: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of a micro-batch, in memory that the next replay overwrites; gradients
         are in the sums.
 
@@ -105,7 +106,7 @@ class CudaGraphs:
         kernel. Where either fails, the log says so, and this and all later micro-batches are
         launched kernel by kernel."""
         if self._tokens is None:
-            self._tokens = batch["tokens"].clone()
+            self._tokens = batch.tokens.clone()
             try:
                 self._capture()
             # errors of compilers too: launching the kernels one by one either works or fails with a
@@ -120,12 +121,12 @@ class CudaGraphs:
                 self._give_up()
         if self.failure is not None:
             return self._run(batch)
-        self._tokens.copy_(batch["tokens"])
+        self._tokens.copy_(batch.tokens)
         return self._graphs[first].replay(self._sums)
 
     def _capture(self) -> None:
         assert self._tokens is not None
-        batch = {"tokens": self._tokens}
+        batch = MicroBatch(self._tokens)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         # compiles and loads every kernel; the first replay overwrites its gradients in the sums

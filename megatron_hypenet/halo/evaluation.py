@@ -19,7 +19,7 @@ from megatron_hypenet.eval.recall import recall_accuracy
 from megatron_hypenet.model.hypenet import HypeNetModel
 from megatron_hypenet.parallel import groups
 from megatron_hypenet.parallel.cpu import device
-from megatron_hypenet.stages.base import StageModule
+from megatron_hypenet.stages.base import MicroBatch, StageModule
 from megatron_hypenet.training.schedule import stage_loss
 
 PROBE_SEQUENCES = 16
@@ -100,7 +100,7 @@ class Measure:
         unit = self.run.parallel.sequence_unit
         texts = self.heldout(settings.heldout_sequences, max(length - length % unit, unit))
         for part in texts.split(settings.batch_size):
-            loss = stage_loss(stage, {"tokens": part.to(device())})
+            loss = stage_loss(stage, MicroBatch(part.to(device())))
             total += float(groups.all_reduce_mean(loss)) * len(part)
         return total / len(texts)
 

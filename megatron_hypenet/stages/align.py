@@ -27,7 +27,7 @@ from megatron_hypenet.model.pipeline_layout import layer_costs
 from megatron_hypenet.parallel import groups
 from megatron_hypenet.stages.aligned_mixers import AlignedMixers
 from megatron_hypenet.stages.base import (
-    Batch,
+    MicroBatch,
     PipelineRun,
     StageModule,
     accumulate_dtype,
@@ -65,7 +65,7 @@ class AlignStage(StageModule):
         """Layers per pipeline stage; each RNN mixer lies beside the layer it imitates."""
         return self.teacher.layout
 
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Tokens [b, t + 1] -> mean of the layer losses; metrics hold every layer's own as
         align/layer_NN."""
         tokens = local_tokens(batch)

@@ -17,9 +17,17 @@ from megatron_hypenet.model.hypenet import HypeNetModel
 from megatron_hypenet.parallel import groups
 from megatron_hypenet.parallel.context.layout import split_sequence
 
-Batch = Mapping[str, Tensor]
-"""One micro-batch of whole sequences: `tokens` [b, t + 1], int64, from data.blend; with separate
-documents also `document_ids` [b, t] (int32) and `token_weights` [b, t] (fp32)."""
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Whole sequences of one micro-batch, from data.blend."""
+
+    tokens: Tensor
+    """[b, t + 1], int64."""
+    document_ids: Tensor | None = None
+    """[b, t], int32; None when each row is one document."""
+    token_weights: Tensor | None = None
+    """Weight of each label's loss, [b, t], fp32; None for one each. There with `document_ids`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,16 +44,16 @@ class LocalTokens:
     """Weight of each label's loss, [b, t / context ranks]; None for one each."""
 
 
-def local_tokens(batch: Batch) -> LocalTokens:
+def local_tokens(batch: MicroBatch) -> LocalTokens:
     """Split `tokens` [b, t + 1] into inputs and the tokens that follow them, and take this rank's
     part of the sequence."""
     group = groups.context_group()
-    tokens = batch["tokens"]
-    weights = batch.get("token_weights")
+    tokens = batch.tokens
+    weights = batch.token_weights
     return LocalTokens(
         inputs=split_sequence(tokens[:, :-1], group, dim=1).contiguous(),
         labels=split_sequence(tokens[:, 1:], group, dim=1).contiguous(),
-        document_ids=batch.get("document_ids"),
+        document_ids=batch.document_ids,
         weights=None if weights is None else split_sequence(weights, group, dim=1),
     )
 
@@ -95,7 +103,7 @@ class StageModule(nn.Module, ABC):
         """Shape of the student that this stage hands on."""
 
     @abstractmethod
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """One micro-batch -> (loss, metrics).
 
         The loss is a scalar in fp32 (fp64 for fp64 models), a mean over this process's tokens and

@@ -18,8 +18,8 @@ from megatron_hypenet.model.hypenet import HypeNetModel
 from megatron_hypenet.model.pipeline_layout import layer_costs
 from megatron_hypenet.parallel.vocab_loss.gradients import CHUNKS_PER_PRODUCT, chunk_size
 from megatron_hypenet.stages.base import (
-    Batch,
     LocalTokens,
+    MicroBatch,
     PipelineRun,
     StageModule,
     finite_or_nan,
@@ -72,7 +72,7 @@ class HeadStage(StageModule):
         """(loss, metrics) as `forward` gives them, from final hidden states [t, b, h] of student
         and teacher."""
 
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Tokens [b, t + 1] -> (loss, metrics)."""
         tokens = local_tokens(batch)
         teacher_hidden = None

@@ -12,7 +12,7 @@ from megatron_hypenet.config.schema import StageConfig
 from megatron_hypenet.data.documents import document_ids, loss_weights
 from megatron_hypenet.parallel import groups
 from megatron_hypenet.parallel.cpu import device
-from megatron_hypenet.stages.base import Batch
+from megatron_hypenet.stages.base import MicroBatch
 from megatron_hypenet.supervision.heartbeat import PULSE
 
 
@@ -40,10 +40,10 @@ class StepReader:
         self.data = data
         self.config = config
         self.separate = separate
-        self._ahead: tuple[int, list[Batch]] | None = None
+        self._ahead: tuple[int, list[MicroBatch]] | None = None
         """First sample and micro-batches of a step that has not begun."""
 
-    def take(self, first_sample: int) -> list[Batch]:
+    def take(self, first_sample: int) -> list[MicroBatch]:
         """The micro-batches of the step that begins with `first_sample`, which are forgotten
         here."""
         if self._ahead is None or self._ahead[0] != first_sample:
@@ -62,7 +62,7 @@ class StepReader:
 
 def step_batches(
     data: TokenSource, config: StageConfig, first_sample: int, *, separate: bool = False
-) -> list[Batch]:
+) -> list[MicroBatch]:
     """This data-parallel rank's micro-batches of the step that begins with `first_sample`; ranks of
     one replica get the same.
 
@@ -71,7 +71,7 @@ def step_batches(
     whole step on all ranks."""
     share = config.global_batch_size // groups.data_size()
     start = first_sample + groups.data_rank() * share
-    batches: list[Batch] = []
+    batches: list[MicroBatch] = []
     ends: list[Tensor] = []
     where = device()
     for offset in range(0, share, config.micro_batch_size):
@@ -81,11 +81,13 @@ def step_batches(
         if where.type == "cuda":
             # a copy from memory that is not pinned would wait for all work of the device
             tokens = tokens.pin_memory()
-        batches.append({"tokens": tokens.to(where, non_blocking=True)})
+        batches.append(MicroBatch(tokens.to(where, non_blocking=True)))
     return _separated(batches, ends, config.tokens_per_step) if separate else batches
 
 
-def _separated(batches: list[Batch], ends: list[Tensor], tokens_per_step: int) -> list[Batch]:
+def _separated(
+    batches: list[MicroBatch], ends: list[Tensor], tokens_per_step: int
+) -> list[MicroBatch]:
     weights = [loss_weights(part) for part in ends]
     # Every rank divides its sum by its own number of tokens, and the ranks' results are averaged:
     # this factor makes the whole a mean over the labels that count. A step without any has loss 0.
@@ -94,6 +96,6 @@ def _separated(batches: list[Batch], ends: list[Tensor], tokens_per_step: int) -
     )
     factor = tokens_per_step / counted.clamp(min=1)
     return [
-        {**batch, "document_ids": document_ids(part), "token_weights": weight * factor}
+        MicroBatch(batch.tokens, document_ids(part), weight * factor)
         for batch, part, weight in zip(batches, ends, weights, strict=True)
     ]

@@ -17,13 +17,13 @@ from megatron_hypenet.engine.own_time import OwnTime
 from megatron_hypenet.model.hypenet import HypeNetModel
 from megatron_hypenet.parallel import groups
 from megatron_hypenet.parallel.pipeline import run_pipeline
-from megatron_hypenet.stages.base import Batch, LocalTokens, StageModule, local_tokens
+from megatron_hypenet.stages.base import LocalTokens, MicroBatch, StageModule, local_tokens
 from megatron_hypenet.supervision.heartbeat import PULSE
 
 LossAndMetrics = tuple[Tensor, dict[str, Tensor]]
 
 
-def forward_backward(engine: TrainingEngine, batches: Iterable[Batch]) -> LossAndMetrics:
+def forward_backward(engine: TrainingEngine, batches: Iterable[MicroBatch]) -> LossAndMetrics:
     """Accumulate gradients over `batches` (engine.num_micro_batches of them); mean loss and metrics
     of this process.
 
@@ -53,7 +53,7 @@ def forward_backward(engine: TrainingEngine, batches: Iterable[Batch]) -> LossAn
 
 
 @torch.no_grad()
-def stage_loss(stage: StageModule, batch: Batch) -> Tensor:
+def stage_loss(stage: StageModule, batch: MicroBatch) -> Tensor:
     """Loss of one micro-batch without training, the same value on every pipeline stage."""
     PULSE.note("evaluate")
     loss, _ = (
@@ -90,7 +90,7 @@ class _Mean:
 
 
 def _pipelined(
-    stage: StageModule, batches: Sequence[Batch], *, train: bool, clock: OwnTime
+    stage: StageModule, batches: Sequence[MicroBatch], *, train: bool, clock: OwnTime
 ) -> LossAndMetrics:
     """One step's micro-batches through several pipeline stages; the share of this rank in loss and
     metrics."""

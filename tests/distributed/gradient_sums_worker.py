@@ -18,6 +18,7 @@ from megatron_hypenet.config.schema import ParallelConfig  # noqa: E402
 from megatron_hypenet.engine.deepspeed.engine import TrainingEngine  # noqa: E402
 from megatron_hypenet.model.hypenet import build_model  # noqa: E402
 from megatron_hypenet.parallel import groups  # noqa: E402
+from megatron_hypenet.stages.base import MicroBatch
 from megatron_hypenet.stages.finetune import FinetuneStage  # noqa: E402
 from megatron_hypenet.training.schedule import forward_backward  # noqa: E402
 from tests.tiny import tiny_model_config  # noqa: E402
@@ -27,7 +28,7 @@ WORLD = int(os.environ["WORLD_SIZE"])
 
 
 def batches(rank):
-    return [{"tokens": ToyData().batch(4 * rank + at, 2, 8)} for at in (0, 2)]
+    return [MicroBatch(ToyData().batch(4 * rank + at, 2, 8)) for at in (0, 2)]
 
 
 def by_hand():
@@ -85,7 +86,7 @@ def check_norm(folder):
         seq_length=8, micro_batch_size=2, global_batch_size=2 * replicas, clip_grad=1e-3
     )
     engine = TrainingEngine(FinetuneStage(model, chunk_tokens=None), config, parallel)
-    forward_backward(engine, [{"tokens": ToyData().batch(0, 2, 8)}])
+    forward_backward(engine, [MicroBatch(ToyData().batch(0, 2, 8))])
     if replicas == 1:
         optimizer = engine.engine.optimizer
         theirs, _ = BF16_Optimizer.get_grads_for_norm(optimizer)

@@ -21,6 +21,7 @@ from megatron_hypenet.export.to_hf import export_hf
 from megatron_hypenet.model.hypenet import build_model
 from megatron_hypenet.stages.align import AlignStage
 from megatron_hypenet.stages.aligned_mixers import AlignedMixers
+from megatron_hypenet.stages.base import MicroBatch
 from megatron_hypenet.stages.distill import DistillStage
 from megatron_hypenet.stages.finetune import FinetuneStage
 
@@ -111,7 +112,7 @@ def test_alignment_losses_and_gradients(case, dtype):
             mixer.o_norm.weight.copy_(golden[f"stage1_o_norm/{layer}"])
     # The reference reads all T input tokens; ours takes T + 1 and drops the last.
     tokens = torch.cat([golden["input_ids"], golden["input_ids"][:, :1]], dim=1)
-    loss, metrics = AlignStage(teacher, mixers)({"tokens": tokens})
+    loss, metrics = AlignStage(teacher, mixers)(MicroBatch(tokens))
     assert error(loss, golden["stage1_loss"]) < LIMITS[dtype]
     for layer, want in enumerate(golden["stage1_loss_per_layer"]):
         assert error(metrics[f"align/layer_{layer:02d}"], want) < LIMITS[dtype], layer
@@ -144,14 +145,14 @@ def test_distillation_loss_and_gradients(case, dtype):
     _, folder, golden = case
     student, teacher = load(folder / "hypenet", dtype), load(folder / "qwen3", dtype)
     tokens = torch.cat([golden["input_ids"], golden["input_ids"][:, :1]], dim=1)
-    loss, _ = DistillStage(student, teacher, chunk_tokens=37)({"tokens": tokens})
+    loss, _ = DistillStage(student, teacher, chunk_tokens=37)(MicroBatch(tokens))
     check_stage(loss, student, golden, "stage2", LIMITS[dtype])
 
 
 def test_finetuning_loss_and_gradients(case, dtype):
     _, folder, golden = case
     student = load(folder / "hypenet", dtype)
-    loss, _ = FinetuneStage(student, chunk_tokens=50)({"tokens": golden["input_ids"]})
+    loss, _ = FinetuneStage(student, chunk_tokens=50)(MicroBatch(golden["input_ids"]))
     check_stage(loss, student, golden, "stage3", LIMITS[dtype])
 
 

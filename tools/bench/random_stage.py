@@ -22,7 +22,7 @@ from megatron_hypenet.model.transfer import named_normal
 from megatron_hypenet.parallel import groups
 from megatron_hypenet.planning.layer_placement import placed
 from megatron_hypenet.planning.layout_search import teacher_and_student
-from megatron_hypenet.stages.base import Batch, StageModule
+from megatron_hypenet.stages.base import MicroBatch, StageModule
 from megatron_hypenet.stages.spec import stage_spec
 from megatron_hypenet.training.micro_batches import step_batches
 from megatron_hypenet.training.schedule import forward_backward
@@ -175,7 +175,7 @@ class TimedSteps:
             float(groups.sum_over_pipeline(groups.all_reduce_mean(loss))) for loss in losses
         ]
 
-    def _batches(self, ahead: int) -> list[Batch]:
+    def _batches(self, ahead: int) -> list[MicroBatch]:
         """Micro-batches of the step that is so many behind the last run's last."""
         return step_batches(
             self.tokens, self.config, (len(self.losses) + ahead) * self.config.global_batch_size

@@ -49,7 +49,7 @@ from megatron_hypenet.engine.optim import adamw
 from megatron_hypenet.engine.own_time import OwnTime
 from megatron_hypenet.errors import DivergedError, LayoutError
 from megatron_hypenet.parallel import groups
-from megatron_hypenet.stages.base import finite_or_nan
+from megatron_hypenet.stages.base import MicroBatch, finite_or_nan
 
 
 class RefusedUpdate(DivergedError):
@@ -120,9 +120,7 @@ class TrainingEngine:
                 )
         self.access.init_adam(0)
 
-    def micro_step(
-        self, batch: Mapping[str, Tensor], *, last: bool
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def micro_step(self, batch: MicroBatch, *, last: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Forward and backward of one micro-batch; gradients accumulate until the `last` of the
         step.
 
@@ -146,7 +144,7 @@ class TrainingEngine:
         if self.graphs is not None:
             self.graphs.make_room()
 
-    def _forward_backward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def _forward_backward(self, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """A micro-batch without DeepSpeed's part in it but its gradient hooks: what a CUDA graph
         can hold."""
         # not the call: DeepSpeed hooks into that, and its timer waits for the device

@@ -16,6 +16,7 @@ from megatron_hypenet.engine.deepspeed.engine import TrainingEngine
 from megatron_hypenet.model.hypenet import build_model
 from megatron_hypenet.parallel import groups
 from megatron_hypenet.parallel.cpu import device
+from megatron_hypenet.stages.base import MicroBatch
 from megatron_hypenet.stages.finetune import FinetuneStage
 from megatron_hypenet.training.schedule import forward_backward
 from tests.tiny import tiny_model_config
@@ -26,7 +27,7 @@ def test_without_a_gpu_nothing_is_captured_and_a_failed_capture_runs_eagerly(cap
     groups.init_parallel(ParallelConfig())
     stage = ToyStage(torch.bfloat16)
     engine = TrainingEngine(stage, stage_config(), ParallelConfig())
-    batch = {"tokens": ToyData().batch(0, 2, 8)}
+    batch = MicroBatch(ToyData().batch(0, 2, 8))
     assert engine.graphs is None and not eligible(batch)
     graphs = CudaGraphs(engine._forward_backward, engine.sums, several=False)
     with caplog.at_level(logging.WARNING):
@@ -55,7 +56,7 @@ def test_no_node_of_a_weight_outlives_its_graph():
         return found
 
     assert not any(marked())
-    engine._forward_backward({"tokens": ToyData().batch(0, 2, 8).to(device())})
+    engine._forward_backward(MicroBatch(ToyData().batch(0, 2, 8).to(device())))
     assert not any(marked())
     engine.close()
 
@@ -84,7 +85,7 @@ def test_replays_equal_launches(micro_batches):
         generator = torch.Generator().manual_seed(1)
         for _ in range(3):
             batches = [
-                {"tokens": torch.randint(0, shape.vocab_size, (2, 65), generator=generator).cuda()}
+                MicroBatch(torch.randint(0, shape.vocab_size, (2, 65), generator=generator).cuda())
                 for _ in range(micro_batches)
             ]
             loss, _ = forward_backward(engine, batches)
@@ -103,8 +104,8 @@ def test_replays_equal_launches(micro_batches):
 @pytest.mark.gpu
 def test_large_or_packed_micro_batches_are_launched():
     large = torch.zeros(1, LAUNCH_BOUND_TOKENS + 2, dtype=torch.long, device="cuda")
-    assert eligible({"tokens": large[:, :-1]}) and not eligible({"tokens": large})
-    assert not eligible({"tokens": large[:, :9], "document_ids": large[:, :8]})
+    assert eligible(MicroBatch(large[:, :-1])) and not eligible(MicroBatch(large))
+    assert not eligible(MicroBatch(large[:, :9], document_ids=large[:, :8]))
 
 
 class StandIn:
@@ -184,7 +185,7 @@ def trained(wrap, *, factor=1.0, between=lambda engine: None):
         engine.graphs = CudaGraphs(wrap(engine, factor), engine.sums, several=True)
     for step in range(3):
         loss, metrics = forward_backward(
-            engine, [{"tokens": ToyData().batch(4 * step + at, 2, 8)} for at in (0, 2)]
+            engine, [MicroBatch(ToyData().batch(4 * step + at, 2, 8)) for at in (0, 2)]
         )
         found += [float(loss), float(metrics["align/layer_00"]), engine.apply(0.05)]
         between(engine)

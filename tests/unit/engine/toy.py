@@ -27,7 +27,7 @@ class ToyStage(StageModule):
         self.poison_gradient = False
 
     def forward(self, batch):
-        tokens = batch["tokens"]
+        tokens = batch.tokens
         logits = (self.table[tokens[:, :-1]] @ self.head.T + self.bias).float()
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         if self.poison is not None and (tokens == self.poison).any():

@@ -11,6 +11,7 @@ from megatron_hypenet.errors import CheckpointError
 from megatron_hypenet.halo import build_stage
 from megatron_hypenet.model.hypenet import build_model
 from megatron_hypenet.stages.aligned_mixers import AlignedMixers
+from megatron_hypenet.stages.base import MicroBatch
 from tests.tiny import tiny_model_config, tiny_teacher_config, whole_tensors
 from tests.unit.halo.test_run_folder import config
 
@@ -68,11 +69,9 @@ def test_the_assembled_student_is_put_together_from_its_sources(world, assembled
 
 def test_stages_load_strictly_and_run(world, assembled):
     run = config(world)
-    batch = {
-        "tokens": torch.randint(
-            0, TEACHER.vocab_size, (1, 9), generator=torch.Generator().manual_seed(0)
-        )
-    }
+    batch = MicroBatch(
+        torch.randint(0, TEACHER.vocab_size, (1, 9), generator=torch.Generator().manual_seed(0))
+    )
     for name, inputs in (
         ("align", {"teacher": world / "teacher"}),
         ("distill", {"teacher": world / "teacher", "init": assembled}),

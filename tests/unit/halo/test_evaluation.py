@@ -92,7 +92,7 @@ def test_a_stage_is_measured_by_its_own_loss_over_all_sequences(measure):
     shapes = []
 
     def stage(batch):
-        shapes.append(tuple(batch["tokens"].shape))
+        shapes.append(tuple(batch.tokens.shape))
         return torch.tensor(float(len(shapes))), {}
 
     assert measure.stage_loss(stage, 12) == pytest.approx((2 * 1 + 2 * 2 + 1 * 3) / 5)

@@ -11,6 +11,7 @@ from megatron_hypenet.config.schema import ParallelConfig
 from megatron_hypenet.engine.deepspeed import config
 from megatron_hypenet.engine.deepspeed.engine import TrainingEngine
 from megatron_hypenet.parallel import groups
+from megatron_hypenet.stages.base import MicroBatch
 from tests.unit.engine.toy import ToyData, ToyStage, stage_config
 
 BUCKET = 250_000
@@ -48,7 +49,7 @@ def held(zero_stage):
         stage_config(global_batch_size=2),
         ParallelConfig(zero_stage=zero_stage, gradient_exchange="bfloat16"),
     )
-    engine.micro_step({"tokens": ToyData().batch(0, 2, 8)}, last=True)
+    engine.micro_step(MicroBatch(ToyData().batch(0, 2, 8)), last=True)
     found = sum(
         storage.nbytes() for address, storage in storages().items() if address not in before
     )

@@ -6,6 +6,7 @@ import torch
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.config.schema import ParallelConfig
 from megatron_hypenet.model.hypenet import build_model
+from megatron_hypenet.stages.base import MicroBatch
 
 TEACHER = ModelConfig(
     num_layers=3,
@@ -45,8 +46,6 @@ def student():
 @pytest.fixture
 def batch():
     """Two sequences of 11 input tokens and the one that follows."""
-    return {
-        "tokens": torch.randint(
-            0, TEACHER.vocab_size, (2, 12), generator=torch.Generator().manual_seed(5)
-        )
-    }
+    return MicroBatch(
+        torch.randint(0, TEACHER.vocab_size, (2, 12), generator=torch.Generator().manual_seed(5))
+    )

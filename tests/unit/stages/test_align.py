@@ -42,7 +42,7 @@ def expected_losses(tokens):
 def test_loss_and_gradients_are_those_of_plain_torch(stage, batch):
     loss, metrics = stage(batch)
     loss.backward()
-    mixers, losses = expected_losses(batch["tokens"])
+    mixers, losses = expected_losses(batch.tokens)
     torch.stack(losses).mean().backward()
     torch.testing.assert_close(loss, torch.stack(losses).mean(), rtol=1e-12, atol=0)
     assert list(metrics) == ["align/layer_00", "align/layer_01", "align/layer_02"]
@@ -59,9 +59,9 @@ def test_the_trunk_computes_what_the_teacher_computes(stage, batch):
     """Wrapping the attention must not change what flows down: the last layer's loss would see
     it."""
     whole = build(TEACHER)
-    states = whole.hidden_states(batch["tokens"][:, :-1])
+    states = whole.hidden_states(batch.tokens[:, :-1])
     wrapped = AlignStage(whole, AlignedMixers.beside(whole, default_mixer(), seed=3))
-    again = whole.hidden_states(batch["tokens"][:, :-1])
+    again = whole.hidden_states(batch.tokens[:, :-1])
     for before, after in zip(states, again, strict=True):
         assert torch.equal(before, after)
     assert wrapped.teacher is whole

@@ -13,13 +13,13 @@ def mixers(teacher):
 
 
 def test_a_swap_changes_one_layer_and_is_undone(teacher, mixers, batch):
-    before = teacher(batch["tokens"])
+    before = teacher(batch.tokens)
     attention = teacher.mixer(1)
     with swapped(teacher, 1, mixers):
         assert teacher.mixer(1) is mixers.of_layer(1) and teacher.mixer(0) is not mixers.of_layer(0)
-        assert not torch.equal(teacher(batch["tokens"]), before)
+        assert not torch.equal(teacher(batch.tokens), before)
     assert teacher.mixer(1) is attention
-    assert torch.equal(teacher(batch["tokens"]), before)
+    assert torch.equal(teacher(batch.tokens), before)
 
 
 def test_a_swap_is_undone_after_an_error(teacher, mixers):

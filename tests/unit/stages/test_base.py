@@ -6,7 +6,13 @@ from torch import nn
 
 from megatron_hypenet.config.schema import ParallelConfig
 from megatron_hypenet.parallel import groups
-from megatron_hypenet.stages.base import StageModule, accumulate_dtype, finite_or_nan, local_tokens
+from megatron_hypenet.stages.base import (
+    MicroBatch,
+    StageModule,
+    accumulate_dtype,
+    finite_or_nan,
+    local_tokens,
+)
 from tests.unit.stages.conftest import STUDENT
 
 
@@ -15,7 +21,7 @@ class Stage(StageModule):
     layout = (3,)
 
     def forward(self, batch):
-        return self.layer(batch["tokens"]), {}
+        return self.layer(batch.tokens), {}
 
     def flops_per_token(self, seq_length):
         return 1.0
@@ -53,7 +59,7 @@ def test_frozen_parameters_do_not_train():
 
 def test_labels_are_the_tokens_after_the_inputs():
     groups.init_parallel(ParallelConfig())
-    tokens = local_tokens({"tokens": torch.arange(8).view(2, 4)})
+    tokens = local_tokens(MicroBatch(torch.arange(8).view(2, 4)))
     assert tokens.inputs.tolist() == [[0, 1, 2], [4, 5, 6]]
     assert tokens.labels.tolist() == [[1, 2, 3], [5, 6, 7]]
     assert tokens.document_ids is None and tokens.weights is None

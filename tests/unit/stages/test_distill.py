@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from megatron_hypenet.stages.base import MicroBatch
 from megatron_hypenet.stages.distill import DistillStage
 
 
@@ -14,7 +15,7 @@ def test_loss_and_gradients_are_those_of_whole_logits(student, teacher, batch, c
     loss.backward()
     got = {name: parameter.grad.clone() for name, parameter in student.named_parameters()}
     student.zero_grad()
-    inputs = batch["tokens"][:, :-1]
+    inputs = batch.tokens[:, :-1]
     with torch.no_grad():
         target = teacher(inputs).log_softmax(-1)
     want = (
@@ -53,6 +54,6 @@ def test_a_student_that_equals_the_teacher_has_no_loss(teacher, batch):
 
 def test_the_last_token_has_no_say(student, teacher, batch):
     stage = DistillStage(student, teacher, chunk_tokens=8)
-    changed = batch["tokens"].clone()
+    changed = batch.tokens.clone()
     changed[:, -1] = (changed[:, -1] + 1) % 50
-    assert stage(batch)[0] == stage({"tokens": changed})[0]
+    assert stage(batch)[0] == stage(MicroBatch(changed))[0]

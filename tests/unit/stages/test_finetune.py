@@ -13,7 +13,7 @@ def test_loss_and_gradients_are_those_of_whole_logits(student, batch, chunk_toke
     loss.backward()
     got = {name: parameter.grad.clone() for name, parameter in student.named_parameters()}
     student.zero_grad()
-    tokens = batch["tokens"]
+    tokens = batch.tokens
     want = F.cross_entropy(student(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
     want.backward()
     torch.testing.assert_close(loss, want, rtol=1e-12, atol=0)

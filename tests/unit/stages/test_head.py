@@ -3,7 +3,7 @@
 import torch
 
 from megatron_hypenet.config.schema import HeadStageConfig, ParallelConfig
-from megatron_hypenet.stages.base import local_tokens
+from megatron_hypenet.stages.base import MicroBatch, local_tokens
 from megatron_hypenet.stages.distill import DistillSpec, DistillStage
 from megatron_hypenet.stages.finetune import FinetuneSpec, FinetuneStage
 from megatron_hypenet.stages.footprint import StageRank
@@ -37,7 +37,7 @@ class OnePipelineStage:
 
 
 def test_a_pipeline_gives_the_losses_of_forward(student, teacher, batch):
-    other = {"tokens": batch["tokens"].flip(0)}
+    other = MicroBatch(batch.tokens.flip(0))
     for stage in (
         DistillStage(student, teacher, chunk_tokens=8),
         FinetuneStage(student, chunk_tokens=8),

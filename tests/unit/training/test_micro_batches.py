@@ -20,21 +20,21 @@ CONFIG = stage_config(micro_batch_size=2, global_batch_size=6, seq_length=8)
 
 def test_one_process_takes_all_samples_in_order():
     batches = step_batches(ToyData(), CONFIG, 12)
-    assert [set(batch) for batch in batches] == [{"tokens"}] * 3
-    assert torch.equal(torch.cat([batch["tokens"] for batch in batches]), ToyData().batch(12, 6, 8))
+    assert len(batches) == 3 and all(batch.document_ids is None for batch in batches)
+    assert torch.equal(torch.cat([batch.tokens for batch in batches]), ToyData().batch(12, 6, 8))
 
 
 def test_each_data_parallel_rank_takes_its_share(monkeypatch):
     monkeypatch.setattr(groups, "data_size", lambda: 3)
     monkeypatch.setattr(groups, "data_rank", lambda: 2)
     (batch,) = step_batches(ToyData(), CONFIG, 12)
-    assert torch.equal(batch["tokens"], ToyData().batch(16, 2, 8))
+    assert torch.equal(batch.tokens, ToyData().batch(16, 2, 8))
 
 
 def test_separate_documents_weigh_real_labels_alone():
     batches = step_batches(ToyData(end_of_document=3), CONFIG, 0, separate=True)
-    inputs = torch.cat([batch["tokens"] for batch in batches])[:, :-1]
-    weights = torch.cat([batch["token_weights"] for batch in batches])
+    inputs = torch.cat([batch.tokens for batch in batches])[:, :-1]
+    weights = torch.cat([batch.token_weights for batch in batches])
     assert (inputs == 3).any() and torch.equal(weights == 0, inputs == 3)
     losses = torch.rand(6, 8, generator=torch.Generator().manual_seed(0))
     # every micro-batch divides by its own number of tokens, and the step takes their mean
@@ -45,7 +45,7 @@ def test_separate_documents_weigh_real_labels_alone():
         ]
     ).mean()
     torch.testing.assert_close(step, losses[inputs != 3].mean())
-    assert all(batch["document_ids"].dtype == torch.int32 for batch in batches)
+    assert all(batch.document_ids.dtype == torch.int32 for batch in batches)
 
 
 def test_a_step_without_a_real_label_weighs_nothing():
@@ -54,7 +54,7 @@ def test_a_step_without_a_real_label_weighs_nothing():
             return torch.full((count, seq_length + 1), 3)
 
     assert all(
-        float(batch["token_weights"].sum()) == 0
+        float(batch.token_weights.sum()) == 0
         for batch in step_batches(Ends(end_of_document=3), CONFIG, 0, separate=True)
     )
 
@@ -74,7 +74,7 @@ def test_a_step_that_was_read_ahead_is_not_read_again():
     assert read == [4, 6] and len(ahead) == 2
     again = reader.take(4)  # forgotten once taken
     assert read == [4, 6, 4, 6]
-    assert all(torch.equal(a["tokens"], b["tokens"]) for a, b in zip(ahead, again, strict=True))
+    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(ahead, again, strict=True))
     reader.read_ahead(8)
     reader.take(12)  # another step than the one that was read
     assert read[4:] == [8, 10, 12, 14]

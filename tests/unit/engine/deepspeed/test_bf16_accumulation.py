@@ -10,6 +10,7 @@ from megatron_hypenet.engine.deepspeed.engine import TrainingEngine
 from megatron_hypenet.engine.deepspeed.state_access import Bf16Access
 from megatron_hypenet.ops.gradient_sum import fused_gradient_sum
 from megatron_hypenet.parallel import groups
+from megatron_hypenet.stages.base import MicroBatch
 from megatron_hypenet.training.schedule import forward_backward
 from tests.unit.engine.toy import ToyData, ToyStage, stage_config
 
@@ -20,7 +21,7 @@ def parallel():
 
 
 def batches(step):
-    return [{"tokens": ToyData().batch(4 * step + at, 2, 8)} for at in (0, 2)]
+    return [MicroBatch(ToyData().batch(4 * step + at, 2, 8)) for at in (0, 2)]
 
 
 def gradients(step):

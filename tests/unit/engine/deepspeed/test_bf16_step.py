@@ -10,6 +10,7 @@ from megatron_hypenet.engine.deepspeed.engine import RefusedUpdate, TrainingEngi
 from megatron_hypenet.engine.deepspeed.state_access import Bf16Access
 from megatron_hypenet.ops.adamw import fused_adamw
 from megatron_hypenet.parallel import groups
+from megatron_hypenet.stages.base import MicroBatch
 from megatron_hypenet.training.schedule import forward_backward
 from tests.unit.engine.toy import ToyData, ToyStage, stage_config
 
@@ -26,7 +27,7 @@ def train(steps=4, **changes):
     norms = []
     for step in range(steps):
         forward_backward(
-            engine, [{"tokens": ToyData().batch(4 * step + at, 2, 8)} for at in (0, 2)]
+            engine, [MicroBatch(ToyData().batch(4 * step + at, 2, 8)) for at in (0, 2)]
         )
         norms.append(engine.apply(0.05))
     found = {}
@@ -103,7 +104,7 @@ def test_gradients_are_scaled_once(monkeypatch):
 def test_a_norm_that_is_not_finite_changes_nothing(clip, bad):
     stage = ToyStage(torch.bfloat16)
     engine = TrainingEngine(stage, stage_config(clip_grad=clip), ParallelConfig())
-    batches = [{"tokens": ToyData().batch(at, 2, 8)} for at in (0, 2)]
+    batches = [MicroBatch(ToyData().batch(at, 2, 8)) for at in (0, 2)]
     forward_backward(engine, batches)
     engine.apply(0.05)
 
@@ -135,7 +136,7 @@ def test_the_host_reads_nothing_but_the_norm(monkeypatch):
     engine = TrainingEngine(
         ToyStage(torch.bfloat16).cuda(), stage_config(clip_grad=0.3), ParallelConfig()
     )
-    batches = [{"tokens": ToyData().batch(at, 2, 8).cuda()} for at in (0, 2)]
+    batches = [MicroBatch(ToyData().batch(at, 2, 8).cuda()) for at in (0, 2)]
     for _ in range(2):  # the first compiles
         forward_backward(engine, batches)
         engine.apply(0.05)
@@ -153,7 +154,7 @@ def test_fp32_training_keeps_torchs_step(monkeypatch):
     stage = ToyStage()
     engine = TrainingEngine(stage, stage_config(), ParallelConfig())
     before = stage.head.detach().clone()
-    forward_backward(engine, [{"tokens": ToyData().batch(at, 2, 8)} for at in (0, 2)])
+    forward_backward(engine, [MicroBatch(ToyData().batch(at, 2, 8)) for at in (0, 2)])
     engine.apply(0.05)
     assert not torch.equal(stage.head, before)
     engine.close()

@@ -10,6 +10,7 @@ from megatron_hypenet.engine.deepspeed.engine import RefusedUpdate, TrainingEngi
 from megatron_hypenet.engine.optim import lr_at
 from megatron_hypenet.errors import DivergedError, LayoutError
 from megatron_hypenet.parallel import groups
+from megatron_hypenet.stages.base import MicroBatch
 from megatron_hypenet.training.schedule import forward_backward
 from tests.unit.engine.toy import VOCAB, ToyData, ToyStage, stage_config
 
@@ -20,7 +21,7 @@ def parallel():
 
 
 def micro_batches(step):
-    return [{"tokens": ToyData().batch(4 * step + at, 2, 8)} for at in (0, 2)]
+    return [MicroBatch(ToyData().batch(4 * step + at, 2, 8)) for at in (0, 2)]
 
 
 def plain_adamw(config, steps):
@@ -89,7 +90,7 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(zero_stage, dtype):
     before = [
         engine.full_state(parameter, "fp32_param").clone() for parameter in stage.parameters()
     ]
-    forward_backward(engine, [{"tokens": torch.full((2, 9), VOCAB - 1)}] * 2)
+    forward_backward(engine, [MicroBatch(torch.full((2, 9), VOCAB - 1))] * 2)
     with pytest.raises(DivergedError):
         engine.apply(0.05)
     for parameter, old in zip(stage.parameters(), before, strict=True):
@@ -130,7 +131,7 @@ def test_training_after_a_refused_step_is_as_if_it_had_not_been(zero_stage, dtyp
                 for bad_gradient, where in ((False, (0,)), (True, (1,)), (False, (0, 1))):
                     stage.poison_gradient = bad_gradient
                     batches = [
-                        {"tokens": poison} if at in where else batch
+                        MicroBatch(poison) if at in where else batch
                         for at, batch in enumerate(micro_batches(9))
                     ]
                     loss, _ = forward_backward(engine, batches)

@@ -16,6 +16,7 @@ from megatron_hypenet.engine.deepspeed.state_access import (
 )
 from megatron_hypenet.errors import SetupError
 from megatron_hypenet.parallel import groups
+from megatron_hypenet.stages.base import MicroBatch
 from tests.unit.engine.toy import ToyData, ToyStage, stage_config
 
 
@@ -64,7 +65,7 @@ def test_what_a_layout_selects(make, zero_stage, dtype, kind):
 def test_the_accumulated_gradient_is_the_sum_over_micro_batches(make, dtype):
     engine = make(1, dtype)
     engine.engine.set_gradient_accumulation_boundary(False)
-    batch = {"tokens": ToyData().batch(0, 2, 8)}
+    batch = MicroBatch(ToyData().batch(0, 2, 8))
     sums = []
     for _ in range(2):
         engine.module.forward(batch)[0].backward()
