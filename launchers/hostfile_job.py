@@ -51,7 +51,7 @@ class _Running:
 
     host: str
     pid: int
-    """Of its hostfile_rank process."""
+    """Process number of its hostfile_rank process."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,8 +38,8 @@ def seeded() -> None:
 
 @pytest.fixture
 def takes_gib() -> Iterator[Callable[[float], None]]:
-    """For GPU tests of large tensors: told how much memory they take, skips them where so much is
-    not free; gives it back afterwards."""
+    """Function that GPU tests of large tensors call with the memory they need: it skips them where
+    less is free, and frees it afterwards."""
     import torch
 
     def take(gib: float) -> None:

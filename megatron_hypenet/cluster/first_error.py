@@ -103,7 +103,7 @@ class Group:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """For --json."""
+        """The group as plain data for --json."""
         return {
             "ranks": sorted(fault.rank for fault in self.faults if fault.rank is not None),
             "hosts": sorted({fault.host for fault in self.faults if fault.rank is not None}),

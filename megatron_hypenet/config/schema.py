@@ -357,9 +357,9 @@ class GuardConfig(Section):
     )
     hang_timeout_seconds: Rate = Field(
         default=1800.0,
-        description="A process that makes no progress for this long (twice as long while it builds, "
-        "loads, saves or evaluates) records where it hangs and ends the run with exit code 8. "
-        "Longer than the slowest micro-batch and the compilation in the first one.",
+        description="A process that makes no progress for this long (twice as long while it "
+        "builds, loads, saves or evaluates) records where it hangs and ends the run with exit code "
+        "8. Longer than the slowest micro-batch and the compilation in the first one.",
     )
 
 

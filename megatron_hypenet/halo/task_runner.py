@@ -50,7 +50,8 @@ class Step:
     alone: bool = False
     """True when the first process does it while the others wait."""
     checkpoint: Callable[[], Path | None] | None = None
-    """For steps that leave a checkpoint: returns it, or None when it is not complete."""
+    """Returns the checkpoint that the step leaves, or None when it is not complete; None for steps
+    that leave none."""
 
 
 class Runner:

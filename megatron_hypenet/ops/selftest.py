@@ -1,8 +1,8 @@
-"""The kernels of the ops against their definitions in float64, launched directly, on inputs like a
-mixer's.
+"""Check the kernels of the operations against their definitions in float64, launched directly, on
+inputs like a mixer's.
 
-For `hypenet doctor --kernels`, for the look at the start of a run (`engine.kernel_guard`), and for
-whoever ports them. Everything here imports Triton; a machine without it gets the ImportError."""
+For `hypenet doctor --kernels`, for the check at the start of a run (`model/kernel_guard.py`), and
+for porting them. Everything here imports Triton; a machine without it gets the ImportError."""
 
 import math
 from collections.abc import Callable
@@ -27,7 +27,7 @@ from megatron_hypenet.ops.swiglu import fused_swiglu
 PRODUCT_LIMITS = {torch.bfloat16: 8e-3, torch.float16: 1.5e-3, torch.float32: 1e-5}
 ROUNDING_LIMITS = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 1e-5}
 TF32_LIMIT = 5e-3
-"""For fp32 products where `torch.set_float32_matmul_precision` allows TF32."""
+"""Limit for fp32 products where `torch.set_float32_matmul_precision` allows TF32."""
 EPS = 1e-6
 Pairs = dict[str, tuple[Tensor, Tensor]]
 
@@ -45,7 +45,7 @@ class KernelCheck:
 
     @property
     def ok(self) -> bool:
-        """It ran and is within the limit; NaN is not."""
+        """Whether it ran and its error is within the limit; NaN is not."""
         return not self.failure and self.error <= self.limit
 
     def __str__(self) -> str:
@@ -55,8 +55,8 @@ class KernelCheck:
 
 
 def check(name: str, dtype: torch.dtype, limit: float, run: Callable[[], Pairs]) -> KernelCheck:
-    """Call `run` and compare its {name: (got, wanted in float64)}; whatever it raises (a compiler's
-    error too) becomes the finding."""
+    """Call `run` and compare its {name: (got, wanted in float64)}; any exception (also of a
+    compiler) becomes the finding."""
     name = f"{name} {str(dtype).removeprefix('torch.')}"
     try:
         errors = {key: relative_error(got, want) for key, (got, want) in run().items()}
@@ -74,14 +74,14 @@ def check(name: str, dtype: torch.dtype, limit: float, run: Callable[[], Pairs])
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
-    """Root mean square of the error over that of the answer; NaN where `got` has one."""
+    """Root mean square of the error over that of `want`; NaN where `got` has one."""
     return float((got.double() - want).norm() / want.norm())
 
 
 def check_norm_rope(
     device: torch.device, dtype: torch.dtype, *, head_dim: int, tokens: int = 256
 ) -> KernelCheck:
-    """Output and gradients, at positions up to 131,072 and without positions."""
+    """Check output and gradients, at positions up to 131,072 and without positions."""
 
     def run() -> Pairs:
         heads = 4
@@ -115,7 +115,7 @@ def check_norm_rope(
 def check_gated_norm(
     device: torch.device, dtype: torch.dtype, *, width: int, tokens: int = 600
 ) -> KernelCheck:
-    """Output and gradients. 600 rows are more than the programs of the backward kernel."""
+    """Check output and gradients. 600 rows are more than the programs of the backward kernel."""
 
     def run() -> Pairs:
         draw = drawer(device)
@@ -138,7 +138,7 @@ def check_gated_norm(
 def check_sigmoid_gate(
     device: torch.device, dtype: torch.dtype, *, width: int, tokens: int = 64
 ) -> KernelCheck:
-    """Output and gradients; the gate is a slice of a wider projection."""
+    """Check output and gradients; the gate is a slice of a wider projection."""
 
     def run() -> Pairs:
         draw = drawer(device)
@@ -158,8 +158,8 @@ def check_sigmoid_gate(
 def check_rms_norm(
     device: torch.device, dtype: torch.dtype, *, width: int, tokens: int = 600
 ) -> KernelCheck:
-    """Output and gradients, alone and with a residual, on more rows than the backward kernel has
-    programs."""
+    """Check output and gradients, without and with a residual, on more rows than the backward
+    kernel has programs."""
 
     def run() -> Pairs:
         draw = drawer(device)
@@ -187,7 +187,8 @@ def check_rms_norm(
 def check_swiglu(
     device: torch.device, dtype: torch.dtype, *, width: int, tokens: int = 64
 ) -> KernelCheck:
-    """Output and gradient. Rows lie apart in memory, as a slice of a wider projection does."""
+    """Check output and gradient of rows that are not adjacent in memory, as in a slice of a wider
+    projection."""
 
     def run() -> Pairs:
         draw = drawer(device)
@@ -206,8 +207,8 @@ def check_swiglu(
 def check_gradient_sum(
     device: torch.device, dtype: torch.dtype, *, count: int = 10_000
 ) -> KernelCheck:
-    """Both forms, bit for bit, where memory is aligned and where it is not. The answer is rounded
-    once, from float64 to fp32."""
+    """Check both forms, bit for bit, for aligned and unaligned memory. The expected value is
+    rounded once, from float64 to fp32."""
 
     def run() -> Pairs:
         draw = drawer(device)
@@ -236,14 +237,14 @@ def check_gradient_sum(
 
 
 def check_adamw(device: torch.device, dtype: torch.dtype, *, count: int = 10_000) -> KernelCheck:
-    """Two clipped steps, the second from the first one's moments: how the weights move, and bit for
-    bit the narrow ones, of `dtype`. After them one whose scale is NaN, which must change
+    """Check two clipped steps, the second from the first one's moments: the changes of the weights,
+    and bit for bit the weights of `dtype`. Then check that a step with a NaN scale changes
     nothing."""
 
     def run() -> Pairs:
         draw = drawer(device)
         betas = (0.9, 0.95)
-        # tensors of any size begin anywhere in a flat piece of memory
+        # tensors in a flat buffer begin at any offset
         weight, exp_avg, exp_avg_sq = (
             x[1:] for x in (draw(count + 1), *torch.zeros(2, count + 1, device=device))
         )
@@ -292,7 +293,7 @@ def with_gradients(
     op: Callable[..., Tensor], exact: Callable[..., Tensor], leaves: dict[str, Tensor], dy: Tensor
 ) -> Pairs:
     """The output `y` and the gradient of each leaf, of the op and of its definition in float64 on
-    the same numbers."""
+    the same inputs."""
     results = []
     for form, wide in ((op, None), (exact, torch.float64)):
         inputs = [x.detach().to(wide or x.dtype).requires_grad_() for x in leaves.values()]
@@ -305,8 +306,8 @@ def with_gradients(
 
 
 def drawer(device: torch.device) -> Callable[..., Tensor]:
-    """Normal numbers in fp32, the same on every device and in every process; no global generator is
-    touched."""
+    """Function that draws normal fp32 tensors, the same on every device and in every process,
+    without a global generator."""
     generator = torch.Generator().manual_seed(5)
     return lambda *shape: torch.randn(shape, generator=generator).to(device)
 

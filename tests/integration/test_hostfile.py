@@ -117,7 +117,7 @@ def lines_of(path):
 
 
 def command_lines():
-    """Of all processes, as everybody can read them."""
+    """Command lines of all processes, as every user can read them."""
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             yield path.read_text(errors="replace")

@@ -335,7 +335,7 @@ def write(record: dict, stem: Path) -> None:
 
 
 def plot(record: dict, path: Path) -> None:
-    """For each loss and shape three panels: time, memory, and the larger gradient error."""
+    """Draw three panels for each loss and shape: time, memory, and the larger gradient error."""
     panels = []
     for loss, hidden, tokens in dict.fromkeys(
         (row["loss"], row["hidden"], row["tokens"]) for row in record["times"]

@@ -1,2 +1,2 @@
-"""The one door to DeepSpeed: its configuration, one training step, and access to weights and
-optimizer state by parameter."""
+"""The only package that imports DeepSpeed: its configuration, one training step, and access to
+weights and optimizer state by parameter."""

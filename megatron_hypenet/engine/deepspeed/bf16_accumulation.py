@@ -1,15 +1,15 @@
 """The fp32 sums of bf16 gradients in DeepSpeed's BF16_Optimizer: reduced over the ranks without
 loss, and with fewer passes over memory.
 
-Found with DeepSpeed 0.19.8, in bytes of memory traffic per weight: each micro-batch's gradient is
-copied to fp32 (6) and added to the sum (12), the sums are set to zero twice between steps (8), and
-even a single rank takes them through bf16 and back for the reduction (20), which rounds them. Here
-the first gradient of a step overwrites the sum (6), later ones are added as they are (10), and the
-ranks' sums are reduced in place, in fp32 unless the layout asks for bf16.
+DeepSpeed 0.19.8 does the following, in bytes of memory traffic per weight: each micro-batch's
+gradient is copied to fp32 (6) and added to the sum (12), the sums are set to zero twice between
+steps (8), and even a single rank takes them through bf16 and back for the reduction (20), which
+rounds them. Here the first gradient of a step overwrites the sum (6), later ones are added as they
+are (10), and the ranks' sums are reduced in place, in fp32 unless the layout asks for bf16.
 
 Every data-parallel rank updates its own part of the weights (ZeRO-1), so the sums are scattered
-while they are reduced: half of what an all-reduce sends. Afterwards a rank's part is right and the
-rest of its buffer is not; the norm adds up the ranks' parts."""
+while they are reduced: half of what an all-reduce sends. Afterwards a rank's own part of its buffer
+is valid and the rest is not; the norm sums over the ranks' parts."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from torch import Tensor, nn
 from megatron_hypenet.ops.gradient_sum import gradient_sum
 
 PIECE = 2**24
-"""Gradients of each rank in one collective of bf16 copies: enough to use the links fully, few
-enough to copy."""
+"""Number of gradients of each rank in one collective of bf16 copies: enough to use the links fully,
+with a small copy."""
 
 
 class GradientSums:
     """Takes over how one BF16_Optimizer accumulates, clears and measures gradients.
 
-    `optimizer.fp32_groups_has_gradients` stays the record of what this step's sums hold: one not
-    marked there holds an earlier step's."""
+    `optimizer.fp32_groups_has_gradients` still records which sums hold gradients of this step; a
+    sum that is not marked there holds those of an earlier step."""
 
     def __init__(
         self,
@@ -41,9 +41,9 @@ class GradientSums:
         counts: Callable[[nn.Parameter], bool],
         exchange: torch.dtype = torch.float32,
     ) -> None:
-        """`counts`: whether a parameter's gradient is part of this process's share of the norm, and
-        not of another's that holds the same weights; `exchange`: dtype in which sums travel between
-        data-parallel ranks."""
+        """Take over `optimizer`. `counts` says whether a parameter's gradient counts in the norm on
+        this process, and not on another one that holds the same weights; `exchange` is the dtype in
+        which sums are sent between data-parallel ranks."""
         self.optimizer = optimizer
         self.exchange = exchange
         self._counted = _counted(optimizer, counts)
@@ -64,11 +64,11 @@ class GradientSums:
         return [list(group) for group in self.optimizer.fp32_groups_has_gradients]
 
     def set_marks(self, marks: list[list[bool]]) -> None:
-        """Say which sums hold gradients of this step: for what ran where Python did not."""
+        """Set which sums hold gradients of this step, after a CUDA graph has run without Python."""
         self.optimizer.fp32_groups_has_gradients = [list(group) for group in marks]
 
     def norms(self) -> list[Tensor]:
-        """Of every parameter's sum, 0-dimensional, fp32."""
+        """The norm of every parameter's sum, 0-dimensional, fp32."""
         return [total.norm() for sums in self.optimizer.fp32_groups_gradients for total in sums]
 
     def forget(self) -> None:
@@ -92,8 +92,8 @@ class GradientSums:
 
     @torch.no_grad()
     def _for_reduction(self) -> Any:
-        """DeepSpeed asks what it shall average over the data-parallel ranks: nothing, once it is
-        done here."""
+        """Reduce the gradients here; returns nothing for DeepSpeed to average over the
+        data-parallel ranks."""
         optimizer = self.optimizer
         group = self.optimizer.dp_process_group
         for sums, marked in zip(
@@ -127,8 +127,8 @@ class GradientSums:
 
     @torch.no_grad()
     def norm(self) -> Tensor:
-        """Of the gradients of all ranks, once they are reduced: 0-dimensional, fp32, on their
-        device. Collective."""
+        """The norm of the gradients of all ranks, after they are reduced: 0-dimensional, fp32, on
+        their device. Collective."""
         own = self.optimizer.fp32_groups_gradient_flat_partition
         square = torch.zeros((), dtype=torch.float32, device=own[0].device)
         for group, start, stop in self._counted:
@@ -143,7 +143,7 @@ class GradientSums:
 
 
 def _counted(optimizer: Any, counts: Callable[[nn.Parameter], bool]) -> list[tuple[int, int, int]]:
-    """(group, start, stop) of the stretches of this rank's parts that count in the norm, as few as
+    """The slices (group, start, stop) of this rank's parts that count in the norm, as few as
     possible."""
     found: list[tuple[int, int, int]] = []
     for group, (parameters, own) in enumerate(

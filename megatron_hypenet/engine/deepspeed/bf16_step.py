@@ -19,19 +19,19 @@ from megatron_hypenet.engine.async_scalar import OnItsWay
 from megatron_hypenet.ops.adamw import AdamWStep, adamw
 
 NORM_FLOOR = 1e-6
-"""What DeepSpeed adds to the norm it divides by."""
+"""The constant that DeepSpeed adds to the norm before dividing by it."""
 
 
 class MasterUpdate:
     """Takes the place of `owner.step`, where `owner` is a BF16_Optimizer around torch's AdamW.
 
-    DeepSpeed's scaling, update and copy are three passes over gradients or weights that
-    `ops/adamw.py` has in hand."""
+    DeepSpeed's scaling, update and copy are three passes over gradients or weights; `ops/adamw`
+    does them in one."""
 
     def __init__(self, owner: Any, norm: Callable[[], Tensor]) -> None:
-        """`norm`: of this step's gradients over all ranks, 0-dimensional, fp32, on their device.
-
-        Adam's step counters move to the CPU, where reading them waits for nothing."""
+        """Replace the step of `owner`. `norm` returns the norm of this step's gradients over all
+        ranks, 0-dimensional, fp32, on their device. Adam's step counters are moved to the CPU,
+        where reading them does not wait for the device."""
         self._owner = owner
         self._norm = norm
         assert all(len(group["params"]) == 1 for group in owner.optimizer.param_groups), (
@@ -45,8 +45,8 @@ class MasterUpdate:
 
     @torch.no_grad()
     def step(self) -> None:
-        """One update of every group, or none where the norm is not finite: `overflow` and
-        `_global_grad_norm` tell, as DeepSpeed's own."""
+        """Update every group, or none where the norm is not finite; `overflow` and
+        `_global_grad_norm` are set as by DeepSpeed's own step."""
         owner = self._owner
         norm = self._norm()
         arriving = OnItsWay(norm)
@@ -79,8 +79,8 @@ class MasterUpdate:
                 state["step"] += 1
 
     def _scale(self, norm: Tensor) -> Tensor:
-        """What takes gradients down to the largest norm allowed: 1 within it or where there is
-        none, NaN where the norm is not finite."""
+        """The factor that clips gradients to the largest allowed norm: 1 below it or without a
+        limit, NaN where the norm is not finite."""
         largest = float(self._owner.clip_grad)
         fitting = (
             (largest / (norm + NORM_FLOOR)).clamp(max=1.0) if largest > 0 else torch.ones_like(norm)
@@ -93,7 +93,7 @@ class MasterUpdate:
         return [parts[rank] for parts in self._owner.bf16_partitioned_groups]
 
     def _gather(self) -> None:
-        """Give the other data-parallel ranks this one's new weights, and take theirs."""
+        """Exchange the new weights with the other data-parallel ranks."""
         group = self._owner.dp_process_group
         if dist.get_world_size(group) > 1:
             for whole, own in zip(self._owner.bf16_groups_flat, self._own_parts(), strict=True):

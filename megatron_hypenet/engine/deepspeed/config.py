@@ -16,7 +16,7 @@ BUCKET_ELEMENTS = 2**28
 """Gradients that ZeRO-2 and 3 gather before they reduce them: half of DeepSpeed's default, which
 takes 2 GB more."""
 _EXCHANGE = {"float32": "fp32", "bfloat16": "bf16"}
-"""DeepSpeed's names for the types in which gradients travel."""
+"""DeepSpeed's names for the dtypes in which gradients are sent."""
 
 
 def config_dict(
@@ -61,7 +61,8 @@ def config_dict(
 
 
 def import_deepspeed() -> Any:
-    """DeepSpeed, told which accelerator to use and to keep quiet, without its CPU inference op.
+    """Import DeepSpeed with its accelerator chosen, its log quiet, and without its CPU inference
+    op.
 
     Raises SetupError where it lacks a private field that training uses."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")

@@ -35,7 +35,7 @@ def is_replicated(parameter: nn.Parameter) -> bool:
 
 
 class OptimizerAccess:
-    """What all of DeepSpeed's optimizers around AdamW have in common."""
+    """Access that is the same for all of DeepSpeed's optimizers around AdamW."""
 
     kind: ClassVar[str]
     """Key of `private_fields.PRIVATE_FIELDS`."""
@@ -52,20 +52,20 @@ class OptimizerAccess:
         self, counts: Callable[[nn.Parameter], bool], exchange: torch.dtype
     ) -> GradientSums | None:
         """Take over how gradients are summed, measured and applied, where DeepSpeed's own way
-        rounds them; arguments as of GradientSums. None where its way stays."""
+        rounds them; arguments as of GradientSums. None where its way is kept."""
         return None
 
     def drop_gradients(self) -> None:
-        """Forget the gradients of a refused update, where DeepSpeed does not."""
+        """Clear the gradients of a refused update, where DeepSpeed does not."""
 
     def set_learning_rate(self, lr: float) -> None:
-        """The learning rate of the next step."""
+        """Set the learning rate of the next step."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
     @property
     def gradient_norm(self) -> float:
-        """Norm before clipping of the step under way."""
+        """Norm before clipping of the current step."""
         return float(self.optimizer._global_grad_norm)
 
     @property
@@ -165,7 +165,8 @@ class Zero12Access(OptimizerAccess):
         return parameter.grad
 
     def drop_gradients(self) -> None:
-        """With the optimizer on the CPU they would stay in its buffers and spoil all later ones."""
+        """Clear them from the buffers of an optimizer on the CPU, where they would corrupt all
+        later ones."""
         if self.optimizer.cpu_offload:
             self.optimizer._release_preflattened_grad_buffers()
             for group in self.optimizer.averaged_gradients:

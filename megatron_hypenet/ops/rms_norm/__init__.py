@@ -45,9 +45,9 @@ def residual_rms_norm(
     """x, residual [..., n] of one dtype -> (`rms_norm` of total, total), total being x + residual,
     or x itself without a residual.
 
-    For pre-norm layers, whose residual goes past the norm. Where the kernel of `rms_norm` runs, it
-    makes the sum too, and in backward adds the gradient of total to the norm's; elsewhere torch
-    makes one after the other."""
+    This is for pre-norm layers, whose residual bypasses the norm. Where the kernel of `rms_norm`
+    runs, it also computes the sum, and in backward adds the gradient of total to the norm's;
+    elsewhere torch computes one after the other."""
     if x.is_cuda and enabled("rms_norm") and kernel_fits(x.dtype, x.shape[-1]):
         return fused_residual_rms_norm(x, residual, weight, eps)
     total = x if residual is None else x + residual
@@ -55,7 +55,7 @@ def residual_rms_norm(
 
 
 def kernel_fits(dtype: torch.dtype, width: int) -> bool:
-    """Whether the kernel is made for rows of this width, which one program holds, and dtype."""
+    """Whether the kernel supports rows of this width (one program holds a row) and dtype."""
     return dtype in KERNEL_DTYPES and KERNEL_MIN_WIDTH <= width <= KERNEL_MAX_WIDTH
 
 
@@ -72,8 +72,8 @@ def fused_residual_rms_norm(
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Keeps what is normalised and the weight. Backward's kernel holds whole rows: it finds each
-    row's rms without another pass."""
+    """Saves the normalised tensor's input and the weight. Backward's kernel holds whole rows, so it
+    computes each row's rms without another pass."""
 
     @staticmethod
     def forward(
@@ -92,7 +92,7 @@ class _RMSNorm(torch.autograd.Function):
         ctx.save_for_backward(total, weight)
         ctx.eps = eps
         ctx.adds = residual is not None
-        ctx.set_materialize_grads(False)  # an output that nothing reads costs no zeros
+        ctx.set_materialize_grads(False)  # no zeros are made as the gradient of an unused output
         return y, total
 
     @staticmethod

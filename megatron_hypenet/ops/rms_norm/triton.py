@@ -1,4 +1,4 @@
-"""Triton kernels of `rms_norm.py`: forward one row per program, backward a strided set of rows, so
+"""Triton kernels of `rms_norm`: forward one row per program, backward a strided set of rows, so
 that dweight has few partial sums."""
 
 import torch
@@ -9,8 +9,8 @@ from torch import Tensor
 from megatron_hypenet.ops.rows import as_rows, warps_of_row
 
 BACKWARD_PROGRAMS = 528  # four for each multiprocessor of an H100
-# `rows` stays a run-time number: a single row would otherwise be compiled, and have to be checked,
-# apart.
+# `rows` stays a run-time argument: a single row would otherwise be compiled, and have to be
+# checked, separately.
 
 
 @triton.jit
@@ -45,8 +45,7 @@ def backward_kernel(
     """dx (contiguous) = r (w dy - x r^2 mean(w dy x)), plus dresidual where there is one, and this
     program's share of dweight, one row of `dweight` [programs, width].
 
-    A row is asked for while the one before it is worked on; the two means do not wait for each
-    other."""
+    A row is loaded while the previous one is processed; the two means are independent."""
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     col = tl.arange(0, block)
@@ -90,7 +89,7 @@ def add_forward(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tupl
 def _forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """The norm, and what it is the norm of: x, or its sum with the residual."""
+    """The norm, and its input: x, or the sum of x and the residual."""
     n = x.shape[-1]
     y = x.new_empty(x.shape)
     rows = as_rows(x)
@@ -118,8 +117,7 @@ def backward(
     """x, dy [..., n] -> dx [..., n] contiguous, dweight [n] in weight's dtype, the same in every
     run.
 
-    `dresidual` [..., n] is the gradient that x has from elsewhere: dx is then the sum, rounded
-    once."""
+    `dresidual` [..., n] is a further gradient of x: dx is then the sum, rounded once."""
     n = x.shape[-1]
     dx = x.new_empty(x.shape)
     rows = as_rows(x)

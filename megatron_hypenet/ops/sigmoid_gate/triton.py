@@ -1,4 +1,4 @@
-"""Triton kernels of `sigmoid_gate.py`: one block of one row's columns per program, each number read
+"""Triton kernels of `sigmoid_gate`: one block of one row's columns per program, each element read
 and written once."""
 
 import torch
@@ -10,7 +10,7 @@ from megatron_hypenet.ops.rows import as_rows
 
 BLOCK = 1024
 WARPS = 4
-"""Eight numbers for each thread: one access of 16 bytes in bf16."""
+"""Eight elements per thread: one access of 16 bytes in bf16."""
 
 
 @triton.jit

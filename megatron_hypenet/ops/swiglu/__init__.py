@@ -32,7 +32,7 @@ def swiglu(x: Tensor) -> Tensor:
 
 
 def kernel_fits(dtype: torch.dtype) -> bool:
-    """Whether the kernel is made for this dtype; it takes rows of any width."""
+    """Whether the kernel supports this dtype; it takes rows of any width."""
     return dtype in KERNEL_DTYPES
 
 
@@ -42,7 +42,7 @@ def fused_swiglu(x: Tensor) -> Tensor:
 
 
 class _TorchSwiGLU(torch.autograd.Function):
-    """The gradients are those that autograd gives, operation by operation."""
+    """Computes the gradients that autograd would give, and saves the input only."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

@@ -103,8 +103,8 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor, *, fresh: bool) -> None:
 
 
 def _tf32_product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """For torch < 2.8: bf16 and fp16 numbers are TF32 numbers, so TF32 tensor cores multiply their
-    fp32 copies without rounding.
+    """Multiply under torch < 2.8: bf16 and fp16 values are exact in TF32, so TF32 tensor cores
+    multiply their fp32 copies without rounding.
 
     The copies are made for each product: 4 bytes for each element of a and b, beyond
     BUFFER_BYTES."""

@@ -59,7 +59,7 @@ def test_sums_are_those_of_the_step_alone():
 
 
 def test_the_kernel_gives_the_same_sums(monkeypatch):
-    """Of two micro-batches, into views of one flat buffer."""
+    """Gradients of two micro-batches, as views of one flat buffer."""
     pytest.importorskip("triton")
     calls = []
     monkeypatch.setattr(
