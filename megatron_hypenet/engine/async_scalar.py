@@ -1,4 +1,4 @@
-"""Numbers that the host needs and the device makes."""
+"""Scalars that the device computes and the host reads later."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from torch import Tensor
 
 
 class OnItsWay:
-    """A number that is copied to the host behind the work that makes it, and asked for later: the
-    device is given more work meanwhile."""
+    """A scalar that is copied to the host after the work that computes it, and read later, so that
+    the device can be given more work meanwhile."""
 
     def __init__(self, number: Tensor) -> None:
-        """`number` is 0-dimensional and, on a GPU, made on the current stream."""
+        """Start the copy of `number`, which is 0-dimensional and, on a GPU, computed on the current
+        stream."""
         self._copied: torch.cuda.Event | None = None
         self._number = number
         if number.is_cuda:
@@ -22,7 +23,7 @@ class OnItsWay:
             self._copied.record()
 
     def value(self) -> float:
-        """The number, once it has arrived."""
+        """Wait for the copy and return the value."""
         if self._copied is not None:
             self._copied.synchronize()
         return float(self._number)

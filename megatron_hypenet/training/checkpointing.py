@@ -41,7 +41,7 @@ class Saver:
         self._pending: PendingSave | None = None
         self._requested = 0.0
         self._committed_in: float | None = None
-        """Seconds from the request to the commit of a save of which nobody has been told."""
+        """Seconds from the request to the commit of a save that was not yet reported."""
 
     def save(self, engine: EngineState, state: TrainState, *, wait: bool, **what: Any) -> None:
         """Save `state`. Without `wait`, and with checkpoint.async_save, this only takes copies: a

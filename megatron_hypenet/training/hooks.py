@@ -1,7 +1,6 @@
-"""What happens beside a training loop after each step, evaluation and save: the heartbeat and the
-time that a stop takes, the reports, and the caller's own function.
-
-All processes call the same hooks in the same order; some of them are collective."""
+"""Hooks that the training loop calls after each step, evaluation and save: heartbeat and the time
+that a stop takes, reports, and the caller's function. All processes call the same hooks in the same
+order; some of them are collective."""
 
 from __future__ import annotations
 
@@ -33,43 +32,42 @@ class StepEnd:
     tokens_seen: int
     """Tokens of all steps so far, the skipped ones included."""
     skipped_steps: int
-    """Steps so far that updated nothing."""
+    """Number of steps so far that were skipped."""
 
     @property
     def step(self) -> int:
-        """Its number, from 1."""
+        """Number of the step, from 1."""
         return self.record.step
 
     @property
     def last(self) -> bool:
-        """Whether the stage is trained."""
+        """Whether this is the last step of the stage."""
         return self.record.step == self.record.train_iters
 
 
 class Hook:
-    """Does nothing at any of the moments; subclasses override some."""
+    """Base class whose methods do nothing; subclasses override some."""
 
     def on_step_end(self, end: StepEnd) -> None:
-        """A step is done, and nothing is evaluated or saved yet."""
+        """Called after a step, before evaluation and save."""
 
     def on_eval(self, step: int, values: Mapping[str, float], seconds: float) -> None:
-        """An evaluation after `step` has given `values`."""
+        """Called after an evaluation at `step`, which gave `values`."""
 
     def on_save(self, committed: Path, seconds: float) -> None:
-        """A save was committed, `seconds` after it was requested."""
+        """Called after a save was committed, `seconds` after its request."""
 
 
 class ProgressHook(Hook):
-    """Tells the heartbeat how far training is, and measures how early a run must be asked to
-    stop."""
+    """Updates the heartbeat, and measures how early a run must be asked to stop."""
 
     def __init__(self, timing: Timing, folder: Path) -> None:
-        """`folder`: the run folder, which gets timing.json."""
+        """Write timing.json to the run folder `folder`."""
         self.timing = timing
         self.folder = folder
 
     def on_step_end(self, end: StepEnd) -> None:
-        """Note a step; the first one also compiles and connects, so its time does not count."""
+        """Record a step; the first one also compiles and connects, so its time does not count."""
         if PULSE.warm:
             self.timing.step(end.seconds)
         record = end.record
@@ -86,7 +84,7 @@ class ProgressHook(Hook):
         self.timing.evaluation(seconds)
 
     def on_save(self, committed: Path, seconds: float) -> None:
-        """Note the save, and write down how long a stop takes."""
+        """Record the save, and write how long a stop takes."""
         self.timing.save(seconds)
         figures = self.timing.figures()
         del figures["margin_seconds"]
@@ -110,7 +108,7 @@ class RecordingHook(Hook):
         self._sums = MetricSums()
 
     def on_step_end(self, end: StepEnd) -> None:
-        """Collective at the end of a log interval."""
+        """Report at the end of a log interval, which is collective."""
         if not end.record.skipped:
             self._sums.add(end.metrics)
         if end.step % self.config.log_interval and not end.last:
@@ -129,16 +127,16 @@ class RecordingHook(Hook):
         )
 
     def on_eval(self, step: int, values: Mapping[str, float], seconds: float) -> None:
-        """Write the values beside the others."""
+        """Write the values to TensorBoard."""
         self.recorder.points(step, values)
 
 
 class CallbackHook(Hook):
-    """Hands every step to a function."""
+    """Calls a function with every step."""
 
     def __init__(self, function: Callable[[StepRecord], None]) -> None:
         self.function = function
 
     def on_step_end(self, end: StepEnd) -> None:
-        """Call it."""
+        """Call the function."""
         self.function(end.record)

@@ -1,5 +1,5 @@
-"""The one training loop: every stage, every layout. Resumes by itself, saves at intervals, on
-request and at the end."""
+"""The training loop of every stage on every layout. It resumes by itself, and saves at intervals,
+on request and at the end."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ def train(
     """Train `stage` to config.train_iters and return its final checkpoint,
     <out_dir>/checkpoints/iter_XXXXXXX.
 
-    Returns at once when that is there with its files as written. Otherwise continues from the
-    newest usable checkpoint there is; on the same layout the continuation is bit-equal. `on_step`
-    sees every step on every process; `evaluate` gives extra TensorBoard points every eval_interval
-    steps and after the last. `extra` goes into the manifests. Raises DivergedError (weights
-    unchanged since the last good step), SavedAndRequeue after a signal or STOP file, LayoutError
-    when the stage does not fit the GPU, CheckpointError.
+    Returns at once when that checkpoint exists and its files are verified. Otherwise it continues
+    from the newest usable checkpoint; on the same layout the continuation is bit-equal. `on_step`
+    is called with every step on every process; `evaluate` gives extra TensorBoard points every
+    eval_interval steps and after the last. `extra` goes into the manifests. Raises DivergedError
+    (weights unchanged since the last good step), SavedAndRequeue after a signal or STOP file,
+    LayoutError when the stage does not fit the GPU, CheckpointError.
     """
-    # one answer, however slowly the folder shows up elsewhere
+    # decided on the first process: a network file system may show the folder later on others
     done: Path | None = from_first(finished_checkpoint(Path(out_dir), config.train_iters))
     if done is not None:
         verify_together(done)
@@ -118,7 +118,7 @@ class _Loop:
         self.reader = StepReader(job.data, job.config, separate=job.run.data.separate_documents)
 
     def run_to_end(self) -> Path:
-        """The loop itself; returns the final checkpoint."""
+        """Run the loop; returns the final checkpoint."""
         self.stage.train()
         while self.state.step < self.config.train_iters:
             end = self._step_end()
@@ -129,7 +129,7 @@ class _Loop:
             request = self.requests.poll()
             self._save_if_due(end, request)
             self.recorder.exclude(time.perf_counter() - pause)
-            # on the last step too: the steps after this stage are for the next start
+            # on the last step too: the tasks after this stage are left to the next start
             if request == signals.LEAVE:
                 raise SavedAndRequeue(
                     f"stage {self.stage.name} stopped at iter "
@@ -152,7 +152,7 @@ class _Loop:
         )
 
     def _one_step(self) -> tuple[StepRecord, dict[str, Tensor]]:
-        """One optimizer step: forward, backward, checks, update, bookkeeping."""
+        """Do one optimizer step: forward, backward, checks, update, record."""
         step = self.state.step + 1
         lr = lr_at(self.state.step, self.config)
         loss_tensor, metrics = forward_backward(self.engine, self.reader.take(self.state.samples))
@@ -164,7 +164,7 @@ class _Loop:
         tokens = samples * self.config.seq_length
         PULSE.note("update")
         try:
-            # waits for the norm, while the device is at the update
+            # waits for the norm while the device runs the update
             grad_norm = self.engine.apply(lr)
         except RefusedUpdate as error:
             loss = arriving.value()
@@ -202,8 +202,8 @@ class _Loop:
             hook.on_eval(end.step, values, time.perf_counter() - start)
 
     def _save_if_due(self, end: StepEnd, request: int) -> None:
-        """Save at the interval, on request and after the last step; else look whether the pending
-        save can be committed."""
+        """Save at the interval, on request and after the last step; otherwise commit the pending
+        save if all processes have written their files."""
         interval = self.config.save_interval
         if end.last or request != signals.GO_ON or end.step % interval == 0:
             with PULSE.doing("save"):
@@ -216,8 +216,8 @@ class _Loop:
                 hook.on_save(self.saver.committed, seconds)
 
     def _save(self, *, wait: bool) -> None:
-        """Save the present state; with `wait` it is committed on return, whatever
-        checkpoint.async_save says."""
+        """Save the current state; with `wait` it is committed on return, also under
+        checkpoint.async_save."""
         self.recorder.flush()
         self.state = replace(self.state, adam_step=self.engine.adam_step())
         self.saver.save(
@@ -232,7 +232,7 @@ class _Loop:
         )
 
     def _samples_of_step(self) -> str:
-        """The samples of the step under way, for messages."""
+        """The samples of the current step, for messages."""
         return f"{self.state.samples} to {self.state.samples + self.config.global_batch_size - 1}"
 
     def _say_skipped(self, step: int, what: str, metrics: Mapping[str, Tensor]) -> None:
@@ -266,6 +266,6 @@ class _Loop:
 
 
 def _not_finite(metrics: Mapping[str, Tensor]) -> str:
-    """Names the metrics of this process that are not finite."""
+    """Text that names the metrics of this process that are not finite."""
     bad = sorted(tag for tag, value in metrics.items() if not torch.isfinite(value).all())
     return f"; not finite here: {', '.join(bad[:5])}" if bad else ""

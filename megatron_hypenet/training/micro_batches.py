@@ -44,7 +44,7 @@ class StepReader:
         """First sample and micro-batches of a step that has not begun."""
 
     def take(self, first_sample: int) -> list[MicroBatch]:
-        """The micro-batches of the step that begins with `first_sample`, which are forgotten
+        """Return the micro-batches of the step that begins with `first_sample`, and release them
         here."""
         if self._ahead is None or self._ahead[0] != first_sample:
             self.read_ahead(first_sample)

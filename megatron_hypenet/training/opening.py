@@ -1,5 +1,5 @@
-"""Everything a training loop needs, built before it runs: the engine, the state to continue from,
-the checkpoints and the reports. Closed together, however the loop ends."""
+"""Build everything that a training loop needs before it runs: the engine, the state to continue
+from, the checkpoints and the reports. They are closed together, however the loop ends."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from megatron_hypenet.training.throughput import Workload, peak_flops
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """What is asked for: a stage, its data, and where its results go."""
+    """The task of a training loop: a stage, its data, and the places of its results."""
 
     stage: StageModule
     data: TokenSource
@@ -42,11 +42,11 @@ class Job:
     extra: Mapping[str, Any]
     """Entries for the manifests of its checkpoints."""
     log: Callable[[str], None] | None
-    """Gets the log's lines on the first process; None prints them to stderr."""
+    """Called with the log's lines on the first process; None prints them to stderr."""
 
     @property
     def layout(self) -> dict[str, int]:
-        """Processes per axis, as a checkpoint remembers them."""
+        """Processes per axis, as a checkpoint records them."""
         parallel = self.run.parallel
         return {
             "world": groups.world_size(),
@@ -60,13 +60,13 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Opened:
-    """What a training loop runs on."""
+    """The objects with which a training loop runs."""
 
     engine: TrainingEngine
     saver: Saver
     recorder: Recorder
     state: TrainState
-    """Where training begins: a new state, or that of the newest checkpoint."""
+    """The state in which training begins: a new one, or that of the newest checkpoint."""
 
 
 @contextmanager
@@ -75,8 +75,8 @@ def opened(job: Job, requests: Requests) -> Iterator[Opened]:
     `requests`; collective.
 
     A fault in building or inside the block is recorded before anything is closed, because the other
-    processes are about to fail in its wake; one that says that the GPU's memory is full leaves as
-    LayoutError. A save that is neither committed nor failed is removed."""
+    processes will fail as a consequence; an error of full GPU memory is raised as LayoutError. A
+    save that is neither committed nor failed is removed."""
     with ExitStack() as closing:
         try:
             with requests:
@@ -118,7 +118,8 @@ def _open(job: Job, closing: ExitStack) -> Opened:
 
 
 def _load(job: Job, engine: TrainingEngine, checkpoint: Path) -> TrainState:
-    """Fill the engine; ConfigError when the run would go on with other samples."""
+    """Load the checkpoint into the engine; ConfigError when the run would continue with other
+    samples."""
     stored = load_training(
         checkpoint, engine, model_config=job.stage.model_config, stage=job.stage.name
     )
@@ -151,8 +152,8 @@ def _recorder(job: Job, state: TrainState) -> Recorder:
 
 
 def _warn_of_small_disk(job: Job, engine: TrainingEngine, recorder: Recorder) -> None:
-    """Say at the start, not hours later, when the disk cannot hold the next two saves (weights
-    and 12 bytes of state per weight)."""
+    """Warn at the start, not hours later, when the disk cannot hold the next two saves (weights and
+    12 bytes of state per weight)."""
     local = sum(
         math.prod(entry.shape) * (entry.parameter.element_size() + 12) for entry in engine.template
     )

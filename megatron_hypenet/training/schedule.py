@@ -1,8 +1,8 @@
 """Forward and backward over one step's micro-batches, with one pipeline stage or several.
 
 With one, DeepSpeed's engine runs each micro-batch. With several, Megatron's schedules move hidden
-states between the stages and DeepSpeed only reduces and applies the gradients (ZeRO 0 and 1). What
-flows is for the HALO stage to say (`StageModule.pipeline_step`)."""
+states between the stages and DeepSpeed only reduces and applies the gradients (ZeRO 0 and 1). The
+HALO stage decides which models run (`StageModule.pipeline_step`)."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def forward_backward(engine: TrainingEngine, batches: Iterable[MicroBatch]) -> L
     """Accumulate gradients over `batches` (engine.num_micro_batches of them); mean loss and metrics
     of this process.
 
-    The loss of a step is the sum over pipeline stages, and metrics are known to the stage they
-    arise on. Results stay on the device: nothing here waits for it.
+    The loss of a step is the sum over pipeline stages, and metrics are known on the pipeline stage
+    that computes them. Results stay on the device: nothing here waits for it.
     """
     if groups.pipeline_stage()[1] > 1:
         stage = engine.module
@@ -92,8 +92,8 @@ class _Mean:
 def _pipelined(
     stage: StageModule, batches: Sequence[MicroBatch], *, train: bool, clock: OwnTime
 ) -> LossAndMetrics:
-    """One step's micro-batches through several pipeline stages; the share of this rank in loss and
-    metrics."""
+    """One step's micro-batches through several pipeline stages; returns this rank's part of loss
+    and metrics."""
     pipeline = _PipelineRun([local_tokens(batch) for batch in batches], train=train, clock=clock)
     stage.pipeline_step(pipeline)
     return pipeline.results()
@@ -136,7 +136,7 @@ class _PipelineRun:
         )
 
     def working(self) -> AbstractContextManager[None]:
-        """A block of this rank's own work."""
+        """Measure a block of this rank's own work."""
         return self._clock.working()
 
     def add(self, loss: Tensor, metrics: Mapping[str, Tensor]) -> None:
@@ -144,7 +144,7 @@ class _PipelineRun:
         self._results.add(loss, metrics)
 
     def results(self) -> LossAndMetrics:
-        """Means over the micro-batches; a loss of zero on ranks where none arises."""
+        """Means over the micro-batches; the loss is zero on ranks that compute none."""
         if not self._results.count:
             self._results.add(torch.zeros((), device=self.tokens[0].inputs.device), {})
         return self._results.take()

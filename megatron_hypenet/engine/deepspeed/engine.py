@@ -98,7 +98,7 @@ class TrainingEngine:
             )
         self.zero_stage = self.engine.zero_optimization_stage()
         self.own_time = OwnTime()
-        """Of the forward passes since somebody last asked; with CUDA graphs, of forward and
+        """Time of the forward passes since the last reading; with CUDA graphs, of forward and
         backward."""
         self.graphs: CudaGraphs | None = None
         self.access = optimizer_access(self.engine.optimizer, self.deepspeed)
@@ -165,8 +165,8 @@ class TrainingEngine:
         self.engine.allreduce_gradients()
 
     def _counts_in_norm(self, parameter: nn.Parameter) -> bool:
-        """Of weights that several model-parallel ranks hold whole, one rank's gradient counts, as
-        in DeepSpeed's own norm."""
+        """Whether a gradient counts in the norm on this rank: for weights that several
+        model-parallel ranks hold, one rank's gradient counts, as in DeepSpeed's own norm."""
         if is_replicated(parameter):
             return False
         split = getattr(parameter, "tensor_model_parallel", False) or getattr(
@@ -180,7 +180,7 @@ class TrainingEngine:
 
         RefusedUpdate on all processes when the norm is not finite: gradients are then cleared,
         weights, moments and Adam's step are as they were, and the next step may follow. The norm is
-        reduced over all processes, so they agree without asking.
+        reduced over all processes, so they agree without a further collective.
         """
         self.access.set_learning_rate(lr)
         self.engine.step()
