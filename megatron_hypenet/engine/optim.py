@@ -29,16 +29,17 @@ def lr_at(step: int, config: StageConfig) -> float:
 
 def adamw(parameters: dict[str, nn.Parameter], config: StageConfig) -> torch.optim.AdamW:
     """Fused AdamW over named parameters; weight decay, if any, does not apply to vectors (norm
-    weights)."""
-    groups = [{"params": list(parameters.values()), "weight_decay": config.weight_decay}]
-    if config.weight_decay > 0:
-        matrices = [parameter for parameter in parameters.values() if parameter.dim() > 1]
-        vectors = [parameter for parameter in parameters.values() if parameter.dim() <= 1]
-        groups = [
-            {"params": matrices, "weight_decay": config.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-    groups = [group for group in groups if group["params"]]
+    weights). A group has one dtype: DeepSpeed makes a flat tensor of each."""
+    groups: dict[tuple[float, torch.dtype], list[nn.Parameter]] = {}
+    for parameter in parameters.values():
+        decay = config.weight_decay if parameter.dim() > 1 else 0.0
+        groups.setdefault((decay, parameter.dtype), []).append(parameter)
+    # matrices before vectors, and the model's dtype before parameters that stay in float32
+    ordered = sorted(groups.items(), key=lambda item: (-item[0][0], item[0][1].itemsize))
     return torch.optim.AdamW(
-        groups, lr=config.lr, betas=config.adam_betas, eps=ADAM_EPSILON, fused=True
+        [{"params": members, "weight_decay": decay} for (decay, _), members in ordered],
+        lr=config.lr,
+        betas=config.adam_betas,
+        eps=ADAM_EPSILON,
+        fused=True,
     )

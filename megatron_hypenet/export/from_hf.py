@@ -18,7 +18,7 @@ from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.errors import CheckpointError, ConversionError
 from megatron_hypenet.export import hf_folder, mapping, tokenizer
 from megatron_hypenet.export.plan import ImportPlan, plan_import
-from megatron_hypenet.export.tensors import check_tensor, join, parse_dtype
+from megatron_hypenet.export.tensors import check_tensor, join, kept_dtype, parse_dtype
 
 _PROGRESS_SECONDS = 5.0
 
@@ -48,7 +48,9 @@ def import_hf(
     failures: list[ConversionError] = []
     say = _Progress(progress, plan)
     tensors = {
-        entry.ours: _lazy(plan, entry, _target_dtype(plan, entry, dtype), failures, say)
+        entry.ours: _lazy(
+            plan, entry, kept_dtype(entry, _target_dtype(plan, entry, dtype)), failures, say
+        )
         for entry in plan.entries
     }
     extra = {

@@ -10,13 +10,13 @@ versions understand them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from pydantic import ValidationError
 
-from megatron_hypenet.config.mixers import MixerSpec, default_mixer, mixer_specs
+from megatron_hypenet.config.mixers import MixerSpec, default_mixer, mixer_specs, with_settings
 from megatron_hypenet.config.mixers.softmax_attn import ATTENTION
 from megatron_hypenet.config.model import MAX_LAYERS, ModelConfig
 from megatron_hypenet.errors import ConfigError, ConversionError
@@ -144,7 +144,7 @@ def model_config_from_hf(raw: HfConfig, *, where: str) -> ModelConfig:
         fields["mixer_types"] = _mixer_types(raw, problems)
         fields["attn_logits_scaling"] = raw.get("attn_logits_scaling")
         fields["mixers"] = _settings(raw, mixers)
-        problems += _hypenet_problems(raw, mixers)
+        problems += _hypenet_problems(raw, _specs(mixers, fields["mixers"], problems))
     if not problems:
         try:
             return ModelConfig.model_validate(fields)
@@ -209,11 +209,17 @@ def _hypenet_keys(config: ModelConfig) -> HfConfig:
     for mixer in described_mixers(config.used_mixers):
         keys = mixer.hf_keys
         spec = config.spec(mixer.name)
-        out |= {key: getattr(config, _REQUIRED[reference]) for key, reference in keys.sizes.items()}
-        out |= {
+        own = {
+            **{key: getattr(config, _REQUIRED[size]) for key, size in spec.hf_sizes().items()},
             **keys.switches,
             **{key: getattr(spec, setting) for key, setting in keys.settings.items()},
         }
+        if clash := sorted(key for key in own if key in out and out[key] != own[key]):
+            raise ConfigError(
+                f"the mixers {', '.join(config.used_mixers)} need different values of "
+                f"{', '.join(clash)} in one config.json: this model has no Hugging Face form"
+            )
+        out |= own
     files = {
         "AutoConfig": "configuration_hypenet.HypeNetConfig",
         "AutoModel": "modeling_hypenet.HypeNetModel",
@@ -261,8 +267,11 @@ def _known_mixers(raw: HfConfig) -> list[str]:
 def _settings(raw: HfConfig, mixers: Iterable[type[MixerSpec]]) -> dict[str, HfConfig]:
     """Settings of the mixers that have any."""
     found = {
-        mixer.name: {name: raw[key] for key, name in mixer.hf_keys.settings.items() if key in raw}
+        mixer.name: {
+            name: given[key] for key, name in mixer.hf_keys.settings.items() if key in given
+        }
         for mixer in mixers
+        for given in ({**mixer.hf_keys.absent, **raw},)
     }
     return {name: settings for name, settings in found.items() if mixer_specs()[name].model_fields}
 
@@ -301,18 +310,31 @@ def _switch_problems(raw: HfConfig, supported: HfConfig) -> list[str]:
     return problems
 
 
-def _hypenet_problems(raw: HfConfig, mixers: Iterable[type[MixerSpec]]) -> list[str]:
+def _specs(
+    mixers: Iterable[type[MixerSpec]], settings: Mapping[str, HfConfig], problems: list[str]
+) -> list[MixerSpec]:
+    """The mixers with their settings; where these are wrong, that is one more problem."""
+    specs = []
+    for mixer in mixers:
+        try:
+            specs.append(with_settings(mixer.name, settings.get(mixer.name, {}), strict=True))
+        except ValueError as error:
+            problems.append(str(error))
+    return specs
+
+
+def _hypenet_problems(raw: HfConfig, mixers: Sequence[MixerSpec]) -> list[str]:
     """Sizes of mixers that differ from the attention's, and switches of these mixers that are not
     known."""
     problems = []
-    sizes = {key: reference for mixer in mixers for key, reference in mixer.hf_keys.sizes.items()}
+    sizes = {key: reference for mixer in mixers for key, reference in mixer.hf_sizes().items()}
     for key, reference in sizes.items():
         if raw.get(key) is not None and raw[key] != raw.get(reference):
             problems.append(
                 f"{key} = {_told(raw[key])}: supported is {_told(raw.get(reference))}, "
                 f"the value of {reference}"
             )
-    known = {*_QK_NORM_SWITCHES, "attn_logits_scaling", "attn_implementation"}.union(
+    known = {*_QK_NORM_SWITCHES, *sizes, "attn_logits_scaling", "attn_implementation"}.union(
         *(mixer.hf_keys.known for mixer in mixers)
     )
     prefixes = tuple(mixer.hf_keys.prefix for mixer in mixers)

@@ -61,6 +61,8 @@ class Entry:
     part_shape: tuple[int, ...]
     reshaped: tuple[int, ...] | None = None
     """Shape of our tensor where it holds the elements of its one HF part under another shape."""
+    at_least_float32: bool = False
+    """Stored in float32 or wider, whatever dtype the others have."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -112,15 +114,13 @@ def entries(config: ModelConfig) -> list[Entry]:
 
 def _mixer_entry(parameter: ParamSpec, ours_prefix: str, hf_prefix: str) -> Entry:
     names = tuple(hf_prefix + name for name in parameter.hf_names)
-    if parameter.hf_transform is not None:
-        return Entry(
-            ours_prefix + parameter.name,
-            names,
-            parameter.hf_transform.shape,
-            reshaped=parameter.shape,
-        )
     part = (parameter.shape[0] // len(names), *parameter.shape[1:])
-    return Entry(ours_prefix + parameter.name, names, part)
+    reshaped = None
+    if parameter.hf_transform is not None:
+        part = parameter.hf_transform.shape
+        reshaped = parameter.shape
+    exact = parameter.dtype == "float32"
+    return Entry(ours_prefix + parameter.name, names, part, reshaped, at_least_float32=exact)
 
 
 def num_parameters(config: ModelConfig) -> int:

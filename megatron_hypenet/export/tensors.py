@@ -22,6 +22,11 @@ def parse_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
+def kept_dtype(entry: mapping.Entry, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a conversion to `dtype` writes the entry's tensors."""
+    return torch.promote_types(dtype, torch.float32) if entry.at_least_float32 else dtype
+
+
 def join(entry: mapping.Entry, parts: Sequence[Tensor]) -> Tensor:
     """Join the HF parts of one entry, in the order of its `hf`, into our tensor. A single part is
     returned without a copy."""

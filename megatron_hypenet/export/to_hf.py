@@ -30,7 +30,7 @@ from megatron_hypenet.errors import (
 )
 from megatron_hypenet.export import hf_config, hf_folder, mapping, tokenizer
 from megatron_hypenet.export.remote_code import remote_files
-from megatron_hypenet.export.tensors import check_tensor, parse_dtype
+from megatron_hypenet.export.tensors import check_tensor, kept_dtype, parse_dtype
 
 KEEP = "keep"
 MAX_SHARD_BYTES = 5_000_000_000
@@ -85,7 +85,7 @@ def plan_export(
     for entry in entries:
         mapping.check_shape(entry.ours, reader.shape(entry.ours), entry.shape, where=str(folder))
         target = reader.dtype(entry.ours) if dtype is None else parse_dtype(dtype)
-        dtypes |= dict.fromkeys(entry.hf, target)
+        dtypes |= dict.fromkeys(entry.hf, kept_dtype(entry, target))
     by_name = {entry.ours: entry for entry in entries}
     sizes = ((entry.ours, _entry_bytes(entry, dtypes)) for entry in entries)
     shards = [

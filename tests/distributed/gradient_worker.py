@@ -66,7 +66,10 @@ def place(full, piece):
 
 def one(folder, case):
     run = run_config(
-        folder / "unused", head_changes=case.get("head_changes"), parallel=case["parallel"]
+        folder / "unused",
+        head_changes=case.get("head_changes"),
+        align_changes=case.get("align_changes"),
+        parallel=case["parallel"],
     )
     groups.init_parallel(run.parallel, seed=run.seed)
     name, documents = case["stage"], case["documents"]

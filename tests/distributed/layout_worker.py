@@ -1,7 +1,7 @@
 """Run by torchrun: train tiny stages on one layout after the other.
 
 layout_worker FOLDER CASES      CASES: JSON list of {name, stage, parallel, [changes],
-[stage_changes]}; results in FOLDER/<name>/<stage>
+[stage_changes], [head_changes], [align_changes]}; results in FOLDER/<name>/<stage>
 """
 
 import contextlib
@@ -25,6 +25,7 @@ def one(folder: Path, case: dict) -> None:
         folder / case["name"],
         case.get("stage_changes"),
         case.get("head_changes"),
+        case.get("align_changes"),
         parallel=case["parallel"],
         **case.get("changes", {}),
     )

@@ -10,6 +10,7 @@ import torch
 
 import megatron_hypenet
 from megatron_hypenet.checkpoint.save import write_weights
+from megatron_hypenet.config.mixers import with_settings
 from megatron_hypenet.config.schema import RunConfig
 from megatron_hypenet.export.mapping import entries
 from megatron_hypenet.model.transfer import named_normal
@@ -31,9 +32,14 @@ STUDENT = tiny_model_config(
 STAGES = ("align", "distill", "finetune")
 
 
-def write_models(folder: Path) -> None:
-    """Teacher and student checkpoints whose every tensor is a function of its name."""
-    for kind, config in (("teacher", TEACHER), ("student", STUDENT)):
+def write_models(folder: Path, mixer: str | None = None, settings: dict | None = None) -> None:
+    """Teacher and student checkpoints whose every tensor is a function of its name; `mixer` in
+    place of the default one."""
+    student = STUDENT
+    if mixer is not None:
+        types = (name if name == "attn" else mixer for name in STUDENT.mixer_types)
+        student = STUDENT.with_mixers(types, [with_settings(mixer, settings or {})])
+    for kind, config in (("teacher", TEACHER), ("student", student)):
         tensors = {}
         for entry in entries(config):
             shape = tuple(entry.shape)
@@ -70,7 +76,11 @@ class Tokens:
 
 
 def run_config(
-    out: Path, stage_changes: dict | None = None, head_changes: dict | None = None, **changes
+    out: Path,
+    stage_changes: dict | None = None,
+    head_changes: dict | None = None,
+    align_changes: dict | None = None,
+    **changes,
 ) -> RunConfig:
     """Five steps of four samples, one per micro-batch, clipping that bites."""
     stage = {
@@ -87,6 +97,7 @@ def run_config(
         "weight_decay": 0.1,
         **(stage_changes or {}),
     }
+    align = {**stage, **(align_changes or {})}
     head = {**stage, "vocab_chunk_tokens": 7, **(head_changes or {})}
     inputs = {
         "output_dir": str(out),
@@ -95,7 +106,7 @@ def run_config(
         "precision": "float32",
     }
     return RunConfig.model_validate(
-        {**inputs, "align": stage, "distill": head, "finetune": head, **changes}
+        {**inputs, "align": align, "distill": head, "finetune": head, **changes}
     )
 
 

@@ -59,7 +59,7 @@ VARIANTS = {"": {}, "free": {"stage_changes": {"clip_grad": 0.0}}}
 """As the tests' settings are, and without clipping."""
 
 
-def cases(layouts, variants):
+def cases(layouts, variants, stages=STAGES, **more):
     return [
         {
             "name": name + ("-" + kind if kind else ""),
@@ -67,10 +67,11 @@ def cases(layouts, variants):
             "parallel": parallel,
             "head_changes": {"recompute": RECOMPUTE.get(name, "none")},
             **changes,
+            **more,
         }  # fmt: skip
         for name, parallel in layouts.items()
         for kind, changes in variants.items()
-        for stage in STAGES
+        for stage in stages
     ]
 
 
@@ -144,7 +145,7 @@ def test_layouts_reproduce_one_process(folder, processes):
         ]
 
 
-def gradient_cases(layouts):
+def gradient_cases(layouts, **more):
     return [
         {
             "name": name,
@@ -152,6 +153,7 @@ def gradient_cases(layouts):
             "parallel": parallel,
             "documents": documents,
             "head_changes": {"recompute": RECOMPUTE.get(name, "none")},
+            **more,
         }  # fmt: skip
         for name, parallel in layouts.items()
         for stage in STAGES

@@ -93,7 +93,9 @@ def tokenizer_works(folder, out, said, whole):
     from tokenizers import Tokenizer
     from transformers import AutoTokenizer
 
-    before = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    # without tokenizer.json its vocabulary and merges are left, which hold the same
+    source = folder if (folder / "tokenizer.json").is_file() else whole
+    before = Tokenizer.from_file(str(source / "tokenizer.json"))
     after = AutoTokenizer.from_pretrained(out / "tokenizer")
     for text in ("The quick brown fox", " 12 ä\n"):
         assert (

@@ -71,6 +71,9 @@ class ParamSpec:
     """Hugging Face names below `self_attn.`; several are concatenated along dimension 0."""
     hf_transform: Reshape | None = None
     """How the one Hugging Face tensor differs from ours; None: not at all."""
+    dtype: Literal["model", "float32"] = "model"
+    """"float32": never rounded to a narrower compute dtype, in training, checkpoints and exported
+    folders."""
     source: str = ""
     """Name of the attention parameter that weight transfer copies; key and value rows are
     repeated for the heads of their group where this parameter has more rows. "": drawn."""
@@ -121,11 +124,16 @@ class HfKeys:
     """Keys whose value must be that of another key of config.json, where they are given."""
     settings: Mapping[str, str] = field(default_factory=dict)
     """Keys that hold a setting of the specification, with that setting's name."""
+    absent: Mapping[str, Any] = field(default_factory=dict)
+    """Values of keys in `settings` that config.json leaves out, where they are not the default of
+    the setting: what the published code takes them for."""
+    ignored: tuple[str, ...] = ()
+    """Keys of the mixer that change nothing."""
 
     @property
     def known(self) -> frozenset[str]:
-        """All keys of the mixer."""
-        return frozenset({**self.switches, **self.sizes, **self.settings})
+        """All keys of the mixer, but for sizes that follow from settings (`MixerSpec.hf_sizes`)."""
+        return frozenset({**self.switches, **self.sizes, **self.settings}).union(self.ignored)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,6 +180,11 @@ class MixerSpec(BaseModel, ABC):
     @abstractmethod
     def layout_rules(self, model: ModelConfig) -> LayoutRules:
         """What a parallel layout has to respect."""
+
+    def hf_sizes(self) -> Mapping[str, str]:
+        """Keys of config.json whose value must be that of another key, with that key; a mixer whose
+        settings decide overrides this."""
+        return self.hf_keys.sizes
 
     def flops(self, model: ModelConfig, seq_length: int) -> MixerFlops:
         """FLOPs of a forward pass per token; 2 per weight of a projection."""
@@ -261,10 +274,11 @@ def mixer_spec(name: str) -> type[MixerSpec]:
         raise ConfigError(f"mixer_types: unknown mixer {name!r}; known mixers: {known}") from None
 
 
-def with_settings(name: str, settings: object) -> MixerSpec:
-    """The specification `name` with these settings; ValueError says which of them are wrong."""
+def with_settings(name: str, settings: object, *, strict: bool = False) -> MixerSpec:
+    """The specification `name` with these settings; ValueError says which of them are wrong.
+    `strict`: as JSON has them, where a text is no switch."""
     try:
-        return mixer_spec(name).model_validate(settings)
+        return mixer_spec(name).model_validate(settings, strict=strict)
     except ValidationError as error:
         problems = (
             f"{name}.{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()

@@ -26,6 +26,7 @@ private_fields.py.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -39,6 +40,7 @@ from torch import Tensor, nn
 from megatron_hypenet.checkpoint.state import Template
 from megatron_hypenet.config.schema import HeadStageConfig, ParallelConfig, StageConfig
 from megatron_hypenet.engine.cuda_graph import CudaGraphs
+from megatron_hypenet.engine.deepspeed import private_fields
 from megatron_hypenet.engine.deepspeed.config import config_dict, import_deepspeed
 from megatron_hypenet.engine.deepspeed.state_access import (
     is_replicated,
@@ -50,6 +52,8 @@ from megatron_hypenet.engine.own_time import OwnTime
 from megatron_hypenet.errors import DivergedError, LayoutError
 from megatron_hypenet.parallel import groups
 from megatron_hypenet.stages.base import MicroBatch, finite_or_nan
+
+logger = logging.getLogger(__name__)
 
 
 class RefusedUpdate(DivergedError):
@@ -76,7 +80,8 @@ class TrainingEngine:
         self.deepspeed = import_deepspeed()
         self.module = module
         trainable: Mapping[str, nn.Parameter] = module.trainable_parameters()  # type: ignore[operator]
-        self.dtype = next(iter(trainable.values())).dtype
+        # a few parameters of a bfloat16 model may stay in float32
+        self.dtype = min((one.dtype for one in trainable.values()), key=lambda one: one.itemsize)
         self.num_micro_batches = stage.num_micro_batches(groups.data_size())
         self.template = Template(module)
         self.data_rank = groups.ModelParallelUnit.get_data_parallel_rank()
@@ -92,7 +97,7 @@ class TrainingEngine:
         )
         # without no_grad its flat copies of the weights are results of a graph that lives, with
         # nodes of all weights
-        with _silenced(), torch.no_grad():
+        with _silenced(), torch.no_grad(), self._dtypes_kept(trainable, parallel.zero_stage):
             self.engine, *_ = self.deepspeed.initialize(
                 model=module, optimizer=optimizer, mpu=groups.ModelParallelUnit, config=config
             )
@@ -119,6 +124,24 @@ class TrainingEngine:
                     self._forward_backward, self.sums, several=self.num_micro_batches > 1
                 )
         self.access.init_adam(0)
+
+    def _dtypes_kept(
+        self, trainable: Mapping[str, nn.Parameter], zero_stage: int
+    ) -> contextlib.AbstractContextManager[None]:
+        """Context in which DeepSpeed rounds no parameter that stays in float32; under ZeRO-3, whose
+        buffer has one dtype, it does round them, and that is said."""
+        if zero_stage < 3:
+            return private_fields.without_casts()
+        wider = [name for name, one in trainable.items() if one.dtype != self.dtype]
+        if wider and groups.rank() == 0:
+            logger.warning(
+                "WARNING: zero_stage=3 holds %d parameters that otherwise stay in float32 (%s, ...)"
+                " in %s; the optimizer's copies are float32. Use zero_stage=2 to keep them exact",
+                len(wider),
+                wider[0],
+                str(self.dtype).removeprefix("torch."),
+            )
+        return contextlib.nullcontext()
 
     def micro_step(self, batch: MicroBatch, *, last: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Forward and backward of one micro-batch; gradients accumulate until the `last` of the

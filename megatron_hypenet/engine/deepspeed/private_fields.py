@@ -1,13 +1,15 @@
 """The fields of DeepSpeed's optimizers that this package uses and DeepSpeed promises to nobody, and
 the check that they are there.
 
-`state_access.py`, `bf16_accumulation.py` and `bf16_step.py` use them, and no other file does."""
+This file, `state_access.py`, `bf16_accumulation.py` and `bf16_step.py` use them, and no other file
+does."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
 from collections.abc import Iterator
+from contextlib import contextmanager
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -18,6 +20,7 @@ SEEN_IN = ("0.19.8",)
 BF16 = "runtime.bf16_optimizer.BF16_Optimizer"
 ZERO_1_2 = "runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer"
 ZERO_3 = "runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3"
+ENGINE = "runtime.engine.DeepSpeedEngine"
 PRIVATE_FIELDS = {
     BF16: (
         "_update_hp_grad",
@@ -59,6 +62,7 @@ PRIVATE_FIELDS = {
         "overflow",
         "optimizer",
     ),
+    ENGINE: ("_cast_module_mixed_precision",),
     "runtime.constants": ("PIPE_REPLICATED",),
 }
 """Class or module below `deepspeed` -> its attributes and methods, and the fields that its code
@@ -78,6 +82,19 @@ def check_private_fields(deepspeed: Any) -> None:
                     f"deepspeed {deepspeed.__version__} has no field {field} in deepspeed.{owner}, "
                     f"which training uses; it is there in {', '.join(SEEN_IN)}: install that"
                 )
+
+
+@contextmanager
+def without_casts() -> Iterator[None]:
+    """Inside, DeepSpeed takes a module with the dtypes that its parameters have: those that stay in
+    float32 beside a bfloat16 model would be rounded before an optimizer sees them."""
+    engine = owner_class(ENGINE)
+    cast = engine._cast_module_mixed_precision
+    engine._cast_module_mixed_precision = lambda *arguments: None
+    try:
+        yield
+    finally:
+        engine._cast_module_mixed_precision = cast
 
 
 def owner_class(owner: str) -> Any:

@@ -117,15 +117,36 @@ class Mixer(MegatronModule, ABC):
         """A parameter without a submodule, drawn by its name; ZeRO-3 gathers it for this module's
         call."""
         drawn = self._drawn(parameter, seed=torch.initial_seed() % 2**31)
-        weight = torch.nn.Parameter(
-            drawn.to(self.linear_in.weight.device, self.config.params_dtype)
-        )
+        dtype = self.config.params_dtype
+        if parameter.dtype == "float32":
+            dtype = torch.promote_types(dtype, torch.float32)
+        weight = torch.nn.Parameter(drawn.to(self.linear_in.weight.device, dtype))
         if parameter.tp_dim is not None:
             # Read by DeepSpeed's gradient norm and by the sharded checkpoint.
             weight.tensor_model_parallel = True  # type: ignore[attr-defined]
             weight.partition_dim = parameter.tp_dim  # type: ignore[attr-defined]
             weight.partition_stride = 1  # type: ignore[attr-defined]
         self.register_parameter(parameter.name, weight)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What `to`, `bfloat16` and the like call: parameters that stay in float32 change their
+        device only."""
+        own: dict[str, torch.nn.Parameter] = self._parameters  # type: ignore[has-type]
+        order = list(own)
+        kept = {name: own.pop(name) for name in order if self._stays_float32(name)}
+        super()._apply(fn, recurse)
+        for parameter in kept.values():
+            changed = fn(parameter.data)
+            if changed.dtype.itemsize < torch.float32.itemsize:
+                changed = parameter.data.to(changed.device)
+            parameter.data = changed
+        both = {**own, **kept}
+        own.clear()
+        own.update({name: both[name] for name in order})
+        return self
+
+    def _stays_float32(self, name: str) -> bool:
+        return name in self.param_specs and self.param_specs[name].dtype == "float32"
 
     def weight(self, name: str) -> Tensor:
         """A parameter of this module for use in its computation: where every tensor-parallel rank

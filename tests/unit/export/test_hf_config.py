@@ -150,8 +150,8 @@ def test_unsupported_settings_of_any_model_are_refused(student, change, message)
             "lightning_use_forget_gate = True: unknown switch of a mixer",
         ),
         (
-            {"mixer_types": ["attn", "gdn", "attn"]},
-            r"mixer_types has \['gdn'\]: supported are \['attn'",
+            {"mixer_types": ["attn", "mamba", "attn"]},
+            r"mixer_types has \['mamba'\]: supported are \['attn'",
         ),
         (
             {"mixer_types": ["attn"]},

@@ -1,0 +1,102 @@
+"""The delta rules over a sequence that is split over ranks: each chunk acts on the state by a
+matrix, M S + B, so M and B are what the ranks exchange (`state_exchange`, `Transition`)."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_hypenet.parallel.context.layout import check_document_ids
+from megatron_hypenet.parallel.context.state_algebra import Transition, continuing_chunks
+from megatron_hypenet.parallel.context.state_exchange import (
+    ChunkExchange,
+    Chunks,
+    exchange_states,
+)
+
+
+class DeltaRule(Protocol):
+    """A delta rule over whole rows; see `naive_gated_delta_rule` for the arguments."""
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor,
+        beta: Tensor,
+        *,
+        scale: float,
+        initial_state: Tensor | None = None,
+        document_ids: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return outputs [b, t, h, v] and the final state [b, h, k, v]."""
+
+
+class DeltaSummary(Protocol):
+    """What the tokens of a row do to a state; see `chunked_gated_delta_summary`."""
+
+    def __call__(
+        self,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor,
+        beta: Tensor,
+        *,
+        document_ids: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the transition [b, h, k, k] and the state from zero [b, h, k, v]."""
+
+
+def context_delta_rule(
+    rule: DeltaRule,
+    summary: DeltaSummary,
+    *inputs: Tensor,
+    scale: float,
+    group: dist.ProcessGroup,
+    document_ids: Tensor | None = None,
+) -> Tensor:
+    """This rank's outputs [b, t_local, h, v] of `rule` over whole sequences, in q's dtype.
+
+    Args:
+        rule, summary: the recurrence, and what a chunk of it does to a state.
+        inputs: q, k, v, log_decay and beta of this rank's tokens, as `split_sequence` gives them.
+        scale: factor of the outputs.
+        group: context-parallel ranks.
+        document_ids: [b, t_local * ranks], see `exchange_states`.
+
+    Raises ValueError when t_local is odd or document_ids has another shape."""
+    b, t = inputs[0].shape[:2]
+    check_document_ids(document_ids, b, t * group.size())
+    if group.size() == 1:
+        return rule(*inputs, scale=scale, document_ids=document_ids)[0]
+    exchange = DeltaRuleExchange(rule, summary, scale)
+    return exchange_states(exchange, *inputs, group=group, document_ids=document_ids)
+
+
+class DeltaRuleExchange(ChunkExchange):
+    """Summaries are the transition and the state from zero; outputs are computed once the incoming
+    state is there."""
+
+    def __init__(self, rule: DeltaRule, summary: DeltaSummary, scale: float) -> None:
+        self.rule = rule
+        self.summary = summary
+        self.scale = scale
+
+    def combine(self, chunks: Chunks) -> Transition:
+        """S_out = M S + B; a state enters a chunk where its document goes on."""
+        return Transition(continuing_chunks(chunks.document_ids, chunks.number))
+
+    def local_summary(self, chunks: Chunks, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """M [2 b, h, k, k] and B [2 b, h, k, v] of each chunk; q has no part in them."""
+        return self.summary(*inputs[1:], document_ids=chunks.rows)
+
+    def apply(
+        self, chunks: Chunks, local: Tensor | None, incoming: Tensor, *inputs: Tensor
+    ) -> Tensor:
+        """Outputs [2 b, c, h, v] from the states that enter the chunks."""
+        return self.rule(
+            *inputs, scale=self.scale, initial_state=incoming, document_ids=chunks.rows
+        )[0]

@@ -1,0 +1,71 @@
+"""The other mixers on the layouts of `test_parity.py`: gradients and scores of every stage in
+float64, and five training steps under ZeRO."""
+
+import json
+
+import pytest
+
+from tests.distributed.layouts import write_models
+from tests.distributed.test_parity import (
+    GRADIENTS,
+    LAYOUTS,
+    LIMITS,
+    cases,
+    differences,
+    finished,
+    gradient_cases,
+)
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+MIXERS = {
+    "gated_delta_net": {},
+}
+"""Settings that say most: grouped keys and values."""
+SPLITS = {2: ("tp2-sp", "pp2", "cp2"), 4: ("cp4", "tp2-cp2", "cp2-pp2")}
+SMALL_STEPS = {"stage_changes": {"lr": 1e-4, "min_lr": 1e-5}}
+"""A delta rule whose writes may overshoot (beta up to 2) amplifies rounding errors from step to
+step, so five large steps would compare chaos; the first step agrees to all digits."""
+STEP_LIMITS = LIMITS | {key: LIMITS[key] / 10 for key in ("weights", "weights_rms")}
+"""Five steps move a weight by up to 5e-4 here, a hundredth of what they do there."""
+ZERO = {2: ("dp2-zero2", "dp2-zero3"), 4: ("tp2-sp-dp2-zero3",)}
+
+
+@pytest.fixture(scope="module", params=MIXERS)
+def world(request, tmp_path_factory):
+    """Checkpoints of a student with the mixer, and what one process computes from them."""
+    settings = MIXERS[request.param]
+    root = tmp_path_factory.mktemp(request.param)
+    chosen = {"align_changes": {"mixer": request.param, "mixer_settings": settings}}
+    write_models(root, request.param, settings)
+    finished(1, root, gradient_cases({"one": {}}, **chosen), GRADIENTS)
+    finished(1, root, cases({"one": {}}, {"": {}}, **chosen, **SMALL_STEPS))
+    return root, chosen
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_losses_gradients_and_scores_agree_in_float64(world, processes):
+    root, chosen = world
+    layouts = {name: LAYOUTS[processes][name] for name in SPLITS[processes]}
+    wanted = gradient_cases(layouts, **chosen)
+    found = [
+        json.loads(line)
+        for line in finished(processes, root, wanted, GRADIENTS).splitlines()
+        if line.startswith("{")
+    ]
+    assert len(found) == len(wanted)
+    assert [row for row in found if not row["error"] <= 1e-11] == []
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_training_under_zero_reproduces_one_process(world, processes):
+    root, chosen = world
+    layouts = {name: LAYOUTS[processes][name] for name in ZERO[processes]}
+    wanted = cases(layouts, {"": {}}, **chosen, **SMALL_STEPS)
+    finished(processes, root, wanted)
+    too_far = {}
+    for case in wanted:
+        found = differences(root / "one" / case["stage"], root / case["name"] / case["stage"])
+        if any(not found[key] <= STEP_LIMITS[key] for key in STEP_LIMITS):
+            too_far[case["name"], case["stage"]] = found
+    assert not too_far, too_far
