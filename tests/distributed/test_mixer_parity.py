@@ -20,8 +20,9 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 MIXERS = {
     "gated_delta_net": {},
+    "kimi_delta_attention": {"conv": True, "conv_size": 3},
 }
-"""Settings that say most: grouped keys and values."""
+"""Settings that say most: grouped keys and values, a convolution that reads over chunk borders."""
 SPLITS = {2: ("tp2-sp", "pp2", "cp2"), 4: ("cp4", "tp2-cp2", "cp2-pp2")}
 SMALL_STEPS = {"stage_changes": {"lr": 1e-4, "min_lr": 1e-5}}
 """A delta rule whose writes may overshoot (beta up to 2) amplifies rounding errors from step to
