@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from megatron_hypenet.export import tokenizer
 from megatron_hypenet.export.from_hf import import_hf
@@ -21,10 +22,12 @@ from megatron_hypenet.export.hf_remote.modeling_hypenet import HypeNetForCausalL
 from megatron_hypenet.export.remote_code import remote_files
 from megatron_hypenet.export.to_hf import export_hf
 
+from .cases import CASES, TRAINED, export_case
+
 HERE = Path(__file__).parent
-CASES = sorted(path for path in (HERE / "data").iterdir() if path.is_dir())
 COMPAT = HERE.parents[1] / ".compat" / "transformers-4.57"
-RELATIVE = 1e-5  # the reference's RoPE tables are fp32
+RELATIVE = 1e-5  # largest difference; the reference's RoPE tables are fp32
+LIMITS = {torch.float64: 1e-6, torch.float32: 1e-4}
 
 
 def environment(version: str, modules: Path) -> dict[str, str]:
@@ -54,9 +57,7 @@ def case(request):
 
 
 def measure(case, kind, name, version, tmp_path):
-    import_hf(case / kind, tmp_path / "ckpt")
-    export_hf(tmp_path / "ckpt", tmp_path / "hf")
-    shutil.rmtree(tmp_path / "ckpt")
+    export_case(case, kind, tmp_path / "hf")
     elsewhere = (tmp_path / "hf").rename(tmp_path / "elsewhere")
     command = [
         sys.executable,
@@ -87,6 +88,49 @@ def test_student_is_the_reference(case, version, tmp_path):
     assert result["cache"] < 1e-11, "token by token differs from the whole prompt"
     assert result["padding"] < 1e-11, "a left-padded batch differs from its rows"
     assert result["padded_generation"] and result["generation"]
+
+
+def error(got, want):
+    return ((got.double() - want).norm() / want.norm()).item()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+def test_modelling_code_is_the_reference(case, dtype):
+    golden = load_file(case / "golden.safetensors")
+    ids = golden["input_ids"]
+    model, info = HypeNetForCausalLM.from_pretrained(
+        case / "hypenet", dtype=dtype, output_loading_info=True
+    )
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    out = model.eval()(ids, labels=ids, output_hidden_states=True)
+    assert error(out.logits, golden["student_logits"]) < LIMITS[dtype]
+    assert error(out.loss, golden["stage3_loss"]) < LIMITS[dtype]
+    for got, want in zip(out.hidden_states, golden["student_hidden"], strict=True):
+        assert error(got, want) < LIMITS[dtype]
+
+
+def test_folders_of_one_name_with_other_mixers_load_in_one_process(version, tmp_path):
+    """4.57 copies the code of both to one place."""
+    want = []
+    for index, name in enumerate(("tied_pow2", "gdn", "kda", "tied_pow2")):
+        export_case(HERE / "data" / name, "hypenet", tmp_path / str(index) / "model")
+        want.append(json.loads((tmp_path / str(index) / "model/config.json").read_text()))
+    code = (
+        "import json, sys\nfrom transformers import AutoModelForCausalLM as Auto\n"
+        "for folder in sys.argv[1:]:\n"
+        "    model = Auto.from_pretrained(folder, trust_remote_code=True)\n"
+        "    mixers = [type(layer.self_attn).hf_names[0] for layer in model.model.layers]\n"
+        "    print(json.dumps(mixers))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *(tmp_path / str(index) / "model" for index in range(4))],
+        env=environment(version, tmp_path / "modules"), cwd=tmp_path,
+        capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert found == [config["mixer_types"] for config in want]
 
 
 def test_teacher_is_plain_qwen3(case, version, tmp_path):
@@ -158,7 +202,7 @@ def write_tokenizers_of_transformers_5(source, folder):
 def test_model_card_code_runs_without_warnings_and_tokenizers_agree(repo_root, tmp_path):
     """The same text, ids and tokens in both versions, from tokenizers that transformers 5 saved."""
     teacher = repo_root / "assets/tiny-qwen3"
-    raw = {**json.loads((CASES[0] / "hypenet/config.json").read_text()), "vocab_size": 2048}
+    raw = {**json.loads((TRAINED[0] / "hypenet/config.json").read_text()), "vocab_size": 2048}
     config = HypeNetConfig(
         **{
             key: value

@@ -6,7 +6,6 @@ Its RoPE tables are fp32, so float64 runs agree to 1e-7 or better (the limit bel
 runs to 1e-4 and usually 1e-6."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,11 +23,12 @@ from megatron_hypenet.stages.base import MicroBatch
 from megatron_hypenet.stages.distill import DistillStage
 from megatron_hypenet.stages.finetune import FinetuneStage
 
-CASES = sorted(path for path in (Path(__file__).parent / "data").iterdir() if path.is_dir())
+from .cases import TRAINED
+
 LIMITS = {torch.float64: 1e-6, torch.float32: 1e-4}
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda path: path.name)
+@pytest.fixture(scope="module", params=TRAINED, ids=lambda path: path.name)
 def case(request, tmp_path_factory):
     """Imported teacher and student, and the reference's tensors."""
     folder = tmp_path_factory.mktemp(request.param.name)

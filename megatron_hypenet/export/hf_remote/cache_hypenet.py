@@ -59,7 +59,7 @@ class CacheSlot:
 class StateSlot(CacheSlot):
     """A state of fixed size, in fp32 (fp64 in an fp64 model)."""
 
-    kept = ("state",)
+    kept: ClassVar[tuple[str, ...]] = ("state",)
     state: Tensor | None
 
     def update(self, state: Tensor, *, new_tokens: int) -> None:

@@ -103,6 +103,8 @@ class HypeNetConfig(PretrainedConfig):
                 setattr(self, name, value)
         for mixer in self.mixers:
             for name, values in mixer.settings(self).items():
+                if isinstance(values, range):
+                    continue
                 # a size of null is the default one, a switch of null is a value to be checked
                 is_size = isinstance(values[0], int) and not isinstance(values[0], bool)
                 if not hasattr(self, name) or (is_size and getattr(self, name) is None):
@@ -128,7 +130,8 @@ class HypeNetConfig(PretrainedConfig):
         wrong = [
             f"{name}={value!r} (supported: {_listed(values)})"
             for name, values in supported
-            if (value := getattr(self, name, values[0])) not in values
+            if (value := getattr(self, name, None if isinstance(values, range) else values[0]))
+            not in values
         ]
         if wrong:
             raise ValueError(f"this HypeNet code does not implement {', '.join(wrong)}")

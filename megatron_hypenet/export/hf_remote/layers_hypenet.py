@@ -68,7 +68,7 @@ class HypeNetMixer(nn.Module):
     @staticmethod
     def settings(config: PretrainedConfig) -> dict[str, Sequence[Any]]:
         """Keys of config.json that the mixer reads, with the values that each may have; the first
-        one is the default."""
+        one is the default, and a range has none."""
         return {}
 
     @staticmethod

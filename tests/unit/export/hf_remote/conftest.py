@@ -16,6 +16,12 @@ SIZES = dict(
     head_dim=8,
 )
 MIXERS = ["lightning-attn", "attn", "lightning-attn"]
+VARIANTS = {
+    "lightning-attn": {},
+    "gdn": dict.fromkeys(("gdn_use_qk_norm", "gdn_use_rope", "gdn_use_gate"), True),
+    "kda": {"kda_use_rope": True, "kda_use_conv": True, "kda_conv_size": 4},
+}
+"""Settings by recurrent mixer, with much of what each can do."""
 
 
 @pytest.fixture
@@ -37,14 +43,18 @@ def make_model(make_config):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.3)
+            for name, parameter in model.named_parameters():
+                if name.endswith("dt_bias"):  # memories of one token and of some hundred
+                    parameter.sub_(3.0).mul_(2.0)
         return model
 
     return build
 
 
-@pytest.fixture
-def model(make_model):
-    return make_model()
+@pytest.fixture(params=VARIANTS)
+def model(request, make_model):
+    """A model of every recurrent mixer, with softmax attention between its layers."""
+    return make_model(mixer_types=[request.param, "attn", request.param], **VARIANTS[request.param])
 
 
 def random(*shape, seed=0):

@@ -48,7 +48,7 @@ def test_older_spelling_of_a_mixer(make_config):
         ({"lightning_use_short_conv": True}, "lightning_use_short_conv=True"),
         ({"lightning_nkv": 2}, "lightning_nkv=2 .supported: 6"),
         ({"rope_scaling": {"type": "yarn"}}, "rope_scaling="),
-        ({"mixer_types": ["attn", "gdn", "attn"]}, "mixer_types must name"),
+        ({"mixer_types": ["attn", "mamba2", "attn"]}, "mixer_types must name"),
         ({"mixer_types": ["attn"]}, "for 3 layers"),
         ({"num_key_value_heads": 4}, "must divide num_attention_heads=6"),
     ],

@@ -6,6 +6,8 @@ from megatron_hypenet.export.hf_remote import mixers_hypenet
 from megatron_hypenet.export.hf_remote.cache_hypenet import CacheSlot
 from megatron_hypenet.export.hf_remote.mixers_hypenet import MIXERS
 
+from .conftest import VARIANTS
+
 NAMES = sorted({mixer.hf_names[0] for mixer in MIXERS.values()})
 
 
@@ -16,6 +18,10 @@ def test_every_mixer_stands_in_the_file_of_its_name():
     assert files == {f"mixer_{name.replace('-', '_')}" for name in NAMES}
     for name in NAMES:
         assert MIXERS[name].__module__.endswith(f".mixer_{name.replace('-', '_')}")
+
+
+def test_tests_of_whole_models_know_every_mixer():
+    assert sorted(VARIANTS) + ["attn"] == sorted(NAMES, key=lambda name: (name == "attn", name))
 
 
 def test_every_spelling_is_known():

@@ -182,7 +182,8 @@ def test_other_attention_kernels_are_refused(make_model, name):
     ],
     ids=str,
 )
-def test_settings_given_while_loading_are_checked(model, tmp_path, change, message):
+def test_settings_given_while_loading_are_checked(make_model, tmp_path, change, message):
+    model = make_model()
     model.float().save_pretrained(tmp_path)
     assert torch.equal(
         type(model).from_pretrained(tmp_path)(tokens(1, 3)).logits, model(tokens(1, 3)).logits
@@ -283,6 +284,28 @@ def test_bf16_keeps_its_states_in_fp32_and_stays_close(model):
     out = model.bfloat16()(ids)
     assert out.past_key_values.slots[0].state.dtype == torch.float32
     assert F.cosine_similarity(out.logits.double(), want, dim=-1).min() > 0.99
+
+
+def test_what_a_mixer_keeps_in_fp32_is_loaded_so(model, tmp_path):
+    """In bf16 and fp16, for the trunk alone too; other dtypes are for all parameters."""
+    model.float().save_pretrained(tmp_path)
+    names = {name for mixer in model.config.mixers for name in mixer.kept_in_fp32}
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        for kind in (type(model), type(model.model)):
+            loaded = kind.from_pretrained(tmp_path, dtype=dtype)
+            seen = set()
+            for name, parameter in loaded.named_parameters():
+                kept = name.rpartition(".")[2] in names
+                seen |= {name.rpartition(".")[2]} & names
+                assert parameter.dtype == (
+                    torch.float32 if kept and dtype != torch.float64 else dtype
+                ), name
+            assert seen == names
+            own = dict(model.named_parameters())
+            for name, parameter in loaded.named_parameters():
+                if name.rpartition(".")[2] in names:
+                    prefix = "" if kind is type(model) else "model."
+                    assert torch.equal(parameter.float(), own[prefix + name])
 
 
 @torch.no_grad()
