@@ -4,9 +4,9 @@ ssh, one process per slot.
     worker-1 slots=8
     worker-2 slots=8
 
-Rank 0 is on the first host, and the others meet it there. DeepSpeed alone would go on with this
+Rank 0 is on the first host, where the others connect to it. DeepSpeed alone would run on this
 machine where the hostfile is missing, take the first address that `hostname -I` names, and print
-every variable it hands on; here each of these is decided or refused beforehand.
+every variable that it passes on; here each of these is decided or refused beforehand.
 launchers/hostfile_job.py runs what is planned here, launchers/hostfile_rank.py is what DeepSpeed
 starts on the hosts.
 """
@@ -53,8 +53,8 @@ CARRIED = (
     "TRITON_",
     "UCX",
 )
-"""Beginnings of the names of variables that go to the hosts unasked: those DeepSpeed hands on, and
-settings of the libraries below us."""
+"""Prefixes of variables that are passed to the hosts by default: those that DeepSpeed passes on,
+and settings of the libraries in use."""
 
 _SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|KEY(?!BOARD)", re.IGNORECASE)
 _NAME = re.compile(r"[A-Za-z_]\w*")
@@ -166,12 +166,10 @@ class HostfileLaunch:
 
 
 def planned(words: Sequence[str], hostfile: Path, names: Sequence[str] = ()) -> HostfileLaunch:
-    """The start of `hypenet WORDS` on all hosts of `hostfile`, with the variables called `names`
-    handed on besides those of CARRIED.
-
-    Everything that can be found out is: tools, names, addresses, and on each host, over ssh, the
-    interpreter and the working directory. Raises SetupError with all that is wrong there,
-    UsageError for variables that are not set or not to be seen by others.
+    """The start of `hypenet WORDS` on all hosts of `hostfile`, with the variables `names` passed on
+    besides those of CARRIED. It checks tools, names, addresses, and on each host, over ssh, the
+    interpreter and the working directory. Raises SetupError with all problems of the hosts,
+    UsageError for variables that are not set or that look like secrets.
     """
     hosts = read_hostfile(hostfile)
     _check_tools()
@@ -262,10 +260,9 @@ def port_of(
 
 
 def variables(environment: Mapping[str, str], names: Sequence[str]) -> dict[str, str]:
-    """What is handed on: CARRIED, then the lines of .deepspeed_env (in the home, then here), then
-    `names`; never what looks like a secret.
-
-    DeepSpeed writes the values into command lines, which everybody on the hosts can read.
+    """The variables to pass on: CARRIED, then the lines of .deepspeed_env (in the home folder, then
+    in the current one), then `names`; never a value that looks like a secret. DeepSpeed writes the
+    values into command lines, which all users of the hosts can read.
     """
     found = {
         name: value
@@ -306,8 +303,7 @@ def environment_file(values: Mapping[str, str]) -> str:
 
 
 def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment for DeepSpeed's launcher itself, which hands on by the beginnings of
-    names."""
+    """The environment for DeepSpeed's launcher itself, which passes on variables by prefix."""
     return {name: value for name, value in environment.items() if not _SECRET.search(name)}
 
 

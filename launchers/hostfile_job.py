@@ -154,8 +154,8 @@ class _Job:
             signal.signal(number, handler)
 
     def wait(self) -> int:
-        """Until every rank has told its end; after a failure the others get `grace_seconds`. Raises
-        SetupError as `run` says."""
+        """Wait until every rank has reported its end; after a failure the others get
+        `grace_seconds`. Raises SetupError as `run` says."""
         deadline: float | None = None
         while (
             self.over is None

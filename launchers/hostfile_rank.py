@@ -1,13 +1,13 @@
-"""What DeepSpeed's launcher starts for every slot of a hostfile: takes the place it is given, does
-the command in a process of its own.
+"""The process that DeepSpeed's launcher starts for every slot of a hostfile: it takes its rank from
+the environment, and runs the command in a child process.
 
     python -m launchers.hostfile_rank WORD...
 
-DeepSpeed and pdsh turn the ways in which processes end into few numbers. So this process reports to
-the one that waits for the job when its command starts and with which code it ends, in lines on
-stderr that launchers/hostfile_job.py filters out. The output of rank 0 is passed on; that of the
-others goes to a file, whose last lines are reported when one fails. When the connection ends, the
-command is killed.
+DeepSpeed and pdsh do not pass exit codes on as they are. So this process reports to the one that
+waits for the job when its command starts and with which code it ends, in lines on stderr that
+launchers/hostfile_job.py filters out. The output of rank 0 is passed on; that of the others goes to
+a file, whose last lines are reported when one fails. When the connection ends, the command is
+killed.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class _Rank:
         _wait_for_hangup(ended, None)
         os.close(ended)
         with contextlib.suppress(OSError):
-            # all of it when nobody waits any more, else what it left behind
+            # the whole group when the waiting process has ended, else what the command left behind
             os.killpg(process.pid, signal.SIGKILL)
         code = process.wait()
         return 128 - code if code < 0 else code

@@ -1,10 +1,10 @@
 """One process of a `hypenet` command as a task of srun: `srun ... python -m launchers.slurm VERB
 ARGS...`, one task per GPU.
 
-SLURM says which task this is; here that becomes the place that torch.distributed and DeepSpeed
-read. What cannot be found out ends the command with code 4: a process that met nobody would train
-alone and look healthy. What the task then does is in megatron_hypenet/cli/srun_task.py;
-slurm/job.sbatch.j2 is the job script around it.
+SLURM's variables say which task this is; this module turns them into the variables that
+torch.distributed and DeepSpeed read. If one cannot be found out, the command ends with code 4: a
+process without the others would train alone and look healthy. What the task then does is in
+megatron_hypenet/cli/srun_task.py; slurm/job.sbatch.j2 is the job script around it.
 
 HYPENET_HEAD_ADDRESS   where rank 0 listens, when the script has resolved it (a container has no
                        scontrol to ask)
@@ -33,8 +33,8 @@ _NODE_LIST = re.compile(r"[A-Za-z0-9_][\w.,\[\]-]*", re.ASCII)
 
 
 def place_of(environment: Mapping[str, str]) -> dict[str, str]:
-    """The place of the task that has `environment`: RANK, WORLD_SIZE, MASTER_ADDR and their kin.
-    Raises SetupError."""
+    """The place of the task that has `environment`: RANK, WORLD_SIZE, MASTER_ADDR and the other
+    variables. Raises SetupError."""
     world_size = _number(environment, "SLURM_STEP_NUM_TASKS", 1, MOST_PROCESSES)
     rank = _number(environment, "SLURM_PROCID", 0, world_size - 1)
     counts = tasks_per_node(_text(environment, "SLURM_STEP_TASKS_PER_NODE"))
@@ -76,8 +76,8 @@ def tasks_per_node(text: str) -> list[int]:
 
 
 def step_hosts(environment: Mapping[str, str]) -> list[str]:
-    """Node of every task of this step, by rank, as srun places them unless told otherwise: node
-    after node. Raises SetupError."""
+    """Node of every task of this step, by rank, as srun places them by default: node after node.
+    Raises SetupError."""
     names = _names_of(_text(environment, "SLURM_STEP_NODELIST"))
     counts = tasks_per_node(_text(environment, "SLURM_STEP_TASKS_PER_NODE"))
     if len(names) != len(counts):

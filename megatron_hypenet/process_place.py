@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from megatron_hypenet.errors import SetupError
 
 UNDER_WAY = "HYPENET_UNDER_WAY"
-"""Set for processes that do what another has begun: the ranks of a command of ours, and what a
-submitted job runs. Who has begun has looked for what stands in the way of a start; what comes
-later, such as a STOP file, is for a run that goes on."""
+"""Environment variable of processes that another process has started: the ranks of a command, and
+the commands of a submitted job. The starting process has checked what prevents a start; a later
+request, such as a STOP file, is for the running job."""
 
 PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """The variables that tell a process its place; torch.distributed and DeepSpeed read them, too."""

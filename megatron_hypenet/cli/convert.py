@@ -65,7 +65,7 @@ def import_command(
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Qwen3 or HypeNet folder -> checkpoint; which of the two it is stands in config.json.
+    """Import a Qwen3 or HypeNet folder as a checkpoint; config.json says which of the two it is.
 
     Example:  hypenet convert import /models/Qwen3-1.7B teacher/
     """

@@ -131,8 +131,7 @@ def start_here(num_processes: int) -> None:
 
 
 def speaks() -> bool:
-    """Whether this process is the one that talks to the user: rank 0 of a launcher's, or the only
-    one."""
+    """Whether this process prints for the user: rank 0 of a launcher's, or the only one."""
     return os.environ.get("RANK", "0") == "0"
 
 

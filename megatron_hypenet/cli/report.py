@@ -28,7 +28,7 @@ def report(
     as_json: JsonOption = False,
 ) -> None:
     """Show the report of a run; evaluate first what has not been evaluated, and draw the figures
-    anew.
+    again.
 
     Example: hypenet report runs/demo
     """

@@ -67,7 +67,7 @@ def requeue(
 def again(
     alive: list[Job], states: Mapping[int, JobState], exclude: list[str], *, dry_run: bool
 ) -> list[dict[str, object]]:
-    """Requeue the job that runs, with further nodes excluded; those that wait only learn of the
+    """Requeue the job that runs, with further nodes excluded; waiting jobs only get the excluded
     nodes."""
     from megatron_hypenet.cluster.jobs import slurm
 
@@ -78,7 +78,7 @@ def again(
         if not dry_run and running:
             slurm("scontrol", "requeuehold" if exclude else "requeue", str(job.id))
         if not dry_run and exclude:
-            # only a job that waits can be told; it is held until it has been
+            # only a waiting job can be changed; it is held meanwhile
             slurm("scontrol", "update", f"JobId={job.id}", f"ExcNodeList={nodes}")
             if running:
                 slurm("scontrol", "release", str(job.id))

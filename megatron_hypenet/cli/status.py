@@ -94,8 +94,8 @@ def progress_of(run_folder: Path) -> dict[str, Any]:
 
 
 def last_lines(lines: list[str]) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """(the step that the log speaks of last, its last training iteration), None for what is not
-    there."""
+    """Return (the last task in the log, its last training iteration), None for each that is
+    missing."""
     iteration = None
     for line in reversed(lines):
         if iteration is None and (match := _ITER_LINE.match(line)):

@@ -2,7 +2,7 @@
 or would no longer work with them.
 
 SLURM's commands read options with getopt: long ones may be shortened as long as they are
-unambiguous, short ones may stand together (`-Qa1-3`), and a value may follow as the next word.
+unambiguous, short ones may be joined (`-Qa1-3`), and a value may follow as the next word.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ SRUN: Mapping[str, str] = {
 }
 """Name and letter of each refused option of srun, and what to do instead."""
 
-_WITHOUT_VALUE = "EHOQXsuv"  # letters of both commands after which another letter may stand
+_WITHOUT_VALUE = "EHOQXsuv"  # letters of both commands after which another letter may follow
 
 
 def words_of(option: str) -> list[str]:

@@ -245,7 +245,7 @@ def described_mixers(names: Iterable[str]) -> tuple[type[MixerSpec], ...]:
 
 
 def mixer_spellings() -> dict[str, str]:
-    """Our name of a mixer by each entry of `mixer_types` that stands for it."""
+    """Our name of a mixer for each entry of `mixer_types` that means it."""
     return {
         entry: name
         for name, spec in mixer_specs().items()

@@ -223,7 +223,7 @@ class Halo:
         return {"attn_logits_scaling": self.run.export.attn_logits_scaling}
 
     def do_report(self) -> dict[str, Any]:
-        """Evaluate teacher and students, write the numbers and draw them."""
+        """Evaluate teacher and students, write the results and draw them."""
         start = time.monotonic()
         rows = []
         measure = datasets.measure(self.run, self.folder)

@@ -100,7 +100,7 @@ class StageModule(nn.Module, ABC):
     def __init__(self, model_config: ModelConfig) -> None:
         super().__init__()
         self.model_config = model_config
-        """Shape of the student that this stage hands on."""
+        """Shape of the student that this stage saves."""
 
     @abstractmethod
     def forward(self, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -136,7 +136,7 @@ class StageModule(nn.Module, ABC):
 
     @abstractmethod
     def sharded_state_dict(self, prefix: str = "") -> dict[str, Any]:
-        """Megatron sharded tensors of what this stage hands on, under the student's final names."""
+        """Megatron sharded tensors that this stage saves, under the student's final names."""
 
     def pipeline_step(self, pipeline: PipelineRun) -> None:
         """Run the micro-batches of `pipeline` through several pipeline stages, and add this rank's

@@ -1,4 +1,4 @@
-"""Read bytes and text of a file that somebody else wrote, within limits."""
+"""Read bytes and text of a foreign file, within limits."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Parse JSON that somebody else wrote: bounded before it is parsed, strict about what JSON leaves
-open, and typed by pydantic.
+"""Parse foreign JSON: bounded before it is parsed, strict where JSON is ambiguous, and typed by
+pydantic.
 
 Python's parser accepts NaN, Infinity, numbers that overflow to infinity, keys written twice and
 escapes of half a surrogate pair. None of these is intended in a valid file, so each is refused

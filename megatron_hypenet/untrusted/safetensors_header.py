@@ -1,5 +1,5 @@
-"""Read the header of a safetensors file that somebody else wrote: names, dtypes, shapes and places,
-checked against the file's size.
+"""Read the header of a foreign safetensors file: names, dtypes, shapes and places, checked against
+the file's size.
 
 The file is: eight bytes with the header's length (little endian), the header (a JSON object), the
 tensors' bytes one after another.

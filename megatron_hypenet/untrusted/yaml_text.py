@@ -1,5 +1,5 @@
-"""Parse YAML that somebody else wrote: bounded while it is parsed, without objects, and with every
-scalar kept as it is written.
+"""Parse foreign YAML: bounded while it is parsed, without objects, and with every scalar kept as it
+is written.
 
 PyYAML scans the text; the values are built here, from its events, in one pass without recursion.
 The meaning of a scalar without quotes depends on the setting that it is for (`config/meaning.py`):

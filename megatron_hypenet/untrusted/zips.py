@@ -1,4 +1,4 @@
-"""Find the members of a zip file that somebody else wrote, without decompressing anything.
+"""Find the members of a foreign zip file, without decompressing anything.
 
 torch.save writes zip files whose members are stored as they are. A compressed member is refused, so
 that no small file becomes a large one, and the table of members is read only while it is small.

@@ -1,5 +1,5 @@
-"""The fields of DeepSpeed's optimizers that this package uses and DeepSpeed promises to nobody, and
-the check that they are there.
+"""The private fields of DeepSpeed's optimizers that this package uses, and the check that they
+exist.
 
 This file, `state_access.py`, `bf16_accumulation.py` and `bf16_step.py` use them, and no other file
 does."""

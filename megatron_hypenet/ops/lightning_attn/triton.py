@@ -482,7 +482,7 @@ def _access(tensors: tuple[Tensor, ...], whole: bool) -> int:
 @lru_cache
 def _has_descriptors(device: torch.device) -> bool:
     """Compute capability 9.0 or later, and a Triton that makes descriptors on the host."""
-    # AMD's capabilities are other numbers
+    # AMD's capabilities are numbered differently
     nvidia = device.type == "cuda" and torch.version.hip is None
     return (
         TensorDescriptor is not None

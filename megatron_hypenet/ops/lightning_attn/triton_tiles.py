@@ -15,8 +15,8 @@ import triton.language as tl
 # sum, 2^-24.
 NEGLIGIBLE_BITS = tl.constexpr(32.0)
 
-# Arguments that stay run-time numbers even where they are 1: a compile-time 1 changes types inside
-# loops.
+# Arguments that stay run-time arguments even where they are 1: a compile-time 1 changes types
+# inside loops.
 SIZES = ["length", "heads", "segment_tokens", "num_segments"]
 
 
@@ -168,9 +168,9 @@ def entering_state(
     reverse: tl.constexpr,
     documents: tl.constexpr, has_outer: tl.constexpr,
 ):  # fmt: skip
-    """The state at the edge of a segment, fp32 [block_z, block_x]: `states` [b*h, segments, k, v]
-    of the segments on the far side, nearest first, and `outer` [b*h, k, v], the state at the far
-    end of the sequence. A reverse scan comes from the right."""
+    """The state that enters a segment, fp32 [block_z, block_x]: `states` [b*h, segments, k, v] of
+    the segments on the far side, nearest first, and `outer` [b*h, k, v], the state at the far end
+    of the sequence. A reverse scan comes from the right."""
     total = tl.zeros([block_z, block_x], dtype=tl.float32)
     if reverse:
         edge = tl.minimum((segment_index + 1) * segment_tokens, length)

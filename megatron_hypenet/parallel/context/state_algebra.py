@@ -213,7 +213,7 @@ class _AddIncoming(torch.autograd.Function):
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """Batched a @ b of one dtype with the result in `dtype`, which is at least as wide."""
+    """Batched a @ b of one dtype with the result in `dtype`, which has at least their precision."""
     if a.dtype == dtype:
         return a @ b
     if a.is_cuda and hasattr(torch.ops.aten.bmm, "dtype"):  # since torch 2.8

@@ -3,8 +3,8 @@ per-token scores.
 
 Full logits never exist: tokens go through the head in chunks, and the gradients of hidden states
 and weight are computed while a chunk's logits are in memory. The vocabulary may be split over a
-tensor-parallel group; then each chunk costs one all-gather of a few numbers per token. Sums are
-fp32 (float64 for float64 inputs), and logits are never rounded to bf16: near p = q that alone gives
+tensor-parallel group; then each chunk costs one all-gather of a few values per token. Sums are fp32
+(float64 for float64 inputs), and logits are never rounded to bf16: near p = q that alone gives
 4-23% gradient error.
 
 With logits shifted by each model's maximum, Z = sum e^x and A = sum e^t (t - s), per token
@@ -277,8 +277,8 @@ def _run(
     split: _Split,
     grads: HeadGradients | None,
 ) -> Tensor:
-    """Merged statistics [numbers, n] of all tokens of hidden [n, h]; fills `grads` on the way
-    unless it is None."""
+    """Merged statistics [numbers, n] of all tokens of hidden [n, h]; also fills `grads` unless it
+    is None."""
     count = hidden.shape[0]
     words = weight.shape[0]
     dtype = wide(hidden.dtype)
