@@ -1,7 +1,7 @@
 """HALO in Python, on the bundled teacher: align RNN mixers, keep one attention layer, distil.
 
     python examples/distil_toy.py                    # under a minute on two CPU cores
-    python examples/distil_toy.py --steps 300 --out runs/distil_toy
+    python examples/distil_toy.py --steps 300 --out runs/distil_toy --mixer gated_delta_net
 
 This is what `hypenet run` does, without run folder, restarts and layer selection: it keeps softmax
 attention in the last layer instead of ranking them. The settings are those of `hypenet demo`."""
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megatron_hypenet.checkpoint.load import read_model_config, tokenizer_dir
 from megatron_hypenet.config.loader import load_run_config
+from megatron_hypenet.config.mixers import default_mixer
 from megatron_hypenet.config.mixers.softmax_attn import ATTENTION
 from megatron_hypenet.config.schema import RunConfig
 from megatron_hypenet.data.blend import TrainData
@@ -25,9 +26,10 @@ from megatron_hypenet.training.metrics import StepRecord
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-def settings(out: Path, steps: int) -> RunConfig:
-    """The demo's configuration with `steps` optimizer steps in each of stages 1 and 2."""
-    changes = [f"output_dir={out}"]
+def settings(out: Path, steps: int, mixer: str) -> RunConfig:
+    """The demo's configuration with `steps` optimizer steps in each of stages 1 and 2, and the RNN
+    mixer `mixer`."""
+    changes = [f"output_dir={out}", f"align.mixer={mixer}"]
     for stage in ("align", "distill"):
         changes += [f"{stage}.train_iters={steps}", f"{stage}.save_interval={steps}"]
         changes += [f"{stage}.warmup_iters={min(5, steps)}"]
@@ -51,9 +53,9 @@ def text_of(run: RunConfig, teacher: Path, folder: Path) -> TrainData:
     )
 
 
-def distil(out: Path, steps: int) -> dict[str, list[float]]:
+def distil(out: Path, steps: int, mixer: str) -> dict[str, list[float]]:
     """Train a student in `out`; the loss of every optimizer step by stage."""
-    run = settings(out, steps)
+    run = settings(out, steps, mixer)
     losses: dict[str, list[float]] = {"align": [], "distill": []}
     teacher = out / "teacher"
     import_hf(run.teacher, teacher)
@@ -85,9 +87,10 @@ def main(arguments: list[str] | None = None) -> dict[str, list[float]]:
     parser = argparse.ArgumentParser(description="Distil a toy student from the bundled teacher.")
     parser.add_argument("--steps", type=int, default=40, help="optimizer steps of each stage")
     parser.add_argument("--out", type=Path, help="default: a temporary folder")
+    parser.add_argument("--mixer", default=default_mixer().name, help="RNN mixer by its name")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as scratch:
-        losses = distil(options.out or Path(scratch), options.steps)
+        losses = distil(options.out or Path(scratch), options.steps, options.mixer)
     for stage, values in losses.items():
         print(f"{stage:<8} loss {values[0]:.4f} at step 1, {values[-1]:.4f} at step {len(values)}")
     return losses

@@ -49,8 +49,9 @@ def test_conversion_is_verified_in_both_directions(example, tmp_path):
     assert (tmp_path / "out" / "hf" / "config.json").is_file()
 
 
-def test_a_toy_is_distilled(example, tmp_path):
-    printed = example("distil_toy.py", "--steps", 4, "--out", tmp_path / "toy")
+@pytest.mark.parametrize("mixer", ["lightning_attn", "gated_delta_net"])
+def test_a_toy_is_distilled(example, tmp_path, mixer):
+    printed = example("distil_toy.py", "--steps", 4, "--out", tmp_path / "toy", "--mixer", mixer)
     losses = {
         stage: (float(first), float(last))
         for stage, first, last in re.findall(
