@@ -1,10 +1,10 @@
-"""What a mixer is, said once and without tensors: settings, parameters, work, memory, names.
+"""The specification of a mixer, without tensors: settings, parameters, FLOPs, memory, names.
 
-A specification is the one source for everything that has to know a mixer without building it:
-counts of parameters and FLOPs, memory plans, checkpoint names, the Hugging Face mapping, fresh
-weights, the transfer of attention weights, layout rules. The Megatron module of the same name
-(`model/mixers/`) takes its shapes from here. A mixer is registered where it is defined, and
-importing `config.mixers` imports every file of the package.
+A specification is the only source for code that has to know a mixer without building it: counts of
+parameters and FLOPs, memory plans, checkpoint names, the Hugging Face mapping, fresh weights, the
+transfer of attention weights, layout rules. The Megatron module of the same name (`model/mixers/`)
+takes its shapes from here. A mixer is registered where it is defined, and importing `config.mixers`
+imports every file of the package.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class MixerFlops:
     projections: float
     """The input projection."""
     core: float
-    """What mixes the tokens, between the projections."""
+    """The operations between the projections, which mix the tokens."""
     output: float
     """The output projection."""
 
@@ -125,8 +125,8 @@ class HfKeys:
     settings: Mapping[str, str] = field(default_factory=dict)
     """Keys that hold a setting of the specification, with that setting's name."""
     absent: Mapping[str, Any] = field(default_factory=dict)
-    """Values of keys in `settings` that config.json leaves out, where they are not the default of
-    the setting: what the published code takes them for."""
+    """Values of keys in `settings` that config.json leaves out, where the published code's default
+    differs from the setting's."""
     ignored: tuple[str, ...] = ()
     """Keys of the mixer that change nothing."""
 
@@ -138,7 +138,7 @@ class HfKeys:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayoutRules:
-    """What a mixer asks of a parallel layout."""
+    """The requirements of a mixer on a parallel layout."""
 
     tensor_slices: Mapping[str, int]
     """Sizes, by name, that the tensor-parallel size must divide."""
@@ -147,7 +147,7 @@ class LayoutRules:
 
 
 class MixerSpec(BaseModel, ABC):
-    """A mixer's settings (the pydantic fields of a subclass) and what follows from them."""
+    """A mixer's settings (the pydantic fields of a subclass) and all that follows from them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -179,7 +179,7 @@ class MixerSpec(BaseModel, ABC):
 
     @abstractmethod
     def layout_rules(self, model: ModelConfig) -> LayoutRules:
-        """What a parallel layout has to respect."""
+        """The mixer's requirements on a parallel layout."""
 
     def hf_sizes(self) -> Mapping[str, str]:
         """Keys of config.json whose value must be that of another key, with that key; a mixer whose
@@ -210,8 +210,8 @@ class MixerSpec(BaseModel, ABC):
 
 
 def attention_parameters(model: ModelConfig, *, kv_size: int) -> tuple[ParamSpec, ...]:
-    """The six parameters of Qwen3's attention, with `kv_size` rows of k and of v; a mixer that has
-    them takes them over from the layer it replaces."""
+    """The six parameters of Qwen3's attention, with `kv_size` rows of k and of v; weight transfer
+    copies them to a mixer that has them."""
     drawn = Init("normal", 0.0, model.init_method_std)
     hidden = model.hidden_size
 
@@ -275,8 +275,8 @@ def mixer_spec(name: str) -> type[MixerSpec]:
 
 
 def with_settings(name: str, settings: object, *, strict: bool = False) -> MixerSpec:
-    """The specification `name` with these settings; ValueError says which of them are wrong.
-    `strict`: as JSON has them, where a text is no switch."""
+    """The specification `name` with these settings; ValueError says which of them are wrong. With
+    `strict` they have JSON's types, so text is not accepted for a switch."""
     try:
         return mixer_spec(name).model_validate(settings, strict=strict)
     except ValidationError as error:

@@ -1,5 +1,5 @@
-"""What a HypeNet remembers between calls: a slot per layer, which that layer's mixer makes and
-fills, and which columns of the batch are padding.
+"""The cache of a HypeNet between calls: a slot per layer, which that layer's mixer makes and fills,
+and the columns of the batch that are padding.
 
 Shapes: b rows, g key/value heads, h heads, t new tokens, d head_dim."""
 
@@ -14,13 +14,13 @@ _GROWTH = 1.5
 
 
 class CacheSlot:
-    """Memory of one layer: tensors with a dimension of rows in front, None before the first token.
-    A subclass names them."""
+    """Cache of one layer: tensors whose first dimension is rows, None before the first token. A
+    subclass names them."""
 
     kept: ClassVar[tuple[str, ...]] = ()
     """Names of the attributes that hold the tensors."""
     is_croppable: ClassVar[bool] = False
-    """Whether the last tokens can be taken back."""
+    """Whether the last tokens can be removed."""
 
     def __init__(self, layer_kind: str) -> None:
         """`layer_kind`: what messages call such layers."""
@@ -114,16 +114,15 @@ class KeyValueSlot(CacheSlot):
 
 
 class HypeNetCache:
-    """Memory of one batch of sequences; pass it back, as `past_key_values` or `cache`, to continue
-    them.
+    """Cache of one batch of sequences; pass it, as `past_key_values` or `cache`, to continue them.
 
-    `slots` has the memory of each layer. Padding is remembered per row: `num_real` counts the real
+    `slots` has the cache of each layer. Padding is recorded per row: `num_real` counts the real
     tokens, `real` says which cached columns they are. A recurrent state cannot be rolled back, so
     only the cache of a model without any can be cropped. `copy.deepcopy` gives a cache that is
     continued independently."""
 
     is_compileable = False
-    # `generate` feeds no token beyond the last to a cache that its caller goes on with
+    # `generate` adds no token beyond the last to a cache that its caller continues
     _is_user_defined = False
 
     def __init__(self, slots: Iterable[CacheSlot]) -> None:
@@ -140,7 +139,7 @@ class HypeNetCache:
 
     @property
     def is_initialized(self) -> bool:
-        """Whether the cache has seen anything."""
+        """Whether the cache holds any token."""
         return self.length > 0
 
     @property
@@ -160,7 +159,7 @@ class HypeNetCache:
         return all(slot.is_croppable for slot in self.slots)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns seen so far, padding included: what `generate` has already fed."""
+        """Number of columns so far, padding included, which `generate` has already passed in."""
         return self.length
 
     def get_query_offset(self, layer_idx: int = 0) -> int:

@@ -24,8 +24,8 @@ INITIAL_DT_BIAS = -4.6
 
 
 class HypeNetDeltaMixer(HypeNetMixer):
-    """What both mixers share: q and k of length 1 per head, the recurrence, and where padding has
-    to leave it alone. A subclass says where decays, strengths and gates come from."""
+    """Base of both mixers: q and k of length 1 per head, the recurrence, and its treatment of
+    padding. A subclass computes decays, strengths and gates."""
 
     use_rope: bool
     kept_in_fp32 = ("A_log", "dt_bias")

@@ -1,5 +1,5 @@
-"""What `generate` of transformers 4.57 and 5.x asks of a HypeNet: its cache, its inputs of each
-step, and what it cannot do.
+"""The interface of a HypeNet for `generate` of transformers 4.57 and 5.x: its cache, its inputs of
+each step, and refusals of what it cannot do.
 
 Shapes: b rows, t new tokens."""
 
@@ -18,7 +18,7 @@ CACHE = (
     if "cache" in {field.name for field in fields(BaseModelOutputWithPast)}
     else "past_key_values"
 )
-"""What the installed transformers calls the cache, in outputs and in `generate`: `cache` since
+"""The name of the cache in the installed transformers, in outputs and in `generate`: `cache` since
 5.24."""
 
 _FOR_PREPARATION = (

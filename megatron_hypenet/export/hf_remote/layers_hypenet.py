@@ -1,4 +1,4 @@
-"""Modules that a HypeNet's mixers are made of, and what every mixer offers.
+"""Modules of which a HypeNet's mixers are made, and the interface of a mixer.
 
 A file `mixer_<name>.py` holds one mixer and ends with `MIXER = <its class>`. Shapes: b rows, t new
 tokens, h heads, g key/value heads, d head_dim, H hidden_size."""
@@ -30,7 +30,7 @@ class HypeNetRMSNorm(nn.Module):
 
 
 class HypeNetMixer(nn.Module):
-    """What all mixers share: projections, optional norms of q and k per head, the gated output."""
+    """Base of all mixers: projections, optional norms of q and k per head, the gated output."""
 
     hf_names: ClassVar[tuple[str, ...]] = ()
     """Entries of `mixer_types` that stand for the mixer; the first is the one that is written."""
@@ -79,7 +79,7 @@ class HypeNetMixer(nn.Module):
 
     @staticmethod
     def new_cache() -> CacheSlot:
-        """An empty memory for one layer."""
+        """An empty cache for one layer."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, step: Step, slot: Any) -> Tensor:

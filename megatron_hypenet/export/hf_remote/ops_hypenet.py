@@ -1,5 +1,5 @@
-"""What the layers and the configuration of a HypeNet share as functions: RoPE, dtypes, the loss,
-and what a call tells its layers.
+"""Functions that the layers and the configuration of a HypeNet share: RoPE, dtypes, the loss, and
+the arguments of a call for all layers.
 
 Shapes: b rows, t new tokens, h heads, d head_dim."""
 
@@ -14,7 +14,7 @@ _HYPE_DEFAULT = 362.0
 
 
 class Step(NamedTuple):
-    """What the layers need to know about the new tokens of one call."""
+    """Arguments for the layers about the new tokens of one call."""
 
     cos: Tensor  # [b or 1, 1, t, d]
     sin: Tensor

@@ -129,8 +129,8 @@ class Mixer(MegatronModule, ABC):
         self.register_parameter(parameter.name, weight)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """What `to`, `bfloat16` and the like call: parameters that stay in float32 change their
-        device only."""
+        """Apply `to`, `bfloat16` and similar calls, which change only the device of parameters that
+        stay in float32."""
         own: dict[str, torch.nn.Parameter] = self._parameters  # type: ignore[has-type]
         order = list(own)
         kept = {name: own.pop(name) for name in order if self._stays_float32(name)}

@@ -67,7 +67,7 @@ def chunked_gated_delta_summary(
     document_ids: Tensor | None = None,
     chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return what all tokens together do to a state, S_out = M S + B: the transition M [b, h, k, k]
+    """Return the effect of all tokens on a state, S_out = M S + B: the transition M [b, h, k, k]
     and the state from zero B [b, h, k, v], in the accumulation dtype.
 
     Arguments as in `chunked_gated_delta_rule`. With documents S is that of the first token's
@@ -85,7 +85,8 @@ def chunked_gated_delta_summary(
 
 
 class _Chunks(NamedTuple):
-    """What every chunk does, before its state is known; n chunks first: [n, b, h, ...]."""
+    """The matrices of every chunk that do not depend on its state; n chunks first: [n, b, h,
+    ...]."""
 
     queries: Tensor
     """Q exp(G), zero where the entering state is another document's: [.., C, k]."""
@@ -148,9 +149,9 @@ class _Chunks(NamedTuple):
 
 
 class _Masks(NamedTuple):
-    """Which terms of a chunk's sums stay inside one document, [n, b, 1, ...]. A state belongs to
-    the document of the token just before the chunk; the first one to that of the row's first
-    token."""
+    """Masks of the terms of a chunk's sums that stay inside one document, [n, b, 1, ...]. A state
+    belongs to the document of the token just before the chunk; the first one to that of the row's
+    first token."""
 
     pairs: Tensor
     sees_state: Tensor

@@ -1,5 +1,5 @@
-"""The front of the gated delta rule with one decay per head: flash-linear-attention's kernels where
-they run, else chunks in torch."""
+"""The gated delta rule with one decay per head: flash-linear-attention's kernels where they run,
+else chunks in torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The chunk kernels of flash-linear-attention behind this package's signature.
+"""The chunk kernels of flash-linear-attention, called with this package's arguments.
 
 They take packed sequences as one row of tokens with the bounds of all documents, and one state per
 document; here documents are ids per token and states belong to rows."""
@@ -25,7 +25,7 @@ def is_installed() -> bool:
 
 
 def kernel_fits(dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether the kernels are there, and made for this dtype and heads of this size."""
+    """Whether the kernels are installed, and support this dtype and heads of this size."""
     return is_installed() and dtype in KERNEL_DTYPES and head_dim <= KERNEL_MAX_DIM
 
 

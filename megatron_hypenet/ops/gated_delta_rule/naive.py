@@ -1,4 +1,5 @@
-"""The gated delta rule, one token at a time: the definition that every faster form answers to.
+"""The gated delta rule, one token at a time: the definition that every faster form is tested
+against.
 
 Source: Gated DeltaNet (arXiv 2412.06464, equation 10) and Kimi Delta Attention (arXiv 2510.26692).
 Per head, with the state S [k, v] before a token and its log decay g (<= 0):

@@ -1,5 +1,5 @@
-"""The kernels of the delta rules against chunks in float64, launched directly, on inputs like a
-mixer's."""
+"""Check the kernels of the delta rules against chunks in float64, launched directly, on inputs like
+a mixer's."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def check_delta_rule(
     tokens: int = 300,
     heads: int = 4,
 ) -> KernelCheck:
-    """Outputs, final state and gradients, with an initial state where context parallelism or a
-    thorough look asks for one."""
+    """Check outputs, final state and gradients, with an initial state under context parallelism or
+    for a thorough check."""
 
     def run() -> Pairs:
         draw = drawer(where)
@@ -44,7 +44,7 @@ def check_delta_rule(
         shape = (1, tokens, heads, d)
         q, k = (torch.nn.functional.normalize(draw(*shape), dim=-1) for _ in range(2))
         v = draw(*shape)
-        # a tenth of the tokens forget fast, the rest slowly
+        # a tenth of the tokens decay fast, the rest slowly
         gates = draw(*(shape if per_channel else shape[:3]))
         log_decay = -torch.nn.functional.softplus(3 * gates - 4)
         beta = torch.sigmoid(draw(*shape[:3])) * (1 if per_channel else 2)

@@ -1,4 +1,4 @@
-"""The kernel of Kimi Delta Attention against chunks in float64."""
+"""Check the kernel of Kimi Delta Attention against chunks in float64."""
 
 from __future__ import annotations
 

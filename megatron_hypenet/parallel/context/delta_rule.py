@@ -36,7 +36,7 @@ class DeltaRule(Protocol):
 
 
 class DeltaSummary(Protocol):
-    """What the tokens of a row do to a state; see `chunked_gated_delta_summary`."""
+    """The effect of the tokens of a row on a state; see `chunked_gated_delta_summary`."""
 
     def __call__(
         self,
@@ -61,11 +61,10 @@ def context_delta_rule(
     """This rank's outputs [b, t_local, h, v] of `rule` over whole sequences, in q's dtype.
 
     Args:
-        rule, summary: the recurrence, and what a chunk of it does to a state.
-        inputs: q, k, v, log_decay and beta of this rank's tokens, as `split_sequence` gives them.
-        scale: factor of the outputs.
-        group: context-parallel ranks.
-        document_ids: [b, t_local * ranks], see `exchange_states`.
+        rule, summary: the recurrence, and the effect of a chunk on a state. inputs: q, k, v,
+        log_decay and beta of this rank's tokens, as `split_sequence` gives them. scale: factor of
+        the outputs. group: context-parallel ranks. document_ids: [b, t_local * ranks], see
+        `exchange_states`.
 
     Raises ValueError when t_local is odd or document_ids has another shape."""
     b, t = inputs[0].shape[:2]
@@ -78,7 +77,7 @@ def context_delta_rule(
 
 class DeltaRuleExchange(ChunkExchange):
     """Summaries are the transition and the state from zero; outputs are computed once the incoming
-    state is there."""
+    state is known."""
 
     def __init__(self, rule: DeltaRule, summary: DeltaSummary, scale: float) -> None:
         self.rule = rule
@@ -90,7 +89,7 @@ class DeltaRuleExchange(ChunkExchange):
         return Transition(continuing_chunks(chunks.document_ids, chunks.number))
 
     def local_summary(self, chunks: Chunks, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """M [2 b, h, k, k] and B [2 b, h, k, v] of each chunk; q has no part in them."""
+        """M [2 b, h, k, k] and B [2 b, h, k, v] of each chunk; q is not used."""
         return self.summary(*inputs[1:], document_ids=chunks.rows)
 
     def apply(
