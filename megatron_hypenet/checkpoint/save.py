@@ -134,14 +134,6 @@ def begin_save(
     return save
 
 
-def save_training(
-    folder: Path | str, engine: EngineState, state: TrainState, **arguments: Any
-) -> Path:
-    """Write a committed checkpoint that continues a run (`begin_save` and its commit); all
-    processes call this. Returns the folder."""
-    return begin_save(folder, engine, state, **arguments).commit()
-
-
 def _make_folders(temporary: Path) -> None:
     temporary.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(temporary, ignore_errors=True)

@@ -116,7 +116,7 @@ def validate(
     else:
         run = load_run_config(config, words)
         check_run(
-            run, load_model_config(model) if model else teacher_shape(run.teacher), world_size
+            run, load_model_config(model) if model else shape_if_present(run.teacher), world_size
         )
         summary = {"file": str(config), "kind": "run", "tokens": stage_tokens(run)}
     if as_json:
@@ -141,7 +141,7 @@ def check_run(run: RunConfig, shape: ModelConfig | None, world_size: int | None)
         typer.echo(f"warning: {line}", err=True)
 
 
-def teacher_shape(path: Path) -> ModelConfig | None:
+def shape_if_present(path: Path) -> ModelConfig | None:
     """Shape of a teacher from its configuration alone; None where there is no such folder. Raises
     ConfigError, CheckpointError."""
     if not path.exists():

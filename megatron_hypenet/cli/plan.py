@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from megatron_hypenet.cli.config import check_run, teacher_shape
+from megatron_hypenet.cli.config import check_run, shape_if_present
 from megatron_hypenet.cli.options import (
     ConfigArgument,
     ContextParallelOption,
@@ -67,7 +67,7 @@ def plan(
         --model configs/model/hypenet_9b.yaml --world-size 8
     """
     run = load_run_config(config, collect_overrides(overrides, tp=tp, pp=pp, cp=cp))
-    shape = load_model_config(model) if model else teacher_shape(run.teacher)
+    shape = load_model_config(model) if model else shape_if_present(run.teacher)
     if shape is None:
         raise CheckpointError(
             f"teacher {run.teacher} is not here, and its shape is needed; "

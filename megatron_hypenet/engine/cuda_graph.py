@@ -8,7 +8,6 @@ these conditions hold; everything else is launched kernel by kernel."""
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_hypenet.engine.deepspeed.bf16_accumulation import GradientSums
+from megatron_hypenet.model.memory import release_memory
 from megatron_hypenet.stages.base import MicroBatch
 
 logger = logging.getLogger(__name__)
@@ -139,9 +139,7 @@ class CudaGraphs:
             self._run(batch)
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
-        gc.collect()
-        # a graph has its own memory pool: release what the warm-up allocated
-        torch.cuda.empty_cache()
+        release_memory()  # a graph has its own memory pool: the warm-up's must not stay taken
         pool = torch.cuda.graph_pool_handle()
         for first in (True, False) if self._several else (True,):
             if first:
@@ -195,8 +193,7 @@ class CudaGraphs:
 
     def _release(self) -> None:
         self._graphs.clear()
-        gc.collect()
-        torch.cuda.empty_cache()
+        release_memory()
 
 
 def _difference(figures: Tensor, others: Tensor) -> float:

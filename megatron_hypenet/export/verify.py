@@ -8,7 +8,6 @@ is never run.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from megatron_hypenet.errors import VerificationError
 from megatron_hypenet.export import hf_config, mapping
 from megatron_hypenet.export.plan import ImportPlan, plan_import
 from megatron_hypenet.export.tensors import parse_dtype
+from megatron_hypenet.model.memory import release_memory
 
 TOLERANCE = {"float64": 1e-5, "float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-3}
 """Largest accepted difference of logits, relative to the largest logit, by compute dtype. Both
@@ -226,7 +226,7 @@ def run_checkpoint(
     ids = ids.to(next(model.parameters()).device)
     found = [tensor.cpu() for tensor in (*model.hidden_states(ids), model(ids))]
     del model
-    _release()
+    release_memory()
     return found
 
 
@@ -262,7 +262,7 @@ def run_hf(
     out = model(ids.to(device), output_hidden_states=True, use_cache=False)
     found = [tensor.cpu() for tensor in (*out.hidden_states, out.logits)]
     del model, out
-    _release()
+    release_memory()
     return found
 
 
@@ -309,9 +309,3 @@ def _relative(reference: Tensor, found: Tensor) -> float:
         (reference - found).abs().max()
         / reference.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
     )
-
-
-def _release() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -30,6 +30,7 @@ from megatron_hypenet.halo.run_folder import RunFolder
 from megatron_hypenet.halo.task_runner import Runner, Step, identity_of, read_json
 from megatron_hypenet.halo.tasks import STARTS_FROM, halo_steps, required_checkpoint
 from megatron_hypenet.model.hypenet import HypeNetModel
+from megatron_hypenet.model.memory import release_memory
 from megatron_hypenet.parallel import groups
 from megatron_hypenet.stages.aligned_mixers import score_layers
 from megatron_hypenet.stages.base import StageModule
@@ -158,7 +159,7 @@ class Halo:
             log=self.log,
         )
         del stage
-        build_stage.release()
+        release_memory()
         return {"checkpoint": str(final.relative_to(self.folder.root))}
 
     def _heldout_loss_of(self, stage: StageModule) -> Callable[[int], dict[str, float]]:
@@ -171,7 +172,7 @@ class Halo:
     def do_select(self) -> dict[str, Any]:
         """Score every layer alone, then rank; an interrupted sweep continues."""
         self._sweep()
-        build_stage.release()
+        release_memory()
         groups.barrier()
         _, selection = self.selection()
         if groups.rank() == 0:
@@ -240,7 +241,7 @@ class Halo:
             rows.append(measure.row(name, model, lambda: part_done(next(done))))
             self.log(row_line(rows[-1]))
             del model
-            build_stage.release()
+            release_memory()
         if groups.rank() == 0:
             write_report(self.run, self.folder, rows, report_seconds=time.monotonic() - start)
             draw_report(self.folder)

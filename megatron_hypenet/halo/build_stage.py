@@ -3,7 +3,6 @@ assemble the student."""
 
 from __future__ import annotations
 
-import gc
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -251,10 +250,3 @@ def parameter_table(stage: StageModule) -> str:
     if len(stage.layout) > 1:
         lines.append(placement_table(stage.layout, stage.model_config))
     return "\n".join(lines)
-
-
-def release() -> None:
-    """Release the memory of models that went out of scope, before the next task builds its own."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

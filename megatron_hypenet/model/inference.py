@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
+from megatron_hypenet.ops.dtypes import accumulation_dtype
 from megatron_hypenet.parallel import groups, vocab_loss
 from megatron_hypenet.parallel.context.layout import gather_sequence, split_sequence
 from megatron_hypenet.parallel.pipeline import run_pipeline
@@ -42,7 +43,7 @@ def token_scores(model: HypeNetModel, input_ids: Tensor) -> tuple[Tensor, Tensor
     """input_ids [b, t] -> negative log likelihood of each next token [b, t - 1] (fp32, float64 for
     float64 models), and whether it was the model's first choice [b, t - 1] (bool), on every rank.
     The head runs in chunks, so long inputs fit."""
-    wide = torch.float64 if model.config.params_dtype == torch.float64 else torch.float32
+    accumulation = accumulation_dtype(model.config.params_dtype)
     # the last position has no next token: its score is dropped
     following = F.pad(input_ids[:, 1:], (0, 1))
 
@@ -60,7 +61,9 @@ def token_scores(model: HypeNetModel, input_ids: Tensor) -> tuple[Tensor, Tensor
             group=model.pg_collection.tp,
         )
 
-    kinds = [torch.empty(0, dtype=dtype, device=input_ids.device) for dtype in (wide, torch.bool)]
+    kinds = [
+        torch.empty(0, dtype=dtype, device=input_ids.device) for dtype in (accumulation, torch.bool)
+    ]
     nll, correct = _over_layout(model, input_ids, [(kind, ()) for kind in kinds], head)
     return nll[:, :-1], correct[:, :-1]
 

@@ -13,6 +13,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
+from megatron_hypenet.ops.dtypes import accumulation_dtype
 from megatron_hypenet.ops.gated_norm import gated_norm
 from megatron_hypenet.ops.norm_rope import norm_rope
 from megatron_hypenet.ops.rms_norm import residual_rms_norm, rms_norm
@@ -126,7 +127,7 @@ class _SumGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        total = grad.to(_wide(grad.dtype), copy=True)
+        total = grad.to(accumulation_dtype(grad.dtype), copy=True)
         dist.all_reduce(total, group=ctx.group)
         return total.to(grad.dtype), None
 
@@ -142,26 +143,22 @@ class _SplitRMSNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, eps: float, group: dist.ProcessGroup
     ) -> Tensor:
-        wide = x.to(_wide(x.dtype))
-        total = wide.square().sum(-1, keepdim=True)
+        x_accumulated = x.to(accumulation_dtype(x.dtype))
+        total = x_accumulated.square().sum(-1, keepdim=True)
         dist.all_reduce(total, group=group)
         ctx.width = x.shape[-1] * group.size()
         inverse_rms = (total / ctx.width + eps).rsqrt()
         ctx.group = group
         ctx.save_for_backward(x, weight, inverse_rms)
-        return weight * (wide * inverse_rms).to(x.dtype)
+        return weight * (x_accumulated * inverse_rms).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
         x, weight, inverse_rms = ctx.saved_tensors
-        wide, dy = x.to(inverse_rms.dtype), grad.to(inverse_rms.dtype)
+        x_accumulated, dy = x.to(inverse_rms.dtype), grad.to(inverse_rms.dtype)
         weighted = dy * weight.to(inverse_rms.dtype)
-        dot = (weighted * wide).sum(-1, keepdim=True)
+        dot = (weighted * x_accumulated).sum(-1, keepdim=True)
         dist.all_reduce(dot, group=ctx.group)
-        dx = weighted * inverse_rms - wide * (inverse_rms.pow(3) * dot / ctx.width)
-        dw = (dy * wide * inverse_rms).reshape(-1, x.shape[-1]).sum(0)
+        dx = weighted * inverse_rms - x_accumulated * (inverse_rms.pow(3) * dot / ctx.width)
+        dw = (dy * x_accumulated * inverse_rms).reshape(-1, x.shape[-1]).sum(0)
         return dx.to(x.dtype), dw.to(weight.dtype), None, None
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -24,13 +24,13 @@ from megatron_hypenet.config.schema import StageConfig
 from megatron_hypenet.model.flops import BACKWARD, mixer_flops, mlp_flops
 from megatron_hypenet.model.hypenet import HypeNetModel
 from megatron_hypenet.model.pipeline_layout import layer_costs
+from megatron_hypenet.ops.dtypes import accumulation_dtype
 from megatron_hypenet.parallel import groups
 from megatron_hypenet.stages.aligned_mixers import AlignedMixers
 from megatron_hypenet.stages.base import (
     MicroBatch,
     PipelineRun,
     StageModule,
-    accumulate_dtype,
     finite_or_nan,
     local_tokens,
 )
@@ -228,7 +228,7 @@ class _SquaredErrorSum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, prediction: Tensor, target: Tensor) -> Tensor:
-        difference = prediction.to(accumulate_dtype(prediction.dtype), copy=True).sub_(target)
+        difference = prediction.to(accumulation_dtype(prediction.dtype), copy=True).sub_(target)
         ctx.save_for_backward(difference.to(prediction.dtype))
         return torch.linalg.vector_norm(difference, dim=-1).square().sum()
 

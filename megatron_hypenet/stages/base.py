@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from megatron_hypenet.config.model import ModelConfig
@@ -162,8 +161,3 @@ def finite_or_nan(loss: Tensor) -> Tensor:
     about a step.
     """
     return loss.detach() * 0 + 1
-
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype in which sums over tokens are kept: fp32, or fp64 for fp64 models."""
-    return torch.float64 if dtype == torch.float64 else torch.float32

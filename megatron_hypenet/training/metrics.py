@@ -13,7 +13,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Annotated, Any
 
@@ -132,7 +132,7 @@ class LossLog:
 
     def __init__(self, path: Path, resumed_step: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        records = _read(path)
+        records = loss_lines(path)
         kept = [line for line, record in records if record.step <= resumed_step]
         reached = max((record.step for _, record in records), default=0)
         if reached < resumed_step:
@@ -157,7 +157,7 @@ class LossLog:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Line:
+class LossLine:
     """One line of losses.jsonl; entries of a later version are ignored."""
 
     step: Annotated[int, Field(ge=1)]
@@ -166,7 +166,7 @@ class _Line:
     lr: float
 
 
-def _read(path: Path) -> list[tuple[str, _Line]]:
+def loss_lines(path: Path) -> list[tuple[str, LossLine]]:
     """The lines of a losses.jsonl and their parsed content, with ascending steps. An incomplete
     last line, as a killed process leaves it, is dropped. DataError names the first line that is
     damaged otherwise.
@@ -174,20 +174,15 @@ def _read(path: Path) -> list[tuple[str, _Line]]:
     if not has_entry(path):
         return []
     *lines, _torn = _KIND.read_bytes(path).split(b"\n")
-    found: list[tuple[str, _Line]] = []
+    found: list[tuple[str, LossLine]] = []
     for number, content in enumerate(lines, start=1):
         where = f"{path}, line {number}"
         line = _KIND.decode(where, content)
-        record = typed(_KIND, where, parse_json(_KIND, where, line), _Line)
+        record = typed(_KIND, where, parse_json(_KIND, where, line), LossLine)
         if found and record.step <= found[-1][1].step:
             _KIND.refuse(where, f"step {record.step} follows step {found[-1][1].step}")
         found.append((line, record))
     return found
-
-
-def read_losses(path: Path) -> list[dict[str, float]]:
-    """The records of a losses.jsonl without skipped steps: step, loss, grad_norm, lr."""
-    return [asdict(record) for _, record in _read(path) if record.loss is not None]
 
 
 class Recorder:
@@ -331,29 +326,32 @@ class Recorder:
 
 
 class MetricSums:
-    """Running sums of a stage's metrics on the device; fetched once per log interval."""
+    """Running sums of scalars by tag, on the device."""
 
     def __init__(self) -> None:
+        self.count = 0
         self._sums: dict[str, Tensor] = {}
-        self._count = 0
 
     def add(self, metrics: Mapping[str, Tensor]) -> None:
-        """Add one step's metrics."""
-        self._count += 1
+        """Add one step's or micro-batch's values, which may be overwritten afterwards."""
+        self.count += 1
         for tag, value in metrics.items():
-            self._sums[tag] = value if tag not in self._sums else self._sums[tag] + value
+            known = self._sums.get(tag)
+            self._sums[tag] = value.detach().clone() if known is None else known + value.detach()
+
+    def means(self) -> dict[str, Tensor]:
+        """Means of what was added."""
+        return {tag: value / self.count for tag, value in self._sums.items()}
 
     def take(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Means since the last call, after `reduce` (mean over data-parallel ranks); clears the
-        sums."""
+        """Means since the last call on the host, after `reduce` (mean over data-parallel ranks);
+        clears the sums."""
         if not self._sums:
             return {}
-        stacked = reduce(
-            torch.stack([value.float() for value in self._sums.values()]) / self._count
-        )
+        stacked = reduce(torch.stack([value.float() for value in self._sums.values()]) / self.count)
         values = dict(zip(self._sums, stacked.tolist(), strict=True))
         self._sums = {}
-        self._count = 0
+        self.count = 0
         return values
 
 

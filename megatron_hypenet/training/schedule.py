@@ -19,8 +19,11 @@ from megatron_hypenet.parallel import groups
 from megatron_hypenet.parallel.pipeline import run_pipeline
 from megatron_hypenet.stages.base import LocalTokens, MicroBatch, StageModule, local_tokens
 from megatron_hypenet.supervision.heartbeat import PULSE
+from megatron_hypenet.training.metrics import MetricSums
 
 LossAndMetrics = tuple[Tensor, dict[str, Tensor]]
+_LOSS = ""
+"""The loss's tag among the sums of a step; a metric has a name."""
 
 
 def forward_backward(engine: TrainingEngine, batches: Iterable[MicroBatch]) -> LossAndMetrics:
@@ -42,7 +45,7 @@ def forward_backward(engine: TrainingEngine, batches: Iterable[MicroBatch]) -> L
         PULSE.note("reduce")
         engine.reduce_gradients()
         return result
-    results = _Mean()
+    results = _Results()
     for count, batch in enumerate(batches, start=1):
         PULSE.note("forward-backward")
         results.add(*engine.micro_step(batch, last=count == engine.num_micro_batches))
@@ -64,29 +67,22 @@ def stage_loss(stage: StageModule, batch: MicroBatch) -> Tensor:
     return groups.sum_over_pipeline(loss.detach().clone())
 
 
-class _Mean:
+class _Results:
     """Means over micro-batches of a loss and of metrics by tag."""
 
     def __init__(self) -> None:
-        self.count = 0
-        self._loss: Tensor | None = None
-        self._sums: dict[str, Tensor] = {}
+        self._sums = MetricSums()
+
+    @property
+    def count(self) -> int:
+        return self._sums.count
 
     def add(self, loss: Tensor, metrics: Mapping[str, Tensor]) -> None:
-        self.count += 1
-        self._loss = loss.detach().clone() if self._loss is None else self._loss + loss.detach()
-        for tag, value in metrics.items():
-            self._sums[tag] = (
-                value.detach().clone()
-                if tag not in self._sums
-                else self._sums[tag] + value.detach()
-            )
+        self._sums.add({_LOSS: loss, **metrics})
 
     def take(self) -> LossAndMetrics:
-        assert self._loss is not None, "no micro-batch was run"
-        return self._loss / self.count, {
-            tag: value / self.count for tag, value in self._sums.items()
-        }
+        means = self._sums.means()
+        return means.pop(_LOSS), means
 
 
 def _pipelined(
@@ -108,7 +104,7 @@ class _PipelineRun:
         self.train = train
         self._clock = clock
         self._phase = PULSE.phase
-        self._results = _Mean()
+        self._results = _Results()
 
     def flow(
         self,

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megatron_hypenet.checkpoint.shards import tensor_pieces
 from megatron_hypenet.engine.own_time import OwnTime
 from megatron_hypenet.halo import build_stage
+from megatron_hypenet.model.memory import release_memory
 from megatron_hypenet.parallel import groups
 from megatron_hypenet.supervision.process_exit import leave
 from megatron_hypenet.training import schedule
@@ -137,7 +138,7 @@ def one(folder, case):
                 flush=True,
             )
     del stage
-    build_stage.release()
+    release_memory()
     groups.destroy_model_groups()
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from megatron_hypenet.errors import SavedAndRequeue
 from megatron_hypenet.halo import build_stage
+from megatron_hypenet.model.memory import release_memory
 from megatron_hypenet.parallel import groups
 from megatron_hypenet.supervision.process_exit import leave
 from megatron_hypenet.training.loop import train
@@ -50,7 +51,7 @@ def one(folder: Path, case: dict) -> None:
             on_step=on_step,
         )
     del stage
-    build_stage.release()
+    release_memory()
     groups.destroy_model_groups()
 
 

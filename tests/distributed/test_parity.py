@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from megatron_hypenet.checkpoint.load import read_manifest, read_weights, resolve
-from megatron_hypenet.training.metrics import read_losses
 from tests.distributed.layouts import STAGES, start, write_models
+from tests.losses import read_losses
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

@@ -7,8 +7,8 @@ import pytest
 
 from megatron_hypenet.checkpoint.load import read_weights
 from megatron_hypenet.checkpoint.state import TrainState
-from megatron_hypenet.training.metrics import read_losses
 from tests.distributed.layouts import start, write_models
+from tests.losses import read_losses
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

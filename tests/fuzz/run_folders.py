@@ -157,7 +157,7 @@ def read_run_folder(folder):
     from megatron_hypenet.supervision import heartbeat
     from megatron_hypenet.supervision.fault_record import read_record
     from megatron_hypenet.training import grace_period
-    from megatron_hypenet.training.metrics import read_losses
+    from tests.losses import read_losses
 
     jobs, place = Jobs(folder), RunFolder(folder)
     for job in jobs.all:

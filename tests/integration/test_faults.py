@@ -24,8 +24,8 @@ from launchers import local
 from launchers.local import LocalLaunch
 from megatron_hypenet.checkpoint.load import resolve, verify_files
 from megatron_hypenet.checkpoint.shards import ShardReader
-from megatron_hypenet.training.metrics import read_losses
 from tests.integration.test_kill_resume import assert_same_run
+from tests.losses import read_losses
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 

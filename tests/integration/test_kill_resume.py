@@ -12,7 +12,7 @@ import torch
 import megatron_hypenet
 from megatron_hypenet.checkpoint.load import resolve, verify_files
 from megatron_hypenet.checkpoint.shards import ShardReader
-from megatron_hypenet.training.metrics import read_losses
+from tests.losses import read_losses
 
 pytestmark = pytest.mark.slow
 

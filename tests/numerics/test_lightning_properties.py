@@ -9,7 +9,6 @@ from megatron_hypenet.ops.decay import log_decay
 from megatron_hypenet.ops.lightning_attn import (
     chunked_lightning_attn,
     naive_lightning_attn,
-    recurrent_lightning_attn_step,
 )
 
 SHAPES = {
@@ -50,10 +49,11 @@ def test_prefill_in_chunks_then_decode_equals_the_whole(t, h, dk, dv, chunk, see
             q[:, :cut], k[:, :cut], v[:, :cut], log_decay(h), scale=1.0, chunk_size=chunk
         )
     for i in range(cut, t):
-        o, state = recurrent_lightning_attn_step(
-            q[:, i], k[:, i], v[:, i], log_decay(h), state, scale=1.0
+        one = slice(i, i + 1)
+        o, state = chunked_lightning_attn(
+            q[:, one], k[:, one], v[:, one], log_decay(h), scale=1.0, initial_state=state
         )
-        torch.testing.assert_close(o, want[:, i], rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(o, want[:, one], rtol=1e-9, atol=1e-11)
 
 
 def test_a_decay_off_by_a_thousandth_is_caught():

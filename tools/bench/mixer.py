@@ -31,6 +31,7 @@ from lightning import environment, median_ms, replayed  # noqa: E402
 
 from megatron_hypenet.ops import lightning_mix  # noqa: E402
 from megatron_hypenet.ops.decay import log_decay  # noqa: E402
+from megatron_hypenet.ops.dtypes import accumulation_dtype  # noqa: E402
 from megatron_hypenet.ops.gated_norm import gated_norm  # noqa: E402
 from megatron_hypenet.ops.lightning_attn import chunked_lightning_attn, lightning_attn  # noqa: E402
 from megatron_hypenet.ops.norm_rope import norm_rope  # noqa: E402
@@ -89,8 +90,8 @@ def unfused(case: Case, projected: Tensor, wq: Tensor, wk: Tensor, wo: Tensor, s
     q, k, v, gate = case.sections(projected)
     q = apply_rope(F.rms_norm(q, (case.d,), wq, EPS), case.angles)
     k = apply_rope(F.rms_norm(k, (case.d,), wk, EPS), case.angles)
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    o = scan(*(x.transpose(0, 1).to(wide) for x in (q, k, v))).to(q.dtype)
+    accumulation = accumulation_dtype(q.dtype)
+    o = scan(*(x.transpose(0, 1).to(accumulation) for x in (q, k, v))).to(q.dtype)
     return F.rms_norm(o.transpose(0, 1).flatten(-2), (case.h * case.d,), wo, EPS) * torch.sigmoid(
         gate
     )

@@ -1,5 +1,5 @@
 """Lightning Attention: `lightning_attn` chooses the form; `naive` is the definition, `chunked` the
-torch form, `recurrent` one decode step.
+torch form.
 
 All share one contract: q, k [b, t, h, k], v [b, t, h, v], log_decay [h] (fp32 or wider), state [b,
 h, k, v] -> (o, final state)."""
@@ -10,7 +10,6 @@ from megatron_hypenet.ops.lightning_attn.chunked import (
 )
 from megatron_hypenet.ops.lightning_attn.dispatch import lightning_attn, lightning_state
 from megatron_hypenet.ops.lightning_attn.naive import naive_lightning_attn
-from megatron_hypenet.ops.lightning_attn.recurrent import recurrent_lightning_attn_step
 
 __all__ = [
     "chunked_lightning_attn",
@@ -18,5 +17,4 @@ __all__ = [
     "lightning_attn",
     "lightning_state",
     "naive_lightning_attn",
-    "recurrent_lightning_attn_step",
 ]

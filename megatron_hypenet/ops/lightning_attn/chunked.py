@@ -12,6 +12,8 @@ Autograd differentiates it."""
 import torch
 from torch import Tensor
 
+from megatron_hypenet.ops.dtypes import accumulation_dtype
+
 
 def chunked_lightning_attn(
     q: Tensor,
@@ -30,18 +32,18 @@ def chunked_lightning_attn(
     `document_ids` [b, t] as in `naive.py`. Any t >= 1: a tail shorter than a chunk is one more,
     smaller chunk. Accumulates and returns the state in float32, in float64 for float64 inputs.
     Memory: about t * chunk_size elements per head besides inputs and outputs."""
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    accumulation = accumulation_dtype(q.dtype)
     b, t, h, dk = q.shape
     state = (
-        q.new_zeros(b, h, dk, v.shape[-1], dtype=wide)
+        q.new_zeros(b, h, dk, v.shape[-1], dtype=accumulation)
         if initial_state is None
-        else initial_state.to(wide)
+        else initial_state.to(accumulation)
     )
-    decay = log_decay.to(q.device, wide)
+    decay = log_decay.to(q.device, accumulation)
     heads_first = (
-        q.to(wide).transpose(1, 2) * scale,
-        k.to(wide).transpose(1, 2),
-        v.to(wide).transpose(1, 2),
+        q.to(accumulation).transpose(1, 2) * scale,
+        k.to(accumulation).transpose(1, 2),
+        v.to(accumulation).transpose(1, 2),
     )
     before = None if document_ids is None else document_ids[:, 0]
     outs = []
@@ -69,11 +71,11 @@ def chunked_lightning_state(
 ) -> Tensor:
     """The final state alone, from a zero state: k [b, t, h, k], v [b, t, h, v] -> [b, h, k, v],
     dtypes as above."""
-    wide = torch.float64 if k.dtype == torch.float64 else torch.float32
+    accumulation = accumulation_dtype(k.dtype)
     b, t, h, dk = k.shape
-    state = k.new_zeros(b, h, dk, v.shape[-1], dtype=wide)
-    decay = log_decay.to(k.device, wide)
-    key, value = k.to(wide).transpose(1, 2), v.to(wide).transpose(1, 2)
+    state = k.new_zeros(b, h, dk, v.shape[-1], dtype=accumulation)
+    decay = log_decay.to(k.device, accumulation)
+    key, value = k.to(accumulation).transpose(1, 2), v.to(accumulation).transpose(1, 2)
     before = None if document_ids is None else document_ids[:, 0]
     for part, size in _parts(t, chunk_size):
         masks = (

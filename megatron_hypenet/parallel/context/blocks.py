@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_hypenet.ops.dtypes import accumulation_dtype
 from megatron_hypenet.parallel.context import flash
 from megatron_hypenet.parallel.context.documents import Documents, Span
 
@@ -50,19 +51,21 @@ def attend(
             scale=scale,
             documents=documents,
         )
-    wide = _wide(q.dtype)
+    accumulation = accumulation_dtype(q.dtype)
     heads = _Heads(q, k)
-    key, value = (x.to(wide).transpose(1, 2) for x in (k, v))  # [b, g, n, d]
+    key, value = (x.to(accumulation).transpose(1, 2) for x in (k, v))  # [b, g, n, d]
     outs, sums = [], []
     for rows, seen in _tiles(q.shape[1], k.shape[1], block.causal):
-        scores = heads.fold(q[:, rows].to(wide) * scale) @ key[:, :, :seen].transpose(-1, -2)
+        scores = heads.fold(q[:, rows].to(accumulation) * scale) @ key[:, :, :seen].transpose(
+            -1, -2
+        )
         scores = _hide(scores, heads, rows, k.shape[1] - q.shape[1], block, documents)
         # finite for a query that sees no key
-        top = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(wide).min)
+        top = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(accumulation).min)
         p = (scores - top).exp_()
         total = p.sum(-1, keepdim=True)
         outs.append(
-            heads.unfold((p @ value[:, :, :seen]) / total.clamp(min=torch.finfo(wide).tiny))
+            heads.unfold((p @ value[:, :, :seen]) / total.clamp(min=torch.finfo(accumulation).tiny))
         )
         sums.append(
             (top + total.log()).squeeze(-1).unflatten(2, (heads.per_group, -1)).flatten(1, 2)
@@ -100,14 +103,14 @@ def attend_backward(
             scale=scale,
             documents=documents,
         )
-    wide = _wide(q.dtype)
+    accumulation = accumulation_dtype(q.dtype)
     heads = _Heads(q, k)
-    key, value = (x.to(wide).transpose(1, 2) for x in (k, v))
+    key, value = (x.to(accumulation).transpose(1, 2) for x in (k, v))
     dk, dv = torch.zeros_like(key), torch.zeros_like(value)
     dq = []
     for rows, seen in _tiles(q.shape[1], k.shape[1], block.causal):
-        query = heads.fold(q[:, rows].to(wide) * scale)
-        d_out = heads.fold(grad[:, rows].to(wide))
+        query = heads.fold(q[:, rows].to(accumulation) * scale)
+        d_out = heads.fold(grad[:, rows].to(accumulation))
         scores = _hide(
             query @ key[:, :, :seen].transpose(-1, -2),
             heads,
@@ -119,12 +122,12 @@ def attend_backward(
         p = (
             scores
             - log_sum[:, :, rows]
-            .to(wide)
+            .to(accumulation)
             .unflatten(1, (-1, heads.per_group))
             .flatten(2, 3)[..., None]
         ).exp_()
         dv[:, :, :seen] += p.transpose(-1, -2) @ d_out
-        delta = (d_out * heads.fold(o[:, rows].to(wide))).sum(-1, keepdim=True)
+        delta = (d_out * heads.fold(o[:, rows].to(accumulation))).sum(-1, keepdim=True)
         d_scores = p * (d_out @ value[:, :, :seen].transpose(-1, -2) - delta)
         dq.append(heads.unfold(d_scores @ key[:, :, :seen]) * scale)
         dk[:, :, :seen] += d_scores.transpose(-1, -2) @ query  # query carries the scale
@@ -178,7 +181,3 @@ def _hide(
         return scores
     split = scores.unflatten(2, (heads.per_group, -1))
     return split.masked_fill_(hidden[:, None, None], -torch.inf).flatten(2, 3)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32

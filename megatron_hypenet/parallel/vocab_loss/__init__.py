@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_hypenet.ops.dtypes import accumulation_dtype
 from megatron_hypenet.ops.kernels import enabled, kernel_family
 from megatron_hypenet.parallel.vocab_loss import torch_terms
 from megatron_hypenet.parallel.vocab_loss.gradients import (
@@ -31,7 +32,6 @@ from megatron_hypenet.parallel.vocab_loss.gradients import (
     blocks,
     chunk_size,
     product,
-    wide,
 )
 
 
@@ -160,7 +160,7 @@ class _KL:
         self.weight = weight
         # torch has the difference of both models' logits in memory too
         self.logit_sets = 2 + (terms is torch_terms)
-        self._buffer = hidden.new_empty(0, dtype=wide(hidden.dtype))
+        self._buffer = hidden.new_empty(0, dtype=accumulation_dtype(hidden.dtype))
 
     def _logits(self, rows: slice) -> Tensor:
         part = self.hidden[rows]
@@ -281,7 +281,7 @@ def _run(
     is None."""
     count = hidden.shape[0]
     words = weight.shape[0]
-    dtype = wide(hidden.dtype)
+    dtype = accumulation_dtype(hidden.dtype)
     per_token = words * (
         loss.logit_sets * dtype.itemsize + CHUNKS_PER_PRODUCT * hidden.dtype.itemsize
     )
@@ -364,7 +364,11 @@ class _Split:
 def _terms(hidden: Tensor) -> ModuleType:
     """Triton kernels where logits are fp32 on CUDA, torch elsewhere (and where Triton is not
     installed, or the kernels are disabled)."""
-    if not hidden.is_cuda or not enabled("vocab_loss") or wide(hidden.dtype) != torch.float32:
+    if (
+        not hidden.is_cuda
+        or not enabled("vocab_loss")
+        or accumulation_dtype(hidden.dtype) != torch.float32
+    ):
         return torch_terms
     try:
         from megatron_hypenet.parallel.vocab_loss import triton_terms
@@ -379,4 +383,8 @@ def _flat_weights(token_weights: Tensor | None, count: int, like: Tensor) -> Ten
         return None
     if token_weights.numel() != count:
         raise ValueError(f"{token_weights.numel()} token weights for {count} hidden states")
-    return token_weights.detach().reshape(-1).to(device=like.device, dtype=wide(like.dtype))
+    return (
+        token_weights.detach()
+        .reshape(-1)
+        .to(device=like.device, dtype=accumulation_dtype(like.dtype))
+    )

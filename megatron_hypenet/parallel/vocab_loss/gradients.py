@@ -12,6 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from megatron_hypenet.ops.dtypes import accumulation_dtype
+
 CHUNKS_PER_PRODUCT = 2
 """Chunks whose logit gradients are kept for one weight-gradient product."""
 BUFFER_BYTES = {"cuda": 2_000_000_000, "cpu": 32_000_000}
@@ -30,7 +32,11 @@ class HeadGradients:
         self._inputs = hidden
         self._weight = weight
         self.hidden = torch.empty_like(hidden)
-        self.weight = torch.empty_like(weight, dtype=wide(weight.dtype)) if want_weight else None
+        self.weight = (
+            torch.empty_like(weight, dtype=accumulation_dtype(weight.dtype))
+            if want_weight
+            else None
+        )
         self._empty = True
 
     def add(self, rows: slice, logit_grad: Tensor) -> None:
@@ -66,11 +72,6 @@ def chunk_size(count: int, limit: int | None, bytes_per_token: int, device: torc
         raise ValueError(f"chunk_tokens={limit}: at least one token per chunk")
     even = -(-count // max(-(-count // limit), 1))
     return max(min(limit, -(-even // ROW_MULTIPLE) * ROW_MULTIPLE, count), 1)
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The accumulation dtype of logits and sums: float64 for float64, fp32 otherwise."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:

@@ -69,14 +69,14 @@ def test_size_of_a_difference(write, a, b, largest, monkeypatch):
 
 def training(folder, engine, model_config, **changes):
     state = TrainState(**{"stage": "distill", "step": 7, "tokens": 56, "adam_step": 7, **changes})
-    return save.save_training(
+    return save.begin_save(
         folder,
         engine,
         state,
         model_config=model_config,
         kind="distill",
         config_yaml=f"output_dir: {folder.name}\n",
-    )
+    ).commit()
 
 
 def test_optimizer_and_progress_count_run_settings_do_not(tmp_path, make_engine, model_config):

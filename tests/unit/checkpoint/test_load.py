@@ -86,9 +86,9 @@ def test_load_model_can_leave_stored_tensors_unused(tmp_path, tensors, model_con
 def saved(tmp_path, make_engine, model_config):
     engine = make_engine().randomize(1)
     state = TrainState(stage="distill", step=7, samples=56, adam_step=7)
-    return engine, save.save_training(
+    return engine, save.begin_save(
         tmp_path / "iter_0000007", engine, state, model_config=model_config, kind="student"
-    )
+    ).commit()
 
 
 def test_load_training_restores_weights_states_and_generators(saved, make_engine, model_config):

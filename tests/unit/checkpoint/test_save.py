@@ -80,7 +80,7 @@ def training_folder(folder, engine, model_config, **changes):
         "config_yaml": "a: 1\n",
         "extra": {"run": "x"},
     }
-    return save.save_training(folder, engine, state, **{**arguments, **changes})
+    return save.begin_save(folder, engine, state, **{**arguments, **changes}).commit()
 
 
 def test_training_save_is_complete_and_hashed(tmp_path, make_engine, model_config):

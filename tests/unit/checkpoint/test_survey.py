@@ -31,13 +31,13 @@ def run(tmp_path, make_engine, model_config, tensors):
             layout=LAYOUT,
             losses=(2.0, 1.5),
         )
-        save.save_training(
+        save.begin_save(
             root / "distill/checkpoints" / fmt.iteration_name(step),
             engine,
             state,
             model_config=model_config,
             kind="distill",
-        )
+        ).commit()
     (root / "manifest.json").write_text("{}")  # the run's own, no checkpoint's
     (root / "logs").mkdir()
     return root

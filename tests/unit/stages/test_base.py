@@ -9,7 +9,6 @@ from megatron_hypenet.parallel import groups
 from megatron_hypenet.stages.base import (
     MicroBatch,
     StageModule,
-    accumulate_dtype,
     finite_or_nan,
     local_tokens,
 )
@@ -63,11 +62,6 @@ def test_labels_are_the_tokens_after_the_inputs():
     assert tokens.inputs.tolist() == [[0, 1, 2], [4, 5, 6]]
     assert tokens.labels.tolist() == [[1, 2, 3], [5, 6, 7]]
     assert tokens.document_ids is None and tokens.weights is None
-
-
-def test_sums_are_kept_in_fp32_or_wider():
-    assert accumulate_dtype(torch.bfloat16) == accumulate_dtype(torch.float32) == torch.float32
-    assert accumulate_dtype(torch.float64) == torch.float64
 
 
 def test_a_bad_loss_makes_its_factor_nan():

@@ -22,7 +22,7 @@ from megatron_hypenet.errors import (
 from megatron_hypenet.parallel import groups
 from megatron_hypenet.supervision import signals
 from megatron_hypenet.training import loop
-from megatron_hypenet.training.metrics import read_losses
+from tests.losses import read_losses
 from tests.unit.engine.toy import VOCAB, ToyData, ToyStage, run_config, stage_config
 from tests.unit.training.test_metrics import scalars
 

@@ -15,11 +15,11 @@ from megatron_hypenet.training.metrics import (
     MetricSums,
     Recorder,
     StepRecord,
-    read_losses,
     short_count,
     short_time,
 )
 from megatron_hypenet.training.throughput import Workload
+from tests.losses import read_losses
 
 
 def test_losses_keep_every_bit_and_are_rewound(tmp_path):
