@@ -204,8 +204,8 @@ def main() -> NoReturn:
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")
     code = run(sys.argv[1:])
     if "megatron_hypenet.parallel.groups" in sys.modules and "RANK" in os.environ:
-        from megatron_hypenet.supervision.process_exit import leave
+        from megatron_hypenet.supervision.process_exit import exit_process
 
         # one of several: an ordinary end may abort in what is left of the process groups
-        leave(code)
+        exit_process(code)
     sys.exit(code)

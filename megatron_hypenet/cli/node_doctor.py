@@ -45,7 +45,7 @@ def examine_nodes(
     from megatron_hypenet.parallel import groups
 
     processes.join()
-    first = processes.speaks()
+    first = processes.is_rank0()
     try:
         found = survey(folder, hosts=_hosts_of_ranks() if first else ())
     finally:

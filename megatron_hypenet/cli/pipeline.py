@@ -64,9 +64,9 @@ def prepared(
     if processes.join() is None:
         refuse_in_use(run.output_dir)
     processes.start_here(found.num_processes)
-    if processes.speaks():
+    if processes.is_rank0():
         warn(run, found)
-    quieten()
+    configure_logging()
     from megatron_hypenet.checkpoint.load import verify_together
     from megatron_hypenet.checkpoint.manifest import WEIGHTS_PARTS
     from megatron_hypenet.cli.progress import Screen
@@ -81,7 +81,7 @@ def prepared(
     from megatron_hypenet.supervision.signals import leave_if_stopped, leaving_at_once
 
     folder = RunFolder(run.output_dir)
-    is_main = processes.speaks()
+    is_main = processes.is_rank0()
     with ExitStack() as stack:
         if is_main:
             stack.enter_context(folder.owned())
@@ -276,7 +276,7 @@ def export_student(run: RunConfig, checkpoint: Path, out: Path) -> None:
     )
 
 
-def quieten() -> None:
+def configure_logging() -> None:
     """Our own messages as plain lines on stderr; notes of the libraries below us only from warnings
     up."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")

@@ -130,7 +130,7 @@ def start_here(num_processes: int) -> None:
         raise typer.Exit(launch.start())
 
 
-def speaks() -> bool:
+def is_rank0() -> bool:
     """Whether this process prints for the user: rank 0 of a launcher's, or the only one."""
     return os.environ.get("RANK", "0") == "0"
 

@@ -92,7 +92,7 @@ def score(
     """
     check_place(out, overwrite=overwrite)
     from megatron_hypenet.checkpoint.find import read_model_config, resolve
-    from megatron_hypenet.cli.pipeline import quieten
+    from megatron_hypenet.cli.pipeline import configure_logging
     from megatron_hypenet.config.checks import check_model_layout
     from megatron_hypenet.config.schema import ParallelConfig
 
@@ -118,9 +118,9 @@ def score(
         numbers["launch"] = start and start.describe()
     else:
         processes.start_here(num_processes)
-        quieten()
+        configure_logging()
         logits, nll = compute(folder, config, parallel, ids, dtype.value, batch_size)
-        if not processes.speaks():
+        if not processes.is_rank0():
             return
         write_result(out, {"logits": logits, "nll": nll})
         numbers["mean_nll"] = float(nll.double().mean())

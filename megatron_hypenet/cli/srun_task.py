@@ -74,9 +74,9 @@ def main() -> NoReturn:
         signal.signal(number, _leave_before_start)
     faulthandler.enable()
     code = run(sys.argv[1:])
-    from megatron_hypenet.supervision.process_exit import leave
+    from megatron_hypenet.supervision.process_exit import exit_process
 
-    leave(code)
+    exit_process(code)
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def check_init(init: Path, *, starts: bool) -> None:
     from megatron_hypenet.checkpoint.manifest import verify_files
     from megatron_hypenet.cli import processes
 
-    verify_files(resolve(init, fall_back=False), hashes=processes.speaks() and not starts)
+    verify_files(resolve(init, fall_back=False), hashes=processes.is_rank0() and not starts)
 
 
 def first_unfinished(steps: list[dict[str, Any]]) -> str:

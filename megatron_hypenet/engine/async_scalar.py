@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-class OnItsWay:
+class AsyncScalar:
     """A scalar that is copied to the host after the work that computes it, and read later, so that
     the device can be given more work meanwhile."""
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_hypenet.engine.deepspeed.bf16_accumulation import GradientSums
+from megatron_hypenet.engine.deepspeed.bf16_accumulation import Fp32GradAccumulator
 from megatron_hypenet.model.memory import release_memory
 from megatron_hypenet.stages.base import MicroBatch
 
@@ -68,7 +68,7 @@ class _Captured:
     marks: list[list[bool]]
     """The gradient sums that hold values after a replay."""
 
-    def replay(self, sums: GradientSums) -> tuple[Tensor, dict[str, Tensor]]:
+    def replay(self, sums: Fp32GradAccumulator) -> tuple[Tensor, dict[str, Tensor]]:
         self.graph.replay()
         sums.set_marks(self.marks)
         return self.loss, self.metrics
@@ -78,7 +78,7 @@ class CudaGraphs:
     """Captures `run` for the first micro-batch of a step, which overwrites the gradient sums, and
     for later ones, which add to them."""
 
-    def __init__(self, run: MicroStep, sums: GradientSums, *, several: bool) -> None:
+    def __init__(self, run: MicroStep, sums: Fp32GradAccumulator, *, several: bool) -> None:
         """Prepare to capture `run`; `several` says whether a step has more than one micro-batch."""
         self._run = run
         self._sums = sums

@@ -32,11 +32,11 @@ from megatron_hypenet.halo.tasks import STARTS_FROM, halo_steps, required_checkp
 from megatron_hypenet.model.hypenet import HypeNetModel
 from megatron_hypenet.model.memory import release_memory
 from megatron_hypenet.parallel import groups
-from megatron_hypenet.stages.aligned_mixers import score_layers
 from megatron_hypenet.stages.base import StageModule
+from megatron_hypenet.stages.layer_sweep import score_layers
 from megatron_hypenet.stages.select import LayerScores, Selection, load_scores, load_selection, rank
 from megatron_hypenet.stages.spec import stage_spec
-from megatron_hypenet.supervision.heartbeat import PULSE
+from megatron_hypenet.supervision.heartbeat import PROGRESS
 from megatron_hypenet.training.loop import train
 from megatron_hypenet.training.metrics import StepRecord
 from megatron_hypenet.untrusted.files import has_entry
@@ -189,10 +189,10 @@ class Halo:
         # all processes have read the known scores before the first one adds to them
         groups.barrier()
 
-        PULSE.note("evaluate")
+        PROGRESS.note("evaluate")
 
         def scored(result: dict[str, Any]) -> None:
-            PULSE.note("evaluate")
+            PROGRESS.note("evaluate")
             if groups.rank() == 0:
                 write_json(self.folder.scores_file, result)
             self.on_part("select", len(result["layers"]), total)
@@ -233,7 +233,7 @@ class Halo:
         done = iter(range(1, total + 1))
 
         def part_done(count: int) -> None:
-            PULSE.note("evaluate")
+            PROGRESS.note("evaluate")
             self.on_part("report", count, total)
 
         for name, make in models.items():

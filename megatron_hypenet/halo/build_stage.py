@@ -102,7 +102,9 @@ def read_teacher_config(folder: Path) -> ModelConfig:
 def load_aligned(run: RunConfig, teacher: HypeNetModel, folder: Path) -> AlignedMixers:
     """The RNN mixers that stage 1 trained, for the layers of `teacher`."""
     trained = read_model_config(folder)
-    mixers = AlignedMixers.beside(teacher, trained.spec(trained.mixer_types[0]), seed=run.seed)
+    mixers = AlignedMixers.from_teacher(
+        teacher, trained.spec(trained.mixer_types[0]), seed=run.seed
+    )
     load_model(mixers, folder)
     return mixers
 

@@ -23,7 +23,7 @@ from megatron_hypenet.checkpoint.manifest import (
 from megatron_hypenet.config.schema import RunConfig
 from megatron_hypenet.errors import CheckpointError, DataError
 from megatron_hypenet.halo.run_folder import RunFolder, files_identity, fingerprint_of, settled
-from megatron_hypenet.supervision.heartbeat import PULSE
+from megatron_hypenet.supervision.heartbeat import PROGRESS
 from megatron_hypenet.untrusted import json_text
 from megatron_hypenet.untrusted.files import FileKind
 
@@ -163,9 +163,9 @@ class Runner:
             self.folder.begin(name, fingerprint)
         self.barrier()
         self.announce(name, "starts")
-        PULSE.begin(name)
+        PROGRESS.begin(name)
         if step.alone:
-            PULSE.note("alone" if self.is_main else "waiting")
+            PROGRESS.note("alone" if self.is_main else "waiting")
         start = time.monotonic()
         details = step.action() if self.is_main or not step.alone else {}
         self.barrier()

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 DOCTOR_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 DOCTOR_USE = KernelUse(
-    dtype=torch.bfloat16, head_dim=128, width=4096, hidden=4096, ffn=12_288, words=151_936,
+    dtype=torch.bfloat16, head_dim=128, width=4096, hidden=4096, ffn=12_288, vocab_rows=151_936,
     tensor_ranks=1, context_ranks=1, documents=False, thorough=True,
 )  # fmt: skip
 """The use that `survey` checks: 32 heads, the width and the MLP of Qwen3-8B, Qwen3's vocabulary."""
@@ -43,7 +43,7 @@ def use_of(model: HypeNetModel, *, documents: bool, mixers: tuple[str, ...] = ()
         width=shape.query_size // ranks,
         hidden=shape.hidden_size,
         ffn=shape.ffn_hidden_size // ranks,
-        words=shape.vocab_size // ranks,
+        vocab_rows=shape.vocab_size // ranks,
         tensor_ranks=ranks,
         context_ranks=model.parallel.context_parallel_size,
         documents=documents,

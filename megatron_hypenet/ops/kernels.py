@@ -36,7 +36,7 @@ class KernelUse:
     """Columns of the hidden states between layers."""
     ffn: int
     """Columns of the MLP's inner product."""
-    words: int
+    vocab_rows: int
     tensor_ranks: int
     context_ranks: int
     documents: bool

@@ -248,7 +248,7 @@ def check_adamw(device: torch.device, dtype: torch.dtype, *, count: int = 10_000
         weight, exp_avg, exp_avg_sq = (
             x[1:] for x in (draw(count + 1), *torch.zeros(2, count + 1, device=device))
         )
-        narrow = torch.zeros(count + 1, dtype=dtype, device=device)[1:]
+        compute_weight = torch.zeros(count + 1, dtype=dtype, device=device)[1:]
         want = weight.double()
         m = torch.zeros(count, device=device).double()
         s = torch.zeros(count, device=device).double()
@@ -258,7 +258,7 @@ def check_adamw(device: torch.device, dtype: torch.dtype, *, count: int = 10_000
         for turn in (1, 2):
             gradient = draw(count + 1)[1:]
             step = AdamWStep(count=turn, lr=0.1, betas=betas, eps=EPS, weight_decay=0.1)
-            fused_adamw(weight, gradient, exp_avg, exp_avg_sq, narrow, step, scale)
+            fused_adamw(weight, gradient, exp_avg, exp_avg_sq, compute_weight, step, scale)
             g = gradient.double() * 0.3
             m = betas[0] * m + (1 - betas[0]) * g
             s = betas[1] * s + (1 - betas[1]) * g * g
@@ -273,13 +273,19 @@ def check_adamw(device: torch.device, dtype: torch.dtype, *, count: int = 10_000
                 ("change", weight - before, want - before),
             ):
                 pairs[f"{name} of step {turn}"] = (got.clone(), exact)
-            assert torch.equal(narrow, weight.to(dtype)), (
-                "the narrow weights are not the weights rounded"
+            assert torch.equal(compute_weight, weight.to(dtype)), (
+                "the weights in the compute dtype are not the weights rounded"
             )
-        state = (weight, exp_avg, exp_avg_sq, narrow)
+        state = (weight, exp_avg, exp_avg_sq, compute_weight)
         kept = [x.clone() for x in state]
         fused_adamw(
-            weight, draw(count + 1)[1:], exp_avg, exp_avg_sq, narrow, step, scale * torch.nan
+            weight,
+            draw(count + 1)[1:],
+            exp_avg,
+            exp_avg_sq,
+            compute_weight,
+            step,
+            scale * torch.nan,
         )
         assert all(torch.equal(x, y) for x, y in zip(state, kept, strict=True)), (
             "a refused update changed something"

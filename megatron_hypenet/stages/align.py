@@ -52,13 +52,13 @@ class AlignStage(StageModule):
         self.mixers = mixers
         self.attach_frozen("teacher", teacher)
         split = teacher.config.sequence_parallel
-        imitations = tuple(
-            Imitation(layer, teacher.mixer(layer), mixer, sequence_parallel=split)
+        taps = tuple(
+            AlignmentTap(layer, teacher.mixer(layer), mixer, sequence_parallel=split)
             for layer, mixer in mixers.items()
         )
-        for imitation in imitations:
-            teacher.set_mixer(imitation.layer, imitation)
-        self.__dict__["imitations"] = imitations
+        for tap in taps:
+            teacher.set_mixer(tap.layer, tap)
+        self.__dict__["taps"] = taps
 
     @property
     def layout(self) -> tuple[int, ...]:
@@ -76,9 +76,7 @@ class AlignStage(StageModule):
     def layer_losses(self) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss, metrics) after a pass of the teacher: the part of the mean over all layers that
         belongs to this process's layers."""
-        losses = {
-            imitation.layer: imitation.take_loss() for imitation in self.__dict__["imitations"]
-        }
+        losses = {tap.layer: tap.take_loss() for tap in self.__dict__["taps"]}
         # this may run inside the teacher's pass, which has gradients disabled
         with torch.enable_grad():
             loss = torch.stack(list(losses.values())).sum() / self.model_config.num_layers
@@ -120,7 +118,7 @@ class AlignSpec(StageSpec):
     def build(self, source: ModelSource, config: StageConfig) -> AlignStage:
         """The trunk, and mixers initialised from its attention."""
         trunk = source.teacher(trunk_only=True)
-        return AlignStage(trunk, AlignedMixers.beside(trunk, source.mixer, seed=source.seed))
+        return AlignStage(trunk, AlignedMixers.from_teacher(trunk, source.mixer, seed=source.seed))
 
     def student_shape(
         self, teacher: ModelConfig, student: ModelConfig, mixer: MixerSpec
@@ -167,7 +165,7 @@ class AlignSpec(StageSpec):
         )
 
 
-class Imitation(nn.Module):
+class AlignmentTap(nn.Module):
     """Replaces a teacher layer's attention: returns the attention's output and stores the RNN
     mixer's loss against it."""
 

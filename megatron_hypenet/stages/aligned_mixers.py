@@ -1,10 +1,8 @@
-"""The aligned RNN mixers as a module, and the layer sweep of layer selection: convert one layer,
-score, convert back."""
+"""The aligned RNN mixers of all layers as a module: what stage 1 trains, saves and hands on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 from torch import nn
@@ -13,10 +11,6 @@ from megatron_hypenet.config.mixers import MixerSpec
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.model.hypenet import HypeNetModel
 from megatron_hypenet.model.mixers import Mixer, MixerSubmodules, mixer_class
-from megatron_hypenet.stages.select import METRICS
-
-Scores = dict[str, float]
-"""`recall` and `commonsense` of one model, higher is better."""
 
 
 class AlignedMixers(nn.Module):
@@ -31,7 +25,7 @@ class AlignedMixers(nn.Module):
         self.mixers = nn.ModuleDict({str(layer): mixer for layer, mixer in mixers.items()})
 
     @classmethod
-    def beside(cls, teacher: HypeNetModel, spec: MixerSpec, *, seed: int) -> AlignedMixers:
+    def from_teacher(cls, teacher: HypeNetModel, spec: MixerSpec, *, seed: int) -> AlignedMixers:
         """New mixers for every layer of `teacher` on this stage, each initialised from its layer's
         attention (weight transfer)."""
         config = teacher.model_config.converted(spec)
@@ -64,56 +58,3 @@ class AlignedMixers(nn.Module):
                 mixer.sharded_state_dict(f"{prefix}decoder.layers.{layer}.self_attention.")
             )
         return tensors
-
-
-@contextmanager
-def swapped(model: HypeNetModel, layer: int, mixers: AlignedMixers) -> Iterator[None]:
-    """Inside the block, `model` uses the RNN mixer in global layer `layer`; a layer of another
-    pipeline stage is not touched."""
-    if str(layer) not in mixers.mixers:
-        yield
-        return
-    original = model.mixer(layer)
-    model.set_mixer(layer, mixers.of_layer(layer))
-    try:
-        yield
-    finally:
-        model.set_mixer(layer, original)
-
-
-def score_layers(
-    teacher: HypeNetModel,
-    mixers: AlignedMixers,
-    evaluate: Callable[[], Scores],
-    *,
-    known: Mapping[str, Any] | None = None,
-    on_scored: Callable[[dict[str, Any]], None] = lambda payload: None,
-) -> dict[str, Any]:
-    """Score the teacher as it is, then with each layer swapped alone; the content of scores.json.
-
-    `evaluate` measures the model in its present state. `known` is an earlier, perhaps unfinished
-    result: what it holds is not measured again. `on_scored` sees the result after every
-    measurement, so that it can be saved.
-    """
-    known = known or {}
-    layers = dict(known.get("layers", {}))
-    result: dict[str, Any] = {
-        "num_layers": teacher.model_config.num_layers,
-        "baseline": known.get("baseline"),
-        "layers": layers,
-    }
-    if result["baseline"] is None:
-        result["baseline"] = _checked(evaluate())
-        on_scored(result)
-    for layer in range(teacher.model_config.num_layers):
-        if str(layer) in result["layers"]:
-            continue
-        with swapped(teacher, layer, mixers):
-            result["layers"][str(layer)] = _checked(evaluate())
-        on_scored(result)
-    return result
-
-
-def _checked(scores: Scores) -> Scores:
-    assert set(scores) >= set(METRICS), f"evaluate() must give {METRICS}, got {sorted(scores)}"
-    return {name: float(value) for name, value in scores.items()}

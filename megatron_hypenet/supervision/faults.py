@@ -38,7 +38,7 @@ from megatron_hypenet.supervision.fault_record import (
     record_of,
 )
 from megatron_hypenet.supervision.hang_watchdog import HangWatch, suspects
-from megatron_hypenet.supervision.heartbeat import PULSE, Beat, Writer
+from megatron_hypenet.supervision.heartbeat import PROGRESS, Beat, Writer
 
 FOLDER = "errors"
 
@@ -110,10 +110,10 @@ class Place:
             fault,
             rank=self.rank,
             life=self.life,
-            stage=PULSE.stage,
-            phase=PULSE.phase,
-            iteration=PULSE.iteration,
-            train_iters=PULSE.train_iters,
+            stage=PROGRESS.stage,
+            phase=PROGRESS.phase,
+            iteration=PROGRESS.iteration,
+            train_iters=PROGRESS.train_iters,
             echo=isinstance(fault, PeerError) or lost_peer(fault),
         )
         record.write(path)
@@ -150,7 +150,7 @@ def watched(root: Path, guard: GuardConfig) -> Iterator[None]:
         place.heartbeats, life=life, rank=place.rank, world_size=place.world_size, interval=interval
     )
     watch = HangWatch(writer, guard.hang_timeout_seconds, place.errors, record=place.record)
-    PULSE.note("start")
+    PROGRESS.note("start")
     writer.start()
     watch.start()
     previous = _Current.place
@@ -201,7 +201,7 @@ def out_of_gpu_memory(fault: BaseException, config: StageConfig) -> LayoutError 
     any other fault."""
     if not isinstance(fault, torch.OutOfMemoryError):
         return None
-    stage = PULSE.stage
+    stage = PROGRESS.stage
     can_recompute = isinstance(config, HeadStageConfig)
     recompute = f"{stage}.recompute=selective or full, " if can_recompute else ""
     return LayoutError(
@@ -225,7 +225,7 @@ def explained(fault: BaseException, place: Place) -> BaseException:
 
 
 def _hang(fault: BaseException, place: Place) -> HangError:
-    beats, silent = heartbeat.told_apart(
+    beats, silent = heartbeat.find_silent_ranks(
         lambda: heartbeat.read_all(place.heartbeats, place.life, place.world_size),
         lambda: time.sleep(_SECONDS_FOR_THE_CAUSE),
     )
@@ -286,7 +286,9 @@ def _killed(killed: list[Beat], said: str) -> str:
 
 
 def _here() -> str:
-    return heartbeat.position(PULSE.stage, PULSE.phase, PULSE.iteration, PULSE.train_iters)
+    return heartbeat.position(
+        PROGRESS.stage, PROGRESS.phase, PROGRESS.iteration, PROGRESS.train_iters
+    )
 
 
 def _first_line(fault: BaseException) -> str:

@@ -21,7 +21,7 @@ from megatron_hypenet.config.schema import GuardConfig
 from megatron_hypenet.errors import HangError
 from megatron_hypenet.process_place import host_name
 from megatron_hypenet.supervision import heartbeat
-from megatron_hypenet.supervision.heartbeat import Beat, Pulse, Writer
+from megatron_hypenet.supervision.heartbeat import Beat, ProgressState, Writer
 
 LONG_PHASES = frozenset({"start", "build", "load", "save", "evaluate"})
 """Phases that may take longer than a micro-batch: they get twice the timeout, as the first step of
@@ -58,7 +58,7 @@ class HangWatch:
         self.errors = errors
         self.record = record
         self.end = end
-        self.pulse: Pulse = writer.pulse
+        self.progress: ProgressState = writer.progress
         self.interval = min(5.0, timeout / 4)
         # between two looks at the others' files; network file systems may show old ones for a
         # minute
@@ -86,23 +86,25 @@ class HangWatch:
 
     def limit(self) -> float:
         """Seconds that the main thread may be without progress in its current phase."""
-        if self.pulse.phase in OPEN_PHASES:
+        if self.progress.phase in OPEN_PHASES:
             return float("inf")
-        trains = self.pulse.train_iters > 0
+        trains = self.progress.train_iters > 0
         return self.timeout * (
-            2.0 if self.pulse.phase in LONG_PHASES or (trains and not self.pulse.warm) else 1.0
+            2.0
+            if self.progress.phase in LONG_PHASES or (trains and not self.progress.warm)
+            else 1.0
         )
 
     def what_hangs(self) -> str | None:
         """The message that says what hangs, or None."""
-        silent = time.monotonic() - max(self.pulse.moved, self._awake)
+        silent = time.monotonic() - max(self.progress.moved, self._awake)
         limit = self.limit()
         if silent > limit:
             return (
                 f"it has got no further for {silent:.0f} s (the limit there is {limit:.0f} s, "
                 f"guard.hang_timeout_seconds={self.timeout:g})"
             )
-        if self.pulse.phase == "waiting" and self._first_is_silent():
+        if self.progress.phase == "waiting" and self._first_is_silent():
             return (
                 f"rank 0, for which it waits, has not been heard of for {self.timeout:.0f} s "
                 "(guard.hang_timeout_seconds)"
@@ -151,14 +153,16 @@ class HangWatch:
 
     def _report(self, what: str) -> None:
         writer = self.writer
-        pulse = self.pulse
-        where = heartbeat.position(pulse.stage, pulse.phase, pulse.iteration, pulse.train_iters)
+        progress = self.progress
+        where = heartbeat.position(
+            progress.stage, progress.phase, progress.iteration, progress.train_iters
+        )
         stacks = self.errors / f"hang_rank_{writer.rank:05d}.txt"
 
         def read() -> dict[int, Beat]:
             return heartbeat.read_all(writer.folder, writer.life, writer.world_size)
 
-        beats, silent = heartbeat.told_apart(read, lambda: time.sleep(self.pause))
+        beats, silent = heartbeat.find_silent_ranks(read, lambda: time.sleep(self.pause))
         lines = [
             f"rank {writer.rank} on {host_name()} hangs in {where}: {what}",
             *suspects(beats, silent, writer.world_size),

@@ -65,7 +65,7 @@ _ORDER = {phase: place for place, phase in enumerate(PHASES)}
 
 
 @dataclass
-class Pulse:
+class ProgressState:
     """The progress of this process. The main thread writes, others read; every attribute is
     replaced as a whole."""
 
@@ -116,7 +116,7 @@ class Pulse:
         return time.monotonic() - self.moved
 
 
-PULSE = Pulse()
+PROGRESS = ProgressState()
 """The progress of this process."""
 
 
@@ -194,14 +194,14 @@ class Writer:
         rank: int,
         world_size: int,
         interval: float,
-        pulse: Pulse = PULSE,
+        progress: ProgressState = PROGRESS,
     ) -> None:
         self.folder = folder
         self.life = life
         self.rank = rank
         self.world_size = world_size
         self.interval = interval
-        self.pulse = pulse
+        self.progress = progress
         self.state = "running"
         self.beats = 0
         self._stop = threading.Event()
@@ -226,7 +226,7 @@ class Writer:
 
     def content(self) -> dict[str, Any]:
         """The fields of the file."""
-        pulse = self.pulse
+        progress = self.progress
         return {
             "life": self.life,
             "rank": self.rank,
@@ -236,13 +236,13 @@ class Writer:
             "state": self.state,
             "time": round(time.time(), 3),
             "beats": self.beats,
-            "begun": pulse.begun,
-            "stage": pulse.stage,
-            "phase": pulse.phase,
-            "iteration": pulse.iteration,
-            "train_iters": pulse.train_iters,
-            "silent_seconds": round(pulse.silent_seconds(), 3),
-            **pulse.facts,
+            "begun": progress.begun,
+            "stage": progress.stage,
+            "phase": progress.phase,
+            "iteration": progress.iteration,
+            "train_iters": progress.train_iters,
+            "silent_seconds": round(progress.silent_seconds(), 3),
+            **progress.facts,
         }
 
     def write(self) -> None:
@@ -266,7 +266,7 @@ def is_dead(beat: Beat) -> bool:
     return status.rpartition(")")[2].split()[0] in ("Z", "X")
 
 
-def told_apart(
+def find_silent_ranks(
     read: Callable[[], dict[int, Beat]], pause: Callable[[], None]
 ) -> tuple[dict[int, Beat], set[int]]:
     """Return (the newest beat of each rank, the ranks that no longer write), from two readings with

@@ -9,7 +9,7 @@ from typing import NoReturn
 from megatron_hypenet.parallel import groups
 
 
-def leave(code: int) -> NoReturn:
+def exit_process(code: int) -> NoReturn:
     """Flush the streams and end this process with `code`, skipping interpreter teardown.
 
     A gloo or NCCL group that is still alive at teardown aborts some exits ("terminate called

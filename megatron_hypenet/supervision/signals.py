@@ -117,20 +117,20 @@ class Requests:
     def poll(self) -> int:
         """GO_ON, SAVE or LEAVE, agreed by all processes; call once per step on every one of
         them."""
-        wish = GO_ON
+        request = GO_ON
         if self._received is not None:
-            wish = LEAVE
+            request = LEAVE
             self.reason = signal.Signals(self._received).name
         elif groups.rank() == 0 and time.monotonic() >= self._next_file_check:
             self._next_file_check = time.monotonic() + _FILE_CHECK_SECONDS
-            wish = self._file_wish()
+            request = self._file_request()
         if groups.world_size() == 1:
-            return wish
-        strongest = torch.tensor([wish], dtype=torch.int32, device=device())
+            return request
+        strongest = torch.tensor([request], dtype=torch.int32, device=device())
         dist.all_reduce(strongest, op=dist.ReduceOp.MAX)
         return int(strongest.item())
 
-    def _file_wish(self) -> int:
+    def _file_request(self) -> int:
         if (stop := stop_file(self.folders)) is not None:
             self.reason = f"the file {stop} (delete it to continue)"
             return LEAVE

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_hypenet.config.schema import StageConfig
 from megatron_hypenet.parallel import groups
-from megatron_hypenet.supervision.heartbeat import PULSE
+from megatron_hypenet.supervision.heartbeat import PROGRESS
 from megatron_hypenet.training.grace_period import Timing
 from megatron_hypenet.training.metrics import MetricSums, Recorder, StepRecord, memory_gib
 from megatron_hypenet.training.stragglers import StepTimes, named
@@ -68,10 +68,10 @@ class ProgressHook(Hook):
 
     def on_step_end(self, end: StepEnd) -> None:
         """Record a step; the first one also compiles and connects, so its time does not count."""
-        if PULSE.warm:
+        if PROGRESS.warm:
             self.timing.step(end.seconds)
         record = end.record
-        PULSE.finish_step(
+        PROGRESS.finish_step(
             record.step,
             loss=None if record.skipped else record.loss,
             tokens_per_second=round(record.tokens_per_second, 1),
@@ -88,8 +88,8 @@ class ProgressHook(Hook):
         self.timing.save(seconds)
         figures = self.timing.figures()
         del figures["margin_seconds"]
-        PULSE.facts = {
-            **PULSE.facts,
+        PROGRESS.facts = {
+            **PROGRESS.facts,
             "last_save": str(committed),
             "last_save_time": round(time.time(), 1),
             **figures,

@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_hypenet.checkpoint.find import finished_checkpoint
 from megatron_hypenet.checkpoint.load import verify_together
 from megatron_hypenet.config.schema import RunConfig, StageConfig
-from megatron_hypenet.engine.async_scalar import OnItsWay
+from megatron_hypenet.engine.async_scalar import AsyncScalar
 from megatron_hypenet.engine.deepspeed.engine import RefusedUpdate
 from megatron_hypenet.engine.optim import lr_at
 from megatron_hypenet.errors import DivergedError, SavedAndRequeue
@@ -25,7 +25,7 @@ from megatron_hypenet.parallel import groups
 from megatron_hypenet.parallel.agreement import from_first
 from megatron_hypenet.stages.base import StageModule
 from megatron_hypenet.supervision import signals
-from megatron_hypenet.supervision.heartbeat import PULSE
+from megatron_hypenet.supervision.heartbeat import PROGRESS
 from megatron_hypenet.training.grace_period import Timing
 from megatron_hypenet.training.hooks import (
     CallbackHook,
@@ -158,11 +158,13 @@ class _Loop:
         loss_tensor, metrics = forward_backward(self.engine, self.reader.take(self.state.samples))
         if step < self.config.train_iters:  # while the device is at this step
             self.reader.read_ahead(self.state.samples + self.config.global_batch_size)
-        PULSE.note("reduce")
-        arriving = OnItsWay(groups.sum_over_pipeline(groups.all_reduce_mean(loss_tensor.double())))
+        PROGRESS.note("reduce")
+        arriving = AsyncScalar(
+            groups.sum_over_pipeline(groups.all_reduce_mean(loss_tensor.double()))
+        )
         samples = self.config.global_batch_size
         tokens = samples * self.config.seq_length
-        PULSE.note("update")
+        PROGRESS.note("update")
         try:
             # waits for the norm while the device runs the update
             grad_norm = self.engine.apply(lr)
@@ -193,7 +195,7 @@ class _Loop:
         start = time.perf_counter()
         self.stage.eval()
         try:
-            with torch.no_grad(), PULSE.doing("evaluate"):
+            with torch.no_grad(), PROGRESS.doing("evaluate"):
                 self.engine.make_room()
                 values = self.evaluate(end.step)
         finally:
@@ -206,7 +208,7 @@ class _Loop:
         save if all processes have written their files."""
         interval = self.config.save_interval
         if end.last or request != signals.GO_ON or end.step % interval == 0:
-            with PULSE.doing("save"):
+            with PROGRESS.doing("save"):
                 self._save(wait=end.last or request == signals.LEAVE)
         else:
             self.saver.edge()

@@ -13,7 +13,7 @@ from megatron_hypenet.data.documents import document_ids, loss_weights
 from megatron_hypenet.parallel import groups
 from megatron_hypenet.parallel.cpu import device
 from megatron_hypenet.stages.base import MicroBatch
-from megatron_hypenet.supervision.heartbeat import PULSE
+from megatron_hypenet.supervision.heartbeat import PROGRESS
 
 
 class TokenSource(Protocol):
@@ -55,7 +55,7 @@ class StepReader:
 
     def read_ahead(self, first_sample: int) -> None:
         """Read a step's micro-batches, for the next `take`."""
-        PULSE.note("data")
+        PROGRESS.note("data")
         batches = step_batches(self.data, self.config, first_sample, separate=self.separate)
         self._ahead = (first_sample, batches)
 

@@ -20,7 +20,7 @@ from megatron_hypenet.errors import ConfigError
 from megatron_hypenet.parallel import groups
 from megatron_hypenet.stages.base import StageModule
 from megatron_hypenet.supervision.faults import out_of_gpu_memory, record_now
-from megatron_hypenet.supervision.heartbeat import PULSE
+from megatron_hypenet.supervision.heartbeat import PROGRESS
 from megatron_hypenet.supervision.signals import Requests
 from megatron_hypenet.training.checkpointing import Saver
 from megatron_hypenet.training.metrics import Recorder, reset_peak_memory
@@ -90,7 +90,7 @@ def opened(job: Job, requests: Requests) -> Iterator[Opened]:
 
 
 def _open(job: Job, closing: ExitStack) -> Opened:
-    PULSE.begin(job.stage.name, train_iters=job.config.train_iters)
+    PROGRESS.begin(job.stage.name, train_iters=job.config.train_iters)
     reset_peak_memory()
     saver = Saver(job.out_dir / fmt.CHECKPOINTS, job.run.checkpoint)
     closing.callback(saver.close)
@@ -99,10 +99,10 @@ def _open(job: Job, closing: ExitStack) -> Opened:
     state = TrainState(stage=job.stage.name, seed=job.run.data.seed, layout=job.layout)
     resumed = ""
     if saver.committed is not None:
-        PULSE.note("load")
+        PROGRESS.note("load")
         stored = _load(job, engine, saver.committed)
         state = replace(stored, layout=job.layout)
-        PULSE.iteration = stored.step
+        PROGRESS.iteration = stored.step
         resumed = (
             f"resumed from {saver.committed} at iter {state.step}/{job.config.train_iters}"
             f"{_what_changed(job, stored.layout)}"

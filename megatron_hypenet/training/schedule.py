@@ -18,7 +18,7 @@ from megatron_hypenet.model.hypenet import HypeNetModel
 from megatron_hypenet.parallel import groups
 from megatron_hypenet.parallel.pipeline import run_pipeline
 from megatron_hypenet.stages.base import LocalTokens, MicroBatch, StageModule, local_tokens
-from megatron_hypenet.supervision.heartbeat import PULSE
+from megatron_hypenet.supervision.heartbeat import PROGRESS
 from megatron_hypenet.training.metrics import MetricSums
 
 LossAndMetrics = tuple[Tensor, dict[str, Tensor]]
@@ -36,18 +36,18 @@ def forward_backward(engine: TrainingEngine, batches: Iterable[MicroBatch]) -> L
     if groups.pipeline_stage()[1] > 1:
         stage = engine.module
         assert isinstance(stage, StageModule), "the engine trains a stage"
-        PULSE.note("forward-backward")
+        PROGRESS.note("forward-backward")
         whole = list(batches)
         assert len(whole) == engine.num_micro_batches, (
             f"{len(whole)} micro-batches for {engine.num_micro_batches}"
         )
         result = _pipelined(stage, whole, train=True, clock=engine.own_time)
-        PULSE.note("reduce")
+        PROGRESS.note("reduce")
         engine.reduce_gradients()
         return result
     results = _Results()
     for count, batch in enumerate(batches, start=1):
-        PULSE.note("forward-backward")
+        PROGRESS.note("forward-backward")
         results.add(*engine.micro_step(batch, last=count == engine.num_micro_batches))
     assert results.count == engine.num_micro_batches, (
         f"{results.count} micro-batches for {engine.num_micro_batches}"
@@ -58,7 +58,7 @@ def forward_backward(engine: TrainingEngine, batches: Iterable[MicroBatch]) -> L
 @torch.no_grad()
 def stage_loss(stage: StageModule, batch: MicroBatch) -> Tensor:
     """Loss of one micro-batch without training, the same value on every pipeline stage."""
-    PULSE.note("evaluate")
+    PROGRESS.note("evaluate")
     loss, _ = (
         stage(batch)
         if groups.pipeline_stage()[1] == 1
@@ -103,7 +103,7 @@ class _PipelineRun:
         self.tokens = tokens
         self.train = train
         self._clock = clock
-        self._phase = PULSE.phase
+        self._phase = PROGRESS.phase
         self._results = _Results()
 
     def flow(
@@ -118,7 +118,7 @@ class _PipelineRun:
         rows, length = self.tokens[0].inputs.shape
 
         def noted(index: int) -> Tensor:
-            PULSE.note(self._phase)
+            PROGRESS.note(self._phase)
             return step(index)
 
         run_pipeline(

@@ -22,7 +22,7 @@ from megatron_hypenet.errors import SetupError
 from megatron_hypenet.model.hypenet import build_model
 from megatron_hypenet.parallel import groups
 from megatron_hypenet.stages.finetune import FinetuneStage
-from megatron_hypenet.supervision.process_exit import leave
+from megatron_hypenet.supervision.process_exit import exit_process
 from tests.distributed.layouts import STUDENT, run_config
 
 
@@ -152,4 +152,4 @@ if __name__ == "__main__":
     main(Path(sys.argv[1]), json.loads(sys.argv[2]), getattr(torch, sys.argv[3]))
     if groups.rank() == 0:
         print("all read", flush=True)
-    leave(0)
+    exit_process(0)

@@ -19,7 +19,7 @@ from megatron_hypenet.engine.own_time import OwnTime
 from megatron_hypenet.halo import build_stage
 from megatron_hypenet.model.memory import release_memory
 from megatron_hypenet.parallel import groups
-from megatron_hypenet.supervision.process_exit import leave
+from megatron_hypenet.supervision.process_exit import exit_process
 from megatron_hypenet.training import schedule
 from megatron_hypenet.training.micro_batches import step_batches
 from tests.distributed.layouts import SHAPE, Tokens, run_config
@@ -147,4 +147,4 @@ if __name__ == "__main__":
     torch.set_default_dtype(torch.float32)
     for each in json.loads(sys.argv[2]):
         one(Path(sys.argv[1]), each)
-    leave(0)
+    exit_process(0)

@@ -16,7 +16,7 @@ from megatron_hypenet.errors import SavedAndRequeue
 from megatron_hypenet.halo import build_stage
 from megatron_hypenet.model.memory import release_memory
 from megatron_hypenet.parallel import groups
-from megatron_hypenet.supervision.process_exit import leave
+from megatron_hypenet.supervision.process_exit import exit_process
 from megatron_hypenet.training.loop import train
 from tests.distributed.layouts import Tokens, run_config
 
@@ -70,4 +70,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    leave(0)
+    exit_process(0)

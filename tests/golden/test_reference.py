@@ -106,7 +106,7 @@ def test_alignment_losses_and_gradients(case, dtype):
     teacher = load(folder / "qwen3", dtype, trunk_only=True)
     student = read_model_config(folder / "hypenet")
     (spec,) = (student.spec(name) for name in student.used_mixers if student.spec(name).recurrent)
-    mixers = AlignedMixers.beside(teacher, spec, seed=0)
+    mixers = AlignedMixers.from_teacher(teacher, spec, seed=0)
     with torch.no_grad():
         for layer, mixer in mixers.items():
             for parameter in spec.parameters(student):

@@ -289,7 +289,7 @@ from pathlib import Path
 from megatron_hypenet.cli.main import report_fault
 from megatron_hypenet.config.schema import GuardConfig, ParallelConfig
 from megatron_hypenet.supervision.faults import watched
-from megatron_hypenet.supervision.process_exit import leave
+from megatron_hypenet.supervision.process_exit import exit_process
 from megatron_hypenet.supervision.signals import leaving_at_once
 from megatron_hypenet.parallel import groups
 groups.init_parallel(ParallelConfig())
@@ -302,7 +302,7 @@ try:
                 os.kill(os.getpid(), signal.SIGUSR2)
 except Exception as fault:
     code = report_fault(fault, debug=False)
-leave(code)
+exit_process(code)
 """
 
 

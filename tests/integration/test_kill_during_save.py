@@ -26,7 +26,7 @@ def counted(tmp_path_factory):
     command = [
         sys.executable,
         "-m",
-        "tests.integration.kill_nursery",
+        "tests.integration.kill_during_save_worker",
         str(tmp_path_factory.mktemp("kills") / "all"),
     ]
     done = subprocess.run(

@@ -30,7 +30,7 @@ from megatron_hypenet.stages.distill import DistillStage
 from megatron_hypenet.stages.finetune import FinetuneStage
 from megatron_hypenet.supervision.faults import watched
 from megatron_hypenet.supervision.hang_watchdog import collective_minutes
-from megatron_hypenet.supervision.process_exit import leave
+from megatron_hypenet.supervision.process_exit import exit_process
 from megatron_hypenet.training.loop import train
 from tests.tiny import tiny_model_config, tiny_teacher_config
 
@@ -165,7 +165,7 @@ def build(options: argparse.Namespace, run: RunConfig):
     teacher = tiny_teacher_config(**SHAPE)
     if options.stage == "align":
         trunk = build_model(teacher, run.parallel, dtype=dtype, seed=1, trunk_only=True)
-        return AlignStage(trunk, AlignedMixers.beside(trunk, default_mixer(), seed=1))
+        return AlignStage(trunk, AlignedMixers.from_teacher(trunk, default_mixer(), seed=1))
     student = build_model(tiny_model_config(**SHAPE), run.parallel, dtype=dtype, seed=2)
     if options.stage == "distill":
         return DistillStage(
@@ -259,4 +259,4 @@ if __name__ == "__main__":
         main(parse())
     except Exception as fault:
         code = report_fault(fault, debug=False)
-    leave(code)
+    exit_process(code)

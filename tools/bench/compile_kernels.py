@@ -239,7 +239,7 @@ def sums(dtype: str) -> Iterator[Job]:
     floats = ("kept", "beta1", "rest1", "beta2", "rest2", "step_size", "root_correction", "eps")
     types = (
         dict.fromkeys(("weight", "gradient", "exp_avg", "exp_avg_sq", "scale"), "*fp32")
-        | {"narrow": f"*{dtype}"}
+        | {"compute_weight": f"*{dtype}"}
         | dict.fromkeys(floats, "fp32")
     )
     constants = {"block": adamw_kernels.BLOCK, "vector": adamw_kernels.VECTOR}

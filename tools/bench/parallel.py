@@ -102,7 +102,7 @@ def work(case: dict[str, Any], out: Path) -> None:
     from megatron_hypenet.config.schema import HeadStageConfig, ParallelConfig
     from megatron_hypenet.parallel import groups
     from megatron_hypenet.parallel.context import state_exchange
-    from megatron_hypenet.supervision.process_exit import leave
+    from megatron_hypenet.supervision.process_exit import exit_process
     from megatron_hypenet.training.metrics import memory_gib
     from megatron_hypenet.training.throughput import peak_flops
 
@@ -152,7 +152,7 @@ def work(case: dict[str, Any], out: Path) -> None:
     }
     if groups.rank() == 0:
         out.write_text(json.dumps(result))
-    leave(0)
+    exit_process(0)
 
 
 def run_case(case: dict[str, Any]) -> dict[str, Any]:

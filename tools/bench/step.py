@@ -58,7 +58,7 @@ def measure(row: dict[str, Any], out: Path) -> None:
     from megatron_hypenet.planning.layout_search import teacher_and_student
     from megatron_hypenet.planning.memory import stage_memory
     from megatron_hypenet.stages.spec import stage_spec
-    from megatron_hypenet.supervision.process_exit import leave
+    from megatron_hypenet.supervision.process_exit import exit_process
     from megatron_hypenet.training.metrics import memory_gib
     from megatron_hypenet.training.throughput import Workload, peak_flops
 
@@ -107,7 +107,7 @@ def measure(row: dict[str, Any], out: Path) -> None:
     if torch.cuda.is_available() and row["profile"] and row["micro_batches"] == 1:
         result |= profiled(steps)
     out.write_text(json.dumps(result))
-    leave(0)
+    exit_process(0)
 
 
 def profiled(steps: Any) -> dict[str, Any]:

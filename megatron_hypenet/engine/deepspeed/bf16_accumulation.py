@@ -28,7 +28,7 @@ PIECE = 2**24
 with a small copy."""
 
 
-class GradientSums:
+class Fp32GradAccumulator:
     """Takes over how one BF16_Optimizer accumulates, clears and measures gradients.
 
     `optimizer.fp32_groups_has_gradients` still records which sums hold gradients of this step; a

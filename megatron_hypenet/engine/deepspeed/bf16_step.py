@@ -15,14 +15,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_hypenet.engine.async_scalar import OnItsWay
+from megatron_hypenet.engine.async_scalar import AsyncScalar
 from megatron_hypenet.ops.adamw import AdamWStep, adamw
 
 NORM_FLOOR = 1e-6
 """The constant that DeepSpeed adds to the norm before dividing by it."""
 
 
-class MasterUpdate:
+class FusedAdamWStep:
     """Takes the place of `owner.step`, where `owner` is a BF16_Optimizer around torch's AdamW.
 
     DeepSpeed's scaling, update and copy are three passes over gradients or weights; `ops/adamw`
@@ -49,10 +49,10 @@ class MasterUpdate:
         `_global_grad_norm` are set as by DeepSpeed's own step."""
         owner = self._owner
         norm = self._norm()
-        arriving = OnItsWay(norm)
+        arriving = AsyncScalar(norm)
         scale = self._scale(norm)
         states = []
-        for group, gradient, narrow in zip(
+        for group, gradient, compute_weight in zip(
             owner.optimizer.param_groups,
             owner.fp32_groups_gradient_flat_partition,
             self._own_parts(),
@@ -69,7 +69,15 @@ class MasterUpdate:
                 group["eps"],
                 group["weight_decay"],
             )
-            adamw(weight, gradient, state["exp_avg"], state["exp_avg_sq"], narrow, numbers, scale)
+            adamw(
+                weight,
+                gradient,
+                state["exp_avg"],
+                state["exp_avg_sq"],
+                compute_weight,
+                numbers,
+                scale,
+            )
         self._gather()
         owner.clear_hp_grads()
         owner._global_grad_norm = arriving.value()

@@ -215,8 +215,8 @@ class TrainingEngine:
 
     def _refuse_bad_norm(self, *_: Any) -> None:
         """Runs inside DeepSpeed's step, before the first change of a weight: a bad norm (-1 is
-        DeepSpeed's mark) must not get this far. Where MasterUpdate has taken that step's place, it
-        refuses such a norm itself.
+        DeepSpeed's mark) must not get this far. Where FusedAdamWStep has taken that step's place,
+        it refuses such a norm itself.
 
         Should another version of DeepSpeed let one through, the weights are saved, but not the
         step: it cannot be continued from here.

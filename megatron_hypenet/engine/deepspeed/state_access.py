@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from megatron_hypenet.engine.deepspeed import private_fields
-from megatron_hypenet.engine.deepspeed.bf16_accumulation import GradientSums
-from megatron_hypenet.engine.deepspeed.bf16_step import MasterUpdate
+from megatron_hypenet.engine.deepspeed.bf16_accumulation import Fp32GradAccumulator
+from megatron_hypenet.engine.deepspeed.bf16_step import FusedAdamWStep
 from megatron_hypenet.errors import SetupError
 
 MASTER = "fp32_param"
@@ -50,9 +50,9 @@ class OptimizerAccess:
 
     def accumulate_in_fp32(
         self, counts: Callable[[nn.Parameter], bool], exchange: torch.dtype
-    ) -> GradientSums | None:
+    ) -> Fp32GradAccumulator | None:
         """Take over how gradients are summed, measured and applied, where DeepSpeed's own way
-        rounds them; arguments as of GradientSums. None where its way is kept."""
+        rounds them; arguments as of Fp32GradAccumulator. None where its way is kept."""
         return None
 
     def drop_gradients(self) -> None:
@@ -142,10 +142,10 @@ class Bf16Access(OptimizerAccess):
 
     def accumulate_in_fp32(
         self, counts: Callable[[nn.Parameter], bool], exchange: torch.dtype
-    ) -> GradientSums | None:
+    ) -> Fp32GradAccumulator | None:
         """Sums in fp32, and clipping, AdamW and the copy to bf16 in one pass over memory."""
-        sums = GradientSums(self.optimizer, counts=counts, exchange=exchange)
-        MasterUpdate(self.optimizer, sums.norm)
+        sums = Fp32GradAccumulator(self.optimizer, counts=counts, exchange=exchange)
+        FusedAdamWStep(self.optimizer, sums.norm)
         return sums
 
     def link_states(self) -> None:

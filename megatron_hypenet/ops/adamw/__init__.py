@@ -51,12 +51,12 @@ def adamw(
     gradient: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
-    narrow: Tensor,
+    compute_weight: Tensor,
     step: AdamWStep,
     scale: Tensor,
 ) -> None:
-    """Update `weight`, `exp_avg`, `exp_avg_sq` [n], fp32, and overwrite `narrow` [n] with the
-    weight in its own dtype; all contiguous.
+    """Update `weight`, `exp_avg`, `exp_avg_sq` [n], fp32, and overwrite `compute_weight` [n] with
+    the weight in its own dtype; all contiguous.
 
     `scale` (0-dimensional, fp32, on the same device) multiplies the gradient first; where it is NaN
     nothing changes. On CUDA one kernel, and the host does not wait; elsewhere torch's fused step,
@@ -64,10 +64,10 @@ def adamw(
     if (
         weight.is_cuda
         and enabled("adamw")
-        and kernel_fits(narrow.dtype)
+        and kernel_fits(compute_weight.dtype)
         and weight.dtype == torch.float32
     ):
-        fused_adamw(weight, gradient, exp_avg, exp_avg_sq, narrow, step, scale)
+        fused_adamw(weight, gradient, exp_avg, exp_avg_sq, compute_weight, step, scale)
         return
     factor = float(scale)
     if math.isnan(factor):
@@ -91,7 +91,7 @@ def adamw(
         weight_decay=step.weight_decay,
         eps=step.eps,
     )
-    narrow.copy_(weight)
+    compute_weight.copy_(weight)
 
 
 def kernel_fits(dtype: torch.dtype) -> bool:
@@ -104,7 +104,7 @@ def fused_adamw(
     gradient: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
-    narrow: Tensor,
+    compute_weight: Tensor,
     step: AdamWStep,
     scale: Tensor,
 ) -> None:
@@ -112,7 +112,7 @@ def fused_adamw(
     elements and are contiguous."""
     from megatron_hypenet.ops.adamw import triton as kernels
 
-    tensors = (weight, gradient, exp_avg, exp_avg_sq, narrow)
+    tensors = (weight, gradient, exp_avg, exp_avg_sq, compute_weight)
     if len({x.numel() for x in tensors}) > 1 or not all(x.is_contiguous() for x in tensors):
         raise ValueError(
             "weights, gradients and moments do not belong together: "

@@ -19,8 +19,8 @@ VECTOR = 4
 
 @triton.jit
 def kernel(
-    weight, gradient, exp_avg, exp_avg_sq, narrow, scale, count, kept, beta1, rest1, beta2, rest2,
-    step_size, root_correction, eps,
+    weight, gradient, exp_avg, exp_avg_sq, compute_weight, scale, count, kept, beta1, rest1, beta2,
+    rest2, step_size, root_correction, eps,
     block: tl.constexpr, vector: tl.constexpr,
 ):  # fmt: skip
     """m = beta1 m + rest1 g, s = beta2 s + rest2 g^2, w = kept w - step_size m / (sqrt(s) /
@@ -40,7 +40,7 @@ def kernel(
         tl.store(exp_avg + at, mean, mask=inside)
         tl.store(exp_avg_sq + at, square, mask=inside)
         tl.store(weight + at, value, mask=inside)
-        tl.store(narrow + at, value.to(narrow.dtype.element_ty), mask=inside)
+        tl.store(compute_weight + at, value.to(compute_weight.dtype.element_ty), mask=inside)
 
 
 def run(
@@ -48,14 +48,14 @@ def run(
     gradient: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
-    narrow: Tensor,
+    compute_weight: Tensor,
     step: AdamWStep,
     scale: Tensor,
 ) -> None:
     """Launch the kernel on contiguous tensors of one size. The remainder after whole blocks is a
     launch of its own, so that a size which no power of two divides loses vectorised accesses only
     there."""
-    tensors = [x.detach().view(-1) for x in (weight, gradient, exp_avg, exp_avg_sq, narrow)]
+    tensors = [x.detach().view(-1) for x in (weight, gradient, exp_avg, exp_avg_sq, compute_weight)]
     count = tensors[0].numel()
     (beta1, beta2) = step.betas
     whole = count - count % BLOCK

@@ -123,9 +123,9 @@ class _LightningState(torch.autograd.Function):
         weights = torch.exp2(decay[None, :] * age[:, None])[None, :, :, None]  # [1, t, h, 1]
         if ids is not None:
             weights = weights * (ids == ids[:, -1:])[:, :, None, None]
-        narrow = dfinal.to(k.dtype)
-        dk = weights * torch.einsum("bthv,bhkv->bthk", v, narrow)
-        dv = weights * torch.einsum("bthk,bhkv->bthv", k, narrow)
+        dfinal_rounded = dfinal.to(k.dtype)
+        dk = weights * torch.einsum("bthv,bhkv->bthk", v, dfinal_rounded)
+        dv = weights * torch.einsum("bthk,bhkv->bthv", k, dfinal_rounded)
         return dk.to(k.dtype), dv.to(v.dtype), None, None
 
 

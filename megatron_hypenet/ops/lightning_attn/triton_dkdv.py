@@ -97,9 +97,11 @@ def dkdv_kernel(
             )
         # Columns are tokens j, so that the pairs (i, j) are a right operand: as a left one they
         # would have to cross between warps.
-        narrow = state.to(k.dtype)
+        state_rounded = state.to(k.dtype)
         weights = (tl.dot(do, tl.trans(v), input_precision=precision) * factors).to(v.dtype)
-        dk = tl.dot(narrow, tl.trans(v), input_precision=precision) * (enter * scale)[None, :]
+        dk = (
+            tl.dot(state_rounded, tl.trans(v), input_precision=precision) * (enter * scale)[None, :]
+        )
         dk = tl.dot(tl.trans(q), weights, dk, input_precision=precision)
         store_tile(
             dk_head,
@@ -117,7 +119,7 @@ def dkdv_kernel(
         )
         weights = (tl.dot(q, tl.trans(k), input_precision=precision) * factors).to(k.dtype)
         dv = (
-            tl.dot(tl.trans(narrow), tl.trans(k), input_precision=precision)
+            tl.dot(tl.trans(state_rounded), tl.trans(k), input_precision=precision)
             * (enter * scale)[None, :]
         )
         dv = tl.dot(tl.trans(do), weights, dv, input_precision=precision)

@@ -94,7 +94,7 @@ def linear_cross_entropy(
     count = flat.shape[0] * split.token_parts
     if labels.numel() != count:
         raise ValueError(f"{labels.numel()} labels for {count} hidden states")
-    loss = _CrossEntropy(_terms(flat), split.local_words(labels, weight.shape[0]))
+    loss = _CrossEntropy(_terms(flat), split.local_labels(labels, weight.shape[0]))
     return (
         _HeadLoss.apply(
             flat, weight, loss, _flat_weights(token_weights, count, flat), chunk_tokens, split
@@ -116,7 +116,7 @@ def token_scores(
     likely token [...] (bool)."""
     flat = hidden.reshape(-1, hidden.shape[-1])
     split = _Split(group, False)
-    loss = _CrossEntropy(_terms(flat), split.local_words(labels, weight.shape[0]))
+    loss = _CrossEntropy(_terms(flat), split.local_labels(labels, weight.shape[0]))
     merged = _run(flat, weight, loss, None, chunk_tokens, split, None)
     nll = loss.per_token(merged)
     correct = merged[2] >= merged[0]
@@ -262,9 +262,9 @@ class _HeadLoss(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             hidden_grad = ctx.split.reduce_tokens(hidden_grad) * grad.to(hidden_grad.dtype)
         if weight_grad is not None:
-            narrow = torch.empty_like(weight_grad, dtype=ctx.weight_dtype)
+            compute_grad = torch.empty_like(weight_grad, dtype=ctx.weight_dtype)
             # rounds once, without a temporary in the accumulation dtype
-            weight_grad = torch.mul(weight_grad, grad, out=narrow)
+            weight_grad = torch.mul(weight_grad, grad, out=compute_grad)
         return hidden_grad if ctx.needs_input_grad[0] else None, weight_grad, None, None, None, None
 
 
@@ -280,23 +280,25 @@ def _run(
     """Merged statistics [numbers, n] of all tokens of hidden [n, h]; also fills `grads` unless it
     is None."""
     count = hidden.shape[0]
-    words = weight.shape[0]
+    vocab_rows = weight.shape[0]
     dtype = accumulation_dtype(hidden.dtype)
-    per_token = words * (
+    per_token = vocab_rows * (
         loss.logit_sets * dtype.itemsize + CHUNKS_PER_PRODUCT * hidden.dtype.itemsize
     )
     size = chunk_size(count, chunk, per_token, hidden.device)
     merged = torch.empty(loss.numbers, count, dtype=dtype, device=hidden.device)
-    buffer = torch.empty(size, words, dtype=dtype, device=hidden.device)
-    narrow = hidden.new_empty(min(size * CHUNKS_PER_PRODUCT, count), words) if grads else None
+    buffer = torch.empty(size, vocab_rows, dtype=dtype, device=hidden.device)
+    logit_grads = (
+        hidden.new_empty(min(size * CHUNKS_PER_PRODUCT, count), vocab_rows) if grads else None
+    )
     for block, chunks in blocks(count, size):
         for rows in chunks:
             logits = product(hidden[rows], weight.t(), buffer[: rows.stop - rows.start])
             mine = weights if weights is None else weights[rows]
             out = (
                 None
-                if narrow is None
-                else narrow[rows.start - block.start : rows.stop - block.start]
+                if logit_grads is None
+                else logit_grads[rows.start - block.start : rows.stop - block.start]
             )
             if out is not None and split.size == 1:
                 merged[:, rows] = loss.stats_and_gradient(rows, logits, mine, out)
@@ -306,8 +308,8 @@ def _run(
             merged[:, rows] = whole
             if out is not None:
                 loss.gradient(rows, logits, local, whole, mine, out)
-        if grads is not None and narrow is not None:
-            grads.add(block, narrow[: block.stop - block.start])
+        if grads is not None and logit_grads is not None:
+            grads.add(block, logit_grads[: block.stop - block.start])
     return merged
 
 
@@ -320,9 +322,11 @@ class _Split:
         self.size = group.size() if group is not None else 1
         self.token_parts = self.size if sequence_parallel else 1
 
-    def local_words(self, labels: Tensor, words: int) -> Tensor:
-        """Labels as [n], counted from this rank's first of `words` head rows."""
-        return labels.reshape(-1) - (self.group.rank() * words if self.group is not None else 0)
+    def local_labels(self, labels: Tensor, vocab_rows: int) -> Tensor:
+        """Labels as [n], counted from this rank's first of `vocab_rows` head rows."""
+        return labels.reshape(-1) - (
+            self.group.rank() * vocab_rows if self.group is not None else 0
+        )
 
     def gather_tokens(self, part: Tensor) -> Tensor:
         """This rank's tokens [n / parts, h] -> the tokens of all ranks [n, h]; the same tensor when
@@ -346,7 +350,7 @@ class _Split:
         return mine
 
     def merge_shards(self, loss: _Loss, numbers: Tensor) -> Tensor:
-        """Statistics of this rank's words [numbers, n] -> those of the whole vocabulary, by one
+        """Statistics of this rank's rows [numbers, n] -> those of the whole vocabulary, by one
         all-gather."""
         if self.size == 1:
             return numbers
@@ -359,7 +363,7 @@ class _Split:
     "vocab_loss",
     fits=lambda use: use.dtype != torch.float64,
     check="megatron_hypenet.parallel.vocab_loss.selftest:check_vocab_loss_use",
-    surveyed=({}, {"tensor_ranks": 2, "words": 75_968}),
+    surveyed=({}, {"tensor_ranks": 2, "vocab_rows": 75_968}),
 )
 def _terms(hidden: Tensor) -> ModuleType:
     """Triton kernels where logits are fp32 on CUDA, torch elsewhere (and where Triton is not

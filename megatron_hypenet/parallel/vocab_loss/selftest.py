@@ -9,10 +9,10 @@ from megatron_hypenet.ops.selftest import ROUNDING_LIMITS, KernelCheck, Pairs, c
 
 
 def check_vocab(
-    device: torch.device, dtype: torch.dtype, *, words: int, shards: int = 1, tokens: int = 32
+    device: torch.device, dtype: torch.dtype, *, vocab_rows: int, shards: int = 1, tokens: int = 32
 ) -> KernelCheck:
-    """KL, cross entropy and scores of fp32 logits [tokens, words * shards], and their gradients
-    rounded to dtype.
+    """KL, cross entropy and scores of fp32 logits [tokens, vocab_rows * shards], and their
+    gradients rounded to dtype.
 
     One shard takes the one-pass kernels where the GPU has room for them, two the kernels of a split
     vocabulary."""
@@ -21,13 +21,13 @@ def check_vocab(
         from megatron_hypenet.parallel.vocab_loss import triton_terms as terms
 
         generator = torch.Generator().manual_seed(6)
-        s = 3 * torch.randn(tokens, words * shards, generator=generator)
+        s = 3 * torch.randn(tokens, vocab_rows * shards, generator=generator)
         t = (s + torch.randn(s.shape, generator=generator)).to(device)
-        labels = torch.randint(0, words * shards, (tokens,), generator=generator).to(device)
+        labels = torch.randint(0, vocab_rows * shards, (tokens,), generator=generator).to(device)
         s = s.to(device)
         cut = lambda x: [part.contiguous() for part in x.chunk(shards, -1)]  # noqa: E731
-        starts = [shard * words for shard in range(shards)]
-        gradients = [torch.empty(2, tokens, words, dtype=dtype, device=device) for _ in starts]
+        starts = [shard * vocab_rows for shard in range(shards)]
+        gradients = [torch.empty(2, tokens, vocab_rows, dtype=dtype, device=device) for _ in starts]
         kl_parts = list(zip(cut(s), cut(t), strict=True))
         ce_parts = [(part, labels - start) for part, start in zip(cut(s), starts, strict=True)]
         scores = terms.ce_merge(
@@ -60,7 +60,7 @@ def check_vocab(
         }
 
     return check(
-        f"vocab_loss {words} words{' of two shards' if shards > 1 else ''}",
+        f"vocab_loss {vocab_rows} words{' of two shards' if shards > 1 else ''}",
         dtype,
         ROUNDING_LIMITS[dtype],
         run,
@@ -79,4 +79,4 @@ def _exact(s: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
 
 def check_vocab_loss_use(where: torch.device, use: KernelUse) -> KernelCheck:
     """The check of family vocab_loss for a model's use of it."""
-    return check_vocab(where, use.dtype, words=use.words, shards=min(use.tensor_ranks, 2))
+    return check_vocab(where, use.dtype, vocab_rows=use.vocab_rows, shards=min(use.tensor_ranks, 2))

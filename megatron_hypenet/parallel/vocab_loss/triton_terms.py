@@ -61,10 +61,10 @@ def _kl_merged(used, t_max, t_sum, a, s_max, s_sum):
 def _kl_stats_kernel(s_ptr, t_ptr, stats_ptr, n, v, tiles, TILE: tl.constexpr):
     row = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
-    words = tile * TILE + tl.arange(0, TILE)
-    inside = words < v
-    s = tl.load(s_ptr + row * v + words, mask=inside, other=-float("inf"))
-    t = tl.load(t_ptr + row * v + words, mask=inside, other=-float("inf"))
+    vocab_ids = tile * TILE + tl.arange(0, TILE)
+    inside = vocab_ids < v
+    s = tl.load(s_ptr + row * v + vocab_ids, mask=inside, other=-float("inf"))
+    t = tl.load(t_ptr + row * v + vocab_ids, mask=inside, other=-float("inf"))
     _, _, t_max, t_sum, a, s_max, s_sum = _kl_numbers(s, t, inside)
     at = stats_ptr + tile * 5 * n + row
     tl.store(at, t_max)
@@ -109,16 +109,16 @@ def _kl_gradient_kernel(
 ):
     row = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
-    words = tile * TILE + tl.arange(0, TILE)
-    inside = words < v
+    vocab_ids = tile * TILE + tl.arange(0, TILE)
+    inside = vocab_ids < v
     w = tl.load(weight_ptr + row) if WEIGHTED else 1.0
     t_top = tl.load(merged_ptr + row)
     t_sum = tl.load(merged_ptr + n + row)
     s_top, s_sum = tl.load(merged_ptr + 3 * n + row), tl.load(merged_ptr + 4 * n + row)
-    s = tl.load(s_ptr + row * v + words, mask=inside, other=-float("inf"))
-    t = tl.load(t_ptr + row * v + words, mask=inside, other=-float("inf"))
+    s = tl.load(s_ptr + row * v + vocab_ids, mask=inside, other=-float("inf"))
+    t = tl.load(t_ptr + row * v + vocab_ids, mask=inside, other=-float("inf"))
     g = tl.exp(s - s_top) * (w / s_sum) - tl.exp(t - t_top) * (w / t_sum)
-    tl.store(out_ptr + row * v + words, g.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + row * v + vocab_ids, g.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -139,10 +139,10 @@ def _kl_one_pass_kernel(
     number = tl.atomic_add(count_ptr + n, 1, sem="relaxed")
     row = (number // tiles).to(tl.int64)
     tile = number % tiles
-    words = tile * TILE + tl.arange(0, TILE)
-    inside = words < v
-    s = tl.load(s_ptr + row * v + words, mask=inside, other=-float("inf"))
-    t = tl.load(t_ptr + row * v + words, mask=inside, other=-float("inf"))
+    vocab_ids = tile * TILE + tl.arange(0, TILE)
+    inside = vocab_ids < v
+    s = tl.load(s_ptr + row * v + vocab_ids, mask=inside, other=-float("inf"))
+    t = tl.load(t_ptr + row * v + vocab_ids, mask=inside, other=-float("inf"))
     w = tl.load(weight_ptr + row) if WEIGHTED else 1.0
     p, q, t_max, t_sum, a, s_max, s_sum = _kl_numbers(s, t, inside)
     at = tile_ptr + row * 5 * PARTS
@@ -164,7 +164,7 @@ def _kl_one_pass_kernel(
         used, t_maxes, t_sums, a_parts, s_maxes, s_sums
     )
     g = q * (w * tl.exp(s_max - s_top) / s_total) - p * (w * tl.exp(t_max - t_top) / t_total)
-    tl.store(out_ptr + row * v + words, g.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + row * v + vocab_ids, g.to(out_ptr.dtype.element_ty), mask=inside)
     if tile == 0:
         tl.store(merged_ptr + row, t_top)
         tl.store(merged_ptr + n + row, t_total)
@@ -177,14 +177,14 @@ def _kl_one_pass_kernel(
 def _ce_stats_kernel(x_ptr, label_ptr, stats_ptr, n, v, tiles, TILE: tl.constexpr):
     row = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
-    words = tile * TILE + tl.arange(0, TILE)
-    x = tl.load(x_ptr + row * v + words, mask=words < v, other=-float("inf"))
+    vocab_ids = tile * TILE + tl.arange(0, TILE)
+    x = tl.load(x_ptr + row * v + vocab_ids, mask=vocab_ids < v, other=-float("inf"))
     label = tl.load(label_ptr + row)
     x_max = tl.max(x, 0)
     at = stats_ptr + tile * 3 * n + row
     tl.store(at, x_max)
     tl.store(at + n, tl.sum(tl.exp(x - x_max), 0))
-    tl.store(at + 2 * n, tl.sum(tl.where((words == label) & (words < v), x, 0.0), 0))
+    tl.store(at + 2 * n, tl.sum(tl.where((vocab_ids == label) & (vocab_ids < v), x, 0.0), 0))
 
 
 @triton.jit
@@ -219,14 +219,14 @@ def _ce_gradient_kernel(
 ):
     row = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
-    words = tile * TILE + tl.arange(0, TILE)
+    vocab_ids = tile * TILE + tl.arange(0, TILE)
     w = tl.load(weight_ptr + row) if WEIGHTED else 1.0
     label = tl.load(label_ptr + row)
     top = tl.load(merged_ptr + row)
     total = tl.load(merged_ptr + n + row)
-    x = tl.load(x_ptr + row * v + words, mask=words < v, other=-float("inf"))
-    g = tl.exp(x - top) * (w / total) - tl.where(words == label, w, 0.0)
-    tl.store(out_ptr + row * v + words, g.to(out_ptr.dtype.element_ty), mask=words < v)
+    x = tl.load(x_ptr + row * v + vocab_ids, mask=vocab_ids < v, other=-float("inf"))
+    g = tl.exp(x - top) * (w / total) - tl.where(vocab_ids == label, w, 0.0)
+    tl.store(out_ptr + row * v + vocab_ids, g.to(out_ptr.dtype.element_ty), mask=vocab_ids < v)
 
 
 @triton.jit
@@ -237,16 +237,18 @@ def _ce_one_pass_kernel(
     number = tl.atomic_add(count_ptr + n, 1, sem="relaxed")
     row = (number // tiles).to(tl.int64)
     tile = number % tiles
-    words = tile * TILE + tl.arange(0, TILE)
+    vocab_ids = tile * TILE + tl.arange(0, TILE)
     label = tl.load(label_ptr + row)
-    x = tl.load(x_ptr + row * v + words, mask=words < v, other=-float("inf"))
+    x = tl.load(x_ptr + row * v + vocab_ids, mask=vocab_ids < v, other=-float("inf"))
     w = tl.load(weight_ptr + row) if WEIGHTED else 1.0
     x_max = tl.max(x, 0)
     q = tl.exp(x - x_max)
     at = tile_ptr + row * 3 * PARTS
     tl.store(at + tile, x_max)
     tl.store(at + PARTS + tile, tl.sum(q, 0))
-    tl.store(at + 2 * PARTS + tile, tl.sum(tl.where((words == label) & (words < v), x, 0.0), 0))
+    tl.store(
+        at + 2 * PARTS + tile, tl.sum(tl.where((vocab_ids == label) & (vocab_ids < v), x, 0.0), 0)
+    )
     _meet(count_ptr + row, tiles)
     part = tl.arange(0, PARTS)
     used = part < tiles
@@ -254,8 +256,8 @@ def _ce_one_pass_kernel(
     sums = tl.load(at + PARTS + part, mask=used, other=0.0, cache_modifier=".cg")
     top = tl.max(maxes, 0)
     total = tl.sum(sums * tl.exp(tl.where(used, maxes - top, 0.0)), 0)
-    g = q * (w * tl.exp(x_max - top) / total) - tl.where(words == label, w, 0.0)
-    tl.store(out_ptr + row * v + words, g.to(out_ptr.dtype.element_ty), mask=words < v)
+    g = q * (w * tl.exp(x_max - top) / total) - tl.where(vocab_ids == label, w, 0.0)
+    tl.store(out_ptr + row * v + vocab_ids, g.to(out_ptr.dtype.element_ty), mask=vocab_ids < v)
     if tile == 0:
         chosen = tl.sum(
             tl.load(at + 2 * PARTS + part, mask=used, other=0.0, cache_modifier=".cg"), 0

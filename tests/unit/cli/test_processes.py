@@ -50,7 +50,9 @@ def test_a_bare_task_of_srun_takes_its_place(monkeypatch):
         "launchers.slurm.place_of", lambda environment: {"RANK": "3", "WORLD_SIZE": "4"}
     )
     monkeypatch.setattr(processes.os, "environ", dict(processes.os.environ))  # join writes into it
-    assert processes.join() == 4 and processes.os.environ["RANK"] == "3" and not processes.speaks()
+    assert (
+        processes.join() == 4 and processes.os.environ["RANK"] == "3" and not processes.is_rank0()
+    )
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def world(teacher, tmp_path_factory):
         kind="teacher",
         extra={"hf_config": {"model_type": "qwen3"}},
     )
-    aligned = AlignedMixers.beside(teacher, default_mixer(), seed=1)
+    aligned = AlignedMixers.from_teacher(teacher, default_mixer(), seed=1)
     with torch.no_grad():
         for parameter in aligned.parameters():
             parameter.add_(0.01)  # as if trained: not what a fresh transfer gives

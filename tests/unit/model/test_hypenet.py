@@ -6,7 +6,7 @@ from megatron_hypenet.config.schema import ParallelConfig
 from megatron_hypenet.model.hypenet import build_model
 from megatron_hypenet.model.mixers.lightning_attn import LightningAttn
 from megatron_hypenet.model.mixers.softmax_attn import SoftmaxAttn
-from tests.held import bytes_held
+from tests.activation_memory import bytes_held
 from tests.tiny import tiny_model_config, tiny_teacher_config
 
 IDS = torch.randint(0, 61, (2, 11), generator=torch.Generator().manual_seed(0))

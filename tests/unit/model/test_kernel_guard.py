@@ -38,7 +38,7 @@ USE = KernelUse(
     width=64,
     hidden=512,
     ffn=80,
-    words=150,
+    vocab_rows=150,
     tensor_ranks=1,
     context_ranks=1,
     documents=False,
@@ -214,7 +214,7 @@ def test_sizes_are_those_of_one_rank():
         mixers=("lightning_attn",),
     )
     assert use.mixers == {"attn", "lightning_attn"}
-    assert (use.width, use.hidden, use.ffn, use.words) == (512, 1024, 1536, 37_984)
+    assert (use.width, use.hidden, use.ffn, use.vocab_rows) == (512, 1024, 1536, 37_984)
     assert (use.tensor_ranks, use.context_ranks, use.documents) == (4, 2, True)
 
 

@@ -12,13 +12,13 @@ from tests.unit.stages.conftest import TEACHER, build
 @pytest.fixture
 def stage():
     trunk = build(TEACHER, trunk_only=True)
-    return AlignStage(trunk, AlignedMixers.beside(trunk, default_mixer(), seed=3))
+    return AlignStage(trunk, AlignedMixers.from_teacher(trunk, default_mixer(), seed=3))
 
 
 def expected_losses(tokens):
     """Per-layer losses from a whole teacher and separate mixers, with autograd's own arithmetic."""
     teacher = build(TEACHER)
-    mixers = AlignedMixers.beside(teacher, default_mixer(), seed=3)
+    mixers = AlignedMixers.from_teacher(teacher, default_mixer(), seed=3)
     inputs = {}
 
     def note(layer):
@@ -60,7 +60,7 @@ def test_the_trunk_computes_what_the_teacher_computes(stage, batch):
     it."""
     whole = build(TEACHER)
     states = whole.hidden_states(batch.tokens[:, :-1])
-    wrapped = AlignStage(whole, AlignedMixers.beside(whole, default_mixer(), seed=3))
+    wrapped = AlignStage(whole, AlignedMixers.from_teacher(whole, default_mixer(), seed=3))
     again = whole.hidden_states(batch.tokens[:, :-1])
     for before, after in zip(states, again, strict=True):
         assert torch.equal(before, after)

@@ -20,7 +20,7 @@ def stored_names(module):
 
 
 def test_the_plan_covers_the_student_exactly(teacher):
-    aligned = AlignedMixers.beside(teacher, default_mixer(), seed=0)
+    aligned = AlignedMixers.from_teacher(teacher, default_mixer(), seed=0)
     plan = plan_assembly(STUDENT, stored_names(teacher), stored_names(aligned))
     assert sorted(plan.names) == sorted(stored_names(build(STUDENT)))
     assert list(plan.fresh) == ["decoder.layers.1.self_attention.linear_in.weight.gate"]
@@ -31,7 +31,7 @@ def test_the_plan_covers_the_student_exactly(teacher):
 def test_missing_mixers_are_named(teacher):
     aligned = [
         name
-        for name in stored_names(AlignedMixers.beside(teacher, default_mixer(), seed=0))
+        for name in stored_names(AlignedMixers.from_teacher(teacher, default_mixer(), seed=0))
         if mixer_layer(name) != 2
     ]
     with pytest.raises(CheckpointError, match="aligned mixers hold no mixer tensors of layers 2"):
@@ -40,5 +40,5 @@ def test_missing_mixers_are_named(teacher):
         plan_assembly(
             STUDENT,
             aligned[:0],
-            stored_names(AlignedMixers.beside(teacher, default_mixer(), seed=0)),
+            stored_names(AlignedMixers.from_teacher(teacher, default_mixer(), seed=0)),
         )

@@ -6,7 +6,7 @@ import torch
 from megatron_hypenet.config.schema import HeadStageConfig, ParallelConfig, StageConfig
 from megatron_hypenet.model.hypenet import build_model
 from megatron_hypenet.stages.footprint import COMPUTE_BYTES, StageRank
-from tests.held import bytes_held
+from tests.activation_memory import bytes_held
 from tests.tiny import tiny_model_config, tiny_teacher_config
 
 

@@ -25,7 +25,7 @@ from megatron_hypenet.supervision.faults import (
     timed_out,
     watched,
 )
-from megatron_hypenet.supervision.heartbeat import PULSE, Pulse, Writer, file_of
+from megatron_hypenet.supervision.heartbeat import PROGRESS, ProgressState, Writer, file_of
 
 CLOSED = RuntimeError(
     "[/__w/pytorch/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by "
@@ -72,9 +72,9 @@ def test_what_libraries_say_of_other_processes():
 def test_a_fault_is_recorded_with_place_and_traceback(tmp_path):
     before = time.time()
     with pytest.raises(DataError), watched(tmp_path, GUARD):
-        PULSE.begin("align", train_iters=9)
-        PULSE.finish_step(3)
-        PULSE.note("data")
+        PROGRESS.begin("align", train_iters=9)
+        PROGRESS.finish_step(3)
+        PROGRESS.note("data")
         raise DataError("shard 7 is empty")
     content = record(tmp_path)
     assert before <= content["time"] <= time.time() and content["host"] == host_name()
@@ -135,10 +135,10 @@ def test_the_first_record_stays(tmp_path):
 def beating(root, rank, *, state="running", pid=None):
     """A file of another rank of the same start."""
     (root / "heartbeat").mkdir(exist_ok=True)
-    pulse = Pulse()
-    pulse.begin("align", train_iters=9)
+    progress = ProgressState()
+    progress.begin("align", train_iters=9)
     writer = Writer(
-        root / "heartbeat", life="now", rank=rank, world_size=3, interval=1, pulse=pulse
+        root / "heartbeat", life="now", rank=rank, world_size=3, interval=1, progress=progress
     )
     writer.state = state
     writer.write()

@@ -9,19 +9,19 @@ import pytest
 from megatron_hypenet.config.schema import GuardConfig
 from megatron_hypenet.supervision import hang_watchdog
 from megatron_hypenet.supervision.hang_watchdog import HangWatch, collective_minutes, suspects
-from megatron_hypenet.supervision.heartbeat import Beat, Pulse, Writer, file_of
+from megatron_hypenet.supervision.heartbeat import Beat, ProgressState, Writer, file_of
 
 
 @pytest.fixture
 def world(tmp_path):
     """A watch with a timeout of 0.4 s over a process that trains, and what it did."""
-    pulse = Pulse()
+    progress = ProgressState()
     seen = []
-    pulse.begin("align", train_iters=5)
-    pulse.finish_step(2)
+    progress.begin("align", train_iters=5)
+    progress.finish_step(2)
     (tmp_path / "heartbeat").mkdir()
     writer = Writer(
-        tmp_path / "heartbeat", life="now", rank=1, world_size=2, interval=0.1, pulse=pulse
+        tmp_path / "heartbeat", life="now", rank=1, world_size=2, interval=0.1, progress=progress
     )
     writer.start()
     watch = HangWatch(
@@ -31,7 +31,7 @@ def world(tmp_path):
         record=lambda error: seen.append(error),
         end=lambda code: seen.append(code),
     )
-    yield watch, pulse, seen
+    yield watch, progress, seen
     watch.stop()
     writer.stop("done")
 
@@ -44,9 +44,9 @@ def eventually(condition):
 
 
 def test_a_silent_process_is_reported_with_stacks_and_ended_with_8(world, tmp_path, capfd):
-    watch, pulse, seen = world
+    watch, progress, seen = world
     watch.start()
-    pulse.note("reduce")
+    progress.note("reduce")
     eventually(lambda: 8 in seen)
     error, code = seen
     said = capfd.readouterr().err
@@ -62,30 +62,30 @@ def test_a_silent_process_is_reported_with_stacks_and_ended_with_8(world, tmp_pa
 
 
 def test_a_process_that_gets_on_is_left_alone(world):
-    watch, pulse, seen = world
+    watch, progress, seen = world
     watch.start()
     for _ in range(20):
         time.sleep(0.05)
-        pulse.note("data")
+        progress.note("data")
     assert seen == []
 
 
 def test_phases_have_their_own_limits(world):
-    watch, pulse, _ = world
-    pulse.note("forward-backward")
+    watch, progress, _ = world
+    progress.note("forward-backward")
     assert watch.limit() == 0.4
-    pulse.note("save")
+    progress.note("save")
     assert watch.limit() == 0.8
-    pulse.note("alone")
+    progress.note("alone")
     assert watch.limit() == float("inf")
-    pulse.begin("distill", train_iters=5)
-    pulse.note("forward-backward")
+    progress.begin("distill", train_iters=5)
+    progress.note("forward-backward")
     assert watch.limit() == 0.8  # its first step compiles
 
 
 def test_a_process_that_was_stopped_as_a_whole_does_not_hang(world):
-    watch, pulse, _ = world
-    pulse.note("data")
+    watch, progress, _ = world
+    progress.note("data")
     time.sleep(0.6)
     assert "no further for 1 s" in watch.what_hangs()
     # what the thread notes when it finds that it has slept too long
@@ -94,11 +94,16 @@ def test_a_process_that_was_stopped_as_a_whole_does_not_hang(world):
 
 
 def test_waiting_for_the_first_process_ends_when_that_one_is_gone(world, tmp_path):
-    watch, pulse, _ = world
+    watch, progress, _ = world
     first = Writer(
-        tmp_path / "heartbeat", life="now", rank=0, world_size=2, interval=1, pulse=Pulse()
+        tmp_path / "heartbeat",
+        life="now",
+        rank=0,
+        world_size=2,
+        interval=1,
+        progress=ProgressState(),
     )
-    pulse.note("waiting")
+    progress.note("waiting")
     for _ in range(8):
         first.write()
         assert watch.what_hangs() is None
@@ -109,7 +114,7 @@ def test_waiting_for_the_first_process_ends_when_that_one_is_gone(world, tmp_pat
 
 
 def test_a_process_that_cannot_end_after_its_fault_is_ended_with_its_code(world):
-    watch, pulse, seen = world
+    watch, progress, seen = world
     watch.expect_end(5, 0.2)
     watch.start()
     eventually(lambda: seen)

@@ -12,41 +12,41 @@ import pytest
 from megatron_hypenet.supervision import heartbeat
 from megatron_hypenet.supervision.heartbeat import (
     PHASES,
-    Pulse,
+    ProgressState,
     Writer,
     file_of,
+    find_silent_ranks,
     is_dead,
     position,
     read_all,
     read_beat,
-    told_apart,
 )
 
 
 @pytest.fixture
-def pulse():
-    pulse = Pulse()
-    pulse.begin("distill", iteration=4, train_iters=9)
-    return pulse
+def progress():
+    progress = ProgressState()
+    progress.begin("distill", iteration=4, train_iters=9)
+    return progress
 
 
-def writer(folder, pulse, life="now", rank=0, interval=0.02):
+def writer(folder, progress, life="now", rank=0, interval=0.02):
     folder.mkdir(exist_ok=True)
-    return Writer(folder, life=life, rank=rank, world_size=2, interval=interval, pulse=pulse)
+    return Writer(folder, life=life, rank=rank, world_size=2, interval=interval, progress=progress)
 
 
-def test_phases_change_and_return(pulse):
-    assert pulse.phase == "build" and pulse.begun == 1
-    pulse.note("edge")
-    before = pulse.moved
-    with pulse.doing("save"):
-        assert pulse.phase == "save"
-    assert pulse.phase == "edge" and pulse.moved > before
-    with pytest.raises(ZeroDivisionError), pulse.doing("evaluate"):
+def test_phases_change_and_return(progress):
+    assert progress.phase == "build" and progress.begun == 1
+    progress.note("edge")
+    before = progress.moved
+    with progress.doing("save"):
+        assert progress.phase == "save"
+    assert progress.phase == "edge" and progress.moved > before
+    with pytest.raises(ZeroDivisionError), progress.doing("evaluate"):
         1 / 0  # noqa: B018
-    assert pulse.phase == "evaluate"  # where the fault was
-    pulse.finish_step(5, loss=1.5)
-    assert (pulse.iteration, pulse.phase, pulse.warm, pulse.facts) == (
+    assert progress.phase == "evaluate"  # where the fault was
+    progress.finish_step(5, loss=1.5)
+    assert (progress.iteration, progress.phase, progress.warm, progress.facts) == (
         5,
         "edge",
         True,
@@ -54,9 +54,9 @@ def test_phases_change_and_return(pulse):
     )
 
 
-def test_every_documented_field_is_written(tmp_path, pulse):
-    pulse.finish_step(5, loss=1.5, eta_seconds=60.0)
-    writer(tmp_path, pulse).write()
+def test_every_documented_field_is_written(tmp_path, progress):
+    progress.finish_step(5, loss=1.5, eta_seconds=60.0)
+    writer(tmp_path, progress).write()
     content = json.loads(file_of(tmp_path, 0).read_text())
     for name in (
         "life", "rank", "world_size", "host", "pid", "state", "time", "beats", "stage", "phase",
@@ -72,8 +72,8 @@ def test_every_documented_field_is_written(tmp_path, pulse):
     assert [path.name for path in tmp_path.iterdir()] == ["rank_00000.json"]
 
 
-def test_the_thread_beats_until_it_is_stopped(tmp_path, pulse):
-    beating = writer(tmp_path, pulse)
+def test_the_thread_beats_until_it_is_stopped(tmp_path, progress):
+    beating = writer(tmp_path, progress)
     beating.start()
     deadline = time.monotonic() + 10
     while read_beat(file_of(tmp_path, 0), "now").beats < 4:
@@ -85,16 +85,16 @@ def test_the_thread_beats_until_it_is_stopped(tmp_path, pulse):
     assert last.state == "done" and read_beat(file_of(tmp_path, 0), "now") == last
 
 
-def test_a_disk_that_cannot_be_written_ends_nothing(tmp_path, pulse):
-    beating = writer(tmp_path / "folder", pulse)
+def test_a_disk_that_cannot_be_written_ends_nothing(tmp_path, progress):
+    beating = writer(tmp_path / "folder", progress)
     (tmp_path / "folder").rmdir()
     beating.write()
     assert not (tmp_path / "folder").exists()
 
 
-def test_files_of_an_earlier_start_and_torn_ones_are_not_seen(tmp_path, pulse):
-    writer(tmp_path, pulse, life="before", rank=0).write()
-    writer(tmp_path, pulse, rank=1).write()
+def test_files_of_an_earlier_start_and_torn_ones_are_not_seen(tmp_path, progress):
+    writer(tmp_path, progress, life="before", rank=0).write()
+    writer(tmp_path, progress, rank=1).write()
     assert list(read_all(tmp_path, "now", 3)) == [1]
     file_of(tmp_path, 1).write_text('{"life": "now", "ra')
     assert read_all(tmp_path, "now", 3) == {}
@@ -102,15 +102,15 @@ def test_files_of_an_earlier_start_and_torn_ones_are_not_seen(tmp_path, pulse):
 
 def test_places_are_in_the_order_of_a_run(tmp_path):
     places = []
-    pulse = Pulse()
+    progress = ProgressState()
     for stage in ("align", "distill"):
-        pulse.begin(stage, train_iters=2)
+        progress.begin(stage, train_iters=2)
         for step in (1, 2):
             for phase in ("data", "forward-backward", "reduce", "update"):
-                pulse.note(phase)
-                writer(tmp_path, pulse).write()
+                progress.note(phase)
+                writer(tmp_path, progress).write()
                 places.append(read_beat(file_of(tmp_path, 0), "now").place)
-            pulse.finish_step(step)
+            progress.finish_step(step)
     assert places == sorted(set(places)) and list(PHASES).index("data") < list(PHASES).index("save")
 
 
@@ -123,9 +123,9 @@ def test_position_in_words():
     )
 
 
-def test_the_dead_are_known_on_their_own_machine(tmp_path, pulse):
+def test_the_dead_are_known_on_their_own_machine(tmp_path, progress):
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    writer(tmp_path, pulse).write()
+    writer(tmp_path, progress).write()
     content = json.loads(file_of(tmp_path, 0).read_text()) | {"pid": child.pid}
     file_of(tmp_path, 0).write_text(json.dumps(content))
     assert not is_dead(read_beat(file_of(tmp_path, 0), "now"))
@@ -138,11 +138,11 @@ def test_the_dead_are_known_on_their_own_machine(tmp_path, pulse):
     assert not is_dead(read_beat(file_of(tmp_path, 0), "now"))
 
 
-def test_those_who_no_longer_write_are_told_apart(tmp_path, pulse):
-    one, two = writer(tmp_path, pulse, rank=0), writer(tmp_path, pulse, rank=1)
+def test_those_who_no_longer_write_are_told_apart(tmp_path, progress):
+    one, two = writer(tmp_path, progress, rank=0), writer(tmp_path, progress, rank=1)
     one.write()
     two.write()
-    beats, silent = told_apart(lambda: read_all(tmp_path, "now", 2), one.write)
+    beats, silent = find_silent_ranks(lambda: read_all(tmp_path, "now", 2), one.write)
     assert silent == {1} and beats[0].beats == 2
     two.stop("hung")
-    assert told_apart(lambda: read_all(tmp_path, "now", 2), one.write)[1] == set()
+    assert find_silent_ranks(lambda: read_all(tmp_path, "now", 2), one.write)[1] == set()

@@ -10,12 +10,12 @@ import megatron_hypenet
 PROGRAM = """
 import atexit, sys
 from megatron_hypenet.config.schema import ParallelConfig
-from megatron_hypenet.supervision.process_exit import leave
+from megatron_hypenet.supervision.process_exit import exit_process
 from megatron_hypenet.parallel import groups
 groups.init_parallel(ParallelConfig())
 atexit.register(lambda: print("teardown ran"))
 print("last words", end="")
-leave(75)
+exit_process(75)
 """
 
 

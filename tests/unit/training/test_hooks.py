@@ -10,7 +10,7 @@ import torch
 from megatron_hypenet.config.schema import ParallelConfig
 from megatron_hypenet.engine.own_time import OwnTime
 from megatron_hypenet.parallel import groups
-from megatron_hypenet.supervision.heartbeat import PULSE
+from megatron_hypenet.supervision.heartbeat import PROGRESS
 from megatron_hypenet.training.grace_period import Timing
 from megatron_hypenet.training.hooks import (
     CallbackHook,
@@ -85,20 +85,22 @@ def test_metrics_are_means_over_the_steps_of_an_interval_that_were_not_skipped()
 def test_progress_is_noted_and_the_first_step_is_not_measured(tmp_path):
     timing = Timing("align", background=False)
     hook = ProgressHook(timing, tmp_path)
-    PULSE.begin("align", train_iters=5)
+    PROGRESS.begin("align", train_iters=5)
     hook.on_step_end(end(1))
     assert timing.figures()["step_seconds"] == 0.0
     hook.on_step_end(end(2, skipped=True))
     assert timing.figures()["step_seconds"] == 2.0
-    assert (PULSE.iteration, PULSE.facts["loss"], PULSE.facts["tokens_per_second"]) == (
+    assert (PROGRESS.iteration, PROGRESS.facts["loss"], PROGRESS.facts["tokens_per_second"]) == (
         2,
         None,
         10.0,
     )
     hook.on_eval(2, {}, 0.5)
     hook.on_save(Path("/a/iter_0000002"), 0.25)
-    assert PULSE.facts["last_save"] == "/a/iter_0000002" and PULSE.facts["save_seconds"] == 0.25
-    assert "margin_seconds" not in PULSE.facts
+    assert (
+        PROGRESS.facts["last_save"] == "/a/iter_0000002" and PROGRESS.facts["save_seconds"] == 0.25
+    )
+    assert "margin_seconds" not in PROGRESS.facts
     written = json.loads((tmp_path / "timing.json").read_text())
     assert (written["evaluate_seconds"], written["save_seconds"]) == (0.5, 0.25)
 

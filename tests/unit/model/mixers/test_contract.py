@@ -248,7 +248,7 @@ def test_recurrent_mixers_take_over_attention_weights(name, heads, groups):
 @pytest.mark.parametrize("name", RECURRENT)
 def test_stage_one_trains_them_beside_a_teacher(name):
     teacher = build_model(tiny_teacher_config(2), ParallelConfig(), dtype=torch.float32, seed=4)
-    aligned = AlignedMixers.beside(teacher, mixer_specs()[name](), seed=1)
+    aligned = AlignedMixers.from_teacher(teacher, mixer_specs()[name](), seed=1)
     assert aligned.model_config.used_mixers == (name,)
     assert {key.split("self_attention.")[1] for key in whole_tensors(aligned)} == {
         parameter.name

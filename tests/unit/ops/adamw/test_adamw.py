@@ -31,8 +31,8 @@ NARROW = torch.bfloat16 if DEVICE == "cuda" else torch.float16
 
 def state(count):
     weight = torch.randn(count, device=DEVICE)
-    narrow = torch.full((count,), torch.nan, dtype=NARROW, device=DEVICE)
-    return weight, torch.zeros_like(weight), torch.zeros_like(weight), narrow
+    compute_weight = torch.full((count,), torch.nan, dtype=NARROW, device=DEVICE)
+    return weight, torch.zeros_like(weight), torch.zeros_like(weight), compute_weight
 
 
 def definition(weight, gradients, scale, **changes):
@@ -57,7 +57,7 @@ def definition(weight, gradients, scale, **changes):
     [(0.25, {}), (1.0, {"weight_decay": 0.0}), (0.25, {"betas": (0.0, 0.999)})],
 )
 def test_three_steps_match_float64(op, count, scale, changes):
-    weight, mean, square, narrow = state(count)
+    weight, mean, square, compute_weight = state(count)
     gradients = [torch.randn(count, device=DEVICE) * 10.0**-turn for turn in range(3)]
     want = definition(weight, gradients, scale, **changes)
     for turn, gradient in enumerate(gradients, 1):
@@ -66,11 +66,11 @@ def test_three_steps_match_float64(op, count, scale, changes):
             gradient.clone(),
             mean,
             square,
-            narrow,
+            compute_weight,
             numbers(turn, **changes),
             scaled_by(scale),
         )
-        assert torch.equal(narrow, weight.to(NARROW))
+        assert torch.equal(compute_weight, weight.to(NARROW))
     for got, exact in zip((weight, mean, square), want, strict=True):
         torch.testing.assert_close(got.double(), exact, rtol=2e-5, atol=1e-6)
 
@@ -89,9 +89,9 @@ def test_only_their_piece_of_memory_is_written(op):
 
 @pytest.mark.parametrize("op", [adamw, kernel])
 def test_a_weight_that_never_had_a_gradient_only_decays(op):
-    weight, mean, square, narrow = state(40)
+    weight, mean, square, compute_weight = state(40)
     want = weight * (1 - 0.05 * 0.1)
-    op(weight, torch.zeros_like(weight), mean, square, narrow, numbers(1), scaled_by(0.25))
+    op(weight, torch.zeros_like(weight), mean, square, compute_weight, numbers(1), scaled_by(0.25))
     torch.testing.assert_close(weight, want, rtol=1e-6, atol=0)
     assert not mean.any() and not square.any()
 
@@ -111,7 +111,7 @@ def test_a_scale_that_is_nan_changes_nothing(op):
 
 def test_the_torch_form_is_torchs_own_optimizer_bit_for_bit(monkeypatch):
     monkeypatch.setitem(kernels._enabled, "adamw", False)
-    weight, mean, square, narrow = state(300)
+    weight, mean, square, compute_weight = state(300)
     parameter = torch.nn.Parameter(weight.clone())
     theirs = torch.optim.AdamW(
         [parameter], lr=0.05, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused=True
@@ -120,17 +120,23 @@ def test_the_torch_form_is_torchs_own_optimizer_bit_for_bit(monkeypatch):
         gradient = torch.randn(300, device=DEVICE)
         parameter.grad = gradient * 0.25
         theirs.step()
-        adamw(weight, gradient, mean, square, narrow, numbers(turn), scaled_by(0.25))
+        adamw(weight, gradient, mean, square, compute_weight, numbers(turn), scaled_by(0.25))
     assert torch.equal(weight, parameter) and torch.equal(mean, theirs.state[parameter]["exp_avg"])
-    assert torch.equal(narrow, parameter.to(NARROW))
+    assert torch.equal(compute_weight, parameter.to(NARROW))
 
 
 def test_what_does_not_belong_together_is_refused():
     pytest.importorskip("triton")
-    weight, mean, square, narrow = state(8)
+    weight, mean, square, compute_weight = state(8)
     with pytest.raises(ValueError, match=r"do not belong together: \(8,\), \(1,\)"):
         fused_adamw(
-            weight, torch.ones(1, device=DEVICE), mean, square, narrow, numbers(1), scaled_by(1.0)
+            weight,
+            torch.ones(1, device=DEVICE),
+            mean,
+            square,
+            compute_weight,
+            numbers(1),
+            scaled_by(1.0),
         )
     with pytest.raises(ValueError, match="do not belong together"):
         fused_adamw(
@@ -138,7 +144,7 @@ def test_what_does_not_belong_together_is_refused():
             torch.ones(16, device=DEVICE)[::2],
             mean,
             square,
-            narrow,
+            compute_weight,
             numbers(1),
             scaled_by(1.0),
         )

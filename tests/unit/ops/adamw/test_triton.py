@@ -20,13 +20,13 @@ def test_blocks_cover_every_number_once(monkeypatch, count):
     gradient = torch.randn(count, device=DEVICE)
     weight = before.clone()
     moments = torch.zeros(2, count + 8, device=DEVICE)
-    narrow = torch.zeros(count + 8, device=DEVICE).half()
+    compute_weight = torch.zeros(count + 8, device=DEVICE).half()
     kernels.run(
         weight[:count],
         gradient,
         moments[0, :count],
         moments[1, :count],
-        narrow[:count],
+        compute_weight[:count],
         STEP,
         torch.ones((), device=DEVICE),
     )
@@ -35,11 +35,11 @@ def test_blocks_cover_every_number_once(monkeypatch, count):
     )
     torch.testing.assert_close(moments[0, :count], 0.1 * gradient)
     torch.testing.assert_close(moments[1, :count], 0.05 * gradient.square())
-    assert torch.equal(narrow[:count], weight[:count].half())
+    assert torch.equal(compute_weight[:count], weight[:count].half())
     assert (
         torch.equal(weight[count:], before[count:])
         and not moments[:, count:].any()
-        and not narrow[count:].any()
+        and not compute_weight[count:].any()
     )
 
 
@@ -65,9 +65,9 @@ def test_more_than_two_to_the_31_numbers(takes_gib):
     # one piece of memory for both: each number is read before it is written
     weight = gradient = torch.ones(count, device=DEVICE)
     mean, square = torch.zeros(count, device=DEVICE), torch.zeros(count, device=DEVICE)
-    narrow = torch.zeros(count, dtype=torch.bfloat16, device=DEVICE)
-    kernels.run(weight, gradient, mean, square, narrow, STEP, torch.ones((), device=DEVICE))
-    for x, value in ((weight, 0.95), (mean, 0.1), (square, 0.05), (narrow, 0.95)):
+    compute_weight = torch.zeros(count, dtype=torch.bfloat16, device=DEVICE)
+    kernels.run(weight, gradient, mean, square, compute_weight, STEP, torch.ones((), device=DEVICE))
+    for x, value in ((weight, 0.95), (mean, 0.1), (square, 0.05), (compute_weight, 0.95)):
         assert torch.allclose(
             x[[0, 2**31 - 1, 2**31, -1]].float(), torch.full((4,), value, device=DEVICE), rtol=4e-3
         )

@@ -6,6 +6,7 @@ taken and that its sums are right."""
 import pytest
 import torch
 
+from megatron_hypenet.ops.dtypes import accumulation_dtype
 from megatron_hypenet.parallel.vocab_loss import gradients
 from megatron_hypenet.parallel.vocab_loss.gradients import (
     HeadGradients,
@@ -13,7 +14,6 @@ from megatron_hypenet.parallel.vocab_loss.gradients import (
     blocks,
     chunk_size,
     product,
-    wide,
 )
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -63,10 +63,10 @@ def test_chunk_size(count, limit, per_token, device, want):
 
 
 def test_an_open_limit_keeps_to_its_budget():
-    for words in (500, 32_000, 151_936):
-        size = chunk_size(10**6, None, words * 12, CUDA)
+    for vocab_rows in (500, 32_000, 151_936):
+        size = chunk_size(10**6, None, vocab_rows * 12, CUDA)
         assert (
-            size * words * 12 <= gradients.BUFFER_BYTES["cuda"]
+            size * vocab_rows * 12 <= gradients.BUFFER_BYTES["cuda"]
             and size % gradients.ROW_MULTIPLE == 0
         )
 
@@ -80,7 +80,7 @@ def test_chunks_below_one_token_are_refused():
 def test_products_are_wide(dtype):
     a = draw(9, 20, dtype=dtype)
     b = draw(20, 11, dtype=dtype, seed=1)
-    out = torch.empty(9, 11, dtype=wide(dtype))
+    out = torch.empty(9, 11, dtype=accumulation_dtype(dtype))
     assert product(a, b, out) is out
     torch.testing.assert_close(out.double(), a.double() @ b.double(), rtol=2e-6, atol=2e-6)
 
@@ -137,7 +137,7 @@ def test_new_torch_widens_in_the_product(monkeypatch):
 def test_sums_start_from_anything_and_go_on(dtype, rows):
     a = draw(rows, 6, dtype=dtype)
     b = draw(6, 5, dtype=dtype, seed=1)
-    total = torch.full((rows, 5), float("nan"), dtype=wide(dtype))
+    total = torch.full((rows, 5), float("nan"), dtype=accumulation_dtype(dtype))
     accumulate(total, a, b, fresh=True)
     accumulate(total, a, b, fresh=False)
     torch.testing.assert_close(total.double(), 2 * (a.double() @ b.double()), rtol=2e-6, atol=2e-6)

@@ -20,7 +20,7 @@ def small_tiles(monkeypatch):
 @pytest.mark.parametrize("shards", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_right_kernels_pass(dtype, shards):
-    found = check_vocab(DEVICE, dtype, words=150, shards=shards, tokens=9)
+    found = check_vocab(DEVICE, dtype, vocab_rows=150, shards=shards, tokens=9)
     assert found.ok and found.error > 0, found
 
 
@@ -37,11 +37,11 @@ def test_wrong_gradients_fail(monkeypatch, shards, function):
         return found
 
     monkeypatch.setattr(triton_terms, function, wrong)
-    found = check_vocab(DEVICE, torch.float32, words=150, shards=shards, tokens=9)
+    found = check_vocab(DEVICE, torch.float32, vocab_rows=150, shards=shards, tokens=9)
     assert not found.ok and "gradient" in found.worst and 0.01 < found.error < 0.03
 
 
 def test_wrong_statistics_fail(monkeypatch):
     right = triton_terms.ce_stats
     monkeypatch.setattr(triton_terms, "ce_stats", lambda x, labels: right(x, labels + 1))
-    assert check_vocab(DEVICE, torch.float32, words=150, tokens=9).worst == "score"
+    assert check_vocab(DEVICE, torch.float32, vocab_rows=150, tokens=9).worst == "score"

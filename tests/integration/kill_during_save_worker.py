@@ -1,8 +1,8 @@
 """Kills saving processes with SIGKILL, many of them: imports once, forks one child per attempt,
 looks at what each leaves.
 
-    python -m tests.integration.kill_nursery FOLDER [--writer-kills N] [--training-kills N]
-        [--seed S]
+    python -m tests.integration.kill_during_save_worker FOLDER
+        [--writer-kills N] [--training-kills N] [--seed S]
 points: at every file operation of one save in turn. writer: at random moments of a process that
 does nothing but save. training: at random moments of a real run's saves, which then goes on to its
 end. Each with saves in the foreground and in the background; prints one JSON object, {mode-kind:
