@@ -20,7 +20,7 @@ from megatron_hypenet.cli.options import (
     WorldSizeOption,
     collect_overrides,
 )
-from megatron_hypenet.config.checks import check_layout, check_model_fits_selection, layout_warnings
+from megatron_hypenet.config.checks import check_run, layout_warnings
 from megatron_hypenet.config.layout import Layout
 from megatron_hypenet.config.loader import (
     dump_config,
@@ -115,7 +115,7 @@ def validate(
         }
     else:
         run = load_run_config(config, words)
-        check_run(
+        check_and_warn(
             run, load_model_config(model) if model else shape_if_present(run.teacher), world_size
         )
         summary = {"file": str(config), "kind": "run", "tokens": stage_tokens(run)}
@@ -125,18 +125,16 @@ def validate(
         typer.echo(f"{config}: valid {summary['kind']} configuration; " + describe(summary))
 
 
-def check_run(run: RunConfig, shape: ModelConfig | None, world_size: int | None) -> None:
+def check_and_warn(run: RunConfig, shape: ModelConfig | None, world_size: int | None) -> None:
     """Raise LayoutError or ConfigError for what spans model, run and processes; warnings go to
     stderr."""
-    check_layout(shape, run, world_size)
+    check_run(shape, run, world_size)
     if shape is None:
         typer.echo(
             f"note: teacher {run.teacher} is not here, so rules about its shape are left out; "
             "--model names a shape",
             err=True,
         )
-    else:
-        check_model_fits_selection(shape, run)
     for line in layout_warnings(Layout(shape, run, world_size)):
         typer.echo(f"warning: {line}", err=True)
 

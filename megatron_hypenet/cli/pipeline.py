@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_hypenet.cli import processes
 from megatron_hypenet.config.model import ModelConfig
-from megatron_hypenet.config.schema import STAGES, RunConfig
+from megatron_hypenet.config.schema import RunConfig
 from megatron_hypenet.errors import CheckpointError
 from megatron_hypenet.process_place import under_way
 
@@ -150,7 +150,7 @@ def checked(
     `nproc` is what --nproc asks for on this machine; `world_size` is the number of processes of a
     run that others will start.
     """
-    from megatron_hypenet.config.checks import check_layout, check_model_fits_selection
+    from megatron_hypenet.config.checks import check_run
     from megatron_hypenet.halo.run_folder import RunFolder
     from megatron_hypenet.halo.task_runner import identity_of
 
@@ -165,8 +165,7 @@ def checked(
         not (world_size or nproc or processes.join())
         and num_processes == run.parallel.model_parallel_size
     )
-    check_layout(shape, run, None if follows else num_processes, STAGES)
-    check_model_fits_selection(shape, run)
+    check_run(shape, run, None if follows else num_processes)
     identity_of([*run.data.train, *([run.data.heldout] if run.data.heldout else [])])
     return Checked(shape, num_processes)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from megatron_hypenet.cli.config import check_run, shape_if_present
+from megatron_hypenet.cli.config import check_and_warn, shape_if_present
 from megatron_hypenet.cli.options import (
     ConfigArgument,
     ContextParallelOption,
@@ -73,7 +73,7 @@ def plan(
             f"teacher {run.teacher} is not here, and its shape is needed; "
             "name one with --model configs/model/NAME.yaml"
         )
-    check_run(run, shape, world_size)
+    check_and_warn(run, shape, world_size)
     from megatron_hypenet.planning.layout_search import fits, fullest, needs
 
     layout = Layout(shape, run, world_size)

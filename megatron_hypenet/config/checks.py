@@ -51,6 +51,16 @@ def check_layout(
     _raise(layout_problems(Layout(model_config, run_config, world_size, tuple(stages))))
 
 
+def check_run(
+    model_config: ModelConfig | None, run_config: RunConfig, world_size: int | None
+) -> None:
+    """Check what spans a whole run: its layout for all stages, as `check_layout` does, and, where
+    the model is known, its layer selection. Raises LayoutError or ConfigError."""
+    check_layout(model_config, run_config, world_size)
+    if model_config is not None:
+        check_model_fits_selection(model_config, run_config)
+
+
 def check_model_layout(
     model_config: ModelConfig, parallel: ParallelConfig, world_size: int | None
 ) -> None:

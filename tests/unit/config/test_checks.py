@@ -8,6 +8,7 @@ from megatron_hypenet.config.checks import (
     check_layout,
     check_model_fits_selection,
     check_model_layout,
+    check_run,
     layout_problems,
     layout_warnings,
 )
@@ -307,3 +308,12 @@ def test_every_problem_has_two_ways_out_and_each_lifts_it(layout):
             assert not any(
                 rule == problem.rule and says.split(".")[0] == stage for rule, says in after
             )
+
+
+def test_a_run_is_checked_for_its_layout_and_where_the_model_is_known_its_selection():
+    too_many = run(select={"num_attention_layers": 1000})
+    check_run(None, too_many, 4)
+    with pytest.raises(ConfigError, match="num_attention_layers=1000"):
+        check_run(MODEL, too_many, 4)
+    with pytest.raises(LayoutError, match="tensor_model_parallel_size=3"):
+        check_run(MODEL, run(axes(tp=3)), 3)
