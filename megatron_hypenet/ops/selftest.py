@@ -274,7 +274,7 @@ def check_adamw(device: torch.device, dtype: torch.dtype, *, count: int = 10_000
             ):
                 pairs[f"{name} of step {turn}"] = (got.clone(), exact)
             assert torch.equal(compute_weight, weight.to(dtype)), (
-                "the weights in the compute dtype are not the weights rounded"
+                "the weights in the compute dtype are not the fp32 weights rounded"
             )
         state = (weight, exp_avg, exp_avg_sq, compute_weight)
         kept = [x.clone() for x in state]

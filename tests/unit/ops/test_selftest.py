@@ -104,11 +104,14 @@ def test_an_update_that_is_off_fails(monkeypatch):
     ), found
 
 
-def test_narrow_weights_that_are_not_the_weights_rounded_fail(monkeypatch):
+def test_compute_weights_that_are_not_the_fp32_weights_rounded_fail(monkeypatch):
     right = adamw_kernels.run
     monkeypatch.setattr(adamw_kernels, "run", lambda *args: right(*args) or args[4].mul_(0.999))
     found = CHECKS["adamw"](torch.float16)
-    assert not found.ok and "the narrow weights are not the weights rounded" in str(found)
+    assert (
+        not found.ok
+        and "the weights in the compute dtype are not the fp32 weights rounded" in str(found)
+    )
 
 
 def test_nan_is_the_worst_of_all():
