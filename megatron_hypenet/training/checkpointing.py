@@ -40,8 +40,8 @@ class Saver:
         """Called with a line when a save is requested and when it is committed."""
         self._pending: PendingSave | None = None
         self._requested = 0.0
-        self._committed_in: float | None = None
-        """Seconds from the request to the commit of a save that was not yet reported."""
+        self._untold: tuple[Path, float] | None = None
+        """What the next `take_commit` returns."""
 
     def save(self, engine: EngineState, state: TrainState, *, wait: bool, **what: Any) -> None:
         """Save `state`. Without `wait`, and with checkpoint.async_save, this only takes copies: a
@@ -76,19 +76,19 @@ class Saver:
         pending = self._pending
         self._pending = None
         self.committed = pending.commit()
-        self._committed_in = time.perf_counter() - self._requested
+        self._untold = (self.committed, time.perf_counter() - self._requested)
         if groups.rank() == 0:
             prune(
                 self.checkpoints, keep_last=self.config.keep_last, keep_every=self.config.keep_every
             )
         self.note(f"saved {self.committed} in {self._seconds()}")
 
-    def take_seconds(self) -> float | None:
-        """Seconds from request to commit of the save that was committed since the last call; None
-        when none was."""
-        seconds = self._committed_in
-        self._committed_in = None
-        return seconds
+    def take_commit(self) -> tuple[Path, float] | None:
+        """The checkpoint that was committed since the last call, and the seconds from its request
+        to its commit; None when none was."""
+        commit = self._untold
+        self._untold = None
+        return commit
 
     def settle_before_fault(self) -> None:
         """Call `settle` before raising an error that all processes have found in the same step,

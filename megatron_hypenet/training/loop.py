@@ -212,10 +212,9 @@ class _Loop:
                 self._save(wait=end.last or request == signals.LEAVE)
         else:
             self.saver.edge()
-        if (seconds := self.saver.take_seconds()) is not None:
-            assert self.saver.committed is not None, "a save was committed"
+        if (commit := self.saver.take_commit()) is not None:
             for hook in self.hooks:
-                hook.on_save(self.saver.committed, seconds)
+                hook.on_save(*commit)
 
     def _save(self, *, wait: bool) -> None:
         """Save the current state; with `wait` it is committed on return, also under

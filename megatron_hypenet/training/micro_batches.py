@@ -44,20 +44,19 @@ class StepReader:
         """First sample and micro-batches of a step that has not begun."""
 
     def take(self, first_sample: int) -> list[MicroBatch]:
-        """Return the micro-batches of the step that begins with `first_sample`, and release them
-        here."""
-        if self._ahead is None or self._ahead[0] != first_sample:
-            self.read_ahead(first_sample)
-        assert self._ahead is not None
-        (_, batches) = self._ahead
+        """The micro-batches of the step that begins with `first_sample`. What was read ahead is
+        forgotten here."""
+        ahead = self._ahead
         self._ahead = None
-        return batches
+        return ahead[1] if ahead and ahead[0] == first_sample else self._read(first_sample)
 
     def read_ahead(self, first_sample: int) -> None:
-        """Read a step's micro-batches, for the next `take`."""
+        """Read a step's micro-batches for the next `take`."""
+        self._ahead = (first_sample, self._read(first_sample))
+
+    def _read(self, first_sample: int) -> list[MicroBatch]:
         PROGRESS.note("data")
-        batches = step_batches(self.data, self.config, first_sample, separate=self.separate)
-        self._ahead = (first_sample, batches)
+        return step_batches(self.data, self.config, first_sample, separate=self.separate)
 
 
 def step_batches(
