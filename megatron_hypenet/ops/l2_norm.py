@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from megatron_hypenet.ops.dtypes import accumulation_dtype
+
 EPSILON = 1e-6
 """Added to the sum of squares (HypeNet reference, mixers gdn and kda; fla.modules.l2norm)."""
 
@@ -10,5 +12,7 @@ EPSILON = 1e-6
 def l2_norm(x: Tensor) -> Tensor:
     """x / sqrt(sum(x^2) + 1e-6) over the last dimension, in x's dtype; computed in float32, in
     float64 for float64 inputs."""
-    wide = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + EPSILON)).to(x.dtype)
+    accumulated = x.to(accumulation_dtype(x.dtype))
+    return (accumulated * torch.rsqrt(accumulated.square().sum(-1, keepdim=True) + EPSILON)).to(
+        x.dtype
+    )

@@ -5,6 +5,8 @@ Source: Kimi Delta Attention (arXiv 2510.26692), Gated DeltaNet (arXiv 2412.0646
 import torch
 from torch import Tensor
 
+from megatron_hypenet.ops.dtypes import accumulation_dtype
+
 
 def short_conv(x: Tensor, weight: Tensor, document_ids: Tensor | None = None) -> Tensor:
     """Return silu(sum_j weight[:, j] * x_(i + j)) for every token i after the first W - 1, in x's
@@ -18,7 +20,7 @@ def short_conv(x: Tensor, weight: Tensor, document_ids: Tensor | None = None) ->
             document's. None for one document a row.
 
     Returns [rows, t, channels]. Products and sums are done in float32, in float64 for float64."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = accumulation_dtype(x.dtype)
     taps = weight.to(dtype)
     window = weight.shape[1]
     count = x.shape[1] - window + 1

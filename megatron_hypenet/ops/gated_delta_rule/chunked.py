@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_hypenet.ops.dtypes import accumulation_dtype
 from megatron_hypenet.ops.gated_delta_rule.naive import per_channel
 
 CHUNK_TOKENS = 64
@@ -115,7 +116,7 @@ class _Chunks(NamedTuple):
         chunk_size: int | None,
     ) -> _Chunks:
         """Cut tokens into chunks, the last one filled up, and solve inside of each."""
-        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        dtype = accumulation_dtype(q.dtype)
         per_head = log_decay.dim() == 3
         size = chunk_size or (CHUNK_TOKENS if per_head else CHUNK_TOKENS_PER_CHANNEL)
         size = min(size, q.shape[1])
