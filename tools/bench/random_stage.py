@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_hypenet.checkpoint.shards import tensor_pieces
 from megatron_hypenet.config.mixers import MixerSpec, default_mixer
+from megatron_hypenet.config.mixers.softmax_attn import ATTENTION
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.config.schema import HeadStageConfig, ParallelConfig, Recompute
 from megatron_hypenet.engine.deepspeed.engine import TrainingEngine
@@ -55,13 +56,21 @@ class SyntheticTokens:
 
 
 def model_config(
-    name: str, *, num_layers: int | None = None, vocab_size: int | None = None
+    name: str,
+    *,
+    num_layers: int | None = None,
+    vocab_size: int | None = None,
+    mixer: MixerSpec | None = None,
 ) -> ModelConfig:
-    """A student of configs/model, perhaps with its first layers only and a smaller vocabulary."""
+    """A student of configs/model, perhaps with its first layers only, a smaller vocabulary, and
+    another RNN mixer."""
     config = ModelConfig.model_validate(
         yaml.safe_load((ROOT / "configs" / "model" / f"{name}.yaml").read_text())
     )
     layers = num_layers or config.num_layers
+    if mixer is not None:
+        types = (name if name == ATTENTION else mixer.name for name in config.mixer_types)
+        config = config.with_mixers(types, (mixer,))
     return config.replace(
         num_layers=layers,
         mixer_types=config.mixer_types[:layers],
@@ -113,11 +122,12 @@ def build(
     parallel: ParallelConfig,
     *,
     by_name: bool = False,
+    mixer: MixerSpec | None = None,
 ) -> StageModule:
-    """Stage `name` in bfloat16 on CUDA, float32 on a CPU. `by_name` draws each weight from its
-    name, the same on every layout (slow)."""
+    """Stage `name` in bfloat16 on CUDA, float32 on a CPU, with `mixer` in place of the default RNN
+    mixer. `by_name` draws each weight from its name, the same on every layout (slow)."""
     spec = stage_spec(name)
-    mixer = default_mixer()
+    mixer = mixer or default_mixer()
     teacher, _ = teacher_and_student(student, mixer)
     trained = spec.student_shape(teacher, student, mixer)
     parallel = placed(name, config, parallel, teacher, trained)

@@ -52,7 +52,7 @@ def measure(row: dict[str, Any], out: Path) -> None:
     from random_stage import TimedSteps, build, median, model_config
 
     from megatron_hypenet.checkpoint.manifest import library_versions
-    from megatron_hypenet.config.mixers import default_mixer
+    from megatron_hypenet.config.mixers import default_mixer, mixer_spec
     from megatron_hypenet.config.schema import HeadStageConfig, ParallelConfig
     from megatron_hypenet.parallel import groups
     from megatron_hypenet.planning.layout_search import teacher_and_student
@@ -74,15 +74,16 @@ def measure(row: dict[str, Any], out: Path) -> None:
         recompute=row["recompute"],
         cuda_graphs=row["cuda_graphs"],
     )
-    student = model_config(row["model"], num_layers=row["layers"])
-    stage = build(row["stage"], student, config, parallel)
+    mixer = mixer_spec(row["mixer"])() if row["mixer"] else default_mixer()
+    student = model_config(row["model"], num_layers=row["layers"], mixer=mixer)
+    stage = build(row["stage"], student, config, parallel, mixer=mixer)
     steps = TimedSteps(stage, config, parallel)
     steps.run(row["warmup"])
     with GpuPower() as power:
         steps.run(row["steps"])
     speed = config.tokens_per_step / median(steps.seconds)
-    teacher, learner = teacher_and_student(student, default_mixer())
-    learner = stage_spec(row["stage"]).student_shape(teacher, learner, default_mixer())
+    teacher, learner = teacher_and_student(student, mixer)
+    learner = stage_spec(row["stage"]).student_shape(teacher, learner, mixer)
     (memory,) = stage_memory(row["stage"], teacher, learner, config, parallel, data_ranks=1)
     graphs = steps.engine.graphs
     work = Workload(stage.flops_per_token(config.seq_length), 1, peak_flops())
@@ -152,6 +153,7 @@ def rows(options: argparse.Namespace) -> list[dict[str, Any]]:
         "layers": options.layers,
         "zero_stage": options.zero_stage,
         "cuda_graphs": not options.no_cuda_graphs,
+        "mixer": options.mixer,
     }
     chosen = {"recompute": options.recompute} if options.recompute else {}
     if options.tiny:
@@ -174,6 +176,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
             ", ".join(
                 [
                     about["model"],
+                    about["mixer"] or "default mixer",
                     about["device"],
                     *(f"{k} {v}" for k, v in about["versions"].items()),
                 ]
@@ -253,6 +256,11 @@ def main() -> None:
         "--layers",
         type=int,
         help="only so many layers of the model; references and goals do not apply then",
+    )
+    parser.add_argument(
+        "--mixer",
+        default="",
+        help="RNN mixer in place of the default one; references and goals do not apply then",
     )
     parser.add_argument(
         "--no-cuda-graphs",
