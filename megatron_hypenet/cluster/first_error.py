@@ -28,8 +28,8 @@ _ECHO = re.compile(
     r"|Socket Timeout",
     re.IGNORECASE,
 )
-# srun: error: n2: task 1: Killed            srun: error: n[1-2]: tasks 0-3,7: Exited with exit code
-# 1
+# srun: error: n2: task 1: Killed
+# srun: error: n[1-2]: tasks 0-3,7: Exited with exit code 1
 _SRUN = re.compile(r"^srun: error: (\S+): tasks? ([\d,-]+): (.*)$")
 _NODE_FAILURE = re.compile(r"^srun: error: Node failure on (\S+)")
 _ENDS_THE_OTHERS = "Terminating StepId"

@@ -279,7 +279,7 @@ def _peer(fault: BaseException, place: Place) -> HypenetError:
 
 def _killed(killed: list[Beat], said: str) -> str:
     return (
-        f"{killed[0].who()} was killed and left no error record (last heartbeat: "
+        f"{killed[0].who()} was killed, leaving no error record (last heartbeat: "
         f"{killed[0].where()}), {said}. It ran out of memory, which the "
         "kernel's log would show, or was killed by hand"
     )

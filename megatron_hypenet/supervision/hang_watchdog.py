@@ -101,7 +101,7 @@ class HangWatch:
         limit = self.limit()
         if silent > limit:
             return (
-                f"it has got no further for {silent:.0f} s (the limit there is {limit:.0f} s, "
+                f"it has made no progress for {silent:.0f} s (the limit there is {limit:.0f} s, "
                 f"guard.hang_timeout_seconds={self.timeout:g})"
             )
         if self.progress.phase == "waiting" and self._first_is_silent():

@@ -151,7 +151,7 @@ def hung(capfd, out):
     seconds = ended.ended - step_time(out, 4)
     assert ended.code == 8, ended.said
     assert re.search(
-        r"error: rank 0 on \S+ hangs in iteration 5/6 of finetune, .*: it has got no further for "
+        r"error: rank 0 on \S+ hangs in iteration 5/6 of finetune, .*: it has made no progress for "
         r"\d+ s",
         ended.said,
     )
