@@ -87,7 +87,7 @@ def test_a_process_that_was_stopped_as_a_whole_does_not_hang(world):
     watch, progress, _ = world
     progress.note("data")
     time.sleep(0.6)
-    assert "no further for 1 s" in watch.what_hangs()
+    assert "no progress for 1 s" in watch.what_hangs()
     # what the thread notes when it finds that it has slept too long
     watch._awake = time.monotonic()
     assert watch.what_hangs() is None
