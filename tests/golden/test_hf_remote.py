@@ -22,7 +22,7 @@ from megatron_hypenet.export.hf_remote.modeling_hypenet import HypeNetForCausalL
 from megatron_hypenet.export.remote_code import remote_files
 from megatron_hypenet.export.to_hf import export_hf
 
-from .cases import CASES, TRAINED, export_case
+from .cases import CASES, DATA, export_case
 
 HERE = Path(__file__).parent
 COMPAT = HERE.parents[1] / ".compat" / "transformers-4.57"
@@ -114,7 +114,7 @@ def test_folders_of_one_name_with_other_mixers_load_in_one_process(version, tmp_
     """4.57 copies the code of both to one place."""
     want = []
     for index, name in enumerate(("tied_pow2", "gdn", "kda", "tied_pow2")):
-        export_case(HERE / "data" / name, "hypenet", tmp_path / str(index) / "model")
+        export_case(DATA / name, "hypenet", tmp_path / str(index) / "model")
         want.append(json.loads((tmp_path / str(index) / "model/config.json").read_text()))
     code = (
         "import json, sys\nfrom transformers import AutoModelForCausalLM as Auto\n"
@@ -202,7 +202,7 @@ def write_tokenizers_of_transformers_5(source, folder):
 def test_model_card_code_runs_without_warnings_and_tokenizers_agree(repo_root, tmp_path):
     """The same text, ids and tokens in both versions, from tokenizers that transformers 5 saved."""
     teacher = repo_root / "assets/tiny-qwen3"
-    raw = {**json.loads((TRAINED[0] / "hypenet/config.json").read_text()), "vocab_size": 2048}
+    raw = {**json.loads((DATA / "tied_pow2/hypenet/config.json").read_text()), "vocab_size": 2048}
     config = HypeNetConfig(
         **{
             key: value

@@ -23,12 +23,12 @@ from megatron_hypenet.stages.base import MicroBatch
 from megatron_hypenet.stages.distill import DistillStage
 from megatron_hypenet.stages.finetune import FinetuneStage
 
-from .cases import TRAINED
+from .cases import CASES
 
 LIMITS = {torch.float64: 1e-6, torch.float32: 1e-4}
 
 
-@pytest.fixture(scope="module", params=TRAINED, ids=lambda path: path.name)
+@pytest.fixture(scope="module", params=CASES, ids=lambda path: path.name)
 def case(request, tmp_path_factory):
     """Imported teacher and student, and the reference's tensors."""
     folder = tmp_path_factory.mktemp(request.param.name)

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_hypenet.cli.main import run
 
-from .cases import TRAINED
+from .cases import CASES
 
 LIMITS = {"float64": 1e-6, "float32": 1e-5, "bfloat16": 5e-2}
 """Relative error of logits and of losses; measured 3e-8, 1e-6 and 2e-2. The reference's RoPE tables
@@ -26,7 +26,7 @@ def relative(got, want):
 @pytest.mark.parametrize(
     ("kind", "logits"), [("hypenet", "student_logits"), ("qwen3", "teacher_logits")]
 )
-@pytest.mark.parametrize("case", TRAINED, ids=lambda path: path.name)
+@pytest.mark.parametrize("case", CASES, ids=lambda path: path.name)
 def test_scores_are_the_reference_s(case, kind, logits, tmp_path):
     golden = load_file(case / "golden.safetensors")
     ids = golden["input_ids"]

@@ -20,7 +20,7 @@ class HypeNetGatedDeltaNet(HypeNetDeltaMixer):
     """g = -exp(A_log) softplus(a x + dt_bias) and beta = 2 sigmoid(b x) per head; keys and values
     may be grouped; one norm per head, then an optional gate with SiLU."""
 
-    hf_names = ("gdn",)
+    hf_names = ("gdn", "gated_delta_net")
     g_proj: nn.Linear
 
     def __init__(self, config: PretrainedConfig) -> None:
@@ -39,15 +39,17 @@ class HypeNetGatedDeltaNet(HypeNetDeltaMixer):
 
     @staticmethod
     def settings(config: PretrainedConfig) -> dict[str, Sequence[Any]]:
-        """As many heads as the attention has; keys and values as many, or those of its groups."""
+        """As many heads as the attention has; keys and values as many, or those of its groups. An
+        activation of any name is SiLU, as in the reference."""
         heads = config.num_attention_heads
+        activation = getattr(config, "gdn_activation", None)
         return {
             "gdn_nh": (heads,),
             "gdn_nkv": (config.num_key_value_heads, heads),
             "gdn_use_qk_norm": (False, True),
             "gdn_use_rope": (False, True),
             "gdn_use_gate": (False, True),
-            "gdn_activation": (None, "silu"),
+            "gdn_activation": (None, activation if isinstance(activation, str) else "silu"),
             "gdn_use_short_conv": (False,),
         }
 

@@ -29,7 +29,7 @@ class HypeNetKimiDeltaAttention(HypeNetDeltaMixer):
     """g = -exp(A_log) softplus(f_b f_a x + dt_bias) per key channel, beta = sigmoid(b x) per head;
     optional short convolutions with SiLU on q, k and v; one norm per head, then a gate."""
 
-    hf_names = ("kda",)
+    hf_names = ("kda", "kimi_delta_attention")
 
     def __init__(self, config: PretrainedConfig) -> None:
         """Sizes and switches from the configuration."""
@@ -63,7 +63,7 @@ class HypeNetKimiDeltaAttention(HypeNetDeltaMixer):
             "kda_use_conv": (False, True),
         }
         if getattr(config, "kda_use_conv", False):
-            values["kda_conv_size"] = range(1, _MOST_CONV_TOKENS + 1)
+            values["kda_conv_size"] = range(2, _MOST_CONV_TOKENS + 1)
         return values
 
     @staticmethod

@@ -8,8 +8,9 @@ from safetensors.torch import load_file
 
 from megatron_hypenet.checkpoint import save
 from megatron_hypenet.errors import CheckpointError, ConfigError, ConversionError, SetupError
-from megatron_hypenet.export import mapping, to_hf
+from megatron_hypenet.export import hf_config, mapping, to_hf
 from megatron_hypenet.export.from_hf import import_hf
+from megatron_hypenet.export.hf_remote.mixers_hypenet import MIXERS
 from megatron_hypenet.export.remote_code import remote_files
 from megatron_hypenet.export.tensors import join
 from megatron_hypenet.export.to_hf import export_hf
@@ -51,8 +52,10 @@ def test_round_trip_is_bit_equal(imported, tmp_path, student, tied):
         assert handle.metadata() == {"format": "pt"}
 
 
-def test_folder_of_a_student_carries_its_code(imported, tmp_path):
-    _, ckpt = imported(student=True)
+@pytest.mark.parametrize("hf_name", sorted({mixer.hf_names[0] for mixer in MIXERS.values()}))
+def test_folder_of_a_student_carries_its_code(imported, tmp_path, hf_name):
+    mixer = hf_config.mixer_spellings()[hf_name]
+    _, ckpt = imported(student=True, mixer_types=(mixer, "attn", mixer))
     export_hf(ckpt, tmp_path / "hf")
     names = {path.name for path in (tmp_path / "hf").iterdir()}
     assert names == {
@@ -60,7 +63,7 @@ def test_folder_of_a_student_carries_its_code(imported, tmp_path):
         "generation_config.json",
         "model.safetensors",
         "tokenizer.json",
-        *remote_files(["attn", "lightning-attn"]),
+        *remote_files({"attn", hf_name}),
     }
     for module in json.loads((tmp_path / "hf/config.json").read_text())["auto_map"].values():
         assert f"{module.split('.')[0]}.py" in names

@@ -1,15 +1,18 @@
 import pytest
 
-from megatron_hypenet.export.hf_config import hf_config_from_model
+from megatron_hypenet.export.hf_config import hf_config_from_model, mixer_spellings
 from megatron_hypenet.export.hf_remote.configuration_hypenet import HypeNetConfig
 
 from ..conftest import model_config
+from .conftest import VARIANTS
 
 
-def test_reads_what_the_export_writes():
-    raw = hf_config_from_model(
-        model_config(student=True, attn_logits_scaling="hype 500"), torch_dtype="float32"
-    )
+@pytest.mark.parametrize("name", VARIANTS)
+def test_reads_what_the_export_writes(name):
+    mixer = mixer_spellings()[name]
+    student = model_config(student=True, attn_logits_scaling="hype 500")
+    raw = hf_config_from_model(student.with_mixers((mixer, "attn", mixer)), torch_dtype="float32")
+    assert raw["attn_logits_scaling"] == "hype 500" and name in raw["mixer_types"]
     config = HypeNetConfig.from_dict(dict(raw))  # transformers 4.57 writes into its argument
     for name, value in raw.items():
         if name not in ("architectures", "auto_map", "torch_dtype", "rope_scaling"):

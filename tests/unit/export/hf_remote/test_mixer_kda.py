@@ -49,7 +49,7 @@ def by_definition(weights, x, config):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("taps", [None, 1, 4])
+@pytest.mark.parametrize("taps", [None, 2, 4])
 @pytest.mark.parametrize("qk_norm", [True, False])
 @pytest.mark.parametrize("rope", [True, False])
 def test_every_switch_follows_the_formulas(make_model, taps, qk_norm, rope):
@@ -77,8 +77,8 @@ def test_defaults_are_the_reference_s(make_config):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kda_use_conv": True}, "kda_conv_size=None .supported: 1 to 64"),
-        ({"kda_use_conv": True, "kda_conv_size": 0}, "kda_conv_size=0 .supported: 1 to 64"),
+        ({"kda_use_conv": True}, "kda_conv_size=None .supported: 2 to 64"),
+        ({"kda_use_conv": True, "kda_conv_size": 1}, "kda_conv_size=1 .supported: 2 to 64"),
         ({"kda_num_heads": 3}, "kda_num_heads=3 .supported: 6"),
         ({"kda_head_dim": 16}, "kda_head_dim=16 .supported: 8"),
         ({"kda_use_qk_norm": None}, "kda_use_qk_norm=None .supported: True or False"),

@@ -2,6 +2,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_hypenet.config.mixers import mixer_specs
+from megatron_hypenet.export.hf_config import mixer_spellings, model_config_from_hf
 from megatron_hypenet.export.hf_remote import mixers_hypenet
 from megatron_hypenet.export.hf_remote.cache_hypenet import CacheSlot
 from megatron_hypenet.export.hf_remote.mixers_hypenet import MIXERS
@@ -24,10 +26,31 @@ def test_tests_of_whole_models_know_every_mixer():
     assert sorted(VARIANTS) + ["attn"] == sorted(NAMES, key=lambda name: (name == "attn", name))
 
 
-def test_every_spelling_is_known():
-    assert MIXERS["lightning_attn"] is MIXERS["lightning-attn"]
-    for name, mixer in MIXERS.items():
-        assert name in mixer.hf_names
+@pytest.mark.parametrize("name", NAMES)
+def test_every_spelling_is_known(name):
+    """As the import knows them, in the same order."""
+    keys = mixer_specs()[mixer_spellings()[name]].hf_keys
+    assert MIXERS[name].hf_names == (keys.name, *keys.spellings)
+    assert all(MIXERS[spelling] is MIXERS[name] for spelling in MIXERS[name].hf_names)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters_are_those_of_the_specification(make_config, name):
+    """Names and shapes, with the settings that whole models are tested with."""
+    config = make_config(mixer_types=[name] * 3, **VARIANTS.get(name, {}))
+    mixer = MIXERS[config.mixer_types[0]](config)
+    raw = {**config.to_dict(), "architectures": ["HypeNetForCausalLM"]}
+    model = model_config_from_hf(raw, where="config")
+    spec = model.spec(model.mixer_types[0])
+    want = {}
+    in_fp32 = set()
+    for parameter in spec.parameters(model):
+        moved = parameter.hf_transform
+        for hf_name in parameter.hf_names:
+            want[hf_name] = moved.shape if moved else parameter.shape
+            in_fp32 |= {hf_name} if parameter.dtype == "float32" else set()
+    assert in_fp32 == set(mixer.kept_in_fp32)
+    assert {key: tuple(value.shape) for key, value in mixer.state_dict().items()} == want
 
 
 @pytest.mark.parametrize("name", NAMES)
