@@ -58,7 +58,7 @@ def report(
     stem = out / f"{kind}_{device}_{datetime.datetime.now(tz=datetime.UTC):%Y%m}"
     stem.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
     stem.with_suffix(".md").write_text(table(results))
-    if figure is not None:
+    if figure is not None and figure[1]:
         bars(stem.with_suffix(".png"), *figure)
     print(table(results))
     if any("failed" in row for row in results):
