@@ -155,4 +155,6 @@ def survey(where: torch.device) -> Iterator[KernelCheck]:
     for dtype in DOCTOR_DTYPES:
         for family in kernels.FAMILIES.values():
             for change in family.surveyed:
-                yield family.check(where, replace(DOCTOR_USE, dtype=dtype, **change))
+                use = replace(DOCTOR_USE, dtype=dtype, **change)
+                if family.fits(use):  # another package's kernels are checked where it is installed
+                    yield family.check(where, use)

@@ -123,16 +123,18 @@ class _Chunks(NamedTuple):
         q, k, v, log_decay = (_split(x.to(dtype), size) for x in (q, k, v, per_channel(log_decay)))
         beta = _split(beta.to(dtype)[..., None], size)  # [n, b, h, C, 1]
         sums = log_decay.cumsum(3)  # G: [n, b, h, C, k or 1]
+        pair_decay = _pair_decays(log_decay)
         masks = None if document_ids is None else _Masks.of(document_ids, size)
         from_start = sums.exp()
-        to_end = (sums[..., -1:, :] - sums).exp()
+        after = torch.nn.functional.pad(log_decay[..., 1:, :], (0, 0, 0, 1))
+        to_end = after.flip(3).cumsum(3).flip(3).exp()
         keep = sums[..., -1, :].exp().expand(*k.shape[:3], k.shape[-1])
         if masks is not None:
             from_start = from_start * masks.sees_state
             to_end = to_end * masks.in_last
             keep = keep * masks.keeps_state
-        inner = _pair_products(k, k, sums, masks).tril(-1)
-        pairs = _pair_products(q, k, sums, masks)
+        inner = _pair_products(k, k, pair_decay, masks).tril(-1)
+        pairs = _pair_products(q, k, pair_decay, masks)
         system = beta * inner + torch.eye(size, dtype=dtype, device=k.device)
         wanted = beta * torch.cat([v, k * from_start], dim=-1)
         solved = torch.linalg.solve_triangular(system, wanted, upper=False, unitriangular=True)
@@ -183,12 +185,20 @@ def _split(x: Tensor, size: int) -> Tensor:
     return x.unflatten(1, (-1, size)).permute(1, 0, 3, 2, 4)
 
 
-def _pair_products(left: Tensor, right: Tensor, sums: Tensor, masks: _Masks | None) -> Tensor:
+def _pair_decays(log_decay: Tensor) -> Tensor:
+    """exp(sum of log decays of the tokens after j up to i) for j <= i, else 0: [.., C, k or 1] ->
+    [.., C, C, k or 1].
+
+    Every pair has a sum of its own: a difference of two running sums would lose the digits of weak
+    decays that follow a strong one."""
+    size = log_decay.shape[-2]
+    ones = torch.ones(size, size, dtype=torch.bool, device=log_decay.device)
+    later = log_decay[..., :, None, :].masked_fill(~ones.tril(-1)[..., None], 0.0)
+    return later.cumsum(-3).masked_fill(ones.triu(1)[..., None], -torch.inf).exp()
+
+
+def _pair_products(left: Tensor, right: Tensor, decay: Tensor, masks: _Masks | None) -> Tensor:
     """sum_c left_ic exp(G_ic - G_jc) right_jc for j <= i, else 0: [.., C, k] each -> [.., C, C]."""
-    size = left.shape[-2]
-    upper = torch.ones(size, size, dtype=torch.bool, device=left.device).triu(1)
-    between = sums[..., :, None, :] - sums[..., None, :, :]  # [.., C, C, k or 1]
-    decay = between.masked_fill(upper[..., None], -torch.inf).exp()
     if decay.shape[-1] == 1:
         found = (left @ right.transpose(-1, -2)) * decay[..., 0]
     else:

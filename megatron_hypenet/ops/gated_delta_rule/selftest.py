@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_hypenet.ops.gated_delta_rule.chunked import chunked_gated_delta_rule
-from megatron_hypenet.ops.gated_delta_rule.fla import run_kernel
+from megatron_hypenet.ops.gated_delta_rule.fla import Kernel, run_kernel
 from megatron_hypenet.ops.kernels import KernelUse
 from megatron_hypenet.ops.selftest import KernelCheck, Pairs, check, drawer
 
@@ -20,14 +20,18 @@ errors grow beyond those of one product; fla multiplies fp32 inputs in TF32."""
 
 def check_gated_delta_rule_use(where: torch.device, use: KernelUse) -> KernelCheck:
     """The check of family gated_delta_rule for a model's use of it."""
-    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
-    return check_delta_rule("gated_delta_rule", chunk_gated_delta_rule, where, use)
+    def kernel() -> Kernel:
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+        return chunk_gated_delta_rule
+
+    return check_delta_rule("gated_delta_rule", kernel, where, use)
 
 
 def check_delta_rule(
     name: str,
-    kernel: Callable[..., tuple[Tensor, Tensor]],
+    kernel: Callable[[], Kernel],
     where: torch.device,
     use: KernelUse,
     *,
@@ -36,7 +40,7 @@ def check_delta_rule(
     heads: int = 4,
 ) -> KernelCheck:
     """Check outputs, final state and gradients, with an initial state under context parallelism or
-    for a thorough check."""
+    for a thorough check. `kernel` imports what is checked; that it cannot is a finding too."""
 
     def run() -> Pairs:
         draw = drawer(where)
@@ -69,8 +73,9 @@ def check_delta_rule(
             labels = ["o", "final state", *(f"d {name}" for name in names)]
             return dict(zip(labels, results, strict=True))  # type: ignore[arg-type]
 
+        imported = kernel()
         exact = found(chunked_gated_delta_rule, torch.float64)
-        got = found(lambda *x, **y: run_kernel(kernel, *x, **y), None)
+        got = found(lambda *x, **y: run_kernel(imported, *x, **y), None)
         return {
             label: (got[label].detach(), exact[label].detach())  # type: ignore[attr-defined]
             for label in exact

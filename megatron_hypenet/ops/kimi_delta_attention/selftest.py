@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from megatron_hypenet.ops.gated_delta_rule.fla import Kernel
 from megatron_hypenet.ops.gated_delta_rule.selftest import check_delta_rule
 from megatron_hypenet.ops.kernels import KernelUse
 from megatron_hypenet.ops.selftest import KernelCheck
@@ -11,6 +12,10 @@ from megatron_hypenet.ops.selftest import KernelCheck
 
 def check_kimi_delta_attention_use(where: torch.device, use: KernelUse) -> KernelCheck:
     """The check of family kimi_delta_attention for a model's use of it."""
-    from fla.ops.kda import chunk_kda
 
-    return check_delta_rule("kimi_delta_attention", chunk_kda, where, use, per_channel=True)
+    def kernel() -> Kernel:
+        from fla.ops.kda import chunk_kda
+
+        return chunk_kda
+
+    return check_delta_rule("kimi_delta_attention", kernel, where, use, per_channel=True)

@@ -80,3 +80,12 @@ def test_strong_decays_stay_finite_in_float32():
     inputs = [x.detach().float() for x in drawn(64, per_channel=True, strongest=40.0)]
     o, state = chunked_gated_delta_rule(*inputs, scale=1.0)
     assert torch.isfinite(o).all() and torch.isfinite(state).all()
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_weak_decays_after_a_strong_one_keep_their_digits(per_channel):
+    q, k, v, g, beta = (x.detach() for x in drawn(48, per_channel=per_channel, strongest=0.01))
+    g[:, 1] = -5000.0
+    exact, _ = naive_gated_delta_rule(q, k, v, g, beta, scale=1.0)
+    got, _ = chunked_gated_delta_rule(*(x.float() for x in (q, k, v, g, beta)), scale=1.0)
+    assert ((got - exact).norm() / exact.norm()) < 2e-6

@@ -20,7 +20,9 @@ def look(wrong=None, **changes):
     per_channel = changes.pop("per_channel", False)
     use = replace(USE, **changes)
     where = torch.device("cpu")
-    return check_delta_rule("x", tried, where, use, per_channel=per_channel, tokens=40, heads=2)
+    return check_delta_rule(
+        "x", lambda: tried, where, use, per_channel=per_channel, tokens=40, heads=2
+    )
 
 
 @pytest.mark.parametrize("per_channel", [False, True])
@@ -38,3 +40,11 @@ def test_a_wrong_output_and_a_wrong_state_are_found():
 
 def test_without_an_initial_state():
     assert look(thorough=False).ok
+
+
+def test_a_kernel_that_cannot_be_imported_is_a_finding():
+    def missing():
+        raise ImportError("no such kernel")
+
+    found = check_delta_rule("x", missing, torch.device("cpu"), USE)
+    assert not found.ok and "ImportError: no such kernel" in found.failure
