@@ -79,16 +79,22 @@ def measure(name: str, b: int, t: int, *, tiny: bool) -> dict[str, Any]:
 
     row: dict[str, Any] = {"mixer": name, "batch": b, "tokens": t}
     row["mixer ms"] = median_ms(step, device)
-    family, function = MIXERS[name]
+    _, function = MIXERS[name]
     if device == "cuda":
         h, d = student.num_attention_heads, student.kv_channels
         row["fla ms"] = kernel_ms(function, b, t, h, d, per_channel="kda" in function)
         row["share"] = row["fla ms"] / row["mixer ms"]
-        use = replace(use_of(model, documents=False), thorough=True)
-        found = FAMILIES[family].check(torch.device(device), use)
-        row |= {"worst tensor": found.worst, "error": found.error, "limit": found.limit}
-        row["check"] = "ok" if found.ok else str(found)
     return row
+
+
+def accuracy(name: str) -> dict[str, Any]:
+    """How far the kernel is off at the mixer's head size, with states in and out."""
+    shape = model_config("hypenet_2b", num_layers=1).with_mixers((name,))
+    model = build_model(shape, ParallelConfig(), dtype=torch.bfloat16, seed=1)
+    use = replace(use_of(model, documents=False), thorough=True)
+    found = FAMILIES[MIXERS[name][0]].check(torch.device("cuda"), use)
+    measured = {"worst tensor": found.worst, "error": found.error, "limit": found.limit}
+    return {"mixer": name, **measured, "check": "ok" if found.ok else str(found)}
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
@@ -112,18 +118,27 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--tiny", action="store_true", help="a small shape, on any machine")
+    parser.add_argument(
+        "--shape",
+        action="append",
+        type=lambda text: tuple(map(int, text.split("x"))),
+        help="BATCHxTOKENS, instead of all; fla tunes itself for minutes at each new shape",
+    )
     parser.add_argument("--mixer", action="append", choices=list(MIXERS), help="only this one")
     options = parser.parse_args()
     groups.init_parallel(ParallelConfig())
     results: list[dict[str, Any]] = []
     for name in options.mixer or MIXERS:
-        for b, t in ((2, 64),) if options.tiny else SHAPES:
+        for b, t in ((2, 64),) if options.tiny else options.shape or SHAPES:
             try:
                 results.append(measure(name, b, t, tiny=options.tiny))
             except Exception as error:  # a kernel that this GPU or Triton does not run
                 said = str(error).splitlines()[0] if str(error) else ""
                 failed = f"{type(error).__name__}: {said}"
                 results.append({"mixer": name, "batch": b, "tokens": t, "failed": failed})
+            print(json.dumps(results[-1]), flush=True)
+        if torch.cuda.is_available():
+            results.append(accuracy(name))
             print(json.dumps(results[-1]), flush=True)
     results.append({"versions": library_versions()})
     report(results, table, options.out, "delta_mixers")
