@@ -123,9 +123,12 @@ def test_folders_of_one_name_with_other_mixers_load_in_one_process(version, tmp_
         "    mixers = [type(layer.self_attn).hf_names[0] for layer in model.model.layers]\n"
         "    print(json.dumps(mixers))"
     )
+    # Python takes bytecode for fresh by size and whole second: copies of one size that are made
+    # within one would run the code of the one before
+    env = environment(version, tmp_path / "modules") | {"PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code, *(tmp_path / str(index) / "model" for index in range(4))],
-        env=environment(version, tmp_path / "modules"), cwd=tmp_path,
+        env=env, cwd=tmp_path,
         capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
