@@ -9,6 +9,9 @@ machine where the hostfile is missing, take the first address that `hostname -I`
 every variable that it passes on; here each of these is decided or refused beforehand.
 launchers/hostfile_job.py runs what is planned here, launchers/hostfile_rank.py is what DeepSpeed
 starts on the hosts.
+
+One file, because reading a hostfile, the command and the checks of its hosts share what a host is;
+what runs is elsewhere.
 """
 
 from __future__ import annotations

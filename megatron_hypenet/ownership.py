@@ -15,6 +15,8 @@ it checks, in this order:
 An owner that is gone is replaced, with a line in the log. On a network file system, where a lock
 may be local to one machine, the new owner looks once more after a moment whether the file still
 names it: of two that came at the same time, the last one to write goes on.
+
+One file, because the four checks read and write the same record under the same lock.
 """
 
 from __future__ import annotations

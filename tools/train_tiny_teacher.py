@@ -8,6 +8,8 @@ key-value recall task.
 
 The learning rate follows the larger of the step share and the time share, so a run ends annealed on
 any machine.
+
+One file: it records how the bundled weights were made.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ Sections follow the pipeline: what goes in (teacher, data), how it is spread (pa
 the three training stages and the layer selection between them, then evaluation, checkpoints and
 export. docs/config.md is generated from the descriptions below. A default stands only where one
 value suits most runs; whatever depends on the model or the data has none and must be written down.
+
+One file, because it is read as the list of all settings, half of it descriptions.
 """
 
 from __future__ import annotations

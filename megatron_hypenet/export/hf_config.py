@@ -6,6 +6,8 @@ that changes nothing (token ids, generation defaults, options of mixers that the
 is carried in the checkpoint's manifest. Both spellings of transformers 4 (`rope_theta`,
 `torch_dtype`) and 5 (`rope_parameters`, `dtype`) are read; the former are written, since both
 versions understand them.
+
+One file, because each key is read and written by the same tables.
 """
 
 from __future__ import annotations

@@ -17,13 +17,9 @@ manifest.json lists it as added later and fingerprints leave it out.
 from __future__ import annotations
 
 import contextlib
-import fnmatch
-import functools
-import hashlib
-import json
 import os
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -36,32 +32,13 @@ from megatron_hypenet.checkpoint import format as fmt
 from megatron_hypenet.config.loader import completed, dump_config, read_stored
 from megatron_hypenet.config.schema import STAGES, RunConfig
 from megatron_hypenet.errors import ConfigError, DataError, UsageError
+from megatron_hypenet.halo.fingerprints import difference, flat_settings, removed, settled
 from megatron_hypenet.supervision.request_files import stop_file
 from megatron_hypenet.untrusted.files import FileKind, has_entry
 from megatron_hypenet.untrusted.json_text import read_object, typed
 
 _MANIFEST = FileKind(error=DataError, advice="delete it to run every step again")
 
-MAY_CHANGE = (
-    "output_dir",
-    "parallel.*",
-    "device",
-    "*.micro_batch_size",
-    "*.log_interval",
-    "*.save_interval",
-    "*.eval_interval",
-    "*.vocab_chunk_tokens",
-    "*.batch_size",
-    "*.cuda_graphs",
-    "*.recompute",
-    "checkpoint.*",
-    "guard.max_skipped_steps",
-    "guard.hang_timeout_seconds",
-)
-"""Settings that may differ when a run continues: they change where and how fast the run computes,
-but not its results (up to rounding)."""
-
-_SAMPLE_BYTES = 1 << 20
 _OWN_FOLDERS = (
     "teacher",
     "data",
@@ -269,7 +246,8 @@ class RunFolder:
         return (
             noted
             if stored is None
-            else noted | (settled(run.model_dump(mode="json")).keys() - _flat(stored).keys())
+            else noted
+            | (settled(run.model_dump(mode="json")).keys() - flat_settings(stored).keys())
         )
 
     def _stored_settings(self) -> Mapping[str, Any] | None:
@@ -372,87 +350,6 @@ class _Manifest:
     software: _Software = field(default_factory=_Software)
 
 
-def difference(stored: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
-    """`key: stored -> present` for every setting that differs and is not in MAY_CHANGE, by dotted
-    key."""
-    old, new = _flat(stored), _flat(present)
-    keys = [key for key in {**old, **new} if old.get(key) != new.get(key) and not _may_change(key)]
-    return [f"{key}: {_shown(old, key)} there, {_shown(new, key)} now" for key in keys]
-
-
-def removed(stored: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
-    """`key: stored` for every stored setting that decides a result and that `present`, which has
-    every known setting, lacks."""
-    old, new = settled(stored), _flat(present)
-    return [f"{key}: {value!r}" for key, value in old.items() if key not in new]
-
-
-def settled(settings: Mapping[str, Any], *, without: Collection[str] = ()) -> dict[str, Any]:
-    """The settings that decide a result, by dotted key: all but those in MAY_CHANGE and in
-    `without`."""
-    return {
-        key: value
-        for key, value in _flat(settings).items()
-        if not _may_change(key) and key not in without
-    }
-
-
-def fingerprint_of(payload: Mapping[str, Any]) -> str:
-    """Hash of a JSON-able description of a step's inputs."""
-    return hashlib.sha256(json.dumps(payload, sort_keys=True, default=str).encode()).hexdigest()[
-        :24
-    ]
-
-
-def files_identity(path: Path) -> list[list[Any]]:
-    """Identify a file, or the files of a folder, by content: name, size, hash of the first and last
-    MiB. This is cheap for large weights."""
-    files = (
-        sorted(entry for entry in path.rglob("*") if entry.is_file())
-        if path.is_dir()
-        else [path]
-        if path.is_file()
-        else []
-    )
-    base = path if path.is_dir() else path.parent
-    return [
-        [file.relative_to(base).as_posix(), file.stat().st_size, _sampled_hash(file)]
-        for file in files
-    ]
-
-
-def _sampled_hash(file: Path) -> str:
-    status = file.stat()
-    return _sampled_hash_of(
-        file, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
-    )
-
-
-# cached, because a run asks for its teacher's before every task; a changed file has another state
-@functools.cache
-def _sampled_hash_of(file: Path, _inode: int, size: int, _modified: int, _changed: int) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        digest.update(stream.read(_SAMPLE_BYTES))
-        stream.seek(max(0, size - _SAMPLE_BYTES))
-        digest.update(stream.read(_SAMPLE_BYTES))
-    return digest.hexdigest()[:16]
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        return {prefix: list(value) if isinstance(value, tuple) else value}
-    return {
-        key: leaf
-        for name, inner in value.items()
-        for key, leaf in _flat(inner, f"{prefix}.{name}" if prefix else str(name)).items()
-    }
-
-
-def _may_change(key: str) -> bool:
-    return any(fnmatch.fnmatch(key, rule) for rule in MAY_CHANGE)
-
-
 def _named(software: Mapping[str, Any]) -> str:
     """The version and commit in a record of `software`, as far as it has them."""
     version = software.get("versions", {}).get("megatron-hypenet")
@@ -463,7 +360,3 @@ def _named(software: Mapping[str, Any]) -> str:
         )
         or "which is not recorded"
     )
-
-
-def _shown(flat: Mapping[str, Any], key: str) -> str:
-    return repr(flat[key]) if key in flat else "not set"

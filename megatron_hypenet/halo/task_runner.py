@@ -22,7 +22,8 @@ from megatron_hypenet.checkpoint.manifest import (
 )
 from megatron_hypenet.config.schema import RunConfig
 from megatron_hypenet.errors import CheckpointError, DataError
-from megatron_hypenet.halo.run_folder import RunFolder, files_identity, fingerprint_of, settled
+from megatron_hypenet.halo.fingerprints import files_identity, fingerprint_of, settled
+from megatron_hypenet.halo.run_folder import RunFolder
 from megatron_hypenet.supervision.heartbeat import PROGRESS
 from megatron_hypenet.untrusted import json_text
 from megatron_hypenet.untrusted.files import FileKind

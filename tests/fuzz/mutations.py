@@ -1,5 +1,7 @@
 """Ways to damage a file. Each takes (random, path) and returns one line of what it did; it changes
-only this file."""
+only this file.
+
+One file, because subjects choose from all of them."""
 
 import io
 import json

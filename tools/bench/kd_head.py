@@ -8,7 +8,9 @@
 Correctness comes first: gradients near p = q against float64 over the whole vocabulary. Then, on
 the same tensors in the same run, time and peak memory of this package, Liger (if installed), plain
 torch, and the bare matrix products that no head can avoid. Writes
-kd_head_<gpu>_<yyyymm>.{json,csv,md,png} to --out."""
+kd_head_<gpu>_<yyyymm>.{json,csv,md,png} to --out.
+
+One file: a benchmark is run and read by itself."""
 
 import argparse
 import csv

@@ -16,7 +16,9 @@ is the GPU's own.
 
 Before its first row the peer compiles for minutes, one kernel after the other. Processes with
 different --only, started beside each other and thrown away, fill Triton's cache sooner; time alone
-afterwards."""
+afterwards.
+
+One file: a benchmark is run and read by itself."""
 
 from __future__ import annotations
 

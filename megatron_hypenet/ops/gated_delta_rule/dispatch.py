@@ -55,10 +55,9 @@ def gated_delta_summary(
 ) -> tuple[Tensor, Tensor]:
     """Return the transition M [b, h, k, k] and the state from zero B [b, h, k, v] of all tokens;
     see `chunked_gated_delta_summary`."""
-    given = (k, v, log_decay, beta, document_ids)
     if runs_kernels(FAMILY, k):
-        return summary_from_states(gated_delta_rule, *given)
-    return chunked_gated_delta_summary(*given[:4], document_ids=document_ids)
+        return summary_from_states(gated_delta_rule, k, v, log_decay, beta, document_ids)
+    return chunked_gated_delta_summary(k, v, log_decay, beta, document_ids=document_ids)
 
 
 def runs_kernels(family: str, x: Tensor) -> bool:

@@ -53,7 +53,6 @@ def kimi_delta_summary(
 ) -> tuple[Tensor, Tensor]:
     """Return the transition M [b, h, k, k] and the state from zero B [b, h, k, v] of all tokens;
     see `chunked_gated_delta_summary`."""
-    given = (k, v, log_decay, beta, document_ids)
     if runs_kernels(FAMILY, k):
-        return summary_from_states(kimi_delta_attention, *given)
-    return chunked_gated_delta_summary(*given[:4], document_ids=document_ids)
+        return summary_from_states(kimi_delta_attention, k, v, log_decay, beta, document_ids)
+    return chunked_gated_delta_summary(k, v, log_decay, beta, document_ids=document_ids)

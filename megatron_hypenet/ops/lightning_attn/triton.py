@@ -2,7 +2,10 @@
 
 Forward and backward recompute everything but one state per segment. No atomics: the same inputs
 give the same bits. Under `torch.compile` each launch is a custom operator, so the graph is not
-broken."""
+broken.
+
+One file, because an operator, its launches and its gradient pass the same dozen tensors on; kernels
+and plan are beside it. Most lines are arguments, one each."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext

@@ -7,7 +7,9 @@ vocabulary here): a program keeps its exponentials in registers while the tiles 
 synchronise at a counter, so logits are read once and only gradients are written: 10 instead of 18
 bytes per token and vocabulary row. Programs number themselves when they start and a token's tiles
 are consecutive, so the programs waited for are already running; that needs room for one token's
-tiles on the device at once, else the split form is used."""
+tiles on the device at once, else the split form is used.
+
+One file, because both losses share the reductions and the form of their kernels."""
 
 import torch
 import triton

@@ -1,3 +1,6 @@
+"""Files and words become a configuration, or one error with all problems; one file, because nearly
+all of it is tables of inputs."""
+
 import os
 from pathlib import Path
 

@@ -10,13 +10,7 @@ from megatron_hypenet.atomic_files import write_json
 from megatron_hypenet.config.loader import load_run_config
 from megatron_hypenet.config.schema import RunConfig
 from megatron_hypenet.errors import ConfigError, DataError, UsageError
-from megatron_hypenet.halo.run_folder import (
-    RunFolder,
-    difference,
-    files_identity,
-    fingerprint_of,
-    settled,
-)
+from megatron_hypenet.halo.run_folder import RunFolder
 
 STAGE = {
     "train_iters": 2,
@@ -211,36 +205,6 @@ def test_a_damaged_record_says_what_to_do(folder):
     folder.manifest_file.write_text("{")
     with pytest.raises(DataError, match="delete it to run every step again"):
         folder.records()
-
-
-def test_difference_sees_new_and_lost_keys():
-    assert difference({"a": 1, "b": {"c": 2}}, {"b": {"c": 2}, "d": [1]}) == [
-        "a: 1 there, not set now",
-        "d: not set there, [1] now",
-    ]
-
-
-def test_settled_leaves_out_what_may_change():
-    assert settled({"align": STAGE, "parallel": {"zero_stage": 1}}) == {
-        f"align.{key}": value for key, value in STAGE.items() if key != "micro_batch_size"
-    }
-    assert settled({"seed": 1, "align": {"lr": 2.0}}, without={"align.lr"}) == {"seed": 1}
-
-
-def test_identity_follows_content_not_place(tmp_path):
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "weights").write_bytes(b"x" * 3_000_000)
-    first = files_identity(tmp_path / "a")
-    assert first == files_identity(tmp_path / "b")
-    with (tmp_path / "b" / "weights").open("r+b") as stream:
-        stream.seek(2_999_999)
-        stream.write(b"y")
-    assert files_identity(tmp_path / "b") != first
-    assert fingerprint_of({"files": first}) != fingerprint_of(
-        {"files": files_identity(tmp_path / "b")}
-    )
-    assert files_identity(tmp_path / "none") == []
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path):

@@ -1,4 +1,6 @@
-"""The loop trains, saves, continues bit for bit, and leaves by the right door."""
+"""The loop trains, saves, continues bit for bit, and leaves by the right door.
+
+One file, because every test drives the same loop with the same toy stage."""
 
 import os
 import shutil
