@@ -70,6 +70,7 @@ def prepared(
     from megatron_hypenet.checkpoint.load import verify_together
     from megatron_hypenet.checkpoint.manifest import WEIGHTS_PARTS
     from megatron_hypenet.cli.progress import Screen
+    from megatron_hypenet.export.model_card import add_figures
     from megatron_hypenet.halo.actions import Halo
     from megatron_hypenet.halo.run_folder import RunFolder
     from megatron_hypenet.halo.task_runner import Runner
@@ -99,6 +100,7 @@ def prepared(
             folder=folder,
             import_teacher=import_teacher,
             export_student=lambda checkpoint, out: export_student(run, checkpoint, out),
+            note_figures=add_figures,
             on_step=screen.on_step,
             on_part=screen.part,
             log=screen.train_line,
