@@ -32,6 +32,7 @@ from launchers.hostfile_rank import MARK
 from launchers.local import ECHO, FORWARDED, PEACEFUL, TAIL_LINES
 from megatron_hypenet.atomic_files import temporary_folder
 from megatron_hypenet.errors import SetupError
+from megatron_hypenet.terminal import leave_terminal
 
 _DEEPSPEED_LINE = re.compile(r"\[\d{4}-\d\d-\d\d [\d:,]+\] \[[A-Z]+\] \[\w+\.py:\d+:\w+\] ")
 _HOST_ENDED = re.compile(r"pdsh@[^:]*: (\S+): ssh exited with exit code (\d+)")
@@ -118,7 +119,9 @@ class _Job:
     def __enter__(self) -> _Job:
         if threading.current_thread() is threading.main_thread():
             self.previous = {
-                number: signal.signal(number, self._note_signal) for number in FORWARDED
+                number: signal.signal(number, self._note_signal)
+                for number in FORWARDED
+                if signal.getsignal(number) is not signal.SIG_IGN
             }
         self.process = subprocess.Popen(
             ["sh", "-c", _WITH_US, "sh", *self.launch.command],
@@ -258,6 +261,8 @@ class _Job:
         )
 
     def _note_signal(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            leave_terminal()
         self.events.put({"event": "signal", "number": number})
 
     def _forward(self, number: int) -> None:

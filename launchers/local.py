@@ -28,10 +28,14 @@ from typing import Any
 from megatron_hypenet.atomic_files import temporary_folder
 from megatron_hypenet.errors import PeerError, SavedAndRequeue
 from megatron_hypenet.process_place import UNDER_WAY, hypenet_command, place, threads_per_process
+from megatron_hypenet.terminal import leave_terminal
 
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-"""Signals that are handed to every process: SIGTERM and SIGUSR2 ask a run to save and leave, SIGINT
-is the keyboard."""
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
+"""Signals that are handed to every process: they ask a run to save and leave. SIGINT is the
+keyboard, which asks once and then insists; SIGHUP comes when the terminal is closed."""
+
+BY_KEYBOARD = 128 + signal.SIGINT
+"""Exit code of a start that the keyboard ended at once."""
 
 PEACEFUL = frozenset({0, SavedAndRequeue.exit_code})
 """Codes that all processes agree on before any leaves with them: the others may still be writing,
@@ -163,7 +167,11 @@ class _Group:
 
     def __enter__(self) -> _Group:
         if threading.current_thread() is threading.main_thread():
-            self.previous = {number: signal.signal(number, self._forward) for number in FORWARDED}
+            self.previous = {
+                number: signal.signal(number, self._forward)
+                for number in FORWARDED
+                if signal.getsignal(number) is not signal.SIG_IGN
+            }
         try:
             for rank in range(self.launch.num_processes):
                 self.processes.append(self._start(rank))
@@ -198,6 +206,8 @@ class _Group:
                 self._take(left)
         if self.outcome is None:
             return 0
+        if self.received.count(signal.SIGINT) > 1:
+            return BY_KEYBOARD
         rank, code = self.outcome
         # with the same code, rank 0 has said the same on our streams
         if self._has_failed() and self.codes.get(0) != code:
@@ -259,6 +269,8 @@ class _Group:
 
     def _forward(self, number: int, _frame: FrameType | None) -> None:
         self.received.append(number)
+        if number == signal.SIGHUP:
+            leave_terminal()
         insisted = self.received.count(signal.SIGINT) > 1
         self._send(signal.SIGKILL if insisted else number, self.running)
 

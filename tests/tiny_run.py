@@ -103,6 +103,7 @@ def fake_material(monkeypatch) -> None:
         )
 
     monkeypatch.setattr(datasets, "prepare", prepare)
+    monkeypatch.setattr(datasets, "check_lengths", lambda run, folder: None)
     monkeypatch.setattr(datasets, "training_data", lambda run, folder: Sequences())
     monkeypatch.setattr(datasets, "measure", measured)
     monkeypatch.setattr(

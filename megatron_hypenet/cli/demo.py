@@ -15,6 +15,7 @@ from megatron_hypenet.cli.options import (
     OverridesArgument,
     PipelineParallelOption,
     ProcessesOption,
+    RedoOption,
     TensorParallelOption,
     collect_overrides,
 )
@@ -37,6 +38,7 @@ def demo(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Delete an earlier demo in --out and start again.")
     ] = False,
+    redo_from: RedoOption = None,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -63,4 +65,11 @@ def demo(
     )
     from megatron_hypenet.cli.run import run_all
 
-    run_all(settings, nproc=nproc, overwrite=overwrite, dry_run=dry_run, as_json=as_json)
+    run_all(
+        settings,
+        nproc=nproc,
+        overwrite=overwrite,
+        redo_from=redo_from,
+        dry_run=dry_run,
+        as_json=as_json,
+    )

@@ -67,6 +67,18 @@ ProcessesOption = Annotated[
         "pipeline and context need.",
     ),
 ]
+OverwriteOption = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Delete an earlier run in output_dir and start again."),
+]
+RedoOption = Annotated[
+    str | None,
+    typer.Option(
+        "--redo-from",
+        metavar="STEP",
+        help="Do this step and what depends on it again; an interrupted command with it continues.",
+    ),
+]
 LauncherOption = Annotated[
     str,
     typer.Option(

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_hypenet.cli import processes
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.config.schema import RunConfig
-from megatron_hypenet.errors import CheckpointError
+from megatron_hypenet.errors import CheckpointError, UsageError
 from megatron_hypenet.process_place import under_way
 
 if TYPE_CHECKING:
@@ -48,19 +48,35 @@ class Checked:
     shape: ModelConfig
     """The teacher's shape."""
     num_processes: int
+    changes: tuple[str, ...] = ()
+    """What differs from the run in the folder, and what becomes of its results, for a person."""
 
 
 @contextmanager
 def prepared(
-    run: RunConfig, *, overwrite: bool = False, nproc: int | None = None
+    run: RunConfig,
+    *,
+    overwrite: bool = False,
+    redo_from: str | None = None,
+    init: tuple[str, Path] | None = None,
+    nproc: int | None = None,
+    as_it_is: bool = False,
 ) -> Iterator[Pipeline]:
     """Start the process groups, check or create the run folder, and end both with the block. Raises
     ConfigError, UsageError.
 
-    Where several processes are needed and no launcher started them, they are started here, and this
-    process ends with their exit code.
+    `init` is a stage that begins from a checkpoint of elsewhere, and that checkpoint. With
+    `as_it_is` results are taken as they are, whatever made them. Where several processes are needed
+    and no launcher started them, they are started here, and this process ends with their exit code.
     """
-    found = checked(run, overwrite=overwrite, nproc=nproc)
+    found = checked(
+        run,
+        overwrite=overwrite,
+        redo_from=redo_from,
+        init=init,
+        nproc=nproc,
+        as_it_is=as_it_is,
+    )
     if processes.join() is None:
         refuse_in_use(run.output_dir)
     processes.start_here(found.num_processes)
@@ -70,8 +86,8 @@ def prepared(
     from megatron_hypenet.checkpoint.load import verify_together
     from megatron_hypenet.checkpoint.manifest import WEIGHTS_PARTS
     from megatron_hypenet.cli.progress import Screen
-    from megatron_hypenet.export.model_card import add_figures
     from megatron_hypenet.halo.actions import Halo
+    from megatron_hypenet.halo.changes import finish_redo
     from megatron_hypenet.halo.run_folder import RunFolder
     from megatron_hypenet.halo.task_runner import Runner
     from megatron_hypenet.parallel import groups
@@ -90,17 +106,21 @@ def prepared(
         groups.init_parallel(
             run.parallel, seed=run.seed, collective_minutes=collective_minutes(run.guard)
         )
-        if is_main:
-            folder.prepare(run, overwrite=overwrite)
+        change = (
+            []
+            if as_it_is
+            else take_over(run, folder, overwrite=overwrite, redo_from=redo_from, init=init)
+        )
         groups.barrier()
         screen = Screen(Clock(planned_work(run, found.shape)), folder.log_file, is_main=is_main)
         stack.callback(screen.close)
+        for line in change:
+            screen.say(line)
         halo = Halo(
             run=run,
             folder=folder,
             import_teacher=import_teacher,
             export_student=lambda checkpoint, out: export_student(run, checkpoint, out),
-            note_figures=add_figures,
             on_step=screen.on_step,
             on_part=screen.part,
             log=screen.train_line,
@@ -122,6 +142,27 @@ def prepared(
             yield Pipeline(
                 run=run, folder=folder, halo=halo, runner=runner, screen=screen, is_main=is_main
             )
+        if is_main:
+            finish_redo(folder)
+
+
+def take_over(
+    run: RunConfig,
+    folder: RunFolder,
+    *,
+    overwrite: bool,
+    redo_from: str | None,
+    init: tuple[str, Path] | None = None,
+) -> list[str]:
+    """On the first process, which owns the folder, make it ready for `run`; returns what has
+    changed there, as lines for the log."""
+    if not processes.is_rank0():
+        return []
+    from megatron_hypenet.halo.changes import accept
+
+    lines = [] if overwrite else accept(run, folder, redo_from, init).lines()
+    folder.prepare(run, overwrite=overwrite)
+    return lines
 
 
 def refuse_in_use(folder: Path) -> None:
@@ -144,22 +185,33 @@ def checked(
     run: RunConfig,
     *,
     overwrite: bool = False,
+    redo_from: str | None = None,
+    init: tuple[str, Path] | None = None,
     nproc: int | None = None,
     world_size: int | None = None,
+    as_it_is: bool = False,
 ) -> Checked:
     """Check everything that can be checked before a process, a folder or a model is made.
 
-    `nproc` is what --nproc asks for on this machine; `world_size` is the number of processes of a
-    run that others will start.
+    `redo_from` is the step that --redo-from names, `init` a stage that begins from a checkpoint of
+    elsewhere, and that checkpoint; with `as_it_is` changes are not looked at. `nproc` is what
+    --nproc asks for on this machine; `world_size` is the number of processes of a run that others
+    will start.
     """
     from megatron_hypenet.config.checks import check_run
+    from megatron_hypenet.halo.changes import changed
     from megatron_hypenet.halo.run_folder import RunFolder
     from megatron_hypenet.halo.task_runner import identity_of
 
+    folder = RunFolder(run.output_dir)
+    if overwrite and redo_from is not None:
+        raise UsageError(
+            "--overwrite deletes the whole run, --redo-from keeps a part of it: give one of them"
+        )
     if not overwrite:
-        RunFolder(run.output_dir).check_same(run)
+        folder.check_known(run)
         if not under_way():
-            RunFolder(run.output_dir).refuse_stop()
+            folder.refuse_stop()
     shape = teacher_shape(run.teacher)
     num_processes = world_size or processes.count(run, shape, nproc)
     # a number of processes that only follows from the layout does not restrict the advice
@@ -169,7 +221,8 @@ def checked(
     )
     check_run(shape, run, None if follows else num_processes)
     identity_of([*run.data.train, *([run.data.heldout] if run.data.heldout else [])])
-    return Checked(shape, num_processes)
+    lines = [] if overwrite or as_it_is else changed(run, folder, redo_from, init).lines()
+    return Checked(shape, num_processes, tuple(lines))
 
 
 def warn(run: RunConfig, found: Checked) -> None:
@@ -183,11 +236,12 @@ def warn(run: RunConfig, found: Checked) -> None:
 
 def planned(run: RunConfig, *, overwrite: bool = False) -> list[dict[str, Any]]:
     """The steps of a run that was `checked`, and their state; starts and writes nothing."""
+    from megatron_hypenet.halo.older_records import up_to_date
     from megatron_hypenet.halo.run_folder import RunFolder
     from megatron_hypenet.halo.task_runner import Runner
     from megatron_hypenet.halo.tasks import halo_steps
 
-    folder = RunFolder(run.output_dir)
+    folder = up_to_date(RunFolder(run.output_dir), run)
     rows = Runner(run, folder, halo_steps(run, folder)).plan()
     return [{**row, "state": "to do"} for row in rows] if overwrite else rows
 
@@ -208,6 +262,7 @@ def show_plan(
                     **more,
                     "config": run.model_dump(mode="json"),
                     "launch": start and start.describe(),
+                    "changes": list(found.changes),
                     "steps": rows,
                 }
             )
@@ -216,6 +271,8 @@ def show_plan(
     print(dump_config(run))
     if start:
         print("\n".join(start.lines()))
+    for line in found.changes:
+        print(line)
     print(f"steps in {run.output_dir}:")
     for number, row in enumerate(rows, start=1):
         print(f"  {number:>2}. {row['step']:<10}{row['state']:<7}{row['does']}")

@@ -101,7 +101,7 @@ def fixed(size: int, nproc: int | None = None) -> int:
         return sum(host.slots for host in read_hostfile(chosen[0]))
     asked = nproc or size
     if asked > 1:
-        _refuse_too_few_gpus(asked, _gpus())
+        _refuse_too_few_gpus(asked, _gpus(), by_hand=nproc is not None)
     return asked
 
 
@@ -165,11 +165,11 @@ def _fitting(run: RunConfig, shape: ModelConfig | None, size: int) -> int:
     )
 
 
-def _refuse_too_few_gpus(wanted: int, gpus: int) -> None:
+def _refuse_too_few_gpus(wanted: int, gpus: int, *, by_hand: bool = False) -> None:
     if 0 < gpus < wanted:
         raise SetupError(
             f"{wanted} processes need a GPU each, and {gpus} are visible here; "
-            f"ask for {gpus} or fewer (--nproc, or smaller tensor, "
+            f"ask for {gpus} or fewer ({'--nproc, or ' if by_hand else ''}smaller tensor, "
             "pipeline and context sizes), or start the command on more machines with `hypenet "
             "submit`"
         )

@@ -66,7 +66,7 @@ def evaluate(folder: RunFolder, run: Any, *, again: bool) -> None:
             f"{folder.root} is unfinished: {', '.join(missing)} not done; "
             f"continue it with `hypenet run {folder.config_file}`"
         )
-    with pipeline.prepared(run) as ready:
+    with pipeline.prepared(run, as_it_is=True) as ready:
         if again and ready.is_main:
             folder.report_file.unlink(missing_ok=True)
         ready.runner.run_step("report")

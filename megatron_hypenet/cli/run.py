@@ -3,7 +3,7 @@ it stopped."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -15,8 +15,10 @@ from megatron_hypenet.cli.options import (
     JsonOption,
     LauncherOption,
     OverridesArgument,
+    OverwriteOption,
     PipelineParallelOption,
     ProcessesOption,
+    RedoOption,
     TensorParallelOption,
     VariablesOption,
     collect_overrides,
@@ -39,10 +41,8 @@ def run(
     launcher: LauncherOption = "local",
     hostfile: HostfileOption = None,
     env: VariablesOption = None,
-    overwrite: Annotated[
-        bool,
-        typer.Option("--overwrite", help="Delete an earlier run in output_dir and start again."),
-    ] = False,
+    overwrite: OverwriteOption = False,
+    redo_from: RedoOption = None,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -64,22 +64,37 @@ def run(
 
     processes.choose(launcher, hostfile, env)
     settings = load_run_config(config, collect_overrides(overrides, tp=tp, pp=pp, cp=cp))
-    run_all(settings, nproc=nproc, overwrite=overwrite, dry_run=dry_run, as_json=as_json)
+    run_all(
+        settings,
+        nproc=nproc,
+        overwrite=overwrite,
+        redo_from=redo_from,
+        dry_run=dry_run,
+        as_json=as_json,
+    )
 
 
 def run_all(
-    settings: RunConfig, *, nproc: int | None, overwrite: bool, dry_run: bool, as_json: bool
+    settings: RunConfig,
+    *,
+    nproc: int | None,
+    overwrite: bool,
+    redo_from: str | None,
+    dry_run: bool,
+    as_json: bool,
 ) -> None:
     """Do, or with `dry_run` list, every step of a run that is not done, then show the report."""
     from megatron_hypenet.cli import pipeline
 
     if dry_run:
-        found = pipeline.checked(settings, overwrite=overwrite, nproc=nproc)
+        found = pipeline.checked(settings, overwrite=overwrite, redo_from=redo_from, nproc=nproc)
         pipeline.show_plan(
             settings, pipeline.planned(settings, overwrite=overwrite), found, as_json=as_json
         )
         return
-    with pipeline.prepared(settings, overwrite=overwrite, nproc=nproc) as ready:
+    with pipeline.prepared(
+        settings, overwrite=overwrite, redo_from=redo_from, nproc=nproc
+    ) as ready:
         ready.runner.run_all()
         if ready.is_main:
             from megatron_hypenet.cli.report import show

@@ -20,8 +20,10 @@ from megatron_hypenet.cli.options import (
     DryRunOption,
     JsonOption,
     OverridesArgument,
+    OverwriteOption,
     PipelineParallelOption,
     ProcessesOption,
+    RedoOption,
     TensorParallelOption,
     collect_overrides,
 )
@@ -126,6 +128,8 @@ def sweep(
     pp: PipelineParallelOption = None,
     cp: ContextParallelOption = None,
     nproc: ProcessesOption = None,
+    overwrite: OverwriteOption = False,
+    redo_from: RedoOption = None,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -142,12 +146,12 @@ def sweep(
     from megatron_hypenet.cli import pipeline
 
     if dry_run:
-        found = pipeline.checked(run, nproc=nproc)
-        rows = pipeline.planned(run)
+        found = pipeline.checked(run, overwrite=overwrite, redo_from=redo_from, nproc=nproc)
+        rows = pipeline.planned(run, overwrite=overwrite)
         rows = rows[: [row["step"] for row in rows].index("select") + 1]
         pipeline.show_plan(run, rows, found, as_json=as_json)
         return
-    with pipeline.prepared(run, nproc=nproc) as ready:
+    with pipeline.prepared(run, overwrite=overwrite, redo_from=redo_from, nproc=nproc) as ready:
         ready.runner.run_through("select")
         if ready.is_main:
             ready.screen.close()

@@ -20,7 +20,9 @@ from megatron_hypenet.cli.options import (
     DryRunOption,
     JsonOption,
     OverridesArgument,
+    OverwriteOption,
     PipelineParallelOption,
+    RedoOption,
     TensorParallelOption,
     collect_overrides,
 )
@@ -71,10 +73,8 @@ def submit(
     tp: TensorParallelOption = None,
     pp: PipelineParallelOption = None,
     cp: ContextParallelOption = None,
-    overwrite: Annotated[
-        bool,
-        typer.Option("--overwrite", help="Delete an earlier run in output_dir and start again."),
-    ] = False,
+    overwrite: OverwriteOption = False,
+    redo_from: RedoOption = None,
     test_only: Annotated[
         bool,
         typer.Option(
@@ -115,13 +115,17 @@ def submit(
     profile = with_measured_grace(profile, settings.output_dir)
     if not (test_only or dry_run):
         refuse_in_use(settings.output_dir)
-    scripts = checked_scripts(settings, profile, chain=chain, overwrite=overwrite)
+    scripts = checked_scripts(
+        settings, profile, chain=chain, overwrite=overwrite, redo_from=redo_from
+    )
     if test_only:
         try_out(scripts)
     elif dry_run:
         show_scripts(scripts, as_json=as_json)
     else:
-        jobs = send(settings, profile, scripts, after=after, overwrite=overwrite)
+        jobs = send(
+            settings, profile, scripts, after=after, overwrite=overwrite, redo_from=redo_from
+        )
         show_jobs(settings.output_dir, jobs, as_json=as_json)
 
 
@@ -159,7 +163,12 @@ def with_measured_grace(profile: ClusterConfig, folder: Path) -> ClusterConfig:
 
 
 def checked_scripts(
-    settings: RunConfig, profile: ClusterConfig, *, chain: bool, overwrite: bool
+    settings: RunConfig,
+    profile: ClusterConfig,
+    *,
+    chain: bool,
+    overwrite: bool,
+    redo_from: str | None = None,
 ) -> list[JobScript]:
     """The scripts, after all checks that a job would otherwise fail in hours later; touches
     nothing."""
@@ -175,7 +184,9 @@ def checked_scripts(
         )
     check_texts(settings)
     scripts = job_scripts(settings.output_dir, profile, chain=chain)
-    pipeline.checked(settings, overwrite=overwrite, world_size=profile.world_size)
+    pipeline.checked(
+        settings, overwrite=overwrite, redo_from=redo_from, world_size=profile.world_size
+    )
     return scripts
 
 
@@ -245,17 +256,20 @@ def send(
     *,
     after: int | None,
     overwrite: bool,
+    redo_from: str | None = None,
 ) -> list[Job]:
     """Make the run folder, write the scripts into it and submit them in order. Raises UsageError
     while jobs of this run are alive."""
     from megatron_hypenet.atomic_files import write_text
+    from megatron_hypenet.cli.pipeline import take_over
     from megatron_hypenet.cluster.jobs import Jobs, refuse_live_jobs
     from megatron_hypenet.halo.run_folder import RunFolder
 
     folder = RunFolder(settings.output_dir)
     with folder.owned():
         refuse_live_jobs(folder.root)  # again: of two that submit at the same time, one was first
-        folder.prepare(settings, overwrite=overwrite)
+        for line in take_over(settings, folder, overwrite=overwrite, redo_from=redo_from):
+            print(line, file=sys.stderr)
         folder.log_file.parent.mkdir(parents=True, exist_ok=True)
         jobs = Jobs(folder.root)
         sent: list[Job] = []

@@ -17,8 +17,10 @@ from megatron_hypenet.cli.options import (
     JsonOption,
     LauncherOption,
     OverridesArgument,
+    OverwriteOption,
     PipelineParallelOption,
     ProcessesOption,
+    RedoOption,
     TensorParallelOption,
     VariablesOption,
     collect_overrides,
@@ -52,6 +54,8 @@ def train(
     launcher: LauncherOption = "local",
     hostfile: HostfileOption = None,
     env: VariablesOption = None,
+    overwrite: OverwriteOption = False,
+    redo_from: RedoOption = None,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -80,12 +84,16 @@ def train(
         raise UsageError(
             "--init needs --stage: say which stage starts from it, distill or finetune"
         )
-    found = pipeline.checked(settings, nproc=nproc)
-    name = stage_name(stage) if stage else first_unfinished(pipeline.planned(settings))
-    if init is not None and name not in STARTS_FROM:
+    chosen = stage_name(stage) if stage else None
+    if init is not None and chosen not in STARTS_FROM:
         raise UsageError(
-            f"--init is for distill and finetune; stage {name} starts from the teacher"
+            f"--init is for distill and finetune; stage {chosen} starts from the teacher"
         )
+    begin = start_of(chosen, init)
+    found = pipeline.checked(
+        settings, overwrite=overwrite, redo_from=redo_from, init=begin, nproc=nproc
+    )
+    name = chosen or first_unfinished(pipeline.planned(settings, overwrite=overwrite))
     if init is not None:
         check_init(
             init, starts=not dry_run and processes.planned_start(found.num_processes) is not None
@@ -93,13 +101,15 @@ def train(
     if dry_run:
         rows = [
             row
-            for row in pipeline.planned(settings)
+            for row in pipeline.planned(settings, overwrite=overwrite)
             if init is None or row["step"] in ("teacher", "data", name)
         ]
         rows = rows[: [row["step"] for row in rows].index(name) + 1]
         pipeline.show_plan(settings, rows, found, as_json=as_json, stage=name)
         return
-    with pipeline.prepared(settings, nproc=nproc) as ready:
+    with pipeline.prepared(
+        settings, overwrite=overwrite, redo_from=redo_from, init=begin, nproc=nproc
+    ) as ready:
         checkpoint = ready.halo.train_from(ready.runner, name, init)
         if ready.is_main:
             ready.screen.close()
@@ -109,6 +119,16 @@ def train(
                 else checkpoint
             )
             print(f"TensorBoard: tensorboard --logdir {ready.folder.tensorboard}", file=sys.stderr)
+
+
+def start_of(stage: str | None, init: Path | None) -> tuple[str, Path] | None:
+    """The stage that begins from a checkpoint of elsewhere, and that checkpoint; None without
+    --init. Raises CheckpointError."""
+    from megatron_hypenet.checkpoint.find import resolve
+
+    if init is None or stage is None:
+        return None
+    return stage, resolve(init, fall_back=False)
 
 
 def check_init(init: Path, *, starts: bool) -> None:

@@ -104,6 +104,19 @@ def completed(values: Mapping[str, Any], section: type[BaseModel] = RunConfig) -
     return found
 
 
+def default_settings() -> dict[str, Any]:
+    """All settings that have a default, nested as in a run configuration, as `dump_config` writes
+    them."""
+    sections: dict[str, Any] = {
+        name: {}
+        for name, field in RunConfig.model_fields.items()
+        if field.is_required()
+        and isinstance(field.annotation, type)
+        and issubclass(field.annotation, BaseModel)
+    }
+    return completed(sections)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in one YAML file, with values typed by YAML's rules; ConfigError when it is
     missing, not YAML, not a mapping, or too large."""

@@ -167,6 +167,12 @@ class StageConfig(Section):
         default="cosine", description="Shape of the learning rate after warm-up."
     )
     warmup_iters: Count = Field(default=0, description="Steps of linear warm-up from zero to lr.")
+    lr_decay_iters: PositiveInt | None = Field(
+        default=None,
+        description="Step at which the cosine reaches min_lr, where the learning rate then stays; "
+        "null is the last step. A stage is lengthened by a larger train_iters and the former one "
+        "here.",
+    )
     weight_decay: NotNegative = Field(default=0.0, description="AdamW's decoupled weight decay.")
     adam_betas: tuple[BelowOne, BelowOne] = Field(
         default=(0.9, 0.95), description="AdamW's moment decays."
@@ -209,7 +215,23 @@ class StageConfig(Section):
             raise ValueError(
                 f"warmup_iters={self.warmup_iters} is longer than train_iters={self.train_iters}"
             )
+        if self.lr_decay_iters is not None and self.lr_schedule == "constant":
+            raise ValueError(
+                f"lr_decay_iters={self.lr_decay_iters} has no effect with lr_schedule=constant; "
+                "leave it out"
+            )
+        if self.lr_decay_iters is not None and self.lr_decay_iters < self.warmup_iters:
+            raise ValueError(
+                f"lr_decay_iters={self.lr_decay_iters} is shorter than "
+                f"warmup_iters={self.warmup_iters}"
+            )
         return self
+
+    @property
+    def decay_iters(self) -> int | None:
+        """Steps until the learning rate has reached the end of its cosine; None where it is
+        constant."""
+        return None if self.lr_schedule == "constant" else self.lr_decay_iters or self.train_iters
 
     @property
     def tokens_per_step(self) -> int:

@@ -16,13 +16,13 @@ def lr_at(step: int, config: StageConfig) -> float:
     """Learning rate of optimizer step `step`, counted from 0.
 
     Linear from lr / warmup_iters to lr over the warm-up, then constant, or a half cosine that
-    reaches min_lr at the last step.
+    reaches min_lr at the last step, or at step lr_decay_iters and stays there.
     """
     if step < config.warmup_iters:
         return config.lr * (step + 1) / config.warmup_iters
-    if config.lr_schedule == "constant":
+    if config.decay_iters is None:
         return config.lr
-    remaining = max(config.train_iters - 1 - config.warmup_iters, 1)
+    remaining = max(config.decay_iters - 1 - config.warmup_iters, 1)
     progress = min((step - config.warmup_iters) / remaining, 1.0)
     return config.lr - (config.lr - config.min_lr) * 0.5 * (1.0 - math.cos(math.pi * progress))
 

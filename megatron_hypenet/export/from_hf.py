@@ -6,7 +6,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,11 +13,10 @@ from torch import Tensor
 from megatron_hypenet.atomic_files import temporary_folder
 from megatron_hypenet.checkpoint import save
 from megatron_hypenet.checkpoint.format import is_committed, refuse_existing
-from megatron_hypenet.checkpoint.manifest import TEACHER_LICENSE
 from megatron_hypenet.checkpoint.shards import LazyTensor
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.errors import CheckpointError, ConversionError
-from megatron_hypenet.export import hf_folder, mapping, model_card, tokenizer
+from megatron_hypenet.export import hf_folder, mapping, tokenizer
 from megatron_hypenet.export.plan import ImportPlan, plan_import
 from megatron_hypenet.export.tensors import check_tensor, join, kept_dtype, parse_dtype
 
@@ -55,12 +53,10 @@ def import_hf(
         )
         for entry in plan.entries
     }
-    extra: dict[str, Any] = {
+    extra = {
         "hf_config": plan.hf_config,
         "generation_config": hf_folder.read_generation_config(hf_dir),
     }
-    if (stated := model_card.stated_license(hf_dir)) is not None:
-        extra[TEACHER_LICENSE] = stated
     with temporary_folder() as staging:
         for name, content in files.items():
             (staging / name).write_bytes(content)
@@ -122,7 +118,8 @@ def _target_dtype(plan: ImportPlan, entry: mapping.Entry, wanted: str | None) ->
         raise ConversionError(
             f"{plan.weights.hf_dir}: {' and '.join(entry.hf)} become one tensor but are stored as "
             f"{', '.join(sorted(stored))};"
-            " choose one with --dtype"
+            f" choose one: `hypenet convert import {plan.weights.hf_dir} CKPT_DIR --dtype float32`"
+            " (or bfloat16), and give CKPT_DIR as the teacher"
         )
     return parse_dtype(hf_folder.DTYPES[stored.pop()])  # plan_import refuses others
 

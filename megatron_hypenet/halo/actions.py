@@ -8,34 +8,26 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_hypenet.atomic_files import write_json
-from megatron_hypenet.checkpoint import format as fmt
 from megatron_hypenet.checkpoint.load import (
     read_manifest,
     read_model_config,
     resolve,
     tokenizer_dir,
 )
-from megatron_hypenet.checkpoint.manifest import TEACHER_LICENSE
 from megatron_hypenet.config.schema import STAGES, RunConfig
 from megatron_hypenet.errors import CheckpointError
 from megatron_hypenet.halo import build_stage, datasets
-from megatron_hypenet.halo.report import (
-    draw_importance,
-    draw_report,
-    read_report,
-    row_line,
-    write_report,
-)
+from megatron_hypenet.halo.report import draw_importance, draw_report, row_line, write_report
 from megatron_hypenet.halo.run_folder import RunFolder
-from megatron_hypenet.halo.task_runner import Runner, Step, identity_of, read_json
-from megatron_hypenet.halo.tasks import STARTS_FROM, halo_steps, required_checkpoint
+from megatron_hypenet.halo.task_runner import Runner, Step, read_json
+from megatron_hypenet.halo.tasks import STARTS_FROM, from_init, halo_steps, required_checkpoint
 from megatron_hypenet.model.hypenet import HypeNetModel
 from megatron_hypenet.model.memory import release_memory
 from megatron_hypenet.parallel import groups
@@ -60,8 +52,6 @@ class Halo:
     of a checkpoint."""
     export_student: Callable[[Path, Path], None]
     """(checkpoint, Hugging Face folder): write the finished model."""
-    note_figures: Callable[[Path, Mapping[str, Any]], None] = lambda folder, report: None
-    """(Hugging Face folder, content of report.json): put the results into its model card."""
     on_step: Callable[[StepRecord], None] = lambda record: None
     """Called with every optimizer step of a training stage."""
     on_part: Callable[[str, int, int], None] = lambda step, count, total: None
@@ -85,9 +75,7 @@ class Halo:
         if init is not None:
             start = resolve(init, fall_back=False)
             runner.steps[name] = replace(
-                runner.steps[name],
-                after=("teacher", "data"),
-                inputs=lambda: identity_of([start / fmt.MANIFEST]),
+                from_init(runner.steps[name], start),
                 action=lambda: self.do_training(name, teacher=self.folder.teacher, init=start),
             )
         runner.run_through(name)
@@ -119,8 +107,9 @@ class Halo:
         return datasets.prepare(self.run, self.folder, self.log)
 
     def do_probe(self) -> dict[str, Any]:
-        """Stop a run whose teacher cannot predict text; otherwise random or unloaded weights would
-        be distilled."""
+        """Stop a run whose teacher cannot predict text, because random or unloaded weights would be
+        distilled, or whose text is too short for a stage."""
+        datasets.check_lengths(self.run, self.folder)  # lengths may change after the data was made
         teacher = build_stage.load_teacher(self.run, self.folder.teacher)
         vocab_size = teacher.model_config.vocab_size
         loss = datasets.measure(self.run, self.folder).probe_loss(teacher)
@@ -160,7 +149,7 @@ class Halo:
             tensorboard_dir=self.folder.tensorboard / name,
             tokenizer_dir=tokenizer_dir(self.folder.teacher),
             extra={
-                **self._noted_by_teacher(),
+                "hf_config": read_manifest(resolve(self.folder.teacher)).hf_config,
                 "pipeline_layout": list(stage.layout),
             },
             on_step=self.on_step,
@@ -170,15 +159,6 @@ class Halo:
         del stage
         release_memory()
         return {"checkpoint": str(final.relative_to(self.folder.root))}
-
-    def _noted_by_teacher(self) -> dict[str, Any]:
-        """Entries of the teacher's manifest that an export of the student needs."""
-        manifest = read_manifest(resolve(self.folder.teacher))
-        stated = manifest.extra.get(TEACHER_LICENSE)
-        return {
-            "hf_config": manifest.hf_config,
-            **({} if stated is None else {TEACHER_LICENSE: stated}),
-        }
 
     def _heldout_loss_of(self, stage: StageModule) -> Callable[[int], dict[str, float]]:
         """The function whose values the training loop writes to TensorBoard every eval_interval
@@ -263,8 +243,6 @@ class Halo:
         if groups.rank() == 0:
             write_report(self.run, self.folder, rows, report_seconds=time.monotonic() - start)
             draw_report(self.folder)
-            if self.folder.export.is_dir():
-                self.note_figures(self.folder.export, read_report(self.folder))
         return {}
 
     def _reported_models(self) -> dict[str, Callable[[], HypeNetModel]]:

@@ -13,6 +13,9 @@ from typing import Any
 
 MAY_CHANGE = (
     "output_dir",
+    "teacher",
+    "data.train",
+    "data.heldout",
     "parallel.*",
     "device",
     "*.micro_batch_size",
@@ -24,11 +27,15 @@ MAY_CHANGE = (
     "*.cuda_graphs",
     "*.recompute",
     "checkpoint.*",
-    "guard.max_skipped_steps",
-    "guard.hang_timeout_seconds",
+    "guard.*",
 )
 """Settings that may differ when a run continues: they change where and how fast the run computes,
-but not its results (up to rounding)."""
+when it is given up, or where its input lies, but not its results (up to rounding). Input files are
+compared by content (`content_of`)."""
+
+FORM = 2
+"""The form of fingerprints that this version records: the entry `fingerprints` of a manifest. Older
+ones are read by older_records.py."""
 
 _SAMPLE_BYTES = 1 << 20
 
@@ -63,6 +70,20 @@ def fingerprint_of(payload: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(payload, sort_keys=True, default=str).encode()).hexdigest()[
         :24
     ]
+
+
+def content_of(path: Path) -> list[list[Any]]:
+    """Identify the content of an input by suffix, size and sampled hash, wherever it lies and
+    however it is spelled; for a folder, each of its files by the name inside it.
+
+    A prefix of prepared token files stands for PREFIX.bin and PREFIX.idx. Empty where there is no
+    such file.
+    """
+    if path.is_dir():
+        return files_identity(path)
+    pair = [path.with_name(path.name + suffix) for suffix in (".bin", ".idx")]
+    files = [path] if path.is_file() else [file for file in pair if file.is_file()]
+    return [[file.suffix, file.stat().st_size, _sampled_hash(file)] for file in files]
 
 
 def files_identity(path: Path) -> list[list[Any]]:

@@ -1,5 +1,4 @@
-"""The folder of one run: its paths, the record of finished tasks, and the check that a
-configuration may continue in it.
+"""The folder of one run: its paths, its owner, and the record of finished tasks.
 
     runs/NAME/  config.yaml  manifest.json  logs/  tb/  data/  teacher/  align/
                 selection/{scores.json,mixers.json,importance.png}
@@ -7,7 +6,8 @@ configuration may continue in it.
 
 A step is done when manifest.json records it with the fingerprint of its present inputs and its
 result is still there. The record is written after the result, so a step that was interrupted is run
-again (and its training continues from its newest checkpoint).
+again (and its training continues from its newest checkpoint). What becomes of the results when the
+configuration changes is in changes.py.
 
 A newer version may know more settings than the one that began a run. Such a setting counts as set
 to its default there: left at that, the run continues and no step is done again, because
@@ -29,10 +29,10 @@ from typing import Any
 from megatron_hypenet import ownership
 from megatron_hypenet.atomic_files import is_temporary, sweep, write_json, write_text
 from megatron_hypenet.checkpoint import format as fmt
-from megatron_hypenet.config.loader import completed, dump_config, read_stored
+from megatron_hypenet.config.loader import dump_config, read_stored
 from megatron_hypenet.config.schema import STAGES, RunConfig
 from megatron_hypenet.errors import ConfigError, DataError, UsageError
-from megatron_hypenet.halo.fingerprints import difference, flat_settings, removed, settled
+from megatron_hypenet.halo.fingerprints import FORM, flat_settings, removed, settled
 from megatron_hypenet.supervision.request_files import stop_file
 from megatron_hypenet.untrusted.files import FileKind, has_entry
 from megatron_hypenet.untrusted.json_text import read_object, typed
@@ -68,6 +68,8 @@ class RunFolder:
     """Paths of one run folder and the record of its finished steps."""
 
     root: Path
+    manifest: Mapping[str, Any] | None = None
+    """Records to go by in the place of the file's, for looking only; None reads the file."""
 
     @property
     def config_file(self) -> Path:
@@ -183,10 +185,10 @@ class RunFolder:
                 self.root.rmdir()  # if it is still empty
 
     def prepare(self, run: RunConfig, *, overwrite: bool = False) -> None:
-        """Make the folder, which this process owns, ready for `run`, or check that `run` may
-        continue in it; writes config.yaml.
+        """Make the folder, which this process owns, ready for `run`; writes config.yaml. Whether
+        `run` may continue in it is checked before (changes.py).
 
-        Raises ConfigError that names the differing settings.
+        Raises ConfigError that names settings which this version does not have.
         """
         if overwrite:
             for entry in self._content():
@@ -195,12 +197,9 @@ class RunFolder:
                 else:
                     entry.unlink()
         else:
-            self.check_same(run)
+            self.check_known(run)
         if added := self.added_settings(run):  # before config.yaml has them, too
-            write_json(
-                self.manifest_file,
-                {**self._manifest(), "format_version": 1, "added_settings": sorted(added)},
-            )
+            self.write({**self._manifest(), "added_settings": sorted(added)})
         write_text(self.config_file, dump_config(run))
 
     def _content(self) -> list[Path]:
@@ -211,10 +210,10 @@ class RunFolder:
             else []
         )
 
-    def check_same(self, run: RunConfig) -> None:
-        """Raise ConfigError unless `run` has the stored settings, except those in MAY_CHANGE; does
-        nothing for a new folder."""
-        stored = self._stored_settings()
+    def check_known(self, run: RunConfig) -> None:
+        """Raise ConfigError where the stored configuration has settings that decide results and
+        that this version does not have; does nothing for a new folder."""
+        stored = self.stored_settings()
         if stored is None:
             return
         present = run.model_dump(mode="json")
@@ -229,20 +228,12 @@ class RunFolder:
                 "use another output_dir, or --overwrite to "
                 "delete it and start again."
             )
-        differing = difference(completed(stored), present)
-        if differing:
-            raise ConfigError(
-                f"{self.root} holds a run with other settings:\n  - "
-                + "\n  - ".join(differing)
-                + "\nUse another output_dir, restore these settings to continue that run, "
-                "or --overwrite to delete it and start again."
-            )
 
     def added_settings(self, run: RunConfig) -> frozenset[str]:
         """The settings of `run`, by dotted key, that the version which began the run in this folder
         did not have; none in a new folder."""
         noted = frozenset(self._manifest().get("added_settings", ()))
-        stored = self._stored_settings()
+        stored = self.stored_settings()
         return (
             noted
             if stored is None
@@ -250,7 +241,7 @@ class RunFolder:
             | (settled(run.model_dump(mode="json")).keys() - flat_settings(stored).keys())
         )
 
-    def _stored_settings(self) -> Mapping[str, Any] | None:
+    def stored_settings(self) -> Mapping[str, Any] | None:
         """The content of config.yaml; None when it does not exist."""
         if not has_entry(self.config_file):
             return None
@@ -294,9 +285,13 @@ class RunFolder:
             "finished": finished,
             **details,
         }
-        write_json(
-            self.manifest_file,
-            {**manifest, "format_version": 1, "software": dict(software), "steps": steps},
+        self.write(
+            {
+                **manifest,
+                "fingerprints": _form(manifest),
+                "software": dict(software),
+                "steps": steps,
+            }
         )
 
     def begin(self, step: str, fingerprint: str) -> None:
@@ -305,9 +300,8 @@ class RunFolder:
         manifest = self._manifest()
         steps = {name: record for name, record in manifest.get("steps", {}).items() if name != step}
         started = {**manifest.get("started", {}), step: fingerprint}
-        write_json(
-            self.manifest_file,
-            {**manifest, "format_version": 1, "started": started, "steps": steps},
+        self.write(
+            {**manifest, "fingerprints": _form(manifest), "started": started, "steps": steps}
         )
 
     def started(self, step: str) -> str | None:
@@ -315,7 +309,17 @@ class RunFolder:
         fingerprint: str | None = self._manifest().get("started", {}).get(step)
         return fingerprint
 
+    def content(self) -> Mapping[str, Any]:
+        """The whole record: steps, started, software, and what changes.py keeps in it."""
+        return self._manifest()
+
+    def write(self, manifest: Mapping[str, Any]) -> None:
+        """Replace the whole record."""
+        write_json(self.manifest_file, {**manifest, "format_version": 1})
+
     def _manifest(self) -> dict[str, Any]:
+        if self.manifest is not None:
+            return dict(self.manifest)
         if not has_entry(self.manifest_file):
             return {}
         manifest = read_object(_MANIFEST, self.manifest_file)
@@ -347,7 +351,16 @@ class _Manifest:
     steps: dict[str, _Step] = field(default_factory=dict)
     started: dict[str, str] = field(default_factory=dict)
     added_settings: list[str] = field(default_factory=list)
+    fingerprints: int = 1
+    redoing: str = ""
     software: _Software = field(default_factory=_Software)
+
+
+def _form(manifest: Mapping[str, Any]) -> int:
+    """The form of a manifest's fingerprints: the present one where it has none yet."""
+    new = not (manifest.get("steps") or manifest.get("started"))
+    form: int = manifest.get("fingerprints", FORM if new else 1)
+    return form
 
 
 def _named(software: Mapping[str, Any]) -> str:

@@ -14,15 +14,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_hypenet.checkpoint import format as fmt
 from megatron_hypenet.checkpoint.manifest import (
     WEIGHTS_PARTS,
     git_commit,
     library_versions,
     verify_files,
 )
+from megatron_hypenet.config.loader import default_settings
 from megatron_hypenet.config.schema import RunConfig
 from megatron_hypenet.errors import CheckpointError, DataError
-from megatron_hypenet.halo.fingerprints import files_identity, fingerprint_of, settled
+from megatron_hypenet.halo.fingerprints import (
+    content_of,
+    fingerprint_of,
+    flat_settings,
+    settled,
+)
 from megatron_hypenet.halo.run_folder import RunFolder
 from megatron_hypenet.supervision.heartbeat import PROGRESS
 from megatron_hypenet.untrusted import json_text
@@ -53,6 +60,13 @@ class Step:
     checkpoint: Callable[[], Path | None] | None = None
     """Returns the checkpoint that the step leaves, or None when it is not complete; None for steps
     that leave none."""
+    decides: bool = True
+    """False for a step that only checks: what comes after it depends on what comes before it."""
+    length: int | None = None
+    """Optimizer steps of a training stage; a stage may be lengthened."""
+    decay: int | None = None
+    """Steps until its learning rate has reached the end of its cosine; None where it is
+    constant."""
 
 
 class Runner:
@@ -91,27 +105,55 @@ class Runner:
         self.may_start = may_start
         self.decided = decided
         self.verify = verify
-        self.added = folder.added_settings(run)
         self.settings = run.model_dump(mode="json")
+        flat, default = flat_settings(self.settings), flat_settings(default_settings())
+        # a setting that came later has no part in fingerprints as long as it is left alone
+        self.added = frozenset(
+            key for key in folder.added_settings(run) if flat.get(key) == default.get(key)
+        )
 
     def fingerprint(self, name: str) -> str:
         """Hash of everything that decides the result of step `name`, its predecessors included, as
         they are now."""
+        return self._whole(self.steps[name], self.basis(name))
+
+    def basis(self, name: str) -> str:
+        """The fingerprint of step `name` without the number of its optimizer steps: what a longer
+        stage has in common with the shorter one that it continues."""
         found: dict[str, str] = {}  # every predecessor is computed once
         for before, step in self.steps.items():
             if before in self._needed_for(name):
+                settings = {section: self.settings[section] for section in step.settings}
+                lengths = {f"{before}.{key}" for key in ("train_iters", "lr_decay_iters")}
                 found[before] = fingerprint_of(
                     {
                         "step": before,
-                        "settings": settled(
-                            {section: self.settings[section] for section in step.settings},
-                            without=self.added,
-                        ),
+                        "settings": settled(settings, without=self.added | lengths),
                         "inputs": step.inputs(),
-                        "after": [found[earlier] for earlier in step.after],
+                        "after": [
+                            self._whole(self.steps[earlier], found[earlier])
+                            for earlier in self.deciding(step)
+                        ],
+                        **({} if step.decay is None else {"decay": step.decay}),
                     }
                 )
         return found[name]
+
+    @staticmethod
+    def _whole(step: Step, basis: str) -> str:
+        """The fingerprint of `step` from its basis."""
+        if step.length is None:
+            return basis
+        return fingerprint_of({"basis": basis, "train_iters": step.length})
+
+    def deciding(self, step: Step) -> list[str]:
+        """Names of the steps whose results decide that of `step`: in the place of a check, what the
+        check itself comes after."""
+        found: list[str] = []
+        for earlier in step.after:
+            before = self.steps[earlier]
+            found += [earlier] if before.decides else self.deciding(before)
+        return found
 
     def is_done(self, name: str) -> bool:
         """Whether step `name` needs no work: it finished with the present inputs, and its results
@@ -158,10 +200,11 @@ class Runner:
             return
         self.may_start(name)
         if self.is_main:
-            if self.folder.started(name) != fingerprint:
+            basis = self.basis(name)
+            if not self.goes_on(name, basis):
                 for result in step.results:
                     remove(result)
-            self.folder.begin(name, fingerprint)
+            self.folder.begin(name, basis)
         self.barrier()
         self.announce(name, "starts")
         PROGRESS.begin(name)
@@ -185,6 +228,19 @@ class Runner:
             self.folder.record(name, fingerprint, seconds=seconds, software=software(), **details)
         self.barrier()
         self.announce(name, f"done in {seconds:.1f} s")
+
+    def goes_on(self, name: str, basis: str) -> bool:
+        """Whether step `name` continues what an earlier attempt left: it was started with the same
+        `basis`, and has not trained for longer than is now asked."""
+        return self.folder.started(name) == basis and not self.trained_longer(name)
+
+    def trained_longer(self, name: str) -> bool:
+        """Whether training stage `name` has a checkpoint of a later step than its last one."""
+        step = self.steps[name]
+        return step.length is not None and any(
+            (fmt.iteration_of(folder) or 0) > step.length
+            for folder in fmt.iteration_folders(step.results[0] / fmt.CHECKPOINTS)
+        )
 
     def plan(self) -> list[dict[str, Any]]:
         """Every step with its state, for --dry-run; writes nothing. A step whose inputs do not
@@ -231,14 +287,13 @@ def remove(path: Path) -> None:
 
 
 def identity_of(paths: Sequence[Path]) -> list[Any]:
-    """Identify the given files and folders by content; DataError names one that does not exist."""
+    """Identify the given files and folders by content alone; DataError names one that does not
+    exist."""
     for path in paths:
         # a prepared prefix names two files, PREFIX.bin and PREFIX.idx
         if not path.exists() and not path.with_name(path.name + ".bin").exists():
             raise DataError(f"{path} does not exist; correct the path in the configuration")
-    return [
-        files_identity(path) or files_identity(path.with_name(path.name + ".bin")) for path in paths
-    ]
+    return [content_of(path) for path in paths]
 
 
 def read_json(path: Path) -> Any:

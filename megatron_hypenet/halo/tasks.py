@@ -8,6 +8,7 @@ starts its processes imports no models.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,9 @@ def halo_steps(
         results: tuple[Path, ...],
         inputs: Callable[[], Any] = lambda: None,
         alone: bool = False,
+        decides: bool = True,
     ) -> Step:
+        config = run.stage(name) if name in STAGES else None
         action = action_of(name) if action_of is not None else _only_planned
         return Step(
             name=name,
@@ -52,6 +55,9 @@ def halo_steps(
             inputs=inputs,
             alone=alone,
             checkpoint=checkpoint_of(run, folder, name),
+            decides=decides,
+            length=config.train_iters if config else None,
+            decay=config.decay_iters if config else None,
         )
 
     training = ("data", "seed", "precision")
@@ -59,7 +65,6 @@ def halo_steps(
     align, distill, finetune = (folder.stage(name) for name in ("align", "distill", "finetune"))
     chosen = (folder.scores_file, folder.mixers_file)
     reported = (folder.report_file, folder.report_plot)
-    texts = [*run.data.train, *([run.data.heldout] if run.data.heldout else [])]
     return [
         step(
             "teacher",
@@ -74,13 +79,22 @@ def halo_steps(
             "data",
             "tokenize the text",
             ("teacher",),
-            ("data",),
+            (),
             (folder.data,),
-            lambda: identity_of(texts),
+            lambda: {
+                "train": identity_of(run.data.train),
+                "heldout": identity_of([run.data.heldout] if run.data.heldout else []),
+            },
             alone=True,
         ),
         step(
-            "probe", "check that the teacher predicts text", after_text, ("guard", "precision"), ()
+            "probe",
+            "check that the teacher predicts text, and that the text is long enough",
+            after_text,
+            ("precision",),
+            (),
+            lambda: _checked_lengths(run),
+            decides=False,
         ),
         step(
             "align",
@@ -123,6 +137,25 @@ def halo_steps(
         ),
         step("report", "evaluate and report", ("finetune", "select"), ("eval", "export"), reported),
     ]
+
+
+def _checked_lengths(run: RunConfig) -> list[Any]:
+    """The settings that the probe compares with teacher and text."""
+    return [
+        run.guard.max_teacher_loss,
+        [run.stage(name).seq_length for name in STAGES],
+        [run.select.seq_length, run.select.recall_pairs],
+        [run.eval.seq_length, run.eval.recall_pairs, *run.eval.length_multiples],
+        run.data.model_dump(mode="json", exclude={"train", "heldout"}),
+    ]
+
+
+def from_init(step: Step, start: Path) -> Step:
+    """Training stage `step` as it begins from the checkpoint `start` of elsewhere: nothing but
+    teacher and data comes before it."""
+    return replace(
+        step, after=("teacher", "data"), inputs=lambda: identity_of([start / fmt.MANIFEST])
+    )
 
 
 def checkpoint_of(run: RunConfig, folder: RunFolder, name: str) -> Callable[[], Path | None] | None:

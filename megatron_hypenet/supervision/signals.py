@@ -1,16 +1,19 @@
-"""Requests from outside, handled between steps: SIGTERM and SIGUSR2 (SLURM's warning), and the
-files SAVE_NOW and STOP.
+"""Requests from outside, handled between steps: SIGTERM, SIGUSR2 (SLURM's warning), SIGINT
+(Ctrl-C), SIGHUP (the terminal is gone), and the files SAVE_NOW and STOP.
 
 A signal or STOP means: save, then stop; SAVE_NOW means: save and go on. All processes act on the
-same step, whichever received the request.
+same step, whichever received the request. A second Ctrl-C ends the process at once. Signals that
+this process was started to ignore (`nohup`, `&` in a script) stay ignored.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -24,8 +27,12 @@ from megatron_hypenet.parallel import groups
 from megatron_hypenet.parallel.agreement import from_first
 from megatron_hypenet.parallel.cpu import device
 from megatron_hypenet.supervision.request_files import SAVE_NOW, stop_file
+from megatron_hypenet.terminal import leave_terminal
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
+
+_SHOW_CURSOR = "\x1b[?25h"
+_AT_ONCE = "; Ctrl-C again leaves at once"
 
 GO_ON = 0
 SAVE = 1
@@ -55,9 +62,10 @@ def leaving_at_once() -> Iterator[None]:
 
     def leave(number: int, frame: FrameType | None) -> None:
         received.append(number)
+        _prepare_to_leave(number, f"stopping{_AT_ONCE}")
         raise _StopRequested
 
-    previous = {number: signal.signal(number, leave) for number in SIGNALS}
+    previous = _handled_by(leave)
     try:
         yield
     except BaseException as error:
@@ -65,13 +73,41 @@ def leaving_at_once() -> Iterator[None]:
         # decides
         if not received or isinstance(error, SavedAndRequeue):
             raise
-        name = signal.Signals(received[0]).name
         raise SavedAndRequeue(
-            f"stopped on {name}; finished steps are kept, start the same command again to continue"
+            f"stopped on {name_of(received[0])}; finished steps are kept, "
+            "start the same command again to continue"
         ) from error
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def name_of(number: int) -> str:
+    """A signal as a person knows it."""
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+
+
+def _handled_by(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
+    """Install `handler` for the signals that are not ignored; returns the handlers before it."""
+    return {
+        number: signal.signal(number, handler)
+        for number in SIGNALS
+        if signal.getsignal(number) is not signal.SIG_IGN
+    }
+
+
+def _prepare_to_leave(number: int, what: str) -> None:
+    """After Ctrl-C say `what` happens, and let the next one end the process; after SIGHUP write
+    nothing to the terminal any more, where writing fails."""
+    if number == signal.SIGINT:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if groups.rank() == 0:
+            with contextlib.suppress(OSError):
+                # a bar hides the cursor, and the next Ctrl-C leaves no time to show it again
+                cursor = _SHOW_CURSOR if os.isatty(2) else ""
+                os.write(2, f"{cursor}\n{what}\n".encode())
+    elif number == signal.SIGHUP:
+        leave_terminal()
 
 
 def leave_if_stopped(what: str, places: Iterable[Path]) -> None:
@@ -99,7 +135,7 @@ class Requests:
 
     def __enter__(self) -> Requests:
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+            self._previous = _handled_by(self._note)
         return self
 
     def __exit__(
@@ -113,6 +149,7 @@ class Requests:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._received = number
+        _prepare_to_leave(number, f"stopping: this step is finished and saved first{_AT_ONCE}")
 
     def poll(self) -> int:
         """GO_ON, SAVE or LEAVE, agreed by all processes; call once per step on every one of
@@ -120,7 +157,7 @@ class Requests:
         request = GO_ON
         if self._received is not None:
             request = LEAVE
-            self.reason = signal.Signals(self._received).name
+            self.reason = name_of(self._received)
         elif groups.rank() == 0 and time.monotonic() >= self._next_file_check:
             self._next_file_check = time.monotonic() + _FILE_CHECK_SECONDS
             request = self._file_request()

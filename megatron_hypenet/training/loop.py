@@ -262,7 +262,8 @@ class _Loop:
             f"{what}{_not_finite(metrics)}{again}. Samples {self._samples_of_step()}, "
             f"learning rate {lr_at(step - 1, self.config):.3g}; weights were not changed by this "
             f"step and {kept}. "
-            f"Lower {self.stage.name}.lr or clip_grad, or look at these samples"
+            f"Lower {self.stage.name}.lr or {self.stage.name}.clip_grad and train the stage anew "
+            f"with --redo-from {self.stage.name}, or look at these samples"
         )
 
 

@@ -75,6 +75,14 @@ def test_every_section_is_strict_and_documented(section):
         ({"micro_batch_size": 3}, "micro_batch_size=3 does not divide global_batch_size=8"),
         ({"min_lr": 1e-2}, "min_lr=0.01 is above lr=0.001"),
         ({"warmup_iters": 11}, "warmup_iters=11 is longer than train_iters=10"),
+        (
+            {"warmup_iters": 5, "lr_decay_iters": 4},
+            "lr_decay_iters=4 is shorter than warmup_iters=5",
+        ),
+        (
+            {"lr_schedule": "constant", "lr_decay_iters": 4},
+            "lr_decay_iters=4 has no effect with lr_schedule=constant",
+        ),
         ({"vocab_chunk_tokens": 8}, "Extra inputs"),  # alignment has no output head
         ({"train_iters": 2.5}, "valid integer"),
         ({"adam_betas": (0.9, 1.0)}, "less than 1"),

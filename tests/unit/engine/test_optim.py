@@ -24,6 +24,13 @@ def test_cosine_is_half_way_in_the_middle_and_ends_at_min_lr():
     assert lr_at(25, config) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4)))
 
 
+def test_a_longer_stage_may_keep_the_cosine_of_a_shorter_one():
+    short = stage_config(train_iters=10, warmup_iters=2, lr=1.0, min_lr=0.1)
+    longer = stage_config(train_iters=30, lr_decay_iters=10, warmup_iters=2, lr=1.0, min_lr=0.1)
+    assert [lr_at(step, longer) for step in range(10)] == [lr_at(step, short) for step in range(10)]
+    assert {lr_at(step, longer) for step in range(9, 30)} == {lr_at(9, short)}
+
+
 def test_constant_stays():
     config = stage_config(
         train_iters=10, warmup_iters=2, lr=1.0, min_lr=0.1, lr_schedule="constant"

@@ -127,7 +127,10 @@ def test_two_dtypes_for_one_tensor_need_a_choice(hf_model, tmp_path):
     model = hf_model()
     model.tensors[GATE] = model.tensors[GATE].bfloat16()
     refused(
-        model, tmp_path, "become one tensor but are stored as BF16, F32; choose one with --dtype"
+        model,
+        tmp_path,
+        "become one tensor but are stored as BF16, F32; choose one: "
+        "`hypenet convert import .* --dtype float32`",
     )
     import_hf(tmp_path / "hf", tmp_path / "ckpt", dtype="float32")
 

@@ -1,6 +1,7 @@
 """Which settings and files make a run, or a task, another one."""
 
 from megatron_hypenet.halo.fingerprints import (
+    content_of,
     difference,
     files_identity,
     fingerprint_of,
@@ -38,6 +39,26 @@ def test_identity_follows_content_not_place(tmp_path):
         {"files": files_identity(tmp_path / "b")}
     )
     assert files_identity(tmp_path / "none") == []
+
+
+def test_content_has_no_name_and_no_place(tmp_path):
+    for name in ("a.txt", "b.txt", "c.jsonl"):
+        (tmp_path / name).write_text("text")
+    assert content_of(tmp_path / "a.txt") == content_of(tmp_path / "b.txt")
+    assert content_of(tmp_path / "a.txt") != content_of(
+        tmp_path / "c.jsonl"
+    )  # it is read another way
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.bin").write_bytes(b"tokens")
+        (tmp_path / f"{name}.idx").write_bytes(b"index")
+    assert content_of(tmp_path / "one") == content_of(tmp_path / "two")
+    (tmp_path / "two.idx").write_bytes(b"other")
+    assert content_of(tmp_path / "one") != content_of(tmp_path / "two")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "weights").write_text("w")
+    (tmp_path / "folder").rename(tmp_path / "moved")
+    assert content_of(tmp_path / "moved")[0][0] == "weights"
+    assert content_of(tmp_path / "none") == []
 
 
 def test_removed_names_what_decided_a_result_and_is_unknown_now():

@@ -203,8 +203,29 @@ def test_the_keyboard_stops_all_and_twice_kills(program):
         path.unlink()
     program("signal.signal(signal.SIGINT, signal.SIG_IGN); ready(); wait_for('never')")
     sender = signal_when_ready(range(2), signal.SIGINT, signal.SIGINT)
-    assert run(LocalLaunch((), 2)) == 128 + signal.SIGKILL
+    assert run(LocalLaunch((), 2)) == 130
     sender.join()
+
+
+def test_signals_that_are_ignored_stay_so(program, monkeypatch):
+    """As under nohup: the processes inherit that, and go on."""
+    program("ready(); wait_for('go')")
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    def send():
+        while not Path("ready1").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGHUP)
+        Path("go").touch()
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    try:
+        assert run(LocalLaunch((), 2)) == 0
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+        sender.join()
 
 
 def test_what_a_process_leaves_behind_is_ended(program):

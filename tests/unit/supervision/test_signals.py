@@ -22,7 +22,7 @@ def look_every_time(monkeypatch):
     monkeypatch.setattr(signals, "_FILE_CHECK_SECONDS", 0.0)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP])
 def test_signals_ask_to_leave_and_handlers_are_put_back(tmp_path, number):
     before = signal.getsignal(number)
     with Requests([tmp_path]) as requests:
@@ -30,6 +30,34 @@ def test_signals_ask_to_leave_and_handlers_are_put_back(tmp_path, number):
         os.kill(os.getpid(), number)
         assert requests.poll() == LEAVE and requests.reason == number.name
     assert signal.getsignal(number) is before
+
+
+def test_ctrl_c_asks_once_and_then_insists(tmp_path, capfd):
+    before = signal.getsignal(signal.SIGINT)
+    with Requests([tmp_path]) as requests:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert requests.poll() == LEAVE and requests.reason == "Ctrl-C"
+        assert "this step is finished and saved first; Ctrl-C again leaves at once" in (
+            capfd.readouterr().err
+        )
+        # not a handler of ours: Python would only call it between two steps
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) is before
+    with pytest.raises(SavedAndRequeue, match="stopped on Ctrl-C; finished steps are kept"):
+        with leaving_at_once():
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_what_was_ignored_stays_ignored(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with leaving_at_once(), Requests([tmp_path]) as requests:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert requests.poll() == GO_ON
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_save_now_is_answered_once(tmp_path):
