@@ -12,7 +12,14 @@ from torch.nn import functional as F
 
 from .cache_hypenet import StateSlot
 from .layers_hypenet import HypeNetMixer
-from .ops_hypenet import Step, accumulation_dtype, rotate
+from .ops_hypenet import (
+    Step,
+    accumulation_dtype,
+    is_open,
+    rotate,
+    token_by_token,
+    without_autocast,
+)
 
 _CHUNK_TOKENS = 64
 _BLOCK_TOKENS = 8
@@ -77,16 +84,25 @@ def unit_length(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + _L2_EPS)
 
 
+@without_autocast
 def delta_step(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
     """One token: q, k, v [b, h, 1, d], log_decay [b, h, 1, c], beta [b, h, 1], state [b, h, d, d]
     -> o [b, h, 1, d], new state. No decay and a beta of 0 leave the state as it is."""
+    return _delta_update(state, q, k, v, log_decay, beta[..., None])
+
+
+def _delta_update(
+    state: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same with beta [b, h, 1, 1], the state first."""
     state = log_decay.exp().transpose(-1, -2) * state
-    state = state + k.transpose(-1, -2) @ (beta[..., None] * (v - k @ state))
+    state = state + k.transpose(-1, -2) @ (beta * (v - k @ state))
     return q @ state, state
 
 
+@without_autocast
 def delta_chunks(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -94,6 +110,8 @@ def delta_chunks(
     [b, h, d, d] -> o [b, h, t, d], new state; all in the state's dtype.
 
     Groups of chunks bound the memory to a few copies of q."""
+    if is_open(q.shape[2]):
+        return token_by_token(_delta_update, state, q, k, v, log_decay, beta[..., None])
     outputs = []
     group = _group_tokens(log_decay)
     for start in range(0, q.shape[2], group):

@@ -26,7 +26,8 @@ class HypeNetRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., size] -> same shape and dtype."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        # under autocast the weight is in fp32, and torch has no fused norm of two dtypes
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 class HypeNetMixer(nn.Module):

@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 
 from .cache_hypenet import KeyValueSlot
 from .layers_hypenet import HypeNetMixer
-from .ops_hypenet import Step, hype_constant
+from .ops_hypenet import Step, hype_constant, is_open
 
 _QUERY_BLOCK_TOKENS = 1024
 
@@ -86,9 +86,12 @@ def softmax_attention(
     if step.real is None and step.past == 0:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     columns = torch.arange(step.past + t, device=q.device)
+    blocks = [(0, t)]
+    if not is_open(t):
+        starts = range(0, t, _QUERY_BLOCK_TOKENS)
+        blocks = [(start, min(start + _QUERY_BLOCK_TOKENS, t)) for start in starts]
     outputs = []
-    for start in range(0, t, _QUERY_BLOCK_TOKENS):
-        stop = min(start + _QUERY_BLOCK_TOKENS, t)
+    for start, stop in blocks:
         own = columns[step.past + start : step.past + stop, None]
         mask = (columns <= own)[None]
         if step.real is not None:

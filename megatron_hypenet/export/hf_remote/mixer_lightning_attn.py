@@ -13,7 +13,14 @@ from transformers import PretrainedConfig
 
 from .cache_hypenet import StateSlot
 from .layers_hypenet import HypeNetMixer, HypeNetRMSNorm
-from .ops_hypenet import Step, accumulation_dtype, rotate
+from .ops_hypenet import (
+    Step,
+    accumulation_dtype,
+    is_open,
+    rotate,
+    token_by_token,
+    without_autocast,
+)
 
 _LIGHTNING_CHUNK_TOKENS = 128
 _LIGHTNING_GROUP_TOKENS = 4096
@@ -88,6 +95,7 @@ def alibi_slopes(num_heads: int, device: torch.device, dtype: torch.dtype) -> Te
     return torch.exp2(-8.0 * torch.cat([exponents, more]))
 
 
+@without_autocast
 def lightning_step(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, slopes: Tensor, new_real: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -100,6 +108,7 @@ def lightning_step(
     return q @ new, new
 
 
+@without_autocast
 def lightning_chunks(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, slopes: Tensor, new_real: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -108,6 +117,8 @@ def lightning_chunks(
 
     Decay counts real tokens, so padding leaves a state as it was. Groups of chunks bound the memory
     to a few copies of q."""
+    if is_open(q.shape[2]):
+        return _lightning_tokens(q, k, v, state, slopes, new_real)
     outputs = []
     group = _group_tokens(q)
     for start in range(0, q.shape[2], group):
@@ -122,6 +133,25 @@ def lightning_chunks(
         o, state = _lightning_group(qg, kg, vg, state, -slopes[:, None] * count[:, None, :])
         outputs.append(o)
     return torch.cat(outputs, dim=2), state
+
+
+def _lightning_tokens(
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, slopes: Tensor, new_real: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The same for an open number of tokens."""
+    decay = -slopes[:, None, None].expand(q.shape[0], -1, q.shape[2], 1)
+    if new_real is not None:
+        real = new_real[:, None, :, None].to(state.dtype)
+        decay = decay * real
+        k = k * real
+
+    def step(
+        state: Tensor, q: Tensor, k: Tensor, v: Tensor, decay: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        state = decay.exp() * state + k.transpose(-1, -2) @ v
+        return q @ state, state
+
+    return token_by_token(step, state, *(x.to(state.dtype) for x in (q, k, v, decay)))
 
 
 def _group_tokens(q: Tensor) -> int:

@@ -5,6 +5,7 @@ Plain torch on CPU or GPU. Prompts run chunk by chunk, decoding one token at a t
 padding in the batch: positions count real tokens only, and padding enters neither an attention nor
 a recurrent state. Shapes: b rows, t new tokens, h heads, d head_dim, H hidden_size."""
 
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -180,6 +181,7 @@ class HypeNetModel(HypeNetPreTrainedModel):
         return_dict: bool | None = None,
         output_attentions: bool | None = None,
         cache: HypeNetCache | None = None,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast | tuple:
         """input_ids [b, t] or inputs_embeds [b, t, H] -> hidden states after the final norm, [b, t,
         H].
@@ -189,6 +191,7 @@ class HypeNetModel(HypeNetPreTrainedModel):
         the final output. Training with gradient checkpointing makes no cache. ValueError for
         attention maps, other masks, other positions, or a cache of another class; TypeError for an
         unknown keyword."""
+        _refuse_unknown(kwargs, self, known=())
         if self.config.output_attentions if output_attentions is None else output_attentions:
             raise ValueError(
                 "HypeNet does not return attention maps: its recurrent layers have none; "
@@ -295,7 +298,8 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, HypeNetGenerationMixin):
         the further keywords. TypeError for keywords without labels, and for those that
         `causal_lm_loss` does not know."""
         has_labels = labels is not None or kwargs.get("shift_labels") is not None
-        _refuse_unknown(kwargs, loss=self.loss_function if has_labels else None)
+        own_loss = has_labels and self.loss_function is not causal_lm_loss
+        _refuse_unknown(kwargs, self, known=kwargs if own_loss else ("shift_labels",))
         out = self.model(
             input_ids,
             attention_mask,
@@ -332,9 +336,8 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, HypeNetGenerationMixin):
         )
 
 
-def _refuse_unknown(keywords: dict[str, Any], loss: Any) -> None:
-    """TypeError for keywords that nothing takes; `loss` is the loss function of this call, None
-    without labels."""
+def _refuse_unknown(keywords: dict[str, Any], model: nn.Module, known: Container[str]) -> None:
+    """TypeError for further keywords of `model.forward` that are not in `known`."""
     packing = sorted(
         {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
         & set(keywords)
@@ -344,11 +347,11 @@ def _refuse_unknown(keywords: dict[str, Any], loss: Any) -> None:
             f"HypeNet does not take rows with several documents ({', '.join(packing)}); "
             "give each document its own row"
         )
-    known = {"shift_labels"} if loss in (None, causal_lm_loss) else set(keywords)
-    unknown = sorted(set(keywords) - known)
+    unknown = sorted(name for name in keywords if name not in known)
     if unknown:
         raise TypeError(
-            f"HypeNetForCausalLM.forward() got unexpected keyword arguments: {', '.join(unknown)}"
+            f"{type(model).__name__}.forward() got unexpected keyword arguments: "
+            f"{', '.join(unknown)}"
         )
 
 

@@ -4,6 +4,8 @@ the arguments of a call for all layers.
 Shapes: b rows, t new tokens, h heads, d head_dim."""
 
 import math
+from collections.abc import Callable
+from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +29,53 @@ class Step(NamedTuple):
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """fp64 for an fp64 model, fp32 for all others: the dtype of states, positions and the loss."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def without_autocast(
+    rule: Callable[..., tuple[Tensor, Tensor]],
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """A recurrence that computes in the dtype of its tensors, also under autocast (Trainer's and
+    TRL's `bf16`), which would do its products in bf16 and let the errors add up in the state."""
+
+    @wraps(rule)
+    def run(first: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+        device = first.device.type
+        if not torch.is_autocast_enabled(device):
+            return rule(first, *others)
+        with torch.autocast(device, enabled=False):
+            return rule(first, *others)
+
+    return run
+
+
+def is_open(tokens: int) -> bool:
+    """Whether the graph that is being made leaves this number open (a dynamic dimension of
+    `torch.export`), so that no Python loop over it can end."""
+    return isinstance(tokens, torch.SymInt)
+
+
+def token_by_token(
+    step: Callable[..., tuple[Tensor, Tensor]], state: Tensor, *by_token: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A recurrence as a loop within the graph, for an open number of tokens.
+
+    `step(state, *inputs)` -> (o [b, h, 1, d], new state), with inputs [b, h, 1, ...] of
+    `by_token` [b, h, t, ...]; returns o [b, h, t, d] and the last state. RuntimeError where torch
+    has no such loop."""
+    try:
+        from torch._higher_order_ops.scan import scan
+    except ImportError as error:
+        raise RuntimeError(
+            "this torch cannot export a HypeNet with recurrent layers and a dynamic number of "
+            "tokens; export it with a fixed number, or with torch 2.7 or later"
+        ) from error
+
+    def one(state: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        o, state = step(state, *(x.unsqueeze(2) for x in inputs))
+        return state, o.squeeze(2)
+
+    last, outputs = scan(one, state, tuple(x.movedim(2, 0) for x in by_token))
+    return outputs.movedim(0, 2), last
 
 
 def causal_lm_loss(

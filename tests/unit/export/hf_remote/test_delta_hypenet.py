@@ -46,6 +46,16 @@ def test_chunks_are_the_recurrence(monkeypatch, t, channels, group):
             close(got, want)
 
 
+@pytest.mark.parametrize("t", [1, 70])
+@pytest.mark.parametrize("channels", [1, 8])
+def test_autocast_changes_nothing(t, channels):
+    rule = remote.delta_step if t == 1 else remote.delta_chunks
+    inputs = [x.float() for x in draw(t, channels)]
+    want = rule(*inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(map(torch.equal, rule(*inputs), want))
+
+
 @pytest.mark.parametrize("channels", [1, 8])
 def test_gradients_are_those_of_the_recurrence(channels):
     found = []

@@ -58,6 +58,17 @@ def test_padding_anywhere_leaves_the_other_tokens_alone(monkeypatch, group):
         close(state[row : row + 1], want_state)
 
 
+@pytest.mark.parametrize("t", [1, 40])
+def test_autocast_changes_nothing(t):
+    rule = remote.lightning_step if t == 1 else remote.lightning_chunks
+    q, k, v = (random(2, 3, t, 4, seed=i).float() for i in range(3))
+    state = random(2, 3, 4, 4, seed=3).float()
+    slopes = remote.alibi_slopes(3, q.device, q.dtype)
+    want = rule(q, k, v, state, slopes, None)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(map(torch.equal, rule(q, k, v, state, slopes, None), want))
+
+
 def test_a_padded_step_keeps_the_state():
     q, k, v = (random(2, 3, 1, 4, seed=i) for i in range(3))
     start = random(2, 3, 4, 4, seed=9)

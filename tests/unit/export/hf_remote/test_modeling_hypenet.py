@@ -150,6 +150,21 @@ def test_several_documents_in_a_row_are_refused(model):
         TypeError, match=r"rows with several documents \(cu_seq_lens_q, max_length_q\)"
     ):
         model(tokens(1, 4), cu_seq_lens_q=torch.tensor([0, 2, 4]), max_length_q=2)
+    with pytest.raises(TypeError, match=r"rows with several documents \(seq_idx\)"):
+        model.model(tokens(1, 4), seq_idx=torch.tensor([[0, 0, 1, 1]]))
+
+
+def test_checkpointing_under_autocast_gives_the_same_gradients(model):
+    """TRL's defaults: fp32 weights, bf16 autocast, gradient checkpointing."""
+    ids = tokens(2, 70)
+    model.float().train()
+    with warnings.catch_warnings(), torch.autocast("cpu", torch.bfloat16):
+        warnings.simplefilter("error", UserWarning)  # torch warns of norms of two dtypes
+        plain = torch.autograd.grad(model(ids, labels=ids).loss, list(model.parameters()))
+        model.gradient_checkpointing_enable()
+        model(ids, labels=ids).loss.backward()
+    for want, parameter in zip(plain, model.parameters(), strict=True):
+        assert parameter.grad.dtype == torch.float32 and torch.equal(parameter.grad, want)
 
 
 @torch.no_grad()
@@ -203,6 +218,24 @@ def test_export_takes_any_mask(model, rows):
         inputs["attention_mask"] = other
         real = other.bool()
         close(exported(**inputs).logits[real], model(**inputs).logits[real])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("masked", [False, True])
+def test_export_leaves_rows_and_tokens_open(model, masked):
+    def inputs(rows, count):
+        mask = torch.ones(rows, count, dtype=torch.long)
+        mask[:, : count // 3] = 0
+        named = {"input_ids": tokens(rows, count), "use_cache": False}
+        return ({**named, "attention_mask": mask} if masked else named), count // 3 * masked
+
+    sizes = {0: torch.export.Dim("rows", max=64), 1: torch.export.Dim("tokens", min=2, max=4096)}
+    given, _ = inputs(2, 14)
+    shapes = {name: None if name == "use_cache" else sizes for name in given}
+    exported = torch.export.export(model, (), given, dynamic_shapes=shapes).module()
+    for rows, count in ((1, 2), (3, 65), (2, 300)):
+        given, first = inputs(rows, count)
+        close(exported(**given).logits[:, first:], model(**given).logits[:, first:])
 
 
 @torch.no_grad()

@@ -1,4 +1,5 @@
 import math
+import sys
 
 import pytest
 import torch
@@ -12,6 +13,38 @@ from .conftest import close, random
 def test_settings_of_the_logit_scaling_that_make_no_sense(setting):
     with pytest.raises(ValueError, match="attn_logits_scaling"):
         remote.hype_constant(setting)
+
+
+def test_a_recurrence_computes_in_the_dtype_of_its_tensors_under_autocast():
+    @remote.without_autocast
+    def rule(x, y):
+        """Docstring."""
+        return x @ y, x
+
+    x = random(40, 40).float()
+    y = random(40, 40, seed=1).float()
+    want = x @ y
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (x @ y).dtype == torch.bfloat16
+        assert torch.equal(rule(x, y)[0], want)
+        assert torch.is_autocast_enabled("cpu")
+    assert rule.__doc__ == "Docstring."
+
+
+def test_a_torch_without_the_loop_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch._higher_order_ops.scan", None)
+    with pytest.raises(RuntimeError, match="export it with a fixed number"):
+        remote.token_by_token(lambda state, x: (x, state), random(1), random(1, 1, 2, 3))
+
+
+def test_the_loop_over_tokens_is_the_recurrence():
+    x = random(2, 3, 5, 4)
+    o, last = remote.token_by_token(
+        lambda state, x: (x + state[:, :, None], state + x.squeeze(2)), random(2, 3, 4, seed=1), x
+    )
+    sums = x.cumsum(2) + random(2, 3, 4, seed=1)[:, :, None]
+    close(o, sums)
+    close(last, sums[:, :, -1])
 
 
 def test_rope_rotates_halves_by_relative_position():
