@@ -38,6 +38,9 @@ WEIGHTS_PARTS = (fmt.WEIGHTS, fmt.MODEL_JSON)
 
 FORMAT_VERSION = 1
 _READ_FILES = (fmt.MODEL_JSON, fmt.TRAIN_STATE, fmt.RNG, fmt.CONFIG)
+_HASH_IN = "manifest_hash_in"
+"""Entry of `extra` in the file: names the file that holds the manifest's hash. Version 0.1 has no
+such entry, and refuses one outside `extra`."""
 _SHARDED_FOLDERS = (fmt.WEIGHTS, fmt.OPTIMIZER)
 _SHARDED_FILES = (".metadata", "metadata.json", "common.pt")
 """Files of a sharded folder that are read besides those with tensors."""
@@ -213,6 +216,7 @@ def write_manifest(
     record["files"] = {
         name: {"bytes": entry.bytes, "sha256": entry.sha256} for name, entry in files.items()
     }
+    record["extra"] = rest | {_HASH_IN: fmt.COMMITTED}
     (folder / fmt.MANIFEST).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
     return manifest
 
@@ -221,8 +225,8 @@ def read_manifest(folder: Path | str) -> Manifest:
     """The manifest of one committed folder; CheckpointError if the folder is uncommitted, or its
     manifest unreadable or changed.
 
-    COMMITTED holds the manifest's hash. In a folder of format 0.1 it is empty; then the manifest
-    cannot be checked, and the log says so once.
+    COMMITTED holds the manifest's hash, and the manifest says so. In a folder of version 0.1 it is
+    empty, and the manifest does not; then the manifest cannot be checked, and the log says so once.
     """
     folder = Path(folder)
     if not fmt.is_committed(folder):
@@ -243,6 +247,10 @@ def read_manifest(folder: Path | str) -> Manifest:
             "update megatron-hypenet"
         )
     manifest = typed(KIND, path, record, Manifest)
+    if manifest.extra.pop(_HASH_IN, None) and not marker:
+        KIND.refuse(
+            folder / fmt.COMMITTED, f"is empty; it was written with the hash of {fmt.MANIFEST}"
+        )
     for name in manifest.files:
         inside(folder, name, KIND)
     if not marker:

@@ -1,5 +1,6 @@
 """The manifest finds every kind of damage."""
 
+import json
 import os
 from pathlib import Path
 
@@ -121,7 +122,17 @@ def test_a_manifest_that_was_changed_is_refused(folder):
         mf.verify_files(folder)
 
 
+@pytest.mark.parametrize("left", ["", "\n", "0123"])
+def test_a_marker_that_was_cut_off_is_damage(folder, left):
+    (folder / fmt.COMMITTED).write_text(left)
+    with pytest.raises(CheckpointError, match="COMMITTED"):
+        mf.verify_files(folder)
+
+
 def test_a_checkpoint_of_an_older_version_loads_and_says_so(folder, caplog):
+    record = json.loads((folder / fmt.MANIFEST).read_text())
+    del record["extra"]["manifest_hash_in"]  # version 0.1 wrote the rest alike
+    (folder / fmt.MANIFEST).write_text(json.dumps(record))
     (folder / fmt.COMMITTED).write_text("")
     with caplog.at_level("INFO"):
         mf.verify_files(folder, hashes=True)
