@@ -157,6 +157,28 @@ def refuse_if_owned(folder: Path) -> None:
         os.close(descriptor)
 
 
+def owner_of(folder: Path) -> tuple[Owner | None, bool | None]:
+    """The owner that is named in the run folder `folder`, and whether it still runs; None where
+    that cannot be told from here, as of a process on another machine. Changes nothing."""
+    path = owner_file(folder, inside=True)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return None, False
+    try:
+        found = _read(descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+        except BlockingIOError:
+            return found, True
+        except OSError:  # no locks there: the process table, or SLURM, may know
+            pass
+        return found, None if found is None else _known(found, this_process())
+    finally:
+        os.close(descriptor)
+
+
 @contextmanager
 def owning(
     target: Path,

@@ -12,6 +12,7 @@ from megatron_hypenet.cli.options import JsonOption
 from megatron_hypenet.cli.status import RunArgument
 
 if TYPE_CHECKING:
+    from megatron_hypenet.cluster.first_error import Group
     from megatron_hypenet.cluster.jobs import Job, Jobs
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -37,7 +38,7 @@ def logs(
     as_json: JsonOption = False,
 ) -> None:
     """Show the end of a rank's log of the last start, with the paths of all logs; or with
-    --first-error the cause of a failure.
+    --first-error the cause of a failure. Without SLURM the log is the run's, logs/hypenet.log.
 
     Examples:
 
@@ -48,11 +49,55 @@ def logs(
     from megatron_hypenet.cluster.jobs import Jobs
 
     jobs = Jobs(run_folder)
+    if job_id is None and started_here(jobs):
+        show_local(run_folder, lines, rank, first_error=first_error, as_json=as_json)
+        return
     job = chosen(jobs, job_id)
     if first_error:
         show_first_error(jobs, job if job_id else None, as_json=as_json)
     else:
         show_log(jobs, job, rank, lines, as_json=as_json)
+
+
+def started_here(jobs: Jobs) -> bool:
+    """Whether the last start of the run was by a command outside of SLURM."""
+    from megatron_hypenet.supervision.start_record import read_start
+
+    start = read_start(jobs.folder)
+    return not jobs.all or (start is not None and not start.job)
+
+
+def show_local(
+    run_folder: Path, count: int, rank: int, *, first_error: bool, as_json: bool
+) -> None:
+    """The end of the run's log, or what failed in its last start; UsageError for another rank's
+    log."""
+    from megatron_hypenet.cluster.run_state import local_faults
+    from megatron_hypenet.errors import UsageError
+
+    if first_error:
+        groups = local_faults(run_folder)
+        if as_json:
+            content = [group.as_json() for group in groups]
+            print(json.dumps({"job": None, "logs": str(run_folder / "errors"), "groups": content}))
+        elif groups:
+            print(f"last start: {run_folder / 'errors'}")
+            show_groups(groups)
+        else:
+            print("no rank has reported a fault")
+        return
+    if rank:
+        raise UsageError(
+            f"--rank {rank}: without SLURM only the first process has a log; what another failed "
+            f"with is shown by `hypenet logs {run_folder} --first-error`"
+        )
+    path = run_folder / "logs" / "hypenet.log"
+    tail = _tail(path, count)
+    if as_json:
+        print(json.dumps({"job": None, "log": str(path), "lines": tail}))
+        return
+    print(f"{path}\n")
+    print("\n".join(tail) if tail else "nothing has started yet")
 
 
 def chosen(jobs: Jobs, job_id: int | None) -> Job:
@@ -141,6 +186,11 @@ def show_first_error(jobs: Jobs, only: Job | None, *, as_json: bool) -> None:
         )
         return
     print(f"job {job.id} ({job.part}), {folder.name.replace('-', ' ')}: {folder}")
+    show_groups(groups)
+
+
+def show_groups(groups: list[Group]) -> None:
+    """Faults with their tracebacks, causes first."""
     for number, group in enumerate(groups):
         kind = (
             "then, as an echo" if group.first.is_echo and number else "then" if number else "first"

@@ -49,9 +49,10 @@ VERBS: dict[str, str] = {
     "config": "Show, validate or describe a run configuration.",
     "plan": "Show the GPU memory of each stage, and layouts that fit.",
     "submit": "Hand a run to SLURM, as one job or one per stage.",
-    "status": "Show the jobs of a run and how far it is.",
-    "logs": "Show a job's logs, or what failed first in it.",
-    "cancel": "Cancel the jobs of a run; what is saved stays.",
+    "runs": "List the runs in a folder: state, step, iteration.",
+    "status": "Show whether a run runs, why it stopped, and how far it is.",
+    "logs": "Show the logs of a run, or what failed first in it.",
+    "cancel": "Stop a run; a step that runs is saved first.",
     "requeue": "Start the jobs of a run again from what is saved.",
 }
 """Verb -> one line of help, in pipeline order; the module is megatron_hypenet.cli.<verb>."""

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from megatron_hypenet.cli.progress import Screen
     from megatron_hypenet.halo.actions import Halo
     from megatron_hypenet.halo.run_folder import RunFolder
-    from megatron_hypenet.halo.task_runner import Runner
+    from megatron_hypenet.halo.task_runner import Runner, Step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,19 +83,16 @@ def prepared(
     if processes.is_rank0():
         warn(run, found)
     configure_logging()
-    from megatron_hypenet.checkpoint.load import verify_together
-    from megatron_hypenet.checkpoint.manifest import WEIGHTS_PARTS
     from megatron_hypenet.cli.progress import Screen
     from megatron_hypenet.halo.actions import Halo
     from megatron_hypenet.halo.changes import finish_redo
     from megatron_hypenet.halo.run_folder import RunFolder
-    from megatron_hypenet.halo.task_runner import Runner
     from megatron_hypenet.parallel import groups
-    from megatron_hypenet.parallel.agreement import decided_by_first
     from megatron_hypenet.planning.eta import Clock, planned_work
     from megatron_hypenet.supervision.faults import watched
     from megatron_hypenet.supervision.hang_watchdog import collective_minutes
-    from megatron_hypenet.supervision.signals import leave_if_stopped, leaving_at_once
+    from megatron_hypenet.supervision.signals import leaving_at_once
+    from megatron_hypenet.supervision.start_record import recorded
 
     folder = RunFolder(run.output_dir)
     is_main = processes.is_rank0()
@@ -111,6 +108,9 @@ def prepared(
             if as_it_is
             else take_over(run, folder, overwrite=overwrite, redo_from=redo_from, init=init)
         )
+        if is_main:
+            words = processes.WORDS.get()
+            stack.enter_context(recorded(folder.root, words, found.num_processes))
         groups.barrier()
         screen = Screen(Clock(planned_work(run, found.shape)), folder.log_file, is_main=is_main)
         stack.callback(screen.close)
@@ -127,23 +127,35 @@ def prepared(
         )
         steps = halo.steps()
         screen.does.update({step.name: step.does for step in steps})
-        runner = Runner(
-            run,
-            folder,
-            steps,
-            is_main=is_main,
-            barrier=groups.barrier,
-            announce=screen.announce,
-            may_start=lambda step: leave_if_stopped(f"step {step}", [folder.root]),
-            decided=decided_by_first,
-            verify=lambda checkpoint: verify_together(checkpoint, parts=WEIGHTS_PARTS),
-        )
+        runner = runner_of(run, folder, steps, screen)
         with watched(folder.root, run.guard), leaving_at_once():
             yield Pipeline(
                 run=run, folder=folder, halo=halo, runner=runner, screen=screen, is_main=is_main
             )
         if is_main:
             finish_redo(folder)
+
+
+def runner_of(run: RunConfig, folder: RunFolder, steps: list[Step], screen: Screen) -> Runner:
+    """The runner of `steps` on all processes, which announces them on `screen`."""
+    from megatron_hypenet.checkpoint.load import verify_together
+    from megatron_hypenet.checkpoint.manifest import WEIGHTS_PARTS
+    from megatron_hypenet.halo.task_runner import Runner
+    from megatron_hypenet.parallel import groups
+    from megatron_hypenet.parallel.agreement import decided_by_first
+    from megatron_hypenet.supervision.signals import leave_if_stopped
+
+    return Runner(
+        run,
+        folder,
+        steps,
+        is_main=processes.is_rank0(),
+        barrier=groups.barrier,
+        announce=screen.announce,
+        may_start=lambda step: leave_if_stopped(f"step {step}", [folder.root]),
+        decided=decided_by_first,
+        verify=lambda checkpoint: verify_together(checkpoint, parts=WEIGHTS_PARTS),
+    )
 
 
 def take_over(

@@ -90,7 +90,7 @@ class Screen:
         return f"{list(self.does).index(step) + 1}/{len(self.does)}"
 
     def _left(self) -> str:
-        from megatron_hypenet.training.metrics import short_time
+        from megatron_hypenet.training.short_text import short_time
 
         eta = self.clock.eta()
         return "time left unknown" if eta is None else f"{short_time(eta)} left"

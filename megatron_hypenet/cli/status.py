@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +16,7 @@ from megatron_hypenet.cli.options import JsonOption
 from megatron_hypenet.errors import DataError
 
 if TYPE_CHECKING:
-    from megatron_hypenet.cluster.jobs import Jobs
+    from megatron_hypenet.cluster.jobs import Jobs, JobState
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -31,21 +33,35 @@ RunArgument = Annotated[
 
 @app.command()
 def status(run_folder: RunArgument, as_json: JsonOption = False) -> None:
-    """Show the jobs of a run and how far it is: step, iteration, loss, speed, time left, last save,
-    starts.
+    """Show whether a run runs, where, or why it stopped and how it goes on; and how far it is:
+    step, iteration, loss, speed, time left, last save; under SLURM its jobs too.
 
     Example: hypenet status runs/demo
     """
-    from megatron_hypenet.cluster.jobs import Jobs
-
-    jobs = Jobs(run_folder)
-    found = {"run": str(run_folder), "jobs": job_rows(jobs), **progress_of(run_folder)}
+    found = status_of(run_folder)
     print(json.dumps(found) if as_json else "\n".join(lines_of(found)))
 
 
-def job_rows(jobs: Jobs) -> list[dict[str, Any]]:
-    """The newest job of each part of the run: id, part, state, where, starts, last note."""
+def status_of(run_folder: Path) -> dict[str, Any]:
+    """Everything that `status` says, as plain data: times in seconds, speeds in tokens per
+    second."""
+    from megatron_hypenet.cluster.jobs import Jobs
+    from megatron_hypenet.cluster.run_state import state_of
+
+    jobs = Jobs(run_folder)
+    progress = progress_of(run_folder)
     states = jobs.states()
+    found = state_of(run_folder, progress["finished"], jobs.newest_of_each_part(), states)
+    return {
+        "run": str(run_folder),
+        **asdict(found),
+        "jobs": job_rows(jobs, states),
+        **progress,
+    }
+
+
+def job_rows(jobs: Jobs, states: Mapping[int, JobState]) -> list[dict[str, Any]]:
+    """The newest job of each part of the run: id, part, state, where, starts, last note."""
     rows = []
     for job in jobs.newest_of_each_part():
         events = jobs.events(job)
@@ -79,6 +95,8 @@ def progress_of(run_folder: Path) -> dict[str, Any]:
         else ""
     )
     step, last_iteration = last_lines(text.splitlines())
+    if last_iteration is not None and step is not None:
+        last_iteration |= exact_figures(run_folder, step["name"])
     found: dict[str, Any] = {
         "finished": [],
         "step": step,
@@ -103,18 +121,52 @@ def last_lines(lines: list[str]) -> tuple[dict[str, Any] | None, dict[str, Any] 
             speed = next(
                 (part.strip() for part in match.group(3).split("|") if "tok/s" in part), ""
             )
+            eta = numbers.get("eta", "")
+            whole = numbers.get("whole", "").removeprefix("run: ")
             iteration = {
                 "number": int(match.group(1)),
                 "of": int(match.group(2)),
                 "loss": float(numbers["loss"]) if "loss" in numbers else None,
-                "tokens_per_second": speed.removesuffix(" tok/s"),
-                "eta": numbers.get("eta", ""),
-                "whole_run": numbers.get("whole", "").removeprefix("run: "),
+                "tokens_per_second": number_of(speed.removesuffix(" tok/s")),
+                "eta": eta,
+                "eta_seconds": seconds_of(eta),
+                "whole_run": whole,
+                "whole_run_seconds": seconds_of(whole.removesuffix(" left")),
             }
         elif match := _STEP_LINE.match(line):
             place, of, name, what = match.groups()
             return {"name": name, "place": int(place), "of": int(of), "what": what}, iteration
     return None, iteration
+
+
+def exact_figures(run_folder: Path, step: str) -> dict[str, Any]:
+    """The figures of the run's heartbeat, which are newer than the log's; nothing where it is of
+    another step than `step`."""
+    from megatron_hypenet.supervision import heartbeat
+
+    beat = heartbeat.content_of(heartbeat.file_of(run_folder / heartbeat.FOLDER, 0))
+    if beat.get("stage") != step or "tokens_per_second" not in beat:
+        return {}
+    names = {"iteration": "number", "train_iters": "of"}
+    kept = ("iteration", "train_iters", "loss", "tokens_per_second", "eta_seconds")
+    return {names.get(key, key): beat[key] for key in kept if key in beat}
+
+
+def number_of(text: str) -> float | None:
+    """The number that `short_count` wrote, e.g. 2600.0 for 2.6k; None for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kMG]?)", text)
+    if match is None:
+        return None
+    return float(match.group(1)) * {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9}[match.group(2)]
+
+
+def seconds_of(text: str) -> float | None:
+    """The seconds that `short_time` wrote, e.g. 3720.0 for 1h02m; None for anything else."""
+    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
+    if match is None or not text:
+        return None
+    hours, minutes, seconds = (float(part or 0) for part in match.groups())
+    return hours * 3600 + minutes * 60 + seconds
 
 
 def last_save(run_folder: Path) -> dict[str, Any] | None:
@@ -138,11 +190,25 @@ def last_save(run_folder: Path) -> dict[str, Any] | None:
     return {"checkpoint": str(folder), "seconds_ago": round(time.time() - newest / 1e9, 1)}
 
 
+def state_lines(found: dict[str, Any]) -> list[str]:
+    """What is known of the run as a whole: its state, since when, why, and how it goes on."""
+    from megatron_hypenet.training.short_text import short_time
+
+    seconds = found["seconds_ago"]
+    runs = found["state"] in ("running", "waiting")
+    when = "" if seconds is None else f" {'for' if runs else ''} {short_time(seconds)}"
+    when += "" if seconds is None or runs else " ago"
+    told = [" ".join(filter(None, (found["where"], when.strip()))), found["why"]]
+    lines = [f"  {found['state']:<12} {': '.join(filter(None, told))}".rstrip()]
+    lines += [f"  go on with   {found['go_on']}"] if found["go_on"] else []
+    return lines
+
+
 def lines_of(found: dict[str, Any]) -> list[str]:
     """The same as readable text."""
-    from megatron_hypenet.training.metrics import short_time
+    from megatron_hypenet.training.short_text import short_count, short_time
 
-    lines = [found["run"]]
+    lines = [found["run"], *state_lines(found)]
     for row in found["jobs"]:
         where = f" on {row['nodes']}" if row["nodes"] and row["live"] else ""
         left = f", {row['time_left']} left" if row["time_left"] else ""
@@ -157,8 +223,6 @@ def lines_of(found: dict[str, Any]) -> list[str]:
             f"  job {row['id']:<8} {row['part']:<9} "
             f"{row['state']}{where}{left}{reason}{requeues}{note}"
         )
-    if not found["jobs"]:
-        lines.append("  no SLURM jobs")
     step, iteration, save = found["step"], found["iteration"], found["last_save"]
     lines.append(
         f"  step         {step['name']} ({step['place']}/{step['of']}): {step['what']}"
@@ -166,13 +230,14 @@ def lines_of(found: dict[str, Any]) -> list[str]:
         else "  step         none has begun"
     )
     if iteration and step and "done" not in step["what"]:
-        lines.append(
-            f"  iteration    {iteration['number']}/{iteration['of']}, loss {iteration['loss']:.4g}"
-        )
+        loss = "" if iteration["loss"] is None else f", loss {iteration['loss']:.4g}"
+        lines.append(f"  iteration    {iteration['number']}/{iteration['of']}{loss}")
+        speed = iteration["tokens_per_second"]
+        eta = iteration["eta_seconds"]
         whole = f"; whole run: {iteration['whole_run']}" if iteration["whole_run"] else ""
         lines.append(
-            f"  speed        {iteration['tokens_per_second']} tokens/s, this stage: "
-            f"{iteration['eta']} left{whole}"
+            f"  speed        {'unknown' if speed is None else short_count(speed)} tokens/s, "
+            f"this stage: {'time' if eta is None else short_time(eta)} left{whole}"
         )
     lines.append(
         f"  last save    {save['checkpoint']}, {short_time(save['seconds_ago'])} ago"

@@ -57,6 +57,7 @@ _OWN_FILES = (
     "manifest.json",
     "jobs.json",
     "timing.json",
+    "start.json",
     "job.sbatch",
     *(f"job_{part}.sbatch" for part in (*STAGES, "finish")),
 )

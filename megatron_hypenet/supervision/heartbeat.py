@@ -166,6 +166,14 @@ def file_of(folder: Path, rank: int) -> Path:
     return folder / f"rank_{rank:05d}.json"
 
 
+def content_of(path: Path) -> dict[str, Any]:
+    """All fields of one file, of whatever start; empty when it is missing or incomplete."""
+    try:
+        return read_object(_KIND, path)
+    except DataError:
+        return {}
+
+
 def read_beat(path: Path, life: str) -> Beat | None:
     """The content of one file; None when it is missing, incomplete, or of another start of the
     run."""

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from megatron_hypenet.atomic_files import write_text
 from megatron_hypenet.errors import DataError
+from megatron_hypenet.training.short_text import short_count, short_time
 from megatron_hypenet.training.throughput import Workload
 from megatron_hypenet.untrusted.files import FileKind, has_entry
 from megatron_hypenet.untrusted.json_text import parse_json, typed
@@ -108,22 +109,6 @@ class StepRecord:
             else f"{each} | {work.tflops_per_device(self.tokens_per_second):.0f} TFLOP/s/gpu | mfu "
             f"{share:.1%}"
         )
-
-
-def short_count(value: float) -> str:
-    """Format a count: 1234 -> 1.2k."""
-    for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= limit:
-            return f"{value / limit:.1f}{suffix}"
-    return f"{value:.0f}"
-
-
-def short_time(seconds: float) -> str:
-    """Format seconds: 72 -> 1m12s, 3700 -> 1h01m."""
-    whole = int(round(seconds))
-    if whole >= 3600:
-        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-    return f"{whole // 60}m{whole % 60:02d}s" if whole >= 60 else f"{whole}s"
 
 
 class LossLog:

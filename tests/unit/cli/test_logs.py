@@ -99,6 +99,35 @@ def test_what_is_not_there_is_named(run, capsys, words, code, says):
     assert re.search(says, err)
 
 
+def test_a_run_without_slurm_has_logs_too(tmp_path, capsys):
+    folder = tmp_path / "run"
+    (folder / "logs").mkdir(parents=True)
+    (folder / "config.yaml").touch()
+    assert "nothing has started yet" in invoke(capsys, "logs", folder)[1]
+    (folder / "logs" / "hypenet.log").write_text("one\ntwo\nthree\n")
+    code, out, _ = invoke(capsys, "logs", folder, "-n", "2")
+    assert code == 0 and out.endswith("two\nthree\n") and "hypenet.log" in out
+    assert json.loads(invoke(capsys, "logs", folder, "--json")[1])["lines"][-1] == "three"
+    code, _, err = invoke(capsys, "logs", folder, "--rank", "1")
+    assert code == 2 and "--first-error" in err
+    assert "no rank has reported a fault" in invoke(capsys, "logs", folder, "--first-error")[1]
+    start = {"command": "hypenet run x", "folder": "/", "host": "n1", "pid": 1, "processes": 1}
+    start |= {"began": 1.0, "state": "failed", "ended": 2.0, "reason": "it is damaged"}
+    (folder / "start.json").write_text(json.dumps(start))
+    assert (
+        "first: rank 0 on n1: it is damaged" in invoke(capsys, "logs", folder, "--first-error")[1]
+    )
+    found = json.loads(invoke(capsys, "logs", folder, "--first-error", "--json")[1])
+    assert found["groups"][0]["error"] == "it is damaged"
+
+
+def test_the_last_start_decides_whose_logs_are_shown(run, capsys):
+    start = {"command": "hypenet run x", "folder": "/", "host": "n1", "pid": 1, "processes": 1}
+    for job, shown in (("", "nothing has started yet"), ("1", "start 1 rank 0 line 99")):
+        (run / "start.json").write_text(json.dumps({**start, "began": 1.0, "job": job}))
+        assert shown in invoke(capsys, "logs", run)[1]
+
+
 def test_nothing_has_started_yet(tmp_path, capsys):
     code, _, err = invoke(capsys, "logs", run_with_jobs(tmp_path / "run", (1, "run")))
     assert code == 5 and "has started yet" in err

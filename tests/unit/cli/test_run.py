@@ -45,6 +45,7 @@ def test_a_run_makes_a_model_and_running_again_does_nothing(config, tmp_path, ca
         "hypenet.log",
         "config.yaml",
         "rank_00000.json",
+        "start.json",
     }
 
 

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from megatron_hypenet.cli import main as cli
-from megatron_hypenet.cli.status import last_lines, last_save, lines_of
+from megatron_hypenet.cli.status import last_lines, last_save, lines_of, number_of, seconds_of
 
 LOG = """\
 2026-11-23T12:58:10 [4/10] align: stage 1: align an RNN mixer per layer
@@ -27,9 +27,11 @@ def test_the_log_says_step_and_iteration():
         "number": 2,
         "of": 6,
         "loss": 42.05,
-        "tokens_per_second": "2.6k",
+        "tokens_per_second": 2600.0,
         "eta": "5s",
+        "eta_seconds": 5.0,
         "whole_run": "48s left",
+        "whole_run_seconds": 48.0,
     }
 
 
@@ -68,13 +70,38 @@ def test_a_run_without_jobs_has_a_status_too(tmp_path, capsys):
     assert cli.run(["status", str(folder)]) == 0
     out = capsys.readouterr().out
     assert (
-        "no SLURM jobs" in out
+        "\n  new\n" in out
+        and f"go on with   hypenet run {folder}/config.yaml" in out
         and "align (4/10)" in out
         and "2/6, loss 42.05" in out
         and "2.6k tokens/s, this stage: 5s left" in out
     )
     assert cli.run(["status", str(folder), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["iteration"]["number"] == 2
+    found = json.loads(capsys.readouterr().out)
+    assert found["iteration"]["number"] == 2 and found["state"] == "new"
+    assert found["iteration"]["tokens_per_second"] == 2600.0
+    # the heartbeat is newer than the log, and exact
+    (folder / "heartbeat").mkdir()
+    beat = {"stage": "align", "iteration": 3, "train_iters": 6, "loss": None}
+    beat |= {"tokens_per_second": 2612.5, "eta_seconds": 3.25}
+    (folder / "heartbeat" / "rank_00000.json").write_text(json.dumps(beat))
+    assert cli.run(["status", str(folder), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["iteration"]
+    assert (found["number"], found["tokens_per_second"], found["eta_seconds"]) == (3, 2612.5, 3.25)
+    assert cli.run(["status", str(folder)]) == 0
+    assert "  iteration    3/6\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("5s", 5.0), ("1m12s", 72.0), ("1h02m", 3720.0), ("", None), ("unknown", None)],
+)
+def test_times_are_read_back(text, seconds):
+    assert seconds_of(text) == seconds
+
+
+def test_counts_are_read_back():
+    assert [number_of(text) for text in ("12", "1.2k", "5.7M", "x")] == [12.0, 1200.0, 5.7e6, None]
 
 
 def test_a_damaged_manifest_is_a_line_of_the_status(tmp_path, capsys):
@@ -130,5 +157,14 @@ def test_a_line_per_job(row, says):
         "last_save": None,
         "finished": [],
         "problem": "",
+        "state": "failed",
+        "where": "",
+        "why": "it is damaged",
+        "seconds_ago": 72.0,
+        "go_on": "hypenet requeue r",
     }
-    assert lines_of(found)[1].endswith(f"align     {says}")
+    assert lines_of(found)[1:3] == [
+        "  failed       1m12s ago: it is damaged",
+        "  go on with   hypenet requeue r",
+    ]
+    assert lines_of(found)[3].endswith(f"align     {says}")

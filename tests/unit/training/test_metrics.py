@@ -15,8 +15,6 @@ from megatron_hypenet.training.metrics import (
     MetricSums,
     Recorder,
     StepRecord,
-    short_count,
-    short_time,
 )
 from megatron_hypenet.training.throughput import Workload
 from tests.losses import read_losses
@@ -154,14 +152,7 @@ def test_metric_sums_are_means_over_the_interval():
     assert sums.take(lambda tensor: tensor) == {"a": 5.0}
 
 
-def test_short_forms():
-    assert [short_count(value) for value in (12.3, 1234, 5.67e6, 8e9)] == [
-        "12",
-        "1.2k",
-        "5.7M",
-        "8.0G",
-    ]
-    assert [short_time(value) for value in (0.4, 59.4, 72, 3700)] == ["0s", "59s", "1m12s", "1h01m"]
+def test_the_line_of_a_step():
     record = StepRecord(
         stage="a",
         step=120,
