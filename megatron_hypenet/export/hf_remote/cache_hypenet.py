@@ -1,137 +1,42 @@
 """The cache of a HypeNet between calls: a slot per layer, which that layer's mixer makes and fills,
 and the columns of the batch that are padding.
 
-Shapes: b rows, g key/value heads, h heads, t new tokens, d head_dim."""
+Between `begin_step` and `end_step`, the step of one token in place, the device alone knows the
+number of columns, as `at`. Shapes: b rows, t new tokens."""
 
 from collections.abc import Callable, Iterable
-from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-_BLOCK_TOKENS = 256
-_GROWTH = 1.5
-
-
-class CacheSlot:
-    """Cache of one layer: tensors whose first dimension is rows, None before the first token. A
-    subclass names them."""
-
-    kept: ClassVar[tuple[str, ...]] = ()
-    """Names of the attributes that hold the tensors."""
-    is_croppable: ClassVar[bool] = False
-    """Whether the last tokens can be removed."""
-
-    def __init__(self, layer_kind: str) -> None:
-        """`layer_kind`: what messages call such layers."""
-        self.layer_kind = layer_kind
-        self.reset()
-
-    def get_seq_length(self) -> int:
-        """Columns seen so far, padding included."""
-        return self.length
-
-    def change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Replace every tensor by `change` of it."""
-        for name in self.kept:
-            tensor = getattr(self, name)
-            setattr(self, name, None if tensor is None else change(tensor))
-
-    def reorder(self, beam_idx: Tensor) -> None:
-        """Row i becomes what row beam_idx[i] was (beam search)."""
-        self.change_rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self.length = 0
-        for name in self.kept:
-            setattr(self, name, None)
-
-    def crop(self, max_length: int) -> None:
-        """Forget the columns from `max_length` on; ValueError where they cannot be taken back."""
-        raise ValueError(
-            f"a HypeNetCache cannot be cropped: its {self.layer_kind} layers keep one state, "
-            "which cannot be rolled back;"
-            " continue a copy that was made before (copy.deepcopy)"
-        )
-
-
-class StateSlot(CacheSlot):
-    """A state of fixed size, in fp32 (fp64 in an fp64 model)."""
-
-    kept: ClassVar[tuple[str, ...]] = ("state",)
-    state: Tensor | None
-
-    def update(self, state: Tensor, *, new_tokens: int) -> None:
-        """The state after `new_tokens` more columns."""
-        self.state = state
-        self.length += new_tokens
-
-
-class KeyValueSlot(CacheSlot):
-    """Keys and values [b, g, capacity, d], filled in place; the buffers grow by half their size, in
-    blocks of 256 tokens, so a token is copied a bounded number of times."""
-
-    kept = ("keys", "values")
-    is_croppable = True
-    keys: Tensor | None
-    values: Tensor | None
-
-    def __init__(self) -> None:
-        """No keys yet."""
-        super().__init__("softmax")
-
-    def update(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Append key, value [b, g, t, d]; returns all keys and values so far, as views
-        [b, g, length, d]."""
-        keys = self._appended(self.keys, key)
-        values = self._appended(self.values, value)
-        self.keys = keys
-        self.values = values
-        self.length += key.shape[2]
-        return keys[:, :, : self.length], values[:, :, : self.length]
-
-    def _appended(self, buffer: Tensor | None, new: Tensor) -> Tensor:
-        past = self.length
-        total = past + new.shape[2]
-        tracked = new.requires_grad or (buffer is not None and buffer.requires_grad)
-        if buffer is not None and torch.is_grad_enabled() and tracked:
-            # a backward pass needs the earlier keys and values as they were
-            return torch.cat([buffer[:, :, :past], new], dim=2)
-        if buffer is None or buffer.shape[2] < total:
-            wanted = total if buffer is None else max(total, int(buffer.shape[2] * _GROWTH))
-            capacity = -(-wanted // _BLOCK_TOKENS) * _BLOCK_TOKENS
-            grown = new.new_empty(new.shape[0], new.shape[1], capacity, new.shape[3])
-            if buffer is not None:
-                grown[:, :, :past] = buffer[:, :, :past]
-            buffer = grown
-        buffer[:, :, past:total] = new
-        return buffer
-
-    def crop(self, max_length: int) -> None:
-        """Forget the columns from `max_length` on; their memory is overwritten later."""
-        self.length = min(self.length, max_length)
+from .graph_hypenet import CapturedSteps, OneToken
+from .slots_hypenet import CacheSlot, room_for, writable
 
 
 class HypeNetCache:
     """Cache of one batch of sequences; pass it, as `past_key_values` or `cache`, to continue them.
 
     `slots` has the cache of each layer. Padding is recorded per row: `num_real` counts the real
-    tokens, `real` says which cached columns they are. A recurrent state cannot be rolled back, so
-    only the cache of a model without any can be cropped. `copy.deepcopy` gives a cache that is
+    tokens, `real` says which cached columns they are. `generates` is set while `generate` adds
+    columns, all of them real; `steps` runs single tokens. A recurrent state cannot be rolled back,
+    so only the cache of a model without any can be cropped. `copy.deepcopy` gives a cache that is
     continued independently."""
 
     is_compileable = False
+    length: int
+    batch_size: int
+    at: Tensor | None
+    num_real: Tensor | None
+    _real: Tensor | None
     # `generate` adds no token beyond the last to a cache that its caller continues
     _is_user_defined = False
 
     def __init__(self, slots: Iterable[CacheSlot]) -> None:
         """An empty cache; `slots` by layer, `model.new_cache()` makes them."""
         self.slots = list(slots)
-        self.length = 0
-        self.batch_size = -1
-        self.real: Tensor | None = None
-        self.num_real: Tensor | None = None
+        self.steps = CapturedSteps()
+        self.generates = False
+        self.reset()
 
     def __len__(self) -> int:
         """Number of layers."""
@@ -180,6 +85,16 @@ class HypeNetCache:
         new = query_length if isinstance(query_length, int) else query_length.shape[0]
         return self.length + new, 0
 
+    @property
+    def real(self) -> Tensor | None:
+        """[b, length] bool: the columns that are no padding; None while nothing has been padded."""
+        return None if self._real is None else self._real[:, : self.length]
+
+    def expect(self, columns: int) -> None:
+        """Say how many columns will probably come in all, so that buffers need not grow."""
+        for slot in self.slots:
+            slot.expected = columns
+
     def advance(
         self, new_real: Tensor | None, batch: int, new_tokens: int, device: torch.device
     ) -> tuple[int, int | Tensor, Tensor | None]:
@@ -189,6 +104,70 @@ class HypeNetCache:
         Returns (past, first, real): columns before these, real tokens before these (int, or [b, 1]
         tensor), and the mask [b, past + t] of real columns (None when nothing has ever been
         padded). ValueError for another number of rows than before."""
+        self._check_rows(batch)
+        past = self.length
+        if new_real is None and new_tokens > 1 and self.real is not None and bool(self.real.all()):
+            # single tokens may have come with a mask that nobody looked into
+            self._real = self.num_real = None
+        if new_real is not None and self._real is None:
+            self._start_padding(batch, device)
+        if self._real is None or self.num_real is None:
+            self.length = past + new_tokens
+            return past, past, None
+        first = self.num_real[:, None].clone()
+        self._reserve_padding(past + new_tokens)
+        if new_real is None:
+            new_real = torch.ones(batch, new_tokens, dtype=torch.bool, device=device)
+        self._real[:, past : past + new_tokens] = new_real
+        self.num_real = self.num_real + new_real.sum(1)
+        self.length = past + new_tokens
+        return past, first, self.real
+
+    def begin_step(self, batch: int, device: torch.device, *, masked: bool) -> None:
+        """The host's part of one more column, in place: room for it, and its number in `at` [1].
+        `masked`: it may be padding. ValueError for another number of rows than before."""
+        self._check_rows(batch)
+        if self.at is None or self.at.device != device:
+            with torch.inference_mode(False):
+                self.at = torch.zeros(1, dtype=torch.long, device=device)
+        self.at.fill_(self.length)
+        for slot in self.slots:
+            slot.reserve(self.length + 1)
+            slot.change_rows(writable)
+        if masked and self._real is None:
+            self._start_padding(batch, device)
+        if self._real is not None and self.num_real is not None:
+            self._reserve_padding(self.length + 1)
+            self.num_real = writable(self.num_real)
+
+    def record_step(self, new_real: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The device's part: record padding `new_real` [b, 1] bool (None: real tokens).
+
+        Returns the tokens' positions [b or 1, 1] and the mask [b, capacity] of real columns, None
+        when nothing has ever been padded."""
+        assert self.at is not None
+        if self._real is None or self.num_real is None:
+            return self.at[None], None
+        first = self.num_real[:, None].clone()
+        new = torch.ones_like(first, dtype=torch.bool) if new_real is None else new_real
+        self._real.index_copy_(1, self.at, new)
+        self.num_real.add_(new.sum(1))
+        return first, self._real
+
+    def run_step(
+        self, model: nn.Module, one_token: OneToken, ids: Tensor, new_real: Tensor | None
+    ) -> Tensor:
+        """one_token(ids, new_real), as a CUDA graph where `model` can be captured."""
+        padding = (self.at, self._real, self.num_real)
+        return self.steps.run(model, one_token, ids, new_real, self.slots, padding)
+
+    def end_step(self) -> None:
+        """The host counts the column."""
+        self.length += 1
+        for slot in self.slots:
+            slot.length = self.length
+
+    def _check_rows(self, batch: int) -> None:
         if self.batch_size not in (-1, batch):
             raise ValueError(
                 f"the cache holds {self.batch_size} rows and the input has {batch}; "
@@ -196,20 +175,23 @@ class HypeNetCache:
                 " the cache first, cache.batch_repeat_interleave(n), as for n beams"
             )
         self.batch_size = batch
-        past = self.length
-        first = past if self.num_real is None else self.num_real[:, None]
-        self.length = past + new_tokens
-        if new_real is None and self.real is None:
-            return past, first, None
-        if new_real is None:
-            new_real = torch.ones(batch, new_tokens, dtype=torch.bool, device=device)
-        if self.real is None or self.num_real is None:
-            self.real = torch.ones(batch, past, dtype=torch.bool, device=device)
-            self.num_real = torch.full((batch,), past, dtype=torch.long, device=device)
-            first = self.num_real[:, None]
-        self.real = torch.cat([self.real, new_real], dim=1)
-        self.num_real = self.num_real + new_real.sum(1)
-        return past, first, self.real
+
+    def _start_padding(self, batch: int, device: torch.device) -> None:
+        """Record padding from now on: all columns so far are real."""
+        self._real = torch.ones(batch, self.length, dtype=torch.bool, device=device)
+        self.num_real = torch.full((batch,), self.length, dtype=torch.long, device=device)
+
+    def _reserve_padding(self, columns: int) -> None:
+        """Make room for the padding of so many columns."""
+        assert self._real is not None
+        rows, capacity = self._real.shape
+        if capacity >= columns:
+            self._real = writable(self._real)
+            return
+        expected = max((slot.expected for slot in self.slots), default=0)
+        grown = self._real.new_zeros(rows, room_for(columns, capacity, expected))
+        grown[:, : self.length] = self._real[:, : self.length]
+        self._real = grown
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row beam_idx[i] was (beam search)."""
@@ -228,8 +210,8 @@ class HypeNetCache:
     def _change_rows(self, batch: int, change: Callable[[Tensor], Tensor]) -> None:
         for slot in self.slots:
             slot.change_rows(change)
-        if self.real is not None and self.num_real is not None:
-            self.real = change(self.real)
+        if self._real is not None and self.num_real is not None:
+            self._real = change(self._real)
             self.num_real = change(self.num_real)
         if self.batch_size >= 0:
             self.batch_size = batch
@@ -240,7 +222,8 @@ class HypeNetCache:
             slot.reset()
         self.length = 0
         self.batch_size = -1
-        self.real = None
+        self.at = None
+        self._real = None
         self.num_real = None
 
     def crop(self, max_length: int) -> None:
@@ -250,9 +233,9 @@ class HypeNetCache:
         for slot in sorted(self.slots, key=lambda slot: slot.is_croppable):
             slot.crop(length)
         self.length = min(self.length, length)
-        if self.real is not None:
-            self.real = self.real[:, : self.length]
-            self.num_real = self.real.sum(1)
+        real = self.real
+        if real is not None:
+            self.num_real = real.sum(1)
 
     def activate_past_recording(self) -> None:
         """Raise ValueError as `crop` would later: transformers 5 asks before it drafts tokens."""

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .cache_hypenet import StateSlot
 from .layers_hypenet import HypeNetMixer
 from .ops_hypenet import (
     Step,
@@ -20,6 +19,7 @@ from .ops_hypenet import (
     token_by_token,
     without_autocast,
 )
+from .slots_hypenet import StateSlot
 
 _CHUNK_TOKENS = 64
 _BLOCK_TOKENS = 8

@@ -100,7 +100,19 @@ class HypeNetGenerationMixin(GenerationMixin):
         elif generation_config.use_cache is not False:
             cache = self.model.new_cache()
         if cache is not None:
+            # whatever has been switched on or off since the last call would be missed by a graph
+            cache.steps.forget()
+            cache.generates = False
+            cache.expect(generation_config.max_length or 0)
             model_kwargs[CACHE] = cache
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        cache = outputs.get(CACHE)
+        if cache is not None:
+            cache.generates = True
+        return super()._update_model_kwargs_for_generation(outputs, *args, **kwargs)
 
     def prepare_inputs_for_generation(
         self,
@@ -126,6 +138,9 @@ class HypeNetGenerationMixin(GenerationMixin):
                 "it is continued by a longer input"
             )
         inputs = {name: value for name, value in kwargs.items() if name not in _FOR_PREPARATION}
+        if memory is not None and memory.generates:
+            # only real tokens are added: a mask would have to be read
+            attention_mask = None
         inputs |= {"attention_mask": attention_mask, CACHE: memory}
         if inputs_embeds is not None and seen < inputs_embeds.shape[1]:
             return {"inputs_embeds": inputs_embeds[:, seen:], **inputs}

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig
 
-from .cache_hypenet import CacheSlot
 from .ops_hypenet import Step
+from .slots_hypenet import CacheSlot
 
 
 class HypeNetRMSNorm(nn.Module):
@@ -37,6 +37,10 @@ class HypeNetMixer(nn.Module):
     """Entries of `mixer_types` that stand for the mixer; the first is the one that is written."""
     kept_in_fp32: ClassVar[tuple[str, ...]] = ()
     """Parameters that stay in fp32 when a model is loaded in fp16 or bf16."""
+    steps_in_place: ClassVar[bool] = False
+    """Whether `forward` of one token, without gradients, can be captured in a CUDA graph: it reads
+    no value of a tensor, updates its slot in place (StateSlot.update, in_memory_of), and with
+    `step.at` takes the number of columns from there alone."""
 
     def __init__(
         self,

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig
 
-from .cache_hypenet import StateSlot
 from .delta_hypenet import INITIAL_DT_BIAS, HypeNetDeltaMixer
 from .layers_hypenet import HypeNetRMSNorm
 from .ops_hypenet import Step
+from .slots_hypenet import StateSlot
 
 
 class HypeNetGatedDeltaNet(HypeNetDeltaMixer):
@@ -21,6 +21,7 @@ class HypeNetGatedDeltaNet(HypeNetDeltaMixer):
     may be grouped; one norm per head, then an optional gate with SiLU."""
 
     hf_names = ("gdn", "gated_delta_net")
+    steps_in_place = True
     g_proj: nn.Linear
 
     def __init__(self, config: PretrainedConfig) -> None:

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig
 
-from .cache_hypenet import StateSlot
 from .delta_hypenet import INITIAL_DT_BIAS, HypeNetDeltaMixer
 from .layers_hypenet import HypeNetRMSNorm
 from .ops_hypenet import Step, accumulation_dtype
+from .slots_hypenet import StateSlot, in_memory_of
 
 _MOST_CONV_TOKENS = 64
 
@@ -30,6 +30,7 @@ class HypeNetKimiDeltaAttention(HypeNetDeltaMixer):
     optional short convolutions with SiLU on q, k and v; one norm per head, then a gate."""
 
     hf_names = ("kda", "kimi_delta_attention")
+    steps_in_place = True
 
     def __init__(self, config: PretrainedConfig) -> None:
         """Sizes and switches from the configuration."""
@@ -82,7 +83,7 @@ class HypeNetKimiDeltaAttention(HypeNetDeltaMixer):
         window = None if slot is None else slot.window
         joined, window = short_convolution(joined, weight.squeeze(1), window, step.new_real)
         if slot is not None:
-            slot.window = window
+            slot.window = in_memory_of(slot.window, window)
         return F.silu(joined).chunk(3, dim=-1)
 
     def log_decay(self, x: Tensor, dtype: torch.dtype) -> Tensor:

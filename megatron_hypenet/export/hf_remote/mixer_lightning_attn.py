@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.torch_version import TorchVersion
 from transformers import PretrainedConfig
 
-from .cache_hypenet import StateSlot
 from .layers_hypenet import HypeNetMixer, HypeNetRMSNorm
 from .ops_hypenet import (
     Step,
@@ -21,9 +21,13 @@ from .ops_hypenet import (
     token_by_token,
     without_autocast,
 )
+from .slots_hypenet import StateSlot
 
-_LIGHTNING_CHUNK_TOKENS = 128
-_LIGHTNING_GROUP_TOKENS = 4096
+_CHUNK_TOKENS = {False: 128, True: 256}
+"""Tokens per chunk, on a GPU or not."""
+_GROUP_TOKENS = 16384
+_HAS_WIDE_PRODUCT = TorchVersion(torch.__version__) >= "2.8"
+"""Whether products of bf16 can come out in fp32."""
 
 
 class HypeNetLightningMixer(HypeNetMixer):
@@ -31,6 +35,7 @@ class HypeNetLightningMixer(HypeNetMixer):
     all heads, then the gate."""
 
     hf_names = ("lightning-attn", "lightning_attn")
+    steps_in_place = True
 
     def __init__(self, config: PretrainedConfig) -> None:
         """Sizes from the configuration."""
@@ -112,27 +117,49 @@ def lightning_step(
 def lightning_chunks(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, slopes: Tensor, new_real: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Any number of tokens: q, k, v [b, h, t, d], state [b, h, d, d] -> o [b, h, t, d] in the
-    state's dtype, new state.
+    """Any number of tokens: q, k, v [b, h, t, d], state [b, h, d, d] -> o [b, h, t, d] in the dtype
+    of `_product_dtype`, new state.
 
     Decay counts real tokens, so padding leaves a state as it was. Groups of chunks bound the memory
     to a few copies of q."""
     if is_open(q.shape[2]):
         return _lightning_tokens(q, k, v, state, slopes, new_real)
-    outputs = []
+    t = q.shape[2]
+    dtype = _product_dtype(q, state)
+    chunk = _CHUNK_TOKENS[q.is_cuda]
     group = _group_tokens(q)
-    for start in range(0, q.shape[2], group):
-        part = slice(start, start + group)
-        qg, kg, vg = (x[:, :, part].to(state.dtype) for x in (q, k, v))
+    outputs = []
+    start = 0
+    while start < t:
+        count = min(group, t - start)
+        # whole chunks alone: their decays are the same for all
+        count = count // chunk * chunk or count
+        part = slice(start, start + count)
+        size = min(chunk, count)
+        qc, kc, vc = (
+            x[:, :, part].to(dtype).unflatten(2, (-1, size)).contiguous() for x in (q, k, v)
+        )  # [b, h, n, size, d]
         if new_real is None:
-            count = torch.arange(1, qg.shape[2] + 1, device=q.device, dtype=state.dtype)[None]
+            decay = -slopes[:, None] * torch.arange(1, size + 1, device=q.device)
+            within = decay[None, :, None]
+            chunks = torch.arange(1, count // size + 1, device=q.device)
+            ends = (decay[:, -1:] * chunks)[None]
         else:
-            real = new_real[:, part].to(state.dtype)
-            count = real.cumsum(1)
-            kg = kg * real[:, None, :, None]
-        o, state = _lightning_group(qg, kg, vg, state, -slopes[:, None] * count[:, None, :])
-        outputs.append(o)
-    return torch.cat(outputs, dim=2), state
+            real = new_real[:, part].to(state.dtype).unflatten(1, (-1, size))
+            kc = kc * real[:, None, :, :, None].to(dtype)
+            within = -slopes[:, None, None] * real.cumsum(2)[:, None]
+            ends = within[..., -1].cumsum(2)
+        o, state = _lightning_group(qc, kc, vc, state, within, ends)
+        outputs.append(o.flatten(2, 3))
+        start += count
+    return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0], state
+
+
+def _product_dtype(q: Tensor, state: Tensor) -> torch.dtype:
+    """bf16 products on a GPU, whose tensor cores sum in fp32; elsewhere, and for gradients, those of
+    the state's dtype. fp16 is too narrow for sums over a long text."""
+    fast = q.is_cuda and q.dtype == torch.bfloat16 and not torch.is_grad_enabled()
+    return q.dtype if fast else state.dtype
 
 
 def _lightning_tokens(
@@ -157,40 +184,39 @@ def _lightning_tokens(
 def _group_tokens(q: Tensor) -> int:
     """Tokens to work on at once: many chunks fill a GPU and need few launches, one chunk stays in a
     CPU's cache (twice as fast)."""
-    return (
-        _LIGHTNING_CHUNK_TOKENS
-        if q.device.type == "cpu"
-        else max(_LIGHTNING_CHUNK_TOKENS, _LIGHTNING_GROUP_TOKENS // q.shape[0])
-    )
+    chunk = _CHUNK_TOKENS[q.is_cuda]
+    return max(chunk, _GROUP_TOKENS // q.shape[0] // chunk * chunk) if q.is_cuda else chunk
 
 
 def _lightning_group(
-    q: Tensor, k: Tensor, v: Tensor, state: Tensor, log_decay: Tensor
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, within: Tensor, ends: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """All chunks of a group at once. `log_decay` [b or 1, h, t]: from before the group to each
-    token, never growing.
+    """All chunks of a group at once: q, k, v [b, h, n, chunk, d] -> o of the same shape, new state.
 
-    A token sees its own chunk by (q k^T * decay) v, and all before by q times the state at the
-    start of its chunk. Every exponent is <= 0, so strong decay ends in 0 and never overflows."""
-    t = q.shape[2]
-    chunk = min(_LIGHTNING_CHUNK_TOKENS, t)
-    if fill := -t % chunk:
-        q, k, v = (F.pad(x, (0, 0, 0, fill)) for x in (q, k, v))
-        log_decay = torch.cat(
-            [log_decay, log_decay[..., -1:].expand(*log_decay.shape[:-1], fill)], dim=-1
-        )
-    q, k, v = (x.unflatten(2, (-1, chunk)) for x in (q, k, v))  # [b, h, n, chunk, d]
-    log_decay = log_decay.unflatten(2, (-1, chunk))
-    end = log_decay[..., -1]  # [b or 1, h, n]
-    begin = F.pad(end[..., :-1], (1, 0))
-    o = (q @ k.transpose(-1, -2) * _decay(log_decay, log_decay, 0)) @ v
-    # [b, h, n, d, d]
-    added = (k * (end[..., None] - log_decay).exp()[..., None]).transpose(-1, -2) @ v
+    `within` [b or 1, h, n or 1, chunk]: log decay from the start of a chunk to each token, `ends`
+    [b or 1, h, n] from the start of the group to each chunk's end, never growing. A token sees its
+    own chunk by (q k^T * decay) v, and all before by q times the state at the start of its chunk.
+    Every exponent is <= 0, so strong decay ends in 0 and never overflows."""
+    dtype = q.dtype
+    o = (q @ k.transpose(-1, -2) * _decay(within, within, 0).to(dtype)) @ v
+    to_end = (within[..., -1:] - within).exp()[..., None].to(dtype)
+    added = _product((k * to_end).transpose(-1, -2), v, state.dtype)  # [b, h, n, d, d]
+    begin = F.pad(ends[..., :-1], (1, 0))
     starts = begin.exp()[..., None, None] * state[:, :, None]
-    starts = starts + (_decay(begin, end, -1) @ added.flatten(3)).view_as(added)
-    o = o + (q * (log_decay - begin[..., None]).exp()[..., None]) @ starts
-    state = (end - begin)[..., -1].exp()[..., None, None] * starts[:, :, -1] + added[:, :, -1]
-    return o.flatten(2, 3)[:, :, :t], state
+    starts = starts + (_decay(begin, ends, -1) @ added.flatten(3)).view_as(added)
+    o = o + (q * within.exp()[..., None].to(dtype)) @ starts.to(dtype)
+    state = (ends - begin)[..., -1].exp()[..., None, None] * starts[:, :, -1] + added[:, :, -1]
+    return o, state
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a [..., m, k] @ b [..., k, n], in `dtype`."""
+    if a.dtype == dtype:
+        return a @ b
+    if not (a.is_cuda and _HAS_WIDE_PRODUCT):
+        return a.to(dtype) @ b.to(dtype)
+    wide = torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out_dtype=dtype)
+    return wide.view(*a.shape[:-1], b.shape[-1])
 
 
 def _decay(to: Tensor, since: Tensor, diagonal: int) -> Tensor:

@@ -1,9 +1,13 @@
 """HypeNet for Hugging Face transformers 4.57 and 5.x (arXiv 2601.22156): recurrent mixers and
 softmax attention by layer.
 
-Plain torch on CPU or GPU. Prompts run chunk by chunk, decoding one token at a time, with any
-padding in the batch: positions count real tokens only, and padding enters neither an attention nor
-a recurrent state. Shapes: b rows, t new tokens, h heads, d head_dim, H hidden_size."""
+torch on CPU or GPU, with Triton kernels where it is installed. Prompts run chunk by chunk, decoding
+one token at a time, on a GPU as a CUDA graph and without waiting for it, with any padding in the
+batch: positions count real tokens only, and padding enters neither an attention nor a recurrent
+state. Shapes: b rows, t new tokens, h heads, d head_dim, H hidden_size.
+
+The trunk, its calls for all kinds of input and the language model depend on each other line by line
+and stay in one file."""
 
 from collections.abc import Container
 from typing import Any
@@ -22,6 +26,12 @@ from .generation_hypenet import CACHE, HypeNetGenerationMixin, check_positions, 
 from .layers_hypenet import HypeNetRMSNorm
 from .mixers_hypenet import MIXERS
 from .ops_hypenet import Step, accumulation_dtype, causal_lm_loss, rope_tables
+
+_PREFILL_TOKENS = 16384
+"""Tokens of all rows that pass through the layers at once; longer prompts go in pieces, which
+bounds their memory."""
+_IN_PLACE_DEVICES = ("cuda",)
+"""Where single tokens update the cache in place, so that a CUDA graph can."""
 
 
 class HypeNetMLP(nn.Module):
@@ -114,13 +124,13 @@ class HypeNetModel(HypeNetPreTrainedModel):
     def _step(
         self,
         x: Tensor,
-        attention_mask: Tensor | None,
+        new_real: Tensor | None,
         position_ids: Tensor | None,
         cache: HypeNetCache | None,
     ) -> Step:
+        """Arguments of the layers for x [b, t, H], which the cache counts."""
         b, t, _ = x.shape
-        past: int = 0 if cache is None else cache.length
-        new_real = _new_columns(attention_mask, b, t, past)
+        past = 0
         first: int | Tensor = 0
         real = new_real
         if cache is not None:
@@ -133,13 +143,47 @@ class HypeNetModel(HypeNetPreTrainedModel):
         positions = (first + order - 1).clamp(min=0)
         if position_ids is not None:
             check_positions(position_ids, positions, new_real)
+        return self._arguments(x, positions, new_real, real, past, None)
+
+    def _arguments(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        new_real: Tensor | None,
+        real: Tensor | None,
+        past: int,
+        at: Tensor | None,
+    ) -> Step:
         dtype = accumulation_dtype(x.dtype)
         cos, sin = rope_tables(self.config.head_dim, self.config.rope_theta, positions, dtype)
         shared = {
             mixer.hf_names[0]: mixer.shared(self.config, positions, dtype)
             for mixer in self.config.mixers
         }
-        return Step(cos, sin, shared, new_real, real, past)
+        return Step(cos, sin, shared, new_real, real, past, at)
+
+    def steps_in_place(self, new: Tensor, cache: HypeNetCache | None) -> bool:
+        """Whether a call with `new` tokens [b, t] or their embeddings is a step of one token that
+        updates `cache` in place."""
+        return (
+            cache is not None
+            and not torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+            and cache.length > 0
+            and new.shape[1] == 1
+            and new.device.type in _IN_PLACE_DEVICES
+            and self.config._attn_implementation != "eager"
+            and all(mixer.steps_in_place for mixer in self.config.mixers)
+        )
+
+    def one_token(self, x: Tensor, new_real: Tensor | None, cache: HypeNetCache) -> Tensor:
+        """x [b, 1, H] or its tokens [b, 1] -> final hidden states [b, 1, H], between `begin_step`
+        and `end_step` of the cache. Nothing depends on a value that the host would have to know."""
+        if not x.is_floating_point():
+            x = self.embed_tokens(x)
+        positions, real = cache.record_step(new_real)
+        step = self._arguments(x, positions, new_real, real, 0, cache.at)
+        return self._run(x, step, cache)
 
     def new_cache(self) -> HypeNetCache:
         """An empty cache."""
@@ -181,6 +225,7 @@ class HypeNetModel(HypeNetPreTrainedModel):
         return_dict: bool | None = None,
         output_attentions: bool | None = None,
         cache: HypeNetCache | None = None,
+        keep_last: int = 0,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast | tuple:
         """input_ids [b, t] or inputs_embeds [b, t, H] -> hidden states after the final norm, [b, t,
@@ -188,33 +233,44 @@ class HypeNetModel(HypeNetPreTrainedModel):
 
         `attention_mask` [b, t] or [b, past + t] marks real tokens with 1. `past_key_values` and
         `cache` are two names of one argument. `output_hidden_states` gives each layer's input and
-        the final output. Training with gradient checkpointing makes no cache. ValueError for
-        attention maps, other masks, other positions, or a cache of another class; TypeError for an
-        unknown keyword."""
+        the final output. `keep_last`: at least the last tokens of a long prompt are wanted, 0 for
+        all. Training with gradient checkpointing makes no cache. ValueError for attention maps,
+        other masks, other positions, or a cache of another class; TypeError for an unknown
+        keyword."""
         _refuse_unknown(kwargs, self, known=())
         if self.config.output_attentions if output_attentions is None else output_attentions:
             raise ValueError(
                 "HypeNet does not return attention maps: its recurrent layers have none; "
                 "leave output_attentions out"
             )
-        if (input_ids is None) == (inputs_embeds is None):
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if given is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("give either input_ids or inputs_embeds")
-        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         memory = self._cache(given_cache(past_key_values, cache), use_cache)
-        step = self._step(x, attention_mask, position_ids, memory)
         wanted = (
             self.config.output_hidden_states
             if output_hidden_states is None
             else output_hidden_states
         )
-        hidden = []
-        for layer in self.layers:
-            if wanted:
-                hidden.append(x)
-            x = layer(x, step, memory)
-        x = self.norm(x)
+        in_place = self.steps_in_place(given, memory) and not wanted and position_ids is None
+        b, t = given.shape[:2]
+        past = 0 if memory is None else memory.length
+        new_real = new_columns(attention_mask, b, t, past, look=not in_place)
+        hidden: list[Tensor] | None = None
+        if in_place and memory is not None:
+            memory.begin_step(b, given.device, masked=new_real is not None)
+            x = self.one_token(given, new_real, memory)
+            memory.end_step()
+        elif self._is_long(b, t, memory) and not wanted:
+            x = self._in_pieces(given, new_real, position_ids, memory, keep_last)
+        else:
+            x = self.embed_tokens(given) if inputs_embeds is None else given
+            hidden = [] if wanted else None
+            x = self._run(x, self._step(x, new_real, position_ids, memory), memory, hidden)
         out = BaseModelOutputWithPast(
-            last_hidden_state=x, hidden_states=(*hidden, x) if wanted else None, **{CACHE: memory}
+            last_hidden_state=x,
+            hidden_states=None if hidden is None else tuple(hidden),
+            **{CACHE: memory},
         )
         return (
             out
@@ -222,9 +278,60 @@ class HypeNetModel(HypeNetPreTrainedModel):
             else out.to_tuple()
         )
 
+    def _run(
+        self, x: Tensor, step: Step, memory: HypeNetCache | None, inputs: list[Tensor] | None = None
+    ) -> Tensor:
+        """x [b, t, H] through all layers and the final norm; a list `inputs` gets each layer's
+        input and the final output."""
+        for layer in self.layers:
+            if inputs is not None:
+                inputs.append(x)
+            x = layer(x, step, memory)
+        x = self.norm(x)
+        if inputs is not None:
+            inputs.append(x)
+        return x
 
-def _new_columns(attention_mask: Tensor | None, b: int, t: int, past: int) -> Tensor | None:
-    """The last t columns of a mask as bool [b, t], or None when all are real tokens."""
+    def _is_long(self, b: int, t: int, memory: HypeNetCache | None) -> bool:
+        return (
+            memory is not None
+            and not torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+            and b * t > _PREFILL_TOKENS
+        )
+
+    def _in_pieces(
+        self,
+        given: Tensor,
+        new_real: Tensor | None,
+        position_ids: Tensor | None,
+        memory: HypeNetCache | None,
+        keep_last: int,
+    ) -> Tensor:
+        """A long prompt, piece by piece into the cache; at least the final hidden states of the
+        `keep_last` last tokens."""
+        b, t = given.shape[:2]
+        size = max(_PREFILL_TOKENS // b, 1)
+        kept: list[Tensor] = []
+        for start in range(0, t, size):
+            part = slice(start, start + size)
+            x = given[:, part]
+            if not x.is_floating_point():
+                x = self.embed_tokens(x)
+            real = None if new_real is None else new_real[:, part]
+            positions = None if position_ids is None else position_ids[:, part]
+            x = self._run(x, self._step(x, real, positions, memory), memory)
+            kept.append(x)
+            while keep_last and sum(y.shape[1] for y in kept[1:]) >= keep_last:
+                del kept[0]
+        return torch.cat(kept, dim=1)
+
+
+def new_columns(
+    attention_mask: Tensor | None, b: int, t: int, past: int, *, look: bool = True
+) -> Tensor | None:
+    """The last t columns of a mask as bool [b, t], or None when all are real tokens; without `look`
+    every mask is given back, for a look waits for the device."""
     if attention_mask is None:
         return None
     shape = list(getattr(attention_mask, "shape", [type(attention_mask).__name__]))
@@ -235,11 +342,16 @@ def _new_columns(attention_mask: Tensor | None, b: int, t: int, past: int) -> Te
         )
     new = attention_mask[:, -t:].bool()
     # a compiled graph cannot depend on values: there every mask is applied
-    return None if not torch.compiler.is_compiling() and bool(new.all()) else new
+    return None if look and not torch.compiler.is_compiling() and bool(new.all()) else new
 
 
 class HypeNetForCausalLM(HypeNetPreTrainedModel, HypeNetGenerationMixin):
-    """HypeNet with its output head."""
+    """HypeNet with its output head.
+
+    On a GPU single tokens run as a CUDA graph where that gives the same; `model.use_cuda_graph =
+    False` turns it off."""
+
+    use_cuda_graph = True
 
     # transformers 5 maps each tied weight to its source, 4.57 lists the tied ones
     _tied_weights_keys = (
@@ -300,6 +412,22 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, HypeNetGenerationMixin):
         has_labels = labels is not None or kwargs.get("shift_labels") is not None
         own_loss = has_labels and self.loss_function is not causal_lm_loss
         _refuse_unknown(kwargs, self, known=kwargs if own_loss else ("shift_labels",))
+        memory = given_cache(past_key_values, cache)
+        asks_more = has_labels or any(
+            x is not None for x in (inputs_embeds, position_ids, output_attentions)
+        )
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if (
+            input_ids is not None
+            and isinstance(memory, HypeNetCache)
+            and isinstance(logits_to_keep, int)
+            and not (asks_more or output_hidden_states)
+            and self.model.steps_in_place(input_ids, memory)
+        ):
+            logits = self._one_token(input_ids, attention_mask, memory)
+            result = CausalLMOutputWithPast(logits=logits, **{CACHE: memory})
+            return self._as_wanted(result, return_dict)
         out = self.model(
             input_ids,
             attention_mask,
@@ -311,6 +439,7 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, HypeNetGenerationMixin):
             return_dict=True,
             output_attentions=output_attentions,
             cache=cache,
+            keep_last=logits_to_keep if isinstance(logits_to_keep, int) else 0,
         )
         hidden = out.last_hidden_state
         logits = self.lm_head(
@@ -329,11 +458,28 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, HypeNetGenerationMixin):
         result = CausalLMOutputWithPast(
             loss=loss, logits=logits, hidden_states=out.hidden_states, **named
         )
-        return (
-            result
-            if (self.config.return_dict if return_dict is None else return_dict)
-            else result.to_tuple()
-        )
+        return self._as_wanted(result, return_dict)
+
+    def _as_wanted(
+        self, result: CausalLMOutputWithPast, return_dict: bool | None
+    ) -> CausalLMOutputWithPast | tuple:
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return result if as_dict else result.to_tuple()
+
+    def _one_token(
+        self, input_ids: Tensor, attention_mask: Tensor | None, memory: HypeNetCache
+    ) -> Tensor:
+        """Logits [b, 1, vocab] after one more token per row, as a CUDA graph where possible."""
+        b = len(input_ids)
+        new_real = new_columns(attention_mask, b, 1, memory.length, look=False)
+        memory.begin_step(b, input_ids.device, masked=new_real is not None)
+
+        def run(ids: Tensor, real: Tensor | None) -> Tensor:
+            return self.lm_head(self.model.one_token(ids, real, memory))
+
+        logits = memory.run_step(self, run, input_ids, new_real)
+        memory.end_step()
+        return logits
 
 
 def _refuse_unknown(keywords: dict[str, Any], model: nn.Module, known: Container[str]) -> None:

@@ -22,8 +22,9 @@ class Step(NamedTuple):
     sin: Tensor
     shared: dict[str, Any]  # by name of a mixer: what its layers compute once per call
     new_real: Tensor | None  # [b, t] bool; None: no padding
-    real: Tensor | None  # [b, past + t] bool; None: no padding
+    real: Tensor | None  # [b, past + t], in place [b, capacity], bool; None: no padding
     past: int  # columns already in the cache
+    at: Tensor | None = None  # [1]: a step in place; their number, for the device alone
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -3,12 +3,8 @@ import copy
 import pytest
 import torch
 
-from megatron_hypenet.export.hf_remote.cache_hypenet import (
-    CacheSlot,
-    HypeNetCache,
-    KeyValueSlot,
-    StateSlot,
-)
+from megatron_hypenet.export.hf_remote.cache_hypenet import HypeNetCache
+from megatron_hypenet.export.hf_remote.slots_hypenet import KeyValueSlot, StateSlot
 
 CPU = torch.device("cpu")
 
@@ -159,21 +155,6 @@ def test_a_cache_without_states_is_cropped(length):
     assert torch.equal(keys, torch.cat([new[:, :, :3], more], 2)) and torch.equal(values, -keys)
 
 
-def test_a_slot_names_its_tensors():
-    class Window(CacheSlot):
-        kept = ("state", "window")
-
-    slot = Window("toy")
-    assert slot.state is None and slot.window is None
-    slot.window = torch.arange(3.0)[:, None]
-    slot.reorder(torch.tensor([2, 2, 0]))
-    assert slot.state is None and slot.window.flatten().tolist() == [2, 2, 0]
-    with pytest.raises(ValueError, match="its toy layers keep one state"):
-        slot.crop(0)
-    slot.reset()
-    assert slot.window is None
-
-
 def test_a_copy_is_continued_independently():
     cache = hybrid_cache()
     feed(cache, 2)
@@ -186,3 +167,33 @@ def test_a_copy_is_continued_independently():
 def test_device_hooks_do_not_move_the_cache():
     # accelerate would call `to` on whatever has it
     assert not hasattr(softmax_cache(), "to")
+
+
+@torch.no_grad()
+def test_a_mask_that_leaves_nothing_out_is_forgotten():
+    """Single tokens may come with a mask that nobody looked into."""
+    cache = softmax_cache()
+    feed(cache, 3)
+    cache.begin_step(2, CPU, masked=True)
+    cache.record_step(torch.ones(2, 1, dtype=torch.bool))
+    cache.end_step()
+    assert cache.real.shape == (2, 4) and cache.num_real.tolist() == [4, 4]
+    _, _, first, mask = feed(cache, 2)
+    assert first == 4 and mask is None and cache.num_real is None
+
+
+@torch.no_grad()
+def test_steps_in_place_count_columns_and_real_tokens():
+    cache = softmax_cache()
+    feed(cache, 2, real=torch.tensor([[False, True], [True, True]]))
+    for real in (torch.tensor([[True], [False]]), None):
+        cache.begin_step(2, CPU, masked=real is not None)
+        positions, mask = cache.record_step(real)
+        keys, _ = cache.slots[0].update(torch.ones(2, 3, 1, 4), torch.ones(2, 3, 1, 4), cache.at)
+        cache.end_step()
+        assert keys.shape[2] == 256 and mask.shape[1] >= cache.length
+    assert positions.tolist() == [[2], [2]] and cache.num_real.tolist() == [3, 3]
+    assert cache.real.tolist() == [[False, True, True, True], [True, True, False, True]]
+    assert cache.get_seq_length() == 4 and (cache.slots[0].keys[:, :, 2:4] == 1).all()
+    with pytest.raises(ValueError, match="holds 2 rows and the input has 3"):
+        cache.begin_step(3, CPU, masked=False)

@@ -126,7 +126,7 @@ def test_a_padded_token_leaves_state_and_window_as_they_were(make_model):
         mask = torch.zeros(2, count)
         mask[0] = 1
         new = random(2, count, 32, seed=count)
-        mixer(new, model.model._step(new, mask, None, cache), cache.slots[0])
+        mixer(new, model.model._step(new, mask.bool(), None, cache), cache.slots[0])
         for kept, then in zip((cache.slots[0].state, cache.slots[0].window), before, strict=True):
             torch.testing.assert_close(kept[1], then[1], rtol=0, atol=1e-15)
             assert not torch.allclose(kept[0], then[0])

@@ -5,8 +5,8 @@ import pytest
 from megatron_hypenet.config.mixers import mixer_specs
 from megatron_hypenet.export.hf_config import mixer_spellings, model_config_from_hf
 from megatron_hypenet.export.hf_remote import mixers_hypenet
-from megatron_hypenet.export.hf_remote.cache_hypenet import CacheSlot
 from megatron_hypenet.export.hf_remote.mixers_hypenet import MIXERS
+from megatron_hypenet.export.hf_remote.slots_hypenet import CacheSlot
 
 from .conftest import VARIANTS
 
