@@ -156,8 +156,8 @@ def lightning_chunks(
 
 
 def _product_dtype(q: Tensor, state: Tensor) -> torch.dtype:
-    """bf16 products on a GPU, whose tensor cores sum in fp32; elsewhere, and for gradients, those of
-    the state's dtype. fp16 is too narrow for sums over a long text."""
+    """bf16 products on a GPU, whose tensor cores sum in fp32; elsewhere, and for gradients, those
+    of the state's dtype. fp16 is too narrow for sums over a long text."""
     fast = q.is_cuda and q.dtype == torch.bfloat16 and not torch.is_grad_enabled()
     return q.dtype if fast else state.dtype
 
