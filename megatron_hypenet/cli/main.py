@@ -39,7 +39,7 @@ VERBS: dict[str, str] = {
     "demo": "Run the whole pipeline on the bundled tiny teacher (CPU or GPU).",
     "doctor": "Check this machine: versions, devices, compilers, disk.",
     "convert": "Import a Hugging Face model, export a checkpoint, verify both.",
-    "train": "Run one training stage: align, distill or finetune.",
+    "train": "Run one training stage.",
     "run": "Run all stages in order; resumes where it stopped.",
     "select": "Choose the layers that keep softmax attention.",
     "score": "Write logits and per-token losses of given token ids.",

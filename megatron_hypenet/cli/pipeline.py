@@ -87,6 +87,7 @@ def prepared(
     from megatron_hypenet.halo.actions import Halo
     from megatron_hypenet.halo.changes import finish_redo
     from megatron_hypenet.halo.run_folder import RunFolder
+    from megatron_hypenet.halo.tasks import halo_steps
     from megatron_hypenet.parallel import groups
     from megatron_hypenet.planning.eta import Clock, planned_work
     from megatron_hypenet.supervision.faults import watched
@@ -112,7 +113,8 @@ def prepared(
             words = processes.WORDS.get()
             stack.enter_context(recorded(folder.root, words, found.num_processes))
         groups.barrier()
-        screen = Screen(Clock(planned_work(run, found.shape)), folder.log_file, is_main=is_main)
+        work = planned_work(run, found.shape, [step.name for step in halo_steps(run, folder)])
+        screen = Screen(Clock(work), folder.log_file, is_main=is_main)
         stack.callback(screen.close)
         for line in change:
             screen.say(line)

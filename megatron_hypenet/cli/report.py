@@ -57,10 +57,17 @@ def report(
 def evaluate(folder: RunFolder, run: Any, *, again: bool) -> None:
     """Make the report step's results; CheckpointError names what the run lacks."""
     from megatron_hypenet.cli import pipeline
+    from megatron_hypenet.config.schema import STAGES
     from megatron_hypenet.errors import CheckpointError
+    from megatron_hypenet.halo.tasks import halo_steps
 
     finished = folder.records()
-    missing = [step for step in ("align", "select", "distill", "finetune") if step not in finished]
+    needed = {*STAGES, "select"}
+    missing = [
+        step.name
+        for step in halo_steps(run, folder)
+        if step.name in needed and step.name not in finished
+    ]
     if missing:
         raise CheckpointError(
             f"{folder.root} is unfinished: {', '.join(missing)} not done; "

@@ -25,6 +25,7 @@ from megatron_hypenet.cli.options import (
     VariablesOption,
     collect_overrides,
 )
+from megatron_hypenet.config.schema import STAGES
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -37,14 +38,14 @@ def train(
         str,
         typer.Option(
             "--stage",
-            help="align, distill or finetune (or 1, 2, 3); default: the first that is not done.",
+            help=f"{', '.join(STAGES)}, or its number; default: the first that is not done.",
         ),
     ] = "",
     init: Annotated[
         Path | None,
         typer.Option(
             "--init",
-            help="Student to start from (distill, finetune); default: what the run folder holds.",
+            help="Student that the stage starts from; default: what the run folder holds.",
         ),
     ] = None,
     tp: TensorParallelOption = None,
@@ -78,16 +79,18 @@ def train(
 
     processes.choose(launcher, hostfile, env)
     settings = load_run_config(config, collect_overrides(overrides, tp=tp, pp=pp, cp=cp))
-    from megatron_hypenet.halo.tasks import STARTS_FROM, stage_name
+    from megatron_hypenet.halo.run_folder import RunFolder
+    from megatron_hypenet.halo.tasks import halo_steps, stage_name, starts_from
 
+    can_start = starts_from(halo_steps(settings, RunFolder(settings.output_dir)))
     if init is not None and not stage:
         raise UsageError(
-            "--init needs --stage: say which stage starts from it, distill or finetune"
+            f"--init needs --stage: say which stage starts from it, {' or '.join(can_start)}"
         )
     chosen = stage_name(stage) if stage else None
-    if init is not None and chosen not in STARTS_FROM:
+    if init is not None and chosen not in can_start:
         raise UsageError(
-            f"--init is for distill and finetune; stage {chosen} starts from the teacher"
+            f"--init is for {' and '.join(can_start)}; stage {chosen} starts from the teacher"
         )
     begin = start_of(chosen, init)
     found = pipeline.checked(
@@ -147,8 +150,6 @@ def check_init(init: Path, *, starts: bool) -> None:
 def first_unfinished(steps: list[dict[str, Any]]) -> str:
     """The first training stage among the steps of a run that is not done; the last stage when all
     are."""
-    from megatron_hypenet.config.schema import STAGES
-
     return next(
         (row["step"] for row in steps if row["step"] in STAGES and row["state"] != "done"),
         STAGES[-1],

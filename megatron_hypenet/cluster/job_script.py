@@ -26,11 +26,9 @@ WHOLE = "run"
 LAST = "finish"
 
 _DOES = {
-    WHOLE: "the whole run: import, align, select, distil, finetune, export, report",
-    "align": "import the teacher, prepare the data, stage 1 (align)",
-    "distill": "select the layers, assemble the student, stage 2 (distill)",
-    "finetune": "stage 3 (finetune)",
-    LAST: "export to Hugging Face format and report",
+    WHOLE: "the whole run",
+    **{name: f"stage {name}, and the steps before it that are not done" for name in STAGES},
+    LAST: "what comes after the stages",
 }
 
 _BY_SIGNAL = 128
@@ -48,7 +46,7 @@ class JobScript:
     """One job of a run."""
 
     part: str
-    """What it does of the run: "run" does all of it, in a chain there are the three stages and
+    """What it does of the run: "run" does all of it, in a chain there are the stages and
     "finish"."""
     path: Path
     """Where the script belongs in the run folder."""

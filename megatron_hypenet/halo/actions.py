@@ -27,7 +27,7 @@ from megatron_hypenet.halo import build_stage, datasets
 from megatron_hypenet.halo.report import draw_importance, draw_report, row_line, write_report
 from megatron_hypenet.halo.run_folder import RunFolder
 from megatron_hypenet.halo.task_runner import Runner, Step, read_json
-from megatron_hypenet.halo.tasks import STARTS_FROM, from_init, halo_steps, required_checkpoint
+from megatron_hypenet.halo.tasks import from_init, halo_steps, required_checkpoint, starts_from
 from megatron_hypenet.model.hypenet import HypeNetModel
 from megatron_hypenet.model.memory import release_memory
 from megatron_hypenet.parallel import groups
@@ -130,7 +130,7 @@ class Halo:
         return self.do_training(
             name,
             teacher=self.folder.teacher if spec.needs_teacher else None,
-            init=self._of(STARTS_FROM[name]) if spec.through_head else None,
+            init=self._of(starts_from(self.steps())[name]) if spec.through_head else None,
         )
 
     def do_training(

@@ -7,7 +7,7 @@ starts its processes imports no models.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,8 @@ from megatron_hypenet.halo.task_runner import Step, identity_of
 
 Action = Callable[[], dict[str, Any]]
 
-STAGE_ALIASES = {"1": "align", "2": "distill", "3": "finetune"}
-"""HALO's stage numbers for the names of the three training stages."""
-STARTS_FROM = {"distill": "assemble", "finetune": "distill"}
-"""The task that leaves the student which a training stage starts from."""
+STAGE_ALIASES = {str(number): name for number, name in enumerate(STAGES, 1)}
+"""HALO's stage numbers for the names of the training stages."""
 
 
 def halo_steps(
@@ -139,6 +137,13 @@ def halo_steps(
     ]
 
 
+def starts_from(steps: Iterable[Step]) -> dict[str, str]:
+    """By training stage, the task that leaves the student which it starts from: the first that it
+    comes after, when that is another stage or the assembly. Others start from the teacher."""
+    first = {step.name: step.after[0] for step in steps if step.name in STAGES}
+    return {stage: task for stage, task in first.items() if task in (*STAGES, "assemble")}
+
+
 def _checked_lengths(run: RunConfig) -> list[Any]:
     """The settings that the probe compares with teacher and text."""
     return [
@@ -194,6 +199,7 @@ def stage_name(word: str) -> str:
     name = STAGE_ALIASES.get(word, word)
     if name not in STAGE_ALIASES.values():
         raise ConfigError(
-            f"--stage {word}: unknown stage; use align, distill or finetune (or 1, 2, 3)"
+            f"--stage {word}: unknown stage; use {', '.join(STAGES[:-1])} or {STAGES[-1]} "
+            f"(or {', '.join(STAGE_ALIASES)})"
         )
     return name

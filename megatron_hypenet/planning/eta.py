@@ -7,36 +7,22 @@ while the run goes on; tasks that move files instead of computing get a fixed sh
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.config.schema import STAGES, RunConfig, StageConfig
 from megatron_hypenet.model.flops import forward_flops
 from megatron_hypenet.stages.spec import stage_spec
 
-FIXED_SHARE = {"teacher": 0.01, "data": 0.03, "probe": 0.005, "assemble": 0.01, "export": 0.01}
-"""Share of the total work that each file-moving task counts as."""
+FIXED_SHARE = {"data": 0.03, "probe": 0.005}
+OTHER_SHARE = 0.01
+"""Share of the total work that a task counts as which moves files instead of computing."""
 EVALUATED_MODELS = 4
 """Models in the report: teacher, all layers converted, after distillation, after finetuning."""
 
 
-ORDER = (
-    "teacher",
-    "data",
-    "probe",
-    "align",
-    "select",
-    "assemble",
-    "distill",
-    "finetune",
-    "export",
-    "report",
-)
-"""The steps of a run."""
-
-
-def planned_work(run: RunConfig, teacher: ModelConfig) -> dict[str, float]:
-    """Work of every step by name, in floating-point operations; the order is that of the run."""
+def planned_work(run: RunConfig, teacher: ModelConfig, steps: Sequence[str]) -> dict[str, float]:
+    """Work of each of `steps` (names) in this order, in floating-point operations."""
     student = teacher.converted(run.align.spec)  # which layers will keep attention is not known yet
     sweep = run.select
     longest = max(run.eval.length_multiples) * run.eval.seq_length
@@ -50,9 +36,11 @@ def planned_work(run: RunConfig, teacher: ModelConfig) -> dict[str, float]:
     }
     work["select"] = (teacher.num_layers + 1) * scored * forward_flops(teacher, sweep.seq_length)
     work["report"] = EVALUATED_MODELS * (recall + heldout) * forward_flops(teacher, longest)
-    total = float(sum(work[name] for name in ORDER if name in work))
-    fixed = {name: share * total for name, share in FIXED_SHARE.items()}
-    return {name: float(work[name]) if name in work else fixed[name] for name in ORDER}
+    total = float(sum(work[name] for name in steps if name in work))
+    return {
+        name: float(work[name]) if name in work else FIXED_SHARE.get(name, OTHER_SHARE) * total
+        for name in steps
+    }
 
 
 class Clock:

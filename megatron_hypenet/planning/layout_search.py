@@ -21,13 +21,13 @@ from megatron_hypenet.config.layout import (
 from megatron_hypenet.config.mixers import MixerSpec
 from megatron_hypenet.config.mixers.softmax_attn import ATTENTION
 from megatron_hypenet.config.model import ModelConfig
+from megatron_hypenet.config.schema import STAGES, HeadStageConfig, RunConfig
 from megatron_hypenet.planning.memory import StageMemory, stage_memory
 from megatron_hypenet.stages.spec import stage_spec
 
 SIZES = (1, 2, 4, 8)
 """Sizes of tensor, pipeline and context parallelism that are tried."""
 RECOMPUTE = ("none", "selective", "full")
-RECOMPUTING = ("distill.recompute", "finetune.recompute")
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,13 +119,19 @@ def _candidates(layout: Layout) -> Iterator[Change]:
                 PIPELINE_LAYOUT: None,
                 ZERO: zero,
                 OFFLOAD: False,
-                **dict.fromkeys(RECOMPUTING, recompute),
+                **{f"{stage}.recompute": recompute for stage in _head_stages(layout.run)},
             }
+
+
+def _head_stages(run: RunConfig) -> dict[str, HeadStageConfig]:
+    """The training stages that can recompute activations."""
+    stages = {name: run.stage(name) for name in STAGES}
+    return {name: stage for name, stage in stages.items() if isinstance(stage, HeadStageConfig)}
 
 
 def _cost(layout: Layout) -> tuple[int, ...]:
     parallel = layout.parallel
-    recompute = RECOMPUTE.index(layout.run.finetune.recompute)
+    recompute = max(RECOMPUTE.index(stage.recompute) for stage in _head_stages(layout.run).values())
     full = recompute == len(RECOMPUTE) - 1  # a third more work
     sizes = (
         parallel.tensor_model_parallel_size,

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_hypenet.errors import ConfigError
 from megatron_hypenet.halo.run_folder import RunFolder
-from megatron_hypenet.halo.tasks import halo_steps, stage_name
+from megatron_hypenet.halo.tasks import halo_steps, stage_name, starts_from
 from tests.unit.halo.test_run_folder import config
 
 
@@ -33,6 +33,14 @@ def test_steps_come_after_what_they_read_and_leave_what_is_theirs_alone(tmp_path
     assert len(set(results)) == len(results) and all(
         path.is_relative_to(folder.root) for path in results
     )
+
+
+def test_stages_start_from_the_student_of_the_task_before(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    assert starts_from(halo_steps(config(folder.root), folder)) == {
+        "distill": "assemble",
+        "finetune": "distill",
+    }
 
 
 def test_an_action_belongs_to_each_step_by_name(tmp_path):

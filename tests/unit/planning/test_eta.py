@@ -21,19 +21,20 @@ TEACHER = ModelConfig(
 )
 
 
+STEPS = ("data", "align", "select", "a task of its own", "distill", "finetune", "report")
+
+
 def test_work_grows_with_what_is_asked(tmp_path):
-    base = planned_work(config(tmp_path), TEACHER)
-    longer = planned_work(config(tmp_path, distill={**STAGE, "train_iters": 4}), TEACHER)
+    base = planned_work(config(tmp_path), TEACHER, STEPS)
+    longer = planned_work(config(tmp_path, distill={**STAGE, "train_iters": 4}), TEACHER, STEPS)
     assert longer["distill"] == 2 * base["distill"] and longer["align"] == base["align"]
-    wider = planned_work(config(tmp_path, eval={"length_multiples": [1]}), TEACHER)
-    assert wider["report"] < base["report"] and wider["select"] == base["select"]
-    assert list(base)[:4] == ["teacher", "data", "probe", "align"] and all(
-        value > 0 for value in base.values()
-    )
+    shorter = planned_work(config(tmp_path, eval={"length_multiples": [1]}), TEACHER, STEPS)
+    assert shorter["report"] < base["report"] and shorter["select"] == base["select"]
+    assert tuple(base) == STEPS and all(value > 0 for value in base.values())
 
 
 def test_distillation_costs_more_per_token_than_finetuning(tmp_path):
-    work = planned_work(config(tmp_path), TEACHER)
+    work = planned_work(config(tmp_path), TEACHER, STEPS)
     assert work["distill"] > work["finetune"]
 
 
