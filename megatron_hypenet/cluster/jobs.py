@@ -240,12 +240,11 @@ def queue(ids: Sequence[int]) -> dict[int, JobState]:
     for row in rows:
         number, state, reason, nodes, left = (part.strip() for part in row.split("|", 4))
         if number.isdecimal() and int(number) in wanted:
-            told = "" if reason == "None" else reason
             live = state in LIVE
             found[int(number)] = JobState(
                 state=state,
                 live=live,
-                reason=told,
+                reason="" if reason == "None" else reason,
                 nodes=nodes,
                 time_left=left if state == "RUNNING" else "",
             )

@@ -60,14 +60,14 @@ def import_hf(
     with temporary_folder() as staging:
         for name, content in files.items():
             (staging / name).write_bytes(content)
-        words = staging if files else None
+        tokenizer_files = staging if files else None
         try:
             save.write_weights(
                 ckpt_dir,
                 tensors,
                 plan.config,
                 kind=plan.kind,
-                tokenizer_dir=words,
+                tokenizer_dir=tokenizer_files,
                 extra=extra,
                 overwrite=overwrite,
             )

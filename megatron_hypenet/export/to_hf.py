@@ -149,8 +149,8 @@ def export_hf(
             temporary / hf_folder.GENERATION,
             _generation_config(config, _noted_generation_config(plan.folder, manifest)),
         )
-        if (words := load.tokenizer_dir(plan.folder)) is not None:
-            tokenizer.export(words, temporary, progress)
+        if (tokenizer_dir := load.tokenizer_dir(plan.folder)) is not None:
+            tokenizer.export(tokenizer_dir, temporary, progress)
         if plan.family == hf_config.HYPENET:
             for name, text in remote_files(set(config["mixer_types"])).items():
                 (temporary / name).write_text(text, encoding="utf-8")

@@ -189,11 +189,11 @@ def compare_tensors(plan: ImportPlan, folder: Path) -> TensorReport:
         for name, ours in entry.split(stored).items():
             theirs = plan.weights[name]
             report.compared += 1
-            narrow = min(theirs.dtype, ours.dtype, key=lambda dtype: dtype.itemsize)
+            smaller = min(theirs.dtype, ours.dtype, key=lambda dtype: dtype.itemsize)
             if theirs.dtype != ours.dtype:
                 report.cast += 1
-                casts.add(narrow)
-            if same_bits(theirs.to(narrow), ours.to(narrow)):
+                casts.add(smaller)
+            if same_bits(theirs.to(smaller), ours.to(smaller)):
                 report.equal += 1
             else:
                 report.different.append(name)

@@ -162,8 +162,8 @@ def _compared(runner: Runner, stored: Mapping[str, Any]) -> Change:
         if record is not None and record.get("fingerprint") == whole:
             continue
         if runner.goes_on(name, basis):
-            if step.length is not None and (told := _lengthened(runner, name, stored)):
-                longer.append(told)
+            if step.length is not None and (sentence := _lengthened(runner, name, stored)):
+                longer.append(sentence)
                 # what follows it was made from the shorter stage
                 again += [
                     later

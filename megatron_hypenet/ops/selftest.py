@@ -301,8 +301,8 @@ def with_gradients(
     """The output `y` and the gradient of each leaf, of the op and of its definition in float64 on
     the same inputs."""
     results = []
-    for form, wide in ((op, None), (exact, torch.float64)):
-        inputs = [x.detach().to(wide or x.dtype).requires_grad_() for x in leaves.values()]
+    for form, dtype in ((op, None), (exact, torch.float64)):
+        inputs = [x.detach().to(dtype or x.dtype).requires_grad_() for x in leaves.values()]
         y = form(*inputs)
         results.append([y.detach(), *torch.autograd.grad(y, inputs, dy.to(y.dtype))])
     return {

@@ -236,15 +236,15 @@ def wait_for_all(meeting: Meeting, timeout: timedelta) -> None:
         store.set("here", _absent(missing, meeting) if missing else "all")
     try:
         store.wait(["here"], timeout + timedelta(seconds=_NOTE_SECONDS))
-        told = store.get("here").decode()
+        found = store.get("here").decode()
     except RuntimeError as error:
         raise SetupError(
             f"rank 0 has not said within {timeout.total_seconds():.0f} s whether all processes are "
             f"there: {error}"
         ) from error
-    if told != "all":
+    if found != "all":
         raise SetupError(
-            f"{told} after {timeout.total_seconds():.0f} s. Look at their logs; {_ADVICE}"
+            f"{found} after {timeout.total_seconds():.0f} s. Look at their logs; {_ADVICE}"
         )
 
 

@@ -82,7 +82,7 @@ class Place:
     """This process and this start of a run, and the places of their records."""
 
     root: Path
-    life: str
+    attempt_id: str
     rank: int
     world_size: int
 
@@ -109,7 +109,7 @@ class Place:
         record = record_of(
             fault,
             rank=self.rank,
-            life=self.life,
+            life=self.attempt_id,
             stage=PROGRESS.stage,
             phase=PROGRESS.phase,
             iteration=PROGRESS.iteration,
@@ -132,7 +132,7 @@ class Place:
         """A record of this start; None when there is none, it is incomplete, or it belongs to
         another start."""
         record = read_record(path)
-        return record if record is not None and record.life == self.life else None
+        return record if record is not None and record.life == self.attempt_id else None
 
 
 @contextmanager
@@ -143,11 +143,15 @@ def watched(root: Path, guard: GuardConfig) -> Iterator[None]:
     Errors of libraries about a peer that ended or does not answer are raised as PeerError or
     HangError, with the cause where it is known.
     """
-    life = from_first(f"{time.time():.3f}-{os.getpid()}")
-    place = Place(root, life, groups.rank(), groups.world_size())
+    attempt_id = from_first(f"{time.time():.3f}-{os.getpid()}")
+    place = Place(root, attempt_id, groups.rank(), groups.world_size())
     interval = min(5.0, guard.hang_timeout_seconds / 4)
     writer = Writer(
-        place.heartbeats, life=life, rank=place.rank, world_size=place.world_size, interval=interval
+        place.heartbeats,
+        attempt_id=attempt_id,
+        rank=place.rank,
+        world_size=place.world_size,
+        interval=interval,
     )
     watch = HangWatch(writer, guard.hang_timeout_seconds, place.errors, record=place.record)
     PROGRESS.note("start")
@@ -158,17 +162,17 @@ def watched(root: Path, guard: GuardConfig) -> Iterator[None]:
     try:
         yield
     except BaseException as fault:
-        told = explained(fault, place)
-        stopped = isinstance(told, SavedAndRequeue)
+        translated = explained(fault, place)
+        stopped = isinstance(translated, SavedAndRequeue)
         if place.world_size > 1:
-            watch.expect_end(exit_code_of(told), _SECONDS_TO_LEAVE)
+            watch.expect_end(exit_code_of(translated), _SECONDS_TO_LEAVE)
         else:
             watch.stop()
         if not stopped:
-            place.record(told)
+            place.record(translated)
         writer.stop("stopped" if stopped else "failed")
-        if told is not fault:
-            raise told from fault
+        if translated is not fault:
+            raise translated from fault
         raise
     else:
         watch.stop()
@@ -226,7 +230,7 @@ def explained(fault: BaseException, place: Place) -> BaseException:
 
 def _hang(fault: BaseException, place: Place) -> HangError:
     beats, silent = heartbeat.find_silent_ranks(
-        lambda: heartbeat.read_all(place.heartbeats, place.life, place.world_size),
+        lambda: heartbeat.read_all(place.heartbeats, place.attempt_id, place.world_size),
         lambda: time.sleep(_SECONDS_FOR_THE_CAUSE),
     )
     lines = suspects(beats, silent, place.world_size)
@@ -245,7 +249,7 @@ def _peer(fault: BaseException, place: Place) -> HypenetError:
     deadline = time.monotonic() + _SECONDS_FOR_THE_CAUSE
     while True:
         causes = place.causes()
-        beats = heartbeat.read_all(place.heartbeats, place.life, place.world_size)
+        beats = heartbeat.read_all(place.heartbeats, place.attempt_id, place.world_size)
         over = time.monotonic() > deadline
         if causes:
             first = causes[0]

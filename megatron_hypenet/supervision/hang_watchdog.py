@@ -117,7 +117,9 @@ class HangWatch:
             if now - self._first_read > self.timeout:
                 self._first_moved = now  # not checked for so long, so nothing is known
             self._first_read = now
-            beat = heartbeat.read_beat(heartbeat.file_of(self.writer.folder, 0), self.writer.life)
+            beat = heartbeat.read_beat(
+                heartbeat.file_of(self.writer.folder, 0), self.writer.attempt_id
+            )
             if beat is not None and (beat.beats != self._first_beats or beat.state != "running"):
                 self._first_beats = beat.beats
                 self._first_moved = now
@@ -160,7 +162,7 @@ class HangWatch:
         stacks = self.errors / f"hang_rank_{writer.rank:05d}.txt"
 
         def read() -> dict[int, Beat]:
-            return heartbeat.read_all(writer.folder, writer.life, writer.world_size)
+            return heartbeat.read_all(writer.folder, writer.attempt_id, writer.world_size)
 
         beats, silent = heartbeat.find_silent_ranks(read, lambda: time.sleep(self.pause))
         lines = [

@@ -174,19 +174,19 @@ def content_of(path: Path) -> dict[str, Any]:
         return {}
 
 
-def read_beat(path: Path, life: str) -> Beat | None:
+def read_beat(path: Path, attempt_id: str) -> Beat | None:
     """The content of one file; None when it is missing, incomplete, or of another start of the
     run."""
     try:
         content = read_object(_KIND, path)
-        return typed(_KIND, path, content, Beat) if content.get("life") == life else None
+        return typed(_KIND, path, content, Beat) if content.get("life") == attempt_id else None
     except DataError:
         return None
 
 
-def read_all(folder: Path, life: str, world_size: int) -> dict[int, Beat]:
+def read_all(folder: Path, attempt_id: str, world_size: int) -> dict[int, Beat]:
     """The files of all ranks of this start of the run, by rank."""
-    found = {rank: read_beat(file_of(folder, rank), life) for rank in range(world_size)}
+    found = {rank: read_beat(file_of(folder, rank), attempt_id) for rank in range(world_size)}
     return {rank: beat for rank, beat in found.items() if beat is not None}
 
 
@@ -198,14 +198,14 @@ class Writer:
         self,
         folder: Path,
         *,
-        life: str,
+        attempt_id: str,
         rank: int,
         world_size: int,
         interval: float,
         progress: ProgressState = PROGRESS,
     ) -> None:
         self.folder = folder
-        self.life = life
+        self.attempt_id = attempt_id
         self.rank = rank
         self.world_size = world_size
         self.interval = interval
@@ -236,7 +236,7 @@ class Writer:
         """The fields of the file."""
         progress = self.progress
         return {
-            "life": self.life,
+            "life": self.attempt_id,
             "rank": self.rank,
             "world_size": self.world_size,
             "host": host_name(),

@@ -26,8 +26,8 @@ class Saver:
     """The checkpoints of one training stage. At most one save is pending; `committed` is the newest
     from which a run can continue.
 
-    All processes call `save`, `edge` and `settle` in the same steps. Older checkpoints are pruned
-    after a commit only.
+    All processes call `save`, `step_boundary` and `settle` in the same steps. Older checkpoints are
+    pruned after a commit only.
     """
 
     def __init__(self, checkpoints: Path, config: CheckpointConfig) -> None:
@@ -45,7 +45,7 @@ class Saver:
 
     def save(self, engine: EngineState, state: TrainState, *, wait: bool, **what: Any) -> None:
         """Save `state`. Without `wait`, and with checkpoint.async_save, this only takes copies: a
-        later `edge` commits.
+        later `step_boundary` commits.
 
         A save still pending is committed first. Raises SetupError (disk full) or CheckpointError on
         all processes.
@@ -63,7 +63,7 @@ class Saver:
         else:
             self.settle()
 
-    def edge(self) -> None:
+    def step_boundary(self) -> None:
         """Commit the pending save if all processes have written their files, without waiting for a
         disk; call it at a step boundary."""
         if self._pending is not None and self._pending.ready():

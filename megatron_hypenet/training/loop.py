@@ -211,7 +211,7 @@ class _Loop:
             with PROGRESS.doing("save"):
                 self._save(wait=end.last or request == signals.LEAVE)
         else:
-            self.saver.edge()
+            self.saver.step_boundary()
         if (commit := self.saver.take_commit()) is not None:
             for hook in self.hooks:
                 hook.on_save(*commit)

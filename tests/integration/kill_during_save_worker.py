@@ -110,7 +110,7 @@ def save_forever(folder: Path, told: Path, *, background: bool, rows: int, last:
         saver.save(engine, state, wait=engine.step == last, model_config=MODEL, kind="finetune")
         while saver.committed is None or fmt.iteration_of(saver.committed) != engine.step:
             time.sleep(0.001)
-            saver.edge()
+            saver.step_boundary()
         told.write_text(str(engine.step))
 
 

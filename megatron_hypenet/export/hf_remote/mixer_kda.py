@@ -131,10 +131,10 @@ def _sliding_sums(inputs: Tensor, weight: Tensor) -> Tensor:
     """inputs [b, W - 1 + t, channels], weight [channels, W] -> [b, t, channels], summed in fp32
     (fp64)."""
     dtype = accumulation_dtype(inputs.dtype)
-    wide = inputs.to(dtype)
+    summed = inputs.to(dtype)
     taps = weight.shape[1]
     t = inputs.shape[1] - taps + 1
-    total = sum(wide[:, tap : tap + t] * weight[:, tap].to(dtype) for tap in range(taps))
+    total = sum(summed[:, tap : tap + t] * weight[:, tap].to(dtype) for tap in range(taps))
     assert isinstance(total, Tensor)
     return total.to(inputs.dtype)
 

@@ -74,10 +74,10 @@ def check_lightning(
         def found(
             op: Callable[..., tuple[Tensor, Tensor]],
             state: Callable[..., Tensor],
-            wide: torch.dtype | None,
+            compute_dtype: torch.dtype | None,
         ) -> list[Tensor]:
             inputs = [
-                x.detach().to(wide or x.dtype).requires_grad_()
+                x.detach().to(compute_dtype or x.dtype).requires_grad_()
                 for x in (q, k, v, *([] if entering is None else [entering]))
             ]
             initial = inputs[3] if states else None

@@ -60,7 +60,7 @@ def check_vocab(
         }
 
     return check(
-        f"vocab_loss {vocab_rows} words{' of two shards' if shards > 1 else ''}",
+        f"vocab_loss {vocab_rows} rows{' of two shards' if shards > 1 else ''}",
         dtype,
         ROUNDING_LIMITS[dtype],
         run,

@@ -138,7 +138,7 @@ def beating(root, rank, *, state="running", pid=None):
     progress = ProgressState()
     progress.begin("align", train_iters=9)
     writer = Writer(
-        root / "heartbeat", life="now", rank=rank, world_size=3, interval=1, progress=progress
+        root / "heartbeat", attempt_id="now", rank=rank, world_size=3, interval=1, progress=progress
     )
     writer.state = state
     writer.write()

@@ -21,7 +21,12 @@ def world(tmp_path):
     progress.finish_step(2)
     (tmp_path / "heartbeat").mkdir()
     writer = Writer(
-        tmp_path / "heartbeat", life="now", rank=1, world_size=2, interval=0.1, progress=progress
+        tmp_path / "heartbeat",
+        attempt_id="now",
+        rank=1,
+        world_size=2,
+        interval=0.1,
+        progress=progress,
     )
     writer.start()
     watch = HangWatch(
@@ -97,7 +102,7 @@ def test_waiting_for_the_first_process_ends_when_that_one_is_gone(world, tmp_pat
     watch, progress, _ = world
     first = Writer(
         tmp_path / "heartbeat",
-        life="now",
+        attempt_id="now",
         rank=0,
         world_size=2,
         interval=1,

@@ -30,9 +30,11 @@ def progress():
     return progress
 
 
-def writer(folder, progress, life="now", rank=0, interval=0.02):
+def writer(folder, progress, attempt_id="now", rank=0, interval=0.02):
     folder.mkdir(exist_ok=True)
-    return Writer(folder, life=life, rank=rank, world_size=2, interval=interval, progress=progress)
+    return Writer(
+        folder, attempt_id=attempt_id, rank=rank, world_size=2, interval=interval, progress=progress
+    )
 
 
 def test_phases_change_and_return(progress):
@@ -93,7 +95,7 @@ def test_a_disk_that_cannot_be_written_ends_nothing(tmp_path, progress):
 
 
 def test_files_of_an_earlier_start_and_torn_ones_are_not_seen(tmp_path, progress):
-    writer(tmp_path, progress, life="before", rank=0).write()
+    writer(tmp_path, progress, attempt_id="before", rank=0).write()
     writer(tmp_path, progress, rank=1).write()
     assert list(read_all(tmp_path, "now", 3)) == [1]
     file_of(tmp_path, 1).write_text('{"life": "now", "ra')
