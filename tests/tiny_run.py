@@ -79,6 +79,9 @@ def write_config(root: Path, **changes) -> Path:
 class Sequences:
     """Tokens that go up by three: a pure function of the sample index, as training data must be."""
 
+    def answers(self, sample_start, count, seq_length):
+        return None
+
     def batch(self, sample_start: int, count: int, seq_length: int) -> torch.Tensor:
         """Samples sample_start .. + count - 1."""
         return (

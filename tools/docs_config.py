@@ -15,7 +15,7 @@ from pydantic_core import PydanticUndefined
 
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.config.problems import section_type
-from megatron_hypenet.config.schema import RunConfig
+from megatron_hypenet.config.schema import DataConfig, RunConfig, SourceConfig
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "config.md"
 
@@ -50,6 +50,9 @@ The stages `align`, `distill` and `finetune` share most keys. `configs/stage/` h
 of the paper.
 """
 
+SOURCE = """A source is a path, or a path with settings: `{path: chats.jsonl, weight: 0.2,
+messages_key: messages}`."""
+
 
 def type_name(annotation: Any) -> str:
     """The annotation as a reader would say it: `int`, `path or null`, `cosine or constant`."""
@@ -65,6 +68,8 @@ def type_name(annotation: Any) -> str:
         return f"list of {' or '.join(sorted(inner))}"
     if annotation is type(None):
         return "null"
+    if annotation is SourceConfig:
+        return "source"
     return {
         "str": "text",
         "Path": "path",
@@ -113,6 +118,8 @@ def page() -> str:
             continue
         seen[section] = name
         lines += [*section_table(section), ""]
+        if section is DataConfig:
+            lines += [SOURCE, "", *section_table(SourceConfig), ""]
     lines += [
         "## Model shape",
         "",

@@ -93,7 +93,8 @@ def validate(
 
     Exit code 3 with all problems listed when it is invalid. The layout is checked against the
     teacher's config.json (or the model.json of a checkpoint) where the teacher is here, or against
-    --model: a file of configs/model.
+    --model: a file of configs/model. Of data that is here the files and the first document are
+    looked at.
 
     Example:
 
@@ -118,6 +119,7 @@ def validate(
         check_and_warn(
             run, load_model_config(model) if model else shape_if_present(run.teacher), world_size
         )
+        check_data_here(run)
         summary = {"file": str(config), "kind": "run", "tokens": stage_tokens(run)}
     if as_json:
         typer.echo(json.dumps(summary))
@@ -137,6 +139,21 @@ def check_and_warn(run: RunConfig, shape: ModelConfig | None, world_size: int | 
         )
     for line in layout_warnings(Layout(shape, run, world_size)):
         typer.echo(f"warning: {line}", err=True)
+
+
+def check_data_here(run: RunConfig) -> None:
+    """Look at the files and the first document of each source of data that is here; a note on
+    stderr names the others. Raises DataError."""
+    from megatron_hypenet.data.check import check_source
+    from megatron_hypenet.data.pairs import token_paths
+    from megatron_hypenet.data.sources import is_pattern
+
+    for source in run.data.every_source:
+        path = source.path
+        if path.exists() or is_pattern(path) or any(one.exists() for one in token_paths(path)):
+            check_source(source)
+        else:
+            typer.echo(f"note: data {path} is not here, so it is not looked at", err=True)
 
 
 def shape_if_present(path: Path) -> ModelConfig | None:

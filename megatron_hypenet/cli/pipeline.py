@@ -204,13 +204,14 @@ def checked(
     nproc: int | None = None,
     world_size: int | None = None,
     as_it_is: bool = False,
+    on_gpus: bool | None = None,
 ) -> Checked:
     """Check everything that can be checked before a process, a folder or a model is made.
 
     `redo_from` is the step that --redo-from names, `init` a stage that begins from a checkpoint of
     elsewhere, and that checkpoint; with `as_it_is` changes are not looked at. `nproc` is what
     --nproc asks for on this machine; `world_size` is the number of processes of a run that others
-    will start.
+    will start, and `on_gpus` whether it will have GPUs (default: whether this machine has some).
     """
     from megatron_hypenet.config.checks import check_run
     from megatron_hypenet.halo.changes import changed
@@ -234,9 +235,29 @@ def checked(
         and num_processes == run.parallel.model_parallel_size
     )
     check_run(shape, run, None if follows else num_processes)
-    identity_of([*run.data.train, *([run.data.heldout] if run.data.heldout else [])])
+    identity_of([source.path for source in run.data.every_source])
+    if not under_way() and processes.join() is None:
+        check_data(run, again=overwrite, on_gpus=on_gpus)
     lines = [] if overwrite or as_it_is else changed(run, folder, redo_from, init).lines()
     return Checked(shape, num_processes, tuple(lines))
+
+
+def check_data(run: RunConfig, *, again: bool, on_gpus: bool | None = None) -> None:
+    """Look at every source of data: its files and its first document. Raises DataError.
+
+    A large text is refused where GPUs would wait for it, unless it was tokenized before and is not
+    to be done `again`.
+    """
+    from megatron_hypenet.data.check import check_source, refuse_large_text
+    from megatron_hypenet.data.pairs import INDEX_FILE
+    from megatron_hypenet.halo.run_folder import RunFolder
+
+    sizes = [check_source(source) for source in run.data.every_source]
+    done = (RunFolder(run.output_dir).data / INDEX_FILE).is_file() and not again
+    if done or run.device == "cpu" or not any(sizes):
+        return
+    if processes.has_gpus() if on_gpus is None else on_gpus:
+        refuse_large_text(run.data.every_source, run.teacher)
 
 
 def warn(run: RunConfig, found: Checked) -> None:

@@ -105,6 +105,11 @@ def fixed(size: int, nproc: int | None = None) -> int:
     return asked
 
 
+def has_gpus() -> bool:
+    """Whether this machine has GPUs that torch can use."""
+    return _gpus() > 0
+
+
 def planned_start(num_processes: int) -> Launch | None:
     """What `start_here` would start: this command, in several processes; None when it would return.
     --dry-run is not for them."""

@@ -3,14 +3,21 @@ left for the whole run."""
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
+    from megatron_hypenet.data.prepare import Progress
     from megatron_hypenet.planning.eta import Clock
     from megatron_hypenet.training.metrics import StepRecord
+
+LOG_SECONDS = 60.0
+"""Time between two lines about a preparation where the output is no terminal."""
 
 
 class Screen:
@@ -115,3 +122,48 @@ def _bar(stream: TextIO) -> Any:
         TimeElapsedColumn(),
     )
     return Progress(*columns, console=Console(file=stream), transient=True)
+
+
+@contextmanager
+def corpus_progress(stream: TextIO | None = None) -> Iterator[Callable[[Progress], None]]:
+    """Yield a function that shows how far a preparation is: one line that is written over on a
+    terminal, else a line a minute."""
+    out = sys.stderr if stream is None else stream
+    terminal = out.isatty()
+    pause = 0.5 if terminal else LOG_SECONDS
+    shown = -math.inf
+
+    def show(progress: Progress) -> None:
+        nonlocal shown
+        if progress.seconds - shown < pause:
+            return
+        if shown == -math.inf and not terminal:
+            shown = progress.seconds  # a short text needs no line
+            return
+        shown = progress.seconds
+        text = corpus_line(progress)
+        print(f"\r{text:<100}" if terminal else text, end="" if terminal else "\n", file=out)
+        out.flush()
+
+    yield show
+    if terminal and shown != -math.inf:
+        print(file=out)
+
+
+def corpus_line(progress: Progress) -> str:
+    """How far a preparation is, in one line."""
+    done = progress.read_bytes - progress.bytes_before
+    rate = done / max(progress.seconds, 1e-6)
+    left = (progress.total_bytes - progress.read_bytes) / rate if rate else math.inf
+    return (
+        f"{progress.read_bytes / 1e9:.2f} of {progress.total_bytes / 1e9:.2f} GB, "
+        f"{progress.documents:,} documents, {progress.tokens:,} tokens, {rate / 1e6:.1f} MB/s, "
+        + (f"{duration(left)} left" if math.isfinite(left) else "starting")
+    )
+
+
+def duration(seconds: float) -> str:
+    """A time in hours, minutes and seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"

@@ -185,7 +185,11 @@ def checked_scripts(
     check_texts(settings)
     scripts = job_scripts(settings.output_dir, profile, chain=chain)
     pipeline.checked(
-        settings, overwrite=overwrite, redo_from=redo_from, world_size=profile.world_size
+        settings,
+        overwrite=overwrite,
+        redo_from=redo_from,
+        world_size=profile.world_size,
+        on_gpus=profile.gpus_per_node > 0,
     )
     return scripts
 

@@ -23,7 +23,7 @@ from megatron_hypenet.config.meaning import YAML, as_meant, from_word, member
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.config.paths import expanded
 from megatron_hypenet.config.problems import Origins, describe
-from megatron_hypenet.config.schema import RunConfig
+from megatron_hypenet.config.schema import RunConfig, SourceConfig
 from megatron_hypenet.errors import ConfigError
 from megatron_hypenet.untrusted import yaml_text
 from megatron_hypenet.untrusted.files import shown
@@ -39,6 +39,8 @@ BUNDLED = "assets"
 # their long names.
 SUGAR = {"data": "data.train"}
 LIST_KEYS = frozenset({"data.train"})
+_LISTS = {("data",): "train"}
+"""Sections for which a list stands for one of their keys, in files too."""
 
 _MOST_PROBLEMS = 100
 """Largest number of problems that one message lists."""
@@ -180,6 +182,8 @@ def _merge(
 ) -> None:
     for key, value in values.items():
         place = (*prefix, str(key))
+        if place in _LISTS and isinstance(value, list):
+            value = {_LISTS[place]: value}
         if isinstance(value, Mapping):
             below = target.get(str(key))
             section = below if isinstance(below, dict) else {}
@@ -235,10 +239,16 @@ def _listing(problems: Sequence[str]) -> str:
 
 def _resolve_bundled(config: RunConfig) -> RunConfig:
     data = config.data
-    train = tuple(map(bundled_path, data.train))
-    heldout = None if data.heldout is None else bundled_path(data.heldout)
+    train = tuple(map(_bundled_source, data.train))
+    heldout = None if data.heldout is None else _bundled_source(data.heldout)
     found = data.model_copy(update={"train": train, "heldout": heldout})
     return config.model_copy(update={"teacher": bundled_path(config.teacher), "data": found})
+
+
+def _bundled_source(source: Path | SourceConfig) -> Path | SourceConfig:
+    if isinstance(source, SourceConfig):
+        return source.model_copy(update={"path": bundled_path(source.path)})
+    return bundled_path(source)
 
 
 def bundled_path(path: Path) -> Path:

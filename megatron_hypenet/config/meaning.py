@@ -69,9 +69,11 @@ def from_word(text: str, annotation: Any, where: str = "the value") -> Any:
             f"the value {shown(repr(text), 60)} holds a character that cannot be printed, "
             "such as a line break"
         )
-    if holds_settings(annotation) or (
-        holds_items(annotation) and bare.startswith("[") and bare.endswith("]")
-    ):
+    # a path may begin with a brace, but hardly end with one too
+    settings = holds_settings(annotation) and (
+        "path" not in kinds or (bare.startswith("{") and bare.endswith("}"))
+    )
+    if settings or (holds_items(annotation) and bare.startswith("[") and bare.endswith("]")):
         if re.search(r"\s#", _QUOTED.sub("", text)):
             raise ValueError(
                 "YAML takes what follows ' #' for a comment; put the text that holds it in quotes"

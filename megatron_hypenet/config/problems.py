@@ -11,12 +11,14 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from megatron_hypenet.config.meaning import hint
-from megatron_hypenet.config.schema import RunConfig
+from megatron_hypenet.config.schema import SOURCE_TAG, RunConfig, SourceConfig
 from megatron_hypenet.untrusted.files import shown
 from megatron_hypenet.untrusted.yaml_text import Plain, value_of
 
 Origins = dict[tuple[str, ...], str]
 """Where each key was last set: path of keys -> file name or "CLI"."""
+_TAGS = (SOURCE_TAG, "path")
+"""Parts of a place that say which form of a source was meant."""
 _LONGEST = 2000
 """Largest number of characters in the message of one rule."""
 
@@ -32,9 +34,11 @@ def describe(
     configuration of class `root`."""
     lines = []
     for item in error.errors():
+        if item["type"] == "too_short" and item.get("input"):
+            continue  # a list whose entries are wrong, each of which is told of
         place = tuple(str(part) for part in item["loc"])
         origin = _origin(place, origins, default_origin)
-        key = shown(".".join(place), 200) or "configuration"
+        key = shown(".".join(_named(place)), 200) or "configuration"
         lines.append(
             f"{origin}: {key}: {_what(item['type'], item['msg'], item.get('input'), place, root)}"
         )
@@ -49,13 +53,19 @@ def _origin(place: tuple[str, ...], origins: Origins, default: str) -> str:
     return default
 
 
+def _named(place: tuple[str, ...]) -> list[str]:
+    """The place without the part that says which form of a source was meant."""
+    tags = [index for index, part in enumerate(place) if index > 1 and part in _TAGS]
+    return [part for index, part in enumerate(place) if index not in tags[:1]]
+
+
 def _what(
     kind: str, message: str, value: Any, place: tuple[str, ...], root: type[BaseModel]
 ) -> str:
     if kind == "extra_forbidden":
         return f"unknown key{_near_miss(place, root)}"
     if kind == "missing":
-        return f"missing; set it in the file or as {shown('.'.join(place), 200)}=..."
+        return f"missing; set it in the file or as {shown('.'.join(_named(place)), 200)}=..."
     if kind == "value_error":
         return _bounded(message.removeprefix("Value error, "))
     text = (message[:1].lower() + message[1:]).removeprefix("input ")
@@ -90,6 +100,8 @@ def _near_miss(place: tuple[str, ...], root: type[BaseModel]) -> str:
 def section_keys(place: tuple[str, ...], root: type[BaseModel] = RunConfig) -> list[str]:
     """The keys of the section at `place` under `root`, empty when there is no such section."""
     section: type[BaseModel] | None = root
+    if place[-1:] == (SOURCE_TAG,):
+        return list(SourceConfig.model_fields)
     for part in place:
         field = section.model_fields.get(part) if section else None
         section = section_type(field.annotation) if field else None

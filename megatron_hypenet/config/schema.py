@@ -12,9 +12,18 @@ One file, because it is read as the list of all settings, half of it description
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
 from megatron_hypenet.config.mixers import MixerSpec, default_mixer, mixer_specs, with_settings
 from megatron_hypenet.config.model import LogitsScaling, PositiveInt, check_logits_scaling
@@ -40,14 +49,53 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+class SourceConfig(Section):
+    """One source of data with settings of its own."""
+
+    path: PathSetting = Field(
+        description="A file of text, a folder or pattern of them, or the prefix of a prepared "
+        ".bin/.idx pair; docs/data.md has the kinds."
+    )
+    weight: Rate | None = Field(
+        default=None,
+        description="Share of the training sequences from this source, in relation to the other "
+        "weights; null in all sources reads them as one text.",
+    )
+    text_key: str = Field(
+        default="text", min_length=1, description="Field of a record that holds its text."
+    )
+    messages_key: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None,
+        description="Field of a record that holds a conversation, for the tokenizer's chat "
+        "template: stages 2 and 3 then learn the answers only. null reads text_key.",
+    )
+
+
+SOURCE_TAG = "source"
+"""Stands in the place of an error for a source with settings of its own."""
+
+
+def _source_tag(value: Any) -> str:
+    return SOURCE_TAG if isinstance(value, dict | SourceConfig) else "path"
+
+
+Source = Annotated[
+    Annotated[PathSetting, Tag("path")] | Annotated[SourceConfig, Tag(SOURCE_TAG)],
+    Discriminator(_source_tag),
+]
+"""A path, or a path with settings."""
+
+
 class DataConfig(Section):
     """What the model reads."""
 
-    train: tuple[PathSetting, ...] = Field(
+    train: tuple[Source, ...] = Field(
         min_length=1,
-        description="Training data: .txt or .jsonl files, or prefixes of prepared .bin/.idx pairs.",
+        description="Training data: text files (.txt, .jsonl, .json, .parquet and more, see "
+        "docs/data.md), folders or patterns of them, prefixes of prepared .bin/.idx pairs, or "
+        "{path, weight, text_key, messages_key}. `data: [...]` is short for it.",
     )
-    heldout: PathSetting | None = Field(
+    heldout: Source | None = Field(
         default=None,
         description="Held-out data of the same kinds; null takes heldout_fraction off the training "
         "data.",
@@ -76,6 +124,45 @@ class DataConfig(Section):
         default=1234,
         description="Seed of the data order, the held-out split and the recall documents.",
     )
+
+    @model_validator(mode="after")
+    def _weights(self) -> Self:
+        missing = [str(source.path) for source in self.sources if source.weight is None]
+        if 0 < len(missing) < len(self.train):
+            raise ValueError(
+                f"weight is missing for {', '.join(missing)}; give one to every source of "
+                "data.train, or to none"
+            )
+        if self.heldout_source is not None and self.heldout_source.weight is not None:
+            raise ValueError("heldout has no weight: it is one source; leave it out")
+        return self
+
+    @property
+    def sources(self) -> tuple[SourceConfig, ...]:
+        """The training data with all settings."""
+        return tuple(map(as_source, self.train))
+
+    @property
+    def heldout_source(self) -> SourceConfig | None:
+        """The held-out data with all settings, if it is named."""
+        return None if self.heldout is None else as_source(self.heldout)
+
+    @property
+    def every_source(self) -> tuple[SourceConfig, ...]:
+        """Training data, then held-out data."""
+        heldout = self.heldout_source
+        return self.sources if heldout is None else (*self.sources, heldout)
+
+    @property
+    def weights(self) -> tuple[float, ...] | None:
+        """The weights of the sources, or None where they are read as one text."""
+        found = [source.weight for source in self.sources if source.weight is not None]
+        return tuple(found) or None
+
+
+def as_source(entry: Path | SourceConfig) -> SourceConfig:
+    """A path among the sources with the default settings."""
+    return entry if isinstance(entry, SourceConfig) else SourceConfig(path=entry)
 
 
 class ParallelConfig(Section):

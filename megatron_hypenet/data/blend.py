@@ -1,10 +1,12 @@
-"""Training sequences: windows of a token stream in a seeded order, mixed with recall documents.
+"""Training sequences: windows of token streams in a seeded order, mixed with recall documents.
 
 Every sample is a pure function of (seed, sample index), so the data position of a run is one
 number, resuming costs nothing, and any number of processes can share the work by index.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -63,9 +65,38 @@ def check_ids(ids: np.ndarray, vocab_size: int) -> None:
         )
 
 
+class Windows:
+    """Windows of one text in a new order and at a new offset every epoch."""
+
+    def __init__(self, text: TokenStream, seed: int) -> None:
+        self.text = text
+        self.seed = seed
+
+    def per_epoch(self, seq_length: int) -> int:
+        """Number of windows that fit for any offset of an epoch; neighbours share one token, the
+        last target of one and the first input of the next."""
+        windows = (len(self.text) - seq_length) // seq_length
+        if windows >= 1:
+            return windows
+        if len(self.text) > seq_length:
+            return 1
+        raise DataError(
+            f"the training text has {len(self.text)} tokens, one sequence needs {seq_length + 1} "
+            "(seq_length + 1); "
+            "add text or use a shorter seq_length."
+        )
+
+    def start(self, index: int, seq_length: int) -> int:
+        """First token of window `index` of the text."""
+        epoch, place = divmod(index, windows := self.per_epoch(seq_length))
+        slack = len(self.text) - (windows * seq_length + 1)
+        offset = scramble(self.seed, epoch, 1) % (min(slack, seq_length - 1) + 1)
+        return offset + seq_length * permuted(place, windows, scramble(self.seed, epoch, 2))
+
+
 class TrainData:
-    """Windows of `text` in a new order and at a new offset every epoch, with a share of recall
-    documents spread evenly among them."""
+    """Windows of one text, or of several in shares, with recall documents spread evenly among
+    them."""
 
     def __init__(
         self,
@@ -76,8 +107,10 @@ class TrainData:
         end_of_document: int | None = None,
         recall: RecallTask | None = None,
         recall_fraction: float = 0.0,
+        blend: Sequence[tuple[TokenStream, float]] = (),
     ) -> None:
         """`end_of_document` is the token that ends each document of the text, where that is known.
+        `blend` has several texts with their weights, in the place of `text`.
 
         Raises DataError when a recall share is asked for without a recall task."""
         if recall_fraction > 0 and recall is None:
@@ -85,12 +118,15 @@ class TrainData:
                 f"data.recall_fraction={recall_fraction} needs recall documents; "
                 "the tokenizer must offer the words for them."
             )
-        self.text = text
-        self.seed = seed
         self.vocab_size = vocab_size
         self.end_of_document = end_of_document
         self.recall = recall
         self._recall_units = round(recall_fraction * _SHARE_UNITS)
+        # every text of a blend has an order of its own
+        self._windows = [
+            Windows(part, scramble(seed, 3, number)) for number, (part, _) in enumerate(blend)
+        ] or [Windows(text, seed)]
+        self._units = shares([weight for _, weight in blend] or [1.0])
 
     def batch(self, sample_start: int, count: int, seq_length: int) -> Tensor:
         """Samples sample_start .. sample_start + count - 1 -> int64 [count, seq_length + 1].
@@ -108,10 +144,12 @@ class TrainData:
         """Where documents end in `tokens`, a batch that starts with sample `sample_start`: bool of
         the same shape.
 
-        Documents end at end-of-document tokens; in text from files without such tokens they end at
-        the boundaries of the files' index. Raises DataError when the prepared data names neither.
+        Documents end at end-of-document tokens; in text from files without such tokens, and in
+        conversations, they end at the boundaries of the files' index. Raises DataError when the
+        prepared data names neither.
         """
-        if self.end_of_document is None and not self.text.has_document_ends:
+        by_index = any(windows.text.has_document_ends for windows in self._windows)
+        if self.end_of_document is None and not by_index:
             raise DataError(
                 "data.separate_documents=true, but the prepared data does not name its "
                 "end-of-document token; "
@@ -122,48 +160,74 @@ class TrainData:
             if self.end_of_document is None
             else tokens == self.end_of_document
         )
-        if self.text.has_document_ends:
+        if by_index:
             seq_length = tokens.shape[1] - 1
             for row, index in enumerate(range(sample_start, sample_start + len(tokens))):
-                recalls, is_recall = self._recalls_before(index)
-                if not is_recall:
-                    start = self._window_start(index - recalls, seq_length)
-                    ends[row] |= torch.from_numpy(
-                        self.text.last_tokens(start, start + seq_length + 1)
-                    )
+                found = self._window(index, seq_length)
+                if found is not None:
+                    text, start = found
+                    last, known = text.last_tokens(start, start + seq_length + 1)
+                    ends[row] = torch.from_numpy(last) | (ends[row] & ~torch.from_numpy(known))
         return ends
+
+    def answers(self, sample_start: int, count: int, seq_length: int) -> Tensor | None:
+        """Which tokens of `batch` are to be predicted: bool [count, seq_length + 1]. None when no
+        text of this data has a mask: then all are."""
+        if not any(windows.text.has_masks for windows in self._windows):
+            return None
+        rows = np.ones((count, seq_length + 1), dtype=np.bool_)
+        for row in range(count):
+            found = self._window(sample_start + row, seq_length)
+            if found is not None:
+                text, start = found
+                rows[row] = text.answers(start, start + seq_length + 1)
+        return torch.from_numpy(rows)
 
     def sample(self, index: int, seq_length: int) -> np.ndarray:
         """One sample, int64 [seq_length + 1]."""
-        recalls, is_recall = self._recalls_before(index)
-        if is_recall:
+        found = self._window(index, seq_length)
+        if found is None:
             assert self.recall is not None, "the constructor refuses a share without a task"
-            return self.recall.document(recalls, seq_length, training=True)[0]
-        start = self._window_start(index - recalls, seq_length)
-        return self.text[start : start + seq_length + 1]
+            return self.recall.document(self._recalls_before(index)[0], seq_length, training=True)[
+                0
+            ]
+        text, start = found
+        return text[start : start + seq_length + 1]
 
     def windows_per_epoch(self, seq_length: int) -> int:
-        """Number of windows that fit for any offset of an epoch; neighbours share one token, the
-        last target of one and the first input of the next."""
-        windows = (len(self.text) - seq_length) // seq_length
-        if windows >= 1:
-            return windows
-        if len(self.text) > seq_length:
-            return 1
-        raise DataError(
-            f"the training text has {len(self.text)} tokens, one sequence needs {seq_length + 1} "
-            "(seq_length + 1); "
-            "add text or use a shorter seq_length."
-        )
+        """Number of windows of all texts. Raises DataError when one of them has none."""
+        return sum(windows.per_epoch(seq_length) for windows in self._windows)
+
+    def _window(self, index: int, seq_length: int) -> tuple[TokenStream, int] | None:
+        """(text, first token) of sample `index`; None for a recall document."""
+        recalls, is_recall = self._recalls_before(index)
+        if is_recall:
+            return None
+        number, place = taken_from(index - recalls, self._units)
+        windows = self._windows[number]
+        return windows.text, windows.start(place, seq_length)
 
     def _recalls_before(self, index: int) -> tuple[int, bool]:
         """How many recall documents come before sample `index`, and whether it is one."""
         recalls = index * self._recall_units // _SHARE_UNITS
         return recalls, (index + 1) * self._recall_units // _SHARE_UNITS > recalls
 
-    def _window_start(self, index: int, seq_length: int) -> int:
-        """First token of window `index` of the text."""
-        epoch, place = divmod(index, windows := self.windows_per_epoch(seq_length))
-        slack = len(self.text) - (windows * seq_length + 1)
-        offset = scramble(self.seed, epoch, 1) % (min(slack, seq_length - 1) + 1)
-        return offset + seq_length * permuted(place, windows, scramble(self.seed, epoch, 2))
+
+def shares(weights: Sequence[float]) -> list[int]:
+    """The share of each entry among itself and those behind it, in parts of _SHARE_UNITS; the last
+    has all of them."""
+    return [
+        max(1, round(weight / sum(weights[number:]) * _SHARE_UNITS))
+        for number, weight in enumerate(weights)
+    ]
+
+
+def taken_from(index: int, units: Sequence[int]) -> tuple[int, int]:
+    """(entry, number of samples that it gave before) for sample `index` of a blend with these
+    `shares`: every entry is spread evenly over what the ones before it leave."""
+    for number, part in enumerate(units):
+        before = index * part // _SHARE_UNITS
+        if (index + 1) * part // _SHARE_UNITS > before:
+            return number, before
+        index -= before
+    raise AssertionError("the last entry takes what is left")

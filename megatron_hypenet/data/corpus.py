@@ -16,28 +16,32 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from megatron_hypenet.atomic_files import write_text
+from megatron_hypenet.config.schema import SourceConfig, as_source
 from megatron_hypenet.data.blend import TrainData, check_ids
-from megatron_hypenet.data.indexed import TokenStream, is_token_file, open_tokens, token_paths
-from megatron_hypenet.data.prepare import TEXT_SUFFIXES, prepare_file
+from megatron_hypenet.data.indexed import TokenFile, TokenStream, open_tokens
+from megatron_hypenet.data.pairs import INDEX_FILE, is_token_file, mask_path, token_paths
+from megatron_hypenet.data.prepare import prepare_file
 from megatron_hypenet.data.recall import RecallTask, RecallVocabulary
+from megatron_hypenet.data.sources import find_files, is_prepared
 from megatron_hypenet.data.token_ids import scan_ids
 from megatron_hypenet.data.tokenizer import end_of_text, load_tokenizer, recall_vocabulary
 from megatron_hypenet.errors import DataError
 from megatron_hypenet.untrusted.files import FileKind, has_entry
 from megatron_hypenet.untrusted.json_text import read_object, typed
 
-INDEX_FILE = "corpus.json"
 EVALUATION_SEED = 0x5EED
 """Added to the run's seed for evaluation documents, so that they differ from the recall documents
 that are trained on."""
 
 
 def prepare_corpus(
-    train: Sequence[Path], heldout: Path | None, tokenizer_dir: Path, folder: Path, *,
+    train: Sequence[Path | SourceConfig], heldout: Path | SourceConfig | None,
+    tokenizer_dir: Path, folder: Path, *,
     vocab_size: int,
     model_end: int | Sequence[int] | None = None, log: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:  # fmt: skip
@@ -63,18 +67,28 @@ def prepare_corpus(
         if record and same_end
     }
 
-    def one(source: Path, name: str) -> dict[str, Any]:
-        if source.suffix not in TEXT_SUFFIXES and not source.is_file():
+    def one(entry: Path | SourceConfig, name: str) -> dict[str, Any]:
+        settings = as_source(entry)
+        source = settings.path
+        if is_prepared(source):
             return _checked_pair(
                 source, earlier.get(str(source.resolve())), vocab_size, end.id, log
             )
-        fingerprint = _fingerprint(source, tokenizer_dir, vocab_size)
+        fingerprint = _fingerprint(settings, tokenizer_dir, vocab_size)
         record = earlier.get(name)
         if record and record["fingerprint"] == fingerprint and is_token_file(folder / name):
             return record
         log(f"data: tokenizing {source}")
-        made = prepare_file(source, folder / name, tokenizer, end=end.id, vocab_size=vocab_size)
-        log(f"data: {source}: {made.tokens:,} tokens")
+        made = prepare_file(
+            source,
+            folder / name,
+            tokenizer,
+            end=end.id,
+            vocab_size=vocab_size,
+            text_key=settings.text_key,
+            messages_key=settings.messages_key,
+        )
+        log(f"data: {source}: {made.tokens:,} tokens{_share(made.answers, made.tokens)}")
         if made.note:
             log(f"data: {made.note}")
         return {
@@ -111,6 +125,8 @@ def _checked_pair(
     for the same files."""
     opened = open_tokens(source)
     files = [path.stat() for path in token_paths(source)]
+    if opened.mask is not None:
+        files.append(mask_path(source).stat())
     fingerprint = [vocab_size, *([stat.st_size, stat.st_mtime_ns, stat.st_ino] for stat in files)]
     if earlier and earlier["fingerprint"] == fingerprint:
         return earlier
@@ -119,7 +135,7 @@ def _checked_pair(
     seconds = max(time.perf_counter() - started, 1e-6)
     log(
         f"data: {source}: {len(opened.tokens):,} tokens, ids {found.lowest} to {found.highest}, "
-        f"{found.ends:,} end tokens "
+        f"{found.ends:,} end tokens{_share(found.answers, len(opened.tokens))} "
         f"(looked through at {opened.tokens.nbytes / seconds / 1e9:.1f} GB/s)"
     )
     counts = {
@@ -135,16 +151,27 @@ def _checked_pair(
     }
 
 
-def _fingerprint(source: Path, tokenizer_dir: Path, vocab_size: int) -> list[Any]:
+def _share(answers: int | None, tokens: int) -> str:
+    """The share of a pair with a mask that is trained on, in words."""
+    return "" if answers is None else f", {answers / tokens:.1%} of them answers"
+
+
+def _fingerprint(source: SourceConfig, tokenizer_dir: Path, vocab_size: int) -> list[Any]:
     """Values that change when the text or the tokenizer may have changed: sizes and modification
     times, not contents (texts can be terabytes)."""
-    files = [source] if source.is_file() else []
-    files += sorted(
-        path for path in tokenizer_dir.iterdir() if path.suffix in (".json", ".txt", ".model")
-    )
+    suffixes = (".json", ".txt", ".model") if source.messages_key is None else None
+    files = [(file.path, file.size, file.modified_ns) for file in find_files(source.path).files]
+    files += [
+        (path, path.stat().st_size, path.stat().st_mtime_ns)
+        for path in sorted(tokenizer_dir.iterdir())
+        if (path.suffix in suffixes if suffixes else path.is_file())
+    ]
+    defaults = SourceConfig(path=source.path)
+    fields = [source.text_key, source.messages_key]
     return [
         vocab_size,
-        *([str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files),
+        *([str(path.resolve()), size, modified] for path, size, modified in files),
+        *([] if fields == [defaults.text_key, defaults.messages_key] else [fields]),
     ]
 
 
@@ -186,14 +213,20 @@ class Corpus:
     """An opened folder of `prepare_corpus`."""
 
     train: TokenStream
+    """All training text, one source after the other."""
+    sources: tuple[TokenStream, ...]
+    """The training text of each source."""
     heldout: TokenStream
     vocabulary: RecallVocabulary
     vocab_size: int
     end_of_document: int | None
     seed: int
 
-    def training_data(self, *, recall_fraction: float, recall_pairs: int) -> TrainData:
-        """Training sequences; recall documents use training text as filler."""
+    def training_data(
+        self, *, recall_fraction: float, recall_pairs: int, weights: Sequence[float] | None = None
+    ) -> TrainData:
+        """Training sequences, from each source as often as its weight says, or from all of them as
+        one text; recall documents use training text as filler."""
         task = None
         if recall_fraction > 0:
             task = RecallTask(self.vocabulary, self.train, seed=self.seed, num_pairs=recall_pairs)
@@ -204,6 +237,7 @@ class Corpus:
             end_of_document=self.end_of_document,
             recall=task,
             recall_fraction=recall_fraction,
+            blend=() if weights is None else list(zip(self.sources, weights, strict=True)),
         )
 
     def recall_task(self, num_pairs: int) -> RecallTask:
@@ -244,18 +278,17 @@ def open_corpus(folder: Path, *, heldout_fraction: float, seed: int) -> Corpus:
     """
     content = _read_index(folder)
     files = [open_tokens(folder / record["prefix"]) for record in content["train"]]
-    ends = [
-        file.document_ends if record.get("end_tokens") == 0 else None
-        for file, record in zip(files, content["train"], strict=True)
-    ]
     if content["heldout"]:
-        train = [file.tokens for file in files]
+        cuts = [len(file.tokens) for file in files]
         heldout = [open_tokens(folder / content["heldout"]["prefix"]).tokens]
     else:
         cuts = [file.documents_before(heldout_fraction) for file in files]
-        train = [file.tokens[:cut] for file, cut in zip(files, cuts, strict=True)]
         heldout = [file.tokens[cut:] for file, cut in zip(files, cuts, strict=True)]
-    streams = TokenStream(train, ends), TokenStream(heldout)
+    parts = [
+        _Part(file, cut, record.get("end_tokens"))
+        for file, cut, record in zip(files, cuts, content["train"], strict=True)
+    ]
+    streams = _stream(parts), TokenStream(heldout)
     if len(streams[1]) == 0:
         raise DataError(
             "no held-out text: data.heldout is not set and the training files have one document "
@@ -265,9 +298,35 @@ def open_corpus(folder: Path, *, heldout_fraction: float, seed: int) -> Corpus:
     vocabulary = RecallVocabulary(**{name: tuple(ids) for name, ids in content["recall"].items()})
     return Corpus(
         train=streams[0],
+        sources=tuple(_stream([part]) for part in parts),
         heldout=streams[1],
         vocabulary=vocabulary,
         vocab_size=content["vocab_size"],
         end_of_document=content.get("end_of_document"),
         seed=seed,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """The part of a source that is trained on."""
+
+    file: TokenFile
+    cut: int
+    """Tokens before the held-out text."""
+    end_tokens: int | None
+
+    @property
+    def document_ends(self) -> npt.NDArray[np.int64] | None:
+        """Boundaries of the documents, where the end token does not tell them: files without one,
+        and conversations, whose turns may end with it."""
+        known = self.end_tokens == 0 or self.file.mask is not None
+        return self.file.document_ends if known else None
+
+
+def _stream(parts: Sequence[_Part]) -> TokenStream:
+    return TokenStream(
+        [part.file.tokens[: part.cut] for part in parts],
+        [part.document_ends for part in parts],
+        [part.file.mask_of(0, part.cut) for part in parts],
     )

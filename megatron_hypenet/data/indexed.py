@@ -1,10 +1,8 @@
-"""Token files in Megatron's format (prefix.bin, prefix.idx): writing, opening, and reading them as
-one stream.
+"""Token files in Megatron's format (prefix.bin, prefix.idx): opening, and reading them as one
+stream; token_writer.py writes them.
 
-Megatron-core writes the index. It is read here, because Megatron's reader does not check its
-values; the tokens themselves are memory-mapped as one array, because training reads windows that
-cross documents. Megatron is imported where it is used, because its import takes seconds and looks
-for a GPU.
+Megatron's own reader does not check the values of an index. The tokens themselves are memory-mapped
+as one array, because training reads windows that cross documents.
 """
 
 from __future__ import annotations
@@ -12,27 +10,25 @@ from __future__ import annotations
 import itertools
 import os
 import struct
-import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_hypenet.atomic_files import temporary_beside
-from megatron_hypenet.errors import DataError, SetupError, is_disk_full
-from megatron_hypenet.untrusted.files import FileKind
+from megatron_hypenet.data.pairs import mask_path, token_paths
+from megatron_hypenet.errors import DataError
+from megatron_hypenet.untrusted.files import FileKind, has_entry
 
-_INDEX_MAGIC = b"MMIDIDX\x00\x00"
+INDEX_MAGIC = b"MMIDIDX\x00\x00"
 """First bytes of every .idx file (megatron/core/datasets/indexed_dataset.py)."""
-_HEADER = struct.Struct("<9sQBQQ")
+INDEX_HEADER = struct.Struct("<9sQBQQ")
 """Magic, version (1), code of the id type, number of sequences, number of document bounds. After
 it: lengths of the sequences in tokens (int32), their first bytes in the .bin file (int64), and the
 bounds of the documents, counted in sequences and starting with 0 (int64)."""
-_ID_TYPES = {
+ID_TYPES = {
     1: "uint8",
     2: "int8",
     3: "int16",
@@ -47,86 +43,6 @@ _CHUNK = 1 << 20
 _INDEX = FileKind(error=DataError, advice="run `hypenet data prepare` again")
 
 
-def _megatron() -> Any:
-    with warnings.catch_warnings():
-        # Megatron warns about optional GPU libraries that token files do not need
-        warnings.simplefilter("ignore")
-        from megatron.core.datasets import indexed_dataset
-    return indexed_dataset
-
-
-def token_paths(prefix: Path) -> tuple[Path, Path]:
-    """(prefix.bin, prefix.idx)."""
-    return Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
-
-
-def is_token_file(prefix: Path) -> bool:
-    """Whether both files of the pair exist."""
-    return all(path.is_file() for path in token_paths(prefix))
-
-
-class TokenFileWriter:
-    """Writes one pair under a temporary name and moves it into place on a clean exit of the `with`
-    block, index last."""
-
-    def __init__(
-        self, prefix: Path, *, vocab_size: int | None = None, dtype: npt.DTypeLike | None = None
-    ) -> None:
-        """Ids are stored as `dtype`, or as Megatron chooses for `vocab_size`: uint16 below 65,500
-        entries, else int32."""
-        self.prefix = prefix
-        self.num_documents = self.num_tokens = 0
-        prefix.parent.mkdir(parents=True, exist_ok=True)
-        self._partial = temporary_beside(prefix)
-        indexed = _megatron()
-        id_type = indexed.DType.optimal_dtype(vocab_size) if dtype is None else np.dtype(dtype).type
-        self._builder = indexed.IndexedDatasetBuilder(str(token_paths(self._partial)[0]), id_type)
-
-    def add(self, ids: Sequence[int]) -> None:
-        """Append one document."""
-        import torch
-
-        self._builder.add_document(torch.tensor(ids, dtype=torch.int64), [len(ids)])
-        self.num_documents += 1
-        self.num_tokens += len(ids)
-
-    def add_file(self, other: TokenFile) -> None:
-        """Append all documents of another pair (Megatron requires the same id type)."""
-        self._builder.add_index(str(other.prefix))
-        self.num_documents += len(other.document_ends)
-        self.num_tokens += len(other.tokens)
-
-    def __enter__(self) -> Self:
-        """Return the writer; its constructor has opened the files."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        fault: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Commit the pair, or remove what was written when the block failed."""
-        parts = token_paths(self._partial)
-        try:
-            self._builder.finalize(str(parts[1]))
-            if kind is None:
-                for part, final in zip(parts, token_paths(self.prefix), strict=True):
-                    part.replace(final)
-        except OSError as error:
-            fault = fault or error
-        finally:
-            for part in parts:
-                part.unlink(missing_ok=True)
-        if is_disk_full(fault):
-            raise SetupError(
-                f"{self.prefix}: no space left on the disk; nothing was left there. "
-                "Free space or choose another place"
-            ) from fault
-        if kind is None and fault is not None:
-            raise fault
-
-
 @dataclass(frozen=True)
 class TokenFile:
     """One opened pair."""
@@ -136,6 +52,13 @@ class TokenFile:
     """All tokens, in document order [num_tokens], memory-mapped."""
     document_ends: npt.NDArray[np.int64]
     """Number of tokens up to and including each document [num_documents]."""
+    mask: npt.NDArray[np.uint8] | None = None
+    """Whether each token is to be predicted (1) or context (0) [num_tokens], memory-mapped;
+    None when all are to be predicted."""
+
+    def mask_of(self, start: int, stop: int) -> npt.NDArray[np.uint8] | None:
+        """The mask of tokens start .. stop - 1."""
+        return None if self.mask is None else self.mask[start:stop]
 
     def documents_before(self, fraction: float) -> int:
         """Tokens of the documents that are left when the last `fraction` of the text (whole
@@ -180,7 +103,26 @@ def open_tokens(prefix: Path) -> TokenFile:
             f"{len(lengths)} sequences",
         )
     ends = np.append(pointers, num_bytes)[bounds[1:]] // dtype.itemsize
-    return TokenFile(prefix, np.memmap(bin_path, dtype=dtype, mode="r"), ends)
+    return TokenFile(
+        prefix, np.memmap(bin_path, dtype=dtype, mode="r"), ends, _open_mask(prefix, total)
+    )
+
+
+def _open_mask(prefix: Path, total: int) -> npt.NDArray[np.uint8] | None:
+    """The mask of a pair with `total` tokens, None where there is none; DataError for one of
+    another text."""
+    path = mask_path(prefix)
+    if not has_entry(path):
+        return None
+    with _INDEX.open(path) as stream:
+        size = os.fstat(stream.fileno()).st_size
+    if size != total:
+        _INDEX.refuse(
+            path,
+            f"{size} bytes, but the pair has {total} tokens, and a mask has one byte for each; "
+            "it belongs to another text",
+        )
+    return np.memmap(path, dtype=np.uint8, mode="r")
 
 
 def _read_index(
@@ -189,22 +131,24 @@ def _read_index(
     """Return (id type, lengths, first bytes, document bounds) of an .idx file whose size is what
     its header says."""
     with _INDEX.open(path) as stream:
-        head = stream.read(_HEADER.size)
+        head = stream.read(INDEX_HEADER.size)
         size = os.fstat(stream.fileno()).st_size
-        if head[: len(_INDEX_MAGIC)] != _INDEX_MAGIC:
+        if head[: len(INDEX_MAGIC)] != INDEX_MAGIC:
             _INDEX.refuse(path, "not a Megatron index")
-        if len(head) < _HEADER.size:
-            _INDEX.refuse(path, f"cut off in its header of {_HEADER.size} bytes: it has {size}")
-        _, version, code, num_sequences, num_bounds = _HEADER.unpack(head)
+        if len(head) < INDEX_HEADER.size:
+            _INDEX.refuse(
+                path, f"cut off in its header of {INDEX_HEADER.size} bytes: it has {size}"
+            )
+        _, version, code, num_sequences, num_bounds = INDEX_HEADER.unpack(head)
         if version != 1:
             _INDEX.refuse(path, f"a Megatron index of version {version}; version 1 is supported")
-        if code not in _ID_TYPES or _ID_TYPES[code].startswith("float"):
+        if code not in ID_TYPES or ID_TYPES[code].startswith("float"):
             _INDEX.refuse(
                 path,
-                f"its ids are {_ID_TYPES.get(code, f'of the unknown type {code}')}; "
+                f"its ids are {ID_TYPES.get(code, f'of the unknown type {code}')}; "
                 "token ids are integers",
             )
-        needed = _HEADER.size + 12 * num_sequences + 8 * num_bounds
+        needed = INDEX_HEADER.size + 12 * num_sequences + 8 * num_bounds
         if size != needed:
             _INDEX.refuse(
                 path,
@@ -214,17 +158,21 @@ def _read_index(
         if num_bounds == 0:
             _INDEX.refuse(path, "damaged: it has no document bounds")
         lengths = (
-            np.memmap(stream, np.int32, "r", _HEADER.size, (num_sequences,))
+            np.memmap(stream, np.int32, "r", INDEX_HEADER.size, (num_sequences,))
             if num_sequences
             else np.zeros(0, np.int32)
         )
         pointers = (
-            np.memmap(stream, np.int64, "r", _HEADER.size + 4 * num_sequences, (num_sequences,))
+            np.memmap(
+                stream, np.int64, "r", INDEX_HEADER.size + 4 * num_sequences, (num_sequences,)
+            )
             if num_sequences
             else np.zeros(0, np.int64)
         )
-        bounds = np.memmap(stream, np.int64, "r", _HEADER.size + 12 * num_sequences, (num_bounds,))
-    return np.dtype(_ID_TYPES[code]), lengths, pointers, bounds
+        bounds = np.memmap(
+            stream, np.int64, "r", INDEX_HEADER.size + 12 * num_sequences, (num_bounds,)
+        )
+    return np.dtype(ID_TYPES[code]), lengths, pointers, bounds
 
 
 def _check_lengths(
@@ -255,15 +203,18 @@ class TokenStream:
         self,
         parts: Iterable[npt.NDArray[np.integer]],
         document_ends: Iterable[npt.NDArray[np.int64] | None] = (),
+        masks: Iterable[npt.NDArray[np.uint8] | None] = (),
     ) -> None:
         """Parts are joined in order; empty ones are dropped.
 
         `document_ends` has, for each part, the tokens up to and including each of its documents;
-        None, or no entry, for a part whose documents end with an end-of-document token.
+        None, or no entry, for a part whose documents end with an end-of-document token. `masks` has
+        which tokens are to be predicted; None, or no entry, for a part of which all are.
         """
-        known = list(itertools.zip_longest(parts, document_ends))
-        self._parts = [part for part, _ in known if len(part)]
-        self._document_ends = [ends for part, ends in known if len(part)]
+        known = list(itertools.zip_longest(parts, document_ends, masks))
+        self._parts = [part for part, _, _ in known if len(part)]
+        self._document_ends = [ends for part, ends, _ in known if len(part)]
+        self._masks = [mask for part, _, mask in known if len(part)]
         self._starts = np.concatenate([[0], np.cumsum([len(part) for part in self._parts])]).astype(
             np.int64
         )
@@ -277,33 +228,51 @@ class TokenStream:
         """Whether `document_ends` was given for any part."""
         return any(ends is not None for ends in self._document_ends)
 
-    def last_tokens(self, start: int, stop: int) -> npt.NDArray[np.bool_]:
-        """Return, for each token of start .. stop - 1, whether it is the last of its document: bool
-        [stop - start]."""
+    @property
+    def has_masks(self) -> bool:
+        """Whether a mask was given for any part."""
+        return any(mask is not None for mask in self._masks)
+
+    def last_tokens(
+        self, start: int, stop: int
+    ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+        """Return two masks of the tokens start .. stop - 1, bool [stop - start]: whether a token is
+        the last of its document by `document_ends`, and whether its part has such boundaries."""
         last = np.zeros(stop - start, dtype=np.bool_)
-        for first, part, ends in zip(self._starts, self._parts, self._document_ends, strict=False):
-            if ends is None or first >= stop or first + len(part) <= start:
-                continue
-            stretch = (start - first, min(stop - first, len(part)))
-            places = ends[slice(*np.searchsorted(ends, stretch, side="right"))]
-            last[places + (first - start) - 1] = True
-        return last
+        known = np.zeros(stop - start, dtype=np.bool_)
+        for number, first, stretch in self._overlaps(start, stop):
+            ends = self._document_ends[number]
+            if ends is not None:
+                places = ends[slice(*np.searchsorted(ends, stretch, side="right"))]
+                last[places + (first - start) - 1] = True
+                known[first + stretch[0] - start : first + stretch[1] - start] = True
+        return last, known
+
+    def answers(self, start: int, stop: int) -> npt.NDArray[np.bool_]:
+        """Whether each token of start .. stop - 1 is to be predicted: bool [stop - start]."""
+        found = np.ones(stop - start, dtype=np.bool_)
+        for number, first, (begin, end) in self._overlaps(start, stop):
+            if (mask := self._masks[number]) is not None:
+                found[first + begin - start : first + end - start] = mask[begin:end] != 0
+        return found
+
+    def _overlaps(self, start: int, stop: int) -> Iterator[tuple[int, int, tuple[int, int]]]:
+        """(number, first token, [begin, end) inside of it) of each part that has tokens of start ..
+        stop - 1."""
+        number = max(0, int(np.searchsorted(self._starts, start, side="right")) - 1)
+        for index in range(number, len(self._parts)):
+            first = int(self._starts[index])
+            if first >= stop:
+                return
+            yield index, first, (max(start - first, 0), min(stop - first, len(self._parts[index])))
 
     def __getitem__(self, where: slice) -> npt.NDArray[np.int64]:
         """Tokens of a slice without step, int64."""
         start, stop, step = where.indices(len(self))
         if step != 1:
             raise ValueError("a token stream has no stepped slices")
-        pieces = []
-        part = int(np.searchsorted(self._starts, start, side="right")) - 1
-        while start < stop:
-            end = min(stop, int(self._starts[part + 1]))
-            pieces.append(
-                np.asarray(
-                    self._parts[part][start - self._starts[part] : end - self._starts[part]],
-                    dtype=np.int64,
-                )
-            )
-            start = end
-            part = part + 1
+        pieces = [
+            np.asarray(self._parts[number][begin:end], dtype=np.int64)
+            for number, _, (begin, end) in self._overlaps(start, stop)
+        ]
         return np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int64)

@@ -1,39 +1,39 @@
-"""Text to token files: .txt and .jsonl documents through a tokenizer into Megatron's .bin/.idx
-format."""
+"""Text to token files: documents through a tokenizer into Megatron's .bin/.idx format.
+
+`prepare_file` does it in one go, as a run does for its text. `prepare_corpus_files` is for corpora
+of any size: several processes, and a journal with which the same command goes on after it was
+killed. Both give the same bytes, whatever the number of processes and interruptions.
+"""
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_hypenet.data.indexed import TokenFileWriter, open_tokens
+from megatron_hypenet.data import journal
+from megatron_hypenet.data.encode import Encoded, Encoder, Fields
+from megatron_hypenet.data.indexed import open_tokens
+from megatron_hypenet.data.journal import Empty, Journal, working_folder
+from megatron_hypenet.data.pairs import token_paths
+from megatron_hypenet.data.places import RecordError
+from megatron_hypenet.data.readers import Batch, Part, parts_of, read_batches
+from megatron_hypenet.data.sources import Found, SourceFile, find_files
+from megatron_hypenet.data.token_writer import (
+    TokenFileWriter,
+    TokenFolder,
+    id_type,
+    move_into_place,
+)
 from megatron_hypenet.data.tokenizer import end_of_text
-from megatron_hypenet.errors import DataError
-from megatron_hypenet.untrusted.files import reason_of, shown
+from megatron_hypenet.data.workers import encoded_in_order
+from megatron_hypenet.errors import DataError, SetupError, is_disk_full
 
-TEXT_SUFFIXES = (".txt", ".jsonl")
-PIECE_CHARACTERS = 16_000
-"""Approximate size of the pieces into which a .txt file is cut at line ends, so that whole pieces
-can be held out; only the end of the file is marked."""
-_BATCH_DOCUMENTS = 256
-_LINE_BYTES = 256 << 20
-_SURROGATE = re.compile("[\ud800-\udfff]")
-_OTHER_KINDS = {
-    b"\x1f\x8b": "a gzip file",
-    b"\x28\xb5\x2f\xfd": "a zstd file",
-    b"\xfd7zXZ\0": "an xz file",
-    b"BZh": "a bzip2 file",
-    b"PK\x03\x04": "a zip file",
-    b"PAR1": "a Parquet file",
-    b"\xff\xfe": "UTF-16 text",
-    b"\xfe\xff": "UTF-16 text",
-}
-"""First bytes of other kinds of files, which are sometimes given as text by mistake."""
+COMMIT_SECONDS = 20.0
+"""Time between two states to which a killed preparation can go back."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,204 +44,269 @@ class Counts:
     tokens: int
     note: str = ""
     """What was left out of the source, and why; else empty."""
+    answers: int | None = None
+    """Tokens that count in the loss, for conversations; None for text."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """How far a preparation is."""
+
+    read_bytes: int
+    total_bytes: int
+    documents: int
+    tokens: int
+    seconds: float
+    """Since the start of this command."""
+    bytes_before: int = 0
+    """Bytes that an earlier start of the command had read."""
 
 
 def prepare_file(
     source: Path, prefix: Path, tokenizer: Any, *, end: int | None = None,
-    vocab_size: int | None = None, text_key: str = "text",
+    vocab_size: int | None = None, text_key: str = "text", messages_key: str | None = None,
     on_documents: Callable[[int], None] = lambda count: None,
 ) -> Counts:  # fmt: skip
-    """Tokenize `source` (.txt or .jsonl) into the pair `prefix`.bin/.idx; the end-of-text id
+    """Tokenize `source` (data/sources.py) into the pair `prefix`.bin/.idx; the end-of-text id
     follows every document.
 
     `end` is that id (default: the tokenizer's, see `end_of_text`); `vocab_size` is the model's
-    (default: the tokenizer's); `on_documents` is called with the running count. A failure leaves no
-    files. Raises DataError when the file is missing, of another kind, without text, or the
-    tokenizer makes ids beyond `vocab_size`.
+    (default: the tokenizer's); `on_documents` is called with the running count. Records with
+    `messages_key` are conversations, and the pair gets a .mask. A failure leaves no files. Raises
+    DataError when the source is missing, of another kind, without text, or the tokenizer makes ids
+    beyond `vocab_size`.
     """
-    end = end_of_text(tokenizer, None).id if end is None else end
+    found = find_files(source)
+    fields = Fields(text_key, messages_key)
     limit = len(tokenizer) if vocab_size is None else vocab_size
-    empty: list[int] = []
-    documents = read_documents(source, text_key=text_key, on_empty=empty.append)
-    with TokenFileWriter(prefix, vocab_size=limit) as writer:
-        while batch := list(islice(documents, _BATCH_DOCUMENTS)):
-            encoded = tokenizer(
-                [text for text, _ in batch],
-                add_special_tokens=False,
-                return_attention_mask=False,
-                verbose=False,
-            )
-            for ids, (_, complete) in zip(encoded["input_ids"], batch, strict=True):
-                ids = [*ids, end] if complete else ids
-                if not ids:
-                    continue
-                if max(ids) >= limit:
-                    raise DataError(
-                        f"{source}: the tokenizer makes id {max(ids)}, the model's vocabulary has "
-                        f"{limit} entries; "
-                        "use the tokenizer that belongs to the teacher."
-                    )
-                writer.add(ids)
+    end = end_of_text(tokenizer, None).id if end is None else end
+    encoder = Encoder(tokenizer, fields, end=end, vocab_size=limit)
+    batches = read_batches(found.files, parts_of(found.files, 0, 1), fields.key)
+    empty = Empty()
+    answers = 0
+    with TokenFileWriter(prefix, vocab_size=limit, masked=fields.chat) as writer:
+        for batch, encoded in encoded_in_order(encoder, found.files, batches, 0):
+            writer.add_documents(encoded.ids, encoded.lengths, encoded.mask)
+            answers += answers_of(encoded)
+            empty = empty.with_more(places(batch, encoded, found.files))
             on_documents(writer.num_documents)
         if writer.num_tokens == 0:
-            raise DataError(
-                f"{source}: holds no text; give a file with at least one sequence of tokens."
-            )
-    lines = ", ".join(map(str, empty[:5])) + (", ..." if len(empty) > 5 else "")
-    note = (
-        f"{source}: {len(empty):,} documents have an empty text and are left out (line {lines})"
-        if empty
-        else ""
-    )
-    return Counts(documents=writer.num_documents, tokens=writer.num_tokens, note=note)
-
-
-def read_documents(
-    source: Path, *, text_key: str = "text", on_empty: Callable[[int], None] = lambda line: None
-) -> Iterator[tuple[str, bool]]:
-    """Yield pairs (text, whether the document ends with it) of a .txt file (one document, in
-    pieces) or a .jsonl file (one document per line).
-
-    `on_empty` is called with the line number of every .jsonl object whose text is empty; such an
-    object gives no document. Raises DataError that names file and line for every other defect.
-    """
-    if not source.is_file():
-        raise DataError(
-            f"{source}: no such file; data takes .txt and .jsonl files and prefixes of prepared "
-            ".bin/.idx pairs."
-        )
-    if source.suffix not in TEXT_SUFFIXES:
-        raise DataError(
-            f"{source}: unknown kind of data '{source.suffix}'; use .txt, .jsonl, "
-            "or the prefix of a .bin/.idx pair."
-        )
-    with source.open("rb") as stream:
-        head = stream.read(8)
-    for magic, name in _OTHER_KINDS.items():
-        if head.startswith(magic):
-            raise DataError(
-                f"{source}: not text but {name}; {'convert' if 'UTF' in name else 'unpack'} it "
-                "first."
-            )
-    yield from (
-        _text_pieces(source) if source.suffix == ".txt" else _json_lines(source, text_key, on_empty)
+            raise DataError(_no_text(source))
+    return Counts(
+        documents=writer.num_documents,
+        tokens=writer.num_tokens,
+        note=_note(source, found, empty),
+        answers=answers if fields.chat else None,
     )
 
 
-def _text_pieces(source: Path) -> Iterator[tuple[str, bool]]:
-    """Pieces of whole lines; a blank line after `PIECE_CHARACTERS` ends one, any line end after
-    twice as many.
+def answers_of(encoded: Encoded) -> int:
+    """Tokens of a batch that count in the loss."""
+    return len(encoded.ids) if encoded.mask is None else int(encoded.mask.sum())
 
-    A byte order mark is dropped, and every line end is a line feed.
+
+def places(batch: Batch, encoded: Encoded, files: Sequence[SourceFile]) -> list[str]:
+    """Where a batch has records without a text: the line or row, and the file if there are
+    several."""
+    unit = "line" if batch.form == "lines" else "row"
+    name = f"{files[batch.file].path.name} " if len(files) > 1 else ""
+    return [f"{name}{unit} {number}" for number in encoded.empty]
+
+
+def _no_text(source: Path) -> str:
+    return f"{source}: holds no text; give a file with at least one sequence of tokens."
+
+
+def _note(source: Path, found: Found, empty: Empty) -> str:
+    notes = [f"{source}: {found.note}"] if found.note else []
+    if empty.count:
+        shown = ", ".join(empty.first[:5])
+        # one file: "line 2, 3, 4"
+        if len(found.files) == 1:
+            unit = empty.first[0].split()[0]
+            shown = f"{unit} " + ", ".join(place.split()[-1] for place in empty.first[:5])
+        more = ", ..." if empty.count > 5 else ""
+        notes.append(
+            f"{source}: {empty.count:,} documents have an empty text and are left out "
+            f"({shown}{more})"
+        )
+    return "; ".join(notes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusJob:
+    """A large preparation."""
+
+    source: Path
+    out: Path
+    tokenizer: Any
+    tokenizer_files: Sequence[Sequence[Any]]
+    """Name, size and time of each of the tokenizer's files."""
+    fields: Fields
+    end: int
+    vocab_size: int
+    workers: int
+    part: tuple[int, int] = (0, 1)
+    """(number from 0, count): the share of the source that this job reads."""
+
+    def identity(self, found: Found) -> dict[str, Any]:
+        """What decides the bytes that come out, as JSON."""
+        return {
+            "source": [
+                [str(file.path.absolute()), file.size, file.modified_ns] for file in found.files
+            ],
+            "tokenizer": [list(entry) for entry in self.tokenizer_files],
+            "text or messages key": asdict(self.fields),
+            "end token": self.end,
+            "vocabulary size": self.vocab_size,
+            "part": list(self.part),
+        }
+
+
+def prepare_corpus_files(
+    job: CorpusJob, *, overwrite: bool, on_progress: Callable[[Progress], None]
+) -> Counts:
+    """Tokenize a source of any size; goes on with what an earlier call of the same job left.
+
+    The unfinished files lie in OUT.preparing. Bad input leaves nothing; after anything else the
+    same job goes on. Raises DataError as `prepare_file`, UsageError when OUT.preparing belongs to
+    another job, SetupError for a full disk or a killed worker.
     """
-    lines: list[str] = []
-    size = 0
-    try:
-        with source.open(encoding="utf-8-sig") as stream:
-            for number, line in enumerate(stream, start=1):
-                if "\0" in line:
-                    raise DataError(
-                        f"{source}, line {number}: holds a NUL character; the file is damaged or "
-                        "no text."
-                    )
-                lines.append(line)
-                size += len(line)
-                if size >= 2 * PIECE_CHARACTERS or (size >= PIECE_CHARACTERS and not line.strip()):
-                    yield "".join(lines), False
-                    lines = []
-                    size = 0
-    except UnicodeDecodeError:
-        with source.open("rb") as raw:
-            for number, content in enumerate(raw, start=1):
-                _decoded(source, number, content)
-        raise
-    if "".join(lines).strip() or source.stat().st_size > 0:
-        yield "".join(lines), True
+    found = find_files(job.source)
+    encoder = Encoder(job.tokenizer, job.fields, end=job.end, vocab_size=job.vocab_size)
+    folder = working_folder(job.out)
+    state = journal.earlier(job.out, job.identity(found), overwrite=overwrite)
+    masked = job.fields.chat
+    if state is None or not state.finishing:
+        if state is None:
+            shutil.rmtree(folder, ignore_errors=True)
+        files = TokenFolder(folder, id_type(job.vocab_size), masked=masked)
+        if state is None or not files.cut_back(state.sizes):
+            files.cut_back(dict.fromkeys(files.sizes(), 0))
+            state = Journal(job=job.identity(found))
+        try:
+            state = _read_all(job, found, encoder, files, state, on_progress)
+        except DataError as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise _in_whole_file(error, found, job) from None
+        except OSError as error:
+            if is_disk_full(error):
+                raise SetupError(
+                    f"{folder}: no space left on the disk; free space, and give the same command "
+                    "again: it goes on"
+                ) from error
+            raise
+        finally:
+            files.close()
+    move_into_place(folder, job.out, masked=masked)
+    return Counts(
+        documents=state.documents,
+        tokens=state.tokens,
+        note=_note(job.source, found, state.empty),
+        answers=state.answers if masked else None,
+    )
 
 
-def _json_lines(
-    source: Path, text_key: str, on_empty: Callable[[int], None]
-) -> Iterator[tuple[str, bool]]:
-    with source.open("rb") as stream:
-        number = 0
-        while content := stream.readline(_LINE_BYTES + 1):
-            number += 1
-            if len(content) > _LINE_BYTES:
-                raise DataError(
-                    f"{source}, line {number}: longer than {_LINE_BYTES >> 20} MiB; "
-                    "a .jsonl file has one object a line."
-                )
-            line = _decoded(source, number, content)
-            if not line.strip():
-                continue
-            text = _text_of(line, f"{source}, line {number}", text_key)
-            if text:
-                yield text, True
-            else:
-                on_empty(number)
-
-
-def _decoded(source: Path, number: int, content: bytes) -> str:
-    """Decode line `number` of `source`; a byte order mark on the first one is dropped."""
-    try:
-        return content.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{source}, line {number}: not UTF-8 text: byte {error.start + 1} of the line is "
-            f"0x{content[error.start]:02x}; convert the "
-            "file, for example with iconv."
-        ) from None
-
-
-def _text_of(line: str, where: str, text_key: str) -> str:
-    """The text under `text_key` of the JSON object in `line`; DataError that begins with `where`
-    when it has none that can be used."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs) and sum(key == text_key for key, _ in pairs) > 1:
-            raise ValueError(f"the key '{text_key}' is written twice")
-        return found
-
-    try:
-        record = json.loads(line, object_pairs_hook=once)
-    # ValueError also covers a number of thousands of digits
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{where}: not JSON: {shown(reason_of(error))}; a .jsonl file has one object a line."
-        ) from None
-    text = record.get(text_key) if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        known = ", ".join(sorted(record)) if isinstance(record, dict) else type(record).__name__
-        got = (
-            f"{type(text).__name__}, not text,"
-            if isinstance(record, dict) and text_key in record
-            else "no text"
+def _read_all(
+    job: CorpusJob, found: Found, encoder: Encoder, files: TokenFolder, state: Journal,
+    on_progress: Callable[[Progress], None],
+) -> Journal:  # fmt: skip
+    """Read, encode and append everything from `state` on; the state at the end."""
+    parts = parts_of(found.files, *job.part)
+    started = noted = time.monotonic()
+    begin = state.place if state.sizes else None
+    first_read: int | None = None
+    batches = read_batches(found.files, parts, job.fields.key, begin)
+    for batch, encoded in encoded_in_order(encoder, found.files, batches, job.workers):
+        files.add(encoded.ids, encoded.lengths, encoded.mask)
+        state = replace(
+            state,
+            place=batch.after,
+            documents=state.documents + len(encoded.lengths),
+            tokens=state.tokens + len(encoded.ids),
+            answers=state.answers + answers_of(encoded),
+            empty=state.empty.with_more(places(batch, encoded, found.files)),
         )
-        raise DataError(
-            f"{where}: {got} under '{text_key}' (found: {shown(known)}); name the field that holds "
-            "it."
+        now = time.monotonic()
+        if now - noted >= COMMIT_SECONDS:
+            state = replace(state, sizes=files.sizes())
+            state.write(files.folder)
+            noted = now
+        read = _read_so_far(batch, parts)
+        first_read = read if first_read is None else first_read
+        on_progress(
+            Progress(
+                read_bytes=read,
+                total_bytes=sum(part.stop - part.start for part in parts),
+                documents=state.documents,
+                tokens=state.tokens,
+                seconds=now - started,
+                bytes_before=first_read if begin is not None else 0,
+            )
         )
-    if (half := _SURROGATE.search(text)) is not None:
-        raise DataError(
-            f"{where}: the text holds \\u{ord(half.group()):04x}, half of a surrogate pair and no "
-            f"character (at character {half.start()}); "
-            "the text was cut inside a character such as an emoji: correct or remove the line."
-        )
-    return text
+    if state.tokens == 0 and job.part[1] == 1:
+        raise DataError(_no_text(job.source))
+    state = replace(state, sizes=files.sizes(), finishing=True)
+    files.write_index()
+    state.write(files.folder)
+    return state
+
+
+def _read_so_far(batch: Batch, parts: Sequence[Part]) -> int:
+    """Bytes of `parts` that were read when `batch` was."""
+    done = 0
+    for part in parts:
+        if part.file < batch.file:
+            done += part.stop - part.start
+        elif part.file == batch.file:
+            done += min(batch.read_bytes, part.stop) - part.start
+    return done
+
+
+def _in_whole_file(error: DataError, found: Found, job: CorpusJob) -> DataError:
+    """`error` of a share, with the number of its line in the whole file."""
+    starts = {
+        str(found.files[part.file].path): part.start for part in parts_of(found.files, *job.part)
+    }
+    if isinstance(error, RecordError) and (start := starts.get(error.where.file, 0)):
+        return error.moved(_lines_before(Path(error.where.file), start))
+    return error
+
+
+def _lines_before(path: Path, offset: int) -> int:
+    """Line ends in the first `offset` bytes of a file."""
+    count = 0
+    with path.open("rb") as stream:
+        while offset > 0 and (content := stream.read(min(offset, 1 << 22))):
+            count += content.count(b"\n")
+            offset -= len(content)
+    return count
 
 
 def merge_files(prefixes: Sequence[Path], out: Path) -> Counts:
-    """Join prepared pairs, in order, into the pair `out`. Raises DataError when their id types
-    differ."""
-    files = [open_tokens(prefix) for prefix in prefixes]
+    """Join prepared pairs, in order, into the pair `out`; shares of a corpus in which no document
+    begins are empty and add nothing. Raises DataError when their id types differ, or all are
+    empty."""
+    filled = [one for one in prefixes if not _is_empty(one)]
+    if not filled:
+        raise DataError(
+            f"{', '.join(map(str, prefixes))}: hold no tokens; there is nothing to join"
+        )
+    files = [open_tokens(prefix) for prefix in filled]
     types = {str(file.tokens.dtype) for file in files}
     if len(types) > 1:
         raise DataError(
             f"token files of different id types cannot be joined: {', '.join(sorted(types))}; "
             "prepare all with one tokenizer."
         )
-    with TokenFileWriter(out, dtype=files[0].tokens.dtype) as writer:
+    masked = any(file.mask is not None for file in files)
+    with TokenFileWriter(out, dtype=files[0].tokens.dtype, masked=masked) as writer:
         for file in files:
             writer.add_file(file)
     return Counts(documents=writer.num_documents, tokens=writer.num_tokens)
+
+
+def _is_empty(prefix: Path) -> bool:
+    """Whether a pair has two files and no token."""
+    bin_path, idx_path = token_paths(prefix)
+    return bin_path.is_file() and idx_path.is_file() and bin_path.stat().st_size == 0

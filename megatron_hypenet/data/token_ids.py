@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from megatron_hypenet.data.indexed import TokenFile, token_paths
+from megatron_hypenet.data.indexed import TokenFile
+from megatron_hypenet.data.pairs import mask_path, token_paths
 from megatron_hypenet.errors import DataError
 
 _CHUNK = 1 << 22
@@ -24,13 +25,15 @@ class IdRange:
     highest: int
     ends: int
     """Number of end-of-document tokens; 0 where no such token was given."""
+    answers: int | None = None
+    """Number of tokens that are to be predicted; None for a file without a mask."""
 
 
 def scan_ids(
     file: TokenFile, vocab_size: int | None, *, end_of_document: int | None = None
 ) -> IdRange:
     """Return the range of a file's ids. DataError names the first id that is negative or not below
-    `vocab_size`, and its place."""
+    `vocab_size`, and its place, or a mask with other values than 0 and 1."""
     kind = file.tokens.dtype
     lowest = np.iinfo(kind).max
     highest = np.iinfo(kind).min
@@ -50,7 +53,26 @@ def scan_ids(
         lowest, highest = min(lowest, low), max(highest, high)
         if end is not None:
             ends += int(np.count_nonzero(part == end))
-    return IdRange(lowest=int(lowest), highest=int(highest), ends=ends)
+    return IdRange(
+        lowest=int(lowest), highest=int(highest), ends=ends, answers=_count_answers(file)
+    )
+
+
+def _count_answers(file: TokenFile) -> int | None:
+    """Number of ones in the mask. DataError for a mask with other values than 0 and 1."""
+    if file.mask is None:
+        return None
+    count = 0
+    for start in range(0, len(file.mask), _CHUNK):
+        part = file.mask[start : start + _CHUNK]
+        if (largest := int(part.max())) > 1:
+            place = start + int(np.argmax(part > 1))
+            raise DataError(
+                f"{mask_path(file.prefix)}: byte {place:,} is {largest}; a mask holds 0 and 1, and "
+                "this one is damaged. Run `hypenet data prepare` again"
+            )
+        count += int(np.count_nonzero(part))
+    return count
 
 
 def _refuse(

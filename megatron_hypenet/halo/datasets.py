@@ -98,7 +98,7 @@ def check_lengths(run: RunConfig, folder: RunFolder) -> None:
         except DataError as error:
             problems[f"{setting}: {error}"] = None
     if problems:
-        names = ", ".join(map(str, run.data.train))
+        names = ", ".join(str(source.path) for source in run.data.sources)
         raise DataError(
             f"the data ({names}) does not fit the configuration:\n  - " + "\n  - ".join(problems)
         )
@@ -111,7 +111,9 @@ def _recall_document(measured: Measure, num_pairs: int, seq_length: int) -> Any:
 def training_data(run: RunConfig, folder: RunFolder) -> TrainData:
     """Training sequences: text blended with recall documents."""
     return _open(run, folder).training_data(
-        recall_fraction=run.data.recall_fraction, recall_pairs=run.data.recall_pairs
+        recall_fraction=run.data.recall_fraction,
+        recall_pairs=run.data.recall_pairs,
+        weights=run.data.weights,
     )
 
 

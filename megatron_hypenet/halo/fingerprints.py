@@ -11,6 +11,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_hypenet.data.sources import find_files, is_pattern
+
 MAY_CHANGE = (
     "output_dir",
     "teacher",
@@ -76,12 +78,16 @@ def content_of(path: Path) -> list[list[Any]]:
     """Identify the content of an input by suffix, size and sampled hash, wherever it lies and
     however it is spelled; for a folder, each of its files by the name inside it.
 
-    A prefix of prepared token files stands for PREFIX.bin and PREFIX.idx. Empty where there is no
+    A prefix of prepared token files stands for PREFIX.bin, PREFIX.idx and PREFIX.mask, if there is
+    one; a pattern for the files that have such names, in order. Empty where there is no
     such file.
     """
     if path.is_dir():
         return files_identity(path)
-    pair = [path.with_name(path.name + suffix) for suffix in (".bin", ".idx")]
+    if is_pattern(path):
+        files = [file.path for file in find_files(path).files]
+        return [[file.name, file.stat().st_size, _sampled_hash(file)] for file in files]
+    pair = [path.with_name(path.name + suffix) for suffix in (".bin", ".idx", ".mask")]
     files = [path] if path.is_file() else [file for file in pair if file.is_file()]
     return [[file.suffix, file.stat().st_size, _sampled_hash(file)] for file in files]
 

@@ -91,7 +91,7 @@ def _has_records(manifest: Mapping[str, Any]) -> bool:
 
 
 def _texts(run: RunConfig) -> list[Path]:
-    return [*run.data.train, *([run.data.heldout] if run.data.heldout else [])]
+    return [source.path for source in run.data.every_source]
 
 
 def _runner_of(then: RunConfig, present: RunConfig, folder: RunFolder) -> Runner:

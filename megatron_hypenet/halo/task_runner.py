@@ -23,6 +23,8 @@ from megatron_hypenet.checkpoint.manifest import (
 )
 from megatron_hypenet.config.loader import default_settings
 from megatron_hypenet.config.schema import RunConfig
+from megatron_hypenet.data.pairs import token_paths
+from megatron_hypenet.data.sources import is_pattern
 from megatron_hypenet.errors import CheckpointError, DataError
 from megatron_hypenet.halo.fingerprints import (
     content_of,
@@ -287,11 +289,11 @@ def remove(path: Path) -> None:
 
 
 def identity_of(paths: Sequence[Path]) -> list[Any]:
-    """Identify the given files and folders by content alone; DataError names one that does not
-    exist."""
+    """Identify the given files and folders by content alone; a pattern stands for the files that
+    have such names. DataError names one that does not exist."""
     for path in paths:
         # a prepared prefix names two files, PREFIX.bin and PREFIX.idx
-        if not path.exists() and not path.with_name(path.name + ".bin").exists():
+        if not (path.exists() or is_pattern(path) or token_paths(path)[0].exists()):
             raise DataError(f"{path} does not exist; correct the path in the configuration")
     return [content_of(path) for path in paths]
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_hypenet.checkpoint import format as fmt
 from megatron_hypenet.checkpoint.find import finished_checkpoint, is_whole
-from megatron_hypenet.config.schema import STAGES, RunConfig
+from megatron_hypenet.config.schema import STAGES, RunConfig, SourceConfig
 from megatron_hypenet.errors import CheckpointError, ConfigError
 from megatron_hypenet.halo.run_folder import RunFolder
 from megatron_hypenet.halo.task_runner import Step, identity_of
@@ -79,10 +79,7 @@ def halo_steps(
             ("teacher",),
             (),
             (folder.data,),
-            lambda: {
-                "train": identity_of(run.data.train),
-                "heldout": identity_of([run.data.heldout] if run.data.heldout else []),
-            },
+            lambda: _texts(run),
             alone=True,
         ),
         step(
@@ -161,6 +158,19 @@ def from_init(step: Step, start: Path) -> Step:
     return replace(
         step, after=("teacher", "data"), inputs=lambda: identity_of([start / fmt.MANIFEST])
     )
+
+
+def _texts(run: RunConfig) -> dict[str, Any]:
+    """The content of the training and held-out data, and how it is read where that is not as
+    usual."""
+    train, heldout = run.data.sources, run.data.heldout_source
+    found: dict[str, Any] = {
+        "train": identity_of([source.path for source in train]),
+        "heldout": identity_of([] if heldout is None else [heldout.path]),
+    }
+    settings = [source.model_dump(exclude={"path"}) for source in run.data.every_source]
+    usual = SourceConfig(path=Path()).model_dump(exclude={"path"})
+    return found if all(one == usual for one in settings) else {**found, "settings": settings}
 
 
 def checkpoint_of(run: RunConfig, folder: RunFolder, name: str) -> Callable[[], Path | None] | None:

@@ -26,7 +26,12 @@ class MicroBatch:
     document_ids: Tensor | None = None
     """[b, t], int32; None when each row is one document."""
     token_weights: Tensor | None = None
-    """Weight of each label's loss, [b, t], fp32; None for one each. There with `document_ids`."""
+    """Weight of each label's loss, [b, t], fp32; None for one each. There with `document_ids` and
+    `answer_weights`."""
+    answer_weights: Tensor | None = None
+    """Weight of each position in a loss beside a teacher, which needs no label of the same
+    document, [b, t], fp32; None for one each. There when only a part of the data is to be
+    predicted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +46,8 @@ class LocalTokens:
     """[b, t] of the whole sequence; None when each row is one document."""
     weights: Tensor | None
     """Weight of each label's loss, [b, t / context ranks]; None for one each."""
+    answer_weights: Tensor | None = None
+    """Weight of each position in a loss beside a teacher, same shape; None for one each."""
 
 
 def local_tokens(batch: MicroBatch) -> LocalTokens:
@@ -48,12 +55,16 @@ def local_tokens(batch: MicroBatch) -> LocalTokens:
     part of the sequence."""
     group = groups.context_group()
     tokens = batch.tokens
-    weights = batch.token_weights
+
+    def mine(weights: Tensor | None) -> Tensor | None:
+        return None if weights is None else split_sequence(weights, group, dim=1)
+
     return LocalTokens(
         inputs=split_sequence(tokens[:, :-1], group, dim=1).contiguous(),
         labels=split_sequence(tokens[:, 1:], group, dim=1).contiguous(),
         document_ids=batch.document_ids,
-        weights=None if weights is None else split_sequence(weights, group, dim=1),
+        weights=mine(batch.token_weights),
+        answer_weights=mine(batch.answer_weights),
     )
 
 

@@ -15,8 +15,8 @@ from megatron_hypenet.stages.spec import ModelSource, register_stage
 
 
 class DistillStage(HeadStage):
-    """KL(teacher || student), mean over all input tokens, from final hidden states and the two head
-    weights.
+    """KL(teacher || student), mean over the input tokens that count, from final hidden states and
+    the two head weights.
 
     Logits exist for `chunk_tokens` tokens at a time only, inside the loss; the teacher's own head
     never runs.
@@ -33,7 +33,8 @@ class DistillStage(HeadStage):
     def head_loss(
         self, tokens: LocalTokens, hidden: Tensor, teacher_hidden: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The KL of the next-token distributions at every input token; labels are not used."""
+        """The KL of the next-token distributions at every input token, or at those before an
+        answer's; labels are not used."""
         assert self.frozen_teacher is not None and teacher_hidden is not None, (
             "distillation has a teacher"
         )
@@ -45,6 +46,7 @@ class DistillStage(HeadStage):
             chunk_tokens=self.chunk_tokens,
             group=groups.tensor_group(),
             sequence_parallel=self.student.config.sequence_parallel,
+            token_weights=None if tokens.answer_weights is None else tokens.answer_weights.t(),
         )
         return loss, {"distill/kl": loss.detach()}
 

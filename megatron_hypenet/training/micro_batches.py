@@ -3,6 +3,7 @@ description of packed documents."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -30,6 +31,11 @@ class TokenSource(Protocol):
 
         tokens is int64 [count, seq_length + 1], the result bool of the same shape. Raises DataError
         when the data has no document boundaries."""
+        ...
+
+    def answers(self, sample_start: int, count: int, seq_length: int) -> Tensor | None:
+        """Return which tokens of `batch` are to be predicted, bool [count, seq_length + 1]; None,
+        for every batch, of data in which all are."""
         ...
 
 
@@ -66,35 +72,59 @@ def step_batches(
     one replica get the same.
 
     With `separate` documents are kept apart: each batch also holds their ids, and loss weights that
-    leave out predictions across a boundary and average the loss over the remaining labels of the
-    whole step on all ranks."""
+    leave out predictions across a boundary. Data of which only a part is to be predicted gives loss
+    weights that leave out the rest. Either way the loss is averaged over the remaining labels of
+    the whole step on all ranks."""
     share = config.global_batch_size // groups.data_size()
     start = first_sample + groups.data_rank() * share
     batches: list[MicroBatch] = []
     ends: list[Tensor] = []
+    answers: list[Tensor] = []
     where = device()
     for offset in range(0, share, config.micro_batch_size):
-        tokens = data.batch(start + offset, config.micro_batch_size, config.seq_length)
+        first = start + offset
+        tokens = data.batch(first, config.micro_batch_size, config.seq_length)
         if separate:
-            ends.append(data.document_ends(tokens, start + offset)[:, :-1].to(where))
+            ends.append(data.document_ends(tokens, first)[:, :-1].to(where))
+        counted = data.answers(first, config.micro_batch_size, config.seq_length)
+        if counted is not None:
+            # the label of a position is the token behind it
+            answers.append(counted[:, 1:].to(where, torch.float32))
         if where.type == "cuda":
             # a copy from memory that is not pinned would wait for all work of the device
             tokens = tokens.pin_memory()
         batches.append(MicroBatch(tokens.to(where, non_blocking=True)))
-    return _separated(batches, ends, config.tokens_per_step) if separate else batches
+    if separate:
+        within = [loss_weights(part) for part in ends]
+        batches = [
+            replace(batch, document_ids=document_ids(part), token_weights=weight)
+            for batch, part, weight in zip(
+                batches, ends, _averaged(within, config.tokens_per_step), strict=True
+            )
+        ]
+    if not answers:
+        return batches
+    labels = (
+        [one * other for one, other in zip(answers, within, strict=True)] if separate else answers
+    )
+    return [
+        replace(batch, token_weights=label, answer_weights=answer)
+        for batch, label, answer in zip(
+            batches,
+            _averaged(labels, config.tokens_per_step),
+            _averaged(answers, config.tokens_per_step),
+            strict=True,
+        )
+    ]
 
 
-def _separated(
-    batches: list[MicroBatch], ends: list[Tensor], tokens_per_step: int
-) -> list[MicroBatch]:
-    weights = [loss_weights(part) for part in ends]
+def _averaged(weights: list[Tensor], tokens_per_step: int) -> list[Tensor]:
+    """Weights of 0 and 1 for this rank's labels, scaled so that the loss becomes a mean over the
+    labels that count."""
     # Every rank divides its sum by its own number of tokens, and the ranks' results are averaged:
     # this factor makes the whole a mean over the labels that count. A step without any has loss 0.
     counted = groups.all_reduce_over_samples(
         torch.stack([weight.sum() for weight in weights]).sum()
     )
     factor = tokens_per_step / counted.clamp(min=1)
-    return [
-        MicroBatch(batch.tokens, document_ids(part), weight * factor)
-        for batch, part, weight in zip(batches, ends, weights, strict=True)
-    ]
+    return [weight * factor for weight in weights]

@@ -71,6 +71,9 @@ class Tokens:
         ]
         return torch.stack(rows)
 
+    def answers(self, sample_start: int, count: int, seq_length: int) -> torch.Tensor | None:
+        return None
+
     def document_ends(self, tokens: torch.Tensor, sample_start: int) -> torch.Tensor:
         return tokens == END_OF_DOCUMENT
 

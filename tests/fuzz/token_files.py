@@ -11,7 +11,7 @@ from tests.tiny_run import TEACHER
 
 
 def make_tokens(folder):
-    from megatron_hypenet.data.indexed import TokenFileWriter
+    from megatron_hypenet.data.token_writer import TokenFileWriter
 
     with TokenFileWriter(folder / "text", vocab_size=1000) as writer:
         for length in (5, 1, 7, 3):

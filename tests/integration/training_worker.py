@@ -48,6 +48,9 @@ class RandomTokens:
         self.bad = bad
         self.fails = fails
 
+    def answers(self, sample_start, count, seq_length):
+        return None
+
     def batch(self, sample_start: int, count: int, seq_length: int) -> torch.Tensor:
         if self.fails():
             raise ValueError("this shard cannot be read")

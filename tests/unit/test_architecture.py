@@ -28,6 +28,8 @@ DOORS = {
     "transformers": {"export", "data"},
     "tokenizers": {"export", "data"},
     "sentencepiece": {"export", "data"},
+    "pyarrow": {"data.tables"},
+    "zstandard": {"data.opening"},
     "deepspeed": {"engine.deepspeed"},
     "tensorboard": {"training.metrics"},
     "torch.utils.tensorboard": {"training.metrics"},

@@ -30,6 +30,6 @@ def test_rows_read_like_yaml(docs_config):
     page = docs_config.page()
     assert "| `train_iters` | integer | **required** | Optimizer steps. |" in page
     assert "| `adam_betas` | list of number | `[0.9, 0.95]` |" in page
-    assert "| `heldout` | path or null | `null` |" in page
+    assert "| `heldout` | path or source or null | `null` |" in page
     assert "| `sequence_parallel` | true or false | `false` |" in page
     assert "The keys of [`distill`](#distill)." in page

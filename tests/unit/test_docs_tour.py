@@ -19,6 +19,7 @@ PAGES = (
     "docs/code_tour.md",
     "docs/glossary.md",
     "docs/clusters.md",
+    "docs/data.md",
     "docs/config.md",
     "docs/errors.md",
 )

@@ -137,3 +137,15 @@ def test_schema(hypenet, kind, key):
 
 def test_schema_of_something_else(hypenet):
     assert hypenet("schema", "teacher")[0] == 2
+
+
+def test_data_that_is_here_is_looked_at(tmp_path, capsys, repo_root, monkeypatch):
+    monkeypatch.chdir(repo_root)
+    words = ["config", "validate", "configs/run/demo.yaml"]
+    (tmp_path / "a.jsonl").write_text('{"body": "a"}')
+    source = f"path: {tmp_path}/a.jsonl, weight: 1"
+    assert run([*words, f"data=[{{{source}, text_key: body}}]"]) == 0
+    assert run([*words, f"data=[{{{source}}}]"]) == 5
+    assert "a.jsonl, line 1: no text under 'text' (found: body)" in capsys.readouterr().err
+    assert run([*words, f"data={tmp_path}/gone.txt"]) == 0
+    assert "gone.txt is not here, so it is not looked at" in capsys.readouterr().err

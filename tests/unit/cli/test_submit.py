@@ -168,3 +168,20 @@ def test_mistakes_are_found_before_anything_is_queued(
     )
     assert got == code and says in err and out == ""
     assert answers.calls() == [] and not (tmp_path / "run").exists()
+
+
+def test_large_text_is_not_tokenized_by_a_gpu_job(run, tmp_path, capsys, monkeypatch):
+    from megatron_hypenet.data import check
+
+    config, profile = run
+    monkeypatch.setattr(check, "MOST_TEXT_BYTES", 10)
+    text = tmp_path / "long.txt"
+    text.write_text("text " * 10)
+    words = ("submit", config, "--cluster", profile, "--dry-run", "device=auto")
+    words = (*words, f"data={text}")
+    assert invoke(capsys, *words)[0] == 0
+    code, _, err = invoke(capsys, *words, "cluster.gpus_per_node=2")
+    assert code == 5 and "prepare it first" in err and "hypenet data prepare" in err
+    (tmp_path / "bad.jsonl").write_text("{}")
+    code, _, err = invoke(capsys, *words, f"data={tmp_path}/bad.jsonl")
+    assert code == 5 and "bad.jsonl, line 1: no text under 'text'" in err

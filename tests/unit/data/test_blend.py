@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_hypenet.data.blend import TrainData, permuted, scramble
+from megatron_hypenet.data.blend import TrainData, permuted, scramble, shares, taken_from
 from megatron_hypenet.data.indexed import TokenStream
 from megatron_hypenet.data.recall import RecallTask, RecallVocabulary
 from megatron_hypenet.errors import DataError
@@ -79,3 +79,65 @@ def test_foreign_ids_and_missing_task():
         data(vocab_size=500).batch(0, 99, 10)
     with pytest.raises(DataError, match="recall_fraction"):
         data(recall_fraction=0.1)
+
+
+@pytest.mark.parametrize("weights", [(1,), (1, 1), (3, 1), (0.7, 0.2, 0.1), (1, 1e9, 5)])
+def test_a_blend_takes_from_every_text_as_often_as_its_weight_says(weights):
+    units = shares(weights)
+    counts = [0] * len(weights)
+    for index in range(5000):
+        number, before = taken_from(index, units)
+        assert before == counts[number]
+        counts[number] += 1
+        for count, weight in zip(counts, weights, strict=True):
+            # spread evenly: at any time within a few samples of the share
+            assert abs(count - (index + 1) * weight / sum(weights)) < 3
+
+
+def test_texts_of_a_blend_have_their_own_windows_and_any_split_gives_the_same():
+    parts = [TokenStream([np.arange(start, start + 500)]) for start in (0, 1000, 2000)]
+    blended = data(3000, blend=list(zip(parts, (1.0, 2.0, 1.0), strict=True)))
+    whole = blended.batch(0, 400, 10)
+    source = whole[:, 0] // 1000
+    assert [int((source == number).sum()) for number in range(3)] == [100, 200, 100]
+    assert (whole.diff(dim=1) == 1).all()
+    # two epochs of 49 windows of the first text
+    starts = whole[source == 0][:, 0]
+    assert len(set(starts[:49].tolist())) == 49 and blended.windows_per_epoch(10) == 147
+    offsets = [whole[source == n][:49, 0] - 1000 * n for n in range(3)]
+    assert (offsets[0] != offsets[1]).any()
+    again = torch.cat([blended.batch(start, 7, 10) for start in range(0, 399, 7)])
+    assert (again == whole[:399]).all()
+    short = [(parts[0], 1.0), (TokenStream([np.arange(5)]), 1.0)]
+    with pytest.raises(DataError, match="the training text has 5 tokens"):
+        data(3000, blend=short).windows_per_epoch(10)
+
+
+def test_answers_follow_the_tokens_through_a_blend_with_recall_documents():
+    mask = (np.arange(500) % 3 == 0).astype(np.uint8)
+    chats = TokenStream([np.arange(500)], [np.arange(50, 501, 50)], [mask])
+    plain = TokenStream([np.arange(1000, 1500)])
+    vocabulary = RecallVocabulary(
+        words=tuple(range(2000, 2100)), opening=(1,), separator=(), closing=(2,)
+    )
+    task = RecallTask(vocabulary, plain, seed=3, num_pairs=2)
+    source = data(
+        3000, blend=[(chats, 1.0), (plain, 1.0)], recall=task, recall_fraction=0.25,
+        end_of_document=1010,
+    )  # fmt: skip
+    tokens = source.batch(5, 60, 40)
+    answers = source.answers(5, 60, 40)
+    ends = source.document_ends(tokens, 5)
+    kinds = set()
+    for row, counted, last in zip(tokens, answers, ends, strict=True):
+        if (row >= 2000).any():
+            kinds.add("recall")
+            assert counted.all()
+        elif row[0] >= 1000:
+            kinds.add("plain")
+            assert counted.all() and torch.equal(last, row == 1010)
+        else:
+            kinds.add("chat")
+            assert torch.equal(counted, row % 3 == 0) and torch.equal(last, row % 50 == 49)
+    assert kinds == {"recall", "plain", "chat"}
+    assert data().answers(0, 3, 10) is None

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from megatron_hypenet.data.corpus import open_corpus, prepare_corpus
-from megatron_hypenet.data.indexed import TokenFileWriter
 from megatron_hypenet.data.prepare import prepare_file
+from megatron_hypenet.data.token_writer import TokenFileWriter
 from megatron_hypenet.data.tokenizer import load_tokenizer
 from megatron_hypenet.errors import DataError
 

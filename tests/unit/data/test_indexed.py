@@ -2,16 +2,11 @@ import struct
 
 import numpy as np
 import pytest
-from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_hypenet.data.indexed import (
-    TokenFileWriter,
-    TokenStream,
-    is_token_file,
-    open_tokens,
-    token_paths,
-)
-from megatron_hypenet.errors import DataError, SetupError
+from megatron_hypenet.data.indexed import TokenStream, open_tokens
+from megatron_hypenet.data.pairs import mask_path, token_paths
+from megatron_hypenet.data.token_writer import TokenFileWriter
+from megatron_hypenet.errors import DataError
 
 DOCUMENTS = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
 
@@ -28,25 +23,6 @@ def test_round_trip(tmp_path):
     assert opened.tokens.tolist() == list(range(1, 10)) and opened.tokens.dtype == np.uint16
     assert opened.document_ends.tolist() == [3, 5, 9]
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["text.bin", "text.idx"]
-
-
-def test_megatron_reads_it(tmp_path):
-    dataset = IndexedDataset(str(write(tmp_path / "text")))
-    assert [dataset[i].tolist() for i in range(len(dataset))] == DOCUMENTS
-    assert dataset.document_indices.tolist() == [0, 1, 2, 3]
-
-
-def test_large_vocabularies_need_wide_ids(tmp_path):
-    opened = open_tokens(write(tmp_path / "text", [[151_000]], vocab_size=151_936))
-    assert opened.tokens.dtype == np.int32 and opened.tokens.tolist() == [151_000]
-
-
-def test_a_failed_write_leaves_nothing(tmp_path):
-    with pytest.raises(RuntimeError):
-        with TokenFileWriter(tmp_path / "text", vocab_size=100) as writer:
-            writer.add([1])
-            raise RuntimeError
-    assert list(tmp_path.iterdir()) == [] and not is_token_file(tmp_path / "text")
 
 
 @pytest.mark.parametrize(
@@ -164,15 +140,28 @@ def test_stream_slices_across_parts():
         stream[::2]
 
 
-def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
-    with pytest.raises(
-        SetupError, match="no space left on the disk; nothing was left there"
-    ) as caught:
-        with TokenFileWriter(tmp_path / "text", vocab_size=100) as writer:
-            writer.add([1])
+def test_masks_and_boundaries_of_parts(tmp_path):
+    values = np.arange(20, dtype=np.uint16)
+    mask = np.array([0, 1, 1, 0, 0, 2, 1], np.uint8)
+    ends = np.array([3, 7])
+    stream = TokenStream([values[:5], values[5:12], values[12:]], [None, ends], [None, mask])
+    assert stream.has_masks and stream.has_document_ends
+    whole = np.array([1] * 5 + [0, 1, 1, 0, 0, 1, 1] + [1] * 8, bool)
+    lasts = np.isin(values, [7, 11])
+    known = (values >= 5) & (values < 12)
+    for start in range(21):
+        for stop in range(start, 21):
+            assert (stream.answers(start, stop) == whole[start:stop]).all()
+            last, inside = stream.last_tokens(start, stop)
+            assert (last == lasts[start:stop]).all() and (inside == known[start:stop]).all()
+    assert not TokenStream([values]).has_masks
 
-            def full(path):
-                raise OSError(28, "No space left on device")
 
-            monkeypatch.setattr(writer._builder, "finalize", full)
-    assert caught.value.exit_code == 4 and list(tmp_path.iterdir()) == []
+def test_a_mask_belongs_to_its_pair(tmp_path):
+    prefix = write(tmp_path / "text")
+    assert open_tokens(prefix).mask is None and open_tokens(prefix).mask_of(0, 3) is None
+    mask_path(prefix).write_bytes(bytes([0, 1, 1, 0, 1, 0, 0, 0, 1]))
+    assert open_tokens(prefix).mask_of(1, 5).tolist() == [1, 1, 0, 1]
+    mask_path(prefix).write_bytes(bytes(8))
+    with pytest.raises(DataError, match="text.mask: 8 bytes, but the pair has 9 tokens"):
+        open_tokens(prefix)

@@ -3,8 +3,10 @@ import time
 import numpy as np
 import pytest
 
-from megatron_hypenet.data.indexed import TokenFile, TokenFileWriter, open_tokens
+from megatron_hypenet.data.indexed import TokenFile, open_tokens
+from megatron_hypenet.data.pairs import mask_path
 from megatron_hypenet.data.token_ids import IdRange, scan_ids
+from megatron_hypenet.data.token_writer import TokenFileWriter
 from megatron_hypenet.errors import DataError
 
 
@@ -52,3 +54,13 @@ def test_the_end_of_a_large_file_is_looked_at_fast(tmp_path):
     tokens[-1] = 2048
     with pytest.raises(DataError, match=r"token 49,999,999 \(in document 1\) is 2048"):
         scan_ids(file, 2048)
+
+
+def test_masks_are_counted_and_checked(tmp_path):
+    file = pair(tmp_path, [[5, 9, 0], [7, 0]])
+    assert scan_ids(file, None).answers is None
+    mask_path(file.prefix).write_bytes(bytes([0, 1, 1, 0, 1]))
+    assert scan_ids(open_tokens(file.prefix), None).answers == 3
+    mask_path(file.prefix).write_bytes(bytes([0, 1, 1, 7, 1]))
+    with pytest.raises(DataError, match="x.mask: byte 3 is 7; a mask holds 0 and 1"):
+        scan_ids(open_tokens(file.prefix), None)

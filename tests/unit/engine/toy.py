@@ -68,6 +68,9 @@ class ToyData:
         self.bad = bad
         self.end_of_document = end_of_document
 
+    def answers(self, sample_start, count, seq_length):
+        return None
+
     def document_ends(self, tokens, sample_start):
         return tokens == self.end_of_document
 

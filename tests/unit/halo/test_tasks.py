@@ -74,3 +74,25 @@ def test_stages_have_names_and_numbers(word, name):
 def test_unknown_stages_are_refused():
     with pytest.raises(ConfigError, match="use align, distill or finetune"):
         stage_name("4")
+
+
+def test_how_the_text_is_read_decides_only_where_it_is_not_as_usual(tmp_path):
+    from megatron_hypenet.config.schema import SourceConfig
+
+    folder = RunFolder(tmp_path / "run")
+    (tmp_path / "a.txt").write_text("a")
+
+    def inputs(*train):
+        run = config(folder.root)
+        data = run.data.model_copy(update={"train": train, "heldout": None})
+        return halo_steps(run.model_copy(update={"data": data}), folder)[1].inputs()
+
+    path = tmp_path / "a.txt"
+    plain = inputs(path)
+    assert set(plain) == {"train", "heldout"} and plain == inputs(SourceConfig(path=path))
+    assert plain["train"][0] and inputs(tmp_path / "*.txt")["train"][0]
+    for more in ({"weight": 1.0}, {"text_key": "x"}, {"messages_key": "m"}):
+        assert inputs(SourceConfig(path=path, **more)) != plain
+    assert inputs(SourceConfig(path=path, weight=1.0), path) != inputs(
+        SourceConfig(path=path, weight=2.0), path
+    )

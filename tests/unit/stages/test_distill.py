@@ -1,5 +1,7 @@
 """Stage 2 against plain torch: forward KL from whole logits."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -57,3 +59,18 @@ def test_the_last_token_has_no_say(student, teacher, batch):
     changed = batch.tokens.clone()
     changed[:, -1] = (changed[:, -1] + 1) % 50
     assert stage(batch)[0] == stage(MicroBatch(changed))[0]
+
+
+def test_only_positions_before_an_answer_count(student, teacher, batch):
+    stage = DistillStage(student, teacher, chunk_tokens=8)
+    total = stage(batch)[0]
+    weights = torch.zeros(2, 11, dtype=torch.float32)
+    parts = []
+    for place in range(11):
+        weights.zero_()
+        weights[:, place] = 11.0
+        parts.append(stage(replace(batch, answer_weights=weights.clone()))[0])
+        # weights of labels are for losses with labels
+        assert stage(replace(batch, token_weights=weights.clone()))[0] == total
+    torch.testing.assert_close(torch.stack(parts).mean(), total)
+    assert len({float(part) for part in parts}) == 11

@@ -78,3 +78,40 @@ def test_a_step_that_was_read_ahead_is_not_read_again():
     reader.read_ahead(8)
     reader.take(12)  # another step than the one that was read
     assert read[4:] == [8, 10, 12, 14]
+
+
+class Answers(ToyData):
+    """Labels of which every third is to be predicted."""
+
+    def answers(self, sample_start, count, seq_length):
+        rows = torch.arange(count * (seq_length + 1)).view(count, -1) + sample_start
+        return rows % 3 == 0
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_only_answers_weigh(separate):
+    data = Answers(end_of_document=3)
+    batches = step_batches(data, CONFIG, 0, separate=separate)
+    counted = torch.cat([data.answers(first, 2, 8)[:, 1:] for first in (0, 2, 4)])
+    within = torch.cat([batch.tokens for batch in batches])[:, :-1] != 3
+    assert all((batch.document_ids is not None) == separate for batch in batches)
+    losses = torch.rand(6, 8, generator=torch.Generator().manual_seed(0))
+    # a loss beside a teacher needs no label of the same document
+    for name, real in (
+        ("token_weights", counted & within if separate else counted),
+        ("answer_weights", counted),
+    ):
+        weights = torch.cat([getattr(batch, name) for batch in batches])
+        assert torch.equal(weights != 0, real) and weights.dtype == torch.float32
+        step = torch.stack(
+            [
+                (part * weight).mean()
+                for part, weight in zip(losses.split(2), weights.split(2), strict=True)
+            ]
+        ).mean()
+        torch.testing.assert_close(step, losses[real].mean())
+
+
+def test_data_without_a_mask_has_no_weights_for_a_teacher():
+    batches = step_batches(ToyData(end_of_document=3), CONFIG, 0, separate=True)
+    assert all(batch.answer_weights is None for batch in batches)
