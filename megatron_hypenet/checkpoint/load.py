@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,7 @@ from megatron_hypenet.parallel.agreement import (
 
 __all__ = [
     "Manifest",
+    "comparing_hashes",
     "load_model",
     "load_sharded",
     "load_training",
@@ -58,6 +61,12 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+_SMALL_PARTS = (
+    fmt.MODEL_JSON,
+    *(f"{fmt.WEIGHTS}/{name}" for name in (".metadata", "metadata.json", "common.pt")),
+)
+"""What a reader of the weights needs besides the files with tensors."""
 
 
 def newest_of_run(checkpoints: Path) -> Path | None:
@@ -81,12 +90,33 @@ def newest_of_run(checkpoints: Path) -> Path | None:
     return chosen
 
 
-def open_weights(path: Path | str) -> ShardReader:
+def open_weights(path: Path | str, *, hashes: bool = True) -> ShardReader:
     """The weights as a read-only mapping that reads one tensor per access, after their hashes were
-    compared; by one process."""
+    compared; by one process. Without `hashes` those of the files with tensors are left to
+    `comparing_hashes`."""
     folder = resolve(path)
-    verify_files(folder, hashes=True, parts=WEIGHTS_PARTS)
+    if not hashes:
+        verify_files(folder, parts=WEIGHTS_PARTS)
+        verify_files(folder, hashes=True, parts=_SMALL_PARTS)
+    else:
+        verify_files(folder, hashes=True, parts=WEIGHTS_PARTS)
     return ShardReader(folder / fmt.WEIGHTS)
+
+
+@contextmanager
+def comparing_hashes(folder: Path) -> Iterator[None]:
+    """Compare the weights' files with their hashes while the block reads them, in another thread.
+
+    CheckpointError at the end of the block when one differs: also in place of an error of the
+    block, which may have come from the damage."""
+    with ThreadPoolExecutor(1, "hashes") as pool:
+        compared = pool.submit(verify_files, folder, hashes=True, parts=WEIGHTS_PARTS)
+        try:
+            yield
+        except Exception:
+            compared.result()
+            raise
+        compared.result()
 
 
 def read_weights(path: Path | str, keys: Iterable[str] | None = None) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,14 @@ from torch import Tensor
 
 from megatron_hypenet.atomic_files import temporary_beside
 from megatron_hypenet.checkpoint import format as fmt
-from megatron_hypenet.checkpoint.manifest import write_manifest
+from megatron_hypenet.checkpoint.manifest import FileEntry, write_manifest
 from megatron_hypenet.checkpoint.pending import PendingSave
 from megatron_hypenet.checkpoint.rng import gather_state
-from megatron_hypenet.checkpoint.shard_writer import ShardWrite, write_shards
+from megatron_hypenet.checkpoint.shard_writer import ShardWrite, stream_shards, write_shards
 from megatron_hypenet.checkpoint.shards import (
     LazyTensor,
     Shard,
+    StreamedTensor,
     is_main_replica,
     piece_shard,
     tensor_pieces,
@@ -46,18 +47,66 @@ def write_weights(
 
     LazyTensor values are produced one at a time, so memory stays at one tensor. Tensors keep their
     dtype. `extra` goes into the manifest (which has fields of its own for "hf_config" and "stage").
-    Raises CheckpointError when the folder exists, or the disk is full.
+    Raises CheckpointError when the folder exists or there are no tensors, SetupError when the disk
+    is full.
     """
-    folder = Path(folder)
     if not tensors:
         raise CheckpointError(f"{folder}: there are no tensors to write")
+    shards = [Shard.whole(key, tensor) for key, tensor in tensors.items()]
+    return _commit_weights(
+        Path(folder),
+        lambda weights: write_shards(weights, shards),
+        model_config,
+        kind=kind,
+        tokenizer_dir=tokenizer_dir,
+        extra=extra,
+        overwrite=overwrite,
+    )
+
+
+def stream_weights(
+    folder: Path | str,
+    tensors: Mapping[str, StreamedTensor],
+    model_config: ModelConfig,
+    *,
+    kind: str,
+    tokenizer_dir: Path | None = None,
+    extra: dict[str, Any] | None = None,
+    overwrite: bool = False,
+    workers: int | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Path:
+    """Write the same as `write_weights`, to the byte, from tensors that are produced in pieces, by
+    several threads and in bounded memory; see `stream.write_files`. SetupError when the disk has
+    too little space, before anything is written."""
+    return _commit_weights(
+        Path(folder),
+        lambda weights: stream_shards(weights, tensors, workers=workers, progress=progress),
+        model_config,
+        kind=kind,
+        tokenizer_dir=tokenizer_dir,
+        extra=extra,
+        overwrite=overwrite,
+    )
+
+
+def _commit_weights(
+    folder: Path,
+    write: Callable[[Path], dict[str, FileEntry]],
+    model_config: ModelConfig,
+    *,
+    kind: str,
+    tokenizer_dir: Path | None,
+    extra: dict[str, Any] | None,
+    overwrite: bool,
+) -> Path:
+    """Make the folder, whose tensors `write` writes into the weights' folder that it is given."""
     with fmt.staged(folder, overwrite=overwrite) as temporary:
-        write_shards(
-            temporary / fmt.WEIGHTS, [Shard.whole(key, tensor) for key, tensor in tensors.items()]
-        )
+        hashed = write(temporary / fmt.WEIGHTS)
         (temporary / fmt.MODEL_JSON).write_text(model_config.to_json())
         copy_tokenizer(tokenizer_dir, temporary)
-        write_manifest(temporary, kind=kind, extra=extra)
+        known = {f"{fmt.WEIGHTS}/{name}": entry for name, entry in hashed.items()}
+        write_manifest(temporary, kind=kind, extra=extra, known=known)
     return folder
 
 

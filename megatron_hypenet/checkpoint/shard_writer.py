@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,9 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_hypenet.checkpoint.manifest import FileEntry, HashedFile
-from megatron_hypenet.checkpoint.shards import LazyTensor, Shard
+from megatron_hypenet.checkpoint.shards import LazyTensor, Shard, StreamedTensor
+from megatron_hypenet.checkpoint.stream import FilePlan, Section, Values, write_files
+from megatron_hypenet.checkpoint.tensor_archive import MAX_BYTES, is_supported, tensor_archive
 from megatron_hypenet.errors import CheckpointError
 from megatron_hypenet.parallel.agreement import agree, gather_to_first, is_first, rank
 
@@ -106,14 +108,42 @@ class ShardWrite:
                 start = stream.tell()
                 torch.save(_compact(_data_of(shard)), stream)  # type: ignore[arg-type] # writes and flushes only
                 length = stream.tell() - start
-                results.append(
-                    WriteResult(
-                        MetadataIndex(shard.key, shard.offset),
-                        length,
-                        _StorageInfo(self.name, start, length),
-                    )
-                )
+                results.append(_result(shard, self.name, start, length))
         return Written(tuple(results), stream.entry)
+
+    def stream(
+        self,
+        tensors: Sequence[StreamedTensor],
+        *,
+        workers: int | None,
+        progress: Callable[[str], None] | None,
+    ) -> Written:
+        """Write what `write` writes, to the byte, for whole tensors that are produced in pieces;
+        `tensors` are those of the shards, in order, and `workers` and `progress` as for
+        `stream.write_files`."""
+        assert self._shards is not None, "the shards of a folder are written once"
+        shards = self._shards
+        self._shards = None
+        sections: list[Section] = []
+        results = []
+        start = 0
+        for shard, tensor in zip(shards, tensors, strict=True):
+            archive = tensor_archive(tensor.shape, tensor.dtype)
+            sections += [
+                archive.head,
+                Values(
+                    num_bytes=archive.num_bytes,
+                    unit=tensor.unit * tensor.dtype.itemsize,
+                    fill=tensor.fill,
+                    trailer=archive.tail,
+                    trailer_bytes=archive.tail_bytes,
+                ),
+            ]
+            results.append(_result(shard, self.name, start, archive.length))
+            start += archive.length
+        plan = FilePlan(self.folder / self.name, sections, hashed=True)
+        (entry,) = write_files([plan], workers=workers, progress=progress)
+        return Written(tuple(results), entry)
 
     def finish(self, written: Sequence[Written]) -> None:
         """Write the folder's index from what every process wrote, in the order of ranks, plus
@@ -135,12 +165,51 @@ class _IndexWriter(dcp.FileSystemWriter):
         return None
 
 
-def write_shards(folder: Path, shards: Iterable[Shard]) -> None:
-    """Write whole tensors or pieces into `folder` (created if needed) from this process alone.
-    Raises CheckpointError or OSError."""
+def write_shards(folder: Path, shards: Iterable[Shard]) -> dict[str, FileEntry]:
+    """Write whole tensors or pieces into `folder` (created if needed) from this process alone;
+    returns size and hash of the files with tensors, by name. Raises CheckpointError or OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     plan = ShardWrite(folder, shards, alone=True)
-    plan.finish([plan.write()])
+    return _finished(plan, plan.write())
+
+
+def stream_shards(
+    folder: Path,
+    tensors: Mapping[str, StreamedTensor],
+    *,
+    workers: int | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, FileEntry]:
+    """Write the same as `write_shards` in bounded memory, with several threads, from tensors that
+    are produced in pieces; see `stream.write_files`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lazy = {
+        key: LazyTensor(tensor.shape, tensor.dtype, tensor.whole) for key, tensor in tensors.items()
+    }
+    plan = ShardWrite(folder, [Shard.whole(*item) for item in lazy.items()], alone=True)
+    written = (
+        plan.stream(list(tensors.values()), workers=workers, progress=progress)
+        if all(_streams(tensor) for tensor in tensors.values())
+        else plan.write()
+    )
+    return _finished(plan, written)
+
+
+def _streams(tensor: StreamedTensor) -> bool:
+    """Whether the place of every byte of the tensor's archive is known beforehand."""
+    num_bytes = tensor.num_values * tensor.dtype.itemsize
+    return 0 < num_bytes <= MAX_BYTES and is_supported(tensor.dtype)
+
+
+def _finished(plan: ShardWrite, written: Written) -> dict[str, FileEntry]:
+    plan.finish([written])
+    return {} if written.file is None else {plan.name: written.file}
+
+
+def _result(shard: Shard, file: str, start: int, length: int) -> WriteResult:
+    return WriteResult(
+        MetadataIndex(shard.key, shard.offset), length, _StorageInfo(file, start, length)
+    )
 
 
 def _plan(shards: Sequence[Shard]) -> SavePlan:

@@ -7,6 +7,7 @@ holds.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_hypenet.checkpoint.safety import MAX_MEMBER_BYTES, PICKLE
-from megatron_hypenet.untrusted.files import shown
+from megatron_hypenet.untrusted.files import read_at, shown
 from megatron_hypenet.untrusted.pickles import Global, Record, Stored, read_pickle
 from megatron_hypenet.untrusted.zips import StoredZip
 
@@ -49,7 +50,22 @@ _ALLOWED = {
 }
 
 
-def read_tensor(
+@dataclass(frozen=True, slots=True)
+class Located:
+    """The place of a stored tensor's values in its file."""
+
+    first: int
+    """First byte of its storage."""
+    num_bytes: int
+    """Size of the storage."""
+    offset: int
+    """Number of values in the storage before the tensor's first."""
+    stride: tuple[int, ...]
+    contiguous: bool
+    """Whether the values lie one behind the other in their order."""
+
+
+def locate_tensor(
     path: Path,
     stream: BinaryIO,
     start: int,
@@ -57,9 +73,9 @@ def read_tensor(
     *,
     shape: tuple[int, ...],
     dtype: torch.dtype,
-) -> Tensor:
-    """Return the tensor in `length` bytes from `start` of the open file `path`, which must have
-    this shape and dtype, on the CPU.
+) -> Located:
+    """Find the values of the tensor in `length` bytes from `start` of the open file `path`, which
+    must have this shape and dtype.
 
     CheckpointError when the bytes are damaged, refer to anything but a plain tensor, or hold a
     tensor of another shape or dtype.
@@ -95,13 +111,40 @@ def read_tensor(
         )
     if f"{root}byteorder" in archive.names() and archive.read(f"{root}byteorder", 16) != b"little":
         PICKLE.refuse(path, "written on a big-endian machine, which is not supported")
-    if not num_bytes:
-        return torch.empty(size, dtype=dtype)
-    content = bytearray(num_bytes)
-    stream.seek(first)
-    if stream.readinto(content) != num_bytes:  # type: ignore[attr-defined]  # a file opened for reading has it
+    return Located(first, num_bytes, offset, stride, _is_contiguous(size, stride))
+
+
+def read_values(path: Path, stream: BinaryIO, place: Located, first: int, target: Tensor) -> None:
+    """Fill the contiguous `target` with the values of a contiguous stored tensor of its dtype, from
+    the value number `first` on; CheckpointError when the file has become shorter."""
+    if not target.numel():
+        return
+    view = memoryview(target.reshape(-1).view(torch.uint8).numpy().data)
+    at = place.first + (place.offset + first) * target.element_size()
+    if read_at(stream.fileno(), view, at) != view.nbytes:
         PICKLE.refuse(path, "it ends too early")
-    return torch.frombuffer(content, dtype=dtype).as_strided(size, stride, offset)
+
+
+def read_whole(
+    path: Path, stream: BinaryIO, place: Located, shape: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
+    """Return a stored tensor of any strides, on the CPU; CheckpointError when the file has become
+    shorter."""
+    if not place.num_bytes:
+        return torch.empty(shape, dtype=dtype)
+    content = bytearray(place.num_bytes)
+    if read_at(stream.fileno(), memoryview(content), place.first) != place.num_bytes:
+        PICKLE.refuse(path, "it ends too early")
+    return torch.frombuffer(content, dtype=dtype).as_strided(shape, place.stride, place.offset)
+
+
+def _is_contiguous(size: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    step = 1
+    for n, found in zip(reversed(size), reversed(stride), strict=True):
+        if n != 1 and found != step:
+            return False
+        step *= n
+    return True
 
 
 def _plain_call(what: Global, args: tuple[Any, ...]) -> bool:

@@ -22,7 +22,7 @@ app = typer.Typer(
     add_completion=False,
     help=(
         "Import a Hugging Face model, export a checkpoint, verify that both are the same model.\n\n"
-        "Runs offline on a CPU with one tensor (import) or one weight file (export) in memory."
+        "Runs offline on a CPU, in pieces of some MB: a model of any size needs little memory."
     ),
     epilog="Example:  hypenet convert import /models/Qwen3-1.7B teacher/  &&  hypenet convert "
     "verify /models/Qwen3-1.7B teacher/",
@@ -51,6 +51,17 @@ DtypeOption = Annotated[
         show_default=False,
     ),
 ]
+WorkersOption = Annotated[
+    int | None,
+    typer.Option(
+        "--workers",
+        min=1,
+        max=64,
+        help="Threads that read, check and write; the result is the same for any number. Default: "
+        "this machine's cores, at most 4.",
+        show_default=False,
+    ),
+]
 GIB = 2**30
 
 
@@ -61,6 +72,7 @@ def import_command(
         Path, typer.Argument(metavar="CKPT_DIR", help="Checkpoint folder to write.")
     ],
     dtype: DtypeOption = None,
+    workers: WorkersOption = None,
     overwrite: OverwriteOption = False,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
@@ -95,7 +107,12 @@ def import_command(
     if not dry_run:
         with writing(ckpt_dir):
             from_hf.import_hf(
-                hf_dir, ckpt_dir, dtype=dtype, overwrite=overwrite, progress=_progress
+                hf_dir,
+                ckpt_dir,
+                dtype=dtype,
+                overwrite=overwrite,
+                workers=workers,
+                progress=_progress,
             )
     _finish(result, plan.config, started, as_json)
 
@@ -117,6 +134,7 @@ def export_command(
         float,
         typer.Option("--max-shard-gb", min=0.001, help="Size of one weight file, in 10^9 bytes."),
     ] = 5.0,
+    workers: WorkersOption = None,
     overwrite: OverwriteOption = False,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
@@ -138,7 +156,8 @@ def export_command(
         "max_shard_bytes": int(max_shard_gb * 1e9),
     }
     to_hf.refuse_existing(hf_dir, overwrite)
-    plan = to_hf.plan_export(ckpt_dir, **options)
+    # a command that writes compares the large files' hashes while it reads them
+    plan = to_hf.plan_export(ckpt_dir, **options, hashes=dry_run)
     result = {
         "verb": "convert export",
         "source": str(plan.folder),
@@ -150,7 +169,14 @@ def export_command(
     result["attn_logits_scaling"] = plan.config.attn_logits_scaling
     if not dry_run:
         with writing(hf_dir):
-            to_hf.export_hf(ckpt_dir, hf_dir, **options, overwrite=overwrite, progress=_progress)
+            to_hf.export_hf(
+                ckpt_dir,
+                hf_dir,
+                **options,
+                overwrite=overwrite,
+                workers=workers,
+                progress=_progress,
+            )
     _finish(result, plan.config, started, as_json)
 
 
@@ -169,6 +195,7 @@ def verify_command(
     tensors_only: Annotated[
         bool, typer.Option("--tensors-only", help="Compare the tensors and run no model.")
     ] = False,
+    workers: WorkersOption = None,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -203,6 +230,7 @@ def verify_command(
             num_tokens=num_tokens,
             seed=seed,
             logits=not tensors_only,
+            workers=workers,
             progress=_progress,
         )
     finally:

@@ -1,10 +1,11 @@
-"""Import a Hugging Face folder (Qwen3 or HypeNet) as a committed checkpoint, with one tensor in
-memory at a time."""
+"""Import a Hugging Face folder (Qwen3 or HypeNet) as a committed checkpoint, in pieces of some
+MB and with several threads."""
 
 from __future__ import annotations
 
-import time
+import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,14 +14,18 @@ from torch import Tensor
 from megatron_hypenet.atomic_files import temporary_folder
 from megatron_hypenet.checkpoint import save
 from megatron_hypenet.checkpoint.format import is_committed, refuse_existing
-from megatron_hypenet.checkpoint.shards import LazyTensor
+from megatron_hypenet.checkpoint.shards import StreamedTensor
 from megatron_hypenet.config.model import ModelConfig
-from megatron_hypenet.errors import CheckpointError, ConversionError
+from megatron_hypenet.errors import ConversionError
 from megatron_hypenet.export import hf_folder, mapping, tokenizer
 from megatron_hypenet.export.plan import ImportPlan, plan_import
-from megatron_hypenet.export.tensors import check_tensor, join, kept_dtype, parse_dtype
-
-_PROGRESS_SECONDS = 5.0
+from megatron_hypenet.export.tensors import (
+    SCRATCH,
+    blocks_of,
+    check_finite,
+    kept_dtype,
+    parse_dtype,
+)
 
 
 def import_hf(
@@ -29,6 +34,7 @@ def import_hf(
     *,
     dtype: str | None = None,
     overwrite: bool = False,
+    workers: int | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> ModelConfig:
     """Write `ckpt_dir` from the Hugging Face folder `hf_dir`; returns the model's configuration.
@@ -36,7 +42,9 @@ def import_hf(
     Weights keep their stored dtype unless `dtype` names another. Every value must be finite. The
     tokenizer's files, config.json and generation_config.json are kept in the checkpoint, so that an
     export needs nothing else. On any error (ConfigError, ConversionError, CheckpointError) nothing
-    is left at `ckpt_dir`. `progress` is called with a line every few seconds.
+    is left at `ckpt_dir`. `workers` threads read, check and write in pieces of some MB; the result
+    does not depend on their number (None: as many as suit the machine). `progress` is called with
+    a line every few seconds.
     """
     hf_dir, ckpt_dir = Path(hf_dir), Path(ckpt_dir)
     refuse_existing(ckpt_dir, overwrite)
@@ -45,12 +53,8 @@ def import_hf(
     files = tokenizer.read(hf_dir)
     if plan.duplicate_head:
         _check_tied_head(plan)
-    failures: list[ConversionError] = []
-    say = _Progress(progress, plan)
     tensors = {
-        entry.ours: _lazy(
-            plan, entry, kept_dtype(entry, _target_dtype(plan, entry, dtype)), failures, say
-        )
+        entry.ours: _streamed(plan, entry, kept_dtype(entry, _target_dtype(plan, entry, dtype)))
         for entry in plan.entries
     }
     extra = {
@@ -60,54 +64,56 @@ def import_hf(
     with temporary_folder() as staging:
         for name, content in files.items():
             (staging / name).write_bytes(content)
-        tokenizer_files = staging if files else None
-        try:
-            save.write_weights(
-                ckpt_dir,
-                tensors,
-                plan.config,
-                kind=plan.kind,
-                tokenizer_dir=tokenizer_files,
-                extra=extra,
-                overwrite=overwrite,
-            )
-        except CheckpointError:
-            # the writer reports whatever a tensor's loader raised as its own error
-            if failures:
-                raise failures[0] from None
-            raise
+        save.stream_weights(
+            ckpt_dir,
+            tensors,
+            plan.config,
+            kind=plan.kind,
+            tokenizer_dir=staging if files else None,
+            extra=extra,
+            overwrite=overwrite,
+            workers=workers,
+            progress=progress,
+        )
     return plan.config
 
 
-def _lazy(
-    plan: ImportPlan,
-    entry: mapping.Entry,
-    dtype: torch.dtype,
-    failures: list[ConversionError],
-    say: Callable[[mapping.Entry], None],
-) -> LazyTensor:
-    def load() -> Tensor:
-        try:
-            parts = []
-            for name in entry.hf:
-                part = plan.weights[name]
-                check_tensor(name, part, entry.part_shape, where=str(plan.weights.hf_dir))
-                converted = part.to(dtype)
-                if converted.dtype != part.dtype:
-                    check_tensor(
-                        f"{name} as {_name(dtype)}",
-                        converted,
-                        entry.part_shape,
-                        where=str(plan.weights.hf_dir),
-                    )
-                parts.append(converted)
-        except ConversionError as error:
-            failures.append(error)
-            raise
-        say(entry)
-        return join(entry, parts)
+def _streamed(plan: ImportPlan, entry: mapping.Entry, dtype: torch.dtype) -> StreamedTensor:
+    """The entry's tensor in `dtype`: its parts, one behind the other."""
+    part_values = math.prod(entry.part_shape)
 
-    return LazyTensor(entry.shape, dtype, load)
+    def read(first: int, target: Tensor) -> None:
+        done = 0
+        while done < target.numel():
+            at, start = divmod(first + done, part_values)
+            count = min(part_values - start, target.numel() - done)
+            _read_part(plan, entry.hf[at], part_values, start, target[done : done + count])
+            done += count
+
+    return StreamedTensor(entry.shape, dtype, 1, read)
+
+
+def _read_part(plan: ImportPlan, name: str, num_values: int, first: int, target: Tensor) -> None:
+    """Fill `target` with values of a tensor of the folder from number `first` on, cast to the
+    target's dtype; ConversionError when one is not finite, before or after."""
+    stored = parse_dtype(hf_folder.DTYPES[plan.weights.dtype(name)])
+    where = str(plan.weights.hf_dir)
+    plain = stored == target.dtype
+    values = target if plain else SCRATCH[0].take(target.numel(), stored)
+
+    def read(first: int, block: Tensor) -> None:
+        plan.weights.read_values(name, first, block)
+
+    read(first, values)
+    check_finite(name, values, lambda: blocks_of(read, num_values, stored), where=where)
+    if not plain:
+        target.copy_(values)
+        check_finite(
+            f"{name} as {_name(target.dtype)}",
+            target,
+            lambda: (block.to(target.dtype) for block in blocks_of(read, num_values, stored)),
+            where=where,
+        )
 
 
 def _target_dtype(plan: ImportPlan, entry: mapping.Entry, wanted: str | None) -> torch.dtype:
@@ -137,12 +143,24 @@ def _refuse_foreign(target: Path) -> None:
 
 def _check_tied_head(plan: ImportPlan) -> None:
     """Raise ConversionError when a tied model stores a head that differs from its embedding."""
-    head, embedding = plan.weights[mapping.HF_HEAD], plan.weights[mapping.HF_EMBEDDING]
-    if head.shape != embedding.shape or not torch.equal(head, embedding):
+    weights, names = plan.weights, (mapping.HF_HEAD, mapping.HF_EMBEDDING)
+    head, embedding = (weights.shape(name) for name in names)
+    dtypes = [parse_dtype(hf_folder.DTYPES[weights.dtype(name)]) for name in names]
+    same = head == embedding and all(
+        torch.equal(one.double(), other.double())
+        for one, other in zip(
+            *(
+                blocks_of(partial(weights.read_values, name), math.prod(head), dtype)
+                for name, dtype in zip(names, dtypes, strict=True)
+            ),
+            strict=True,
+        )
+    )
+    if not same:
         raise ConversionError(
             f"{plan.weights.hf_dir}: config.json says tie_word_embeddings = true, "
-            f"but lm_head.weight {list(head.shape)} differs from"
-            f" model.embed_tokens.weight {list(embedding.shape)}. If the model has its own head, "
+            f"but lm_head.weight {list(head)} differs from"
+            f" model.embed_tokens.weight {list(embedding)}. If the model has its own head, "
             "set tie_word_embeddings to false in"
             " config.json; if it is tied, remove lm_head.weight from the weights"
         )
@@ -150,22 +168,3 @@ def _check_tied_head(plan: ImportPlan) -> None:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-class _Progress:
-    """Calls the progress function every few seconds."""
-
-    def __init__(self, line: Callable[[str], None] | None, plan: ImportPlan) -> None:
-        self.line = line
-        self.done = 0
-        self.next = time.monotonic() + _PROGRESS_SECONDS
-        self.total = mapping.num_parameters(plan.config)
-
-    def __call__(self, entry: mapping.Entry) -> None:
-        self.done += torch.Size(entry.shape).numel()
-        if self.line is not None and time.monotonic() >= self.next:
-            self.next = time.monotonic() + _PROGRESS_SECONDS
-            self.line(
-                f"read {self.done / 1e6:,.0f} of {self.total / 1e6:,.0f} million weights "
-                f"({100 * self.done / self.total:.0f} %)"
-            )

@@ -4,16 +4,15 @@ weights."""
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
-
 from megatron_hypenet.errors import ConversionError
-from megatron_hypenet.untrusted.files import FileKind, has_entry, inside, shown
+from megatron_hypenet.untrusted.files import FileKind, has_entry, inside, read_at, shown
 from megatron_hypenet.untrusted.json_text import read_object
-from megatron_hypenet.untrusted.safetensors_header import TensorHeader, read_header
+from megatron_hypenet.untrusted.safetensors_header import BITS, TensorHeader, read_header
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +29,8 @@ _WEIGHTS = FileKind(
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 """safetensors' names of the supported dtypes of weights, and torch's dtypes."""
 
+_ORDER = ("F64", "F32", "BF16", "F16")
+
 
 class HfWeights(Mapping[str, "Tensor"]):
     """The tensors of a folder by name; each access reads that tensor from its file. Opening reads
@@ -45,7 +46,6 @@ class HfWeights(Mapping[str, "Tensor"]):
         self._file_of: dict[str, Path] = {}
         self._headers: dict[str, TensorHeader] = {}
         self._files: list[Path] = []
-        self._handles: dict[Path, Any] = {}  # those that were read from
         index = self._read_index()
         for file in sorted(set(index.values())) if index else [SINGLE]:
             self._open(file)
@@ -136,16 +136,30 @@ class HfWeights(Mapping[str, "Tensor"]):
         return name in self._file_of
 
     def __getitem__(self, name: str) -> Tensor:
+        import torch
+
+        dtype = getattr(torch, DTYPES[self.dtype(name)])
+        values = torch.empty(self.shape(name), dtype=dtype)
+        self.read_values(name, 0, values.view(-1))
+        return values
+
+    def read_values(self, name: str, first: int, target: Tensor) -> None:
+        """Fill the contiguous 1-D `target`, of the stored dtype, with values of a tensor from
+        number `first` on; ConversionError when they cannot be read. Several threads may call it."""
+        import torch
+
         path = self._file_of[name]
+        place = self._headers[name].start + first * target.element_size()
+        view = memoryview(target.view(torch.uint8).numpy().data)
         try:
-            if path not in self._handles:
-                self._handles[path] = safe_open(path, framework="pt", device="cpu")
-            return self._handles[path].get_tensor(name)
-        # RuntimeError: it was cut after its header was read
-        except (SafetensorError, OSError, RuntimeError) as error:
+            with _WEIGHTS.open(path) as stream:
+                found = read_at(stream.fileno(), view, place)
+        except OSError as error:
             raise ConversionError(
                 f"{path}: {name} cannot be read ({error}); fetch the file again"
             ) from error
+        if found != view.nbytes:  # it was cut after its header was read
+            raise ConversionError(f"{path}: {name} cannot be read whole; fetch the file again")
 
 
 def read_generation_config(hf_dir: Path) -> dict[str, Any] | None:
@@ -160,6 +174,24 @@ def read_generation_config(hf_dir: Path) -> dict[str, Any] | None:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Indented JSON with a closing newline."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def weights_header(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+) -> tuple[bytes, list[str]]:
+    """The first bytes of a safetensors file, as its library writes them, and the order in which the
+    tensors' bytes follow. `tensors`: name -> (safetensors' name of the dtype, shape)."""
+    # the library puts wider dtypes first, and BF16 before F16
+    order = sorted(tensors, key=lambda name: (_ORDER.index(tensors[name][0]), name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in order:
+        dtype, shape = tensors[name]
+        start, end = end, end + math.prod(shape) * BITS[dtype] // 8
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, order
 
 
 def plan_shards(sizes: Iterable[tuple[str, int]], max_shard_bytes: int) -> list[list[str]]:

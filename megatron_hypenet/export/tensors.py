@@ -1,9 +1,10 @@
-"""Tensor functions of conversions in both directions: dtypes by name, checks of values, and joining
-of parts."""
+"""Tensor functions of conversions in both directions: dtypes by name, checks of values, joining of
+parts, and reading in blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from megatron_hypenet.export import hf_folder, mapping
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in hf_folder.DTYPES.values()}
 """Names of the dtypes that a conversion can be asked for."""
+
+BLOCK_VALUES = 1 << 22
+"""Number of values that are read at a time."""
 
 
 def parse_dtype(name: str) -> torch.dtype:
@@ -34,21 +38,53 @@ def join(entry: mapping.Entry, parts: Sequence[Tensor]) -> Tensor:
     return joined if entry.reshaped is None else joined.reshape(entry.reshaped)
 
 
-def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], *, where: str) -> None:
-    """Raise ConversionError unless the tensor has this shape, a supported dtype and only finite
-    values."""
-    mapping.check_shape(name, tuple(tensor.shape), shape, where=where)
-    if tensor.dtype not in DTYPES.values():
-        supported = ", ".join(DTYPES)
-        raise ConversionError(
-            f"{where}: {name} is stored as {str(tensor.dtype).removeprefix('torch.')}; "
-            f"supported are {supported}."
-            " Quantized weights must be dequantized first"
-        )
-    finite = torch.isfinite(tensor)
-    if not bool(finite.all()):
-        bad = int((~finite).sum())
-        raise ConversionError(
-            f"{where}: {name} has {bad} of {tensor.numel()} values that are NaN or infinite; "
-            "the file is damaged or training diverged"
-        )
+def all_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite; in one pass and without another tensor."""
+    return not values.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())
+
+
+def check_finite(
+    name: str, values: Tensor, blocks: Callable[[], Iterable[Tensor]], *, where: str
+) -> None:
+    """Raise ConversionError unless `values`, a part of the tensor `name`, are finite. `blocks`
+    gives the whole tensor in parts, for counting."""
+    if all_finite(values):
+        return
+    bad = total = 0
+    for block in blocks():
+        bad += int((~torch.isfinite(block)).sum())
+        total += block.numel()
+    raise ConversionError(
+        f"{where}: {name} has {bad} of {total} values that are NaN or infinite; "
+        "the file is damaged or training diverged"
+    )
+
+
+def blocks_of(
+    read: Callable[[int, Tensor], None], count: int, dtype: torch.dtype, unit: int = 1
+) -> Iterator[Tensor]:
+    """Yield `count` values in parts of BLOCK_VALUES, or of `unit` values if that is more, which
+    `read` puts into a 1-D tensor from the given number on. A part is replaced by the next one."""
+    step = max(unit, BLOCK_VALUES // unit * unit)
+    block = torch.empty(min(step, count), dtype=dtype)
+    for first in range(0, count, step):
+        part = block[: min(step, count - first)]
+        read(first, part)
+        yield part
+
+
+class Scratch(threading.local):
+    """Memory of each thread for values between two dtypes, used again and again: fresh memory costs
+    more than the conversion."""
+
+    _bytes = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, count: int, dtype: torch.dtype) -> Tensor:
+        """A 1-D tensor of `count` values, whose content is that of an earlier use."""
+        if self._bytes.numel() < count * dtype.itemsize:
+            self._bytes = torch.empty(count * dtype.itemsize, dtype=torch.uint8)
+        return self._bytes[: count * dtype.itemsize].view(dtype)
+
+
+SCRATCH = (Scratch(), Scratch())
+"""For the two tensors that one piece of a conversion needs at most."""

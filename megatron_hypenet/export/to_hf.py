@@ -1,8 +1,9 @@
-"""Export a checkpoint as a Hugging Face folder, from the checkpoint's files alone, with one shard
-in memory at a time."""
+"""Export a checkpoint as a Hugging Face folder, from the checkpoint's files alone, in pieces
+of some MB and with several threads."""
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -12,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_hypenet.atomic_files import temporary_beside
 from megatron_hypenet.checkpoint import format as fmt
 from megatron_hypenet.checkpoint import load
 from megatron_hypenet.checkpoint.shards import ShardReader
+from megatron_hypenet.checkpoint.stream import FilePlan, Values, write_files
 from megatron_hypenet.config.model import LogitsScaling, ModelConfig, check_logits_scaling
 from megatron_hypenet.errors import (
     CheckpointError,
@@ -30,10 +30,17 @@ from megatron_hypenet.errors import (
 )
 from megatron_hypenet.export import hf_config, hf_folder, mapping, tokenizer
 from megatron_hypenet.export.remote_code import remote_files
-from megatron_hypenet.export.tensors import check_tensor, kept_dtype, parse_dtype
+from megatron_hypenet.export.tensors import (
+    SCRATCH,
+    blocks_of,
+    check_finite,
+    kept_dtype,
+    parse_dtype,
+)
 
 KEEP = "keep"
 MAX_SHARD_BYTES = 5_000_000_000
+_SAFETENSORS = {parse_dtype(name): code for code, name in hf_folder.DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -66,15 +73,17 @@ def plan_export(
     attn_logits_scaling: LogitsScaling = KEEP,
     dtype: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    hashes: bool = True,
 ) -> ExportPlan:
     """Resolve the checkpoint and check its tensors' names and shapes. Raises CheckpointError,
     ConfigError, ConversionError; writes nothing.
 
     `attn_logits_scaling`: "keep" what the checkpoint says, or the value to export ("hype 500", a
-    number, None for off)."""
+    number, None for off). Without `hashes` the files with tensors are not compared with their
+    hashes, which takes as long as reading them."""
     folder = load.resolve(Path(ckpt_dir))
     config = with_logits_scaling(load.read_model_config(folder), attn_logits_scaling)
-    reader = load.open_weights(folder)
+    reader = load.open_weights(folder, hashes=hashes)
     entries = mapping.entries(config)
     mapping.check_names(
         (entry.ours for entry in entries),
@@ -119,6 +128,7 @@ def export_hf(
     dtype: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
+    workers: int | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> ModelConfig:
     """Write `hf_dir` so that transformers loads it offline; returns the exported model's
@@ -127,7 +137,9 @@ def export_hf(
     A teacher becomes a Qwen3 folder; anything else a HypeNet folder with our modelling code
     (trust_remote_code). Weights keep their dtype unless `dtype` names another, and must be finite.
     The folder appears complete or not at all. Raises CheckpointError, ConfigError, ConversionError.
-    `progress` gets a line per weight file.
+    `workers` threads read, check and write in pieces of some MB, while the checkpoint's files are
+    compared with their hashes; the result does not depend on their number (None: as many as suit
+    the machine). `progress` gets a line every few seconds and one per weight file.
     """
     hf_dir = Path(hf_dir)
     refuse_existing(hf_dir, overwrite)
@@ -136,10 +148,12 @@ def export_hf(
         attn_logits_scaling=attn_logits_scaling,
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
+        hashes=False,
     )
     manifest = load.read_manifest(plan.folder)
     with _staged(hf_dir, overwrite) as temporary:
-        _write_weights(plan, temporary, progress)
+        with load.comparing_hashes(plan.folder):
+            _write_weights(plan, temporary, workers, progress)
         main_dtype = str(plan.dtypes[mapping.HF_EMBEDDING]).removeprefix("torch.")
         config = hf_config.hf_config_from_model(
             plan.config, torch_dtype=main_dtype, origin=manifest.hf_config
@@ -154,43 +168,65 @@ def export_hf(
         if plan.family == hf_config.HYPENET:
             for name, text in remote_files(set(config["mixer_types"])).items():
                 (temporary / name).write_text(text, encoding="utf-8")
-        # safetensors writes files that only their owner may read; they get the mode of the other
-        # files
-        for file in temporary.glob("*.safetensors"):
-            shutil.copymode(temporary / "config.json", file)
     return plan.config
 
 
-def _write_weights(plan: ExportPlan, folder: Path, progress: Callable[[str], None] | None) -> None:
+def _write_weights(
+    plan: ExportPlan, folder: Path, workers: int | None, progress: Callable[[str], None] | None
+) -> None:
     count = len(plan.shards)
     weight_map: dict[str, str] = {}
+    files = []
     for number, group in enumerate(plan.shards, start=1):
         file = hf_folder.SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-        tensors: dict[str, Tensor] = {}
-        for entry in group:
-            tensor = plan.reader[entry.ours]
-            check_tensor(entry.ours, tensor, entry.shape, where=str(plan.folder))
-            converted = tensor.to(plan.dtypes[entry.hf[0]])
-            if converted.dtype != tensor.dtype:
-                check_tensor(
-                    f"{entry.ours} as {converted.dtype}",
-                    converted,
-                    entry.shape,
-                    where=str(plan.folder),
-                )
-            tensors |= entry.split(converted)
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file)
-        if progress is not None:
-            progress(
-                f"{file}: {len(tensors)} tensors, {(folder / file).stat().st_size / 1e6:,.1f} MB"
-            )
+        parts = {name: (entry, at) for entry in group for at, name in enumerate(entry.hf)}
+        described = {
+            name: (_SAFETENSORS[plan.dtypes[name]], entry.part_shape)
+            for name, (entry, _) in parts.items()
+        }
+        header, order = hf_folder.weights_header(described)
+        values = [_values(plan, *parts[name], plan.dtypes[name]) for name in order]
+        files.append((FilePlan(folder / file, [header, *values]), len(parts)))
+        weight_map |= dict.fromkeys(parts, file)
+    write_files([file for file, _ in files], workers=workers, progress=progress)
+    if progress is not None:
+        for written, tensors in files:
+            progress(f"{written.path.name}: {tensors} tensors, {written.num_bytes / 1e6:,.1f} MB")
     if count > 1:
         index = {
             "metadata": {"total_size": plan.bytes()},
             "weight_map": dict(sorted(weight_map.items())),
         }
         hf_folder.write_json(folder / hf_folder.INDEX, index)
+
+
+def _values(plan: ExportPlan, entry: mapping.Entry, at: int, dtype: torch.dtype) -> Values:
+    """The bytes of part `at` of our tensor, in `dtype`."""
+    reader, name = plan.reader, entry.ours
+    stored, unit = reader.dtype(name), reader.unit(name)
+    part_values = math.prod(entry.part_shape)
+
+    def read(first: int, target: Tensor) -> None:
+        reader.read_values(name, first, target)
+
+    def blocks() -> Iterator[Tensor]:
+        return blocks_of(read, math.prod(entry.shape), stored, unit)
+
+    def fill(first_byte: int, view: memoryview) -> None:
+        target = torch.frombuffer(view, dtype=dtype)
+        values = target if stored == dtype else SCRATCH[0].take(target.numel(), stored)
+        read(at * part_values + first_byte // dtype.itemsize, values)
+        check_finite(name, values, blocks, where=str(plan.folder))
+        if values is not target:
+            target.copy_(values)
+            check_finite(
+                f"{name} as {dtype}",
+                target,
+                lambda: (block.to(dtype) for block in blocks()),
+                where=str(plan.folder),
+            )
+
+    return Values(num_bytes=part_values * dtype.itemsize, unit=unit * dtype.itemsize, fill=fill)
 
 
 def _entry_bytes(entry: mapping.Entry, dtypes: dict[str, torch.dtype]) -> int:
@@ -255,7 +291,7 @@ def _staged(target: Path, overwrite: bool) -> Iterator[Path]:
             os.replace(target, aside)
         os.replace(temporary, target)
         shutil.rmtree(aside, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         if is_disk_full(error):
             raise SetupError(
                 f"cannot write {target}: no space left on the disk; nothing was left there. "

@@ -8,7 +8,8 @@ is never run.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,15 @@ import torch
 from torch import Tensor
 
 from megatron_hypenet.checkpoint import load
+from megatron_hypenet.checkpoint.ordered_work import one_thread_per_operation, run_in_order
+from megatron_hypenet.checkpoint.shards import ShardReader
+from megatron_hypenet.checkpoint.stream import Meter, default_workers
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.config.schema import ParallelConfig
 from megatron_hypenet.errors import VerificationError
-from megatron_hypenet.export import hf_config, mapping
+from megatron_hypenet.export import hf_config, hf_folder, mapping
 from megatron_hypenet.export.plan import ImportPlan, plan_import
-from megatron_hypenet.export.tensors import parse_dtype
+from megatron_hypenet.export.tensors import BLOCK_VALUES, SCRATCH, parse_dtype
 from megatron_hypenet.model.memory import release_memory
 
 TOLERANCE = {"float64": 1e-5, "float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-3}
@@ -138,10 +142,12 @@ def verify(
     num_tokens: int = 128,
     seed: int = 1234,
     logits: bool = True,
+    workers: int | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Report:
     """Compare configuration and tensors, then (with `logits`) both models' logits on 2 x
-    `num_tokens` random token ids in `dtype`.
+    `num_tokens` random token ids in `dtype`. `workers` threads read (None: as many as suit the
+    machine).
 
     Raises ConversionError, ConfigError or CheckpointError when a side cannot be read; differences
     are in the report."""
@@ -150,7 +156,7 @@ def verify(
     folder = load.resolve(Path(ckpt_dir))
     different, notes = compare_configs(plan.config, load.read_model_config(folder))
     say(f"comparing {len(plan.entries)} tensors of {folder} with {hf_dir}")
-    tensors = compare_tensors(plan, folder)
+    tensors = compare_tensors(plan, folder, workers=workers, progress=progress)
     report = Report(str(hf_dir), str(folder), different, notes, tensors, None)
     # two models of different shape cannot be run side by side; the report already says so
     if logits and not different:
@@ -176,30 +182,85 @@ def compare_configs(folder: ModelConfig, checkpoint: ModelConfig) -> tuple[list[
     return lines
 
 
-def compare_tensors(plan: ImportPlan, folder: Path) -> TensorReport:
-    """Compare bit by bit, one tensor at a time. ConversionError when the checkpoint's names are not
-    those of the folder's model."""
-    reader = load.open_weights(folder)
+def compare_tensors(
+    plan: ImportPlan,
+    folder: Path,
+    *,
+    workers: int | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> TensorReport:
+    """Compare bit by bit, in blocks that several threads read. ConversionError when the
+    checkpoint's names are not those of the folder's model."""
+    reader = load.open_weights(folder, hashes=False)
     mapping.check_names((entry.ours for entry in plan.entries), reader, where=str(folder))
-    report = TensorReport()
-    casts = set()
     for entry in plan.entries:
-        stored = reader[entry.ours]
-        mapping.check_shape(entry.ours, tuple(stored.shape), entry.shape, where=str(folder))
-        for name, ours in entry.split(stored).items():
-            theirs = plan.weights[name]
-            report.compared += 1
-            smaller = min(theirs.dtype, ours.dtype, key=lambda dtype: dtype.itemsize)
-            if theirs.dtype != ours.dtype:
-                report.cast += 1
-                casts.add(smaller)
-            if same_bits(theirs.to(smaller), ours.to(smaller)):
-                report.equal += 1
-            else:
-                report.different.append(name)
+        mapping.check_shape(entry.ours, reader.shape(entry.ours), entry.shape, where=str(folder))
+    parts = [
+        _Part(plan, reader, entry, at) for entry in plan.entries for at in range(len(entry.hf))
+    ]
+    blocks = [(part, first, count) for part in parts for first, count in part.blocks()]
+    meter = Meter(sum(part.num_bytes for part in parts), progress, "compared")
+    different: set[str] = set()
+
+    def compare(index: int, _: memoryview) -> int:
+        part, first, count = blocks[index]
+        if not part.same(first, count):
+            different.add(part.name)
+        return 0
+
+    def count_block(index: int, _: memoryview) -> None:
+        part, _first, count = blocks[index]
+        meter.add(count * part.theirs.itemsize)
+
+    threads = workers or default_workers()
+    with load.comparing_hashes(folder), one_thread_per_operation():
+        run_in_order(len(blocks), compare, count_block, workers=threads, buffer_bytes=0)
+    casts = [part.smaller for part in parts if part.theirs != part.ours]
+    report = TensorReport(
+        compared=len(parts),
+        equal=len(parts) - len(different),
+        cast=len(casts),
+        different=[part.name for part in parts if part.name in different],
+    )
     if casts:
         report.cast_to = str(min(casts, key=lambda dtype: dtype.itemsize)).removeprefix("torch.")
     return report
+
+
+class _Part:
+    """One tensor of the folder and the part of the checkpoint's tensor that it is, read in
+    blocks."""
+
+    def __init__(
+        self, plan: ImportPlan, reader: ShardReader, entry: mapping.Entry, at: int
+    ) -> None:
+        self.name = entry.hf[at]
+        self.weights = plan.weights
+        self.reader = reader
+        self.entry = entry
+        self.num_values = math.prod(entry.part_shape)
+        self.start = at * self.num_values
+        self.theirs = parse_dtype(hf_folder.DTYPES[plan.weights.dtype(self.name)])
+        self.ours = reader.dtype(entry.ours)
+        self.smaller = min(self.theirs, self.ours, key=lambda dtype: dtype.itemsize)
+        self.num_bytes = self.num_values * self.theirs.itemsize
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """(first value, number of values) of each block."""
+        unit = self.reader.unit(self.entry.ours)
+        step = max(unit, BLOCK_VALUES // unit * unit)
+        for first in range(0, self.num_values, step):
+            yield first, min(step, self.num_values - first)
+
+    def same(self, first: int, count: int) -> bool:
+        """Whether a block has equal bits on both sides, after a cast to the smaller dtype."""
+        theirs, ours = (
+            scratch.take(count, dtype)
+            for scratch, dtype in zip(SCRATCH, (self.theirs, self.ours), strict=True)
+        )
+        self.weights.read_values(self.name, first, theirs)
+        self.reader.read_values(self.entry.ours, self.start + first, ours)
+        return same_bits(theirs.to(self.smaller), ours.to(self.smaller))
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

@@ -87,6 +87,18 @@ class FileKind:
         return text
 
 
+def read_at(descriptor: int, target: memoryview, place: int) -> int:
+    """Fill `target` from byte `place` of an open file on, whatever its position is; return the
+    number of bytes, which is smaller where the file ends."""
+    done = 0
+    while done < target.nbytes:
+        found = os.preadv(descriptor, [target[done:]], place + done)
+        if not found:
+            break
+        done += found
+    return done
+
+
 def has_entry(path: Path) -> bool:
     """Whether anything has this name, also a folder, or a symbolic link that leads nowhere or in a
     circle: then an optional file is not absent, and reading it reports the problem."""

@@ -49,6 +49,8 @@ class TensorHeader:
 
     dtype: str
     shape: tuple[int, ...]
+    start: int
+    """Place of its first byte in the file."""
 
 
 def read_header(kind: FileKind, path: Path) -> dict[str, TensorHeader]:
@@ -96,11 +98,16 @@ def read_header(kind: FileKind, path: Path) -> dict[str, TensorHeader]:
             f"not a complete safetensors file: the header describes {end:,} bytes of tensors, "
             f"it has {size - 8 - length:,}",
         )
-    return {name: tensor for _, _, name, tensor in found}
+    return {
+        name: TensorHeader(dtype, shape, 8 + length + start)
+        for start, _, name, (dtype, shape) in found
+    }
 
 
-def _entry(kind: FileKind, path: Path, name: str, entry: Any) -> tuple[int, int, str, TensorHeader]:
-    """Return (first byte, end, name, tensor) of one entry of the header."""
+def _entry(
+    kind: FileKind, path: Path, name: str, entry: Any
+) -> tuple[int, int, str, tuple[str, tuple[int, ...]]]:
+    """Return (first byte, end, name, (dtype, shape)) of one entry of the header."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         kind.refuse(path, f"damaged: {shown(name)} has no dtype, shape and data_offsets, or more")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -126,7 +133,7 @@ def _entry(kind: FileKind, path: Path, name: str, entry: Any) -> tuple[int, int,
             f"damaged: {shown(name)} is {dtype} {shown(shape)}, which is not the {stop - start:,} "
             "bytes that it has",
         )
-    return start, stop, name, TensorHeader(dtype, tuple(shape))
+    return start, stop, name, (dtype, tuple(shape))
 
 
 def _counts(value: Any) -> bool:

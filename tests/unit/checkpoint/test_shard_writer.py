@@ -5,10 +5,10 @@ import weakref
 import pytest
 import torch
 
-from megatron_hypenet.checkpoint import shard_writer
+from megatron_hypenet.checkpoint import shard_writer, stream
 from megatron_hypenet.checkpoint.manifest import hash_file
-from megatron_hypenet.checkpoint.shard_writer import ShardWrite, write_shards
-from megatron_hypenet.checkpoint.shards import LazyTensor, Shard, ShardReader
+from megatron_hypenet.checkpoint.shard_writer import ShardWrite, stream_shards, write_shards
+from megatron_hypenet.checkpoint.shards import LazyTensor, Shard, ShardReader, StreamedTensor
 from megatron_hypenet.errors import CheckpointError
 
 
@@ -86,3 +86,35 @@ def test_the_hash_of_a_written_file_is_right(tmp_path):
         tmp_path, [Shard.whole(key, torch.randn(300, 70)) for key in "abc"], alone=True
     ).write()
     assert written.file == hash_file(tmp_path / ShardWrite.name_of(0))
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("piece", [64, 1000])
+def test_streamed_tensors_give_the_same_bytes(tmp_path, monkeypatch, workers, piece):
+    monkeypatch.setattr(stream, "PIECE_BYTES", piece)
+    tensors = {
+        "a": torch.randn(7, 5, 3),
+        "b": torch.randn(40, 9).bfloat16(),
+        "c": torch.randn(3, dtype=torch.float64),
+    }
+    streamed = {key: streamed_tensor(tensor) for key, tensor in tensors.items()}
+    write_shards(tmp_path / "whole", [Shard.whole(*item) for item in tensors.items()])
+    entries = stream_shards(tmp_path / "streamed", streamed, workers=workers)
+    for file in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "streamed" / file.name).read_bytes() == file.read_bytes(), file.name
+    assert entries == {"__0_0.distcp": hash_file(tmp_path / "whole/__0_0.distcp")}
+
+
+def test_a_tensor_whose_archive_is_not_known_is_written_whole(tmp_path):
+    tensors = {"a": torch.zeros(0, 4), "b": torch.randn(3, 4)}
+    streamed = {key: streamed_tensor(tensor) for key, tensor in tensors.items()}
+    stream_shards(tmp_path, streamed)
+    reader = ShardReader(tmp_path)
+    assert all(torch.equal(reader[key], tensor) for key, tensor in tensors.items())
+
+
+def streamed_tensor(tensor):
+    def read(first, target):
+        target.copy_(tensor.view(-1)[first : first + target.numel()])
+
+    return StreamedTensor(tuple(tensor.shape), tensor.dtype, 1, read)

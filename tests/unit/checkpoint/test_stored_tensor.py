@@ -7,7 +7,7 @@ import zipfile
 import pytest
 import torch
 
-from megatron_hypenet.checkpoint.stored_tensor import read_tensor
+from megatron_hypenet.checkpoint.stored_tensor import locate_tensor, read_whole
 from megatron_hypenet.errors import CheckpointError
 
 DTYPES = (
@@ -35,7 +35,9 @@ def saved(value):
 def read(path, content, shape, dtype=torch.float32):
     path.write_bytes(b"before" + content + b"after")
     with path.open("rb") as stream:
-        return read_tensor(path, stream, 6, len(content), shape=tuple(shape), dtype=dtype)
+        shape = tuple(shape)
+        place = locate_tensor(path, stream, 6, len(content), shape=shape, dtype=dtype)
+        return read_whole(path, stream, place, shape, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,11 +1,20 @@
 import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
 
-from megatron_hypenet.checkpoint import load
+from megatron_hypenet.checkpoint import load, save, stream
+from megatron_hypenet.cli.main import run
 from megatron_hypenet.errors import CheckpointError, ConfigError, ConversionError
+from megatron_hypenet.export import mapping
 from megatron_hypenet.export.from_hf import import_hf
+from megatron_hypenet.export.tensors import join
+from megatron_hypenet.export.to_hf import export_hf
 
 from .conftest import TOKENIZER
 
@@ -192,3 +201,65 @@ def test_a_failed_overwrite_leaves_the_old_checkpoint(hf_model, tmp_path):
     assert torch.isfinite(
         load.read_weights(tmp_path / "ckpt")["decoder.final_layernorm.weight"]
     ).all()
+
+
+@pytest.mark.parametrize(
+    ("workers", "dtype"), [(1, None), (2, None), (5, None), (2, "bfloat16"), (3, "float64")]
+)
+@pytest.mark.parametrize("mixer", ["gated_delta_net", "kimi_delta_attention", "lightning_attn"])
+def test_bytes_do_not_depend_on_workers(hf_model, tmp_path, monkeypatch, mixer, workers, dtype):
+    """In small pieces the files are those of whole tensors, both ways."""
+    monkeypatch.setattr(stream, "PIECE_BYTES", 1000)
+    model = hf_model(student=True, mixer_types=(mixer, "attn", mixer))
+    folder = model.write(tmp_path / "hf", shards=2)
+    config = import_hf(folder, tmp_path / "ckpt", dtype=dtype, workers=workers)
+    kept = {entry.ours for entry in mapping.entries(model.model) if entry.at_least_float32}
+    tensors = {}
+    for entry in mapping.entries(model.model):
+        whole = join(entry, [model.tensors[name] for name in entry.hf])
+        wanted = whole.dtype if dtype is None else getattr(torch, dtype)
+        wanted = torch.promote_types(wanted, torch.float32) if entry.ours in kept else wanted
+        tensors[entry.ours] = whole.to(wanted)
+    save.write_weights(tmp_path / "whole", tensors, config, kind="student")
+    for file in (tmp_path / "whole/weights").iterdir():
+        assert (tmp_path / "ckpt/weights" / file.name).read_bytes() == file.read_bytes()
+    listed = [load.read_manifest(tmp_path / name).files for name in ("ckpt", "whole")]
+    assert listed[0] == listed[1]
+    if dtype is None:
+        for name, count in (("one", 1), ("many", workers)):
+            export_hf(tmp_path / "ckpt", tmp_path / name, max_shard_bytes=20_000, workers=count)
+        for file in (tmp_path / "one").glob("*.safetensors"):
+            assert (tmp_path / "many" / file.name).read_bytes() == file.read_bytes()
+
+
+KILLED = textwrap.dedent("""
+    import os, signal, sys
+    from megatron_hypenet.checkpoint import stream
+    from megatron_hypenet.cli.main import run
+
+    stream.PIECE_BYTES = 1000
+    write = os.pwrite
+    count = 0
+
+    def pwrite(*words):
+        global count
+        count += 1
+        if count == 40:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return write(*words)
+
+    os.pwrite = pwrite
+    run(["convert", "import", *sys.argv[1:]])
+""")
+
+
+def test_killed_halfway_the_same_command_starts_clean(hf_model, tmp_path):
+    folder = hf_model().write(tmp_path / "hf")
+    words = [str(folder), str(tmp_path / "ckpt")]
+    done = subprocess.run([sys.executable, "-c", KILLED, *words], check=False, env=os.environ)
+    assert done.returncode == -signal.SIGKILL
+    left = sorted(path.name for path in tmp_path.iterdir() if not path.name.endswith(".json"))
+    assert len(left) == 2 and left[0].startswith(".ckpt.tmp-") and left[1] == "hf"
+    assert run(["convert", "import", *words]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt", "hf"]
+    load.verify_files(tmp_path / "ckpt", hashes=True)

@@ -142,3 +142,34 @@ def test_generation_settings_are_read_from_the_folder_alone(hf_model, tmp_path):
     (folder / "generation_config.json").symlink_to(tmp_path / "auth.json")
     with pytest.raises(ConversionError, match="leads out of the folder"):
         hf_folder.read_generation_config(folder)
+
+
+def test_header_is_the_one_of_the_library(tmp_path):
+    tensors = {
+        "b.10": torch.randn(3, 5),
+        "b.2": torch.randn(4),
+        "a": torch.randn(2, 2, dtype=torch.float64),
+        "h": torch.randn(7).half(),
+        "g": torch.randn(1, 9).bfloat16(),
+    }
+    codes = {dtype: code for code, dtype in hf_folder.DTYPES.items()}
+    described = {
+        name: (codes[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape))
+        for name, tensor in tensors.items()
+    }
+    header, order = hf_folder.weights_header(described)
+    content = b"".join(tensors[name].view(-1).view(torch.uint8).numpy().tobytes() for name in order)
+    save_file(tensors, tmp_path / "x", metadata={"format": "pt"})
+    assert header + content == (tmp_path / "x").read_bytes()
+
+
+def test_values_from_any_place(hf_model, tmp_path):
+    model = hf_model()
+    weights = HfWeights(model.write(tmp_path / "hf"))
+    name = "model.layers.1.mlp.up_proj.weight"
+    target = torch.empty(40)
+    weights.read_values(name, 33, target)
+    assert torch.equal(target, model.tensors[name].view(-1)[33:73])
+    (tmp_path / "hf/model.safetensors").write_bytes(b"cut")
+    with pytest.raises(ConversionError, match="cannot be read whole; fetch the file again"):
+        weights.read_values(name, 33, target)

@@ -26,22 +26,32 @@ def test_gate_comes_before_up():
     assert torch.equal(tensors.join(entry, [gate, up])[: entry.part_shape[0]], gate)
 
 
-@pytest.mark.parametrize(
-    ("tensor", "message"),
-    [
-        (torch.zeros(3, 2), r"shape \[3, 2\], the configuration asks for \[2, 3\]"),
-        (torch.zeros(2, 3, dtype=torch.int8), "stored as int8; supported are float32"),
-        (
-            torch.tensor([[0.0, torch.nan, 1], [0, torch.inf, 1]]),
-            "2 of 6 values that are NaN or infinite",
-        ),
-    ],
-)
-def test_bad_tensor_is_named(tensor, message):
-    with pytest.raises(ConversionError, match=message):
-        tensors.check_tensor("w", tensor, (2, 3), where="x")
-
-
 @pytest.mark.parametrize("dtype", tensors.DTYPES.values(), ids=str)
-def test_good_tensor_passes(dtype):
-    tensors.check_tensor("w", torch.ones(2, 3, dtype=dtype), (2, 3), where="x")
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("place", [0, 1, 17, 4094, 4095])
+def test_one_value_that_is_not_finite_is_found_and_counted(dtype, value, place):
+    values = torch.linspace(-3, 3, 4096).to(dtype)
+    assert tensors.all_finite(values)
+    tensors.check_finite("w", values, lambda: [], where="x")
+    values[place] = value
+    with pytest.raises(ConversionError, match="^x: w has 2 of 8192 values that are NaN or inf"):
+        tensors.check_finite("w", values, lambda: [values, values], where="x")
+
+
+def test_blocks(monkeypatch):
+    monkeypatch.setattr(tensors, "BLOCK_VALUES", 10)
+    values = torch.arange(27.0)
+
+    def read(first, target):
+        target.copy_(values[first : first + target.numel()])
+
+    blocks = [block.tolist() for block in tensors.blocks_of(read, 27, torch.float32, unit=4)]
+    assert [len(block) for block in blocks] == [8, 8, 8, 3]
+    assert sum(blocks, []) == values.tolist()
+
+
+def test_scratch_is_used_again():
+    scratch = tensors.Scratch()
+    first = scratch.take(8, torch.float32)
+    assert scratch.take(10, torch.bfloat16).data_ptr() == first.data_ptr()
+    assert scratch.take(100, torch.float64).shape == (100,)

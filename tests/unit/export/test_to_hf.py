@@ -3,12 +3,12 @@ import shutil
 
 import pytest
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 
-from megatron_hypenet.checkpoint import save
+from megatron_hypenet.checkpoint import save, stream
 from megatron_hypenet.errors import CheckpointError, ConfigError, ConversionError, SetupError
-from megatron_hypenet.export import hf_config, mapping, to_hf
+from megatron_hypenet.export import hf_config, mapping
 from megatron_hypenet.export.from_hf import import_hf
 from megatron_hypenet.export.hf_remote.mixers_hypenet import MIXERS
 from megatron_hypenet.export.remote_code import remote_files
@@ -214,11 +214,9 @@ def test_a_full_disk_leaves_nothing(imported, tmp_path, monkeypatch):
     _, ckpt = imported()
 
     def full(*_, **__):
-        raise SafetensorError(
-            "Error while serializing: I/O error: No space left on device (os error 28)"
-        )
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(to_hf, "save_file", full)
+    monkeypatch.setattr(stream.os, "pwrite", full)
     with pytest.raises(SetupError, match="no space left on the disk"):
         export_hf(ckpt, tmp_path / "hf")
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]
