@@ -87,4 +87,4 @@ class Scratch(threading.local):
 
 
 SCRATCH = (Scratch(), Scratch())
-"""For the two tensors that one piece of a conversion needs at most."""
+"""Memory for the two tensors that a piece of a conversion needs at most."""
