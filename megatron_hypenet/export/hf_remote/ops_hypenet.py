@@ -73,7 +73,7 @@ def token_by_token(
 
     def one(state: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         o, state = step(state, *(x.unsqueeze(2) for x in inputs))
-        return state, o.squeeze(2)
+        return state, o.squeeze(2).clone()  # the loop refuses an output that is the state itself
 
     last, outputs = scan(one, state, tuple(x.movedim(2, 0) for x in by_token))
     return outputs.movedim(0, 2), last

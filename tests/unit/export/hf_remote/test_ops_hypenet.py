@@ -47,6 +47,22 @@ def test_the_loop_over_tokens_is_the_recurrence():
     close(last, sums[:, :, -1])
 
 
+def test_an_output_may_be_the_state_itself():
+    class Sums(torch.nn.Module):
+        def forward(self, x):
+            def step(state, x):
+                state = state + x.squeeze(2)
+                return state[:, :, None], state
+
+            zero = x[:, :, 0] * 0
+            return remote.token_by_token(step, zero, x)[0]
+
+    x = random(2, 3, 7, 4)
+    shape = {2: torch.export.Dim("tokens", min=2, max=99)}
+    exported = torch.export.export(Sums(), (x,), dynamic_shapes=(shape,)).module()
+    close(exported(x[:, :, :5]), x[:, :, :5].cumsum(2))
+
+
 def test_rope_rotates_halves_by_relative_position():
     cos, sin = remote.rope_tables(8, 100.0, torch.tensor([[5, 9]]), torch.float64)
     q = random(1, 1, 1, 8)
