@@ -306,11 +306,11 @@ class _Job:
         reports."""
         for content in stream:
             line = content.decode(errors="replace")
-            before, mark, told = line.partition(MARK)
+            before, mark, event = line.partition(MARK)
             if mark:
                 line = before
                 with contextlib.suppress(ValueError):
-                    self.events.put(json.loads(told))
+                    self.events.put(json.loads(event))
             if ended := _HOST_ENDED.match(line):
                 self.events.put(
                     {"event": "host", "host": ended.group(1), "code": int(ended.group(2))}

@@ -82,8 +82,7 @@ def step_hosts(environment: Mapping[str, str]) -> list[str]:
     counts = tasks_per_node(_text(environment, "SLURM_STEP_TASKS_PER_NODE"))
     if len(names) != len(counts):
         raise SetupError(
-            f"SLURM speaks of {len(names)} nodes (SLURM_STEP_NODELIST) and of tasks on "
-            f"{len(counts)}"
+            f"SLURM lists {len(names)} nodes (SLURM_STEP_NODELIST) and of tasks on {len(counts)}"
         )
     return [name for name, count in zip(names, counts, strict=True) for _ in range(count)]
 

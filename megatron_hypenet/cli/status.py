@@ -198,8 +198,8 @@ def state_lines(found: dict[str, Any]) -> list[str]:
     runs = found["state"] in ("running", "waiting")
     when = "" if seconds is None else f" {'for' if runs else ''} {short_time(seconds)}"
     when += "" if seconds is None or runs else " ago"
-    told = [" ".join(filter(None, (found["where"], when.strip()))), found["why"]]
-    lines = [f"  {found['state']:<12} {': '.join(filter(None, told))}".rstrip()]
+    details = [" ".join(filter(None, (found["where"], when.strip()))), found["why"]]
+    lines = [f"  {found['state']:<12} {': '.join(filter(None, details))}".rstrip()]
     lines += [f"  go on with   {found['go_on']}"] if found["go_on"] else []
     return lines
 

@@ -35,7 +35,7 @@ def describe(
     lines = []
     for item in error.errors():
         if item["type"] == "too_short" and item.get("input"):
-            continue  # a list whose entries are wrong, each of which is told of
+            continue  # a list whose entries are wrong, each of which is reported
         place = tuple(str(part) for part in item["loc"])
         origin = _origin(place, origins, default_origin)
         key = shown(".".join(_named(place)), 200) or "configuration"

@@ -143,7 +143,8 @@ def _refuse_foreign(target: Path) -> None:
 
 def _check_tied_head(plan: ImportPlan) -> None:
     """Raise ConversionError when a tied model stores a head that differs from its embedding."""
-    weights, names = plan.weights, (mapping.HF_HEAD, mapping.HF_EMBEDDING)
+    weights = plan.weights
+    names = (mapping.HF_HEAD, mapping.HF_EMBEDDING)
     head, embedding = (weights.shape(name) for name in names)
     dtypes = [parse_dtype(hf_folder.DTYPES[weights.dtype(name)]) for name in names]
     same = head == embedding and all(

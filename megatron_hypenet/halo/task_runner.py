@@ -108,7 +108,8 @@ class Runner:
         self.decided = decided
         self.verify = verify
         self.settings = run.model_dump(mode="json")
-        flat, default = flat_settings(self.settings), flat_settings(default_settings())
+        flat = flat_settings(self.settings)
+        default = flat_settings(default_settings())
         # a setting that came later has no part in fingerprints as long as it is left alone
         self.added = frozenset(
             key for key in folder.added_settings(run) if flat.get(key) == default.get(key)

@@ -93,9 +93,11 @@ class Engine:
         return self.step
 
 
-def save_forever(folder: Path, told: Path, *, background: bool, rows: int, last: int) -> None:
-    """Continue from the newest save and save every step up to `last`; each commit is told in a file
-    of its own, after it."""
+def save_forever(
+    folder: Path, last_commit: Path, *, background: bool, rows: int, last: int
+) -> None:
+    """Continue from the newest save and save every step up to `last`; each commit is then noted
+    in a file of its own."""
     saver = Saver(folder, CheckpointConfig(keep_last=2, async_save=background))
     engine = Engine(rows)
     if saver.committed is not None:
@@ -111,7 +113,7 @@ def save_forever(folder: Path, told: Path, *, background: bool, rows: int, last:
         while saver.committed is None or fmt.iteration_of(saver.committed) != engine.step:
             time.sleep(0.001)
             saver.step_boundary()
-        told.write_text(str(engine.step))
+        last_commit.write_text(str(engine.step))
 
 
 def forked(work: Callable[[], None]) -> int:
@@ -159,9 +161,9 @@ def kill_in_a_save(child: int, folder: Path, *, skip: int, delay: float) -> bool
     return bool(unfinished(folder))
 
 
-def look_at(folder: Path, told: Path | None, *, content: bool) -> int:
+def look_at(folder: Path, last_commit: Path | None, *, content: bool) -> int:
     """What a kill left: every visible checkpoint is whole, and the newest is not older than the
-    last commit told of. Its step or 0."""
+    last commit noted. Its step or 0."""
     for entry in fmt.iteration_folders(folder):
         verify_files(entry, hashes=True)
         step = float(fmt.iteration_of(entry))
@@ -171,26 +173,30 @@ def look_at(folder: Path, told: Path | None, *, content: bool) -> int:
     step = fmt.iteration_of(newest) if newest is not None else 0
     if newest is not None:
         verify_files(newest, hashes=True)
-    committed = int(told.read_text() or 0) if told is not None and told.is_file() else 0
+    committed = (
+        int(last_commit.read_text() or 0)
+        if last_commit is not None and last_commit.is_file()
+        else 0
+    )
     assert step >= committed, f"iter {committed} was committed, {step} is the newest left"
     return step
 
 
 def writer(folder: Path, *, background: bool, kills: int) -> dict:
     """Random kills of a process that saves 8 MiB over and over."""
-    told = folder.parent / "told"
+    last_commit = folder.parent / "last_commit"
     hits = 0
     tries = 0
     while hits < kills and tries < 10 * kills:
         child = forked(
-            lambda: save_forever(folder, told, background=background, rows=512, last=10**6)
+            lambda: save_forever(folder, last_commit, background=background, rows=512, last=10**6)
         )
         hits += (
             kill_in_a_save(child, folder, skip=random.randrange(3), delay=random.uniform(0, 0.06))
             is True
         )
         tries += 1
-        step = look_at(folder, told, content=True)
+        step = look_at(folder, last_commit, content=True)
     return {"kills": tries, "in_save": hits, "step": step}
 
 
@@ -221,34 +227,34 @@ def points(folder: Path, *, background: bool, kills: int) -> dict:
     save_forever(base, folder.parent / "base_told", background=False, rows=1, last=3)
     # damaged: the run goes back to 2 and saves 3 over it
     (base / fmt.iteration_name(3) / fmt.RNG).write_bytes(b"")
-    told = folder.parent / "told"
+    last_commit = folder.parent / "last_commit"
     newer = 0
 
     def counting() -> None:
         counter = die_at(-1)
-        save_forever(folder, told, background=background, rows=1, last=3)
-        told.write_text(str(counter()))
+        save_forever(folder, last_commit, background=background, rows=1, last=3)
+        last_commit.write_text(str(counter()))
 
     shutil.copytree(base, folder)
     ended(forked(counting))
-    operations = int(told.read_text())
+    operations = int(last_commit.read_text())
     for at in range(operations):
         shutil.rmtree(folder)
         shutil.copytree(base, folder)
-        told.write_text("2")
+        last_commit.write_text("2")
 
         def dying(at=at) -> None:
             die_at(at)
-            save_forever(folder, told, background=background, rows=1, last=3)
+            save_forever(folder, last_commit, background=background, rows=1, last=3)
 
         ended(forked(dying), -signal.SIGKILL)
         newest = newest_of_run(folder)
         verify_files(newest, hashes=True)
         step = fmt.iteration_of(newest)
-        assert step >= int(told.read_text()), f"operation {at}: iter {step} is left"
+        assert step >= int(last_commit.read_text()), f"operation {at}: iter {step} is left"
         newer += step == 3
-        ended(forked(lambda: save_forever(folder, told, background=False, rows=1, last=4)))
-        assert look_at(folder, told, content=True) == 4 and not list(folder.glob(".*")), (
+        ended(forked(lambda: save_forever(folder, last_commit, background=False, rows=1, last=4)))
+        assert look_at(folder, last_commit, content=True) == 4 and not list(folder.glob(".*")), (
             f"operation {at}"
         )
     return {"kills": operations, "in_save": operations, "already_committed": newer}

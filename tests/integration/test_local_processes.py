@@ -39,7 +39,7 @@ def align(tmp_path, repo_root):
 
 @pytest.mark.distributed
 @pytest.mark.slow
-def test_one_process_speaks_for_all(align, tmp_path):
+def test_one_process_writes_for_all(align, tmp_path):
     ended = align("--pp", "2")
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout == f"{tmp_path}/run/align/checkpoints/iter_0000003\n"

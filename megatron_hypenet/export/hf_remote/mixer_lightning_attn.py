@@ -215,8 +215,8 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
         return a @ b
     if not (a.is_cuda and _HAS_WIDE_PRODUCT):
         return a.to(dtype) @ b.to(dtype)
-    wide = torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out_dtype=dtype)
-    return wide.view(*a.shape[:-1], b.shape[-1])
+    product = torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out_dtype=dtype)
+    return product.view(*a.shape[:-1], b.shape[-1])
 
 
 def _decay(to: Tensor, since: Tensor, diagonal: int) -> Tensor:

@@ -60,12 +60,12 @@ def processes(holds):
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
             try:
-                told, words = (
+                variables, words = (
                     (entry / name).read_bytes().split(b"\0") for name in ("environ", "cmdline")
                 )
             except OSError:
                 continue
-            if holds(set(told), words):
+            if holds(set(variables), words):
                 found.append(int(entry.name))
     return found
 
@@ -78,7 +78,8 @@ def task_of(cluster, job, rank):
         f"SLURM_CONF={cluster.folder}/slurm.conf".encode(),
     }
     return next(
-        iter(processes(lambda told, words: want <= told and b"launchers.slurm" in words)), None
+        iter(processes(lambda variables, words: want <= variables and b"launchers.slurm" in words)),
+        None,
     )
 
 
@@ -88,7 +89,9 @@ def slurmd_of(cluster, node):
     return next(
         iter(
             processes(
-                lambda told, words: mine in told and words[:3] == [b"slurmd", b"-N", node.encode()]
+                lambda variables, words: (
+                    mine in variables and words[:3] == [b"slurmd", b"-N", node.encode()]
+                )
             )
         ),
         None,

@@ -127,26 +127,28 @@ def test_a_run_may_be_changed(config, tmp_path, capsys):
     kept = (tmp_path / "run" / "config.yaml").read_text()
     for words in ([], ["--dry-run"]):
         assert run(["run", str(config), "align.lr=0.5", *words]) == 3
-        told = capsys.readouterr().err
-        assert "align.lr: 0.001 there, 0.5 now" in told
-        assert "align would be done again: --redo-from align" in told
+        reported = capsys.readouterr().err
+        assert "align.lr: 0.001 there, 0.5 now" in reported
+        assert "align would be done again: --redo-from align" in reported
     assert run(["run", str(config), "align.lr=0.5", "--dry-run", "--overwrite"]) == 0
     assert run(["run", str(config), "--overwrite", "--redo-from", "align"]) == 2
     assert "give one of them" in capsys.readouterr().err
     assert (tmp_path / "run" / "config.yaml").read_text() == kept
     assert run(["run", str(config), "distill.lr=0.5", "finetune.lr_schedule=constant"]) == 0
-    told = capsys.readouterr().err
-    assert "changed since the last start: distill.lr: 0.001 there, 0.5 now" in told
-    assert "no finished step is done again" in told and "align: done before, skipped" in told
+    reported = capsys.readouterr().err
+    assert "changed since the last start: distill.lr: 0.001 there, 0.5 now" in reported
+    assert (
+        "no finished step is done again" in reported and "align: done before, skipped" in reported
+    )
     assert snapshot(tmp_path / "run" / "align" / "checkpoints") == aligned
     # the last stage goes on from where it ended, and the export follows
     changes = ["distill.lr=0.5", "finetune.lr_schedule=constant", "finetune.train_iters=3"]
     assert run(["run", str(config), *changes]) == 0
-    told = capsys.readouterr().err
-    assert "finetune: goes on from its last checkpoint to step 3" in told
-    assert "resumed from" in told and "at iter 2/3" in told and "iter 3/3" in told
-    assert "done again: export, report" in told and told.count("skipped") == 7
+    reported = capsys.readouterr().err
+    assert "finetune: goes on from its last checkpoint to step 3" in reported
+    assert "resumed from" in reported and "at iter 2/3" in reported and "iter 3/3" in reported
+    assert "done again: export, report" in reported and reported.count("skipped") == 7
     # asked for, a step is done again although nothing differs
     assert run(["run", str(config), *changes, "--redo-from", "finetune"]) == 0
-    told = capsys.readouterr().err
-    assert "resumed from" not in told and told.count("skipped") == 7
+    reported = capsys.readouterr().err
+    assert "resumed from" not in reported and reported.count("skipped") == 7

@@ -25,7 +25,7 @@ def invoke(capsys, *words):
     return code, captured.out, captured.err
 
 
-def test_settings_of_run_and_profile_are_told_apart():
+def test_settings_of_run_and_profile_are_distinguished():
     words = ["align.lr=1e-3", "cluster.nodes=3", "--cluster.time='10'", "teacher=x"]
     for_run, for_cluster = split_overrides(words, nodes=4, time="4:00:00", qos=None)
     assert for_run == ["align.lr=1e-3", "teacher=x"]

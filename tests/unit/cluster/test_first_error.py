@@ -164,7 +164,7 @@ def test_why_srun_could_start_nothing(tmp_path):
     assert found.as_json()["ranks"] == [] and "something before it" in found.as_json()["traceback"]
 
 
-def test_srun_speaks_only_where_no_rank_does(tmp_path):
+def test_srun_is_quoted_only_where_no_rank_is(tmp_path):
     folder = attempt(tmp_path)
     (folder / "rank-0000.log").write_text("Traceback (most recent call last):\nKeyError: 'x'\n")
     (found,) = faults_of(folder, job_log(tmp_path, FATAL))

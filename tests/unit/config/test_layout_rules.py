@@ -24,7 +24,7 @@ from tests.unit.config.test_checks import MODEL, STAGE, axes, run
         ("global-batch", axes(), 3),
     ],
 )
-def test_each_rule_speaks_alone(rule, parallel, world):
+def test_each_rule_is_reported_alone(rule, parallel, world):
     layout = Layout(MODEL, run(parallel), world)
     assert [name for name, ask in RULES.items() if list(ask(layout))] == [rule]
 

@@ -67,7 +67,7 @@ def job(tmp_path, monkeypatch, repo_root):
     return run
 
 
-def test_the_first_rank_speaks_for_all(job, capfd):
+def test_the_first_rank_writes_for_all(job, capfd):
     assert job("print('result', rank); print('progress', rank, file=sys.stderr)") == 0
     said = capfd.readouterr()
     assert (said.out, said.err) == ("result 0\n", "progress 0\n")

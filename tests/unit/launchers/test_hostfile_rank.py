@@ -52,13 +52,13 @@ def start(repo_root):
         process.wait()
 
 
-def told(line):
+def reported(line):
     """The event in a line that begins with MARK."""
     assert line.startswith(MARK), line
     return json.loads(line.removeprefix(MARK))
 
 
-def test_the_first_rank_speaks_and_the_end_is_told(start):
+def test_the_first_rank_writes_and_the_end_is_reported(start):
     slot = start(
         "import os, sys; print(sys.argv[1:], os.environ['LOCAL_WORLD_SIZE']); print('to stderr', "
         "file=sys.stderr)",
@@ -69,14 +69,17 @@ def test_the_first_rank_speaks_and_the_end_is_told(start):
     out, said = slot.stdout.read(), slot.stderr.read()
     assert out == "['a b', '$c'] 2\n"
     first, middle, last = said.splitlines()
-    assert told(first) == {"event": "started", "rank": 0, "pid": slot.pid} and middle == "to stderr"
-    assert told(last) == {"event": "ended", "rank": 0, "code": 0, "tail": []}
+    assert (
+        reported(first) == {"event": "started", "rank": 0, "pid": slot.pid}
+        and middle == "to stderr"
+    )
+    assert reported(last) == {"event": "ended", "rank": 0, "code": 0, "tail": []}
 
 
 def test_another_rank_keeps_its_words_until_it_fails(start):
     slot = start("print('x' * 5000); print('last words'); raise SystemExit(7)", RANK="3")
-    assert told(slot.stderr.readline())["event"] == "started"
-    end = told(slot.stderr.readline())
+    assert reported(slot.stderr.readline())["event"] == "started"
+    end = reported(slot.stderr.readline())
     # as much of the end as fits into one line
     assert (end["rank"], end["code"], end["tail"]) == (3, 7, ["last words"])
     assert slot.poll() is None, "it waits for leave to go, which ends the other slots of its host"
@@ -92,7 +95,7 @@ def test_a_killed_command_and_what_it_left(start):
     slot = start(code)
     left = int(slot.stdout.readline())
     slot.stderr.readline()
-    assert told(slot.stderr.readline())["code"] == 137
+    assert reported(slot.stderr.readline())["code"] == 137
     eventually(lambda: gone(left))
 
 
@@ -122,7 +125,7 @@ def test_signals_are_handed_on(start):
     slot.stdout.readline()
     slot.send_signal(signal.SIGUSR2)
     slot.stderr.readline()
-    assert told(slot.stderr.readline())["code"] == 75
+    assert reported(slot.stderr.readline())["code"] == 75
 
 
 def test_a_place_that_cannot_be_taken():

@@ -148,15 +148,15 @@ def test_the_failure_of_any_rank_decides_for_all(monkeypatch, caplog):
 def test_a_family_disabled_by_hand_is_not_run_and_off_for_all(monkeypatch):
     """Every rank still takes part in the same collectives, or the ranks would wait for each
     other."""
-    told = []
-    monkeypatch.setattr(groups, "gather_numbers", lambda own: told.append(own) or [own, 1.0])
+    gathered = []
+    monkeypatch.setattr(groups, "gather_numbers", lambda own: gathered.append(own) or [own, 1.0])
     monkeypatch.setattr(
         selftest, "check_norm_rope", lambda *args, **kwargs: pytest.fail("it is disabled")
     )
     kernels.disable("norm_rope")
     guard(USE, DEVICE, GPU)
     wanted = [float(name not in ("norm_rope", "lightning_mix")) for name in sorted(EVERY)]
-    assert told == wanted and "norm_rope" not in enabled()
+    assert gathered == wanted and "norm_rope" not in enabled()
 
 
 @pytest.mark.parametrize(

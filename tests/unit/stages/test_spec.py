@@ -65,7 +65,8 @@ def test_an_unknown_or_repeated_stage_is_refused():
     ],
 )
 def test_a_stage_is_built_from_the_models_it_needs(name, asked, batch):
-    spec, source = stage_spec(name), Source()
+    spec = stage_spec(name)
+    source = Source()
     config = (
         HeadStageConfig(**SETTINGS, recompute="full")
         if spec.through_head

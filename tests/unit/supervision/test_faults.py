@@ -1,4 +1,4 @@
-"""The fault that came first is told from its echoes, and each process leaves a record of its
+"""The fault that came first is translated from its echoes, and each process leaves a record of its
 own."""
 
 import json
@@ -155,15 +155,15 @@ def place(tmp_path):
 def test_an_echo_names_the_cause(tmp_path, place):
     Place(tmp_path, "now", 2, 3).record(PeerError("an echo"))
     Place(tmp_path, "before", 1, 3).record(ValueError("of an earlier start"))
-    told = explained(CLOSED, place)
-    assert isinstance(told, PeerError) and "none has written down why" in str(told)
+    translated = explained(CLOSED, place)
+    assert isinstance(translated, PeerError) and "none has written down why" in str(translated)
     Place(tmp_path, "now", 1, 3).record(ValueError("no such sample"))
-    told = explained(CLOSED, place)
-    assert isinstance(told, PeerError) and told.exit_code == 1
-    assert str(told).startswith(
+    translated = explained(CLOSED, place)
+    assert isinstance(translated, PeerError) and translated.exit_code == 1
+    assert str(translated).startswith(
         f"rank 1 on {host_name()} failed in "
-    ) and "ValueError: no such sample" in str(told)
-    assert "errors/rank_00001.json" in str(told) and str(told).endswith(
+    ) and "ValueError: no such sample" in str(translated)
+    assert "errors/rank_00001.json" in str(translated) and str(translated).endswith(
         "(Connection closed by peer [127.0.0.1]:20353)"
     )
 
@@ -171,27 +171,27 @@ def test_an_echo_names_the_cause(tmp_path, place):
 def test_an_echo_of_a_killed_process_says_so(tmp_path, place):
     beating(tmp_path, 1)
     beating(tmp_path, 2, pid=2**22 + 1)  # a number that no process has
-    told = explained(CLOSED, place)
+    translated = explained(CLOSED, place)
     assert isinstance(
-        told, PeerError
-    ) and f"rank 2 on {host_name()} (pid {2**22 + 1}) was killed" in str(told)
+        translated, PeerError
+    ) and f"rank 2 on {host_name()} (pid {2**22 + 1}) was killed" in str(translated)
 
 
 def test_an_echo_of_a_process_that_left_on_request_is_a_stop_too(tmp_path, place):
     beating(tmp_path, 1, state="stopped")
-    told = explained(CLOSED, place)
-    assert isinstance(told, SavedAndRequeue) and "rank 1 on" in str(told)
+    translated = explained(CLOSED, place)
+    assert isinstance(translated, SavedAndRequeue) and "rank 1 on" in str(translated)
 
 
 def test_a_collective_that_times_out_is_a_hang(tmp_path, place):
     for rank in range(3):
         beating(tmp_path, rank)
-    told = explained(WAITED, place)
-    assert isinstance(told, HangError) and told.exit_code == 8
+    translated = explained(WAITED, place)
+    assert isinstance(translated, HangError) and translated.exit_code == 8
     assert (
-        "Timed out waiting 3000ms" in str(told)
-        and "rank 1 on" in str(told)
-        and "does not answer" in str(told)
+        "Timed out waiting 3000ms" in str(translated)
+        and "rank 1 on" in str(translated)
+        and "does not answer" in str(translated)
     )
 
 

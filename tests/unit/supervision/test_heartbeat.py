@@ -140,7 +140,7 @@ def test_the_dead_are_known_on_their_own_machine(tmp_path, progress):
     assert not is_dead(read_beat(file_of(tmp_path, 0), "now"))
 
 
-def test_those_who_no_longer_write_are_told_apart(tmp_path, progress):
+def test_ranks_that_no_longer_write_are_distinguished(tmp_path, progress):
     one, two = writer(tmp_path, progress, rank=0), writer(tmp_path, progress, rank=1)
     one.write()
     two.write()

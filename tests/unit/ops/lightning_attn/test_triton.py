@@ -60,11 +60,11 @@ def errors(
     do = draw(batch, t, heads, dims[1]).to(DEVICE, dtype)
     dstate = draw(batch, heads, *dims).to(DEVICE)
     results = []
-    for op, wide in ((naive_lightning_attn, True), (kernels.triton_lightning_attn, False)):
-        xs = [(x.double() if wide else x.clone()).requires_grad_() for x in inputs + states]
+    for op, in_float64 in ((naive_lightning_attn, True), (kernels.triton_lightning_attn, False)):
+        xs = [(x.double() if in_float64 else x.clone()).requires_grad_() for x in inputs + states]
         o, final = op(*xs[:3], decay, scale=SCALE, initial_state=xs[3] if state else None, **kwargs)
         torch.autograd.backward([o, final], [do.to(o.dtype), dstate.to(final.dtype)])
-        if not wide:
+        if not in_float64:
             assert o.dtype == dtype and final.dtype == torch.float32
             assert [x.grad.dtype for x in xs] == [x.dtype for x in xs]
         results.append([x.double() for x in (o.detach(), final.detach(), *(x.grad for x in xs))])
@@ -179,9 +179,11 @@ def test_the_same_call_gives_the_same_bits():
 def test_the_state_alone_and_its_gradients(short_segments, ids):
     k, v, weight = torch.randn(2, 151, 2, 16), torch.randn(2, 151, 2, 24), torch.randn(2, 2, 16, 24)
     results = []
-    for wide in (True, False):
-        a, b = ((x.double() if wide else x).clone().to(DEVICE).requires_grad_() for x in (k, v))
-        if wide:
+    for in_float64 in (True, False):
+        a, b = (
+            (x.double() if in_float64 else x).clone().to(DEVICE).requires_grad_() for x in (k, v)
+        )
+        if in_float64:
             _, state = naive_lightning_attn(a, a, b, log_decay(2), scale=1.0, document_ids=ids)
         else:
             state = kernels.triton_lightning_state(a, b, log_decay(2), document_ids=ids)
