@@ -8,6 +8,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.export.hf_config import hf_config_from_model
 from megatron_hypenet.export.mapping import entries
 from megatron_hypenet.halo import datasets
@@ -27,18 +28,18 @@ STAGE = {
 }
 
 
-def write_teacher(folder: Path, seed: int = 0) -> Path:
+def write_teacher(folder: Path, seed: int = 0, shape: ModelConfig = TEACHER) -> Path:
     """A random Qwen3 folder without tokenizer."""
     generator = torch.Generator().manual_seed(seed)
     folder.mkdir(parents=True)
     tensors = {}
-    for entry in entries(TEACHER):
+    for entry in entries(shape):
         for name in entry.hf:
             values = torch.randn(entry.part_shape, generator=generator) * 0.1
             tensors[name] = values + 1.0 if "norm" in name else values
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(
-        json.dumps(hf_config_from_model(TEACHER, torch_dtype="float32", origin=None))
+        json.dumps(hf_config_from_model(shape, torch_dtype="float32", origin=None))
     )
     return folder
 

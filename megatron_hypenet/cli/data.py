@@ -107,6 +107,18 @@ def prepare(
         ),
     ] = None,
     seq_length: SeqLengthOption = 4096,
+    slurm: Annotated[
+        bool,
+        typer.Option("--slurm", help="Submit it as a job array; needs --cluster and --tasks."),
+    ] = False,
+    cluster: Annotated[
+        Path | None,
+        typer.Option("--cluster", help="Cluster profile; its GPUs and nodes are not asked for."),
+    ] = None,
+    tasks: Annotated[
+        int | None,
+        typer.Option("--tasks", min=1, help="Shares of TEXT, a task of the array for each."),
+    ] = None,
     overwrite: OverwriteOption = False,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
@@ -121,6 +133,8 @@ def prepare(
       hypenet data prepare assets/tiny-qwen3/sample.txt build/sample --tokenizer assets/tiny-qwen3
       hypenet data prepare 'crawl/*.jsonl.zst' /data/crawl --tokenizer /models/Qwen3-1.7B --text-key
       content --workers 32
+      hypenet data prepare crawl /data/crawl --tokenizer /models/Qwen3-1.7B --slurm
+      --cluster my.yaml --tasks 64 --workers 16
     """
     from megatron_hypenet.cli.progress import corpus_progress
     from megatron_hypenet.data.prepare import CorpusJob, prepare_corpus_files
@@ -129,6 +143,13 @@ def prepare(
     job = CorpusJob(**_checked_job(source, out, tokenizer, text_key, messages_key), part=share)
     _refuse_existing(out, overwrite)
     size = _text_bytes(job)
+    if slurm or cluster is not None or tasks is not None:
+        if not (slurm and cluster is not None and tasks is not None and part is None):
+            raise UsageError("--slurm needs --cluster PROFILE and --tasks N, and takes no --part")
+        words = ["--tokenizer", str(tokenizer.absolute()), "--text-key", text_key]
+        words = words if messages_key is None else [*words[:2], "--messages-key", messages_key]
+        _submit(job, words, cluster, tasks, workers, overwrite, dry_run, as_json)
+        return
     job = replace(job, workers=default_workers(size) if workers is None else workers)
     if dry_run:
         _say(
@@ -153,6 +174,50 @@ def prepare(
         content["answers"] = counts.answers
     content |= _statistics(out, seq_length) if counts.tokens else {}
     _say(as_json, content, f"{out}: " + described(content))
+
+
+def _submit(
+    job: CorpusJob, words: list[str], cluster: Path, tasks: int, workers: int | None,
+    overwrite: bool, dry_run: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Write and submit the job array of a preparation that was checked, or show its scripts."""
+    from megatron_hypenet.cli.submit import show_scripts
+    from megatron_hypenet.cluster import prepare_jobs
+    from megatron_hypenet.cluster.job_script import missing_variables
+    from megatron_hypenet.config.cluster import load_cluster_config
+    from megatron_hypenet.data.readers import parts_of
+    from megatron_hypenet.data.sources import find_files
+    from megatron_hypenet.errors import SetupError
+
+    profile = load_cluster_config(cluster)
+    if missing := missing_variables(profile, os.environ):
+        raise SetupError(
+            f"the profile hands on {', '.join(missing)} from your shell, where it is not set; "
+            "export it, or take it off the list"
+        )
+    files = find_files(job.source).files
+    filled = sum(bool(parts_of(files, number, tasks)) for number in range(tasks))
+    if filled < tasks:
+        raise UsageError(
+            f"--tasks {tasks}: the text gives {filled} shares; only .jsonl is split inside of "
+            f"files. Use --tasks {filled}"
+        )
+    scripts = prepare_jobs.prepare_scripts(
+        job.source, job.out, words, profile, tasks=tasks, workers=workers
+    )
+    if not overwrite:
+        prepare_jobs.refuse_earlier(job.out)
+    if dry_run:
+        show_scripts(scripts, as_json=as_json)
+        return
+    prepare_jobs.remove_earlier(job.out)
+    numbers = prepare_jobs.send(scripts)
+    folder = str(prepare_jobs.jobs_folder(job.out))
+    jobs = {script.part: number for script, number in zip(scripts, numbers, strict=True)}
+    lines = [f"job {number} ({part})" for part, number in jobs.items()]
+    _say(as_json, {"out": str(job.out), "jobs": jobs, "folder": folder}, "\n".join(lines))
+    if not as_json:
+        print(f"scripts and logs in {folder}", file=sys.stderr)
 
 
 def _part(word: str | None) -> tuple[int, int]:

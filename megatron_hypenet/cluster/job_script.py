@@ -59,7 +59,7 @@ def job_scripts(run_folder: Path, cluster: ClusterConfig, *, chain: bool) -> lis
 
     Raises ConfigError for paths that a job script cannot hold.
     """
-    _check_paths(run_folder)
+    check_paths(run_folder)
     parts = (*STAGES, LAST) if chain else (WHOLE,)
     return [_script(part, run_folder.absolute(), cluster) for part in parts]
 
@@ -85,7 +85,7 @@ def _script(part: str, folder: Path, cluster: ClusterConfig) -> JobScript:
     )
 
 
-def _check_paths(run_folder: Path) -> None:
+def check_paths(run_folder: Path) -> None:
     """Raise ConfigError that names the path which sbatch or a shell would take for something
     else."""
     paths = {
@@ -117,13 +117,13 @@ def sbatch_quoted(value: object) -> str:
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-def render(**values: object) -> str:
+def render(*, template: str = TEMPLATE, **values: object) -> str:
     """Render the template with these values; a missing value is an error."""
     import jinja2
 
-    if not (TEMPLATES / TEMPLATE).is_file():
+    if not (TEMPLATES / template).is_file():
         raise SetupError(
-            f"{TEMPLATES / TEMPLATE} is missing: submitting needs the repository's slurm/; "
+            f"{TEMPLATES / template} is missing: submitting needs the repository's slurm/; "
             "install with `pip install -e .`"
         )
     environment = jinja2.Environment(
@@ -139,7 +139,7 @@ def render(**values: object) -> str:
     environment.filters["sbatch_words"] = lambda option: " ".join(
         map(sbatch_quoted, sbatch_options.words_of(option))
     )
-    return environment.get_template(TEMPLATE).render(**values)
+    return environment.get_template(template).render(**values)
 
 
 def missing_variables(cluster: ClusterConfig, environment: Iterable[str]) -> list[str]:
