@@ -47,7 +47,7 @@ VERBS: dict[str, str] = {
     "ckpt": "List, inspect and compare checkpoints.",
     "report": "Summarise a finished run: losses, recall, figures.",
     "config": "Show, validate or describe a run configuration.",
-    "plan": "Show the GPU memory of each stage, and layouts that fit.",
+    "plan": "Show GPU memory and hours of each stage, and layouts that fit.",
     "submit": "Hand a run to SLURM, as one job or one per stage.",
     "runs": "List the runs in a folder: state, step, iteration.",
     "status": "Show whether a run runs, why it stopped, and how far it is.",

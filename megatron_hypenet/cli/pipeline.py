@@ -83,13 +83,11 @@ def prepared(
     if processes.is_rank0():
         warn(run, found)
     configure_logging()
-    from megatron_hypenet.cli.progress import Screen
+    from megatron_hypenet.cli.banner import banner
     from megatron_hypenet.halo.actions import Halo
     from megatron_hypenet.halo.changes import finish_redo
     from megatron_hypenet.halo.run_folder import RunFolder
-    from megatron_hypenet.halo.tasks import halo_steps
     from megatron_hypenet.parallel import groups
-    from megatron_hypenet.planning.eta import Clock, planned_work
     from megatron_hypenet.supervision.faults import watched
     from megatron_hypenet.supervision.hang_watchdog import collective_minutes
     from megatron_hypenet.supervision.signals import leaving_at_once
@@ -113,10 +111,9 @@ def prepared(
             words = processes.WORDS.get()
             stack.enter_context(recorded(folder.root, words, found.num_processes))
         groups.barrier()
-        work = planned_work(run, found.shape, [step.name for step in halo_steps(run, folder)])
-        screen = Screen(Clock(work), folder.log_file, is_main=is_main)
+        screen = screen_of(run, folder, found)
         stack.callback(screen.close)
-        for line in change:
+        for line in [*change, *banner(run, found.shape, found.num_processes)]:
             screen.say(line)
         halo = Halo(
             run=run,
@@ -125,6 +122,7 @@ def prepared(
             export_student=lambda checkpoint, out: export_student(run, checkpoint, out),
             on_step=screen.on_step,
             on_part=screen.part,
+            on_pause=screen.pause,
             log=screen.train_line,
         )
         steps = halo.steps()
@@ -136,6 +134,20 @@ def prepared(
             )
         if is_main:
             finish_redo(folder)
+
+
+def screen_of(run: RunConfig, folder: RunFolder, found: Checked) -> Screen:
+    """The output of this process, with a clock that knows the speeds of earlier starts."""
+    from megatron_hypenet.cli.progress import Screen
+    from megatron_hypenet.halo.tasks import halo_steps
+    from megatron_hypenet.planning.eta import Clock, planned_work, read_rates, write_rates
+
+    steps = [step.name for step in halo_steps(run, folder)]
+    clock = Clock(planned_work(run, found.shape, steps), read_rates(folder.root))
+    screen = Screen(clock, folder.log_file, is_main=processes.is_rank0())
+    if screen.is_main:
+        screen.keep = lambda: write_rates(folder.root, clock.rates)
+    return screen
 
 
 def runner_of(run: RunConfig, folder: RunFolder, steps: list[Step], screen: Screen) -> Runner:
@@ -154,6 +166,7 @@ def runner_of(run: RunConfig, folder: RunFolder, steps: list[Step], screen: Scre
         is_main=processes.is_rank0(),
         barrier=groups.barrier,
         announce=screen.announce,
+        limited=screen.count_only,
         may_start=lambda step: leave_if_stopped(f"step {step}", [folder.root]),
         decided=decided_by_first,
         verify=lambda checkpoint: verify_together(checkpoint, parts=WEIGHTS_PARTS),

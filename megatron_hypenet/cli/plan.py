@@ -1,5 +1,5 @@
-"""`hypenet plan`: the GPU memory of every training stage on a layout, and layouts that fit, without
-a GPU and without weights."""
+"""`hypenet plan`: the GPU memory of every training stage on a layout, layouts that fit, and hours,
+without a GPU and without weights."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ from megatron_hypenet.cli.options import (
 )
 from megatron_hypenet.config.layout import SEQUENCE, ZERO, Layout
 from megatron_hypenet.config.loader import load_model_config, load_run_config
-from megatron_hypenet.errors import CheckpointError, LayoutError
+from megatron_hypenet.config.schema import STAGES
+from megatron_hypenet.errors import CheckpointError, LayoutError, UsageError
 
 if TYPE_CHECKING:
+    from megatron_hypenet.planning.hours import Hours
     from megatron_hypenet.planning.layout_search import Fit, StageNeed
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -54,17 +56,28 @@ def plan(
             help="Memory of one GPU in GiB; the default is an H100 of 80 GB.",
         ),
     ] = H100_GIB,
+    gpu: Annotated[
+        str,
+        typer.Option("--gpu", metavar="NAME", help="Kind of GPU for hours, e.g. H100 or A100."),
+    ] = "H100",
+    price: Annotated[
+        float | None,
+        typer.Option("--price", min=0.0, metavar="X", help="Price of a GPU-hour, to show costs."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say how much GPU memory each training stage takes, whether it fits, and which layouts do.
+    """Say how much GPU memory each training stage takes, whether it fits, which layouts do, and how
+    many hours a run takes.
 
-    For bfloat16 on CUDA, from shapes alone; needs no GPU, no weights and no data. Exit code 3 when
-    a stage does not fit.
+    For bfloat16 on CUDA, from shapes alone; needs no GPU, no weights and no data. Hours are for the
+    share of the GPU's peak that each stage reached on an H100. Exit code 3 when a stage does not
+    fit.
 
     Example:
 
       hypenet plan configs/run/distill_2b.yaml teacher=T data=D
-        --model configs/model/hypenet_9b.yaml --world-size 8
+        --model configs/model/hypenet_9b.yaml --world-size 8 parallel.zero_stage=2
+        distill.recompute=full finetune.recompute=full
     """
     run = load_run_config(config, collect_overrides(overrides, tp=tp, pp=pp, cp=cp))
     shape = load_model_config(model) if model else shape_if_present(run.teacher)
@@ -74,16 +87,33 @@ def plan(
             "name one with --model configs/model/NAME.yaml"
         )
     check_and_warn(run, shape, world_size)
+    from megatron_hypenet.halo.run_folder import RunFolder
+    from megatron_hypenet.halo.tasks import halo_steps
+    from megatron_hypenet.planning.eta import planned_work
+    from megatron_hypenet.planning.hours import hours_of
     from megatron_hypenet.planning.layout_search import fits, fullest, needs
+    from megatron_hypenet.training.throughput import PEAK_BF16, peak_flops
 
+    peak = peak_flops(gpu)
+    if peak is None:
+        raise UsageError(f"--gpu {gpu}: its peak is not known; use one of {', '.join(PEAK_BF16)}")
     layout = Layout(shape, run, world_size)
     found = needs(layout)
     others = fits(layout, gpu_memory * GIB)
     top = fullest(found)
+    steps = [step.name for step in halo_steps(run, RunFolder(run.output_dir))]
+    hours = hours_of(
+        planned_work(run, shape, steps),
+        gpus=layout.processes,
+        peak=peak,
+        recompute={name: getattr(run.stage(name), "recompute", "none") for name in STAGES},
+    )
     if as_json:
-        typer.echo(json.dumps(summary(layout, found, others, gpu_memory)))
+        content = summary(layout, found, others, gpu_memory)
+        typer.echo(json.dumps({**content, "gpu": gpu, "hours": hours_summary(hours, price)}))
     else:
-        typer.echo("\n".join([*table(layout, found), *advice(others, gpu_memory)]))
+        times = hours_table(hours, gpu, layout.processes, price)
+        typer.echo("\n".join([*table(layout, found), *times, *advice(others, gpu_memory)]))
     if top.memory.needed > gpu_memory * GIB:
         raise LayoutError(
             f"{top.stage} needs {top.memory.needed / GIB:.1f} GiB on pipeline stage "
@@ -118,6 +148,30 @@ def table(layout: Layout, found: list[StageNeed]) -> list[str]:
         "NCCL and 3% of gaps"
     )
     return lines
+
+
+def hours_table(hours: list[Hours], gpu: str, gpus: int, price: float | None) -> list[str]:
+    """One row per step that computes, and the sum."""
+    total = ("whole run", sum(row.hours for row in hours), sum(row.gpu_hours for row in hours))
+    heading = f"{'step':<10}{'hours':>10}{'GPU-hours':>12}" + (f"{'cost':>12}" if price else "")
+    lines = [
+        f"hours on {gpus} {gpu}, where each step reaches the share of the peak that it reached on "
+        "an H100; saves and moved files are left out",
+        heading,
+    ]
+    for name, time, gpu_hours in [*((row.step, row.hours, row.gpu_hours) for row in hours), total]:
+        cost = f"{gpu_hours * price:12,.0f}" if price else ""
+        lines.append(f"{name:<10}{time:10.2f}{gpu_hours:12.1f}{cost}")
+    return lines
+
+
+def hours_summary(hours: list[Hours], price: float | None) -> dict[str, dict[str, float]]:
+    """The same for machines, by step."""
+    return {
+        row.step: {"hours": round(row.hours, 4), "gpu_hours": round(row.gpu_hours, 3)}
+        | ({} if price is None else {"cost": round(row.gpu_hours * price, 2)})
+        for row in hours
+    }
 
 
 def advice(others: list[Fit], gpu_memory: float) -> list[str]:

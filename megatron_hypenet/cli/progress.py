@@ -11,6 +11,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+SAVE = "save"
+"""The kind of pause after which measurements are kept; planning/eta.py has all kinds."""
+
 if TYPE_CHECKING:
     from megatron_hypenet.data.prepare import Progress
     from megatron_hypenet.planning.eta import Clock
@@ -31,6 +34,10 @@ class Screen:
         self.clock = clock
         self.is_main = is_main
         self.stream = stream
+        self.keep: Callable[[], None] = lambda: None
+        """Called when speeds were measured which the next start of the run should know."""
+        self.whole = True
+        """Whether this command does the whole run; it counts the time of its own steps only."""
         self.does: dict[str, str] = {}
         """Step -> what it does in a few words, in order."""
         self._log: TextIO | None = None
@@ -60,14 +67,20 @@ class Screen:
             self.clock.skip(step)
             self.say(f"[{self._place(step)}] {step}: done before, skipped")
         elif what == "starts":
+            self.clock.begin(step)
             self.say(f"[{self._place(step)}] {step}: {self.does[step]}")
         else:
             self.clock.finish(step)
-            self.say(
-                f"[{self._place(step)}] {step}: {what} | run {100 * self.clock.fraction():.0f} % "
-                f"done, {self._left()}"
-            )
+            left = self._left()
+            share = f" | run {100 * self.clock.fraction():.0f} % done, {left}" if left else ""
+            self.say(f"[{self._place(step)}] {step}: {what}{share}")
+            self.keep()
         self._update(step)
+
+    def count_only(self, steps: set[str]) -> None:
+        """This command does no other steps than these."""
+        self.clock.only(steps)
+        self.whole = False
 
     def on_step(self, record: StepRecord) -> None:
         """An optimizer step of a training stage is done."""
@@ -78,14 +91,23 @@ class Screen:
         self.clock.progress(step, count, max(total, 1))
         self._update(step)
 
+    def pause(self, kind: str, seconds: float) -> None:
+        """An evaluation or a save inside a training stage took `seconds`."""
+        self.clock.pause(kind, seconds)
+        if kind == SAVE:
+            self.keep()
+
     def train_line(self, text: str) -> None:
         """A line of the training loop."""
-        self.say(
-            f"  {text} | whole run: {self._left()}" if text.startswith("iter ") else f"  {text}"
-        )
+        left = self._left() if text.startswith("iter ") else ""
+        what = "run" if self.whole else "command"
+        self.say(f"  {text} | whole {what}: {left}" if left else f"  {text}")
 
     def close(self) -> None:
         """Remove the bar and close the log."""
+        self.clock.end()
+        self.keep()
+        self.keep = lambda: None
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -100,14 +122,14 @@ class Screen:
         from megatron_hypenet.training.short_text import short_time
 
         eta = self.clock.eta()
-        return "time left unknown" if eta is None else f"{short_time(eta)} left"
+        return "" if eta is None else f"{short_time(eta)} left"
 
     def _update(self, step: str) -> None:
         if self._bar is not None:
             self._bar.update(
                 self._task,
                 completed=self.clock.fraction(),
-                description=f"{self._place(step)} {step}, {self._left()}",
+                description=", ".join(filter(None, (f"{self._place(step)} {step}", self._left()))),
             )
 
 

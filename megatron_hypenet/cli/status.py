@@ -122,7 +122,7 @@ def last_lines(lines: list[str]) -> tuple[dict[str, Any] | None, dict[str, Any] 
                 (part.strip() for part in match.group(3).split("|") if "tok/s" in part), ""
             )
             eta = numbers.get("eta", "")
-            whole = numbers.get("whole", "").removeprefix("run: ")
+            whole = numbers.get("whole", "").removeprefix("run: ").removeprefix("command: ")
             iteration = {
                 "number": int(match.group(1)),
                 "of": int(match.group(2)),

@@ -56,6 +56,8 @@ class Halo:
     """Called with every optimizer step of a training stage."""
     on_part: Callable[[str, int, int], None] = lambda step, count, total: None
     """(task, parts done, number of parts): called with the progress of other long tasks."""
+    on_pause: Callable[[str, float], None] = lambda kind, seconds: None
+    """("evaluate" or "save", seconds): called when training paused for it."""
     log: Callable[[str], None] = lambda text: None
     """Called with the lines of the training loop."""
 
@@ -153,6 +155,7 @@ class Halo:
                 "pipeline_layout": list(stage.layout),
             },
             on_step=self.on_step,
+            on_pause=self.on_pause,
             evaluate=self._heldout_loss_of(stage),
             log=self.log,
         )

@@ -58,6 +58,7 @@ _OWN_FILES = (
     "jobs.json",
     "timing.json",
     "start.json",
+    "rates.json",
     "job.sbatch",
     *(f"job_{part}.sbatch" for part in (*STAGES, "finish")),
 )

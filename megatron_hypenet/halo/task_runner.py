@@ -84,6 +84,7 @@ class Runner:
         barrier: Callable[[], None] = lambda: None,
         announce: Callable[[str, str], None] = lambda step, what: None,
         may_start: Callable[[str], None] = lambda step: None,
+        limited: Callable[[set[str]], None] = lambda steps: None,
         decided: Callable[[Callable[[], Any]], Any] = lambda decide: decide(),
         verify: Callable[[Path], Any] = lambda checkpoint: verify_files(
             checkpoint, hashes=True, parts=WEIGHTS_PARTS
@@ -92,6 +93,7 @@ class Runner:
         """Take callbacks that all processes call in the same order:
 
         - `announce(step, what)` is called for every step: "skipped", "starts" or "done in 12.3 s".
+        - `limited(steps)` is called when no other steps than these will be done.
           - `may_start(step)` is called before a step that has work to do, and may end the run by
             raising.
         - `decided(decide)` returns the result of `decide` on the first process. -
@@ -105,6 +107,7 @@ class Runner:
         self.barrier = barrier
         self.announce = announce
         self.may_start = may_start
+        self.limited = limited
         self.decided = decided
         self.verify = verify
         self.settings = run.model_dump(mode="json")
@@ -125,7 +128,7 @@ class Runner:
         stage has in common with the shorter one that it continues."""
         found: dict[str, str] = {}  # every predecessor is computed once
         for before, step in self.steps.items():
-            if before in self._needed_for(name):
+            if before in self.needed_for(name):
                 settings = {section: self.settings[section] for section in step.settings}
                 lengths = {f"{before}.{key}" for key in ("train_iters", "lr_decay_iters")}
                 found[before] = fingerprint_of(
@@ -171,7 +174,8 @@ class Runner:
 
     def run_through(self, last: str) -> None:
         """Do every step up to and including `last` that `last` depends on and that is not done."""
-        wanted = self._needed_for(last)
+        wanted = self.needed_for(last)
+        self.limited(wanted)
         for name in self.steps:
             if name in wanted:
                 self.run_step(name)
@@ -268,7 +272,8 @@ class Runner:
         except (CheckpointError, DataError, OSError):
             return False
 
-    def _needed_for(self, last: str) -> set[str]:
+    def needed_for(self, last: str) -> set[str]:
+        """Names of the steps that `last` depends on, and its own."""
         needed = {last}
         for name in reversed(self.steps):
             if name in needed:

@@ -57,6 +57,7 @@ class DistillSpec(HeadSpec):
 
     name = DistillStage.name
     needs_teacher = True
+    mfu = 0.49
 
     def build(self, source: ModelSource, config: StageConfig) -> DistillStage:
         """The student that trains, then the teacher."""

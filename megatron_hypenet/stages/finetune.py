@@ -46,6 +46,7 @@ class FinetuneSpec(HeadSpec):
 
     name = FinetuneStage.name
     needs_teacher = False
+    mfu = 0.53
 
     def build(self, source: ModelSource, config: StageConfig) -> FinetuneStage:
         """The student that trains."""

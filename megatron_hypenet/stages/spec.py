@@ -49,6 +49,10 @@ class StageSpec(ABC):
     through_head: ClassVar[bool]
     """Whether a whole student trains through its output head; it then starts from a student."""
 
+    mfu: ClassVar[float] = 0.4
+    """Share of a GPU's dense bf16 peak that its steps reach, measured on an H100 (README.md,
+    "Speed"); the estimate of time goes by it until a run has measured its own speed."""
+
     @abstractmethod
     def build(self, source: ModelSource, config: StageConfig) -> StageModule:
         """The stage's module with the models of `source`."""

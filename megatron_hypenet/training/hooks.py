@@ -75,7 +75,7 @@ class ProgressHook(Hook):
             record.step,
             loss=None if record.skipped else record.loss,
             tokens_per_second=round(record.tokens_per_second, 1),
-            eta_seconds=round(record.eta_seconds, 1),
+            eta_seconds=None if record.eta_seconds is None else round(record.eta_seconds, 1),
             skipped_steps=end.skipped_steps,
         )
 
@@ -132,11 +132,31 @@ class RecordingHook(Hook):
 
 
 class CallbackHook(Hook):
-    """Calls a function with every step."""
+    """Calls functions of the caller with every step and every pause of training."""
 
-    def __init__(self, function: Callable[[StepRecord], None]) -> None:
-        self.function = function
+    def __init__(
+        self,
+        on_step: Callable[[StepRecord], None] | None = None,
+        on_pause: Callable[[str, float], None] | None = None,
+        *,
+        background: bool = False,
+    ) -> None:
+        """`background` says that saves are written while training goes on, which is no pause."""
+        self.on_step = on_step
+        self.on_pause = on_pause
+        self.background = background
 
     def on_step_end(self, end: StepEnd) -> None:
-        """Call the function."""
-        self.function(end.record)
+        """Call the function for steps."""
+        if self.on_step is not None:
+            self.on_step(end.record)
+
+    def on_eval(self, step: int, values: Mapping[str, float], seconds: float) -> None:
+        """Call the function for pauses."""
+        if self.on_pause is not None:
+            self.on_pause("evaluate", seconds)
+
+    def on_save(self, committed: Path, seconds: float) -> None:
+        """Call the function for pauses."""
+        if self.on_pause is not None and not self.background:
+            self.on_pause("save", seconds)

@@ -52,6 +52,7 @@ def train(
     tokenizer_dir: Path | None = None,
     extra: dict[str, Any] | None = None,
     on_step: Callable[[StepRecord], None] | None = None,
+    on_pause: Callable[[str, float], None] | None = None,
     evaluate: Callable[[int], Mapping[str, float]] | None = None,
     log: Callable[[str], None] | None = None,
 ) -> Path:
@@ -60,7 +61,8 @@ def train(
 
     Returns at once when that checkpoint exists and its files are verified. Otherwise it continues
     from the newest usable checkpoint; on the same layout the continuation is bit-equal. `on_step`
-    is called with every step on every process; `evaluate` gives extra TensorBoard points every
+    is called with every step on every process, `on_pause` with "evaluate" or "save" and the seconds
+    for which training paused; `evaluate` gives extra TensorBoard points every
     eval_interval steps and after the last. `extra` goes into the manifests. Raises DivergedError
     (weights unchanged since the last good step), SavedAndRequeue after a signal or STOP file,
     LayoutError when the stage does not fit the GPU, CheckpointError.
@@ -88,7 +90,7 @@ def train(
         hooks = [
             ProgressHook(timing, run.output_dir),
             RecordingHook(parts.recorder, StepTimes(parts.engine.own_time), config),
-            *([CallbackHook(on_step)] if on_step is not None else []),
+            CallbackHook(on_step, on_pause, background=run.checkpoint.async_save),
         ]
         return _Loop(job, parts, requests, hooks, evaluate).run_to_end()
 

@@ -75,7 +75,9 @@ class StepRecord:
     lr: float
     tokens_per_second: float
     """Tokens per second, averaged over the current log interval."""
-    eta_seconds: float
+    eta_seconds: float | None
+    """Seconds to the last step at the mean speed of this start, evaluations and saves included;
+    None after its first step, which also compiles."""
     workload: Workload | None = None
     skipped: bool = False
     """True when the loss or the gradient was not finite and nothing was updated; loss and grad_norm
@@ -88,8 +90,8 @@ class StepRecord:
         return (
             f"iter {self.step}/{self.train_iters} | loss {self.loss:.4g} | gnorm "
             f"{self.grad_norm:.3g} | lr {self.lr:.2e} | "
-            f"{short_count(self.tokens_per_second)} tok/s{self._use()} | eta "
-            f"{short_time(self.eta_seconds)}"
+            f"{short_count(self.tokens_per_second)} tok/s{self._use()}"
+            + ("" if self.eta_seconds is None else f" | eta {short_time(self.eta_seconds)}")
         )
 
     def _use(self) -> str:
@@ -193,6 +195,8 @@ class Recorder:
 
             # from step 0 too: a start that ended before its first save may have written points
             self._board = SummaryWriter(str(tensorboard_dir), purge_step=step + 1)
+        self._first: tuple[int, float] | None = None
+        """The first step of this start, and when it was done."""
         self._restart(step)
 
     def _restart(self, step: int) -> None:
@@ -224,7 +228,7 @@ class Recorder:
         elapsed = max(time.perf_counter() - self._since, 1e-9)
         if self._losses is not None:
             self._losses.append(step, None if skipped else loss, None if skipped else grad_norm, lr)
-        eta = elapsed / (step - self._from_step) * (self.train_iters - step)
+        eta = self._eta(step)
         return StepRecord(
             stage=self.stage,
             step=step,
@@ -237,6 +241,16 @@ class Recorder:
             workload=self.workload,
             skipped=skipped,
         )
+
+    def _eta(self, step: int) -> float | None:
+        moment = time.perf_counter()
+        if self._first is None:
+            self._first = (step, moment)
+        first, since = self._first
+        left = self.train_iters - step
+        if left == 0:
+            return 0.0
+        return (moment - since) / (step - first) * left if step > first else None
 
     def interval(
         self,

@@ -73,6 +73,26 @@ def test_json(hypenet):
     assert finetune["needed"] <= 140 * 2**30 and len(answer["layouts_that_fit"]) > 10
 
 
+def test_hours_and_costs_follow_from_gpus_and_price(hypenet):
+    words = [*WORDS, "configs/model/hypenet_2b.yaml", "--world-size", "8"]
+    code, out, _ = hypenet(*words, "--price", "2.5")
+    assert code == 0 and "hours on 8 H100" in out and "whole run" in out and "cost" in out
+    answers = [
+        json.loads(hypenet(*words, "--gpu", gpu, "--json")[1])["hours"] for gpu in ("H100", "A100")
+    ]
+    distill = [answer["distill"]["gpu_hours"] for answer in answers]
+    assert distill[1] / distill[0] == pytest.approx(989 / 312, rel=1e-3)
+    code, _, err = hypenet(*words, "--gpu", "Voodoo2")
+    assert code == 2 and "use one of H100 PCIe, " in err
+
+
+def test_the_example_of_the_readme_fits(hypenet, repo_root):
+    readme = (repo_root / "README.md").read_text(encoding="utf-8")
+    command = readme[readme.index("hypenet plan configs/run/") :].split("\n\n")[0]
+    words = command.replace("\\\n", " ").replace("...", "X").split()[2:]
+    assert hypenet(*words)[0] == 0
+
+
 def test_nothing_fits(hypenet):
     code, out, err = hypenet(*WORDS, "configs/model/hypenet_9b.yaml")
     assert code == 3 and "no layout on these GPUs fits" in out and "use more than 1 GPUs" in err

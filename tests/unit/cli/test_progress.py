@@ -5,7 +5,7 @@ import io
 import pytest
 
 from megatron_hypenet.cli.progress import Screen
-from megatron_hypenet.planning.eta import Clock
+from megatron_hypenet.planning.eta import Clock, Planned
 from megatron_hypenet.training.metrics import StepRecord
 
 
@@ -23,7 +23,7 @@ def time():
 
 def make(tmp_path, time, stream, **kwargs):
     screen = Screen(
-        Clock({"data": 1.0, "align": 3.0}, now=lambda: time[0]),
+        Clock({"data": Planned(), "align": Planned(flops=3.0)}, now=lambda: time[0]),
         tmp_path / "logs" / "x.log",
         stream=stream,
         **kwargs,
@@ -32,11 +32,11 @@ def make(tmp_path, time, stream, **kwargs):
     return screen
 
 
-def step(number):
+def step(number, of=2):
     return StepRecord(
         stage="align",
         step=number,
-        train_iters=2,
+        train_iters=of,
         loss=1.0,
         grad_norm=1.0,
         lr=1.0,
@@ -52,20 +52,26 @@ def test_lines_tell_place_share_and_time_left(tmp_path, time):
     time[0] = 10.0
     screen.announce("data", "done in 10.0 s")
     screen.announce("align", "starts")
-    time[0] = 25.0
-    screen.on_step(step(1))
-    screen.train_line("iter 1/2 | loss 1")
+    screen.train_line("iter 1/8 | loss 1")  # nothing is measured yet
+    for number in range(1, 5):
+        time[0] += 5.0
+        screen.on_step(step(number, of=8))
+    screen.train_line("iter 4/8 | loss 1")
     screen.train_line("saved")
+    screen.count_only({"align"})
+    screen.train_line("iter 4/8 | loss 1")
     screen.close()
     assert stream.getvalue().splitlines() == [
         "[1/2] data: tokenize",
-        "[1/2] data: done in 10.0 s | run 25 % done, 30s left",
+        "[1/2] data: done in 10.0 s",
         "[2/2] align: stage 1",
-        "  iter 1/2 | loss 1 | whole run: 15s left",
+        "  iter 1/8 | loss 1",
+        "  iter 4/8 | loss 1 | whole run: 20s left",
         "  saved",
+        "  iter 4/8 | loss 1 | whole command: 20s left",
     ]
     log = (tmp_path / "logs" / "x.log").read_text().splitlines()
-    assert len(log) == 5 and log[0].endswith(" [1/2] data: tokenize") and log[0][:2] == "20"
+    assert len(log) == 7 and log[0].endswith(" [1/2] data: tokenize") and log[0][:2] == "20"
 
 
 def test_skipped_steps_are_said_and_not_counted(tmp_path, time):
@@ -74,10 +80,7 @@ def test_skipped_steps_are_said_and_not_counted(tmp_path, time):
     screen.announce("data", "skipped")
     screen.train_line("iter 1/2")
     screen.close()
-    assert (
-        stream.getvalue()
-        == "[1/2] data: done before, skipped\n  iter 1/2 | whole run: time left unknown\n"
-    )
+    assert stream.getvalue() == "[1/2] data: done before, skipped\n  iter 1/2\n"
 
 
 def test_other_processes_are_silent(tmp_path, time):
@@ -94,14 +97,33 @@ def test_a_terminal_gets_a_bar_and_keeps_the_lines(tmp_path, time):
     screen = make(tmp_path, time, stream)
     screen.announce("align", "starts")
     time[0] = 5.0
-    screen.part("align", 1, 2)
+    screen.part("align", 1, 4)
+    screen.part("align", 2, 4)
+    time[0] = 10.0
+    screen.part("align", 3, 4)
     screen.say("[a line with brackets]")
     screen.close()
     assert (
         "[a line with brackets]" in stream.getvalue()
         and "[2/2] align: stage 1" in stream.getvalue()
     )
-    assert screen.clock.fraction() == pytest.approx(1.5 / 4)
+    assert "align, 2s left" in stream.getvalue()
+
+
+def test_measurements_are_kept_after_saves_steps_and_at_the_end(tmp_path, time):
+    screen = make(tmp_path, time, io.StringIO())
+    kept = []
+    screen.keep = lambda: kept.append(time[0])
+    screen.announce("align", "starts")
+    time[0] = 1.0
+    screen.pause("evaluate", 1.0)
+    screen.pause("save", 1.0)
+    time[0] = 2.0
+    screen.announce("align", "done in 2.0 s")
+    time[0] = 3.0
+    screen.close()
+    screen.close()
+    assert kept == [1.0, 2.0, 3.0]
 
 
 def test_a_continued_run_keeps_its_log(tmp_path, time):

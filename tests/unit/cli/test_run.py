@@ -26,7 +26,7 @@ def test_a_run_makes_a_model_and_running_again_does_nothing(config, tmp_path, ca
     assert run(["run", str(config)]) == 0
     shown = capsys.readouterr()
     assert "student after stage 3" in shown.out and str(tmp_path / "run" / "export") in shown.out
-    assert "[10/10] report: done" in shown.err and "whole run:" in shown.err
+    assert "[10/10] report: done" in shown.err and "float32; 1 process, ZeRO 1\n" in shown.err
     exported = json.loads((tmp_path / "run" / "export" / "config.json").read_text())
     assert exported["model_type"] == "hypenet" and exported["attn_logits_scaling"] == "hype 500"
     with safe_open(tmp_path / "run" / "export" / "model.safetensors", "pt") as tensors:

@@ -1,0 +1,80 @@
+"""What a run is about to compute and where, in a few lines before it begins.
+
+Not a verb: every command that works on a run says it.
+"""
+
+from __future__ import annotations
+
+import shutil
+
+from megatron_hypenet.config.model import ModelConfig
+from megatron_hypenet.config.schema import STAGES, ParallelConfig, RunConfig
+
+
+def banner(run: RunConfig, teacher: ModelConfig, num_processes: int) -> list[str]:
+    """Lines with device, precision, processes, sizes, tokens and free disk; the device is that of
+    this process."""
+    from megatron_hypenet.halo.build_stage import compute_dtype
+
+    dtype = str(compute_dtype(run)).removeprefix("torch.")
+    lines = [f"{device_name(num_processes)}, {dtype}; {layout_words(run, num_processes)}"]
+    student = teacher.converted(run.align.spec)
+    lines.append(
+        f"teacher {short(parameters(teacher))} parameters, {teacher.num_layers} layers; with "
+        f"{run.align.mixer} in all of them {short(parameters(student))}"
+    )
+    total = 0
+    for name in STAGES:
+        stage = run.stage(name)
+        total += stage.tokens_per_step * stage.train_iters
+        lines.append(
+            f"{name:<9}{stage.global_batch_size} x {stage.seq_length} = "
+            f"{stage.tokens_per_step:,} tokens a step, {stage.train_iters:,} steps, "
+            f"{short(stage.tokens_per_step * stage.train_iters)} tokens"
+        )
+    free = shutil.disk_usage(run.output_dir).free
+    lines.append(f"{short(total)} tokens in all; {free / 2**30:,.0f} GiB free in {run.output_dir}")
+    return lines
+
+
+def device_name(num_processes: int) -> str:
+    """The kind of device and how many are used, e.g. "8 x NVIDIA H100 80GB HBM3"."""
+    import torch
+
+    from megatron_hypenet.parallel.cpu import device
+
+    if device().type == "cuda":
+        return f"{num_processes} x {torch.cuda.get_device_name()}"
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' if threads > 1 else ''} a process"
+
+
+def layout_words(run: RunConfig, num_processes: int) -> str:
+    """The number of processes and the axes that they share the work by."""
+    parallel: ParallelConfig = run.parallel
+    axes = {
+        "tensor": parallel.tensor_model_parallel_size,
+        "pipeline": parallel.pipeline_model_parallel_size,
+        "context": parallel.context_parallel_size,
+        "data": num_processes // parallel.model_parallel_size,
+    }
+    used = ", ".join(f"{axis} {size}" for axis, size in axes.items() if size > 1)
+    noun = "process" if num_processes == 1 else "processes"
+    return f"{num_processes} {noun}{f' ({used})' if used else ''}, ZeRO {parallel.zero_stage}"
+
+
+def parameters(model: ModelConfig) -> float:
+    """Weights of a model."""
+    per_layer = 3 * model.hidden_size * model.ffn_hidden_size + 2 * model.hidden_size
+    mixers = sum(model.spec(name).num_parameters(model) for name in model.mixer_types)
+    tables = 1 if model.share_embeddings_and_output_weights else 2
+    table = tables * model.vocab_size * model.hidden_size
+    return mixers + model.num_layers * per_layer + table + model.hidden_size
+
+
+def short(value: float) -> str:
+    """A count with three digits: 1.72 B."""
+    for limit, suffix in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
+        if value >= limit:
+            return f"{value / limit:.3g}{suffix}"
+    return f"{value:.0f}"
