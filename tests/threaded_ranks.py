@@ -84,6 +84,20 @@ def reduce_scatter_tensor(output, mine, group=None, async_op=False):
     return _deliver(output.view(-1), total.chunk(group.size())[group.rank()], async_op)
 
 
+def all_to_all_single(output, mine, output_splits, input_splits, group=None):
+    assert output.is_contiguous() and mine.is_contiguous()
+    pieces = _everyone(group, mine)
+    splits = group.shared
+    splits.slots[group.rank()] = list(input_splits)
+    splits.barrier.wait()
+    all_splits = list(splits.slots)
+    splits.barrier.wait()
+    me = group.rank()
+    arrived = [piece.split(split)[me] for piece, split in zip(pieces, all_splits, strict=True)]
+    assert [len(piece) for piece in arrived] == list(output_splits)
+    output.copy_(torch.cat(arrived))
+
+
 class P2POp:
     def __init__(self, op, tensor, peer, group=None):
         assert tensor.is_contiguous()
@@ -117,6 +131,7 @@ def threaded_collectives():
     """torch.distributed's collectives work on `ThreadGroup`s meanwhile."""
     replaced = {
         "all_gather_into_tensor": all_gather_into_tensor,
+        "all_to_all_single": all_to_all_single,
         "reduce_scatter_tensor": reduce_scatter_tensor,
         "P2POp": P2POp,
         "batch_isend_irecv": batch_isend_irecv,

@@ -14,7 +14,7 @@ import argparse
 import json
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,40 +119,67 @@ def work(case: dict[str, Any], out: Path) -> None:
     )
     groups.init_parallel(parallel)
     exchanged = []
-    start = state_exchange._Flight.start
+    send = state_exchange.StateTransfer.send
 
-    def counted(flight: Any, *mine: Any) -> None:
+    def counted(transfer: Any, *mine: Any) -> None:
         exchanged.append(
-            sum(x.numel() * x.element_size() for x in mine) * (flight.group.size() - 1)
+            sum(x.numel() * x.element_size() for x in mine) * (transfer.group.size() - 1)
         )
-        start(flight, *mine)
+        send(transfer, *mine)
 
-    state_exchange._Flight.start = counted  # type: ignore[method-assign]
+    state_exchange.StateTransfer.send = counted  # type: ignore[method-assign]
     stage = build(case["stage"], student, config, parallel, by_name=case["by_name"])
     steps = TimedSteps(stage, config, parallel)
     steps.run(case["warmup"])
     steps.run(case["steps"])
+    seconds = steps.seconds
+    kernels = busiest_kernels(lambda: steps.run(1)) if case["profile"] else []
     steps.close()
-    tokens_per_second = config.tokens_per_step / median(steps.seconds)
+    tokens_per_second = config.tokens_per_step / median(seconds)
     flops = stage.flops_per_token(config.seq_length)
     peak = peak_flops()
     result = {
         **case,
         "losses": steps.losses,
         "grad_norms": steps.norms,
-        "seconds": steps.seconds,
+        "seconds": seconds,
         "tokens_per_second": tokens_per_second,
         "flops_per_second_per_gpu": tokens_per_second * flops / case["processes"],
         "mfu": tokens_per_second * flops / case["processes"] / peak if peak else None,
         "memory_gib": memory_gib(),
+        "kernels": kernels,
         "lightning_bytes_per_exchange": max(exchanged, default=0),
-        "lightning_exchanges_per_step": len(exchanged) / config.train_iters,
+        "lightning_exchanges_per_step": len(exchanged) / len(steps.losses),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
         "torch": torch.__version__,
     }
     if groups.rank() == 0:
         out.write_text(json.dumps(result))
     exit_process(0)
+
+
+def busiest_kernels(step: Callable[[], None], count: int = 40) -> list[dict[str, Any]]:
+    """What the GPU did during `step`: milliseconds and launches of the kernels that took longest,
+    under the sum of all."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as found:
+        step()
+    events = [
+        event
+        for event in found.key_averages()
+        if event.device_type == torch.autograd.DeviceType.CUDA and event.self_device_time_total > 0
+    ]
+    events.sort(key=lambda event: -event.self_device_time_total)
+    rows = [
+        {"kernel": event.key[:120], "ms": event.self_device_time_total / 1e3, "times": event.count}
+        for event in events
+    ]
+    total = sum(row["ms"] for row in rows)
+    return [{"kernel": "all", "ms": total, "times": sum(row["times"] for row in rows)}] + rows[
+        :count
+    ]
 
 
 def run_case(case: dict[str, Any]) -> dict[str, Any]:
@@ -233,14 +260,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--tiny", action="store_true", help="a tiny model on two CPU processes")
     parser.add_argument("--only", default="", help="only cases of this kind: parity or efficiency")
+    parser.add_argument("--stage", default="", help="only cases of this stage")
+    parser.add_argument("--layout", action="append", help="only this layout; can be repeated")
+    parser.add_argument(
+        "--profile", action="store_true", help="kernels of one more step, in the JSON file"
+    )
     parser.add_argument("--work", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
         work(json.loads(options.work), options.out)
     results = []
     for case in cases(options.tiny):
-        if options.only in ("", case["kind"]):
-            results.append(run_case(case))
+        wanted = options.only in ("", case["kind"]) and options.stage in ("", case["stage"])
+        if wanted and (not options.layout or case["layout"] in options.layout):
+            results.append(run_case({**case, "profile": options.profile}))
             print(
                 json.dumps(
                     {

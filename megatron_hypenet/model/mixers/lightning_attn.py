@@ -22,6 +22,7 @@ from megatron_hypenet.parallel.context.state_algebra import (
     carry_weights,
     read_factor,
 )
+from megatron_hypenet.parallel.context.state_exchange import StateTransfer, split_chunks
 from megatron_hypenet.parallel.norm import AllHeadsRMSNorm
 
 
@@ -47,15 +48,24 @@ class LightningAttn(Mixer):
     def mix_projected(
         self, projected: Tensor, rotary_pos_emb: Tensor | None, document_ids: Tensor | None
     ) -> Tensor:
-        """Run as one node of the autograd graph where this rank has all heads, the whole sequence,
-        and kernels for it; otherwise call `mix`."""
-        alone = self.tensor_size == 1 and self.context_group.size() == 1
+        """Run as one node of the autograd graph where this rank has all heads and kernels for it;
+        otherwise call `mix`."""
+        group = self.context_group
+        split = group.size() > 1
         # under ZeRO-3 a norm may be partitioned until its own module runs
         gathered = self.q_norm.weight.numel() == self.head_dim
-        if not (alone and gathered and lightning_mix.fits(projected, self.head_dim)):
+        fits = lightning_mix.fits(projected, self.head_dim, split=split)
+        if not (self.tensor_size == 1 and gathered and fits):
             return super().mix_projected(projected, rotary_pos_emb, document_ids)
         assert rotary_pos_emb is not None, "the model passes RoPE angles to every layer"
-        check_document_ids(document_ids, projected.shape[1], projected.shape[0])
+        check_document_ids(document_ids, projected.shape[1], projected.shape[0] * group.size())
+        transfer = None
+        if split:
+            # copied in the first call only, so that later calls wait for nothing
+            self.log_decay = self.log_decay.to(projected.device)
+            chunks = split_chunks(projected.shape[0], group, document_ids)
+            transfer = StateTransfer(group, decay_algebra(self.log_decay, chunks))
+            document_ids = chunks.rows
         return lightning_mix.lightning_mix(
             projected,
             self.q_norm.weight,
@@ -66,6 +76,7 @@ class LightningAttn(Mixer):
             scale=1.0 / math.sqrt(self.head_dim),
             eps=self.q_norm.eps,
             document_ids=document_ids,
+            transfer=transfer,
         )
 
     def mix(
@@ -120,6 +131,11 @@ def context_lightning_attn(
     return exchange_states(exchange, q, k, v, group=group, document_ids=document_ids)
 
 
+def decay_algebra(log_decay: Tensor, chunks: Chunks) -> Decay:
+    """How states cross these chunks with heads that decay at rates log_decay [h]."""
+    return Decay(carry_weights(log_decay, chunks.tokens, chunks.number, chunks.document_ids))
+
+
 class LightningExchange(ChunkExchange):
     """The summary of a chunk is its final state; its outputs are those from a zero state plus what
     is read from the incoming one."""
@@ -130,9 +146,7 @@ class LightningExchange(ChunkExchange):
 
     def combine(self, chunks: Chunks) -> Decay:
         """Powers of the decay, zero across documents."""
-        return Decay(
-            carry_weights(self.log_decay, chunks.tokens, chunks.number, chunks.document_ids)
-        )
+        return decay_algebra(self.log_decay, chunks)
 
     def local_summary(self, chunks: Chunks, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Final states [2 b, h, k, v]; they read k and v only."""

@@ -122,6 +122,27 @@ def check_lightning(
     )
 
 
+class _TwoChunks:
+    """Carries states from the first of two chunks to the second, on one device. Where a document
+    ends between the two (`continues` [1] is false) nothing is carried."""
+
+    def __init__(self, continues: Tensor | float) -> None:
+        self.continues = continues
+
+    def send(self, *summary: Tensor) -> None:
+        (self.states,) = summary
+
+    def incoming(self) -> Tensor:
+        return torch.stack([torch.zeros_like(self.states[0]), self.states[0] * self.continues])
+
+    def send_gradient(self, gradient: Tensor) -> None:
+        self.gradient = gradient
+
+    def summary_gradients(self) -> tuple[Tensor, ...]:
+        first = self.gradient[1] * self.continues
+        return (torch.stack([first, torch.zeros_like(first)]),)
+
+
 def check_lightning_mix(
     device: torch.device,
     dtype: torch.dtype,
@@ -130,8 +151,10 @@ def check_lightning_mix(
     heads: int = 4,
     documents: bool,
     tokens: int = 600,
+    split: bool = False,
 ) -> KernelCheck:
-    """Output and gradients of the whole mixer between its projections, in several segments."""
+    """Output and gradients of the whole mixer between its projections, in several segments; `split`
+    treats the tokens as two chunks, as context parallelism does."""
 
     def run() -> Pairs:
         from megatron_hypenet.ops.lightning_attn.triton import ways
@@ -170,6 +193,14 @@ def check_lightning_mix(
             )
 
         def fused(projected: Tensor, wq: Tensor, wk: Tensor, wo: Tensor) -> Tensor:
+            rows = ids
+            transfer = None
+            if split:
+                continues: Tensor | float = 1.0
+                if ids is not None:
+                    rows = ids.view(2, -1)
+                    continues = (rows[0, -1] == rows[1, 0]).float()
+                transfer = _TwoChunks(continues)
             return lightning_mix(
                 projected,
                 wq,
@@ -179,7 +210,8 @@ def check_lightning_mix(
                 decay,
                 scale=head_dim**-0.5,
                 eps=EPS,
-                document_ids=ids,
+                document_ids=rows,
+                transfer=transfer,
             )
 
         pairs: Pairs = {}
@@ -195,7 +227,11 @@ def check_lightning_mix(
         else MIX_LIMITS[dtype]
     )
     return check(
-        f"lightning_mix head_dim {head_dim}{' packed' if documents else ''}", dtype, limit, run
+        f"lightning_mix head_dim {head_dim}{' packed' if documents else ''}"
+        f"{' split' if split else ''}",
+        dtype,
+        limit,
+        run,
     )
 
 
@@ -216,4 +252,10 @@ def check_lightning_attn_use(where: torch.device, use: KernelUse) -> KernelCheck
 
 def check_lightning_mix_use(where: torch.device, use: KernelUse) -> KernelCheck:
     """The check of family lightning_mix for a model's use of it."""
-    return check_lightning_mix(where, use.dtype, head_dim=use.head_dim, documents=use.documents)
+    return check_lightning_mix(
+        where,
+        use.dtype,
+        head_dim=use.head_dim,
+        documents=use.documents,
+        split=use.context_ranks > 1,
+    )

@@ -236,17 +236,21 @@ def backward_into(
             dinitial *= scale
 
 
-def _final_state(k: Tensor, v: Tensor, decay: Tensor, ids: Tensor | None) -> Tensor:
-    """[b, h, k, v], fp32."""
-    plan = _plan(k, v)
-    blocks = _plan(k, v).states
-    b, t, h, dk = k.shape
-    dv = v.shape[-1]
-    states = _segment_states(k, v, decay, ids, plan, reverse=False, always=True)
+def final_state(
+    y: Tensor, z: Tensor, decay: Tensor, ids: Tensor | None, *, reverse: bool = False
+) -> Tensor:
+    """sum_t gamma^(T-1-t) y_t z_t^T over the last document of each row, fp32 [b, h, y dim, z dim];
+    in reverse sum_t gamma^(t+1) y_t z_t^T over the first one. Only tokens near that end are
+    read."""
+    plan = _plan(y, z)
+    blocks = plan.states
+    b, t, h, dim_y = y.shape
+    dim_z = z.shape[-1]
+    states = _segment_states(y, z, decay, ids, plan, reverse=reverse, always=True)
     if plan.num_segments == 1:
-        return states.view(b, h, dk, dv)
-    final = k.new_empty(b, h, dk, dv, dtype=torch.float32)
-    combine_kernel[(triton.cdiv(dv, blocks.columns), b * h)](
+        return states.view(b, h, dim_y, dim_z)
+    final = y.new_empty(b, h, dim_y, dim_z, dtype=torch.float32)
+    combine_kernel[(triton.cdiv(dim_z, blocks.columns), b * h)](
         states,
         final,
         decay,
@@ -255,14 +259,20 @@ def _final_state(k: Tensor, v: Tensor, decay: Tensor, ids: Tensor | None) -> Ten
         h,
         plan.segment_tokens,
         plan.num_segments,
-        dim_x=dk,
-        dim_z=dv,
-        block_x=power_of_two(dk),
+        dim_x=dim_y,
+        dim_z=dim_z,
+        block_x=power_of_two(dim_y),
         block_z=blocks.columns,
+        reverse=reverse,
         documents=ids is not None,
         num_warps=blocks.warps,
     )
     return final
+
+
+def _final_state(k: Tensor, v: Tensor, decay: Tensor, ids: Tensor | None) -> Tensor:
+    """[b, h, k, v], fp32."""
+    return final_state(k, v, decay, ids)
 
 
 def _segment_states(

@@ -93,17 +93,19 @@ def segment_states_kernel(
 def combine_kernel(
     states, final, log2_decay, ids_ptr, length, heads, segment_tokens, num_segments,
     dim_x: tl.constexpr, dim_z: tl.constexpr,
-    block_x: tl.constexpr, block_z: tl.constexpr, documents: tl.constexpr,
+    block_x: tl.constexpr, block_z: tl.constexpr, reverse: tl.constexpr, documents: tl.constexpr,
 ):  # fmt: skip
-    """The state after the whole sequence, `final` [b*h, x, z], from those of its segments. Grid: (z
-    blocks, b*h)."""
+    """The state after the whole sequence (before it in a reverse scan), `final` [b*h, x, z], from
+    those of its segments. Grid: (z blocks, b*h)."""
     first_col = tl.program_id(0) * block_z
     bh = tl.program_id(1)
     decay = tl.load(log2_decay + bh % heads)
     ids = ids_ptr + (bh // heads).to(tl.int64) * length
+    # the state that would enter a segment on the other side
+    beyond = num_segments * 0 - 1 if reverse else num_segments
     owner = 0
     if documents:
-        owner = entering_owner(ids, num_segments, segment_tokens, length, False)
+        owner = entering_owner(ids, beyond, segment_tokens, length, reverse)
     state = entering_state(
         states,
         final,
@@ -111,7 +113,7 @@ def combine_kernel(
         owner,
         decay,
         bh,
-        num_segments,
+        beyond,
         num_segments,
         segment_tokens,
         length,
@@ -122,7 +124,7 @@ def combine_kernel(
         dim_z,
         block_x,
         block_z,
-        False,
+        reverse,
         documents,
         False,
     )

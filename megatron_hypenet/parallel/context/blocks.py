@@ -1,11 +1,11 @@
 """Softmax attention of some queries to some keys, with the log-sum-exp that joins blocks: pure
 tensor functions.
 
-A block says which positions of the whole sequence its queries and keys hold. `attend` picks torch's
-flash kernel where it can run (CUDA, bf16 or fp16) and plain torch elsewhere, in fp32 or wider, a
-tile of queries at a time, so that memory grows linearly with the keys. Shapes: b batch, m queries,
-n keys, h heads, g key/value groups, d head_dim; no kernel repeats k or v for the heads of a
-group."""
+A block says which positions of the whole sequence its queries and keys hold. `attend` picks cuDNN's
+kernel where it can run (CUDA, bf16 or fp16, no packed documents), then torch's flash kernel, and
+elsewhere plain torch, in fp32 or wider, a tile of queries at a time, so that memory grows linearly
+with the keys. Shapes: b batch, m queries, n keys, h heads, g key/value groups, d head_dim; no
+kernel repeats k or v for the heads of a group."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_hypenet.ops.dtypes import accumulation_dtype
-from megatron_hypenet.parallel.context import flash
+from megatron_hypenet.parallel.context import cudnn, flash
 from megatron_hypenet.parallel.context.documents import Documents, Span
 
 TILE_QUERIES = 256
@@ -40,6 +40,8 @@ def attend(
     scaled scores [b, h, m] (fp32 or wider).
 
     A query sees the keys of its own document. One that sees none has o = 0 and log-sum-exp -inf."""
+    if documents is None and cudnn.supports(q, k, causal=block.causal):
+        return cudnn.forward(q, k, v, causal=block.causal, scale=scale)
     if flash.supports(q, documents):
         return flash.forward(
             q,
@@ -89,6 +91,8 @@ def attend_backward(
 
     o [b, m, h, d] and log_sum [b, h, m] are those of all blocks of these queries together: with
     them each block's part is exact."""
+    if documents is None and cudnn.supports(q, k, causal=block.causal):
+        return cudnn.backward(grad, q, k, v, o, log_sum, causal=block.causal, scale=scale)
     if flash.supports(q, documents):
         return flash.backward(
             grad,
@@ -132,6 +136,15 @@ def attend_backward(
         dq.append(heads.unfold(d_scores @ key[:, :, :seen]) * scale)
         dk[:, :, :seen] += d_scores.transpose(-1, -2) @ query  # query carries the scale
     return torch.cat(dq, dim=1), dk.transpose(1, 2), dv.transpose(1, 2)
+
+
+def merge(o: Tensor, log_sum: Tensor, o_block: Tensor, log_sum_block: Tensor) -> None:
+    """Join another block of keys into o [b, m, h, d] and log_sum [b, h, m], in place; log_sum is
+    finite, that of the block may be -inf."""
+    total = torch.logaddexp(log_sum, log_sum_block)
+    weight = (log_sum_block - total).exp().transpose(1, 2)[..., None]
+    o.lerp_(o_block.to(o.dtype), weight.to(o.dtype))
+    log_sum.copy_(total)
 
 
 class _Heads:

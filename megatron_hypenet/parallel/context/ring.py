@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_hypenet.parallel.context.blocks import Block, attend, attend_backward
+from megatron_hypenet.parallel.context.blocks import Block, attend, attend_backward, merge
 from megatron_hypenet.parallel.context.documents import Documents
 from megatron_hypenet.parallel.context.layout import chunks_of
 
@@ -47,15 +47,6 @@ def ring_step(rank: int, source: int, size: int, chunk_tokens: int) -> Step:
     if source < rank:
         return Step(both, early, Block(tuple(mine), (theirs[0],), causal=False))
     return Step(late, both, Block((mine[1],), tuple(theirs), causal=False))
-
-
-def merge(o: Tensor, log_sum: Tensor, o_block: Tensor, log_sum_block: Tensor) -> None:
-    """Join another block of keys into o [b, m, h, d] and log_sum [b, h, m], in place; log_sum is
-    finite, that of the block may be -inf."""
-    total = torch.logaddexp(log_sum, log_sum_block)
-    weight = (log_sum_block - total).exp().transpose(1, 2)[..., None]
-    o.lerp_(o_block.to(o.dtype), weight.to(o.dtype))
-    log_sum.copy_(total)
 
 
 def ring_attention(

@@ -93,13 +93,13 @@ def exchange_states(
     and one backward where the summaries need a gradient."""
     b, local_tokens = inputs[0].shape[:2]
     check_document_ids(document_ids, b, local_tokens * group.size())
-    chunks = _chunks(local_tokens, group, document_ids)
+    chunks = split_chunks(local_tokens, group, document_ids)
     inputs = tuple(x.unflatten(1, (2, chunks.tokens)).flatten(0, 1) for x in inputs)
-    flight = _Flight(group, exchange.combine(chunks))
+    transfer = StateTransfer(group, exchange.combine(chunks))
     summary = exchange.local_summary(chunks, *inputs)
-    started = _Start.apply(flight, *summary)
+    started = _Start.apply(transfer, *summary)
     local = exchange.local(chunks, *inputs)
-    incoming = _Finish.apply(started, flight)
+    incoming = _Finish.apply(started, transfer)
     output = exchange.apply(chunks, local, incoming, *inputs)
     return output.unflatten(0, (b, 2)).flatten(1, 2)
 
@@ -115,15 +115,15 @@ def preceding_tokens(x: Tensor, count: int, group: dist.ProcessGroup) -> Tensor:
     if group.size() == 1:
         halo = x.new_zeros(x.shape[0], count, *x.shape[2:])
         return torch.cat([halo, x], dim=1)
-    chunks = _chunks(x.shape[1], group, None)
+    chunks = split_chunks(x.shape[1], group, None)
     if chunks.tokens < count:
         raise ValueError(
             f"chunks of {chunks.tokens} tokens are shorter than the {count} tokens that are read "
             "before each; use longer sequences or fewer context-parallel ranks"
         )
     rows = x.unflatten(1, (2, chunks.tokens)).flatten(0, 1)
-    flight = _Flight(group, Shift())
-    halo = _Finish.apply(_Start.apply(flight, rows[:, chunks.tokens - count :]), flight)
+    transfer = StateTransfer(group, Shift())
+    halo = _Finish.apply(_Start.apply(transfer, rows[:, chunks.tokens - count :]), transfer)
     return torch.cat([halo, rows], dim=1)
 
 
@@ -148,7 +148,11 @@ def join_chunks(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
     return rows if group.size() == 1 else rows.unflatten(0, (-1, 2)).flatten(1, 2)
 
 
-def _chunks(local_tokens: int, group: dist.ProcessGroup, document_ids: Tensor | None) -> Chunks:
+def split_chunks(
+    local_tokens: int, group: dist.ProcessGroup, document_ids: Tensor | None
+) -> Chunks:
+    """This rank's two chunks of sequences of which it holds `local_tokens`; document_ids covers
+    whole sequences. Raises ValueError when local_tokens is odd."""
     size = group.size()
     c = local_chunk_tokens(local_tokens, size)
     rows = None
@@ -157,8 +161,9 @@ def _chunks(local_tokens: int, group: dist.ProcessGroup, document_ids: Tensor | 
     return Chunks(c, 2 * size, document_ids, rows)
 
 
-class _Flight:
-    """One exchange, forward and then backward; holds its buffers until it has waited for them."""
+class StateTransfer:
+    """One exchange of summaries, forward, and of the gradients of incoming states, backward: send,
+    compute something else, receive. It holds its buffers meanwhile."""
 
     def __init__(self, group: dist.ProcessGroup, algebra: Algebra) -> None:
         self.group = group
@@ -167,15 +172,13 @@ class _Flight:
         self.buffers: tuple[Tensor, ...] = ()
         self.shapes: tuple[torch.Size, ...] = ()
 
-    @property
-    def own(self) -> tuple[int, int]:
-        """This rank's chunks."""
-        return chunks_of(self.group.rank(), self.group.size())
-
-    def start(self, *mine: Tensor) -> None:
-        """Send tensors [2 b, ...] of this rank's chunks, of one dtype, to all in one collective."""
-        self.shapes = tuple(x.shape[1:] for x in mine)
-        packed = mine[0] if len(mine) == 1 else torch.cat([x.flatten(1) for x in mine], dim=1)
+    def send(self, *summary: Tensor) -> None:
+        """Start to send summaries [2 b, ...] of this rank's chunks, of one dtype, to all ranks in
+        one collective."""
+        self.shapes = tuple(x.shape[1:] for x in summary)
+        packed = (
+            summary[0] if len(summary) == 1 else torch.cat([x.flatten(1) for x in summary], dim=1)
+        )
         packed = packed.contiguous()
         everyone = packed.new_empty(self.group.size(), *packed.shape)
         self.buffers = (packed, everyone)
@@ -183,7 +186,26 @@ class _Flight:
             everyone.view(-1), packed.view(-1), group=self.group, async_op=True
         )
 
-    def finish(self) -> tuple[Tensor, ...]:
+    def incoming(self) -> Tensor:
+        """The states that enter this rank's chunks, [2 b, ...]."""
+        summaries = self._receive()
+        states = [self.algebra.incoming(summaries, chunk) for chunk in self._own()]
+        return torch.stack(states, dim=1).flatten(0, 1)
+
+    def send_gradient(self, gradient: Tensor) -> None:
+        """Start to send the gradient of the incoming states, [2 b, ...]."""
+        self.send(gradient)
+
+    def summary_gradients(self) -> tuple[Tensor, ...]:
+        """The gradients of what `send` was given."""
+        (gradients,) = self._receive()
+        own = [self.algebra.summary_gradient(gradients, chunk) for chunk in self._own()]
+        return tuple(torch.stack(pair, dim=1).flatten(0, 1) for pair in zip(*own, strict=True))
+
+    def _own(self) -> tuple[int, int]:
+        return chunks_of(self.group.rank(), self.group.size())
+
+    def _receive(self) -> tuple[Tensor, ...]:
         """Wait for the collective and return all chunks' tensors in natural order, [chunks, b, ...]
         each."""
         self.work.wait()
@@ -206,17 +228,14 @@ class _Start(torch.autograd.Function):
     `_Start` (receive)."""
 
     @staticmethod
-    def forward(ctx: Any, flight: _Flight, *summary: Tensor) -> Tensor:
-        ctx.flight = flight
-        flight.start(*summary)
+    def forward(ctx: Any, transfer: StateTransfer, *summary: Tensor) -> Tensor:
+        ctx.transfer = transfer
+        transfer.send(*summary)
         return summary[0].new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        flight = ctx.flight
-        (gradients,) = flight.finish()
-        own = [flight.algebra.summary_gradient(gradients, chunk) for chunk in flight.own]
-        return None, *(torch.stack(pair, dim=1).flatten(0, 1) for pair in zip(*own, strict=True))
+        return None, *ctx.transfer.summary_gradients()
 
 
 class _Finish(torch.autograd.Function):
@@ -224,13 +243,11 @@ class _Finish(torch.autograd.Function):
     gradients."""
 
     @staticmethod
-    def forward(ctx: Any, started: Tensor, flight: _Flight) -> Tensor:
-        ctx.flight = flight
-        summaries = flight.finish()
-        states = [flight.algebra.incoming(summaries, chunk) for chunk in flight.own]
-        return torch.stack(states, dim=1).flatten(0, 1)
+    def forward(ctx: Any, started: Tensor, transfer: StateTransfer) -> Tensor:
+        ctx.transfer = transfer
+        return transfer.incoming()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        ctx.flight.start(grad)
+        ctx.transfer.send_gradient(grad)
         return grad.new_empty(0), None

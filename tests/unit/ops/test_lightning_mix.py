@@ -6,11 +6,15 @@ import torch
 
 pytest.importorskip("triton")
 
+from megatron_hypenet.model.mixers.lightning_attn import decay_algebra
 from megatron_hypenet.ops import kernels, lightning_mix
 from megatron_hypenet.ops.decay import log_decay
 from megatron_hypenet.ops.gated_norm import fused_gated_norm
 from megatron_hypenet.ops.lightning_attn.triton import triton_lightning_attn
 from megatron_hypenet.ops.norm_rope import fused_norm_rope
+from megatron_hypenet.parallel.context.layout import local_part, natural_order
+from megatron_hypenet.parallel.context.state_exchange import StateTransfer, split_chunks
+from tests.threaded_ranks import on_ranks
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HEADS = 2
@@ -70,6 +74,63 @@ def test_bits_of_its_steps(dtype, batch, tokens, documents):
         results.append([y.detach(), *torch.autograd.grad(y, inputs, dy)])
     for got, want in zip(*results, strict=True):
         assert torch.equal(got, want) and torch.isfinite(got).all()
+
+
+# Triton's interpreter runs one kernel at a time: there one rank, whose two chunks are the sequence
+@pytest.mark.parametrize("size", [1, 2] if DEVICE.type == "cuda" else [1])
+@pytest.mark.parametrize("document_tokens", [None, 20, 48])
+def test_chunks_on_ranks_are_the_whole_sequence(size, document_tokens):
+    """Outputs and gradients of two chunks per rank, whose states cross through `StateTransfer`."""
+    tokens = 96 * size
+    width = HEADS * DIM
+    torch.manual_seed(2)
+    projected = torch.randn(tokens, 1, 4 * width, device=DEVICE)
+    dy = torch.randn(tokens, 1, width, device=DEVICE)
+    weights = [torch.rand(n, device=DEVICE) + 0.5 for n in (DIM, DIM, width)]
+    half = torch.arange(tokens, device=DEVICE)[:, None] * torch.rand(1, DIM // 2, device=DEVICE)
+    angles = torch.cat((half, half), -1)[:, None, None]
+    ids = None
+    if document_tokens:
+        ids = (torch.arange(tokens, device=DEVICE) // document_tokens).int()[None]
+
+    def gradients(inputs, y, d_out):
+        return [y.detach(), *torch.autograd.grad(y, inputs, d_out)]
+
+    inputs = [x.clone().requires_grad_() for x in (projected, *weights)]
+    whole = gradients(inputs, fused(*inputs, angles, ids), dy)
+
+    def one_rank(group):
+        def mine(x):
+            return local_part(x, group.rank(), size, 0)
+
+        inputs = [x.clone().requires_grad_() for x in (mine(projected), *weights)]
+        chunks = split_chunks(tokens // size, group, ids)
+        decay = log_decay(HEADS)
+        transfer = StateTransfer(group, decay_algebra(decay, chunks))
+        y = lightning_mix.lightning_mix(
+            *inputs,
+            mine(angles),
+            decay,
+            scale=SCALE,
+            eps=EPS,
+            document_ids=chunks.rows,
+            transfer=transfer,
+        )
+        return gradients(inputs, y, mine(dy))
+
+    found = on_ranks(size, one_rank)
+    for index in (0, 1):  # outputs and the gradient of the projection, per token
+        got = natural_order([rank[index] for rank in found], 0)
+        torch.testing.assert_close(got, whole[index], rtol=1e-4, atol=1e-4)
+    for index in (2, 3, 4):  # gradients of weights, summed over the ranks
+        got = sum(rank[index] for rank in found)
+        torch.testing.assert_close(got, whole[index], rtol=1e-4, atol=1e-3)
+
+
+def test_sequences_on_ranks_come_one_at_a_time(monkeypatch):
+    monkeypatch.setattr(kernels, "_enabled", dict.fromkeys(kernels.FAMILIES, True))
+    two = torch.zeros(4, 2, 4 * HEADS * DIM, device=DEVICE)
+    assert not lightning_mix.fits(two, DIM, split=True)
 
 
 def test_runs_where_all_its_kernels_do(monkeypatch):

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from megatron_hypenet.parallel.context.blocks import attend
+from megatron_hypenet.parallel.context.blocks import attend, merge
 from megatron_hypenet.parallel.context.layout import local_part
-from megatron_hypenet.parallel.context.ring import merge, ring_attention, ring_step
+from megatron_hypenet.parallel.context.ring import ring_attention, ring_step
 from tests.dense_attention import dense_softmax
 from tests.threaded_ranks import on_ranks
 

@@ -42,7 +42,7 @@ def recorded(events):
     """The order in which the exchange and the local scan happen, forward and backward."""
     gather = dist.all_gather_into_tensor
     scan = lightning.lightning_attn
-    finish = state_exchange._Flight.finish
+    receive = state_exchange.StateTransfer._receive
 
     def recording(name, function):
         def call(*args, **kwargs):
@@ -60,7 +60,7 @@ def recorded(events):
     with (
         mock.patch.object(dist, "all_gather_into_tensor", recording("send", gather)),
         mock.patch.object(lightning, "lightning_attn", scan_and_mark),
-        mock.patch.object(state_exchange._Flight, "finish", recording("receive", finish)),
+        mock.patch.object(state_exchange.StateTransfer, "_receive", recording("receive", receive)),
     ):
         yield
 
