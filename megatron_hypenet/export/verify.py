@@ -22,17 +22,18 @@ from megatron_hypenet.checkpoint.ordered_work import one_thread_per_operation, r
 from megatron_hypenet.checkpoint.shards import ShardReader
 from megatron_hypenet.checkpoint.stream import Meter, default_workers
 from megatron_hypenet.config.model import ModelConfig
-from megatron_hypenet.config.schema import ParallelConfig
 from megatron_hypenet.errors import VerificationError
-from megatron_hypenet.export import hf_config, hf_folder, mapping
+from megatron_hypenet.export import hf_folder, layerwise, mapping
 from megatron_hypenet.export.plan import ImportPlan, plan_import
 from megatron_hypenet.export.tensors import BLOCK_VALUES, SCRATCH, parse_dtype
-from megatron_hypenet.model.memory import release_memory
 
 TOLERANCE = {"float64": 1e-5, "float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-3}
 """Largest accepted difference of logits, relative to the largest logit, by compute dtype. Both
 sides sum in different orders; Megatron's RoPE tables are fp32 in every dtype. Measured on the
 golden models: 4e-7 in float64, 2e-6 in float32."""
+_TINY = torch.finfo(torch.float64).tiny
+_TOKENS = 16
+"""Number of tokens whose logits are compared at a time, in float64."""
 _COSMETIC = (
     "attn_logits_scaling",
     "max_position_embeddings",
@@ -165,9 +166,9 @@ def verify(
         )
         say(f"running the checkpoint in Megatron-core ({dtype})")
         rounded = None if tensors.cast_to is None else parse_dtype(tensors.cast_to)
-        ours = run_checkpoint(folder, plan.config, ids, dtype, rounded)
+        ours = layerwise.run_checkpoint(folder, plan.config, ids, dtype, rounded)
         say(f"running the folder in transformers ({dtype})")
-        theirs = run_hf(Path(hf_dir), plan.config, ids, dtype, rounded)
+        theirs = layerwise.run_hf(plan, ids, dtype, rounded)
         report.logits = compare_logits(theirs, ours, dtype)
     return report
 
@@ -272,63 +273,9 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     )
 
 
-@torch.no_grad()
-def run_checkpoint(
-    folder: Path, config: ModelConfig, ids: Tensor, dtype: str, rounded: torch.dtype | None = None
-) -> list[Tensor]:
-    """Input of each layer, final-norm output, then logits, all [b, t, ...] on the CPU, from
-    Megatron-core in this one process."""
-    from megatron_hypenet.model.hypenet import build_model
-
-    model = build_model(load.read_model_config(folder), ParallelConfig(), dtype=parse_dtype(dtype))
-    load.load_model(model, folder)
-    model.set_attn_logits_scaling(config.attn_logits_scaling)
-    _round_weights(model.eval(), rounded)
-    ids = ids.to(next(model.parameters()).device)
-    found = [tensor.cpu() for tensor in (*model.hidden_states(ids), model(ids))]
-    del model
-    release_memory()
-    return found
-
-
-@torch.no_grad()
-def run_hf(
-    hf_dir: Path, config: ModelConfig, ids: Tensor, dtype: str, rounded: torch.dtype | None = None
-) -> list[Tensor]:
-    """Return the same as `run_checkpoint` from transformers: its Qwen3, or this package's modelling
-    code with the folder's weights."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    from megatron_hypenet.export.hf_remote.configuration_hypenet import HypeNetConfig
-    from megatron_hypenet.export.hf_remote.modeling_hypenet import HypeNetForCausalLM
-
-    options: dict[str, Any] = {"dtype": parse_dtype(dtype), "local_files_only": True}
-    bar = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        if config.is_teacher:
-            model = AutoModelForCausalLM.from_pretrained(hf_dir, trust_remote_code=False, **options)
-        else:
-            plain = hf_config.hf_config_from_model(config, torch_dtype=dtype)
-            model = HypeNetForCausalLM.from_pretrained(
-                hf_dir, config=HypeNetConfig.from_dict(plain), **options
-            )
-    finally:
-        if bar:
-            logging.enable_progress_bar()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = model.eval().to(device)
-    _round_weights(model, rounded)
-    out = model(ids.to(device), output_hidden_states=True, use_cache=False)
-    found = [tensor.cpu() for tensor in (*out.hidden_states, out.logits)]
-    del model, out
-    release_memory()
-    return found
-
-
 def compare_logits(reference: list[Tensor], found: list[Tensor], dtype: str) -> LogitsReport:
-    """Compare what `run_hf` and `run_checkpoint` returned; both end with logits [b, t, vocab]."""
+    """Compare what `run_hf` and `run_checkpoint` of layerwise.py returned; both end with logits
+    [b, t, vocab]."""
     if len(reference) != len(found):
         raise VerificationError(
             f"the folder's model gave {len(reference) - 1} hidden states, "
@@ -345,28 +292,35 @@ def compare_logits(reference: list[Tensor], found: list[Tensor], dtype: str) -> 
         if not _relative(theirs, ours) <= tolerance:
             first = place
             break
-    theirs, ours = reference[-1].double(), found[-1].double()
+    theirs, ours = (states[-1].flatten(0, -2) for states in (reference, found))
+    parts = [
+        _differences(*pair) for pair in zip(theirs.split(_TOKENS), ours.split(_TOKENS), strict=True)
+    ]
+    largest, scale, cosine, agreeing = (torch.stack(column) for column in zip(*parts, strict=True))
     return LogitsReport(
         dtype=dtype,
-        tokens=theirs[..., 0].numel(),
-        max_abs_diff=float((theirs - ours).abs().max()),
-        max_rel_diff=_relative(theirs, ours),
-        cosine=float(torch.nn.functional.cosine_similarity(theirs, ours, dim=-1).min()),
-        top1_agreement=float((theirs.argmax(-1) == ours.argmax(-1)).double().mean()),
+        tokens=len(theirs),
+        max_abs_diff=float(largest.max()),
+        max_rel_diff=float(largest.max() / scale.max().clamp(min=_TINY)),
+        cosine=float(cosine.min()),
+        top1_agreement=float(agreeing.sum() / len(theirs)),
         tolerance=tolerance,
         first_diverging=first,
     )
 
 
-def _round_weights(model: torch.nn.Module, dtype: torch.dtype | None) -> None:
-    if dtype is not None:
-        for parameter in model.parameters():
-            parameter.copy_(parameter.to(dtype))
+def _differences(theirs: Tensor, ours: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Largest difference, largest reference, least cosine and number of equal first choices of the
+    logits of some tokens, in float64."""
+    theirs, ours = theirs.double(), ours.double()
+    return (
+        (theirs - ours).abs().max(),
+        theirs.abs().max(),
+        torch.nn.functional.cosine_similarity(theirs, ours, dim=-1).min(),
+        (theirs.argmax(-1) == ours.argmax(-1)).double().sum(),
+    )
 
 
 def _relative(reference: Tensor, found: Tensor) -> float:
     reference, found = reference.double(), found.double()
-    return float(
-        (reference - found).abs().max()
-        / reference.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
-    )
+    return float((reference - found).abs().max() / reference.abs().max().clamp(min=_TINY))
