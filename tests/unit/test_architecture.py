@@ -17,6 +17,8 @@ ORDER = [
 SEES = {part: set(ORDER[: index + 1]) for index, part in enumerate(ORDER)}
 # beside the line: export sees six parts only, and only the command may use it
 SEES["export"] = {"errors", "untrusted", "atomic_files", "config", "model", "checkpoint", "export"}
+# inference engines: they run the exported code's functions and the operations
+SEES["serve"] = {"errors", "ops", "export", "serve"}
 SEES["cli"] |= {"export", "launchers"}
 # the launchers start processes of the command and know nothing of what these do
 SEES["launchers"] = {*ORDER[: ORDER.index("process_place") + 1], "launchers"}
@@ -25,7 +27,8 @@ SEES["__init__"] = set()
 
 # library -> the places that may import it: a package (all its modules) or one module
 DOORS = {
-    "transformers": {"export", "data"},
+    "transformers": {"export", "data", "serve.vllm"},
+    "vllm": {"serve.vllm"},
     "tokenizers": {"export", "data"},
     "sentencepiece": {"export", "data"},
     "pyarrow": {"data.tables"},

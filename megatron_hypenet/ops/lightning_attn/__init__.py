@@ -8,6 +8,7 @@ from megatron_hypenet.ops.lightning_attn.chunked import (
     chunked_lightning_attn,
     chunked_lightning_state,
 )
+from megatron_hypenet.ops.lightning_attn.decode import lightning_decode
 from megatron_hypenet.ops.lightning_attn.dispatch import lightning_attn, lightning_state
 from megatron_hypenet.ops.lightning_attn.naive import naive_lightning_attn
 
@@ -15,6 +16,7 @@ __all__ = [
     "chunked_lightning_attn",
     "chunked_lightning_state",
     "lightning_attn",
+    "lightning_decode",
     "lightning_state",
     "naive_lightning_attn",
 ]
