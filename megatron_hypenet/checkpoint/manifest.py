@@ -36,6 +36,9 @@ KIND = FileKind(
 WEIGHTS_PARTS = (fmt.WEIGHTS, fmt.MODEL_JSON)
 """Parts of a checkpoint that a reader of the weights needs."""
 
+TEACHER_LICENSE = "teacher_license"
+"""Entry of `Manifest.extra`: the licence that the teacher's Hugging Face folder states."""
+
 FORMAT_VERSION = 1
 _READ_FILES = (fmt.MODEL_JSON, fmt.TRAIN_STATE, fmt.RNG, fmt.CONFIG)
 _HASH_IN = "manifest_hash_in"

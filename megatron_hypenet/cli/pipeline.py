@@ -84,6 +84,7 @@ def prepared(
         warn(run, found)
     configure_logging()
     from megatron_hypenet.cli.banner import banner
+    from megatron_hypenet.export.model_card import add_figures
     from megatron_hypenet.halo.actions import Halo
     from megatron_hypenet.halo.changes import finish_redo
     from megatron_hypenet.halo.run_folder import RunFolder
@@ -120,6 +121,7 @@ def prepared(
             folder=folder,
             import_teacher=import_teacher,
             export_student=lambda checkpoint, out: export_student(run, checkpoint, out),
+            note_figures=add_figures,
             on_step=screen.on_step,
             on_part=screen.part,
             on_pause=screen.pause,

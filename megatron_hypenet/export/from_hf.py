@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,10 +15,11 @@ from torch import Tensor
 from megatron_hypenet.atomic_files import temporary_folder
 from megatron_hypenet.checkpoint import save
 from megatron_hypenet.checkpoint.format import is_committed, refuse_existing
+from megatron_hypenet.checkpoint.manifest import TEACHER_LICENSE
 from megatron_hypenet.checkpoint.shards import StreamedTensor
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.errors import ConversionError
-from megatron_hypenet.export import hf_folder, mapping, tokenizer
+from megatron_hypenet.export import hf_folder, mapping, model_card, tokenizer
 from megatron_hypenet.export.plan import ImportPlan, plan_import
 from megatron_hypenet.export.tensors import (
     SCRATCH,
@@ -57,10 +59,12 @@ def import_hf(
         entry.ours: _streamed(plan, entry, kept_dtype(entry, _target_dtype(plan, entry, dtype)))
         for entry in plan.entries
     }
-    extra = {
+    extra: dict[str, Any] = {
         "hf_config": plan.hf_config,
         "generation_config": hf_folder.read_generation_config(hf_dir),
     }
+    if (stated := model_card.stated_license(hf_dir)) is not None:
+        extra[TEACHER_LICENSE] = stated
     with temporary_folder() as staging:
         for name, content in files.items():
             (staging / name).write_bytes(content)

@@ -64,6 +64,9 @@ _SWITCHES: HfConfig = {
 }
 """Switches of every model and the one value each may have. A key that is absent has that value."""
 _QK_NORM_SWITCHES = ("qk_norm", "use_qk_norm", "attn_use_qk_norm")
+_LAYER_TYPES = {False: "full_attention", True: "linear_attention"}
+"""Entry of `layer_types` for a layer whose mixer is recurrent or not: the words of transformers and
+of inference engines, which size the caches of the layers by them."""
 _EXPERT_KEYS = (
     "num_experts",
     "num_local_experts",
@@ -146,6 +149,8 @@ def model_config_from_hf(raw: HfConfig, *, where: str) -> ModelConfig:
         fields["mixer_types"] = _mixer_types(raw, problems)
         fields["attn_logits_scaling"] = raw.get("attn_logits_scaling")
         fields["mixers"] = _settings(raw, mixers)
+    problems += _layer_types_problems(raw, fields["mixer_types"])
+    if kind == HYPENET:
         problems += _hypenet_problems(raw, _specs(mixers, fields["mixers"], problems))
     if not problems:
         try:
@@ -231,9 +236,16 @@ def _hypenet_keys(config: ModelConfig) -> HfConfig:
         "auto_map": {**files, "AutoModelForCausalLM": "modeling_hypenet.HypeNetForCausalLM"},
         "model_type": HYPENET,
         "mixer_types": [config.spec(mixer).hf_keys.name for mixer in config.mixer_types],
+        "layer_types": layer_types(config.mixer_types),
         "attn_logits_scaling": config.attn_logits_scaling,
         **out,
     }
+
+
+def layer_types(mixers: Iterable[str]) -> list[str]:
+    """`layer_types` of layers with these mixers (our names)."""
+    known = mixer_specs()
+    return [_LAYER_TYPES[known[mixer].recurrent] for mixer in mixers]
 
 
 def described_mixers(names: Iterable[str]) -> tuple[type[MixerSpec], ...]:
@@ -302,14 +314,24 @@ def _switch_problems(raw: HfConfig, supported: HfConfig) -> list[str]:
         for key in _EXPERT_KEYS
         if raw.get(key)
     ]
-    layers = raw.get("layer_types")
-    full = isinstance(layers, list) and all(kind == "full_attention" for kind in layers)
-    if layers is not None and not (full and len(layers) == _as_count(raw.get("num_hidden_layers"))):
-        problems.append(
-            f"layer_types = {_told(layers)}: supported is 'full_attention' for every one of "
-            "num_hidden_layers"
-        )
     return problems
+
+
+def _layer_types_problems(raw: HfConfig, mixers: Sequence[str]) -> list[str]:
+    """`layer_types`, which may be left out, repeats what the layers' mixers (our names) say, or
+    came along from the teacher's config.json."""
+    layers = raw.get("layer_types")
+    if layers is None or not mixer_specs().keys() >= set(mixers):
+        return []
+    of_teacher = [_LAYER_TYPES[False]] * len(mixers)
+    right = layer_types(mixers)
+    if layers in (of_teacher, right):
+        return []
+    also = "" if right == of_teacher else f", or {_told(right)}, what mixer_types says"
+    return [
+        f"layer_types = {_told(layers)}: supported is 'full_attention' for every one of "
+        f"num_hidden_layers{also}"
+    ]
 
 
 def _specs(

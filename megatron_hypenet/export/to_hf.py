@@ -28,7 +28,7 @@ from megatron_hypenet.errors import (
     SetupError,
     is_disk_full,
 )
-from megatron_hypenet.export import hf_config, hf_folder, mapping, tokenizer
+from megatron_hypenet.export import hf_config, hf_folder, mapping, model_card, tokenizer
 from megatron_hypenet.export.remote_code import remote_files
 from megatron_hypenet.export.tensors import (
     SCRATCH,
@@ -168,6 +168,8 @@ def export_hf(
         if plan.family == hf_config.HYPENET:
             for name, text in remote_files(set(config["mixer_types"])).items():
                 (temporary / name).write_text(text, encoding="utf-8")
+            card = model_card.model_card(plan.config, plan.folder, manifest)
+            (temporary / model_card.FILE).write_text(card, encoding="utf-8")
     return plan.config
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,10 +21,17 @@ from megatron_hypenet.checkpoint.load import (
     resolve,
     tokenizer_dir,
 )
+from megatron_hypenet.checkpoint.manifest import TEACHER_LICENSE
 from megatron_hypenet.config.schema import STAGES, RunConfig
 from megatron_hypenet.errors import CheckpointError
 from megatron_hypenet.halo import build_stage, datasets
-from megatron_hypenet.halo.report import draw_importance, draw_report, row_line, write_report
+from megatron_hypenet.halo.report import (
+    draw_importance,
+    draw_report,
+    read_report,
+    row_line,
+    write_report,
+)
 from megatron_hypenet.halo.run_folder import RunFolder
 from megatron_hypenet.halo.task_runner import Runner, Step, read_json
 from megatron_hypenet.halo.tasks import from_init, halo_steps, required_checkpoint, starts_from
@@ -52,6 +59,8 @@ class Halo:
     of a checkpoint."""
     export_student: Callable[[Path, Path], None]
     """(checkpoint, Hugging Face folder): write the finished model."""
+    note_figures: Callable[[Path, Mapping[str, Any]], None] = lambda folder, report: None
+    """(Hugging Face folder, content of report.json): put the results into its model card."""
     on_step: Callable[[StepRecord], None] = lambda record: None
     """Called with every optimizer step of a training stage."""
     on_part: Callable[[str, int, int], None] = lambda step, count, total: None
@@ -151,7 +160,7 @@ class Halo:
             tensorboard_dir=self.folder.tensorboard / name,
             tokenizer_dir=tokenizer_dir(self.folder.teacher),
             extra={
-                "hf_config": read_manifest(resolve(self.folder.teacher)).hf_config,
+                **self._noted_by_teacher(),
                 "pipeline_layout": list(stage.layout),
             },
             on_step=self.on_step,
@@ -162,6 +171,15 @@ class Halo:
         del stage
         release_memory()
         return {"checkpoint": str(final.relative_to(self.folder.root))}
+
+    def _noted_by_teacher(self) -> dict[str, Any]:
+        """Entries of the teacher's manifest that an export of the student needs."""
+        manifest = read_manifest(resolve(self.folder.teacher))
+        stated = manifest.extra.get(TEACHER_LICENSE)
+        return {
+            "hf_config": manifest.hf_config,
+            **({} if stated is None else {TEACHER_LICENSE: stated}),
+        }
 
     def _heldout_loss_of(self, stage: StageModule) -> Callable[[int], dict[str, float]]:
         """The function whose values the training loop writes to TensorBoard every eval_interval
@@ -246,6 +264,8 @@ class Halo:
         if groups.rank() == 0:
             write_report(self.run, self.folder, rows, report_seconds=time.monotonic() - start)
             draw_report(self.folder)
+            if self.folder.export.is_dir():
+                self.note_figures(self.folder.export, read_report(self.folder))
         return {}
 
     def _reported_models(self) -> dict[str, Callable[[], HypeNetModel]]:

@@ -97,6 +97,10 @@ class HypeNetConfig(PretrainedConfig):
             )
         given = [_DEFAULT_MIXER] * num_hidden_layers if mixer_types is None else mixer_types
         self.mixer_types = [MIXERS[name].hf_names[0] if name in MIXERS else name for name in given]
+        # the words of inference engines, which size the caches of the layers by them
+        self.layer_types = [
+            "full_attention" if name == "attn" else "linear_attention" for name in self.mixer_types
+        ]
         for name, value in switches.items():
             # transformers 5 makes it an alias of rope_parameters
             if name != "rope_scaling" or value is not None:

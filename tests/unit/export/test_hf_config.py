@@ -233,10 +233,18 @@ def test_a_student_of_a_teacher_folder_drops_what_only_qwen3_has():
     out = hf_config.hf_config_from_model(
         model_config(student=True), torch_dtype="float32", origin=teacher
     )
-    assert not {"max_window_layers", "sliding_window", "use_sliding_window", "layer_types"} & set(
-        out
-    )
+    assert not {"max_window_layers", "sliding_window", "use_sliding_window"} & set(out)
+    assert out["layer_types"] == ["linear_attention", "full_attention", "linear_attention"]
     assert out["eos_token_id"] == [2, 5] and out["note"] == 1
+
+
+def test_layer_types_repeat_the_mixers():
+    kinds = ["linear_attention", "full_attention", "linear_attention"]
+    assert hf(student=True)["layer_types"] == kinds and "layer_types" not in hf()
+    for given in (kinds, ["full_attention"] * 3, None):  # the second as a teacher's folder has it
+        assert read(hf(student=True, layer_types=given)) == model_config(student=True)
+    with pytest.raises(ConfigError, match="layer_types = .*or .*what mixer_types says"):
+        read(hf(student=True, layer_types=kinds[1:] + kinds[1:2]))
 
 
 def test_a_list_of_end_tokens_uses_the_first():

@@ -63,6 +63,7 @@ def test_folder_of_a_student_carries_its_code(imported, tmp_path, hf_name):
         "generation_config.json",
         "model.safetensors",
         "tokenizer.json",
+        "README.md",
         *remote_files({"attn", hf_name}),
     }
     for module in json.loads((tmp_path / "hf/config.json").read_text())["auto_map"].values():

@@ -36,6 +36,7 @@ def make(tmp_path, monkeypatch):
             folder=folder,
             import_teacher=lambda source, target: import_hf(source, target) and None,
             export_student=lambda source, target: exported.append(source) or target.mkdir(),
+            note_figures=lambda target, report: (target / "noted").write_text(json.dumps(report)),
         )
         return Runner(run, folder, halo.steps()), halo
 
@@ -66,6 +67,7 @@ def test_every_step_leaves_what_the_next_one_needs(make):
         "student after stage 3",
     ]
     assert set(report["step_seconds"]) == set(runner.steps)
+    assert json.loads((folder.export / "noted").read_text()) == report
     assert folder.report_plot.is_file() and folder.importance_plot.is_file()
 
 
