@@ -1,5 +1,5 @@
-"""Figures of a run, drawn without a display: layer importances, and the report of losses and recall
-by length."""
+"""Figures, drawn without a display: layer importances, the report of losses and recall by length,
+and heat maps of an evaluation by length and depth."""
 
 from __future__ import annotations
 
@@ -99,4 +99,34 @@ def report(content: Mapping[str, Any], path: Path) -> None:
     loss.set_title("Loss on held-out text", loc="left")
     for axis in (recall, loss):
         axis.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def heat_maps(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Scores in % by length and depth, a map for each model and task: rows with `model`, `task`,
+    `length`, `depth` and `score`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    figure = Figure(figsize=(2.6 * len(tasks) + 1, 2.4 * len(models) + 0.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(models), len(tasks), squeeze=False)
+    for model, line in zip(models, axes, strict=True):
+        for task, axis in zip(tasks, line, strict=True):
+            own = [row for row in rows if row["model"] == model and row["task"] == task]
+            lengths = sorted({row["length"] for row in own})
+            depths = sorted({row["depth"] for row in own})
+            found = {(row["depth"], row["length"]): row["score"] for row in own}
+            values = [[found[depth, length] for length in lengths] for depth in depths]
+            axis.imshow(values, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
+            for y, line_values in enumerate(values):
+                for x, value in enumerate(line_values):
+                    axis.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=7)
+            axis.set_xticks(range(len(lengths)), [f"{x:,}" for x in lengths], fontsize=7)
+            axis.set_yticks(range(len(depths)), [f"{100 * x:.0f}%" for x in depths], fontsize=7)
+            axis.set_title(f"{model}: {task}", loc="left", fontsize=8)
+    figure.supxlabel("context length in tokens", fontsize=8)
+    figure.supylabel("depth of the answer", fontsize=8)
     _save(figure, path)

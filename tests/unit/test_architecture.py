@@ -19,7 +19,7 @@ SEES = {part: set(ORDER[: index + 1]) for index, part in enumerate(ORDER)}
 SEES["export"] = {"errors", "untrusted", "atomic_files", "config", "model", "checkpoint", "export"}
 # inference engines: they run the exported code's functions and the operations
 SEES["serve"] = {"errors", "ops", "export", "serve"}
-SEES["cli"] |= {"export", "launchers"}
+SEES["cli"] |= {"export", "launchers", "serve"}
 # the launchers start processes of the command and know nothing of what these do
 SEES["launchers"] = {*ORDER[: ORDER.index("process_place") + 1], "launchers"}
 SEES["__main__"] = {"cli"}

@@ -31,3 +31,15 @@ def test_report_draws_a_file(tmp_path):
 def test_importing_plots_loads_no_matplotlib():
     code = "import sys, megatron_hypenet.eval.plots; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_heat_maps_have_a_map_for_each_model_and_task(tmp_path):
+    rows = [
+        {"model": model, "task": task, "length": length, "depth": depth, "score": 50.0}
+        for model in ("teacher", "student")
+        for task in ("needle", "pairs")
+        for length in (1024, 4096)
+        for depth in (0.0, 1.0)
+    ]
+    plots.heat_maps(rows, tmp_path / "maps.png")
+    assert (tmp_path / "maps.png").read_bytes().startswith(b"\x89PNG")

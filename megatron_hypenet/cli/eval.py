@@ -1,0 +1,305 @@
+"""Evaluation of a model, beside others: losses by length and position, tasks over long contexts,
+questions of local files.
+
+Every measurement is written when it is done; the same command continues an interrupted one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from megatron_hypenet.cli.options import DryRunOption, JsonOption
+from megatron_hypenet.errors import DataError, UsageError
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+FILE = "eval.json"
+PICTURE = "eval.png"
+TEACHER = "teacher"
+
+Measure = Callable[[Any], list[dict[str, Any]]]
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="Checkpoint, run, or Hugging Face folder.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Folder for eval.json and eval.png.")],
+    beside: Annotated[
+        list[Path] | None,
+        typer.Option("--beside", help="Another model to compare with; default: a run's teacher."),
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option("--text", help="Held-out text (UTF-8): its loss, and filler of the tasks."),
+    ] = None,
+    lengths: Annotated[
+        str, typer.Option("--lengths", metavar="N,N", help="Context lengths in tokens.")
+    ] = "1024,4096",
+    depths: Annotated[
+        str, typer.Option("--depths", metavar="X,X", help="Places of the answer, 0 to 1.")
+    ] = "0,0.25,0.5,0.75,1",
+    tasks: Annotated[
+        str, typer.Option("--probes", metavar="NAME,NAME", help="Long-context tasks, or none.")
+    ] = "all",
+    count: Annotated[
+        int, typer.Option("--count", min=1, help="Documents per task, length and depth.")
+    ] = 10,
+    loss_count: Annotated[
+        int, typer.Option("--loss-count", min=1, help="Sequences per length for the loss.")
+    ] = 8,
+    questions: Annotated[
+        list[Path] | None,
+        typer.Option("--questions", help=".jsonl of multiple choice or exact match; repeatable."),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the documents.")] = 0,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="float32, bfloat16, ...; default: the weights'.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", help="cuda, cuda:1, cpu; default: a GPU if any.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace another evaluation in --out.")
+    ] = False,
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure models side by side and write eval.json, and a heat map by length and depth.
+
+    Tasks: needle, needle_multikey, needle_multivalue, variables, common_words, pairs. Multiple
+    choice is answered by log-likelihood and by generation: a distilled model can be good at the
+    one and not at the other.
+
+    Examples:
+
+      hypenet eval runs/demo --out runs/demo/eval --text held_out.txt --lengths 256,1024
+
+      hypenet eval /models/HypeNet-2B --beside /models/Qwen3-1.7B --out eval --questions mmlu.jsonl
+    """
+    from megatron_hypenet.data.probes import TASKS
+    from megatron_hypenet.data.questions import read_questions
+
+    models = _models(model, beside)
+    named = list(TASKS) if tasks == "all" else [] if tasks == "none" else tasks.split(",")
+    for task in named:
+        if task not in TASKS:
+            raise UsageError(f"--probes {task}: no task; choose from {', '.join(TASKS)}")
+    plan = {
+        "lengths": sorted(_numbers("--lengths", lengths, int, 16, 10**8)),
+        "depths": sorted(_numbers("--depths", depths, float, 0, 1)),
+        "tasks": named,
+        "count": count,
+        "loss_count": loss_count,
+        "seed": seed,
+        "dtype": dtype,
+        "models": {name: str(path.resolve()) for name, path in models.items()},
+        "text": text and _digest(text),
+        "questions": {str(path): _digest(path) for path in questions or []},
+    }
+    words = None if text is None else _words(text)
+    asked = {path.stem: read_questions(path) for path in questions or []}
+    if len(asked) < len(questions or []):
+        raise UsageError("--questions: two files have the same name; rename one of them")
+    if not (named or text or asked):
+        raise UsageError("nothing to measure; give --text or --questions, or leave --probes out")
+    rows = _earlier(out, plan, overwrite=overwrite)
+    measures = _measures(plan, text, asked)
+    if dry_run:
+        _say({"measurements": len(measures) * len(models), "done": len(_done(rows))}, as_json)
+        return
+    for name, path in models.items():
+        todo = {key: call for key, call in measures.items() if (name, key) not in _done(rows)}
+        if todo:
+            _run(name, path, todo, plan, words, rows, out, device)
+    _finish(out, rows, as_json=as_json)
+
+
+def _models(model: Path, beside: list[Path] | None) -> dict[str, Path]:
+    """The models by name."""
+    others = beside or ([model / TEACHER] if (model / TEACHER).is_dir() else [])
+    found = {path.resolve().name: path for path in (*others, model)}
+    if len(found) < len(others) + 1:
+        raise UsageError("two models have the same name; rename a folder, or leave one out")
+    return found
+
+
+def _numbers(option: str, text: str, kind: type, least: float, most: float) -> list[Any]:
+    try:
+        found = [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{option} {text}: give numbers with commas between") from None
+    for number in found:
+        if not least <= number <= most:
+            raise UsageError(f"{option} {number}: must be {least} to {most}")
+    return list(dict.fromkeys(found))
+
+
+def _words(path: Path) -> str:
+    try:
+        words = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"--text {path}: no UTF-8 text (byte {error.start})") from error
+    if not words.strip():
+        raise DataError(f"--text {path}: it is empty; give held-out text")
+    return words
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _earlier(out: Path, plan: dict[str, Any], *, overwrite: bool) -> list[dict[str, Any]]:
+    """Rows of an interrupted evaluation with this plan. UsageError when another one is there."""
+    from megatron_hypenet.untrusted.files import FileKind
+    from megatron_hypenet.untrusted.json_text import read_object
+
+    file = out / FILE
+    if overwrite or not file.exists():
+        return []
+    found = read_object(FileKind(error=DataError, advice="add --overwrite"), file)
+    if found.get("plan") != json.loads(json.dumps(plan)):
+        raise UsageError(
+            f"{file} is an evaluation of other models, files or settings; choose another --out, or "
+            "--overwrite"
+        )
+    return list(found["rows"])
+
+
+def _done(rows: list[dict[str, Any]]) -> set[tuple[str, str]]:
+    return {(row["model"], row["measure"]) for row in rows}
+
+
+def _measures(plan: dict[str, Any], text: Path | None, asked: dict[str, Any]) -> dict[str, Measure]:
+    """What is measured of each model, by a key that names it in eval.json. The functions take
+    (Model, Probes, tokens of the text)."""
+    from megatron_hypenet.eval import suite
+
+    found: dict[str, Measure] = {}
+    for length in plan["lengths"]:
+        if text is not None:
+            found[f"loss {length}"] = lambda at, n=length: suite.loss_rows(  # type: ignore[misc]
+                at.model, at.tokens, n, plan["loss_count"]
+            )
+        for task in plan["tasks"]:
+            for depth in plan["depths"]:
+                cell = (task, length, depth, plan["count"])
+                found[f"{task} {length} {depth}"] = lambda at, cell=cell: [  # type: ignore[misc]
+                    suite.probe_row(at.model, at.probes, *cell)
+                ]
+    for name, given in asked.items():
+        found[f"questions {name}"] = lambda at, given=given, name=name: suite.question_rows(  # type: ignore[misc]
+            at.model, given, name
+        )
+    return found
+
+
+def _run(
+    name: str,
+    path: Path,
+    todo: dict[str, Measure],
+    plan: dict[str, Any],
+    words: str | None,
+    rows: list[dict[str, Any]],
+    out: Path,
+    device: str | None,
+) -> None:
+    """Measure one model; every measurement is in the file before the next begins."""
+    from megatron_hypenet.atomic_files import write_json
+
+    for place, (key, found) in enumerate(_measured(path, todo, plan, words, device), 1):
+        rows += [{"model": name, "measure": key, **row} for row in found]
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / FILE, {"plan": plan, "rows": rows})
+        scores = ", ".join(f"{row['score']:.3f}" for row in found[:3])
+        print(f"{name}: {place} of {len(todo)}: {key}: {scores}", file=sys.stderr)
+
+
+def _measured(
+    path: Path,
+    todo: dict[str, Measure],
+    plan: dict[str, Any],
+    words: str | None,
+    device: str | None,
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Load the model, and yield each measurement's rows."""
+    from types import SimpleNamespace
+
+    import torch
+
+    from megatron_hypenet.data.probes import Probes
+    from megatron_hypenet.data.tokenizer import encode, load_tokenizer
+    from megatron_hypenet.eval.suite import Model
+    from megatron_hypenet.export import hf_model
+    from megatron_hypenet.export.generate import Sampling, generate
+    from megatron_hypenet.export.token_losses import token_losses
+
+    with hf_model.as_hf_folder(path) as folder:
+        config = hf_model.read_config(folder)
+        tokenizer = load_tokenizer(folder)
+        place = device or hf_model.default_device()
+        loaded = hf_model.load_model(folder, config, plan["dtype"], place)
+        model = Model(
+            losses=lambda ids: token_losses(loaded, ids),
+            answer=lambda ids, most: generate(loaded, tokenizer, ids, Sampling(most)).text,
+            encode=lambda words: encode(tokenizer, words),
+        )
+        tokens = None if words is None else model.encode(words)
+        at = SimpleNamespace(
+            model=model,
+            probes=Probes(model.encode, tokens, seed=plan["seed"]),
+            tokens=None if tokens is None else torch.tensor(tokens),
+        )
+        for key, call in todo.items():
+            yield key, call(at)
+
+
+def _finish(out: Path, rows: list[dict[str, Any]], *, as_json: bool) -> None:
+    """Draw the heat map and print the table, or all rows as JSON."""
+    from megatron_hypenet.eval import plots, suite
+
+    mapped = [row for row in rows if "depth" in row]
+    if mapped:
+        plots.heat_maps(mapped, out / PICTURE)
+    if as_json:
+        print(json.dumps({"file": str(out / FILE), "rows": rows}))
+    else:
+        print(table(suite.merged(rows), list(dict.fromkeys(row["model"] for row in rows))))
+    written = [FILE, *([PICTURE] if mapped else [])]
+    print(f"wrote {' and '.join(str(out / name) for name in written)}", file=sys.stderr)
+
+
+def table(rows: list[dict[str, Any]], models: list[str]) -> str:
+    """Rows as text with a column per model: nats for losses, % for everything else."""
+    lines = [["task", "where", *models]]
+    for row in rows:
+        where = [f"{row['length']:,} tokens"] if "length" in row else []
+        where += [f"depth {row['depth']:g}"] if "depth" in row else []
+        where += [str(row[name]) for name in ("position", "way") if name in row]
+        scores = (row.get(model) for model in models)
+        digits = 3 if row["task"].startswith("loss") else 1
+        shown = ("" if score is None else f"{score:.{digits}f}" for score in scores)
+        lines.append([row["task"], ", ".join(where), *shown])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if column < 2 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def _say(numbers: dict[str, Any], as_json: bool) -> None:
+    print(
+        json.dumps(numbers)
+        if as_json
+        else "\n".join(f"{name}: {value}" for name, value in numbers.items())
+    )

@@ -1,0 +1,105 @@
+"""Models for inference by transformers, from a Hugging Face folder, a checkpoint or a run.
+
+The modelling code that came with a folder is never run: a HypeNet runs this package's copy, a
+teacher transformers' Qwen3."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_hypenet.config.model import ModelConfig
+from megatron_hypenet.config.schema import STAGES
+from megatron_hypenet.errors import SetupError
+from megatron_hypenet.export import hf_config
+from megatron_hypenet.export.tensors import parse_dtype
+from megatron_hypenet.export.to_hf import export_hf
+
+EXPORT = "export"
+"""Where a run keeps its Hugging Face folder."""
+
+
+def is_hf_folder(path: Path) -> bool:
+    """Whether a folder looks like one of Hugging Face rather than like a checkpoint."""
+    return (path / "config.json").is_file()
+
+
+def meant(path: Path) -> Path:
+    """The Hugging Face folder or checkpoint meant by `path`: itself, or, in a run, the export, or
+    the stage that was trained last."""
+    if is_hf_folder(path):
+        return path
+    if is_hf_folder(path / EXPORT):
+        return path / EXPORT
+    for stage in reversed(STAGES):
+        if (path / stage / "checkpoints").is_dir():
+            return path / stage
+    return path
+
+
+@contextmanager
+def as_hf_folder(path: Path) -> Iterator[Path]:
+    """The Hugging Face folder of what `path` means; a checkpoint is exported into a temporary one.
+
+    Raises CheckpointError or ConversionError for what is neither."""
+    found = meant(path)
+    if is_hf_folder(found):
+        yield found
+        return
+    with tempfile.TemporaryDirectory(prefix="hypenet_") as place:
+        folder = Path(place) / EXPORT
+        export_hf(found, folder)
+        yield folder
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The model of a Hugging Face folder. ConfigError or ConversionError for one that this package
+    does not know."""
+    raw = hf_config.read_hf_config(folder)
+    return hf_config.model_config_from_hf(raw, where=str(folder / "config.json"))
+
+
+def load_model(folder: Path, config: ModelConfig, dtype: str | None, device: str) -> Any:
+    """The model of a Hugging Face folder, for inference, on `device`; `dtype` None is that of its
+    weights. SetupError where the device has too little memory."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    from megatron_hypenet.export.hf_remote.configuration_hypenet import HypeNetConfig
+    from megatron_hypenet.export.hf_remote.modeling_hypenet import HypeNetForCausalLM
+
+    if dtype is None:
+        raw = hf_config.read_hf_config(folder)
+        dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
+    options: dict[str, Any] = {"dtype": parse_dtype(dtype), "local_files_only": True}
+    bar = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        if config.is_teacher:
+            model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **options)
+        else:
+            plain = hf_config.hf_config_from_model(config, torch_dtype=dtype)
+            model = HypeNetForCausalLM.from_pretrained(
+                folder, config=HypeNetConfig.from_dict(plain), **options
+            )
+    finally:
+        if bar:
+            logging.enable_progress_bar()
+    try:
+        return model.eval().to(torch.device(device))
+    except torch.OutOfMemoryError as error:
+        needed = sum(parameter.nbytes for parameter in model.parameters()) / 2**30
+        raise SetupError(
+            f"{folder}: its weights take {needed:.1f} GiB and {device} has less free; "
+            "choose another device with --device, or a narrower --dtype"
+        ) from error
+
+
+def default_device() -> str:
+    """The first GPU, or the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
