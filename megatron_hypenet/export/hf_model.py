@@ -5,7 +5,7 @@ teacher transformers' Qwen3."""
 
 from __future__ import annotations
 
-import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from megatron_hypenet.atomic_files import temporary_folder
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.config.schema import STAGES
 from megatron_hypenet.errors import SetupError
@@ -51,8 +52,8 @@ def as_hf_folder(path: Path) -> Iterator[Path]:
     if is_hf_folder(found):
         yield found
         return
-    with tempfile.TemporaryDirectory(prefix="hypenet_") as place:
-        folder = Path(place) / EXPORT
+    with temporary_folder() as place:
+        folder = place / EXPORT
         export_hf(found, folder)
         yield folder
 
@@ -68,7 +69,6 @@ def load_model(folder: Path, config: ModelConfig, dtype: str | None, device: str
     """The model of a Hugging Face folder, for inference, on `device`; `dtype` None is that of its
     weights. SetupError where the device has too little memory."""
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
     from megatron_hypenet.export.hf_remote.configuration_hypenet import HypeNetConfig
     from megatron_hypenet.export.hf_remote.modeling_hypenet import HypeNetForCausalLM
@@ -77,9 +77,7 @@ def load_model(folder: Path, config: ModelConfig, dtype: str | None, device: str
         raw = hf_config.read_hf_config(folder)
         dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
     options: dict[str, Any] = {"dtype": parse_dtype(dtype), "local_files_only": True}
-    bar = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
+    with _quiet():
         if config.is_teacher:
             model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **options)
         else:
@@ -87,9 +85,6 @@ def load_model(folder: Path, config: ModelConfig, dtype: str | None, device: str
             model = HypeNetForCausalLM.from_pretrained(
                 folder, config=HypeNetConfig.from_dict(plain), **options
             )
-    finally:
-        if bar:
-            logging.enable_progress_bar()
     try:
         return model.eval().to(torch.device(device))
     except torch.OutOfMemoryError as error:
@@ -98,6 +93,26 @@ def load_model(folder: Path, config: ModelConfig, dtype: str | None, device: str
             f"{folder}: its weights take {needed:.1f} GiB and {device} has less free; "
             "choose another device with --device, or a narrower --dtype"
         ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bar, and without its warnings about settings that both of its
+    major versions are given."""
+    from transformers.utils import logging
+
+    bar = logging.is_progress_bar_enabled()
+    level = logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
 
 
 def default_device() -> str:
