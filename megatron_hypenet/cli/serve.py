@@ -129,7 +129,9 @@ def find_vllm(given: Path | None) -> str:
 
 
 def _checked(model: Path) -> tuple[Path, Any]:
-    """The folder to serve and its configuration. ConversionError for a checkpoint."""
+    """The folder to serve and its configuration. ConversionError for a checkpoint, and for an
+    export that engines cannot read."""
+    from megatron_hypenet.export.hf_config import read_hf_config
     from megatron_hypenet.export.hf_model import is_hf_folder, meant, read_config
 
     folder = meant(model)
@@ -139,4 +141,9 @@ def _checked(model: Path) -> tuple[Path, Any]:
             f"hypenet convert export {model} FOLDER"
         )
     config = read_config(folder)
+    if not config.is_teacher and not read_hf_config(folder).get("layer_types"):
+        raise ConversionError(
+            f"{folder}/config.json has no layer_types, by which engines size their caches: it was "
+            "exported by an older version; export it again with hypenet convert export"
+        )
     return folder, config

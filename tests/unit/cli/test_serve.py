@@ -85,6 +85,13 @@ def test_what_cannot_be_served_is_named(run_folder, vllm, tmp_path, capsys):
     program = ["--vllm", str(vllm), "--dry-run"]
     assert run(["serve", str(run_folder / "ckpt"), *program]) == 5
     assert "export it first: hypenet convert export" in capsys.readouterr().err
+    old = tmp_path / "old"
+    old.mkdir()
+    config = json.loads((run_folder / "export" / "config.json").read_text())
+    del config["layer_types"]
+    (old / "config.json").write_text(json.dumps(config))
+    assert run(["serve", str(old), *program]) == 5
+    assert "has no layer_types" in capsys.readouterr().err
     assert run(["serve", str(run_folder), *program, "--tp", "7"]) == 2
     assert "--tp 7 does not divide" in capsys.readouterr().err
     assert run(["serve", str(run_folder), "--vllm", str(tmp_path), "--dry-run"]) == 4
