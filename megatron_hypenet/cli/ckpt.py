@@ -1,4 +1,4 @@
-"""`hypenet ckpt`: which checkpoints there are, what one holds, and how two differ."""
+"""`hypenet ckpt`: which checkpoints there are, what one holds, how two differ, and which may go."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from megatron_hypenet.cli.options import JsonOption
+from megatron_hypenet.cli.options import DryRunOption, JsonOption
 from megatron_hypenet.errors import CheckpointError, VerificationError
 
 app = typer.Typer(
@@ -19,8 +19,8 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     help=(
-        "List, inspect and compare checkpoints, whatever parallel layout wrote them.\n\n"
-        "Nothing is changed; tensors are read one at a time, on the CPU."
+        "List, inspect, compare and prune checkpoints, whatever parallel layout wrote them.\n\n"
+        "Only prune changes anything; tensors are read one at a time, on the CPU."
     ),
     epilog="Example:  hypenet ckpt ls runs/quickstart  &&  hypenet ckpt inspect "
     "runs/quickstart/finetune",
@@ -173,6 +173,90 @@ def diff_command(
         print("\n".join(diff_lines(report)))
     if not report.equal:
         raise VerificationError(f"{folders[0]} and {folders[1]} differ")
+
+
+@app.command("prune")
+def prune_command(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Run folder, or the folder of a stage.")
+    ],
+    keep_last: Annotated[
+        int, typer.Option("--keep-last", min=1, help="Newest usable checkpoints that stay.")
+    ] = 1,
+    keep_every: Annotated[
+        int | None,
+        typer.Option("--keep-every", min=1, help="Also keep steps that are multiples of this."),
+    ] = None,
+    weights_only: Annotated[
+        bool,
+        typer.Option(
+            "--weights-only",
+            help="Take the optimizer state off those that stay: no training goes on from them.",
+        ),
+    ] = False,
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Delete the older checkpoints of every stage below DIR, and say how much space it frees.
+
+    Only usable checkpoints are counted and deleted; damaged ones, and saves that are not finished,
+    stay. A run that is under way is refused.
+
+    Example:  hypenet ckpt prune runs/quickstart --keep-last 1 --dry-run
+    """
+    from megatron_hypenet.checkpoint.retention import delete, drop_optimizer, surplus
+    from megatron_hypenet.checkpoint.survey import COMMITTED, survey
+
+    refuse_used(folder)
+    usable = [one for one in survey(folder) if one.state == COMMITTED and is_save(one.path)]
+    sizes = {one.path: one.bytes for one in usable}
+    doomed: list[Path] = []
+    for parent in dict.fromkeys(path.parent for path in sizes):
+        of_stage = [path for path in sizes if path.parent == parent]
+        doomed += surplus(of_stage, keep_last=keep_last, keep_every=keep_every)
+    kept = [path for path in sizes if path not in doomed] if weights_only else []
+    freed = sum(sizes[path] for path in doomed)
+    if not dry_run:
+        for path in doomed:
+            delete(path)
+        freed += sum(map(drop_optimizer, kept))
+    if as_json:
+        print(
+            json.dumps(
+                {
+                    "verb": "ckpt prune",
+                    "deleted": list(map(str, doomed)),
+                    "weights_only": list(map(str, kept)),
+                    "bytes": freed,
+                }
+            )
+        )
+        return
+    words = ("would delete", "would take the optimizer state off") if dry_run else (
+        "deleted", "took the optimizer state off",
+    )  # fmt: skip
+    for verb, paths in zip(words, (doomed, kept), strict=True):
+        print("".join(f"{verb} {path}\n" for path in paths), end="")
+    print(
+        f"{len(doomed)} checkpoints, {size_text(freed)}" + (" at least" if dry_run and kept else "")
+    )
+
+
+def is_save(path: Path) -> bool:
+    """Whether a checkpoint is one of a training stage's saves."""
+    from megatron_hypenet.checkpoint import format as fmt
+
+    return fmt.iteration_of(path) is not None and not path.is_symlink()
+
+
+def refuse_used(folder: Path) -> None:
+    """Raise UsageError while another command or a job works in the run that `folder` belongs to."""
+    from megatron_hypenet.cluster.jobs import refuse_live_jobs
+    from megatron_hypenet.ownership import refuse_if_owned
+
+    for place in (folder.absolute(), *folder.absolute().parents):
+        refuse_if_owned(place)
+        refuse_live_jobs(place)
 
 
 def resolve_any(path: Path) -> Path:

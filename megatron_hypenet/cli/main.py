@@ -47,7 +47,7 @@ VERBS: dict[str, str] = {
     "eval": "Measure models side by side: losses, long contexts, questions.",
     "serve": "Serve an exported model with vLLM.",
     "data": "Prepare and inspect training data.",
-    "ckpt": "List, inspect and compare checkpoints.",
+    "ckpt": "List, inspect, compare and prune checkpoints.",
     "report": "Summarise a finished run: losses, recall, figures.",
     "config": "Show, validate or describe a run configuration.",
     "plan": "Show GPU memory and hours of each stage, and layouts that fit.",

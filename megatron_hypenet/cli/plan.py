@@ -22,10 +22,11 @@ from megatron_hypenet.cli.options import (
 )
 from megatron_hypenet.config.layout import SEQUENCE, ZERO, Layout
 from megatron_hypenet.config.loader import load_model_config, load_run_config
-from megatron_hypenet.config.schema import STAGES
+from megatron_hypenet.config.schema import STAGES, RunConfig
 from megatron_hypenet.errors import CheckpointError, LayoutError, UsageError
 
 if TYPE_CHECKING:
+    from megatron_hypenet.planning.disk import DiskNeed
     from megatron_hypenet.planning.hours import Hours
     from megatron_hypenet.planning.layout_search import Fit, StageNeed
 
@@ -67,7 +68,7 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Say how much GPU memory each training stage takes, whether it fits, which layouts do, and how
-    many hours a run takes.
+    many hours and how much of the disk a run takes.
 
     For bfloat16 on CUDA, from shapes alone; needs no GPU, no weights and no data. Hours are for the
     share of the GPU's peak that each stage reached on an H100. Exit code 3 when a stage does not
@@ -89,6 +90,7 @@ def plan(
     check_and_warn(run, shape, world_size)
     from megatron_hypenet.halo.run_folder import RunFolder
     from megatron_hypenet.halo.tasks import halo_steps
+    from megatron_hypenet.planning.disk import disk_need, text_bytes
     from megatron_hypenet.planning.eta import planned_work
     from megatron_hypenet.planning.hours import hours_of
     from megatron_hypenet.planning.layout_search import fits, fullest, needs
@@ -108,12 +110,15 @@ def plan(
         peak=peak,
         recompute={name: getattr(run.stage(name), "recompute", "none") for name in STAGES},
     )
+    disk = disk_need(shape, run, text_bytes=text_bytes(run))
     if as_json:
         content = summary(layout, found, others, gpu_memory)
-        typer.echo(json.dumps({**content, "gpu": gpu, "hours": hours_summary(hours, price)}))
+        more = {"gpu": gpu, "hours": hours_summary(hours, price), "disk": disk_summary(disk, run)}
+        typer.echo(json.dumps({**content, **more}))
     else:
         times = hours_table(hours, gpu, layout.processes, price)
-        typer.echo("\n".join([*table(layout, found), *times, *advice(others, gpu_memory)]))
+        ends = [*advice(others, gpu_memory), disk_line(disk, run)]
+        typer.echo("\n".join([*table(layout, found), *times, *ends]))
     if top.memory.needed > gpu_memory * GIB:
         raise LayoutError(
             f"{top.stage} needs {top.memory.needed / GIB:.1f} GiB on pipeline stage "
@@ -171,6 +176,31 @@ def hours_summary(hours: list[Hours], price: float | None) -> dict[str, dict[str
         row.step: {"hours": round(row.hours, 4), "gpu_hours": round(row.gpu_hours, 3)}
         | ({} if price is None else {"cost": round(row.gpu_hours * price, 2)})
         for row in hours
+    }
+
+
+def disk_line(need: DiskNeed, run: RunConfig) -> str:
+    """What the run takes on the disk, and what is there for it."""
+    from megatron_hypenet.planning.disk import described, free_bytes
+
+    there = free_bytes(run.output_dir)
+    return (
+        f"disk: {need.peak / GIB:.1f} GiB in {run.output_dir} ({described(need)}); "
+        f"{there / GIB:.1f} GiB are there for it"
+        + (", which is too little" if there < need.peak else "")
+    )
+
+
+def disk_summary(need: DiskNeed, run: RunConfig) -> dict[str, int]:
+    """The same in bytes, for machines."""
+    from megatron_hypenet.planning.disk import free_bytes
+
+    sizes = {name: round(size) for name, size in need.parts.items()}
+    return {
+        **sizes,
+        "saving": round(need.saving),
+        "peak": round(need.peak),
+        "free": free_bytes(run.output_dir),
     }
 
 

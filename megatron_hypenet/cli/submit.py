@@ -184,13 +184,18 @@ def checked_scripts(
         )
     check_texts(settings)
     scripts = job_scripts(settings.output_dir, profile, chain=chain)
-    pipeline.checked(
+    from megatron_hypenet.planning.disk import disk_need, refuse_small_disk, text_bytes
+
+    found = pipeline.checked(
         settings,
         overwrite=overwrite,
         redo_from=redo_from,
         world_size=profile.world_size,
         on_gpus=profile.gpus_per_node > 0,
     )
+    need = disk_need(found.shape, settings, text_bytes=text_bytes(settings))
+    refuse_small_disk(need, settings.output_dir)
+    print(f"disk: up to {need.peak / 2**30:.1f} GiB in {settings.output_dir}", file=sys.stderr)
     return scripts
 
 

@@ -427,6 +427,12 @@ class CheckpointConfig(Section):
     keep_every: PositiveInt | None = Field(
         default=None, description="Also keep every checkpoint whose step is a multiple of this."
     )
+    finished: Literal["all", "weights"] = Field(
+        default="all",
+        description="What stays of a stage's checkpoints once it is finished: all that are kept, "
+        "or the weights of the last one alone (a sixth to a seventh of the bytes in bfloat16; the "
+        "stage can then not be made longer).",
+    )
     async_save: Switch = Field(
         default=False,
         description="Write checkpoints in the background while training goes on; "

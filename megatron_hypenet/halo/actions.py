@@ -22,6 +22,7 @@ from megatron_hypenet.checkpoint.load import (
     tokenizer_dir,
 )
 from megatron_hypenet.checkpoint.manifest import TEACHER_LICENSE
+from megatron_hypenet.checkpoint.retention import finish
 from megatron_hypenet.config.schema import STAGES, RunConfig
 from megatron_hypenet.errors import CheckpointError
 from megatron_hypenet.halo import build_stage, datasets
@@ -170,6 +171,10 @@ class Halo:
         )
         del stage
         release_memory()
+        if self.run.checkpoint.finished == "weights":
+            if groups.rank() == 0:
+                finish(final.parent)
+            groups.barrier()
         return {"checkpoint": str(final.relative_to(self.folder.root))}
 
     def _noted_by_teacher(self) -> dict[str, Any]:

@@ -112,9 +112,15 @@ def test_from_text_to_an_exported_model(tmp_path, teacher, trained, capsys, repo
         align=stage,
         distill=stage,
         finetune=stage,
+        checkpoint={"finished": "weights"},
     )
     code = run(["run", str(config)])
     assert code == 0, capsys.readouterr().err
+    # of finished stages the weights stay, and that is enough for every later step
+    saves = sorted((tmp_path / "run").glob("*/checkpoints/*"))
+    assert [path.parent.parent.name for path in saves] == ["align", "distill", "finetune"]
+    assert not list((tmp_path / "run").glob("*/checkpoints/*/optimizer"))
+    assert run(["run", str(config)]) == 0
     export = tmp_path / "run" / "export"
     assert (export / "tokenizer.model").read_bytes() == trained.content
     assert not (export / "tokenizer.json").exists()

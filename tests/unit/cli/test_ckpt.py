@@ -138,3 +138,38 @@ def test_sizes():
         "1.5 KiB",
         "3.0 GiB",
     ]
+
+
+def test_prune_deletes_older_saves_and_leaves_damaged_ones(ckpt, stage):
+    saves = stage / "checkpoints"
+    write(saves / fmt.iteration_name(30))
+    write(saves / fmt.iteration_name(40))
+    (saves / fmt.iteration_name(40) / "model.json").unlink()
+    write(stage.parent / "teacher")
+    code, out, _ = ckpt("prune", stage.parent, "--keep-every", "10", "--dry-run")
+    assert code == 0 and out.startswith("0 checkpoints")
+    code, out, _ = ckpt("prune", stage.parent, "--dry-run", "--json")
+    would = json.loads(out)
+    assert [path[-2:] for path in would["deleted"]] == ["10", "20"] and would["bytes"] > 0
+    assert len(list(saves.iterdir())) == 4
+    code, out, _ = ckpt("prune", stage.parent, "--weights-only")
+    assert code == 0 and out.count("\ndeleted") == 1 and "iter_0000030" in out
+    assert sorted(path.name[-2:] for path in saves.iterdir()) == ["30", "40"]
+    assert ckpt("inspect", saves / fmt.iteration_name(30), "--hashes")[0] == 0
+
+
+def test_a_run_under_way_is_not_pruned(ckpt, stage):
+    from megatron_hypenet.ownership import owning
+
+    with owning(stage.parent, inside=True):
+        import subprocess
+        import sys
+
+        done = subprocess.run(
+            [sys.executable, "-m", "megatron_hypenet", "ckpt", "prune", str(stage)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 2 and "is in use by" in done.stderr
+    assert ckpt("prune", stage.parent / "nowhere")[0] == 5

@@ -101,3 +101,15 @@ def test_nothing_fits(hypenet):
 def test_a_shape_is_needed(hypenet):
     code, _, err = hypenet("configs/run/distill_2b.yaml", "teacher=missing", "data=D")
     assert code == 5 and "--model" in err
+
+
+def test_disk_space_is_part_of_the_plan(tmp_path, capsys, repo_root, monkeypatch):
+    monkeypatch.chdir(repo_root)
+    words = ["plan", "configs/run/distill_2b.yaml", "teacher=T", "data=D", "--world-size", "8"]
+    words += ["--model", "configs/model/hypenet_2b.yaml", f"output_dir={tmp_path}/run"]
+    assert run(words) == 0
+    assert f"GiB in {tmp_path}/run (distill " in capsys.readouterr().out.splitlines()[-1]
+    assert run([*words, "--json"]) == 0
+    disk = json.loads(capsys.readouterr().out)["disk"]
+    parts = sum(size for name, size in disk.items() if name not in ("peak", "free"))
+    assert disk["peak"] == parts > 100e9 and disk["free"] > 0

@@ -38,7 +38,8 @@ def test_dry_run_prints_the_script_and_touches_nothing(run, tmp_path, capsys):
     code, out, err = invoke(
         capsys, "submit", config, "--cluster", profile, "--time", "4:00:00", "--dry-run"
     )
-    assert code == 0 and err == "" and sorted(tmp_path.rglob("*")) == before
+    assert code == 0 and sorted(tmp_path.rglob("*")) == before
+    assert err.splitlines() == [f"disk: up to 0.0 GiB in {tmp_path}/run"]
     assert "#SBATCH --time=4:00:00" in out and f"==> {tmp_path}/run/job.sbatch" in out
     code, out, _ = invoke(
         capsys, "submit", config, "--cluster", profile, "--chain", "--dry-run", "--json"
@@ -185,3 +186,12 @@ def test_large_text_is_not_tokenized_by_a_gpu_job(run, tmp_path, capsys, monkeyp
     (tmp_path / "bad.jsonl").write_text("{}")
     code, _, err = invoke(capsys, *words, f"data={tmp_path}/bad.jsonl")
     assert code == 5 and "bad.jsonl, line 1: no text under 'text'" in err
+
+
+def test_a_run_that_the_disk_cannot_hold_is_refused(run, capsys, monkeypatch):
+    from megatron_hypenet.planning import disk
+
+    monkeypatch.setattr(disk, "free_bytes", lambda folder: 1000)
+    config, profile = run
+    code, out, err = invoke(capsys, "submit", config, "--cluster", profile, "--dry-run")
+    assert code == 4 and out == "" and "the run takes about" in err and "another disk" in err
