@@ -1,8 +1,10 @@
+import json
 import shutil
 
 import numpy as np
 import pytest
 
+from megatron_hypenet.config.schema import SourceConfig
 from megatron_hypenet.data.corpus import open_corpus, prepare_corpus
 from megatron_hypenet.data.prepare import prepare_file
 from megatron_hypenet.data.token_writer import TokenFileWriter
@@ -172,3 +174,42 @@ def test_the_models_end_token_closes_documents_and_is_recorded(tmp_path, sources
     )
     again, made = make(sources[:1], None, teacher, tmp_path / "data")
     assert made == 1 and again["end_of_document"] == 0
+
+
+def test_conversations_reach_the_training_data_with_their_mask(tmp_path, teacher):
+    """Text and conversations in one blend: answers and boundaries stay with their tokens."""
+    chats = tmp_path / "teacher"
+    shutil.copytree(teacher, chats)
+    settings = json.loads((chats / "tokenizer_config.json").read_text())
+    settings["chat_template"] = (
+        "{%- for m in messages %}{{ '<|endoftext|>' + m.role + ':' + m.content }}{%- endfor %}"
+        "<|endoftext|>{%- if add_generation_prompt %}{{ 'assistant:' }}{%- endif %}"
+    )
+    (chats / "tokenizer_config.json").write_text(json.dumps(settings))
+    talk = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello there."}]
+    (tmp_path / "c.jsonl").write_text((json.dumps({"m": talk}) + "\n") * 60)
+    (tmp_path / "t.txt").write_text("A line of prose.\n\n" * 4000)
+    train = [
+        SourceConfig(path=tmp_path / "c.jsonl", weight=1.0, messages_key="m"),
+        SourceConfig(path=tmp_path / "t.txt", weight=3.0),
+    ]
+    log = []
+    for _ in range(2):
+        content = prepare_corpus(
+            train, None, chats, tmp_path / "data", vocab_size=2048, log=log.append
+        )
+    assert sum("tokenizing" in line for line in log) == 2 and any("answers" in line for line in log)
+    assert (tmp_path / "data" / "train_000.mask").is_file()
+    assert not (tmp_path / "data" / "train_001.mask").exists()
+    corpus = open_corpus(tmp_path / "data", heldout_fraction=0.1, seed=1)
+    data = corpus.training_data(recall_fraction=0.0, recall_pairs=2, weights=(1.0, 3.0))
+    tokenizer = load_tokenizer(chats)
+    tokens, answers = data.batch(0, 40, 32), data.answers(0, 40, 32)
+    ends = data.document_ends(tokens, 0)
+    plain = answers.all(dim=1)
+    assert int(plain.sum()) == 30
+    said = {tokenizer.decode(row[mask]) for row, mask in zip(tokens, answers, strict=True)}
+    assert any("Hello there.<|endoftext|>" in text and "Hi" not in text for text in said)
+    # four end tokens in a conversation, one of which is its last
+    marks = (tokens == content["end_of_document"])[~plain].sum()
+    assert 0 < int(ends[~plain].sum()) < int(marks)
