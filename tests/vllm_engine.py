@@ -13,6 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 NEW_TOKENS = 16
+LIMIT_SECONDS = 580
 SIZES = {
     "vocab_size": 128,
     "hidden_size": 64,
@@ -123,7 +124,7 @@ def inside(source: str):
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=LIMIT_SECONDS,
     )
     assert done.returncode == 0, done.stderr[-6000:]
     return json.loads(done.stdout.split("\nanswer ")[-1])
@@ -146,7 +147,7 @@ def engine(
         cwd=work,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=LIMIT_SECONDS,
     )
     said = done.stdout + done.stderr
     if fails:

@@ -5,6 +5,7 @@ TWO_RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
 
 @pytest.mark.slow
 @pytest.mark.distributed
+@pytest.mark.timeout(600)  # two processes that import the engine
 @pytest.mark.parametrize(
     ("mixer", "changes"),
     [

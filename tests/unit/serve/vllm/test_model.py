@@ -57,6 +57,7 @@ def test_names_splits_and_refusals():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # the compiler needs C++ for each graph
 def test_a_compiled_model_with_a_tied_head(same_tokens):
     same_tokens("lightning-attn", {"enforce_eager": False}, tie_word_embeddings=True)
 
