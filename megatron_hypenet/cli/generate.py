@@ -19,7 +19,7 @@ from megatron_hypenet.cli.options import DryRunOption, JsonOption
 from megatron_hypenet.errors import DataError, UsageError
 
 if TYPE_CHECKING:
-    from megatron_hypenet.export.generate import Sampling
+    from megatron_hypenet.export.generate import Generated, Sampling
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -121,12 +121,18 @@ def generate(
                 _print({"model": str(folder), **numbers}, as_json=True)
             else:
                 print(flush=True)
-                print(
-                    f"{found.prompt_tokens} + {len(found.tokens)} tokens, "
-                    f"{found.first_token_seconds:.2f} s to the first, "
-                    f"{found.tokens_per_second:.1f} tokens/s after it",
-                    file=sys.stderr,
-                )
+                print(_figures(found), file=sys.stderr)
+
+
+def _figures(found: Generated) -> str:
+    """Lengths and times of one answer."""
+    lengths = f"{found.prompt_tokens} + {len(found.tokens)} tokens, "
+    if not found.first_token_seconds:
+        return f"{lengths}{found.seconds:.2f} s"
+    return (
+        f"{lengths}{found.first_token_seconds:.2f} s to the first, "
+        f"{found.tokens_per_second:.1f} tokens/s after it"
+    )
 
 
 def _turns(prompt: str | None, file: Path | None, *, chat: bool, as_json: bool) -> Iterator[str]:
@@ -203,8 +209,9 @@ def _engine(
 
         require_vllm()
         import megatron_hypenet.serve.vllm.offline as offline
+        from megatron_hypenet.export.hf_model import weights_dtype
 
-        loaded = None if dry_run else offline.load(folder, dtype)
+        loaded = None if dry_run else offline.load(folder, dtype or weights_dtype(folder))
 
         def by_vllm(ids: list[int], sampling: Sampling, *, quiet: bool) -> Any:
             found = offline.generate(loaded, ids, sampling)

@@ -4,6 +4,7 @@ documents are made."""
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,17 +36,25 @@ def load_tokenizer(folder: Path) -> Any:
             "a Hugging Face model."
         )
     from transformers import AutoTokenizer
+    from transformers.utils import logging
 
+    level = logging.get_verbosity()
+    # it reads config.json too, and warns about a model that it does not know
+    logging.set_verbosity_error()
     try:
-        return AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            return AutoTokenizer.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=False
+            )
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise DataError(
             f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {error}); "
             "its files are damaged or belong to another "
             "version of transformers: copy them again from the model's original folder"
         ) from error
+    finally:
+        logging.set_verbosity(level)
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:

@@ -65,6 +65,12 @@ def read_config(folder: Path) -> ModelConfig:
     return hf_config.model_config_from_hf(raw, where=str(folder / "config.json"))
 
 
+def weights_dtype(folder: Path) -> str:
+    """The dtype of a folder's weights, as its config.json has it."""
+    raw = hf_config.read_hf_config(folder)
+    return str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
+
+
 def load_model(folder: Path, config: ModelConfig, dtype: str | None, device: str) -> Any:
     """The model of a Hugging Face folder, for inference, on `device`; `dtype` None is that of its
     weights. SetupError where the device has too little memory."""
@@ -73,9 +79,7 @@ def load_model(folder: Path, config: ModelConfig, dtype: str | None, device: str
     from megatron_hypenet.export.hf_remote.configuration_hypenet import HypeNetConfig
     from megatron_hypenet.export.hf_remote.modeling_hypenet import HypeNetForCausalLM
 
-    if dtype is None:
-        raw = hf_config.read_hf_config(folder)
-        dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
+    dtype = dtype or weights_dtype(folder)
     options: dict[str, Any] = {"dtype": parse_dtype(dtype), "local_files_only": True}
     with _quiet():
         if config.is_teacher:

@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_hypenet.errors import SetupError
 from megatron_hypenet.export.generate import Generated, Sampling
 
+ON_CPU: dict[str, Any] = {
+    "gpu_memory_utilization": 0.3,
+    "kv_cache_memory_bytes": 1 << 28,
+    "enforce_eager": True,
+}
+"""Options where there is no GPU: vLLM would otherwise ask for nearly all of the machine's memory,
+and compile for minutes."""
 
-def load(folder: Path, dtype: str | None) -> Any:
-    """The engine with the model of a Hugging Face folder; `dtype` None is that of its weights."""
+
+def load(folder: Path, dtype: str) -> Any:
+    """The engine with the model of a Hugging Face folder, computing in `dtype`. SetupError when it
+    does not start."""
+    # stdout is for the text
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    import torch
     from vllm import LLM
 
-    return LLM(model=str(folder), dtype=dtype or "auto")
+    options = {} if torch.cuda.is_available() else ON_CPU
+    try:
+        return LLM(model=str(folder), dtype=dtype, **options)
+    except (ValueError, RuntimeError) as error:
+        raise SetupError(f"vLLM does not start with {folder}: {error}") from error
 
 
 def generate(engine: Any, ids: Sequence[int], sampling: Sampling) -> Generated:
