@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +90,7 @@ def prepared(
     from megatron_hypenet.halo.changes import finish_redo
     from megatron_hypenet.halo.run_folder import RunFolder
     from megatron_hypenet.parallel import groups
+    from megatron_hypenet.supervision.events import told_of_end
     from megatron_hypenet.supervision.faults import watched
     from megatron_hypenet.supervision.hang_watchdog import collective_minutes
     from megatron_hypenet.supervision.signals import leaving_at_once
@@ -111,6 +113,7 @@ def prepared(
         if is_main:
             words = processes.WORDS.get()
             stack.enter_context(recorded(folder.root, words, found.num_processes))
+            stack.enter_context(told_of_end(run.on_event, folder.root))
         groups.barrier()
         screen = screen_of(run, folder, found)
         stack.callback(screen.close)
@@ -152,6 +155,19 @@ def screen_of(run: RunConfig, folder: RunFolder, found: Checked) -> Screen:
     return screen
 
 
+def announced(run: RunConfig, folder: RunFolder, screen: Screen, step: str, what: str) -> None:
+    """Say that a step starts, is skipped or is done, and tell the commands of `on_event` of a stage
+    or a run that is done."""
+    from megatron_hypenet.config.schema import STAGES
+    from megatron_hypenet.supervision.events import RUN_DONE, STAGE_DONE, tell
+
+    screen.announce(step, what)
+    last = step == list(screen.does)[-1]
+    if screen.is_main and what.startswith("done") and (last or step in STAGES):
+        event = RUN_DONE if last else STAGE_DONE
+        tell(run.on_event, event, root=folder.root, step=step, message=f"{step} is {what}")
+
+
 def runner_of(run: RunConfig, folder: RunFolder, steps: list[Step], screen: Screen) -> Runner:
     """The runner of `steps` on all processes, which announces them on `screen`."""
     from megatron_hypenet.checkpoint.load import verify_together
@@ -167,7 +183,7 @@ def runner_of(run: RunConfig, folder: RunFolder, steps: list[Step], screen: Scre
         steps,
         is_main=processes.is_rank0(),
         barrier=groups.barrier,
-        announce=screen.announce,
+        announce=partial(announced, run, folder, screen),
         limited=screen.count_only,
         may_start=lambda step: leave_if_stopped(f"step {step}", [folder.root]),
         decided=decided_by_first,

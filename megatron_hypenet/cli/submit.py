@@ -183,7 +183,7 @@ def checked_scripts(
             "export it, or take it off the list"
         )
     check_texts(settings)
-    scripts = job_scripts(settings.output_dir, profile, chain=chain)
+    scripts = job_scripts(settings.output_dir, profile, chain=chain, on_event=settings.on_event)
     from megatron_hypenet.planning.disk import disk_need, refuse_small_disk, text_bytes
 
     found = pipeline.checked(

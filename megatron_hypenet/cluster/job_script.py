@@ -10,7 +10,7 @@ import re
 import shlex
 import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,18 +53,20 @@ class JobScript:
     text: str
 
 
-def job_scripts(run_folder: Path, cluster: ClusterConfig, *, chain: bool) -> list[JobScript]:
+def job_scripts(
+    run_folder: Path, cluster: ClusterConfig, *, chain: bool, on_event: Sequence[str] = ()
+) -> list[JobScript]:
     """The scripts of a run in order, from the configuration in its folder; `chain` gives every
-    training stage a job of its own.
+    training stage a job of its own, and `on_event` has the commands that are told of a new start.
 
     Raises ConfigError for paths that a job script cannot hold.
     """
     check_paths(run_folder)
     parts = (*STAGES, LAST) if chain else (WHOLE,)
-    return [_script(part, run_folder.absolute(), cluster) for part in parts]
+    return [_script(part, run_folder.absolute(), cluster, on_event) for part in parts]
 
 
-def _script(part: str, folder: Path, cluster: ClusterConfig) -> JobScript:
+def _script(part: str, folder: Path, cluster: ClusterConfig, on_event: Sequence[str]) -> JobScript:
     config = str(folder / "config.yaml")
     words = ["train", config, "--stage", part] if part in STAGES else ["run", config]
     python = cluster.python or ("python3" if cluster.container else sys.executable)
@@ -77,6 +79,7 @@ def _script(part: str, folder: Path, cluster: ClusterConfig) -> JobScript:
         repo=str(REPO_ROOT),
         command=shlex.join([python, "-m", "launchers.slurm", *words]),
         codes=_CODES,
+        on_event=list(on_event),
     )
     return JobScript(
         part=part,

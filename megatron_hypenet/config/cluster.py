@@ -11,7 +11,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
@@ -95,6 +95,13 @@ class ContainerConfig(Section):
     )
 
 
+MailType = Literal[
+    "ALL", "BEGIN", "END", "FAIL", "REQUEUE", "INVALID_DEPEND", "STAGE_OUT",
+    "TIME_LIMIT", "TIME_LIMIT_90", "TIME_LIMIT_80", "TIME_LIMIT_50",
+]  # fmt: skip
+"""Events that `sbatch --mail-type` knows, but for those of job arrays."""
+
+
 class RequeueConfig(Section):
     """When a job that was stopped may start again by itself."""
 
@@ -143,6 +150,13 @@ class ClusterConfig(Section):
     qos: Line | None = Field(default=None, description="Quality of service.")
     exclude: tuple[Line, ...] = Field(default=(), description="Nodes not to use.")
     requeue: RequeueConfig = Field(default=RequeueConfig(), description="Starting again by itself.")
+    mail_user: Line | None = Field(
+        default=None, description="Address that SLURM mails to; null mails nobody."
+    )
+    mail_type: tuple[MailType, ...] = Field(
+        default=("FAIL", "END", "REQUEUE", "TIME_LIMIT_90"),
+        description="Events of a job that it mails of.",
+    )
     environment: tuple[str, ...] = Field(
         default=(),
         description="Variables handed on from your shell, by name only: values, and so secrets, "

@@ -515,6 +515,12 @@ class RunConfig(Section):
         default=ExportConfig(), description="Export to Hugging Face format."
     )
     guard: GuardConfig = Field(default=GuardConfig(), description="Guards.")
+    on_event: tuple[str, ...] = Field(
+        default=(),
+        description="Shell commands that are told when a stage is done, the run is done, has "
+        "stopped or failed, or a job starts again: they get HYPENET_EVENT (stage_done, run_done, "
+        "stopped, failed, requeued), HYPENET_RUN, HYPENET_STEP and HYPENET_MESSAGE.",
+    )
 
     def stage(self, name: str) -> StageConfig:
         """The settings of training stage `name`, one of STAGES."""

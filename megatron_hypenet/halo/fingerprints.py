@@ -30,6 +30,7 @@ MAY_CHANGE = (
     "*.recompute",
     "checkpoint.*",
     "guard.*",
+    "on_event",
 )
 """Settings that may differ when a run continues: they change where and how fast the run computes,
 when it is given up, or where its input lies, but not its results (up to rounding). Input files are

@@ -23,7 +23,7 @@ esac"""
 class Job:
     """A job of a run, started again and again."""
 
-    def __init__(self, folder, monkeypatch, **requeue):
+    def __init__(self, folder, monkeypatch, on_event=(), **requeue):
         self.run = folder / "a run"
         self.answers = Answers(folder, monkeypatch)
         self.answers["scontrol"] = SCONTROL
@@ -31,7 +31,7 @@ class Job:
         cluster = ClusterConfig(
             nodes=1, gpus_per_node=0, tasks_per_node=1, time="10", requeue=requeue
         )
-        self.script = job_scripts(self.run, cluster, chain=False)[0].text
+        self.script = job_scripts(self.run, cluster, chain=False, on_event=on_event)[0].text
 
     def start(self, srun, attempt=0, **environment):
         """Exit code of the script when srun does `srun`."""
@@ -116,6 +116,19 @@ def test_a_job_that_is_still_being_warned_of_its_limit_starts_again(job):
     assert job.start("exit 75", STATE="SIGNALING") == 75 and job.requeued() == 1
 
 
+def test_a_job_that_overran_its_limit_while_it_saved_starts_again(job):
+    """SLURM ends the script with SIGTERM, and its reason is the time limit."""
+    overran = SCONTROL.replace("Reason=None", "Reason=TimeLimit")
+    job.answers["scontrol"] = overran
+    assert job.start("kill -TERM $PPID; sleep 0.2; exit 0", STATE="COMPLETING") == 137
+    assert job.requeued() == 1 and job.events()[-1] == "starting again"
+    assert "the time limit came before everything was saved (grace_seconds)" in job.events()
+    # cancelled: another reason, and no word
+    job.answers["scontrol"] = SCONTROL
+    assert job.start("kill -TERM $PPID; sleep 0.2; exit 0", STATE="COMPLETING") == -15
+    assert job.requeued() == 1
+
+
 def test_slurm_may_refuse(job):
     job.answers["sleep"] = "true"
     job.answers["scontrol"] = SCONTROL + '\n[ "$1" != requeue ]'
@@ -168,6 +181,16 @@ def test_a_start_that_slurm_ended_says_why(job):
     job.start("exit 0", attempt=2)
     # not where the script itself asked for it
     assert sum(event.startswith("starts again") for event in job.events()) == 1
+
+
+def test_commands_of_on_event_hear_of_a_new_start(tmp_path, monkeypatch):
+    heard = tmp_path / "it's heard"
+    note = f'echo "$HYPENET_EVENT|$HYPENET_RUN|$HYPENET_MESSAGE" >> "{heard}"'
+    job = Job(tmp_path, monkeypatch, on_event=["exit 3", note], limit=3, without_progress=2)
+    assert job.start("exit 75") == 75 and job.requeued() == 1
+    assert job.start("exit 5") == 5  # the run itself has told of that
+    assert heard.read_text() == f"requeued|{job.run}|job 7 starts again after code 75\n"
+    assert "on_event: exit 3 ended with code 3" in (job.run / "logs" / "job-7.log").read_text()
 
 
 def held(address, port):

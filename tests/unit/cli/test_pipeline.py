@@ -131,6 +131,16 @@ def test_a_stop_file_that_comes_between_steps_is_a_stop(run):
         ready.runner.run_step("data")
 
 
+def test_commands_of_on_event_hear_of_stages_and_of_the_end(run, tmp_path):
+    heard = tmp_path / "heard"
+    told = run.model_copy(update={"on_event": (f'echo "$HYPENET_EVENT $HYPENET_STEP" >> {heard}',)})
+    with pytest.raises(SavedAndRequeue), pipeline.prepared(told) as ready:
+        ready.runner.run_through("align")
+        (told.output_dir / "STOP").touch()
+        ready.runner.run_step("select")
+    assert heard.read_text() == "stage_done align\nstopped \n"
+
+
 def test_a_failure_inside_still_ends_the_groups(run):
     with pytest.raises(RuntimeError), pipeline.prepared(run):
         raise RuntimeError("inside")

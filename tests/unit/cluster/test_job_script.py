@@ -43,6 +43,15 @@ def directives(text):
     ]
 
 
+def test_slurm_is_asked_to_mail(tmp_path):
+    assert not any(
+        line.startswith("--mail") for line in directives(script(tmp_path / "run", **FULL).text)
+    )
+    mailing = {**FULL, "mail_user": "me@lab.org", "mail_type": ["END", "REQUEUE"]}
+    said = directives(script(tmp_path / "run", **mailing).text)
+    assert "--mail-user=me@lab.org" in said and "--mail-type=END,REQUEUE" in said
+
+
 def test_everything_in_the_profile_reaches_the_script(tmp_path):
     text = script(tmp_path / "run", **FULL).text
     said = directives(text)
@@ -64,7 +73,7 @@ def test_everything_in_the_profile_reaches_the_script(tmp_path):
         and "--container-mounts=/a:/a,/b:/c:ro" in text
     )
     assert (
-        f"  --cpu-bind=none \\\n  python3 -m launchers.slurm run {tmp_path}/run/config.yaml\n"
+        f"  --cpu-bind=none \\\n  python3 -m launchers.slurm run {tmp_path}/run/config.yaml &\n"
         in text
     )
 
@@ -124,11 +133,11 @@ def test_a_chain_has_a_job_per_stage_and_one_for_the_end(tmp_path):
     assert [one.path.name for one in scripts] == [f"job_{one.part}.sbatch" for one in scripts]
     config = tmp_path / "config.yaml"
     commands = [
-        f"{sys.executable} -m launchers.slurm train {config} --stage {stage}\n"
+        f"{sys.executable} -m launchers.slurm train {config} --stage {stage} &\n"
         for stage in ("align", "distill", "finetune")
     ]
     for one, command in zip(
-        scripts, [*commands, f"{sys.executable} -m launchers.slurm run {config}\n"], strict=True
+        scripts, [*commands, f"{sys.executable} -m launchers.slurm run {config} &\n"], strict=True
     ):
         assert command in one.text
 
