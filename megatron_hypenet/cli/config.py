@@ -35,7 +35,7 @@ from megatron_hypenet.config.schema import STAGES, RunConfig
 from megatron_hypenet.errors import ConfigError, UsageError
 
 app = typer.Typer(
-    help="Show, validate or describe a run configuration.",
+    help="Show, validate, list, copy or describe configurations.",
     epilog="Example:  hypenet config show configs/run/demo.yaml --origin",
     no_args_is_help=True,
     add_completion=False,
@@ -168,6 +168,63 @@ def shape_if_present(path: Path) -> ModelConfig | None:
     from megatron_hypenet.checkpoint.find import read_model_config
 
     return read_model_config(path)
+
+
+@app.command("list")
+def list_presets(as_json: JsonOption = False) -> None:
+    """List the presets that come with the package.
+
+    A run's name may stand for its file: `hypenet run quickstart ...`; a cluster's for --cluster, a
+    model's for --model.
+
+    Example:
+
+      hypenet config list
+    """
+    from megatron_hypenet.config.bundled import presets
+
+    rows = [(kind, path.stem, first_comment(path)) for kind, path in presets()]
+    if as_json:
+        content = [{"kind": kind, "name": name, "about": about} for kind, name, about in rows]
+        typer.echo(json.dumps({"presets": content}))
+        return
+    for kind, name, about in rows:
+        typer.echo(f"{kind:<8}  {name:<18}  {about}")
+
+
+@app.command()
+def copy(
+    name: Annotated[str, typer.Argument(help="Name of a preset; `hypenet config list` has all.")],
+    out: Annotated[
+        Path | None, typer.Argument(help="File to write; default: NAME.yaml in this folder.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Copy a preset into a file of yours, to be changed.
+
+    Example:
+
+      hypenet config copy h100_infiniband my_cluster.yaml
+    """
+    from megatron_hypenet.atomic_files import write_text
+    from megatron_hypenet.config.bundled import presets
+
+    found = next((path for _, path in presets() if path.stem == name), None)
+    if found is None:
+        names = ", ".join(path.stem for _, path in presets())
+        raise UsageError(f"{name}: no preset has this name; choose one of {names}")
+    target = out or Path(f"{name}.yaml")
+    if target.exists():
+        raise UsageError(f"{target} exists; name another file")
+    # files beside the preset are found among the bundled ones from anywhere
+    write_text(target, found.read_text(encoding="utf-8").replace("../stage/", "configs/stage/"))
+    typer.echo(json.dumps({"written": str(target)}) if as_json else f"wrote {target}")
+
+
+def first_comment(path: Path) -> str:
+    """The first line of comment of a preset, which says what it is for."""
+    first = path.read_text(encoding="utf-8").splitlines()[0]
+    return first.removeprefix("#").strip() if first.startswith("#") else ""
 
 
 @app.command()

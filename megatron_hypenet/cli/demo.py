@@ -19,10 +19,11 @@ from megatron_hypenet.cli.options import (
     TensorParallelOption,
     collect_overrides,
 )
+from megatron_hypenet.config.bundled import bundle
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
-CONFIG = Path(__file__).resolve().parents[2] / "configs" / "run" / "demo.yaml"
+CONFIG = bundle() / "configs" / "run" / "demo.yaml"
 
 
 @app.command()
@@ -56,8 +57,8 @@ def demo(
 
     if not CONFIG.is_file():
         raise SetupError(
-            f"{CONFIG} is missing: the demo needs the repository's configs/ and assets/; "
-            "install with `pip install -e .`"
+            f"{CONFIG} is missing: the demo needs the configs/ and assets/ that come with the "
+            "package; install it again"
         )
     processes.use_all_cores()
     settings = load_run_config(

@@ -49,7 +49,7 @@ VERBS: dict[str, str] = {
     "data": "Prepare and inspect training data.",
     "ckpt": "List, inspect, compare and prune checkpoints.",
     "report": "Summarise a finished run: losses, recall, figures.",
-    "config": "Show, validate or describe a run configuration.",
+    "config": "Show, validate, list, copy or describe configurations.",
     "plan": "Show GPU memory and hours of each stage, and layouts that fit.",
     "submit": "Hand a run to SLURM, as one job or one per stage.",
     "runs": "List the runs in a folder: state, step, iteration.",
@@ -73,12 +73,12 @@ def help_text() -> str:
         "attention and RNN layers.\n\n"
         f"Verbs, in pipeline order:\n{verbs}\n\n"
         "Options:\n"
-        "  --help      Show this text; `hypenet VERB --help` explains a verb.\n"
+        "  --help      Show this text; `hypenet help VERB` explains a verb.\n"
         "  --version   Show the versions of this package and of the libraries under it.\n"
         "  --debug     Show tracebacks; may stand anywhere on the line.\n\n"
         "Examples:\n"
         "  hypenet demo\n"
-        "  hypenet run configs/run/quickstart.yaml teacher=/models/Qwen3-0.6B data=corpus.txt\n\n"
+        "  hypenet run quickstart teacher=/models/Qwen3-0.6B data=corpus.txt\n\n"
         "Exit codes: 0 done, 1 internal, 2 usage, 3 config or layout, 4 environment, "
         "5 checkpoint or data, 6 verification,\n"
         "7 diverged, 8 hang, 75 saved and asks to be started again. See docs/errors.md."
@@ -138,9 +138,11 @@ def run_verb(verb: str, args: list[str]) -> int:
 def dispatch(argv: Sequence[str], *, debug: bool = False) -> int:
     """Handle the top-level options, else run the verb; returns the exit code. `debug` is for
     processes that the verb may start."""
-    if not argv or argv[0] in ("--help", "-h", "help"):
+    if not argv or argv[0] in ("--help", "-h") or list(argv) == ["help"]:
         print(help_text())
         return 0 if argv else UsageError.exit_code
+    if argv[0] == "help":
+        return run_verb(argv[1], [*argv[2:], "--help"])
     if argv[0] == "--version":
         print(version_text())
         return 0

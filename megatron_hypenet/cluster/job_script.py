@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_hypenet.config import sbatch_options
+from megatron_hypenet.config.bundled import REPO_ROOT, bundle
 from megatron_hypenet.config.cluster import ClusterConfig, control_character
-from megatron_hypenet.config.loader import REPO_ROOT
 from megatron_hypenet.config.schema import STAGES
 from megatron_hypenet.errors import ConfigError, SavedAndRequeue, SetupError
 
-TEMPLATES = REPO_ROOT / "slurm"
+TEMPLATES = bundle() / "slurm"
 TEMPLATE = "job.sbatch.j2"
 WHOLE = "run"
 LAST = "finish"

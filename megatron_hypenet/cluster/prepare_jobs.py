@@ -15,8 +15,8 @@ from pathlib import Path
 from megatron_hypenet.atomic_files import write_text
 from megatron_hypenet.cluster.job_script import JobScript, check_paths, render
 from megatron_hypenet.cluster.jobs import slurm
+from megatron_hypenet.config.bundled import REPO_ROOT
 from megatron_hypenet.config.cluster import ClusterConfig
-from megatron_hypenet.config.loader import REPO_ROOT
 from megatron_hypenet.errors import SetupError, UsageError
 
 TEMPLATE = "prepare.sbatch.j2"

@@ -2,9 +2,9 @@
 
 Precedence, later wins: defaults of the schema < files named by `include:` (left to right) < the
 file itself < KEY=VALUE overrides. Sections merge key by key; any other value replaces what was
-there. Relative paths are taken from the current directory; a path that starts with `assets/` and is
-not found there is taken from the repository that holds this package (the bundled teacher and
-sample).
+there. Relative paths are taken from the current directory; a path that starts with `assets/` or
+`configs/` and is not found there is taken from what comes with this package, and so is a name of a
+preset (`quickstart`) in the place of a file.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import to_jsonable_python
 
+from megatron_hypenet.config.bundled import bundled, preset
 from megatron_hypenet.config.meaning import YAML, as_meant, from_word, member
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.config.paths import expanded
@@ -32,8 +33,6 @@ from megatron_hypenet.untrusted.yaml_text import value_of
 Kind = TypeVar("Kind", bound=BaseModel)
 
 CLI = "CLI"
-REPO_ROOT = Path(__file__).resolve().parents[2]
-BUNDLED = "assets"
 
 # `data=corpus.txt` on the command line means the training files; the other keys of the section keep
 # their long names.
@@ -64,7 +63,7 @@ def load_as(
 ) -> tuple[Kind, Origins]:
     """A configuration of class `root` by the rules above, and where each key was set; ConfigError
     lists everything wrong."""
-    path = Path(path)
+    path = preset(Path(path), "cluster" if "gpus_per_node" in root.model_fields else "run")
     origins: Origins = {}
     values = _read_with_includes(path, origins)
     problems = _apply_overrides(root, values, overrides, origins)
@@ -159,7 +158,8 @@ def _read_with_includes(path: Path, origins: Origins) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for name in names:
         try:
-            included = path.parent / expanded(name)
+            beside = path.parent / expanded(name)
+            included = beside if beside.exists() else _bundled_include(expanded(name), beside)
         except ValueError as error:
             raise ConfigError(f"{path}: include: {error}") from None
         values = _read(included)
@@ -171,6 +171,13 @@ def _read_with_includes(path: Path, origins: Origins) -> dict[str, Any]:
         _merge(merged, values, os.path.normpath(included), origins)
     _merge(merged, own, str(path), origins)
     return merged
+
+
+def _bundled_include(name: Path, beside: Path) -> Path:
+    """A bundled file that an include names from the current folder; `beside` where there is
+    none."""
+    found = bundled(name)
+    return found if found.exists() else beside
 
 
 def _merge(
@@ -242,28 +249,19 @@ def _resolve_bundled(config: RunConfig) -> RunConfig:
     train = tuple(map(_bundled_source, data.train))
     heldout = None if data.heldout is None else _bundled_source(data.heldout)
     found = data.model_copy(update={"train": train, "heldout": heldout})
-    return config.model_copy(update={"teacher": bundled_path(config.teacher), "data": found})
+    return config.model_copy(update={"teacher": bundled(config.teacher), "data": found})
 
 
 def _bundled_source(source: Path | SourceConfig) -> Path | SourceConfig:
     if isinstance(source, SourceConfig):
-        return source.model_copy(update={"path": bundled_path(source.path)})
-    return bundled_path(source)
-
-
-def bundled_path(path: Path) -> Path:
-    """`path`, or the file of that name in the repository when it starts with assets/ and does not
-    exist in the current directory."""
-    inside = not path.is_absolute() and path.parts[:1] == (BUNDLED,)
-    if inside and not path.exists() and (REPO_ROOT / path).exists():
-        return REPO_ROOT / path
-    return path
+        return source.model_copy(update={"path": bundled(source.path)})
+    return bundled(source)
 
 
 def load_model_config(path: Path | str) -> ModelConfig:
     """One model's shape from a YAML file such as configs/model/hypenet_2b.yaml; ConfigError lists
     everything wrong."""
-    path = Path(path)
+    path = preset(Path(path), "model")
     try:
         return ModelConfig.model_validate(as_meant(_read(path), ModelConfig))
     except ValidationError as error:

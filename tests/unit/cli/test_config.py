@@ -149,3 +149,19 @@ def test_data_that_is_here_is_looked_at(tmp_path, capsys, repo_root, monkeypatch
     assert "a.jsonl, line 1: no text under 'text' (found: body)" in capsys.readouterr().err
     assert run([*words, f"data={tmp_path}/gone.txt"]) == 0
     assert "gone.txt is not here, so it is not looked at" in capsys.readouterr().err
+
+
+def test_presets_are_listed_and_copied(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(["config", "list", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["presets"]
+    assert {"kind": "run", "name": "quickstart"}.items() <= found[-1].items() or any(
+        row["name"] == "quickstart" and row["kind"] == "run" for row in found
+    )
+    assert all(row["about"] for row in found if row["kind"] == "run")
+    assert run(["config", "list"]) == 0 and "h100_infiniband" in capsys.readouterr().out
+    assert run(["config", "copy", "distill_2b", "mine.yaml"]) == 0
+    assert run(["config", "validate", "mine.yaml", "teacher=T", "data=D"]) == 0
+    assert run(["config", "copy", "distill_2b", "mine.yaml"]) == 2
+    assert run(["config", "copy", "distil"]) == 2
+    assert "choose one of" in capsys.readouterr().err

@@ -52,4 +52,4 @@ def test_dry_run_starts_nothing(tiny, capsys):
 def test_an_installation_without_the_bundle_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "CONFIG", tmp_path / "none.yaml")
     assert run(["demo"]) == 4
-    assert "needs the repository" in capsys.readouterr().err
+    assert "come with the package; install it again" in capsys.readouterr().err

@@ -24,6 +24,13 @@ def test_help_lists_verbs_in_pipeline_order(capsys):
     assert code == 0 and places == sorted(places)
 
 
+def test_help_of_a_verb(capsys):
+    shown = invoke(capsys, "help", "config", "show")
+    assert shown == invoke(capsys, "config", "show", "--help") and shown[0] == 0
+    assert invoke(capsys, "help")[:2] == invoke(capsys, "--help")[:2]
+    assert invoke(capsys, "help", "nothing")[0] == 2
+
+
 def test_nothing_at_all_shows_help_and_is_a_usage_fault(capsys):
     code, out, _ = invoke(capsys)
     assert code == 2 and "Usage: hypenet VERB" in out

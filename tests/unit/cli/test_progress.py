@@ -107,7 +107,7 @@ def test_a_terminal_gets_a_bar_and_keeps_the_lines(tmp_path, time):
         "[a line with brackets]" in stream.getvalue()
         and "[2/2] align: stage 1" in stream.getvalue()
     )
-    assert "align, 2s left" in stream.getvalue()
+    assert "align, 5s left" in stream.getvalue()
 
 
 def test_measurements_are_kept_after_saves_steps_and_at_the_end(tmp_path, time):

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_hypenet.config.loader import (
-    bundled_path,
     completed,
     dump_config,
     load_model_config,
@@ -159,18 +158,27 @@ def test_dump_reads_back_equal(run_file, tmp_path):
     assert list(yaml.safe_load(dump_config(run)))[:2] == ["output_dir", "teacher"]
 
 
-def test_bundled_paths_resolve_outside_the_repository(tmp_path, monkeypatch, run_file):
+def test_a_bundled_teacher_is_found_outside_the_repository(tmp_path, monkeypatch, run_file):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("megatron_hypenet.config.loader.REPO_ROOT", tmp_path / "repo")
-    (tmp_path / "repo/assets/teacher").mkdir(parents=True)
-    assert bundled_path(Path("assets/teacher")) == tmp_path / "repo/assets/teacher"
-    assert bundled_path(Path("assets/none")) == Path("assets/none")
-    assert (
-        load_run_config(run_file, ["teacher=assets/teacher"]).teacher
-        == tmp_path / "repo/assets/teacher"
-    )
-    (tmp_path / "assets/teacher").mkdir(parents=True)  # the current directory comes first
-    assert bundled_path(Path("assets/teacher")) == Path("assets/teacher")
+    found = load_run_config(run_file, ["teacher=assets/tiny-qwen3"]).teacher
+    assert found.is_absolute() and (found / "config.json").is_file()
+    (tmp_path / "assets/tiny-qwen3").mkdir(parents=True)  # the current directory comes first
+    found = load_run_config(run_file, ["teacher=assets/tiny-qwen3"]).teacher
+    assert found == Path("assets/tiny-qwen3")
+
+
+def test_presets_are_known_by_name_from_any_folder(tmp_path, monkeypatch, repo_root):
+    monkeypatch.chdir(tmp_path)
+    words = ["teacher=T", "data=D"]
+    named = load_run_config("distill_2b", words)  # which includes other files
+    assert named == load_run_config(repo_root / "configs/run/distill_2b.yaml", words)
+    assert named == load_run_config("configs/run/distill_2b.yaml", words)
+    assert load_model_config("tiny") == load_model_config(repo_root / "configs/model/tiny.yaml")
+    with pytest.raises(ConfigError, match="none: no such configuration file"):
+        load_run_config("none", words)
+    (tmp_path / "distill_2b").write_text("output_dir: mine")  # a file of yours comes first
+    with pytest.raises(ConfigError, match="distill_2b: teacher: missing|missing"):
+        load_run_config("distill_2b")
 
 
 @pytest.mark.parametrize(
