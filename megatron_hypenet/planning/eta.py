@@ -218,7 +218,7 @@ class Clock:
         rate = self.rates.setdefault(current.name, Rate())
         if len(current.marks) == 1 and planned is not None and planned.flops:
             rate.before_seconds = first[0] - current.began
-        # the beginning is slower (kernels are compiled, caches filled), and a shared machine changes
+        # the beginning is slower: kernels are compiled, caches filled; and machines are shared
         begin = current.marks[len(current.marks) // 2]
         last = current.marks[-1]
         busy = (last[0] - begin[0]) - (last[2] - begin[2])

@@ -19,6 +19,12 @@ COMPUTING = ("run", "train", "select", "demo", "submit")
 
 RAISED_BY = {
     "checkpoint/format.py": ("convert",),
+    "cluster/prepare_jobs.py": ("data",),
+    "data/journal.py": ("data",),
+    "data/workers.py": ("data",),
+    "export/generate.py": ("generate", "eval"),
+    "export/hf_model.py": ("generate", "eval"),
+    "serve/vllm/model.py": (),  # an option of vLLM
     "config/cluster.py": (),
     "config/sbatch_options.py": (),  # options of sbatch
     "cli/main.py": COMPUTING,
