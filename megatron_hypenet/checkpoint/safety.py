@@ -95,9 +95,12 @@ def check_common(path: Path) -> None:
     allow-list, or is no such file."""
     with PICKLE.open(path) as stream:
         archive = StoredZip(PICKLE, path, stream, 0, os.fstat(stream.fileno()).st_size)
-        for name in archive.names():
+        names = archive.names()
+        for name in names:
             if name.endswith(".pkl"):
                 read_plain(path, archive.read(name, MAX_MEMBER_BYTES))
+        if not any(name.endswith("/version") for name in names):
+            PICKLE.refuse(path, "it has no member 'version', so torch did not write it whole")
 
 
 def _allows(found: Global) -> bool:

@@ -86,6 +86,7 @@ def locate_tensor(
         "",
     )
     payload = archive.read(f"{root}data.pkl", MAX_MEMBER_BYTES)
+    archive.place(f"{root}version")  # without it torch's own reader takes no file
     found = read_pickle(
         PICKLE,
         path,

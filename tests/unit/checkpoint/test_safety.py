@@ -90,6 +90,13 @@ def test_a_common_file_that_is_no_zip_file_is_refused(tmp_path, content):
         check_common(tmp_path / "common.pt")
 
 
+def test_a_common_file_that_lacks_what_torch_reads_first_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "common.pt", "w") as archive:
+        archive.writestr("common/data.pkl", pickle.dumps({}))
+    with pytest.raises(CheckpointError, match="no member 'version'"):
+        check_common(tmp_path / "common.pt")
+
+
 def test_a_common_file_in_torchs_old_format_is_refused(tmp_path):
     torch.save(
         {"x": Evil(tmp_path / "owned")},

@@ -59,6 +59,27 @@ def test_views_and_parameters_come_back(tmp_path):
     assert torch.equal(read(tmp_path / "x", saved(torch.nn.Parameter(want)), (3, 4)), want)
 
 
+def without(content, ending):
+    """A zip file's bytes without the members whose names end so."""
+    target = io.BytesIO()
+    with (
+        zipfile.ZipFile(io.BytesIO(content)) as old,
+        zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as new,
+    ):
+        for name in old.namelist():
+            if not name.endswith(ending):
+                new.writestr(name, old.read(name))
+    return target.getvalue()
+
+
+@pytest.mark.parametrize("member", ["version", "data.pkl", "data/0"])
+def test_a_member_that_torch_needs_is_missed(tmp_path, member):
+    content = saved(torch.ones(3))
+    assert torch.equal(read(tmp_path / "x", without(content, "no such"), (3,)), torch.ones(3))
+    with pytest.raises(CheckpointError, match=f"no member .*{member}"):
+        read(tmp_path / "x", without(content, f"/{member}"), (3,))
+
+
 @pytest.mark.parametrize(
     "value",
     [
@@ -119,6 +140,7 @@ def by_hand(count, offset, size, stride, body=b"\0" * 16):
     Pickler(target, 2).dump(Tensor())
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as archive:
+        archive.writestr("archive/version", "3\n")
         archive.writestr("archive/data.pkl", target.getvalue())
         archive.writestr("archive/data/0", body)
     return out.getvalue()

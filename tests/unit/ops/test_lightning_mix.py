@@ -105,7 +105,7 @@ def test_chunks_on_ranks_are_the_whole_sequence(size, document_tokens):
 
         inputs = [x.clone().requires_grad_() for x in (mine(projected), *weights)]
         chunks = split_chunks(tokens // size, group, ids)
-        decay = log_decay(HEADS)
+        decay = log_decay(HEADS).to(DEVICE)
         transfer = StateTransfer(group, decay_algebra(decay, chunks))
         y = lightning_mix.lightning_mix(
             *inputs,
