@@ -184,7 +184,8 @@ class ShardReader(Mapping[str, Tensor]):
                 self._read_plain(stored, streams, first, target)
             return
         row = max(1, math.prod(stored.shape[1:]))
-        start, stop = first // row, -(-(first + target.numel()) // row)
+        start = first // row
+        stop = -(-(first + target.numel()) // row)
         rows = target
         if (first, target.numel()) != (start * row, (stop - start) * row):
             rows = target.new_empty((stop - start) * row)
@@ -202,7 +203,8 @@ class ShardReader(Mapping[str, Tensor]):
         last = first + target.numel()
         for piece in stored.pieces:
             begin = piece.offset[0] * row if piece.offset else 0
-            low, high = max(first, begin), min(last, begin + math.prod(piece.shape))
+            low = max(first, begin)
+            high = min(last, begin + math.prod(piece.shape))
             if low < high:
                 place = self._located(piece, stored, streams)
                 part = target[low - first : high - first]

@@ -245,7 +245,8 @@ class _FileWriter:
     def finish(self, index: int, content: memoryview) -> None:
         """Hash a piece that was written, with the known bytes before it; in order."""
         self.put_known(index)
-        piece, section = self.pieces[index], self.pieces[index].section
+        piece = self.pieces[index]
+        section = self.pieces[index].section
         if self.plan.hashed:
             self.digest.update(content)
         if section.trailer is not None:

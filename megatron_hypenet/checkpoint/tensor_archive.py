@@ -114,7 +114,9 @@ def combined_crc(first: int, second: int, num_bytes: int) -> int:
 @functools.lru_cache(maxsize=256)
 def _shift(num_bytes: int) -> int:
     """x ** (8 * num_bytes) modulo the polynomial of crc32."""
-    power, square, bits = 1 << 31, 1 << 30, 8 * num_bytes
+    power = 1 << 31
+    square = 1 << 30
+    bits = 8 * num_bytes
     while bits:
         if bits & 1:
             power = _times(square, power)
@@ -125,7 +127,8 @@ def _shift(num_bytes: int) -> int:
 
 def _times(a: int, b: int) -> int:
     """Product of two polynomials modulo the polynomial of crc32; bit 31 is the constant term."""
-    product, place = 0, 1 << 31
+    product = 0
+    place = 1 << 31
     while a:
         if a & place:
             product ^= b
@@ -193,7 +196,8 @@ class _Zip:
         start = self.size
         self.open(name)
         if content is not None:
-            num_bytes, crc = len(content), zlib.crc32(content)
+            num_bytes = len(content)
+            crc = zlib.crc32(content)
             self._write(content)
         else:
             self.size += num_bytes

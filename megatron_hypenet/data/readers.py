@@ -80,11 +80,13 @@ def parts_of(files: Sequence[SourceFile], number: int, count: int) -> list[Part]
     Files of lines are split; any other file belongs whole to the share in which it begins.
     """
     total = sum(file.size for file in files)
-    low, high = total * number // count, total * (number + 1) // count
+    low = total * number // count
+    high = total * (number + 1) // count
     found = []
     before = 0
     for index, file in enumerate(files):
-        start, stop = before, before + file.size
+        start = before
+        stop = before + file.size
         before = stop
         if file.splits:
             first, last = max(start, low), min(stop, high)

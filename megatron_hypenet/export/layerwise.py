@@ -74,7 +74,8 @@ def run_hf(
 ) -> list[Tensor]:
     """Return the same as `run_checkpoint` from transformers: its Qwen3 with the folder's own
     settings, or this package's modelling code with the folder's weights."""
-    weights, probe = plan.weights, _probe(ids)
+    weights = plan.weights
+    probe = _probe(ids)
 
     def run(layer: int, x: Tensor) -> tuple[Tensor, Tensor]:
         with temporary_folder() as folder:

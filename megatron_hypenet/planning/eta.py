@@ -260,7 +260,8 @@ class Clock:
         planned = self.left[current.name]
         since = self.now() - (current.marks[-1][0] if current.marks else current.began)
         if not planned.flops and len(current.marks) > 1:  # files of which it says how far it is
-            first, last = current.marks[0], current.marks[-1]
+            first = current.marks[0]
+            last = current.marks[-1]
             if last[1] > first[1]:
                 whole = (last[0] - first[0]) / (last[1] - first[1])
                 return max(0.0, (1.0 - last[1]) * whole - since)

@@ -20,7 +20,9 @@ def test_a_failure_while_finishing_ends_the_work(workers):
 
 
 def test_order_and_bounded_memory():
-    buffers, order, lock = set(), [], threading.Lock()
+    buffers = set()
+    order = []
+    lock = threading.Lock()
 
     def work(index, buffer):
         with lock:

@@ -38,5 +38,6 @@ def test_another_format_of_torch_is_noticed(monkeypatch):
 @pytest.mark.parametrize("cut", [0, 1, 4, 1000, 4999, 5000])
 def test_crc_of_parts(cut):
     content = bytes(range(250)) * 20
-    one, other = content[:cut], content[cut:]
+    one = content[:cut]
+    other = content[cut:]
     assert combined_crc(zlib.crc32(one), zlib.crc32(other), len(other)) == zlib.crc32(content)

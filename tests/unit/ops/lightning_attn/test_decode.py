@@ -33,7 +33,8 @@ def expected(q, k, v, states, slots, new):
 @pytest.mark.parametrize("step", [lightning_decode, torch_lightning_decode])
 def test_continues_the_states_in_the_slots_and_no_others(step):
     q, k, v, states = inputs()
-    slots, new = torch.tensor([4, 0, 2]), torch.tensor([False, True, False])
+    slots = torch.tensor([4, 0, 2])
+    new = torch.tensor([False, True, False])
     o, after = expected(q, k, v, states, slots, new)
     found = step(q, k, v, log_decay(2), states, slots, new, scale=SCALE)
     torch.testing.assert_close(found.double(), o, rtol=1e-6, atol=1e-6)

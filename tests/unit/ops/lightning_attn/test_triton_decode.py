@@ -27,7 +27,8 @@ def relative(found, right):
 def test_equals_the_definition(dims, dtype):
     q, k, v, states = inputs(dim_k=dims[0], dim_v=dims[1])
     q, k, v = (x.to(dtype) for x in (q, k, v))
-    slots, new = torch.tensor([4, 0, 2]), torch.tensor([False, True, False])
+    slots = torch.tensor([4, 0, 2])
+    new = torch.tensor([False, True, False])
     o, after = expected(q, k, v, states, slots, new)
     given = [x.to(DEVICE) for x in (q, k, v)]
     cache = states.to(DEVICE)
