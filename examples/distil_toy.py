@@ -27,8 +27,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def settings(out: Path, steps: int, mixer: str) -> RunConfig:
-    """The demo's configuration with `steps` optimizer steps in each of stages 1 and 2, and the RNN
-    mixer `mixer`."""
+    """Return the demo's configuration with `steps` optimizer steps in each of stages 1 and 2, and
+    the RNN mixer `mixer`."""
     changes = [f"output_dir={out}", f"align.mixer={mixer}"]
     for stage in ("align", "distill"):
         changes += [f"{stage}.train_iters={steps}", f"{stage}.save_interval={steps}"]

@@ -26,8 +26,8 @@ TINY_QWEN3 = REPOSITORY / "assets" / "tiny-qwen3"
 
 
 def load(checkpoint: Path, dtype: torch.dtype = torch.float32) -> HypeNetModel:
-    """The model of a checkpoint on one process, ready to evaluate; the weights must match its
-    shape exactly."""
+    """Return the model of a checkpoint on one process, ready to evaluate; the weights must match
+    its shape exactly."""
     model = build_model(read_whole_config(checkpoint), ParallelConfig(), dtype=dtype)
     load_model(model, checkpoint)
     return model.eval()

@@ -127,8 +127,8 @@ class HostfileLaunch:
         return f"{os.environ.get('PDSH_SSH_ARGS_APPEND', '')} {_NOTICES_DEAD_HOSTS}".strip()
 
     def describe(self) -> dict[str, Any]:
-        """The exact start, for --dry-run: the command with its own environment, the hosts with
-        their ranks, and the environment there."""
+        """Return the exact start, for --dry-run: the command with its own environment, the hosts
+        with their ranks, and the environment there."""
         first = 0
         hosts = []
         for host in self.hosts:
@@ -169,11 +169,10 @@ class HostfileLaunch:
 
 
 def planned(words: Sequence[str], hostfile: Path, names: Sequence[str] = ()) -> HostfileLaunch:
-    """The start of `hypenet WORDS` on all hosts of `hostfile`, with the variables `names` passed on
-    besides those of CARRIED. It checks tools, names, addresses, and on each host, over ssh, the
-    interpreter and the working directory. Raises SetupError with all problems of the hosts,
-    UsageError for variables that are not set or that look like secrets.
-    """
+    """Return the start of `hypenet WORDS` on all hosts of `hostfile`, with the variables `names`
+    passed on besides those of CARRIED. It checks tools, names, addresses, and on each host, over
+    ssh, the interpreter and the working directory. Raises SetupError with all problems of the
+    hosts, UsageError for variables that are not set or that look like secrets."""
     hosts = read_hostfile(hostfile)
     _check_tools()
     folder = os.getcwd()
@@ -196,8 +195,8 @@ def planned(words: Sequence[str], hostfile: Path, names: Sequence[str] = ()) -> 
 
 
 def read_hostfile(path: Path) -> tuple[Host, ...]:
-    """The hosts, in the order of the file; lines are `NAME slots=N`, empty or comments (#). Raises
-    SetupError."""
+    """Return the hosts, in the order of the file; lines are `NAME slots=N`, empty or comments (#).
+    Raises SetupError."""
     hosts: list[Host] = []
     for number, line in enumerate(HOSTFILE.read_text(path).split("\n"), start=1):
         line = line.removesuffix("\r").replace("\t", " ")
@@ -237,8 +236,8 @@ def read_hostfile(path: Path) -> tuple[Host, ...]:
 
 
 def head_address(hosts: Sequence[Host]) -> str:
-    """What ssh takes the first host's name for: rank 0 listens there. Raises SetupError where the
-    others could not find it by that."""
+    """Return what ssh takes the first host's name for: rank 0 listens there. Raises SetupError
+    where the others could not find it by that."""
     address = _ssh_hostname(hosts[0].name)
     if _is_loopback(address) and not all(
         _is_loopback(_ssh_hostname(host.name)) for host in hosts[1:]
@@ -254,8 +253,8 @@ def head_address(hosts: Sequence[Host]) -> str:
 def port_of(
     hosts: Sequence[Host], folder: str, words: Sequence[str], environment: Mapping[str, str]
 ) -> int:
-    """The port on which the processes meet: HYPENET_MASTER_PORT, else one in 10000 to 29999 that
-    follows from hosts, folder and command."""
+    """Return the port on which the processes meet: HYPENET_MASTER_PORT, else one in 10000 to 29999
+    that follows from hosts, folder and command."""
     if (chosen := chosen_port(environment)) is not None:
         return chosen
     text = "\n".join([*(host.name for host in hosts), folder, *words])
@@ -263,10 +262,9 @@ def port_of(
 
 
 def variables(environment: Mapping[str, str], names: Sequence[str]) -> dict[str, str]:
-    """The variables to pass on: CARRIED, then the lines of .deepspeed_env (in the home folder, then
-    in the current one), then `names`; never a value that looks like a secret. DeepSpeed writes the
-    values into command lines, which all users of the hosts can read.
-    """
+    """Return the variables to pass on: CARRIED, then the lines of .deepspeed_env (in the home
+    folder, then in the current one), then `names`; never a value that looks like a secret.
+    DeepSpeed writes the values into command lines, which all users of the hosts can read."""
     found = {
         name: value
         for name, value in environment.items()
@@ -306,7 +304,8 @@ def environment_file(values: Mapping[str, str]) -> str:
 
 
 def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment for DeepSpeed's launcher itself, which passes on variables by prefix."""
+    """Return the environment for DeepSpeed's launcher itself, which passes on variables by
+    prefix."""
     return {name: value for name, value in environment.items() if not _SECRET.search(name)}
 
 
@@ -319,7 +318,7 @@ def packed(word: str) -> str:
 
 
 def unpacked(word: str) -> str:
-    """What `packed` was given."""
+    """Return what `packed` was given."""
     return base64.urlsafe_b64decode(word[1:]).decode() if word.startswith("@") else word
 
 
@@ -359,7 +358,7 @@ def check_reachable(hosts: Sequence[Host], folder: str) -> None:
 
 
 def _ask(host: str, inside: str) -> str:
-    """What is wrong with `host`; nothing when `inside` succeeds there."""
+    """Return what is wrong with `host`; nothing when `inside` succeeds there."""
     try:
         done = subprocess.run(
             ssh_command(host, f"sh -c {shlex.quote(inside)}"),
@@ -393,7 +392,7 @@ def _check_tools() -> None:
 
 
 def _ssh_hostname(name: str) -> str:
-    """The host name that ssh's settings give to `name`, which the system can look up. Raises
+    """Return the host name that ssh's settings give to `name`, which the system can look up. Raises
     SetupError."""
     done = subprocess.run(
         [*ssh_command(name)[:-1], "-G", name],

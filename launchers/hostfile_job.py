@@ -72,7 +72,7 @@ class HostfileStart:
         return run(self.launch)
 
     def describe(self) -> dict[str, Any]:
-        """The exact start, for --dry-run."""
+        """Return the exact start, for --dry-run."""
         return self.launch.describe()
 
     def lines(self) -> list[str]:
@@ -253,7 +253,7 @@ class _Job:
             self.outcome = (rank, code)
 
     def _heard_of(self, host: str) -> bool:
-        """Whether all ranks of `host` have ended by themselves."""
+        """Return whether all ranks of `host` have ended by themselves."""
         return all(
             rank in self.codes
             for rank, name in enumerate(self.hosts)

@@ -42,8 +42,8 @@ _HANGUP = select.POLLHUP | select.POLLERR | select.POLLNVAL
 
 
 def environment_of(given: Mapping[str, str]) -> dict[str, str]:
-    """What DeepSpeed says of this process's place, in the words of the other launchers, and the
-    threads it may use. Raises SetupError."""
+    """Return what DeepSpeed says of this process's place, in the words of the other launchers, and
+    the threads it may use. Raises SetupError."""
     try:
         rank, world_size, local_rank, local_size = (
             int(given[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE")
@@ -168,7 +168,7 @@ def _wait_for_hangup(ended: int | None, seconds: float | None) -> None:
 
 
 def _is_stream(number: int) -> bool:
-    """Whether this descriptor is a connection, as ssh's is, whose end can be detected."""
+    """Return whether this descriptor is a connection, as ssh's is, whose end can be detected."""
     try:
         mode = os.fstat(number).st_mode
     except OSError:

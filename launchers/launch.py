@@ -13,7 +13,7 @@ class Launch(Protocol):
         that of the one that failed first."""
 
     def describe(self) -> dict[str, Any]:
-        """The exact start, for --dry-run."""
+        """Return the exact start, for --dry-run."""
 
     def lines(self) -> list[str]:
         """`describe` for a person."""

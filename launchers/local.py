@@ -82,7 +82,7 @@ class LocalLaunch:
     def environment(
         self, rank: int, port: int, inherited: Mapping[str, str] = os.environ
     ) -> dict[str, str]:
-        """What is set on top of the inherited environment for one process."""
+        """Return what is set on top of the inherited environment for one process."""
         count = self.num_processes
         own = place(
             rank=rank,
@@ -98,8 +98,8 @@ class LocalLaunch:
         return own
 
     def describe(self) -> dict[str, Any]:
-        """The exact start, for --dry-run: the command, and what each process's environment gets on
-        top of ours."""
+        """Return the exact start, for --dry-run: the command, and what each process's environment
+        gets on top of ours."""
         own = [
             {**self.environment(rank, 0), "MASTER_PORT": "a free port"}
             for rank in range(self.num_processes)

@@ -33,8 +33,8 @@ _NODE_LIST = re.compile(r"[A-Za-z0-9_][\w.,\[\]-]*", re.ASCII)
 
 
 def place_of(environment: Mapping[str, str]) -> dict[str, str]:
-    """The place of the task that has `environment`: RANK, WORLD_SIZE, MASTER_ADDR and the other
-    variables. Raises SetupError."""
+    """Return the place of the task that has `environment`: RANK, WORLD_SIZE, MASTER_ADDR and the
+    other variables. Raises SetupError."""
     world_size = _number(environment, "SLURM_STEP_NUM_TASKS", 1, MOST_PROCESSES)
     rank = _number(environment, "SLURM_PROCID", 0, world_size - 1)
     counts = tasks_per_node(_text(environment, "SLURM_STEP_TASKS_PER_NODE"))
@@ -56,9 +56,9 @@ def place_of(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def port_of(job_id: int) -> int:
-    """The port on which the processes of a job meet unless HYPENET_MASTER_PORT says otherwise: the
-    same in every task, another for the next job. slurm/job.sbatch.j2 begins with it, looks which
-    ports the head node uses, and sets the variable."""
+    """Return the port on which the processes of a job meet unless HYPENET_MASTER_PORT says
+    otherwise: the same in every task, another for the next job. slurm/job.sbatch.j2 begins with it,
+    looks which ports the head node uses, and sets the variable."""
     return _LOWEST_PORT + job_id % _PORTS
 
 
@@ -88,7 +88,7 @@ def step_hosts(environment: Mapping[str, str]) -> list[str]:
 
 
 def _names_of(nodelist: str) -> list[str]:
-    """The nodes of a list such as n[1-3]. Raises SetupError."""
+    """Return the nodes of a list such as n[1-3]. Raises SetupError."""
     if not _NODE_LIST.fullmatch(nodelist):
         raise SetupError(
             f"SLURM_STEP_NODELIST={nodelist[:60]!r} is not a list of nodes such as n[1-3]"
@@ -123,8 +123,8 @@ def head_address(environment: Mapping[str, str], port: int) -> str:
 
 
 def _ask_scontrol(nodelist: str) -> str:
-    """The address SLURM itself uses for the first node of `nodelist`; names of nodes need not be
-    names of hosts."""
+    """Return the address SLURM itself uses for the first node of `nodelist`; names of nodes need
+    not be names of hosts."""
     first = _names_of(nodelist)[0]
     described = _scontrol("--oneliner", "show", "node", first)
     match = re.search(r"\bNodeAddr=(\S+)", described)

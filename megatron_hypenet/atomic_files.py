@@ -34,7 +34,7 @@ def temporary_beside(target: Path, *, kind: str = "tmp", pid: int | None = None)
 
 
 def is_temporary(path: Path) -> bool:
-    """Whether this is the name of an unfinished file or folder, or of one that was being
+    """Return whether this is the name of an unfinished file or folder, or of one that was being
     replaced."""
     return _TEMPORARY.fullmatch(path.name) is not None
 
@@ -47,13 +47,14 @@ def target_of(path: Path) -> Path | None:
 
 
 def was_replaced(path: Path) -> bool:
-    """Whether the temporary `path` holds what was being replaced, not what was being made."""
+    """Return whether the temporary `path` holds what was being replaced, not what was being
+    made."""
     match = _TEMPORARY.fullmatch(path.name)
     return match is not None and match["kind"] == "old"
 
 
 def is_being_deleted(path: Path) -> bool:
-    """Whether the temporary `path` holds the rest of something that was being deleted."""
+    """Return whether the temporary `path` holds the rest of something that was being deleted."""
     match = _TEMPORARY.fullmatch(path.name)
     return match is not None and match["kind"] == "del"
 

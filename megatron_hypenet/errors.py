@@ -98,7 +98,7 @@ it."""
 
 
 def exit_code_of(fault: BaseException) -> int:
-    """The exit code that a fault leads to, wherever it is reported."""
+    """Return the exit code that a fault leads to, wherever it is reported."""
     if isinstance(fault, HypenetError):
         return fault.exit_code
     if isinstance(fault, KeyboardInterrupt):
@@ -109,7 +109,8 @@ def exit_code_of(fault: BaseException) -> int:
 
 
 def is_disk_full(error: BaseException | None) -> bool:
-    """Whether `error`, or one that led to it, says that the disk (or the quota on it) is full."""
+    """Return whether `error`, or one that led to it, says that the disk (or the quota on it) is
+    full."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True

@@ -158,8 +158,8 @@ def refuse_if_owned(folder: Path) -> None:
 
 
 def owner_of(folder: Path) -> tuple[Owner | None, bool | None]:
-    """The owner that is named in the run folder `folder`, and whether it still runs; None where
-    that cannot be told from here, as of a process on another machine. Changes nothing."""
+    """Return the owner that is named in the run folder `folder`, and whether it still runs; None
+    where that cannot be told from here, as of a process on another machine. Changes nothing."""
     path = owner_file(folder, inside=True)
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -285,7 +285,8 @@ def _refusal(target: Path, path: Path, owner: Owner | None) -> str:
 
 
 def _lives(found: Owner, mine: Owner, path: Path, watch_seconds: float) -> bool:
-    """Whether the owner of a file that is not locked still runs; may take `watch_seconds`."""
+    """Return whether the owner of a file that is not locked still runs; may take
+    `watch_seconds`."""
     if (known := _known(found, mine)) is not None:
         return known
     logger.warning(
@@ -303,7 +304,7 @@ def _lives(found: Owner, mine: Owner, path: Path, watch_seconds: float) -> bool:
 
 
 def _known(found: Owner, mine: Owner) -> bool | None:
-    """Whether an owner still runs by the process table or SLURM; None when neither knows."""
+    """Return whether an owner still runs by the process table or SLURM; None when neither knows."""
     if found.boot and found.boot == mine.boot:
         return _started(found.pid) == found.started
     if found.job and found.job == mine.job:
@@ -313,7 +314,8 @@ def _known(found: Owner, mine: Owner) -> bool | None:
 
 
 def _is_over(job: str) -> bool:
-    """Whether SLURM says that a job has ended, or waits for another start. A running job decides
+    """Return whether SLURM says that a job has ended, or waits for another start. A running job
+    decides
     nothing: a process may end before its job."""
     if not job.isdecimal():
         return False
@@ -415,7 +417,7 @@ def _lock(descriptor: int) -> bool:
 
 
 def _is_still(descriptor: int, path: Path) -> bool:
-    """Whether `path` still is the open file."""
+    """Return whether `path` still is the open file."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat(follow_symlinks=False))
     except FileNotFoundError:
@@ -423,8 +425,8 @@ def _is_still(descriptor: int, path: Path) -> bool:
 
 
 def _is_local(path: Path) -> bool:
-    """Whether all processes that can see `path` also see its lock, because its file system belongs
-    to this machine."""
+    """Return whether all processes that can see `path` also see its lock, because its file system
+    belongs to this machine."""
     try:
         mounts = [
             line.split()

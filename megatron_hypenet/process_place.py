@@ -54,27 +54,27 @@ def host_name(environment: Mapping[str, str] = os.environ) -> str:
 
 
 def under_way(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process goes on with what was begun before it; False for the command that a
-    person has just given."""
+    """Return whether this process goes on with what was begun before it; False for the command that
+    a person has just given."""
     return UNDER_WAY in environment
 
 
 def hypenet_command(words: Sequence[str]) -> tuple[str, ...]:
-    """The words after `hypenet` as a command for this interpreter, which needs no console script on
-    the PATH."""
+    """Return the words after `hypenet` as a command for this interpreter, which needs no console
+    script on the PATH."""
     return (sys.executable, "-m", "megatron_hypenet", *words)
 
 
 def place(
     *, rank: int, world_size: int, local_rank: int, local_size: int, master: str, port: int
 ) -> dict[str, str]:
-    """The variables that tell a process its place; `launched_place` reads them."""
+    """Return the variables that tell a process its place; `launched_place` reads them."""
     values = (rank, local_rank, world_size, local_size, master, port)
     return {name: str(value) for name, value in zip(PLACE, values, strict=True)}
 
 
 def launched_place(environment: Mapping[str, str] = os.environ) -> Place | None:
-    """The place that a launcher of the torchrun kind gave this process; None when none did.
+    """Return the place that a launcher of the torchrun kind gave this process; None when none did.
 
     Raises SetupError that names the variable where they cannot be a launcher's: some are missing,
     or hold no number that is possible.
@@ -124,8 +124,8 @@ def launched_world_size(environment: Mapping[str, str] = os.environ) -> int | No
 
 
 def number_of(environment: Mapping[str, str], name: str, least: int, most: int) -> int:
-    """The number in the variable `name`, which is there. Raises SetupError with name and value
-    where it is not from `least` to `most`."""
+    """Return the number in the variable `name`, which is there. Raises SetupError with name and
+    value where it is not from `least` to `most`."""
     number = _whole(environment[name], least, most)
     if number is None:
         raise _left_over(environment, name, f"which is not a whole number from {least} to {most}")
@@ -133,8 +133,8 @@ def number_of(environment: Mapping[str, str], name: str, least: int, most: int) 
 
 
 def chosen_port(environment: Mapping[str, str]) -> int | None:
-    """The port that HYPENET_MASTER_PORT asks for; None where it is not set. Raises SetupError where
-    it is no port."""
+    """Return the port that HYPENET_MASTER_PORT asks for; None where it is not set. Raises
+    SetupError where it is no port."""
     text = environment.get(CHOSEN_PORT)
     if text is None:
         return None
@@ -148,8 +148,8 @@ def chosen_port(environment: Mapping[str, str]) -> int | None:
 
 
 def is_host(name: str) -> bool:
-    """Whether `name` can be a host's name or address, perhaps as user@name: nothing that ssh, pdsh
-    or scontrol take for something else."""
+    """Return whether `name` can be a host's name or address, perhaps as user@name: nothing that
+    ssh, pdsh or scontrol take for something else."""
     return len(name) <= _LONGEST_HOST and _HOST.fullmatch(name) is not None
 
 

@@ -65,7 +65,7 @@ class Comparison:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """The comparison as plain data for JSON."""
+        """Return the comparison as plain data for JSON."""
         return {"equal": self.equal, **asdict(self)}
 
 
@@ -134,7 +134,7 @@ def _tensor_difference(
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """The bytes: NaN equals itself, and zeros of either sign differ."""
+    """Return the bytes: NaN equals itself, and zeros of either sign differ."""
     return tensor.contiguous().view(-1).view(torch.uint8)
 
 

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def resolve(path: Path | str, *, fall_back: bool = True) -> Path:
-    """The committed checkpoint meant by `path`: the folder itself, or the newest usable
+    """Return the committed checkpoint meant by `path`: the folder itself, or the newest usable
     iter_XXXXXXX folder in it or its checkpoints/.
 
     With `fall_back`, an older save replaces a newest one that is uncommitted or damaged, with a
@@ -69,7 +69,7 @@ def resolve(path: Path | str, *, fall_back: bool = True) -> Path:
 
 
 def read_model_config(path: Path | str) -> ModelConfig:
-    """The model configuration stored with the weights."""
+    """Return the model configuration stored with the weights."""
     folder = resolve(path)
     file = folder / fmt.MODEL_JSON
     text = KIND.decode(file, read_listed(folder, fmt.MODEL_JSON))
@@ -81,9 +81,8 @@ def read_model_config(path: Path | str) -> ModelConfig:
 
 
 def finished_checkpoint(stage_folder: Path, train_iters: int) -> Path | None:
-    """The checkpoint of a training stage that has done all its steps, or None; an incomplete one
-    does not count. Presence and sizes decide; a reader of the checkpoint compares hashes.
-    """
+    """Return the checkpoint of a training stage that has done all its steps, or None; an incomplete
+    one does not count. Presence and sizes decide; a reader of the checkpoint compares hashes."""
     done = [
         folder
         for folder in fmt.iteration_folders(stage_folder / fmt.CHECKPOINTS)
@@ -93,8 +92,8 @@ def finished_checkpoint(stage_folder: Path, train_iters: int) -> Path | None:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a checkpoint is committed and all its files are present with their sizes; a warning
-    says why it is not."""
+    """Return whether a checkpoint is committed and all its files are present with their sizes; a
+    warning says why it is not."""
     reason = _why_unusable(folder)
     if reason is not None and folder.exists():
         logger.warning("%s cannot be used: %s", folder, reason)
@@ -102,8 +101,8 @@ def is_whole(folder: Path) -> bool:
 
 
 def tokenizer_dir(path: Path | str) -> Path | None:
-    """The checkpoint's tokenizer folder, or None when it was saved without one. CheckpointError
-    unless its files are as written."""
+    """Return the checkpoint's tokenizer folder, or None when it was saved without one.
+    CheckpointError unless its files are as written."""
     folder = resolve(path)
     verify_files(folder, hashes=True, parts=(fmt.TOKENIZER,))
     return folder / fmt.TOKENIZER if (folder / fmt.TOKENIZER).is_dir() else None

@@ -70,14 +70,14 @@ def iteration_name(step: int) -> str:
 
 
 def iteration_of(folder: Path) -> int | None:
-    """The step in a folder's name, or None when it is not an iter_XXXXXXX folder."""
+    """Return the step in a folder's name, or None when it is not an iter_XXXXXXX folder."""
     match = _ITERATION.fullmatch(folder.name)
     return int(match.group(1)) if match else None
 
 
 def iteration_folders(parent: Path) -> list[Path]:
-    """The iter_XXXXXXX folders directly under `parent`, committed or not, oldest first; symbolic
-    links are left out."""
+    """Return the iter_XXXXXXX folders directly under `parent`, committed or not, oldest first;
+    symbolic links are left out."""
     if not parent.is_dir():
         return []
     found = [
@@ -89,7 +89,8 @@ def iteration_folders(parent: Path) -> list[Path]:
 
 
 def is_committed(folder: Path) -> bool:
-    """Whether the commit marker exists; later damage is not checked (see manifest.verify_files)."""
+    """Return whether the commit marker exists; later damage is not checked (see
+    manifest.verify_files)."""
     return (folder / COMMITTED).is_file()
 
 
@@ -189,13 +190,14 @@ def staged(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def error_of_save(target: Path) -> Callable[[BaseException], BaseException]:
-    """The function that translates errors of the save of `target`; see `as_checkpoint_error`."""
+    """Return the function that translates errors of the save of `target`; see
+    `as_checkpoint_error`."""
     return lambda error: as_checkpoint_error(error, target)
 
 
 def as_checkpoint_error(error: BaseException, target: Path) -> BaseException:
-    """The error to raise for a failed save of `target`: SetupError for a full disk, CheckpointError
-    for other I/O errors, else the error itself."""
+    """Return the error to raise for a failed save of `target`: SetupError for a full disk,
+    CheckpointError for other I/O errors, else the error itself."""
     if is_disk_full(error):
         return SetupError(
             f"cannot save {target}: no space left on the disk; the unfinished save was removed and "

@@ -70,8 +70,8 @@ _SMALL_PARTS = (
 
 
 def newest_of_run(checkpoints: Path) -> Path | None:
-    """The checkpoint a run continues from, the same on every process, or None when nothing was ever
-    committed; collective.
+    """Return the checkpoint a run continues from, the same on every process, or None when nothing
+    was ever committed; collective.
 
     The first process searches, and removes what interrupted saves left; only the one writer of this
     folder may call it, before it saves.
@@ -91,9 +91,9 @@ def newest_of_run(checkpoints: Path) -> Path | None:
 
 
 def open_weights(path: Path | str, *, hashes: bool = True) -> ShardReader:
-    """The weights as a read-only mapping that reads one tensor per access, after their hashes were
-    compared; by one process. Without `hashes` those of the files with tensors are left to
-    `comparing_hashes`."""
+    """Return the weights as a read-only mapping that reads one tensor per access, after their
+    hashes were compared; by one process. Without `hashes` those of the files with tensors are left
+    to `comparing_hashes`."""
     folder = resolve(path)
     if not hashes:
         verify_files(folder, parts=WEIGHTS_PARTS)
@@ -134,8 +134,8 @@ def read_weights(path: Path | str, keys: Iterable[str] | None = None) -> dict[st
 
 
 def read_whole_config(path: Path | str) -> ModelConfig:
-    """The configuration of a whole model, for building it: CheckpointError when the checkpoint
-    holds fewer values than that has.
+    """Return the configuration of a whole model, for building it: CheckpointError when the
+    checkpoint holds fewer values than that has.
 
     This keeps a damaged model.json with huge sizes from allocating more memory than the files
     justify.
@@ -204,8 +204,8 @@ def load_sharded(
 
 
 def read_entry(reader: ShardReader, entry: Any) -> Tensor:
-    """The stored value of one sharded_state_dict entry as one local tensor, on the CPU in the
-    stored dtype."""
+    """Return the stored value of one sharded_state_dict entry as one local tensor, on the CPU in
+    the stored dtype."""
     from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 

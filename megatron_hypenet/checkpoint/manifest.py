@@ -225,8 +225,8 @@ def write_manifest(
 
 
 def read_manifest(folder: Path | str) -> Manifest:
-    """The manifest of one committed folder; CheckpointError if the folder is uncommitted, or its
-    manifest unreadable or changed.
+    """Return the manifest of one committed folder; CheckpointError if the folder is uncommitted, or
+    its manifest unreadable or changed.
 
     COMMITTED holds the manifest's hash, and the manifest says so. In a folder of version 0.1 it is
     empty, and the manifest does not; then the manifest cannot be checked, and the log says so once.
@@ -270,8 +270,8 @@ def _say_once(text: str) -> None:
 
 
 def read_listed(folder: Path, name: str) -> bytes:
-    """The content of a small file of a committed folder, verified against the manifest. Raises
-    CheckpointError when it differs."""
+    """Return the content of a small file of a committed folder, verified against the manifest.
+    Raises CheckpointError when it differs."""
     entry = read_manifest(folder).files.get(name)
     path = folder / name
     content = KIND.read_bytes(path)
@@ -332,14 +332,14 @@ def hash_problems(folder: Path, manifest: Manifest) -> list[str]:
 
 
 def is_part(name: str, parts: Collection[str]) -> bool:
-    """Whether a file of a checkpoint is one of `parts`, or lies in one of them; with no parts every
-    file does."""
+    """Return whether a file of a checkpoint is one of `parts`, or lies in one of them; with no
+    parts every file does."""
     return not parts or name in parts or name.partition("/")[0] in parts
 
 
 def is_as_written(path: Path, entry: FileEntry) -> bool:
-    """Whether a file has the size and hash of `entry`; its hash is cached as long as the file does
-    not change."""
+    """Return whether a file has the size and hash of `entry`; its hash is cached as long as the
+    file does not change."""
     try:
         key = _state_of(path)
         if key not in _hashed:
@@ -366,8 +366,8 @@ def _state_of(path: Path) -> tuple[int, ...]:
 
 
 def _present(folder: Path) -> list[str]:
-    """The files of a checkpoint that its manifest has to list: those in the folder itself, and
-    those in its subfolders."""
+    """Return the files of a checkpoint that its manifest has to list: those in the folder itself,
+    and those in its subfolders."""
     found = [
         path
         for path in folder.iterdir()
@@ -379,8 +379,8 @@ def _present(folder: Path) -> list[str]:
 
 
 def _is_read(name: str) -> bool:
-    """Whether a reader of a checkpoint would open the file `name` if it existed: all tokenizer
-    files, and those with a fixed name."""
+    """Return whether a reader of a checkpoint would open the file `name` if it existed: all
+    tokenizer files, and those with a fixed name."""
     part, _, rest = name.partition("/")
     if part in _SHARDED_FOLDERS:
         return rest in _SHARDED_FILES or rest.endswith(fmt.TENSORS_SUFFIX)

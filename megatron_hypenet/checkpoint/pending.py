@@ -100,8 +100,8 @@ class PendingSave:
             self._failure = error
 
     def ready(self) -> bool:
-        """Whether `commit` would not wait: all processes have written their files, or one has
-        failed. Collective."""
+        """Return whether `commit` would not wait: all processes have written their files, or one
+        has failed. Collective."""
         state = (
             _FAILED
             if self._failure is not None

@@ -13,8 +13,8 @@ from megatron_hypenet.checkpoint import format as fmt
 
 
 def surplus(folders: list[Path], *, keep_last: int, keep_every: int | None) -> list[Path]:
-    """The committed iter_XXXXXXX `folders` that are neither among the newest `keep_last` nor at a
-    multiple of `keep_every`."""
+    """Return the committed iter_XXXXXXX `folders` that are neither among the newest `keep_last` nor
+    at a multiple of `keep_every`."""
     ordered = sorted(folders, key=lambda folder: fmt.iteration_of(folder) or 0)
     old = ordered[: -max(keep_last, 1)]
     return [

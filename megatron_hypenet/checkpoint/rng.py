@@ -73,7 +73,7 @@ def restore_local_state(state: dict[str, Tensor]) -> None:
 
 
 def gather_state() -> dict[str, Tensor]:
-    """The generators of all processes under rank<R>.<name>, the same on every process;
+    """Return the generators of all processes under rank<R>.<name>, the same on every process;
     collective."""
     states: list[Any] = [
         {name: tensor.cpu().contiguous() for name, tensor in local_state().items()}

@@ -108,8 +108,8 @@ def _allows(found: Global) -> bool:
 
 
 def _allows_call(what: Global, args: tuple[Any, ...]) -> bool:
-    """Whether a pickle may ask for this call: getattr only as Python 3.11.0 to 3.11.3 (Debian 12's)
-    pickle members of enumerations."""
+    """Return whether a pickle may ask for this call: getattr only as Python 3.11.0 to 3.11.3
+    (Debian 12's) pickle members of enumerations."""
     if what != _GETATTR:
         return True
     if len(args) != 2 or not isinstance(args[0], Global) or not isinstance(args[1], str):

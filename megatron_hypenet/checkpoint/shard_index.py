@@ -144,7 +144,7 @@ class _Index:
         return Piece(offset, shape, self.folder / file, start, length)
 
     def places(self, value: Any) -> dict[tuple[str, Extents], tuple[str, int, int]]:
-        """The place of every piece: (tensor, offset in it) -> (file, first byte, number of
+        """Return the place of every piece: (tensor, offset in it) -> (file, first byte, number of
         bytes)."""
         found: dict[tuple[str, Extents], tuple[str, int, int]] = {}
         for index, info in self.pairs(value, "storage_data"):
@@ -205,8 +205,8 @@ class _Index:
                 self.refuse(f"two pieces share byte {other.start:,} of {other.file.name}")
 
     def overlap(self, pieces: Sequence[Piece]) -> bool:
-        """Whether two of these pieces of one tensor share a value. They are swept along the axis on
-        which most of them begin apart."""
+        """Return whether two of these pieces of one tensor share a value. They are swept along the
+        axis on which most of them begin apart."""
         pieces = [piece for piece in pieces if math.prod(piece.shape)]
         if len(pieces) < 2:
             return False
@@ -237,7 +237,7 @@ class _Index:
     def attributes(
         self, value: Any, name: str, needed: tuple[str, ...], module: str = _MODULE
     ) -> dict[str, Any]:
-        """The attributes of an object of torch's class `name`, as texts to values."""
+        """Return the attributes of an object of torch's class `name`, as texts to values."""
         if not isinstance(value, Record) or value.what != Global(module, name):
             self.refuse(f"expected an object of the class {name}")
         pairs = self.pairs(value.state, name)
@@ -256,7 +256,7 @@ class _Index:
         return items
 
     def extents(self, value: Any, name: str) -> Extents:
-        """A torch.Size, or the tuple or list that older versions of torch wrote for one."""
+        """Return a torch.Size, or the tuple or list that older versions of torch wrote for one."""
         if isinstance(value, Record) and value.what == _SIZE and len(value.args) == 1:
             value = value.args[0]
         if not isinstance(value, tuple | list) or len(value) > _MAX_DIMENSIONS:
@@ -274,7 +274,7 @@ class _Index:
         return tuple(value)
 
     def dtype(self, properties: Any, name: str) -> torch.dtype:
-        """The dtype of a TensorProperties, whose state is a tuple that begins with it."""
+        """Return the dtype of a TensorProperties, whose state is a tuple that begins with it."""
         state = (
             properties.state
             if isinstance(properties, Record)

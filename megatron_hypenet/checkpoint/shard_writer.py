@@ -87,7 +87,7 @@ class ShardWrite:
 
     @staticmethod
     def name_of(rank: int) -> str:
-        """The one file that process `rank` writes into a folder, if it owns any piece."""
+        """Return the one file that process `rank` writes into a folder, if it owns any piece."""
         return f"__{rank}_0{DEFAULT_SUFFIX}"
 
     def write(self, *, cancelled: Callable[[], bool] = lambda: False) -> Written:
@@ -196,7 +196,7 @@ def stream_shards(
 
 
 def _streams(tensor: StreamedTensor) -> bool:
-    """Whether the place of every byte of the tensor's archive is known beforehand."""
+    """Return whether the place of every byte of the tensor's archive is known beforehand."""
     num_bytes = tensor.num_values * tensor.dtype.itemsize
     return 0 < num_bytes <= MAX_BYTES and is_supported(tensor.dtype)
 
@@ -235,8 +235,8 @@ def _plan(shards: Sequence[Shard]) -> SavePlan:
 
 
 def _global_metadata(plans: list[SavePlan]) -> Metadata:
-    """The index of all plans, without places on disk; ValueError when pieces overlap, leave holes
-    or are written twice."""
+    """Return the index of all plans, without places on disk; ValueError when pieces overlap, leave
+    holes or are written twice."""
     writers: dict[MetadataIndex, int] = {}
     for writer, plan in enumerate(plans):
         for item in plan.items:
@@ -269,7 +269,8 @@ def _data_of(shard: Shard) -> Tensor:
 
 
 def _compact(tensor: Tensor) -> Tensor:
-    """The tensor on the CPU in a storage of its own, because torch.save writes whole storages."""
+    """Return the tensor on the CPU in a storage of its own, because torch.save writes whole
+    storages."""
     tensor = tensor.detach().cpu()
     return (
         tensor.clone()

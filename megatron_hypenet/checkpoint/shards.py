@@ -68,7 +68,7 @@ class StreamedTensor:
         return math.prod(self.shape)
 
     def whole(self) -> Tensor:
-        """All values, in memory."""
+        """Return all values, in memory."""
         values = torch.empty(self.num_values, dtype=self.dtype)
         self.read(0, values)
         return values.view(self.shape)
@@ -90,7 +90,7 @@ class Shard:
 
     @classmethod
     def whole(cls, key: str, data: Tensor | LazyTensor) -> Shard:
-        """The shard that is the whole tensor."""
+        """Return the shard that is the whole tensor."""
         return cls(key, data, tuple(data.shape), (0,) * len(data.shape))
 
 
@@ -166,8 +166,8 @@ class ShardReader(Mapping[str, Tensor]):
                     )
 
     def unit(self, key: str) -> int:
-        """The number of values that `read_values` reads of `key` at least: 1 where values lie one
-        behind the other in the files, else those of one row."""
+        """Return the number of values that `read_values` reads of `key` at least: 1 where values
+        lie one behind the other in the files, else those of one row."""
         stored = self._tensors[key]
         whole_rows = all(piece.shape[1:] == stored.shape[1:] for piece in stored.pieces)
         with self._files() as streams:
@@ -273,15 +273,16 @@ class _Files(dict[Path, BinaryIO]):
 def _part(
     tensor: Tensor, offset: Sequence[int], origin: Sequence[int], shape: Sequence[int]
 ) -> Tensor:
-    """The view of `shape` at the global `offset` of a tensor that itself lies at `origin`."""
+    """Return the view of `shape` at the global `offset` of a tensor that itself lies at
+    `origin`."""
     for axis, (start, length) in enumerate(zip(offset, shape, strict=True)):
         tensor = tensor.narrow(axis, start - origin[axis], length)
     return tensor
 
 
 def tensor_pieces(entry: Any) -> list[Any]:
-    """The Megatron ShardedTensors behind one sharded_state_dict entry: itself, or what its factory
-    splits it into."""
+    """Return the Megatron ShardedTensors behind one sharded_state_dict entry: itself, or what its
+    factory splits it into."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
@@ -299,12 +300,13 @@ def tensor_pieces(entry: Any) -> list[Any]:
 
 
 def is_main_replica(piece: Any) -> bool:
-    """Whether this process is the one that writes this piece (replica index 0 on every axis)."""
+    """Return whether this process is the one that writes this piece (replica index 0 on every
+    axis)."""
     replica = piece.replica_id
     return all(index == 0 for index in replica) if isinstance(replica, tuple) else replica == 0
 
 
 def piece_shard(piece: Any) -> Shard:
-    """A Megatron ShardedTensor with data as a Shard, with its prepended axes written out."""
+    """Return a Megatron ShardedTensor with data as a Shard, with its prepended axes written out."""
     data = piece.data.view((1,) * piece.prepend_axis_num + tuple(piece.local_shape))
     return Shard(piece.key, data, tuple(piece.global_shape), tuple(piece.global_offset))

@@ -62,7 +62,7 @@ class TrainState:
     """Number of skipped steps since the last step that was not skipped."""
 
     def skip(self, *, samples: int, tokens: int, lr: float) -> TrainState:
-        """The state after one more step whose update was refused."""
+        """Return the state after one more step whose update was refused."""
         return replace(
             self,
             step=self.step + 1,
@@ -74,7 +74,7 @@ class TrainState:
         )
 
     def advance(self, *, samples: int, tokens: int, loss: float, lr: float) -> TrainState:
-        """The state after one more step."""
+        """Return the state after one more step."""
         tail = (*self.losses, loss)[-LOSS_TAIL:]
         return replace(
             self,
@@ -123,8 +123,8 @@ class EngineState(Protocol):
         ...
 
     def full_state(self, parameter: nn.Parameter, name: str) -> Tensor:
-        """One of OPTIMIZER_STATES as a full local fp32 tensor; collective over the data-parallel
-        group."""
+        """Return one of OPTIMIZER_STATES as a full local fp32 tensor; collective over the
+        data-parallel group."""
         ...
 
     def set_full_state(self, parameter: nn.Parameter, name: str, value: Tensor) -> None:
@@ -195,5 +195,6 @@ class Template:
 
 
 def empty_like_entry(entry: Entry, dtype: torch.dtype) -> Tensor:
-    """A tensor without storage of the entry's shape: enough to ask a checkpoint for its pieces."""
+    """Return a tensor without storage of the entry's shape: enough to ask a checkpoint for its
+    pieces."""
     return torch.empty(entry.shape, dtype=dtype, device="meta")

@@ -196,7 +196,7 @@ def _described(
 
 
 def _counts(value: Any) -> bool:
-    """Whether this is a tuple of whole numbers from 0 to 2**60."""
+    """Return whether this is a tuple of whole numbers from 0 to 2**60."""
     return isinstance(value, tuple) and all(
         type(number) is int and 0 <= number <= 1 << 60 for number in value
     )

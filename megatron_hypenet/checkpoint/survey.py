@@ -79,13 +79,13 @@ class Found:
     """Parallel layout of the run that wrote it; None for weights that one process wrote."""
 
     def as_dict(self) -> dict[str, Any]:
-        """The checkpoint as plain data for JSON."""
+        """Return the checkpoint as plain data for JSON."""
         return {**asdict(self), "path": str(self.path)}
 
 
 def survey(folder: Path) -> list[Found]:
-    """Every checkpoint in a folder of runs, a run folder, a stage folder, a folder of iter_XXXXXXX,
-    or the checkpoint `folder` itself.
+    """Return every checkpoint in a folder of runs, a run folder, a stage folder, a folder of
+    iter_XXXXXXX, or the checkpoint `folder` itself.
 
     Ordered by folder and step. CheckpointError when `folder` does not exist.
     """
@@ -116,7 +116,7 @@ def _looks_like_one(folder: Path) -> bool:
 
 
 def look_at(folder: Path) -> Found:
-    """The state of one checkpoint folder, by presence and size of its files (hashes are for
+    """Return the state of one checkpoint folder, by presence and size of its files (hashes are for
     manifest.verify_files)."""
     state, problem, manifest = _state(folder)
     progress = read_progress(folder)
@@ -154,7 +154,8 @@ def _state(folder: Path) -> tuple[str, str | None, Manifest | None]:
 
 
 def read_progress(folder: Path) -> dict[str, Any]:
-    """The content of train_state.json, unchecked; empty when there is none or it cannot be read."""
+    """Return the content of train_state.json, unchecked; empty when there is none or it cannot be
+    read."""
     path = folder / fmt.TRAIN_STATE
     try:
         record = read_object(KIND, path)

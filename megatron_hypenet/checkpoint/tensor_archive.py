@@ -61,7 +61,7 @@ class TensorArchive:
         return len(self.tail(0))
 
     def tail(self, crc: int) -> bytes:
-        """The bytes behind the values, whose crc32 is `crc`."""
+        """Return the bytes behind the values, whose crc32 is `crc`."""
         out = _Zip()
         for name, content in self._before:
             out.add(name, content)
@@ -75,8 +75,8 @@ class TensorArchive:
 
 
 def tensor_archive(shape: tuple[int, ...], dtype: torch.dtype) -> TensorArchive:
-    """The archive of a contiguous tensor of this shape, which has at least one value and at most
-    MAX_BYTES."""
+    """Return the archive of a contiguous tensor of this shape, which has at least one value and at
+    most MAX_BYTES."""
     before, after = _members(dtype)
     # nothing is written into it, so it takes no memory
     tensor = torch.empty(shape, dtype=dtype)
@@ -93,7 +93,8 @@ def tensor_archive(shape: tuple[int, ...], dtype: torch.dtype) -> TensorArchive:
 
 @functools.cache
 def is_supported(dtype: torch.dtype) -> bool:
-    """Whether the installed torch.save writes what this module expects, for tensors of `dtype`."""
+    """Return whether the installed torch.save writes what this module expects, for tensors of
+    `dtype`."""
     tensor = torch.zeros(3, 1, dtype=dtype)
     stream = io.BytesIO()
     torch.save(tensor, stream)
@@ -106,8 +107,8 @@ def is_supported(dtype: torch.dtype) -> bool:
 
 
 def combined_crc(first: int, second: int, num_bytes: int) -> int:
-    """The crc32 of two byte strings, one behind the other, from the crc32 of each and the second's
-    length (zlib's crc32_combine)."""
+    """Return the crc32 of two byte strings, one behind the other, from the crc32 of each and the
+    second's length (zlib's crc32_combine)."""
     return _times(_shift(num_bytes), first) ^ second
 
 
@@ -154,7 +155,7 @@ def _members(dtype: torch.dtype) -> tuple[Members, Members]:
 
 
 def _pickled(tensor: torch.Tensor) -> bytes:
-    """What torch.save writes as data.pkl."""
+    """Return what torch.save writes as data.pkl."""
     stream = io.BytesIO()
 
     class Pickler(pickle.Pickler):
@@ -207,7 +208,7 @@ class _Zip:
         self.combined_crc = (self.combined_crc ^ mixed) & _MASK
 
     def directory(self) -> bytes:
-        """The table of members, which ends the file."""
+        """Return the table of members, which ends the file."""
         table = b"".join(
             _CENTRAL.pack(
                 b"PK\x01\x02", 0, 0, _FLAGS, 0, 0, 0, crc, num_bytes, num_bytes,

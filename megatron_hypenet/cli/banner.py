@@ -38,7 +38,7 @@ def banner(run: RunConfig, teacher: ModelConfig, num_processes: int) -> list[str
 
 
 def device_name(num_processes: int) -> str:
-    """The kind of device and how many are used, e.g. "8 x NVIDIA H100 80GB HBM3"."""
+    """Return the kind of device and how many are used, e.g. "8 x NVIDIA H100 80GB HBM3"."""
     import torch
 
     from megatron_hypenet.parallel.cpu import device
@@ -50,7 +50,7 @@ def device_name(num_processes: int) -> str:
 
 
 def layout_words(run: RunConfig, num_processes: int) -> str:
-    """The number of processes and the axes that they share the work by."""
+    """Return the number of processes and the axes that they share the work by."""
     parallel: ParallelConfig = run.parallel
     axes = {
         "tensor": parallel.tensor_model_parallel_size,
@@ -73,7 +73,7 @@ def parameters(model: ModelConfig) -> float:
 
 
 def short(value: float) -> str:
-    """A count with three digits: 1.72 B."""
+    """Return a count with three digits: 1.72 B."""
     for limit, suffix in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
         if value >= limit:
             return f"{value / limit:.3g}{suffix}"

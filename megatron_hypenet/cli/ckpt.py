@@ -243,7 +243,7 @@ def prune_command(
 
 
 def is_save(path: Path) -> bool:
-    """Whether a checkpoint is one of a training stage's saves."""
+    """Return whether a checkpoint is one of a training stage's saves."""
     from megatron_hypenet.checkpoint import format as fmt
 
     return fmt.iteration_of(path) is not None and not path.is_symlink()
@@ -260,7 +260,7 @@ def refuse_used(folder: Path) -> None:
 
 
 def resolve_any(path: Path) -> Path:
-    """A checkpoint folder as it is, usable or not; else the newest usable one below a stage
+    """Return a checkpoint folder as it is, usable or not; else the newest usable one below a stage
     folder."""
     from megatron_hypenet.atomic_files import is_temporary
     from megatron_hypenet.checkpoint import format as fmt
@@ -321,7 +321,7 @@ def summary(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def inspect_lines(described: dict[str, Any], *, tensors: bool) -> list[str]:
-    """The text of `inspect`: one `key  value` line per fact."""
+    """Return the text of `inspect`: one `key  value` line per fact."""
     from megatron_hypenet.checkpoint.survey import layout_text, mixer_runs
 
     progress, model = described["progress"], described["model"]
@@ -401,7 +401,7 @@ def inspect_lines(described: dict[str, Any], *, tensors: bool) -> list[str]:
 
 
 def diff_lines(report: Any) -> list[str]:
-    """The text of `diff`: differences first, then one line of verdict."""
+    """Return the text of `diff`: differences first, then one line of verdict."""
     lines = []
     for title, pairs in (
         ("model", report.model),

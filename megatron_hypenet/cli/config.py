@@ -222,7 +222,7 @@ def copy(
 
 
 def first_comment(path: Path) -> str:
-    """The first line of comment of a preset, which says what it is for."""
+    """Return the first line of comment of a preset, which says what it is for."""
     first = path.read_text(encoding="utf-8").splitlines()[0]
     return first.removeprefix("#").strip() if first.startswith("#") else ""
 
@@ -279,7 +279,7 @@ def stage_tokens(run: RunConfig) -> dict[str, int]:
 
 
 def describe(summary: dict[str, object]) -> str:
-    """A summary in one line."""
+    """Return a summary in one line."""
     if isinstance(tokens := summary.get("tokens"), dict):
         return "tokens: " + ", ".join(f"{name} {count:,}" for name, count in tokens.items())
     return f"{summary['num_layers']} layers, softmax in {summary['attention_layers']}"

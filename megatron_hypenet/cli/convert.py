@@ -251,7 +251,8 @@ def verify_command(
 
 
 def parse_scaling(text: str) -> LogitsScaling:
-    """The option's words: keep, off (None), 'hype <a>', or a number; UsageError otherwise."""
+    """Return the option's words: keep, off (None), 'hype <a>', or a number; UsageError
+    otherwise."""
     if text in ("keep", "off"):
         return None if text == "off" else text
     try:

@@ -233,7 +233,8 @@ def _part(word: str | None) -> tuple[int, int]:
 def _checked_job(
     source: Path, out: Path, tokenizer: Path, text_key: str, messages_key: str | None
 ) -> dict[str, Any]:
-    """What a preparation needs, after everything that can be checked without reading the text."""
+    """Return what a preparation needs, after everything that can be checked without reading the
+    text."""
     from megatron_hypenet.data.chat import ChatEncoder
     from megatron_hypenet.data.places import Fields
     from megatron_hypenet.data.tokenizer import end_of_text, load_tokenizer, model_end_of
@@ -276,8 +277,8 @@ def _text_bytes(job: CorpusJob) -> int:
 
 
 def default_workers(text_bytes: int) -> int:
-    """One process per CPU that this one may use; none where starting them takes longer than the
-    text."""
+    """Return one process per CPU that this one may use; none where starting them takes longer than
+    the text."""
     return 0 if text_bytes < WORTH_WORKERS else len(os.sched_getaffinity(0))
 
 
@@ -290,7 +291,7 @@ def _statistics(prefix: Path, seq_length: int) -> dict[str, Any]:
 
 
 def described(content: dict[str, Any]) -> str:
-    """The counts of a preparation in one line."""
+    """Return the counts of a preparation in one line."""
     text = f"{content['documents']:,} documents, {content['tokens']:,} tokens"
     if "answers" in content:
         text += f", {content['answers'] / max(1, content['tokens']):.1%} of them answers"

@@ -102,7 +102,7 @@ def doctor(
 
 
 def examine(folder: Path) -> list[Finding]:
-    """All findings, in the order they are printed. No check raises: what cannot be found out
+    """Return all findings, in the order they are printed. No check raises: what cannot be found out
     becomes a finding."""
     parts: list[Callable[[], list[Finding]]] = [
         check_python,
@@ -127,7 +127,7 @@ def examine(folder: Path) -> list[Finding]:
 
 
 def as_table(findings: list[Finding]) -> str:
-    """One line per finding, verdict first, fixes indented below."""
+    """Return one line per finding, verdict first, fixes indented below."""
     width = max(len(finding.name) for finding in findings)
     lines = []
     for finding in findings:
@@ -153,8 +153,8 @@ def check_python() -> list[Finding]:
 
 
 def check_versions() -> list[Finding]:
-    """Every required library against the range that pyproject.toml declares, read from installed
-    metadata."""
+    """Return every required library against the range that pyproject.toml declares, read from
+    installed metadata."""
     from packaging.requirements import Requirement
 
     try:
@@ -171,7 +171,7 @@ def check_versions() -> list[Finding]:
 
 
 def check_version(name: str, wanted: str) -> Finding:
-    """One library: installed, and inside the range `wanted`?"""
+    """Return one library: installed, and inside the range `wanted`?"""
     from packaging.specifiers import SpecifierSet
 
     try:

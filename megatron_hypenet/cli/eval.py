@@ -123,7 +123,7 @@ def evaluate(
 
 
 def _models(model: Path, beside: list[Path] | None) -> dict[str, Path]:
-    """The models by name."""
+    """Return the models by name."""
     others = beside or ([model / TEACHER] if (model / TEACHER).is_dir() else [])
     found = {path.resolve().name: path for path in (*others, model)}
     if len(found) < len(others) + 1:
@@ -178,8 +178,8 @@ def _done(rows: list[dict[str, Any]]) -> set[tuple[str, str]]:
 
 
 def _measures(plan: dict[str, Any], text: Path | None, asked: dict[str, Any]) -> dict[str, Measure]:
-    """What is measured of each model, by a key that names it in eval.json. The functions take
-    (Model, Probes, tokens of the text)."""
+    """Return what is measured of each model, by a key that names it in eval.json. The functions
+    take (Model, Probes, tokens of the text)."""
     from megatron_hypenet.eval import suite
 
     found: dict[str, Measure] = {}

@@ -60,7 +60,7 @@ def logs(
 
 
 def started_here(jobs: Jobs) -> bool:
-    """Whether the last start of the run was by a command outside of SLURM."""
+    """Return whether the last start of the run was by a command outside of SLURM."""
     from megatron_hypenet.supervision.start_record import read_start
 
     start = read_start(jobs.folder)
@@ -101,8 +101,8 @@ def show_local(
 
 
 def chosen(jobs: Jobs, job_id: int | None) -> Job:
-    """The job asked for, or the last one that has started; DataError, UsageError when there is none
-    such."""
+    """Return the job asked for, or the last one that has started; DataError, UsageError when there
+    is none such."""
     from megatron_hypenet.errors import DataError, UsageError
 
     known = jobs.required()

@@ -64,7 +64,7 @@ VERSIONED = ("torch", "megatron-core", "deepspeed", "transformers")
 
 
 def help_text() -> str:
-    """The top-level help: verbs in pipeline order, then the options every verb shares."""
+    """Return the top-level help: verbs in pipeline order, then the options every verb shares."""
     width = max(map(len, VERBS)) + 2
     verbs = "\n".join(f"  {name:<{width}}{line}" for name, line in VERBS.items())
     return (
@@ -86,7 +86,7 @@ def help_text() -> str:
 
 
 def version_text() -> str:
-    """One line per package, read from installed metadata: nothing is imported."""
+    """Return one line per package, read from installed metadata: nothing is imported."""
     lines = [f"hypenet {__version__} (Python {sys.version.split()[0]})"]
     for package in VERSIONED:
         try:

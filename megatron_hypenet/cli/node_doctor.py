@@ -81,12 +81,12 @@ def _hosts_of_ranks() -> list[str]:
 
 
 def exclude_option(verdict: Verdict) -> str:
-    """The nodes to leave out as an option of sbatch, srun and salloc."""
+    """Return the nodes to leave out as an option of sbatch, srun and salloc."""
     return f"--exclude={','.join(verdict.exclude)}"
 
 
 def as_text(found: Survey, verdict: Verdict) -> str:
-    """One line per process, one per link, then the verdict."""
+    """Return one line per process, one per link, then the verdict."""
     width = max(4, *(len(node.host) for node in found.nodes))
     lines = [f"{'node':<{width}}  rank  TFLOP/s  disk MiB/s  hardware"]
     for node in found.nodes:
@@ -119,7 +119,8 @@ def as_text(found: Survey, verdict: Verdict) -> str:
 def srun_command(
     folder: Path, *, nodes: int | None, srun_arguments: list[str], as_json: bool
 ) -> list[str]:
-    """The command that runs this check as one task for each GPU (one on each node without GPUs)."""
+    """Return the command that runs this check as one task for each GPU (one on each node without
+    GPUs)."""
     command = ["srun", f"--ntasks-per-node={tasks_per_node(srun_arguments, os.environ)}"]
     command += [f"--nodes={nodes}", "--time=15"] if nodes else []
     # all end at the same time; one that hangs is not waited for

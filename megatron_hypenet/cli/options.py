@@ -136,8 +136,8 @@ def collect_overrides(
     pp: int | None = None,
     cp: int | None = None,
 ) -> list[str]:
-    """The KEY=VALUE words plus the layout options spelled out, in the order `load_run_config` wants
-    (later wins)."""
+    """Return the KEY=VALUE words plus the layout options spelled out, in the order
+    `load_run_config` wants (later wins)."""
     words = list(overrides or [])
     axes = {
         "tensor_model_parallel_size": tp,

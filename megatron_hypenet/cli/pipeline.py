@@ -142,7 +142,7 @@ def prepared(
 
 
 def screen_of(run: RunConfig, folder: RunFolder, found: Checked) -> Screen:
-    """The output of this process, with a clock that knows the speeds of earlier starts."""
+    """Return the output of this process, with a clock that knows the speeds of earlier starts."""
     from megatron_hypenet.cli.progress import Screen
     from megatron_hypenet.halo.tasks import halo_steps
     from megatron_hypenet.planning.eta import Clock, planned_work, read_rates, write_rates
@@ -169,7 +169,7 @@ def announced(run: RunConfig, folder: RunFolder, screen: Screen, step: str, what
 
 
 def runner_of(run: RunConfig, folder: RunFolder, steps: list[Step], screen: Screen) -> Runner:
-    """The runner of `steps` on all processes, which announces them on `screen`."""
+    """Return the runner of `steps` on all processes, which announces them on `screen`."""
     from megatron_hypenet.checkpoint.load import verify_together
     from megatron_hypenet.checkpoint.manifest import WEIGHTS_PARTS
     from megatron_hypenet.halo.task_runner import Runner
@@ -301,7 +301,7 @@ def warn(run: RunConfig, found: Checked) -> None:
 
 
 def planned(run: RunConfig, *, overwrite: bool = False) -> list[dict[str, Any]]:
-    """The steps of a run that was `checked`, and their state; starts and writes nothing."""
+    """Return the steps of a run that was `checked`, and their state; starts and writes nothing."""
     from megatron_hypenet.halo.older_records import up_to_date
     from megatron_hypenet.halo.run_folder import RunFolder
     from megatron_hypenet.halo.task_runner import Runner

@@ -132,7 +132,7 @@ def plan(
 
 
 def table(layout: Layout, found: list[StageNeed]) -> list[str]:
-    """One row per training stage, in GiB."""
+    """Return one row per training stage, in GiB."""
     parallel = layout.parallel
     lines = [
         f"{layout.processes} GPUs: tensor {parallel.tensor_model_parallel_size}, "
@@ -156,7 +156,7 @@ def table(layout: Layout, found: list[StageNeed]) -> list[str]:
 
 
 def hours_table(hours: list[Hours], gpu: str, gpus: int, price: float | None) -> list[str]:
-    """One row per step that computes, and the sum."""
+    """Return one row per step that computes, and the sum."""
     total = ("whole run", sum(row.hours for row in hours), sum(row.gpu_hours for row in hours))
     heading = f"{'step':<10}{'hours':>10}{'GPU-hours':>12}" + (f"{'cost':>12}" if price else "")
     lines = [
@@ -180,7 +180,7 @@ def hours_summary(hours: list[Hours], price: float | None) -> dict[str, dict[str
 
 
 def disk_line(need: DiskNeed, run: RunConfig) -> str:
-    """What the run takes on the disk, and what is there for it."""
+    """Return what the run takes on the disk, and what is there for it."""
     from megatron_hypenet.planning.disk import described, free_bytes
 
     there = free_bytes(run.output_dir)
@@ -205,7 +205,7 @@ def disk_summary(need: DiskNeed, run: RunConfig) -> dict[str, int]:
 
 
 def advice(others: list[Fit], gpu_memory: float) -> list[str]:
-    """The layouts to try first."""
+    """Return the layouts to try first."""
     if not others:
         return [f"no layout on these GPUs fits {gpu_memory:g} GiB"]
     lines = [
@@ -219,7 +219,7 @@ def advice(others: list[Fit], gpu_memory: float) -> list[str]:
 
 
 def spelled(fit: Fit) -> str:
-    """A layout as words for the command line."""
+    """Return a layout as words for the command line."""
     names = {"tensor_model": "--tp", "pipeline_model": "--pp", "context": "--cp"}
     sizes = [
         f"{flag} {fit.change[f'parallel.{name}_parallel_size']}" for name, flag in names.items()
@@ -232,7 +232,7 @@ def spelled(fit: Fit) -> str:
 def summary(
     layout: Layout, found: list[StageNeed], others: list[Fit], gpu_memory: float
 ) -> dict[str, Any]:
-    """All of it in bytes, for machines."""
+    """Return all of it in bytes, for machines."""
     stages = {
         need.stage: {
             part: round(getattr(need.memory, part)) for part in (*PARTS, "total", "needed")

@@ -82,7 +82,8 @@ def count(run: RunConfig, shape: ModelConfig | None, nproc: int | None) -> int:
 
 
 def fixed(size: int, nproc: int | None = None) -> int:
-    """The launcher's number of processes, else `nproc`, else `size`. Raises as `count` does."""
+    """Return the launcher's number of processes, else `nproc`, else `size`. Raises as `count`
+    does."""
     started = join()
     if started is not None:
         if nproc not in (None, started):
@@ -106,12 +107,13 @@ def fixed(size: int, nproc: int | None = None) -> int:
 
 
 def has_gpus() -> bool:
-    """Whether this machine has GPUs that torch can use."""
+    """Return whether this machine has GPUs that torch can use."""
     return _gpus() > 0
 
 
 def planned_start(num_processes: int) -> Launch | None:
-    """What `start_here` would start: this command, in several processes; None when it would return.
+    """Return what `start_here` would start: this command, in several processes; None when it would
+    return.
     --dry-run is not for them."""
     words = tuple(word for word in WORDS.get() if word != "--dry-run")
     if (chosen := _hostfile.get()) is not None:
@@ -136,7 +138,7 @@ def start_here(num_processes: int) -> None:
 
 
 def is_rank0() -> bool:
-    """Whether this process prints for the user: rank 0 of a launcher's, or the only one."""
+    """Return whether this process prints for the user: rank 0 of a launcher's, or the only one."""
     return os.environ.get("RANK", "0") == "0"
 
 

@@ -185,7 +185,7 @@ def corpus_line(progress: Progress) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time in hours, minutes and seconds."""
+    """Return a time in hours, minutes and seconds."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}"

@@ -38,8 +38,8 @@ def runs(
 
 
 def row_of(folder: Path) -> dict[str, Any]:
-    """What `status` says of one run; a run that cannot be read has the state "unknown" and the
-    reason."""
+    """Return what `status` says of one run; a run that cannot be read has the state "unknown" and
+    the reason."""
     from megatron_hypenet.cli.status import status_of
 
     try:

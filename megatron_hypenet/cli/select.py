@@ -110,7 +110,7 @@ def rank(
 
 
 def _recurrent(name: str | None) -> str:
-    """The RNN mixer of that name, or the default one; UsageError for a name that is none."""
+    """Return the RNN mixer of that name, or the default one; UsageError for a name that is none."""
     from megatron_hypenet.config.mixers import default_mixer, mixer_specs
     from megatron_hypenet.errors import UsageError
 

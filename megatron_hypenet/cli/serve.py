@@ -92,7 +92,7 @@ def serve(
 
 
 def installed_vllm() -> str | None:
-    """The version of vLLM in this environment, from its metadata, or None."""
+    """Return the version of vLLM in this environment, from its metadata, or None."""
     for name in DISTRIBUTIONS:
         try:
             return importlib.metadata.version(name)
@@ -113,8 +113,8 @@ def require_vllm() -> None:
 
 
 def find_vllm(given: Path | None) -> str:
-    """The program `vllm`: the given one, or that of this environment. SetupError when there is
-    none, or one of another version."""
+    """Return the program `vllm`: the given one, or that of this environment. SetupError when there
+    is none, or one of another version."""
     if given is not None:
         if not os.access(given, os.X_OK) or given.is_dir():
             raise SetupError(f"--vllm {given}: no program; name the vllm of an environment's bin/")
@@ -129,8 +129,8 @@ def find_vllm(given: Path | None) -> str:
 
 
 def _checked(model: Path) -> tuple[Path, Any]:
-    """The folder to serve and its configuration. ConversionError for a checkpoint, and for an
-    export that engines cannot read."""
+    """Return the folder to serve and its configuration. ConversionError for a checkpoint, and for
+    an export that engines cannot read."""
     from megatron_hypenet.export.hf_config import read_hf_config
     from megatron_hypenet.export.hf_model import is_hf_folder, meant, read_config
 

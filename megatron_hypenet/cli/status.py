@@ -61,7 +61,7 @@ def status_of(run_folder: Path) -> dict[str, Any]:
 
 
 def job_rows(jobs: Jobs, states: Mapping[int, JobState]) -> list[dict[str, Any]]:
-    """The newest job of each part of the run: id, part, state, where, starts, last note."""
+    """Return the newest job of each part of the run: id, part, state, where, starts, last note."""
     rows = []
     for job in jobs.newest_of_each_part():
         events = jobs.events(job)
@@ -140,8 +140,8 @@ def last_lines(lines: list[str]) -> tuple[dict[str, Any] | None, dict[str, Any] 
 
 
 def exact_figures(run_folder: Path, step: str) -> dict[str, Any]:
-    """The figures of the run's heartbeat, which are newer than the log's; nothing where it is of
-    another step than `step`."""
+    """Return the figures of the run's heartbeat, which are newer than the log's; nothing where it
+    is of another step than `step`."""
     from megatron_hypenet.supervision import heartbeat
 
     beat = heartbeat.content_of(heartbeat.file_of(run_folder / heartbeat.FOLDER, 0))
@@ -153,7 +153,7 @@ def exact_figures(run_folder: Path, step: str) -> dict[str, Any]:
 
 
 def number_of(text: str) -> float | None:
-    """The number that `short_count` wrote, e.g. 2600.0 for 2.6k; None for anything else."""
+    """Return the number that `short_count` wrote, e.g. 2600.0 for 2.6k; None for anything else."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([kMG]?)", text)
     if match is None:
         return None
@@ -161,7 +161,7 @@ def number_of(text: str) -> float | None:
 
 
 def seconds_of(text: str) -> float | None:
-    """The seconds that `short_time` wrote, e.g. 3720.0 for 1h02m; None for anything else."""
+    """Return the seconds that `short_time` wrote, e.g. 3720.0 for 1h02m; None for anything else."""
     match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
     if match is None or not text:
         return None
@@ -170,7 +170,7 @@ def seconds_of(text: str) -> float | None:
 
 
 def last_save(run_folder: Path) -> dict[str, Any] | None:
-    """The checkpoint of the run that was committed last, and how many seconds ago."""
+    """Return the checkpoint of the run that was committed last, and how many seconds ago."""
     from megatron_hypenet.checkpoint.format import COMMITTED, iteration_folders
 
     found = [
@@ -191,7 +191,8 @@ def last_save(run_folder: Path) -> dict[str, Any] | None:
 
 
 def state_lines(found: dict[str, Any]) -> list[str]:
-    """What is known of the run as a whole: its state, since when, why, and how it goes on."""
+    """Return what is known of the run as a whole: its state, since when, why, and how it goes
+    on."""
     from megatron_hypenet.training.short_text import short_time
 
     seconds = found["seconds_ago"]

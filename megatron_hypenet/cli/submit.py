@@ -170,7 +170,7 @@ def checked_scripts(
     overwrite: bool,
     redo_from: str | None = None,
 ) -> list[JobScript]:
-    """The scripts, after all checks that a job would otherwise fail in hours later; touches
+    """Return the scripts, after all checks that a job would otherwise fail in hours later; touches
     nothing."""
     from megatron_hypenet.cli import pipeline
     from megatron_hypenet.cluster.job_script import job_scripts, missing_variables

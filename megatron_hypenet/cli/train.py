@@ -125,8 +125,8 @@ def train(
 
 
 def start_of(stage: str | None, init: Path | None) -> tuple[str, Path] | None:
-    """The stage that begins from a checkpoint of elsewhere, and that checkpoint; None without
-    --init. Raises CheckpointError."""
+    """Return the stage that begins from a checkpoint of elsewhere, and that checkpoint; None
+    without --init. Raises CheckpointError."""
     from megatron_hypenet.checkpoint.find import resolve
 
     if init is None or stage is None:
@@ -148,8 +148,8 @@ def check_init(init: Path, *, starts: bool) -> None:
 
 
 def first_unfinished(steps: list[dict[str, Any]]) -> str:
-    """The first training stage among the steps of a run that is not done; the last stage when all
-    are."""
+    """Return the first training stage among the steps of a run that is not done; the last stage
+    when all are."""
     return next(
         (row["step"] for row in steps if row["step"] in STAGES and row["state"] != "done"),
         STAGES[-1],

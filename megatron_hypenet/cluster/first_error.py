@@ -103,7 +103,7 @@ class Group:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """The group as plain data for --json."""
+        """Return the group as plain data for --json."""
         return {
             "ranks": sorted(fault.rank for fault in self.faults if fault.rank is not None),
             "hosts": sorted({fault.host for fault in self.faults if fault.rank is not None}),
@@ -123,8 +123,8 @@ def grouped(faults: Iterable[Fault]) -> list[Group]:
 
 
 def faults_of(attempt_logs: Path, job_log: Path) -> list[Fault]:
-    """Every rank's fault in one start of a job; where no rank has one, SLURM's own errors in the
-    job's log."""
+    """Return every rank's fault in one start of a job; where no rank has one, SLURM's own errors in
+    the job's log."""
     said = _start_of(job_log, int(attempt_logs.name.rpartition("-")[2]))
     killed, lost_nodes = _killed_and_lost(said)
     found = {fault.rank: fault for fault in killed}
@@ -172,8 +172,8 @@ def _from_record(path: Path) -> Fault | None:
 
 
 def _from_rank_log(path: Path) -> Fault | None:
-    """The last traceback or fatal error of a rank that left no record, e.g. because this package
-    could not be imported."""
+    """Return the last traceback or fatal error of a rank that left no record, e.g. because this
+    package could not be imported."""
     lines, rank = _lines(path), _rank_of(path)
     host = _host_of(lines)
     for index in range(len(lines) - 1, -1, -1):
@@ -206,7 +206,7 @@ def _from_rank_log(path: Path) -> Fault | None:
 
 
 def _start_of(job_log: Path, attempt: int) -> list[str]:
-    """The lines of the job's log from the note of one start to the next note."""
+    """Return the lines of the job's log from the note of one start to the next note."""
     found: list[str] = []
     inside = False
     for line in _lines(job_log):
@@ -262,7 +262,7 @@ def numbers_of(text: str) -> list[int]:
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """The short form again: [0, 1, 2, 7] -> "0-2,7"."""
+    """Return the short form again: [0, 1, 2, 7] -> "0-2,7"."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][1] + 1:

@@ -56,8 +56,9 @@ class JobScript:
 def job_scripts(
     run_folder: Path, cluster: ClusterConfig, *, chain: bool, on_event: Sequence[str] = ()
 ) -> list[JobScript]:
-    """The scripts of a run in order, from the configuration in its folder; `chain` gives every
-    training stage a job of its own, and `on_event` has the commands that are told of a new start.
+    """Return the scripts of a run in order, from the configuration in its folder; `chain` gives
+    every training stage a job of its own, and `on_event` has the commands that are told of a new
+    start.
 
     Raises ConfigError for paths that a job script cannot hold.
     """

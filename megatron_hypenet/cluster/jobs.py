@@ -113,7 +113,7 @@ class Jobs:
         return jobs
 
     def required(self) -> list[Job]:
-        """All jobs; DataError when the run was never submitted."""
+        """Return all jobs; DataError when the run was never submitted."""
         if not self.all:
             raise DataError(
                 f"{self.folder} has no SLURM jobs; submit it with `hypenet submit CONFIG --cluster "
@@ -122,7 +122,7 @@ class Jobs:
         return self.all
 
     def newest_of_each_part(self) -> list[Job]:
-        """The latest job for each part of the run, in the run's order."""
+        """Return the latest job for each part of the run, in the run's order."""
         return list({job.part: job for job in self.all}.values())
 
     def submit(self, script: Path, part: str, *, after: int | None, exclude: Sequence[str]) -> Job:
@@ -157,7 +157,7 @@ class Jobs:
         return self.folder / "logs" / f"job-{job.id}.log"
 
     def attempts(self, job: Job) -> list[Path]:
-        """The folders with the ranks' logs, one per start, oldest first."""
+        """Return the folders with the ranks' logs, one per start, oldest first."""
         found = (self.folder / "logs" / f"job-{job.id}").glob("attempt-*")
         return sorted(
             (path for path in found if path.name[8:].isdecimal()),
@@ -165,7 +165,7 @@ class Jobs:
         )
 
     def events(self, job: Job) -> list[Event]:
-        """The events that the job recorded."""
+        """Return the events that the job recorded."""
         path = self.folder / "logs" / f"job-{job.id}" / "events"
         rows = (
             _EVENTS.read_bytes(path).decode(errors="replace").splitlines()
@@ -190,7 +190,8 @@ class Jobs:
             )
 
     def states(self) -> dict[int, JobState]:
-        """The state of every job: SLURM's while it knows the job, else by the job's records."""
+        """Return the state of every job: SLURM's while it knows the job, else by the job's
+        records."""
         known = queue([job.id for job in self.all]) if self.all else {}
         return {job.id: known.get(job.id) or self._remembered(job) for job in self.all}
 
@@ -254,7 +255,7 @@ def queue(ids: Sequence[int]) -> dict[int, JobState]:
 def slurm(
     *words: str, stdin: str | None = None, environment: Mapping[str, str] = os.environ
 ) -> str:
-    """The output of a SLURM command (of both streams for sbatch --test-only, which prints to
+    """Return the output of a SLURM command (of both streams for sbatch --test-only, which prints to
     stderr). Raises SetupError with the command's message."""
     try:
         done = subprocess.run(

@@ -189,7 +189,7 @@ def _key(rank: int) -> str:
 
 
 def _silent(store: dist.Store, keys: Sequence[str], seconds: float) -> set[str]:
-    """The `keys` that no process has set within `seconds`."""
+    """Return the `keys` that no process has set within `seconds`."""
     deadline = time.monotonic() + seconds
     silent = set()
     for key in keys:

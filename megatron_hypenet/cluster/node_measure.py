@@ -25,7 +25,7 @@ _DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def hardware() -> str:
-    """What this process computes on, by name."""
+    """Return what this process computes on, by name."""
     return torch.cuda.get_device_name(local_device()) if torch.cuda.is_available() else CPU
 
 

@@ -24,12 +24,12 @@ SUFFIXES = (".bin", ".idx", ".mask")
 
 
 def jobs_folder(out: Path) -> Path:
-    """The folder of the scripts and logs."""
+    """Return the folder of the scripts and logs."""
     return out.absolute().with_name(f"{out.name}.jobs")
 
 
 def part_names(out: Path, tasks: int) -> list[Path]:
-    """The prefixes of the shares, in order."""
+    """Return the prefixes of the shares, in order."""
     return [
         out.absolute().with_name(f"{out.name}.part-{number}-of-{tasks}") for number in range(tasks)
     ]
@@ -44,8 +44,8 @@ def prepare_scripts(
     tasks: int,
     workers: int | None,
 ) -> list[JobScript]:
-    """The scripts of the array and of the job that joins its shares. `options` are further words of
-    `hypenet data prepare`.
+    """Return the scripts of the array and of the job that joins its shares. `options` are further
+    words of `hypenet data prepare`.
 
     A task has one worker for each of its CPUs: `workers`, else the profile's cpus_per_task, else
     what SLURM gives it. Raises ConfigError for paths that a job script cannot hold.

@@ -49,8 +49,8 @@ def state_of(
     jobs: Sequence[Job] = (),
     states: Mapping[int, JobState] | None = None,
 ) -> RunState:
-    """The state of the run in `folder`, whose steps `finished` are recorded, with SLURM's `states`
-    of its `jobs` where it has any."""
+    """Return the state of the run in `folder`, whose steps `finished` are recorded, with SLURM's
+    `states` of its `jobs` where it has any."""
     known = states or {}
     for job in jobs:
         if (state := known.get(job.id)) is not None and state.live:
@@ -73,7 +73,7 @@ def state_of(
 def _at_rest(
     folder: Path, finished: Sequence[str], start: StartRecord | None, *, by_slurm: bool
 ) -> RunState:
-    """The state of a run that nobody works on."""
+    """Return the state of a run that nobody works on."""
     again = f"hypenet requeue {folder}" if by_slurm else f"hypenet run {folder}/config.yaml"
     if start is not None and not start.job:
         again = (
@@ -107,13 +107,13 @@ def _at_rest(
 
 
 def is_here(state: RunState) -> bool:
-    """Whether the process that works on the run is one of this machine."""
+    """Return whether the process that works on the run is one of this machine."""
     return state.pid > 0 and state.host == host_name()
 
 
 def local_faults(folder: Path) -> list[Group]:
-    """What failed in the last start of a run without SLURM, causes first; from the records of its
-    processes, else from that of the start."""
+    """Return what failed in the last start of a run without SLURM, causes first; from the records
+    of its processes, else from that of the start."""
     records = [
         record
         for path in sorted((folder / "errors").glob("rank_*.json"))
@@ -147,8 +147,8 @@ def _since(moment: float | None) -> float | None:
 
 
 def run_folders(top: Path, depth: int = 3) -> list[Path]:
-    """The run folders at or below `top`, at most `depth` levels down; runs inside of runs are not
-    looked for. Raises DataError where `top` is no folder."""
+    """Return the run folders at or below `top`, at most `depth` levels down; runs inside of runs
+    are not looked for. Raises DataError where `top` is no folder."""
     if not top.is_dir():
         raise DataError(f"{top} is not a folder; give the folder that holds your runs")
     if _is_run(top):

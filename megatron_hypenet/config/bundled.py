@@ -20,7 +20,7 @@ KINDS = ("run", "cluster", "model", "stage")
 
 @functools.cache
 def bundle() -> Path:
-    """The folder that holds FOLDERS."""
+    """Return the folder that holds FOLDERS."""
     places = [sysconfig.get_path("data"), site.getuserbase()]
     found = [REPO_ROOT, *(Path(place) / SHARE for place in places if place)]
     return next((place for place in found if (place / "configs" / "run").is_dir()), REPO_ROOT)
@@ -36,7 +36,7 @@ def bundled(path: Path) -> Path:
 
 
 def preset(path: Path, kind: str) -> Path:
-    """The configuration meant by `path`: a file, or the name of a preset of `kind`, one of
+    """Return the configuration meant by `path`: a file, or the name of a preset of `kind`, one of
     KINDS."""
     if path.exists() or path.is_absolute() or len(path.parts) != 1:
         return bundled(path)

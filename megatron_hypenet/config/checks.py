@@ -87,8 +87,8 @@ def _raise(problems: Sequence[Problem]) -> None:
 
 
 def layout_problems(layout: Layout) -> list[Problem]:
-    """Every broken rule, each with two ways out that were tried: they lift it, and where possible
-    break nothing else."""
+    """Return every broken rule, each with two ways out that were tried: they lift it, and where
+    possible break nothing else."""
     found = _broken(layout)
     return [
         Problem(key[0], finding.says, _ways_out(layout, key, found))
@@ -134,7 +134,8 @@ def _broken(layout: Layout) -> Findings:
 
 
 def _ways_out(layout: Layout, key: tuple[str, str], found: Findings) -> tuple[Change, ...]:
-    """The first proposals that lift the problem; those that break no other rule come first."""
+    """Return the first proposals that lift the problem; those that break no other rule come
+    first."""
     clean: list[Change] = []
     other: list[Change] = []
     for change in found[key].proposals:

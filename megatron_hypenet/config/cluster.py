@@ -31,10 +31,9 @@ _SHELLS_OWN = re.compile(r"(SLURMD?|SBATCH|SALLOC|SRUN)_.*")
 
 
 def control_character(text: str, *, allowed: str = "") -> str | None:
-    """The first character of `text` that ends a line or controls a terminal, as Python writes it;
-    None where there is none. Unicode's line separators count, and surrogates that represent bytes
-    that are not UTF-8.
-    """
+    """Return the first character of `text` that ends a line or controls a terminal, as Python
+    writes it; None where there is none. Unicode's line separators count, and surrogates that
+    represent bytes that are not UTF-8."""
     found = (
         one
         for one in text
@@ -66,7 +65,8 @@ Lines = Annotated[str, AfterValidator(_printable_lines)]
 
 
 def seconds_of(limit: str) -> int:
-    """A time limit as sbatch reads it: MM, MM:SS, HH:MM:SS, and after D- HH, HH:MM, HH:MM:SS."""
+    """Return a time limit as sbatch reads it: MM, MM:SS, HH:MM:SS, and after D- HH, HH:MM,
+    HH:MM:SS."""
     days, dash, rest = limit.rpartition("-")
     numbers = [int(part) for part in rest.split(":")]
     if dash or len(numbers) == 3:

@@ -103,14 +103,14 @@ class Layout:
         return replace(self, run=run, world_size=world_size)
 
     def with_tensor(self, size: int) -> dict[str, object]:
-        """The change to another tensor-parallel size; a size of 1 also turns sequence parallelism
-        off."""
+        """Return the change to another tensor-parallel size; a size of 1 also turns sequence
+        parallelism off."""
         off = {SEQUENCE: False} if size == 1 and self.parallel.sequence_parallel else {}
         return {TENSOR: size, **off}
 
     def with_pipeline(self, size: int) -> dict[str, object]:
-        """The change to another pipeline size; an explicit layout is removed, because it is for the
-        old size."""
+        """Return the change to another pipeline size; an explicit layout is removed, because it is
+        for the old size."""
         off = {PIPELINE_LAYOUT: None} if self.parallel.pipeline_layout is not None else {}
         return {PIPELINE: size, **off}
 
@@ -126,14 +126,14 @@ class Layout:
 def divisors_near(
     value: int, wanted: int, fits: Callable[[int], bool] = lambda _: True
 ) -> list[int]:
-    """The divisors of `value` that satisfy `fits`, nearest to `wanted` first."""
+    """Return the divisors of `value` that satisfy `fits`, nearest to `wanted` first."""
     found = [size for size in range(1, value + 1) if value % size == 0 and fits(size)]
     return sorted(found, key=lambda size: (abs(size - wanted), size))
 
 
 def multiples_near(unit: int, wanted: int) -> list[int]:
-    """The positive multiples of `unit` just below and just above `wanted` (the next two when none
-    is below)."""
+    """Return the positive multiples of `unit` just below and just above `wanted` (the next two when
+    none is below)."""
     below = wanted // unit * unit
     return [below, below + unit] if below else [unit, 2 * unit]
 

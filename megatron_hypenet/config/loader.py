@@ -61,8 +61,8 @@ def load_with_origins(path: Path | str, overrides: Sequence[str] = ()) -> tuple[
 def load_as(
     root: type[Kind], path: Path | str, overrides: Sequence[str] = ()
 ) -> tuple[Kind, Origins]:
-    """A configuration of class `root` by the rules above, and where each key was set; ConfigError
-    lists everything wrong."""
+    """Return a configuration of class `root` by the rules above, and where each key was set;
+    ConfigError lists everything wrong."""
     path = preset(Path(path), "cluster" if "gpus_per_node" in root.model_fields else "run")
     origins: Origins = {}
     values = _read_with_includes(path, origins)
@@ -78,8 +78,8 @@ def load_as(
 
 
 def dump_config(config: RunConfig) -> str:
-    """The resolved configuration as YAML, keys in schema order; `load_run_config` reads it back to
-    an equal RunConfig."""
+    """Return the resolved configuration as YAML, keys in schema order; `load_run_config` reads it
+    back to an equal RunConfig."""
     text: str = yaml.safe_dump(
         config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120
     )
@@ -87,8 +87,8 @@ def dump_config(config: RunConfig) -> str:
 
 
 def completed(values: Mapping[str, Any], section: type[BaseModel] = RunConfig) -> dict[str, Any]:
-    """A mapping that `dump_config` wrote, perhaps in an earlier version, with missing keys at their
-    present defaults; nothing is checked.
+    """Return a mapping that `dump_config` wrote, perhaps in an earlier version, with missing keys
+    at their present defaults; nothing is checked.
 
     A required value that is missing stays missing, and a key that `section` does not know is kept.
     """
@@ -106,8 +106,8 @@ def completed(values: Mapping[str, Any], section: type[BaseModel] = RunConfig) -
 
 
 def default_settings() -> dict[str, Any]:
-    """All settings that have a default, nested as in a run configuration, as `dump_config` writes
-    them."""
+    """Return all settings that have a default, nested as in a run configuration, as `dump_config`
+    writes them."""
     sections: dict[str, Any] = {
         name: {}
         for name, field in RunConfig.model_fields.items()
@@ -119,21 +119,21 @@ def default_settings() -> dict[str, Any]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in one YAML file, with values typed by YAML's rules; ConfigError when it is
-    missing, not YAML, not a mapping, or too large."""
+    """Return the mapping in one YAML file, with values typed by YAML's rules; ConfigError when it
+    is missing, not YAML, not a mapping, or too large."""
     found: dict[str, Any] = value_of(_read(path))
     return found
 
 
 def read_stored(path: Path) -> dict[str, Any]:
-    """The mapping in a file that `dump_config` wrote, perhaps in another version, with values typed
-    by the settings; nothing is checked."""
+    """Return the mapping in a file that `dump_config` wrote, perhaps in another version, with
+    values typed by the settings; nothing is checked."""
     found: dict[str, Any] = as_meant(_read(path), RunConfig)
     return value_of(found)
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The mapping in one YAML file, as it is written."""
+    """Return the mapping in one YAML file, as it is written."""
     if not os.path.lexists(path):
         raise ConfigError(f"{shown(path)}: no such configuration file")
     values = yaml_text.read_yaml(YAML, path)
@@ -174,7 +174,7 @@ def _read_with_includes(path: Path, origins: Origins) -> dict[str, Any]:
 
 
 def _bundled_include(name: Path, beside: Path) -> Path:
-    """A bundled file that an include names from the current folder; `beside` where there is
+    """Return a bundled file that an include names from the current folder; `beside` where there is
     none."""
     found = bundled(name)
     return found if found.exists() else beside
@@ -259,8 +259,8 @@ def _bundled_source(source: Path | SourceConfig) -> Path | SourceConfig:
 
 
 def load_model_config(path: Path | str) -> ModelConfig:
-    """One model's shape from a YAML file such as configs/model/hypenet_2b.yaml; ConfigError lists
-    everything wrong."""
+    """Return one model's shape from a YAML file such as configs/model/hypenet_2b.yaml; ConfigError
+    lists everything wrong."""
     path = preset(Path(path), "model")
     try:
         return ModelConfig.model_validate(as_meant(_read(path), ModelConfig))

@@ -112,20 +112,20 @@ def item(annotation: Any, index: int) -> Any:
 
 
 def holds_settings(annotation: Any) -> bool:
-    """Whether the type is a section or a mapping."""
+    """Return whether the type is a section or a mapping."""
     return any(
         _is_section(part) or typing.get_origin(part) is dict for part in _alternatives(annotation)
     )
 
 
 def holds_items(annotation: Any) -> bool:
-    """Whether the type is a list."""
+    """Return whether the type is a list."""
     return any(typing.get_origin(part) in (tuple, list) for part in _alternatives(annotation))
 
 
 def scalar_kinds(annotation: Any) -> frozenset[str]:
-    """The kinds of scalars that a type accepts: null, bool, int, float, text and path (which is
-    text too); all but path for Any."""
+    """Return the kinds of scalars that a type accepts: null, bool, int, float, text and path (which
+    is text too); all but path for Any."""
     kinds: set[str] = set()
     for part in _alternatives(annotation):
         if typing.get_origin(part) is typing.Literal:

@@ -218,12 +218,13 @@ class ModelConfig(BaseModel):
         return self.vocab_size * self.hidden_size + self.num_layers * layer
 
     def replace(self, **changes: object) -> Self:
-        """A copy with `changes`, validated again (pydantic's own model_copy does not validate)."""
+        """Return a copy with `changes`, validated again (pydantic's own model_copy does not
+        validate)."""
         return type(self).model_validate({**self.model_dump(), **changes})
 
     def spec(self, mixer: str) -> MixerSpec:
-        """The specification of a mixer with this model's settings; ConfigError for an unknown
-        name."""
+        """Return the specification of a mixer with this model's settings; ConfigError for an
+        unknown name."""
         return self.mixers.get(mixer) or mixer_spec(mixer)()
 
     @property
@@ -232,8 +233,8 @@ class ModelConfig(BaseModel):
         return tuple(dict.fromkeys(self.mixer_types))
 
     def with_mixers(self, mixer_types: Iterable[str], settings: Iterable[MixerSpec] = ()) -> Self:
-        """The student with these mixers: this shape with softmax layers gated and without RoPE
-        (HyPE).
+        """Return the student with these mixers: this shape with softmax layers gated and without
+        RoPE (HyPE).
 
         `settings` are specifications whose settings the student takes; those of unused mixers are
         left out."""
@@ -247,11 +248,12 @@ class ModelConfig(BaseModel):
         )
 
     def converted(self, spec: MixerSpec) -> Self:
-        """The student with this RNN mixer in every layer."""
+        """Return the student with this RNN mixer in every layer."""
         return self.with_mixers((spec.name,) * self.num_layers, (spec,))
 
     def to_json(self) -> str:
-        """The configuration as indented JSON with a closing newline, keys in declaration order."""
+        """Return the configuration as indented JSON with a closing newline, keys in declaration
+        order."""
         return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
 
     @classmethod

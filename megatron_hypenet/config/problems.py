@@ -30,8 +30,8 @@ def describe(
     default_origin: str,
     root: type[BaseModel] = RunConfig,
 ) -> list[str]:
-    """One line per finding, e.g. `run.yaml: align.lr: should be greater than 0, got int -1`, for a
-    configuration of class `root`."""
+    """Return one line per finding, e.g. `run.yaml: align.lr: should be greater than 0, got int -1`,
+    for a configuration of class `root`."""
     lines = []
     for item in error.errors():
         if item["type"] == "too_short" and item.get("input"):
@@ -46,7 +46,7 @@ def describe(
 
 
 def _origin(place: tuple[str, ...], origins: Origins, default: str) -> str:
-    """The file or CLI that set the key, or the nearest section above it."""
+    """Return the file or CLI that set the key, or the nearest section above it."""
     for length in range(len(place), 0, -1):
         if place[:length] in origins:
             return origins[place[:length]]
@@ -54,7 +54,7 @@ def _origin(place: tuple[str, ...], origins: Origins, default: str) -> str:
 
 
 def _named(place: tuple[str, ...]) -> list[str]:
-    """The place without the part that says which form of a source was meant."""
+    """Return the place without the part that says which form of a source was meant."""
     tags = [index for index, part in enumerate(place) if index > 1 and part in _TAGS]
     return [part for index, part in enumerate(place) if index not in tags[:1]]
 
@@ -78,7 +78,7 @@ def _what(
 
 
 def _bounded(message: str) -> str:
-    """The message of a rule, shortened: it may repeat a value of any length."""
+    """Return the message of a rule, shortened: it may repeat a value of any length."""
     return (
         message
         if len(message) <= _LONGEST
@@ -98,7 +98,8 @@ def _near_miss(place: tuple[str, ...], root: type[BaseModel]) -> str:
 
 
 def section_keys(place: tuple[str, ...], root: type[BaseModel] = RunConfig) -> list[str]:
-    """The keys of the section at `place` under `root`, empty when there is no such section."""
+    """Return the keys of the section at `place` under `root`, empty when there is no such
+    section."""
     section: type[BaseModel] | None = root
     if place[-1:] == (SOURCE_TAG,):
         return list(SourceConfig.model_fields)
@@ -109,7 +110,7 @@ def section_keys(place: tuple[str, ...], root: type[BaseModel] = RunConfig) -> l
 
 
 def section_type(annotation: Any) -> type[BaseModel] | None:
-    """The section class behind an annotation, looking through `X | None`."""
+    """Return the section class behind an annotation, looking through `X | None`."""
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         found = [section_type(part) for part in typing.get_args(annotation)]
         return next((part for part in found if part is not None), None)

@@ -89,8 +89,8 @@ _WITHOUT_VALUE = "EHOQXsuv"  # letters of both commands after which another lett
 
 
 def words_of(option: str) -> list[str]:
-    """The words of one entry of sbatch_args, quoted as in a shell: `--comment="a b" -C gpu`. Raises
-    ValueError."""
+    """Return the words of one entry of sbatch_args, quoted as in a shell: `--comment="a b" -C gpu`.
+    Raises ValueError."""
     try:
         return shlex.split(option)
     except ValueError as error:

@@ -161,7 +161,7 @@ class DataConfig(Section):
 
 
 def as_source(entry: Path | SourceConfig) -> SourceConfig:
-    """A path among the sources with the default settings."""
+    """Return a path among the sources with the default settings."""
     return entry if isinstance(entry, SourceConfig) else SourceConfig(path=entry)
 
 
@@ -523,7 +523,7 @@ class RunConfig(Section):
     )
 
     def stage(self, name: str) -> StageConfig:
-        """The settings of training stage `name`, one of STAGES."""
+        """Return the settings of training stage `name`, one of STAGES."""
         if name not in STAGES:
             raise KeyError(f"no stage {name!r}; stages are {', '.join(STAGES)}")
         config: StageConfig = getattr(self, name)

@@ -23,8 +23,8 @@ at any sample index."""
 
 
 def scramble(*words: int) -> int:
-    """A well-mixed 64-bit number from integers (the finaliser of splitmix64, Steele et al. 2014,
-    chained over the words)."""
+    """Return a well-mixed 64-bit number from integers (the finaliser of splitmix64, Steele et al.
+    2014, chained over the words)."""
     state = 0
     for word in words:
         state = (state + word + 0x9E3779B97F4A7C15) & _MASK
@@ -35,8 +35,8 @@ def scramble(*words: int) -> int:
 
 
 def permuted(index: int, size: int, key: int) -> int:
-    """The position of `index` in a pseudo-random permutation of range(size) chosen by `key`, in
-    constant time and memory.
+    """Return the position of `index` in a pseudo-random permutation of range(size) chosen by `key`,
+    in constant time and memory.
 
     A four-round Feistel network on the smallest even number of bits that holds `size`, applied
     until the result lies in the range (Black and Rogaway 2002, cycle walking: at most four tries on
@@ -171,8 +171,8 @@ class TrainData:
         return ends
 
     def answers(self, sample_start: int, count: int, seq_length: int) -> Tensor | None:
-        """Which tokens of `batch` are to be predicted: bool [count, seq_length + 1]. None when no
-        text of this data has a mask: then all are."""
+        """Return which tokens of `batch` are to be predicted: bool [count, seq_length + 1]. None
+        when no text of this data has a mask: then all are."""
         if not any(windows.text.has_masks for windows in self._windows):
             return None
         rows = np.ones((count, seq_length + 1), dtype=np.bool_)
@@ -184,7 +184,7 @@ class TrainData:
         return torch.from_numpy(rows)
 
     def sample(self, index: int, seq_length: int) -> np.ndarray:
-        """One sample, int64 [seq_length + 1]."""
+        """Return one sample, int64 [seq_length + 1]."""
         found = self._window(index, seq_length)
         if found is None:
             assert self.recall is not None, "the constructor refuses a share without a task"
@@ -214,8 +214,8 @@ class TrainData:
 
 
 def shares(weights: Sequence[float]) -> list[int]:
-    """The share of each entry among itself and those behind it, in parts of _SHARE_UNITS; the last
-    has all of them."""
+    """Return the share of each entry among itself and those behind it, in parts of _SHARE_UNITS;
+    the last has all of them."""
     return [
         max(1, round(weight / sum(weights[number:]) * _SHARE_UNITS))
         for number, weight in enumerate(weights)

@@ -84,7 +84,7 @@ def refuse_large_text(sources: Sequence[SourceConfig], tokenizer: Path) -> None:
 
 
 def prepare_words(source: SourceConfig, tokenizer: Path) -> list[str]:
-    """The command that prepares a source."""
+    """Return the command that prepares a source."""
     path = source.path
     name = path.name.split(".")[0].replace("*", "") or "corpus"
     words = ["hypenet", "data", "prepare", str(path), str(path.parent / f"{name}.tokens")]

@@ -121,8 +121,8 @@ def _checked_pair(
     end: int,
     log: Callable[[str], None],
 ) -> dict[str, Any]:
-    """The record of a prepared pair. Its ids are checked once: now, or when `earlier` was written
-    for the same files."""
+    """Return the record of a prepared pair. Its ids are checked once: now, or when `earlier` was
+    written for the same files."""
     opened = open_tokens(source)
     files = [path.stat() for path in token_paths(source)]
     if opened.mask is not None:
@@ -152,7 +152,7 @@ def _checked_pair(
 
 
 def _share(answers: int | None, tokens: int) -> str:
-    """The share of a pair with a mask that is trained on, in words."""
+    """Return the share of a pair with a mask that is trained on, in words."""
     return "" if answers is None else f", {answers / tokens:.1%} of them answers"
 
 
@@ -247,7 +247,7 @@ class Corpus:
         )
 
     def heldout_sequences(self, count: int, seq_length: int) -> Tensor:
-        """The first `count` windows of the held-out text (fewer when it is short), int64 [n,
+        """Return the first `count` windows of the held-out text (fewer when it is short), int64 [n,
         seq_length + 1], overlapping by one token.
 
         Raises DataError when the held-out text is shorter than one window.

@@ -14,12 +14,12 @@ from torch import Tensor
 
 
 def document_ids(ends: Tensor) -> Tensor:
-    """Whether each token is the last of its document, bool [b, t] -> the document it belongs to,
-    int32 [b, t], from 0 in every row."""
+    """Return whether each token is the last of its document, bool [b, t] -> the document it belongs
+    to, int32 [b, t], from 0 in every row."""
     return (ends.cumsum(dim=1) - ends.long()).to(torch.int32)
 
 
 def loss_weights(ends: Tensor) -> Tensor:
-    """Whether each token is the last of its document, bool [b, t] -> float32 [b, t]: 0 there (the
-    next token is another's), else 1."""
+    """Return whether each token is the last of its document, bool [b, t] -> float32 [b, t]: 0 there
+    (the next token is another's), else 1."""
     return (~ends).to(torch.float32)

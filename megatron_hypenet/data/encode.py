@@ -63,7 +63,8 @@ class Encoder:
         self._chat = ChatEncoder(tokenizer) if fields.chat else None
 
     def encode(self, batch: Batch, file: str) -> Encoded:
-        """The documents of a batch of `file`. Raises DataError that names the line or row."""
+        """Return the documents of a batch of `file`. Raises DataError that names the line or
+        row."""
         empty: list[int] = []
         documents = list(
             documents_of(batch, file, self.fields.key, chat=self.fields.chat, on_empty=empty.append)

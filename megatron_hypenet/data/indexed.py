@@ -57,7 +57,7 @@ class TokenFile:
     None when all are to be predicted."""
 
     def mask_of(self, start: int, stop: int) -> npt.NDArray[np.uint8] | None:
-        """The mask of tokens start .. stop - 1."""
+        """Return the mask of tokens start .. stop - 1."""
         return None if self.mask is None else self.mask[start:stop]
 
     def documents_before(self, fraction: float) -> int:
@@ -109,7 +109,7 @@ def open_tokens(prefix: Path) -> TokenFile:
 
 
 def _open_mask(prefix: Path, total: int) -> npt.NDArray[np.uint8] | None:
-    """The mask of a pair with `total` tokens, None where there is none; DataError for one of
+    """Return the mask of a pair with `total` tokens, None where there is none; DataError for one of
     another text."""
     path = mask_path(prefix)
     if not has_entry(path):
@@ -249,7 +249,8 @@ class TokenStream:
         return last, known
 
     def answers(self, start: int, stop: int) -> npt.NDArray[np.bool_]:
-        """Whether each token of start .. stop - 1 is to be predicted: bool [stop - start]."""
+        """Return whether each token of start .. stop - 1 is to be predicted: bool [stop -
+        start]."""
         found = np.ones(stop - start, dtype=np.bool_)
         for number, first, (begin, end) in self._overlaps(start, stop):
             if (mask := self._masks[number]) is not None:

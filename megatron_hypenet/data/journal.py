@@ -58,18 +58,20 @@ class Journal:
 
 
 def working_folder(out: Path) -> Path:
-    """The folder of the unfinished files of `out`."""
+    """Return the folder of the unfinished files of `out`."""
     return out.with_name(f"{out.name}.preparing")
 
 
 def is_finishing(out: Path) -> bool:
-    """Whether an earlier preparation of `out` was stopped while its files moved into place."""
+    """Return whether an earlier preparation of `out` was stopped while its files moved into
+    place."""
     folder = working_folder(out)
     return has_entry(folder / FILE) and read_typed(_KIND, folder / FILE, Journal).finishing
 
 
 def earlier(out: Path, job: dict[str, Any], *, overwrite: bool) -> Journal | None:
-    """The journal of a preparation of the same `job` that was stopped; None where there is none.
+    """Return the journal of a preparation of the same `job` that was stopped; None where there is
+    none.
 
     Raises UsageError for one of another job, unless `overwrite` gives that one up.
     """

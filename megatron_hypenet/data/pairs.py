@@ -19,5 +19,5 @@ def mask_path(prefix: Path) -> Path:
 
 
 def is_token_file(prefix: Path) -> bool:
-    """Whether both files of the pair exist."""
+    """Return whether both files of the pair exist."""
     return all(path.is_file() for path in token_paths(prefix))

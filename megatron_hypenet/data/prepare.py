@@ -150,7 +150,7 @@ class CorpusJob:
     """(number from 0, count): the share of the source that this job reads."""
 
     def identity(self, found: Found) -> dict[str, Any]:
-        """What decides the bytes that come out, as JSON."""
+        """Return what decides the bytes that come out, as JSON."""
         return {
             "source": [
                 [str(file.path.absolute()), file.size, file.modified_ns] for file in found.files
@@ -307,6 +307,6 @@ def merge_files(prefixes: Sequence[Path], out: Path) -> Counts:
 
 
 def _is_empty(prefix: Path) -> bool:
-    """Whether a pair has two files and no token."""
+    """Return whether a pair has two files and no token."""
     bin_path, idx_path = token_paths(prefix)
     return bin_path.is_file() and idx_path.is_file() and bin_path.stat().st_size == 0

@@ -89,7 +89,7 @@ class Probes:
 
 
 def score(text: str, answers: Sequence[str]) -> float:
-    """The share of the answers that a continuation contains, 0 to 1."""
+    """Return the share of the answers that a continuation contains, 0 to 1."""
     return sum(answer in text for answer in answers) / len(answers)
 
 
@@ -135,7 +135,7 @@ def _multi_value(rng: random.Random, depth: float, lines: int) -> _Draft:
 
 
 def _variables(rng: random.Random, depth: float, lines: int) -> _Draft:
-    """A chain of assignments, which begins at `depth` and goes on behind it."""
+    """Return a chain of assignments, which begins at `depth` and goes on behind it."""
     names = [word.upper() for word in rng.sample(_WORDS, _HOPS + 1)]
     value = str(rng.randrange(10**4, 10**5))
     places = sorted([depth, *(depth + (1 - depth) * rng.random() for _ in names[1:])])
@@ -149,7 +149,7 @@ def _variables(rng: random.Random, depth: float, lines: int) -> _Draft:
 
 
 def _common_words(rng: random.Random, depth: float, lines: int) -> _Draft:
-    """A list in which few words come often; the depth means nothing here."""
+    """Return a list in which few words come often; the depth means nothing here."""
     words = rng.sample(_WORDS, len(_WORDS))
     common = words[:_NUM_COMMON]
     rare = [word for word in words[_NUM_COMMON:] for _ in range(max(1, lines // 200))]

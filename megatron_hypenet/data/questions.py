@@ -41,7 +41,8 @@ class Question:
 
 
 def read_questions(path: Path) -> list[Question]:
-    """The questions of a file. DataError, with the line, for one that is none, and for no lines."""
+    """Return the questions of a file. DataError, with the line, for one that is none, and for no
+    lines."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:

@@ -75,7 +75,8 @@ class Part:
 
 
 def parts_of(files: Sequence[SourceFile], number: int, count: int) -> list[Part]:
-    """The `number`-th of `count` shares (from 0) of about the same number of bytes on the disk.
+    """Return the `number`-th of `count` shares (from 0) of about the same number of bytes on the
+    disk.
 
     Files of lines are split; any other file belongs whole to the share in which it begins.
     """
@@ -226,7 +227,7 @@ def decoded(where: Where, number: int, content: bytes) -> str:
 
 
 def _is_list(file: SourceFile) -> bool:
-    """Whether a .json file holds a list; else it has one object a line."""
+    """Return whether a .json file holds a list; else it has one object a line."""
     with damage_named(file, lambda: 0), open_bytes(file) as (stream, _):
         while head := stream.read(4096):
             if text := head.removeprefix(b"\xef\xbb\xbf").lstrip():

@@ -60,7 +60,7 @@ def _values(batch: Batch, file: str, key: str) -> Iterator[tuple[int, Where, Any
 
 
 def _member(line: str, where: Where, key: str) -> Any:
-    """The value under `key` of the JSON object in `line`."""
+    """Return the value under `key` of the JSON object in `line`."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -103,7 +103,7 @@ def _refuse_surrogates(text: str, where: Where) -> None:
 
 
 def _conversation(value: Any, where: Where, key: str) -> list[dict[str, Any]]:
-    """A list of messages; keys without a value, as tables fill them in, are dropped."""
+    """Return a list of messages; keys without a value, as tables fill them in, are dropped."""
     if not isinstance(value, list):
         raise RecordError(
             where,

@@ -90,14 +90,14 @@ class Found:
 
 
 def is_prepared(source: Path) -> bool:
-    """Whether `source` is meant as the prefix of a prepared pair, not as text."""
+    """Return whether `source` is meant as the prefix of a prepared pair, not as text."""
     if is_token_file(source):
         return True
     return not (os.path.lexists(source) or is_pattern(source) or kind_of(source)[0])
 
 
 def is_pattern(source: Path) -> bool:
-    """Whether `source` is a pattern of names (*, ?, [...]) and no file of that name."""
+    """Return whether `source` is a pattern of names (*, ?, [...]) and no file of that name."""
     return glob.has_magic(str(source)) and not os.path.lexists(source)
 
 
@@ -111,7 +111,7 @@ def kind_of(path: Path) -> tuple[str, str]:
 
 
 def find_files(source: Path) -> Found:
-    """The files of `source`, sorted by their paths; every first byte is looked at.
+    """Return the files of `source`, sorted by their paths; every first byte is looked at.
 
     Raises DataError when there is none, one cannot be read, or one is of another kind than its name
     says.
@@ -153,7 +153,7 @@ def _of_folder(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def _saved_dataset(folder: Path) -> list[Path]:
-    """The Arrow files of a folder that `Dataset.save_to_disk` wrote."""
+    """Return the Arrow files of a folder that `Dataset.save_to_disk` wrote."""
     state = read_object(_SAVED, folder / _STATE)
     if state.get("_indices_data_files"):
         raise DataError(
@@ -168,7 +168,7 @@ def _saved_dataset(folder: Path) -> list[Path]:
 
 
 def _checked(path: Path) -> SourceFile:
-    """The file `path` with its kind, by its name and its first bytes."""
+    """Return the file `path` with its kind, by its name and its first bytes."""
     if not os.path.lexists(path):
         raise DataError(
             f"{path}: no such file; data takes files ({KINDS}), folders and patterns of them, and "

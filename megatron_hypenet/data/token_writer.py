@@ -39,7 +39,7 @@ _MOST_TOKENS = 2**31 - 1
 
 
 def id_type(vocab_size: int) -> np.dtype[np.integer]:
-    """The type in which ids of a vocabulary of this size are stored."""
+    """Return the type in which ids of a vocabulary of this size are stored."""
     return np.dtype(np.uint16 if vocab_size < WIDE_VOCABULARY else np.int32)
 
 

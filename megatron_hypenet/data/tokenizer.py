@@ -25,8 +25,8 @@ _MODEL_FILES = FileKind(error=DataError, advice="fetch the folder again")
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a Hugging Face folder (or of a checkpoint's tokenizer/ folder); reads local
-    files and runs no code from them.
+    """Return the tokenizer of a Hugging Face folder (or of a checkpoint's tokenizer/ folder); reads
+    local files and runs no code from them.
 
     Raises DataError when the folder has no tokenizer files or they cannot be read.
     """

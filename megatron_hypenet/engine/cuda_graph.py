@@ -49,8 +49,8 @@ detached."""
 
 
 def eligible(batch: MicroBatch) -> bool:
-    """Whether graphs are captured for such a micro-batch: small, and without document ids (the
-    masks of separate documents need the host)."""
+    """Return whether graphs are captured for such a micro-batch: small, and without document ids
+    (the masks of separate documents need the host)."""
     tokens = batch.tokens
     return (
         batch.document_ids is None
@@ -94,7 +94,7 @@ class CudaGraphs:
         return bool(self._graphs)
 
     def takes(self, batch: MicroBatch) -> bool:
-        """Whether `replay` takes this micro-batch."""
+        """Return whether `replay` takes this micro-batch."""
         same = self._tokens is None or self._tokens.shape == batch.tokens.shape
         return eligible(batch) and same and self.failure is None
 
@@ -197,7 +197,7 @@ class CudaGraphs:
 
 
 def _difference(figures: Tensor, others: Tensor) -> float:
-    """The largest relative difference; NaN equals only NaN."""
+    """Return the largest relative difference; NaN equals only NaN."""
     off = ((figures - others).abs() / others.abs().clamp(min=1e-30)).masked_fill(
         figures.isnan() & others.isnan(), 0.0
     )

@@ -13,8 +13,8 @@ REPLACED_COLOUR = "#9db4c0"
 
 
 def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
-    """A figure on the file-only Agg canvas (pyplot would look for a display and keep global state)
-    and its axes."""
+    """Return a figure on the file-only Agg canvas (pyplot would look for a display and keep global
+    state) and its axes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

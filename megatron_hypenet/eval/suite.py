@@ -109,7 +109,7 @@ def _share(name: str, way: str, right: int, count: int) -> Row:
 
 
 def _likeliest(model: Model, question: Question) -> str:
-    """The choice with the least loss per token behind the question."""
+    """Return the choice with the least loss per token behind the question."""
     prompt = model.encode(f"Question: {question.prompt}\nAnswer:")
 
     def loss(choice: str) -> float:
@@ -120,7 +120,7 @@ def _likeliest(model: Model, question: Question) -> str:
 
 
 def merged(rows: Sequence[Row]) -> list[Row]:
-    """One row for each measurement, with the score of each model beside the others'."""
+    """Return one row for each measurement, with the score of each model beside the others'."""
     table: dict[tuple[Any, ...], Row] = {}
     for row in rows:
         place = {name: row[name] for name in PLACE if name in row}

@@ -83,7 +83,7 @@ def import_hf(
 
 
 def _streamed(plan: ImportPlan, entry: mapping.Entry, dtype: torch.dtype) -> StreamedTensor:
-    """The entry's tensor in `dtype`: its parts, one behind the other."""
+    """Return the entry's tensor in `dtype`: its parts, one behind the other."""
     part_values = math.prod(entry.part_shape)
 
     def read(first: int, target: Tensor) -> None:

@@ -53,7 +53,7 @@ class Generated:
 
 
 def end_tokens(model: Any) -> list[int]:
-    """The tokens that end a text, from generation_config.json or config.json."""
+    """Return the tokens that end a text, from generation_config.json or config.json."""
     given = getattr(model.generation_config, "eos_token_id", None)
     if given is None:
         given = model.config.eos_token_id

@@ -89,7 +89,7 @@ _WRITTEN_ELSEWHERE = (
 
 
 def read_hf_config(hf_dir: Path) -> HfConfig:
-    """The folder's config.json as a dict; ConversionError when it is missing or not a JSON
+    """Return the folder's config.json as a dict; ConversionError when it is missing or not a JSON
     object."""
     if not (hf_dir / "config.json").is_file():
         raise ConversionError(
@@ -118,8 +118,8 @@ def family(raw: Mapping[str, Any]) -> str | None:
 
 
 def model_config_from_hf(raw: HfConfig, *, where: str) -> ModelConfig:
-    """The model that this config.json describes; `where` begins the message. ConfigError lists
-    everything unsupported at once."""
+    """Return the model that this config.json describes; `where` begins the message. ConfigError
+    lists everything unsupported at once."""
     kind = family(raw)
     if kind is None:
         raise ConfigError(
@@ -249,8 +249,8 @@ def layer_types(mixers: Iterable[str]) -> list[str]:
 
 
 def described_mixers(names: Iterable[str]) -> tuple[type[MixerSpec], ...]:
-    """The mixers whose keys a HypeNet's config.json has: softmax attention, and the RNN mixers that
-    the model uses; the default one for a model without any."""
+    """Return the mixers whose keys a HypeNet's config.json has: softmax attention, and the RNN
+    mixers that the model uses; the default one for a model without any."""
     known = mixer_specs()
     recurrent = [name for name in dict.fromkeys(names) if known[name].recurrent] or [
         default_mixer().name
@@ -291,8 +291,8 @@ def _settings(raw: HfConfig, mixers: Iterable[type[MixerSpec]]) -> dict[str, HfC
 
 
 def _carry(key: str, *, teacher: bool) -> bool:
-    """Whether a key of the original config.json is written again: not the keys that this module
-    writes, nor those of the other family."""
+    """Return whether a key of the original config.json is written again: not the keys that this
+    module writes, nor those of the other family."""
     if key in _WRITTEN_ELSEWHERE or (not teacher and key in _QWEN3_ONLY):
         return False
     mixers_keys = {key for mixer in mixer_specs().values() for key in mixer.hf_keys.known}
@@ -337,7 +337,7 @@ def _layer_types_problems(raw: HfConfig, mixers: Sequence[str]) -> list[str]:
 def _specs(
     mixers: Iterable[type[MixerSpec]], settings: Mapping[str, HfConfig], problems: list[str]
 ) -> list[MixerSpec]:
-    """The mixers with their settings; where these are wrong, that is one more problem."""
+    """Return the mixers with their settings; where these are wrong, that is one more problem."""
     specs = []
     for mixer in mixers:
         try:
@@ -442,7 +442,7 @@ def _is_number(value: object) -> TypeGuard[int | float]:
 
 
 def _told(value: object) -> str:
-    """A value of config.json for a message."""
+    """Return a value of config.json for a message."""
     return shown(repr(value), 120)
 
 

@@ -179,8 +179,8 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def weights_header(
     tensors: Mapping[str, tuple[str, tuple[int, ...]]],
 ) -> tuple[bytes, list[str]]:
-    """The first bytes of a safetensors file, as its library writes them, and the order in which the
-    tensors' bytes follow. `tensors`: name -> (safetensors' name of the dtype, shape)."""
+    """Return the first bytes of a safetensors file, as its library writes them, and the order in
+    which the tensors' bytes follow. `tensors`: name -> (safetensors' name of the dtype, shape)."""
     # the library puts wider dtypes first, and BF16 before F16
     order = sorted(tensors, key=lambda name: (_ORDER.index(tensors[name][0]), name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

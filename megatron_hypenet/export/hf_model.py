@@ -26,13 +26,13 @@ EXPORT = "export"
 
 
 def is_hf_folder(path: Path) -> bool:
-    """Whether a folder looks like one of Hugging Face rather than like a checkpoint."""
+    """Return whether a folder looks like one of Hugging Face rather than like a checkpoint."""
     return (path / "config.json").is_file()
 
 
 def meant(path: Path) -> Path:
-    """The Hugging Face folder or checkpoint meant by `path`: itself, or, in a run, the export, or
-    the stage that was trained last."""
+    """Return the Hugging Face folder or checkpoint meant by `path`: itself, or, in a run, the
+    export, or the stage that was trained last."""
     if is_hf_folder(path):
         return path
     if is_hf_folder(path / EXPORT):
@@ -59,21 +59,21 @@ def as_hf_folder(path: Path) -> Iterator[Path]:
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """The model of a Hugging Face folder. ConfigError or ConversionError for one that this package
-    does not know."""
+    """Return the model of a Hugging Face folder. ConfigError or ConversionError for one that this
+    package does not know."""
     raw = hf_config.read_hf_config(folder)
     return hf_config.model_config_from_hf(raw, where=str(folder / "config.json"))
 
 
 def weights_dtype(folder: Path) -> str:
-    """The dtype of a folder's weights, as its config.json has it."""
+    """Return the dtype of a folder's weights, as its config.json has it."""
     raw = hf_config.read_hf_config(folder)
     return str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
 
 
 def load_model(folder: Path, config: ModelConfig, dtype: str | None, device: str) -> Any:
-    """The model of a Hugging Face folder, for inference, on `device`; `dtype` None is that of its
-    weights. SetupError where the device has too little memory."""
+    """Return the model of a Hugging Face folder, for inference, on `device`; `dtype` None is that
+    of its weights. SetupError where the device has too little memory."""
     from transformers import AutoModelForCausalLM
 
     from megatron_hypenet.export.hf_remote.configuration_hypenet import HypeNetConfig
@@ -120,5 +120,5 @@ def _quiet() -> Iterator[None]:
 
 
 def default_device() -> str:
-    """The first GPU, or the CPU."""
+    """Return the first GPU, or the CPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"

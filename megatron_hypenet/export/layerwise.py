@@ -105,7 +105,7 @@ def _run(
     rows: Callable[[str, int, int], Tensor],
     names: tuple[str, str],
 ) -> list[Tensor]:
-    """The states of all layers and the logits. `rows(name, first, count)` reads rows of the
+    """Return the states of all layers and the logits. `rows(name, first, count)` reads rows of the
     embedding and the head, whose `names` these are."""
 
     def exact(weights: Tensor) -> Tensor:

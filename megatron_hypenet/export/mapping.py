@@ -81,7 +81,8 @@ class Entry:
 
 
 def entries(config: ModelConfig) -> list[Entry]:
-    """Every tensor of a model of this shape, in HF's usual order (embedding, layers, norm, head).
+    """Return every tensor of a model of this shape, in HF's usual order (embedding, layers, norm,
+    head).
 
     Raises ConversionError when a layer's mixer has no rows here."""
     unknown = sorted(set(config.mixer_types) - set(mixer_specs()))

@@ -50,8 +50,8 @@ vllm serve .   # this folder
 
 
 def stated_license(hf_dir: Path) -> str | None:
-    """The licence that the model card of a Hugging Face folder states in its header, None without
-    one. A card is for readers, so one that cannot be read is no error."""
+    """Return the licence that the model card of a Hugging Face folder states in its header, None
+    without one. A card is for readers, so one that cannot be read is no error."""
     try:
         with (hf_dir / FILE).open("rb") as stream:
             text = stream.read(_HEADER_BYTES).decode(errors="replace")
@@ -63,7 +63,7 @@ def stated_license(hf_dir: Path) -> str | None:
 
 
 def model_card(config: ModelConfig, checkpoint: Path, manifest: Manifest) -> str:
-    """The text of the card, for a model exported from this checkpoint."""
+    """Return the text of the card, for a model exported from this checkpoint."""
     settings = read_stored(checkpoint / fmt.CONFIG) if has_entry(checkpoint / fmt.CONFIG) else {}
     stated = str(manifest.extra.get(TEACHER_LICENSE, ""))
     stated = stated if _LICENSE.fullmatch(stated) else ""

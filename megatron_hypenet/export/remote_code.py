@@ -49,7 +49,7 @@ def remote_files(mixers: Iterable[str]) -> dict[str, str]:
 
 
 def registry(modules: Sequence[str]) -> str:
-    """The registry of these mixers' modules as source text."""
+    """Return the registry of these mixers' modules as source text."""
     imports = "".join(f"from .{name} import MIXER as {name}\n" for name in modules)
     by_name = "from .layers_hypenet import by_name\n"
     return f"{by_name}{imports}\nMIXERS = by_name({', '.join(modules)})\n\n"

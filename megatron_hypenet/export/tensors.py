@@ -27,7 +27,7 @@ def parse_dtype(name: str) -> torch.dtype:
 
 
 def kept_dtype(entry: mapping.Entry, dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a conversion to `dtype` writes the entry's tensors."""
+    """Return the dtype in which a conversion to `dtype` writes the entry's tensors."""
     return torch.promote_types(dtype, torch.float32) if entry.at_least_float32 else dtype
 
 
@@ -39,7 +39,7 @@ def join(entry: mapping.Entry, parts: Sequence[Tensor]) -> Tensor:
 
 
 def all_finite(values: Tensor) -> bool:
-    """Whether no value is NaN or infinite; in one pass and without another tensor."""
+    """Return whether no value is NaN or infinite; in one pass and without another tensor."""
     return not values.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())
 
 
@@ -80,7 +80,7 @@ class Scratch(threading.local):
     _bytes = torch.empty(0, dtype=torch.uint8)
 
     def take(self, count: int, dtype: torch.dtype) -> Tensor:
-        """A 1-D tensor of `count` values, whose content is that of an earlier use."""
+        """Return a 1-D tensor of `count` values, whose content is that of an earlier use."""
         if self._bytes.numel() < count * dtype.itemsize:
             self._bytes = torch.empty(count * dtype.itemsize, dtype=torch.uint8)
         return self._bytes[: count * dtype.itemsize].view(dtype)

@@ -104,8 +104,8 @@ def plan_export(
 
 
 def with_logits_scaling(config: ModelConfig, value: LogitsScaling) -> ModelConfig:
-    """The configuration with another logit scaling; "keep" changes nothing. ConfigError for a value
-    that no model accepts."""
+    """Return the configuration with another logit scaling; "keep" changes nothing. ConfigError for
+    a value that no model accepts."""
     if value == KEEP:
         return config
     try:
@@ -203,7 +203,7 @@ def _write_weights(
 
 
 def _values(plan: ExportPlan, entry: mapping.Entry, at: int, dtype: torch.dtype) -> Values:
-    """The bytes of part `at` of our tensor, in `dtype`."""
+    """Return the bytes of part `at` of our tensor, in `dtype`."""
     reader, name = plan.reader, entry.ours
     stored, unit = reader.dtype(name), reader.unit(name)
     part_values = math.prod(entry.part_shape)
@@ -236,7 +236,7 @@ def _entry_bytes(entry: mapping.Entry, dtypes: dict[str, torch.dtype]) -> int:
 
 
 def _generation_config(config: dict[str, Any], origin: dict[str, Any] | None) -> dict[str, Any]:
-    """The original generation settings, or the token ids alone: greedy decoding."""
+    """Return the original generation settings, or the token ids alone: greedy decoding."""
     tokens = {
         key: config[key]
         for key in ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -249,8 +249,8 @@ def _generation_config(config: dict[str, Any], origin: dict[str, Any] | None) ->
 
 
 def _noted_generation_config(folder: Path, manifest: load.Manifest) -> dict[str, Any] | None:
-    """The generation_config.json that came with the weights; CheckpointError when the checkpoint
-    holds something else for it."""
+    """Return the generation_config.json that came with the weights; CheckpointError when the
+    checkpoint holds something else for it."""
     noted = manifest.extra.get("generation_config")
     if noted is not None and not isinstance(noted, dict):
         raise CheckpointError(

@@ -140,7 +140,7 @@ def export(source: Path, target: Path, say: Callable[[str], None] | None = None)
 
 
 def _for_both(config: dict[str, Any], has_model: bool) -> dict[str, Any]:
-    """The tokenizer_config.json in transformers 4's spelling, which 5.x reads too."""
+    """Return the tokenizer_config.json in transformers 4's spelling, which 5.x reads too."""
     config = _with_older_tokens(config)
     if has_model and config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"

@@ -99,7 +99,7 @@ class Report:
         return not self.problems()
 
     def problems(self) -> list[str]:
-        """What differs, one line each."""
+        """Return what differs, one line each."""
         lines = [f"configuration: {line}" for line in self.config_differences]
         if self.tensors.different:
             first = ", ".join(self.tensors.different[:3])
@@ -122,7 +122,7 @@ class Report:
         return lines
 
     def as_dict(self) -> dict[str, Any]:
-        """The report as plain data for JSON, with the result as `ok`."""
+        """Return the report as plain data for JSON, with the result as `ok`."""
         return {"ok": self.ok, **asdict(self)}
 
     def require_ok(self) -> None:
@@ -254,7 +254,8 @@ class _Part:
             yield first, min(step, self.num_values - first)
 
     def same(self, first: int, count: int) -> bool:
-        """Whether a block has equal bits on both sides, after a cast to the smaller dtype."""
+        """Return whether a block has equal bits on both sides, after a cast to the smaller
+        dtype."""
         theirs, ours = (
             scratch.take(count, dtype)
             for scratch, dtype in zip(SCRATCH, (self.theirs, self.ours), strict=True)

@@ -72,7 +72,7 @@ class Halo:
     """Called with the lines of the training loop."""
 
     def steps(self) -> list[Step]:
-        """All tasks in order."""
+        """Return all tasks in order."""
         return halo_steps(self.run, self.folder, self._action)
 
     def _action(self, step: str) -> Callable[[], dict[str, Any]]:
@@ -94,11 +94,11 @@ class Halo:
         return required_checkpoint(self.run, self.folder, name)
 
     def _of(self, step: str) -> Path:
-        """The checkpoint that a finished task left."""
+        """Return the checkpoint that a finished task left."""
         return required_checkpoint(self.run, self.folder, step)
 
     def selection(self) -> tuple[LayerScores, Selection]:
-        """The scores and the choice that layer selection left."""
+        """Return the scores and the choice that layer selection left."""
         scores = load_scores(self.folder.scores_file)
         return scores, rank(
             scores, self._num_attention(), self.run.align.mixer, cap=self.run.select.importance_cap
@@ -187,8 +187,8 @@ class Halo:
         }
 
     def _heldout_loss_of(self, stage: StageModule) -> Callable[[int], dict[str, float]]:
-        """The function whose values the training loop writes to TensorBoard every eval_interval
-        steps and at the end."""
+        """Return the function whose values the training loop writes to TensorBoard every
+        eval_interval steps and at the end."""
         measure = datasets.measure(self.run, self.folder)
         seq_length = self.run.stage(stage.name).seq_length
         return lambda step: {"eval/heldout-loss": measure.stage_loss(stage, seq_length)}
@@ -274,7 +274,7 @@ class Halo:
         return {}
 
     def _reported_models(self) -> dict[str, Callable[[], HypeNetModel]]:
-        """The models of the report in order, each built when it is called."""
+        """Return the models of the report in order, each built when it is called."""
         return {
             "teacher": lambda: build_stage.load_teacher(self.run, self.folder.teacher),
             "all layers converted": self._all_converted,
@@ -283,14 +283,14 @@ class Halo:
         }
 
     def _student(self, stage: str) -> HypeNetModel:
-        """A student as it will be exported: with logit scaling."""
+        """Return a student as it will be exported: with logit scaling."""
         student = build_stage.load_hypenet(self.run, self._of(stage))
         student.set_attn_logits_scaling(self.run.export.attn_logits_scaling)
         return student
 
     def _all_converted(self) -> HypeNetModel:
-        """The teacher with every layer's attention replaced by its aligned RNN mixer: alignment
-        without selection or distillation."""
+        """Return the teacher with every layer's attention replaced by its aligned RNN mixer:
+        alignment without selection or distillation."""
         teacher = build_stage.load_teacher(self.run, self.folder.teacher)
         for layer, mixer in build_stage.load_aligned(self.run, teacher, self._of("align")).items():
             teacher.set_mixer(layer, mixer)

@@ -54,8 +54,8 @@ def load_hypenet(
     parallel: ParallelConfig | None = None,
     recompute: Recompute = "none",
 ) -> HypeNetModel:
-    """The model of a checkpoint in the run's dtype and layout, filled strictly; a trunk leaves the
-    tensors after the last mixer unread.
+    """Return the model of a checkpoint in the run's dtype and layout, filled strictly; a trunk
+    leaves the tensors after the last mixer unread.
 
     `parallel` is the run's layout with the pipeline stages settled, where they are needed;
     `recompute` is for a model that trains."""
@@ -100,7 +100,7 @@ def read_teacher_config(folder: Path) -> ModelConfig:
 
 
 def load_aligned(run: RunConfig, teacher: HypeNetModel, folder: Path) -> AlignedMixers:
-    """The RNN mixers that stage 1 trained, for the layers of `teacher`."""
+    """Return the RNN mixers that stage 1 trained, for the layers of `teacher`."""
     trained = read_model_config(folder)
     mixers = AlignedMixers.from_teacher(
         teacher, trained.spec(trained.mixer_types[0]), seed=run.seed
@@ -142,7 +142,7 @@ class _Checkpoints:
 def build_stage(
     name: str, run: RunConfig, *, teacher: Path | None = None, init: Path | None = None
 ) -> StageModule:
-    """The stage module with all weights loaded.
+    """Return the stage module with all weights loaded.
 
     `teacher` is needed by stages with `StageSpec.needs_teacher`, `init` (the student to start from)
     by those with `through_head`. Raises CheckpointError.
@@ -187,7 +187,7 @@ def read_student_config(
 
 
 def trained_at(config: ModelConfig, seq_length: int) -> ModelConfig:
-    """The shape of a student trained on `seq_length` tokens: it claims that length where the
+    """Return the shape of a student trained on `seq_length` tokens: it claims that length where the
     teacher's claim is shorter.
 
     HyPE is made for longer contexts, but lengths that were not trained are measured in the report,
@@ -236,8 +236,8 @@ def _lazy(reader: ShardReader, name: str) -> LazyTensor:
 
 
 def parameter_table(stage: StageModule) -> str:
-    """A table of trained and frozen parameters, counted on this process, which shows before the
-    first step if a stage trains the wrong ones."""
+    """Return a table of trained and frozen parameters, counted on this process, which shows before
+    the first step if a stage trains the wrong ones."""
     trains = sum(parameter.numel() for parameter in stage.trainable_parameters().values())
     lines = [
         f"  {'trains':<18}{len(stage.trainable_parameters()):>5} tensors {trains:>14,} parameters"

@@ -52,7 +52,7 @@ class Change:
         return any(step in COSTLY for step in self.again)
 
     def lines(self) -> list[str]:
-        """The change for the log; nothing where nothing differs."""
+        """Return the change for the log; nothing where nothing differs."""
         if not (self.what or self.again):
             return []
         kept = "no finished step is done again" if not self.again else ""
@@ -142,7 +142,7 @@ def finish_redo(folder: RunFolder) -> None:
 
 
 def _compared(runner: Runner, stored: Mapping[str, Any]) -> Change:
-    """The steps to be done again, and the stages that go on longer."""
+    """Return the steps to be done again, and the stages that go on longer."""
     again: list[str] = []
     longer: list[str] = []
     files: list[str] = []
@@ -181,7 +181,7 @@ def _compared(runner: Runner, stored: Mapping[str, Any]) -> Change:
 
 
 def _before(runner: Runner, name: str) -> set[str]:
-    """The steps that decide the result of step `name`, directly or not."""
+    """Return the steps that decide the result of step `name`, directly or not."""
     found: set[str] = set()
     for earlier in runner.deciding(runner.steps[name]):
         found |= {earlier, *_before(runner, earlier)}
@@ -189,7 +189,7 @@ def _before(runner: Runner, name: str) -> set[str]:
 
 
 def _begun(runner: Runner, name: str) -> bool:
-    """Whether step `name` has finished, or has left something that would be lost."""
+    """Return whether step `name` has finished, or has left something that would be lost."""
     if name in runner.folder.records():
         return True
     step = runner.steps[name]
@@ -202,7 +202,7 @@ def _begun(runner: Runner, name: str) -> bool:
 
 
 def _lengthened(runner: Runner, name: str, stored: Mapping[str, Any]) -> str:
-    """What a longer stage does with its schedule; empty where it is not longer."""
+    """Return what a longer stage does with its schedule; empty where it is not longer."""
     config = runner.run.stage(name)
     before = stored.get(name, {}).get("train_iters")
     if before is None or before >= config.train_iters:

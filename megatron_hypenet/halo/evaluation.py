@@ -72,7 +72,7 @@ class Measure:
     def row(
         self, name: str, model: HypeNetModel, on_part: Callable[[], None] = lambda: None
     ) -> Row:
-        """The measurements of one model for the report; `on_part` is called after each of
+        """Return the measurements of one model for the report; `on_part` is called after each of
         num_parts() parts."""
         settings = self.run.eval
         texts = self.heldout(settings.heldout_sequences, settings.seq_length)
@@ -110,5 +110,5 @@ class Measure:
 
 
 def _scores(model: HypeNetModel) -> TokenScores:
-    """The model's token scores for ids on any device."""
+    """Return the model's token scores for ids on any device."""
     return lambda ids: model.token_scores(ids.to(device()))

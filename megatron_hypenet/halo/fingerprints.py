@@ -59,7 +59,7 @@ def removed(stored: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
 
 
 def settled(settings: Mapping[str, Any], *, without: Collection[str] = ()) -> dict[str, Any]:
-    """The settings that decide a result, by dotted key: all but those in MAY_CHANGE and in
+    """Return the settings that decide a result, by dotted key: all but those in MAY_CHANGE and in
     `without`."""
     return {
         key: value

@@ -78,7 +78,7 @@ def up_to_date(
 
 
 def _stored(folder: RunFolder) -> RunConfig | None:
-    """The stored configuration; None where there is none that this version can read."""
+    """Return the stored configuration; None where there is none that this version can read."""
     stored = folder.stored_settings()
     try:
         return None if stored is None else RunConfig.model_validate(completed(stored))
@@ -95,7 +95,7 @@ def _texts(run: RunConfig) -> list[Path]:
 
 
 def _runner_of(then: RunConfig, present: RunConfig, folder: RunFolder) -> Runner:
-    """The steps of the stored configuration, with the files of `present` for those that are
+    """Return the steps of the stored configuration, with the files of `present` for those that are
     gone."""
     paths = [then.teacher, *_texts(then)]
     alike = len(_texts(then)) == len(_texts(present)) and (
@@ -158,7 +158,7 @@ def _settled(settings: Mapping[str, Any], added: frozenset[str]) -> dict[str, An
 
 
 def _identity(then: Path, now: Path) -> list[list[Any]]:
-    """The files at `now` under the names that `then` gives them."""
+    """Return the files at `now` under the names that `then` gives them."""
     if now.is_dir():
         return files_identity(now)
     suffix = "" if now.is_file() else ".bin"

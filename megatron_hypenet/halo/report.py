@@ -39,7 +39,7 @@ def report_of(
     records: Mapping[str, Mapping[str, Any]],
     seconds: float,
 ) -> dict[str, Any]:
-    """The content of report.json. Losses are nats per token, accuracies %, times seconds."""
+    """Return the content of report.json. Losses are nats per token, accuracies %, times seconds."""
     steps = {name: record["seconds"] for name, record in records.items() if name != "report"} | {
         "report": round(seconds, 3)
     }
@@ -80,7 +80,7 @@ class _Report:
 
 
 def read_report(folder: RunFolder) -> dict[str, Any]:
-    """The content of report.json. DataError when it is damaged."""
+    """Return the content of report.json. DataError when it is damaged."""
     content = read_object(_REPORT, folder.report_file)
     rows = typed(_REPORT, folder.report_file, content, _Report).rows
     if any(row.recall.keys() != rows[0].recall.keys() for row in rows):
@@ -89,7 +89,7 @@ def read_report(folder: RunFolder) -> dict[str, Any]:
 
 
 def row_line(row: Mapping[str, Any]) -> str:
-    """One row as a line for the log."""
+    """Return one row as a line for the log."""
     recall = ", ".join(f"{multiple}x {value:.1f}" for multiple, value in row["recall"].items())
     return f"{row['model']}: held-out loss {row['heldout_loss']:.4f}, recall in %: {recall}"
 

@@ -205,7 +205,7 @@ class RunFolder:
         write_text(self.config_file, dump_config(run))
 
     def _content(self) -> list[Path]:
-        """The content of the folder besides its owner file."""
+        """Return the content of the folder besides its owner file."""
         return (
             [entry for entry in self.root.iterdir() if entry.name != ownership.FILE]
             if self.root.is_dir()
@@ -232,8 +232,8 @@ class RunFolder:
             )
 
     def added_settings(self, run: RunConfig) -> frozenset[str]:
-        """The settings of `run`, by dotted key, that the version which began the run in this folder
-        did not have; none in a new folder."""
+        """Return the settings of `run`, by dotted key, that the version which began the run in this
+        folder did not have; none in a new folder."""
         noted = frozenset(self._manifest().get("added_settings", ()))
         stored = self.stored_settings()
         return (
@@ -244,7 +244,7 @@ class RunFolder:
         )
 
     def stored_settings(self) -> Mapping[str, Any] | None:
-        """The content of config.yaml; None when it does not exist."""
+        """Return the content of config.yaml; None when it does not exist."""
         if not has_entry(self.config_file):
             return None
         try:
@@ -255,12 +255,12 @@ class RunFolder:
             ) from None
 
     def records(self) -> dict[str, dict[str, Any]]:
-        """The finished steps by name: fingerprint, seconds, finished, and what the step
+        """Return the finished steps by name: fingerprint, seconds, finished, and what the step
         reported."""
         return dict(self._manifest().get("steps", {}))
 
     def is_done(self, step: str, fingerprint: str, results: Iterable[Path]) -> bool:
-        """Whether `step` finished with these inputs and all its results are still there."""
+        """Return whether `step` finished with these inputs and all its results are still there."""
         record = self.records().get(step)
         return (
             record is not None
@@ -312,7 +312,7 @@ class RunFolder:
         return fingerprint
 
     def content(self) -> Mapping[str, Any]:
-        """The whole record: steps, started, software, and what changes.py keeps in it."""
+        """Return the whole record: steps, started, software, and what changes.py keeps in it."""
         return self._manifest()
 
     def write(self, manifest: Mapping[str, Any]) -> None:
@@ -359,14 +359,14 @@ class _Manifest:
 
 
 def _form(manifest: Mapping[str, Any]) -> int:
-    """The form of a manifest's fingerprints: the present one where it has none yet."""
+    """Return the form of a manifest's fingerprints: the present one where it has none yet."""
     new = not (manifest.get("steps") or manifest.get("started"))
     form: int = manifest.get("fingerprints", FORM if new else 1)
     return form
 
 
 def _named(software: Mapping[str, Any]) -> str:
-    """The version and commit in a record of `software`, as far as it has them."""
+    """Return the version and commit in a record of `software`, as far as it has them."""
     version = software.get("versions", {}).get("megatron-hypenet")
     commit = software.get("git_commit")
     return (

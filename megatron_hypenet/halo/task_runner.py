@@ -124,8 +124,8 @@ class Runner:
         return self._whole(self.steps[name], self.basis(name))
 
     def basis(self, name: str) -> str:
-        """The fingerprint of step `name` without the number of its optimizer steps: what a longer
-        stage has in common with the shorter one that it continues."""
+        """Return the fingerprint of step `name` without the number of its optimizer steps: what a
+        longer stage has in common with the shorter one that it continues."""
         found: dict[str, str] = {}  # every predecessor is computed once
         for before, step in self.steps.items():
             if before in self.needed_for(name):
@@ -147,7 +147,7 @@ class Runner:
 
     @staticmethod
     def _whole(step: Step, basis: str) -> str:
-        """The fingerprint of `step` from its basis."""
+        """Return the fingerprint of `step` from its basis."""
         if step.length is None:
             return basis
         return fingerprint_of({"basis": basis, "train_iters": step.length})
@@ -162,8 +162,8 @@ class Runner:
         return found
 
     def is_done(self, name: str) -> bool:
-        """Whether step `name` needs no work: it finished with the present inputs, and its results
-        exist, with a complete checkpoint."""
+        """Return whether step `name` needs no work: it finished with the present inputs, and its
+        results exist, with a complete checkpoint."""
         return self._is_done(name, self.fingerprint(name))
 
     def _is_done(self, name: str, fingerprint: str) -> bool:
@@ -237,12 +237,13 @@ class Runner:
         self.announce(name, f"done in {seconds:.1f} s")
 
     def goes_on(self, name: str, basis: str) -> bool:
-        """Whether step `name` continues what an earlier attempt left: it was started with the same
-        `basis`, and has not trained for longer than is now asked."""
+        """Return whether step `name` continues what an earlier attempt left: it was started with
+        the same `basis`, and has not trained for longer than is now asked."""
         return self.folder.started(name) == basis and not self.trained_longer(name)
 
     def trained_longer(self, name: str) -> bool:
-        """Whether training stage `name` has a checkpoint of a later step than its last one."""
+        """Return whether training stage `name` has a checkpoint of a later step than its last
+        one."""
         step = self.steps[name]
         return step.length is not None and any(
             (fmt.iteration_of(folder) or 0) > step.length
@@ -250,8 +251,8 @@ class Runner:
         )
 
     def plan(self) -> list[dict[str, Any]]:
-        """Every step with its state, for --dry-run; writes nothing. A step whose inputs do not
-        exist yet counts as not done."""
+        """Return every step with its state, for --dry-run; writes nothing. A step whose inputs do
+        not exist yet counts as not done."""
         rows = []
         ready = True
         for name, step in self.steps.items():
@@ -282,7 +283,7 @@ class Runner:
 
 
 def software() -> dict[str, Any]:
-    """The code and libraries that run a step."""
+    """Return the code and libraries that run a step."""
     return {"versions": library_versions(), "git_commit": git_commit()}
 
 

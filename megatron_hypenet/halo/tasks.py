@@ -28,8 +28,8 @@ STAGE_ALIASES = {str(number): name for number, name in enumerate(STAGES, 1)}
 def halo_steps(
     run: RunConfig, folder: RunFolder, action_of: Callable[[str], Action] | None = None
 ) -> list[Step]:
-    """All tasks of `run` in order; `action_of(name)` gives the action of one. Without it they can
-    be planned but not run."""
+    """Return all tasks of `run` in order; `action_of(name)` gives the action of one. Without it
+    they can be planned but not run."""
 
     def step(
         name: str,
@@ -142,7 +142,7 @@ def starts_from(steps: Iterable[Step]) -> dict[str, str]:
 
 
 def _checked_lengths(run: RunConfig) -> list[Any]:
-    """The settings that the probe compares with teacher and text."""
+    """Return the settings that the probe compares with teacher and text."""
     return [
         run.guard.max_teacher_loss,
         [run.stage(name).seq_length for name in STAGES],
@@ -161,7 +161,7 @@ def from_init(step: Step, start: Path) -> Step:
 
 
 def _texts(run: RunConfig) -> dict[str, Any]:
-    """The content of the training and held-out data, and how it is read where that is not as
+    """Return the content of the training and held-out data, and how it is read where that is not as
     usual."""
     train, heldout = run.data.sources, run.data.heldout_source
     found: dict[str, Any] = {
@@ -174,8 +174,8 @@ def _texts(run: RunConfig) -> dict[str, Any]:
 
 
 def checkpoint_of(run: RunConfig, folder: RunFolder, name: str) -> Callable[[], Path | None] | None:
-    """A function that returns the folder of the checkpoint that task `name` leaves, or None when it
-    is not complete.
+    """Return a function that returns the folder of the checkpoint that task `name` leaves, or None
+    when it is not complete.
 
     Returns None for a task that leaves no checkpoint.
     """
@@ -186,8 +186,8 @@ def checkpoint_of(run: RunConfig, folder: RunFolder, name: str) -> Callable[[], 
 
 
 def required_checkpoint(run: RunConfig, folder: RunFolder, name: str) -> Path:
-    """The checkpoint that the finished task `name` left. Raises CheckpointError when it is missing
-    or incomplete; an older one is not accepted."""
+    """Return the checkpoint that the finished task `name` left. Raises CheckpointError when it is
+    missing or incomplete; an older one is not accepted."""
     find = checkpoint_of(run, folder, name)
     assert find is not None, f"{name} leaves no checkpoint"
     found = find()
@@ -205,7 +205,8 @@ def _only_planned() -> dict[str, Any]:
 
 
 def stage_name(word: str) -> str:
-    """The training stage meant by a name or by HALO's number; ConfigError lists the choices."""
+    """Return the training stage meant by a name or by HALO's number; ConfigError lists the
+    choices."""
     name = STAGE_ALIASES.get(word, word)
     if name not in STAGE_ALIASES.values():
         raise ConfigError(

@@ -93,7 +93,7 @@ class HypeNetModel(LanguageModule):
             self.setup_embeddings_and_output_layer()
 
     def mixer(self, layer: int) -> Mixer:
-        """The mixer of a global layer index that lies on this pipeline stage."""
+        """Return the mixer of a global layer index that lies on this pipeline stage."""
         for block in self.decoder.layers:
             if block.layer_number == layer + 1:
                 return block.self_attention
@@ -225,7 +225,8 @@ def build_model(
     trunk_only: bool = False,
     recompute: Recompute = "none",
 ) -> HypeNetModel:
-    """A model with fresh random weights on this process's device; callers load weights into it.
+    """Return a model with fresh random weights on this process's device; callers load weights into
+    it.
 
     Starts the process groups if none exist. `seed` fixes the random weights; `recompute` says what
     training recomputes in backward. ConfigError names an unknown mixer."""

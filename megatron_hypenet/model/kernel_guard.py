@@ -52,8 +52,8 @@ def use_of(model: HypeNetModel, *, documents: bool, mixers: tuple[str, ...] = ()
 
 
 def families_of(use: KernelUse) -> list[kernels.Family]:
-    """The families that run in this use, in an order that all ranks share; families of mixers that
-    it does not have are left out."""
+    """Return the families that run in this use, in an order that all ranks share; families of
+    mixers that it does not have are left out."""
     claimed = {family for spec in mixer_specs().values() for family in spec.kernel_families}
     own = {family for name in use.mixers for family in mixer_spec(name).kernel_families}
     found = (

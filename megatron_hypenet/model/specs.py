@@ -115,7 +115,7 @@ def block_spec(
 
 
 def layer_spec(model: ModelConfig, mixer: str, *, with_mlp: bool = True) -> ModuleSpec:
-    """One pre-norm decoder layer: norm, mixer, residual, norm, SwiGLU, residual."""
+    """Return one pre-norm decoder layer: norm, mixer, residual, norm, SwiGLU, residual."""
     return ModuleSpec(
         PreNormLayer,
         submodules=TransformerLayerSubmodules(

@@ -21,16 +21,16 @@ def repeat_groups(weight: Tensor, head_dim: int, heads_per_group: int) -> Tensor
 def fresh_parameter(
     key: str, parameter: ParamSpec, *, seed: int, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """A tensor of the parameter's whole shape, drawn as its specification says. It depends on its
-    global name `key` and on the seed alone, so it is equal on every layout and in every order of
-    creation. It is drawn on the CPU in fp32, then cast."""
+    """Return a tensor of the parameter's whole shape, drawn as its specification says. It depends
+    on its global name `key` and on the seed alone, so it is equal on every layout and in every
+    order of creation. It is drawn on the CPU in fp32, then cast."""
     return draw(parameter.init, parameter.shape, _generator(key, seed)).to(dtype)
 
 
 def named_normal(
     key: str, shape: tuple[int, ...], *, std: float, seed: int, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """A tensor from N(0, std^2), drawn in the same way by its name."""
+    """Return a tensor from N(0, std^2), drawn in the same way by its name."""
     return draw(Init("normal", 0.0, std), shape, _generator(key, seed)).to(dtype)
 
 

@@ -103,8 +103,8 @@ def kernel_family(
 
 
 def named(words: str) -> tuple[str, ...]:
-    """The families that a value of the environment variable names. ConfigError for a word that
-    names no family."""
+    """Return the families that a value of the environment variable names. ConfigError for a word
+    that names no family."""
     chosen = _words(words)
     if unknown := [word for word in chosen if word not in (*FAMILIES, "all")]:
         known = ", ".join(sorted(FAMILIES))
@@ -122,7 +122,7 @@ def check_variable() -> None:
 
 
 def enabled(family: str) -> bool:
-    """Whether kernels of the family may run where they fit; KeyError for an unknown one."""
+    """Return whether kernels of the family may run where they fit; KeyError for an unknown one."""
     return _enabled[family] and all(_enabled[other] for other in _needs[family])
 
 

@@ -26,18 +26,19 @@ class Transfer(Protocol):
         """Start to send the states in which the chunks end, each from zero."""
 
     def incoming(self) -> Tensor:
-        """The states that enter the chunks."""
+        """Return the states that enter the chunks."""
 
     def send_gradient(self, gradient: Tensor) -> None:
         """Start to send the gradients of the incoming states."""
 
     def summary_gradients(self) -> tuple[Tensor, ...]:
-        """The gradients of what was sent."""
+        """Return the gradients of what was sent."""
 
 
 def fits(projected: Tensor, head_dim: int, *, split: bool = False) -> bool:
-    """Whether `lightning_mix` takes a projection [t, b, 4 h d] here: where each of its kernels
-    would run, outside torch.compile; one sequence at a time if sequences are `split` over ranks."""
+    """Return whether `lightning_mix` takes a projection [t, b, 4 h d] here: where each of its
+    kernels would run, outside torch.compile; one sequence at a time if sequences are `split` over
+    ranks."""
     if split and projected.shape[1] != 1:
         return False
     if not (projected.is_cuda and enabled("lightning_mix")) or torch.compiler.is_compiling():
@@ -50,7 +51,8 @@ def fits(projected: Tensor, head_dim: int, *, split: bool = False) -> bool:
 
 
 def kernel_fits(dtype: torch.dtype, head_dim: int, width: int) -> bool:
-    """Whether all kernels are made for this dtype, heads of this size, and rows of `width` = heads
+    """Return whether all kernels are made for this dtype, heads of this size, and rows of `width` =
+    heads
     * head_dim."""
     rows = norm_rope.kernel_fits(dtype, head_dim) and gated_norm.kernel_fits(dtype, width)
     return rows and dispatch.kernel_fits(dtype, head_dim)
@@ -114,7 +116,7 @@ def _rows(x: Tensor, transfer: Transfer | None) -> Tensor:
 
 
 def _tokens(x: Tensor, transfer: Transfer | None) -> Tensor:
-    """The inverse of `_rows`."""
+    """Return the inverse of `_rows`."""
     return x.transpose(0, 1) if transfer is None else x.flatten(0, 1)[:, None]
 
 

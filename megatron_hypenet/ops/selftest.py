@@ -298,8 +298,8 @@ def check_adamw(device: torch.device, dtype: torch.dtype, *, count: int = 10_000
 def with_gradients(
     op: Callable[..., Tensor], exact: Callable[..., Tensor], leaves: dict[str, Tensor], dy: Tensor
 ) -> Pairs:
-    """The output `y` and the gradient of each leaf, of the op and of its definition in float64 on
-    the same inputs."""
+    """Return the output `y` and the gradient of each leaf, of the op and of its definition in
+    float64 on the same inputs."""
     results = []
     for form, dtype in ((op, None), (exact, torch.float64)):
         inputs = [x.detach().to(dtype or x.dtype).requires_grad_() for x in leaves.values()]
@@ -319,35 +319,35 @@ def drawer(device: torch.device) -> Callable[..., Tensor]:
 
 
 def check_gated_norm_use(where: torch.device, use: KernelUse) -> KernelCheck:
-    """The check of family gated_norm for a model's use of it."""
+    """Return the check of family gated_norm for a model's use of it."""
     return check_gated_norm(where, use.dtype, width=use.width)
 
 
 def check_rms_norm_use(where: torch.device, use: KernelUse) -> KernelCheck:
-    """The check of family rms_norm for a model's use of it."""
+    """Return the check of family rms_norm for a model's use of it."""
     return check_rms_norm(where, use.dtype, width=use.hidden)
 
 
 def check_sigmoid_gate_use(where: torch.device, use: KernelUse) -> KernelCheck:
-    """The check of family sigmoid_gate for a model's use of it."""
+    """Return the check of family sigmoid_gate for a model's use of it."""
     return check_sigmoid_gate(where, use.dtype, width=use.width)
 
 
 def check_adamw_use(where: torch.device, use: KernelUse) -> KernelCheck:
-    """The check of family adamw for a model's use of it."""
+    """Return the check of family adamw for a model's use of it."""
     return check_adamw(where, use.dtype)
 
 
 def check_swiglu_use(where: torch.device, use: KernelUse) -> KernelCheck:
-    """The check of family swiglu for a model's use of it."""
+    """Return the check of family swiglu for a model's use of it."""
     return check_swiglu(where, use.dtype, width=use.ffn)
 
 
 def check_gradient_sum_use(where: torch.device, use: KernelUse) -> KernelCheck:
-    """The check of family gradient_sum for a model's use of it."""
+    """Return the check of family gradient_sum for a model's use of it."""
     return check_gradient_sum(where, use.dtype)
 
 
 def check_norm_rope_use(where: torch.device, use: KernelUse) -> KernelCheck:
-    """The check of family norm_rope for a model's use of it."""
+    """Return the check of family norm_rope for a model's use of it."""
     return check_norm_rope(where, use.dtype, head_dim=use.head_dim)

@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 def distributed() -> bool:
-    """Whether more than one process takes part."""
+    """Return whether more than one process takes part."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
@@ -29,12 +29,12 @@ def rank() -> int:
 
 
 def is_first() -> bool:
-    """Whether this is the process that makes folders, writes the small files and commits."""
+    """Return whether this is the process that makes folders, writes the small files and commits."""
     return rank() == 0
 
 
 def from_first(value: Any) -> Any:
-    """The first process's `value`, on every process; collective."""
+    """Return the first process's `value`, on every process; collective."""
     box = [value]
     if distributed():
         dist.broadcast_object_list(box, src=0)
@@ -42,8 +42,8 @@ def from_first(value: Any) -> Any:
 
 
 def decided_by_first(decide: Callable[[], T]) -> T:
-    """What `decide` returns on the first process, on every process; an error there is raised on all
-    of them. Collective."""
+    """Return what `decide` returns on the first process, on every process; an error there is raised
+    on all of them. Collective."""
     value: T | None = None
     failure: Exception | None = None
     if is_first():
@@ -57,7 +57,7 @@ def decided_by_first(decide: Callable[[], T]) -> T:
 
 
 def gather_to_first(value: Any) -> list[Any]:
-    """The `value` of every process by rank on the first one, an empty list on the others;
+    """Return the `value` of every process by rank on the first one, an empty list on the others;
     collective."""
     if not distributed():
         return [value]
@@ -67,7 +67,7 @@ def gather_to_first(value: Any) -> list[Any]:
 
 
 def gather_to_all(value: Any) -> list[Any]:
-    """The `value` of every process by rank, on all processes; collective."""
+    """Return the `value` of every process by rank, on all processes; collective."""
     if not distributed():
         return [value]
     gathered: list[Any] = [None] * dist.get_world_size()

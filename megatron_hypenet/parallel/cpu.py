@@ -18,7 +18,7 @@ _enabled = False
 
 
 def device() -> torch.device:
-    """The device of this process: its current CUDA device, or the CPU."""
+    """Return the device of this process: its current CUDA device, or the CPU."""
     return (
         torch.device("cuda", torch.cuda.current_device())
         if torch.cuda.is_available()

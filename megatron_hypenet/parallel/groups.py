@@ -222,7 +222,7 @@ def world_size() -> int:
 
 
 def gather_numbers(value: float) -> list[float]:
-    """The `value` of every process by rank, on all processes; collective."""
+    """Return the `value` of every process by rank, on all processes; collective."""
     if world_size() == 1:
         return [value]
     own = torch.tensor([value], dtype=torch.float64, device=device())
@@ -268,7 +268,7 @@ def broadcast_from_last_stage(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def gather_over_pipeline(value: Any) -> list[Any]:
-    """Every pipeline stage's `value` (small and picklable), in order of the stages."""
+    """Return every pipeline stage's `value` (small and picklable), in order of the stages."""
     group: Any = pipeline_group()
     gathered: list[Any] = [value]
     if group.size() > 1:

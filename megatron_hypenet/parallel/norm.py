@@ -103,7 +103,7 @@ class AllHeadsRMSNorm(torch.nn.Module):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> ShardedStateDict:
-        """The weight as one logical vector of all heads."""
+        """Return the weight as one logical vector of all heads."""
         own: dict[str, Tensor] = {}
         self._save_to_state_dict(own, "", keep_vars=True)
         return make_sharded_tensors_for_checkpoint(own, prefix, {"weight": 0}, sharded_offsets)

@@ -75,7 +75,7 @@ def meeting_point(timeout: timedelta) -> Meeting | None:
 
 
 def _opened(place: Place, timeout: timedelta) -> dist.Store:
-    """The store of rank 0, which opens it."""
+    """Return the store of rank 0, which opens it."""
     descriptor = listening(place).detach()
     return dist.TCPStore(
         place.master,
@@ -88,8 +88,8 @@ def _opened(place: Place, timeout: timedelta) -> dist.Store:
 
 
 def _reached(place: Place, timeout: timedelta) -> dist.Store:
-    """The store that rank 0 or torchrun's agent opens; says after a minute that it is not there
-    yet.
+    """Return the store that rank 0 or torchrun's agent opens; says after a minute that it is not
+    there yet.
 
     torch alone would try silently and without handling signals, and wait for ever where another
     program accepts its connection and does not answer. It therefore connects in a thread.
@@ -131,7 +131,7 @@ def _connect(place: Place, timeout: timedelta, found: queue.SimpleQueue[Any]) ->
 
 
 def _answers(place: Place) -> bool:
-    """Whether something listens at rank 0's address."""
+    """Return whether something listens at rank 0's address."""
     try:
         socket.create_connection((place.master, place.port), timeout=_TRY_SECONDS).close()
         return True
@@ -140,8 +140,8 @@ def _answers(place: Place) -> bool:
 
 
 def listening(place: Place) -> socket.socket:
-    """A socket that listens at the launcher's address alone. Raises SetupError where it cannot be
-    looked up or the port is taken.
+    """Return a socket that listens at the launcher's address alone. Raises SetupError where it
+    cannot be looked up or the port is taken.
 
     For two kinds of addresses it listens on all interfaces, and the log says so: one that this
     machine does not have, as behind a translation of addresses, and a name that means loopback here
@@ -188,7 +188,7 @@ def _bound(family: int, target: tuple[str, int]) -> socket.socket:
 
 
 def _addresses(name: str, port: int) -> list[tuple[int, Any]]:
-    """The (family, address) pairs of `name`. Raises SetupError where there is none."""
+    """Return the (family, address) pairs of `name`. Raises SetupError where there is none."""
     try:
         return [
             (entry[0], entry[4])
@@ -202,8 +202,8 @@ def _addresses(name: str, port: int) -> list[tuple[int, Any]]:
 
 
 def _means_loopback_only_here(place: Place) -> bool:
-    """Whether rank 0's address is a name for loopback on this machine although other machines take
-    part, for which it has to be another."""
+    """Return whether rank 0's address is a name for loopback on this machine although other
+    machines take part, for which it has to be another."""
     try:
         ipaddress.ip_address(place.master.partition("%")[0])
         return False
@@ -307,7 +307,7 @@ def interface_of(address: str) -> str | None:
 
 
 def _nccl_is_told() -> bool:
-    """Whether NCCL's own files, which a variable would override, name an interface."""
+    """Return whether NCCL's own files, which a variable would override, name an interface."""
     files = [os.environ["NCCL_CONF_FILE"]] if "NCCL_CONF_FILE" in os.environ else _NCCL_FILES
     for file in files:
         try:

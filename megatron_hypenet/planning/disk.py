@@ -38,7 +38,7 @@ class DiskNeed:
 
 
 def disk_need(shape: ModelConfig, run: RunConfig, *, text_bytes: float = 0.0) -> DiskNeed:
-    """The need of a whole run with a teacher of `shape`. `text_bytes` is the text that it
+    """Return the need of a whole run with a teacher of `shape`. `text_bytes` is the text that it
     tokenizes by itself, unpacked; logs and figures are left out."""
     teacher, student = teacher_and_student(shape, run.align.spec)
     single = run.precision == "float32" or (run.precision == "auto" and run.device == "cpu")
@@ -71,7 +71,7 @@ def _kept(config: StageConfig, run: RunConfig) -> int:
 
 
 def _alone(config: StageConfig, model: ModelConfig) -> StageRank:
-    """One process that holds all layers."""
+    """Return one process that holds all layers."""
     return StageRank(config, ParallelConfig(), 1, (model.num_layers,), 0)
 
 
@@ -117,7 +117,7 @@ def refuse_small_disk(need: DiskNeed, folder: Path) -> None:
 
 
 def described(need: DiskNeed) -> str:
-    """The parts of a need in GiB, largest first."""
+    """Return the parts of a need in GiB, largest first."""
     parts = sorted(
         {**need.parts, "one save under way": need.saving}.items(), key=lambda one: -one[1]
     )

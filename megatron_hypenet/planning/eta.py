@@ -301,7 +301,7 @@ class Clock:
 
 
 def read_rates(folder: Path) -> dict[str, Rate]:
-    """The measurements of earlier starts in a run folder; none where they cannot be read."""
+    """Return the measurements of earlier starts in a run folder; none where they cannot be read."""
     try:
         return read_typed(_KIND, folder / FILE, dict[str, Rate])
     except DataError:

@@ -52,7 +52,7 @@ def check_placement(model: HypeNetModel) -> None:
 
 
 def placement_table(layout: Sequence[int], model: ModelConfig) -> str:
-    """One line per pipeline stage: its layers and their mixers."""
+    """Return one line per pipeline stage: its layers and their mixers."""
     lines = []
     for stage in range(len(layout)):
         layers = layers_of_stage(layout, stage)

@@ -48,9 +48,9 @@ class Fit:
 
 
 def teacher_and_student(shape: ModelConfig, spec: MixerSpec) -> tuple[ModelConfig, ModelConfig]:
-    """Both models of a run from the shape of one of them. It matters little which layers will keep
-    softmax attention: from a teacher's shape it takes every fourth, with the RNN mixer `spec` in
-    the others."""
+    """Return both models of a run from the shape of one of them. It matters little which layers
+    will keep softmax attention: from a teacher's shape it takes every fourth, with the RNN mixer
+    `spec` in the others."""
     everywhere = (ATTENTION,) * shape.num_layers
     teacher = shape.replace(
         mixer_types=everywhere, mixers={}, attn_use_rope=True, attn_use_output_gate=False
@@ -85,12 +85,13 @@ def needs(layout: Layout) -> list[StageNeed]:
 
 
 def fullest(found: Sequence[StageNeed]) -> StageNeed:
-    """The stage that needs most."""
+    """Return the stage that needs most."""
     return max(found, key=lambda need: need.memory.needed)
 
 
 def fits(layout: Layout, gpu_bytes: float) -> list[Fit]:
-    """Every layout on these processes that obeys the rules and fits, in the estimated order of
+    """Return every layout on these processes that obeys the rules and fits, in the estimated order
+    of
     speed: little model parallelism first, then little recomputation, then a low ZeRO stage."""
     found = []
     for change in _candidates(layout):
@@ -124,7 +125,7 @@ def _candidates(layout: Layout) -> Iterator[Change]:
 
 
 def _head_stages(run: RunConfig) -> dict[str, HeadStageConfig]:
-    """The training stages that can recompute activations."""
+    """Return the training stages that can recompute activations."""
     stages = {name: run.stage(name) for name in STAGES}
     return {name: stage for name, stage in stages.items() if isinstance(stage, HeadStageConfig)}
 

@@ -73,7 +73,7 @@ def record_of(
     train_iters: int = 0,
     echo: bool = False,
 ) -> FaultRecord:
-    """The record of `fault` in this process; what has a default is for a run to say."""
+    """Return the record of `fault` in this process; what has a default is for a run to say."""
     return FaultRecord(
         life=life,
         time=time.time(),
@@ -92,13 +92,13 @@ def record_of(
 
 
 def attempt_file(rank: int, environment: Mapping[str, str] = os.environ) -> Path | None:
-    """The record beside the logs of a SLURM job; None outside one."""
+    """Return the record beside the logs of a SLURM job; None outside one."""
     logs = environment.get(ATTEMPT_LOGS)
     return None if logs is None else Path(logs, f"rank-{rank:04d}.error.json")
 
 
 def read_record(path: Path) -> FaultRecord | None:
-    """The content of a file; None when it is missing or incomplete."""
+    """Return the content of a file; None when it is missing or incomplete."""
     try:
         return read_typed(_KIND, path, FaultRecord)
     except DataError:

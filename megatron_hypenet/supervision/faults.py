@@ -60,7 +60,7 @@ _SECONDS_TO_LEAVE = 90.0
 
 
 def lost_peer(fault: BaseException) -> bool:
-    """Whether an error of a library says that another process has ended."""
+    """Return whether an error of a library says that another process has ended."""
     return (
         isinstance(fault, RuntimeError)
         and not isinstance(fault, HypenetError)
@@ -69,7 +69,7 @@ def lost_peer(fault: BaseException) -> bool:
 
 
 def timed_out(fault: BaseException) -> bool:
-    """Whether an error of a library is a timeout of waiting for other processes."""
+    """Return whether an error of a library is a timeout of waiting for other processes."""
     return (
         isinstance(fault, RuntimeError)
         and not isinstance(fault, HypenetError)
@@ -97,7 +97,7 @@ class Place:
         return self.root / heartbeat.FOLDER
 
     def file_of(self, rank: int) -> Path:
-        """The record of `rank`."""
+        """Return the record of `rank`."""
         return self.errors / f"rank_{rank:05d}.json"
 
     def record(self, fault: BaseException) -> None:
@@ -121,7 +121,7 @@ class Place:
             record.write(beside)
 
     def causes(self) -> list[FaultRecord]:
-        """The records of this start of the run that are no echoes, the earliest first."""
+        """Return the records of this start of the run that are no echoes, the earliest first."""
         found = [self._read(path) for path in sorted(self.errors.glob("rank_*.json"))]
         return sorted(
             (record for record in found if record is not None and not record.echo),
@@ -129,8 +129,8 @@ class Place:
         )
 
     def _read(self, path: Path) -> FaultRecord | None:
-        """A record of this start; None when there is none, it is incomplete, or it belongs to
-        another start."""
+        """Return a record of this start; None when there is none, it is incomplete, or it belongs
+        to another start."""
         record = read_record(path)
         return record if record is not None and record.life == self.attempt_id else None
 
@@ -201,8 +201,8 @@ def record_now(fault: BaseException) -> None:
 
 
 def out_of_gpu_memory(fault: BaseException, config: StageConfig) -> LayoutError | None:
-    """What to do about a training stage with settings `config` that does not fit the GPU; None for
-    any other fault."""
+    """Return what to do about a training stage with settings `config` that does not fit the GPU;
+    None for any other fault."""
     if not isinstance(fault, torch.OutOfMemoryError):
         return None
     stage = PROGRESS.stage

@@ -96,7 +96,7 @@ class HangWatch:
         )
 
     def what_hangs(self) -> str | None:
-        """The message that says what hangs, or None."""
+        """Return the message that says what hangs, or None."""
         silent = time.monotonic() - max(self.progress.moved, self._awake)
         limit = self.limit()
         if silent > limit:
@@ -218,7 +218,7 @@ def suspects(beats: dict[int, Beat], silent: Iterable[int], world_size: int) -> 
 
 
 def _listed(beats: list[Beat], what: str) -> list[str]:
-    """One line per rank; the number of further ranks."""
+    """Return one line per rank; the number of further ranks."""
     lines = [
         f"{beat.who()} "
         f"{what.format(where=beat.where(), rank=beat.rank, silent_seconds=beat.silent_seconds)}"

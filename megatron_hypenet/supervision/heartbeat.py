@@ -151,7 +151,7 @@ class Beat:
 
 
 def position(stage: str, phase: str, iteration: int, train_iters: int) -> str:
-    """The progress of a process in words; `iteration` is the number of finished steps."""
+    """Return the progress of a process in words; `iteration` is the number of finished steps."""
     if not stage:
         return phase
     return (
@@ -162,12 +162,12 @@ def position(stage: str, phase: str, iteration: int, train_iters: int) -> str:
 
 
 def file_of(folder: Path, rank: int) -> Path:
-    """The file of `rank` in the heartbeat folder of a run."""
+    """Return the file of `rank` in the heartbeat folder of a run."""
     return folder / f"rank_{rank:05d}.json"
 
 
 def content_of(path: Path) -> dict[str, Any]:
-    """All fields of one file, of whatever start; empty when it is missing or incomplete."""
+    """Return all fields of one file, of whatever start; empty when it is missing or incomplete."""
     try:
         return read_object(_KIND, path)
     except DataError:
@@ -175,8 +175,8 @@ def content_of(path: Path) -> dict[str, Any]:
 
 
 def read_beat(path: Path, attempt_id: str) -> Beat | None:
-    """The content of one file; None when it is missing, incomplete, or of another start of the
-    run."""
+    """Return the content of one file; None when it is missing, incomplete, or of another start of
+    the run."""
     try:
         content = read_object(_KIND, path)
         return typed(_KIND, path, content, Beat) if content.get("life") == attempt_id else None
@@ -185,7 +185,7 @@ def read_beat(path: Path, attempt_id: str) -> Beat | None:
 
 
 def read_all(folder: Path, attempt_id: str, world_size: int) -> dict[int, Beat]:
-    """The files of all ranks of this start of the run, by rank."""
+    """Return the files of all ranks of this start of the run, by rank."""
     found = {rank: read_beat(file_of(folder, rank), attempt_id) for rank in range(world_size)}
     return {rank: beat for rank, beat in found.items() if beat is not None}
 
@@ -233,7 +233,7 @@ class Writer:
             self.write()
 
     def content(self) -> dict[str, Any]:
-        """The fields of the file."""
+        """Return the fields of the file."""
         progress = self.progress
         return {
             "life": self.attempt_id,
@@ -262,7 +262,8 @@ class Writer:
 
 
 def is_dead(beat: Beat) -> bool:
-    """Whether the process of `beat` is known to have ended; only its own machine can find out."""
+    """Return whether the process of `beat` is known to have ended; only its own machine can find
+    out."""
     if beat.host != host_name():
         return False
     try:

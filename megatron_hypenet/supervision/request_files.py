@@ -14,5 +14,5 @@ SAVE_NOW = "SAVE_NOW"
 
 
 def stop_file(places: Iterable[Path]) -> Path | None:
-    """The STOP file that exists now, if any."""
+    """Return the STOP file that exists now, if any."""
     return next((place / STOP for place in places if (place / STOP).exists()), None)

@@ -83,7 +83,7 @@ def leaving_at_once() -> Iterator[None]:
 
 
 def name_of(number: int) -> str:
-    """A signal as a person knows it."""
+    """Return a signal as a person knows it."""
     return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
 
 

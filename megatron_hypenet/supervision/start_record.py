@@ -92,7 +92,7 @@ def recorded(root: Path, words: Sequence[str], processes: int) -> Iterator[None]
 
 
 def read_start(root: Path) -> StartRecord | None:
-    """The last start of the run in folder `root`; None where none is recorded."""
+    """Return the last start of the run in folder `root`; None where none is recorded."""
     try:
         return read_typed(_KIND, root / FILE, StartRecord)
     except DataError:

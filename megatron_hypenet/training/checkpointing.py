@@ -84,8 +84,8 @@ class Saver:
         self.note(f"saved {self.committed} in {self._seconds()}")
 
     def take_commit(self) -> tuple[Path, float] | None:
-        """The checkpoint that was committed since the last call, and the seconds from its request
-        to its commit; None when none was."""
+        """Return the checkpoint that was committed since the last call, and the seconds from its
+        request to its commit; None when none was."""
         commit = self._untold
         self._untold = None
         return commit

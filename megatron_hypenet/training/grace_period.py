@@ -60,7 +60,7 @@ class Timing:
         self._saves.append(seconds)
 
     def figures(self) -> dict[str, float]:
-        """The stage's fields of timing.json."""
+        """Return the stage's fields of timing.json."""
         step, evaluation, save = (
             max(values, default=0.0) for values in (self._steps, self._evaluations, self._saves)
         )
@@ -84,7 +84,8 @@ class Timing:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The content of a run folder's timing.json; empty when there is none that can be read."""
+    """Return the content of a run folder's timing.json; empty when there is none that can be
+    read."""
     try:
         return read_typed(
             _KIND, folder / FILE, dict[str, int | float | dict[str, dict[str, int | float]]]

@@ -235,7 +235,7 @@ class _Loop:
         )
 
     def _samples_of_step(self) -> str:
-        """The samples of the current step, for messages."""
+        """Return the samples of the current step, for messages."""
         return f"{self.state.samples} to {self.state.samples + self.config.global_batch_size - 1}"
 
     def _say_skipped(self, step: int, what: str, metrics: Mapping[str, Tensor]) -> None:

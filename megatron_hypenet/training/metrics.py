@@ -86,7 +86,7 @@ class StepRecord:
     """The stage's metrics, averaged over the log interval; only on steps that are logged."""
 
     def line(self) -> str:
-        """The log line of this step."""
+        """Return the log line of this step."""
         return (
             f"iter {self.step}/{self.train_iters} | loss {self.loss:.4g} | gnorm "
             f"{self.grad_norm:.3g} | lr {self.lr:.2e} | "
@@ -154,10 +154,9 @@ class LossLine:
 
 
 def loss_lines(path: Path) -> list[tuple[str, LossLine]]:
-    """The lines of a losses.jsonl and their parsed content, with ascending steps. An incomplete
-    last line, as a killed process leaves it, is dropped. DataError names the first line that is
-    damaged otherwise.
-    """
+    """Return the lines of a losses.jsonl and their parsed content, with ascending steps. An
+    incomplete last line, as a killed process leaves it, is dropped. DataError names the first line
+    that is damaged otherwise."""
     if not has_entry(path):
         return []
     *lines, _torn = _KIND.read_bytes(path).split(b"\n")

@@ -50,8 +50,8 @@ class StepReader:
         """First sample and micro-batches of a step that has not begun."""
 
     def take(self, first_sample: int) -> list[MicroBatch]:
-        """The micro-batches of the step that begins with `first_sample`. What was read ahead is
-        forgotten here."""
+        """Return the micro-batches of the step that begins with `first_sample`. What was read ahead
+        is forgotten here."""
         ahead = self._ahead
         self._ahead = None
         return ahead[1] if ahead and ahead[0] == first_sample else self._read(first_sample)

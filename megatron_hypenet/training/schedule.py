@@ -88,8 +88,8 @@ class _Results:
 def _pipelined(
     stage: StageModule, batches: Sequence[MicroBatch], *, train: bool, clock: OwnTime
 ) -> LossAndMetrics:
-    """One step's micro-batches through several pipeline stages; returns this rank's part of loss
-    and metrics."""
+    """Return one step's micro-batches through several pipeline stages; returns this rank's part of
+    loss and metrics."""
     pipeline = _PipelineRun([local_tokens(batch) for batch in batches], train=train, clock=clock)
     stage.pipeline_step(pipeline)
     return pipeline.results()

@@ -81,6 +81,6 @@ class StepTimes:
 
 
 def named(slow: Sequence[SlowRank]) -> str:
-    """The slow ranks in a few words, the slowest first; empty when there are none."""
+    """Return the slow ranks in a few words, the slowest first; empty when there are none."""
     more = f", and {len(slow) - _LONGEST_LIST} more" if len(slow) > _LONGEST_LIST else ""
     return ", ".join(str(rank) for rank in slow[:_LONGEST_LIST]) + more

@@ -100,7 +100,8 @@ def read_at(descriptor: int, target: memoryview, place: int) -> int:
 
 
 def has_entry(path: Path) -> bool:
-    """Whether anything has this name, also a folder, or a symbolic link that leads nowhere or in a
+    """Return whether anything has this name, also a folder, or a symbolic link that leads nowhere
+    or in a
     circle: then an optional file is not absent, and reading it reports the problem."""
     return os.path.lexists(path)
 
@@ -129,7 +130,7 @@ def inside(folder: Path, name: object, kind: FileKind) -> Path:
 
 
 def is_inside(folder: Path, path: Path) -> bool:
-    """Whether `path`, with all symbolic links followed, is `folder` or lies in it.
+    """Return whether `path`, with all symbolic links followed, is `folder` or lies in it.
 
     The snapshot folders of Hugging Face's cache hold links to the blobs of the same model,
     ../../blobs/HASH, which count as inside.

@@ -137,7 +137,7 @@ def _entry(
 
 
 def _counts(value: Any) -> bool:
-    """Whether this is a list of whole numbers from 0 to 2**62."""
+    """Return whether this is a list of whole numbers from 0 to 2**62."""
     return isinstance(value, list) and all(
         type(number) is int and 0 <= number <= 1 << 62 for number in value
     )

@@ -163,7 +163,7 @@ class MixerSpec(BaseModel, ABC):
 
     @abstractmethod
     def parameters(self, model: ModelConfig) -> tuple[ParamSpec, ...]:
-        """All parameters, in the order in which a Hugging Face folder lists them."""
+        """Return all parameters, in the order in which a Hugging Face folder lists them."""
 
     @abstractmethod
     def core_flops(self, model: ModelConfig, seq_length: int) -> float:
@@ -179,7 +179,7 @@ class MixerSpec(BaseModel, ABC):
 
     @abstractmethod
     def layout_rules(self, model: ModelConfig) -> LayoutRules:
-        """The mixer's requirements on a parallel layout."""
+        """Return the mixer's requirements on a parallel layout."""
 
     def hf_sizes(self) -> Mapping[str, str]:
         """Keys of config.json whose value must be that of another key, with that key; a mixer whose
@@ -210,8 +210,8 @@ class MixerSpec(BaseModel, ABC):
 
 
 def attention_parameters(model: ModelConfig, *, kv_size: int) -> tuple[ParamSpec, ...]:
-    """The six parameters of Qwen3's attention, with `kv_size` rows of k and of v; weight transfer
-    copies them to a mixer that has them."""
+    """Return the six parameters of Qwen3's attention, with `kv_size` rows of k and of v; weight
+    transfer copies them to a mixer that has them."""
     drawn = Init("normal", 0.0, model.init_method_std)
     hidden = model.hidden_size
 
@@ -237,7 +237,7 @@ def attention_parameters(model: ModelConfig, *, kv_size: int) -> tuple[ParamSpec
 
 
 def gate_parameter(model: ModelConfig, hf_name: str) -> ParamSpec:
-    """The projection of the output gate, which no teacher has."""
+    """Return the projection of the output gate, which no teacher has."""
     return ParamSpec(
         name=SECTION + "gate", shape=(model.query_size, model.hidden_size), tp_dim=0,
         init=Init("normal", 0.0, model.init_method_std), hf_names=(hf_name,),
@@ -261,12 +261,12 @@ def register_mixer_spec(name: str) -> Callable[[type[Spec]], type[Spec]]:
 
 
 def mixer_specs() -> dict[str, type[MixerSpec]]:
-    """All known specifications by name."""
+    """Return all known specifications by name."""
     return dict(_REGISTRY)
 
 
 def mixer_spec(name: str) -> type[MixerSpec]:
-    """The specification registered as `name`; ConfigError lists the known ones."""
+    """Return the specification registered as `name`; ConfigError lists the known ones."""
     try:
         return _REGISTRY[name]
     except KeyError:
@@ -275,8 +275,8 @@ def mixer_spec(name: str) -> type[MixerSpec]:
 
 
 def with_settings(name: str, settings: object, *, strict: bool = False) -> MixerSpec:
-    """The specification `name` with these settings; ValueError says which of them are wrong. With
-    `strict` they have JSON's types, so text is not accepted for a switch."""
+    """Return the specification `name` with these settings; ValueError says which of them are wrong.
+    With `strict` they have JSON's types, so text is not accepted for a switch."""
     try:
         return mixer_spec(name).model_validate(settings, strict=strict)
     except ValidationError as error:
@@ -287,6 +287,6 @@ def with_settings(name: str, settings: object, *, strict: bool = False) -> Mixer
 
 
 def default_mixer() -> MixerSpec:
-    """The RNN mixer of a run that names none, with its default settings."""
+    """Return the RNN mixer of a run that names none, with its default settings."""
     (found,) = (spec for spec in _REGISTRY.values() if spec.is_default)
     return found()

@@ -68,7 +68,7 @@ class Fp32GradAccumulator:
         self.optimizer.fp32_groups_has_gradients = [list(group) for group in marks]
 
     def norms(self) -> list[Tensor]:
-        """The norm of every parameter's sum, 0-dimensional, fp32."""
+        """Return the norm of every parameter's sum, 0-dimensional, fp32."""
         return [total.norm() for sums in self.optimizer.fp32_groups_gradients for total in sums]
 
     def forget(self) -> None:
@@ -127,8 +127,8 @@ class Fp32GradAccumulator:
 
     @torch.no_grad()
     def norm(self) -> Tensor:
-        """The norm of the gradients of all ranks, after they are reduced: 0-dimensional, fp32, on
-        their device. Collective."""
+        """Return the norm of the gradients of all ranks, after they are reduced: 0-dimensional,
+        fp32, on their device. Collective."""
         own = self.optimizer.fp32_groups_gradient_flat_partition
         square = torch.zeros((), dtype=torch.float32, device=own[0].device)
         for group, start, stop in self._counted:
@@ -143,7 +143,7 @@ class Fp32GradAccumulator:
 
 
 def _counted(optimizer: Any, counts: Callable[[nn.Parameter], bool]) -> list[tuple[int, int, int]]:
-    """The slices (group, start, stop) of this rank's parts that count in the norm, as few as
+    """Return the slices (group, start, stop) of this rank's parts that count in the norm, as few as
     possible."""
     found: list[tuple[int, int, int]] = []
     for group, (parameters, own) in enumerate(

@@ -87,8 +87,8 @@ class FusedAdamWStep:
                 state["step"] += 1
 
     def _scale(self, norm: Tensor) -> Tensor:
-        """The factor that clips gradients to the largest allowed norm: 1 below it or without a
-        limit, NaN where the norm is not finite."""
+        """Return the factor that clips gradients to the largest allowed norm: 1 below it or without
+        a limit, NaN where the norm is not finite."""
         largest = float(self._owner.clip_grad)
         fitting = (
             (largest / (norm + NORM_FLOOR)).clamp(max=1.0) if largest > 0 else torch.ones_like(norm)
@@ -96,7 +96,8 @@ class FusedAdamWStep:
         return fitting + norm * 0
 
     def _own_parts(self) -> list[Tensor]:
-        """The bf16 weights that this data-parallel rank updates, one flat piece per group."""
+        """Return the bf16 weights that this data-parallel rank updates, one flat piece per
+        group."""
         rank = dist.get_rank(self._owner.dp_process_group)
         return [parts[rank] for parts in self._owner.bf16_partitioned_groups]
 

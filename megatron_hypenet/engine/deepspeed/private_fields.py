@@ -98,7 +98,7 @@ def without_casts() -> Iterator[None]:
 
 
 def owner_class(owner: str) -> Any:
-    """The class or module of a key of PRIVATE_FIELDS; None when DeepSpeed has none."""
+    """Return the class or module of a key of PRIVATE_FIELDS; None when DeepSpeed has none."""
     module, _, name = f"deepspeed.{owner}".rpartition(".")
     try:
         return getattr(importlib.import_module(module), name, None)

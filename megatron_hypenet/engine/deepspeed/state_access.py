@@ -30,7 +30,7 @@ def mark_replicated(parameter: nn.Parameter) -> None:
 
 
 def is_replicated(parameter: nn.Parameter) -> bool:
-    """Whether `mark_replicated` was called."""
+    """Return whether `mark_replicated` was called."""
     return getattr(parameter, _REPLICATED, False)
 
 
@@ -74,7 +74,7 @@ class OptimizerAccess:
         return bool(self.optimizer.overflow)
 
     def flat_parameters(self) -> list[Tensor]:
-        """The tensors that AdamW updates."""
+        """Return the tensors that AdamW updates."""
         return [
             parameter
             for group in self.optimizer.optimizer.param_groups
@@ -137,7 +137,7 @@ class Bf16Access(OptimizerAccess):
     kind = private_fields.BF16
 
     def accumulated_gradient(self, parameter: nn.Parameter) -> Tensor | None:
-        """The fp32 sum."""
+        """Return the fp32 sum."""
         return getattr(parameter, "_hp_grad", None)
 
     def accumulate_in_fp32(
@@ -159,7 +159,7 @@ class Zero12Access(OptimizerAccess):
     kind = private_fields.ZERO_1_2
 
     def accumulated_gradient(self, parameter: nn.Parameter) -> Tensor | None:
-        """The sum in the dtype that gradients accumulate in."""
+        """Return the sum in the dtype that gradients accumulate in."""
         if self.optimizer.use_grad_accum_attribute:
             return getattr(parameter, "grad_accum", None)
         return parameter.grad
@@ -183,7 +183,7 @@ class Zero3Access(OptimizerAccess):
     kind = private_fields.ZERO_3
 
     def flat_parameters(self) -> list[Tensor]:
-        """The flat fp32 partitions."""
+        """Return the flat fp32 partitions."""
         return list(self.optimizer.fp32_partitioned_groups_flat)
 
     @contextmanager
@@ -215,8 +215,8 @@ KINDS: tuple[type[OptimizerAccess], ...] = (Bf16Access, Zero12Access, Zero3Acces
 
 
 def optimizer_access(optimizer: Any, deepspeed: Any) -> OptimizerAccess:
-    """The access to an optimizer that `deepspeed.initialize` has made; SetupError for a kind that
-    no layout asks for."""
+    """Return the access to an optimizer that `deepspeed.initialize` has made; SetupError for a kind
+    that no layout asks for."""
     for kind in KINDS:
         if isinstance(optimizer, private_fields.owner_class(kind.kind)):
             return kind(optimizer, deepspeed)

@@ -95,7 +95,7 @@ def adamw(
 
 
 def kernel_fits(dtype: torch.dtype) -> bool:
-    """Whether the kernel writes weights of this dtype."""
+    """Return whether the kernel writes weights of this dtype."""
     return dtype in KERNEL_DTYPES
 
 

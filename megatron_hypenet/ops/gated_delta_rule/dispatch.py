@@ -61,7 +61,7 @@ def gated_delta_summary(
 
 
 def runs_kernels(family: str, x: Tensor) -> bool:
-    """Whether kernels of `family` take tensors like x [b, t, h, d]."""
+    """Return whether kernels of `family` take tensors like x [b, t, h, d]."""
     return x.is_cuda and enabled(family) and kernel_fits(x.dtype, x.shape[-1])
 
 
@@ -73,8 +73,8 @@ def summary_from_states(
     beta: Tensor,
     document_ids: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The summary from two final states of `rule`: B from zero, and M from the unit matrix where
-    nothing is written."""
+    """Return the summary from two final states of `rule`: B from zero, and M from the unit matrix
+    where nothing is written."""
     options = {"scale": 1.0, "document_ids": document_ids}
     _, written = rule(k, k, v, log_decay, beta, **options)
     unit = torch.eye(k.shape[-1], device=k.device).expand(*written.shape[:2], -1, -1)

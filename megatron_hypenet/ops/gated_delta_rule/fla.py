@@ -20,12 +20,12 @@ Kernel = Callable[..., tuple[Tensor, Tensor]]
 
 @functools.cache
 def is_installed() -> bool:
-    """Whether flash-linear-attention's ops can be found (the `kernels` extra)."""
+    """Return whether flash-linear-attention's ops can be found (the `kernels` extra)."""
     return importlib.util.find_spec("fla") is not None
 
 
 def kernel_fits(dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether the kernels are installed, and support this dtype and heads of this size."""
+    """Return whether the kernels are installed, and support this dtype and heads of this size."""
     return is_installed() and dtype in KERNEL_DTYPES and head_dim <= KERNEL_MAX_DIM
 
 

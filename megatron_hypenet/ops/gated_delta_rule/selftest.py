@@ -19,7 +19,7 @@ errors grow beyond those of one product; fla multiplies fp32 inputs in TF32."""
 
 
 def check_gated_delta_rule_use(where: torch.device, use: KernelUse) -> KernelCheck:
-    """The check of family gated_delta_rule for a model's use of it."""
+    """Return the check of family gated_delta_rule for a model's use of it."""
 
     def kernel() -> Kernel:
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule

@@ -35,7 +35,7 @@ def gated_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def kernel_fits(dtype: torch.dtype, width: int) -> bool:
-    """Whether the kernel supports rows of this width (one program holds a row) and dtype."""
+    """Return whether the kernel supports rows of this width (one program holds a row) and dtype."""
     return dtype in KERNEL_DTYPES and width <= KERNEL_MAX_WIDTH
 
 

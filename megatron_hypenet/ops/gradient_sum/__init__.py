@@ -40,7 +40,7 @@ def gradient_sum(total: Tensor, gradient: Tensor, *, add: bool) -> None:
 
 
 def kernel_fits(dtype: torch.dtype) -> bool:
-    """Whether the kernel supports gradients of this dtype."""
+    """Return whether the kernel supports gradients of this dtype."""
     return dtype in KERNEL_DTYPES
 
 

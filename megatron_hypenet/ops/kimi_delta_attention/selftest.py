@@ -11,7 +11,7 @@ from megatron_hypenet.ops.selftest import KernelCheck
 
 
 def check_kimi_delta_attention_use(where: torch.device, use: KernelUse) -> KernelCheck:
-    """The check of family kimi_delta_attention for a model's use of it."""
+    """Return the check of family kimi_delta_attention for a model's use of it."""
 
     def kernel() -> Kernel:
         from fla.ops.kda import chunk_kda

@@ -69,8 +69,8 @@ def chunked_lightning_state(
     document_ids: Tensor | None = None,
     chunk_size: int = 64,
 ) -> Tensor:
-    """The final state alone, from a zero state: k [b, t, h, k], v [b, t, h, v] -> [b, h, k, v],
-    dtypes as above."""
+    """Return the final state alone, from a zero state: k [b, t, h, k], v [b, t, h, v] -> [b, h, k,
+    v], dtypes as above."""
     accumulation = accumulation_dtype(k.dtype)
     b, t, h, dk = k.shape
     state = k.new_zeros(b, h, dk, v.shape[-1], dtype=accumulation)
@@ -107,7 +107,8 @@ class _DocumentMasks:
 
 
 def _parts(t: int, chunk_size: int) -> list[tuple[slice, int]]:
-    """The whole chunks of a sequence and then its shorter tail, each as (tokens, chunk size)."""
+    """Return the whole chunks of a sequence and then its shorter tail, each as (tokens, chunk
+    size)."""
     body = t - t % chunk_size
     return [
         (part, size)

@@ -54,8 +54,8 @@ def lightning_attn(
 def lightning_state(
     k: Tensor, v: Tensor, log_decay: Tensor, *, document_ids: Tensor | None = None
 ) -> Tensor:
-    """The final state of `lightning_attn` from a zero state, without outputs: k [b, t, h, k], v [b,
-    t, h, v] -> [b, h, k, v]."""
+    """Return the final state of `lightning_attn` from a zero state, without outputs: k [b, t, h,
+    k], v [b, t, h, v] -> [b, h, k, v]."""
     if runs_kernels(k, v):
         from megatron_hypenet.ops.lightning_attn.triton import triton_lightning_state
 
@@ -64,8 +64,8 @@ def lightning_state(
 
 
 def runs_kernels(q: Tensor, v: Tensor) -> bool:
-    """Whether the Triton kernels take these tensors [b, t, h, d]: on CUDA, bf16, fp16 or fp32, key
-    and value dims up to 256, not disabled.
+    """Return whether the Triton kernels take these tensors [b, t, h, d]: on CUDA, bf16, fp16 or
+    fp32, key and value dims up to 256, not disabled.
 
     Triton is imported only in this case, so a machine without a GPU need not have it."""
     dims = max(q.shape[-1], v.shape[-1])
@@ -79,5 +79,5 @@ def runs_kernels(q: Tensor, v: Tensor) -> bool:
 
 
 def kernel_fits(dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether the kernels support heads of this size and dtype."""
+    """Return whether the kernels support heads of this size and dtype."""
     return dtype in KERNEL_DTYPES and head_dim <= KERNEL_MAX_DIM

@@ -236,7 +236,7 @@ def check_lightning_mix(
 
 
 def check_lightning_attn_use(where: torch.device, use: KernelUse) -> KernelCheck:
-    """The check of family lightning_attn for a model's use of it."""
+    """Return the check of family lightning_attn for a model's use of it."""
     pieces = use.thorough or use.context_ranks > 1
     sizes = {"tokens": 1000} if use.thorough else {}
     return check_lightning(
@@ -251,7 +251,7 @@ def check_lightning_attn_use(where: torch.device, use: KernelUse) -> KernelCheck
 
 
 def check_lightning_mix_use(where: torch.device, use: KernelUse) -> KernelCheck:
-    """The check of family lightning_mix for a model's use of it."""
+    """Return the check of family lightning_mix for a model's use of it."""
     return check_lightning_mix(
         where,
         use.dtype,

@@ -63,15 +63,15 @@ class Plan:
 
 
 def power_of_two(dim: int) -> int:
-    """The block that holds `dim` columns: the next power of two, at least 16 (the smallest matrix
-    unit)."""
+    """Return the block that holds `dim` columns: the next power of two, at least 16 (the smallest
+    matrix unit)."""
     return max(16, 1 << (dim - 1).bit_length())
 
 
 def make_plan(
     *, batch: int, tokens: int, heads: int, dim_k: int, dim_v: int, dtype: torch.dtype, gpu: Gpu
 ) -> Plan:
-    """The plan for q, k [batch, tokens, heads, dim_k] and v [.., dim_v] on this GPU."""
+    """Return the plan for q, k [batch, tokens, heads, dim_k] and v [.., dim_v] on this GPU."""
     widest = max(power_of_two(dim_k), power_of_two(dim_v))
     wide = widest >= 128
     if dtype == torch.float32:
@@ -133,7 +133,7 @@ def choose_segment(sequences: int, tokens: int, chunk: int, processors: int) -> 
 
 
 def round_up(count: int, multiple: int) -> int:
-    """The next multiple."""
+    """Return the next multiple."""
     return -(-count // multiple) * multiple
 
 

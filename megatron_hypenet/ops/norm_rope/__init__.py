@@ -36,8 +36,8 @@ def norm_rope(x: Tensor, weight: Tensor, angles: Tensor | None, eps: float) -> T
 
 
 def kernel_fits(dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether the kernel is made for heads of this size, d / 2 a power of two from 16 on, and
-    dtype."""
+    """Return whether the kernel is made for heads of this size, d / 2 a power of two from 16 on,
+    and dtype."""
     half = head_dim // 2
     return dtype in KERNEL_DTYPES and half >= 16 and half & (half - 1) == 0
 

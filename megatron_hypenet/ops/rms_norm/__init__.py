@@ -55,7 +55,7 @@ def residual_rms_norm(
 
 
 def kernel_fits(dtype: torch.dtype, width: int) -> bool:
-    """Whether the kernel supports rows of this width (one program holds a row) and dtype."""
+    """Return whether the kernel supports rows of this width (one program holds a row) and dtype."""
     return dtype in KERNEL_DTYPES and KERNEL_MIN_WIDTH <= width <= KERNEL_MAX_WIDTH
 
 

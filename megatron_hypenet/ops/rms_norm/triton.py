@@ -89,7 +89,7 @@ def add_forward(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tupl
 def _forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """The norm, and its input: x, or the sum of x and the residual."""
+    """Return the norm, and its input: x, or the sum of x and the residual."""
     n = x.shape[-1]
     y = x.new_empty(x.shape)
     rows = as_rows(x)

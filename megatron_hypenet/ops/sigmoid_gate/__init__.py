@@ -31,7 +31,7 @@ def sigmoid_gate(x: Tensor, gate: Tensor) -> Tensor:
 
 
 def kernel_fits(dtype: torch.dtype) -> bool:
-    """Whether the kernel supports this dtype; it takes rows of any width."""
+    """Return whether the kernel supports this dtype; it takes rows of any width."""
     return dtype in KERNEL_DTYPES
 
 

@@ -32,7 +32,7 @@ def swiglu(x: Tensor) -> Tensor:
 
 
 def kernel_fits(dtype: torch.dtype) -> bool:
-    """Whether the kernel supports this dtype; it takes rows of any width."""
+    """Return whether the kernel supports this dtype; it takes rows of any width."""
     return dtype in KERNEL_DTYPES
 
 

@@ -13,9 +13,9 @@ MAX_HEAD_DIM = 128
 
 
 def supports(q: Tensor, k: Tensor, *, causal: bool) -> bool:
-    """Whether the kernel takes a block of queries q [b, m, h, d] and keys k [b, n, g, d]: bf16 or
-    fp16 on a GPU of compute capability 9.0 or newer, head_dim a multiple of 8 up to 128, causal
-    blocks square, and cuDNN's attention not switched off in torch
+    """Return whether the kernel takes a block of queries q [b, m, h, d] and keys k [b, n, g, d]:
+    bf16 or fp16 on a GPU of compute capability 9.0 or newer, head_dim a multiple of 8 up to 128,
+    causal blocks square, and cuDNN's attention not switched off in torch
     (`torch.backends.cuda.enable_cudnn_sdp`)."""
     return (
         q.is_cuda

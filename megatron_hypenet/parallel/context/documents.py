@@ -51,7 +51,7 @@ class Documents:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def packing(self, queries: tuple[Span, ...], keys: tuple[Span, ...]) -> Packing:
-        """The packing of a block with these positions."""
+        """Return the packing of a block with these positions."""
         derived = self._derived
         if derived.host is None:
             derived.host = self.ids.cpu().numpy()
@@ -78,7 +78,7 @@ _DERIVED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def _kept(ids: Tensor) -> _Derived:
-    """What was derived from `ids` since its last change."""
+    """Return what was derived from `ids` since its last change."""
     derived = _DERIVED.get(ids)
     if derived is None or derived.version != ids._version:
         derived = _DERIVED[ids] = _Derived(ids._version)

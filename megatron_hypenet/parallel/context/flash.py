@@ -21,7 +21,7 @@ longest one."""
 
 
 def supports(q: Tensor, documents: Documents | None) -> bool:
-    """Whether the kernel takes tensors like q [b, m, h, d]."""
+    """Return whether the kernel takes tensors like q [b, m, h, d]."""
     return (
         q.is_cuda
         and q.dtype in (torch.bfloat16, torch.float16)
@@ -128,7 +128,7 @@ def _take(x: Tensor, rows: Tensor | None) -> Tensor:
 
 
 def _put(packed: Tensor, rows: Tensor | None, like: Tensor) -> Tensor:
-    """The inverse of `_take`, with zeros elsewhere."""
+    """Return the inverse of `_take`, with zeros elsewhere."""
     if rows is None:
         return packed.view(like.shape)
     flat = packed.new_zeros(like.shape[0] * like.shape[1], *like.shape[2:])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def chunks_of(rank: int, size: int) -> tuple[int, int]:
-    """The two chunks, of 2 * size, that `rank` holds, in local order."""
+    """Return the two chunks, of 2 * size, that `rank` holds, in local order."""
     return rank, 2 * size - 1 - rank
 
 
@@ -52,8 +52,8 @@ def check_document_ids(document_ids: Tensor | None, batch: int, length: int) -> 
 
 
 def local_part(x: Tensor, rank: int, size: int, dim: int) -> Tensor:
-    """The part of x (natural order along `dim`) that `rank` of `size` holds; x itself for one
-    rank."""
+    """Return the part of x (natural order along `dim`) that `rank` of `size` holds; x itself for
+    one rank."""
     if size == 1:
         return x
     length = chunk_tokens(x.shape[dim], size)
@@ -81,7 +81,7 @@ def split_sequence(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
 
 
 def gather_sequence(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
-    """The inverse of `split_sequence`, on every rank: [..., t_local, ...] -> [..., t_local *
+    """Return the inverse of `split_sequence`, on every rank: [..., t_local, ...] -> [..., t_local *
     cp_size, ...] in natural order, any dtype.
 
     Differentiable: the gradient of the local tokens is summed over the losses of all ranks. A loss

@@ -31,7 +31,7 @@ class Step(NamedTuple):
 
 
 def ring_step(rank: int, source: int, size: int, chunk_tokens: int) -> Step:
-    """The block that `rank` computes with the keys and values of `source`."""
+    """Return the block that `rank` computes with the keys and values of `source`."""
 
     def spans(owner: int) -> list[tuple[int, int]]:
         return [
@@ -157,7 +157,7 @@ class _Hop:
         self.works = dist.batch_isend_irecv(sends)
 
     def wait(self) -> Tensor:
-        """The tensor of the previous rank."""
+        """Return the tensor of the previous rank."""
         for work in self.works:
             work.wait()
         return self.arriving

@@ -130,7 +130,8 @@ class _Part(NamedTuple):
 
 
 def _own_block(local_length: int, group: dist.ProcessGroup) -> Block:
-    """A rank's own two chunks against each other: causal in local order. One rank has one chunk."""
+    """Return a rank's own two chunks against each other: causal in local order. One rank has one
+    chunk."""
     if group.size() == 1:
         whole = ((0, local_length),)
         return Block(whole, whole, causal=True)

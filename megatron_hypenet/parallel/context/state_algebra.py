@@ -39,12 +39,12 @@ class Shift:
     """Passes what a chunk sends (its last tokens) to the next chunk; the first one gets zeros."""
 
     def incoming(self, summaries: tuple[Tensor, ...], chunk: int) -> Tensor:
-        """The summary of the chunk before."""
+        """Return the summary of the chunk before."""
         (sent,) = summaries
         return sent[chunk - 1] if chunk else torch.zeros_like(sent[0])
 
     def summary_gradient(self, gradients: Tensor, chunk: int) -> tuple[Tensor, ...]:
-        """The gradient of what entered the chunk after."""
+        """Return the gradient of what entered the chunk after."""
         last = chunk + 1 == len(gradients)
         return (torch.zeros_like(gradients[0]) if last else gradients[chunk + 1],)
 
@@ -83,8 +83,8 @@ class Transition:
         self.states: list[Tensor] = []
 
     def incoming(self, summaries: tuple[Tensor, ...], chunk: int) -> Tensor:
-        """The state that enters `chunk`; all of them are computed in the first call and kept for
-        backward."""
+        """Return the state that enters `chunk`; all of them are computed in the first call and kept
+        for backward."""
         if self.transitions is None:
             self.transitions, finals = summaries
             state = torch.zeros_like(finals[0])
@@ -112,8 +112,8 @@ class Transition:
 
 
 def continuing_chunks(document_ids: Tensor | None, num_chunks: int) -> Tensor | None:
-    """Whether the first token of each chunk continues the document of the token before it: [n, b]
-    bool (False for the first chunk), or None without documents. document_ids [b, n * C]."""
+    """Return whether the first token of each chunk continues the document of the token before it:
+    [n, b] bool (False for the first chunk), or None without documents. document_ids [b, n * C]."""
     if document_ids is None:
         return None
     ids = document_ids.unflatten(1, (num_chunks, -1))
@@ -125,8 +125,8 @@ def continuing_chunks(document_ids: Tensor | None, num_chunks: int) -> Tensor | 
 def carry_weights(
     log_decay: Tensor, chunk_tokens: int, num_chunks: int, document_ids: Tensor | None = None
 ) -> Tensor:
-    """The factor that remains of F_c' at the start of chunk c: weights [c, c', b, h] in float64 (b
-    = 1 without documents), zero for c' >= c.
+    """Return the factor that remains of F_c' at the start of chunk c: weights [c, c', b, h] in
+    float64 (b = 1 without documents), zero for c' >= c.
 
     log_decay [h]; document_ids [b, num_chunks * chunk_tokens]."""
     chunk = torch.arange(num_chunks, device=log_decay.device)
@@ -142,7 +142,8 @@ def carry_weights(
 
 
 def incoming_state(final_states: Tensor, weights: Tensor, chunk: int) -> Tensor:
-    """The state S that enters `chunk`: final_states [n, b, h, k, v], weights from `carry_weights`
+    """Return the state S that enters `chunk`: final_states [n, b, h, k, v], weights from
+    `carry_weights`
     -> [b, h, k, v]."""
     return _weighted_sum(final_states[:chunk], weights[chunk, :chunk])
 

@@ -53,16 +53,16 @@ class ChunkExchange(ABC):
 
     @abstractmethod
     def combine(self, chunks: Chunks) -> Algebra:
-        """The rule that turns the summaries of all chunks into the state that enters one."""
+        """Return the rule that turns the summaries of all chunks into the state that enters one."""
 
     @abstractmethod
     def local_summary(self, chunks: Chunks, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """What each chunk does to a state, as the algebra takes it: [2 b, ...] each, with the state
-        that the chunk leaves from a zero state last. Computed first and by itself, because it is
-        sent while `local` computes."""
+        """Return what each chunk does to a state, as the algebra takes it: [2 b, ...] each, with
+        the state that the chunk leaves from a zero state last. Computed first and by itself,
+        because it is sent while `local` computes."""
 
     def local(self, chunks: Chunks, *inputs: Tensor) -> Tensor | None:
-        """What can be computed without the incoming state; None for nothing."""
+        """Return what can be computed without the incoming state; None for nothing."""
         return None
 
     @abstractmethod
@@ -130,7 +130,8 @@ def preceding_tokens(x: Tensor, count: int, group: dist.ProcessGroup) -> Tensor:
 def preceding_ids(
     document_ids: Tensor | None, count: int, group: dist.ProcessGroup
 ) -> Tensor | None:
-    """The ids of what `preceding_tokens` gives, [rows, count + c]; -1 before the sequence."""
+    """Return the ids of what `preceding_tokens` gives, [rows, count + c]; -1 before the
+    sequence."""
     if document_ids is None:
         return None
     padded = torch.nn.functional.pad(document_ids, (count, 0), value=-1)
@@ -187,7 +188,7 @@ class StateTransfer:
         )
 
     def incoming(self) -> Tensor:
-        """The states that enter this rank's chunks, [2 b, ...]."""
+        """Return the states that enter this rank's chunks, [2 b, ...]."""
         summaries = self._receive()
         states = [self.algebra.incoming(summaries, chunk) for chunk in self._own()]
         return torch.stack(states, dim=1).flatten(0, 1)
@@ -197,7 +198,7 @@ class StateTransfer:
         self.send(gradient)
 
     def summary_gradients(self) -> tuple[Tensor, ...]:
-        """The gradients of what `send` was given."""
+        """Return the gradients of what `send` was given."""
         (gradients,) = self._receive()
         own = [self.algebra.summary_gradient(gradients, chunk) for chunk in self._own()]
         return tuple(torch.stack(pair, dim=1).flatten(0, 1) for pair in zip(*own, strict=True))

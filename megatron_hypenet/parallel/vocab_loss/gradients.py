@@ -118,14 +118,14 @@ def _tf32_product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 
 
 def _has_wide_products() -> bool:
-    """Whether torch's products take an `out_dtype`, as they do since 2.8."""
+    """Return whether torch's products take an `out_dtype`, as they do since 2.8."""
     return hasattr(torch.ops.aten.mm, "dtype_out") and hasattr(torch.ops.aten.addmm, "dtype_out")
 
 
 @functools.cache
 def _wide_addmm_works(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether addmm adds products of bf16 operands to an fp32 sum in place: some versions since 2.8
-    require the sum in the operands' dtype."""
+    """Return whether addmm adds products of bf16 operands to an fp32 sum in place: some versions
+    since 2.8 require the sum in the operands' dtype."""
     if not _has_wide_products():
         return False
     a = torch.zeros(16, 16, dtype=dtype, device=device)

@@ -78,5 +78,5 @@ def _exact(s: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
 
 
 def check_vocab_loss_use(where: torch.device, use: KernelUse) -> KernelCheck:
-    """The check of family vocab_loss for a model's use of it."""
+    """Return the check of family vocab_loss for a model's use of it."""
     return check_vocab(where, use.dtype, vocab_rows=use.vocab_rows, shards=min(use.tensor_ranks, 2))

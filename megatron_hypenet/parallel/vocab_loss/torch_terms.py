@@ -128,7 +128,7 @@ def ce_stats_and_gradient(
 
 
 def _places(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Whether each label lies in this shard [n], and its column, or any column if it does not [n,
-    1]."""
+    """Return whether each label lies in this shard [n], and its column, or any column if it does
+    not [n, 1]."""
     width = logits.shape[-1]
     return (labels >= 0) & (labels < width), labels.clamp(0, width - 1)[:, None]

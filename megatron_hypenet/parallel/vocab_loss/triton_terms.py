@@ -403,8 +403,8 @@ def _merge(kernel: triton.JITFunction, stats: Tensor) -> Tensor:
 
 
 def _meeting(like: Tensor, n: int, tiles: int, numbers: int) -> tuple[Tensor, Tensor, Tensor, int]:
-    """What the programs of a token share: merged statistics, statistics per tile, arrivals per
-    token (last: programs started), padded tiles."""
+    """Return what the programs of a token share: merged statistics, statistics per tile, arrivals
+    per token (last: programs started), padded tiles."""
     parts = triton.next_power_of_2(tiles)
     count = torch.zeros(n + 1, dtype=torch.int32, device=like.device)
     return like.new_empty(numbers, n), like.new_empty(n, numbers, parts), count, parts
@@ -418,7 +418,7 @@ def _sizes(logits: Tensor, *others: Tensor) -> tuple[int, int, int]:
 
 
 def _fits(logits: Tensor, tiles: int) -> bool:
-    """Whether all programs of a token run at once: a device holds at least one program per
+    """Return whether all programs of a token run at once: a device holds at least one program per
     multiprocessor; without a device (interpreter) programs run one after the other."""
     return tiles <= (
         torch.cuda.get_device_properties(logits.device).multi_processor_count
