@@ -1,5 +1,7 @@
 """Read and write manifest.json: the kind and origin of a checkpoint, and the size and sha256 of
-each of its files."""
+each of its files.
+
+One file, because what is written and what is checked of a manifest has to be read together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""`hypenet ckpt`: which checkpoints there are, what one holds, how two differ, and which may go."""
+"""`hypenet ckpt`: which checkpoints there are, what one holds, how two differ, and which may go.
+
+One file, because the four verbs name, read and print checkpoints in the same way."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""`hypenet data`: make token files of text, join and inspect them."""
+"""`hypenet data`: make token files of text, join and inspect them.
+
+One file, because half of it declares the options of three verbs."""
 
 from __future__ import annotations
 

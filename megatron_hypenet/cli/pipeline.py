@@ -2,6 +2,8 @@
 
 Not a verb: `run`, `train`, `select`, `demo` and `report` share it. Here HALO, which works on
 checkpoints only, is given the functions of `export/`.
+
+One file, because every verb that runs tasks takes the same way through it.
 """
 
 from __future__ import annotations
