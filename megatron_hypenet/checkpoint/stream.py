@@ -204,6 +204,8 @@ class _FileWriter:
         # crc32 of the pieces of sections with a trailer, and of what was finished of a section
         self.crcs = [0] * len(self.pieces)
         self.crc = 0
+        # the kernel lets one thread at a time write into a file, and the others spin meanwhile
+        self.writing = threading.Lock()
 
     def write(self, workers: int) -> FileEntry | None:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
@@ -239,7 +241,8 @@ class _FileWriter:
         piece.section.fill(piece.first, target)
         if piece.section.trailer is not None:
             self.crcs[index] = zlib.crc32(target)
-        _write_at(self.descriptor, target, piece.place)
+        with self.writing:
+            _write_at(self.descriptor, target, piece.place)
         return piece.num_bytes
 
     def finish(self, index: int, content: memoryview) -> None:
@@ -264,7 +267,8 @@ class _FileWriter:
             self.put(place, content)
 
     def put(self, place: int, content: bytes) -> None:
-        _write_at(self.descriptor, content, place)
+        with self.writing:
+            _write_at(self.descriptor, content, place)
         if self.plan.hashed:
             self.digest.update(content)
 

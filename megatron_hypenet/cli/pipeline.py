@@ -109,7 +109,7 @@ def prepared(
         )
         change = (
             []
-            if as_it_is
+            if as_it_is or not is_main
             else take_over(run, folder, overwrite=overwrite, redo_from=redo_from, init=init)
         )
         if is_main:
@@ -201,10 +201,8 @@ def take_over(
     redo_from: str | None,
     init: tuple[str, Path] | None = None,
 ) -> list[str]:
-    """On the first process, which owns the folder, make it ready for `run`; returns what has
-    changed there, as lines for the log."""
-    if not processes.is_rank0():
-        return []
+    """Make the folder, which this process owns, ready for `run`; returns what has changed there, as
+    lines for the log."""
     from megatron_hypenet.halo.changes import accept
 
     lines = [] if overwrite else accept(run, folder, redo_from, init).lines()
@@ -269,7 +267,8 @@ def checked(
     )
     check_run(shape, run, None if follows else num_processes)
     identity_of([source.path for source in run.data.every_source])
-    if not under_way() and processes.join() is None:
+    # processes that others start later (`world_size`) are not those that this environment tells of
+    if world_size or (not under_way() and processes.join() is None):
         check_data(run, again=overwrite, on_gpus=on_gpus)
     lines = [] if overwrite or as_it_is else changed(run, folder, redo_from, init).lines()
     return Checked(shape, num_processes, tuple(lines))

@@ -107,7 +107,7 @@ def timed(name: str, command: Sequence[str], log: Path) -> Row:
     os.sync()
     return {
         "name": name,
-        "seconds": round(time.monotonic() - started, 2),
+        "seconds": round(time.monotonic() - started, 4),
         "sync": round(time.monotonic() - finished, 2),
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 2),
         "peak_mib": round(usage.ru_maxrss / 1024),
@@ -134,7 +134,7 @@ def one_round(work: Path, workers: int | None, logits: bool) -> list[Row]:
     rows.append(timed("safetensors load + save", command, log))
     shutil.rmtree(copy)
     for row in rows:
-        row["ratio"] = round(row["seconds"] / rows[0]["seconds"], 2)
+        row["ratio"] = round(row["seconds"] / max(rows[0]["seconds"], 1e-4), 2)
     return rows
 
 

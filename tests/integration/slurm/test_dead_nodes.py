@@ -102,10 +102,12 @@ def test_a_dead_node_is_replaced_and_the_run_ends_on_a_single_node(
     (out / "STOP").unlink()
     last = submit(cluster, config, out, "--nodes", "1")["run"]
     cluster.until("the end", lambda: "ended with code" in events(out, last), 120)
-    assert (
-        "ended with code 0" in events(out, last)
-        and jobs_of(cluster, out)["run"]["state"] == "COMPLETED"
+    assert "ended with code 0" in events(out, last)
+    # SLURM still cleans up for a moment
+    cluster.until(
+        "the job's end", lambda: jobs_of(cluster, out)["run"]["state"] != "COMPLETING", 60
     )
+    assert jobs_of(cluster, out)["run"]["state"] == "COMPLETED"
     layout = (
         "on another layout (world 2 -> 1, data 2 -> 1); the global batch stays 2: "
         "2 micro-batches of 1 per process and step"

@@ -1,5 +1,6 @@
 """Requests from outside are seen between steps, and the strongest wins."""
 
+import functools
 import os
 import signal
 
@@ -23,7 +24,10 @@ def look_every_time(monkeypatch):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP])
-def test_signals_ask_to_leave_and_handlers_are_put_back(tmp_path, number):
+def test_signals_ask_to_leave_and_handlers_are_put_back(tmp_path, number, request):
+    # whoever started the tests may ignore it, as nohup does
+    request.addfinalizer(functools.partial(signal.signal, number, signal.getsignal(number)))
+    signal.signal(number, signal.SIG_DFL)
     before = signal.getsignal(number)
     with Requests([tmp_path]) as requests:
         assert requests.poll() == GO_ON
