@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Install what Debian must give: as root what is missing, else name all of it in one command and end with code 4.
 #   tools/system_packages.sh install   for `make install`: a Python with venv
-#   tools/system_packages.sh test      for `make test`: also make, git, a C++ compiler, and SLURM, ssh and pdsh, which the suite
+#   tools/system_packages.sh test      for `make test`: also make, git, a C++ compiler, Python's headers, and SLURM, ssh and pdsh, which the suite
 #                                      starts on free ports and in folders of its own; the system's own daemons are never used
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -21,6 +21,12 @@ else
   missing+=(python3 python3-venv)
 fi
 if [ "$1" = test ]; then
+  # code that torch compiles includes Python.h
+  if [ -z "${python:-}" ]; then
+    missing+=(python3-dev)
+  elif ! "$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.isfile(sysconfig.get_path("include") + "/Python.h"))'; then
+    missing+=("python$(python_version "$python")-dev")
+  fi
   # tool:package
   for pair in make:make git:git g++:g++ slurmctld:slurm-wlm munged:munge ssh:openssh-client sshd:openssh-server pdsh:pdsh; do
     command -v "${pair%%:*}" >/dev/null || missing+=("${pair#*:}")
