@@ -44,9 +44,9 @@ def torch_lightning_decode(
     scale: float,
 ) -> Tensor:
     """The same with torch; states may be fp64 too."""
-    wide = states.dtype
-    decay = log_decay.to(states.device, wide).exp()[:, None, None]
+    dtype = states.dtype
+    decay = log_decay.to(states.device, dtype).exp()[:, None, None]
     before = states.index_select(0, slots).masked_fill(new[:, None, None, None], 0.0)
-    after = decay * before + k.to(wide)[..., :, None] * v.to(wide)[..., None, :]
+    after = decay * before + k.to(dtype)[..., :, None] * v.to(dtype)[..., None, :]
     states.index_copy_(0, slots, after)
-    return ((q.to(wide) * scale)[..., None, :] @ after).squeeze(-2).to(q.dtype)
+    return ((q.to(dtype) * scale)[..., None, :] @ after).squeeze(-2).to(q.dtype)
