@@ -170,9 +170,10 @@ class ModelConfig(BaseModel):
                 f"mixer_types has {len(self.mixer_types)} entries for "
                 f"num_layers={self.num_layers}; give one per layer"
             )
-        if not all(self.mixer_types):
+        known = mixer_specs()
+        if unknown := sorted(set(self.mixer_types) - set(known)):
             raise ValueError(
-                f"mixer_types has an empty name; write {ATTENTION!r} or the name of an RNN mixer"
+                f"mixer_types: unknown mixers {unknown}; known mixers: {', '.join(sorted(known))}"
             )
         if unused := sorted(set(self.mixers) - set(self.mixer_types)):
             raise ValueError(

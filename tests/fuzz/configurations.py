@@ -45,10 +45,19 @@ def flat(value, prefix=""):
     }
 
 
+def same_setting(value, written, found):
+    """Whether `found` is the value, or the text that stands in the file; of a list, each entry."""
+    if any(isinstance(one, list) for one in (value, written, found)):
+        value, written, found = (
+            one if isinstance(one, list) else [one] for one in (value, written, found)
+        )
+        return len(value) == len(written) == len(found) and all(
+            map(same_setting, value, written, found)
+        )
+    return (isinstance(found, str) and found == written) or same_leaf(value, found)
+
+
 def same_leaf(one, other):
-    if isinstance(one, list) or isinstance(other, list):
-        one, other = (value if isinstance(value, list) else [value] for value in (one, other))
-        return len(one) == len(other) and all(map(same_leaf, one, other))
     try:
         return (
             type(one) is type(other)
@@ -84,9 +93,8 @@ def settings_are_the_files(name, folder, out, said, whole):
     printed = flat(json.loads(said))
     for key, value in plain.items():
         found = printed.get(key)
-        as_written = isinstance(found, str) and found == written.get(key)
-        assert not key or value == {} or as_written or same_leaf(value, found), (
-            f"{key}: {value!r} in the file, {printed.get(key)!r} read"
+        assert not key or value == {} or same_setting(value, written.get(key), found), (
+            f"{key}: {value!r} in the file, {found!r} read"
         )
 
 

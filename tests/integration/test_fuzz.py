@@ -1,14 +1,14 @@
 """Random damage to every kind of foreign file: one clear error, in bounded time and memory, or an
 input that was harmless.
 
-The seed is printed; HYPENET_FUZZ_SEED repeats a run and HYPENET_FUZZ_COUNT sets how many inputs
-each kind gets. One input again: `python -m tests.fuzz.worker SEED COUNT KIND`, whose numbers are
-the same.
+The suite damages the same inputs every time, so that a change is judged by what it changed;
+`make fuzz` draws a new seed and more inputs. The seed is printed; HYPENET_FUZZ_SEED sets it and
+HYPENET_FUZZ_COUNT how many inputs each kind gets. One input again: `python -m tests.fuzz.worker
+SEED COUNT KIND`, whose numbers are the same.
 """
 
 import json
 import os
-import random
 import subprocess
 import sys
 from collections import Counter
@@ -18,6 +18,7 @@ import pytest
 
 from tests.fuzz.subjects import SUBJECTS
 
+SEED = 885392762
 COUNT = 24
 """Inputs of each kind."""
 WORKERS = 2
@@ -26,7 +27,7 @@ WORKERS = 2
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_no_damage_is_accepted_or_ends_in_anything_but_one_error(repo_root):
-    seed = os.environ.get("HYPENET_FUZZ_SEED") or str(random.SystemRandom().randrange(10**9))
+    seed = os.environ.get("HYPENET_FUZZ_SEED") or str(SEED)
     count = int(os.environ.get("HYPENET_FUZZ_COUNT") or COUNT)
     kinds = list(SUBJECTS)
     hidden = {

@@ -56,7 +56,10 @@ def test_json_round_trip_is_exact():
         ({"num_query_groups": 3}, "num_query_groups=3 does not divide num_attention_heads=4"),
         ({"kv_channels": 15}, "kv_channels=15 is odd"),
         ({"mixer_types": ("attn",) * 3}, "3 entries for num_layers=4"),
-        ({"mixer_types": ("attn", "", "attn", "attn")}, "empty name"),
+        (
+            {"mixer_types": ("attn", "", "mamba3", "attn")},
+            "unknown mixers .*'', 'mamba3'.*; known mixers: attn, .*lightning_attn",
+        ),
         ({"num_layers": 0}, "greater than 0"),
         ({"num_layers": True}, "valid integer"),
         ({"hidden_size": "64"}, "valid integer"),
