@@ -22,7 +22,7 @@ def alibi_slopes(num_heads: int) -> Tensor:
 
 
 def log_decay(num_heads: int) -> Tensor:
-    """Log of the per-token decay of each head, float64 [num_heads], all negative:
+    """Return the log of the per-token decay of each head, float64 [num_heads], all negative:
     `-alibi_slopes`."""
     return -alibi_slopes(num_heads)
 

@@ -10,8 +10,8 @@ EPSILON = 1e-6
 
 
 def l2_norm(x: Tensor) -> Tensor:
-    """x / sqrt(sum(x^2) + 1e-6) over the last dimension, in x's dtype; computed in float32, in
-    float64 for float64 inputs."""
+    """Return x / sqrt(sum(x^2) + 1e-6) over the last dimension, in x's dtype; computed in float32,
+    in float64 for float64 inputs."""
     accumulated = x.to(accumulation_dtype(x.dtype))
     return (accumulated * torch.rsqrt(accumulated.square().sum(-1, keepdim=True) + EPSILON)).to(
         x.dtype

@@ -104,14 +104,14 @@ def lightning_mix(
 
 
 def _sections(projected: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Views: q, k, v [t, b, h, d] and gate [t, b, h d]."""
+    """Return views: q, k, v [t, b, h, d] and gate [t, b, h d]."""
     q, k, v, gate = projected.chunk(4, -1)
     return *(x.unflatten(-1, (-1, head_dim)) for x in (q, k, v)), gate  # type: ignore[return-value]
 
 
 def _rows(x: Tensor, transfer: Transfer | None) -> Tensor:
-    """x [t, b, h, d] as the scan takes it, without a copy: [b, t, h, d], or the two chunks of one
-    sequence as rows, [2, t / 2, h, d]."""
+    """Return x [t, b, h, d] as the scan takes it, without a copy: [b, t, h, d], or the two chunks
+    of one sequence as rows, [2, t / 2, h, d]."""
     return x.transpose(0, 1) if transfer is None else x.squeeze(1).unflatten(0, (2, -1))
 
 

@@ -15,7 +15,8 @@ HYPE_DEFAULT_A = 362.0
 
 
 def logits_scale(value: str | float | None, positions: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """Factor of q at each position, computed in float64 and cast: positions [t] (0-based, global)
+    """Compute the factor of q at each position in float64 and cast it: positions [t] (0-based,
+    global) -> [t], or None when off.
     -> [t], or None when off.
 
     Raises ValueError for a value that no config accepts."""

@@ -74,7 +74,7 @@ def check(name: str, dtype: torch.dtype, limit: float, run: Callable[[], Pairs])
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
-    """Root mean square of the error over that of `want`; NaN where `got` has one."""
+    """Return the root mean square of the error over that of `want`; NaN where `got` has one."""
     return float((got.double() - want).norm() / want.norm())
 
 
@@ -312,8 +312,8 @@ def with_gradients(
 
 
 def drawer(device: torch.device) -> Callable[..., Tensor]:
-    """Function that draws normal fp32 tensors, the same on every device and in every process,
-    without a global generator."""
+    """Return a function that draws normal fp32 tensors, the same on every device and in every
+    process, without a global generator."""
     generator = torch.Generator().manual_seed(5)
     return lambda *shape: torch.randn(shape, generator=generator).to(device)
 

@@ -31,12 +31,12 @@ class AdamWStep:
 
     @property
     def step_size(self) -> float:
-        """Learning rate over the first moment's bias correction."""
+        """Return the learning rate over the first moment's bias correction."""
         return self.lr / (1.0 - self.betas[0] ** self.count)
 
     @property
     def root_correction(self) -> float:
-        """Square root of the second moment's bias correction."""
+        """Return the square root of the second moment's bias correction."""
         return math.sqrt(1.0 - self.betas[1] ** self.count)
 
 

@@ -23,8 +23,8 @@ def kernel(
     rest2, step_size, root_correction, eps,
     block: tl.constexpr, vector: tl.constexpr,
 ):  # fmt: skip
-    """m = beta1 m + rest1 g, s = beta2 s + rest2 g^2, w = kept w - step_size m / (sqrt(s) /
-    root_correction + eps), with g scaled.
+    """Apply m = beta1 m + rest1 g, s = beta2 s + rest2 g^2 and w = kept w - step_size m / (sqrt(s)
+    / root_correction + eps), with g scaled.
 
     Writes nothing where the scale is NaN."""
     factor = tl.load(scale)

@@ -40,7 +40,7 @@ def kernel_fits(dtype: torch.dtype, width: int) -> bool:
 
 
 def fused_gated_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The kernel; arguments as in `gated_norm`."""
+    """Run the kernel; arguments as in `gated_norm`."""
     return _GatedNorm.apply(x, gate, weight, eps)
 
 

@@ -30,7 +30,7 @@ def forward_kernel(
     stride_yb,
     block: tl.constexpr,
 ):
-    """y = x r w sigmoid(gate), r = (mean x^2 + eps)^(-1/2)."""
+    """Compute y = x r w sigmoid(gate) with r = (mean x^2 + eps)^(-1/2)."""
     row = tl.program_id(0)
     col = tl.arange(0, block)
     t = (row // batch).to(tl.int64)
@@ -55,8 +55,8 @@ def backward_kernel(
     stride_gt, stride_gb, stride_yt, stride_yb,
     stride_dt, stride_db, block: tl.constexpr,
 ):  # fmt: skip
-    """dx (contiguous), dgate, and this program's share of dweight, one row of `dweight` [programs,
-    width]."""
+    """Compute dx (contiguous), dgate, and this program's share of dweight, one row of `dweight`
+    [programs, width]."""
     program = tl.program_id(0)
     col = tl.arange(0, block)
     inside = col < width

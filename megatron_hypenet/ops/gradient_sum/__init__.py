@@ -45,7 +45,7 @@ def kernel_fits(dtype: torch.dtype) -> bool:
 
 
 def fused_gradient_sum(total: Tensor, gradient: Tensor, *, add: bool) -> None:
-    """The kernel; arguments as in `gradient_sum`. ValueError when the sizes differ; torch would
+    """Run the kernel; arguments as in `gradient_sum`. ValueError when the sizes differ; torch would
     broadcast a single gradient."""
     from megatron_hypenet.ops.gradient_sum import triton as kernels
 

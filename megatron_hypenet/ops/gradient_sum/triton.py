@@ -14,8 +14,8 @@ gradient, the store would first have to move elements to other threads through s
 
 @triton.jit
 def kernel(total, gradient, count, add: tl.constexpr, block: tl.constexpr, vector: tl.constexpr):
-    """total = gradient, or total += gradient. The width of the accesses follows from the alignment
-    of both, which each launch checks."""
+    """Compute total = gradient, or total += gradient. The width of the accesses follows from the
+    alignment of both, which each launch checks."""
     at = tl.program_id(0).to(tl.int64) * block + tl.max_contiguous(tl.arange(0, block), vector)
     inside = at < count
     value = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)

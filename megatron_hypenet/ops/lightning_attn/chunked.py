@@ -151,8 +151,8 @@ def _run_chunks(
     size: int,
     masks: _DocumentMasks | None,
 ) -> tuple[Tensor, Tensor]:
-    """Whole chunks: q (scaled), k [b, h, n*size, k], v [b, h, n*size, v] -> o [b, h, n*size, v],
-    final state."""
+    """Compute whole chunks: q (scaled), k [b, h, n*size, k], v [b, h, n*size, v] -> o [b, h,
+    n*size, v], final state."""
     q, k, v = (_split(x, size) for x in (q, k, v))
     position = torch.arange(size, device=q.device, dtype=log_decay.dtype)
     distance = position[:, None] - position[None, :]

@@ -153,8 +153,8 @@ def check_lightning_mix(
     tokens: int = 600,
     split: bool = False,
 ) -> KernelCheck:
-    """Output and gradients of the whole mixer between its projections, in several segments; `split`
-    treats the tokens as two chunks, as context parallelism does."""
+    """Check output and gradients of the whole mixer between its projections, in several segments;
+    `split` treats the tokens as two chunks, as context parallelism does."""
 
     def run() -> Pairs:
         from megatron_hypenet.ops.lightning_attn.triton import ways

@@ -55,8 +55,8 @@ def triton_lightning_attn(
     initial_state: Tensor | None = None,
     document_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The contract of `dispatch.lightning_attn` for bf16, fp16 and fp32 on CUDA, key and value dims
-    up to 256, scale not 0.
+    """Compute `dispatch.lightning_attn` with the kernels, for bf16, fp16 and fp32 on CUDA, key and
+    value dims up to 256, scale not 0.
 
     Products of fp32 inputs follow `torch.get_float32_matmul_precision()`; sums and states are fp32
     always."""
@@ -67,7 +67,7 @@ def triton_lightning_attn(
 def triton_lightning_state(
     k: Tensor, v: Tensor, log_decay: Tensor, *, document_ids: Tensor | None = None
 ) -> Tensor:
-    """The contract of `dispatch.lightning_state`, for the same tensors."""
+    """Compute `dispatch.lightning_state` with the kernels, for the same tensors."""
     return _LightningState.apply(k, v, _log2_decay(log_decay, k.device), _ids(document_ids))
 
 
@@ -141,7 +141,8 @@ def forward(
     initial: Tensor | None,
     ids: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """o, the final state, and the states of the segments (empty when there is one segment)."""
+    """Return o, the final state, and the states of the segments (empty when there is one
+    segment)."""
     plan = _plan(q, v)
     b, t, h, dk = q.shape
     states = _segment_states(k, v, decay, ids, plan, reverse=False)
@@ -165,8 +166,8 @@ def _backward(
     dfinal: Tensor | None,
     ids: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv and the gradient of the initial state (empty without one). `states` are those of
-    `forward`."""
+    """Return dq, dk, dv and the gradient of the initial state (empty without one). `states` are
+    those of `forward`."""
     dq, dk, dv = (_empty_like_rows(x, x.shape[-1]) for x in (q, k, v))
     dinitial = None if initial is None else torch.empty_like(initial)
     backward_into(q, k, v, do, decay, scale, states, initial, dfinal, ids, dq, dk, dv, dinitial)
@@ -239,8 +240,8 @@ def backward_into(
 def final_state(
     y: Tensor, z: Tensor, decay: Tensor, ids: Tensor | None, *, reverse: bool = False
 ) -> Tensor:
-    """sum_t gamma^(T-1-t) y_t z_t^T over the last document of each row, fp32 [b, h, y dim, z dim];
-    in reverse sum_t gamma^(t+1) y_t z_t^T over the first one. Only tokens near that end are
+    """Return sum_t gamma^(T-1-t) y_t z_t^T over the last document of each row, fp32 [b, h, y dim, z
+    dim]; in reverse sum_t gamma^(t+1) y_t z_t^T over the first one. Only tokens near that end are
     read."""
     plan = _plan(y, z)
     blocks = plan.states
@@ -271,7 +272,7 @@ def final_state(
 
 
 def _final_state(k: Tensor, v: Tensor, decay: Tensor, ids: Tensor | None) -> Tensor:
-    """[b, h, k, v], fp32."""
+    """Return the final state [b, h, k, v], fp32."""
     return final_state(k, v, decay, ids)
 
 
@@ -285,7 +286,8 @@ def _segment_states(
     reverse: bool,
     always: bool = False,
 ) -> Tensor:
-    """[b*h, segments, y dim, z dim], fp32; empty when there is a single segment."""
+    """Return what each segment alone adds to the state, [b*h, segments, y dim, z dim], fp32; empty
+    when there is a single segment."""
     b, t, h, dy = y.shape
     dz = z.shape[-1]
     blocks = plan.states
@@ -468,7 +470,7 @@ def _(k, v, decay, ids):  # type: ignore[no-untyped-def]
 
 
 def _pick(direct: Callable[..., Any], operator: Callable[..., Any]) -> Callable[..., Any]:
-    """The plain function in eager mode (an operator costs host time), the operator under
+    """Choose the plain function in eager mode (an operator costs host time), the operator under
     torch.compile."""
     return operator if torch.compiler.is_compiling() else direct
 
@@ -509,8 +511,8 @@ def _descriptors_pay(x: Tensor) -> bool:
 
 
 def ways(device: torch.device) -> dict[str, AbstractContextManager[None]]:
-    """Contexts, by label, in which small inputs too are accessed in every way that the kernels have
-    on `device`; used by checks."""
+    """Return contexts, by label, in which small inputs too are accessed in every way that the
+    kernels have on `device`; used by checks."""
     return {
         "": nullcontext(),
         **({" by descriptors": descriptors_for_all()} if _has_descriptors(device) else {}),
@@ -539,8 +541,8 @@ def _aligned(x: Tensor) -> bool:
 
 
 def _tiles(*tensors: tuple[Tensor, int], chunk: int, access: int) -> list[Any]:
-    """The kernels' argument for each (tensor, columns per tile): the tensor, or its descriptor for
-    tiles of `chunk` tokens of one head."""
+    """Return the kernels' argument for each (tensor, columns per tile): the tensor, or its
+    descriptor for tiles of `chunk` tokens of one head."""
     if access != DESCRIPTORS.value:
         return [x for x, _ in tensors]
     found = []
@@ -560,7 +562,8 @@ def _tiles(*tensors: tuple[Tensor, int], chunk: int, access: int) -> list[Any]:
 
 @lru_cache
 def _gpu(device: torch.device) -> Gpu:
-    """This GPU; an H100 where Triton's interpreter runs the kernels."""
+    """Return the properties of this GPU; those of an H100 where Triton's interpreter runs the
+    kernels."""
     if device.type != "cuda":
         return H100
     properties = torch.cuda.get_device_properties(device)
@@ -575,8 +578,8 @@ def _gpu(device: torch.device) -> Gpu:
 
 
 def _log2_decay(log_decay: Tensor, device: torch.device) -> Tensor:
-    """fp32 on the device, in powers of two. Decays kept on the CPU are copied to each device once:
-    a mixer's never change."""
+    """Return the decays in powers of two, fp32 on the device. Decays kept on the CPU are copied to
+    each device once: a mixer's never change."""
     if log_decay.device.type == "cpu" and not torch.compiler.is_compiling():
         return _constant(tuple(log_decay.tolist()), device)
     return (log_decay.double() * LOG2_E).float().to(device)
@@ -597,8 +600,8 @@ def _dense_rows(x: Tensor) -> Tensor:
 
 
 def _empty_like_rows(like: Tensor, dim: int) -> Tensor:
-    """[b, t, h, dim] with batch and tokens in the memory order of `like`, so that the caller's
-    transpose back is free."""
+    """Allocate [b, t, h, dim] with batch and tokens in the memory order of `like`, so that the
+    caller's transpose back is free."""
     b, t, h, _ = like.shape
     if b > 1 and like.stride(0) < like.stride(1):
         return like.new_empty(t, b, h, dim).transpose(0, 1)

@@ -19,8 +19,8 @@ def decode_kernel(
     stride_state,
     dim_k: tl.constexpr, dim_v: tl.constexpr, block_k: tl.constexpr, block_v: tl.constexpr,
 ):  # fmt: skip
-    """o and the state of some value columns of one head of one request. Grid: (value blocks, heads,
-    requests)."""
+    """Compute o and the state of some value columns of one head of one request. Grid: (value
+    blocks, heads, requests)."""
     head = tl.program_id(1)
     row = tl.program_id(2).to(tl.int64)
     keys = tl.arange(0, block_k)
@@ -55,8 +55,8 @@ def triton_lightning_decode(
     *,
     scale: float,
 ) -> Tensor:
-    """The contract of `decode.lightning_decode` for bf16, fp16 and fp32 on CUDA, key and value dims
-    up to 256."""
+    """Compute `decode.lightning_decode` with the kernels, for bf16, fp16 and fp32 on CUDA, key and
+    value dims up to 256."""
     n, h, dim_k = q.shape
     dim_v = v.shape[-1]
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))

@@ -38,8 +38,8 @@ def dkdv_kernel(
     has_outer: tl.constexpr, wants_final: tl.constexpr, access: tl.constexpr,
     precision: tl.constexpr,
 ):  # fmt: skip
-    """dk, dv [b, t, h, .] and, if wanted, `final`: the state gradient before the first token. Grid:
-    (b*h, segments).
+    """Compute dk, dv [b, t, h, .] and, if wanted, `final`: the state gradient before the first
+    token. Grid: (b*h, segments).
 
     `outer` is the state gradient after the last token, divided by scale."""
     bh, segment = tl.program_id(0), tl.program_id(1)

@@ -115,8 +115,8 @@ def make_plan(
 
 @lru_cache(maxsize=1024)
 def choose_segment(sequences: int, tokens: int, chunk: int, processors: int) -> int:
-    """Tokens per segment, a multiple of `chunk`: as few segments as keep all processors evenly
-    busy.
+    """Return the tokens per segment, a multiple of `chunk`: as few segments as keep all processors
+    evenly busy.
 
     `sequences` is batch * heads. The slowest processor runs ceil(sequences * segments / processors)
     segments one after another."""
@@ -138,6 +138,6 @@ def round_up(count: int, multiple: int) -> int:
 
 
 def float32_precision() -> str:
-    """Products of float32 inputs follow torch's own switch: full precision unless
+    """Return the precision of products of float32 inputs, by torch's own switch: full unless
     `torch.set_float32_matmul_precision` lowered it."""
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"

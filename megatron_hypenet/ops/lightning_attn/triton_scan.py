@@ -33,7 +33,7 @@ from megatron_hypenet.ops.lightning_attn.triton_tiles import (
 
 @triton.jit
 def joined(state, y, z, weight, precision: tl.constexpr):
-    """The state [z, x] after the tokens of one chunk: y [chunk, x], z [chunk, z] weighted by
+    """Return the state [z, x] after the tokens of one chunk: y [chunk, x], z [chunk, z] weighted by
     `weight` [chunk]."""
     weighted = (z.to(tl.float32) * weight[:, None]).to(z.dtype)
     return tl.dot(tl.trans(weighted), y, state, input_precision=precision)
@@ -48,8 +48,8 @@ def segment_states_kernel(
     chunk: tl.constexpr, reverse: tl.constexpr, documents: tl.constexpr, access: tl.constexpr,
     precision: tl.constexpr,
 ):  # fmt: skip
-    """What each segment alone adds to the state at its end (its start in a reverse scan): `states`
-    [b*h, segments, x, z], fp32.
+    """Compute what each segment alone adds to the state at its end (its start in a reverse scan):
+    `states` [b*h, segments, x, z], fp32.
 
     Only the tokens near that end count, fewer of them for heads that decay faster; the rest is not
     read. Grid: (z blocks, b*h, segments)."""
@@ -95,8 +95,8 @@ def combine_kernel(
     dim_x: tl.constexpr, dim_z: tl.constexpr,
     block_x: tl.constexpr, block_z: tl.constexpr, reverse: tl.constexpr, documents: tl.constexpr,
 ):  # fmt: skip
-    """The state after the whole sequence (before it in a reverse scan), `final` [b*h, x, z], from
-    those of its segments. Grid: (z blocks, b*h)."""
+    """Compute the state after the whole sequence (before it in a reverse scan), `final` [b*h, x,
+    z], from those of its segments. Grid: (z blocks, b*h)."""
     first_col = tl.program_id(0) * block_z
     bh = tl.program_id(1)
     decay = tl.load(log2_decay + bh % heads)
@@ -144,8 +144,8 @@ def scan_kernel(
     wants_final: tl.constexpr,
     access: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
-    """out [b, t, h, z] and, from the program at the far end, the state that leaves the sequence.
-    Grid: (z blocks, b*h, segments).
+    """Compute out [b, t, h, z] and, from the program at the far end, the state that leaves the
+    sequence. Grid: (z blocks, b*h, segments).
 
     States are [k, v] in memory; `stride_sx`, `stride_sz` read them as [x, z], transposed where x is
     a value and z a key."""

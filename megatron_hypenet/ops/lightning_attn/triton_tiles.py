@@ -28,7 +28,8 @@ MASKED, WHOLE, DESCRIPTORS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 @triton.jit
 def head_of(tensor, bh, heads, stride_b, stride_h, access: tl.constexpr):
-    """Pointer to the first element of one head of one row; a descriptor addresses heads itself."""
+    """Return the pointer to the first element of one head of one row; a descriptor addresses heads
+    itself."""
     if access == DESCRIPTORS:
         return tensor
     else:
@@ -49,8 +50,8 @@ def load_tile(
     cols: tl.constexpr,
     access: tl.constexpr,
 ):
-    """[rows, cols] of a head (from `head_of`) from token `start` and column `first_col`; zeros past
-    the sequence and past the dim."""
+    """Load a tile [rows, cols] of a head (from `head_of`) from token `start` and column
+    `first_col`; zeros past the sequence and past the dim."""
     if access == DESCRIPTORS:
         return head.load([bh // heads, bh % heads, start, first_col]).reshape(rows, cols)
     else:
@@ -80,7 +81,7 @@ def store_tile(
     cols: tl.constexpr,
     access: tl.constexpr,
 ):
-    """The inverse of `load_tile`, in the dtype of the tensor."""
+    """Store a tile, the inverse of `load_tile`, in the dtype of the tensor."""
     if access == DESCRIPTORS:
         head.store(
             [bh // heads, bh % heads, start, first_col],
@@ -102,7 +103,7 @@ def store_tile(
 
 @triton.jit
 def load_ids(ids, start, length, rows: tl.constexpr):
-    """The document ids of a chunk, [rows]; past the end, that of the last token."""
+    """Load the document ids of a chunk, [rows]; past the end, that of the last token."""
     return tl.load(ids + tl.minimum(start + tl.arange(0, rows), length - 1))
 
 
@@ -118,8 +119,8 @@ def state_at(
     block_x: tl.constexpr,
     block_z: tl.constexpr,
 ):
-    """Pointers to state `index` of an array of [k, v] states, as rows of z from `first_z` on,
-    [block_z, block_x], and their mask."""
+    """Return pointers to state `index` of an array of [k, v] states, as rows of z from `first_z`
+    on, [block_z, block_x], and their mask."""
     z = first_z + tl.arange(0, block_z)
     x = tl.arange(0, block_x)
     at = ptr + index.to(tl.int64) * (dim_x * dim_z) + z[:, None] * stride_z + x[None, :] * stride_x
@@ -139,8 +140,8 @@ def pair_decay(decay, chunk: tl.constexpr, reverse: tl.constexpr):
 
 @triton.jit
 def edge_decays(decay, count, chunk: tl.constexpr, reverse: tl.constexpr):
-    """The weights with which the tokens of a chunk of `count` tokens read the incoming state, and
-    with which they enter the outgoing one, each [chunk]. Forward: gamma^(i+1) and
+    """Return the weights with which the tokens of a chunk of `count` tokens read the incoming
+    state, and with which they enter the outgoing one, each [chunk]. Forward: gamma^(i+1) and
     gamma^(count-1-i); a reverse scan exchanges them."""
     i = tl.arange(0, chunk)
     from_start = tl.exp2(decay * (i + 1).to(tl.float32))
@@ -152,7 +153,7 @@ def edge_decays(decay, count, chunk: tl.constexpr, reverse: tl.constexpr):
 
 @triton.jit
 def entering_owner(ids, segment_index, segment_tokens, length, reverse: tl.constexpr):
-    """The document that the state entering a segment belongs to."""
+    """Return the document that the state entering a segment belongs to."""
     if reverse:
         at = tl.minimum((segment_index + 1) * segment_tokens, length - 1)
     else:
@@ -168,9 +169,9 @@ def entering_state(
     reverse: tl.constexpr,
     documents: tl.constexpr, has_outer: tl.constexpr,
 ):  # fmt: skip
-    """The state that enters a segment, fp32 [block_z, block_x]: `states` [b*h, segments, k, v] of
-    the segments on the far side, nearest first, and `outer` [b*h, k, v], the state at the far end
-    of the sequence. A reverse scan comes from the right."""
+    """Return the state that enters a segment, fp32 [block_z, block_x]: `states` [b*h, segments, k,
+    v] of the segments on the far side, nearest first, and `outer` [b*h, k, v], the state at the far
+    end of the sequence. A reverse scan comes from the right."""
     total = tl.zeros([block_z, block_x], dtype=tl.float32)
     if reverse:
         edge = tl.minimum((segment_index + 1) * segment_tokens, length)
@@ -242,8 +243,8 @@ def within_documents(
     chunk: tl.constexpr,
     reverse: tl.constexpr,
 ):
-    """The weights of a chunk with every term between two documents set to 0, and the document of
-    the state that leaves it.
+    """Return the weights of a chunk with every term between two documents set to 0, and the
+    document of the state that leaves it.
 
     `owner` is the document of the state that enters; the arguments after `length` are those of
     `pair_decay`, of `edge_decays`, and the decay of the whole chunk."""

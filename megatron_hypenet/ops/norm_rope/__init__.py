@@ -43,7 +43,7 @@ def kernel_fits(dtype: torch.dtype, head_dim: int) -> bool:
 
 
 def fused_norm_rope(x: Tensor, weight: Tensor, angles: Tensor | None, eps: float) -> Tensor:
-    """The kernel, where `kernel_fits`; arguments as in `norm_rope`."""
+    """Run the kernel, where `kernel_fits`; arguments as in `norm_rope`."""
     return _NormRope.apply(
         x, weight, None if angles is None else angles.reshape(x.shape[0], -1), eps
     )

@@ -17,8 +17,8 @@ SIZES = ["rows", "batch", "heads"]
 
 @triton.jit
 def _places(x_rows, batch, stride_t, stride_b, tokens: tl.constexpr):
-    """Offsets of this program's rows (tokens times batch, batch innermost), their positions along
-    t, and which exist."""
+    """Return offsets of this program's rows (tokens times batch, batch innermost), their positions
+    along t, and which exist."""
     row = tl.program_id(0) * tokens + tl.arange(0, tokens)
     position = row // batch
     return (
@@ -34,8 +34,8 @@ def forward_kernel(
     stride_xt, stride_xb, stride_xh, stride_yt, stride_yb, stride_yh, stride_at,
     half: tl.constexpr, tokens: tl.constexpr,
 ):  # fmt: skip
-    """y1 = a cos - b sin, y2 = b cos + a sin with (a, b) the normalised and weighted halves of x;
-    without angles y = (a, b)."""
+    """Compute y1 = a cos - b sin, y2 = b cos + a sin with (a, b) the normalised and weighted halves
+    of x; without angles y = (a, b)."""
     col = tl.arange(0, half)[None, :]
     x_at, position, exists = _places(rows, batch, stride_xt, stride_xb, tokens)
     y_at, _, _ = _places(rows, batch, stride_yt, stride_yb, tokens)
@@ -67,8 +67,8 @@ def backward_kernel(
     stride_dh, stride_at,
     half: tl.constexpr, tokens: tl.constexpr,
 ):  # fmt: skip
-    """dx, and this program's share of dweight, one row of `dweight` [programs, 2 half]: summed
-    later, in a fixed order."""
+    """Compute dx, and this program's share of dweight, one row of `dweight` [programs, 2 half]:
+    summed later, in a fixed order."""
     col = tl.arange(0, half)[None, :]
     x_at, position, exists = _places(rows, batch, stride_xt, stride_xb, tokens)
     y_at, _, _ = _places(rows, batch, stride_yt, stride_yb, tokens)

@@ -60,14 +60,14 @@ def kernel_fits(dtype: torch.dtype, width: int) -> bool:
 
 
 def fused_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The kernel; arguments as in `rms_norm`, rows of any width."""
+    """Run the kernel; arguments as in `rms_norm`, rows of any width."""
     return _RMSNorm.apply(x, None, weight, eps)[0]
 
 
 def fused_residual_rms_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """The kernel; arguments as in `residual_rms_norm`, rows of any width."""
+    """Run the kernel; arguments as in `residual_rms_norm`, rows of any width."""
     return _RMSNorm.apply(x, residual, weight, eps)
 
 

@@ -17,8 +17,8 @@ BACKWARD_PROGRAMS = 528  # four for each multiprocessor of an H100
 def forward_kernel(
     x, residual, summed, y, weight, width, eps, stride_x, stride_residual, block: tl.constexpr
 ):
-    """y = x r w, r = (mean x^2 + eps)^(-1/2); with a residual all that of summed = x + residual,
-    rounded. Outputs are contiguous."""
+    """Compute y = x r w, r = (mean x^2 + eps)^(-1/2); with a residual all that of summed = x +
+    residual, rounded. Outputs are contiguous."""
     row = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, block)
     inside = col < width
@@ -42,8 +42,8 @@ def backward_kernel(
     x, dy, dresidual, dx, dweight, weight, rows, width, eps, stride_x, stride_dy, stride_dresidual,
     block: tl.constexpr
 ):  # fmt: skip
-    """dx (contiguous) = r (w dy - x r^2 mean(w dy x)), plus dresidual where there is one, and this
-    program's share of dweight, one row of `dweight` [programs, width].
+    """Compute dx (contiguous) = r (w dy - x r^2 mean(w dy x)), plus dresidual where there is one,
+    and this program's share of dweight, one row of `dweight` [programs, width].
 
     A row is loaded while the previous one is processed; the two means are independent."""
     program = tl.program_id(0)

@@ -36,7 +36,7 @@ def kernel_fits(dtype: torch.dtype) -> bool:
 
 
 def fused_sigmoid_gate(x: Tensor, gate: Tensor) -> Tensor:
-    """The kernel; arguments as in `sigmoid_gate`, the result contiguous."""
+    """Run the kernel; arguments as in `sigmoid_gate`, the result contiguous."""
     return _SigmoidGate.apply(x, gate)
 
 

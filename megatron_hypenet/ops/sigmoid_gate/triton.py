@@ -15,7 +15,7 @@ WARPS = 4
 
 @triton.jit
 def forward_kernel(x, gate, y, width, stride_x, stride_g, block: tl.constexpr):
-    """y = x sigmoid(gate), contiguous."""
+    """Compute y = x sigmoid(gate), contiguous."""
     blocks = tl.cdiv(width, block)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     col = (tl.program_id(0) % blocks) * block + tl.arange(0, block)
@@ -29,7 +29,7 @@ def forward_kernel(x, gate, y, width, stride_x, stride_g, block: tl.constexpr):
 def backward_kernel(
     x, gate, dy, dx, dgate, width, stride_x, stride_g, stride_dy, block: tl.constexpr
 ):
-    """dx = dy s, dgate = dy x s (1 - s), s = sigmoid(gate); both contiguous."""
+    """Compute dx = dy s, dgate = dy x s (1 - s), s = sigmoid(gate); both contiguous."""
     blocks = tl.cdiv(width, block)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     col = (tl.program_id(0) % blocks) * block + tl.arange(0, block)

@@ -37,7 +37,7 @@ def kernel_fits(dtype: torch.dtype) -> bool:
 
 
 def fused_swiglu(x: Tensor) -> Tensor:
-    """The kernel; arguments as in `swiglu`."""
+    """Run the kernel; arguments as in `swiglu`."""
     return _FusedSwiGLU.apply(x)
 
 

@@ -15,7 +15,7 @@ WARPS = 4
 
 @triton.jit
 def forward_kernel(x, y, width, stride_x, block: tl.constexpr):
-    """y = a sigmoid(a) b of a row (a, b)."""
+    """Compute y = a sigmoid(a) b of a row (a, b)."""
     blocks = tl.cdiv(width, block)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     col = (tl.program_id(0) % blocks) * block + tl.arange(0, block)
@@ -29,7 +29,8 @@ def forward_kernel(x, y, width, stride_x, block: tl.constexpr):
 
 @triton.jit
 def backward_kernel(x, dy, dx, width, stride_x, stride_dy, block: tl.constexpr):
-    """Both halves of dx (contiguous): da = dy b s (1 + a (1 - s)), db = dy a s, s = sigmoid(a)."""
+    """Compute both halves of dx (contiguous): da = dy b s (1 + a (1 - s)), db = dy a s, s =
+    sigmoid(a)."""
     blocks = tl.cdiv(width, block)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     col = (tl.program_id(0) % blocks) * block + tl.arange(0, block)
