@@ -24,7 +24,7 @@ def distributed() -> bool:
 
 
 def rank() -> int:
-    """Global rank; 0 for a single process."""
+    """Return the global rank; 0 for a single process."""
     return dist.get_rank() if distributed() else 0
 
 

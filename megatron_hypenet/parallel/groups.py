@@ -106,54 +106,56 @@ def destroy_parallel() -> None:
 
 
 def is_initialized() -> bool:
-    """True when Megatron's groups exist."""
+    """Return true when Megatron's groups exist."""
     return parallel_state.model_parallel_is_initialized()
 
 
 def collection() -> ProcessGroupCollection:
-    """Megatron's groups of this process, as its modules take them."""
+    """Return Megatron's groups of this process, as its modules take them."""
     return ProcessGroupCollection.use_mpu_process_groups()
 
 
 def tensor_group() -> dist.ProcessGroup:
-    """Tensor-parallel group of this process."""
+    """Return the tensor-parallel group of this process."""
     return parallel_state.get_tensor_model_parallel_group()
 
 
 def data_group() -> dist.ProcessGroup:
-    """Ranks that hold the same weights and read different tokens: data parallel x context
-    parallel."""
+    """Return the ranks that hold the same weights and read different tokens: data parallel x
+    context parallel."""
     return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
 
 def context_group() -> dist.ProcessGroup:
-    """Context-parallel group of this process: the ranks that split every sequence between them."""
+    """Return the context-parallel group of this process: the ranks that split every sequence
+    between them."""
     return parallel_state.get_context_parallel_group()
 
 
 def pipeline_group() -> dist.ProcessGroup:
-    """Pipeline group of this process: the ranks that hold consecutive layers of one replica."""
+    """Return the pipeline group of this process: the ranks that hold consecutive layers of one
+    replica."""
     return parallel_state.get_pipeline_model_parallel_group()
 
 
 def embedding_group() -> dist.ProcessGroup:
-    """First and last pipeline rank of this replica, which both hold a tied embedding."""
+    """Return the first and last pipeline rank of this replica, which both hold a tied embedding."""
     return parallel_state.get_embedding_group()
 
 
 def data_rank() -> int:
-    """This process's rank among the processes that read different samples (context-parallel ranks
-    share their samples)."""
+    """Return this process's rank among the processes that read different samples (context-parallel
+    ranks share their samples)."""
     return parallel_state.get_data_parallel_rank()
 
 
 def data_size() -> int:
-    """Number of different sample streams."""
+    """Return the number of different sample streams."""
     return parallel_state.get_data_parallel_world_size()
 
 
 def pipeline_stage() -> tuple[int, int]:
-    """This process's pipeline rank and the number of pipeline stages."""
+    """Return this process's pipeline rank and the number of pipeline stages."""
     return (
         parallel_state.get_pipeline_model_parallel_rank(),
         parallel_state.get_pipeline_model_parallel_world_size(),
@@ -182,27 +184,27 @@ class ModelParallelUnit:
 
     @staticmethod
     def get_data_parallel_rank() -> int:
-        """Rank in `data_group`."""
+        """Return the rank in `data_group`."""
         return parallel_state.get_data_parallel_rank(with_context_parallel=True)
 
     @staticmethod
     def get_data_parallel_world_size() -> int:
-        """Size of `data_group`."""
+        """Return the size of `data_group`."""
         return parallel_state.get_data_parallel_world_size(with_context_parallel=True)
 
     @staticmethod
     def get_data_parallel_group_ranks() -> list[int]:
-        """Global ranks of `data_group`."""
+        """Return the global ranks of `data_group`."""
         return dist.get_process_group_ranks(data_group())
 
     @staticmethod
     def get_model_parallel_rank() -> int:
-        """Rank in the tensor x pipeline group."""
+        """Return the rank in the tensor x pipeline group."""
         return dist.get_rank(parallel_state.get_model_parallel_group())
 
     @staticmethod
     def get_model_parallel_world_size() -> int:
-        """Size of the tensor x pipeline group."""
+        """Return the size of the tensor x pipeline group."""
         return dist.get_world_size(parallel_state.get_model_parallel_group())
 
 
@@ -212,12 +214,12 @@ def barrier() -> None:
 
 
 def rank() -> int:
-    """Global rank, 0 without torch.distributed."""
+    """Return the global rank, 0 without torch.distributed."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """Number of processes, 1 without torch.distributed."""
+    """Return the number of processes, 1 without torch.distributed."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -232,7 +234,7 @@ def gather_numbers(value: float) -> list[float]:
 
 
 def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
-    """Mean of `tensor` over `data_group`, in place; returns it."""
+    """Average `tensor` over `data_group`, in place; returns it."""
     group: Any = data_group()
     if group.size() > 1:
         dist.all_reduce(tensor, group=group)
@@ -241,7 +243,7 @@ def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def all_reduce_over_samples(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum of `tensor` over the ranks that read different samples, in place; returns it."""
+    """Sum `tensor` over the ranks that read different samples, in place; returns it."""
     group: Any = parallel_state.get_data_parallel_group()
     if group.size() > 1:
         dist.all_reduce(tensor, group=group)
@@ -249,7 +251,7 @@ def all_reduce_over_samples(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def sum_over_pipeline(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum of `tensor` over the pipeline stages, in place; returns it."""
+    """Add up `tensor` over the pipeline stages, in place; returns it."""
     group: Any = pipeline_group()
     if group.size() > 1:
         dist.all_reduce(tensor, group=group)

@@ -29,8 +29,8 @@ class DropOutput:
         self._output: Tensor | None = None
 
     def checkpoint(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """`function(*inputs)`, of which only the inputs are kept. The result must be a tensor with
-        a storage of its own."""
+        """Return `function(*inputs)`, of which only the inputs are kept. The result must be a
+        tensor with a storage of its own."""
         if not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
             return function(*inputs)
         self._output = output = _Dropped.apply(function, *inputs)
@@ -72,7 +72,7 @@ def _restore(dropped: Tensor, made: Tensor) -> None:
 
 
 def _references(x: Tensor) -> int:
-    """Number of references to x's storage, including those that Python itself holds."""
+    """Return the number of references to x's storage, including those that Python itself holds."""
     storage = x.untyped_storage()
     return torch._C._storage_Use_Count(storage._cdata)
 

@@ -281,8 +281,8 @@ def choose_interfaces(place: Place | None) -> None:
 
 
 def interface_to(address: str, port: int) -> str | None:
-    """Name of the interface whose address this machine would connect from; None where it cannot be
-    found."""
+    """Return the name of the interface whose address this machine would connect from; None where it
+    cannot be found."""
     for family, target in _addresses(address, port):
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             try:
@@ -294,8 +294,8 @@ def interface_to(address: str, port: int) -> str | None:
 
 
 def interface_of(address: str) -> str | None:
-    """Name of the interface that has `address`; None where none has it. All addresses of loopback
-    are on the one interface."""
+    """Return the name of the interface that has `address`; None where none has it. All addresses of
+    loopback are on the one interface."""
     wanted = _parsed(address)
     for name, entries in psutil.net_if_addrs().items():
         for entry in entries:

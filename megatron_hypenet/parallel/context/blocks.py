@@ -87,7 +87,7 @@ def attend_backward(
     scale: float,
     documents: Documents | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients dq [b, m, h, d], dk, dv [b, n, g, d] of one block, in q's dtype or wider.
+    """Return gradients dq [b, m, h, d], dk, dv [b, n, g, d] of one block, in q's dtype or wider.
 
     o [b, m, h, d] and log_sum [b, h, m] are those of all blocks of these queries together: with
     them each block's part is exact."""

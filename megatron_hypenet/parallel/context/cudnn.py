@@ -32,7 +32,7 @@ def supports(q: Tensor, k: Tensor, *, causal: bool) -> bool:
 def forward(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """As `blocks.attend`: o [b, m, h, d] in q's dtype, log-sum-exp [b, h, m] in fp32."""
+    """Compute `blocks.attend`: o [b, m, h, d] in q's dtype, log-sum-exp [b, h, m] in fp32."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     o, log_sum, *_ = _FORWARD(q, k, v, None, True, 0.0, causal, False, scale=scale)
     return o.transpose(1, 2), log_sum.view(o.shape[:3])
@@ -49,7 +49,7 @@ def backward(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `blocks.attend_backward`: dq, dk, dv in q's dtype."""
+    """Compute `blocks.attend_backward`: dq, dk, dv in q's dtype."""
     # state of the dropout that is off
     unused = torch.zeros((), dtype=torch.int64, device=q.device)
     o = o.to(q.dtype)

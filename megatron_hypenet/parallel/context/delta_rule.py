@@ -58,7 +58,7 @@ def context_delta_rule(
     group: dist.ProcessGroup,
     document_ids: Tensor | None = None,
 ) -> Tensor:
-    """This rank's outputs [b, t_local, h, v] of `rule` over whole sequences, in q's dtype.
+    """Return this rank's outputs [b, t_local, h, v] of `rule` over whole sequences, in q's dtype.
 
     Args:
         rule, summary: the recurrence, and the effect of a chunk on a state. inputs: q, k, v,
@@ -95,7 +95,7 @@ class DeltaRuleExchange(ChunkExchange):
     def apply(
         self, chunks: Chunks, local: Tensor | None, incoming: Tensor, *inputs: Tensor
     ) -> Tensor:
-        """Outputs [2 b, c, h, v] from the states that enter the chunks."""
+        """Return the outputs [2 b, c, h, v] from the states that enter the chunks."""
         return self.rule(
             *inputs, scale=self.scale, initial_state=incoming, document_ids=chunks.rows
         )[0]

@@ -29,7 +29,7 @@ class Packing:
 
     @property
     def empty(self) -> bool:
-        """True when no query sees any key."""
+        """Return true when no query sees any key."""
         return self.query_bounds.numel() == 1
 
 
@@ -46,7 +46,7 @@ class Documents:
         self._derived = _Derived(0) if ids.is_inference() else _kept(ids)
 
     def ids_at(self, spans: tuple[Span, ...]) -> Tensor:
-        """Ids at the given positions, in that order: [b, sum of lengths]."""
+        """Return the ids at the given positions, in that order: [b, sum of lengths]."""
         parts = [self.ids[:, start:stop] for start, stop in spans]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 

@@ -43,7 +43,7 @@ def forward(
     scale: float,
     documents: Documents | None,
 ) -> tuple[Tensor, Tensor]:
-    """As `blocks.attend`: o [b, m, h, d] in q's dtype, log-sum-exp [b, h, m] in fp32."""
+    """Compute `blocks.attend`: o [b, m, h, d] in q's dtype, log-sum-exp [b, h, m] in fp32."""
     if documents is None:
         o, log_sum, *_ = _FORWARD(
             q, k, v, None, None, q.shape[1], k.shape[1], 0.0, causal, False, scale=scale
@@ -77,7 +77,7 @@ def backward(
     scale: float,
     documents: Documents | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `blocks.attend_backward`: dq, dk, dv in q's dtype."""
+    """Compute `blocks.attend_backward`: dq, dk, dv in q's dtype."""
     unused = torch.empty(2, dtype=torch.uint64, device=q.device)  # state of the dropout that is off
     grad = grad.contiguous()
     o = o.to(q.dtype).contiguous()

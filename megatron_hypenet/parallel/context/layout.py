@@ -18,8 +18,8 @@ def chunks_of(rank: int, size: int) -> tuple[int, int]:
 
 
 def chunk_tokens(length: int, size: int) -> int:
-    """Tokens per chunk of a whole sequence of `length` tokens over `size` ranks; ValueError when it
-    does not divide."""
+    """Return the tokens per chunk of a whole sequence of `length` tokens over `size` ranks;
+    ValueError when it does not divide."""
     if length % (2 * size) or length < 2 * size:
         lower = length - length % (2 * size)
         fits = f"{lower} or {lower + 2 * size}" if lower else f"{2 * size}"
@@ -31,8 +31,8 @@ def chunk_tokens(length: int, size: int) -> int:
 
 
 def local_chunk_tokens(local_length: int, size: int) -> int:
-    """Tokens per chunk of a rank's `local_length` tokens; ValueError when they are not two
-    chunks."""
+    """Return the tokens per chunk of a rank's `local_length` tokens; ValueError when they are not
+    two chunks."""
     if local_length % 2 or local_length < 2:
         raise ValueError(
             f"{local_length} local tokens on one of {size} context-parallel ranks: "
@@ -63,7 +63,8 @@ def local_part(x: Tensor, rank: int, size: int, dim: int) -> Tensor:
 
 
 def natural_order(parts: list[Tensor], dim: int) -> Tensor:
-    """Whole sequence from the local parts of all ranks, in order of rank."""
+    """Join the local parts of all ranks, in order of rank, to the whole sequence in natural
+    order."""
     halves = [part.chunk(2, dim=dim) for part in parts]
     return torch.cat(
         [early for early, _ in halves] + [late for _, late in reversed(halves)], dim=dim
@@ -71,8 +72,8 @@ def natural_order(parts: list[Tensor], dim: int) -> Tensor:
 
 
 def split_sequence(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
-    """This rank's tokens of x, which every rank of the group holds whole: [..., T, ...] -> [..., T
-    / cp_size, ...].
+    """Return this rank's tokens of x, which every rank of the group holds whole: [..., T, ...] ->
+    [..., T / cp_size, ...].
 
     A new tensor, except over one rank. Raises ValueError when T is no multiple of 2 * cp_size. Its
     gradient on a rank is that of the rank's own tokens; sum it over the group where the whole x is
@@ -95,14 +96,14 @@ def gather_sequence(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
 def local_positions(
     local_length: int, group: dist.ProcessGroup, device: torch.device | str | None = None
 ) -> Tensor:
-    """Positions in the whole sequence of this rank's tokens, int64 [local_length]."""
+    """Return the positions in the whole sequence of this rank's tokens, int64 [local_length]."""
     return local_part(
         torch.arange(local_length * group.size(), device=device), group.rank(), group.size(), 0
     )
 
 
 def all_gather_sequence(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
-    """`gather_sequence` without a gradient: one all-gather."""
+    """Gather like `gather_sequence`, without a gradient: one all-gather."""
     mine = x.contiguous()
     gathered = mine.new_empty(group.size(), *mine.shape)
     dist.all_gather_into_tensor(gathered.view(-1), mine.view(-1), group=group)

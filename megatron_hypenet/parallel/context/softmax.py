@@ -36,8 +36,8 @@ def context_softmax_attn(
     document_ids: Tensor | None = None,
     method: Method = "all_gather",
 ) -> Tensor:
-    """This rank's outputs of causal attention over the whole sequence: o [b, t_local, h, d] in q's
-    dtype.
+    """Return this rank's outputs of causal attention over the whole sequence: o [b, t_local, h, d]
+    in q's dtype.
 
     q [b, t_local, h, d] and k, v [b, t_local, g, d] hold this rank's tokens as `split_sequence`
     gives them, already rotated by their global positions if at all; head i attends to group i // (h
@@ -146,8 +146,9 @@ def _span(chunk: int, tokens: int) -> tuple[int, int]:
 
 
 def _parts(local_length: int, rank: int, size: int) -> list[_Part]:
-    """In zigzag order: all queries of rank r see the chunks before r, and those of its late chunk,
-    2 * size - 1 - r, also the chunks between its two."""
+    """Return what each half of a rank's queries sees, in zigzag order: all queries of rank r see
+    the chunks before r, and those of its late chunk, 2 * size - 1 - r, also the chunks between its
+    two."""
     if size == 1:
         return []
     c = local_length // 2
@@ -182,7 +183,7 @@ class _Gathering:
             )
 
     def keys(self, part: _Part) -> tuple[Tensor, Tensor]:
-        """Keys and values [b, n, g, d] of a part's chunks."""
+        """Return the keys and values [b, n, g, d] of a part's chunks."""
         if self.work is not None:
             self.work.wait()
             self.work = None

@@ -31,8 +31,8 @@ class Algebra(Protocol):
         ...]."""
 
     def summary_gradient(self, gradients: Tensor, chunk: int) -> tuple[Tensor, ...]:
-        """Gradients of all incoming states [n, b, ...] -> gradients of the summaries of `chunk`,
-        [b, ...] each. It is called after `incoming`, which may have kept the summaries."""
+        """Map gradients of all incoming states [n, b, ...] -> gradients of the summaries of
+        `chunk`, [b, ...] each. It is called after `incoming`, which may have kept the summaries."""
 
 
 class Shift:
@@ -58,11 +58,11 @@ class Decay:
         self.weights = weights
 
     def incoming(self, summaries: tuple[Tensor, ...], chunk: int) -> Tensor:
-        """sum over c' < c of weights[c, c'] F_c'."""
+        """Return the sum over c' < c of weights[c, c'] F_c'."""
         return incoming_state(summaries[0], self.weights, chunk)
 
     def summary_gradient(self, gradients: Tensor, chunk: int) -> tuple[Tensor, ...]:
-        """sum over c > c' of weights[c, c'] dS_c."""
+        """Return the sum over c > c' of weights[c, c'] dS_c."""
         return (final_state_gradient(gradients, self.weights, chunk),)
 
 
@@ -97,7 +97,7 @@ class Transition:
         return self.states[chunk]
 
     def summary_gradient(self, gradients: Tensor, chunk: int) -> tuple[Tensor, ...]:
-        """dM and dF of `chunk`."""
+        """Return dM and dF of `chunk`."""
         assert self.transitions is not None, "backward follows forward"
         leaving = torch.zeros_like(gradients[0])
         for number in range(len(gradients) - 1, chunk, -1):
@@ -149,8 +149,8 @@ def incoming_state(final_states: Tensor, weights: Tensor, chunk: int) -> Tensor:
 
 
 def final_state_gradient(incoming_gradients: Tensor, weights: Tensor, chunk: int) -> Tensor:
-    """Gradient of F of `chunk` from the gradients of all incoming states [n, b, h, k, v] -> [b, h,
-    k, v]."""
+    """Compute the gradient of F of `chunk` from the gradients of all incoming states [n, b, h, k,
+    v] -> [b, h, k, v]."""
     return _weighted_sum(incoming_gradients[chunk + 1 :], weights[chunk + 1 :, chunk])
 
 
@@ -162,8 +162,8 @@ def _weighted_sum(states: Tensor, weights: Tensor) -> Tensor:
 def read_factor(
     log_decay: Tensor, scale: float, chunk_tokens: int, document_ids: Tensor | None = None
 ) -> Tensor:
-    """scale * gamma^(t + 1), and zero after the chunk's first document: [n, chunk_tokens, h] in
-    float64 (n = 1 without documents).
+    """Return scale * gamma^(t + 1), and zero after the chunk's first document: [n, chunk_tokens, h]
+    in float64 (n = 1 without documents).
 
     document_ids [n, chunk_tokens]: one row per chunk."""
     t = torch.arange(1, chunk_tokens + 1, device=log_decay.device)
@@ -214,7 +214,8 @@ class _AddIncoming(torch.autograd.Function):
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """Batched a @ b of one dtype with the result in `dtype`, which has at least their precision."""
+    """Multiply batched a @ b of one dtype with the result in `dtype`, which has at least their
+    precision."""
     if a.dtype == dtype:
         return a @ b
     if a.is_cuda and hasattr(torch.ops.aten.bmm, "dtype"):  # since torch 2.8

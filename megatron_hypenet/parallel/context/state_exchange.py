@@ -69,8 +69,8 @@ class ChunkExchange(ABC):
     def apply(
         self, chunks: Chunks, local: Tensor | None, incoming: Tensor, *inputs: Tensor
     ) -> Tensor:
-        """Outputs [2 b, c, ...] from the result of `local` and the states that enter the chunks, [2
-        b, ...]. A state belongs to the document of a chunk's first token."""
+        """Compute outputs [2 b, c, ...] from the result of `local` and the states that enter the
+        chunks, [2 b, ...]. A state belongs to the document of a chunk's first token."""
 
 
 def exchange_states(
@@ -79,7 +79,7 @@ def exchange_states(
     group: dist.ProcessGroup,
     document_ids: Tensor | None = None,
 ) -> Tensor:
-    """This rank's outputs [b, t_local, ...] of a recurrence over whole sequences split over
+    """Return this rank's outputs [b, t_local, ...] of a recurrence over whole sequences split over
     `group`.
 
     Args:
@@ -144,7 +144,7 @@ def preceding_ids(
 
 
 def join_chunks(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Rows of chunks [2 b, c, ...] -> this rank's tokens [b, t_local, ...]; unchanged on one
+    """Join rows of chunks [2 b, c, ...] -> this rank's tokens [b, t_local, ...]; unchanged on one
     rank."""
     return rows if group.size() == 1 else rows.unflatten(0, (-1, 2)).flatten(1, 2)
 

@@ -81,8 +81,8 @@ def linear_cross_entropy(
     sequence_parallel: bool = False,
     token_weights: Tensor | None = None,
 ) -> Tensor:
-    """Cross entropy of `labels` averaged over all n tokens, given hidden [..., h] and this rank's
-    head rows weight [v, h]; fp32 or float64.
+    """Return the cross entropy of `labels` averaged over all n tokens, given hidden [..., h] and
+    this rank's head rows weight [v, h]; fp32 or float64.
 
     With `sequence_parallel`, hidden holds this rank's contiguous n / group size tokens: it is
     gathered here and its gradient is reduce-scattered; labels and token_weights are those of all n
@@ -112,8 +112,8 @@ def token_scores(
     chunk_tokens: int | None,
     group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Negative log likelihood [...] (fp32 or float64) of each label and whether it is the most
-    likely token [...] (bool)."""
+    """Return the negative log likelihood [...] (fp32 or float64) of each label and whether it is
+    the most likely token [...] (bool)."""
     flat = hidden.reshape(-1, hidden.shape[-1])
     split = _Split(group, False)
     loss = _CrossEntropy(_terms(flat), split.local_labels(labels, weight.shape[0]))
@@ -323,14 +323,14 @@ class _Split:
         self.token_parts = self.size if sequence_parallel else 1
 
     def local_labels(self, labels: Tensor, vocab_rows: int) -> Tensor:
-        """Labels as [n], counted from this rank's first of `vocab_rows` head rows."""
+        """Return the labels as [n], counted from this rank's first of `vocab_rows` head rows."""
         return labels.reshape(-1) - (
             self.group.rank() * vocab_rows if self.group is not None else 0
         )
 
     def gather_tokens(self, part: Tensor) -> Tensor:
-        """This rank's tokens [n / parts, h] -> the tokens of all ranks [n, h]; the same tensor when
-        tokens are not split."""
+        """Gather this rank's tokens [n / parts, h] -> the tokens of all ranks [n, h]; the same
+        tensor when tokens are not split."""
         if self.token_parts == 1:
             return part
         whole = part.new_empty(part.shape[0] * self.token_parts, part.shape[1])
@@ -350,8 +350,8 @@ class _Split:
         return mine
 
     def merge_shards(self, loss: _Loss, numbers: Tensor) -> Tensor:
-        """Statistics of this rank's rows [numbers, n] -> those of the whole vocabulary, by one
-        all-gather."""
+        """Merge statistics of this rank's rows [numbers, n] -> those of the whole vocabulary, by
+        one all-gather."""
         if self.size == 1:
             return numbers
         gathered = numbers.new_empty(self.size, *numbers.shape)
@@ -382,7 +382,7 @@ def _terms(hidden: Tensor) -> ModuleType:
 
 
 def _flat_weights(token_weights: Tensor | None, count: int, like: Tensor) -> Tensor | None:
-    """Token weights as [n] in the dtype of the sums, or None."""
+    """Return the token weights as [n] in the dtype of the sums, or None."""
     if token_weights is None:
         return None
     if token_weights.numel() != count:

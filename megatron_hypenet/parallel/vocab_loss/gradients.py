@@ -48,7 +48,7 @@ class HeadGradients:
 
 
 def blocks(count: int, chunk: int) -> Iterator[tuple[slice, list[slice]]]:
-    """Tokens of one weight-gradient product, with the chunks in it: consecutive slices of
+    """Yield the tokens of one weight-gradient product, with the chunks in it: consecutive slices of
     range(count)."""
     block = chunk * CHUNKS_PER_PRODUCT
     for start in range(0, count, block):
@@ -60,8 +60,8 @@ def blocks(count: int, chunk: int) -> Iterator[tuple[slice, list[slice]]]:
 
 
 def chunk_size(count: int, limit: int | None, bytes_per_token: int, device: torch.device) -> int:
-    """Tokens per chunk for `count` tokens: at most `limit` (None: what BUFFER_BYTES holds), and
-    chunks of nearly equal size.
+    """Return the tokens per chunk for `count` tokens: at most `limit` (None: what BUFFER_BYTES
+    holds), and chunks of nearly equal size.
 
     bytes_per_token: logits of a token plus CHUNKS_PER_PRODUCT times the gradient of its logits.
     Raises ValueError for a limit below 1."""
@@ -75,8 +75,8 @@ def chunk_size(count: int, limit: int | None, bytes_per_token: int, device: torc
 
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """a [m, k] @ b [k, n] into out [m, n] of the accumulation dtype, never rounded to the operands'
-    dtype in between."""
+    """Multiply a [m, k] @ b [k, n] into out [m, n] of the accumulation dtype, never rounded to the
+    operands' dtype in between."""
     if a.dtype == out.dtype:
         return torch.mm(a, b, out=out)
     if not a.is_cuda:

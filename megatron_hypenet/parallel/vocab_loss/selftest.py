@@ -11,7 +11,7 @@ from megatron_hypenet.ops.selftest import ROUNDING_LIMITS, KernelCheck, Pairs, c
 def check_vocab(
     device: torch.device, dtype: torch.dtype, *, vocab_rows: int, shards: int = 1, tokens: int = 32
 ) -> KernelCheck:
-    """KL, cross entropy and scores of fp32 logits [tokens, vocab_rows * shards], and their
+    """Check KL, cross entropy and scores of fp32 logits [tokens, vocab_rows * shards], and their
     gradients rounded to dtype.
 
     One shard takes the one-pass kernels where the GPU has room for them, two the kernels of a split
@@ -68,8 +68,8 @@ def check_vocab(
 
 
 def _exact(s: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-    """KL [n] and its gradient [n, v], cross entropy and its gradient, and the score, which is the
-    cross entropy."""
+    """Return KL [n] and its gradient [n, v], cross entropy and its gradient, and the score, which
+    is the cross entropy."""
     log_q, log_p = s.double().log_softmax(-1), t.double().log_softmax(-1)
     q, p = log_q.exp(), log_p.exp()
     nll = -log_q.gather(-1, labels[:, None]).squeeze(-1)

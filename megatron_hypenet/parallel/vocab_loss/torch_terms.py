@@ -28,7 +28,7 @@ def kl_stats(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def kl_merge(stats: Tensor) -> Tensor:
-    """Statistics [parts, 5, n] of parts of the vocabulary -> those of the whole [5, n]."""
+    """Merge statistics [parts, 5, n] of parts of the vocabulary -> those of the whole [5, n]."""
     t_max, t_sum, a, s_max, s_sum = stats.unbind(1)
     t_top, s_top = t_max.amax(0), s_max.amax(0)
     t_shift, s_shift = t_max - t_top, s_max - s_top
@@ -40,8 +40,8 @@ def kl_merge(stats: Tensor) -> Tensor:
 
 
 def kl_loss(merged: Tensor) -> Tensor:
-    """Statistics of the whole vocabulary [5, n] -> A / Z_t - log Z_t + log Z_s, the divergence of
-    each token [n]."""
+    """Compute from statistics of the whole vocabulary [5, n] -> A / Z_t - log Z_t + log Z_s, the
+    divergence of each token [n]."""
     _, t_sum, a, _, s_sum = merged
     return a / t_sum - t_sum.log() + s_sum.log()
 
@@ -54,8 +54,8 @@ def kl_gradient(
     weights: Tensor | None,
     out: Tensor,
 ) -> None:
-    """softmax(student) - softmax(teacher) of this shard, times the token weights [n], rounded into
-    out [n, v]."""
+    """Write softmax(student) - softmax(teacher) of this shard, times the token weights [n],
+    rounded, into out [n, v]."""
     p_scale = (local[0] - merged[0]).exp() / merged[1]
     q_scale = (local[3] - merged[3]).exp() / merged[4]
     if weights is not None:
@@ -66,7 +66,7 @@ def kl_gradient(
 def kl_stats_and_gradient(
     student: Tensor, teacher: Tensor, weights: Tensor | None, out: Tensor
 ) -> Tensor:
-    """Merged statistics [5, n], and the gradient in `out`, when this shard is the whole
+    """Return the merged statistics [5, n], with the gradient in `out`, when this shard is the whole
     vocabulary."""
     merged = kl_merge(kl_stats(student, teacher))
     kl_gradient(student, teacher, merged, merged, weights, out)
@@ -74,8 +74,8 @@ def kl_stats_and_gradient(
 
 
 def ce_stats(logits: Tensor, labels: Tensor) -> Tensor:
-    """Logits [n, v], labels [n] counted from this shard's first row (outside 0..v-1: not here) ->
-    statistics [1, 3, n].
+    """Compute from logits [n, v], labels [n] counted from this shard's first row (outside 0..v-1:
+    not here) -> statistics [1, 3, n].
 
     The logits become e^(logit - maximum)."""
     mine, columns = _places(logits, labels)
@@ -85,14 +85,15 @@ def ce_stats(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def ce_merge(stats: Tensor) -> Tensor:
-    """Statistics [parts, 3, n] of parts of the vocabulary -> those of the whole [3, n]."""
+    """Merge statistics [parts, 3, n] of parts of the vocabulary -> those of the whole [3, n]."""
     maximum, total, chosen = stats.unbind(1)
     top = maximum.amax(0)
     return torch.stack([top, (total * (maximum - top).exp()).sum(0), chosen.sum(0)])
 
 
 def ce_loss(merged: Tensor) -> Tensor:
-    """Statistics of the whole vocabulary [3, n] -> negative log likelihood of each label [n]."""
+    """Compute from statistics of the whole vocabulary [3, n] -> negative log likelihood of each
+    label [n]."""
     top, total, chosen = merged
     return top + total.log() - chosen
 
@@ -105,8 +106,8 @@ def ce_gradient(
     weights: Tensor | None,
     out: Tensor,
 ) -> None:
-    """softmax(logits) - one_hot(label) of this shard, times the token weights [n], rounded into out
-    [n, v]."""
+    """Write softmax(logits) - one_hot(label) of this shard, times the token weights [n], rounded,
+    into out [n, v]."""
     mine, columns = _places(logits, labels)
     scale = (local[0] - merged[0]).exp() / merged[1]
     drop = mine.to(logits.dtype)
@@ -120,7 +121,7 @@ def ce_gradient(
 def ce_stats_and_gradient(
     logits: Tensor, labels: Tensor, weights: Tensor | None, out: Tensor
 ) -> Tensor:
-    """Merged statistics [3, n], and the gradient in `out`, when this shard is the whole
+    """Return the merged statistics [3, n], with the gradient in `out`, when this shard is the whole
     vocabulary."""
     merged = ce_merge(ce_stats(logits, labels))
     ce_gradient(logits, labels, merged, merged, weights, out)

@@ -38,8 +38,8 @@ def _sums(a, b, c, x, y, z):
 
 @triton.jit
 def _kl_numbers(s, t, inside):
-    """Shifted exponentials of a tile and its five statistics; rows outside the vocabulary hold -inf
-    and count as zero."""
+    """Return the shifted exponentials of a tile and its five statistics; rows outside the
+    vocabulary hold -inf and count as zero."""
     t_max, s_max = tl.reduce((t, s), 0, _larger)
     t, s = t - t_max, s - s_max
     p, q = tl.exp(t), tl.exp(s)
@@ -49,8 +49,8 @@ def _kl_numbers(s, t, inside):
 
 @triton.jit
 def _kl_merged(used, t_max, t_sum, a, s_max, s_sum):
-    """Statistics of parts (first axis) -> statistics of the whole; `used` marks the parts that
-    exist, the others hold -inf and 0."""
+    """Merge statistics of parts (first axis) -> statistics of the whole; `used` marks the parts
+    that exist, the others hold -inf and 0."""
     t_top, s_top = tl.reduce((t_max, s_max), 0, _larger)
     t_shift, s_shift = tl.where(used, t_max - t_top, 0.0), tl.where(used, s_max - s_top, 0.0)
     scale = tl.exp(t_shift)
@@ -280,7 +280,7 @@ def kl_stats(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def kl_merge(stats: Tensor) -> Tensor:
-    """Statistics [parts, 5, n] -> [5, n]."""
+    """Merge statistics [parts, 5, n] -> [5, n]."""
     return _merge(_kl_merge_kernel, stats)
 
 
@@ -292,8 +292,8 @@ def kl_gradient(
     weights: Tensor | None,
     out: Tensor,
 ) -> None:
-    """As `torch_terms.kl_gradient`, from the logits as `kl_stats` left them: untouched; `local` is
-    not needed."""
+    """Compute `torch_terms.kl_gradient` from the logits as `kl_stats` left them: untouched; `local`
+    is not needed."""
     n, v, tiles = _sizes(student, teacher, out)
     given = merged if weights is None else weights
     _kl_gradient_kernel[(n * tiles,)](
@@ -314,8 +314,8 @@ def kl_gradient(
 def kl_stats_and_gradient(
     student: Tensor, teacher: Tensor, weights: Tensor | None, out: Tensor
 ) -> Tensor:
-    """As `torch_terms.kl_stats_and_gradient`, in one pass over the logits where the device holds a
-    token's tiles at once."""
+    """Compute `torch_terms.kl_stats_and_gradient` in one pass over the logits where the device
+    holds a token's tiles at once."""
     n, v, tiles = _sizes(student, teacher, out)
     if not _fits(student, tiles):
         merged = kl_merge(kl_stats(student, teacher))
@@ -342,7 +342,7 @@ def ce_stats(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def ce_merge(stats: Tensor) -> Tensor:
-    """Statistics [parts, 3, n] -> [3, n]."""
+    """Merge statistics [parts, 3, n] -> [3, n]."""
     return _merge(_ce_merge_kernel, stats)
 
 
@@ -354,8 +354,8 @@ def ce_gradient(
     weights: Tensor | None,
     out: Tensor,
 ) -> None:
-    """As `torch_terms.ce_gradient`, from the logits as `ce_stats` left them: untouched; `local` is
-    not needed."""
+    """Compute `torch_terms.ce_gradient` from the logits as `ce_stats` left them: untouched; `local`
+    is not needed."""
     n, v, tiles = _sizes(logits, out)
     given = merged if weights is None else weights
     _ce_gradient_kernel[(n * tiles,)](
@@ -376,8 +376,8 @@ def ce_gradient(
 def ce_stats_and_gradient(
     logits: Tensor, labels: Tensor, weights: Tensor | None, out: Tensor
 ) -> Tensor:
-    """As `torch_terms.ce_stats_and_gradient`, in one pass over the logits where the device holds a
-    token's tiles at once."""
+    """Compute `torch_terms.ce_stats_and_gradient` in one pass over the logits where the device
+    holds a token's tiles at once."""
     n, v, tiles = _sizes(logits, out)
     if not _fits(logits, tiles):
         merged = ce_merge(ce_stats(logits, labels))
