@@ -55,7 +55,8 @@ class Comparison:
 
     @property
     def equal(self) -> bool:
-        """No difference in model, progress or any tensor (names, shapes, dtypes, bits)."""
+        """Return true when no model setting, progress or tensor (names, shapes, dtypes, bits)
+        differs."""
         return not (
             self.model
             or self.progress
@@ -118,7 +119,7 @@ def _compare_tensors(first: Any, second: Any, result: Comparison) -> None:
 def _tensor_difference(
     key: str, first: ShardReader, second: ShardReader
 ) -> TensorDifference | None:
-    """None when shape, dtype and every bit agree."""
+    """Return how two tensors differ; None when shape, dtype and every bit agree."""
     shapes, dtypes = (first.shape(key), second.shape(key)), (first.dtype(key), second.dtype(key))
     largest = relative = None
     if shapes[0] == shapes[1]:
@@ -139,7 +140,7 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def _largest_difference(a: Tensor, b: Tensor) -> tuple[float, float]:
-    """max |a - b| and max |a|, in float64, a few million elements at a time."""
+    """Return max |a - b| and max |a|, in float64, a few million elements at a time."""
     largest = 0.0
     scale = 0.0
     for x, y in zip(_chunks(a), _chunks(b), strict=True):

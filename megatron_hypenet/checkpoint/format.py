@@ -65,7 +65,7 @@ _ITERATION = re.compile(r"iter_(\d{7,})")
 
 
 def iteration_name(step: int) -> str:
-    """Folder name of the save after `step` optimizer steps: iter_0000120."""
+    """Return the folder name of the save after `step` optimizer steps: iter_0000120."""
     return f"iter_{step:07d}"
 
 
@@ -174,8 +174,8 @@ def remove_stale(parent: Path) -> list[Path]:
 
 @contextmanager
 def staged(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Temporary folder that becomes `target` when the block ends without an exception; removed
-    otherwise. One process only."""
+    """Make a temporary folder that becomes `target` when the block ends without an exception;
+    removed otherwise. One process only."""
     refuse_existing(target, overwrite)
     temporary = temporary_beside(target)
     try:

@@ -120,8 +120,8 @@ def comparing_hashes(folder: Path) -> Iterator[None]:
 
 
 def read_weights(path: Path | str, keys: Iterable[str] | None = None) -> dict[str, Tensor]:
-    """Whole tensors by canonical name, on the CPU in their stored dtype; all of them, or `keys`
-    (CheckpointError names missing ones)."""
+    """Read whole tensors by canonical name, on the CPU in their stored dtype; all of them, or
+    `keys` (CheckpointError names missing ones)."""
     reader = open_weights(path)
     wanted = list(reader if keys is None else keys)
     missing = [key for key in wanted if key not in reader]

@@ -94,13 +94,14 @@ class Manifest:
 
     @property
     def step(self) -> int | None:
-        """Finished optimizer steps of a training save, as its writer noted them."""
+        """Return the number of finished optimizer steps of a training save, as its writer noted
+        them."""
         step = self.extra.get("step")
         return step if type(step) is int else None
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that shape a checkpoint, as installed."""
+    """Return the versions of Python and of the libraries that shape a checkpoint, as installed."""
     versions = {"python": platform.python_version()}
     for name in _LIBRARIES:
         try:
@@ -131,7 +132,7 @@ def git_commit() -> str | None:
 
 
 def hash_file(path: Path) -> FileEntry:
-    """Size and sha256 of one file, read once."""
+    """Return size and sha256 of one file, which is read once."""
     digest = hashlib.sha256()
     size = 0
     with path.open("rb") as stream:
@@ -171,7 +172,7 @@ class HashedFile:
             return view.nbytes
 
     def tell(self) -> int:
-        """Bytes written so far."""
+        """Return the number of bytes written so far."""
         return self._size
 
     def flush(self) -> None:
@@ -287,7 +288,7 @@ def read_listed(folder: Path, name: str) -> bytes:
 def file_problems(
     folder: Path, manifest: Manifest, *, hashes: bool, parts: Collection[str] = ()
 ) -> list[str]:
-    """Problems of a checkpoint's files, one line each; empty when there are none.
+    """Return the problems of a checkpoint's files, one line each; empty when there are none.
 
     Presence and size are checked, with `hashes` also the content, and that the manifest lists every
     file that would be read; other files that it does not list are ignored, and the log names them

@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 
 
 def local_state() -> dict[str, Tensor]:
-    """State of torch (CPU, this process's CUDA device, Megatron's tracked generators), numpy and
-    Python's random."""
+    """Return the state of torch (CPU, this process's CUDA device, Megatron's tracked generators),
+    numpy and Python's random."""
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
     state = {"torch": torch.get_rng_state()}

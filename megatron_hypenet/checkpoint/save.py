@@ -191,7 +191,7 @@ def _make_folders(temporary: Path) -> None:
 
 
 def _weight_shards(engine: EngineState) -> list[Shard]:
-    """This process's share of the model weights, in the model's dtype."""
+    """Return this process's share of the model weights, in the model's dtype."""
     shards = []
     for entry in engine.template:
         owned = entry.index % engine.data_size == engine.data_rank
@@ -204,7 +204,7 @@ def _weight_shards(engine: EngineState) -> list[Shard]:
 
 
 def _optimizer_shards(engine: EngineState) -> list[Shard]:
-    """This process's share of the fp32 master weights and Adam moments."""
+    """Return this process's share of the fp32 master weights and Adam moments."""
     shards = []
     for entry in engine.template:
         owned = entry.index % engine.data_size == engine.data_rank

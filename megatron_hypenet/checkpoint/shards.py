@@ -64,7 +64,7 @@ class StreamedTensor:
 
     @property
     def num_values(self) -> int:
-        """Number of values."""
+        """Return the number of values."""
         return math.prod(self.shape)
 
     def whole(self) -> Tensor:
@@ -121,15 +121,16 @@ class ShardReader(Mapping[str, Tensor]):
         return key in self._tensors
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Global shape of one tensor, without reading it."""
+        """Return the global shape of one tensor, without reading it."""
         return self._tensors[key].shape
 
     def dtype(self, key: str) -> torch.dtype:
-        """Stored dtype of one tensor, without reading it."""
+        """Return the stored dtype of one tensor, without reading it."""
         return self._tensors[key].dtype
 
     def pieces(self, key: str) -> int:
-        """Number of pieces in which one tensor is stored, which depends on its writer's layout."""
+        """Return the number of pieces in which one tensor is stored, which depends on its writer's
+        layout."""
         return len(self._tensors[key].pieces)
 
     def __getitem__(self, key: str) -> Tensor:
@@ -198,7 +199,7 @@ class ShardReader(Mapping[str, Tensor]):
     def _read_plain(
         self, stored: StoredTensor, streams: _Files, first: int, target: Tensor
     ) -> None:
-        """`read_values` of a tensor whose pieces are whole rows, one behind the other."""
+        """Read like `read_values` a tensor whose pieces are whole rows, one behind the other."""
         row = math.prod(stored.shape[1:])
         last = first + target.numel()
         for piece in stored.pieces:

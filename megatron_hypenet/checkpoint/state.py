@@ -136,7 +136,7 @@ class EngineState(Protocol):
         ...
 
     def adam_step(self) -> int:
-        """Adam's step counter."""
+        """Return Adam's step counter."""
         ...
 
 
@@ -151,8 +151,8 @@ class Entry:
     sharded: Any
 
     def described(self, value: Tensor, *, prefix: str = "", owned: bool = True) -> Any:
-        """Megatron's description with `value` as its data, under `prefix`.key; with `owned` this
-        process is its data-parallel writer."""
+        """Return Megatron's description with `value` as its data, under `prefix`.key; with `owned`
+        this process is its data-parallel writer."""
         from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 
         sharded = self.sharded

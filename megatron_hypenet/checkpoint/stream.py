@@ -64,7 +64,7 @@ class FilePlan:
 
     @property
     def num_bytes(self) -> int:
-        """Size of the whole file."""
+        """Return the size of the whole file."""
         return sum(
             len(section)
             if isinstance(section, bytes)
@@ -74,7 +74,8 @@ class FilePlan:
 
 
 def default_workers() -> int:
-    """Number of threads that suits this machine: its usable cores, at most MAX_WORKERS."""
+    """Return the number of threads that suits this machine: its usable cores, at most
+    MAX_WORKERS."""
     return min(MAX_WORKERS, len(os.sched_getaffinity(0)))
 
 
@@ -175,7 +176,7 @@ class _Flusher:
 
 
 def _pieces(sections: Sequence[Section]) -> tuple[list[_Piece], list[tuple[int, int, bytes]]]:
-    """(pieces in order, (number of pieces before it, place, content) of the known bytes)."""
+    """Return (pieces in order, (number of pieces before it, place, content) of the known bytes)."""
     pieces: list[_Piece] = []
     known = []
     place = 0

@@ -187,8 +187,8 @@ def layout_text(layout: dict[str, Any] | None) -> str:
 
 
 def describe(folder: Path) -> dict[str, Any]:
-    """Everything about one checkpoint but its tensors: `Found`, the manifest's origin, progress,
-    and the model's shape as stored.
+    """Return everything about one checkpoint but its tensors: `Found`, the manifest's origin,
+    progress, and the model's shape as stored.
 
     Works on a damaged checkpoint as far as its files can be read.
     """
@@ -231,7 +231,7 @@ def describe(folder: Path) -> dict[str, Any]:
 
 
 def mixer_runs(mixer_types: list[str]) -> list[str]:
-    """Mixers by layer, neighbours joined: ["0-2 lightning_attn", "3 attn"]."""
+    """Return mixers by layer, adjacent equal ones joined: ["0-2 lightning_attn", "3 attn"]."""
     lines: list[str] = []
     start = 0
     for layer in range(1, len(mixer_types) + 1):

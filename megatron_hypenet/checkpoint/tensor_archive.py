@@ -52,12 +52,12 @@ class TensorArchive:
 
     @property
     def length(self) -> int:
-        """Size of the whole archive in bytes."""
+        """Return the size of the whole archive in bytes."""
         return len(self.head) + self.num_bytes + self.tail_bytes
 
     @property
     def tail_bytes(self) -> int:
-        """Number of bytes behind the values."""
+        """Return the number of bytes behind the values."""
         return len(self.tail(0))
 
     def tail(self, crc: int) -> bytes:
@@ -114,7 +114,7 @@ def combined_crc(first: int, second: int, num_bytes: int) -> int:
 
 @functools.lru_cache(maxsize=256)
 def _shift(num_bytes: int) -> int:
-    """x ** (8 * num_bytes) modulo the polynomial of crc32."""
+    """Return x ** (8 * num_bytes) modulo the polynomial of crc32."""
     power = 1 << 31
     square = 1 << 30
     bits = 8 * num_bytes
@@ -144,7 +144,8 @@ Members = tuple[tuple[str, bytes], ...]
 
 @functools.cache
 def _members(dtype: torch.dtype) -> tuple[Members, Members]:
-    """Name and content of torch.save's members before and behind the values, in their order."""
+    """Return name and content of torch.save's members before and behind the values, in their
+    order."""
     stream = io.BytesIO()
     torch.save(torch.zeros(1, dtype=dtype), stream)
     with zipfile.ZipFile(stream) as archive:
