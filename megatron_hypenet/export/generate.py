@@ -47,7 +47,7 @@ class Generated:
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens per second after the first."""
+        """Return the rate of tokens per second after the first."""
         rest = self.seconds - self.first_token_seconds
         return (len(self.tokens) - 1) / rest if rest > 0 else 0.0
 

@@ -100,8 +100,8 @@ def read_hf_config(hf_dir: Path) -> HfConfig:
 
 
 def family(raw: Mapping[str, Any]) -> str | None:
-    """`qwen3`, `hypenet`, or None for an unknown model. The architecture decides, then the model
-    type.
+    """Return `qwen3`, `hypenet`, or None for an unknown model. The architecture decides, then the
+    model type.
 
     Published HypeNets use several model types; their architecture, switches and tensor names
     identify them."""
@@ -168,7 +168,7 @@ def model_config_from_hf(raw: HfConfig, *, where: str) -> ModelConfig:
 def hf_config_from_model(
     config: ModelConfig, *, torch_dtype: str, origin: HfConfig | None = None
 ) -> HfConfig:
-    """config.json of a model: Qwen3 for a teacher, HypeNet (with our remote code) otherwise.
+    """Return config.json of a model: Qwen3 for a teacher, HypeNet (with our remote code) otherwise.
     `origin` is the config.json it came from, whose harmless extra keys are kept."""
     out: HfConfig = {key: getattr(config, name) for key, name in {**_REQUIRED, **_OPTIONAL}.items()}
     out |= {
@@ -243,7 +243,7 @@ def _hypenet_keys(config: ModelConfig) -> HfConfig:
 
 
 def layer_types(mixers: Iterable[str]) -> list[str]:
-    """`layer_types` of layers with these mixers (our names)."""
+    """Return the `layer_types` of layers with these mixers (our names)."""
     known = mixer_specs()
     return [_LAYER_TYPES[known[mixer].recurrent] for mixer in mixers]
 
@@ -259,7 +259,7 @@ def described_mixers(names: Iterable[str]) -> tuple[type[MixerSpec], ...]:
 
 
 def mixer_spellings() -> dict[str, str]:
-    """Our name of a mixer for each entry of `mixer_types` that means it."""
+    """Return our name of a mixer for each entry of `mixer_types` that means it."""
     return {
         entry: name
         for name, spec in mixer_specs().items()
@@ -268,7 +268,7 @@ def mixer_spellings() -> dict[str, str]:
 
 
 def _known_mixers(raw: HfConfig) -> list[str]:
-    """Our names of the entries of `mixer_types` that have one."""
+    """Return our names of the entries of `mixer_types` that have one."""
     given = raw.get("mixer_types")
     spellings = mixer_spellings()
     return (
@@ -279,7 +279,7 @@ def _known_mixers(raw: HfConfig) -> list[str]:
 
 
 def _settings(raw: HfConfig, mixers: Iterable[type[MixerSpec]]) -> dict[str, HfConfig]:
-    """Settings of the mixers that have any."""
+    """Return the settings of the mixers that have any."""
     found = {
         mixer.name: {
             name: given[key] for key, name in mixer.hf_keys.settings.items() if key in given
@@ -348,8 +348,8 @@ def _specs(
 
 
 def _hypenet_problems(raw: HfConfig, mixers: Sequence[MixerSpec]) -> list[str]:
-    """Sizes of mixers that differ from the attention's, and switches of these mixers that are not
-    known."""
+    """Return the sizes of mixers that differ from the attention's, and switches of these mixers
+    that are not known."""
     problems = []
     sizes = {key: reference for mixer in mixers for key, reference in mixer.hf_sizes().items()}
     for key, reference in sizes.items():

@@ -40,8 +40,8 @@ class HfWeights(Mapping[str, "Tensor"]):
     files disagree."""
 
     def __init__(self, hf_dir: Path) -> None:
-        """`hf_dir`: folder with model.safetensors, or model.safetensors.index.json and the files
-        that it names."""
+        """Open `hf_dir`: folder with model.safetensors, or model.safetensors.index.json and the
+        files that it names."""
         self.hf_dir = hf_dir
         self._file_of: dict[str, Path] = {}
         self._headers: dict[str, TensorHeader] = {}
@@ -115,15 +115,15 @@ class HfWeights(Mapping[str, "Tensor"]):
         self._files.append(path)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape from the file's header, without reading the tensor."""
+        """Return the shape from the file's header, without reading the tensor."""
         return self._headers[name].shape
 
     def dtype(self, name: str) -> str:
-        """safetensors' name of the stored dtype, e.g. BF16, without reading the tensor."""
+        """Return safetensors' name of the stored dtype, e.g. BF16, without reading the tensor."""
         return self._headers[name].dtype
 
     def total_bytes(self) -> int:
-        """Size of all weight files on disk."""
+        """Return the size of all weight files on disk, in bytes."""
         return sum(path.stat().st_size for path in self._files)
 
     def __iter__(self) -> Iterator[str]:
@@ -163,8 +163,8 @@ class HfWeights(Mapping[str, "Tensor"]):
 
 
 def read_generation_config(hf_dir: Path) -> dict[str, Any] | None:
-    """generation_config.json as a dict, None when the folder has none; ConversionError when it is
-    no JSON object."""
+    """Return generation_config.json as a dict, None when the folder has none; ConversionError when
+    it is no JSON object."""
     path = hf_dir / GENERATION
     if not has_entry(path):
         return None
@@ -172,7 +172,7 @@ def read_generation_config(hf_dir: Path) -> dict[str, Any] | None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Indented JSON with a closing newline."""
+    """Write indented JSON with a closing newline."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -101,8 +101,8 @@ def load_model(folder: Path, config: ModelConfig, dtype: str | None, device: str
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' progress bar, and without its warnings about settings that both of its
-    major versions are given."""
+    """Silence transformers' progress bar, and its warnings about settings that both of its major
+    versions are given."""
     from transformers.utils import logging
 
     bar = logging.is_progress_bar_enabled()

@@ -40,8 +40,8 @@ Layer = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 def run_checkpoint(
     folder: Path, config: ModelConfig, ids: Tensor, dtype: str, rounded: torch.dtype | None = None
 ) -> list[Tensor]:
-    """Input of each layer, final-norm output, then logits, all [b, t, ...] on the CPU, from
-    Megatron-core in this one process. `config` gives the logit scaling; weights are rounded to
+    """Return the input of each layer, final-norm output, then logits, all [b, t, ...] on the CPU,
+    from Megatron-core in this one process. `config` gives the logit scaling; weights are rounded to
     `rounded` first."""
     from megatron_hypenet.model.hypenet import build_model
 
@@ -153,7 +153,7 @@ def _one_layer(config: ModelConfig, layer: int, vocab_size: int) -> ModelConfig:
 def _around(
     norm: nn.Module, model: nn.Module, ids: Tensor, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    """(input, output) of the module `norm` of a model that runs on `ids`."""
+    """Return (input, output) of the module `norm` of a model that runs on `ids`."""
     found: list[tuple[Tensor, Tensor]] = []
     handle = norm.register_forward_hook(lambda _, args, out: found.append((args[0], out)))
     try:
@@ -197,11 +197,11 @@ class _LayerReader(ShardReader):
         return key in self._names or key == _EMBEDDING
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Shape of a tensor of the one-layer model."""
+        """Return the shape of a tensor of the one-layer model."""
         return tuple(self._states.shape) if key == _EMBEDDING else super().shape(self._names[key])
 
     def dtype(self, key: str) -> torch.dtype:
-        """Dtype of a tensor of the one-layer model."""
+        """Return the dtype of a tensor of the one-layer model."""
         return self._states.dtype if key == _EMBEDDING else super().dtype(self._names[key])
 
     def read_into(self, requests: Any) -> None:
@@ -214,7 +214,7 @@ class _LayerReader(ShardReader):
 
 
 def _write_layer(plan: ImportPlan, layer: int, x: Tensor, folder: Path, dtype: str) -> None:
-    """A Hugging Face folder of one layer."""
+    """Write a Hugging Face folder of one layer."""
     own = f"model.layers.{layer}."
     tensors = {
         f"model.layers.0.{name.removeprefix(own)}": plan.weights[name]
@@ -228,7 +228,8 @@ def _write_layer(plan: ImportPlan, layer: int, x: Tensor, folder: Path, dtype: s
 
 
 def _layer_config(plan: ImportPlan, layer: int, x: Tensor, dtype: str) -> Mapping[str, Any]:
-    """config.json of the one-layer model; of a Qwen3 folder with everything that it says itself."""
+    """Return config.json of the one-layer model; of a Qwen3 folder with everything that it says
+    itself."""
     tokens = x.shape[0] * x.shape[1]
     one = _one_layer(plan.config, layer, tokens)
     if not plan.config.is_teacher:

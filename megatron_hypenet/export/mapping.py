@@ -66,7 +66,7 @@ class Entry:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of our tensor: the HF parts stacked along dim 0, unless `reshaped`."""
+        """Return the shape of our tensor: the HF parts stacked along dim 0, unless `reshaped`."""
         return self.reshaped or (self.part_shape[0] * len(self.hf), *self.part_shape[1:])
 
     def split(self, tensor: Tensor) -> dict[str, Tensor]:
@@ -125,7 +125,7 @@ def _mixer_entry(parameter: ParamSpec, ours_prefix: str, hf_prefix: str) -> Entr
 
 
 def num_parameters(config: ModelConfig) -> int:
-    """Weights of a model of this shape; a tied head counts once."""
+    """Return the number of weights of a model of this shape; a tied head counts once."""
     return sum(math.prod(entry.shape) for entry in entries(config))
 
 

@@ -26,7 +26,7 @@ class ImportPlan:
 
     @property
     def kind(self) -> str:
-        """Kind of the checkpoint in its manifest: teacher or student."""
+        """Return the kind of the checkpoint in its manifest: teacher or student."""
         return "teacher" if self.config.is_teacher else "student"
 
 

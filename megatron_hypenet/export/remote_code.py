@@ -23,7 +23,8 @@ REGISTRY = "from .mixers_hypenet import MIXERS\n"
 
 
 def remote_files(mixers: Iterable[str]) -> dict[str, str]:
-    """Text by file name, for a model with these entries of `mixer_types` as they are written.
+    """Return text by file name, for a model with these entries of `mixer_types` as they are
+    written.
 
     The file of a mixer is `mixer_<entry>.py`, with underscores for hyphens. ConversionError for a
     mixer without one."""
@@ -60,7 +61,7 @@ def _file(module: str) -> Path:
 
 
 def siblings(source: str) -> list[str]:
-    """Modules of the same folder that a source text imports."""
+    """Return the modules of the same folder that a source text imports."""
     return [
         node.module
         for node in ast.walk(ast.parse(source))
@@ -69,7 +70,7 @@ def siblings(source: str) -> list[str]:
 
 
 def _indirect_imports(entry: str, texts: Mapping[str, str]) -> str:
-    """Source text that imports what the modules imported by `entry` import, and so on."""
+    """Return source text that imports what the modules imported by `entry` import, and so on."""
     direct = siblings(texts[entry])
     reached: set[str] = set()
     todo = list(direct)

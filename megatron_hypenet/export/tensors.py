@@ -20,7 +20,7 @@ BLOCK_VALUES = 1 << 22
 
 
 def parse_dtype(name: str) -> torch.dtype:
-    """ "bfloat16" -> torch.bfloat16; ConversionError lists the known names."""
+    """Return torch.bfloat16 for "bfloat16"; ConversionError lists the known names."""
     if name not in DTYPES:
         raise ConversionError(f"dtype {name!r} is not supported; use one of {', '.join(DTYPES)}")
     return DTYPES[name]

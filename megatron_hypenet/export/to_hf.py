@@ -59,11 +59,11 @@ class ExportPlan:
 
     @property
     def family(self) -> str:
-        """The model type of the exported folder."""
+        """Return the model type of the exported folder."""
         return hf_config.QWEN3 if self.config.is_teacher else hf_config.HYPENET
 
     def bytes(self) -> int:
-        """Size of all exported weights."""
+        """Return the size of all exported weights."""
         return sum(_entry_bytes(entry, self.dtypes) for entry in self.entries)
 
 

@@ -77,7 +77,7 @@ class LogitsReport:
 
     @property
     def ok(self) -> bool:
-        """Whether logits and hidden states agree within the tolerance. NaN never does."""
+        """Return whether logits and hidden states agree within the tolerance. NaN never does."""
         return self.max_rel_diff <= self.tolerance and self.first_diverging is None
 
 
@@ -95,7 +95,7 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether all comparisons that were made agree."""
+        """Return whether all comparisons that were made agree."""
         return not self.problems()
 
     def problems(self) -> list[str]:
@@ -174,7 +174,7 @@ def verify(
 
 
 def compare_configs(folder: ModelConfig, checkpoint: ModelConfig) -> tuple[list[str], list[str]]:
-    """(differences that change the model, differences that may be), one line each."""
+    """Return (differences that change the model, differences that may be), one line each."""
     lines: tuple[list[str], list[str]] = ([], [])
     for name in ModelConfig.model_fields:
         theirs, ours = getattr(folder, name), getattr(checkpoint, name)
@@ -247,7 +247,7 @@ class _Part:
         self.num_bytes = self.num_values * self.theirs.itemsize
 
     def blocks(self) -> Iterator[tuple[int, int]]:
-        """(first value, number of values) of each block."""
+        """Yield (first value, number of values) of each block."""
         unit = self.reader.unit(self.entry.ours)
         step = max(unit, BLOCK_VALUES // unit * unit)
         for first in range(0, self.num_values, step):
@@ -311,8 +311,8 @@ def compare_logits(reference: list[Tensor], found: list[Tensor], dtype: str) -> 
 
 
 def _differences(theirs: Tensor, ours: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Largest difference, largest reference, least cosine and number of equal first choices of the
-    logits of some tokens, in float64."""
+    """Return the largest difference, the largest reference value, the least cosine and the number
+    of equal first choices of the logits of some tokens, in float64."""
     theirs, ours = theirs.double(), ours.double()
     return (
         (theirs - ours).abs().max(),

@@ -52,7 +52,8 @@ def softmax_attention(
 
 
 def _one_query(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Tensor:
-    """One query per row over the columns that are `real` [b or 1, columns] (None: all)."""
+    """Attend with one query per row over the columns that are `real` [b or 1, columns] (None:
+    all)."""
     b, h, _, d = q.shape
     groups = k.shape[1]
     # the query heads of one group become its queries: no copy of k and v for grouped heads
@@ -68,13 +69,13 @@ def _is_last(real: Tensor) -> Tensor:
 
 
 def _per_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """k and v repeated for every head."""
+    """Repeat k and v for every head."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     return k, v
 
 
 def _unpadded(q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
-    """Without padding: causal kernels, which need no mask in memory."""
+    """Attend without padding: causal kernels, which need no mask in memory."""
     t = q.shape[2]
     fused = (
         q.is_cuda
@@ -99,8 +100,8 @@ def _can_use_cudnn(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def _by_cudnn(q: Tensor, k: Tensor, v: Tensor, past: int) -> Tensor:
-    """cuDNN's causal blocks start together: earlier keys and new ones are attended to one after the
-    other and joined by their log-sum-exps."""
+    """Attend by cuDNN, whose causal blocks start together: earlier keys and new ones are attended
+    to one after the other and joined by their log-sum-exps."""
     own, own_sums = _cudnn(q, k[:, :, past:], v[:, :, past:], causal=True)
     if past == 0:
         return own
@@ -110,8 +111,8 @@ def _by_cudnn(q: Tensor, k: Tensor, v: Tensor, past: int) -> Tensor:
 
 
 def _cudnn(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
-    """The output and its log-sum-exps [b, h, t]. cuDNN plans anew for every shape and stride: those
-    of contiguous keys do not depend on the size of a buffer."""
+    """Return the output and its log-sum-exps [b, h, t]. cuDNN plans anew for every shape and
+    stride: those of contiguous keys do not depend on the size of a buffer."""
     o, log_sums, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
         q, k.contiguous(), v.contiguous(), None, True, 0.0, causal, False
     )
@@ -119,7 +120,7 @@ def _cudnn(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> tuple[Tensor, Te
 
 
 def _in_blocks(q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
-    """With a mask, for one block of queries at a time; k, v [b, h, past + t, d]."""
+    """Attend with a mask, for one block of queries at a time; k, v [b, h, past + t, d]."""
     t = q.shape[2]
     if step.real is None and step.past == 0:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)

@@ -39,12 +39,12 @@ class HypeNetCache:
         self.reset()
 
     def __len__(self) -> int:
-        """Number of layers."""
+        """Return the number of layers."""
         return len(self.slots)
 
     @property
     def is_initialized(self) -> bool:
-        """Whether the cache holds any token."""
+        """Return whether the cache holds any token."""
         return self.length > 0
 
     @property
@@ -55,39 +55,41 @@ class HypeNetCache:
 
     @property
     def is_sliding(self) -> list[bool]:
-        """False for every layer."""
+        """Return False for every layer."""
         return [False] * len(self)
 
     @property
     def is_croppable(self) -> bool:
-        """Whether no layer has a state that cannot be rolled back."""
+        """Return whether no layer has a state that cannot be rolled back."""
         return all(slot.is_croppable for slot in self.slots)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Number of columns so far, padding included, which `generate` has already passed in."""
+        """Return the number of columns so far, padding included, which `generate` has already
+        passed in."""
         return self.length
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
-        """Columns before the next token."""
+        """Return the number of columns before the next token."""
         return self.length
 
     def get_max_cache_shape(self, layer_idx: int = 0) -> int:
-        """-1: the cache grows as needed."""
+        """Return -1: the cache grows as needed."""
         return -1
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
-        """-1: the cache grows as needed (the name in transformers 5)."""
+        """Return -1: the cache grows as needed (the name in transformers 5)."""
         return -1
 
     def get_mask_sizes(self, query_length: int | Tensor, layer_idx: int = 0) -> tuple[int, int]:
-        """(columns with the new tokens, 0). Takes the number of new tokens (transformers 5) or
-        their positions (4.57)."""
+        """Return (columns with the new tokens, 0). Takes the number of new tokens (transformers 5)
+        or their positions (4.57)."""
         new = query_length if isinstance(query_length, int) else query_length.shape[0]
         return self.length + new, 0
 
     @property
     def real(self) -> Tensor | None:
-        """[b, length] bool: the columns that are no padding; None while nothing has been padded."""
+        """Return [b, length] bool: the columns that are no padding; None while nothing has been
+        padded."""
         return None if self._real is None else self._real[:, : self.length]
 
     def expect(self, columns: int) -> None:
@@ -124,8 +126,9 @@ class HypeNetCache:
         return past, first, self.real
 
     def begin_step(self, batch: int, device: torch.device, *, masked: bool) -> None:
-        """The host's part of one more column, in place: room for it, and its number in `at` [1].
-        `masked`: it may be padding. ValueError for another number of rows than before."""
+        """Do the host's part of one more column, in place: reserve memory for it, and write its
+        number to `at` [1]. `masked`: it may be padding. ValueError for another number of rows than
+        before."""
         self._check_rows(batch)
         if self.at is None or self.at.device != device:
             with torch.inference_mode(False):
@@ -141,7 +144,7 @@ class HypeNetCache:
             self.num_real = writable(self.num_real)
 
     def record_step(self, new_real: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The device's part: record padding `new_real` [b, 1] bool (None: real tokens).
+        """Do the device's part: record padding `new_real` [b, 1] bool (None: real tokens).
 
         Returns the tokens' positions [b or 1, 1] and the mask [b, capacity] of real columns, None
         when nothing has ever been padded."""
@@ -157,12 +160,12 @@ class HypeNetCache:
     def run_step(
         self, model: nn.Module, one_token: OneToken, ids: Tensor, new_real: Tensor | None
     ) -> Tensor:
-        """one_token(ids, new_real), as a CUDA graph where `model` can be captured."""
+        """Run one_token(ids, new_real), as a CUDA graph where `model` can be captured."""
         padding = (self.at, self._real, self.num_real)
         return self.steps.run(model, one_token, ids, new_real, self.slots, padding)
 
     def end_step(self) -> None:
-        """The host counts the column."""
+        """Count the column on the host."""
         self.length += 1
         for slot in self.slots:
             slot.length = self.length

@@ -161,7 +161,7 @@ class HypeNetConfig(PretrainedConfig):
 
 
 def _listed(values: Sequence[Any]) -> str:
-    """Values for a message."""
+    """Return the values as a message shows them."""
     if isinstance(values, range):
         return f"{values[0]} to {values[-1]}"
     return " or ".join(repr(value) for value in values)

@@ -80,7 +80,7 @@ class HypeNetDeltaMixer(HypeNetMixer):
 
 
 def unit_length(x: Tensor) -> Tensor:
-    """x [..., d] divided by its length over the last dimension."""
+    """Return x [..., d] divided by its length over the last dimension."""
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + _L2_EPS)
 
 
@@ -88,7 +88,8 @@ def unit_length(x: Tensor) -> Tensor:
 def delta_step(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One token: q, k, v [b, h, 1, d], log_decay [b, h, 1, c], beta [b, h, 1], state [b, h, d, d]
+    """Process one token: q, k, v [b, h, 1, d], log_decay [b, h, 1, c], beta [b, h, 1], state [b, h,
+    d, d] -> o [b, h, 1, d], new state.
     -> o [b, h, 1, d], new state. No decay and a beta of 0 leave the state as it is."""
     return _delta_update(state, q, k, v, log_decay, beta[..., None])
 
@@ -96,7 +97,7 @@ def delta_step(
 def _delta_update(
     state: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The same with beta [b, h, 1, 1], the state first."""
+    """Compute `delta_step` with beta [b, h, 1, 1]; returns the state first."""
     state = log_decay.exp().transpose(-1, -2) * state
     state = state + k.transpose(-1, -2) @ (beta * (v - k @ state))
     return q @ state, state
@@ -106,8 +107,8 @@ def _delta_update(
 def delta_chunks(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Any number of tokens: q, k, v [b, h, t, d], log_decay [b, h, t, c], beta [b, h, t], state
-    [b, h, d, d] -> o [b, h, t, d], new state; all in the state's dtype.
+    """Process any number of tokens: q, k, v [b, h, t, d], log_decay [b, h, t, c], beta [b, h, t],
+    state [b, h, d, d] -> o [b, h, t, d], new state; all in the state's dtype.
 
     Groups of chunks bound the memory to a few copies of q."""
     if is_open(q.shape[2]):
@@ -134,7 +135,8 @@ def _group_tokens(log_decay: Tensor) -> int:
 def _delta_group(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The chunks of a group: what does not depend on the state at once, then one after the other.
+    """Process the chunks of a group: what does not depend on the state at once, then one after the
+    other.
 
     With G the summed log decays of a chunk up to a token and S the state before it, token i adds
     k_i u_i^T: u_i = beta_i (v_i - (k_i exp G_i)^T S - sum_(j<i) (k_i exp(G_i - G_j) k_j) u_j).
@@ -167,8 +169,8 @@ def _delta_group(
 
 
 def _decayed_products(k: Tensor, q: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor]:
-    """sum_d x_i k_j exp(decay from j to i) [..., i, j] for j <= i and 0 for j > i, with x = k and
-    with x = q; k, q [..., chunk, d], log_decay [..., chunk, c]."""
+    """Return sum_d x_i k_j exp(decay from j to i) [..., i, j] for j <= i and 0 for j > i, with x =
+    k and with x = q; k, q [..., chunk, d], log_decay [..., chunk, c]."""
     if log_decay.shape[-1] == 1:
         decay = _decay_between(log_decay.squeeze(-1))
         return (k @ k.transpose(-1, -2)) * decay, (q @ k.transpose(-1, -2)) * decay
@@ -197,7 +199,7 @@ def _products_by_channel(k: Tensor, q: Tensor, log_decay: Tensor) -> tuple[Tenso
 
 
 def _decay_between(log_decay: Tensor) -> Tensor:
-    """exp(sum of log_decay over j < s <= i) [..., i, j] for j <= i, 0 for j > i; log_decay
+    """Return exp(sum of log_decay over j < s <= i) [..., i, j] for j <= i, 0 for j > i; log_decay
     [..., tokens].
 
     Summed pair by pair: the difference of two sums from the start would lose the digits of a small
@@ -210,8 +212,8 @@ def _decay_between(log_decay: Tensor) -> Tensor:
 
 
 def _decay_between_channels(log_decay: Tensor) -> Tensor:
-    """The same by channel: log_decay [..., tokens, d] -> [..., i, j, d]; all sums in one product
-    with a matrix of zeros and ones."""
+    """Compute `_decay_between` by channel: log_decay [..., tokens, d] -> [..., i, j, d]; all sums
+    in one product with a matrix of zeros and ones."""
     size = log_decay.shape[-2]
     token = torch.arange(size, device=log_decay.device)
     summed = (token[:, None, None] >= token) & (token > token[:, None])  # [i, j, s]

@@ -123,7 +123,7 @@ class HypeNetGenerationMixin(GenerationMixin):
         cache: HypeNetCache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """The tokens that the cache has not seen, with whatever else `forward` takes.
+        """Return the tokens that the cache has not seen, with whatever else `forward` takes.
 
         How many are new follows from the mask; transformers 5 leaves out a mask of ones and says
         how many (next_sequence_length), or gives the new tokens alone."""
@@ -151,8 +151,8 @@ class HypeNetGenerationMixin(GenerationMixin):
 
 
 def _check_given(cache: HypeNetCache, model_kwargs: dict[str, Any]) -> None:
-    """ValueError unless `generate` was given a HypeNetCache and at least one token that it has not
-    seen."""
+    """Raise ValueError unless `generate` was given a HypeNetCache and at least one token that it
+    has not seen."""
     if not isinstance(cache, HypeNetCache):
         raise ValueError(
             "past_key_values must be the HypeNetCache of an earlier call, "

@@ -52,7 +52,7 @@ class CapturedSteps:
         slots: Sequence[Any],
         padding: Iterable[Tensor | None],
     ) -> Tensor:
-        """one_token(ids, new_real), through a graph where there is one.
+        """Run one_token(ids, new_real), through a graph where there is one.
 
         `slots` and `padding` have all memory of the cache. A graph is left when any of it moved,
         when a weight moved, or when a module got a hook, which a graph would not call."""
@@ -142,7 +142,8 @@ def can_be_captured(model: nn.Module, ids: Tensor) -> bool:
 
 
 def is_plain(model: nn.Module) -> bool:
-    """Whether all modules are torch's or this folder's, without hooks and replaced methods."""
+    """Return whether all modules are torch's or this folder's, without hooks and replaced
+    methods."""
     return not any(hooks(model)) and all(
         (
             type(module).__module__.startswith("torch.nn.modules.")
@@ -155,7 +156,7 @@ def is_plain(model: nn.Module) -> bool:
 
 
 def hooks(model: nn.Module) -> list[dict]:
-    """The tables of forward hooks of all modules, which are empty where there are none."""
+    """Return the tables of forward hooks of all modules, which are empty where there are none."""
     return [
         table
         for module in model.modules()
@@ -164,10 +165,10 @@ def hooks(model: nn.Module) -> list[dict]:
 
 
 def kept(slots: Iterable[Any]) -> list[Tensor | None]:
-    """All tensors of a cache's slots."""
+    """Return all tensors of a cache's slots."""
     return [getattr(slot, name) for slot in slots for name in slot.kept]
 
 
 def addresses(tensors: Iterable[Tensor | None]) -> list[int]:
-    """Where tensors lie in memory; 0 for None."""
+    """Return the memory addresses of tensors; 0 for None."""
     return [0 if x is None else x.data_ptr() for x in tensors]

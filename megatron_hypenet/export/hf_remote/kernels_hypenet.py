@@ -48,8 +48,8 @@ if triton is not None:
         width: tl.constexpr,
         block: tl.constexpr,
     ):
-        """One split of the keys of one group: unnormalised outputs [b, h, n, d], sums and maxima
-        [b, h, n] of exp2(logits), all in fp32."""
+        """Attend to one split of the keys of one group: unnormalised outputs [b, h, n, d], sums and
+        maxima [b, h, n] of exp2(logits), all in fp32."""
         batch = (tl.program_id(0) // groups).to(tl.int64)
         group = tl.program_id(0) % groups
         split = tl.program_id(1)
@@ -100,7 +100,7 @@ if triton is not None:
 
     @triton.jit
     def _join_splits(partial, sums, maxima, o, channels, splits: tl.constexpr, width: tl.constexpr):
-        """The output of one head."""
+        """Compute the output of one head from its splits."""
         head = tl.program_id(0).to(tl.int64)
         split = tl.arange(0, splits)
         channel = tl.arange(0, width)
@@ -113,7 +113,7 @@ if triton is not None:
 
 
 def can_attend(q: Tensor) -> bool:
-    """Whether the kernels take queries like q [b, h, 1, d]."""
+    """Return whether the kernels take queries like q [b, h, 1, d]."""
     return (
         triton is not None
         and q.is_cuda
@@ -123,8 +123,8 @@ def can_attend(q: Tensor) -> bool:
 
 
 def attend_in_place(q: Tensor, k: Tensor, v: Tensor, at: Tensor, real: Tensor | None) -> Tensor:
-    """Softmax attention of one query per row, q [b, h, 1, d], over the first at + 1 columns of the
-    contiguous buffers k, v [b, g, capacity, d] -> [b, h, 1, d].
+    """Compute softmax attention of one query per row, q [b, h, 1, d], over the first at + 1 columns
+    of the contiguous buffers k, v [b, g, capacity, d] -> [b, h, 1, d].
 
     `at` [1] is the newest column, `real` [b, capacity or more] says which others are no padding."""
     b, h, _, d = q.shape

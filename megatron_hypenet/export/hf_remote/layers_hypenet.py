@@ -19,7 +19,7 @@ class HypeNetRMSNorm(nn.Module):
     """Root-mean-square norm over the last dimension."""
 
     def __init__(self, size: int, eps: float) -> None:
-        """`size`: length of the last dimension."""
+        """Build the norm; `size`: length of the last dimension."""
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
@@ -50,8 +50,8 @@ class HypeNetMixer(nn.Module):
         gate: str | None = None,
         qk_norm: bool = True,
     ) -> None:
-        """`kv_heads`: heads of k and v, None for those of softmax attention; `gate`: name of the
-        gate's projection, None without."""
+        """Build the projections; `kv_heads`: heads of k and v, None for those of softmax attention;
+        `gate`: name of the gate's projection, None without."""
         super().__init__()
         self.config = config
         self.gate_name = gate
@@ -72,19 +72,19 @@ class HypeNetMixer(nn.Module):
 
     @staticmethod
     def settings(config: PretrainedConfig) -> dict[str, Sequence[Any]]:
-        """Keys of config.json that the mixer reads, with the values that each may have; the first
-        one is the default, and a range has none."""
+        """Return the keys of config.json that the mixer reads, with the values that each may have;
+        the first one is the default, and a range has none."""
         return {}
 
     @staticmethod
     def shared(config: PretrainedConfig, positions: Tensor, dtype: torch.dtype) -> Any:
-        """What all layers with this mixer need in a call with tokens at `positions` [b or 1, t];
-        they find it in `step.shared`. `dtype` is that of states."""
+        """Return what all layers with this mixer need in a call with tokens at `positions` [b or 1,
+        t]; they find it in `step.shared`. `dtype` is that of states."""
         return None
 
     @staticmethod
     def new_cache() -> CacheSlot:
-        """An empty cache for one layer."""
+        """Return an empty cache for one layer."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, step: Step, slot: Any) -> Tensor:
@@ -96,7 +96,7 @@ class HypeNetMixer(nn.Module):
         return self.split(self.q_proj(x), self.k_proj(x), self.v_proj(x))
 
     def split(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Projections [b, t, h * d] as heads [b, h, t, d]; q and k normalised per head."""
+        """Split projections [b, t, h * d] into heads [b, h, t, d]; q and k normalised per head."""
         q, k, v = (y.unflatten(-1, (-1, self.config.head_dim)) for y in (q, k, v))
         return self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
 
@@ -106,5 +106,5 @@ class HypeNetMixer(nn.Module):
 
 
 def by_name(*mixers: type[HypeNetMixer]) -> dict[str, type[HypeNetMixer]]:
-    """Mixers by every entry of `mixer_types` that stands for one."""
+    """Return mixers by every entry of `mixer_types` that stands for one."""
     return {name: mixer for mixer in mixers for name in mixer.hf_names}

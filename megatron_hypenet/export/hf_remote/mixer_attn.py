@@ -21,17 +21,17 @@ class HypeNetSoftmaxMixer(HypeNetMixer):
     steps_in_place = True
 
     def __init__(self, config: PretrainedConfig) -> None:
-        """Sizes from the configuration."""
+        """Read sizes from the configuration."""
         super().__init__(config, gate="o_gate")
 
     @staticmethod
     def shared(config: PretrainedConfig, positions: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """Logit scaling at these positions."""
+        """Return the logit scaling at these positions."""
         return query_scale(config.attn_logits_scaling, positions, dtype)
 
     @staticmethod
     def new_cache() -> KeyValueSlot:
-        """Keys and values."""
+        """Return a slot for keys and values."""
         return KeyValueSlot()
 
     def forward(self, x: Tensor, step: Step, slot: KeyValueSlot | None) -> Tensor:
@@ -49,8 +49,8 @@ class HypeNetSoftmaxMixer(HypeNetMixer):
 def query_scale(
     setting: str | float | None, positions: Tensor, dtype: torch.dtype
 ) -> Tensor | None:
-    """Factor of q in softmax layers at 0-based `positions` [b or 1, t]: ln(t + a) / ln(a) for "hype
-    <a>", a constant, or None."""
+    """Return the factor of q in softmax layers at 0-based `positions` [b or 1, t]: ln(t + a) /
+    ln(a) for "hype <a>", a constant, or None."""
     a = hype_constant(setting)
     if a is not None:
         return (torch.log(positions.to(dtype) + a) / math.log(a))[:, None, :, None]

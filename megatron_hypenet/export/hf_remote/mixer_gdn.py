@@ -25,7 +25,7 @@ class HypeNetGatedDeltaNet(HypeNetDeltaMixer):
     g_proj: nn.Linear
 
     def __init__(self, config: PretrainedConfig) -> None:
-        """Sizes and switches from the configuration."""
+        """Read sizes and switches from the configuration."""
         gate = "g_proj" if config.gdn_use_gate else None
         qk_norm = config.gdn_use_qk_norm
         super().__init__(config, kv_heads=config.gdn_nkv, gate=gate, qk_norm=qk_norm)
@@ -40,8 +40,9 @@ class HypeNetGatedDeltaNet(HypeNetDeltaMixer):
 
     @staticmethod
     def settings(config: PretrainedConfig) -> dict[str, Sequence[Any]]:
-        """As many heads as the attention has; keys and values as many, or those of its groups. An
-        activation of any name is SiLU, as in the reference."""
+        """Return the allowed values, the default first: as many heads as the attention has; keys
+        and values as many, or those of its groups. An activation of any name is SiLU, as in the
+        reference."""
         heads = config.num_attention_heads
         activation = getattr(config, "gdn_activation", None)
         return {
@@ -56,7 +57,7 @@ class HypeNetGatedDeltaNet(HypeNetDeltaMixer):
 
     @staticmethod
     def new_cache() -> StateSlot:
-        """One matrix per head."""
+        """Return a slot for one matrix per head."""
         return StateSlot("Gated DeltaNet")
 
     def inputs(self, x: Tensor, step: Step, slot: StateSlot | None) -> tuple[Tensor, ...]:

@@ -33,7 +33,7 @@ class HypeNetKimiDeltaAttention(HypeNetDeltaMixer):
     steps_in_place = True
 
     def __init__(self, config: PretrainedConfig) -> None:
-        """Sizes and switches from the configuration."""
+        """Read sizes and switches from the configuration."""
         heads = config.num_attention_heads
         super().__init__(config, kv_heads=heads, qk_norm=config.kda_use_qk_norm)
         self.use_rope = config.kda_use_rope
@@ -69,7 +69,7 @@ class HypeNetKimiDeltaAttention(HypeNetDeltaMixer):
 
     @staticmethod
     def new_cache() -> WindowSlot:
-        """One matrix per head, and the window of the convolutions."""
+        """Return a slot for one matrix per head, and the window of the convolutions."""
         return WindowSlot("Kimi Delta Attention")
 
     def inputs(self, x: Tensor, step: Step, slot: StateSlot | None) -> tuple[Tensor, ...]:
@@ -104,8 +104,9 @@ class HypeNetKimiDeltaAttention(HypeNetDeltaMixer):
 def short_convolution(
     x: Tensor, weight: Tensor, window: Tensor | None, new_real: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Causal depthwise convolution over real tokens: x [b, t, channels], weight [channels, W], the
-    last W - 1 inputs before these (None: zeros) -> y [b, t, channels], the last W - 1 inputs now.
+    """Apply a causal depthwise convolution over real tokens: x [b, t, channels], weight [channels,
+    W], the last W - 1 inputs before these (None: zeros) -> y [b, t, channels], the last W - 1
+    inputs now.
 
     The last tap is the token's own. Padding is left out, as if its columns were not there; what y
     has there is unused."""

@@ -38,7 +38,7 @@ class HypeNetLightningMixer(HypeNetMixer):
     steps_in_place = True
 
     def __init__(self, config: PretrainedConfig) -> None:
-        """Sizes from the configuration."""
+        """Read sizes from the configuration."""
         super().__init__(config, kv_heads=config.num_attention_heads, gate="z_proj")
         self.o_norm = HypeNetRMSNorm(
             config.num_attention_heads * config.head_dim, config.rms_norm_eps
@@ -63,12 +63,12 @@ class HypeNetLightningMixer(HypeNetMixer):
 
     @staticmethod
     def shared(config: PretrainedConfig, positions: Tensor, dtype: torch.dtype) -> Tensor:
-        """Decay of every head per real token: exp(-slope)."""
+        """Return the decay of every head per real token: exp(-slope)."""
         return alibi_slopes(config.num_attention_heads, positions.device, dtype)
 
     @staticmethod
     def new_cache() -> StateSlot:
-        """One matrix per head."""
+        """Return a slot for one matrix per head."""
         return StateSlot("Lightning")
 
     def forward(self, x: Tensor, step: Step, slot: StateSlot | None) -> Tensor:
@@ -92,8 +92,8 @@ class HypeNetLightningMixer(HypeNetMixer):
 
 
 def alibi_slopes(num_heads: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """[h] slopes: 2^(-8(i+1)/n) for the power of two n <= h, then every second slope of the set for
-    2n until h are there."""
+    """Return the slopes [h]: 2^(-8(i+1)/n) for the power of two n <= h, then every second slope of
+    the set for 2n until h are there."""
     n = 1 << (num_heads.bit_length() - 1)
     exponents = torch.arange(1, n + 1, device=device, dtype=dtype) / n
     more = (1 + 2 * torch.arange(num_heads - n, device=device, dtype=dtype)) / (2 * n)
@@ -104,8 +104,8 @@ def alibi_slopes(num_heads: int, device: torch.device, dtype: torch.dtype) -> Te
 def lightning_step(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, slopes: Tensor, new_real: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """One token: q, k, v [b, h, 1, d], state [b, h, d, d] -> o [b, h, 1, d], new state. A padded
-    row keeps its state."""
+    """Process one token: q, k, v [b, h, 1, d], state [b, h, d, d] -> o [b, h, 1, d], new state. A
+    padded row keeps its state."""
     decay = torch.exp(-slopes)[:, None, None]
     new = decay * state + k.transpose(-1, -2) @ v
     if new_real is not None:
@@ -117,8 +117,8 @@ def lightning_step(
 def lightning_chunks(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, slopes: Tensor, new_real: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Any number of tokens: q, k, v [b, h, t, d], state [b, h, d, d] -> o [b, h, t, d] in the dtype
-    of `_product_dtype`, new state.
+    """Process any number of tokens: q, k, v [b, h, t, d], state [b, h, d, d] -> o [b, h, t, d] in
+    the dtype of `_product_dtype`, new state.
 
     Decay counts real tokens, so padding leaves a state as it was. Groups of chunks bound the memory
     to a few copies of q."""
@@ -156,8 +156,8 @@ def lightning_chunks(
 
 
 def _product_dtype(q: Tensor, state: Tensor) -> torch.dtype:
-    """bf16 products on a GPU, whose tensor cores sum in fp32; elsewhere, and for gradients, those
-    of the state's dtype. fp16 is too narrow for sums over a long text."""
+    """Return the dtype of products: bf16 on a GPU, whose tensor cores sum in fp32; elsewhere, and
+    for gradients, that of the state. fp16 is too narrow for sums over a long text."""
     fast = q.is_cuda and q.dtype == torch.bfloat16 and not torch.is_grad_enabled()
     return q.dtype if fast else state.dtype
 
@@ -165,7 +165,7 @@ def _product_dtype(q: Tensor, state: Tensor) -> torch.dtype:
 def _lightning_tokens(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, slopes: Tensor, new_real: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The same for an open number of tokens."""
+    """Compute `lightning_chunks` for an open number of tokens."""
     decay = -slopes[:, None, None].expand(q.shape[0], -1, q.shape[2], 1)
     if new_real is not None:
         real = new_real[:, None, :, None].to(state.dtype)
@@ -191,7 +191,8 @@ def _group_tokens(q: Tensor) -> int:
 def _lightning_group(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, within: Tensor, ends: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """All chunks of a group at once: q, k, v [b, h, n, chunk, d] -> o of the same shape, new state.
+    """Process all chunks of a group at once: q, k, v [b, h, n, chunk, d] -> o of the same shape,
+    new state.
 
     `within` [b or 1, h, n or 1, chunk]: log decay from the start of a chunk to each token, `ends`
     [b or 1, h, n] from the start of the group to each chunk's end, never growing. A token sees its
@@ -210,7 +211,7 @@ def _lightning_group(
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a [..., m, k] @ b [..., k, n], in `dtype`."""
+    """Multiply a [..., m, k] @ b [..., k, n], in `dtype`."""
     if a.dtype == dtype:
         return a @ b
     if not (a.is_cuda and _HAS_WIDE_PRODUCT):
@@ -220,7 +221,7 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _decay(to: Tensor, since: Tensor, diagonal: int) -> Tensor:
-    """exp(to_i - since_j) [..., i, j] on and below the given diagonal, 0 above it."""
+    """Return exp(to_i - since_j) [..., i, j] on and below the given diagonal, 0 above it."""
     between = to[..., :, None] - since[..., None, :]
     below = torch.ones(between.shape[-2:], dtype=torch.bool, device=to.device).tril(diagonal)
     return between.masked_fill(~below, -torch.inf).exp()

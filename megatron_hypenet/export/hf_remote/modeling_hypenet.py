@@ -38,7 +38,7 @@ class HypeNetMLP(nn.Module):
     """SwiGLU."""
 
     def __init__(self, config: HypeNetConfig) -> None:
-        """Sizes from the configuration."""
+        """Read sizes from the configuration."""
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -104,7 +104,7 @@ class HypeNetModel(HypeNetPreTrainedModel):
     """Embedding, layers and final norm."""
 
     def __init__(self, config: HypeNetConfig) -> None:
-        """Random weights; use `from_pretrained` to load."""
+        """Initialise random weights; use `from_pretrained` to load."""
         super().__init__(config)
         self.embed_tokens: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
@@ -114,7 +114,7 @@ class HypeNetModel(HypeNetPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        """The embedding module."""
+        """Return the embedding module."""
         return self.embed_tokens
 
     def set_input_embeddings(self, value: nn.Module) -> None:
@@ -128,7 +128,7 @@ class HypeNetModel(HypeNetPreTrainedModel):
         position_ids: Tensor | None,
         cache: HypeNetCache | None,
     ) -> Step:
-        """Arguments of the layers for x [b, t, H], which the cache counts."""
+        """Return the arguments of the layers for x [b, t, H], which the cache counts."""
         b, t, _ = x.shape
         past = 0
         first: int | Tensor = 0
@@ -163,8 +163,8 @@ class HypeNetModel(HypeNetPreTrainedModel):
         return Step(cos, sin, shared, new_real, real, past, at)
 
     def steps_in_place(self, new: Tensor, cache: HypeNetCache | None) -> bool:
-        """Whether a call with `new` tokens [b, t] or their embeddings is a step of one token that
-        updates `cache` in place."""
+        """Return whether a call with `new` tokens [b, t] or their embeddings is a step of one token
+        that updates `cache` in place."""
         return (
             cache is not None
             and not torch.is_grad_enabled()
@@ -186,12 +186,12 @@ class HypeNetModel(HypeNetPreTrainedModel):
         return self._run(x, step, cache)
 
     def new_cache(self) -> HypeNetCache:
-        """An empty cache."""
+        """Return an empty cache."""
         return HypeNetCache(MIXERS[name].new_cache() for name in self.config.mixer_types)
 
     def _cache(self, given: HypeNetCache | None, use_cache: bool | None) -> HypeNetCache | None:
-        """The cache of this call: the given one, a new one, or None. ValueError where a given one
-        cannot be used."""
+        """Return the cache of this call: the given one, a new one, or None. ValueError where a
+        given one cannot be used."""
         recomputes = (
             self.training
             and torch.is_grad_enabled()
@@ -361,7 +361,7 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, HypeNetGenerationMixin):
     )
 
     def __init__(self, config: HypeNetConfig) -> None:
-        """Random weights; use `from_pretrained` to load."""
+        """Initialise random weights; use `from_pretrained` to load."""
         super().__init__(config)
         self.model = HypeNetModel(config)
         self.lm_head: nn.Module = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -369,7 +369,7 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, HypeNetGenerationMixin):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        """The embedding module."""
+        """Return the embedding module."""
         return self.model.embed_tokens
 
     def set_input_embeddings(self, value: nn.Module) -> None:
@@ -377,7 +377,7 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, HypeNetGenerationMixin):
         self.model.embed_tokens = value
 
     def get_output_embeddings(self) -> nn.Module:
-        """The output head."""
+        """Return the output head."""
         return self.lm_head
 
     def set_output_embeddings(self, value: nn.Module) -> None:
@@ -469,7 +469,8 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, HypeNetGenerationMixin):
     def _one_token(
         self, input_ids: Tensor, attention_mask: Tensor | None, memory: HypeNetCache
     ) -> Tensor:
-        """Logits [b, 1, vocab] after one more token per row, as a CUDA graph where possible."""
+        """Return logits [b, 1, vocab] after one more token per row, as a CUDA graph where
+        possible."""
         b = len(input_ids)
         new_real = new_columns(attention_mask, b, 1, memory.length, look=False)
         memory.begin_step(b, input_ids.device, masked=new_real is not None)
@@ -483,7 +484,7 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, HypeNetGenerationMixin):
 
 
 def _refuse_unknown(keywords: dict[str, Any], model: nn.Module, known: Container[str]) -> None:
-    """TypeError for further keywords of `model.forward` that are not in `known`."""
+    """Raise TypeError for further keywords of `model.forward` that are not in `known`."""
     packing = sorted(
         {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
         & set(keywords)

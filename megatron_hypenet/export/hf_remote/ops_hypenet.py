@@ -28,7 +28,8 @@ class Step(NamedTuple):
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp64 for an fp64 model, fp32 for all others: the dtype of states, positions and the loss."""
+    """Return the dtype of states, positions and the loss: fp64 for an fp64 model, fp32 for all
+    others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -50,7 +51,7 @@ def without_autocast(
 
 
 def is_open(tokens: int) -> bool:
-    """Whether the graph that is being made leaves this number open (a dynamic dimension of
+    """Return whether the graph that is being made leaves this number open (a dynamic dimension of
     `torch.export`), so that no Python loop over it can end."""
     return isinstance(tokens, torch.SymInt)
 
@@ -58,7 +59,7 @@ def is_open(tokens: int) -> bool:
 def token_by_token(
     step: Callable[..., tuple[Tensor, Tensor]], state: Tensor, *by_token: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """A recurrence as a loop within the graph, for an open number of tokens.
+    """Run a recurrence as a loop within the graph, for an open number of tokens.
 
     `step(state, *inputs)` -> (o [b, h, 1, d], new state), with inputs [b, h, 1, ...] of
     `by_token` [b, h, t, ...]; returns o [b, h, t, d] and the last state. RuntimeError where torch
@@ -87,8 +88,8 @@ def causal_lm_loss(
     ignore_index: int = -100,
     shift_labels: Tensor | None = None,
 ) -> Tensor:
-    """Mean cross entropy of logits [b, t, vocab_size] against the next of labels [b, t], or against
-    shift_labels [b, t] as they are.
+    """Return the mean cross entropy of logits [b, t, vocab_size] against the next of labels [b, t],
+    or against shift_labels [b, t] as they are.
 
     Labels equal to `ignore_index` are left out; `num_items_in_batch` replaces the count in the
     mean. ValueError for other shapes."""
@@ -115,7 +116,7 @@ def causal_lm_loss(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE on x [b, h, t, d] (rotate-half convention), computed in the tables' dtype."""
+    """Apply RoPE to x [b, h, t, d] (rotate-half convention), computed in the tables' dtype."""
     first, second = x.chunk(2, dim=-1)
     return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
@@ -123,8 +124,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def rope_tables(
     head_dim: int, theta: float, positions: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """cos, sin [b or 1, 1, t, d] of positions [b or 1, t]. Angles are computed in fp64 so that
-    positions near 10^6 stay exact."""
+    """Return cos, sin [b or 1, 1, t, d] of positions [b or 1, t]. Angles are computed in fp64 so
+    that positions near 10^6 stay exact."""
     angle_dtype = torch.float32 if positions.device.type == "mps" else torch.float64
     channels = torch.arange(0, head_dim, 2, device=positions.device, dtype=angle_dtype)
     angles = positions[:, None, :, None].to(angle_dtype) * theta ** (-channels / head_dim)
@@ -133,7 +134,7 @@ def rope_tables(
 
 
 def hype_constant(setting: str | float | None) -> float | None:
-    """The a of "hype <a>", None for a number or None; ValueError for another setting."""
+    """Return the a of "hype <a>", None for a number or None; ValueError for another setting."""
     if setting is None or (isinstance(setting, int | float) and not isinstance(setting, bool)):
         return None
     try:

@@ -16,8 +16,8 @@ _AHEAD_TOKENS = 1024
 
 
 def in_memory_of(old: Tensor | None, new: Tensor) -> Tensor:
-    """`new`, in the memory of `old` where that is allowed: not where gradients may need the old
-    values."""
+    """Return `new`, in the memory of `old` where that is allowed: not where gradients may need the
+    old values."""
     if (
         old is None
         or torch.is_grad_enabled()
@@ -34,8 +34,8 @@ def writable(x: Tensor) -> Tensor:
 
 
 def room_for(columns: int, before: int, expected: int) -> int:
-    """Size of a new buffer that must hold `columns`, instead of one for `before` columns; a part of
-    the `expected` ones fits too."""
+    """Return the size of a new buffer that must hold `columns`, instead of one for `before`
+    columns; a part of the `expected` ones fits too."""
     ahead = min(expected, int(columns * _GROWTH) + _AHEAD_TOKENS)
     wanted = max(columns, ahead, int(before * _GROWTH))
     return -(-wanted // _BLOCK_TOKENS) * _BLOCK_TOKENS
@@ -53,12 +53,12 @@ class CacheSlot:
     """Columns that will probably come in all; room is made for them, within limits."""
 
     def __init__(self, layer_kind: str) -> None:
-        """`layer_kind`: what messages call such layers."""
+        """Name the layers as messages call them: `layer_kind`."""
         self.layer_kind = layer_kind
         self.reset()
 
     def get_seq_length(self) -> int:
-        """Columns seen so far, padding included."""
+        """Return the number of columns seen so far, padding included."""
         return self.length
 
     def reserve(self, columns: int) -> None:
@@ -96,7 +96,7 @@ class StateSlot(CacheSlot):
     state: Tensor | None
 
     def update(self, state: Tensor, *, new_tokens: int) -> None:
-        """The state after `new_tokens` more columns."""
+        """Store the state after `new_tokens` more columns."""
         self.state = in_memory_of(self.state, state)
         self.length += new_tokens
 
@@ -111,7 +111,7 @@ class KeyValueSlot(CacheSlot):
     values: Tensor | None
 
     def __init__(self) -> None:
-        """No keys yet."""
+        """Begin without keys."""
         super().__init__("softmax")
 
     def update(self, key: Tensor, value: Tensor, at: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -151,7 +151,7 @@ class KeyValueSlot(CacheSlot):
         return buffer
 
     def _with_room(self, buffer: Tensor, columns: int) -> Tensor:
-        """`buffer`, writable, or a larger one with its columns so far."""
+        """Return `buffer`, writable, or a larger one with its columns so far."""
         if buffer.shape[2] >= columns:
             return writable(buffer)
         capacity = room_for(columns, buffer.shape[2], self.expected)
