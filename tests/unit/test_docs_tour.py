@@ -11,18 +11,12 @@ PACKAGE = "megatron_hypenet"
 TOUR = "docs/code_tour.md"
 NAMED = re.compile(r"`([\w/]+\.py)(?::([\w.]+))?`")
 LINK = re.compile(r"\]\(([^)#\s]+)")
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = (
     "README.md",
     "CONTRIBUTING.md",
     "tests/README.md",
-    "docs/design.md",
-    "docs/code_tour.md",
-    "docs/glossary.md",
-    "docs/clusters.md",
-    "docs/data.md",
-    "docs/config.md",
-    "docs/serving.md",
-    "docs/errors.md",
+    *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md")),
 )
 
 

@@ -288,7 +288,8 @@ def profiles(model: Any, t: int) -> list[Row]:
 def table(results: Sequence[Row]) -> str:
     """The rows by kind, as Markdown."""
     versions = next((row["versions"] for row in results if "versions" in row), {})
-    lines = [", ".join(f"{key} {value}" for key, value in versions.items()), ""]
+    lines = ["# Decoding of an exported folder", ""]
+    lines += [", ".join(f"{key} {value}" for key, value in versions.items()), ""]
     for kind in ("accuracy", "context", "block"):
         rows = [row for row in results if kind in row]
         keys = list(dict.fromkeys(key for row in rows for key in row))
@@ -302,8 +303,9 @@ def table(results: Sequence[Row]) -> str:
         lines.append("")
     for row in results:
         if "profile" in row:
-            lines.append(f"{row['profile']}: {row['total ms']:.3f} ms")
+            lines += [f"{row['profile']}: {row['total ms']:.3f} ms", ""]
             lines += [f"    {ms:9.3f} ms {count:6d} x {name}" for name, ms, count in row["kernels"]]
+            lines.append("")
     return "\n".join(lines) + "\n"
 
 

@@ -169,7 +169,8 @@ def rows(options: argparse.Namespace) -> list[dict[str, Any]]:
 def table(results: Sequence[dict[str, Any]]) -> str:
     """The Markdown report."""
     about = next((row for row in results if "versions" in row), None)
-    lines = (
+    lines = ["# Optimizer steps", ""]
+    lines += (
         []
         if about is None
         else [
