@@ -96,13 +96,13 @@ class HostfileLaunch:
 
     @property
     def num_processes(self) -> int:
-        """All slots together."""
+        """Return the number of processes: all slots together."""
         return sum(host.slots for host in self.hosts)
 
     @property
     def command(self) -> tuple[str, ...]:
-        """DeepSpeed's launcher, as `deepspeed` would start it: this interpreter needs no console
-        script on the PATH."""
+        """Return DeepSpeed's launcher, as `deepspeed` would start it: this interpreter needs no
+        console script on the PATH."""
         return (
             *(
                 sys.executable,
@@ -122,8 +122,8 @@ class HostfileLaunch:
 
     @property
     def ssh_options(self) -> str:
-        """What pdsh gives to ssh: your PDSH_SSH_ARGS_APPEND, and after a minute without an answer a
-        connection ends."""
+        """Return what pdsh gives to ssh: your PDSH_SSH_ARGS_APPEND, and after a minute without an
+        answer a connection ends."""
         return f"{os.environ.get('PDSH_SSH_ARGS_APPEND', '')} {_NOTICES_DEAD_HOSTS}".strip()
 
     def describe(self) -> dict[str, Any]:
@@ -310,8 +310,8 @@ def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def packed(word: str) -> str:
-    """`word` in letters that neither DeepSpeed, pdsh nor the hosts' shells touch; most words stay
-    as they are."""
+    """Return `word` in letters that neither DeepSpeed, pdsh nor the hosts' shells touch; most words
+    stay as they are."""
     if re.fullmatch(r"[\w=:,./+-]+", word, re.ASCII):
         return word
     return "@" + base64.urlsafe_b64encode(word.encode()).decode()
@@ -323,7 +323,8 @@ def unpacked(word: str) -> str:
 
 
 def ssh_command(host: str, *words: str) -> list[str]:
-    """`words` on `host`, with the options that pdsh gives to ssh, and never a question."""
+    """Return the command that runs `words` on `host`, with the options that pdsh gives to ssh, and
+    never a question."""
     given = os.environ.get("PDSH_SSH_ARGS_APPEND", "")
     try:
         options = shlex.split(given)

@@ -182,7 +182,7 @@ def _last_lines(log: IO[bytes]) -> list[str]:
 
 
 def main() -> NoReturn:
-    """Entry point of a slot."""
+    """Run the entry point of a slot."""
     sys.exit(_Rank([unpacked(word) for word in sys.argv[1:]]).run(os.environ))
 
 

@@ -76,7 +76,7 @@ class LocalLaunch:
 
     @property
     def command(self) -> tuple[str, ...]:
-        """The command of every process."""
+        """Return the command of every process."""
         return hypenet_command(self.words)
 
     def environment(
@@ -132,8 +132,8 @@ def run(launch: LocalLaunch) -> int:
 
 @contextlib.contextmanager
 def held_port() -> Iterator[int]:
-    """A free TCP port of loopback that no other program gets inside the block, while a socket with
-    SO_REUSEADDR can listen on it.
+    """Reserve a free TCP port of loopback that no other program gets inside the block, while a
+    socket with SO_REUSEADDR can listen on it.
 
     A bound socket that does not listen keeps the port out of the kernel's choice for others.
     """
@@ -193,8 +193,8 @@ class _Group:
             signal.signal(number, handler)
 
     def wait(self) -> int:
-        """Until all have ended; after a failure the rest gets `grace_seconds`, then SIGTERM, then
-        SIGKILL."""
+        """Wait until all have ended; after a failure the rest gets `grace_seconds`, then SIGTERM,
+        then SIGKILL."""
         while self.running and not self._has_failed():
             self._take(None)
         for insist in (None, signal.SIGTERM, signal.SIGKILL):

@@ -63,7 +63,7 @@ def port_of(job_id: int) -> int:
 
 
 def tasks_per_node(text: str) -> list[int]:
-    """SLURM's short form as a list: "8(x2),4" -> [8, 8, 4]. Raises SetupError."""
+    """Expand SLURM's short form to a list: "8(x2),4" -> [8, 8, 4]. Raises SetupError."""
     counts: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"([1-9]\d{0,6})(?:\(x([1-9]\d{0,6})\))?", part, re.ASCII)
@@ -76,8 +76,8 @@ def tasks_per_node(text: str) -> list[int]:
 
 
 def step_hosts(environment: Mapping[str, str]) -> list[str]:
-    """Node of every task of this step, by rank, as srun places them by default: node after node.
-    Raises SetupError."""
+    """Return the node of every task of this step, by rank, as srun places them by default: node
+    after node. Raises SetupError."""
     names = _names_of(_text(environment, "SLURM_STEP_NODELIST"))
     counts = tasks_per_node(_text(environment, "SLURM_STEP_TASKS_PER_NODE"))
     if len(names) != len(counts):
@@ -103,8 +103,8 @@ def _names_of(nodelist: str) -> list[str]:
 
 
 def head_address(environment: Mapping[str, str], port: int) -> str:
-    """Address of the first node of this step, which runs rank 0. Raises SetupError where it is not
-    known or cannot be looked up."""
+    """Return the address of the first node of this step, which runs rank 0. Raises SetupError where
+    it is not known or cannot be looked up."""
     address = environment.get(HEAD_ADDRESS) or _ask_scontrol(
         _text(environment, "SLURM_STEP_NODELIST")
     )

@@ -62,13 +62,13 @@ class Fault:
 
     @property
     def kind(self) -> str:
-        """Equal for ranks that failed in the same way: the text without its numbers and
-        addresses."""
+        """Return a key that is equal for ranks that failed in the same way: the text without its
+        numbers and addresses."""
         return re.sub(r"0x[0-9a-fA-F]+|\d+", "#", self.traceback or self.error)
 
     @property
     def is_echo(self) -> bool:
-        """Whether the error only says that another process has ended."""
+        """Return whether the error only says that another process has ended."""
         return self.echo or bool(_ECHO.search(self.error))
 
 
@@ -80,11 +80,12 @@ class Group:
 
     @property
     def first(self) -> Fault:
-        """The earliest of them."""
+        """Return the earliest of them."""
         return self.faults[0]
 
     def who(self) -> str:
-        """e.g. "31 ranks on 4 nodes (n1: 0-7, n2: 8-15, ...)"."""
+        """Return the ranks with their hosts, e.g. "31 ranks on 4 nodes (n1: 0-7, n2: 8-15,
+        ...)"."""
         if self.first.rank is None:
             return "SLURM"
         hosts: dict[str, list[int]] = {}
@@ -114,7 +115,7 @@ class Group:
 
 
 def grouped(faults: Iterable[Fault]) -> list[Group]:
-    """Equal faults together; causes before echoes, then by time of the earliest."""
+    """Put equal faults together; causes before echoes, then by time of the earliest."""
     groups: dict[str, list[Fault]] = {}
     for fault in sorted(faults, key=lambda fault: (fault.time, fault.rank or 0)):
         groups.setdefault(fault.kind, []).append(fault)
@@ -147,8 +148,8 @@ def faults_of(attempt_logs: Path, job_log: Path) -> list[Fault]:
 
 
 def _slurms_own(lines: Sequence[str]) -> list[Fault]:
-    """SLURM's errors as one fault: a fatal one if there is one, else the first, with all of them
-    below."""
+    """Return SLURM's errors as one fault: a fatal one if there is one, else the first, with all of
+    them below."""
     own = [line for line in lines if _SLURMS_OWN.match(line)]
     if not own:
         return []
@@ -218,8 +219,8 @@ def _start_of(job_log: Path, attempt: int) -> list[str]:
 
 
 def _killed_and_lost(lines: Sequence[str]) -> tuple[list[Fault], set[str]]:
-    """(tasks that srun saw killed by a signal before it ended the others itself, nodes that SLURM
-    lost) in one start of a job."""
+    """Return (tasks that srun saw killed by a signal before it ended the others itself, nodes that
+    SLURM lost) in one start of a job."""
     faults: list[Fault] = []
     lost: set[str] = set()
     ending = False
@@ -253,7 +254,7 @@ def _host_of(lines: Sequence[str]) -> str:
 
 
 def numbers_of(text: str) -> list[int]:
-    """SLURM's short form of task numbers as a list: "0-2,7" -> [0, 1, 2, 7]."""
+    """Expand SLURM's short form of task numbers to a list: "0-2,7" -> [0, 1, 2, 7]."""
     found: list[int] = []
     for part in text.split(","):
         first, _, last = part.partition("-")

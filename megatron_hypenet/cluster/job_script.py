@@ -113,8 +113,8 @@ def check_paths(run_folder: Path) -> None:
 
 
 def sbatch_quoted(value: object) -> str:
-    """`value` as one word of an #SBATCH line. sbatch takes a backslash for an escape inside all
-    quotes, and knows no $ or `."""
+    """Quote `value` as one word of an #SBATCH line. sbatch takes a backslash for an escape inside
+    all quotes, and knows no $ or `."""
     text = str(value)
     if re.fullmatch(r"[\w@%+=:,./\[\]-]+", text, re.ASCII):
         return text
@@ -147,6 +147,6 @@ def render(*, template: str = TEMPLATE, **values: object) -> str:
 
 
 def missing_variables(cluster: ClusterConfig, environment: Iterable[str]) -> list[str]:
-    """Variables that the profile passes on from the shell and that are not set there."""
+    """Return the variables that the profile passes on from the shell and that are not set there."""
     present = set(environment)
     return [name for name in cluster.environment if name not in present]

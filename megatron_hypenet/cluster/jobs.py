@@ -153,7 +153,8 @@ class Jobs:
         return job
 
     def log(self, job: Job) -> Path:
-        """Output of the job script and of srun, all starts of the job in one file."""
+        """Return the path of the output of the job script and of srun, all starts of the job in one
+        file."""
         return self.folder / "logs" / f"job-{job.id}.log"
 
     def attempts(self, job: Job) -> list[Path]:
@@ -231,7 +232,8 @@ def refuse_live_jobs(run_folder: Path) -> None:
 
 
 def queue(ids: Sequence[int]) -> dict[int, JobState]:
-    """SLURM's states of these jobs, without those that it has forgotten. Raises SetupError."""
+    """Return SLURM's states of these jobs, without those that it has forgotten. Raises
+    SetupError."""
     # all of the user's jobs: asking for one that is forgotten is an error to squeue
     rows = slurm(
         "squeue", "--me", "--noheader", "--states=all", "--format=%i|%T|%r|%N|%L"

@@ -155,8 +155,8 @@ def examine(folder: Path, rank: int) -> NodeReport:
 def exchange_reports(
     meeting: Meeting, mine: NodeReport, hosts: Sequence[str], patience: float
 ) -> tuple[tuple[NodeReport, ...], tuple[str, ...]]:
-    """(the reports that came, by rank; hosts of those that did not). Raises SetupError where the
-    first process gives no answer."""
+    """Return (the reports that came, by rank; hosts of those that did not). Raises SetupError where
+    the first process gives no answer."""
     store = meeting.store
     everybody = range(meeting.world_size)
     store.set(_key(mine.rank), json.dumps(asdict(mine)))
@@ -261,7 +261,7 @@ def judge(found: Survey) -> Verdict:
 
 
 def _odd_versions(nodes: Sequence[NodeReport]) -> dict[str, list[str]]:
-    """Hosts whose library versions or hardware are not those of most, with what differs."""
+    """Return hosts whose library versions or hardware are not those of most, with what differs."""
     odd: dict[str, list[str]] = {}
     for name in ("hardware", *sorted({name for node in nodes for name in node.versions})):
         has = {
@@ -278,8 +278,8 @@ def _odd_versions(nodes: Sequence[NodeReport]) -> dict[str, list[str]]:
 
 
 def _slow_links(links: Sequence[Link]) -> dict[str, str]:
-    """Hosts all of whose links are slow; one slow link between two nodes that have good links
-    elsewhere counts for neither."""
+    """Return hosts all of whose links are slow; one slow link between two nodes that have good
+    links elsewhere counts for neither."""
     if len(links) < 3:
         return {}
     usual = median(link.gib_per_second for link in links)

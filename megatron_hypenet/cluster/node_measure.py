@@ -42,7 +42,7 @@ def versions() -> dict[str, str]:
 
 
 def local_device() -> torch.device:
-    """This process's own GPU, before torch.distributed has chosen it; else the CPU."""
+    """Return this process's own GPU, before torch.distributed has chosen it; else the CPU."""
     return (
         torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         if torch.cuda.is_available()
@@ -51,8 +51,8 @@ def local_device() -> torch.device:
 
 
 def gemm_tflops(seconds: float = 1.0) -> float:
-    """Rate of square matrix products over about `seconds`, bf16 on a GPU and fp32 on a CPU, in
-    units of 1e12 operations per second.
+    """Measure the rate of square matrix products over about `seconds`, bf16 on a GPU and fp32 on a
+    CPU, in units of 1e12 operations per second.
 
     The mean over the time, not the best: an occasional slowdown of a node slows every collective at
     that time.
@@ -91,8 +91,8 @@ def disk_mib_per_second(folder: Path, mib: int = 64, turns: int = 3) -> float:
 
 
 def rounds(leaders: Sequence[int]) -> list[list[tuple[int, int]]]:
-    """Pairs that can exchange data at the same time: neighbours on a ring, in two rounds (three for
-    an odd number)."""
+    """Return the pairs that can exchange data at the same time: neighbours on a ring, in two rounds
+    (three for an odd number)."""
     count = len(leaders)
     if count < 2:
         return []
@@ -104,7 +104,7 @@ def rounds(leaders: Sequence[int]) -> list[list[tuple[int, int]]]:
 
 
 def exchange_rate(partner: int, repetitions: int = 3) -> float:
-    """GiB/s to and from one other process: the best of several, after one to open the
+    """Measure GiB/s to and from one other process: the best of several, after one to open the
     connection."""
     count = (256 << 20) if device().type == "cuda" else (8 << 20)
     out, back = (torch.empty(count, dtype=torch.uint8, device=device()) for _ in range(2))
@@ -122,8 +122,8 @@ def exchange_rate(partner: int, repetitions: int = 3) -> float:
 
 
 def all_reduce_rate(repetitions: int = 3) -> float | None:
-    """Bus bandwidth over all processes in GiB/s: 2 (n - 1) / n times the bytes, over the time. None
-    for one process."""
+    """Measure the bus bandwidth over all processes in GiB/s: 2 (n - 1) / n times the bytes, over
+    the time. None for one process."""
     size = groups.world_size()
     if size == 1:
         return None

@@ -178,7 +178,7 @@ class Halo:
         return {"checkpoint": str(final.relative_to(self.folder.root))}
 
     def _noted_by_teacher(self) -> dict[str, Any]:
-        """Entries of the teacher's manifest that an export of the student needs."""
+        """Return the entries of the teacher's manifest that an export of the student needs."""
         manifest = read_manifest(resolve(self.folder.teacher))
         stated = manifest.extra.get(TEACHER_LICENSE)
         return {

@@ -39,8 +39,8 @@ logger = logging.getLogger(__name__)
 
 
 def compute_dtype(run: RunConfig) -> torch.dtype:
-    """Dtype of weights and activations: as configured; `auto` is bfloat16 on CUDA and float32 on a
-    CPU."""
+    """Return the dtype of weights and activations: as configured; `auto` is bfloat16 on CUDA and
+    float32 on a CPU."""
     if run.precision == "auto":
         return torch.bfloat16 if device().type == "cuda" else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[run.precision]
@@ -81,13 +81,14 @@ def load_teacher(
     trunk_only: bool = False,
     parallel: ParallelConfig | None = None,
 ) -> HypeNetModel:
-    """`load_hypenet` for a teacher; CheckpointError when the checkpoint is a HypeNet already."""
+    """Load a teacher like `load_hypenet`; CheckpointError when the checkpoint is a HypeNet
+    already."""
     read_teacher_config(folder)
     return load_hypenet(run, folder, trunk_only=trunk_only, parallel=parallel)
 
 
 def read_teacher_config(folder: Path) -> ModelConfig:
-    """Shape of a teacher; CheckpointError when the checkpoint is a HypeNet already."""
+    """Read the shape of a teacher; CheckpointError when the checkpoint is a HypeNet already."""
     config = read_model_config(folder)
     if not config.is_teacher:
         raise CheckpointError(
@@ -168,8 +169,8 @@ def build_stage(
 def read_student_config(
     name: str, folder: Path, teacher: Path | None, teacher_shape: ModelConfig | None
 ) -> ModelConfig:
-    """Shape of the student that stage `name` starts from; CheckpointError when the checkpoint is a
-    teacher's, or its vocabulary is not that of its teacher."""
+    """Read the shape of the student that stage `name` starts from; CheckpointError when the
+    checkpoint is a teacher's, or its vocabulary is not that of its teacher."""
     student = read_model_config(folder)
     if student.is_teacher:
         raise CheckpointError(

@@ -48,7 +48,7 @@ class Change:
 
     @property
     def loses(self) -> bool:
-        """Whether training or scores would be done again."""
+        """Return whether training or scores would be done again."""
         return any(step in COSTLY for step in self.again)
 
     def lines(self) -> list[str]:
@@ -227,7 +227,8 @@ def _refusal(folder: RunFolder, found: Change, again: tuple[str, ...]) -> str:
 
 
 def _schedule_advice(found: Change) -> str:
-    """How to lengthen a stage whose cosine ends with its last step; empty for any other change."""
+    """Say how to lengthen a stage whose cosine ends with its last step; empty for any other
+    change."""
     lines = []
     for stage in STAGES:
         start = f"{stage}.train_iters: "

@@ -109,7 +109,7 @@ def _recall_document(measured: Measure, num_pairs: int, seq_length: int) -> Any:
 
 
 def training_data(run: RunConfig, folder: RunFolder) -> TrainData:
-    """Training sequences: text blended with recall documents."""
+    """Return the training sequences: text blended with recall documents."""
     return _open(run, folder).training_data(
         recall_fraction=run.data.recall_fraction,
         recall_pairs=run.data.recall_pairs,
@@ -118,7 +118,7 @@ def training_data(run: RunConfig, folder: RunFolder) -> TrainData:
 
 
 def measure(run: RunConfig, folder: RunFolder) -> Measure:
-    """Held-out text and recall documents over it."""
+    """Return held-out text and recall documents over it."""
     corpus = _open(run, folder)
     return Measure(run=run, task=corpus.recall_task, heldout=corpus.heldout_sequences)
 

@@ -41,7 +41,7 @@ class Measure:
     """(count, seq_length) -> held-out sequences, int64 [count or fewer, seq_length + 1]."""
 
     def probe_loss(self, teacher: HypeNetModel) -> float:
-        """Loss of the teacher on a little held-out text, in nats per token."""
+        """Measure the loss of the teacher on a little held-out text, in nats per token."""
         settings = self.run.eval
         loss, _ = heldout_loss(
             _scores(teacher),
@@ -51,8 +51,8 @@ class Measure:
         return loss
 
     def selection_scores(self, model: HypeNetModel) -> dict[str, float]:
-        """Recall accuracy and, instead of the paper's commonsense suite, next-token accuracy on
-        held-out text; both in %.
+        """Measure recall accuracy and, instead of the paper's commonsense suite, next-token
+        accuracy on held-out text; both in %.
 
         Accuracy on the text needs no download and no evaluation harness; scores of a real suite can
         be ranked by `hypenet select rank`.
@@ -105,7 +105,7 @@ class Measure:
         return total / len(texts)
 
     def num_parts(self) -> int:
-        """Number of calls of `on_part` in one row."""
+        """Return the number of calls of `on_part` in one row."""
         return 1 + len(self.run.eval.length_multiples)
 
 

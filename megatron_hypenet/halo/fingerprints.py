@@ -52,8 +52,8 @@ def difference(stored: Mapping[str, Any], present: Mapping[str, Any]) -> list[st
 
 
 def removed(stored: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
-    """`key: stored` for every stored setting that decides a result and that `present`, which has
-    every known setting, lacks."""
+    """Return `key: stored` for every stored setting that decides a result and that `present`, which
+    has every known setting, lacks."""
     old, new = settled(stored), flat_settings(present)
     return [f"{key}: {value!r}" for key, value in old.items() if key not in new]
 
@@ -69,7 +69,7 @@ def settled(settings: Mapping[str, Any], *, without: Collection[str] = ()) -> di
 
 
 def fingerprint_of(payload: Mapping[str, Any]) -> str:
-    """Hash of a JSON-able description of a step's inputs."""
+    """Hash a JSON-able description of a step's inputs."""
     return hashlib.sha256(json.dumps(payload, sort_keys=True, default=str).encode()).hexdigest()[
         :24
     ]

@@ -75,71 +75,71 @@ class RunFolder:
 
     @property
     def config_file(self) -> Path:
-        """The resolved configuration."""
+        """Return the file of the resolved configuration."""
         return self.root / "config.yaml"
 
     @property
     def manifest_file(self) -> Path:
-        """Record of finished steps and of the software that ran them."""
+        """Return the record of finished steps and of the software that ran them."""
         return self.root / "manifest.json"
 
     @property
     def tensorboard(self) -> Path:
-        """TensorBoard event files of all stages."""
+        """Return the folder of TensorBoard event files of all stages."""
         return self.root / "tb"
 
     @property
     def teacher(self) -> Path:
-        """The imported teacher."""
+        """Return the folder of the imported teacher."""
         return self.root / "teacher"
 
     @property
     def data(self) -> Path:
-        """Token files made of the text."""
+        """Return the folder of token files made of the text."""
         return self.root / "data"
 
     @property
     def log_file(self) -> Path:
-        """All output to the screen, with time stamps."""
+        """Return the file of all output to the screen, with time stamps."""
         return self.root / "logs" / "hypenet.log"
 
     @property
     def scores_file(self) -> Path:
-        """Per-layer scores of the selection sweep."""
+        """Return the file of per-layer scores of the selection sweep."""
         return self.root / "selection" / "scores.json"
 
     @property
     def mixers_file(self) -> Path:
-        """The chosen mixer of every layer."""
+        """Return the file of the chosen mixer of every layer."""
         return self.root / "selection" / "mixers.json"
 
     @property
     def importance_plot(self) -> Path:
-        """Bar chart of the importances."""
+        """Return the bar chart of the importances."""
         return self.root / "selection" / "importance.png"
 
     @property
     def assembled(self) -> Path:
-        """The student before stage 2."""
+        """Return the folder of the student before stage 2."""
         return self.root / "assembled"
 
     @property
     def export(self) -> Path:
-        """The finished Hugging Face folder."""
+        """Return the finished Hugging Face folder."""
         return self.root / "export"
 
     @property
     def report_file(self) -> Path:
-        """Numbers of the report."""
+        """Return the file of the report's numbers."""
         return self.root / "report" / "report.json"
 
     @property
     def report_plot(self) -> Path:
-        """Figure of the report."""
+        """Return the file of the report's figure."""
         return self.root / "report" / "report.png"
 
     def stage(self, name: str) -> Path:
-        """Checkpoints of training stage `name`."""
+        """Return the folder of the checkpoints of training stage `name`."""
         return self.root / name
 
     def refuse_stop(self) -> None:
@@ -307,7 +307,7 @@ class RunFolder:
         )
 
     def started(self, step: str) -> str | None:
-        """Fingerprint with which `step` was last started; None when it never was."""
+        """Return the fingerprint with which `step` was last started; None when it never was."""
         fingerprint: str | None = self._manifest().get("started", {}).get(step)
         return fingerprint
 

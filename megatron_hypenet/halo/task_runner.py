@@ -119,8 +119,8 @@ class Runner:
         )
 
     def fingerprint(self, name: str) -> str:
-        """Hash of everything that decides the result of step `name`, its predecessors included, as
-        they are now."""
+        """Return the hash of everything that decides the result of step `name`, its predecessors
+        included, as they are now."""
         return self._whole(self.steps[name], self.basis(name))
 
     def basis(self, name: str) -> str:
@@ -153,8 +153,8 @@ class Runner:
         return fingerprint_of({"basis": basis, "train_iters": step.length})
 
     def deciding(self, step: Step) -> list[str]:
-        """Names of the steps whose results decide that of `step`: in the place of a check, what the
-        check itself comes after."""
+        """Return the names of the steps whose results decide that of `step`: in the place of a
+        check, what the check itself comes after."""
         found: list[str] = []
         for earlier in step.after:
             before = self.steps[earlier]
@@ -274,7 +274,7 @@ class Runner:
             return False
 
     def needed_for(self, last: str) -> set[str]:
-        """Names of the steps that `last` depends on, and its own."""
+        """Return the names of the steps that `last` depends on, and its own."""
         needed = {last}
         for name in reversed(self.steps):
             if name in needed:
@@ -306,5 +306,5 @@ def identity_of(paths: Sequence[Path]) -> list[Any]:
 
 
 def read_json(path: Path) -> Any:
-    """Decoded JSON of a file of the run folder; DataError when it is damaged."""
+    """Return the decoded JSON of a file of the run folder; DataError when it is damaged."""
     return json_text.read_json(_RESULT, path)

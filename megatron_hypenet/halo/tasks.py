@@ -135,8 +135,9 @@ def halo_steps(
 
 
 def starts_from(steps: Iterable[Step]) -> dict[str, str]:
-    """By training stage, the task that leaves the student which it starts from: the first that it
-    comes after, when that is another stage or the assembly. Others start from the teacher."""
+    """Return, by training stage, the task that leaves the student which it starts from: the first
+    that it comes after, when that is another stage or the assembly. Others start from the
+    teacher."""
     first = {step.name: step.after[0] for step in steps if step.name in STAGES}
     return {stage: task for stage, task in first.items() if task in (*STAGES, "assemble")}
 
@@ -153,8 +154,8 @@ def _checked_lengths(run: RunConfig) -> list[Any]:
 
 
 def from_init(step: Step, start: Path) -> Step:
-    """Training stage `step` as it begins from the checkpoint `start` of elsewhere: nothing but
-    teacher and data comes before it."""
+    """Return training stage `step` as it begins from the checkpoint `start` of elsewhere: nothing
+    but teacher and data comes before it."""
     return replace(
         step, after=("teacher", "data"), inputs=lambda: identity_of([start / fmt.MANIFEST])
     )

@@ -66,7 +66,7 @@ class AlignStage(StageModule):
         return self.teacher.layout
 
     def forward(self, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Tokens [b, t + 1] -> mean of the layer losses; metrics hold every layer's own as
+        """Map tokens [b, t + 1] -> mean of the layer losses; metrics hold every layer's own as
         align/layer_NN."""
         tokens = local_tokens(batch)
         with torch.no_grad():
@@ -74,8 +74,8 @@ class AlignStage(StageModule):
         return self.layer_losses()
 
     def layer_losses(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """(loss, metrics) after a pass of the teacher: the part of the mean over all layers that
-        belongs to this process's layers."""
+        """Return (loss, metrics) after a pass of the teacher: the part of the mean over all layers
+        that belongs to this process's layers."""
         losses = {tap.layer: tap.take_loss() for tap in self.__dict__["taps"]}
         # this may run inside the teacher's pass, which has gradients disabled
         with torch.enable_grad():
@@ -99,7 +99,7 @@ class AlignStage(StageModule):
         pipeline.flow(self.teacher, step, lambda index, hidden: None)
 
     def flops_per_token(self, seq_length: int) -> float:
-        """The teacher's trunk forward, the mixers forward and backward."""
+        """Count the FLOPs of the teacher's trunk forward, the mixers forward and backward."""
         return AlignSpec().flops(self.teacher.model_config, self.model_config, seq_length)
 
     def sharded_state_dict(self, prefix: str = "") -> dict[str, Any]:
@@ -116,7 +116,7 @@ class AlignSpec(StageSpec):
     through_head = False
 
     def build(self, source: ModelSource, config: StageConfig) -> AlignStage:
-        """The trunk, and mixers initialised from its attention."""
+        """Build the trunk, and mixers initialised from its attention."""
         trunk = source.teacher(trunk_only=True)
         return AlignStage(trunk, AlignedMixers.from_teacher(trunk, source.mixer, seed=source.seed))
 
@@ -127,7 +127,8 @@ class AlignSpec(StageSpec):
         return teacher.converted(mixer)
 
     def flops(self, teacher: ModelConfig, student: ModelConfig, seq_length: int) -> float:
-        """The teacher's trunk up to the last mixer, and forward and backward of every RNN mixer.
+        """Count the FLOPs of the teacher's trunk up to the last mixer, and forward and backward of
+        every RNN mixer.
 
         The mixers' inputs are detached: only the output projection computes the gradient of its
         input; the input projections compute that of their weights alone."""
@@ -145,7 +146,8 @@ class AlignSpec(StageSpec):
     def layer_costs(
         self, teacher: ModelConfig, student: ModelConfig, seq_length: int
     ) -> tuple[list[float], float]:
-        """The teacher's layers forward and the mixers in both directions; no head."""
+        """Count the FLOPs of the teacher's layers forward and the mixers in both directions; no
+        head."""
         frozen = layer_costs(teacher, seq_length)
         mixers = mixer_flops(student, seq_length)
         return [
@@ -183,7 +185,7 @@ class AlignmentTap(nn.Module):
     def forward(
         self, hidden_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """Megatron's call of a mixer: hidden_states [s, b, h] -> (output [s, b, h], bias); the
+        """Take Megatron's call of a mixer: hidden_states [s, b, h] -> (output [s, b, h], bias); the
         attention runs without grad, the mixer with."""
         attention, mixer = self.__dict__["attention"], self.__dict__["mixer"]
         output, bias = attention(hidden_states, *args, **kwargs)
@@ -206,7 +208,8 @@ class AlignmentTap(nn.Module):
 def mean_squared_error(
     prediction: Tensor, target: Tensor, *, sequence_parallel: bool = False
 ) -> Tensor:
-    """Mean over all tokens and channels of (prediction - target)^2, summed in fp32; scalar.
+    """Return the mean over all tokens and channels of (prediction - target)^2, summed in fp32;
+    scalar.
 
     Under sequence parallelism [s, b, h] are this rank's tokens: sums are added over the ranks and
     divided by all tokens, so that the value is the same on every rank, while each rank's gradient

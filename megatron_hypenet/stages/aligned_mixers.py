@@ -26,8 +26,8 @@ class AlignedMixers(nn.Module):
 
     @classmethod
     def from_teacher(cls, teacher: HypeNetModel, spec: MixerSpec, *, seed: int) -> AlignedMixers:
-        """New mixers for every layer of `teacher` on this stage, each initialised from its layer's
-        attention (weight transfer)."""
+        """Make new mixers for every layer of `teacher` on this stage, each initialised from its
+        layer's attention (weight transfer)."""
         config = teacher.model_config.converted(spec)
         build = mixer_class(spec.name)
         weight = next(teacher.parameters())
@@ -43,15 +43,15 @@ class AlignedMixers(nn.Module):
         return cls(config, mixers)
 
     def items(self) -> Iterator[tuple[int, Mixer]]:
-        """Global layer index and mixer, in order."""
+        """Return pairs of global layer index and mixer, in order."""
         return ((int(layer), cast(Mixer, mixer)) for layer, mixer in self.mixers.items())
 
     def of_layer(self, layer: int) -> nn.Module:
-        """The mixer of global layer `layer`."""
+        """Return the mixer of global layer `layer`."""
         return self.mixers[str(layer)]
 
     def sharded_state_dict(self, prefix: str = "") -> dict[str, Any]:
-        """Megatron sharded tensors under the names that the mixers have in a student."""
+        """Return Megatron sharded tensors under the names that the mixers have in a student."""
         tensors: dict[str, Any] = {}
         for layer, mixer in self.items():
             tensors.update(

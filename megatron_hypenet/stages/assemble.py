@@ -31,7 +31,7 @@ class AssemblyPlan:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All tensors of the student."""
+        """Return the names of all tensors of the student."""
         return (*self.from_teacher, *self.from_aligned, *self.fresh)
 
 
@@ -63,7 +63,7 @@ def plan_assembly(
 
 
 def mixer_layer(name: str) -> int | None:
-    """The global layer index of a mixer tensor; None for tensors outside the mixers."""
+    """Return the global layer index of a mixer tensor; None for tensors outside the mixers."""
     match = _MIXER_KEY.match(name)
     return int(match.group(1)) if match else None
 

@@ -114,7 +114,7 @@ class StageModule(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """One micro-batch -> (loss, metrics).
+        """Run one micro-batch -> (loss, metrics).
 
         The loss is a scalar in fp32 (fp64 for fp64 models), a mean over this process's tokens and
         already summed over tensor-parallel ranks; metrics are detached scalars of the same kind, by
@@ -124,7 +124,7 @@ class StageModule(nn.Module, ABC):
     @property
     @abstractmethod
     def layout(self) -> tuple[int, ...]:
-        """Layers per pipeline stage."""
+        """Return the layers per pipeline stage."""
 
     @abstractmethod
     def flops_per_token(self, seq_length: int) -> float:
@@ -132,7 +132,7 @@ class StageModule(nn.Module, ABC):
         model/flops.py."""
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters for the optimizer, by local name."""
+        """Return the parameters for the optimizer, by local name."""
         return {
             name: parameter
             for name, parameter in self.named_parameters()
@@ -146,7 +146,8 @@ class StageModule(nn.Module, ABC):
 
     @abstractmethod
     def sharded_state_dict(self, prefix: str = "") -> dict[str, Any]:
-        """Megatron sharded tensors that this stage saves, under the student's final names."""
+        """Return Megatron sharded tensors that this stage saves, under the student's final
+        names."""
 
     def pipeline_step(self, pipeline: PipelineRun) -> None:
         """Run the micro-batches of `pipeline` through several pipeline stages, and add this rank's
@@ -162,7 +163,7 @@ class StageModule(nn.Module, ABC):
 
 
 def finite_or_nan(loss: Tensor) -> Tensor:
-    """1 for a finite loss, else NaN: a factor that makes every gradient of a bad loss NaN.
+    """Return 1 for a finite loss, else NaN: a factor that makes every gradient of a bad loss NaN.
 
     Choosing between two values would copy them to the device and wait for it; a product stays
     there.

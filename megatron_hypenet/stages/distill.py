@@ -33,7 +33,7 @@ class DistillStage(HeadStage):
     def head_loss(
         self, tokens: LocalTokens, hidden: Tensor, teacher_hidden: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The KL of the next-token distributions at every input token, or at those before an
+        """Return the KL of the next-token distributions at every input token, or at those before an
         answer's; labels are not used."""
         assert self.frozen_teacher is not None and teacher_hidden is not None, (
             "distillation has a teacher"
@@ -60,7 +60,7 @@ class DistillSpec(HeadSpec):
     mfu = 0.49
 
     def build(self, source: ModelSource, config: StageConfig) -> DistillStage:
-        """The student that trains, then the teacher."""
+        """Build the student that trains, then the teacher."""
         assert isinstance(config, HeadStageConfig), "distillation runs through the head"
         student = source.student(recompute=config.recompute)
         return DistillStage(student, source.teacher(), chunk_tokens=config.vocab_chunk_tokens)

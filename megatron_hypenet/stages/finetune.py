@@ -49,7 +49,7 @@ class FinetuneSpec(HeadSpec):
     mfu = 0.53
 
     def build(self, source: ModelSource, config: StageConfig) -> FinetuneStage:
-        """The student that trains."""
+        """Build the student that trains."""
         assert isinstance(config, HeadStageConfig), "finetuning runs through the head"
         student = source.student(recompute=config.recompute)
         return FinetuneStage(student, chunk_tokens=config.vocab_chunk_tokens)

@@ -45,27 +45,27 @@ class StageRank:
 
     @property
     def tensor(self) -> int:
-        """Tensor-parallel ranks."""
+        """Return the number of tensor-parallel ranks."""
         return self.parallel.tensor_model_parallel_size
 
     @property
     def first(self) -> bool:
-        """Whether the embedding is here."""
+        """Return whether the embedding is here."""
         return self.index == 0
 
     @property
     def last(self) -> bool:
-        """Whether the output head is here."""
+        """Return whether the output head is here."""
         return self.index == len(self.layout) - 1
 
     @property
     def layers(self) -> range:
-        """Global indices of the layers that are here."""
+        """Return the global indices of the layers that are here."""
         return layers_of_stage(self.layout, self.index)
 
     @property
     def tokens(self) -> int:
-        """Tokens of one micro-batch on one context-parallel rank."""
+        """Return the tokens of one micro-batch on one context-parallel rank."""
         return (
             self.config.micro_batch_size
             * self.config.seq_length
@@ -74,26 +74,27 @@ class StageRank:
 
     @property
     def micro_batches(self) -> int:
-        """Micro-batches of a step on one replica."""
+        """Return the micro-batches of a step on one replica."""
         return self.config.num_micro_batches(self.data_ranks)
 
     @property
     def in_flight(self) -> int:
-        """Number of micro-batches whose activations are held at one time: under 1F1B, one for this
-        stage and for each that follows."""
+        """Return the number of micro-batches whose activations are held at one time: under 1F1B,
+        one for this stage and for each that follows."""
         return min(len(self.layout) - self.index, self.micro_batches)
 
     @property
     def recompute(self) -> Recompute:
-        """The stage's `recompute` setting."""
+        """Return the stage's `recompute` setting."""
         return self.config.recompute if isinstance(self.config, HeadStageConfig) else "none"
 
     def stream(self, model: ModelConfig) -> float:
-        """Elements of the residual stream per token."""
+        """Return the elements of the residual stream per token."""
         return model.hidden_size / (self.tensor if self.parallel.sequence_parallel else 1)
 
     def parameters(self, model: ModelConfig, *, trunk: bool = False) -> float:
-        """Weights of a model here; a `trunk` ends before the last layer's MLP."""
+        """Return the number of weights of a model here; a `trunk` ends before the last layer's
+        MLP."""
         hidden = model.hidden_size
         mlp = 3 * model.hidden_size * model.ffn_hidden_size + model.hidden_size
         mixers = sum(
@@ -110,7 +111,7 @@ class StageRank:
         return mixers + (own + tables * model.vocab_size * hidden) / self.tensor
 
     def saved_activations(self, model: ModelConfig, layer: int, recompute: Recompute) -> float:
-        """Elements per token that one layer keeps for backward."""
+        """Return the elements per token that one layer keeps for backward."""
         stream = self.stream(model)
         inner = model.ffn_hidden_size / self.tensor
         if recompute == "full":
@@ -121,6 +122,6 @@ class StageRank:
         return 4 * stream + kept + 3 * inner
 
     def mlp_work(self, model: ModelConfig) -> float:
-        """Elements per token that are held while the backward of an MLP runs, which needs more than
-        a mixer's."""
+        """Return the elements per token that are held while the backward of an MLP runs, which
+        needs more than a mixer's."""
         return 3 * model.ffn_hidden_size / self.tensor + 3 * model.hidden_size

@@ -51,17 +51,18 @@ class HeadStage(StageModule):
 
     @property
     def frozen_teacher(self) -> HypeNetModel | None:
-        """The teacher whose final hidden states `head_loss` takes, if there is one."""
+        """Return the teacher whose final hidden states `head_loss` takes, if there is one."""
         teacher: HypeNetModel | None = self.__dict__["teacher"]
         return teacher
 
     @property
     def layout(self) -> tuple[int, ...]:
-        """Layers per pipeline stage, the same for student and teacher."""
+        """Return the layers per pipeline stage, the same for student and teacher."""
         return self.student.layout
 
     def flops_per_token(self, seq_length: int) -> float:
-        """The student forward and backward, after the teacher forward if there is one."""
+        """Count the FLOPs of the student forward and backward, after the teacher forward if there
+        is one."""
         teacher = self.student if self.frozen_teacher is None else self.frozen_teacher
         return stage_spec(self.name).flops(teacher.model_config, self.model_config, seq_length)
 
@@ -69,11 +70,11 @@ class HeadStage(StageModule):
     def head_loss(
         self, tokens: LocalTokens, hidden: Tensor, teacher_hidden: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(loss, metrics) as `forward` gives them, from final hidden states [t, b, h] of student
-        and teacher."""
+        """Return (loss, metrics) as `forward` gives them, from final hidden states [t, b, h] of
+        student and teacher."""
 
     def forward(self, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Tokens [b, t + 1] -> (loss, metrics)."""
+        """Map tokens [b, t + 1] -> (loss, metrics)."""
         tokens = local_tokens(batch)
         teacher_hidden = None
         if self.frozen_teacher is not None:
@@ -113,11 +114,11 @@ class HeadStage(StageModule):
         pipeline.flow(self.student, student_step, loss_of, train=pipeline.train)
 
     def replicated_over_pipeline(self) -> list[nn.Parameter]:
-        """The student's tied embedding, on the pipeline stages that share it."""
+        """Return the student's tied embedding, on the pipeline stages that share it."""
         return self.student.replicated_over_pipeline()
 
     def sharded_state_dict(self, prefix: str = "") -> dict[str, Any]:
-        """The whole student."""
+        """Return the sharded state of the whole student."""
         return self.student.sharded_state_dict(prefix)
 
 
@@ -129,18 +130,20 @@ class HeadSpec(StageSpec):
     def student_shape(
         self, teacher: ModelConfig, student: ModelConfig, mixer: MixerSpec
     ) -> ModelConfig:
-        """The student as it is."""
+        """Return the student as it is."""
         return student
 
     def flops(self, teacher: ModelConfig, student: ModelConfig, seq_length: int) -> float:
-        """The student forward and backward, after the teacher forward where there is one."""
+        """Count the FLOPs of the student forward and backward, after the teacher forward where
+        there is one."""
         before = forward_flops(teacher, seq_length) if self.needs_teacher else 0.0
         return before + training_flops(student, seq_length)
 
     def layer_costs(
         self, teacher: ModelConfig, student: ModelConfig, seq_length: int
     ) -> tuple[list[float], float]:
-        """The layers and heads of both models, the student's forward and backward."""
+        """Count the FLOPs of the layers and heads of both models, the student's forward and
+        backward."""
         costs = [(1 + BACKWARD) * cost for cost in layer_costs(student, seq_length)]
         heads = (1 + BACKWARD) * head_flops(student)
         if not self.needs_teacher:
@@ -173,7 +176,7 @@ class HeadSpec(StageSpec):
 
 
 def layer_backward_bytes(rank: StageRank, student: ModelConfig) -> float:
-    """Peak bytes of the backward of one layer, with what it recomputes."""
+    """Return the peak bytes of the backward of one layer, with what it recomputes."""
     recomputed = {
         "none": 0.0,
         "selective": student.ffn_hidden_size / rank.tensor + 2 * student.hidden_size,
@@ -192,8 +195,8 @@ def layer_backward_bytes(rank: StageRank, student: ModelConfig) -> float:
 
 
 def loss_bytes(rank: StageRank, student: ModelConfig, *, logit_sets: int) -> float:
-    """Bytes of the loss: the head's gradient in fp32, a chunk of logits and their gradients (later
-    a bf16 copy), gradient of hidden."""
+    """Return the bytes of the loss: the head's gradient in fp32, a chunk of logits and their
+    gradients (later a bf16 copy), gradient of hidden."""
     vocab_rows = ceil(student.vocab_size / rank.tensor)
     limit = rank.config.vocab_chunk_tokens if isinstance(rank.config, HeadStageConfig) else None
     per_token = vocab_rows * (logit_sets * ACCUMULATION_BYTES + CHUNKS_PER_PRODUCT * COMPUTE_BYTES)

@@ -47,7 +47,7 @@ class LayerScores:
 
     @property
     def num_layers(self) -> int:
-        """Number of layers that were scored."""
+        """Return the number of layers that were scored."""
         return len(self.recall)
 
 
@@ -60,7 +60,7 @@ class Selection:
     importance: tuple[float, ...]
 
     def to_json(self) -> dict[str, list[Any]]:
-        """The content of `mixers.json`."""
+        """Return the content of `mixers.json`."""
         return {
             "mixer_types": list(self.mixer_types),
             "attention_layers": list(self.attention_layers),
@@ -70,7 +70,7 @@ class Selection:
 def importance(
     scores: LayerScores, *, cap: float = IMPORTANCE_CAP, eps: float = IMPORTANCE_EPS
 ) -> tuple[float, ...]:
-    """Importance of each layer's attention, in layer order, between 0 and `cap`."""
+    """Return the importance of each layer's attention, in layer order, between 0 and `cap`."""
     best_recall, best_commonsense = max(scores.recall), max(scores.commonsense)
     pairs = zip(scores.recall, scores.commonsense, strict=True)
     return tuple(min((best_recall - r) / (best_commonsense - c + eps), cap) for r, c in pairs)
@@ -191,8 +191,8 @@ def load_selection(path: Path, *, num_layers: int) -> Selection:
 
 
 def _expected_layers(payload: Mapping[str, Any], by_index: Mapping[int, Any]) -> int:
-    """The model's depth: `num_layers` when the file states it, else one more than the highest layer
-    named."""
+    """Return the model's depth: `num_layers` when the file states it, else one more than the
+    highest layer named."""
     stated = payload.get("num_layers")
     if isinstance(stated, int) and not isinstance(stated, bool) and stated > 0:
         return stated

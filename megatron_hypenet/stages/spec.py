@@ -26,17 +26,17 @@ class ModelSource(Protocol):
 
     @property
     def mixer(self) -> MixerSpec:
-        """The RNN mixer that replaces attention."""
+        """Return the RNN mixer that replaces attention."""
 
     @property
     def seed(self) -> int:
-        """Seed of fresh weights."""
+        """Return the seed of fresh weights."""
 
     def teacher(self, *, trunk_only: bool = False) -> HypeNetModel:
-        """The teacher, perhaps without what follows its last mixer."""
+        """Return the teacher, perhaps without what follows its last mixer."""
 
     def student(self, *, recompute: Recompute) -> HypeNetModel:
-        """The student that the stage starts from."""
+        """Return the student that the stage starts from."""
 
 
 class StageSpec(ABC):
@@ -55,13 +55,13 @@ class StageSpec(ABC):
 
     @abstractmethod
     def build(self, source: ModelSource, config: StageConfig) -> StageModule:
-        """The stage's module with the models of `source`."""
+        """Build the stage's module with the models of `source`."""
 
     @abstractmethod
     def student_shape(
         self, teacher: ModelConfig, student: ModelConfig, mixer: MixerSpec
     ) -> ModelConfig:
-        """The shape that trains, of a run whose finished student has the shape `student`."""
+        """Return the shape that trains, of a run whose finished student has the shape `student`."""
 
     @abstractmethod
     def flops(self, teacher: ModelConfig, student: ModelConfig, seq_length: int) -> float:
@@ -72,11 +72,11 @@ class StageSpec(ABC):
     def layer_costs(
         self, teacher: ModelConfig, student: ModelConfig, seq_length: int
     ) -> tuple[list[float], float]:
-        """FLOPs per token of every layer, and of the head, for balancing a pipeline."""
+        """Return the FLOPs per token of every layer, and of the head, for balancing a pipeline."""
 
     @abstractmethod
     def footprint(self, rank: StageRank, teacher: ModelConfig, student: ModelConfig) -> Footprint:
-        """The memory of the stage on one pipeline stage, for a bf16 model on CUDA."""
+        """Return the memory of the stage on one pipeline stage, for a bf16 model on CUDA."""
 
 
 _REGISTRY: dict[str, StageSpec] = {}
@@ -90,7 +90,7 @@ def register_stage(cls: type[StageSpec]) -> type[StageSpec]:
 
 
 def stage_spec(name: str) -> StageSpec:
-    """The specification of training stage `name`, one of STAGES.
+    """Return the specification of training stage `name`, one of STAGES.
 
     Its file is imported at the first call, because it needs torch, which commands that only show a
     plan do not load."""
