@@ -12,8 +12,8 @@ from megatron_hypenet.config.schema import STAGES, ParallelConfig, RunConfig
 
 
 def banner(run: RunConfig, teacher: ModelConfig, num_processes: int) -> list[str]:
-    """Lines with device, precision, processes, sizes, tokens and free disk; the device is that of
-    this process."""
+    """Return lines with device, precision, processes, sizes, tokens and free disk; the device is
+    that of this process."""
     from megatron_hypenet.halo.build_stage import compute_dtype
 
     dtype = str(compute_dtype(run)).removeprefix("torch.")
@@ -64,7 +64,7 @@ def layout_words(run: RunConfig, num_processes: int) -> str:
 
 
 def parameters(model: ModelConfig) -> float:
-    """Weights of a model."""
+    """Return the number of weights of a model."""
     per_layer = 3 * model.hidden_size * model.ffn_hidden_size + 2 * model.hidden_size
     mixers = sum(model.spec(name).num_parameters(model) for name in model.mixer_types)
     tables = 1 if model.share_embeddings_and_output_weights else 2

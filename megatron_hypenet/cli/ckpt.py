@@ -45,8 +45,8 @@ def ls_command(
     ],
     as_json: JsonOption = False,
 ) -> None:
-    """Every checkpoint below DIR: step, stage, size, whether it is usable, the layout that wrote
-    it, and when.
+    """List every checkpoint below DIR: step, stage, size, whether it is usable, the layout that
+    wrote it, and when.
 
     Example:  hypenet ckpt ls runs/quickstart
     """
@@ -100,7 +100,7 @@ def inspect_command(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """What one checkpoint holds: model, mixers, tensors, optimizer state, progress, layout and
+    """Show what one checkpoint holds: model, mixers, tensors, optimizer state, progress, layout and
     versions; exit code 5 when it is damaged.
 
     Example:  hypenet ckpt inspect runs/quickstart/distill --hashes
@@ -314,7 +314,7 @@ def read_tensors(folder: Path, described: dict[str, Any], *, hashes: bool) -> li
 
 
 def summary(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Count of tensors and elements, and the types, of one part."""
+    """Return the count of tensors and elements, and the types, of one part."""
     return {
         "tensors": len(rows),
         "elements": sum(math.prod(row["shape"]) for row in rows.values()),
@@ -447,7 +447,7 @@ def _cut(lines: list[str]) -> list[str]:
 
 
 def size_text(count: int) -> str:
-    """Bytes with a binary unit."""
+    """Format bytes with a binary unit."""
     value = float(count)
     unit = "B"
     for bigger in ("KiB", "MiB", "GiB", "TiB"):
@@ -459,7 +459,7 @@ def size_text(count: int) -> str:
 
 
 def print_table(rows: Sequence[tuple[str, ...]]) -> None:
-    """Columns as wide as their widest cell."""
+    """Print columns as wide as their widest cell."""
     widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
     for row in rows:
         print(

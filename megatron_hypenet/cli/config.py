@@ -157,8 +157,8 @@ def check_data_here(run: RunConfig) -> None:
 
 
 def shape_if_present(path: Path) -> ModelConfig | None:
-    """Shape of a teacher from its configuration alone; None where there is no such folder. Raises
-    ConfigError, CheckpointError."""
+    """Return the shape of a teacher from its configuration alone; None where there is no such
+    folder. Raises ConfigError, CheckpointError."""
     if not path.exists():
         return None
     if (path / "config.json").is_file():
@@ -249,7 +249,8 @@ def schema(
 
 
 def settings_with_origin(run: RunConfig, origins: Origins) -> Iterator[tuple[str, str, str]]:
-    """Every setting as (dotted key, value as JSON, file or "CLI" or "default"), in schema order."""
+    """Yield every setting as (dotted key, value as JSON, file or "CLI" or "default"), in schema
+    order."""
 
     def walk(values: dict[str, object], above: tuple[str, ...]) -> Iterator[tuple[str, str, str]]:
         for name, value in values.items():
@@ -263,7 +264,7 @@ def settings_with_origin(run: RunConfig, origins: Origins) -> Iterator[tuple[str
 
 
 def is_model_file(path: Path) -> bool:
-    """True when the YAML at `path` has the keys of a model and none that only a run has."""
+    """Return true when the YAML at `path` has the keys of a model and none that only a run has."""
     keys = set(read_yaml(path))
     if not keys:
         raise ConfigError(
@@ -274,7 +275,7 @@ def is_model_file(path: Path) -> bool:
 
 
 def stage_tokens(run: RunConfig) -> dict[str, int]:
-    """Tokens each stage reads."""
+    """Return the tokens that each stage reads."""
     return {name: run.stage(name).tokens_per_step * run.stage(name).train_iters for name in STAGES}
 
 

@@ -139,8 +139,8 @@ def export_command(
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Checkpoint -> Hugging Face folder, offline and from the checkpoint alone: Qwen3 for a
-    teacher, HypeNet with its code otherwise.
+    """Write a checkpoint as a Hugging Face folder, offline and from the checkpoint alone: Qwen3 for
+    a teacher, HypeNet with its code otherwise.
 
     Example:  hypenet convert export runs/my_run out/HypeNet-2B --attn-logits-scaling 'hype 500'
     --dtype bfloat16

@@ -223,7 +223,7 @@ def _submit(
 
 
 def _part(word: str | None) -> tuple[int, int]:
-    """(number from 0, count) of --part I/N."""
+    """Return (number from 0, count) of --part I/N."""
     if word is None:
         return 0, 1
     number, slash, count = word.partition("/")
@@ -268,7 +268,7 @@ def _checked_job(
 
 
 def _text_bytes(job: CorpusJob) -> int:
-    """Bytes of text of a preparation, whose files and first document are checked."""
+    """Return the bytes of text of a preparation, whose files and first document are checked."""
     from megatron_hypenet.data.check import check_text
     from megatron_hypenet.data.readers import parts_of
     from megatron_hypenet.data.sources import find_files
@@ -285,7 +285,7 @@ def default_workers(text_bytes: int) -> int:
 
 
 def _statistics(prefix: Path, seq_length: int) -> dict[str, Any]:
-    """Statistics of a pair, by name."""
+    """Return the statistics of a pair, by name."""
     from megatron_hypenet.data.indexed import open_tokens
     from megatron_hypenet.data.statistics import statistics
 

@@ -138,7 +138,7 @@ def as_table(findings: list[Finding]) -> str:
 
 
 def check_python() -> list[Finding]:
-    """Python itself and the machine it runs on."""
+    """Check Python itself and the machine it runs on."""
     version = platform.python_version()
     good = sys.version_info[:2] >= MIN_PYTHON
     detail = f"{version} on {platform.system()} {platform.machine()}, {os.cpu_count()} CPUs"
@@ -274,7 +274,7 @@ def check_gpu_kernels() -> list[Finding]:
 
 
 def check_compilers() -> list[Finding]:
-    """g++, ninja and nvcc: needed only to build optional DeepSpeed operations."""
+    """Check g++, ninja and nvcc: needed only to build optional DeepSpeed operations."""
     findings = []
     for tool, purpose, fix in (
         (
@@ -299,7 +299,7 @@ def check_compilers() -> list[Finding]:
 
 
 def check_memory() -> Finding:
-    """RAM: what is free now and what there is."""
+    """Check RAM: what is free now and what there is."""
     try:
         import psutil
     except ImportError as error:

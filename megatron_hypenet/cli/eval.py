@@ -157,7 +157,8 @@ def _digest(path: Path) -> str:
 
 
 def _earlier(out: Path, plan: dict[str, Any], *, overwrite: bool) -> list[dict[str, Any]]:
-    """Rows of an interrupted evaluation with this plan. UsageError when another one is there."""
+    """Return the rows of an interrupted evaluation with this plan. UsageError when another one is
+    there."""
     from megatron_hypenet.untrusted.files import FileKind
     from megatron_hypenet.untrusted.json_text import read_object
 
@@ -277,7 +278,7 @@ def _finish(out: Path, rows: list[dict[str, Any]], *, as_json: bool) -> None:
 
 
 def table(rows: list[dict[str, Any]], models: list[str]) -> str:
-    """Rows as text with a column per model: nats for losses, % for everything else."""
+    """Format rows as text with a column per model: nats for losses, % for everything else."""
     lines = [["task", "where", *models]]
     for row in rows:
         where = [f"{row['length']:,} tokens"] if "length" in row else []

@@ -125,7 +125,7 @@ def generate(
 
 
 def _figures(found: Generated) -> str:
-    """Lengths and times of one answer."""
+    """Return the lengths and times of one answer."""
     lengths = f"{found.prompt_tokens} + {len(found.tokens)} tokens, "
     if not found.first_token_seconds:
         return f"{lengths}{found.seconds:.2f} s"
@@ -136,7 +136,8 @@ def _figures(found: Generated) -> str:
 
 
 def _turns(prompt: str | None, file: Path | None, *, chat: bool, as_json: bool) -> Iterator[str]:
-    """The prompts: one, or in a chat each line that is typed. UsageError unless there is one."""
+    """Return the prompts: one, or in a chat each line that is typed. UsageError unless there is
+    one."""
     if prompt is not None and file is not None:
         raise UsageError("give --prompt or --file, not both")
     if prompt is None and file is None:
@@ -171,7 +172,7 @@ def _read(file: Path) -> str:
 
 
 def _ids(tokenizer: Any, turn: str, messages: list[dict[str, str]], *, chat: bool) -> list[int]:
-    """Tokens of a prompt, or of the whole conversation, to which the turn is added."""
+    """Return the tokens of a prompt, or of the whole conversation, to which the turn is added."""
     from megatron_hypenet.data.tokenizer import encode
 
     text = turn

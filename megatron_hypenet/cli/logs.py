@@ -70,8 +70,8 @@ def started_here(jobs: Jobs) -> bool:
 def show_local(
     run_folder: Path, count: int, rank: int, *, first_error: bool, as_json: bool
 ) -> None:
-    """The end of the run's log, or what failed in its last start; UsageError for another rank's
-    log."""
+    """Show the end of the run's log, or what failed in its last start; UsageError for another
+    rank's log."""
     from megatron_hypenet.cluster.run_state import local_faults
     from megatron_hypenet.errors import UsageError
 
@@ -124,8 +124,8 @@ def chosen(jobs: Jobs, job_id: int | None) -> Job:
 
 
 def show_log(jobs: Jobs, job: Job, rank: int, count: int, *, as_json: bool) -> None:
-    """The last lines of a rank's log in the last start of `job`, or of the job's own log where no
-    rank has started."""
+    """Show the last lines of a rank's log in the last start of `job`, or of the job's own log where
+    no rank has started."""
     from megatron_hypenet.errors import UsageError
 
     attempts = jobs.attempts(job)
@@ -158,7 +158,7 @@ def show_log(jobs: Jobs, job: Job, rank: int, count: int, *, as_json: bool) -> N
 
 
 def show_first_error(jobs: Jobs, only: Job | None, *, as_json: bool) -> None:
-    """Faults of the newest start that had any: of job `only`, or of all jobs."""
+    """Show the faults of the newest start that had any: of job `only`, or of all jobs."""
     from megatron_hypenet.cluster.first_error import faults_of, grouped
 
     starts = [
@@ -190,7 +190,7 @@ def show_first_error(jobs: Jobs, only: Job | None, *, as_json: bool) -> None:
 
 
 def show_groups(groups: list[Group]) -> None:
-    """Faults with their tracebacks, causes first."""
+    """Show faults with their tracebacks, causes first."""
     for number, group in enumerate(groups):
         kind = (
             "then, as an echo" if group.first.is_echo and number else "then" if number else "first"

@@ -203,7 +203,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def main() -> NoReturn:
-    """Entry point of the console script."""
+    """Run the entry point of the console script."""
     # Python has no stream where the caller closed one (`>&-`): give it one, so that printing goes
     # nowhere instead of failing
     sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # open for the whole process

@@ -70,8 +70,8 @@ def examine_nodes(
 
 
 def _hosts_of_ranks() -> list[str]:
-    """Node of each rank where SLURM can be asked (a container may not be able to): to name those
-    that never report."""
+    """Return the node of each rank where SLURM can be asked (a container may not be able to): to
+    name those that never report."""
     from launchers.slurm import step_hosts
 
     try:
@@ -138,8 +138,8 @@ def srun_command(
 
 
 def tasks_per_node(srun_arguments: list[str], environment: Mapping[str, str]) -> int:
-    """GPUs of a node, by what srun is asked for, else by what the allocation has; 1 where there are
-    none."""
+    """Return the number of GPUs of a node, by what srun is asked for, else by what the allocation
+    has; 1 where there are none."""
     asked = next(
         (word.partition("=")[2] for word in srun_arguments if word.startswith("--gpus-per-node=")),
         None,

@@ -346,8 +346,8 @@ def show_plan(
 
 
 def teacher_shape(path: Path) -> ModelConfig:
-    """Shape of the teacher, a Hugging Face folder or a checkpoint, from its headers alone. Raises
-    CheckpointError, ConversionError."""
+    """Return the shape of the teacher, a Hugging Face folder or a checkpoint, from its headers
+    alone. Raises CheckpointError, ConversionError."""
     from megatron_hypenet.checkpoint.find import read_model_config
 
     if not path.exists():
@@ -370,8 +370,8 @@ def teacher_shape(path: Path) -> ModelConfig:
 
 
 def import_teacher(source: Path, target: Path) -> None:
-    """A committed teacher checkpoint at `target`: converted from a Hugging Face folder, or a link
-    to a checkpoint that exists."""
+    """Make a committed teacher checkpoint at `target`: converted from a Hugging Face folder, or a
+    link to a checkpoint that exists."""
     from megatron_hypenet.checkpoint.find import resolve
     from megatron_hypenet.checkpoint.manifest import verify_files
     from megatron_hypenet.export.from_hf import import_hf
@@ -387,8 +387,8 @@ def import_teacher(source: Path, target: Path) -> None:
 
 
 def export_student(run: RunConfig, checkpoint: Path, out: Path) -> None:
-    """The Hugging Face folder of the finished student, with the logit scaling of the configuration
-    switched on."""
+    """Write the Hugging Face folder of the finished student, with the logit scaling of the
+    configuration switched on."""
     from megatron_hypenet.export.to_hf import export_hf
 
     dtype = None if run.export.dtype == "auto" else run.export.dtype
@@ -402,8 +402,8 @@ def export_student(run: RunConfig, checkpoint: Path, out: Path) -> None:
 
 
 def configure_logging() -> None:
-    """Our own messages as plain lines on stderr; notes of the libraries below us only from warnings
-    up."""
+    """Show our own messages as plain lines on stderr; notes of the libraries below us only from
+    warnings up."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
     logging.getLogger("megatron_hypenet").setLevel(logging.INFO)
     # 0.18 and later warn of each layer spec they adapt

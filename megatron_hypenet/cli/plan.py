@@ -171,7 +171,7 @@ def hours_table(hours: list[Hours], gpu: str, gpus: int, price: float | None) ->
 
 
 def hours_summary(hours: list[Hours], price: float | None) -> dict[str, dict[str, float]]:
-    """The same for machines, by step."""
+    """Return the hours by step, for machines."""
     return {
         row.step: {"hours": round(row.hours, 4), "gpu_hours": round(row.gpu_hours, 3)}
         | ({} if price is None else {"cost": round(row.gpu_hours * price, 2)})
@@ -192,7 +192,7 @@ def disk_line(need: DiskNeed, run: RunConfig) -> str:
 
 
 def disk_summary(need: DiskNeed, run: RunConfig) -> dict[str, int]:
-    """The same in bytes, for machines."""
+    """Return the disk space in bytes, for machines."""
     from megatron_hypenet.planning.disk import free_bytes
 
     sizes = {name: round(size) for name, size in need.parts.items()}

@@ -57,8 +57,8 @@ def choose(launcher: str, hostfile: Path | None, names: Sequence[str] | None) ->
 
 
 def join() -> int | None:
-    """Number of processes of the launcher that started this one, None when none did. A bare task of
-    srun takes its place from SLURM."""
+    """Return the number of processes of the launcher that started this one, None when none did. A
+    bare task of srun takes its place from SLURM."""
     size = launched_world_size()
     if size is not None and "RANK" not in os.environ:
         from launchers.slurm import place_of
@@ -68,8 +68,8 @@ def join() -> int | None:
 
 
 def count(run: RunConfig, shape: ModelConfig | None, nproc: int | None) -> int:
-    """Processes that `run` gets: the launcher's or hostfile's, else --nproc, else as many GPUs as
-    its layout can use, else one replica's.
+    """Count the processes that `run` gets: the launcher's or hostfile's, else --nproc, else as many
+    GPUs as its layout can use, else one replica's.
 
     Raises UsageError when --nproc contradicts the launcher, SetupError when this machine has too
     few GPUs.
@@ -152,8 +152,8 @@ def use_all_cores() -> None:
 
 
 def _fitting(run: RunConfig, shape: ModelConfig | None, size: int) -> int:
-    """As many of the visible GPUs as form whole replicas that share every global batch evenly;
-    `size` without GPUs."""
+    """Return as many of the visible GPUs as form whole replicas that share every global batch
+    evenly; `size` without GPUs."""
     from megatron_hypenet.config.checks import layout_problems
     from megatron_hypenet.config.layout import Layout
 

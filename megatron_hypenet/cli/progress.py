@@ -51,7 +51,7 @@ class Screen:
                 self._bar.start()
 
     def say(self, text: str) -> None:
-        """One line, with a time stamp in the log file."""
+        """Print one line, with a time stamp in the log file."""
         if not self.is_main:
             return
         if self._bar is not None:
@@ -78,7 +78,7 @@ class Screen:
         self._update(step)
 
     def count_only(self, steps: set[str]) -> None:
-        """This command does no other steps than these."""
+        """Note that this command does no other steps than these."""
         self.clock.only(steps)
         self.whole = False
 
@@ -92,13 +92,13 @@ class Screen:
         self._update(step)
 
     def pause(self, kind: str, seconds: float) -> None:
-        """An evaluation or a save inside a training stage took `seconds`."""
+        """Note that an evaluation or a save inside a training stage took `seconds`."""
         self.clock.pause(kind, seconds)
         if kind == SAVE:
             self.keep()
 
     def train_line(self, text: str) -> None:
-        """A line of the training loop."""
+        """Print a line of the training loop."""
         left = self._left() if text.startswith("iter ") else ""
         what = "run" if self.whole else "command"
         self.say(f"  {text} | whole {what}: {left}" if left else f"  {text}")
@@ -173,7 +173,7 @@ def corpus_progress(stream: TextIO | None = None) -> Iterator[Callable[[Progress
 
 
 def corpus_line(progress: Progress) -> str:
-    """How far a preparation is, in one line."""
+    """Say in one line how far a preparation is."""
     done = progress.read_bytes - progress.bytes_before
     rate = done / max(progress.seconds, 1e-6)
     left = (progress.total_bytes - progress.read_bytes) / rate if rate else math.inf

@@ -80,7 +80,7 @@ def evaluate(folder: RunFolder, run: Any, *, again: bool) -> None:
 
 
 def show(folder: RunFolder, *, as_json: bool) -> None:
-    """The report on stdout, as a table and the places of everything, or as the JSON that was
+    """Print the report on stdout, as a table and the places of everything, or as the JSON that was
     stored."""
     from megatron_hypenet.halo.report import read_report
 

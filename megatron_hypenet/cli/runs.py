@@ -49,7 +49,7 @@ def row_of(folder: Path) -> dict[str, Any]:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """One line per run."""
+    """Print one line per run."""
     from rich.console import Console
     from rich.table import Table
 

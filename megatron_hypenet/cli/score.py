@@ -145,8 +145,8 @@ def check_place(out: Path, *, overwrite: bool) -> None:
 
 
 def read_ids(path: Path, config: ModelConfig) -> torch.Tensor:
-    """`input_ids` [B, T] as int64. DataError unless it is a non-empty integer matrix with T >= 2
-    and ids inside the vocabulary."""
+    """Read `input_ids` [B, T] as int64. DataError unless it is a non-empty integer matrix with T >=
+    2 and ids inside the vocabulary."""
     import torch
     from safetensors import SafetensorError, safe_open
 

@@ -162,8 +162,8 @@ def sweep(
 
 
 def show(scores: LayerScores, selection: Selection, *, as_json: bool) -> None:
-    """The ranking on stdout: a table with one row per layer, most important first, or one JSON
-    object."""
+    """Print the ranking on stdout: a table with one row per layer, most important first, or one
+    JSON object."""
     if as_json:
         print(json.dumps({**selection.to_json(), "importance": list(selection.importance)}))
         return

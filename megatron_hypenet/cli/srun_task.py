@@ -69,7 +69,7 @@ def run(words: Sequence[str]) -> int:
 
 
 def main() -> NoReturn:
-    """Entry point of a task."""
+    """Run the entry point of a task."""
     for number in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, _leave_before_start)
     faulthandler.enable()

@@ -43,7 +43,7 @@ def status(run_folder: RunArgument, as_json: JsonOption = False) -> None:
 
 
 def status_of(run_folder: Path) -> dict[str, Any]:
-    """Everything that `status` says, as plain data: times in seconds, speeds in tokens per
+    """Return everything that `status` says, as plain data: times in seconds, speeds in tokens per
     second."""
     from megatron_hypenet.cluster.jobs import Jobs
     from megatron_hypenet.cluster.run_state import state_of
@@ -84,8 +84,8 @@ def job_rows(jobs: Jobs, states: Mapping[int, JobState]) -> list[dict[str, Any]]
 
 
 def progress_of(run_folder: Path) -> dict[str, Any]:
-    """Progress of the run by its own files: finished tasks, the running task, its last logged
-    iteration, the last save."""
+    """Return the progress of the run by its own files: finished tasks, the running task, its last
+    logged iteration, the last save."""
     from megatron_hypenet.halo.run_folder import RunFolder
 
     folder = RunFolder(run_folder)
@@ -206,7 +206,7 @@ def state_lines(found: dict[str, Any]) -> list[str]:
 
 
 def lines_of(found: dict[str, Any]) -> list[str]:
-    """The same as readable text."""
+    """Format `status_of` as readable text."""
     from megatron_hypenet.training.short_text import short_count, short_time
 
     lines = [found["run"], *state_lines(found)]

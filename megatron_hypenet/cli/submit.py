@@ -132,8 +132,8 @@ def submit(
 def split_overrides(
     words: Sequence[str], **options: str | int | None
 ) -> tuple[list[str], list[str]]:
-    """(settings of the run, settings of the profile); `options` are profile settings by name, None
-    where the user gave none."""
+    """Return (settings of the run, settings of the profile); `options` are profile settings by
+    name, None where the user gave none."""
     for_run = [word for word in words if not word.removeprefix("--").startswith(PREFIX)]
     for_cluster = [
         word.removeprefix("--").removeprefix(PREFIX) for word in words if word not in for_run
@@ -146,8 +146,8 @@ def split_overrides(
 
 
 def with_measured_grace(profile: ClusterConfig, folder: Path) -> ClusterConfig:
-    """`profile` with as much warning as this run's steps and saves were measured to need, where it
-    gives less; says so then."""
+    """Return `profile` with as much warning as this run's steps and saves were measured to need,
+    where it gives less; says so then."""
     from megatron_hypenet.config.cluster import ClusterConfig
     from megatron_hypenet.training import grace_period
 
@@ -219,7 +219,7 @@ def check_texts(settings: RunConfig) -> None:
 
 
 def _texts(key: str, value: object) -> Iterator[tuple[str, str]]:
-    """The texts in nested settings, each with its dotted key."""
+    """Yield the texts in nested settings, each with its dotted key."""
     if isinstance(value, str):
         yield key, value
     elif isinstance(value, dict):
@@ -241,7 +241,7 @@ def try_out(scripts: Sequence[JobScript]) -> None:
 
 
 def show_scripts(scripts: Sequence[JobScript], *, as_json: bool) -> None:
-    """What --dry-run says."""
+    """Print what --dry-run says."""
     if as_json:
         print(
             json.dumps(
@@ -292,7 +292,7 @@ def send(
 
 
 def show_jobs(folder: Path, jobs: Sequence[Job], *, as_json: bool) -> None:
-    """Job numbers on stdout, and what to do next on stderr."""
+    """Print job numbers on stdout, and what to do next on stderr."""
     if as_json:
         print(
             json.dumps(

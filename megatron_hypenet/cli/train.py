@@ -135,8 +135,8 @@ def start_of(stage: str | None, init: Path | None) -> tuple[str, Path] | None:
 
 
 def check_init(init: Path, *, starts: bool) -> None:
-    """CheckpointError for a student to start from that is damaged, before a run folder is made for
-    it.
+    """Raise CheckpointError for a student to start from that is damaged, before a run folder is
+    made for it.
 
     A command that only `starts` the processes leaves the hashes to the first of them.
     """
