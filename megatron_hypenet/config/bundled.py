@@ -45,7 +45,7 @@ def preset(path: Path, kind: str) -> Path:
 
 
 def presets() -> Iterator[tuple[str, Path]]:
-    """(kind, file) of every preset."""
+    """Yield (kind, file) of every preset."""
     for kind in KINDS:
         for path in sorted((bundle() / "configs" / kind).glob("*.yaml")):
             yield kind, path

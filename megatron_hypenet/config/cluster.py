@@ -274,12 +274,12 @@ class ClusterConfig(Section):
 
     @property
     def processes_per_node(self) -> int:
-        """Tasks that srun starts on every node."""
+        """Return the number of processes that srun starts on every node."""
         return self.tasks_per_node or self.gpus_per_node
 
     @property
     def world_size(self) -> int:
-        """Processes of a job."""
+        """Return the number of processes of a job."""
         return self.nodes * self.processes_per_node
 
 

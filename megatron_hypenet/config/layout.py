@@ -41,17 +41,18 @@ class Layout:
 
     @property
     def parallel(self) -> ParallelConfig:
-        """The layout's settings."""
+        """Return the layout's settings."""
         return self.run.parallel
 
     @property
     def processes(self) -> int:
-        """Number of processes that are started."""
+        """Return the number of processes that are started."""
         return self.world_size or self.parallel.model_parallel_size
 
     @property
     def dp_size(self) -> int | None:
-        """Number of replicas; None when the processes cannot be divided into replicas."""
+        """Return the number of replicas; None when the processes cannot be divided into
+        replicas."""
         replicas, left = divmod(self.processes, self.parallel.model_parallel_size)
         return None if left else replicas
 
@@ -62,8 +63,8 @@ class Layout:
 
     @property
     def tensor_sizes(self) -> dict[str, int]:
-        """Sizes of the model, by name, that the tensor-parallel size must divide: those of every
-        mixer, vocabulary and MLP."""
+        """Return the sizes of the model, by name, that the tensor-parallel size must divide: those
+        of every mixer, vocabulary and MLP."""
         assert self.model is not None, "rules about the model are asked with a model only"
         slices = {
             name: size
@@ -78,8 +79,8 @@ class Layout:
 
     @property
     def mixers(self) -> tuple[MixerSpec, ...]:
-        """The mixers that the model's layers have, softmax attention first, and the one that stage
-        1 trains."""
+        """Return the mixers that the model's layers have, softmax attention first, and the one that
+        stage 1 trains."""
         assert self.model is not None, "rules about the model are asked with a model only"
         found = {name: self.model.spec(name) for name in (ATTENTION, *self.model.used_mixers)}
         for settings in map(self.run.stage, self.stages):
@@ -115,8 +116,8 @@ class Layout:
         return {PIPELINE: size, **off}
 
     def on_fitting_processes(self, change: Change) -> dict[str, object]:
-        """`change` together with the nearest number of processes that its replicas fill; the change
-        alone if the number is free."""
+        """Return `change` together with the nearest number of processes that its replicas fill; the
+        change alone if the number is free."""
         if self.world_size is None:
             return dict(change)
         unit = self.changed(change).parallel.model_parallel_size
@@ -139,14 +140,14 @@ def multiples_near(unit: int, wanted: int) -> list[int]:
 
 
 def even_layout(num_layers: int, num_stages: int) -> tuple[int, ...]:
-    """Layers per pipeline stage that differ by at most one, the longer stages first."""
+    """Return layers per pipeline stage that differ by at most one, the longer stages first."""
     each, more = divmod(num_layers, num_stages)
     return tuple(each + (stage < more) for stage in range(num_stages))
 
 
 def phrase(changes: Sequence[Change]) -> str:
-    """Changes as advice, each ready to be copied to the command line: `use a=1 or 2`, `use a=1, or
-    b=2 with c=null`."""
+    """Write changes as advice, each ready to be copied to the command line: `use a=1 or 2`, `use
+    a=1, or b=2 with c=null`."""
     keys = {tuple(change) for change in changes}
     if keys == {(PROCESSES,)}:
         return f"start {' or '.join(str(change[PROCESSES]) for change in changes)} processes"

@@ -160,8 +160,8 @@ def pipeline_zero(layout: Layout) -> Iterator[Finding]:
 
 
 def pipeline_offload(layout: Layout) -> Iterator[Finding]:
-    """DeepSpeed moves gradients to the CPU in its own backward pass, which pipeline schedules do
-    not call."""
+    """Find pipeline schedules with offloading: DeepSpeed moves gradients to the CPU in its own
+    backward pass, which the schedules do not call."""
     pp = layout.parallel.pipeline_model_parallel_size
     if pp > 1 and layout.parallel.offload_optimizer:
         yield Finding(
@@ -239,8 +239,8 @@ def sequence_split(layout: Layout) -> Iterator[Finding]:
 
 
 def chunk_halo(layout: Layout) -> Iterator[Finding]:
-    """What a mixer reads before a context-parallel chunk (a short convolution's window) lies within
-    the one chunk before."""
+    """Require that what a mixer reads before a context-parallel chunk (a short convolution's
+    window) lies within the one chunk before."""
     cp = layout.parallel.context_parallel_size
     if layout.model is None or cp == 1:
         return
@@ -261,8 +261,8 @@ def chunk_halo(layout: Layout) -> Iterator[Finding]:
 
 
 def global_batch(layout: Layout) -> Iterator[Finding]:
-    """Every data-parallel process runs the same number of whole micro-batches per optimizer
-    step."""
+    """Require that every data-parallel process runs the same number of whole micro-batches per
+    optimizer step."""
     dp_size = layout.dp_size
     if dp_size is None:  # another rule reports this
         return

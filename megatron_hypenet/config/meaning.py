@@ -91,7 +91,7 @@ def from_word(text: str, annotation: Any, where: str = "the value") -> Any:
 
 
 def member(annotation: Any, key: str) -> Any:
-    """Type of the setting `key` of a section or mapping; Any where there is none."""
+    """Return the type of the setting `key` of a section or mapping; Any where there is none."""
     for part in _alternatives(annotation):
         if _is_section(part):
             return part.model_fields[key].annotation if key in part.model_fields else Any
@@ -101,7 +101,7 @@ def member(annotation: Any, key: str) -> Any:
 
 
 def item(annotation: Any, index: int) -> Any:
-    """Type of an entry of a list; Any where there is none."""
+    """Return the type of an entry of a list; Any where there is none."""
     for part in _alternatives(annotation):
         if typing.get_origin(part) in (tuple, list):
             entries = typing.get_args(part)
@@ -154,7 +154,7 @@ _KINDS: dict[Any, tuple[str, ...]] = {
 
 
 def _alternatives(annotation: Any) -> Iterator[Any]:
-    """The types that a type consists of: `Annotated[X | None, ...]` has X and None."""
+    """Yield the types that a type consists of: `Annotated[X | None, ...]` has X and None."""
     origin = typing.get_origin(annotation)
     if origin is typing.Annotated:
         yield from _alternatives(typing.get_args(annotation)[0])

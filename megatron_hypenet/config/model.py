@@ -183,12 +183,12 @@ class ModelConfig(BaseModel):
 
     @property
     def attention_layers(self) -> tuple[int, ...]:
-        """Indices of the softmax layers, ascending."""
+        """Return the indices of the softmax layers, ascending."""
         return tuple(index for index, mixer in enumerate(self.mixer_types) if mixer == ATTENTION)
 
     @property
     def is_teacher(self) -> bool:
-        """True for the plain Qwen3 shape: all layers softmax, RoPE on, no output gate."""
+        """Return true for the plain Qwen3 shape: all layers softmax, RoPE on, no output gate."""
         return (
             len(self.attention_layers) == self.num_layers
             and self.attn_use_rope
@@ -197,24 +197,25 @@ class ModelConfig(BaseModel):
 
     @property
     def query_size(self) -> int:
-        """Width of all query heads together, num_attention_heads * kv_channels."""
+        """Return the width of all query heads together, num_attention_heads * kv_channels."""
         return self.num_attention_heads * self.kv_channels
 
     @property
     def kv_size(self) -> int:
-        """Width of all key (or value) heads of a softmax layer together, num_query_groups *
-        kv_channels."""
+        """Return the width of all key (or value) heads of a softmax layer together,
+        num_query_groups * kv_channels."""
         return self.num_query_groups * self.kv_channels
 
     @property
     def heads_per_group(self) -> int:
-        """Number of query heads that share a key/value head; an RNN mixer repeats it as often."""
+        """Return the number of query heads that share a key/value head; an RNN mixer repeats it as
+        often."""
         return self.num_attention_heads // self.num_query_groups
 
     @property
     def least_values(self) -> int:
-        """Number of elements in the large matrices that every model of this shape has with any
-        mixers: a lower bound of its size."""
+        """Return the number of elements in the large matrices that every model of this shape has
+        with any mixers: a lower bound of its size."""
         layer = 2 * self.query_size * self.hidden_size + 3 * self.hidden_size * self.ffn_hidden_size
         return self.vocab_size * self.hidden_size + self.num_layers * layer
 
@@ -230,7 +231,8 @@ class ModelConfig(BaseModel):
 
     @property
     def used_mixers(self) -> tuple[str, ...]:
-        """Names of the mixers in this model, each once, in order of their first layer."""
+        """Return the names of the mixers in this model, each once, in order of their first
+        layer."""
         return tuple(dict.fromkeys(self.mixer_types))
 
     def with_mixers(self, mixer_types: Iterable[str], settings: Iterable[MixerSpec] = ()) -> Self:

@@ -139,23 +139,23 @@ class DataConfig(Section):
 
     @property
     def sources(self) -> tuple[SourceConfig, ...]:
-        """The training data with all settings."""
+        """Return the training data with all settings."""
         return tuple(map(as_source, self.train))
 
     @property
     def heldout_source(self) -> SourceConfig | None:
-        """The held-out data with all settings, if it is named."""
+        """Return the held-out data with all settings, if it is named."""
         return None if self.heldout is None else as_source(self.heldout)
 
     @property
     def every_source(self) -> tuple[SourceConfig, ...]:
-        """Training data, then held-out data."""
+        """Return the training data, then held-out data."""
         heldout = self.heldout_source
         return self.sources if heldout is None else (*self.sources, heldout)
 
     @property
     def weights(self) -> tuple[float, ...] | None:
-        """The weights of the sources, or None where they are read as one text."""
+        """Return the weights of the sources, or None where they are read as one text."""
         found = [source.weight for source in self.sources if source.weight is not None]
         return tuple(found) or None
 
@@ -213,7 +213,7 @@ class ParallelConfig(Section):
 
     @property
     def model_parallel_size(self) -> int:
-        """Processes that hold one replica of the model and of its sequence."""
+        """Return the number of processes that hold one replica of the model and of its sequence."""
         return (
             self.tensor_model_parallel_size
             * self.pipeline_model_parallel_size
@@ -222,8 +222,8 @@ class ParallelConfig(Section):
 
     @property
     def sequence_unit(self) -> int:
-        """What sequence lengths are multiples of: two chunks per context-parallel process, each
-        process's tokens split again for sequence parallelism."""
+        """Return the number that sequence lengths are multiples of: two chunks per context-parallel
+        process, each process's tokens split again for sequence parallelism."""
         context = self.context_parallel_size
         unit = 2 * context if context > 1 else 1
         return (
@@ -316,13 +316,13 @@ class StageConfig(Section):
 
     @property
     def decay_iters(self) -> int | None:
-        """Steps until the learning rate has reached the end of its cosine; None where it is
-        constant."""
+        """Return the number of steps until the learning rate has reached the end of its cosine;
+        None where it is constant."""
         return None if self.lr_schedule == "constant" else self.lr_decay_iters or self.train_iters
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens one optimizer step reads."""
+        """Return the number of tokens one optimizer step reads."""
         return self.global_batch_size * self.seq_length
 
     def num_micro_batches(self, dp_size: int) -> int:
@@ -352,7 +352,7 @@ class AlignConfig(StageConfig):
 
     @property
     def spec(self) -> MixerSpec:
-        """The RNN mixer with its settings."""
+        """Return the RNN mixer with its settings."""
         return with_settings(self.mixer, self.mixer_settings)
 
 

@@ -80,11 +80,11 @@ class ParamSpec:
 
     @property
     def numel(self) -> int:
-        """Number of elements over all tensor-parallel ranks."""
+        """Return the number of elements over all tensor-parallel ranks."""
         return math.prod(self.shape)
 
     def local_shape(self, tensor_ranks: int) -> tuple[int, ...]:
-        """Shape on each of `tensor_ranks` tensor-parallel ranks."""
+        """Return the shape on each of `tensor_ranks` tensor-parallel ranks."""
         return tuple(
             size // tensor_ranks if dim == self.tp_dim else size
             for dim, size in enumerate(self.shape)
@@ -104,7 +104,7 @@ class MixerFlops:
 
     @property
     def total(self) -> float:
-        """The whole mixer."""
+        """Return the sum for the whole mixer."""
         return self.projections + self.core + self.output
 
 
@@ -132,7 +132,8 @@ class HfKeys:
 
     @property
     def known(self) -> frozenset[str]:
-        """All keys of the mixer, but for sizes that follow from settings (`MixerSpec.hf_sizes`)."""
+        """Return all keys of the mixer, but for sizes that follow from settings
+        (`MixerSpec.hf_sizes`)."""
         return frozenset({**self.switches, **self.sizes, **self.settings}).union(self.ignored)
 
 
@@ -167,7 +168,7 @@ class MixerSpec(BaseModel, ABC):
 
     @abstractmethod
     def core_flops(self, model: ModelConfig, seq_length: int) -> float:
-        """FLOPs per token between the projections, at the given sequence length."""
+        """Count the FLOPs per token between the projections, at the given sequence length."""
 
     @abstractmethod
     def saved_activations(
@@ -182,12 +183,12 @@ class MixerSpec(BaseModel, ABC):
         """Return the mixer's requirements on a parallel layout."""
 
     def hf_sizes(self) -> Mapping[str, str]:
-        """Keys of config.json whose value must be that of another key, with that key; a mixer whose
-        settings decide overrides this."""
+        """Return the keys of config.json whose value must be that of another key, with that key; a
+        mixer whose settings decide overrides this."""
         return self.hf_keys.sizes
 
     def flops(self, model: ModelConfig, seq_length: int) -> MixerFlops:
-        """FLOPs of a forward pass per token; 2 per weight of a projection."""
+        """Count the FLOPs of a forward pass per token; 2 per weight of a projection."""
         widths = {parameter.name: parameter.numel for parameter in self.parameters(model)}
         output = widths.pop(OUTPUT)
         projections = sum(size for name, size in widths.items() if name.startswith(SECTION))
@@ -195,7 +196,7 @@ class MixerSpec(BaseModel, ABC):
         return MixerFlops(2.0 * projections, core, 2.0 * output)
 
     def sections(self, model: ModelConfig) -> dict[str, int]:
-        """Rows of the fused input projection over all ranks, by section, in order."""
+        """Return the rows of the fused input projection over all ranks, by section, in order."""
         return {
             parameter.name.removeprefix(SECTION): parameter.shape[0]
             for parameter in self.parameters(model)
@@ -203,7 +204,7 @@ class MixerSpec(BaseModel, ABC):
         }
 
     def num_parameters(self, model: ModelConfig, tensor_ranks: int = 1) -> int:
-        """Elements of all parameters, on one of `tensor_ranks` tensor-parallel ranks."""
+        """Count the elements of all parameters, on one of `tensor_ranks` tensor-parallel ranks."""
         return sum(
             math.prod(parameter.local_shape(tensor_ranks)) for parameter in self.parameters(model)
         )

@@ -81,11 +81,12 @@ class GatedDeltaNetSpec(MixerSpec):
         }
 
     def key_heads(self, model: ModelConfig) -> int:
-        """Heads of k and of v."""
+        """Return the number of heads of k and of v."""
         return model.num_attention_heads if self.expand_kv else model.num_query_groups
 
     def parameters(self, model: ModelConfig) -> tuple[ParamSpec, ...]:
-        """The attention's parameters, a gate, and per head: decay rate, step size, write size."""
+        """Return the attention's parameters, a gate, and per head: decay rate, step size, write
+        size."""
         heads = model.num_attention_heads
         taken = attention_parameters(model, kv_size=self.key_heads(model) * model.kv_channels)
         if not self.qk_norm:
@@ -117,7 +118,7 @@ class GatedDeltaNetSpec(MixerSpec):
     def saved_activations(
         self, model: ModelConfig, tensor_ranks: int, recompute: Recompute
     ) -> float:
-        """The sections; unless recomputed also normalised and expanded q, k and v, o, and its
+        """Count the sections; unless recomputed also normalised and expanded q, k and v, o, and its
         norm and gate in float32 steps."""
         kv = 2 * self.key_heads(model) * model.kv_channels
         sections = model.query_size * (2 if self.gate else 1) + kv + 2 * model.num_attention_heads
@@ -125,7 +126,7 @@ class GatedDeltaNetSpec(MixerSpec):
         return (sections + inside) / tensor_ranks
 
     def layout_rules(self, model: ModelConfig) -> LayoutRules:
-        """Whole heads of q and of k on every rank."""
+        """Require whole heads of q and of k on every rank."""
         slices = {"num_attention_heads": model.num_attention_heads}
         if not self.expand_kv:
             slices["num_query_groups"] = model.num_query_groups
@@ -133,8 +134,8 @@ class GatedDeltaNetSpec(MixerSpec):
 
 
 def xavier_section(model: ModelConfig, name: str, hf_name: str, rows: int) -> ParamSpec:
-    """A section of the input projection that no teacher has: Xavier-uniform with gain 2^-2.5, as
-    the reference draws it."""
+    """Describe a section of the input projection that no teacher has: Xavier-uniform with gain
+    2^-2.5, as the reference draws it."""
     bound = 2**-2.5 * math.sqrt(6 / (model.hidden_size + rows))
     return ParamSpec(
         name=SECTION + name, shape=(rows, model.hidden_size), tp_dim=0,
@@ -143,6 +144,6 @@ def xavier_section(model: ModelConfig, name: str, hf_name: str, rows: int) -> Pa
 
 
 def delta_rule_flops(d: int) -> float:
-    """FLOPs per head and token of the chunked delta rule: read, predict and update a d x d state,
-    and half a chunk of four products (A, P, the solve, the values)."""
+    """Count the FLOPs per head and token of the chunked delta rule: read, predict and update a d x
+    d state, and half a chunk of four products (A, P, the solve, the values)."""
     return 6.0 * d * d + 4.0 * CHUNK_TOKENS * d

@@ -78,8 +78,8 @@ class KimiDeltaAttentionSpec(MixerSpec):
         return self
 
     def parameters(self, model: ModelConfig) -> tuple[ParamSpec, ...]:
-        """The attention's parameters for all heads, the projections of decay, gate and write size,
-        per-head rates, per-channel step sizes, and the convolutions."""
+        """Return the attention's parameters for all heads, the projections of decay, gate and write
+        size, per-head rates, per-channel step sizes, and the convolutions."""
         heads = model.num_attention_heads
         width = model.query_size
         d = model.kv_channels
@@ -136,8 +136,8 @@ class KimiDeltaAttentionSpec(MixerSpec):
         )  # fmt: skip
 
     def core_flops(self, model: ModelConfig, seq_length: int) -> float:
-        """The second halves of the low-rank projections, the convolutions, and per head the delta
-        rule: read, predict and update a d x d state, and half a chunk of four products."""
+        """Count the second halves of the low-rank projections, the convolutions, and per head the
+        delta rule: read, predict and update a d x d state, and half a chunk of four products."""
         d = model.kv_channels
         low_rank = 4.0 * d * model.query_size
         taps = self.conv_size if self.conv and self.conv_size is not None else 0
@@ -148,21 +148,22 @@ class KimiDeltaAttentionSpec(MixerSpec):
     def saved_activations(
         self, model: ModelConfig, tensor_ranks: int, recompute: Recompute
     ) -> float:
-        """The sections; unless recomputed also normalised q and k, decays and gates in float32
-        steps, o, and its norm."""
+        """Count the sections; unless recomputed also normalised q and k, decays and gates in
+        float32 steps, o, and its norm."""
         sections = sum(self.sections(model).values())
         per_channel = 16 + (6 if self.conv else 0)
         inside = 0 if recompute == "selective" else per_channel * model.query_size
         return (sections + inside) / tensor_ranks
 
     def layout_rules(self, model: ModelConfig) -> LayoutRules:
-        """Whole heads on every rank, and an even share of the low-rank projections' channels."""
+        """Require whole heads on every rank, and an even share of the low-rank projections'
+        channels."""
         slices = {name: getattr(model, name) for name in ("num_attention_heads", "kv_channels")}
         halo = self.conv_size - 1 if self.conv and self.conv_size is not None else 0
         return LayoutRules(tensor_slices=slices, halo_tokens=halo)
 
 
 def by_inputs(fan_in: int) -> Init:
-    """PyTorch's default for linear layers and convolutions: U(+-1 / sqrt(fan_in))."""
+    """Use PyTorch's default for linear layers and convolutions: U(+-1 / sqrt(fan_in))."""
     bound = 1 / math.sqrt(fan_in)
     return Init("uniform", -bound, bound)

@@ -52,7 +52,8 @@ class LightningAttnSpec(MixerSpec):
     )
 
     def parameters(self, model: ModelConfig) -> tuple[ParamSpec, ...]:
-        """q, k, v and gate for all heads, the per-head norms, and the norm over all heads."""
+        """Return q, k, v and gate for all heads, the per-head norms, and the norm over all
+        heads."""
         return (
             *attention_parameters(model, kv_size=model.query_size),
             gate_parameter(model, "z_proj.weight"),
@@ -63,18 +64,18 @@ class LightningAttnSpec(MixerSpec):
         )  # fmt: skip
 
     def core_flops(self, model: ModelConfig, seq_length: int) -> float:
-        """Per head: state update and read, 4 d^2, and half a chunk of two products."""
+        """Count per head: state update and read, 4 d^2, and half a chunk of two products."""
         d = model.kv_channels
         return model.num_attention_heads * (4.0 * d * d + 2.0 * CHUNK_TOKENS * d)
 
     def saved_activations(
         self, model: ModelConfig, tensor_ranks: int, recompute: Recompute
     ) -> float:
-        """The four sections; unless recomputed also rotated q and k, o, and the gated norm of o,
-        which over several ranks is three operations."""
+        """Count the four sections; unless recomputed also rotated q and k, o, and the gated norm of
+        o, which over several ranks is three operations."""
         inside = 0 if recompute == "selective" else 4 if tensor_ranks == 1 else 6
         return (4 + inside) * model.query_size / tensor_ranks
 
     def layout_rules(self, model: ModelConfig) -> LayoutRules:
-        """Whole heads on every rank."""
+        """Require whole heads on every rank."""
         return LayoutRules(tensor_slices={"num_attention_heads": model.num_attention_heads})

@@ -34,26 +34,27 @@ class SoftmaxAttnSpec(MixerSpec):
     )
 
     def parameters(self, model: ModelConfig) -> tuple[ParamSpec, ...]:
-        """q for all heads, k and v for the groups, and the output gate if the model has one."""
+        """Return q for all heads, k and v for the groups, and the output gate if the model has
+        one."""
         shared = attention_parameters(model, kv_size=model.kv_size)
         if not model.attn_use_output_gate:
             return shared
         return (*shared, gate_parameter(model, "o_gate.weight"))
 
     def core_flops(self, model: ModelConfig, seq_length: int) -> float:
-        """Two products over half the sequence on average."""
+        """Count two products over half the sequence on average."""
         return 2.0 * model.query_size * seq_length
 
     def saved_activations(
         self, model: ModelConfig, tensor_ranks: int, recompute: Recompute
     ) -> float:
-        """The sections, normalised q and k, and o, with a gate also the product; selective
+        """Count the sections, normalised q and k, and o, with a gate also the product; selective
         recomputation changes nothing here."""
         gated = model.query_size if model.attn_use_output_gate else 0
         inside = 2 * model.query_size + model.kv_size + gated
         return (sum(self.sections(model).values()) + inside) / tensor_ranks
 
     def layout_rules(self, model: ModelConfig) -> LayoutRules:
-        """Whole heads and whole groups on every rank."""
+        """Require whole heads and whole groups on every rank."""
         sizes = ("num_attention_heads", "num_query_groups")
         return LayoutRules(tensor_slices={name: getattr(model, name) for name in sizes})
