@@ -73,8 +73,8 @@ class Windows:
         self.seed = seed
 
     def per_epoch(self, seq_length: int) -> int:
-        """Number of windows that fit for any offset of an epoch; neighbours share one token, the
-        last target of one and the first input of the next."""
+        """Return the number of windows that fit for any offset of an epoch; adjacent ones share one
+        token, the last target of one and the first input of the next."""
         windows = (len(self.text) - seq_length) // seq_length
         if windows >= 1:
             return windows
@@ -87,7 +87,7 @@ class Windows:
         )
 
     def start(self, index: int, seq_length: int) -> int:
-        """First token of window `index` of the text."""
+        """Return the first token of window `index` of the text."""
         epoch, place = divmod(index, windows := self.per_epoch(seq_length))
         slack = len(self.text) - (windows * seq_length + 1)
         offset = scramble(self.seed, epoch, 1) % (min(slack, seq_length - 1) + 1)
@@ -109,8 +109,8 @@ class TrainData:
         recall_fraction: float = 0.0,
         blend: Sequence[tuple[TokenStream, float]] = (),
     ) -> None:
-        """`end_of_document` is the token that ends each document of the text, where that is known.
-        `blend` has several texts with their weights, in the place of `text`.
+        """Read the text; `end_of_document` is the token that ends each document of it, where that
+        is known. `blend` has several texts with their weights, in the place of `text`.
 
         Raises DataError when a recall share is asked for without a recall task."""
         if recall_fraction > 0 and recall is None:
@@ -129,7 +129,7 @@ class TrainData:
         self._units = shares([weight for _, weight in blend] or [1.0])
 
     def batch(self, sample_start: int, count: int, seq_length: int) -> Tensor:
-        """Samples sample_start .. sample_start + count - 1 -> int64 [count, seq_length + 1].
+        """Return samples sample_start .. sample_start + count - 1 -> int64 [count, seq_length + 1].
 
         Raises DataError when the text is shorter than one sequence or holds an id outside the
         vocabulary: the files were checked before (data/corpus.py), but may have changed since.
@@ -141,8 +141,8 @@ class TrainData:
         return torch.from_numpy(rows)
 
     def document_ends(self, tokens: Tensor, sample_start: int) -> Tensor:
-        """Where documents end in `tokens`, a batch that starts with sample `sample_start`: bool of
-        the same shape.
+        """Return where documents end in `tokens`, a batch that starts with sample `sample_start`:
+        bool of the same shape.
 
         Documents end at end-of-document tokens; in text from files without such tokens, and in
         conversations, they end at the boundaries of the files' index. Raises DataError when the
@@ -195,11 +195,11 @@ class TrainData:
         return text[start : start + seq_length + 1]
 
     def windows_per_epoch(self, seq_length: int) -> int:
-        """Number of windows of all texts. Raises DataError when one of them has none."""
+        """Return the number of windows of all texts. Raises DataError when one of them has none."""
         return sum(windows.per_epoch(seq_length) for windows in self._windows)
 
     def _window(self, index: int, seq_length: int) -> tuple[TokenStream, int] | None:
-        """(text, first token) of sample `index`; None for a recall document."""
+        """Return (text, first token) of sample `index`; None for a recall document."""
         recalls, is_recall = self._recalls_before(index)
         if is_recall:
             return None
@@ -208,7 +208,7 @@ class TrainData:
         return windows.text, windows.start(place, seq_length)
 
     def _recalls_before(self, index: int) -> tuple[int, bool]:
-        """How many recall documents come before sample `index`, and whether it is one."""
+        """Return how many recall documents come before sample `index`, and whether it is one."""
         recalls = index * self._recall_units // _SHARE_UNITS
         return recalls, (index + 1) * self._recall_units // _SHARE_UNITS > recalls
 
@@ -223,8 +223,8 @@ def shares(weights: Sequence[float]) -> list[int]:
 
 
 def taken_from(index: int, units: Sequence[int]) -> tuple[int, int]:
-    """(entry, number of samples that it gave before) for sample `index` of a blend with these
-    `shares`: every entry is spread evenly over what the ones before it leave."""
+    """Return (entry, number of samples that it gave before) for sample `index` of a blend with
+    these `shares`: every entry is spread evenly over what the ones before it leave."""
     for number, part in enumerate(units):
         before = index * part // _SHARE_UNITS
         if (index + 1) * part // _SHARE_UNITS > before:

@@ -48,7 +48,7 @@ class ChatEncoder:
     def encode(
         self, messages: list[Message], where: Where
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]:
-        """(ids [t], mask [t]) of a conversation: 1 for tokens of the assistant.
+        """Return (ids [t], mask [t]) of a conversation: 1 for tokens of the assistant.
 
         Raises DataError that begins with `where` when the template refuses the conversation, or an
         answer cannot be found in what it writes.
@@ -89,7 +89,7 @@ class ChatEncoder:
         self, messages: list[Message], number: int, text: str,
         stops: npt.NDArray[np.int64], where: Where,
     ) -> int:  # fmt: skip
-        """Index of the first token that has a character of an answer."""
+        """Return the index of the first token that has a character of an answer."""
         if number == 0:
             raise RecordError(
                 where,

@@ -225,8 +225,8 @@ class Corpus:
     def training_data(
         self, *, recall_fraction: float, recall_pairs: int, weights: Sequence[float] | None = None
     ) -> TrainData:
-        """Training sequences, from each source as often as its weight says, or from all of them as
-        one text; recall documents use training text as filler."""
+        """Return training sequences, from each source as often as its weight says, or from all of
+        them as one text; recall documents use training text as filler."""
         task = None
         if recall_fraction > 0:
             task = RecallTask(self.vocabulary, self.train, seed=self.seed, num_pairs=recall_pairs)

@@ -61,8 +61,8 @@ class TokenFile:
         return None if self.mask is None else self.mask[start:stop]
 
     def documents_before(self, fraction: float) -> int:
-        """Tokens of the documents that are left when the last `fraction` of the text (whole
-        documents, at least one) is taken off.
+        """Return the tokens of the documents that are left when the last `fraction` of the text
+        (whole documents, at least one) is taken off.
 
         One document alone cannot be split: then nothing is taken off.
         """
@@ -220,17 +220,17 @@ class TokenStream:
         )
 
     def __len__(self) -> int:
-        """Number of tokens."""
+        """Return the number of tokens."""
         return int(self._starts[-1])
 
     @property
     def has_document_ends(self) -> bool:
-        """Whether `document_ends` was given for any part."""
+        """Return whether `document_ends` was given for any part."""
         return any(ends is not None for ends in self._document_ends)
 
     @property
     def has_masks(self) -> bool:
-        """Whether a mask was given for any part."""
+        """Return whether a mask was given for any part."""
         return any(mask is not None for mask in self._masks)
 
     def last_tokens(
@@ -268,7 +268,7 @@ class TokenStream:
             yield index, first, (max(start - first, 0), min(stop - first, len(self._parts[index])))
 
     def __getitem__(self, where: slice) -> npt.NDArray[np.int64]:
-        """Tokens of a slice without step, int64."""
+        """Return the tokens of a slice without step, int64."""
         start, stop, step = where.indices(len(self))
         if step != 1:
             raise ValueError("a token stream has no stepped slices")

@@ -31,7 +31,7 @@ class Empty:
     """Places of the first few."""
 
     def with_more(self, places: list[str]) -> Empty:
-        """These and more."""
+        """Return these places and more."""
         return Empty(self.count + len(places), (*self.first, *places)[: _SHOWN + 1])
 
 

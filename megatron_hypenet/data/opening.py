@@ -83,7 +83,7 @@ class _Zstandard(io.RawIOBase):
         return True
 
     def tell(self) -> int:
-        """Bytes of the content that were read."""
+        """Return the number of bytes of the content that were read."""
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:

@@ -9,12 +9,12 @@ INDEX_FILE = "corpus.json"
 
 
 def token_paths(prefix: Path) -> tuple[Path, Path]:
-    """(prefix.bin, prefix.idx)."""
+    """Return (prefix.bin, prefix.idx)."""
     return Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
 
 
 def mask_path(prefix: Path) -> Path:
-    """prefix.mask, which a pair has when only a part of its tokens is trained on."""
+    """Return prefix.mask, which a pair has when only a part of its tokens is trained on."""
     return Path(f"{prefix}.mask")
 
 

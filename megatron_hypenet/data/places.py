@@ -18,12 +18,12 @@ class Fields:
 
     @property
     def key(self) -> str:
-        """The field that is read."""
+        """Return the field that is read."""
         return self.text_key if self.messages_key is None else self.messages_key
 
     @property
     def chat(self) -> bool:
-        """Whether records are conversations."""
+        """Return whether records are conversations."""
         return self.messages_key is not None
 
 
@@ -54,5 +54,5 @@ class RecordError(DataError):
         return f"{self.where}: {self.reason}"
 
     def moved(self, lines: int) -> RecordError:
-        """The same defect, this number of lines further down."""
+        """Return the same defect, this number of lines further down."""
         return RecordError(replace(self.where, number=self.where.number + lines), self.reason)

@@ -101,12 +101,12 @@ def prepare_file(
 
 
 def answers_of(encoded: Encoded) -> int:
-    """Tokens of a batch that count in the loss."""
+    """Count the tokens of a batch that count in the loss."""
     return len(encoded.ids) if encoded.mask is None else int(encoded.mask.sum())
 
 
 def places(batch: Batch, encoded: Encoded, files: Sequence[SourceFile]) -> list[str]:
-    """Where a batch has records without a text: the line or row, and the file if there are
+    """Say where a batch has records without a text: the line or row, and the file if there are
     several."""
     unit = "line" if batch.form == "lines" else "row"
     name = f"{files[batch.file].path.name} " if len(files) > 1 else ""
@@ -253,7 +253,7 @@ def _read_all(
 
 
 def _read_so_far(batch: Batch, parts: Sequence[Part]) -> int:
-    """Bytes of `parts` that were read when `batch` was."""
+    """Count the bytes of `parts` that were read when `batch` was."""
     done = 0
     for part in parts:
         if part.file < batch.file:
@@ -264,7 +264,7 @@ def _read_so_far(batch: Batch, parts: Sequence[Part]) -> int:
 
 
 def _in_whole_file(error: DataError, found: Found, job: CorpusJob) -> DataError:
-    """`error` of a share, with the number of its line in the whole file."""
+    """Return `error` of a share, with the number of its line in the whole file."""
     starts = {
         str(found.files[part.file].path): part.start for part in parts_of(found.files, *job.part)
     }

@@ -51,7 +51,8 @@ class Probes:
     """Documents for one tokenizer."""
 
     def __init__(self, encode: Encode, filler: Sequence[int] | None = None, *, seed: int) -> None:
-        """`filler`: tokens between the statements, None for RULER's noise. DataError for none."""
+        """Set up the tasks; `filler`: tokens between the statements, None for RULER's noise.
+        DataError for none."""
         self.encode = encode
         self.filler = list(encode(NOISE)) if filler is None else list(filler)
         self.seed = seed
@@ -59,8 +60,8 @@ class Probes:
             raise DataError("the filler text has no tokens; give a longer text")
 
     def document(self, task: str, index: int, length: int, depth: float) -> Probe:
-        """Document `index` of a task, of exactly `length` tokens, with the asked-for statement at
-        `depth`. DataError when they do not fit."""
+        """Return document `index` of a task, of exactly `length` tokens, with the asked-for
+        statement at `depth`. DataError when they do not fit."""
         rng = random.Random(f"{self.seed} {task} {index} {length} {depth}")
         draft = TASKS[task](rng, depth, self._lines(length))
         question = self.encode(draft.question)
@@ -84,7 +85,7 @@ class Probes:
         return [self.filler[(start + i) % len(self.filler)] for i in range(count)]
 
     def _lines(self, length: int) -> int:
-        """Short lines that fill half of a document, for a task that is made of them."""
+        """Return short lines that fill half of a document, for a task that is made of them."""
         return max(_NUM_COMMON, length // (2 * len(self.encode("\n1234. umbrella"))))
 
 
@@ -165,7 +166,7 @@ def _common_words(rng: random.Random, depth: float, lines: int) -> _Draft:
 
 
 def _pairs(rng: random.Random, depth: float, lines: int) -> _Draft:
-    """Facts as the recall documents of `data/recall.py` state them: `[ key value ]`."""
+    """Return facts as the recall documents of `data/recall.py` state them: `[ key value ]`."""
     words = rng.sample(_WORDS, 2 * _NUM_PAIRS)
     pairs = list(zip(words[::2], words[1::2], strict=True))
     places = [depth, *(rng.random() for _ in pairs[1:])]

@@ -28,7 +28,7 @@ class Question:
 
     @property
     def lettered(self) -> str:
-        """The question with its choices by letter, as text to continue with a letter."""
+        """Return the question with its choices by letter, as text to continue with a letter."""
         options = "".join(
             f"\n{letter}. {choice}" for letter, choice in zip(LETTERS, self.choices, strict=False)
         )
@@ -36,7 +36,7 @@ class Question:
 
     @property
     def letter(self) -> str:
-        """The letter of the right choice."""
+        """Return the letter of the right choice."""
         return LETTERS[self.choices.index(self.answer)]
 
 

@@ -123,7 +123,7 @@ def read_batches(
 
 
 def _lines(file: SourceFile, part: Part, place: Place) -> Iterator[Batch]:
-    """Blocks of whole lines."""
+    """Yield blocks of whole lines."""
     stop = part.stop if file.splits else None
     items = place.items
     with damage_named(file, lambda: items), open_bytes(file) as (stream, raw):
@@ -146,7 +146,7 @@ def _lines(file: SourceFile, part: Part, place: Place) -> Iterator[Batch]:
 
 
 def _first_line(stream: BinaryIO, start: int) -> int:
-    """Offset of the first line that begins at `start` or later."""
+    """Return the offset of the first line that begins at `start` or later."""
     if start == 0:
         return 0
     stream.seek(start - 1)
@@ -164,7 +164,8 @@ def _rest_of_line(file: SourceFile, stream: BinaryIO, number: int) -> bytes:
 
 
 def _pieces(file: SourceFile, place: Place) -> Iterator[Batch]:
-    """Pieces of whole lines. A byte order mark is dropped, and every line end is a line feed."""
+    """Yield pieces of whole lines. A byte order mark is dropped, and every line end is a line
+    feed."""
     done = number = place.items
     pieces: list[str] = []
     lines: list[str] = []
@@ -196,7 +197,7 @@ def _pieces(file: SourceFile, place: Place) -> Iterator[Batch]:
 
 
 def _checked_lines(file: SourceFile, text: io.TextIOWrapper, done: int) -> Iterator[str]:
-    """Lines of a text; DataError for those that are no text."""
+    """Yield the lines of a text; DataError for those that are no text."""
     number = done
     try:
         for number, line in enumerate(text, start=done + 1):
@@ -236,7 +237,7 @@ def _is_list(file: SourceFile) -> bool:
 
 
 def _objects(file: SourceFile, place: Place) -> Iterator[Batch]:
-    """The members of a list as JSON text, read a part at a time."""
+    """Yield the members of a list as JSON text, read a part at a time."""
     rows: list[str] = []
     first = place.items + 1
     number = size = 0
@@ -257,7 +258,7 @@ def _objects(file: SourceFile, place: Place) -> Iterator[Batch]:
 
 
 def _members(file: SourceFile, stream: BinaryIO) -> Iterator[str]:
-    """The text of each member of the list in `stream`."""
+    """Yield the text of each member of the list in `stream`."""
     decoder = json.JSONDecoder()
     text = io.TextIOWrapper(stream, encoding="utf-8-sig")
     number = at = 0
@@ -319,7 +320,7 @@ def _refuse_row(file: SourceFile, row: int, reason: str) -> NoReturn:
 
 
 def _rows(file: SourceFile, place: Place, column: str) -> Iterator[Batch]:
-    """Values of one column of a table."""
+    """Yield the values of one column of a table."""
     items = place.items
     with damage_named(file, lambda: items):
         for values, share in batches_of_table(file, column, items, _TABLE_ROWS):

@@ -26,10 +26,10 @@ class TokenSlices(Protocol):
     TokenStream."""
 
     def __len__(self) -> int:
-        """Number of tokens."""
+        """Return the number of tokens."""
 
     def __getitem__(self, where: slice, /) -> npt.NDArray[np.integer]:
-        """Tokens of the slice."""
+        """Return the tokens of the slice."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class RecallVocabulary:
 
     @property
     def fact_tokens(self) -> int:
-        """Tokens of one whole statement."""
+        """Return the tokens of one whole statement."""
         return len(self.opening) + 1 + len(self.separator) + 1 + len(self.closing)
 
     @property
@@ -85,7 +85,7 @@ class RecallTask:
         self._words = np.asarray(vocabulary.words, dtype=np.int64)
 
     def minimum_seq_length(self, num_pairs: int | None = None) -> int:
-        """Shortest `seq_length` that holds every fact and every question."""
+        """Return the shortest `seq_length` that holds every fact and every question."""
         return (
             2 * (self.num_pairs if num_pairs is None else num_pairs) * self.vocabulary.fact_tokens
         )
@@ -93,7 +93,7 @@ class RecallTask:
     def document(
         self, index: int, seq_length: int, *, training: bool = False
     ) -> tuple[TokenArray, TokenArray]:
-        """Document `index` -> (ids [seq_length + 1], answer positions).
+        """Make document `index` -> (ids [seq_length + 1], answer positions).
 
         Position p is an answer position when ids[p + 1] is the value asked for: it indexes scores
         of ids[:-1] against ids[1:]. Evaluation: facts are spread uniformly over everything before
@@ -137,7 +137,7 @@ class RecallTask:
         return self._assemble(rng, num_filler, facts, places)
 
     def batch(self, start: int, count: int, seq_length: int) -> tuple[TokenArray, TokenArray]:
-        """Evaluation documents start..start+count-1 -> ids [count, seq_length + 1], answer
+        """Make evaluation documents start..start+count-1 -> ids [count, seq_length + 1], answer
         positions [count, num_pairs]."""
         documents = [self.document(start + i, seq_length) for i in range(count)]
         return np.stack([ids for ids, _ in documents]), np.stack(
@@ -173,7 +173,7 @@ class RecallTask:
         facts: list[TokenArray],
         places: list[tuple[int, int, bool]],
     ) -> tuple[TokenArray, TokenArray]:
-        """Filler with a statement or question at each place -> (ids, answer positions)."""
+        """Put filler and a statement or question at each place -> (ids, answer positions)."""
         filler = self._filler(rng, num_filler)
         pieces: list[TokenArray] = []
         answers: list[int] = []
@@ -189,7 +189,8 @@ class RecallTask:
         return np.concatenate(pieces), np.array(answers, dtype=np.int64)
 
     def _filler(self, rng: np.random.Generator, count: int) -> TokenArray:
-        """`count` consecutive tokens of the stream from a random start, wrapping at its end."""
+        """Return `count` consecutive tokens of the stream from a random start, wrapping at its
+        end."""
         start = int(rng.integers(0, len(self.filler)))
         head = np.asarray(self.filler[start : start + count], dtype=np.int64)
         while len(head) < count:

@@ -42,7 +42,7 @@ def documents_of(
 
 
 def _values(batch: Batch, file: str, key: str) -> Iterator[tuple[int, Where, Any]]:
-    """(number, file and line or row, value under `key`) of each record."""
+    """Yield (number, file and line or row, value under `key`) of each record."""
     if batch.form == "lines":
         # the last line has no end, or gives an empty one here
         lines = batch.content.split(b"\n")

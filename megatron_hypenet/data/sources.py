@@ -61,7 +61,7 @@ class SourceFile:
 
     @property
     def splits(self) -> bool:
-        """Whether a part of the file can be read without the rest: lines that are not
+        """Return whether a part of the file can be read without the rest: lines that are not
         compressed."""
         return self.kind == ".jsonl" and not self.codec
 
@@ -76,12 +76,12 @@ class Found:
 
     @property
     def size(self) -> int:
-        """Bytes on the disk of all files."""
+        """Return the bytes on the disk of all files."""
         return sum(file.size for file in self.files)
 
     @property
     def note(self) -> str:
-        """What to tell the user about files that are left out; else empty."""
+        """Return what to tell the user about files that are left out; else empty."""
         if not self.left_out:
             return ""
         names = ", ".join(path.name for path in self.left_out[:5])
@@ -130,7 +130,7 @@ def find_files(source: Path) -> Found:
 
 
 def _of_folder(folder: Path) -> tuple[list[Path], list[Path]]:
-    """(files of text, other files) of a folder, sorted; of a saved dataset the files that it
+    """Return (files of text, other files) of a folder, sorted; of a saved dataset the files that it
     names."""
     if (folder / _SPLITS).is_file():
         splits = read_object(_SAVED, folder / _SPLITS).get("splits")

@@ -29,7 +29,8 @@ class Statistics:
 
 
 def statistics(file: TokenFile, seq_length: int) -> Statistics:
-    """Statistics of a pair, from its index alone. Pieces of a .txt file count as documents."""
+    """Return the statistics of a pair, from its index alone. Pieces of a .txt file count as
+    documents."""
     longest = cut = behind = start = 0
     for first in range(0, len(file.document_ends), _CHUNK):
         ends = np.asarray(file.document_ends[first : first + _CHUNK], dtype=np.int64)

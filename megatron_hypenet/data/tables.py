@@ -72,7 +72,7 @@ def _parquet(file: SourceFile, column: str, skip: int) -> Iterator[tuple[Any, fl
 
 
 def _arrow(file: SourceFile, column: str) -> Iterator[tuple[Any, float]]:
-    """Values of an Arrow stream, as `datasets` saves it, or of an Arrow file."""
+    """Yield values of an Arrow stream, as `datasets` saves it, or of an Arrow file."""
     import pyarrow
 
     with pyarrow.memory_map(str(file.path)) as source:

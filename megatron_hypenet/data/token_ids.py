@@ -59,7 +59,7 @@ def scan_ids(
 
 
 def _count_answers(file: TokenFile) -> int | None:
-    """Number of ones in the mask. DataError for a mask with other values than 0 and 1."""
+    """Count the ones in the mask. DataError for a mask with other values than 0 and 1."""
     if file.mask is None:
         return None
     count = 0

@@ -133,7 +133,7 @@ def model_vocabulary(folder: Path) -> int | None:
 
 
 def _model_files(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The model's configuration files beside a tokenizer, with their content."""
+    """Yield the model's configuration files beside a tokenizer, with their content."""
     beside = [folder / "config.json", folder / "generation_config.json"]
     for path in [*beside, *([folder.parent / "model.json"] if folder.name == "tokenizer" else [])]:
         if has_entry(path):
@@ -141,7 +141,7 @@ def _model_files(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
 
 
 def recall_vocabulary(tokenizer: Any) -> RecallVocabulary:
-    """Words and markers for recall documents.
+    """Return words and markers for recall documents.
 
     Words are the vocabulary entries that spell a space and 3 to 8 lower-case letters and decode to
     just that, ordered by id.
