@@ -90,7 +90,7 @@ class CudaGraphs:
 
     @property
     def captured(self) -> bool:
-        """Whether micro-batches are replayed."""
+        """Return whether micro-batches are replayed."""
         return bool(self._graphs)
 
     def takes(self, batch: MicroBatch) -> bool:

@@ -13,7 +13,7 @@ ADAM_EPSILON = 1e-8
 
 
 def lr_at(step: int, config: StageConfig) -> float:
-    """Learning rate of optimizer step `step`, counted from 0.
+    """Return the learning rate of optimizer step `step`, counted from 0.
 
     Linear from lr / warmup_iters to lr over the warm-up, then constant, or a half cosine that
     reaches min_lr at the last step, or at step lr_decay_iters and stays there.

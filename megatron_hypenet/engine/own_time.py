@@ -32,8 +32,8 @@ class OwnTime:
             self._seconds += time.perf_counter() - begin
 
     def take(self) -> float:
-        """Seconds of work since the last call. Call it where the device has finished, as after
-        fetching a step's loss."""
+        """Return the seconds of work since the last call. Call it where the device has finished, as
+        after fetching a step's loss."""
         if self._events:
             self._events[-1][1].synchronize()
         seconds = self._seconds + sum(start.elapsed_time(end) for start, end in self._events) / 1000

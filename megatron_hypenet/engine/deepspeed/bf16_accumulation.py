@@ -55,12 +55,12 @@ class Fp32GradAccumulator:
 
     @property
     def empty(self) -> bool:
-        """Whether no micro-batch of this step has left a gradient yet."""
+        """Return whether no micro-batch of this step has left a gradient yet."""
         return not any(any(group) for group in self.optimizer.fp32_groups_has_gradients)
 
     @property
     def marks(self) -> list[list[bool]]:
-        """Which sums hold gradients of this step, by group and parameter; a copy."""
+        """Return which sums hold gradients of this step, by group and parameter; a copy."""
         return [list(group) for group in self.optimizer.fp32_groups_has_gradients]
 
     def set_marks(self, marks: list[list[bool]]) -> None:

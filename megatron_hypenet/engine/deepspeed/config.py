@@ -22,7 +22,7 @@ _EXCHANGE = {"float32": "fp32", "bfloat16": "bf16"}
 def config_dict(
     stage: StageConfig, parallel: ParallelConfig, *, num_micro_batches: int, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration for one training stage."""
+    """Return DeepSpeed's configuration for one training stage."""
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": stage.micro_batch_size,
         "gradient_accumulation_steps": num_micro_batches,

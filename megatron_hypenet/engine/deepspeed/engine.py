@@ -128,8 +128,8 @@ class TrainingEngine:
     def _dtypes_kept(
         self, trainable: Mapping[str, nn.Parameter], zero_stage: int
     ) -> contextlib.AbstractContextManager[None]:
-        """Context in which DeepSpeed rounds no parameter that stays in float32; under ZeRO-3, whose
-        buffer has one dtype, it does round them, and that is said."""
+        """Return a context in which DeepSpeed rounds no parameter that stays in float32; under
+        ZeRO-3, whose buffer has one dtype, it does round them, and that is said."""
         if zero_stage < 3:
             return private_fields.without_casts()
         wider = [name for name, one in trainable.items() if one.dtype != self.dtype]
@@ -163,21 +163,21 @@ class TrainingEngine:
         return loss.detach(), metrics
 
     def make_room(self) -> None:
-        """Before other work than training, which may need the GPU's memory."""
+        """Free GPU memory before other work than training, which may need it."""
         if self.graphs is not None:
             self.graphs.make_room()
 
     def _forward_backward(self, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """A micro-batch without DeepSpeed's part in it but its gradient hooks: what a CUDA graph
-        can hold."""
+        """Run a micro-batch without DeepSpeed's part in it but its gradient hooks: what a CUDA
+        graph can hold."""
         # not the call: DeepSpeed hooks into that, and its timer waits for the device
         loss, metrics = self.module.forward(batch)
         loss.backward(gradient=finite_or_nan(loss) / self.num_micro_batches)
         return loss.detach(), metrics
 
     def reduce_gradients(self) -> None:
-        """After gradients were accumulated past DeepSpeed's engine, by a pipeline schedule or a
-        CUDA graph: complete and average them."""
+        """Complete and average gradients that were accumulated past DeepSpeed's engine, by a
+        pipeline schedule or a CUDA graph."""
         for parameter in self.replicated:
             gradient = self.access.accumulated_gradient(parameter)
             assert gradient is not None, (
@@ -188,7 +188,7 @@ class TrainingEngine:
         self.engine.allreduce_gradients()
 
     def _counts_in_norm(self, parameter: nn.Parameter) -> bool:
-        """Whether a gradient counts in the norm on this rank: for weights that several
+        """Return whether a gradient counts in the norm on this rank: for weights that several
         model-parallel ranks hold, one rank's gradient counts, as in DeepSpeed's own norm."""
         if is_replicated(parameter):
             return False
@@ -226,7 +226,7 @@ class TrainingEngine:
             raise DivergedError("the gradient norm is not finite")
 
     def gathered(self, parameter: nn.Parameter) -> AbstractContextManager[None]:
-        """Context in which `parameter` holds its full local value."""
+        """Return a context in which `parameter` holds its full local value."""
         return self.access.gathered(parameter)
 
     def set_weight(self, parameter: nn.Parameter, value: Tensor) -> None:
@@ -234,8 +234,8 @@ class TrainingEngine:
         self.access.set_weight(parameter, value)
 
     def full_state(self, parameter: nn.Parameter, name: str) -> Tensor:
-        """fp32_param, exp_avg or exp_avg_sq of one parameter, full local shape; collective over the
-        data-parallel group."""
+        """Return fp32_param, exp_avg or exp_avg_sq of one parameter, full local shape; collective
+        over the data-parallel group."""
         return self.access.full_state(parameter, name)
 
     def set_full_state(self, parameter: nn.Parameter, name: str, value: Tensor) -> None:
@@ -247,7 +247,7 @@ class TrainingEngine:
         self.access.init_adam(adam_step)
 
     def adam_step(self) -> int:
-        """Adam's step counter, 0 before the first step."""
+        """Return Adam's step counter, 0 before the first step."""
         return self.access.adam_step()
 
     def close(self) -> None:
@@ -261,6 +261,6 @@ class TrainingEngine:
 
 @contextmanager
 def _silenced() -> Iterator[None]:
-    """DeepSpeed reports memory with print while it builds an optimizer."""
+    """Suppress what DeepSpeed prints about memory while it builds an optimizer."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         yield

@@ -70,7 +70,7 @@ hangs on parameters."""
 
 
 def check_private_fields(deepspeed: Any) -> None:
-    """SetupError that names the first field which this DeepSpeed lacks.
+    """Raise SetupError that names the first field which this DeepSpeed lacks.
 
     Fields that exist only once an optimizer is built are looked for in the names that the class's
     code uses."""
@@ -107,7 +107,8 @@ def owner_class(owner: str) -> Any:
 
 
 def _names_of(owner: str) -> set[str]:
-    """Attributes of a class or module, and every name and text in the code of a class's methods."""
+    """Return the attributes of a class or module, and every name and text in the code of a class's
+    methods."""
     holder = owner_class(owner)
     if not isinstance(holder, type):
         return set(dir(holder))
@@ -126,7 +127,7 @@ def _names_of(owner: str) -> set[str]:
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:
-    """A function's code and that of the functions inside it."""
+    """Yield a function's code and that of the functions inside it."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):

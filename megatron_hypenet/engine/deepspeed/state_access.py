@@ -45,7 +45,7 @@ class OptimizerAccess:
         self.deepspeed = deepspeed
 
     def accumulated_gradient(self, parameter: nn.Parameter) -> Tensor | None:
-        """This process's sum of gradients; None where no micro-batch has left one."""
+        """Return this process's sum of gradients; None where no micro-batch has left one."""
         return parameter.grad
 
     def accumulate_in_fp32(
@@ -65,12 +65,12 @@ class OptimizerAccess:
 
     @property
     def gradient_norm(self) -> float:
-        """Norm before clipping of the current step."""
+        """Return the norm before clipping of the current step."""
         return float(self.optimizer._global_grad_norm)
 
     @property
     def overflow(self) -> bool:
-        """Whether the last step was refused."""
+        """Return whether the last step was refused."""
         return bool(self.optimizer.overflow)
 
     def flat_parameters(self) -> list[Tensor]:
@@ -82,7 +82,7 @@ class OptimizerAccess:
         ]
 
     def gathered(self, parameter: nn.Parameter) -> contextlib.AbstractContextManager[None]:
-        """Context in which `parameter` holds its full local value."""
+        """Return a context in which `parameter` holds its full local value."""
         return contextlib.nullcontext()
 
     def set_weight(self, parameter: nn.Parameter, value: Tensor) -> None:
@@ -90,8 +90,8 @@ class OptimizerAccess:
         parameter.data.copy_(value)
 
     def full_state(self, parameter: nn.Parameter, name: str) -> Tensor:
-        """fp32_param, exp_avg or exp_avg_sq of one parameter, full local shape; collective over the
-        data-parallel group."""
+        """Return fp32_param, exp_avg or exp_avg_sq of one parameter, full local shape; collective
+        over the data-parallel group."""
         utils = self.deepspeed.utils
         full = (
             utils.safe_get_full_fp32_param(parameter)
@@ -127,7 +127,7 @@ class OptimizerAccess:
         """Make the new state reachable by parameter."""
 
     def adam_step(self) -> int:
-        """Adam's step counter, 0 before the first step."""
+        """Return Adam's step counter, 0 before the first step."""
         return int(self.optimizer.optimizer.state[self.flat_parameters()[0]].get("step", 0))
 
 
@@ -143,13 +143,14 @@ class Bf16Access(OptimizerAccess):
     def accumulate_in_fp32(
         self, counts: Callable[[nn.Parameter], bool], exchange: torch.dtype
     ) -> Fp32GradAccumulator | None:
-        """Sums in fp32, and clipping, AdamW and the copy to bf16 in one pass over memory."""
+        """Accumulate gradients in fp32, with clipping, AdamW and the copy to bf16 in one pass over
+        memory."""
         sums = Fp32GradAccumulator(self.optimizer, counts=counts, exchange=exchange)
         FusedAdamWStep(self.optimizer, sums.norm)
         return sums
 
     def link_states(self) -> None:
-        """DeepSpeed links them after the first step only."""
+        """Link the states at once; DeepSpeed by itself does so after the first step only."""
         self.optimizer._lazy_init_hp_params_optimizer_state()
 
 
@@ -173,7 +174,7 @@ class Zero12Access(OptimizerAccess):
                 self.optimizer.averaged_gradients[group] = None
 
     def link_states(self) -> None:
-        """DeepSpeed links them after the first step only."""
+        """Link the states at once; DeepSpeed by itself does so after the first step only."""
         self.optimizer._lazy_init_hp_params_optimizer_state()
 
 
