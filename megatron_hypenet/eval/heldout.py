@@ -16,8 +16,8 @@ ids[:, p + 1]."""
 def heldout_loss(
     token_scores: TokenScores, texts: Tensor, *, batch_size: int
 ) -> tuple[float, float]:
-    """Mean loss in nats per token and next-token accuracy in % over `texts`, int64 [count, t]; sums
-    accumulate in float64.
+    """Return mean loss in nats per token and next-token accuracy in % over `texts`, int64 [count,
+    t]; sums accumulate in float64.
 
     Raises DataError when `texts` has no sequence.
     """

@@ -54,8 +54,8 @@ def importance(values: Sequence[float], attention_layers: Sequence[int], path: P
 
 
 def report(content: Mapping[str, Any], path: Path) -> None:
-    """Two panels from the content of report.json: recall by context length, one line a model, and
-    held-out loss, one bar a model.
+    """Plot two panels from the content of report.json: recall by context length, one line a model,
+    and held-out loss, one bar a model.
 
     Needs `rows` (each with model, heldout_loss and recall by length multiple), `seq_length`, and
     optionally `train_seq_length`, which is marked: beyond it a model is used at lengths it was not
@@ -103,8 +103,8 @@ def report(content: Mapping[str, Any], path: Path) -> None:
 
 
 def heat_maps(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Scores in % by length and depth, a map for each model and task: rows with `model`, `task`,
-    `length`, `depth` and `score`."""
+    """Plot scores in % by length and depth, a map for each model and task: rows with `model`,
+    `task`, `length`, `depth` and `score`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -13,8 +13,8 @@ from megatron_hypenet.eval.heldout import TokenScores
 def recall_accuracy(
     token_scores: TokenScores, task: RecallTask, *, count: int, seq_length: int, batch_size: int
 ) -> float:
-    """Accuracy in % over evaluation documents 0..count-1 of `seq_length` tokens (plus the last
-    token, which is only a target).
+    """Return accuracy in % over evaluation documents 0..count-1 of `seq_length` tokens (plus the
+    last token, which is only a target).
 
     An answer is correct when the value is the model's most likely token. Raises DataError when
     `count` is not positive or the documents do not fit `seq_length`.

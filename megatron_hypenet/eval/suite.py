@@ -36,8 +36,9 @@ class Model:
 
 
 def loss_rows(model: Model, tokens: Tensor, length: int, count: int) -> list[Row]:
-    """Held-out loss in nats per token over `count` sequences of `length` tokens from the start of
-    `tokens` [n]: of all, and by position, in ranges that double. DataError for too short a text."""
+    """Return held-out loss in nats per token over `count` sequences of `length` tokens from the
+    start of `tokens` [n]: of all, and by position, in ranges that double. DataError for too short a
+    text."""
     if len(tokens) < length + 1:
         raise DataError(
             f"the text has {len(tokens)} tokens and a sequence of {length} needs {length + 1}; "
@@ -78,8 +79,8 @@ def probe_row(
 
 
 def question_rows(model: Model, questions: Sequence[Question], name: str) -> list[Row]:
-    """Accuracy in %: of multiple choice by log-likelihood and by generation, of the others by an
-    exact match of the first line."""
+    """Return accuracy in %: of multiple choice by log-likelihood and by generation, of the others
+    by an exact match of the first line."""
     choices = [question for question in questions if question.choices]
     exact = [question for question in questions if not question.choices]
     rows: list[Row] = []
