@@ -117,21 +117,21 @@ class HypeNetModel(LanguageModule):
                 module.logits_scaling = self.model_config.attn_logits_scaling
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
-        """Hidden states from the previous pipeline stage (Megatron's schedules call this)."""
+        """Take hidden states from the previous pipeline stage (Megatron's schedules call this)."""
         self.decoder.set_input_tensor(
             input_tensor[0] if isinstance(input_tensor, list) else input_tensor
         )
 
     def head_weight(self) -> Tensor:
-        """This rank's rows of the output head, [vocab / tp, hidden_size]; the embedding itself when
-        tied."""
+        """Return this rank's rows of the output head, [vocab / tp, hidden_size]; the embedding
+        itself when tied."""
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
 
     def replicated_over_pipeline(self) -> list[torch.nn.Parameter]:
-        """Parameters of this pipeline stage that another stage holds too: a tied embedding, on the
-        first and the last of several."""
+        """Return the parameters of this pipeline stage that another stage holds too: a tied
+        embedding, on the first and the last of several."""
         several = not (self.pre_process and self.post_process)
         if not (
             several
@@ -142,8 +142,8 @@ class HypeNetModel(LanguageModule):
         return [self.shared_embedding_or_output_weight()]
 
     def hidden(self, input_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
-        """This rank's tokens through the layers of this pipeline stage: the schedule's step, and
-        with one stage the whole trunk.
+        """Run this rank's tokens through the layers of this pipeline stage: the schedule's step,
+        and with one stage the whole trunk.
 
         input_ids [b, s] are this context-parallel rank's tokens; document_ids [b, s * context
         ranks] cover the whole sequence, or are None when each row is one document. Returns [s, b,
@@ -165,8 +165,8 @@ class HypeNetModel(LanguageModule):
         )
 
     def logits_of(self, hidden: Tensor) -> Tensor:
-        """Output of `hidden` on the last stage -> logits [s, b, vocab] in the model's dtype, whole
-        on every tensor-parallel rank."""
+        """Map the output of `hidden` on the last stage -> logits [s, b, vocab] in the model's
+        dtype, whole on every tensor-parallel rank."""
         logits, _ = self.output_layer(hidden, weight=self.head_weight())
         return logits
 
@@ -181,14 +181,15 @@ class HypeNetModel(LanguageModule):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> ShardedStateDict:
-        """Megatron's sharded state under layout-free keys; tensors only."""
+        """Return Megatron's sharded state under layout-free keys; tensors only."""
         # LanguageModule's own method requires an output head, which a trunk does not have.
         parent: Any = super(LanguageModule, self) if self.trunk_only else super()
         return without_extra_state(parent.sharded_state_dict(prefix, sharded_offsets, metadata))
 
     @torch.no_grad()
     def hidden_states(self, input_ids: Tensor) -> list[Tensor]:
-        """Input of every layer, then the final-norm output: num_layers + 1 tensors [b, s, h]."""
+        """Return the input of every layer, then the final-norm output: num_layers + 1 tensors [b,
+        s, h]."""
         states: list[Tensor] = []
 
         def keep_input(

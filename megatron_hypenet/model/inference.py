@@ -105,11 +105,12 @@ def _over_layout(
 
 
 def _padded(model: HypeNetModel, ids: Tensor) -> Tensor:
-    """ids [b, t] with zeros at the end, up to a length that the layout can split."""
+    """Pad ids [b, t] with zeros at the end, up to a length that the layout can split."""
     return F.pad(ids, (0, -ids.shape[1] % model.parallel.sequence_unit))
 
 
 def _num_micro_batches(rows: int) -> int:
-    """Number of equal micro-batches for `rows`: the largest from which the pipeline profits."""
+    """Return the number of equal micro-batches for `rows`: the largest from which the pipeline
+    profits."""
     most = 2 * groups.pipeline_stage()[1]
     return max(count for count in range(1, min(rows, most) + 1) if rows % count == 0)

@@ -34,7 +34,7 @@ DOCTOR_USE = KernelUse(
 
 
 def use_of(model: HypeNetModel, *, documents: bool, mixers: tuple[str, ...] = ()) -> KernelUse:
-    """The kernels' use by this model, and by mixers that will be trained beside it."""
+    """Return the kernels' use by this model, and by mixers that will be trained beside it."""
     shape = model.model_config
     ranks = model.parallel.tensor_model_parallel_size
     return KernelUse(
@@ -87,7 +87,7 @@ def guard_kernels(
 
 
 def guard(use: KernelUse, where: torch.device, gpu: str) -> None:
-    """`guard_kernels` for a use of kernels on `where`, a device of that name."""
+    """Check kernels like `guard_kernels`, for a use of them on `where`, a device of that name."""
     if use in _looked_at:
         return
     _looked_at.add(use)

@@ -24,8 +24,8 @@ def layer_costs(model: ModelConfig, seq_length: int) -> list[float]:
 def balanced_layout(
     costs: Sequence[float], num_stages: int, *, head: float = 0.0
 ) -> tuple[int, ...]:
-    """Layers per stage, in order and at least one each, that minimise the load of the most loaded
-    stage; `head` counts on the last.
+    """Return layers per stage, in order and at least one each, that minimise the load of the most
+    loaded stage; `head` counts on the last.
 
     Exact, by dynamic programming over (stages, layers). Among equally good layouts the one with
     more layers on earlier stages wins. Raises LayoutError when there are fewer layers than
@@ -61,8 +61,8 @@ def balanced_layout(
 def pipeline_layout(
     model: ModelConfig, parallel: ParallelConfig, *, seq_length: int = DEFAULT_SEQ_LENGTH
 ) -> tuple[int, ...]:
-    """Layers per stage of one model on one layout: `parallel.pipeline_layout`, else balanced.
-    Raises LayoutError."""
+    """Return layers per stage of one model on one layout: `parallel.pipeline_layout`, else
+    balanced. Raises LayoutError."""
     stages = parallel.pipeline_model_parallel_size
     asked = parallel.pipeline_layout
     if asked is None:
@@ -78,6 +78,6 @@ def pipeline_layout(
 
 
 def layers_of_stage(layout: Sequence[int], stage: int) -> range:
-    """Global indices of the layers on one stage."""
+    """Return the global indices of the layers on one stage."""
     first = sum(layout[:stage])
     return range(first, first + layout[stage])

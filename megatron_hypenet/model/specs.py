@@ -45,8 +45,8 @@ def transformer_config(
     layout: tuple[int, ...] = (),
     recompute: Recompute = "none",
 ) -> TransformerConfig:
-    """Megatron's configuration of a model in one dtype (float64 too) on one layout, `layout` being
-    the layers per pipeline stage where there are several."""
+    """Return Megatron's configuration of a model in one dtype (float64 too) on one layout, `layout`
+    being the layers per pipeline stage where there are several."""
     init = init_method_normal(model.init_method_std)
     # for "layernorm"; "core_attn" is read by the mixers, and the MLP goes by the granularity
     use_in_megatron()
@@ -104,8 +104,8 @@ def _megatron_layout(layout: tuple[int, ...]) -> list[list[str]]:
 def block_spec(
     model: ModelConfig, layout: tuple[int, ...], stage: int, *, trunk_only: bool = False
 ) -> TransformerBlockSubmodules:
-    """Specs of the layers on one pipeline stage. `trunk_only` leaves out the last layer's MLP:
-    nothing after the last mixer is built."""
+    """Return the specs of the layers on one pipeline stage. `trunk_only` leaves out the last
+    layer's MLP: nothing after the last mixer is built."""
     last = model.num_layers - 1
     layers = [
         layer_spec(model, model.mixer_types[i], with_mlp=not (trunk_only and i == last))

@@ -161,7 +161,7 @@ class Mixer(MegatronModule, ABC):
     def mix(
         self, parts: dict[str, Tensor], rotary_pos_emb: Tensor | None, document_ids: Tensor | None
     ) -> Tensor:
-        """Sections [s, b, local rows] -> the input of `linear_proj`, [s, b, local heads *
+        """Map sections [s, b, local rows] -> the input of `linear_proj`, [s, b, local heads *
         head_dim].
 
         s are this context-parallel rank's tokens; document_ids [b, s * context ranks] cover the
@@ -170,7 +170,7 @@ class Mixer(MegatronModule, ABC):
     def mix_projected(
         self, projected: Tensor, rotary_pos_emb: Tensor | None, document_ids: Tensor | None
     ) -> Tensor:
-        """All sections [s, b, local rows] as `linear_in` gives them -> the result of `mix`."""
+        """Map all sections [s, b, local rows] as `linear_in` gives them -> the result of `mix`."""
         parts = dict(
             zip(
                 self.local_sections,
@@ -208,8 +208,8 @@ class Mixer(MegatronModule, ABC):
         return output, None
 
     def _recomputes(self) -> bool:
-        """Whether backward recomputes everything between the projections (Megatron's "core_attn"),
-        for mixers where this costs little.
+        """Return whether backward recomputes everything between the projections (Megatron's
+        "core_attn"), for mixers where this costs little.
 
         Softmax attention is the expensive part of its layer, and keeps little besides q, k, v and
         the output."""
@@ -224,7 +224,8 @@ class Mixer(MegatronModule, ABC):
         return x.unflatten(-1, (-1, self.head_dim))
 
     def section_weight(self, name: str) -> Tensor:
-        """This rank's rows of one section of the input projection, a view [rows, hidden_size]."""
+        """Return this rank's rows of one section of the input projection, a view [rows,
+        hidden_size]."""
         start = 0
         for section, rows in self.local_sections.items():
             if section == name:
@@ -257,14 +258,14 @@ class Mixer(MegatronModule, ABC):
         return self
 
     def local_tensor(self, name: str) -> Tensor:
-        """This rank's part of a parameter of the specification: a parameter, or a view of the input
-        projection."""
+        """Return this rank's part of a parameter of the specification: a parameter, or a view of
+        the input projection."""
         if name.startswith(SECTION):
             return self.section_weight(name.removeprefix(SECTION))
         return self.get_parameter(name)
 
     def _drawn(self, parameter: ParamSpec, *, seed: int) -> Tensor:
-        """This rank's part of a fresh parameter."""
+        """Draw this rank's part of a fresh parameter."""
         key = f"decoder.layers.{self.layer_number - 1}.self_attention.{parameter.name}"
         whole = fresh_parameter(key, parameter, seed=seed)
         if parameter.tp_dim is None:
@@ -277,7 +278,8 @@ class Mixer(MegatronModule, ABC):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> ShardedStateDict:
-        """Megatron's sharded state, with the fused projection as one logical tensor per section."""
+        """Return Megatron's sharded state, with the fused projection as one logical tensor per
+        section."""
         state: ShardedStateDict = {}
         for child, module in self.named_children():
             state.update(
@@ -319,12 +321,12 @@ def register_mixer(name: str) -> Callable[[type[Mixer]], type[Mixer]]:
 
 
 def registered_mixers() -> dict[str, type[Mixer]]:
-    """All known mixers by name."""
+    """Return all known mixers by name."""
     return dict(_REGISTRY)
 
 
 def mixer_class(name: str) -> type[Mixer]:
-    """The mixer registered as `name`; ConfigError lists the known ones."""
+    """Return the mixer registered as `name`; ConfigError lists the known ones."""
     try:
         return _REGISTRY[name]
     except KeyError:

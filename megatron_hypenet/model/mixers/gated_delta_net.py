@@ -26,7 +26,7 @@ class GatedDeltaNet(Mixer):
     spec: GatedDeltaNetSpec
 
     def add_modules(self) -> None:
-        """The norms of q and k, and the norm of each head's output."""
+        """Build the norms of q and k, and the norm of each head's output."""
         super().add_modules()
         self.o_norm = RMSNorm(
             self.config, self.head_dim, self.model.layernorm_epsilon, per_head=True
@@ -35,7 +35,7 @@ class GatedDeltaNet(Mixer):
     def mix(
         self, parts: dict[str, Tensor], rotary_pos_emb: Tensor | None, document_ids: Tensor | None
     ) -> Tensor:
-        """The delta rule over the sequence, one norm per head, then the gate."""
+        """Run the delta rule over the sequence, one norm per head, then the gate."""
         q, k, v = (self.heads(self._activated(parts[name])) for name in "qkv")
         angles = rotary_pos_emb if self.spec.rope else None
         q = unit_length(q, self, "q_norm", angles)
@@ -65,8 +65,8 @@ class GatedDeltaNet(Mixer):
 
 
 def unit_length(x: Tensor, mixer: Mixer, norm_name: str, angles: Tensor | None) -> Tensor:
-    """x [s, b, heads, head_dim] of q or k after the mixer's norm of this name, if it has one, RoPE,
-    if there are angles, and the L2 norm."""
+    """Return x [s, b, heads, head_dim] of q or k after the mixer's norm of this name, if it has
+    one, RoPE, if there are angles, and the L2 norm."""
     norm = getattr(mixer, norm_name, None)
     if norm is not None:
         x = norm(x, angles)
@@ -76,8 +76,8 @@ def unit_length(x: Tensor, mixer: Mixer, norm_name: str, angles: Tensor | None) 
 
 
 def log_decay(rate: Tensor, x: Tensor, bias: Tensor) -> Tensor:
-    """-exp(rate) * softplus(x + bias) in float32 or wider: rate [h] and bias and x's last dimension
-    [h] -> [b, t, h]; with bias [h * d] and x [s, b, h * d] -> [b, t, h, d]."""
+    """Compute -exp(rate) * softplus(x + bias) in float32 or wider: rate [h] and bias and x's last
+    dimension [h] -> [b, t, h]; with bias [h * d] and x [s, b, h * d] -> [b, t, h, d]."""
     step = F.softplus(at_least_float32(x) + bias)
     factor = -rate.exp()
     if x.shape[-1] != rate.shape[0]:
@@ -87,5 +87,5 @@ def log_decay(rate: Tensor, x: Tensor, bias: Tensor) -> Tensor:
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """x in float32, or as it is where it is wider."""
+    """Return x in float32, or as it is where it is wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -36,7 +36,7 @@ class KimiDeltaAttention(Mixer):
     spec: KimiDeltaAttentionSpec
 
     def add_modules(self) -> None:
-        """The norms of q and k, and the norm of each head's output."""
+        """Build the norms of q and k, and the norm of each head's output."""
         super().add_modules()
         self.o_norm = RMSNorm(
             self.config, self.head_dim, self.model.layernorm_epsilon, per_head=True
@@ -45,7 +45,8 @@ class KimiDeltaAttention(Mixer):
     def mix(
         self, parts: dict[str, Tensor], rotary_pos_emb: Tensor | None, document_ids: Tensor | None
     ) -> Tensor:
-        """Convolutions, the delta rule over the sequence, one norm per head, then the gate."""
+        """Run the convolutions, the delta rule over the sequence, one norm per head, then the
+        gate."""
         mixed = [parts[name] for name in "qkv"]
         if self.spec.conv:
             mixed = self._convolved(mixed, document_ids)
@@ -72,14 +73,14 @@ class KimiDeltaAttention(Mixer):
         return normed.flatten(-2) * torch.sigmoid(self._expanded(parts["gate_down"], "gate_up"))
 
     def _expanded(self, x: Tensor, name: str) -> Tensor:
-        """The second half of a low-rank projection: x [s, b, head_dim / tensor ranks], of which all
-        heads need every channel -> [s, b, local heads * head_dim]."""
+        """Apply the second half of a low-rank projection: x [s, b, head_dim / tensor ranks], of
+        which all heads need every channel -> [s, b, local heads * head_dim]."""
         if self.tensor_size > 1:
             x = all_gather_last_dim_from_tensor_parallel_region(x, group=self.tensor_group)
         return F.linear(x, self.weight(name))
 
     def _convolved(self, mixed: list[Tensor], document_ids: Tensor | None) -> list[Tensor]:
-        """q, k and v [s, b, width] after their convolutions; one exchange for all three."""
+        """Return q, k and v [s, b, width] after their convolutions; one exchange for all three."""
         weight = torch.cat([self.weight(f"{letter}_conv") for letter in "qkv"])
         before = weight.shape[1] - 1
         group = self.context_group

@@ -39,7 +39,7 @@ class LightningAttn(Mixer):
         ]
 
     def add_modules(self) -> None:
-        """The norms of q and k, and the norm over all heads."""
+        """Build the norms of q and k, and the norm over all heads."""
         super().add_modules()
         self.o_norm = AllHeadsRMSNorm(
             self.config, self.num_local_heads * self.head_dim, self.tensor_group
@@ -82,7 +82,8 @@ class LightningAttn(Mixer):
     def mix(
         self, parts: dict[str, Tensor], rotary_pos_emb: Tensor | None, document_ids: Tensor | None
     ) -> Tensor:
-        """The decayed recurrence over the sequence, then one norm over all heads, then the gate."""
+        """Run the decayed recurrence over the sequence, then one norm over all heads, then the
+        gate."""
         assert rotary_pos_emb is not None, "the model passes RoPE angles to every layer"
         q = self.q_norm(self.heads(parts["q"]), rotary_pos_emb)
         k = self.k_norm(self.heads(parts["k"]), rotary_pos_emb)
@@ -113,8 +114,8 @@ def context_lightning_attn(
     group: dist.ProcessGroup,
     document_ids: Tensor | None = None,
 ) -> Tensor:
-    """This rank's outputs of causal Lightning Attention over the whole sequence: o [b, t_local, h,
-    v] in q's dtype.
+    """Return this rank's outputs of causal Lightning Attention over the whole sequence: o [b,
+    t_local, h, v] in q's dtype.
 
     Args:
         q, k: [b, t_local, h, k], this rank's tokens as `split_sequence` gives them, already rotated
@@ -132,7 +133,7 @@ def context_lightning_attn(
 
 
 def decay_algebra(log_decay: Tensor, chunks: Chunks) -> Decay:
-    """How states cross these chunks with heads that decay at rates log_decay [h]."""
+    """Say how states cross these chunks with heads that decay at rates log_decay [h]."""
     return Decay(carry_weights(log_decay, chunks.tokens, chunks.number, chunks.document_ids))
 
 
@@ -145,16 +146,16 @@ class LightningExchange(ChunkExchange):
         self.scale = scale
 
     def combine(self, chunks: Chunks) -> Decay:
-        """Powers of the decay, zero across documents."""
+        """Return powers of the decay, zero across documents."""
         return decay_algebra(self.log_decay, chunks)
 
     def local_summary(self, chunks: Chunks, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Final states [2 b, h, k, v]; they read k and v only."""
+        """Compute the final states [2 b, h, k, v]; they read k and v only."""
         _, k, v = inputs
         return (lightning_state(k, v, self.log_decay, document_ids=chunks.rows),)
 
     def local(self, chunks: Chunks, *inputs: Tensor) -> Tensor:
-        """Outputs [2 b, c, h, v] from zero states."""
+        """Compute outputs [2 b, c, h, v] from zero states."""
         q, k, v = inputs
         return lightning_attn(q, k, v, self.log_decay, scale=self.scale, document_ids=chunks.rows)[
             0

@@ -32,7 +32,7 @@ class SoftmaxAttn(Mixer):
     def mix(
         self, parts: dict[str, Tensor], rotary_pos_emb: Tensor | None, document_ids: Tensor | None
     ) -> Tensor:
-        """Attention over all earlier positions, then the gate."""
+        """Attend to all earlier positions, then apply the gate."""
         angles = rotary_pos_emb if self.model.attn_use_rope else None
         q = self.q_norm(self.heads(parts["q"]), angles)
         k = self.k_norm(self.heads(parts["k"]), angles)
