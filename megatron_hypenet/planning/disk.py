@@ -33,7 +33,7 @@ class DiskNeed:
 
     @property
     def peak(self) -> float:
-        """The most that the folder takes at one time."""
+        """Return the most that the folder takes at one time."""
         return sum(self.parts.values()) + self.saving
 
 
@@ -63,7 +63,7 @@ def disk_need(shape: ModelConfig, run: RunConfig, *, text_bytes: float = 0.0) ->
 
 
 def _kept(config: StageConfig, run: RunConfig) -> int:
-    """Checkpoints of a stage that stay."""
+    """Return the number of checkpoints of a stage that stay."""
     settings = run.checkpoint
     made = ceil(config.train_iters / config.save_interval)
     marked = config.train_iters // settings.keep_every if settings.keep_every else 0
@@ -80,8 +80,8 @@ def _weights(config: StageConfig, model: ModelConfig) -> float:
 
 
 def text_bytes(run: RunConfig) -> float:
-    """Bytes of text that a run tokenizes, unpacked; sources that are not here count nothing.
-    Raises DataError for one that cannot be read."""
+    """Return the bytes of text that a run tokenizes, unpacked; sources that are not here count
+    nothing. Raises DataError for one that cannot be read."""
     from megatron_hypenet.data.sources import find_files, is_pattern, is_prepared
 
     total = 0.0
@@ -95,7 +95,8 @@ def text_bytes(run: RunConfig) -> float:
 
 
 def free_bytes(folder: Path) -> int:
-    """Bytes that the disk of `folder` has for it: free ones, and those that it takes already."""
+    """Return the bytes that the disk of `folder` has for it: free ones, and those that it takes
+    already."""
     place = folder.absolute()
     while not place.exists():
         place = place.parent

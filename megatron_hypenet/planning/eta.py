@@ -59,7 +59,7 @@ class Planned:
 
 
 def planned_work(run: RunConfig, teacher: ModelConfig, steps: Sequence[str]) -> dict[str, Planned]:
-    """Work of each of `steps` (names) in this order, in floating-point operations."""
+    """Return the work of each of `steps` (names) in this order, in floating-point operations."""
     student = teacher.converted(run.align.spec)  # which layers will keep attention is not known yet
     sweep, settings = run.select, run.eval
     scored = (sweep.recall_sequences + sweep.heldout_sequences) * sweep.seq_length
@@ -91,7 +91,8 @@ def planned_work(run: RunConfig, teacher: ModelConfig, steps: Sequence[str]) -> 
 
 
 def use_of(step: str) -> float:
-    """Share of the peak that a step which computes reaches; only ratios matter to a clock."""
+    """Return the share of the peak that a step which computes reaches; only ratios matter to a
+    clock."""
     return stage_spec(step).mfu if step in STAGES else FORWARD_USE
 
 
@@ -189,12 +190,12 @@ class Clock:
             self._current = None
 
     def elapsed(self) -> float:
-        """Seconds since the start."""
+        """Return the seconds since the start."""
         return self.now() - self.start
 
     def fraction(self) -> float:
-        """Share of the run's time that is over, earlier starts included; 0 before there is an
-        estimate."""
+        """Return the share of the run's time that is over, earlier starts included; 0 before there
+        is an estimate."""
         if not self.left:
             return 1.0
         eta = self.eta()
@@ -202,7 +203,7 @@ class Clock:
         return 0.0 if eta is None or over + eta <= 0 else over / (over + eta)
 
     def eta(self) -> float | None:
-        """Seconds to the end; None before a step that computes was measured."""
+        """Return the seconds to the end; None before a step that computes was measured."""
         if self._speed() is None and any(work.flops for work in self.left.values()):
             return None
         seconds = 0.0
@@ -230,8 +231,8 @@ class Clock:
                 setattr(rate, name, sum(taken) / len(taken))
 
     def _speed(self) -> float | None:
-        """Operations per second of work that uses the whole machine, by the step that was measured
-        last."""
+        """Return the operations per second of work that uses the whole machine, by the step that
+        was measured last."""
         for name in (*reversed(STAGES), "select", "report"):
             rate = self.rates.get(name)
             if rate is not None and rate.flops_per_second > 0:
@@ -246,7 +247,7 @@ class Clock:
         return None if speed is None else speed * use_of(step)
 
     def _whole(self, step: str) -> float:
-        """Seconds that a step takes which has not begun in this start."""
+        """Return the seconds that a step takes which has not begun in this start."""
         planned = self.left[step]
         if not planned.flops:
             moved = self.rates.get(step) or self.rates.get("teacher")
@@ -254,7 +255,7 @@ class Clock:
         return self._before(step) + self._computing(step, 1.0) + self._pauses_left(step, 1.0)
 
     def _rest(self) -> float:
-        """Seconds that the current step still takes."""
+        """Return the seconds that the current step still takes."""
         current = self._current
         assert current is not None
         planned = self.left[current.name]
@@ -276,8 +277,8 @@ class Clock:
         return 0.0 if not speed else share * self.left[step].flops / speed
 
     def _before(self, step: str) -> float:
-        """Seconds before the first progress of a step: its own of an earlier start, or those of
-        the steps that were measured."""
+        """Return the seconds before the first progress of a step: its own of an earlier start, or
+        those of the steps that were measured."""
         own = self.rates.get(step)
         if own is not None and own.before_seconds > 0:
             return own.before_seconds
@@ -285,7 +286,7 @@ class Clock:
         return sum(taken) / len(taken) if taken else 0.0
 
     def _pauses_left(self, step: str, share: float) -> float:
-        """Seconds of the evaluations and saves in the last `share` of a step."""
+        """Return the seconds of the evaluations and saves in the last `share` of a step."""
         planned = self.left[step]
         if not planned.evaluations:
             return 0.0

@@ -21,8 +21,8 @@ def placed(
     teacher: ModelConfig | None,
     student: ModelConfig,
 ) -> ParallelConfig:
-    """`parallel` with its pipeline layout settled for training stage `name`; teacher and student
-    share one layout, layer by layer.
+    """Return `parallel` with its pipeline layout settled for training stage `name`; teacher and
+    student share one layout, layer by layer.
 
     `student` has the shape that trains (`StageSpec.student_shape`); `teacher` may be None for a
     stage that needs none. A layout that the user wrote stays. Raises LayoutError when there are

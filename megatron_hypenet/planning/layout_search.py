@@ -62,7 +62,7 @@ def teacher_and_student(shape: ModelConfig, spec: MixerSpec) -> tuple[ModelConfi
 
 
 def needs(layout: Layout) -> list[StageNeed]:
-    """Need of each training stage of a valid layout with a model."""
+    """Return the need of each training stage of a valid layout with a model."""
     assert layout.model is not None and layout.dp_size is not None, (
         "asked for valid layouts of a known model"
     )

@@ -47,7 +47,7 @@ class StageMemory:
 
     @property
     def total(self) -> float:
-        """The sum, which torch reports as the peak of allocated memory."""
+        """Return the sum, which torch reports as the peak of allocated memory."""
         return (
             self.weights
             + self.gradients
@@ -72,7 +72,8 @@ def stage_memory(
     *,
     data_ranks: int,
 ) -> list[StageMemory]:
-    """Memory of training stage `name` on every pipeline stage, for a bfloat16 model on CUDA.
+    """Return the memory of training stage `name` on every pipeline stage, for a bfloat16 model on
+    CUDA.
 
     `student` has the shape that trains (`StageSpec.student_shape`). `data_ranks` are the replicas:
     processes over tensor * pipeline * context. Raises LayoutError for a layout without enough
@@ -96,8 +97,8 @@ def stage_memory(
 
 
 def _states(rank: StageRank, trained: float) -> dict[str, float]:
-    """Weights, gradients and optimizer state of `trained` weights, as DeepSpeed holds them under
-    each ZeRO stage."""
+    """Count weights, gradients and optimizer state of `trained` weights, as DeepSpeed holds them
+    under each ZeRO stage."""
     shards = rank.data_ranks * rank.parallel.context_parallel_size
     zero = rank.parallel.zero_stage
     weights = COMPUTE_BYTES * trained
