@@ -16,7 +16,7 @@ class DeltaState(StateLayer):
     sqrt(d). Inputs are q, k, v [T, h, d], g [T, h, 1 or d] and beta [T, h], all in fp32."""
 
     def decode(self, inputs: list[Tensor], slots: Tensor, new: Tensor) -> Tensor:
-        """As in the base class."""
+        """Apply the delta rule to one token per request, as the base class says."""
         q, k, v, log_decay, beta = (x.unsqueeze(2) for x in inputs)
         cache = self.kv_cache[0]
         o, after = delta_step(q, k, v, log_decay, beta, read_states(cache, slots, new))
@@ -24,7 +24,7 @@ class DeltaState(StateLayer):
         return o.squeeze(2) / math.sqrt(q.shape[-1])
 
     def prefill(self, inputs: list[Tensor], slot: Tensor, new: bool) -> Tensor:
-        """As in the base class."""
+        """Apply the delta rule to the tokens of one request, as the base class says."""
         q, k, v, log_decay, beta = (x.transpose(0, 1)[None] for x in inputs)
         cache = self.kv_cache[0]
         o, after = delta_chunks(q, k, v, log_decay, beta, read_states(cache, slot, new))

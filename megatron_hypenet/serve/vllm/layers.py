@@ -39,7 +39,8 @@ class MixerParts(nn.Module):
         gate: str | None = None,
         qk_norm: bool = True,
     ) -> None:
-        """`kv_heads`: heads of k and v over all ranks; `gate`: name of the gate's projection."""
+        """Build the projections; `kv_heads`: heads of k and v over all ranks; `gate`: name of the
+        gate's projection."""
         super().__init__()
         hidden = config.hidden_size
         heads = config.num_attention_heads
@@ -68,7 +69,7 @@ class MixerParts(nn.Module):
         return q, k, v
 
     def heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Sections as heads [T, h, d]; q and k normalised per head."""
+        """Return sections as heads [T, h, d]; q and k normalised per head."""
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
         if self.has_norms:
             q, k = self.q_norm(q.contiguous()), self.k_norm(k.contiguous())
@@ -84,7 +85,7 @@ class NormOverRanks(nn.Module):
     of them, so the squares are summed over the ranks."""
 
     def __init__(self, size: int, eps: float) -> None:
-        """`size`: channels over all ranks."""
+        """Build the norm; `size`: channels over all ranks."""
         super().__init__()
         self.size = size
         self.eps = eps
@@ -107,7 +108,7 @@ class MLP(nn.Module):
     """SwiGLU."""
 
     def __init__(self, config: Any, quant_config: Any, prefix: str) -> None:
-        """Sizes from the configuration."""
+        """Read sizes from the configuration."""
         super().__init__()
         hidden, inner = config.hidden_size, config.intermediate_size
         options: dict[str, Any] = {"bias": False, "quant_config": quant_config}
@@ -123,8 +124,8 @@ class MLP(nn.Module):
 
 
 def sharded(shape: tuple[int, ...], axis: int, dtype: torch.dtype | None = None) -> nn.Parameter:
-    """An empty parameter whose `axis` is split over the tensor-parallel ranks; `shape` is that over
-    all ranks. `dtype` None: the model's."""
+    """Return an empty parameter whose `axis` is split over the tensor-parallel ranks; `shape` is
+    that over all ranks. `dtype` None: the model's."""
     ranks = get_tensor_model_parallel_world_size()
     local = [size // ranks if i == axis else size for i, size in enumerate(shape)]
     parameter = nn.Parameter(torch.empty(local, dtype=dtype), requires_grad=False)

@@ -26,7 +26,7 @@ class GatedDeltaNetLayer(MixerParts):
     state_class: ClassVar[type[StateLayer]] = DeltaState
 
     def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
-        """Sizes and switches from the configuration."""
+        """Read sizes and switches from the configuration."""
         config: Any = vllm_config.model_config.hf_config
         super().__init__(
             config,

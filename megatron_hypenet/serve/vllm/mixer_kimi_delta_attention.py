@@ -32,7 +32,8 @@ class ConvolvedState(DeltaState):
 
     @classmethod
     def state_shapes(cls, config: Any, tensor_ranks: int) -> tuple[tuple[int, ...], ...]:
-        """A matrix per head, and the last W - 1 inputs of the convolutions."""
+        """Return the shapes of a matrix per head, and of the last W - 1 inputs of the
+        convolutions."""
         (matrices,) = super().state_shapes(config, tensor_ranks)
         if not config.kda_use_conv:
             return (matrices,)
@@ -45,14 +46,15 @@ class ConvolvedState(DeltaState):
         return (torch.float32, model_dtype) if config.kda_use_conv else (torch.float32,)
 
     def decode(self, inputs: list[Tensor], slots: Tensor, new: Tensor) -> Tensor:
-        """As in the base class."""
+        """Convolve and apply the delta rule to one token per request, as the base class says."""
         joined, cos, sin, log_decay, beta = inputs
         joined = self._convolved(joined[:, None], slots, new)[:, 0]
         q, k, v = self.layer.rule_inputs(joined, cos, sin)
         return super().decode([q, k, v, log_decay, beta], slots, new)
 
     def prefill(self, inputs: list[Tensor], slot: Tensor, new: bool) -> Tensor:
-        """As in the base class."""
+        """Convolve and apply the delta rule to the tokens of one request, as the base class
+        says."""
         joined, cos, sin, log_decay, beta = inputs
         joined = self._convolved(joined[None], slot, new)[0]
         q, k, v = self.layer.rule_inputs(joined, cos, sin)
@@ -72,7 +74,7 @@ class Taps(nn.Module):
     """Weights [h d, 1, W] of one section's convolution."""
 
     def __init__(self, channels: int, taps: int) -> None:
-        """Sizes over all ranks."""
+        """Build the weights; sizes are those over all ranks."""
         super().__init__()
         self.weight = sharded((channels, 1, taps), 0)
 
@@ -83,7 +85,7 @@ class KimiDeltaLayer(MixerParts):
     state_class: ClassVar[type[StateLayer]] = ConvolvedState
 
     def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
-        """Sizes and switches from the configuration."""
+        """Read sizes and switches from the configuration."""
         config: Any = vllm_config.model_config.hf_config
         heads, d, hidden = config.num_attention_heads, config.head_dim, config.hidden_size
         super().__init__(
@@ -112,12 +114,12 @@ class KimiDeltaLayer(MixerParts):
         object.__setattr__(self.state, "layer", self)
 
     def taps(self) -> Tensor:
-        """Weights [3 h d, W] of all convolutions."""
+        """Return the weights [3 h d, W] of all convolutions."""
         convolutions = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
         return torch.cat(tuple(one.weight for one in convolutions)).squeeze(1)
 
     def rule_inputs(self, joined: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
-        """Sections side by side [T, 3 h d] -> q, k, v [T, h, d] of the delta rule, fp32."""
+        """Split sections side by side [T, 3 h d] -> q, k, v [T, h, d] of the delta rule, fp32."""
         q, k, v = self.heads(*joined.chunk(3, dim=-1))
         if self.use_rope:
             q, k = (rotate(y, cos, sin) for y in (q, k))

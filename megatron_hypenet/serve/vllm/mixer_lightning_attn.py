@@ -25,7 +25,7 @@ class LightningState(StateLayer):
     decays are those of these heads among all."""
 
     def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
-        """Decays of this rank's heads."""
+        """Compute the decays of this rank's heads."""
         super().__init__(vllm_config, prefix)
         config: Any = vllm_config.model_config.hf_config
         local = self.get_state_shape()[0][0]
@@ -36,13 +36,13 @@ class LightningState(StateLayer):
         self.scale = config.head_dim**-0.5
 
     def decode(self, inputs: list[Tensor], slots: Tensor, new: Tensor) -> Tensor:
-        """As in the base class; inputs are q, k, v."""
+        """Decode as the base class says; inputs are q, k, v."""
         q, k, v = inputs
         cache = self.kv_cache[0]
         return lightning_decode(q, k, v, self.log_decay, cache, slots, new, scale=self.scale)
 
     def prefill(self, inputs: list[Tensor], slot: Tensor, new: bool) -> Tensor:
-        """As in the base class."""
+        """Process the tokens of one request, as the base class says."""
         q, k, v = (x[None] for x in inputs)
         before = None if new else read_states(self.kv_cache[0], slot, new)
         o, after = lightning_attn(q, k, v, self.log_decay, scale=self.scale, initial_state=before)
@@ -56,7 +56,7 @@ class LightningLayer(MixerParts):
     state_class: ClassVar[type[StateLayer]] = LightningState
 
     def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
-        """Sizes from the configuration."""
+        """Read sizes from the configuration."""
         config: Any = vllm_config.model_config.hf_config
         heads = config.num_attention_heads
         super().__init__(config, vllm_config.quant_config, prefix, kv_heads=heads, gate="z_proj")

@@ -20,7 +20,7 @@ class SoftmaxLayer(MixerParts):
     position does not depend on how a prompt is cut or paged."""
 
     def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
-        """Sizes from the configuration."""
+        """Read sizes from the configuration."""
         config: Any = vllm_config.model_config.hf_config
         super().__init__(
             config,

@@ -53,7 +53,7 @@ class Layer(nn.Module):
     """Pre-norm residual block: mixer, then MLP."""
 
     def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
-        """`prefix` ends with the layer's number, which says what mixer it has."""
+        """Build the layer; `prefix` ends with its number, which says what mixer it has."""
         super().__init__()
         config: Any = vllm_config.model_config.hf_config
         mixer = MIXERS[config.mixer_types[int(prefix.rpartition(".")[2])]]
@@ -81,7 +81,7 @@ class Trunk(nn.Module):
     """Embedding, layers and final norm."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        """Random weights; vLLM loads them."""
+        """Allocate the weights; vLLM loads them."""
         super().__init__()
         config: Any = vllm_config.model_config.hf_config
         self.config = config
@@ -100,7 +100,7 @@ class Trunk(nn.Module):
         positions: Tensor,
         inputs_embeds: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states [T, H] after the final norm."""
+        """Return hidden states [T, H] after the final norm."""
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         residual = None
         about = self._positions(positions)
@@ -109,7 +109,7 @@ class Trunk(nn.Module):
         return self.norm(x, residual)[0]
 
     def _positions(self, positions: Tensor) -> Positions:
-        """positions [T], from 0 in each request."""
+        """Return positions [T], from 0 in each request."""
         config = self.config
         tables = rope_tables(config.head_dim, config.rope_theta, positions[None], torch.float32)
         scale = query_scale(config.attn_logits_scaling, positions[None], torch.float32)
@@ -168,25 +168,25 @@ class HypeNetForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsMambaPrefix
     def get_mamba_state_shape_from_config(
         cls, vllm_config: VllmConfig
     ) -> tuple[tuple[int, ...], ...]:
-        """Shapes of the states that a layer keeps per request, on one rank."""
+        """Return the shapes of the states that a layer keeps per request, on one rank."""
         config = vllm_config.model_config.hf_config
         ranks = vllm_config.parallel_config.tensor_parallel_size
         return state_class(config).state_shapes(config, ranks)
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[Any, ...]:
-        """Their dtypes."""
+        """Return the dtypes of those states."""
         model = vllm_config.model_config
         return state_class(model.hf_config).state_dtypes(model.hf_config, model.dtype)
 
     @classmethod
     def get_mamba_state_copy_func(cls) -> tuple[Any, ...]:
-        """How the states of layers with the most states are copied."""
+        """Return how the states of layers with the most states are copied."""
         return max(copy_functions().values(), key=len)
 
     @classmethod
     def get_mamba_state_copy_funcs(cls, mamba_types: set[Any]) -> dict[Any, tuple[Any, ...]]:
-        """How states are copied, by kind of layer."""
+        """Return how states are copied, by kind of layer."""
         known = copy_functions()
         return {kind: known[kind] for kind in mamba_types}
 
@@ -211,7 +211,7 @@ class HypeNetForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsMambaPrefix
 
 
 def parameter_of(name: str) -> tuple[str, tuple[Any, ...]]:
-    """The parameter that a folder's tensor fills, and which part of it (empty: all)."""
+    """Return the parameter that a folder's tensor fills, and which part of it (empty: all)."""
     *module, last, kind = name.split(".")
     if last not in _JOINED:
         return name, ()
@@ -220,7 +220,8 @@ def parameter_of(name: str) -> tuple[str, tuple[Any, ...]]:
 
 
 def state_class(config: Any) -> type[StateLayer]:
-    """The states of the model's recurrent layers. ValueError unless all have the same."""
+    """Return the class of the states of the model's recurrent layers. ValueError unless all have
+    the same."""
     found = {
         MIXERS[name].state_class: name
         for name in config.mixer_types

@@ -21,8 +21,8 @@ and compile for minutes."""
 
 
 def load(folder: Path, dtype: str) -> Any:
-    """The engine with the model of a Hugging Face folder, computing in `dtype`. SetupError when it
-    does not start."""
+    """Load the engine with the model of a Hugging Face folder, computing in `dtype`. SetupError
+    when it does not start."""
     # stdout is for the text
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")

@@ -22,7 +22,7 @@ def register() -> None:
         """What vLLM sizes its caches by."""
 
         def get_head_size(self) -> int:
-            """Channels of a key in the cache."""
+            """Return the channels of a key in the cache."""
             return cached_head_size(self.hf_text_config.head_dim)
 
     AutoConfig.register(HypeNetConfig.model_type, HypeNetConfig, exist_ok=True)

@@ -72,7 +72,7 @@ class RequestsBuilder(AttentionMetadataBuilder[Requests]):
     def __init__(
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: Any
     ) -> None:
-        """Arguments as vLLM gives them."""
+        """Take the arguments as vLLM gives them."""
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         rows = max(
             vllm_config.scheduler_config.max_num_seqs,
@@ -87,7 +87,7 @@ class RequestsBuilder(AttentionMetadataBuilder[Requests]):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> Requests:
-        """The requests of a step."""
+        """Describe the requests of a step."""
         step = common_attn_metadata
         n = step.num_reqs
         blocks = mamba_get_block_table_tensor(
@@ -121,7 +121,7 @@ class RequestsBuilder(AttentionMetadataBuilder[Requests]):
 
 
 def _total_tokens(step: CommonAttentionMetadata) -> list[int]:
-    """Earlier and new tokens of each request; exact for prefills."""
+    """Return the number of earlier and new tokens of each request; exact for prefills."""
     known = step.seq_lens_cpu_upper_bound
     return (step.seq_lens if known is None else known).tolist()
 
@@ -131,17 +131,17 @@ class StateBackend(AttentionBackend):
 
     @staticmethod
     def get_name() -> str:
-        """Name in vLLM's log."""
+        """Return the name in vLLM's log."""
         return "HYPENET_STATE"
 
     @staticmethod
     def get_impl_cls() -> Any:
-        """None: the layers compute by themselves."""
+        """Return None: the layers compute by themselves."""
         return None
 
     @staticmethod
     def get_builder_cls() -> type[RequestsBuilder]:
-        """The class that describes a step."""
+        """Return the class that describes a step."""
         return RequestsBuilder
 
     @classmethod
@@ -155,7 +155,7 @@ class StateLayer(nn.Module, MambaBase):
     step."""
 
     def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
-        """`prefix`: name of the layer in vLLM's tables."""
+        """Register the layer; `prefix`: its name in vLLM's tables."""
         super().__init__()
         self.prefix = prefix
         self.kv_cache: tuple[Tensor, ...] = (torch.tensor([]),)
@@ -170,7 +170,8 @@ class StateLayer(nn.Module, MambaBase):
 
     @classmethod
     def state_shapes(cls, config: Any, tensor_ranks: int) -> tuple[tuple[int, ...], ...]:
-        """Shapes of a request's states on one of `tensor_ranks` ranks: a matrix per head."""
+        """Return the shapes of a request's states on one of `tensor_ranks` ranks: a matrix per
+        head."""
         return ((config.num_attention_heads // tensor_ranks, config.head_dim, config.head_dim),)
 
     @classmethod
@@ -179,29 +180,30 @@ class StateLayer(nn.Module, MambaBase):
         return (torch.float32,)
 
     def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
-        """As vLLM asks for it."""
+        """Return `state_shapes` as vLLM asks for it."""
         return self._shapes
 
     def get_state_dtype(self) -> tuple[torch.dtype, ...]:
-        """As vLLM asks for it."""
+        """Return the dtypes of the states as vLLM asks for them."""
         return self._dtypes
 
     @property
     def mamba_type(self) -> MambaAttentionBackendEnum:
-        """Label by which vLLM groups layers."""
+        """Return the label by which vLLM groups layers."""
         return _KINDS[len(self._shapes) - 1]
 
     def get_attn_backend(self) -> type[AttentionBackend]:
-        """The builder of `Requests`."""
+        """Return the builder of `Requests`."""
         return StateBackend
 
     def decode(self, inputs: list[Tensor], slots: Tensor, new: Tensor) -> Tensor:
-        """One token of each of n requests: inputs [n, ...] -> [n, h, d]. Reads and writes the
-        states in `slots` [n]; where `new` [n], the state before is zero."""
+        """Process one token of each of n requests: inputs [n, ...] -> [n, h, d]. Reads and writes
+        the states in `slots` [n]; where `new` [n], the state before is zero."""
         raise NotImplementedError
 
     def prefill(self, inputs: list[Tensor], slot: Tensor, new: bool) -> Tensor:
-        """Tokens of one request: inputs [t, ...] -> [t, h, d], with the state in `slot` [1]."""
+        """Process tokens of one request: inputs [t, ...] -> [t, h, d], with the state in `slot`
+        [1]."""
         raise NotImplementedError
 
     def mixed(self, inputs: list[Tensor], output: Tensor) -> Tensor:
@@ -222,7 +224,7 @@ class StateLayer(nn.Module, MambaBase):
 
 
 def read_states(cache: Tensor, slots: Tensor, new: Tensor | bool) -> Tensor:
-    """Copies of the states [n, ...] in `slots` [n]; zeros where `new` (a bool, or [n])."""
+    """Return copies of the states [n, ...] in `slots` [n]; zeros where `new` (a bool, or [n])."""
     if new is True:
         return cache.new_zeros(len(slots), *cache.shape[1:])
     states = cache.index_select(0, slots)
@@ -237,7 +239,7 @@ def write_states(cache: Tensor, slots: Tensor, states: Tensor) -> None:
 
 
 def copy_functions() -> dict[MambaAttentionBackendEnum, tuple[Any, ...]]:
-    """How vLLM copies the states of a layer, for prefix caching: each as a whole."""
+    """Return how vLLM copies the states of a layer, for prefix caching: each as a whole."""
     return {kind: (get_temporal_copy_spec,) * (1 + i) for i, kind in enumerate(_KINDS)}
 
 
