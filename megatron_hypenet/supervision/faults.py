@@ -88,12 +88,12 @@ class Place:
 
     @property
     def errors(self) -> Path:
-        """Folder of the records."""
+        """Return the folder of the records."""
         return self.root / FOLDER
 
     @property
     def heartbeats(self) -> Path:
-        """Folder of the heartbeats."""
+        """Return the folder of the heartbeats."""
         return self.root / heartbeat.FOLDER
 
     def file_of(self, rank: int) -> Path:

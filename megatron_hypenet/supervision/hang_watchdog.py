@@ -37,8 +37,8 @@ _PATIENCE_SECONDS = 60.0
 
 
 def collective_minutes(guard: GuardConfig) -> float:
-    """Timeout of the libraries' own collectives: longer than the watchdog's, which reports first,
-    and the first process may work alone for a day."""
+    """Return the timeout of the libraries' own collectives: longer than the watchdog's, which
+    reports first, and the first process may work alone for a day."""
     return max(24 * 60.0, 4 * guard.hang_timeout_seconds / 60)
 
 
@@ -80,12 +80,12 @@ class HangWatch:
         self._stop.set()
 
     def expect_end(self, code: int, seconds: float) -> None:
-        """The process is leaving with `code` after a fault: end it if it has not ended in
+        """Note that the process is leaving with `code` after a fault: end it if it has not ended in
         `seconds`."""
         self._deadline = (time.monotonic() + seconds, code)
 
     def limit(self) -> float:
-        """Seconds that the main thread may be without progress in its current phase."""
+        """Return the seconds that the main thread may be without progress in its current phase."""
         if self.progress.phase in OPEN_PHASES:
             return float("inf")
         trains = self.progress.train_iters > 0
@@ -185,7 +185,8 @@ class HangWatch:
 
 
 def suspects(beats: dict[int, Beat], silent: Iterable[int], world_size: int) -> list[str]:
-    """Lines that name the ranks that the others wait for: ended, never started, or behind."""
+    """Return lines that name the ranks that the others wait for: ended, never started, or
+    behind."""
     gone = [beats[rank] for rank in sorted(silent)]
     lines = _listed(
         gone,

@@ -112,7 +112,7 @@ class ProgressState:
         self.note("edge")
 
     def silent_seconds(self) -> float:
-        """Seconds since the main thread last recorded progress."""
+        """Return the seconds since the main thread last recorded progress."""
         return time.monotonic() - self.moved
 
 
@@ -138,15 +138,16 @@ class Beat:
 
     @property
     def place(self) -> tuple[int, int, int]:
-        """Its progress as a tuple that grows during a run."""
+        """Return its progress as a tuple that grows during a run."""
         return self.begun, self.iteration, _ORDER.get(self.phase, 0)
 
     def who(self) -> str:
-        """e.g. "rank 3 on node7 (pid 4711)"."""
+        """Return the rank with its place, e.g. "rank 3 on node7 (pid 4711)"."""
         return f"rank {self.rank} on {self.host} (pid {self.pid})"
 
     def where(self) -> str:
-        """e.g. "iteration 5/100 of distill, forward-backward"."""
+        """Return where the rank is in its work, e.g. "iteration 5/100 of distill,
+        forward-backward"."""
         return position(self.stage, self.phase, self.iteration, self.train_iters)
 
 

@@ -49,8 +49,8 @@ class _StopRequested(BaseException):
 
 @contextmanager
 def leaving_at_once() -> Iterator[None]:
-    """Context in which a signal ends the block with SavedAndRequeue (main thread only): for work
-    that keeps what it finished by itself.
+    """Let a signal end the block with SavedAndRequeue (main thread only): for work that keeps what
+    it finished by itself.
 
     A training stage inside it takes the signals over with `Requests`, finishes its step and saves
     first.
@@ -97,7 +97,7 @@ def _handled_by(handler: Callable[[int, FrameType | None], None]) -> dict[int, A
 
 
 def _prepare_to_leave(number: int, what: str) -> None:
-    """After Ctrl-C say `what` happens, and let the next one end the process; after SIGHUP write
+    """Say `what` happens after Ctrl-C, and let the next one end the process; after SIGHUP write
     nothing to the terminal any more, where writing fails."""
     if number == signal.SIGINT:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -111,8 +111,8 @@ def _prepare_to_leave(number: int, what: str) -> None:
 
 
 def leave_if_stopped(what: str, places: Iterable[Path]) -> None:
-    """Before `what` begins: SavedAndRequeue on every process when the first one sees a STOP file in
-    one of `places`; collective."""
+    """Raise SavedAndRequeue before `what` begins, on every process, when the first one sees a STOP
+    file in one of `places`; collective."""
     stop: Path | None = from_first(stop_file(places))
     if stop is not None:
         raise SavedAndRequeue(
