@@ -36,12 +36,12 @@ class StepEnd:
 
     @property
     def step(self) -> int:
-        """Number of the step, from 1."""
+        """Return the number of the step, from 1."""
         return self.record.step
 
     @property
     def last(self) -> bool:
-        """Whether this is the last step of the stage."""
+        """Return whether this is the last step of the stage."""
         return self.record.step == self.record.train_iters
 
 
@@ -49,13 +49,13 @@ class Hook:
     """Base class whose methods do nothing; subclasses override some."""
 
     def on_step_end(self, end: StepEnd) -> None:
-        """Called after a step, before evaluation and save."""
+        """Do what is due after a step, before evaluation and save."""
 
     def on_eval(self, step: int, values: Mapping[str, float], seconds: float) -> None:
-        """Called after an evaluation at `step`, which gave `values`."""
+        """Do what is due after an evaluation at `step`, which gave `values`."""
 
     def on_save(self, committed: Path, seconds: float) -> None:
-        """Called after a save was committed, `seconds` after its request."""
+        """Do what is due after a save was committed, `seconds` after its request."""
 
 
 class ProgressHook(Hook):

@@ -270,6 +270,6 @@ class _Loop:
 
 
 def _not_finite(metrics: Mapping[str, Tensor]) -> str:
-    """Text that names the metrics of this process that are not finite."""
+    """Return text that names the metrics of this process that are not finite."""
     bad = sorted(tag for tag, value in metrics.items() if not torch.isfinite(value).all())
     return f"; not finite here: {', '.join(bad[:5])}" if bad else ""

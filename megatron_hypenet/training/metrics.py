@@ -95,7 +95,7 @@ class StepRecord:
         )
 
     def _use(self) -> str:
-        """Text with speed and utilisation per GPU; empty where these are unknown."""
+        """Return text with speed and utilisation per GPU; empty where these are unknown."""
         work = self.workload
         if work is None:
             return ""
@@ -291,7 +291,7 @@ class Recorder:
         return points if share is None else {**points, "mfu": share}
 
     def interval_steps(self, step: int) -> int:
-        """Number of steps of the current interval, up to and including `step`."""
+        """Return the number of steps of the current interval, up to and including `step`."""
         return max(step - self._from_step, 1)
 
     def exclude(self, seconds: float) -> None:

@@ -22,7 +22,7 @@ class TokenSource(Protocol):
     number."""
 
     def batch(self, sample_start: int, count: int, seq_length: int) -> Tensor:
-        """Samples sample_start .. + count - 1: int64 [count, seq_length + 1]."""
+        """Return samples sample_start .. + count - 1: int64 [count, seq_length + 1]."""
         ...
 
     def document_ends(self, tokens: Tensor, sample_start: int) -> Tensor:
@@ -119,8 +119,8 @@ def step_batches(
 
 
 def _averaged(weights: list[Tensor], tokens_per_step: int) -> list[Tensor]:
-    """Weights of 0 and 1 for this rank's labels, scaled so that the loss becomes a mean over the
-    labels that count."""
+    """Return weights of 0 and 1 for this rank's labels, scaled so that the loss becomes a mean over
+    the labels that count."""
     # Every rank divides its sum by its own number of tokens, and the ranks' results are averaged:
     # this factor makes the whole a mean over the labels that count. A step without any has loss 0.
     counted = groups.all_reduce_over_samples(

@@ -46,7 +46,7 @@ class Job:
 
     @property
     def layout(self) -> dict[str, int]:
-        """Processes per axis, as a checkpoint records them."""
+        """Return the number of processes per axis, as a checkpoint records them."""
         parallel = self.run.parallel
         return {
             "world": groups.world_size(),
@@ -169,7 +169,7 @@ def _warn_of_small_disk(job: Job, engine: TrainingEngine, recorder: Recorder) ->
 
 
 def _what_changed(job: Job, stored: Mapping[str, int]) -> str:
-    """How the layout differs from that of the checkpoint, and what becomes of the global batch;
+    """Say how the layout differs from that of the checkpoint, and what becomes of the global batch;
     empty when it does not differ."""
     now = job.layout
     num_micro_batches = job.config.num_micro_batches(groups.data_size())

@@ -57,7 +57,8 @@ def forward_backward(engine: TrainingEngine, batches: Iterable[MicroBatch]) -> L
 
 @torch.no_grad()
 def stage_loss(stage: StageModule, batch: MicroBatch) -> Tensor:
-    """Loss of one micro-batch without training, the same value on every pipeline stage."""
+    """Return the loss of one micro-batch without training, the same value on every pipeline
+    stage."""
     PROGRESS.note("evaluate")
     loss, _ = (
         stage(batch)

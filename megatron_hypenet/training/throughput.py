@@ -23,8 +23,8 @@ sheets; the first match counts."""
 
 
 def peak_flops(name: str | None = None) -> float | None:
-    """Peak dense bf16 operations per second of a GPU, this process's unless named; None on a CPU
-    and for a GPU that is not listed."""
+    """Return the peak dense bf16 operations per second of a GPU, this process's unless named; None
+    on a CPU and for a GPU that is not listed."""
     if name is None:
         if not torch.cuda.is_available():
             return None
@@ -44,12 +44,12 @@ class Workload:
     """Peak FLOP/s of one device, None when unknown."""
 
     def tflops_per_device(self, tokens_per_second: float) -> float:
-        """Tera-operations per second and device."""
+        """Return the operations per second of one device, in units of 1e12."""
         return tokens_per_second * self.flops_per_token / self.num_devices / 1e12
 
     def mfu(self, tokens_per_second: float) -> float | None:
-        """Model FLOP utilisation between 0 and 1: useful operations over the device's peak; None
-        when the peak is unknown."""
+        """Return the model FLOP utilisation between 0 and 1: useful operations over the device's
+        peak; None when the peak is unknown."""
         return (
             None
             if self.peak is None
