@@ -114,13 +114,14 @@ def _what(item: Any) -> str:
 
 
 def _values(text: str) -> int:
-    """Number of separators and brackets outside of strings: an upper bound of the values."""
+    """Return the number of separators and brackets outside of strings: an upper bound of the
+    values."""
     bare = re.sub(r'"(?:[^"\\]|\\.)*"?', "", text, flags=re.DOTALL)
     return sum(bare.count(mark) for mark in ",[{:")
 
 
 def _depth(text: str, limit: int) -> int:
-    """Nesting of brackets outside of strings; counting ends one above `limit`."""
+    """Return the nesting of brackets outside of strings; counting ends one above `limit`."""
     if text.count("[") + text.count("{") <= limit:
         return 0
     depth = deepest = 0

@@ -50,7 +50,7 @@ class StoredZip:
             kind.refuse(path, f"damaged at byte {start}: {shown(reason_of(error))}")
 
     def names(self) -> list[str]:
-        """Names of the members, in the table's order."""
+        """Return the names of the members, in the table's order."""
         return list(self._members)
 
     def place(self, name: str) -> tuple[int, int]:
