@@ -49,7 +49,7 @@ class Place:
 
 
 def host_name(environment: Mapping[str, str] = os.environ) -> str:
-    """This machine as SLURM calls it, else as it calls itself."""
+    """Return the name of this machine as SLURM calls it, else as it calls itself."""
     return environment.get("SLURMD_NODENAME") or socket.gethostname()
 
 
@@ -108,8 +108,8 @@ def launched_place(environment: Mapping[str, str] = os.environ) -> Place | None:
 
 
 def launched_world_size(environment: Mapping[str, str] = os.environ) -> int | None:
-    """Number of processes of the launcher that started this one; None when none did. Raises
-    SetupError as `launched_place` does.
+    """Return the number of processes of the launcher that started this one; None when none did.
+    Raises SetupError as `launched_place` does.
 
     A launcher of the torchrun kind sets RANK and WORLD_SIZE. SLURM's srun sets SLURM_PROCID; a step
     of one task is an interactive shell or a batch script, in which processes are still to be
@@ -154,8 +154,8 @@ def is_host(name: str) -> bool:
 
 
 def threads_per_process(local_size: int) -> int:
-    """Computing threads for each of `local_size` processes that share this machine's usable
-    cores."""
+    """Return the computing threads for each of `local_size` processes that share this machine's
+    usable cores."""
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )

@@ -80,7 +80,7 @@ def type_name(annotation: Any) -> str:
 
 
 def default_text(field: FieldInfo) -> str:
-    """The default in YAML spelling, or **required**."""
+    """Return the default in YAML spelling, or **required**."""
     value = field.default
     if value is PydanticUndefined:
         return "**required**"
@@ -92,7 +92,7 @@ def default_text(field: FieldInfo) -> str:
 
 
 def section_table(section: type[BaseModel], leave_out: frozenset[str] = frozenset()) -> list[str]:
-    """Markdown rows of the plain keys of one section."""
+    """Return Markdown rows of the plain keys of one section."""
     lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for name, field in section.model_fields.items():
         if name in leave_out or section_type(field.annotation) is not None:
@@ -105,7 +105,7 @@ def section_table(section: type[BaseModel], leave_out: frozenset[str] = frozense
 
 
 def page() -> str:
-    """The whole page."""
+    """Return the whole page."""
     lines = [INTRO, "## Top level", "", *section_table(RunConfig), ""]
     seen: dict[type[BaseModel], str] = {}
     for name, field in RunConfig.model_fields.items():

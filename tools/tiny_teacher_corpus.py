@@ -117,8 +117,8 @@ class _ProseParser(html.parser.HTMLParser):
 
 
 def clean_paragraph(text: str) -> str | None:
-    """Plain ASCII on one line, or None when the paragraph is not prose (short, no sentence end, or
-    full of symbols)."""
+    """Return plain ASCII on one line, or None when the paragraph is not prose (short, no sentence
+    end, or full of symbols)."""
     text = unicodedata.normalize("NFKD", text.translate(_PLAIN)).encode("ascii", "ignore").decode()
     text = " ".join(text.split())
     if len(text) < 60 or text[-1] not in ".!?:;\"')":
@@ -128,7 +128,7 @@ def clean_paragraph(text: str) -> str | None:
 
 
 def read_html(pattern: str) -> Callable[[Path], Iterator[Document]]:
-    """A reader of every page matching the glob `pattern` under the package folder."""
+    """Make a reader of every page matching the glob `pattern` under the package folder."""
 
     def read(root: Path) -> Iterator[Document]:
         for path in sorted(root.glob(pattern)):
@@ -141,8 +141,8 @@ def read_html(pattern: str) -> Callable[[Path], Iterator[Document]]:
 
 
 def read_austen(root: Path) -> Iterator[Document]:
-    """The novels in r-cran-janeaustenr: R character vectors, one string a line, in the package's
-    lazy-load file."""
+    """Yield the novels in r-cran-janeaustenr: R character vectors, one string a line, in the
+    package's lazy-load file."""
     database = next(root.glob("usr/lib/R/site-library/janeaustenr/data/Rdata.rdb")).read_bytes()
     offset = 0
     while offset + 4 < len(database):
@@ -191,7 +191,7 @@ def read_bible(root: Path) -> Iterator[Document]:
 
 
 def read_jargon(root: Path) -> Iterator[Document]:
-    """The Jargon File: a gzip-compatible dictionary, paragraphs indented by four spaces."""
+    """Yield the Jargon File: a gzip-compatible dictionary, paragraphs indented by four spaces."""
     text = gzip.decompress((root / "usr/share/dictd/jargon.dict.dz").read_bytes()).decode(
         "utf-8", errors="ignore"
     )
@@ -284,5 +284,5 @@ def blocks(source: Source, root: Path, seen: set[bytes]) -> Iterator[str]:
 
 
 def is_heldout(block: str) -> bool:
-    """One block in 24, chosen by the hash of its text."""
+    """Choose one block in 24 by the hash of its text."""
     return int.from_bytes(hashlib.blake2b(block.encode(), digest_size=4).digest(), "big") % 24 == 0

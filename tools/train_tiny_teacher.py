@@ -49,7 +49,7 @@ QWEN_PATTERN = (
 
 
 def train_tokenizer(texts: list[str], folder: Path) -> None:
-    """Byte-level BPE with Qwen's splitting rule, saved as the files a Qwen3 folder has."""
+    """Train a byte-level BPE with Qwen's splitting rule, saved as the files a Qwen3 folder has."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -87,7 +87,7 @@ def train_tokenizer(texts: list[str], folder: Path) -> None:
 
 
 def take(blocks: list[str], limit: int) -> str:
-    """Whole blocks, separated by blank lines, up to `limit` bytes."""
+    """Return whole blocks, separated by blank lines, up to `limit` bytes."""
     chosen = []
     size = 0
     for block in blocks:
@@ -99,7 +99,7 @@ def take(blocks: list[str], limit: int) -> str:
 
 
 def prepare(out: Path) -> None:
-    """Packages -> `out`: tokenizer/, train.npy and heldout.npy (uint16), sample.txt and
+    """Turn packages into `out`: tokenizer/, train.npy and heldout.npy (uint16), sample.txt and
     heldout.txt, sources.json."""
     from tools import tiny_teacher_corpus as corpus
 
@@ -144,8 +144,8 @@ def prepare(out: Path) -> None:
 
 
 def build_model(hidden_size: int, num_heads: int, head_dim: int) -> Any:
-    """A small Qwen3 in float32: 8 layers, two query heads per key/value head, an MLP three times as
-    wide as the model."""
+    """Build a small Qwen3 in float32: 8 layers, two query heads per key/value head, an MLP three
+    times as wide as the model."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(
@@ -177,7 +177,7 @@ def build_model(hidden_size: int, num_heads: int, head_dim: int) -> Any:
 def _perturb(
     module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
 ) -> torch.Tensor | None:
-    """While training, blur an attention output.
+    """Blur an attention output while training.
 
     A teacher whose layers tolerate this regularises better on little text, and tolerates mixers
     that imitate its attention imperfectly.
@@ -189,7 +189,7 @@ def _perturb(
 
 
 def make_task(data: Path, split: str, seed: int) -> RecallTask:
-    """Recall documents over the tokens of one split."""
+    """Make recall documents over the tokens of one split."""
     filler = np.load(data / f"{split}.npy", mmap_mode="r")
     return RecallTask(
         recall_vocabulary(load_tokenizer(data / "tokenizer")), filler, seed=seed, num_pairs=8
@@ -235,7 +235,7 @@ def text_batches(
 def heldout_scores(
     model: Any, tokens: np.ndarray, limit: int, batch: int, device: str
 ) -> dict[str, float]:
-    """Mean next-token loss (nats) and accuracy (%) over non-overlapping windows."""
+    """Return mean next-token loss (nats) and accuracy (%) over non-overlapping windows."""
     count = min(limit, (len(tokens) - 1) // SEQ_LENGTH)
     loss = correct = 0.0
     for i in range(0, count, batch):
@@ -304,8 +304,8 @@ def evaluate(model: Any, data: Path, device: str, *, full: bool) -> dict[str, An
 def _without_attention(
     model: Any, layer: int, data: Path, task: RecallTask, device: str
 ) -> dict[str, float]:
-    """Held-out loss and recall with one layer's attention output set to zero: which layers carry
-    the facts."""
+    """Return held-out loss and recall with one layer's attention output set to zero: which layers
+    carry the facts."""
     projection = model.model.layers[layer].self_attn.o_proj
     kept = projection.weight.data.clone()
     projection.weight.data.zero_()
@@ -318,7 +318,7 @@ def _without_attention(
 
 
 def save(model: Any, data: Path, out: Path, scores: dict[str, Any]) -> None:
-    """The Hugging Face folder: weights, config, tokenizer, and the scores beside them."""
+    """Write the Hugging Face folder: weights, config, tokenizer, and the scores beside them."""
     model.to(torch.float32).save_pretrained(out, safe_serialization=True)
     config = json.loads((out / "config.json").read_text())
     config["rope_theta"] = 10000.0  # transformers 4 reads it here, 5 under rope_parameters
@@ -350,7 +350,7 @@ def mixed_batches(
 
 
 def make_optimizer(model: Any, lr: float, device: str) -> torch.optim.Optimizer:
-    """AdamW with weight decay on matrices only."""
+    """Return AdamW with weight decay on matrices only."""
     groups = [
         {"params": [p for p in model.parameters() if p.ndim == 2], "weight_decay": WEIGHT_DECAY},
         {"params": [p for p in model.parameters() if p.ndim != 2], "weight_decay": 0.0},
@@ -359,7 +359,8 @@ def make_optimizer(model: Any, lr: float, device: str) -> torch.optim.Optimizer:
 
 
 def rate_at(progress: float, lr: float) -> float:
-    """Linear warm-up over the first 2 % (never quite zero), then a cosine to 2 % of the peak."""
+    """Return a linear warm-up over the first 2 % (never quite zero), then a cosine to 2 % of the
+    peak."""
     return (
         lr
         * min(1.0, max(progress, 2e-5) / 0.02)

@@ -68,7 +68,7 @@ class Job:
 
 
 def lightning(capability: int, dtype: str, dim: int, documents: bool) -> Iterator[Job]:
-    """The kernels of one head dim, launched as the plan for this GPU says."""
+    """Launch the kernels of one head dim as the plan for this GPU says."""
     gpu = Gpu(*GPUS[capability], all_products=HAS_DESCRIPTORS or capability < 90)
     plan = make_plan(
         batch=1, tokens=16384, heads=16, dim_k=dim, dim_v=dim, dtype=DTYPES[dtype], gpu=gpu
@@ -148,8 +148,8 @@ def lightning(capability: int, dtype: str, dim: int, documents: bool) -> Iterato
 
 
 def rows(dtype: str) -> Iterator[Job]:
-    """Norm with RoPE for 128 dims, norms with and without gate or residual for narrow and for the
-    widest rows, SwiGLU."""
+    """Launch norm with RoPE for 128 dims, norms with and without gate or residual for narrow and
+    for the widest rows, SwiGLU."""
     own = f"*{dtype}"
     tokens = norm_rope_kernels.TOKENS
     warps = norm_rope_kernels.WARPS
@@ -197,7 +197,7 @@ def rows(dtype: str) -> Iterator[Job]:
 
 
 def head(dtype: str) -> Iterator[Job]:
-    """The vocabulary losses at Qwen3's 75 tiles per token."""
+    """Launch the vocabulary losses at Qwen3's 75 tiles per token."""
     types = dict.fromkeys(
         ("s_ptr", "t_ptr", "x_ptr", "stats_ptr", "tile_ptr", "merged_ptr", "weight_ptr"), "*fp32"
     )
@@ -225,7 +225,7 @@ def head(dtype: str) -> Iterator[Job]:
 
 
 def sums(dtype: str) -> Iterator[Job]:
-    """The first gradient of a step, those that are added to it, and the update."""
+    """Launch the first gradient sum of a step, later ones that are added to it, and the update."""
     types = {"total": "*fp32", "gradient": f"*{dtype}"}
     sizes = {"block": gradient_sum_kernels.BLOCK, "vector": gradient_sum_kernels.VECTOR}
     for add in (False, True):

@@ -115,7 +115,8 @@ def timed(name: str, command: Sequence[str], log: Path) -> Row:
 
 
 def one_round(work: Path, workers: int | None, logits: bool) -> list[Row]:
-    """All measurements once, in an order in which each reads from the page cache if it fits."""
+    """Take all measurements once, in an order in which each reads from the page cache if it
+    fits."""
     source, copy, ckpt, back = (work / name for name in ("hf", "copy", "ckpt", "back"))
     hypenet = [sys.executable, "-m", "megatron_hypenet", "convert"]
     threads = [] if workers is None else ["--workers", str(workers)]
@@ -139,7 +140,7 @@ def one_round(work: Path, workers: int | None, logits: bool) -> list[Row]:
 
 
 def table(size: str, num_bytes: int, rounds: Sequence[Sequence[Row]]) -> str:
-    """The report: a row per command, figures of all rounds side by side."""
+    """Return the report: a row per command, figures of all rounds side by side."""
     cores = len(os.sched_getaffinity(0))
     lines = [
         f"Qwen3 {size} shape, random bf16 weights, {num_bytes / 1e9:.2f} GB, {cores} cores; load "

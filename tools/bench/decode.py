@@ -44,7 +44,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def random_model(tiny: bool, dtype: torch.dtype, device: str) -> Any:
-    """HypeNet-2B, or four layers of 64 channels, with random weights."""
+    """Build HypeNet-2B, or four layers of 64 channels, with random weights."""
     sizes = hf_config_from_model(model_config("hypenet_2b"), torch_dtype="bfloat16")
     sizes["attn_logits_scaling"] = "hype 500"
     if tiny:
@@ -76,7 +76,7 @@ def synchronize() -> None:
 
 
 def seconds(call: Callable[[], Any]) -> tuple[float, Any]:
-    """Wall-clock seconds of a call with all that it launches, and its result."""
+    """Return the wall-clock seconds of a call with all that it launches, and its result."""
     synchronize()
     begin = time.perf_counter()
     found = call()
@@ -88,30 +88,31 @@ class Clock:
     """A streamer that notes when each token has arrived on the host."""
 
     def __init__(self) -> None:
-        """No tokens yet."""
+        """Begin without tokens."""
         self.times: list[float] = []
 
     def put(self, value: Any) -> None:
-        """One token, which `generate` has moved to the CPU."""
+        """Take one token, which `generate` has moved to the CPU."""
         self.times.append(time.perf_counter())
 
     def end(self) -> None:
         """Nothing is left to do."""
 
     def gaps(self) -> list[float]:
-        """Milliseconds between tokens."""
+        """Return the milliseconds between tokens."""
         after = self.times[1:]
         return [1e3 * (b - a) for a, b in zip(after, after[1:], strict=False)]
 
 
 def median(values: Sequence[float]) -> float:
-    """The middle one."""
+    """Return the middle value."""
     return sorted(values)[len(values) // 2]
 
 
 @torch.inference_mode()
 def loop(model: Any, cache: Any, ids: torch.Tensor, count: int) -> tuple[list[float], Any, Any]:
-    """`count` greedy tokens by forward calls alone: milliseconds of each, tokens, last logits."""
+    """Generate `count` greedy tokens by forward calls alone: milliseconds of each, tokens, last
+    logits."""
     times = []
     tokens = []
     for _ in range(count):
@@ -123,7 +124,7 @@ def loop(model: Any, cache: Any, ids: torch.Tensor, count: int) -> tuple[list[fl
 
 
 def both_ways(model: Any, cache: Any, ids: torch.Tensor, count: int) -> Row:
-    """The same tokens through a graph, by plain steps in place, and by the plain code."""
+    """Generate the same tokens through a graph, by plain steps in place, and by the plain code."""
     row: Row = {}
     found = {}
     for way, graph, devices in (
@@ -152,7 +153,7 @@ def both_ways(model: Any, cache: Any, ids: torch.Tensor, count: int) -> Row:
 
 @torch.inference_mode()
 def context_row(model: Any, t: int, *, floor_bytes: float) -> Row:
-    """One context length."""
+    """Measure one context length."""
     vocab = model.config.vocab_size
     ids = torch.randint(vocab, (1, t), generator=torch.Generator().manual_seed(t)).to(DEVICE)
     row: Row = {"context": t}
@@ -194,7 +195,8 @@ def context_row(model: Any, t: int, *, floor_bytes: float) -> Row:
 
 @torch.inference_mode()
 def accuracy(dtype: torch.dtype) -> Row:
-    """A small model on this device against the CPU in float64: prompt, padding, greedy tokens."""
+    """Compare a small model on this device with the CPU in float64: prompt, padding, greedy
+    tokens."""
     exact = random_model(True, torch.float64, "cpu")
     model = random_model(True, torch.float64, "cpu").to(DEVICE, dtype)
     exact.load_state_dict({name: x.double().cpu() for name, x in model.state_dict().items()})
@@ -228,7 +230,7 @@ def accuracy(dtype: torch.dtype) -> Row:
 
 
 def sweep(t: int) -> list[Row]:
-    """The attention kernel of one token with other blocks."""
+    """Time the attention kernel of one token with other blocks."""
     import triton.testing
 
     rows: list[Row] = []
@@ -255,7 +257,7 @@ def sweep(t: int) -> list[Row]:
 
 
 def profile(call: Callable[[], Any], name: str) -> Row:
-    """Kernels of a call by their time on the GPU, in milliseconds."""
+    """Return the kernels of a call by their time on the GPU, in milliseconds."""
     from torch.profiler import ProfilerActivity
 
     call()
@@ -275,7 +277,7 @@ def profile(call: Callable[[], Any], name: str) -> Row:
 
 @torch.inference_mode()
 def profiles(model: Any, t: int) -> list[Row]:
-    """A prompt of t tokens, and one token after it."""
+    """Profile a prompt of t tokens, and one token after it."""
     ids = torch.randint(model.config.vocab_size, (1, t), device=DEVICE)
     rows = [profile(lambda: model(ids, logits_to_keep=1, use_cache=True), f"prompt of {t}")]
     cache = model(ids, logits_to_keep=1, use_cache=True)[modeling.CACHE]
@@ -286,7 +288,7 @@ def profiles(model: Any, t: int) -> list[Row]:
 
 
 def table(results: Sequence[Row]) -> str:
-    """The rows by kind, as Markdown."""
+    """Return the rows by kind, as Markdown."""
     versions = next((row["versions"] for row in results if "versions" in row), {})
     lines = ["# Decoding of an exported folder", ""]
     lines += [", ".join(f"{key} {value}" for key, value in versions.items()), ""]
@@ -310,7 +312,7 @@ def table(results: Sequence[Row]) -> str:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

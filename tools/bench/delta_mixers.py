@@ -44,7 +44,7 @@ SHAPES = ((24, 512), (1, 16_384), (1, 65_536))
 
 
 def kernel_ms(function: str, b: int, t: int, h: int, d: int, *, per_channel: bool) -> float:
-    """Milliseconds of fla's kernel alone, forward and backward."""
+    """Return the milliseconds of fla's kernel alone, forward and backward."""
     module, _, name = function.partition(":")
     kernel = getattr(importlib.import_module(module), name)
     given = [torch.randn(b, t, h, d, device="cuda").bfloat16() for _ in range(3)]
@@ -62,7 +62,7 @@ def kernel_ms(function: str, b: int, t: int, h: int, d: int, *, per_channel: boo
 
 
 def measure(name: str, b: int, t: int, *, tiny: bool) -> dict[str, Any]:
-    """One row."""
+    """Measure one row."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     student = model_config("tiny" if tiny else "hypenet_2b", num_layers=1)
     student = student.with_mixers((name,))
@@ -88,7 +88,7 @@ def measure(name: str, b: int, t: int, *, tiny: bool) -> dict[str, Any]:
 
 
 def accuracy(name: str) -> dict[str, Any]:
-    """How far the kernel is off at the mixer's head size, with states in and out."""
+    """Return how far the kernel is off at the mixer's head size, with states in and out."""
     shape = model_config("hypenet_2b", num_layers=1).with_mixers((name,))
     model = build_model(shape, ParallelConfig(), dtype=torch.bfloat16, seed=1)
     use = replace(use_of(model, documents=False), thorough=True)
@@ -98,7 +98,7 @@ def accuracy(name: str) -> dict[str, Any]:
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """The rows as Markdown, under the versions they depend on."""
+    """Return the rows as Markdown, under the versions they depend on."""
     rows = [row for row in results if "mixer" in row]
     versions = next((row["versions"] for row in results if "versions" in row), {})
     keys = list(dict.fromkeys(key for row in rows for key in row))
@@ -112,7 +112,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -18,8 +18,8 @@ Row = dict[str, Any]
 
 
 def measured(command: Sequence[str], case: Row) -> Row:
-    """The JSON that `command --out FILE` writes; what went wrong is part of the result: `case` with
-    the end of stderr as `failed`."""
+    """Return the JSON that `command --out FILE` writes; what went wrong is part of the result:
+    `case` with the end of stderr as `failed`."""
     environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"

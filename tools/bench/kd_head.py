@@ -59,11 +59,11 @@ class Case:
         self.labels = torch.randint(0, vocab, (tokens,), generator=generator, device=device)
 
     def graded(self, loss: Tensor) -> tuple[Tensor, ...]:
-        """Loss with the gradients of hidden states and head."""
+        """Return the loss with the gradients of hidden states and head."""
         return loss.detach(), *torch.autograd.grad(loss, (self.hidden, self.weight))
 
     def products(self, loss: str) -> Step:
-        """The matrix products alone, bf16 in and out, over all tokens at once."""
+        """Run the matrix products alone, bf16 in and out, over all tokens at once."""
         h, w = self.hidden.detach(), self.weight.detach()
         logits = torch.empty(h.shape[0], w.shape[0], dtype=h.dtype, device=h.device)
         dh, dw = torch.empty_like(h), torch.empty_like(w)
@@ -77,7 +77,7 @@ class Case:
         return run
 
     def ours(self, loss: str, chunk: int | None) -> Step:
-        """This package's head."""
+        """Return a step of this package's head."""
         if loss == "kl":
             return lambda: self.graded(
                 linear_kl(
@@ -93,7 +93,7 @@ class Case:
         )
 
     def plain(self, loss: str) -> Step:
-        """Full logits and fp32 softmaxes, as the reference code has them."""
+        """Return a step with full logits and fp32 softmaxes, as the reference code has them."""
 
         def run() -> tuple[Tensor, ...]:
             student = (self.hidden @ self.weight.t()).float()
@@ -108,7 +108,7 @@ class Case:
         return run
 
     def liger(self, loss: str) -> dict[str, Step]:
-        """Liger's fused heads by name; none when it is not installed."""
+        """Return Liger's fused heads by name; none when it is not installed."""
         try:
             from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
             from liger_kernel.transformers import (
@@ -153,7 +153,7 @@ SUMS = {"bf16": None, "fp32": torch.float32}
 
 
 def exact(case: Case, loss: str) -> tuple[Tensor, ...]:
-    """Loss and gradients in float64 from the same rounded inputs."""
+    """Return loss and gradients in float64 from the same rounded inputs."""
     h, w = case.hidden.detach().double(), case.weight.detach().double()
     log_q = (h @ w.t()).log_softmax(-1)
     if loss == "kl":
@@ -168,12 +168,12 @@ def exact(case: Case, loss: str) -> tuple[Tensor, ...]:
 
 
 def relative(got: Tensor, want: Tensor) -> float:
-    """Norm of the error over the norm of the answer."""
+    """Return the norm of the error over the norm of the answer."""
     return ((got.double() - want).norm() / want.norm()).item()
 
 
 def measured(step: Step, device: str, repeats: int) -> tuple[float, float]:
-    """Median milliseconds and peak bytes above what was allocated before the step."""
+    """Return the median milliseconds and peak bytes above what was allocated before the step."""
     step()
     if device == "cpu":
         start = time.perf_counter()
@@ -194,12 +194,12 @@ def measured(step: Step, device: str, repeats: int) -> tuple[float, float]:
 
 
 def steps_of(case: Case, loss: str, chunk: int | None) -> dict[str, Step]:
-    """Every implementation of a loss, ours first."""
+    """Return every implementation of a loss, ours first."""
     return {"ours": case.ours(loss, chunk), **case.liger(loss), "plain torch": case.plain(loss)}
 
 
 def errors(vocab: int, hidden: int, tokens: int, device: str, chunk: int) -> list[dict]:
-    """Relative errors of both gradients against float64, several chunks and sums of products
+    """Return relative errors of both gradients against float64, several chunks and sums of products
     deep."""
     case = Case(vocab, hidden, tokens, device, torch.bfloat16)
     rows = []
@@ -227,8 +227,8 @@ def errors(vocab: int, hidden: int, tokens: int, device: str, chunk: int) -> lis
 def times(
     vocab: int, hidden: int, tokens: int, device: str, chunk: int | None, repeats: int, peers: bool
 ) -> list[dict]:
-    """Milliseconds, ratio to the bare products, and peak memory (GB, and without the fp32 weight
-    gradient) of every implementation."""
+    """Return milliseconds, ratio to the bare products, and peak memory (GB, and without the fp32
+    weight gradient) of every implementation."""
     case = Case(vocab, hidden, tokens, device, torch.bfloat16)
     rows = []
     for loss in ("kl", "ce"):
@@ -268,7 +268,7 @@ def times(
 
 
 def machine(device: str) -> dict:
-    """Where and with what the numbers were taken, with the copy and product rates of the same
+    """Say where and with what the numbers were taken, with the copy and product rates of the same
     run."""
     facts = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
@@ -294,7 +294,7 @@ def machine(device: str) -> dict:
 
 
 def table(rows: list[dict]) -> str:
-    """Rows as a Markdown table; columns are the keys of all rows in order."""
+    """Return rows as a Markdown table; columns are the keys of all rows in order."""
     keys = list(dict.fromkeys(key for row in rows for key in row))
 
     def cell(x: object) -> str:
@@ -317,7 +317,7 @@ COLUMNS = (
 
 
 def write(record: dict, stem: Path) -> None:
-    """<stem>.json with everything, .csv with the times, .md to read and .png to look at."""
+    """Write <stem>.json with everything, .csv with the times, .md to read and .png to look at."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     with stem.with_suffix(".csv").open("w", newline="", encoding="utf-8") as handle:
@@ -376,7 +376,7 @@ def plot(record: dict, path: Path) -> None:
 
 
 def stem_of(out: Path, facts: dict) -> Path:
-    """OUT/kd_head_<gpu>_<yyyymm>, without suffix."""
+    """Return OUT/kd_head_<gpu>_<yyyymm>, without suffix."""
     gpu = facts["gpu"].replace("NVIDIA ", "").split()[0].lower()
     return out / f"kd_head_{'cpu' if gpu == 'none' else gpu}_{facts['date'][:7].replace('-', '')}"
 

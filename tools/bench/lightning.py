@@ -69,7 +69,7 @@ class Shape:
 
     @property
     def name(self) -> str:
-        """As it is printed."""
+        """Return the shape's name as it is printed."""
         packed = f" of {self.document}" if self.document else ""
         head = "" if self.d == 128 else f" D{self.d}"
         return f"B{self.b} T{self.t}{packed} H{self.h}{head}" + (
@@ -78,7 +78,7 @@ class Shape:
 
     @property
     def floor_bytes(self) -> tuple[int, int]:
-        """Fewest bytes of forward, and of forward and backward: 4 and 11 tensors."""
+        """Return the fewest bytes of forward, and of forward and backward: 4 and 11 tensors."""
         one = self.b * self.t * self.h * self.d * self.dtype.itemsize
         return 4 * one, 11 * one
 
@@ -108,7 +108,7 @@ TINY = [
 
 
 def draw(shape: Shape, device: str) -> list[Tensor]:
-    """q, k, v and the gradient of o: unit normal, q and k as their norms leave them."""
+    """Draw q, k, v and the gradient of o: unit normal, q and k as their norms leave them."""
     generator = torch.Generator(device).manual_seed(11)
     size = (shape.b, shape.t, shape.h, shape.d)
     return [
@@ -157,7 +157,8 @@ def operators(shape: Shape, device: str) -> dict[str, Op]:
 
 
 def exact(shape: Shape, inputs: list[Tensor]) -> dict[str, Tensor]:
-    """o, dq, dk, dv of the float64 recurrence, one head at a time: [b, t, h, d], stored in fp32."""
+    """Return o, dq, dk, dv of the float64 recurrence, one head at a time: [b, t, h, d], stored in
+    fp32."""
     ids = None
     decay = log_decay(shape.h)
     parts = []
@@ -180,7 +181,7 @@ def exact(shape: Shape, inputs: list[Tensor]) -> dict[str, Tensor]:
 
 
 def errors(op: Op, inputs: list[Tensor], want: dict[str, Tensor]) -> dict[str, float]:
-    """Relative RMS error of each output and gradient."""
+    """Return the relative RMS error of each output and gradient."""
     q, k, v = (x.detach().clone().requires_grad_() for x in inputs[:3])
     o = op(q, k, v)
     found = (o.detach(), *torch.autograd.grad(o, (q, k, v), inputs[3]))
@@ -191,8 +192,8 @@ def errors(op: Op, inputs: list[Tensor], want: dict[str, Tensor]) -> dict[str, f
 
 
 def median_ms(call: Callable[[], Any], device: str) -> float:
-    """Median time of a call: GPU events after a warm-up and with the cache flushed, or the clock on
-    a CPU."""
+    """Return the median time of a call: GPU events after a warm-up and with the cache flushed, or
+    the clock on a CPU."""
     if device == "cuda":
         import triton.testing
 
@@ -207,8 +208,8 @@ def median_ms(call: Callable[[], Any], device: str) -> float:
 
 
 def replayed(call: Callable[[], Any]) -> Callable[[], Any] | None:
-    """The call as one CUDA graph; None where it cannot be captured, as when it asks the host for
-    something."""
+    """Capture the call as one CUDA graph; None where it cannot be captured, as when it asks the
+    host for something."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -224,8 +225,8 @@ def replayed(call: Callable[[], Any]) -> Callable[[], Any] | None:
 
 
 def times(op: Op, inputs: list[Tensor], device: str) -> dict[str, float]:
-    """Milliseconds of forward without gradients, and of forward and backward, called and (on a GPU)
-    replayed."""
+    """Return the milliseconds of forward without gradients, and of forward and backward, called and
+    (on a GPU) replayed."""
     q, k, v = (x.detach().clone().requires_grad_() for x in inputs[:3])
 
     def forward() -> None:
@@ -257,7 +258,7 @@ def forget_tuning() -> None:
 
 
 def measure(shape: Shape, device: str, copy_gbps: float) -> list[dict[str, Any]]:
-    """The rows of one shape, one per operator."""
+    """Return the rows of one shape, one per operator."""
     inputs = draw(shape, device)
     ops = operators(shape, device)
     rows = []
@@ -282,14 +283,14 @@ def measure(shape: Shape, device: str, copy_gbps: float) -> list[dict[str, Any]]
 
 
 def copy_bandwidth(device: str) -> float:
-    """GB/s of a copy, bytes read plus bytes written."""
+    """Return the GB/s of a copy, bytes read plus bytes written."""
     x = torch.empty(2**30 if device == "cuda" else 2**22, dtype=torch.uint8, device=device)
     y = torch.empty_like(x)
     return 2 * x.numel() / 1e6 / median_ms(lambda: y.copy_(x), device)
 
 
 def environment(device: str, copy_gbps: float) -> dict[str, Any]:
-    """What the numbers depend on."""
+    """Return what the numbers depend on."""
     versions: dict[str, Any] = {"torch": torch.__version__}
     for package in ("triton", "fla"):
         try:
@@ -306,7 +307,7 @@ def environment(device: str, copy_gbps: float) -> dict[str, Any]:
 
 
 def markdown(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
-    """The table for people, with the goals' verdicts."""
+    """Return the table for people, with the goals' verdicts."""
     lines = [
         "# Lightning Attention",
         "",

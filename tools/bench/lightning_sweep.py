@@ -65,7 +65,7 @@ class Sweep:
         self.first, self.second = torch.empty_like(self.q), torch.empty_like(self.q)
 
     def states(self, plan: Plan) -> list[Tensor]:
-        """States of the segments, forward."""
+        """Return the states of the segments, forward."""
         return [
             kernels._segment_states(
                 self.k, self.v, self.decay, None, plan, reverse=False, always=True
@@ -73,7 +73,7 @@ class Sweep:
         ]
 
     def scan(self, plan: Plan) -> list[Tensor]:
-        """o."""
+        """Return o."""
         args = (None, None, self.decay, None, self.scale, plan)
         kernels._scan(
             self.q,
@@ -88,7 +88,7 @@ class Sweep:
         return [self.first]
 
     def dkdv(self, plan: Plan) -> list[Tensor]:
-        """dk and dv, fused."""
+        """Return dk and dv, fused."""
         args = (None, None, self.decay, None, self.scale, plan, plan.dkdv)
         kernels._dkdv(
             self.q, self.k, self.v, self.do, self.first, self.second, self.entering, *args

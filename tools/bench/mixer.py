@@ -67,13 +67,13 @@ class Case:
         ]
 
     def sections(self, projected: Tensor) -> list[Tensor]:
-        """q, k, v [t, b, h, d] and gate [t, b, h d], views."""
+        """Return q, k, v [t, b, h, d] and gate [t, b, h d], views."""
         q, k, v, gate = projected.chunk(4, -1)
         return [*(x.unflatten(-1, (self.h, self.d)) for x in (q, k, v)), gate]
 
 
 def ours(case: Case, projected: Tensor, wq: Tensor, wk: Tensor, wo: Tensor) -> Tensor:
-    """As the mixer runs it on one rank: one node of the graph where its kernels run, else step by
+    """Run the mixer as it is on one rank: one node of the graph where its kernels run, else step by
     step."""
     if lightning_mix.fits(projected, case.d):
         return lightning_mix.lightning_mix(
@@ -86,7 +86,7 @@ def ours(case: Case, projected: Tensor, wq: Tensor, wk: Tensor, wo: Tensor) -> T
 
 
 def unfused(case: Case, projected: Tensor, wq: Tensor, wk: Tensor, wo: Tensor, scan: Mix) -> Tensor:
-    """The reference's order of steps: each one a pass over memory, the scan in fp32."""
+    """Run the reference's order of steps: each one a pass over memory, the scan in fp32."""
     q, k, v, gate = case.sections(projected)
     q = apply_rope(F.rms_norm(q, (case.d,), wq, EPS), case.angles)
     k = apply_rope(F.rms_norm(k, (case.d,), wk, EPS), case.angles)
@@ -98,15 +98,15 @@ def unfused(case: Case, projected: Tensor, wq: Tensor, wk: Tensor, wo: Tensor, s
 
 
 def gradients(mix: Mix, case: Case, dtype: torch.dtype) -> list[Tensor]:
-    """The output and the gradients of projection and weights."""
+    """Return the output and the gradients of projection and weights."""
     inputs = case.inputs(dtype)
     y = mix(case, *inputs)
     return [y.detach(), *torch.autograd.grad(y, inputs, case.grad.to(dtype))]
 
 
 def mixers(case: Case, device: str) -> dict[str, Mix]:
-    """Ours and, where FLA is installed, the unfused form eager and compiled; elsewhere the unfused
-    form over our torch scan."""
+    """Return our form and, where FLA is installed, the unfused form eager and compiled; elsewhere
+    the unfused form over our torch scan."""
     scale = case.d**-0.5
 
     def torch_scan(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -129,8 +129,8 @@ def mixers(case: Case, device: str) -> dict[str, Mix]:
 
 
 def measure(case: Case, device: str, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """One row per form: errors against float64, milliseconds of forward and backward, ratio to
-    ours."""
+    """Return one row per form: errors against float64, milliseconds of forward and backward, ratio
+    to ours."""
     decay = case.decay
     scale = case.d**-0.5
     exact = gradients(

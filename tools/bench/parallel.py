@@ -39,7 +39,7 @@ PARITY = {
 
 
 def cases(tiny: bool) -> list[dict[str, Any]]:
-    """Everything that is run, in order."""
+    """Return everything that is run, in order."""
     shape = (
         {"model": "tiny", "layers": 4, "vocab": 512}
         if tiny
@@ -95,7 +95,7 @@ def cases(tiny: bool) -> list[dict[str, Any]]:
 
 
 def work(case: dict[str, Any], out: Path) -> None:
-    """One process of one case; the first writes what was measured."""
+    """Run one process of one case; the first writes what was measured."""
     import torch
     from random_stage import TimedSteps, build, median, model_config
 
@@ -159,8 +159,8 @@ def work(case: dict[str, Any], out: Path) -> None:
 
 
 def busiest_kernels(step: Callable[[], None], count: int = 40) -> list[dict[str, Any]]:
-    """What the GPU did during `step`: milliseconds and launches of the kernels that took longest,
-    under the sum of all."""
+    """Return what the GPU did during `step`: milliseconds and launches of the kernels that took
+    longest, under the sum of all."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
@@ -196,7 +196,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """The Markdown report."""
+    """Return the Markdown report."""
     lines = [
         "| stage | layout | losses | norms | largest difference of loss, norm |",
         "|---|---|---|---|---|",
@@ -253,7 +253,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -49,17 +49,17 @@ class Measured:
 
     @property
     def rate(self) -> float:
-        """MB of text for each second that passed."""
+        """Return MB of text for each second that passed."""
         return self.megabytes / self.seconds
 
     @property
     def cpu_rate(self) -> float:
-        """MB of text for each second of processor time."""
+        """Return MB of text for each second of processor time."""
         return self.megabytes / self.cpu_seconds
 
 
 def package_texts() -> list[str]:
-    """Text files of the installed packages, at most 200 kB of each."""
+    """Return the text files of the installed packages, at most 200 kB of each."""
     found = []
     for folder in site.getsitepackages():
         for path in sorted(Path(folder).rglob("*")):
@@ -71,7 +71,7 @@ def package_texts() -> list[str]:
 
 
 def documents(texts: list[str], seed: int) -> Iterator[str]:
-    """All texts in random order, again and again, changed each time."""
+    """Yield all texts in random order, again and again, changed each time."""
     random_ = random.Random(seed)
     for turn in range(1_000_000):
         for number in random_.sample(range(len(texts)), len(texts)):
@@ -137,7 +137,7 @@ def prepared(path: Path, tokenizer: Path, workers: int) -> None:
 
 
 def cpu_seconds() -> float:
-    """Processor time of this process and its ended children so far."""
+    """Return the processor time of this process and its ended children so far, in seconds."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(one.ru_utime + one.ru_stime for one in used)
 
@@ -149,8 +149,8 @@ def note_times(path: Path, before: tuple[float, float]) -> None:
 
 
 def measured(what: str, path: Path, size: int, tokenizer: Path, processes: int) -> Measured:
-    """The tokenizer's rate in this number of processes at the same time, each over the whole of
-    `path`; or the rate of a preparation with as many workers. Loading is not counted."""
+    """Measure the tokenizer's rate in this number of processes at the same time, each over the
+    whole of `path`; or the rate of a preparation with as many workers. Loading is not counted."""
     context = multiprocessing.get_context("spawn")
     if what == "tokenizer":
         running = [context.Process(target=peer, args=(path, tokenizer)) for _ in range(processes)]
@@ -174,7 +174,7 @@ def measured(what: str, path: Path, size: int, tokenizer: Path, processes: int) 
 
 
 def table(found: list[Measured]) -> list[str]:
-    """The medians as a Markdown table, with ratios to the peer."""
+    """Return the medians as a Markdown table, with ratios to the peer."""
     rows = [
         "| N | | MB/s | of the peer | MB per CPU second | of the peer |",
         "|---|---|---|---|---|---|",
@@ -194,12 +194,12 @@ def table(found: list[Measured]) -> list[str]:
 
 
 def ratio(mine: float, peers: list[Measured], value: Callable[[Measured], float]) -> str:
-    """A rate as a share of the peers' median."""
+    """Return a rate as a share of the peers' median."""
     return f"{mine / statistics.median(map(value, peers)):.0%}" if peers else "-"
 
 
 def arguments() -> Any:
-    """What the command line says."""
+    """Return what the command line says."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gigabytes", type=float, default=0.02, help="text of the whole corpus")
     parser.add_argument("--sample", type=float, default=0.01, help="GB of text of one round")

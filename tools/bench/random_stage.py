@@ -38,7 +38,7 @@ class SyntheticTokens:
     vocab_size: int
 
     def batch(self, sample_start: int, count: int, seq_length: int) -> Tensor:
-        """Samples sample_start .. + count - 1: int64 [count, seq_length + 1]."""
+        """Return samples sample_start .. + count - 1: int64 [count, seq_length + 1]."""
         rows = [
             torch.randint(
                 0,
@@ -66,8 +66,8 @@ def model_config(
     vocab_size: int | None = None,
     mixer: MixerSpec | None = None,
 ) -> ModelConfig:
-    """A student of configs/model, perhaps with its first layers only, a smaller vocabulary, and
-    another RNN mixer."""
+    """Return a student of configs/model, perhaps with its first layers only, a smaller vocabulary,
+    and another RNN mixer."""
     config = ModelConfig.model_validate(
         yaml.safe_load((ROOT / "configs" / "model" / f"{name}.yaml").read_text())
     )
@@ -95,11 +95,11 @@ class _RandomModels:
     seed: int = 2
 
     def teacher(self, *, trunk_only: bool = False) -> HypeNetModel:
-        """Weights of seed 1."""
+        """Build a teacher with weights of seed 1."""
         return self._model(self.teacher_shape, 1, trunk_only=trunk_only)
 
     def student(self, *, recompute: Recompute) -> HypeNetModel:
-        """Weights of seed 2."""
+        """Build a student with weights of seed 2."""
         return self._model(self.student_shape, self.seed, recompute=recompute)
 
     def _model(
@@ -128,8 +128,9 @@ def build(
     by_name: bool = False,
     mixer: MixerSpec | None = None,
 ) -> StageModule:
-    """Stage `name` in bfloat16 on CUDA, float32 on a CPU, with `mixer` in place of the default RNN
-    mixer. `by_name` draws each weight from its name, the same on every layout (slow)."""
+    """Build stage `name` in bfloat16 on CUDA, float32 on a CPU, with `mixer` in place of the
+    default RNN mixer. `by_name` draws each weight from its name, the same on every layout
+    (slow)."""
     spec = stage_spec(name)
     mixer = mixer or default_mixer()
     teacher, _ = teacher_and_student(student, mixer)
@@ -190,7 +191,7 @@ class TimedSteps:
         ]
 
     def _batches(self, ahead: int) -> list[MicroBatch]:
-        """Micro-batches of the step that is so many behind the last run's last."""
+        """Return the micro-batches of the step that is so many behind the last run's last."""
         return step_batches(
             self.tokens, self.config, (len(self.losses) + ahead) * self.config.global_batch_size
         )
@@ -206,6 +207,6 @@ def _wait() -> None:
 
 
 def median(values: Sequence[float]) -> float:
-    """Middle value."""
+    """Return the middle value."""
     ordered = sorted(values)
     return ordered[len(ordered) // 2]

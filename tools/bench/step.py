@@ -112,8 +112,8 @@ def measure(row: dict[str, Any], out: Path) -> None:
 
 
 def profiled(steps: Any) -> dict[str, Any]:
-    """Milliseconds per step of kernels and operators, in all and of the 40 longest, over two steps
-    of a `TimedSteps`."""
+    """Return the milliseconds per step of kernels and operators, in all and of the 40 longest, over
+    two steps of a `TimedSteps`."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
@@ -140,7 +140,7 @@ def profiled(steps: Any) -> dict[str, Any]:
 
 
 def rows(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """What is measured: the rows above, or one small one per stage."""
+    """Return what is measured: the rows above, or one small one per stage."""
     shared = {
         "model": options.model,
         "steps": 10,
@@ -167,7 +167,7 @@ def rows(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """The Markdown report."""
+    """Return the Markdown report."""
     about = next((row for row in results if "versions" in row), None)
     lines = ["# Optimizer steps", ""]
     lines += (
@@ -220,14 +220,14 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 
 def size(row: dict[str, Any]) -> str:
-    """Sequences x tokens of a step, and the micro-batches it is taken in if several."""
+    """Return the sequences x tokens of a step, and the micro-batches it is taken in if several."""
     return f"{row['batch']} x {row['seq_length']}" + (
         f", {row['micro_batches']} times" if row["micro_batches"] > 1 else ""
     )
 
 
 def panels(results: Sequence[dict[str, Any]]) -> list[Panel]:
-    """The speed of each row that was measured."""
+    """Return the speed of each row that was measured."""
     return [
         Panel(
             f"{row['stage']}, {size(row)} tokens",
@@ -240,7 +240,7 @@ def panels(results: Sequence[dict[str, Any]]) -> list[Panel]:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
