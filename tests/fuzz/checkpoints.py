@@ -100,7 +100,7 @@ def read_train_state(folder):
 
 
 def _same(one, other):
-    """Equal values; a whole number may be read as the float nearest to it."""
+    """Return whether values are equal; a whole number may be read as the float nearest to it."""
     if isinstance(one, list) and isinstance(other, list):
         return len(one) == len(other) and all(map(_same, one, other))
     return one == other or (

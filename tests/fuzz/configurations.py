@@ -46,7 +46,8 @@ def flat(value, prefix=""):
 
 
 def same_setting(value, written, found):
-    """Whether `found` is the value, or the text that stands in the file; of a list, each entry."""
+    """Return whether `found` is the value, or the text that stands in the file; of a list, each
+    entry."""
     if any(isinstance(one, list) for one in (value, written, found)):
         value, written, found = (
             one if isinstance(one, list) else [one] for one in (value, written, found)

@@ -37,7 +37,7 @@ def make_model_with_tokenizer(folder):
 
 
 def tensors_of_model(folder):
-    """All tensors as the safetensors library reads them."""
+    """Return all tensors as the safetensors library reads them."""
     from safetensors.torch import load_file
 
     files = [folder / "model.safetensors"]

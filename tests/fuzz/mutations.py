@@ -144,8 +144,8 @@ def append_bytes(chance, path):
 
 
 def replace_by_odd_thing(chance, path):
-    """A pipe, a device, a folder, a link to nowhere, to itself, out of the folder, or a sparse file
-    of a terabyte."""
+    """Replace by a pipe, a device, a folder, a link to nowhere, to itself, out of the folder, or a
+    sparse file of a terabyte."""
     kind = chance.choice(
         ["pipe", "zero", "folder", "nowhere", "loop", "outside", "huge", "gone", "empty"]
     )
@@ -177,7 +177,7 @@ def replace_by_odd_thing(chance, path):
 
 
 def _places(value):
-    """Every (container, key) in a tree."""
+    """Return every (container, key) in a tree."""
     waiting = [value]
     found = []
     while waiting:
@@ -398,8 +398,8 @@ def change_pickle(chance, path):
 
 
 def change_zip(chance, path):
-    """A torch file, or many after each other (then the first): its pickle, its members, or its
-    table."""
+    """Change a torch file, or many after each other (then the first): its pickle, its members, or
+    its table."""
     content = path.read_bytes()
     end = content.find(b"PK\x05\x06") + 22
     first = content[:end]

@@ -182,12 +182,13 @@ def read_run_folder(folder):
 
 
 def _content(path):
-    """What the file holds; nothing where there is none, as in a run that has no jobs or steps."""
+    """Return what the file holds; nothing where there is none, as in a run that has no jobs or
+    steps."""
     return json.loads(path.read_text()) if path.is_symlink() or path.exists() else {}
 
 
 def run_folder_is_plain(folder, out, said, whole):
-    """What decides anything is in the files as a plain parser reads them."""
+    """Check that what decides anything is in the files as a plain parser reads them."""
     printed = json.loads(said)
     jobs = _content(folder / "jobs.json").get("jobs", [])
     assert printed["jobs"] == len(jobs) and all(type(job["id"]) is int for job in jobs)

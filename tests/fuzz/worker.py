@@ -50,7 +50,7 @@ def limit() -> None:
 
 @contextlib.contextmanager
 def captured(path):
-    """Both output streams of the process, whoever writes to them, in the files path.out and
+    """Capture both output streams of the process, whoever writes to them, in the files path.out and
     path.err."""
     kept = [os.dup(number) for number in (1, 2)]
     sys.stdout.flush(), sys.stderr.flush()
