@@ -36,8 +36,8 @@ def cached_logits(model, ids):
 
 @torch.no_grad()
 def left_padding(model, ids):
-    """(largest logit difference to the single rows, whether generation agrees) of a left-padded
-    batch of four rows."""
+    """Return (largest logit difference to the single rows, whether generation agrees) of a
+    left-padded batch of four rows."""
     rows = [ids[0, :5], ids[1, :31], ids[0, 40:41], ids[1, 20:40]]
     total = 33
     batch = torch.full((len(rows), total), 3)

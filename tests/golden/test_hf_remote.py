@@ -31,8 +31,8 @@ LIMITS = {torch.float64: 1e-6, torch.float32: 1e-4}
 
 
 def environment(version: str, modules: Path) -> dict[str, str]:
-    """Variables of a process that sees that transformers; fails, rather than skips, when the older
-    one was not installed."""
+    """Return the variables of a process that sees that transformers; fails, rather than skips, when
+    the older one was not installed."""
     found = {
         **os.environ,
         "HF_MODULES_CACHE": str(modules),
@@ -111,7 +111,7 @@ def test_modelling_code_is_the_reference(case, dtype):
 
 
 def test_folders_of_one_name_with_other_mixers_load_in_one_process(version, tmp_path):
-    """4.57 copies the code of both to one place."""
+    """transformers 4.57 copies the code of both to one place."""
     want = []
     for index, name in enumerate(("tied_pow2", "gdn", "kda", "tied_pow2")):
         export_case(DATA / name, "hypenet", tmp_path / str(index) / "model")
@@ -163,8 +163,8 @@ def test_modelling_code_passes_its_unit_tests_under_4_57(repo_root, tmp_path):
 
 
 def write_tokenizers_of_transformers_5(source, folder):
-    """Two tokenizer folders as transformers 5 saves them: with a list of special tokens, and of its
-    own class."""
+    """Write two tokenizer folders as transformers 5 saves them: with a list of special tokens, and
+    of its own class."""
     model = json.loads((source / "tokenizer.json").read_text())
     common = {
         "backend": "tokenizers",
@@ -203,7 +203,8 @@ def write_tokenizers_of_transformers_5(source, folder):
 
 
 def test_model_card_code_runs_without_warnings_and_tokenizers_agree(repo_root, tmp_path):
-    """The same text, ids and tokens in both versions, from tokenizers that transformers 5 saved."""
+    """Text, ids and tokens are the same in both versions, from tokenizers that transformers 5
+    saved."""
     teacher = repo_root / "assets/tiny-qwen3"
     raw = {**json.loads((DATA / "tied_pow2/hypenet/config.json").read_text()), "vocab_size": 2048}
     config = HypeNetConfig(

@@ -30,7 +30,7 @@ LIMITS = {torch.float64: 1e-6, torch.float32: 1e-4}
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda path: path.name)
 def case(request, tmp_path_factory):
-    """Imported teacher and student, and the reference's tensors."""
+    """Provide the imported teacher and student, and the reference's tensors."""
     folder = tmp_path_factory.mktemp(request.param.name)
     for kind in ("qwen3", "hypenet"):
         import_hf(request.param / kind, folder / kind)
