@@ -117,7 +117,7 @@ def save_forever(
 
 
 def forked(work: Callable[[], None]) -> int:
-    """The process id of a child that does `work` and ends with code 0."""
+    """Return the process id of a child that does `work` and ends with code 0."""
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
@@ -183,7 +183,7 @@ def look_at(folder: Path, last_commit: Path | None, *, content: bool) -> int:
 
 
 def writer(folder: Path, *, background: bool, kills: int) -> dict:
-    """Random kills of a process that saves 8 MiB over and over."""
+    """Kill at random a process that saves 8 MiB over and over."""
     last_commit = folder.parent / "last_commit"
     hits = 0
     tries = 0
@@ -261,7 +261,7 @@ def points(folder: Path, *, background: bool, kills: int) -> dict:
 
 
 def training(folder: Path, *, background: bool, kills: int) -> dict:
-    """Random kills of a real run that saves every step, until it has finished; an undisturbed run
+    """Kill at random a real run that saves every step, until it has finished; an undisturbed run
     first."""
     words = ["--iters", "20", "--save-interval", "1", *(["--async-save"] if background else [])]
 

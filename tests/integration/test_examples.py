@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def example(repo_root, tmp_path):
-    """Function from the name of a script and its arguments to what it prints."""
+    """Provide a function from the name of a script and its arguments to what it prints."""
 
     def run(name, *arguments):
         done = subprocess.run(

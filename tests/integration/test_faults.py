@@ -35,7 +35,7 @@ LOSSES = Path("finetune") / "losses.jsonl"
 
 @pytest.fixture(autouse=True)
 def worker(monkeypatch):
-    """launchers/local.py starts the training worker in the place of `hypenet`."""
+    """Start launchers/local.py with the training worker in the place of `hypenet`."""
     monkeypatch.setattr(
         local,
         "hypenet_command",
@@ -61,7 +61,7 @@ class Outcome:
 
 
 def run(capfd, out, *words, processes=2, grace=2.0):
-    """The worker in several processes on this machine."""
+    """Run the worker in several processes on this machine."""
     fewest = lines_of(out)
     seen = []
     over = threading.Event()
@@ -87,7 +87,7 @@ def run(capfd, out, *words, processes=2, grace=2.0):
 
 
 def lines_of(out):
-    """Lines of losses.jsonl, one per step; 0 where there is none."""
+    """Count the lines of losses.jsonl, one per step; 0 where there is none."""
     try:
         return (out / LOSSES).read_text().count("\n")
     except FileNotFoundError:
@@ -95,7 +95,8 @@ def lines_of(out):
 
 
 def step_time(out, step):
-    """time.time() of the last sign of life in `step` before the fault: its line in losses.jsonl."""
+    """Return time.time() of the last record of `step` before the fault: its line in
+    losses.jsonl."""
     return (out / LOSSES).stat().st_mtime if step else 0.0
 
 
@@ -175,7 +176,7 @@ def out_of_disk(capfd, out):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 24 MB."""
+    """Provide a file system of 24 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)], check=True)
@@ -239,7 +240,7 @@ def test_losses_that_are_not_finite(capfd, tmp_path):
 )
 def test_skipped_steps_change_nothing_under_every_kind_of_update(capfd, tmp_path, layout):
     """The update comes from DeepSpeed's ZeRO optimizers or its BF16_Optimizer, after its own
-    backward pass or Megatron's schedule."""
+    backward pass or Megatron's schedule; none of them changes weights."""
     # steps 3 and 4
     ended = run(
         capfd, tmp_path, *layout, "--bad-samples", 16, 25, "--save-interval", 1, "--keep-last", 9

@@ -68,7 +68,7 @@ Host *
 
 @pytest.fixture(scope="module")
 def ssh(tmp_path_factory):
-    """Folder with the ssh settings by which `first` and `second` are this machine."""
+    """Provide a folder with the ssh settings by which `first` and `second` are this machine."""
     folder = tmp_path_factory.mktemp("ssh")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -117,7 +117,7 @@ def lines_of(path):
 
 
 def command_lines():
-    """Command lines of all processes, as every user can read them."""
+    """Yield the command lines of all processes, as every user can read them."""
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             yield path.read_text(errors="replace")

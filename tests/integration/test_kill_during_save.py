@@ -21,7 +21,7 @@ KINDS = pytest.mark.parametrize("kind", ["foreground", "background"])
 
 @pytest.fixture(scope="module")
 def counted(tmp_path_factory):
-    """What the worker counted; it fails itself on whatever it finds wrong."""
+    """Provide what the worker counted; it fails itself on whatever it finds wrong."""
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     command = [
         sys.executable,

@@ -44,7 +44,7 @@ def run(*arguments, processes=1):
 
 
 def assert_same_run(one, other, step):
-    """Losses, gradient norms, weights and optimizer state of both, bit for bit."""
+    """Compare losses, gradient norms, weights and optimizer state of both, bit for bit."""
     assert (one / "losses.jsonl").read_text() == (other / "losses.jsonl").read_text()
     for part in ("weights", "optimizer"):
         want, got = (

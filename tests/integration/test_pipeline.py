@@ -27,8 +27,8 @@ STAGE = {
 
 @pytest.fixture(scope="module")
 def world(repo_root, tmp_path_factory):
-    """A folder with a random Qwen3 that has the bundled teacher's tokenizer, a text, and a run
-    configuration."""
+    """Provide a folder with a random Qwen3 that has the bundled teacher's tokenizer, a text, and a
+    run configuration."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     root = tmp_path_factory.mktemp("pipeline")
@@ -85,7 +85,7 @@ def world(repo_root, tmp_path_factory):
 
 
 def hypenet(*words, processes=1, code=0):
-    """The command in a process of its own (or several); returns what it printed on stdout and
+    """Run the command in a process of its own (or several); returns what it printed on stdout and
     stderr."""
     launcher = (
         [
@@ -161,8 +161,8 @@ def test_from_teacher_to_a_model_that_transformers_loads(world):
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_give_the_losses_of_one(world):
-    """Data parallel over two processes: the same samples per step, so the same losses up to
-    summation order."""
+    """Two data-parallel processes read the same samples per step, so their losses are the same up
+    to summation order."""
     hypenet("train", world / "run.yaml", f"output_dir={world / 'one'}", "--stage", "distill")
     hypenet(
         "train",

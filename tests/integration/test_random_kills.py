@@ -78,7 +78,7 @@ def start(config: Path, folder: Path, log: Path) -> subprocess.Popen:
 
 
 def result(folder: Path) -> dict[str, str]:
-    """Hashes of what a run leaves that does not tell when or where it was made."""
+    """Hash what a run leaves, but for what says when or where it was made."""
     stages = [folder / stage for stage in ("align", "distill", "finetune")]
     files = [stage / "losses.jsonl" for stage in stages]
     finals = [

@@ -54,7 +54,7 @@ def trained(repo_root):
 
 @pytest.fixture
 def teacher(tmp_path, trained):
-    """A random teacher with the tokenizer, which has one added token."""
+    """Provide a random teacher with the tokenizer, which has one added token."""
     folder = tiny_run.write_teacher(
         tmp_path / "qwen3", shape=tiny_teacher_config(3, vocab_size=608)
     )

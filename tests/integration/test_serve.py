@@ -30,7 +30,8 @@ OPTIONS = (
 
 @pytest.fixture(scope="module")
 def folder(repo_root, tmp_path_factory):
-    """An exported HypeNet with the bundled teacher's tokenizer, vocabulary and head size."""
+    """Provide an exported HypeNet with the bundled teacher's tokenizer, vocabulary and head
+    size."""
     root = tmp_path_factory.mktemp("serve")
     sizes = {"vocab_size": 2048, "head_dim": 16, "eos_token_id": 0}
     made = vllm.write_folder(root / "random", "lightning-attn", **sizes)

@@ -12,7 +12,7 @@ from megatron_hypenet.cli.main import run
 
 
 def block(capsys, *words):
-    """(exit code, stderr without the progress lines before the block)."""
+    """Return (exit code, stderr without the progress lines before the block)."""
     code = run([str(word) for word in words])
     err = capsys.readouterr().err
     assert err.count("error: ") == 1 and "Traceback" not in err

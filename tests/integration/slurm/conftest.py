@@ -56,7 +56,7 @@ class Cluster:
         )
 
     def run(self, *words, code=0):
-        """Output of a command that must end with `code`."""
+        """Return the output of a command that must end with `code`."""
         done = subprocess.run(
             [*map(str, words)],
             cwd=ROOT,
@@ -104,7 +104,7 @@ def cluster():
 
 @pytest.fixture(scope="module")
 def paper_cluster():
-    """64 nodes that exist on paper only."""
+    """Provide 64 nodes that exist in the configuration only."""
     up = Cluster(f"/tmp/hypenet-slurm64-{os.getpid()}", 64)
     yield up
     up.control("down")
@@ -112,7 +112,7 @@ def paper_cluster():
 
 @pytest.fixture(scope="session")
 def config(tmp_path_factory):
-    """A small run on the bundled teacher; saves often, because the tests interrupt it."""
+    """Provide a small run on the bundled teacher; saves often, because the tests interrupt it."""
     values = {
         "output_dir": "runs/never", "teacher": "assets/tiny-qwen3", "device": "cpu",
         "data": {"train": ["assets/tiny-qwen3/heldout.txt"]},
@@ -129,8 +129,8 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def calm(cluster, config, tmp_path_factory):
-    """Folder of a run of the same configuration and number of processes under another launcher,
-    left in peace."""
+    """Provide the folder of a run of the same configuration and number of processes under another
+    launcher, which nothing disturbs."""
     out = tmp_path_factory.mktemp("calm") / "run"
     cluster.hypenet("run", config, f"output_dir={out}", "--nproc", "2")
     return out

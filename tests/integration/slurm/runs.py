@@ -15,7 +15,7 @@ STAGES = ("align", "distill", "finetune")
 
 
 def submit(cluster, config, out, *words):
-    """Job numbers by part."""
+    """Submit; returns job numbers by part."""
     said = cluster.hypenet("submit", config, "--cluster", PROFILE, f"output_dir={out}", *words)
     assert f"tensorboard --logdir {out}/tb" in said and "ssh -N -L 6006:localhost:6006" in said
     return {
@@ -39,7 +39,8 @@ def events(out, job):
 
 
 def event_time(out, job, attempt, text):
-    """Seconds since 1970 at which an attempt of a job noted something that contains `text`."""
+    """Return the seconds since 1970 at which an attempt of a job noted something that contains
+    `text`."""
     rows = [line.split(" ", 2) for line in events(out, job).splitlines()]
     return next(int(row[0]) for row in rows if row[1] == str(attempt) and text in row[2])
 
@@ -54,8 +55,8 @@ def losses(out):
 
 
 def processes(holds):
-    """Numbers of the processes whose (environment, command line), as sets of bytes, fulfil
-    `holds`."""
+    """Return the numbers of the processes whose (environment, command line), as sets of bytes,
+    fulfil `holds`."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
@@ -99,8 +100,8 @@ def slurmd_of(cluster, node):
 
 
 def restart_slurmd(cluster, node, preexec_fn=None):
-    """The daemon of a node anew; `preexec_fn` runs in it first, and what it sets holds for all
-    tasks of the node."""
+    """Start the daemon of a node anew; `preexec_fn` runs in it first, and what it sets holds for
+    all tasks of the node."""
     if (old := slurmd_of(cluster, node)) is not None:
         send(signal.SIGKILL, old)
         while Path(f"/proc/{old}").exists():

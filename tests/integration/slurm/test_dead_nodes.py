@@ -52,7 +52,7 @@ class DeadNode:
 
 
 def points(folder, tag="loss"):
-    """(step, value) of all points of a tag, as TensorBoard shows them."""
+    """Return (step, value) of all points of a tag, as TensorBoard shows them."""
     board = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     return [(point.step, point.value) for point in board.Scalars(tag)]
 

@@ -62,7 +62,7 @@ def test_nodes_are_measured_beside_each_other(cluster, tmp_path):
 
 @contextlib.contextmanager
 def harmed(cluster, node, harm):
-    """A node whose tasks begin with what `harm` has set."""
+    """Provide a node whose tasks begin with what `harm` has set."""
     restart_slurmd(cluster, node, harm)
     try:
         yield
@@ -80,8 +80,8 @@ def test_a_node_that_cannot_write_is_to_be_left_out(cluster, tmp_path):
 
 @contextlib.contextmanager
 def busy(core):
-    """Processes that compete for a core; sessions of their own, or the kernel may count them as
-    one.
+    """Start processes that compete for a core; sessions of their own, or the kernel may count them
+    as one.
 
     Many, because the other node shares its core too: with the processes of another test."""
     words = [
