@@ -27,8 +27,8 @@ from tests.distributed.layouts import STUDENT, run_config
 
 
 def known(key: str, start, shape) -> torch.Tensor:
-    """The part at `start` of a tensor whose every element is a function of its name and of its
-    place in the whole."""
+    """Return the part at `start` of a tensor whose every element is a function of its name and of
+    its place in the whole."""
     total = torch.full(tuple(shape), float(zlib.crc32(key.encode()) % 10_007), dtype=torch.float64)
     for axis, (first, size) in enumerate(zip(start, shape, strict=True)):
         view = [1] * len(shape)
@@ -53,7 +53,7 @@ class Known:
 
 
 def wanted(entry, state=None):
-    """This process's part of a weight or of one optimizer state."""
+    """Return this process's part of a weight or of one optimizer state."""
     dtype = entry.parameter.dtype
     empty = empty_like_entry(entry, torch.float32 if state else dtype)
     return read_entry(

@@ -91,8 +91,8 @@ def report(name, errors, limit=LIMIT):
 
 
 def flush_reports():
-    """All ranks: print the largest errors over the world of each check noted since, and stop if one
-    is above its limit."""
+    """Print, on all ranks, the largest errors over the world of each check noted since, and stop if
+    one is above its limit."""
     worst = torch.tensor(
         [error for _, _, errors in REPORTS for error in errors.values()], dtype=torch.float64
     )
@@ -113,7 +113,7 @@ def flush_reports():
 
 
 def compare(got, want, relative_to=None):
-    """Largest absolute error, or that error over the largest value of `relative_to`."""
+    """Return the largest absolute error, or that error over the largest value of `relative_to`."""
     error = (got.detach().double() - want.detach().double()).abs().max()
     return (error if relative_to is None else error / relative_to.detach().abs().max()).item()
 
@@ -159,8 +159,8 @@ def check_recompute_and_inference(group, size):
 
 
 def check_narrow(group, size):
-    """Narrow tensors with fp32 sums behind them: errors relative to the largest value, a few
-    roundings of the dtype."""
+    """Check tensors in a compute dtype with fp32 sums behind them: errors relative to the largest
+    value, a few roundings of the dtype."""
     for op_name, (op, dense, groups) in OPS.items():
         for dtype, limit in ((torch.bfloat16, 2**-7), (torch.float32, 1e-6)):
             errors = parity(
@@ -191,13 +191,13 @@ def check_layout(group, size):
 
 
 def exchanged_bytes(cp_size, itemsize):
-    """Bytes that a rank receives in one exchange, forward or backward: two states per rank, no
-    matter how long they are."""
+    """Return the bytes that a rank receives in one exchange, forward or backward: two states per
+    rank, no matter how long they are."""
     return (cp_size - 1) * 2 * B * H * DK * DV * itemsize
 
 
 def check_bytes(group, size):
-    """What the collectives of Lightning Attention move is what `exchanged_bytes` says, for any
+    """Check that the collectives of Lightning Attention move what `exchanged_bytes` says, for any
     length."""
     plain = dist.all_gather_into_tensor
     moved = []

@@ -32,7 +32,7 @@ def batches(rank):
 
 
 def by_hand():
-    """Mean over both ranks of each rank's fp32 sum of bf16 gradients."""
+    """Return the mean over both ranks of each rank's fp32 sum of bf16 gradients."""
     stage = ToyStage(torch.bfloat16)
     sums = []
     for rank in (0, 1):
@@ -69,8 +69,8 @@ def check_sums():
 
 
 def check_norm(folder):
-    """Replicated norms count once, split weights everywhere, with one replica and with two that see
-    the same samples."""
+    """Check that replicated norms count once, split weights everywhere, with one replica and with
+    two that see the same samples."""
     parallel = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
     groups.init_parallel(parallel)
     model = build_model(

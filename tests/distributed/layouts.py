@@ -33,8 +33,8 @@ STAGES = ("align", "distill", "finetune")
 
 
 def write_models(folder: Path, mixer: str | None = None, settings: dict | None = None) -> None:
-    """Teacher and student checkpoints whose every tensor is a function of its name; `mixer` in
-    place of the default one."""
+    """Write teacher and student checkpoints whose every tensor is a function of its name; `mixer`
+    in place of the default one."""
     student = STUDENT
     if mixer is not None:
         types = (name if name == "attn" else mixer for name in STUDENT.mixer_types)
@@ -85,7 +85,8 @@ def run_config(
     align_changes: dict | None = None,
     **changes,
 ) -> RunConfig:
-    """Five steps of four samples, one per micro-batch, clipping that bites."""
+    """Return a run of five steps of four samples, one per micro-batch, with clipping that takes
+    effect."""
     stage = {
         "train_iters": 5,
         "seq_length": 16,

@@ -29,7 +29,7 @@ TEACHER_HEAD = named_normal("teacher", (62, 24), std=1.0, seed=1, dtype=torch.fl
 
 
 def shards(model):
-    """This rank's pieces by logical key, with where they lie in the global tensor."""
+    """Yield this rank's pieces by logical key, with where they lie in the global tensor."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
     for entry in model.sharded_state_dict().values():
@@ -122,8 +122,8 @@ def run(sequence_parallel):
 
 
 def whole(pieces):
-    """Global tensors from all the pieces of one process (the MLP's gate and up halves share a
-    key)."""
+    """Return global tensors from all the pieces of one process (the MLP's gate and up halves share
+    a key)."""
     full = {piece.key: torch.zeros(piece.global_shape, dtype=torch.float64) for piece in pieces}
     for piece in pieces:
         slice_of(full[piece.key], piece).copy_(piece.data)

@@ -38,8 +38,8 @@ CASES = [("float32", name) for name in LAYOUTS] + [("bfloat16", name) for name i
 
 @pytest.fixture(scope="module")
 def saves(tmp_path_factory):
-    """saves(dtype): one folder per layout, written by four processes and read by them on other
-    layouts."""
+    """Provide saves(dtype): one folder per layout, written by four processes and read by them on
+    other layouts."""
     done = {}
 
     def written(dtype):

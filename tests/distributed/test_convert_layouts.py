@@ -19,7 +19,7 @@ LAYOUT = {
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """The stage folder of two finetuning steps on four processes."""
+    """Provide the stage folder of two finetuning steps on four processes."""
     folder = tmp_path_factory.mktemp("convert")
     write_models(folder)
     case = {

@@ -34,7 +34,7 @@ ZERO = {2: ("dp2-zero2", "dp2-zero3"), 4: ("tp2-sp-dp2-zero3",)}
 
 @pytest.fixture(scope="module", params=MIXERS)
 def world(request, tmp_path_factory):
-    """Checkpoints of a student with the mixer, and what one process computes from them."""
+    """Provide checkpoints of a student with the mixer, and what one process computes from them."""
     settings = MIXERS[request.param]
     root = tmp_path_factory.mktemp(request.param)
     chosen = {"align_changes": {"mixer": request.param, "mixer_settings": settings}}

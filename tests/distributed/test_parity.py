@@ -83,7 +83,7 @@ def finished(processes, folder, wanted, module="tests.distributed.layout_worker"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Checkpoints, and the runs of one process that all others are compared with."""
+    """Provide checkpoints, and the runs of one process that all others are compared with."""
     root = tmp_path_factory.mktemp("parity")
     write_models(root)
     finished(1, root, cases({"one": {}}, VARIANTS))
@@ -92,8 +92,8 @@ def folder(tmp_path_factory):
 
 
 def differences(want, got):
-    """Largest difference of losses and gradient norms (relative), largest and root mean square
-    difference of weights."""
+    """Return the largest difference of losses and gradient norms (relative), largest and root mean
+    square difference of weights."""
     pairs = list(
         zip(read_losses(want / "losses.jsonl"), read_losses(got / "losses.jsonl"), strict=True)
     )
