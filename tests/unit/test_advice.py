@@ -41,7 +41,7 @@ RAISED_BY = {
 
 
 def options_of(verb: str) -> set[str]:
-    """All options of a verb and of its commands."""
+    """Yield all options of a verb and of its commands."""
 
     def walk(command) -> Iterator[str]:
         for parameter in command.params:
@@ -57,7 +57,7 @@ options_of = cache(options_of)
 
 
 def words_of(node: ast.AST) -> Iterator[str]:
-    """The texts below `node`, with {} for what is filled in."""
+    """Yield the texts below `node`, with {} for what is filled in."""
     if isinstance(node, ast.JoinedStr):
         yield "".join(v.value if isinstance(v, ast.Constant) else "{}" for v in node.values)
     elif isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -68,7 +68,7 @@ def words_of(node: ast.AST) -> Iterator[str]:
 
 
 def messages() -> Iterator[tuple[str, str]]:
-    """(file, text) of every message of the package; of changes.py all texts, which it puts
+    """Yield (file, text) of every message of the package; of changes.py all texts, which it puts
     together."""
     for folder in ("megatron_hypenet", "launchers"):
         for path in sorted((ROOT / folder).rglob("*.py")):

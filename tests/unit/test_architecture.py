@@ -84,7 +84,8 @@ def outside_siblings(path: Path) -> list[str]:
 
 
 def target_of(name: str) -> str | None:
-    """The room that an imported dotted name belongs to; None for other people's modules."""
+    """Return the folder that an imported dotted name belongs to; None for other people's
+    modules."""
     first, *rest = name.split(".")
     if first == "launchers":
         return first
@@ -92,8 +93,8 @@ def target_of(name: str) -> str | None:
 
 
 def violations(root: Path, package: str = PACKAGE) -> list[str]:
-    """Every import under the folder `root` of `package` that breaks the direction or goes round a
-    door."""
+    """Return every import under the folder `root` of `package` that breaks the direction or the
+    rule of one place per library."""
     found = []
     for path in sorted(root.rglob("*.py")):
         module = module_name(path, root)
@@ -124,7 +125,7 @@ def violations(root: Path, package: str = PACKAGE) -> list[str]:
 
 
 def without_type_checking(source: str) -> str:
-    """The source without what only type checkers import."""
+    """Return the source without what only type checkers import."""
     tree = ast.parse(source)
     tree.body = [
         node
@@ -135,8 +136,8 @@ def without_type_checking(source: str) -> str:
 
 
 def circles(files: dict[str, Path]) -> list[list[str]]:
-    """Sets of modules that import each other, at whatever depth of the code; `files` by dotted
-    name."""
+    """Return sets of modules that import each other, at whatever depth of the code; `files` by
+    dotted name."""
     edges = {}
     for name, path in files.items():
         found = set()
@@ -158,7 +159,7 @@ def circles(files: dict[str, Path]) -> list[list[str]]:
 
 
 def reachable(graph: dict[str, list[str]], start: str) -> set[str]:
-    """What `start` leads to in one step or more."""
+    """Return what `start` leads to in one step or more."""
     seen: set[str] = set()
     todo = list(graph[start])
     while todo:
@@ -170,7 +171,7 @@ def reachable(graph: dict[str, list[str]], start: str) -> set[str]:
 
 
 def modules_of(root: Path, package: str) -> dict[str, Path]:
-    """Modules and packages under the folder `root` of `package`, by dotted name."""
+    """Return modules and packages under the folder `root` of `package`, by dotted name."""
     return {
         f"{package}.{module_name(path, root)}".removesuffix(".__init__"): path
         for path in root.rglob("*.py")
@@ -178,8 +179,8 @@ def modules_of(root: Path, package: str) -> dict[str, Path]:
 
 
 def unmirrored(package: Path, tests: Path) -> list[str]:
-    """Modules without tests/unit/<same path>/test_<name>.py. A package's own __init__ needs one
-    only when it has code of its own."""
+    """Return modules without tests/unit/<same path>/test_<name>.py. A package's own __init__ needs
+    one only when it has code of its own."""
     missing = []
     for path in sorted(package.rglob("*.py")):
         relative = path.relative_to(package)

@@ -21,7 +21,7 @@ def statements(node: ast.AST) -> int:
 
 
 def too_long(root: Path) -> list[str]:
-    """Files and functions under `root` with more statements than the rule allows."""
+    """Return files and functions under `root` with more statements than the rule allows."""
     found = []
     for path in sorted(root.rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -59,7 +59,7 @@ EXPORTED = "export/hf_remote/"
 
 
 def mixer_names_outside(root: Path) -> list[str]:
-    """String constants that are the name of a mixer, ours or in a config.json, and names of
+    """Return string constants that are the name of a mixer, ours or in a config.json, and names of
     variables or modules that contain a recurrent mixer's word, outside its own files."""
     words = dict(OWN_FILES)
     for name, spec in mixer_specs().items():

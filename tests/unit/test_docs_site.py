@@ -50,7 +50,7 @@ class Reader(HTMLParser):
 
 
 def anchors_of_a_view(page: str) -> set[str]:
-    """Anchors that a view of the repository gives to the headings of a Markdown page."""
+    """Return the anchors that a view of the repository gives to the headings of a Markdown page."""
     found: set[str] = set()
     for match in re.finditer(r"^#+ +(.+?) *$", page, re.MULTILINE):
         text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", match[1]).replace("`", "")
@@ -121,7 +121,7 @@ def test_links_work_in_a_view_of_the_repository(repo_root, pages):
 
 def test_pages_have_the_same_blocks_on_the_site_and_in_the_repository(repo_root, pages):
     """Lists, code, tables and headings nest alike for the site's Markdown, which wants lists
-    indented by four and a blank line before a table, and for CommonMark."""
+    indented by four and a blank line before a table, and for CommonMark; the test compares them."""
     config = load_config(str(repo_root / "mkdocs.yml"))
     different = []
     for page in pages:

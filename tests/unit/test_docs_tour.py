@@ -21,7 +21,7 @@ PAGES = (
 
 
 def names_in(body: list[ast.stmt], prefix: str = "") -> set[str]:
-    """Functions, classes, methods and assigned names of a module, dotted."""
+    """Return functions, classes, methods and assigned names of a module, dotted."""
     found = set()
     for node in body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):

@@ -34,7 +34,7 @@ with owning(Path(sys.argv[1]), inside=True):
 
 @pytest.fixture
 def holder(tmp_path):
-    """A process that owns tmp_path."""
+    """Provide a process that owns tmp_path."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True
     )

@@ -15,7 +15,7 @@ from megatron_hypenet.config.model import ModelConfig
 
 @pytest.fixture
 def model_config() -> ModelConfig:
-    """Two softmax layers."""
+    """Provide a model of two softmax layers."""
     return ModelConfig(
         num_layers=2,
         hidden_size=8,
@@ -33,7 +33,7 @@ def model_config() -> ModelConfig:
 
 @pytest.fixture
 def tensors() -> dict[str, torch.Tensor]:
-    """What FusedModel stores: different dtypes, one and two dimensions."""
+    """Provide what FusedModel stores: different dtypes, one and two dimensions."""
     generator = torch.Generator().manual_seed(0)
     return {
         "embed.weight": torch.randn(11, 8, generator=generator),
@@ -53,7 +53,7 @@ class FusedModel(torch.nn.Module):
         self.norm = torch.nn.Parameter(torch.zeros(8, dtype=torch.bfloat16))
 
     def sharded_state_dict(self, prefix: str = "") -> dict:
-        """Megatron sharded state dict of one process."""
+        """Return the Megatron sharded state dict of one process."""
         from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
         def whole(key: str, data: torch.Tensor) -> ShardedTensor:
@@ -81,7 +81,7 @@ class FusedModel(torch.nn.Module):
 
 @pytest.fixture
 def fused_model() -> FusedModel:
-    """All zeros."""
+    """Provide a model whose weights are all zero."""
     return FusedModel()
 
 
@@ -100,7 +100,7 @@ class MemoryEngine:
         self.states: dict[tuple[int, str], torch.Tensor] = {}
 
     def randomize(self, seed: int) -> MemoryEngine:
-        """Distinct values everywhere."""
+        """Give every element a value of its own."""
         generator = torch.Generator().manual_seed(seed)
         self.init_optimizer_state(7)
         for entry in self.template:

@@ -152,8 +152,8 @@ def test_newest_of_run_cleans_up_and_takes_what_is_whole(run, tmp_path):
 
 @pytest.fixture
 def ranks(monkeypatch):
-    """Function that runs a function on several ranks, which are threads, and gives what each
-    returned or raised."""
+    """Provide a function that runs a function on several ranks, which are threads, and gives what
+    each returned or raised."""
 
     def run(size, work):
         own = threading.local()

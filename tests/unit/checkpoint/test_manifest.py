@@ -64,7 +64,7 @@ def test_uncommitted_unreadable_and_newer_formats(folder):
 
 @pytest.mark.parametrize("sizes", [[], [0, 1, 5], [100, 3000, 0, 2000, 1]])
 def test_a_hashed_file_is_what_was_written_and_knows_it(tmp_path, monkeypatch, sizes):
-    """Small pieces, and large ones that a second thread hashes."""
+    """Small pieces are hashed by the writer, and large ones by a second thread."""
     monkeypatch.setattr(mf, "_CHUNK_BYTES", 1000)
     pieces = [os.urandom(size) for size in sizes]
     with mf.HashedFile(tmp_path / "file") as file:

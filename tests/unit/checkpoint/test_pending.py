@@ -31,7 +31,7 @@ def begin(tmp_path, make_engine, model_config):
 
 @pytest.fixture
 def held(monkeypatch):
-    """Background writers wait for this event before each part."""
+    """Make background writers wait for this event before each part."""
     gate = threading.Event()
     write = shard_writer.ShardWrite.write
 

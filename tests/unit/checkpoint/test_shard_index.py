@@ -21,7 +21,7 @@ from megatron_hypenet.errors import CheckpointError
 
 @pytest.fixture
 def folder(tmp_path):
-    """ "w" [6, 4] in three pieces and "b", a scalar."""
+    """Provide the "w" [6, 4] in three pieces and "b", a scalar."""
     full = torch.arange(24.0).view(6, 4)
     pieces = [
         Shard("w", full[:2], (6, 4), (0, 0)),

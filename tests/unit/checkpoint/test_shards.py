@@ -51,7 +51,7 @@ def test_damaged_data_file_is_a_checkpoint_error(tmp_path):
 
 @pytest.mark.parametrize("cut", [None, 0, 1])
 def test_values_are_read_from_any_row_on(tmp_path, cut):
-    """Whole, as pieces of rows, and as pieces of columns; cast and not."""
+    """Values are read whole, as pieces of rows, and as pieces of columns; cast and not."""
     full = torch.arange(60.0).view(10, 6)
     pieces = [(full, (0, 0))] if cut is None else []
     if cut == 0:

@@ -60,7 +60,7 @@ def test_views_and_parameters_come_back(tmp_path):
 
 
 def without(content, ending):
-    """A zip file's bytes without the members whose names end so."""
+    """Return a zip file's bytes without the members whose names end so."""
     target = io.BytesIO()
     with (
         zipfile.ZipFile(io.BytesIO(content)) as old,
@@ -115,7 +115,7 @@ class Storage:
 
 
 def by_hand(count, offset, size, stride, body=b"\0" * 16):
-    """A torch file whose pickle describes a tensor in any way."""
+    """Build a torch file whose pickle describes a tensor in any way."""
     target = io.BytesIO()
 
     class Pickler(pickle.Pickler):

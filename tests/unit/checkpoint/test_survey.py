@@ -17,7 +17,7 @@ LAYOUT = {"world": 4, "data": 1, "tensor": 2, "pipeline": 2, "context": 1, "zero
 
 @pytest.fixture
 def run(tmp_path, make_engine, model_config, tensors):
-    """A run folder: a teacher and three saves of a stage."""
+    """Provide a run folder: a teacher and three saves of a stage."""
     root = tmp_path / "run"
     save.write_weights(root / "teacher", tensors, model_config, kind="teacher")
     engine = make_engine().randomize(0)

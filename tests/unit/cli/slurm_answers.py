@@ -32,13 +32,13 @@ class Answers:
         self["squeue"] = "cat <<'END'\n" + "\n".join(lines) + "\nEND" if lines else "true"
 
     def calls(self, name=""):
-        """Command lines so far, those of `name` only if it is given."""
+        """Return the command lines so far, those of `name` only if it is given."""
         lines = self.file.read_text().splitlines() if self.file.is_file() else []
         return [line for line in lines if line.startswith(name)]
 
 
 def run_with_jobs(folder, *jobs):
-    """A run folder whose jobs.json has (id, part) each."""
+    """Make a run folder whose jobs.json has (id, part) each."""
     folder.mkdir(exist_ok=True)
     (folder / "config.yaml").write_text("x: 1\n")
     rows = [
@@ -59,7 +59,7 @@ def run_with_jobs(folder, *jobs):
 
 
 def attempt(folder, job, number=0, *events):
-    """Folder of a start of a job, with lines in its events."""
+    """Make the folder of a start of a job, with lines in its events."""
     path = folder / "logs" / f"job-{job}" / f"attempt-{number}"
     path.mkdir(parents=True)
     with (path.parent / "events").open("a") as stream:

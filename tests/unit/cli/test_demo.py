@@ -26,7 +26,7 @@ def test_the_bundled_configuration_is_valid_and_small(repo_root):
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
-    """The demo with a tiny run in the place of its own."""
+    """Put a tiny run in the place of the demo's own."""
     tiny_run.fake_material(monkeypatch)
     tiny_run.write_teacher(tmp_path / "qwen3")
     monkeypatch.setattr(demo, "CONFIG", tiny_run.write_config(tmp_path))

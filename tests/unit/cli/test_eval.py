@@ -22,7 +22,7 @@ def text(tmp_path):
 
 @pytest.fixture
 def words(teacher, text, tmp_path):
-    """A short evaluation of one model."""
+    """Provide a short evaluation of one model."""
     questions = tmp_path / "q.jsonl"
     questions.write_text('{"question": "Colour?", "choices": ["green", "blue"], "answer": 1}\n')
     out = str(tmp_path / "out")

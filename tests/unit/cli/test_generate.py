@@ -19,7 +19,7 @@ def teacher(repo_root):
 
 @pytest.fixture(scope="module")
 def chatty(teacher, tmp_path_factory):
-    """The same model with a chat template."""
+    """Provide the same model with a chat template."""
     folder = tmp_path_factory.mktemp("chatty") / "model"
     shutil.copytree(teacher, folder)
     path = folder / "tokenizer_config.json"

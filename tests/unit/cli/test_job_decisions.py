@@ -68,7 +68,7 @@ def job(tmp_path, monkeypatch):
 
 
 def record(rank, code, **more):
-    """Shell that leaves the record of a task's end, as launchers/slurm.py does."""
+    """Return shell code that leaves the record of a task's end, as launchers/slurm.py does."""
     text = json.dumps({"rank": rank, "code": code, **more}, indent=2)
     return f"cat >\"$HYPENET_ATTEMPT_LOGS/rank-{rank:04d}.error.json\" <<'END'\n{text}\nEND\n"
 

@@ -161,8 +161,8 @@ def test_help_has_an_example_and_offers_json(page, capsys):
 
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_every_verb_has_help_without_heavy_imports(verb):
-    """In a fresh interpreter, as a user would meet it; its own seconds count, because other tests
-    run beside this one."""
+    """The verbs run in a fresh interpreter, as a user would meet them; processor seconds count,
+    because other tests run beside this one."""
     probe = (
         "import sys, time, json\n"
         "from megatron_hypenet.cli.main import run\n"

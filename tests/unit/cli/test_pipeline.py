@@ -149,7 +149,7 @@ def test_a_failure_inside_still_ends_the_groups(run):
 
 @pytest.fixture
 def somebody_else(run):
-    """A process that owns the run folder of `run`."""
+    """Provide a process that owns the run folder of `run`."""
     with pipeline.prepared(run) as ready:
         ready.runner.run_step("teacher")
     code = (

@@ -11,7 +11,7 @@ from tests.unit.config.test_checks import MODEL, STAGE, axes, run
 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch):
-    """A machine without launcher; call with a number of GPUs."""
+    """Provide a machine without launcher; call with a number of GPUs."""
     for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
 
@@ -118,7 +118,7 @@ def test_a_number_of_threads_that_is_set_is_kept(monkeypatch):
 
 @pytest.fixture
 def hosts(tmp_path):
-    """A hostfile of six slots, forgotten after the test."""
+    """Provide a hostfile of six slots, forgotten after the test."""
     (tmp_path / "hosts").write_text("a slots=4\nb slots=2\n")
     yield tmp_path / "hosts"
     processes.choose("local", None, None)

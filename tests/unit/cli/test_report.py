@@ -10,7 +10,7 @@ from tests import tiny_run
 
 @pytest.fixture
 def finished(tmp_path, monkeypatch, capsys):
-    """A finished run."""
+    """Provide a finished run."""
     tiny_run.fake_material(monkeypatch)
     tiny_run.write_teacher(tmp_path / "qwen3")
     assert run(["run", str(tiny_run.write_config(tmp_path))]) == 0

@@ -18,7 +18,7 @@ def config(tmp_path, monkeypatch):
 
 
 def snapshot(root: Path) -> dict[str, int]:
-    """Every file below `root` with its time of change."""
+    """Return every file below `root` with its time of change."""
     return {str(path): path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
 
 
@@ -50,8 +50,8 @@ def test_a_run_makes_a_model_and_running_again_does_nothing(config, tmp_path, ca
 
 
 def test_an_interrupted_run_continues_with_the_same_losses(config, tmp_path, monkeypatch, capsys):
-    """Stopped in the middle of distillation and started again, every loss is that of a run in one
-    piece."""
+    """A run is stopped in the middle of distillation and started again; every loss is that of a run
+    in one piece."""
     assert run(["run", str(config), f"output_dir={tmp_path / 'whole'}"]) == 0
     stop = tmp_path / "run" / "distill" / "STOP"
 

@@ -12,7 +12,7 @@ PROFILE = "nodes: 1\ngpus_per_node: 0\ntasks_per_node: 2\ntime: '01:00:00'\n"
 
 @pytest.fixture
 def run(tmp_path):
-    """(configuration, profile) of a run that can be submitted."""
+    """Provide (configuration, profile) of a run that can be submitted."""
     write_teacher(tmp_path / "qwen3")
     profile = tmp_path / "cluster.yaml"
     profile.write_text(PROFILE)

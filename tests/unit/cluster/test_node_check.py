@@ -91,7 +91,7 @@ def test_what_never_reported_or_failed_everywhere_is_named():
 
 
 def meetings(count):
-    """The same store as each of `count` processes sees it."""
+    """Return the same store as each of `count` processes sees it."""
     server = dist.TCPStore(
         "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=20)
     )

@@ -24,7 +24,8 @@ exec "$@"
 
 @pytest.fixture
 def corpus(tmp_path, monkeypatch, repo_root):
-    """(words of the command, folder); srun runs its command here, sbatch counts its calls."""
+    """Provide (words of the command, folder); srun runs its command here, sbatch counts its
+    calls."""
     monkeypatch.chdir(repo_root)
     lines = [json.dumps({"text": f"Text {number}."}) for number in range(300)]
     (tmp_path / "a b.jsonl").write_text("\n".join(lines))

@@ -46,7 +46,7 @@ def started(folder, state, **more):
 
 @pytest.fixture
 def owner(tmp_path):
-    """A process that works on the run."""
+    """Provide a process that works on the run."""
     process = subprocess.Popen(
         [sys.executable, "-c", OWNER, str(tmp_path)], stdout=subprocess.PIPE, text=True
     )

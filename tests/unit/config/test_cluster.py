@@ -136,7 +136,7 @@ KEYS = [
 
 
 def holding(key, text):
-    """A profile whose setting `key` is `text`, or has it as an entry."""
+    """Return a profile whose setting `key` is `text`, or has it as an entry."""
     outer, _, inner = key.partition(".")
     value = {"variables": {"X": text}, "container": {"image": "i"}}.get(outer, text)
     if outer in ("exclude", "sbatch_args", "srun_args", "setup", "environment"):

@@ -121,8 +121,9 @@ def leaf_keys(root: type[BaseModel], above: tuple[str, ...] = ()):
 
 
 def test_no_setting_is_without_effect(repo_root):
-    """Each setting's name is read as an attribute somewhere outside the schema, itself or through a
-    property that is: a setting nobody reads misleads its user."""
+    """The test requires that each setting's name is read as an attribute somewhere outside the
+    schema, itself or through a property that is read there: a setting nobody reads misleads its
+    user."""
     read = set()
     for path in (repo_root / "megatron_hypenet").rglob("*.py"):
         if path.name not in ("schema.py", "model.py"):

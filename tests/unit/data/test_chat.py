@@ -46,7 +46,7 @@ def tokenizer(repo_root):
 
 
 def trained_on(tokenizer, template, messages):
-    """The stretches of text that are to be predicted."""
+    """Return the stretches of text that are to be predicted."""
     tokenizer.chat_template = template
     ids, mask = ChatEncoder(tokenizer).encode(messages, WHERE)
     assert tokenizer.decode(ids) == tokenizer.apply_chat_template(messages, tokenize=False)

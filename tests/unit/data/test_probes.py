@@ -5,7 +5,7 @@ from megatron_hypenet.errors import DataError
 
 
 def encode(text):
-    """A token per character."""
+    """Encode one token per character."""
     return [ord(letter) for letter in text]
 
 

@@ -18,7 +18,7 @@ PACK = {".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}
 
 
 def documents(files, parts, begin=None):
-    """(text, place after its batch) of everything that is read."""
+    """Return (text, place after its batch) of everything that is read."""
     return [
         (text, batch.after)
         for batch in read_batches(files, parts, "text", begin)
@@ -40,7 +40,7 @@ def small_batches(monkeypatch):
 
 @pytest.fixture
 def corpus(tmp_path):
-    """Files of every kind that is no table."""
+    """Provide files of every kind that is no table."""
     (tmp_path / "a.jsonl").write_bytes(LINES)
     (tmp_path / "b.jsonl.gz").write_bytes(PACK[".gz"](LINES))
     (tmp_path / "c.json.zst").write_bytes(PACK[".zst"](LINES.rstrip(b"\n")))

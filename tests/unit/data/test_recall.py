@@ -15,7 +15,7 @@ def make_task(**changes):
 
 
 def facts_of(ids):
-    """(position of the key, key, value) of every statement or question."""
+    """Return (position of the key, key, value) of every statement or question."""
     return [
         (i + 2, int(ids[i + 2]), int(ids[i + 4]))
         for i in range(len(ids) - 6)

@@ -40,7 +40,7 @@ def test_without_a_gpu_nothing_is_captured_and_a_failed_capture_runs_eagerly(cap
 
 
 def test_no_node_of_a_weight_outlives_its_graph():
-    """A node made on another stream than the captured one, and kept, ends a capture."""
+    """A node made on another stream than the captured one, and kept, would end the capture."""
     groups.init_parallel(ParallelConfig())
     stage = ToyStage(torch.bfloat16)
     engine = TrainingEngine(stage, stage_config(), ParallelConfig())
@@ -175,8 +175,8 @@ def stand_in(monkeypatch):
 
 
 def trained(wrap, *, factor=1.0, between=lambda engine: None):
-    """Losses, norms and weights of three steps of two micro-batches, and the graphs that ran them
-    if there is a way to make some."""
+    """Return losses, norms and weights of three steps of two micro-batches, and the graphs that ran
+    them if there is a way to make some."""
     groups.init_parallel(ParallelConfig())
     stage = ToyStage(torch.bfloat16)
     found = []
@@ -242,7 +242,7 @@ def test_graphs_that_leave_no_memory_are_not_used(stand_in, caplog, monkeypatch,
 
 
 def test_graphs_make_room_where_memory_is_short(stand_in, monkeypatch):
-    """And the next step captures them again."""
+    """The graphs are dropped, and the next step captures them again."""
     left = []
 
     def evaluate(engine):

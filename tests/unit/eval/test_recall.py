@@ -13,7 +13,7 @@ TASK = RecallTask(VOCABULARY, np.full(500, 9), seed=1, num_pairs=4)
 
 
 def remembers(ids, horizon=10**9):
-    """A model that has what was said about the same key at most `horizon` tokens ago."""
+    """Make a model that predicts what was said about the same key at most `horizon` tokens ago."""
     correct = torch.zeros(ids.shape[0], ids.shape[1] - 1, dtype=torch.bool)
     for row, tokens in enumerate(ids.tolist()):
         for p in range(1, len(tokens) - 1):

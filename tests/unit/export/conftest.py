@@ -35,8 +35,8 @@ class HfModel:
     files: dict[str, str] = field(default_factory=dict)
 
     def write(self, folder: Path, *, shards: int = 1) -> Path:
-        """config.json, weights (with an index when `shards` > 1) and the other files; returns the
-        folder."""
+        """Write config.json, weights (with an index when `shards` > 1) and the other files; returns
+        the folder."""
         folder.mkdir(parents=True)
         (folder / "config.json").write_text(json.dumps(self.config))
         for name, text in self.files.items():
@@ -85,7 +85,8 @@ def model_config(*, student: bool = False, **changes: Any) -> ModelConfig:
 
 @pytest.fixture
 def hf_model() -> Callable[..., HfModel]:
-    """Builder: hf_model(student=..., <ModelConfig changes>) -> HfModel with random fp32 weights."""
+    """Provide a builder: hf_model(student=..., <ModelConfig changes>) -> HfModel with random fp32
+    weights."""
 
     def build(*, student: bool = False, **changes: Any) -> HfModel:
         config = model_config(student=student, **changes)

@@ -15,8 +15,8 @@ def test_plan_reads_no_weights_and_writes_nothing(hf_model, tmp_path):
 
 
 def test_no_tensor_library_is_imported(hf_model, tmp_path):
-    """One that would cost a second in every command that only starts processes; numpy comes with
-    safetensors."""
+    """A tensor library would cost a second in every command that only starts processes; numpy comes
+    with safetensors."""
     folder = hf_model().write(tmp_path / "hf")
     code = (
         "import pathlib, sys; from megatron_hypenet.export.plan import plan_import; "

@@ -61,8 +61,8 @@ def test_a_mixer_without_code_is_named():
 
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_transformers_finds_every_file(mixer, tmp_path):
-    """What either entry leads to is what it imports itself: 4.57 copies no more of a local
-    folder."""
+    """Each entry leads to the files that it imports itself: transformers 4.57 copies no more of a
+    local folder."""
     from transformers.dynamic_module_utils import get_relative_import_files, get_relative_imports
 
     found = remote_files([mixer])

@@ -19,7 +19,7 @@ from tests import tiny_run
 
 @pytest.fixture
 def make(tmp_path, monkeypatch):
-    """Function from overrides to a Runner with its Halo."""
+    """Provide a function from overrides to a Runner with its Halo."""
     tiny_run.fake_material(monkeypatch)
     tiny_run.write_teacher(tmp_path / "qwen3")
     path = tmp_path / "run.yaml"
@@ -83,8 +83,8 @@ def test_training_moves_the_weights_of_its_stage(make):
 
 
 def test_no_step_reads_what_another_did_not_write(make):
-    """One bit flips in what a finished step left, and the steps after it are done again: each stops
-    and names the damaged checkpoint."""
+    """One bit changes in what a finished step left, and the steps after it are done again: each
+    stops and names the damaged checkpoint."""
     runner, _ = make()
     runner.run_all()
     folder = runner.folder

@@ -26,7 +26,7 @@ def teacher():
 
 @pytest.fixture(scope="module")
 def world(teacher, tmp_path_factory):
-    """A folder with a teacher checkpoint and the aligned mixers of all its layers."""
+    """Provide a folder with a teacher checkpoint and the aligned mixers of all its layers."""
     root = tmp_path_factory.mktemp("stages")
     write_weights(
         root / "teacher",

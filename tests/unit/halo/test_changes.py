@@ -33,7 +33,7 @@ class World:
         return Runner(run, self.folder, halo_steps(run, self.folder))
 
     def start(self, run, redo_from=None):
-        """What a command does before its first step."""
+        """Do what a command does before its first step."""
         found = accept(run, self.folder, redo_from)
         self.folder.prepare(run)
         return found

@@ -15,7 +15,7 @@ SHORT = {"recall_sequences": 2, "heldout_sequences": 2, "seq_length": 128, "reca
 
 @pytest.fixture(scope="module")
 def world(repo_root, tmp_path_factory):
-    """A run folder with the bundled teacher imported, and a text of its own."""
+    """Provide a run folder with the bundled teacher imported, and a text of its own."""
     root = tmp_path_factory.mktemp("material")
     folder = RunFolder(root / "run")
     import_teacher(repo_root / "assets" / "tiny-qwen3", folder.teacher)

@@ -30,7 +30,7 @@ RECORDED = {
 
 
 def wanted(**changes):
-    """The configuration of that run."""
+    """Return the configuration of that run."""
     values = {
         "teacher": "qwen3",
         "data": {"train": ["a.txt"], "heldout": "b.txt"},
@@ -41,7 +41,7 @@ def wanted(**changes):
 
 @pytest.fixture
 def older(tmp_path, monkeypatch):
-    """Its folder, finished."""
+    """Provide the finished folder of that run."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "qwen3").mkdir()
     (tmp_path / "qwen3" / "config.json").write_text("{}")

@@ -25,7 +25,7 @@ STAGE = {
 
 
 def config(root, **changes):
-    """A valid run configuration."""
+    """Return a valid run configuration."""
     values = {
         "output_dir": root,
         "teacher": "teacher",
@@ -56,14 +56,14 @@ def test_the_same_configuration_continues(folder):
 
 
 def test_other_settings_are_written(folder):
-    """Whether they may change is checked before (test_changes.py)."""
+    """The run folder takes them: whether they may change is checked before (test_changes.py)."""
     folder.prepare(config(folder.root))
     folder.prepare(config(folder.root, seed=7))
     assert load_run_config(folder.config_file).seed == 7
 
 
 def written_by_an_older_version(folder, *unknown):
-    """A run folder as a version wrote it that did not know the settings `unknown`."""
+    """Return a run folder as a version wrote it that did not know the settings `unknown`."""
     folder.prepare(config(folder.root))
     stored = yaml.safe_load(folder.config_file.read_text())
     for key in unknown:

@@ -53,7 +53,7 @@ def start(repo_root):
 
 
 def reported(line):
-    """The event in a line that begins with MARK."""
+    """Return the event in a line that begins with MARK."""
     assert line.startswith(MARK), line
     return json.loads(line.removeprefix(MARK))
 

@@ -44,7 +44,7 @@ def program(tmp_path, monkeypatch):
 
 
 def gone(pid: int) -> bool:
-    """Whether the process ended (or is a zombie that somebody else has to reap)."""
+    """Return whether the process ended (or is a zombie that another process has to reap)."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] in "ZX"
     except (FileNotFoundError, ProcessLookupError):
@@ -165,7 +165,7 @@ def test_a_process_that_ignores_sigterm_is_killed(program):
 
 
 def test_saving_takes_its_time(program):
-    """A process that is done with code 75 does not cut off one that still writes."""
+    """A process that is done with code 75 does not end another one that still writes."""
     program("if rank == 0: sys.exit(75)\ntime.sleep(1.5); open('written', 'w'); sys.exit(75)")
     assert run(LocalLaunch((), 2, grace_seconds=0.2)) == 75
     assert Path("written").exists()
@@ -208,7 +208,7 @@ def test_the_keyboard_stops_all_and_twice_kills(program):
 
 
 def test_signals_that_are_ignored_stay_so(program, monkeypatch):
-    """As under nohup: the processes inherit that, and go on."""
+    """The processes inherit ignored signals, as under nohup, and go on."""
     program("ready(); wait_for('go')")
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
 

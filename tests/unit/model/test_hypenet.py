@@ -101,8 +101,8 @@ def test_recomputing_gives_the_same_gradients_and_holds_less():
 
 
 def test_selective_holds_what_the_products_read_or_made():
-    """Per token of a recurrent layer: its input and the residual in the middle, and the results of
-    both input projections."""
+    """A recurrent layer keeps, per token, its input and the residual in the middle, and the results
+    of both input projections."""
     held = [
         bytes_held(
             build(tiny_model_config(("lightning_attn",) * layers), recompute="selective"), IDS

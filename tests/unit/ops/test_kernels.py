@@ -55,7 +55,7 @@ def test_a_wrong_name_is_refused_with_the_right_ones():
 
 
 def chosen(monkeypatch):
-    """Which families a GPU's tensors reach."""
+    """Return which families a GPU's tensors reach."""
     kernel = object()
     monkeypatch.setattr(norm_rope, "fused_norm_rope", lambda *args: kernel)
     monkeypatch.setattr(gated_norm, "fused_gated_norm", lambda *args: kernel)

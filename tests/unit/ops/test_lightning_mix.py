@@ -24,7 +24,7 @@ EPS = 1e-6
 
 
 def steps(projected, q_weight, k_weight, o_weight, angles, ids):
-    """The same kernels, one node each."""
+    """Run the same kernels, one node each."""
     q, k, v, gate = projected.chunk(4, -1)
     q, k, v = (x.unflatten(-1, (HEADS, DIM)) for x in (q, k, v))
     q, k = fused_norm_rope(q, q_weight, angles, EPS), fused_norm_rope(k, k_weight, angles, EPS)
@@ -80,7 +80,8 @@ def test_bits_of_its_steps(dtype, batch, tokens, documents):
 @pytest.mark.parametrize("size", [1, 2] if DEVICE.type == "cuda" else [1])
 @pytest.mark.parametrize("document_tokens", [None, 20, 48])
 def test_chunks_on_ranks_are_the_whole_sequence(size, document_tokens):
-    """Outputs and gradients of two chunks per rank, whose states cross through `StateTransfer`."""
+    """Outputs and gradients of two chunks per rank, whose states cross through `StateTransfer`, are
+    those of the whole."""
     tokens = 96 * size
     width = HEADS * DIM
     torch.manual_seed(2)

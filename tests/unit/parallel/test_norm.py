@@ -28,7 +28,7 @@ def test_norms_are_weight_times_normalised_value():
 
 @pytest.mark.parametrize("partial", [False, True])
 def test_a_prenorm_gives_the_sum_and_its_norm(partial):
-    """Also where the weight's gradient is summed over ranks, here over one."""
+    """The same holds where the weight's gradient is summed over ranks, here over one."""
     init_parallel(ParallelConfig())
     norm = RMSNorm(
         transformer_config(tiny_model_config(), ParallelConfig(), torch.float64), 24, 1e-6

@@ -21,7 +21,7 @@ class Scaled(torch.nn.Module):
 
 
 def step(drops, view=False):
-    """A cheap part and a product that reads it, or a view of it, with or without dropping."""
+    """Run a cheap part and a product that reads it, or a view of it, with or without dropping."""
     cheap = Scaled()
     x = torch.arange(12.0, dtype=torch.float64).view(3, 4).div(10).requires_grad_()
     weight = WEIGHT.clone().requires_grad_()
@@ -54,7 +54,7 @@ def test_the_result_is_dropped_and_gradients_are_the_same(view, monkeypatch):
 
 
 def test_several_in_flight_and_backward_twice():
-    """As in a pipeline: forward passes of several micro-batches come before the first backward."""
+    """Forward passes of several micro-batches come before the first backward, as in a pipeline."""
     steps = [step(drops=True) for _ in range(3)]
     for _, loss, leaves, _ in steps:
         loss.backward(retain_graph=True)

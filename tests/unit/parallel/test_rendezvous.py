@@ -158,7 +158,7 @@ def test_rank_0_that_is_not_there_is_named(monkeypatch):
 
 
 def meetings(count, there):
-    """The first `there` of `count` processes at one store."""
+    """Connect the first `there` of `count` processes at one store."""
     server = dist.TCPStore(
         "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=20)
     )

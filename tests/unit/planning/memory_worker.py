@@ -35,7 +35,7 @@ class Wide(ToyStage):
 
 
 def storages():
-    """Memory of all tensors that live, gradients too, by address."""
+    """Return the memory of all allocated tensors, gradients too, by address."""
     gc.collect()
     found = [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]
     gradients = [x.grad for x in found if x.is_leaf and x.grad is not None]

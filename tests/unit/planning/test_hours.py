@@ -25,7 +25,7 @@ def test_hours_are_work_over_what_the_gpus_reach():
 
 
 def test_stage_1_of_hypenet_2b_takes_what_was_measured(repo_root):
-    """README.md: 77,205 tokens/s at 24 x 512 on one H100; 0.33 B tokens."""
+    """README.md states 77,205 tokens/s at 24 x 512 on one H100 and 0.33 B tokens."""
     words = ["teacher=T", "data=D", "align.eval_interval=20000"]
     run = load_run_config(repo_root / "configs/run/distill_2b.yaml", words)
     teacher = load_model_config(repo_root / "configs/model/hypenet_2b.yaml")

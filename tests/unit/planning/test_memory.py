@@ -49,8 +49,8 @@ def estimate(shape, name, stage, *, ranks=1, **parallel):
 
 @pytest.mark.parametrize(("batch", "measured"), [(4, 15.30), (24, 26.59)])
 def test_what_an_h100_counted(model, batch, measured):
-    """Peak of allocated memory that tools/bench/step.py printed for stage 1 of HypeNet-2B on an
-    H100 80GB, torch 2.11, 2026-11-23."""
+    """The figure is the peak of allocated memory that tools/bench/step.py printed for stage 1 of
+    HypeNet-2B on an H100 80GB, torch 2.11, 2026-11-23."""
     (found,) = estimate(model("hypenet_2b"), "align", config(batch, 512))
     assert found.total / GIB == pytest.approx(measured, rel=0.01)
 

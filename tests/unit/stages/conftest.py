@@ -27,25 +27,25 @@ STUDENT = TEACHER.with_mixers(("lightning_attn", "attn", "lightning_attn"))
 
 
 def build(config, *, seed=0, **kwargs):
-    """A model in float64 with random weights."""
+    """Build a model in float64 with random weights."""
     return build_model(config, ParallelConfig(), dtype=torch.float64, seed=seed, **kwargs)
 
 
 @pytest.fixture
 def teacher():
-    """A whole teacher."""
+    """Provide a whole teacher."""
     return build(TEACHER)
 
 
 @pytest.fixture
 def student():
-    """A student with one softmax layer."""
+    """Provide a student with one softmax layer."""
     return build(STUDENT, seed=1)
 
 
 @pytest.fixture
 def batch():
-    """Two sequences of 11 input tokens and the one that follows."""
+    """Provide two sequences of 11 input tokens and the one that follows."""
     return MicroBatch(
         torch.randint(0, TEACHER.vocab_size, (2, 12), generator=torch.Generator().manual_seed(5))
     )

@@ -16,7 +16,8 @@ def stage():
 
 
 def expected_losses(tokens):
-    """Per-layer losses from a whole teacher and separate mixers, with autograd's own arithmetic."""
+    """Return per-layer losses from a whole teacher and separate mixers, with autograd's own
+    arithmetic."""
     teacher = build(TEACHER)
     mixers = AlignedMixers.from_teacher(teacher, default_mixer(), seed=3)
     inputs = {}

@@ -11,7 +11,8 @@ from tests.unit.stages.conftest import STUDENT, build
 
 
 def stored_names(module):
-    """Canonical tensor names of a module's checkpoint: a fused projection counts by section."""
+    """Return canonical tensor names of a module's checkpoint: a fused projection counts by
+    section."""
     return [
         piece.key
         for entry in module.sharded_state_dict(prefix="").values()

@@ -31,7 +31,7 @@ def test_a_swap_is_undone_after_an_error(teacher, mixers):
 
 
 def recorder(teacher, mixers, seen):
-    """An evaluation that notes which layers are swapped and gives a score by it."""
+    """Make an evaluation that notes which layers are swapped and gives a score by it."""
 
     def evaluate():
         state = tuple(layer for layer, mixer in mixers.items() if teacher.mixer(layer) is mixer)

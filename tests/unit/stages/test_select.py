@@ -25,7 +25,7 @@ SCORES = st.lists(st.tuples(METRIC, METRIC), min_size=1, max_size=40).map(
 
 
 def payload(recall, commonsense):
-    """A decoded scores file."""
+    """Return a decoded scores file."""
     return {
         "layers": {
             str(i): {"recall": r, "commonsense": c}

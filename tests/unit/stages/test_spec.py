@@ -96,8 +96,8 @@ def test_work_of_the_stages():
     [("2b", (5.5, 15.2, 13.1)), ("5b", (15.9, 37.5, 32.8)), ("9b", (27.4, 68.7, 57.0))],
 )
 def test_published_sizes(repo_root, size, expected):
-    """GFLOP per token of the three stages at 512, 512 and 16,384 tokens, worked out by hand from
-    the layer formulas."""
+    """The numbers are GFLOP per token of the three stages at 512, 512 and 16,384 tokens, worked out
+    by hand from the layer formulas."""
     student = ModelConfig.model_validate(
         yaml.safe_load((repo_root / f"configs/model/hypenet_{size}.yaml").read_text())
     )

@@ -133,7 +133,7 @@ def test_the_first_record_stays(tmp_path):
 
 
 def beating(root, rank, *, state="running", pid=None):
-    """A file of another rank of the same start."""
+    """Write a file of another rank of the same start."""
     (root / "heartbeat").mkdir(exist_ok=True)
     progress = ProgressState()
     progress.begin("align", train_iters=9)

@@ -14,7 +14,7 @@ from megatron_hypenet.supervision.heartbeat import Beat, ProgressState, Writer, 
 
 @pytest.fixture
 def world(tmp_path):
-    """A watch with a timeout of 0.4 s over a process that trains, and what it did."""
+    """Provide a watch with a timeout of 0.4 s over a process that trains, and what it did."""
     progress = ProgressState()
     seen = []
     progress.begin("align", train_iters=5)

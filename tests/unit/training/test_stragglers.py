@@ -20,7 +20,7 @@ class Said:
 
 @pytest.fixture
 def ranks(monkeypatch):
-    """StepTimes of ranks whose hosts, pipeline stages and seconds per step are given."""
+    """Provide StepTimes of ranks whose hosts, pipeline stages and seconds per step are given."""
     groups.init_parallel(ParallelConfig())
 
     def make(places):

@@ -58,7 +58,7 @@ def raw(spec, **changes):
 
 
 def test_the_published_defaults_are_not_ours():
-    """Keys that config.json leaves out mean what the published code takes them for."""
+    """Keys that config.json leaves out have the values that the published code assumes."""
     given = raw(GatedDeltaNetSpec(qk_norm=False, rope=False, gate=False))
     for key in ("gdn_use_qk_norm", "gdn_use_rope", "gdn_use_gate", "expand_kv_proj"):
         del given[key]

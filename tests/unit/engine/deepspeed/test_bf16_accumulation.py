@@ -25,7 +25,7 @@ def batches(step):
 
 
 def gradients(step):
-    """fp32 sums of the bf16 gradients of a step's two micro-batches, by hand."""
+    """Compute the fp32 sums of the bf16 gradients of a step's two micro-batches by hand."""
     stage = ToyStage(torch.bfloat16)
     sums = []
     for batch in batches(step):
@@ -59,7 +59,7 @@ def test_sums_are_those_of_the_step_alone():
 
 
 def test_the_kernel_gives_the_same_sums(monkeypatch):
-    """Gradients of two micro-batches, as views of one flat buffer."""
+    """The gradients of two micro-batches are views of one flat buffer."""
     pytest.importorskip("triton")
     calls = []
     monkeypatch.setattr(
@@ -77,7 +77,8 @@ def test_the_kernel_gives_the_same_sums(monkeypatch):
 
 
 def test_equals_deepspeeds_own_sums(monkeypatch):
-    """The same weights after steps with clipping, with and without the shortcut, bit for bit."""
+    """The weights after steps with clipping are the same, with and without the shortcut, bit for
+    bit."""
     found = []
     for shortcut in (True, False):
         stage = ToyStage(torch.bfloat16)

@@ -21,7 +21,8 @@ def parallel():
 
 
 def train(steps=4, **changes):
-    """bf16 weights, masters and moments by parameter after some steps, and the norms on the way."""
+    """Return bf16 weights, masters and moments by parameter after some steps, and the norms on the
+    way."""
     stage = ToyStage(torch.bfloat16)
     engine = TrainingEngine(stage, stage_config(**changes), ParallelConfig())
     norms = []
@@ -43,7 +44,7 @@ def train(steps=4, **changes):
 
 
 def deepspeeds_own(monkeypatch):
-    """Neither sums nor step of ours."""
+    """Use neither sums nor step of this package."""
     monkeypatch.setattr(Bf16Access, "accumulate_in_fp32", lambda *args: None)
 
 
@@ -132,7 +133,8 @@ def test_a_norm_that_is_not_finite_changes_nothing(clip, bad):
 
 @pytest.mark.gpu
 def test_the_host_reads_nothing_but_the_norm(monkeypatch):
-    """And that while the update runs: whatever waits for the device in between would raise."""
+    """The same holds while the update runs: whatever waits for the device in between would
+    raise."""
     engine = TrainingEngine(
         ToyStage(torch.bfloat16).cuda(), stage_config(clip_grad=0.3), ParallelConfig()
     )

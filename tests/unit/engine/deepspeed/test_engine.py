@@ -25,7 +25,7 @@ def micro_batches(step):
 
 
 def plain_adamw(config, steps):
-    """Losses, norms and weights without DeepSpeed."""
+    """Return losses, norms and weights without DeepSpeed."""
     stage = ToyStage()
     results = []
     matrices = [stage.table, stage.head]
@@ -101,7 +101,7 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(zero_stage, dtype):
 
 
 def state_of(engine):
-    """Weights, master weights and moments as one list, and Adam's step."""
+    """Return weights, master weights and moments as one list, and Adam's step."""
     found = []
     for entry in engine.template:
         found += [engine.full_state(entry.parameter, name).clone() for name in OPTIMIZER_STATES]

@@ -36,8 +36,8 @@ def test_a_missing_class_lacks_all_of_its_fields(monkeypatch):
 
 
 def test_the_list_holds_every_private_field_in_use(repo_root):
-    """Attributes with a leading underscore of anything but `self` in the files that may use them,
-    and the public ones that they replace."""
+    """The list must have the attributes with a leading underscore of anything but `self` in the
+    files that may use them, and the public ones that they replace."""
     listed = {field for fields in PRIVATE_FIELDS.values() for field in fields}
     folder = repo_root / "megatron_hypenet" / "engine"
     for path in folder.rglob("*.py"):

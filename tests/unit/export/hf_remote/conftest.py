@@ -53,7 +53,7 @@ def make_model(make_config):
 
 @pytest.fixture(params=VARIANTS)
 def model(request, make_model):
-    """A model of every recurrent mixer, with softmax attention between its layers."""
+    """Provide a model of every recurrent mixer, with softmax attention between its layers."""
     return make_model(mixer_types=[request.param, "attn", request.param], **VARIANTS[request.param])
 
 

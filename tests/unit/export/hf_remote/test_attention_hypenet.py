@@ -15,7 +15,7 @@ def step(*, past=0, real=None):
 
 
 def dense(q, k, v, past, real=None):
-    """Attention by its definition."""
+    """Compute attention by its definition."""
     b, h, t, d = q.shape
     k, v = (x.repeat_interleave(h // x.shape[1], 1) for x in (k, v))
     allowed = torch.ones(t, past + t, dtype=torch.bool).tril(past).expand(b, 1, t, past + t)

@@ -14,7 +14,7 @@ def softmax_cache(layers=1):
 
 
 def hybrid_cache():
-    """A softmax layer, then a recurrent one."""
+    """Make a cache of a softmax layer, then a recurrent one."""
     return HypeNetCache([KeyValueSlot(), StateSlot("Lightning")])
 
 

@@ -7,7 +7,7 @@ from .conftest import close, random
 
 
 def recurrence(q, k, v, log_decay, beta, state):
-    """The definition, one token at a time: q, k, v [b, h, t, d] -> o, state."""
+    """Compute the definition, one token at a time: q, k, v [b, h, t, d] -> o, state."""
     outputs = []
     for t in range(q.shape[2]):
         state = log_decay[:, :, t].exp()[..., None] * state
@@ -19,7 +19,7 @@ def recurrence(q, k, v, log_decay, beta, state):
 
 
 def draw(t, channels, *, b=2, h=3, d=8):
-    """Inputs of the rule with memories from one token to a few hundred; beta up to 2."""
+    """Draw inputs of the rule with memories from one token to a few hundred; beta up to 2."""
     q, k, v = (random(b, h, t, d, seed=i) for i in range(3))
     k = remote.unit_length(k)
     log_decay = -(3 * random(b, h, t, channels, seed=3) - 3).exp()

@@ -39,7 +39,7 @@ class NoReads(TorchDispatchMode):
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """All graphs that are captured, on a CPU, where single tokens then run in place."""
+    """Provide all graphs that are captured, on a CPU, where single tokens then run in place."""
     made = []
 
     def record(function):
@@ -78,7 +78,8 @@ def test_a_padded_batch_through_a_graph(graphs, model, rows):
 
 @torch.no_grad()
 def test_single_tokens_read_nothing_and_stay_in_place(graphs, model):
-    """A loop of one's own, with a mask of all columns and padding that comes late."""
+    """The calls are a loop written by hand, with a mask of all columns and padding that comes
+    late."""
     ids = tokens(2, 30)
     cache = model(ids[:, :8]).get("past_key_values")
     mask = torch.ones(2, 30)
@@ -128,7 +129,7 @@ def test_beams_run_without_a_graph(graphs, model):
 
 @torch.no_grad()
 def test_turns_and_copies_after_a_graph(graphs, model):
-    """A prompt that follows single tokens, and a copy of a cache that was captured."""
+    """A prompt follows single tokens, and a cache that was captured is copied."""
     ids = tokens(1, 30)
     cache = model(ids[:, :5]).get("past_key_values")
     for t in range(5, 12):

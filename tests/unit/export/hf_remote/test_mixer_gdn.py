@@ -16,7 +16,7 @@ def rms(x, weight):
 
 
 def rotated(x, theta=1e6):
-    """RoPE by complex numbers on x [b, h, t, d]."""
+    """Apply RoPE by complex numbers to x [b, h, t, d]."""
     d = x.shape[-1]
     angles = torch.arange(x.shape[2])[:, None] * theta ** (-torch.arange(0, d, 2).double() / d)
     pairs = torch.complex(x[..., : d // 2], x[..., d // 2 :]) * torch.polar(
@@ -26,7 +26,7 @@ def rotated(x, theta=1e6):
 
 
 def by_definition(weights, x, config):
-    """The layer of weights {name: tensor} on x [b, t, H], by its formulas."""
+    """Compute the layer of weights {name: tensor} on x [b, t, H], by its formulas."""
     d = config.head_dim
     q, k, v = (x @ weights[f"{name}_proj.weight"].T for name in "qkv")
     if config.gdn_activation is not None:
@@ -53,7 +53,7 @@ def by_definition(weights, x, config):
 
 
 def run_layer(model, x):
-    """The first mixer of `model` on x, whole and in pieces."""
+    """Run the first mixer of `model` on x, whole and in pieces."""
     mixer = model.model.layers[0].self_attn
     step = model.model._step(x, None, None, None)
     whole = mixer(x, step, None)

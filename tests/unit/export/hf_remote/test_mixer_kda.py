@@ -13,7 +13,8 @@ TINY = {"num_hidden_layers": 2, "mixer_types": ["kda", "attn"]}
 
 
 def convolved(u, weight):
-    """y_t = silu(sum_j w_j u_(t - W + 1 + j)), zeros before: u [b, t, c], weight [c, 1, W]."""
+    """Compute y_t = silu(sum_j w_j u_(t - W + 1 + j)), zeros before: u [b, t, c], weight [c, 1,
+    W]."""
     taps = weight.shape[2]
     out = torch.zeros_like(u)
     for t, j in itertools.product(range(u.shape[1]), range(taps)):
@@ -23,7 +24,7 @@ def convolved(u, weight):
 
 
 def by_definition(weights, x, config):
-    """The layer of weights {name: tensor} on x [b, t, H], by its formulas."""
+    """Compute the layer of weights {name: tensor} on x [b, t, H], by its formulas."""
     d = config.head_dim
     q, k, v = (x @ weights[f"{name}_proj.weight"].T for name in "qkv")
     if config.kda_use_conv:
@@ -92,7 +93,8 @@ def test_refuses_what_it_does_not_do(make_config, change, message):
 
 @pytest.mark.parametrize("taps", [1, 2, 4])
 def test_a_convolution_in_pieces_is_one_over_real_tokens(taps):
-    """Padding anywhere, more of it than the window is long, and rows without a real token."""
+    """Padding stands anywhere, more of it than the window is long, and there are rows without a
+    real token."""
     x = random(4, 23, 5)
     weight = random(5, taps, seed=1)
     real = torch.rand(4, 23, generator=torch.Generator().manual_seed(3)) > 0.5

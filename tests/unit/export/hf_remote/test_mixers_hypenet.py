@@ -28,7 +28,7 @@ def test_tests_of_whole_models_know_every_mixer():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_spelling_is_known(name):
-    """As the import knows them, in the same order."""
+    """The spellings are those that the import knows, in the same order."""
     keys = mixer_specs()[mixer_spellings()[name]].hf_keys
     assert MIXERS[name].hf_names == (keys.name, *keys.spellings)
     assert all(MIXERS[spelling] is MIXERS[name] for spelling in MIXERS[name].hf_names)
@@ -36,7 +36,7 @@ def test_every_spelling_is_known(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_parameters_are_those_of_the_specification(make_config, name):
-    """Names and shapes, with the settings that whole models are tested with."""
+    """Names and shapes are compared, with the settings that whole models are tested with."""
     config = make_config(mixer_types=[name] * 3, **VARIANTS.get(name, {}))
     mixer = MIXERS[config.mixer_types[0]](config)
     raw = {**config.to_dict(), "architectures": ["HypeNetForCausalLM"]}

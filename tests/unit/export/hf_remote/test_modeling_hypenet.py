@@ -39,7 +39,7 @@ def test_a_padded_batch_is_its_rows(model, rows, left, filler):
 
 @torch.no_grad()
 def test_padded_turns_continue_each_row(model, rows):
-    """Two turns, each padded on the left by itself: padding in the middle of the cache."""
+    """Two turns are padded on the left, each by itself: padding is in the middle of the cache."""
     second = list(reversed(rows))
     ids, mask = padded(rows, 13)
     cache = model(ids, attention_mask=mask).past_key_values
@@ -155,7 +155,7 @@ def test_several_documents_in_a_row_are_refused(model):
 
 
 def test_checkpointing_under_autocast_gives_the_same_gradients(model):
-    """TRL's defaults: fp32 weights, bf16 autocast, gradient checkpointing."""
+    """The settings are TRL's defaults: fp32 weights, bf16 autocast, gradient checkpointing."""
     ids = tokens(2, 70)
     model.float().train()
     with warnings.catch_warnings(), torch.autocast("cpu", torch.bfloat16):
@@ -359,7 +359,8 @@ def test_logit_scaling_changes_softmax_layers_only(make_model):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_cuda_is_the_cpu(make_model, rows, dtype):
-    """Whole prompts, padding, pieces and single steps on a GPU against the CPU in float64."""
+    """Whole prompts, padding, pieces and single steps on a GPU are compared with the CPU in
+    float64."""
     limit = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1}[dtype]
     # flash and memory-efficient attention need channels that are a multiple of 8 and like them a
     # power of two

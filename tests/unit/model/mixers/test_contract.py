@@ -179,7 +179,8 @@ def test_a_checkpoint_gives_back_every_weight_and_the_configuration(name, tmp_pa
 
 @pytest.mark.parametrize("name", MIXERS)
 def test_the_hugging_face_form_comes_back(name):
-    """Names, shapes and values of every tensor, and config.json with the mixer's settings."""
+    """Names, shapes and values of every tensor come back, and config.json has the mixer's
+    settings."""
     model = build(name, torch.float32)
     config = model.model_config
     raw = hf_config.hf_config_from_model(config, torch_dtype="float32")
@@ -196,7 +197,7 @@ def test_the_hugging_face_form_comes_back(name):
 
 
 def hf_settings(config):
-    """The configuration with the settings of its mixers written out."""
+    """Return the configuration with the settings of its mixers written out."""
     return config.with_mixers(
         config.mixer_types, [config.spec(mixer) for mixer in config.used_mixers]
     )

@@ -67,7 +67,8 @@ def test_weights_come_from_softmax_attention_only():
 
 @pytest.mark.parametrize("documents", [False, True])
 def test_one_node_gives_what_the_steps_give(monkeypatch, documents):
-    """As on a GPU, with the kernels in Triton's interpreter where there is none."""
+    """The two are compared as on a GPU, with the kernels in Triton's interpreter where there is
+    none."""
     pytest.importorskip("triton")
     mixer = mixer_of(tiny_model_config(("lightning_attn",), kv_channels=32), torch.float32)
     where = mixer.linear_in.weight.device

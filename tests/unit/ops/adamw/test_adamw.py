@@ -36,7 +36,7 @@ def state(count):
 
 
 def definition(weight, gradients, scale, **changes):
-    """Weights and both moments after all gradients, in float64."""
+    """Return weights and both moments after all gradients, in float64."""
     weight = weight.double()
     mean, square = torch.zeros_like(weight), torch.zeros_like(weight)
     for count, gradient in enumerate(gradients, 1):

@@ -14,7 +14,7 @@ STEP = AdamWStep(count=1, lr=0.05, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0
 
 @pytest.mark.parametrize("count", [1, 15, 16, 17, 40])
 def test_blocks_cover_every_number_once(monkeypatch, count):
-    """The first step moves each weight by the learning rate, against its gradient's sign."""
+    """The first step moves each weight by the learning rate, against the sign of its gradient."""
     monkeypatch.setattr(kernels, "BLOCK", 16)
     before = torch.randn(count + 8, device=DEVICE)
     gradient = torch.randn(count, device=DEVICE)
@@ -45,7 +45,7 @@ def test_blocks_cover_every_number_once(monkeypatch, count):
 
 @pytest.mark.parametrize(("count", "launches"), [(0, []), (16, [16]), (40, [32, 8]), (7, [7])])
 def test_whole_blocks_are_one_launch_and_the_rest_another(monkeypatch, count, launches):
-    """A launch whose size is no multiple of 16 reads number by number."""
+    """A launch whose size is no multiple of 16 reads element by element."""
     monkeypatch.setattr(kernels, "BLOCK", 16)
     found = []
 

@@ -14,13 +14,13 @@ NAMES = ("q", "k", "v", "log_decay", "beta", "initial_state")
 
 
 def documents(t, b=2):
-    """Several short documents in one row, one boundary in the other."""
+    """Return several short documents in one row, one boundary in the other."""
     rows = [[i // 7 for i in range(t)], [int(i >= t // 3) for i in range(t)]]
     return torch.tensor(rows[:b])
 
 
 def everything(op, t, *, per_channel, ids, **options):
-    """Outputs, final state and gradients by name."""
+    """Return outputs, final state and gradients by name."""
     inputs = drawn(t, per_channel=per_channel)
     generator = torch.Generator().manual_seed(1)
     state = torch.randn(2, 3, 8, 6, generator=generator, dtype=torch.float64).requires_grad_()

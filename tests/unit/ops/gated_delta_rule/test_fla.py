@@ -8,7 +8,8 @@ from tests.unit.ops.gated_delta_rule.inputs import drawn
 
 
 def kernel(q, k, v, g, beta, *, scale, initial_state, output_final_state, cu_seqlens=None):
-    """fla's signature: with bounds one row of tokens, one state per document, in and out."""
+    """Imitate a kernel with fla's signature: with bounds one row of tokens, one state per document,
+    in and out."""
     assert output_final_state
     if cu_seqlens is None:
         return naive_gated_delta_rule(q, k, v, g, beta, scale=scale, initial_state=initial_state)

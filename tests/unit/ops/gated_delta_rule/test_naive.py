@@ -9,7 +9,7 @@ from tests.unit.ops.gated_delta_rule.inputs import drawn
 
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_equals_products_of_matrices(per_channel):
-    """S_t = (I - beta k k^T) Diag(decay) S_(t-1) + beta k v^T."""
+    """The recurrence is S_t = (I - beta k k^T) Diag(decay) S_(t-1) + beta k v^T."""
     q, k, v, g, beta = drawn(6, per_channel=per_channel, b=1, h=1)
     o, final = naive_gated_delta_rule(q, k, v, g, beta, scale=0.5)
     state = torch.zeros(k.shape[-1], v.shape[-1], dtype=k.dtype)

@@ -11,7 +11,7 @@ def definition(x, gate, weight, eps):
 
 
 def case(t=9, b=2, n=48):
-    """x with the batch outermost in memory, the gate a slice of a wider projection."""
+    """Make x with the batch outermost in memory, the gate a slice of a wider projection."""
     x = torch.randn(b, t, n, device=DEVICE).transpose(0, 1)
     gate = torch.randn(t, b, 2 * n, device=DEVICE)[..., n:]
     return x, gate, torch.randn(n, device=DEVICE), torch.randn(t, b, n, device=DEVICE)

@@ -10,7 +10,7 @@ from megatron_hypenet.ops.lightning_attn import (
 
 
 def run(op, t, h=3, **kwargs):
-    """Outputs and gradients by name, from the same random numbers for every op."""
+    """Return outputs and gradients by name, from the same random numbers for every op."""
     generator = torch.Generator().manual_seed(7)
 
     def draw(*shape):
@@ -39,7 +39,7 @@ def test_matches_the_definition_in_float64_with_all_gradients(t, chunk_size):
 
 
 def ids_of(*rows):
-    """document_ids from the lengths of the documents of each row."""
+    """Make document_ids from the lengths of the documents of each row."""
     return torch.stack(
         [torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in rows]
     ).int()

@@ -16,7 +16,7 @@ def inputs(n=3, heads=2, dim_k=8, dim_v=12, slots=5, dtype=torch.float32):
 
 
 def expected(q, k, v, states, slots, new):
-    """(o, states) by the definition, in float64."""
+    """Return (o, states) by the definition, in float64."""
     states = states.double().clone()
     outs = []
     for row, slot in enumerate(slots.tolist()):

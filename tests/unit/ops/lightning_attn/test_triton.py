@@ -48,7 +48,7 @@ def errors(
     order="bthd",
     **kwargs,
 ):
-    """Relative RMS errors of o, the final state and all gradients."""
+    """Return relative RMS errors of o, the final state and all gradients."""
     decay = log_decay(heads) if decay is None else decay
     generator = torch.Generator().manual_seed(3)
     draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
@@ -81,7 +81,7 @@ def assert_close(found, dtype):
 
 @pytest.fixture
 def short_segments(monkeypatch):
-    """Plans whose segments are 64 tokens, so that small tensors have several."""
+    """Plan segments of 64 tokens, so that small tensors have several."""
     make = kernels.make_plan
 
     def cut(**shape):

@@ -7,7 +7,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def definition(x, weight, angles, eps):
-    """In float64: x / rms(x) * w, then each pair (i, i + d/2) turned by its angle."""
+    """Compute in float64 x / rms(x) * w, then turn each pair (i, i + d/2) by its angle."""
     normal = x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
     first, second = normal.chunk(2, -1)
     cos, sin = angles.double().cos().chunk(2, -1)[0], angles.double().sin().chunk(2, -1)[0]
@@ -15,7 +15,7 @@ def definition(x, weight, angles, eps):
 
 
 def case(t=11, b=2, h=3, d=32):
-    """x as a slice of a wider projection, angles up to position 200,000."""
+    """Make x as a slice of a wider projection, angles up to position 200,000."""
     x = torch.randn(t, b, h * d + 16, device=DEVICE)[..., : h * d].unflatten(-1, (h, d))
     frequencies = 10000.0 ** -(torch.arange(d // 2) / (d // 2))
     half = (torch.arange(t) * 20000.0 / t)[:, None] * frequencies

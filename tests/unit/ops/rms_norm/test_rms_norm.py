@@ -249,7 +249,7 @@ def test_what_is_added_may_lie_anywhere_in_memory(op, layout):
 
 @pytest.mark.parametrize("op", [rms_norm, fused_rms_norm])
 def test_a_gradient_without_memory_of_its_own(op):
-    """As `sum` gives it: one number for all."""
+    """Such a gradient comes from `sum`: one number for all."""
     x = torch.randn(5, 520, device=DEVICE)
     weight = torch.randn(520, device=DEVICE)
     dy = torch.ones((), device=DEVICE).expand(5, 520)

@@ -83,7 +83,7 @@ def test_narrow_inputs_give_narrow_outputs():
 
 
 def test_rows_past_two_to_the_31_elements_are_found():
-    """Three rows in a block of memory of which only their pages are touched."""
+    """Three rows lie in a block of memory of which only their pages are touched."""
     apart = 2**30
     width = 16
     x = torch.empty(2 * apart + width, dtype=torch.float16, device=DEVICE).as_strided(

@@ -25,7 +25,7 @@ def draw(block, h=6, g=2, d=4, dtype=torch.float64):
 
 
 def dense(q, k, v, block, ids):
-    """o, log-sum-exp and visibility of a block by its definition on global positions."""
+    """Return o, log-sum-exp and visibility of a block by its definition on global positions."""
     at = [
         torch.cat([torch.arange(start, stop) for start, stop in spans])
         for spans in (block.queries, block.keys)

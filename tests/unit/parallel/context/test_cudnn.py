@@ -14,7 +14,7 @@ from tests.threaded_ranks import on_ranks
 
 
 def scores_of(q, k, causal, scale):
-    """[b, h, m, n], top-left causal."""
+    """Return the scores [b, h, m, n], top-left causal."""
     scores = scale * q @ k.repeat_interleave(q.shape[1] // k.shape[1], dim=1).transpose(-1, -2)
     hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
     return scores.masked_fill(hidden, -torch.inf) if causal else scores
@@ -87,7 +87,8 @@ def test_the_kernel_is_for_cuda_and_narrow_dtypes():
 @pytest.mark.gpu
 @pytest.mark.parametrize(("m", "n", "causal"), [(512, 512, True), (256, 512, False)])
 def test_the_kernel_faces_float64_on_a_gpu(m, n, causal):
-    """Output, log-sum-exp, and gradients of one block alone, relative to the largest value."""
+    """Output, log-sum-exp, and gradients of one block alone are compared, relative to the largest
+    value."""
     q, grad = (torch.randn(1, m, 16, 128, device="cuda").bfloat16() for _ in range(2))
     k, v = (torch.randn(1, n, 8, 128, device="cuda").bfloat16() for _ in range(2))
     assert cudnn.supports(q, k, causal=causal)

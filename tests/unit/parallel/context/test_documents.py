@@ -22,7 +22,7 @@ def test_whole_rows_pack_without_moving_anything():
 
 
 def test_only_documents_on_both_sides_are_packed():
-    """Queries 4..7 and keys 0..3: row 0 shares document 1 (query 4, key 3), row 1 nothing."""
+    """Queries are 4..7 and keys 0..3: row 0 shares document 1 (query 4, key 3), row 1 nothing."""
     packing = Documents(IDS).packing(((4, 8),), ((0, 4),))
     assert packing.query_rows.tolist() == [0] and packing.key_rows.tolist() == [3]
     assert packing.query_bounds.tolist() == packing.key_bounds.tolist() == [0, 1]

@@ -43,7 +43,7 @@ def sequences(q, k, bounds_q, bounds_k, max_q, max_k):
 
 
 def scores_of(q, k, causal, scale):
-    """[h, m, n] of one sequence, bottom-right causal."""
+    """Return the scores [h, m, n] of one sequence, bottom-right causal."""
     scores = scale * torch.einsum(
         "ihd,jhd->hij", q, k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     )

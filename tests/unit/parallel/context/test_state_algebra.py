@@ -16,7 +16,8 @@ from tests.dense_attention import dense_lightning, document_ids
 
 
 def chunk_states(k, v, decay, ids, chunks):
-    """Final state of every chunk scanned from zero, by the definition: [n, b, h, k, v]."""
+    """Return the final state of every chunk scanned from zero, by the definition: [n, b, h, k,
+    v]."""
     c = k.shape[1] // chunks
     to_end = torch.exp(decay * (c - 1 - torch.arange(c))[:, None])[None]
     states = []
@@ -28,7 +29,7 @@ def chunk_states(k, v, decay, ids, chunks):
 
 @pytest.mark.parametrize("starts", [(), (9,), (4, 8, 12), (1, 6, 7, 15), range(1, 16)])
 def test_incoming_states_complete_the_chunks(starts):
-    """What chunks miss is read from the incoming states, exactly."""
+    """What chunks lack is read from the incoming states, exactly."""
     q, k, v = (torch.randn(1, 16, 3, d).double() for d in (2, 2, 5))
     ids = document_ids(starts, length=16)
     decay = log_decay(3)
@@ -105,7 +106,7 @@ def test_bf16_reads_fp32_states_and_returns_fp32_state_gradients():
 
 @pytest.mark.parametrize("ids", [None, document_ids((3, 7), (8,), length=12)])
 def test_transitions_carry_states_and_their_gradients(ids):
-    """Against autograd through the recurrence written out."""
+    """The reference is autograd through the recurrence written out."""
     continues = continuing_chunks(ids, 6)
     matrices, finals, upstream = (
         torch.randn(6, 2, 3, 4, d, dtype=torch.float64) for d in (4, 5, 5)

@@ -39,7 +39,7 @@ def test_ranks_hold_their_part_of_the_whole(size, ids):
 
 @contextmanager
 def recorded(events):
-    """The order in which the exchange and the local scan happen, forward and backward."""
+    """Provide the order in which the exchange and the local scan happen, forward and backward."""
     gather = dist.all_gather_into_tensor
     scan = lightning.lightning_attn
     receive = state_exchange.StateTransfer._receive

@@ -139,8 +139,8 @@ def test_logits_with_gaps_are_refused():
 
 @pytest.mark.parametrize("chunk", [7, 1000])
 def test_the_losses_run_on_these_terms(tile, monkeypatch, chunk):
-    """What a GPU runs, end to end: loss, scores and gradients of the vocabulary losses with the
-    kernels in place of the torch terms."""
+    """This is what a GPU runs, end to end: loss, scores and gradients of the vocabulary losses with
+    the kernels in place of the torch terms."""
     if DEVICE == "cpu":
         monkeypatch.setattr(
             vocab_loss,

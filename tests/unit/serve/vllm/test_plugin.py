@@ -18,7 +18,7 @@ class Base:
 
 @pytest.fixture
 def engine(monkeypatch):
-    """vLLM's tables, and where transformers keeps configurations."""
+    """Provide vLLM's tables, and where transformers keeps configurations."""
     from transformers import AutoConfig
 
     tables = SimpleNamespace(models={}, sizes={}, configs=[])
