@@ -7,8 +7,8 @@ from torch.utils._pytree import tree_leaves
 
 
 def bytes_held(model, *args):
-    """Result of the model's hidden states, and the memory that its forward pass left alive: unique
-    storages made in it."""
+    """Return the result of the model's hidden states, and the memory that its forward pass left
+    allocated: unique storages made in it."""
     made = {}
     own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
 

@@ -31,7 +31,8 @@ def repo_root() -> Path:
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """Random tensors of a test are the same in every run, whichever tests ran before it."""
+    """Seed the generators: random tensors of a test are the same in every run, whichever tests ran
+    before it."""
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
 
@@ -52,8 +53,8 @@ def takes_gib() -> Iterator[Callable[[float], None]]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """On a GPU run tests marked `gpu` and those of modules that choose a DEVICE, elsewhere all but
-    the marked ones; the summary counts what is deselected."""
+    """Keep, on a GPU run, tests marked `gpu` and those of modules that choose a DEVICE, elsewhere
+    all but the marked ones; the summary counts what is deselected."""
     if ON_GPU:
         import torch
 
@@ -65,6 +66,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def runs_here(item: pytest.Item) -> bool:
-    """Whether a test is made for what this run runs on."""
+    """Return whether a test is made for what this run runs on."""
     marked = item.get_closest_marker("gpu") is not None
     return marked or hasattr(getattr(item, "module", None), "DEVICE") if ON_GPU else not marked

@@ -5,7 +5,7 @@ import torch
 
 
 def document_ids(*starts_of_rows, length):
-    """int32 [rows, length] from the positions, after 0, at which each row starts another
+    """Make int32 [rows, length] from the positions, after 0, at which each row starts another
     document."""
     position = torch.arange(length)
     rows = [
@@ -16,13 +16,13 @@ def document_ids(*starts_of_rows, length):
 
 
 def visible(ids, length):
-    """Which key each query sees: bool [rows or 1, length, length]."""
+    """Return which key each query sees: bool [rows or 1, length, length]."""
     mask = torch.ones(length, length, dtype=torch.bool).tril()[None]
     return mask if ids is None else mask & (ids[:, :, None] == ids[:, None, :])
 
 
 def dense_lightning(q, k, v, log_decay, scale, ids=None):
-    """o [b, t, h, v] of decayed linear attention: every pair of tokens at once."""
+    """Return o [b, t, h, v] of decayed linear attention: every pair of tokens at once."""
     distance = torch.arange(q.shape[1])[:, None] - torch.arange(q.shape[1])[None, :]
     decay = torch.exp(log_decay[:, None, None] * distance.clamp(min=0))
     weights = (decay[None] * visible(ids, q.shape[1])[:, None]).to(q.dtype)

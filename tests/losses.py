@@ -6,5 +6,5 @@ from megatron_hypenet.training.metrics import loss_lines
 
 
 def read_losses(path):
-    """The records without skipped steps: step, loss, grad_norm, lr."""
+    """Return the records without skipped steps: step, loss, grad_norm, lr."""
     return [asdict(record) for _, record in loss_lines(path) if record.loss is not None]

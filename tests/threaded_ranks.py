@@ -43,7 +43,7 @@ class _Work:
 
 
 def _receive(box, shared):
-    """What the peer sent, or an error as soon as any rank failed."""
+    """Return what the peer sent, or an error as soon as any rank failed."""
     for _ in range(10 * PATIENCE_S):
         try:
             return box.get(timeout=0.1)
@@ -54,7 +54,7 @@ def _receive(box, shared):
 
 
 def _everyone(group, tensor):
-    """The same argument of all ranks, in order of rank."""
+    """Return the same argument of all ranks, in order of rank."""
     shared = group.shared
     shared.slots[group.rank()] = tensor.detach().clone()
     shared.barrier.wait()
@@ -128,7 +128,7 @@ def batch_isend_irecv(operations):
 
 @contextmanager
 def threaded_collectives():
-    """torch.distributed's collectives work on `ThreadGroup`s meanwhile."""
+    """Let torch.distributed's collectives work on `ThreadGroup`s inside the block."""
     replaced = {
         "all_gather_into_tensor": all_gather_into_tensor,
         "all_to_all_single": all_to_all_single,

@@ -27,14 +27,14 @@ def tiny_model_config(mixer_types=("lightning_attn", "attn"), **changes) -> Mode
 
 
 def tiny_teacher_config(num_layers=2, **changes) -> ModelConfig:
-    """The teacher of the same shape: all softmax, RoPE, no gate."""
+    """Return the teacher of the same shape: all softmax, RoPE, no gate."""
     return tiny_model_config(
         ("attn",) * num_layers, attn_use_rope=True, attn_use_output_gate=False, **changes
     )
 
 
 def whole_tensors(module):
-    """Canonical tensors of a module on one process."""
+    """Return the canonical tensors of a module on one process."""
     tensors = {}
     for entry in module.sharded_state_dict(prefix="").values():
         for piece in tensor_pieces(entry):

@@ -29,7 +29,7 @@ STAGE = {
 
 
 def write_teacher(folder: Path, seed: int = 0, shape: ModelConfig = TEACHER) -> Path:
-    """A random Qwen3 folder without tokenizer."""
+    """Write a random Qwen3 folder without tokenizer."""
     generator = torch.Generator().manual_seed(seed)
     folder.mkdir(parents=True)
     tensors = {}
@@ -45,7 +45,7 @@ def write_teacher(folder: Path, seed: int = 0, shape: ModelConfig = TEACHER) -> 
 
 
 def write_config(root: Path, **changes) -> Path:
-    """A run configuration whose teacher lies at root/qwen3, with results in root/run."""
+    """Write a run configuration whose teacher lies at root/qwen3, with results in root/run."""
     text = root / "text.txt"
     text.write_text("some text\n")
     values = {
@@ -84,7 +84,7 @@ class Sequences:
         return None
 
     def batch(self, sample_start: int, count: int, seq_length: int) -> torch.Tensor:
-        """Samples sample_start .. + count - 1."""
+        """Return samples sample_start .. + count - 1."""
         return (
             torch.arange(sample_start, sample_start + count)[:, None]
             + 3 * torch.arange(seq_length + 1)

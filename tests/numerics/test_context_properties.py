@@ -17,7 +17,7 @@ from tests.threaded_ranks import on_ranks
 
 @st.composite
 def problems(draw):
-    """Shapes, documents and random tensors of one attention problem."""
+    """Return shapes, documents and random tensors of one attention problem."""
     size = draw(st.integers(1, 5))
     length = 2 * size * draw(st.integers(1, 6))
     b, groups, per_group = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
@@ -39,8 +39,8 @@ def problems(draw):
 
 
 def assert_ranks_equal_whole(size, op, dense, q, k, v, weight):
-    """op(group, q, k, v) of local parts against dense(q, k, v) of whole tensors: outputs and all
-    gradients."""
+    """Compare op(group, q, k, v) of local parts with dense(q, k, v) of whole tensors: outputs and
+    all gradients."""
     whole = [x.clone().requires_grad_() for x in (q, k, v)]
     want = dense(*whole)
     want.backward(weight)
