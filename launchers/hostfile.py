@@ -149,7 +149,7 @@ class HostfileLaunch:
         }
 
     def lines(self) -> list[str]:
-        """`describe` for a person."""
+        """Return `describe` as lines for a person."""
         content = self.describe()
         return [
             f"start through DeepSpeed's launcher: {content['command']}",
@@ -294,8 +294,8 @@ def variables(environment: Mapping[str, str], names: Sequence[str]) -> dict[str,
 
 
 def environment_file(values: Mapping[str, str]) -> str:
-    """`values` as DeepSpeed's DS_ENV_FILE: it puts double quotes around what is not plain, and pdsh
-    replaces what follows a %."""
+    """Write `values` as DeepSpeed's DS_ENV_FILE: it puts double quotes around what is not plain,
+    and pdsh replaces what follows a %."""
     quoted = {
         name: re.sub(r'([\\"$`])', r"\\\1", value).replace("%", "%%")
         for name, value in values.items()
@@ -423,7 +423,8 @@ def _is_loopback(name: str) -> bool:
 
 
 def _open_name(name: str, who: str) -> str:
-    """`name`, if it is a variable's and its value may be seen by others. Raises UsageError."""
+    """Return `name`, if it is a variable's and its value may be seen by others. Raises
+    UsageError."""
     if not _NAME.fullmatch(name):
         raise UsageError(
             f"{who} {name!r}, which is not a variable's name; values are taken from your "

@@ -76,7 +76,7 @@ class HostfileStart:
         return self.launch.describe()
 
     def lines(self) -> list[str]:
-        """`describe` for a person."""
+        """Return `describe` as lines for a person."""
         return self.launch.lines()
 
 

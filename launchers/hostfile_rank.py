@@ -99,8 +99,8 @@ class _Rank:
             signal.signal(number, self._forward)
 
     def run(self, environment: Mapping[str, str]) -> int:
-        """Until the command has ended and the waiting process knows; returns its code, 128 + n for
-        signal n."""
+        """Wait until the command has ended and the waiting process knows; returns its code, 128 + n
+        for signal n."""
         rank = int(environment.get("RANK", "-1"))
         tell("started", rank=rank, pid=os.getpid())
         try:

@@ -16,4 +16,4 @@ class Launch(Protocol):
         """Return the exact start, for --dry-run."""
 
     def lines(self) -> list[str]:
-        """`describe` for a person."""
+        """Return `describe` as lines for a person."""

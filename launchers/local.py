@@ -107,7 +107,7 @@ class LocalLaunch:
         return {"launcher": "local", "command": shlex.join(self.command), "processes": own}
 
     def lines(self) -> list[str]:
-        """`describe` for a person."""
+        """Return `describe` as lines for a person."""
         content = self.describe()
         variables = [
             " ".join(f"{key}={shlex.quote(value)}" for key, value in own.items())
@@ -303,8 +303,8 @@ def die_with(parent: int) -> Callable[[], None] | None:
 
 
 def visible_gpus(environment: Mapping[str, str] = os.environ) -> int:
-    """CUDA devices that processes started here would see, without importing torch: 0 without a
-    working driver."""
+    """Count the CUDA devices that processes started here would see, without importing torch: 0
+    without a working driver."""
     try:
         listing = subprocess.run(
             ["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=60, check=False

@@ -25,7 +25,7 @@ if not ON_GPU:
 
 @pytest.fixture(scope="session")
 def repo_root() -> Path:
-    """The repository this test run belongs to."""
+    """Provide the repository this test run belongs to."""
     return Path(__file__).resolve().parents[1]
 
 
@@ -39,8 +39,8 @@ def seeded() -> None:
 
 @pytest.fixture
 def takes_gib() -> Iterator[Callable[[float], None]]:
-    """Function that GPU tests of large tensors call with the memory they need: it skips them where
-    less is free, and frees it afterwards."""
+    """Provide a function that GPU tests of large tensors call with the memory they need: it skips
+    them where less is free, and frees it afterwards."""
     import torch
 
     def take(gib: float) -> None:

@@ -32,8 +32,8 @@ def dense_lightning(q, k, v, log_decay, scale, ids=None):
 
 
 def dense_softmax(q, k, v, scale, ids=None):
-    """o [b, t, h, d] of causal softmax attention; k and v [b, t, groups, d] are repeated for the
-    heads of a group."""
+    """Compute o [b, t, h, d] of causal softmax attention; k and v [b, t, groups, d] are repeated
+    for the heads of a group."""
     k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
     scores = scale * torch.einsum("bihd,bjhd->bhij", q, k)
     p = scores.masked_fill(~visible(ids, q.shape[1])[:, None], -torch.inf).softmax(-1)

@@ -143,7 +143,8 @@ def threaded_collectives():
 
 
 def on_ranks(size, function):
-    """Results of function(group) on all ranks, in order; the first error of any rank is raised."""
+    """Return the results of function(group) on all ranks, in order; the first error of any rank is
+    raised."""
     shared = _Shared(size)
     results = [None] * size
     errors = []

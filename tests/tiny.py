@@ -7,8 +7,7 @@ from megatron_hypenet.config.model import ModelConfig
 
 
 def tiny_model_config(mixer_types=("lightning_attn", "attn"), **changes) -> ModelConfig:
-    """A student of two layers by default; 6 heads in 3 groups: neither is a power of
-    two."""
+    """Return a student of two layers by default; 6 heads in 3 groups: neither is a power of two."""
     base = {
         "num_layers": len(mixer_types),
         "hidden_size": 24,

@@ -55,7 +55,8 @@ messages_key: messages}`."""
 
 
 def type_name(annotation: Any) -> str:
-    """The annotation as a reader would say it: `int`, `path or null`, `cosine or constant`."""
+    """Write the annotation as a reader would say it: `int`, `path or null`, `cosine or
+    constant`."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
         return type_name(args[0])

@@ -24,14 +24,14 @@ PATTERNS = (
 
 
 def repository_files(root: Path) -> list[str]:
-    """Paths of the site's files, relative to the repository `root`, sorted."""
+    """Return the paths of the site's files, relative to the repository `root`, sorted."""
     found = {path for pattern in PATTERNS for path in root.glob(pattern) if path.is_file()}
     return sorted(path.relative_to(root).as_posix() for path in found)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Called by mkdocs with the files of `docs_dir` and of the theme; put the repository's in the
-    place of the former."""
+    """Put the repository's files in the place of those of `docs_dir`; mkdocs calls this with them
+    and those of the theme."""
     root = Path(config.config_file_path).parent
     theme = [file for file in files if file.src_dir != config.docs_dir]
     own = [

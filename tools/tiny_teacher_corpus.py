@@ -166,8 +166,8 @@ def read_austen(root: Path) -> Iterator[Document]:
 
 
 def read_bible(root: Path) -> Iterator[Document]:
-    """The King James text, a chapter a paragraph; the reader program unpacks its own compressed
-    data file."""
+    """Yield the King James text, a chapter a paragraph; the reader program unpacks its own
+    compressed data file."""
     command = [
         str(root / "usr/bin/bible"),
         "-p",

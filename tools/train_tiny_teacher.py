@@ -205,8 +205,8 @@ def _start_worker(data: str) -> None:
 
 
 def _recall_chunk(arguments: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Training documents -> ids [count, SEQ_LENGTH + 1], loss weights [count, SEQ_LENGTH] (answers
-    count `ANSWER_WEIGHT` times)."""
+    """Make training documents -> ids [count, SEQ_LENGTH + 1], loss weights [count, SEQ_LENGTH]
+    (answers count `ANSWER_WEIGHT` times)."""
     start, count = arguments
     documents = [_worker_task.document(start + i, SEQ_LENGTH, training=True) for i in range(count)]
     weights = np.ones((count, SEQ_LENGTH), dtype=np.float32)
@@ -218,8 +218,8 @@ def _recall_chunk(arguments: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
 def text_batches(
     tokens: torch.Tensor, batch: int, generator: torch.Generator
 ) -> Iterator[torch.Tensor]:
-    """Endless [batch, SEQ_LENGTH + 1] windows: each epoch starts at a new offset and visits every
-    window once, in random order."""
+    """Yield endless [batch, SEQ_LENGTH + 1] windows: each epoch starts at a new offset and visits
+    every window once, in random order."""
     while True:
         offset = int(torch.randint(SEQ_LENGTH, (1,), generator=generator))
         windows = (len(tokens) - offset - 1) // SEQ_LENGTH
@@ -271,8 +271,8 @@ def recall_score(
 
 
 def evaluate(model: Any, data: Path, device: str, *, full: bool) -> dict[str, Any]:
-    """Scores on training text, held-out text and recall; `full` adds the longer lengths and recall
-    without each layer's attention."""
+    """Return scores on training text, held-out text and recall; `full` adds the longer lengths and
+    recall without each layer's attention."""
     model.eval()
     limit = 4096 if full else 512
     task = make_task(data, "heldout", SEED + 1)
@@ -331,7 +331,7 @@ def save(model: Any, data: Path, out: Path, scores: dict[str, Any]) -> None:
 def mixed_batches(
     data: Path, batch: int, recall_share: float, steps: int, device: str
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(ids [batch, SEQ_LENGTH + 1], loss weights [batch, SEQ_LENGTH]) for each step; recall
+    """Yield (ids [batch, SEQ_LENGTH + 1], loss weights [batch, SEQ_LENGTH]) for each step; recall
     documents are made by worker processes."""
     recall_rows = round(batch * recall_share)
     tokens = torch.from_numpy(np.load(data / "train.npy").astype(np.int32)).to(device)
@@ -375,7 +375,7 @@ def optimizer_step(
     ids: torch.Tensor,
     weights: torch.Tensor,
 ) -> torch.Tensor:
-    """One step on one batch; returns the weighted mean loss in nats per token."""
+    """Do one step on one batch; returns the weighted mean loss in nats per token."""
     with torch.autocast(ids.device.type, dtype=torch.bfloat16):
         logits = forward(input_ids=ids[:, :-1], use_cache=False).logits
     losses = functional.cross_entropy(
@@ -451,7 +451,7 @@ def train(
 
 
 def main() -> None:
-    """Command line; see the top of the file."""
+    """Run the command line; see the top of the file."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -109,8 +109,8 @@ def tokenizer_dir(path: Path | str) -> Path | None:
 
 
 def _why_unusable(folder: Path) -> str | None:
-    """Why a training save cannot be continued from, or None; sizes only, hashes are checked when it
-    is loaded."""
+    """Say why a training save cannot be continued from, or None; sizes only, hashes are checked
+    when it is loaded."""
     if not fmt.is_committed(folder):
         return "its save was never committed"
     try:

@@ -112,8 +112,8 @@ def library_versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """Commit of the source tree this package runs from; None when it is not a git work tree or git
-    is missing."""
+    """Return the commit of the source tree this package runs from; None when it is not a git work
+    tree or git is missing."""
     command = [
         "git",
         "-C",
@@ -321,8 +321,8 @@ def file_problems(
 
 
 def hash_problems(folder: Path, manifest: Manifest) -> list[str]:
-    """Files whose content differs from the manifest, one line each; several files are hashed at a
-    time."""
+    """Return the files whose content differs from the manifest, one line each; several files are
+    hashed at a time."""
     with ThreadPoolExecutor(_HASHING_THREADS) as pool:
         right = pool.map(
             lambda item: is_as_written(folder / item[0], item[1]), manifest.files.items()

@@ -68,8 +68,8 @@ def drop_optimizer(folder: Path) -> int:
 
 
 def finish(parent: Path) -> int:
-    """Keep of a finished stage the weights of its newest committed checkpoint alone; the bytes of
-    optimizer state that were freed."""
+    """Keep of a finished stage the weights of its newest committed checkpoint alone; returns the
+    bytes of optimizer state that were freed."""
     prune(parent, keep_last=1)
     newest = [folder for folder in fmt.iteration_folders(parent) if fmt.is_committed(folder)]
     return drop_optimizer(newest[-1]) if newest else 0

@@ -219,8 +219,8 @@ class ShardReader(Mapping[str, Tensor]):
         offset: Sequence[int],
         shape: Sequence[int],
     ) -> Iterator[tuple[int, Tensor]]:
-        """(first row in the whole tensor, rows) of the piece, for the rows of `shape` at `offset`
-        in blocks; a piece that is no rows of contiguous values comes whole."""
+        """Yield (first row in the whole tensor, rows) of the piece, for the rows of `shape` at
+        `offset` in blocks; a piece that is no rows of contiguous values comes whole."""
         place = self._located(piece, stored, streams)
         stream = streams[piece.file]
         if not shape or not place.contiguous:

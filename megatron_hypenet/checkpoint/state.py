@@ -114,8 +114,8 @@ class EngineState(Protocol):
     data_size: int
 
     def gathered(self, parameter: nn.Parameter) -> AbstractContextManager[None]:
-        """Context in which `parameter` holds its full local value (ZeRO-3 keeps only a part
-        otherwise)."""
+        """Return a context in which `parameter` holds its full local value (ZeRO-3 keeps only a
+        part otherwise)."""
         ...
 
     def set_weight(self, parameter: nn.Parameter, value: Tensor) -> None:

@@ -168,8 +168,8 @@ def read_progress(folder: Path) -> dict[str, Any]:
 
 
 def layout_text(layout: dict[str, Any] | None) -> str:
-    """ "4 processes, tp2 pp2 cp1 dp1 zero1", or "-" for None; keys that this version does not know
-    are written out."""
+    """Return "4 processes, tp2 pp2 cp1 dp1 zero1", or "-" for None; keys that this version does not
+    know are written out."""
     if not layout:
         return "-"
     axes = " ".join(

@@ -127,7 +127,7 @@ def _shift(num_bytes: int) -> int:
 
 
 def _times(a: int, b: int) -> int:
-    """Product of two polynomials modulo the polynomial of crc32; bit 31 is the constant term."""
+    """Multiply two polynomials modulo the polynomial of crc32; bit 31 is the constant term."""
     product = 0
     place = 1 << 31
     while a:

@@ -186,7 +186,7 @@ def check_version(name: str, wanted: str) -> Finding:
 
 
 def check_torch() -> list[Finding]:
-    """Devices that torch sees and the collectives it was built with."""
+    """Check the devices that torch sees and the collectives it was built with."""
     try:
         import torch
     except Exception as error:

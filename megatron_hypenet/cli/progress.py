@@ -62,7 +62,7 @@ class Screen:
             self._log.write(f"{datetime.now().isoformat(timespec='seconds')} {text}\n")
 
     def announce(self, step: str, what: str) -> None:
-        """A step "starts", is "skipped" or is "done in ..."."""
+        """Say that a step "starts", is "skipped" or is "done in ..."."""
         if what == "skipped":
             self.clock.skip(step)
             self.say(f"[{self._place(step)}] {step}: done before, skipped")
@@ -83,11 +83,11 @@ class Screen:
         self.whole = False
 
     def on_step(self, record: StepRecord) -> None:
-        """An optimizer step of a training stage is done."""
+        """Note that an optimizer step of a training stage is done."""
         self.part(record.stage, record.step, record.train_iters)
 
     def part(self, step: str, count: int, total: int) -> None:
-        """`count` of `total` parts of a step are done."""
+        """Note that `count` of `total` parts of a step are done."""
         self.clock.progress(step, count, max(total, 1))
         self._update(step)
 

@@ -194,9 +194,9 @@ def compute(
     dtype: str,
     batch_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [B, T, V] and negative log likelihoods [B, T-1] on the CPU, both in `dtype`; of all
-    processes of the layout, which each call this, only the first keeps them and the others get
-    empty tensors."""
+    """Compute logits [B, T, V] and negative log likelihoods [B, T-1] on the CPU, both in `dtype`;
+    of all processes of the layout, which each call this, only the first keeps them and the others
+    get empty tensors."""
     import torch
 
     from megatron_hypenet.checkpoint.load import load_model, read_whole_config

@@ -22,8 +22,8 @@ from megatron_hypenet.supervision.fault_record import ATTEMPT_LOGS, attempt_file
 
 
 def _leave_before_start(number: int, _frame: FrameType | None) -> NoReturn:
-    """Asked to stop while nothing trains here yet, or any more: there is nothing to save, and the
-    next start goes on from the disk."""
+    """Leave when asked to stop while nothing trains here yet, or any more: there is nothing to
+    save, and the next start goes on from the disk."""
     sys.stderr.write(f"{signal.Signals(number).name} while no step was running; leaving\n")
     sys.stderr.flush()
     os._exit(SavedAndRequeue.exit_code)

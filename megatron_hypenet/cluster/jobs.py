@@ -94,7 +94,8 @@ class Jobs:
     """The jobs of one run folder, oldest first."""
 
     def __init__(self, run_folder: Path) -> None:
-        """Raises DataError when `run_folder` is not a run folder or its record is damaged."""
+        """Read the record of jobs; DataError when `run_folder` is not a run folder or its record is
+        damaged."""
         if not has_entry(run_folder / "config.yaml"):
             raise DataError(
                 f"{run_folder} is not a run folder: it has no config.yaml; give the output_dir of "

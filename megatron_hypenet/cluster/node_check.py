@@ -202,8 +202,8 @@ def _silent(store: dist.Store, keys: Sequence[str], seconds: float) -> set[str]:
 
 
 def _links(nodes: Sequence[NodeReport]) -> Iterator[Link]:
-    """Bandwidth of pairs of nodes, several pairs at a time; every node meets two others where there
-    are three."""
+    """Yield the bandwidth of pairs of nodes, several pairs at a time; every node meets two others
+    where there are three."""
     leaders = [
         next(node.rank for node in nodes if node.host == host)
         for host in dict.fromkeys(node.host for node in nodes)

@@ -30,8 +30,8 @@ def hardware() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Libraries, and on a node with GPUs what has to fit together there: CUDA, NCCL and the
-    driver."""
+    """Return the versions of libraries, and on a node with GPUs of what has to fit together there:
+    CUDA, NCCL and the driver."""
     found = library_versions()
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
@@ -73,8 +73,8 @@ def gemm_tflops(seconds: float = 1.0) -> float:
 
 
 def disk_mib_per_second(folder: Path, mib: int = 64, turns: int = 3) -> float:
-    """Rate of writing and syncing a file of `mib` MiB in `folder`, which has to exist: the median
-    of `turns`. Raises OSError."""
+    """Measure the rate of writing and syncing a file of `mib` MiB in `folder`, which has to exist:
+    the median of `turns`. Raises OSError."""
     block = os.urandom(1 << 20)
     rates = []
     for _ in range(turns):

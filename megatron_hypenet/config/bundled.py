@@ -27,8 +27,8 @@ def bundle() -> Path:
 
 
 def bundled(path: Path) -> Path:
-    """`path`, or the bundled file of that name where it begins with one of FOLDERS and does not
-    exist from the current folder."""
+    """Return `path`, or the bundled file of that name where it begins with one of FOLDERS and does
+    not exist from the current folder."""
     inside = not path.is_absolute() and path.parts[:1] and path.parts[0] in FOLDERS
     if inside and not path.exists() and (bundle() / path).exists():
         return bundle() / path

@@ -97,8 +97,8 @@ def layout_problems(layout: Layout) -> list[Problem]:
 
 
 def layout_warnings(layout: Layout) -> list[str]:
-    """Warnings about layouts that are allowed but probably a mistake: training stages with too few
-    micro-batches to keep the pipeline busy."""
+    """Return warnings about layouts that are allowed but probably a mistake: training stages with
+    too few micro-batches to keep the pipeline busy."""
     stages = layout.parallel.pipeline_model_parallel_size
     dp_size = layout.dp_size
     warnings = []

@@ -58,7 +58,8 @@ class Layout:
 
     @property
     def tensor_unit(self) -> int:
-        """The largest tensor-parallel size that the model allows; every allowed size divides it."""
+        """Return the largest tensor-parallel size that the model allows; every allowed size divides
+        it."""
         return math.gcd(*self.tensor_sizes.values())
 
     @property
@@ -89,7 +90,7 @@ class Layout:
         return tuple(found.values())
 
     def changed(self, change: Change) -> Layout:
-        """This layout with other settings; the result is not validated."""
+        """Return this layout with other settings; the result is not validated."""
         run = self.run
         world_size = self.world_size
         for key, value in change.items():

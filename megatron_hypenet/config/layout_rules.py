@@ -45,7 +45,8 @@ Rule = Callable[[Layout], Iterator[Finding]]
 
 
 def tensor_slices(layout: Layout) -> Iterator[Finding]:
-    """Every tensor-parallel process holds whole heads and equal slices of vocabulary and MLP."""
+    """Require that every tensor-parallel process holds whole heads and equal slices of vocabulary
+    and MLP."""
     model = layout.model
     tp = layout.parallel.tensor_model_parallel_size
     if model is None:
@@ -65,8 +66,8 @@ def tensor_slices(layout: Layout) -> Iterator[Finding]:
 
 
 def sequence_parallel(layout: Layout) -> Iterator[Finding]:
-    """Sequence parallelism spreads norms and residuals over tensor-parallel processes, so there
-    must be several."""
+    """Require several tensor-parallel processes for sequence parallelism, which spreads norms and
+    residuals over them."""
     parallel = layout.parallel
     if not parallel.sequence_parallel or parallel.tensor_model_parallel_size > 1:
         return
@@ -90,7 +91,7 @@ def sequence_parallel(layout: Layout) -> Iterator[Finding]:
 
 
 def pipeline_layers(layout: Layout) -> Iterator[Finding]:
-    """Every pipeline stage has at least one layer."""
+    """Require that every pipeline stage has at least one layer."""
     model = layout.model
     pp = layout.parallel.pipeline_model_parallel_size
     if model is None or pp <= model.num_layers:
@@ -111,8 +112,8 @@ def pipeline_layers(layout: Layout) -> Iterator[Finding]:
 
 
 def pipeline_layout(layout: Layout) -> Iterator[Finding]:
-    """A written layout has one positive number per pipeline stage, and places every layer of the
-    model once."""
+    """Require that a written layout has one positive number per pipeline stage, and places every
+    layer of the model once."""
     asked = layout.parallel.pipeline_layout
     stages = layout.parallel.pipeline_model_parallel_size
     if asked is None:
@@ -145,8 +146,8 @@ def pipeline_layout(layout: Layout) -> Iterator[Finding]:
 
 
 def pipeline_zero(layout: Layout) -> Iterator[Finding]:
-    """Pipeline parallelism accumulates whole gradients over micro-batches; ZeRO 2 and 3 would
-    reduce and free them before."""
+    """Require ZeRO 0 or 1 with pipeline parallelism, which accumulates whole gradients over
+    micro-batches; ZeRO 2 and 3 would reduce and free them before."""
     pp = layout.parallel.pipeline_model_parallel_size
     zero = layout.parallel.zero_stage
     if pp > 1 and zero > 1:
@@ -178,8 +179,8 @@ def pipeline_offload(layout: Layout) -> Iterator[Finding]:
 
 
 def whole_replicas(layout: Layout) -> Iterator[Finding]:
-    """The processes form whole replicas of tensor x pipeline x context size; the number of replicas
-    is the data-parallel size."""
+    """Require that the processes form whole replicas of tensor x pipeline x context size; the
+    number of replicas is the data-parallel size."""
     if layout.dp_size is not None:
         return
     parallel = layout.parallel
@@ -210,8 +211,8 @@ def whole_replicas(layout: Layout) -> Iterator[Finding]:
 
 
 def sequence_split(layout: Layout) -> Iterator[Finding]:
-    """A sequence is cut into 2 chunks per context-parallel process, and each part again over tensor
-    ranks under sequence parallelism."""
+    """Require lengths that can be cut into 2 chunks per context-parallel process, and each part
+    again over tensor ranks under sequence parallelism."""
     parallel = layout.parallel
     tp = parallel.tensor_model_parallel_size
     cp = parallel.context_parallel_size

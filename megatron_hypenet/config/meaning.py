@@ -176,8 +176,8 @@ def _plain(plain: Plain, kinds: frozenset[str]) -> Any:
 
 
 def hint(plain: str, *, wanted: str) -> str:
-    """Advice on a scalar that does not fit where `wanted`, an "integer" or a "number", is expected.
-    It begins with a semicolon, and is empty where there is no advice.
+    """Return advice on a scalar that does not fit where `wanted`, an "integer" or a "number", is
+    expected. It begins with a semicolon, and is empty where there is no advice.
     """
     if re.fullmatch(r"[-+]?\d+(:[0-5]?\d)+(\.\d*)?", plain):
         return "; YAML 1.1 reads such times as numbers to the base 60: write the number itself"

@@ -28,8 +28,8 @@ class ChatEncoder:
     """Turns conversations into ids and masks with one tokenizer."""
 
     def __init__(self, tokenizer: Any) -> None:
-        """Raises DataError when the tokenizer has no chat template, or none that can be followed
-        to the characters of its tokens."""
+        """Prepare the template; DataError when the tokenizer has no chat template, or none that can
+        be followed to the characters of its tokens."""
         name = getattr(tokenizer, "name_or_path", "the tokenizer")
         if not getattr(tokenizer, "chat_template", None):
             raise DataError(

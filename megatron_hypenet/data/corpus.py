@@ -157,8 +157,8 @@ def _share(answers: int | None, tokens: int) -> str:
 
 
 def _fingerprint(source: SourceConfig, tokenizer_dir: Path, vocab_size: int) -> list[Any]:
-    """Values that change when the text or the tokenizer may have changed: sizes and modification
-    times, not contents (texts can be terabytes)."""
+    """Return values that change when the text or the tokenizer may have changed: sizes and
+    modification times, not contents (texts can be terabytes)."""
     suffixes = (".json", ".txt", ".model") if source.messages_key is None else None
     files = [(file.path, file.size, file.modified_ns) for file in find_files(source.path).files]
     files += [
@@ -241,7 +241,7 @@ class Corpus:
         )
 
     def recall_task(self, num_pairs: int) -> RecallTask:
-        """Recall documents to measure on; held-out text is the filler."""
+        """Return the recall documents to measure on; held-out text is the filler."""
         return RecallTask(
             self.vocabulary, self.heldout, seed=self.seed + EVALUATION_SEED, num_pairs=num_pairs
         )
@@ -318,8 +318,8 @@ class _Part:
 
     @property
     def document_ends(self) -> npt.NDArray[np.int64] | None:
-        """Boundaries of the documents, where the end token does not tell them: files without one,
-        and conversations, whose turns may end with it."""
+        """Return the boundaries of the documents, where the end token does not tell them: files
+        without one, and conversations, whose turns may end with it."""
         known = self.end_tokens == 0 or self.file.mask is not None
         return self.file.document_ends if known else None
 

@@ -33,7 +33,7 @@ class Encoded:
 
 
 def token_lists(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Ids of each text, without begin, end or template tokens.
+    """Return the ids of each text, without begin, end or template tokens.
 
     A fast tokenizer is asked directly: its wrapper in transformers gives the same ids and spends a
     quarter of the time on things that are not needed here.

@@ -205,7 +205,7 @@ class TokenStream:
         document_ends: Iterable[npt.NDArray[np.int64] | None] = (),
         masks: Iterable[npt.NDArray[np.uint8] | None] = (),
     ) -> None:
-        """Parts are joined in order; empty ones are dropped.
+        """Join the parts in order; empty ones are dropped.
 
         `document_ends` has, for each part, the tokens up to and including each of its documents;
         None, or no entry, for a part whose documents end with an end-of-document token. `masks` has
@@ -258,8 +258,8 @@ class TokenStream:
         return found
 
     def _overlaps(self, start: int, stop: int) -> Iterator[tuple[int, int, tuple[int, int]]]:
-        """(number, first token, [begin, end) inside of it) of each part that has tokens of start ..
-        stop - 1."""
+        """Yield (number, first token, [begin, end) inside of it) of each part that has tokens of
+        start .. stop - 1."""
         number = max(0, int(np.searchsorted(self._starts, start, side="right")) - 1)
         for index in range(number, len(self._parts)):
             first = int(self._starts[index])

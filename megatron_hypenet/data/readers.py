@@ -101,7 +101,7 @@ def parts_of(files: Sequence[SourceFile], number: int, count: int) -> list[Part]
 def read_batches(
     files: Sequence[SourceFile], parts: Sequence[Part], column: str, begin: Place | None = None
 ) -> Iterator[Batch]:
-    """All batches of `parts`, or those from `begin` on. `column` is what is read of a table.
+    """Yield all batches of `parts`, or those from `begin` on. `column` is what is read of a table.
 
     Raises DataError that names the file, and the line where there is one.
     """

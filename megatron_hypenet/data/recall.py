@@ -152,8 +152,8 @@ class RecallTask:
     def _places(
         rng: np.random.Generator, num_filler: int, num_pairs: int, early: list[int]
     ) -> list[tuple[int, int, bool]]:
-        """(filler tokens before it, fact, is it a question), in document order; a question never
-        precedes its fact."""
+        """Return (filler tokens before it, fact, is it a question), in document order; a question
+        never precedes its fact."""
         # one fact in each of num_pairs equal stretches: spread over the whole document at any
         # length
         edges = np.linspace(0, num_filler, num_pairs + 1)

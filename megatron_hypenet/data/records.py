@@ -24,7 +24,7 @@ Document = tuple[Where, Any]
 def documents_of(
     batch: Batch, file: str, key: str, *, chat: bool, on_empty: Callable[[int], None]
 ) -> Iterator[Document]:
-    """The documents of a batch of `file` under `key`; with `chat` they are conversations.
+    """Yield the documents of a batch of `file` under `key`; with `chat` they are conversations.
 
     `on_empty` is called with the number of each line or row whose text or conversation is empty;
     it gives no document. Pieces of a .txt file are all given, empty ones too.

@@ -102,7 +102,8 @@ def is_pattern(source: Path) -> bool:
 
 
 def kind_of(path: Path) -> tuple[str, str]:
-    """(kind, codec) by the suffixes of a file's name; the kind is "" when it is none of text."""
+    """Return (kind, codec) by the suffixes of a file's name; the kind is "" when it is none of
+    text."""
     suffixes = path.suffixes
     codec = suffixes[-1] if suffixes and suffixes[-1] in CODECS else ""
     kind = suffixes[-2] if codec and len(suffixes) > 1 else path.suffix

@@ -51,7 +51,8 @@ def _check_column(file: SourceFile, column: str, names: list[str]) -> None:
 
 
 def _parquet(file: SourceFile, column: str, skip: int) -> Iterator[tuple[Any, float]]:
-    """Values of a Parquet file a row group at a time; row groups before row `skip` are not read."""
+    """Yield values of a Parquet file a row group at a time; row groups before row `skip` are not
+    read."""
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(file.path, memory_map=False) as table:

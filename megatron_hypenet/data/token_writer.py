@@ -149,8 +149,8 @@ class TokenFileWriter:
         self, prefix: Path, *, vocab_size: int | None = None, dtype: npt.DTypeLike | None = None,
         masked: bool = False,
     ) -> None:  # fmt: skip
-        """Ids are stored as `dtype`, or as `id_type` says for `vocab_size`; with `masked` the pair
-        has a .mask file."""
+        """Open the files; ids are stored as `dtype`, or as `id_type` says for `vocab_size`; with
+        `masked` the pair has a .mask file."""
         self.prefix = prefix
         self.num_documents = self.num_tokens = 0
         self.dtype = np.dtype(id_type(vocab_size or 0) if dtype is None else dtype)

@@ -58,7 +58,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of `text`, without begin, end or template tokens."""
+    """Return the token ids of `text`, without begin, end or template tokens."""
     return list(tokenizer.encode(text, add_special_tokens=False))
 
 

@@ -99,8 +99,8 @@ class CudaGraphs:
         return eligible(batch) and same and self.failure is None
 
     def replay(self, batch: MicroBatch, *, first: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and metrics of a micro-batch, in memory that the next replay overwrites; gradients
-        are in the sums.
+        """Return loss and metrics of a micro-batch, in memory that the next replay overwrites;
+        gradients are in the sums.
 
         The first call captures, and compares a replay with the same micro-batch launched kernel by
         kernel. Where either fails, the log says so, and this and all later micro-batches are
@@ -179,8 +179,8 @@ class CudaGraphs:
             self._release()
 
     def _figures(self, loss: Tensor) -> Tensor:
-        """Values by which two passes over the same micro-batch are compared: the loss, and the norm
-        of every gradient sum; fp32 on the host."""
+        """Return values by which two passes over the same micro-batch are compared: the loss, and
+        the norm of every gradient sum; fp32 on the host."""
         return torch.stack([loss.float(), *self._sums.norms()]).cpu()
 
     def _give_up(self) -> None:

@@ -28,8 +28,8 @@ def lr_at(step: int, config: StageConfig) -> float:
 
 
 def adamw(parameters: dict[str, nn.Parameter], config: StageConfig) -> torch.optim.AdamW:
-    """Fused AdamW over named parameters; weight decay, if any, does not apply to vectors (norm
-    weights). A group has one dtype: DeepSpeed makes a flat tensor of each."""
+    """Return fused AdamW over named parameters; weight decay, if any, does not apply to vectors
+    (norm weights). A group has one dtype: DeepSpeed makes a flat tensor of each."""
     groups: dict[tuple[float, torch.dtype], list[nn.Parameter]] = {}
     for parameter in parameters.values():
         decay = config.weight_decay if parameter.dim() > 1 else 0.0

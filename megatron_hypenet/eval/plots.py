@@ -29,7 +29,7 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def importance(values: Sequence[float], attention_layers: Sequence[int], path: Path) -> None:
-    """Bar chart of the importance of every layer's attention, in layer order; the layers that keep
+    """Plot the importance of every layer's attention as bars, in layer order; the layers that keep
     softmax attention have another colour."""
     kept = set(attention_layers)
     figure, (axis,) = _figure(max(6.0, 0.32 * len(values) + 2.0), 3.6)

@@ -64,7 +64,7 @@ def loss_rows(model: Model, tokens: Tensor, length: int, count: int) -> list[Row
 def probe_row(
     model: Model, probes: Probes, task: str, length: int, depth: float, count: int
 ) -> Row:
-    """Share of the answers that were found, in %, over `count` documents."""
+    """Return the share of the answers that were found, in %, over `count` documents."""
     total = 0.0
     for index in range(count):
         probe = probes.document(task, index, length, depth)

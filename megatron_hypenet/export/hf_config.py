@@ -318,8 +318,8 @@ def _switch_problems(raw: HfConfig, supported: HfConfig) -> list[str]:
 
 
 def _layer_types_problems(raw: HfConfig, mixers: Sequence[str]) -> list[str]:
-    """`layer_types`, which may be left out, repeats what the layers' mixers (our names) say, or
-    came along from the teacher's config.json."""
+    """Compare `layer_types`, which may be left out, with what the layers' mixers (our names) say;
+    it may also have come along from the teacher's config.json."""
     layers = raw.get("layer_types")
     if layers is None or not mixer_specs().keys() >= set(mixers):
         return []
@@ -398,7 +398,7 @@ def _mixer_types(raw: HfConfig, problems: list[str]) -> tuple[str, ...]:
 
 
 def _rotary_base(raw: HfConfig, problems: list[str]) -> float:
-    """RoPE theta from either spelling; anything but plain RoPE goes to `problems`."""
+    """Return RoPE theta from either spelling; anything but plain RoPE goes to `problems`."""
     parameters = raw.get("rope_parameters")
     scaling = raw.get("rope_scaling")
     theta = raw.get("rope_theta")
@@ -447,7 +447,7 @@ def _told(value: object) -> str:
 
 
 def _same(value: object, supported: object) -> bool:
-    """Equality in which True is not 1 and False is not 0, while 0 is 0.0."""
+    """Return whether values are equal, where True is not 1 and False is not 0, while 0 is 0.0."""
     return value == supported and isinstance(value, bool) == isinstance(supported, bool)
 
 
@@ -456,7 +456,8 @@ def _as_count(value: object) -> int:
 
 
 def _first_token(value: object) -> object:
-    """Qwen3's chat models list several end tokens; the first is the one a document ends with."""
+    """Return the first end token: Qwen3's chat models list several, and documents end with the
+    first."""
     return value[0] if isinstance(value, list) and value else value
 
 

@@ -195,8 +195,8 @@ def weights_header(
 
 
 def plan_shards(sizes: Iterable[tuple[str, int]], max_shard_bytes: int) -> list[list[str]]:
-    """Names in order, cut into groups of at most `max_shard_bytes`; a larger tensor gets a group of
-    its own."""
+    """Cut the names, in order, into groups of at most `max_shard_bytes`; a larger tensor gets a
+    group of its own."""
     groups: list[list[str]] = [[]]
     used = 0
     for name, size in sizes:

@@ -45,7 +45,8 @@ def meant(path: Path) -> Path:
 
 @contextmanager
 def as_hf_folder(path: Path) -> Iterator[Path]:
-    """The Hugging Face folder of what `path` means; a checkpoint is exported into a temporary one.
+    """Provide the Hugging Face folder of what `path` means; a checkpoint is exported into a
+    temporary one.
 
     Raises CheckpointError or ConversionError for what is neither."""
     found = meant(path)

@@ -132,7 +132,7 @@ def _run(
 
 
 def _probe(ids: Tensor) -> Tensor:
-    """Token ids of the one-layer models: every place of `ids` is a token of its own."""
+    """Return the token ids of the one-layer models: every place of `ids` is a token of its own."""
     return torch.arange(ids.numel()).view_as(ids)
 
 

@@ -150,8 +150,8 @@ def _for_both(config: dict[str, Any], has_model: bool) -> dict[str, Any]:
 
 
 def _with_older_tokens(config: dict[str, Any]) -> dict[str, Any]:
-    """The same with a list of extra_special_tokens under its older name; there 4.57 takes named
-    tokens only."""
+    """Return the settings with a list of extra_special_tokens under its older name; there 4.57
+    takes named tokens only."""
     extra = config.get("extra_special_tokens")
     older = config.get("additional_special_tokens") or []
     if not isinstance(extra, list) or not isinstance(older, list):

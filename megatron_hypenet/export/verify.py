@@ -266,7 +266,7 @@ class _Part:
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equal bit for bit: unlike torch.equal, NaN equals itself and 0 differs from -0."""
+    """Compare bit for bit: unlike in torch.equal, NaN equals itself and 0 differs from -0."""
     return (
         a.shape == b.shape
         and a.dtype == b.dtype

@@ -91,8 +91,8 @@ class Measure:
         return {"model": name, "heldout_loss": loss, "heldout_accuracy": accuracy, "recall": recall}
 
     def stage_loss(self, stage: StageModule, seq_length: int) -> float:
-        """Mean loss of a training stage on held-out text of at most `seq_length` tokens; the caller
-        has set eval mode."""
+        """Return the mean loss of a training stage on held-out text of at most `seq_length` tokens;
+        the caller has set eval mode."""
         settings = self.run.eval
         total = 0.0
         # at most the report's length, which is known to fit the held-out text

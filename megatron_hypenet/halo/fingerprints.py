@@ -129,7 +129,7 @@ def _sampled_hash_of(file: Path, _inode: int, size: int, _modified: int, _change
 
 
 def flat_settings(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted key; tuples become lists, as they are stored."""
+    """Return nested settings by dotted key; tuples become lists, as they are stored."""
     if not isinstance(value, Mapping):
         return {prefix: list(value) if isinstance(value, tuple) else value}
     return {

@@ -48,7 +48,7 @@ _SETTINGS = {"data": ("data",), "probe": ("guard", "precision")}
 def up_to_date(
     folder: RunFolder, present: RunConfig, init: tuple[str, Path] | None = None
 ) -> RunFolder:
-    """`folder` with its records in the present form, for looking at them: nothing is written.
+    """Read `folder` with its records in the present form; nothing is written.
 
     `present` has the files that are read where the stored configuration names files that are no
     longer there. `init` is a stage that begins from a checkpoint of elsewhere, and that checkpoint.

@@ -93,8 +93,8 @@ def transformer_config(
 
 
 def _megatron_layout(layout: tuple[int, ...]) -> list[list[str]]:
-    """Layers per stage in Megatron's notation of a free layout: the embedding begins the first
-    stage, the loss ends the last."""
+    """Return layers per stage in Megatron's notation of a free layout: the embedding begins the
+    first stage, the loss ends the last."""
     stages = [["decoder"] * count for count in layout]
     stages[0].insert(0, "embedding")
     stages[-1].append("loss")

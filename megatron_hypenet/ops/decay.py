@@ -8,7 +8,8 @@ from torch import Tensor
 
 
 def alibi_slopes(num_heads: int) -> Tensor:
-    """Slopes of all heads, float64 [num_heads]; the decay of head h is `exp(-slope[h])` per token.
+    """Return the slopes of all heads, float64 [num_heads]; the decay of head h is `exp(-slope[h])`
+    per token.
 
     For a power of two n: `2^(-8 (i + 1) / n)`, i = 0..n-1. Otherwise the slopes of the power of two
     m below n, followed by every second slope of the set for 2m, until there are n. Tensor-parallel

@@ -83,8 +83,8 @@ def kernel_family(
     needs: tuple[str, ...] = (),
     surveyed: tuple[Mapping[str, Any], ...] = ({},),
 ) -> Callable[[Front], Front]:
-    """Decorator of the function that chooses between the kernels and their torch form: makes the
-    family known.
+    """Register a kernel family by decorating the function that chooses between the kernels and
+    their torch form.
 
     Args:
         name: as HYPENET_DISABLE_KERNELS and messages spell it.

@@ -45,7 +45,7 @@ class KernelCheck:
 
     @property
     def ok(self) -> bool:
-        """Whether it ran and its error is within the limit; NaN is not."""
+        """Return whether it ran and its error is within the limit; NaN is not."""
         return not self.failure and self.error <= self.limit
 
     def __str__(self) -> str:

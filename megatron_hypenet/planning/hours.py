@@ -30,8 +30,8 @@ def hours_of(
     peak: float,
     recompute: Mapping[str, Recompute] | None = None,
 ) -> list[Hours]:
-    """Hours of every step that computes (the others take minutes), on `gpus` with `peak` dense bf16
-    operations per second each; `recompute` is the setting of the stages that have it.
+    """Return the hours of every step that computes (the others take minutes), on `gpus` with `peak`
+    dense bf16 operations per second each; `recompute` is the setting of the stages that have it.
 
     Evaluations count, saves do not.
     """

@@ -59,7 +59,7 @@ class StageMemory:
 
     @property
     def needed(self) -> float:
-        """Memory a GPU must have."""
+        """Return the memory a GPU must have."""
         return self.total * (1 + GAPS) + CONTEXT_BYTES
 
 

@@ -62,7 +62,8 @@ class AlignStage(StageModule):
 
     @property
     def layout(self) -> tuple[int, ...]:
-        """Layers per pipeline stage; each RNN mixer lies beside the layer it imitates."""
+        """Return the layers per pipeline stage; each RNN mixer is on the rank of the layer whose
+        output it learns."""
         return self.teacher.layout
 
     def forward(self, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -103,7 +104,7 @@ class AlignStage(StageModule):
         return AlignSpec().flops(self.teacher.model_config, self.model_config, seq_length)
 
     def sharded_state_dict(self, prefix: str = "") -> dict[str, Any]:
-        """The RNN mixers of all layers, under the names they have in a student."""
+        """Return the RNN mixers of all layers, under the names they have in a student."""
         return self.mixers.sharded_state_dict(prefix)
 
 
@@ -123,7 +124,8 @@ class AlignSpec(StageSpec):
     def student_shape(
         self, teacher: ModelConfig, student: ModelConfig, mixer: MixerSpec
     ) -> ModelConfig:
-        """An RNN mixer in every layer: which ones will keep attention is not known yet."""
+        """Return the shape with an RNN mixer in every layer: which ones will keep attention is not
+        known yet."""
         return teacher.converted(mixer)
 
     def flops(self, teacher: ModelConfig, student: ModelConfig, seq_length: int) -> float:
@@ -155,8 +157,8 @@ class AlignSpec(StageSpec):
         ], 0.0
 
     def footprint(self, rank: StageRank, teacher: ModelConfig, student: ModelConfig) -> Footprint:
-        """The mixers train; what each keeps comes with its input and its difference from the
-        attention."""
+        """Count the memory of the mixers' training; what each keeps comes with its input and its
+        difference from the attention."""
         mixers = [student.spec(student.mixer_types[layer]) for layer in rank.layers]
         inside = sum(mixer.saved_activations(student, rank.tensor, "none") for mixer in mixers)
         return Footprint(
@@ -197,8 +199,8 @@ class AlignmentTap(nn.Module):
         return output, bias
 
     def take_loss(self) -> Tensor:
-        """The loss of the last forward pass; the reference is dropped so that its graph is freed by
-        the backward pass."""
+        """Return the loss of the last forward pass; the reference is dropped so that its graph is
+        freed by the backward pass."""
         assert self._loss is not None, "take_loss needs a forward pass first"
         loss = self._loss
         self._loss = None

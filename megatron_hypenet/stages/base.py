@@ -128,7 +128,7 @@ class StageModule(nn.Module, ABC):
 
     @abstractmethod
     def flops_per_token(self, seq_length: int) -> float:
-        """Floating-point operations of one training step per token, over all ranks; see
+        """Count the floating-point operations of one training step per token, over all ranks; see
         model/flops.py."""
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
@@ -140,8 +140,8 @@ class StageModule(nn.Module, ABC):
         }
 
     def replicated_over_pipeline(self) -> list[nn.Parameter]:
-        """Trained parameters that another pipeline stage holds too; their gradients have to be
-        summed over both."""
+        """Return trained parameters that another pipeline stage holds too; their gradients have to
+        be summed over both."""
         return []
 
     @abstractmethod

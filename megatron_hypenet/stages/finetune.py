@@ -26,8 +26,8 @@ class FinetuneStage(HeadStage):
     def head_loss(
         self, tokens: LocalTokens, hidden: Tensor, teacher_hidden: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean cross entropy of the tokens that follow the inputs; hidden states are [t, b, h], so
-        labels are [t, b] too."""
+        """Return the mean cross entropy of the tokens that follow the inputs; hidden states are [t,
+        b, h], so labels are [t, b] too."""
         loss = linear_cross_entropy(
             hidden,
             self.student.head_weight(),

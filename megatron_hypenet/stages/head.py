@@ -154,8 +154,8 @@ class HeadSpec(StageSpec):
         ], heads + head_flops(teacher)
 
     def footprint(self, rank: StageRank, teacher: ModelConfig, student: ModelConfig) -> Footprint:
-        """The whole student trains; on the last rank the loss takes the head's gradient and chunks
-        of logits."""
+        """Count the memory of the whole student's training; on the last rank the loss takes the
+        head's gradient and chunks of logits."""
         saved = sum(rank.saved_activations(student, layer, rank.recompute) for layer in rank.layers)
         waiting = 0.0
         # with several pipeline stages the teacher has seen all micro-batches before the student

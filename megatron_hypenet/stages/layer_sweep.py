@@ -16,7 +16,7 @@ Scores = dict[str, float]
 
 @contextmanager
 def swapped(model: HypeNetModel, layer: int, mixers: AlignedMixers) -> Iterator[None]:
-    """Inside the block, `model` uses the RNN mixer in global layer `layer`; a layer of another
+    """Let `model` use the RNN mixer in global layer `layer` inside the block; a layer of another
     pipeline stage is not touched."""
     if str(layer) not in mixers.mixers:
         yield

@@ -99,8 +99,8 @@ def rank(
 def selection_of(
     attention_layers: Sequence[int], num_layers: int, mixer: str, values: Sequence[float] = ()
 ) -> Selection:
-    """The selection that keeps attention in the given layers and has the RNN mixer `mixer` in the
-    others."""
+    """Return the selection that keeps attention in the given layers and has the RNN mixer `mixer`
+    in the others."""
     kept = frozenset(attention_layers)
     types = tuple(ATTENTION if layer in kept else mixer for layer in range(num_layers))
     return Selection(
@@ -200,7 +200,7 @@ def _expected_layers(payload: Mapping[str, Any], by_index: Mapping[int, Any]) ->
 
 
 def _metrics_of(layer: int, entry: Any, problems: list[str]) -> dict[str, float]:
-    """The metrics of one layer; what is wrong with them is appended to `problems`."""
+    """Return the metrics of one layer; what is wrong with them is appended to `problems`."""
     if not isinstance(entry, Mapping):
         problems.append(
             f"layer {layer}: expected an object with {' and '.join(METRICS)}, "

@@ -65,8 +65,8 @@ class StageSpec(ABC):
 
     @abstractmethod
     def flops(self, teacher: ModelConfig, student: ModelConfig, seq_length: int) -> float:
-        """Floating-point operations of a training step per token, over all ranks; `student` is
-        what trains (`student_shape`)."""
+        """Count the floating-point operations of a training step per token, over all ranks;
+        `student` is what trains (`student_shape`)."""
 
     @abstractmethod
     def layer_costs(
@@ -83,7 +83,7 @@ _REGISTRY: dict[str, StageSpec] = {}
 
 
 def register_stage(cls: type[StageSpec]) -> type[StageSpec]:
-    """Class decorator: make the specification of a stage known under its name."""
+    """Register the specification of a stage under its name, as a class decorator."""
     assert cls.name in STAGES and cls.name not in _REGISTRY, f"{cls.name} is unknown or twice there"
     _REGISTRY[cls.name] = cls()
     return cls

@@ -51,8 +51,8 @@ class HangWatch:
         record: Callable[[HangError], None] = lambda error: None,
         end: Callable[[int], None] = os._exit,
     ) -> None:  # fmt: skip
-        """`timeout` in seconds; reports go to the folder `errors`, and `record` is called with the
-        error."""
+        """Prepare the watch; `timeout` is in seconds, reports go to the folder `errors`, and
+        `record` is called with the error."""
         self.writer = writer
         self.timeout = timeout
         self.errors = errors

@@ -152,7 +152,7 @@ class Requests:
         _prepare_to_leave(number, f"stopping: this step is finished and saved first{_AT_ONCE}")
 
     def poll(self) -> int:
-        """GO_ON, SAVE or LEAVE, agreed by all processes; call once per step on every one of
+        """Return GO_ON, SAVE or LEAVE, agreed by all processes; call once per step on every one of
         them."""
         request = GO_ON
         if self._received is not None:

@@ -338,12 +338,12 @@ class MetricSums:
             self._sums[tag] = value.detach().clone() if known is None else known + value.detach()
 
     def means(self) -> dict[str, Tensor]:
-        """Means of what was added."""
+        """Return the means of what was added."""
         return {tag: value / self.count for tag, value in self._sums.items()}
 
     def take(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Means since the last call on the host, after `reduce` (mean over data-parallel ranks);
-        clears the sums."""
+        """Return the means since the last call on the host, after `reduce` (mean over data-parallel
+        ranks); clears the sums."""
         if not self._sums:
             return {}
         stacked = reduce(torch.stack([value.float() for value in self._sums.values()]) / self.count)
@@ -360,8 +360,8 @@ def reset_peak_memory() -> None:
 
 
 def memory_gib() -> float:
-    """Peak GPU memory since `reset_peak_memory`, or resident memory of the process without CUDA, in
-    GiB."""
+    """Return peak GPU memory since `reset_peak_memory`, or resident memory of the process without
+    CUDA, in GiB."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     import psutil

@@ -68,8 +68,8 @@ class StepReader:
 def step_batches(
     data: TokenSource, config: StageConfig, first_sample: int, *, separate: bool = False
 ) -> list[MicroBatch]:
-    """This data-parallel rank's micro-batches of the step that begins with `first_sample`; ranks of
-    one replica get the same.
+    """Return this data-parallel rank's micro-batches of the step that begins with `first_sample`;
+    ranks of one replica get the same.
 
     With `separate` documents are kept apart: each batch also holds their ids, and loss weights that
     leave out predictions across a boundary. Data of which only a part is to be predicted gives loss

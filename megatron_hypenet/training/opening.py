@@ -71,8 +71,8 @@ class Opened:
 
 @contextmanager
 def opened(job: Job, requests: Requests) -> Iterator[Opened]:
-    """Inside, the engine is built, the newest checkpoint loaded and the logs open, and signals are
-    `requests`; collective.
+    """Build the engine, load the newest checkpoint and open the logs for the block, in which
+    signals are `requests`; collective.
 
     A fault in building or inside the block is recorded before anything is closed, because the other
     processes will fail as a consequence; an error of full GPU memory is raised as LayoutError. A

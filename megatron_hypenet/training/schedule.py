@@ -141,7 +141,7 @@ class _PipelineRun:
         self._results.add(loss, metrics)
 
     def results(self) -> LossAndMetrics:
-        """Means over the micro-batches; the loss is zero on ranks that compute none."""
+        """Return the means over the micro-batches; the loss is zero on ranks that compute none."""
         if not self._results.count:
             self._results.add(torch.zeros((), device=self.tokens[0].inputs.device), {})
         return self._results.take()

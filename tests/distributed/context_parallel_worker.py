@@ -119,8 +119,8 @@ def compare(got, want, relative_to=None):
 
 
 def parity(op, dense, groups, group, ids, wrap=lambda f: f, dtype=torch.float64, relative=False):
-    """Largest errors of o, dq, dk, dv of this rank's tokens; `want` is float64, whatever dtype the
-    op runs in."""
+    """Return the largest errors of o, dq, dk, dv of this rank's tokens; `want` is float64, whatever
+    dtype the op runs in."""
     *inputs, weight = draw(groups, dtype=dtype)
     whole = [x.double().clone().requires_grad_() for x in inputs]
     want = dense(*whole, ids)

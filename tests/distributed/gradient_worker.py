@@ -28,8 +28,8 @@ IDS = torch.randint(0, SHAPE["vocab_size"], (3, 13), generator=torch.Generator()
 
 
 def computed(stage, batches):
-    """Loss of the step; gradients are left in the parameters, whole ones as one process would have
-    them."""
+    """Compute the loss of the step; gradients are left in the parameters, whole ones as one process
+    would have them."""
     if groups.pipeline_stage()[1] > 1:
         loss, _ = schedule._pipelined(stage, batches, train=True, clock=OwnTime())
     else:

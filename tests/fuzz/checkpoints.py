@@ -109,8 +109,8 @@ def _same(one, other):
 
 
 def says_what_the_file_says(name, folder, out, said, whole):
-    """What was read is the file's content as a plain parser reads it: same keys, same values; keys
-    that are gone have defaults."""
+    """Check that what was read is the file's content as a plain parser reads it: same keys, same
+    values; keys that are gone have defaults."""
     printed = json.loads(said)
     plain = json.loads((folder / name).read_text())
     before = json.loads((whole / name).read_text())

@@ -11,7 +11,7 @@ TOKENIZER = ROOT / "assets" / "tiny-qwen3"
 
 
 def verb(*words):
-    """A command line; FOLDER and OUT stand for the two places."""
+    """Return a command line; FOLDER and OUT stand for the two places."""
 
     def read(folder, out):
         return run([word.replace("FOLDER", str(folder)).replace("OUT", str(out)) for word in words])
@@ -20,8 +20,8 @@ def verb(*words):
 
 
 def call(function):
-    """A function of (folder) as a verb would call it: its result is printed as JSON, its fault as
-    the command would say it."""
+    """Return a function of (folder) as a verb would call it: its result is printed as JSON, its
+    fault as the command would say it."""
 
     def read(folder, out):
         try:

@@ -55,8 +55,8 @@ def error(got, want):
 
 
 def gradient_norms(model):
-    """L2 norm of each gradient under its Hugging Face name: fused tensors are cut into the parts
-    the reference has."""
+    """Return the L2 norm of each gradient under its Hugging Face name: fused tensors are cut into
+    the parts the reference has."""
     norms, pieces = {}, {}
     for name, parameter in model.named_parameters():
         if name.endswith("linear_in.weight"):
@@ -137,8 +137,8 @@ def test_alignment_losses_and_gradients(case, dtype):
 
 
 def not_transferred(golden, layer, name):
-    """The key of a tensor that weight transfer does not define; the first cases have keys of their
-    own for the two of Lightning Attention."""
+    """Return the key of a tensor that weight transfer does not define; the first cases have keys of
+    their own for the two of Lightning Attention."""
     older = {"z_proj.weight": f"stage1_z_proj/{layer}", "o_norm.weight": f"stage1_o_norm/{layer}"}
     key = f"stage1_init/{layer}.{name}"
     return key if key in golden else older[name]

@@ -162,8 +162,8 @@ def kill_in_a_save(child: int, folder: Path, *, skip: int, delay: float) -> bool
 
 
 def look_at(folder: Path, last_commit: Path | None, *, content: bool) -> int:
-    """What a kill left: every visible checkpoint is whole, and the newest is not older than the
-    last commit noted. Its step or 0."""
+    """Check what a kill left: every visible checkpoint is whole, and the newest is not older than
+    the last commit noted. Its step or 0."""
     for entry in fmt.iteration_folders(folder):
         verify_files(entry, hashes=True)
         step = float(fmt.iteration_of(entry))
@@ -201,8 +201,8 @@ def writer(folder: Path, *, background: bool, kills: int) -> dict:
 
 
 def die_at(operation: int) -> Callable[[], int]:
-    """From now on this process kills itself before its file operation number `operation`; returns
-    the counter."""
+    """Let this process kill itself before its file operation number `operation`; returns the
+    counter."""
     count = -1
 
     def counted(function):
@@ -221,8 +221,8 @@ def die_at(operation: int) -> Callable[[], int]:
 
 
 def points(folder: Path, *, background: bool, kills: int) -> dict:
-    """Kills before each file operation of a save that takes the place of a damaged one and prunes
-    an older one."""
+    """Kill before each file operation of a save that takes the place of a damaged one and prunes an
+    older one."""
     base = folder.parent / "base"
     save_forever(base, folder.parent / "base_told", background=False, rows=1, last=3)
     # damaged: the run goes back to 2 and saves 3 over it

@@ -159,7 +159,7 @@ def test_two_hosts_go_the_way_of_one_machine(train, tmp_path, ssh, capsys):
     beats = tmp_path / "hosts" / "heartbeat"
 
     def of_second_host(job):
-        """Its rank's heartbeat, once the job has done three steps."""
+        """Return the heartbeat of the second host's rank, once the job has done three steps."""
         before = lines_of(losses)
         until(lambda: job.poll() is not None or lines_of(losses) > before + 2)
         assert job.poll() is None, job.stderr.read()

@@ -29,7 +29,7 @@ sys.exit(local.run(local.LocalLaunch(tuple(sys.argv[2:]), int(sys.argv[1]), grac
 
 
 def run(*arguments, processes=1):
-    """The worker in fresh processes; returns the finished subprocess."""
+    """Run the worker in fresh processes; returns the finished subprocess."""
     start = ["-m", WORKER] if processes == 1 else ["-c", STARTED_TOGETHER, str(processes)]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     return subprocess.run(

@@ -44,7 +44,7 @@ def folder(repo_root, tmp_path_factory):
 
 @pytest.fixture
 def server(folder, tmp_path):
-    """Address of a server of the folder; its processes are gone afterwards."""
+    """Provide the address of a server of the folder; its processes are gone afterwards."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

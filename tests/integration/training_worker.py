@@ -178,7 +178,7 @@ def build(options: argparse.Namespace, run: RunConfig):
 
 
 def die_writing(step: int) -> None:
-    """From now on the last process kills itself between two tensors of the save of `step`."""
+    """Let the last process kill itself, from now on, between two tensors of the save of `step`."""
     write = shard_writer.ShardWrite.write
 
     def dying(self, **options):

@@ -54,7 +54,7 @@ def module_name(path: Path, root: Path) -> str:
 
 
 def imports_of(source: str, module: str, is_package: bool) -> list[str]:
-    """Every dotted name the source imports, anywhere in it; `from a import b` counts as a.b,
+    """Return every dotted name the source imports, anywhere in it; `from a import b` counts as a.b,
     relative names are made absolute."""
     names = []
     for node in ast.walk(ast.parse(source)):
@@ -71,8 +71,8 @@ def imports_of(source: str, module: str, is_package: bool) -> list[str]:
 
 
 def outside_siblings(path: Path) -> list[str]:
-    """Imports of this package that a copy of the file elsewhere could not follow: absolute ones,
-    and relative ones leaving the folder."""
+    """Return the imports of this package that a copy of the file elsewhere could not follow:
+    absolute ones, and relative ones leaving the folder."""
     names = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):

@@ -16,7 +16,7 @@ MOST_STATEMENTS = {"a file": 260, "a function": 45}
 
 
 def statements(node: ast.AST) -> int:
-    """Statements in a file or a function, nested ones too; lines would reward packing."""
+    """Count the statements in a file or a function, nested ones too; lines would reward packing."""
     return sum(isinstance(child, ast.stmt) for child in ast.walk(node)) - isinstance(node, ast.stmt)
 
 
@@ -116,8 +116,8 @@ STAGE_NAMES_ARE_DATA = ("halo/tasks.py", "config/schema.py", "cluster/job_script
 
 
 def stage_branches(root: Path) -> list[str]:
-    """Comparisons, memberships, `match` patterns and dictionary keys with a stage's name outside
-    the files that may have them."""
+    """Return comparisons, memberships, `match` patterns and dictionary keys with a stage's name
+    outside the files that may have them."""
     found = []
     for path in sorted(root.rglob("*.py")):
         place = path.relative_to(root).as_posix()

@@ -35,7 +35,7 @@ def names_in(body: list[ast.stmt], prefix: str = "") -> set[str]:
 
 
 def missing_names(page: str, package: Path) -> list[str]:
-    """Each `file.py` or `file.py:name` on the page that the package does not have."""
+    """Return each `file.py` or `file.py:name` on the page that the package does not have."""
     missing = []
     for file, name in NAMED.findall(page):
         path = package / file
@@ -47,8 +47,8 @@ def missing_names(page: str, package: Path) -> list[str]:
 
 
 def missing_paths(page: str, root: Path) -> list[str]:
-    """Each path in backticks that begins with a folder of the repository and does not exist; paths
-    with placeholders (capital letters, `*`) are left out."""
+    """Return each path in backticks that begins with a folder of the repository and does not exist;
+    paths with placeholders (capital letters, `*`) are left out."""
     folders = {path.name for path in root.iterdir() if path.is_dir()}
     found = re.findall(r"`([\w.]+/[\w./*-]*)`", page)
     return [

@@ -10,7 +10,7 @@ FOLDERS = ("megatron_hypenet", "launchers", "tools", "slurm", "examples", "tests
 
 
 def fragments(source: str) -> list[int]:
-    """Lines of docstrings, of attributes too, that begin with a word of FRAGMENT."""
+    """Return the lines of docstrings, of attributes too, that begin with a word of FRAGMENT."""
     return [
         statement.lineno
         for node in ast.walk(ast.parse(source))

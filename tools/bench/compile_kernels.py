@@ -247,8 +247,8 @@ def sums(dtype: str) -> Iterator[Job]:
 
 
 def compiled(job: Job, capability: int) -> int:
-    """Shared memory in bytes of one program; raises whatever Triton raises. Arguments without a
-    given type are int32."""
+    """Return the shared memory in bytes of one program; raises whatever Triton raises. Arguments
+    without a given type are int32."""
     names = job.kernel.arg_names
     types = {name: job.types.get(name, "i32") for name in names if name not in job.constants}
     if "constants" in inspect.signature(ASTSource).parameters:  # Triton 3.2

@@ -96,7 +96,7 @@ class Clock:
         self.times.append(time.perf_counter())
 
     def end(self) -> None:
-        """Nothing is left to do."""
+        """Do nothing more."""
 
     def gaps(self) -> list[float]:
         """Return the milliseconds between tokens."""

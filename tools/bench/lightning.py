@@ -118,8 +118,8 @@ def draw(shape: Shape, device: str) -> list[Tensor]:
 
 
 def operators(shape: Shape, device: str) -> dict[str, Op]:
-    """Ours, the peer where it is installed and can run, and the torch form where it is not ours
-    already."""
+    """Return ours, the peer where it is installed and can run, and the torch form where it is not
+    ours already."""
     decay = log_decay(shape.h)
     scale = shape.d**-0.5
     ids = None
@@ -245,7 +245,7 @@ def times(op: Op, inputs: list[Tensor], device: str) -> dict[str, float]:
 
 
 def forget_tuning() -> None:
-    """Empty the caches of every autotuner of the peer: each shape is tuned anew."""
+    """Clear the caches of every autotuner of the peer: each shape is tuned anew."""
     for name, module in list(sys.modules.items()):
         if name.startswith("fla."):
             for item in list(vars(module).values()):
@@ -363,7 +363,7 @@ def _cell(key: str, value: Any) -> str:
 
 
 def plot(rows: list[dict[str, Any]], about: dict[str, Any], path: Path) -> None:
-    """Share of the memory roofline reached by each operator, both passes, per shape."""
+    """Plot the share of the memory roofline reached by each operator, both passes, per shape."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -96,8 +96,8 @@ class Sweep:
         return [self.first, self.second]
 
     def variants(self) -> Iterator[tuple[str, Plan, int]]:
-        """(kernel, plan, bytes it must move) over segments and blocks that differ from the present
-        plan in one kernel."""
+        """Yield (kernel, plan, bytes it must move) over segments and blocks that differ from the
+        present plan in one kernel."""
         tokens = self.q.shape[1]
         one = self.q.numel() * self.q.element_size()
         for factor in (1, 2, 3, 4):
@@ -114,7 +114,7 @@ class Sweep:
                     yield name, dataclasses.replace(cut, **{name: Blocks(*choice)}), moved * one
 
     def rows(self) -> Iterator[Row]:
-        """One row per variant; a variant that does not compile or does not fit says so."""
+        """Yield one row per variant; a variant that does not compile or does not fit says so."""
         for name, plan, moved in self.variants():
             launch, blocks = getattr(self, name), getattr(plan, name)
             row: Row = {"kernel": name, "segments": plan.num_segments, **dataclasses.asdict(blocks)}

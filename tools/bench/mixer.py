@@ -60,7 +60,7 @@ class Case:
         self.decay = log_decay(h)
 
     def inputs(self, dtype: torch.dtype) -> list[Tensor]:
-        """projected, q weight, k weight, output weight: leaves."""
+        """Return the leaves: projected, q weight, k weight, output weight."""
         return [
             x.detach().to(dtype, copy=True).requires_grad_()
             for x in (self.projected, *self.weights)

@@ -51,11 +51,11 @@ class SyntheticTokens:
         return torch.stack(rows)
 
     def answers(self, sample_start: int, count: int, seq_length: int) -> Tensor | None:
-        """None: every token is to be predicted."""
+        """Return None: every token is to be predicted."""
         return None
 
     def document_ends(self, tokens: Tensor, sample_start: int) -> Tensor:
-        """Nowhere: each sample is one document."""
+        """Return that no document ends here: each sample is one document."""
         return torch.zeros_like(tokens, dtype=torch.bool)
 
 

@@ -174,9 +174,9 @@ class MixerSpec(BaseModel, ABC):
     def saved_activations(
         self, model: ModelConfig, tensor_ranks: int, recompute: Recompute
     ) -> float:
-        """Elements per token that one rank keeps for backward, from the projected sections to the
-        input of the output projection, with this package's kernels; `recompute` is "none" or
-        "selective" ("full" keeps nothing inside a layer)."""
+        """Count the elements per token that one rank keeps for backward, from the projected
+        sections to the input of the output projection, with this package's kernels; `recompute` is
+        "none" or "selective" ("full" keeps nothing inside a layer)."""
 
     @abstractmethod
     def layout_rules(self, model: ModelConfig) -> LayoutRules:
@@ -250,7 +250,7 @@ Spec = TypeVar("Spec", bound=MixerSpec)
 
 
 def register_mixer_spec(name: str) -> Callable[[type[Spec]], type[Spec]]:
-    """Class decorator: make a specification known under `name`."""
+    """Register a specification under `name`, as a class decorator."""
 
     def register(cls: type[Spec]) -> type[Spec]:
         assert name not in _REGISTRY, f"the specification of mixer {name!r} is registered twice"

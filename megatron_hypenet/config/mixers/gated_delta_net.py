@@ -70,8 +70,8 @@ class GatedDeltaNetSpec(MixerSpec):
     )
 
     def hf_sizes(self) -> Mapping[str, str]:
-        """gdn_nkv follows `expand_kv`; the reference's weight transfer reads the two keys of its
-        Lightning mixer for this one, too."""
+        """Derive gdn_nkv from `expand_kv`; the reference's weight transfer reads the two keys of
+        its Lightning mixer for this one, too."""
         groups = "num_attention_heads" if self.expand_kv else "num_key_value_heads"
         return {
             "gdn_nh": "num_attention_heads",
@@ -112,7 +112,7 @@ class GatedDeltaNetSpec(MixerSpec):
         )  # fmt: skip
 
     def core_flops(self, model: ModelConfig, seq_length: int) -> float:
-        """Per head; see `delta_rule_flops`."""
+        """Count per head; see `delta_rule_flops`."""
         return model.num_attention_heads * delta_rule_flops(model.kv_channels)
 
     def saved_activations(

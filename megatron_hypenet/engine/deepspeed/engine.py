@@ -214,7 +214,7 @@ class TrainingEngine:
         return norm
 
     def _refuse_bad_norm(self, *_: Any) -> None:
-        """Runs inside DeepSpeed's step, before the first change of a weight: a bad norm (-1 is
+        """Raise inside DeepSpeed's step, before the first change of a weight: a bad norm (-1 is
         DeepSpeed's mark) must not get this far. Where FusedAdamWStep has taken that step's place,
         it refuses such a norm itself.
 

@@ -86,8 +86,8 @@ def check_private_fields(deepspeed: Any) -> None:
 
 @contextmanager
 def without_casts() -> Iterator[None]:
-    """Inside, DeepSpeed takes a module with the dtypes that its parameters have: those that stay in
-    float32 beside a bfloat16 model would be rounded before an optimizer sees them."""
+    """Let DeepSpeed take a module with the dtypes that its parameters have, inside the block: those
+    that stay in float32 beside a bfloat16 model would be rounded before an optimizer sees them."""
     engine = owner_class(ENGINE)
     cast = engine._cast_module_mixed_precision
     engine._cast_module_mixed_precision = lambda *arguments: None

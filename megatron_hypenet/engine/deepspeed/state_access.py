@@ -189,7 +189,7 @@ class Zero3Access(OptimizerAccess):
 
     @contextmanager
     def gathered(self, parameter: nn.Parameter) -> Iterator[None]:
-        """Inside, `parameter` is gathered from all ranks."""
+        """Gather `parameter` from all ranks inside the block."""
         with self.deepspeed.zero.GatheredParameters([parameter]):
             yield
 

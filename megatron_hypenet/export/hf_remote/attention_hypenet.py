@@ -25,8 +25,8 @@ _MOST_CHANNELS = 256
 def softmax_attention(
     q: Tensor, k: Tensor, v: Tensor, step: Step, *, plain: bool = False
 ) -> Tensor:
-    """Causal attention of q [b, h, t, d] over k, v [b, g, past + t, d] -> [b, h, t, d]; padded keys
-    are left out.
+    """Compute causal attention of q [b, h, t, d] over k, v [b, g, past + t, d] -> [b, h, t, d];
+    padded keys are left out.
 
     `plain`: by products and a softmax, not by a fused kernel. In a step in place k and v are whole
     buffers."""

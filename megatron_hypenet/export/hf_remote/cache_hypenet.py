@@ -32,7 +32,7 @@ class HypeNetCache:
     _is_user_defined = False
 
     def __init__(self, slots: Iterable[CacheSlot]) -> None:
-        """An empty cache; `slots` by layer, `model.new_cache()` makes them."""
+        """Make an empty cache; `slots` by layer, `model.new_cache()` makes them."""
         self.slots = list(slots)
         self.steps = CapturedSteps()
         self.generates = False
@@ -49,8 +49,8 @@ class HypeNetCache:
 
     @property
     def is_linear(self) -> list[bool]:
-        """False for every layer: transformers takes True to mean that the layer does not know how
-        many tokens it has seen."""
+        """Return False for every layer: transformers takes True to mean that the layer does not
+        know how many tokens it has seen."""
         return [False] * len(self)
 
     @property
@@ -197,7 +197,7 @@ class HypeNetCache:
         self._real = grown
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i becomes what row beam_idx[i] was (beam search)."""
+        """Replace row i by what row beam_idx[i] was (beam search)."""
         self._change_rows(len(beam_idx), lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -207,7 +207,7 @@ class HypeNetCache:
         self.reorder_cache(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row becomes `repeats` rows, which follow each other."""
+        """Repeat every row `repeats` times, one after the other."""
         self._change_rows(self.batch_size * repeats, lambda x: x.repeat_interleave(repeats, dim=0))
 
     def _change_rows(self, batch: int, change: Callable[[Tensor], Tensor]) -> None:

@@ -117,7 +117,8 @@ class HypeNetConfig(PretrainedConfig):
 
     @property
     def mixers(self) -> tuple[type[HypeNetMixer], ...]:
-        """The mixers that layers have, each once; without those that this code does not know."""
+        """Return the mixers that layers have, each once; without those that this code does not
+        know."""
         return tuple(dict.fromkeys(MIXERS[name] for name in self.mixer_types if name in MIXERS))
 
     def check(self) -> None:

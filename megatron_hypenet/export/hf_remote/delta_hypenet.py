@@ -124,8 +124,8 @@ def delta_chunks(
 
 
 def _group_tokens(log_decay: Tensor) -> int:
-    """Tokens to work on at once: many chunks fill a GPU, one chunk stays in a CPU's cache. Decays
-    per channel need 8 copies of q for the decay between tokens of a block."""
+    """Return the number of tokens to work on at once: many chunks fill a GPU, one chunk stays in a
+    CPU's cache. Decays per channel need 8 copies of q for the decay between tokens of a block."""
     if log_decay.device.type == "cpu":
         return _CHUNK_TOKENS
     most = _GROUP_TOKENS if log_decay.shape[-1] == 1 else _GROUP_TOKENS // 4
@@ -178,9 +178,9 @@ def _decayed_products(k: Tensor, q: Tensor, log_decay: Tensor) -> tuple[Tensor, 
 
 
 def _products_by_channel(k: Tensor, q: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor]:
-    """The same with a decay per channel, which goes into the sum: from earlier tokens it splits at
-    the start of a block of 8 into two factors that are at most 1, within the block it is taken
-    pair by pair."""
+    """Compute `_decayed_products` with a decay per channel, which goes into the sum: from earlier
+    tokens it splits at the start of a block of 8 into two factors that are at most 1, within the
+    block it is taken pair by pair."""
     both = torch.stack([k, q], dim=-2)  # [..., chunk, 2, d]
     blocks = both.unflatten(-3, (-1, _BLOCK_TOKENS))  # [..., blocks, 8, 2, d]
     kb, gb = (x.unflatten(-2, (-1, _BLOCK_TOKENS)) for x in (k, log_decay))

@@ -35,7 +35,7 @@ follow from the mask."""
 def given_cache(
     past_key_values: HypeNetCache | None, cache: HypeNetCache | None
 ) -> HypeNetCache | None:
-    """The cache, whichever name it was given by; ValueError for both."""
+    """Return the cache, whichever name it was given by; ValueError for both."""
     if past_key_values is not None and cache is not None:
         raise ValueError(
             "past_key_values and cache are two names of one argument; give one of them"

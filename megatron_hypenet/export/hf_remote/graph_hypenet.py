@@ -26,12 +26,12 @@ class CapturedSteps:
     long as every tensor that it reads or writes stays where it is."""
 
     def __init__(self) -> None:
-        """Nothing has run yet."""
+        """Begin without a captured graph."""
         self.refused = False
         self.forget()
 
     def __reduce__(self) -> tuple[type[CapturedSteps], tuple[()]]:
-        """A copy of a cache has other memory, and captures for itself."""
+        """Copy as a new object: a copy of a cache has other memory, and captures for itself."""
         return CapturedSteps, ()
 
     def forget(self) -> None:
@@ -128,7 +128,7 @@ def record(function: Callable[[], Tensor]) -> tuple[Any, Tensor]:
 
 
 def can_be_captured(model: nn.Module, ids: Tensor) -> bool:
-    """Whether a graph of `model` would do what calling it does: all weights on one GPU, only
+    """Return whether a graph of `model` would do what calling it does: all weights on one GPU, only
     modules of torch and of this folder, none of them wrapped, hooked or compiled."""
     if (
         not ids.is_cuda

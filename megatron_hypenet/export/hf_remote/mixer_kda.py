@@ -55,7 +55,8 @@ class HypeNetKimiDeltaAttention(HypeNetDeltaMixer):
 
     @staticmethod
     def settings(config: PretrainedConfig) -> dict[str, Sequence[Any]]:
-        """The sizes are those of the attention; a convolution needs its length."""
+        """Return the allowed values: the sizes are those of the attention; a convolution needs its
+        length."""
         values: dict[str, Sequence[Any]] = {
             "kda_num_heads": (config.num_attention_heads,),
             "kda_head_dim": (config.head_dim,),

@@ -46,7 +46,8 @@ class HypeNetLightningMixer(HypeNetMixer):
 
     @staticmethod
     def settings(config: PretrainedConfig) -> dict[str, Sequence[Any]]:
-        """The sizes are those of the attention, and every switch has one supported value."""
+        """Return the allowed values: the sizes are those of the attention, and every switch has one
+        supported value."""
         return {
             "expand_kv_proj": (True,),
             "lightning_rope_scaling": (None,),
@@ -182,8 +183,8 @@ def _lightning_tokens(
 
 
 def _group_tokens(q: Tensor) -> int:
-    """Tokens to work on at once: many chunks fill a GPU and need few launches, one chunk stays in a
-    CPU's cache (twice as fast)."""
+    """Return the number of tokens to work on at once: many chunks fill a GPU and need few launches,
+    one chunk stays in a CPU's cache (twice as fast)."""
     chunk = _CHUNK_TOKENS[q.is_cuda]
     return max(chunk, _GROUP_TOKENS // q.shape[0] // chunk * chunk) if q.is_cuda else chunk
 

@@ -53,7 +53,7 @@ class HypeNetDecoderLayer(GradientCheckpointingLayer):
     """Pre-norm residual block: mixer, then MLP."""
 
     def __init__(self, config: HypeNetConfig, layer: int) -> None:
-        """`layer`: index of the layer; `config.mixer_types` says which mixer it has."""
+        """Build layer number `layer`; `config.mixer_types` says which mixer it has."""
         super().__init__()
         self.layer = layer
         self.self_attn = MIXERS[config.mixer_types[layer]](config)
@@ -281,7 +281,7 @@ class HypeNetModel(HypeNetPreTrainedModel):
     def _run(
         self, x: Tensor, step: Step, memory: HypeNetCache | None, inputs: list[Tensor] | None = None
     ) -> Tensor:
-        """x [b, t, H] through all layers and the final norm; a list `inputs` gets each layer's
+        """Run x [b, t, H] through all layers and the final norm; a list `inputs` gets each layer's
         input and the final output."""
         for layer in self.layers:
             if inputs is not None:
@@ -308,8 +308,8 @@ class HypeNetModel(HypeNetPreTrainedModel):
         memory: HypeNetCache | None,
         keep_last: int,
     ) -> Tensor:
-        """A long prompt, piece by piece into the cache; at least the final hidden states of the
-        `keep_last` last tokens."""
+        """Run a long prompt, piece by piece, into the cache; returns at least the final hidden
+        states of the `keep_last` last tokens."""
         b, t = given.shape[:2]
         size = max(_PREFILL_TOKENS // b, 1)
         kept: list[Tensor] = []
@@ -330,8 +330,8 @@ class HypeNetModel(HypeNetPreTrainedModel):
 def new_columns(
     attention_mask: Tensor | None, b: int, t: int, past: int, *, look: bool = True
 ) -> Tensor | None:
-    """The last t columns of a mask as bool [b, t], or None when all are real tokens; without `look`
-    every mask is given back, for a look waits for the device."""
+    """Return the last t columns of a mask as bool [b, t], or None when all are real tokens; without
+    `look` every mask is given back, for a look waits for the device."""
     if attention_mask is None:
         return None
     shape = list(getattr(attention_mask, "shape", [type(attention_mask).__name__]))
@@ -401,8 +401,8 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, HypeNetGenerationMixin):
         cache: HypeNetCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
-        """Next-token logits [b, t, vocab] (the last `logits_to_keep` tokens, 0 for all); with
-        `labels` [b, t] also the mean cross entropy.
+        """Return next-token logits [b, t, vocab] (the last `logits_to_keep` tokens, 0 for all);
+        with `labels` [b, t] also the mean cross entropy.
 
         Labels are shifted inside, unless they come shifted, as `shift_labels`; -100 is left out;
         `num_items_in_batch` replaces the count in the mean (gradient accumulation).

@@ -36,8 +36,8 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def without_autocast(
     rule: Callable[..., tuple[Tensor, Tensor]],
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    """A recurrence that computes in the dtype of its tensors, also under autocast (Trainer's and
-    TRL's `bf16`), which would do its products in bf16 and let the errors add up in the state."""
+    """Compute a recurrence in the dtype of its tensors, also under autocast (Trainer's and TRL's
+    `bf16`), which would do its products in bf16 and let the errors add up in the state."""
 
     @wraps(rule)
     def run(first: Tensor, *others: Any) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,8 @@ def in_memory_of(old: Tensor | None, new: Tensor) -> Tensor:
 
 
 def writable(x: Tensor) -> Tensor:
-    """x, or a copy where x was made in inference mode and may not be written outside of it."""
+    """Return x, or a copy where x was made in inference mode and may not be written outside of
+    it."""
     return x.clone() if x.is_inference() and not torch.is_inference_mode_enabled() else x
 
 
@@ -71,7 +72,7 @@ class CacheSlot:
             setattr(self, name, None if tensor is None else change(tensor))
 
     def reorder(self, beam_idx: Tensor) -> None:
-        """Row i becomes what row beam_idx[i] was (beam search)."""
+        """Replace row i by what row beam_idx[i] was (beam search)."""
         self.change_rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def reset(self) -> None:

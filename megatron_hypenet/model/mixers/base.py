@@ -114,8 +114,8 @@ class Mixer(MegatronModule, ABC):
                 self.add_module(f"{letter}_norm", norm)
 
     def _add_parameter(self, parameter: ParamSpec) -> None:
-        """A parameter without a submodule, drawn by its name; ZeRO-3 gathers it for this module's
-        call."""
+        """Add a parameter without a submodule, drawn by its name; ZeRO-3 gathers it for this
+        module's call."""
         drawn = self._drawn(parameter, seed=torch.initial_seed() % 2**31)
         dtype = self.config.params_dtype
         if parameter.dtype == "float32":
@@ -149,8 +149,8 @@ class Mixer(MegatronModule, ABC):
         return name in self.param_specs and self.param_specs[name].dtype == "float32"
 
     def weight(self, name: str) -> Tensor:
-        """A parameter of this module for use in its computation: where every tensor-parallel rank
-        holds all of it but uses it for its own heads only, its gradient is summed over the
+        """Return a parameter of this module for use in its computation: where every tensor-parallel
+        rank holds all of it but uses it for its own heads only, its gradient is summed over the
         ranks."""
         parameter: Tensor = getattr(self, name)
         if self.param_specs[name].tp_dim is None and self.tensor_size > 1:
@@ -235,10 +235,10 @@ class Mixer(MegatronModule, ABC):
 
     @torch.no_grad()
     def init_from_attention(self, attention: "Mixer", *, seed: int) -> Self:
-        """HALO's weight transfer (arXiv 2601.22156): every parameter with a source is copied from
-        the softmax layer that this mixer replaces, key and value rows repeated for each query head
-        of their group; the others are drawn by name and `seed`, the same on every layout. Returns
-        itself. TypeError where this is softmax attention, or the other is not."""
+        """Apply HALO's weight transfer (arXiv 2601.22156): every parameter with a source is copied
+        from the softmax layer that this mixer replaces, key and value rows repeated for each query
+        head of their group; the others are drawn by name and `seed`, the same on every layout.
+        Returns itself. TypeError where this is softmax attention, or the other is not."""
         if not self.spec.recurrent:
             raise TypeError(f"{type(self).__name__} does not take over attention weights")
         if attention.spec.recurrent:
@@ -309,7 +309,7 @@ _REGISTRY: dict[str, type[Mixer]] = {}
 
 
 def register_mixer(name: str) -> Callable[[type[Mixer]], type[Mixer]]:
-    """Class decorator: make the module of the mixer that has a specification `name` known."""
+    """Register the module of the mixer that has a specification `name`, as a class decorator."""
 
     def register(cls: type[Mixer]) -> type[Mixer]:
         assert name not in _REGISTRY, f"mixer {name!r} is registered twice"

@@ -43,7 +43,7 @@ def torch_lightning_decode(
     *,
     scale: float,
 ) -> Tensor:
-    """The same with torch; states may be fp64 too."""
+    """Compute `lightning_decode` with torch; states may be fp64 too."""
     dtype = states.dtype
     decay = log_decay.to(states.device, dtype).exp()[:, None, None]
     before = states.index_select(0, slots).masked_fill(new[:, None, None, None], 0.0)

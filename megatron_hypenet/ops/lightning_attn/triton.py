@@ -483,8 +483,8 @@ def _plan(q: Tensor, v: Tensor) -> Plan:
 
 
 def _access(tensors: tuple[Tensor, ...], whole: bool) -> int:
-    """Descriptors where the GPU and this Triton support them, the memory is aligned, and they are
-    faster; else pointers."""
+    """Choose descriptors where the GPU and this Triton support them, the memory is aligned, and
+    they are faster; else pointers."""
     if (
         _has_descriptors(tensors[0].device)
         and _descriptors_pay(tensors[0])
@@ -531,8 +531,8 @@ def descriptors_for_all() -> Iterator[None]:
 
 
 def _aligned(x: Tensor) -> bool:
-    """The rule of the tensor memory accelerator: start and strides are multiples of 16 bytes, and
-    no stride is 0."""
+    """Check the rule of the tensor memory accelerator: start and strides are multiples of 16 bytes,
+    and no stride is 0."""
     unit = 16 // x.element_size()
     return x.data_ptr() % 16 == 0 and all(
         size == 1 or (s > 0 and s % unit == 0)

@@ -129,8 +129,8 @@ def state_at(
 
 @triton.jit
 def pair_decay(decay, chunk: tl.constexpr, reverse: tl.constexpr):
-    """gamma^|i - j| of token i and the tokens j it sees, [chunk, chunk]: j <= i, or j >= i in a
-    reverse scan."""
+    """Return gamma^|i - j| of token i and the tokens j it sees, [chunk, chunk]: j <= i, or j >= i
+    in a reverse scan."""
     i = tl.arange(0, chunk)[:, None]
     j = tl.arange(0, chunk)[None, :]
     if reverse:

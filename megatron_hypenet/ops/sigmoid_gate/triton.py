@@ -80,7 +80,7 @@ def backward(x: Tensor, gate: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _grid(rows: Tensor) -> tuple[int]:
-    """Programs of a launch: the blocks of all rows, in the order they lie in memory."""
+    """Return the programs of a launch: the blocks of all rows, in the order they lie in memory."""
     return (rows.shape[0] * triton.cdiv(rows.shape[1], BLOCK),)
 
 

@@ -68,7 +68,7 @@ def backward(x: Tensor, dy: Tensor) -> Tensor:
 
 
 def _grid(rows: Tensor) -> tuple[int]:
-    """Programs of a launch: the blocks of all rows, in the order they lie in memory."""
+    """Return the programs of a launch: the blocks of all rows, in the order they lie in memory."""
     return (rows.shape[0] * triton.cdiv(rows.shape[1] // 2, BLOCK),)
 
 

@@ -163,7 +163,7 @@ class _Heads:
 
 
 def _tiles(queries: int, keys: int, causal: bool) -> Iterator[tuple[slice, int]]:
-    """Rows of each tile of queries, and how many keys the tile's last query can see."""
+    """Yield the rows of each tile of queries, and how many keys the tile's last query can see."""
     for start in range(0, queries, TILE_QUERIES):
         stop = min(start + TILE_QUERIES, queries)
         yield slice(start, stop), stop + keys - queries if causal else keys

@@ -85,11 +85,11 @@ class DeltaRuleExchange(ChunkExchange):
         self.scale = scale
 
     def combine(self, chunks: Chunks) -> Transition:
-        """S_out = M S + B; a state enters a chunk where its document goes on."""
+        """Combine by S_out = M S + B; a state enters a chunk where its document goes on."""
         return Transition(continuing_chunks(chunks.document_ids, chunks.number))
 
     def local_summary(self, chunks: Chunks, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """M [2 b, h, k, k] and B [2 b, h, k, v] of each chunk; q is not used."""
+        """Compute M [2 b, h, k, k] and B [2 b, h, k, v] of each chunk; q is not used."""
         return self.summary(*inputs[1:], document_ids=chunks.rows)
 
     def apply(

@@ -152,8 +152,8 @@ def join_chunks(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
 def split_chunks(
     local_tokens: int, group: dist.ProcessGroup, document_ids: Tensor | None
 ) -> Chunks:
-    """This rank's two chunks of sequences of which it holds `local_tokens`; document_ids covers
-    whole sequences. Raises ValueError when local_tokens is odd."""
+    """Split this rank's sequences, of which it holds `local_tokens`, into its two chunks;
+    document_ids covers whole sequences. Raises ValueError when local_tokens is odd."""
     size = group.size()
     c = local_chunk_tokens(local_tokens, size)
     rows = None

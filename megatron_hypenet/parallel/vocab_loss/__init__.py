@@ -277,8 +277,8 @@ def _run(
     split: _Split,
     grads: HeadGradients | None,
 ) -> Tensor:
-    """Merged statistics [numbers, n] of all tokens of hidden [n, h]; also fills `grads` unless it
-    is None."""
+    """Return merged statistics [numbers, n] of all tokens of hidden [n, h]; also fills `grads`
+    unless it is None."""
     count = hidden.shape[0]
     vocab_rows = weight.shape[0]
     dtype = accumulation_dtype(hidden.dtype)
@@ -366,7 +366,7 @@ class _Split:
     surveyed=({}, {"tensor_ranks": 2, "vocab_rows": 75_968}),
 )
 def _terms(hidden: Tensor) -> ModuleType:
-    """Triton kernels where logits are fp32 on CUDA, torch elsewhere (and where Triton is not
+    """Choose Triton kernels where logits are fp32 on CUDA, torch elsewhere (and where Triton is not
     installed, or the kernels are disabled)."""
     if (
         not hidden.is_cuda

@@ -87,7 +87,7 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 
 
 def accumulate(total: Tensor, a: Tensor, b: Tensor, *, fresh: bool) -> None:
-    """total [m, n] += a [m, k] @ b [k, n] in total's dtype; `fresh` means that total is not
+    """Add a [m, k] @ b [k, n] to total [m, n] in total's dtype; `fresh` means that total is not
     initialised, not even with zeros."""
     beta = 0 if fresh else 1
     if a.dtype == total.dtype:

@@ -18,8 +18,8 @@ from torch import Tensor
 
 
 def kl_stats(student: Tensor, teacher: Tensor) -> Tensor:
-    """Logits [n, v] of both models -> statistics [1, 5, n]; the logits become e^(logit -
-    maximum)."""
+    """Compute from logits [n, v] of both models -> statistics [1, 5, n]; the logits become e^(logit
+    - maximum)."""
     s_max, t_max = student.amax(-1), teacher.amax(-1)
     s, t = student.sub_(s_max[:, None]), teacher.sub_(t_max[:, None])
     difference = t - s

@@ -42,7 +42,7 @@ class ConvolvedState(DeltaState):
 
     @classmethod
     def state_dtypes(cls, config: Any, model_dtype: torch.dtype) -> tuple[torch.dtype, ...]:
-        """The inputs are kept as they come."""
+        """Return the dtypes of the states; the inputs are kept as they come."""
         return (torch.float32, model_dtype) if config.kda_use_conv else (torch.float32,)
 
     def decode(self, inputs: list[Tensor], slots: Tensor, new: Tensor) -> Tensor:

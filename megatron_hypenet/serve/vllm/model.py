@@ -157,7 +157,8 @@ class HypeNetForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsMambaPrefix
         intermediate_tensors: Any = None,
         inputs_embeds: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states [T, H] of the tokens of a step; there are no other pipeline stages."""
+        """Return hidden states [T, H] of the tokens of a step; there are no other pipeline
+        stages."""
         return self.model(input_ids, positions, inputs_embeds)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:

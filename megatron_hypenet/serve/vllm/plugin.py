@@ -33,8 +33,8 @@ def register() -> None:
 
 
 def cached_head_size(head_dim: int) -> int:
-    """The smallest head size with kernels that holds `head_dim` channels: keys and values of other
-    sizes are filled up with zeros. ValueError above 256."""
+    """Return the smallest head size with kernels that holds `head_dim` channels: keys and values of
+    other sizes are filled up with zeros. ValueError above 256."""
     for size in HEAD_SIZES:
         if head_dim <= size:
             return size

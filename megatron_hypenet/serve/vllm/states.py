@@ -146,7 +146,7 @@ class StateBackend(AttentionBackend):
 
     @classmethod
     def is_ssm(cls) -> bool:
-        """True: its cache has states, not keys and values."""
+        """Return True: the layer's cache has states, not keys and values."""
         return True
 
 
@@ -176,7 +176,7 @@ class StateLayer(nn.Module, MambaBase):
 
     @classmethod
     def state_dtypes(cls, config: Any, model_dtype: torch.dtype) -> tuple[torch.dtype, ...]:
-        """Their dtypes; matrices are summed up in fp32 in every model."""
+        """Return the dtypes of the states; matrices are summed up in fp32 in every model."""
         return (torch.float32,)
 
     def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
@@ -213,7 +213,7 @@ class StateLayer(nn.Module, MambaBase):
         return output
 
     def over_requests(self, inputs: list[Tensor], output: Tensor, requests: Requests) -> None:
-        """`mixed` for the requests of one step; rows behind them are left as they are."""
+        """Compute `mixed` for the requests of one step; rows behind them are left as they are."""
         if n := requests.num_decodes:
             rows = [x[:n] for x in inputs]
             output[:n] = self.decode(rows, requests.slots[:n], requests.new_decodes[:n])

@@ -95,7 +95,8 @@ class Cluster:
 
 @pytest.fixture(scope="session")
 def cluster():
-    """Three nodes; runs of two leave a spare one. A test that harms a node heals it again."""
+    """Start a cluster of three nodes; runs of two leave a spare one. A test that harms a node heals
+    it again."""
     # below /tmp itself: the path of munge's socket may have 107 characters
     up = Cluster(f"/tmp/hypenet-slurm-{os.getpid()}", 3)
     yield up

@@ -122,7 +122,7 @@ def parent_of(process):
 
 
 def send(number, *numbers):
-    """A signal to processes of which some may have ended."""
+    """Send a signal to processes of which some may have ended."""
     for process in numbers:
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, number)

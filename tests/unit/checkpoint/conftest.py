@@ -133,5 +133,5 @@ class MemoryEngine:
 
 @pytest.fixture
 def make_engine():
-    """Builds a MemoryEngine around a fresh FusedModel."""
+    """Provide a function that builds a MemoryEngine around a fresh FusedModel."""
     return lambda: MemoryEngine(FusedModel())

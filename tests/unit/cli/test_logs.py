@@ -15,7 +15,7 @@ def invoke(capsys, *words):
 
 @pytest.fixture
 def run(tmp_path):
-    """Two jobs; the first has started twice, the second not yet."""
+    """Make two jobs; the first has started twice, the second not yet."""
     folder = run_with_jobs(tmp_path / "run", (1, "align"), (2, "distill"))
     for number in (0, 1):
         path = attempt(folder, 1, number)

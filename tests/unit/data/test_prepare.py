@@ -144,7 +144,7 @@ CHAT_TEMPLATE = """{%- for m in messages %}{{ '<|endoftext|>' + m.role + ' ' + m
 
 @pytest.fixture
 def corpus(tmp_path):
-    """A folder of three files; batches are small, and every one is noted in the journal."""
+    """Make a folder of three files; batches are small, and every one is noted in the journal."""
     folder = tmp_path / "corpus"
     folder.mkdir()
     lines = "".join(json.dumps({"text": f"Text {n}. " * (1 + n % 7)}) + "\n" for n in range(300))

@@ -128,7 +128,7 @@ class StandIn:
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """Replaces CUDA's graphs and streams in the module under test; gives a way to wrap an engine's
+    """Replace CUDA's graphs and streams in the module under test; gives a way to wrap an engine's
     micro-step."""
 
     @contextmanager

@@ -60,7 +60,7 @@ class HfModel:
 
 
 def model_config(*, student: bool = False, **changes: Any) -> ModelConfig:
-    """Three layers; the student has Lightning, softmax, Lightning."""
+    """Return a model of three layers; the student has Lightning, softmax, Lightning."""
     sizes = dict(
         hidden_size=32,
         ffn_hidden_size=48,

@@ -15,7 +15,7 @@ class Model:
 
     @staticmethod
     def token_scores(ids):
-        """What a model would say of each token."""
+        """Return what a model would say of each token."""
         return ids, ids
 
 

@@ -96,8 +96,8 @@ def test_unknown_head_is_fatal_and_never_this_machine():
 
 
 def scontrol(tmp_path, monkeypatch, script):
-    """A program of this name in front of the PATH: what the cluster answers is the input of these
-    tests."""
+    """Put a program of this name in front of the PATH: what the cluster answers is the input of
+    these tests."""
     program = tmp_path / "scontrol"
     program.write_text(f"#!/bin/sh\n{script}\n")
     program.chmod(0o755)

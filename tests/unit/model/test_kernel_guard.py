@@ -135,7 +135,7 @@ def test_one_use_is_looked_at_once(monkeypatch):
 
 
 def test_the_failure_of_any_rank_decides_for_all(monkeypatch, caplog):
-    """Of two ranks this one passes everything; the other fails in lightning_attn and, because that
+    """This one of two ranks passes everything; the other fails in lightning_attn and, because that
     needs it, in lightning_mix."""
     order = sorted(EVERY)
     others = iter([float(not name.startswith("lightning")) for name in order])

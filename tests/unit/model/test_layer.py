@@ -34,8 +34,8 @@ def one_layer(dtype=torch.float64, mixer="lightning_attn", **options):
 
 
 def passed(layer, forward, dtype=torch.float64, **more):
-    """Output and gradients by name; the input and its place in the graph are those of a layer
-    inside a model."""
+    """Return output and gradients by name; the input and its place in the graph are those of a
+    layer inside a model."""
     generator = torch.Generator().manual_seed(4)
     x, dy = (
         torch.randn(TOKENS, 2, 24, generator=generator, dtype=torch.float64).to(dtype)

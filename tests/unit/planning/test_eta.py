@@ -99,7 +99,7 @@ PAUSES = {part: [(EVALUATION, 4.0), (SAVE, 6.0)] for part in (20, 40, 60, 80, 10
 
 
 def whole(world):
-    """The whole run: moving files takes 5 s, work runs at 1 FLOP/s times its kind's use."""
+    """Return the whole run: moving files takes 5 s, work runs at 1 FLOP/s times its kind's use."""
     world.time += 5.0
     world.clock.begin("teacher")
     world.time += 5.0

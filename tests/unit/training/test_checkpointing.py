@@ -27,7 +27,7 @@ def one_process():
 
 @pytest.fixture
 def gate(monkeypatch):
-    """Writers of a save wait until it is set."""
+    """Make the writers of a save wait until it is set."""
     event = threading.Event()
     write = shard_writer.ShardWrite.write
 

@@ -73,8 +73,8 @@ def test_points_and_lines_of_an_interval(tmp_path):
 
 
 def next_second():
-    """TensorBoard reads files by name, which has whole seconds and then a counter in the process:
-    10 would come before 9."""
+    """Wait for the next second: TensorBoard reads files by name, which has whole seconds and then a
+    counter in the process, and 10 would come before 9."""
     now = int(time.time())
     while int(time.time()) == now:
         time.sleep(0.02)

@@ -15,7 +15,7 @@ GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 @torch.no_grad()
 def without_cache(model, ids, count):
-    """Greedy decoding by whole forward passes."""
+    """Decode greedily by whole forward passes."""
     for _ in range(count):
         ids = torch.cat(
             [ids, model(ids, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)], 1

@@ -5,7 +5,7 @@ import torch
 
 
 def drawn(t, *, per_channel=False, b=2, h=3, dk=8, dv=6, seed=0, strongest=12.0):
-    """q, k [b, t, h, dk], v [b, t, h, dv], log decay, beta in (0, 2); float64 leaves."""
+    """Draw q, k [b, t, h, dk], v [b, t, h, dv], log decay, beta in (0, 2); float64 leaves."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):

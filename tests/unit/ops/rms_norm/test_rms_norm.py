@@ -44,8 +44,8 @@ def gradients(op, x, weight, dy, dtype):
 
 
 def residual_gradients(op, leaves, upstream, dtype):
-    """Both outputs, and the gradients of the leaves (x, residual or None, weight); `upstream` has
-    None for an output that is not used."""
+    """Return both outputs, and the gradients of the leaves (x, residual or None, weight);
+    `upstream` has None for an output that is not used."""
     inputs = [None if a is None else a.to(dtype).detach().requires_grad_() for a in leaves]
     outputs = op(*inputs, 1e-6)
     used, grads = zip(

@@ -7,10 +7,10 @@ from tests import vllm_engine as vllm
 
 @pytest.fixture
 def same_tokens(tmp_path):
-    """same_tokens(mixer, options, **changes of the model): serve a random model, and require the
-    exported code's tokens for one prompt by itself, for five together (four at a time, the longest
-    in chunks), and for the same five again; returns, of that last round, the number of tokens that
-    came from the prefix cache, by prompt."""
+    """Provide same_tokens(mixer, options, **changes of the model): serve a random model, and
+    require the exported code's tokens for one prompt by itself, for five together (four at a time,
+    the longest in chunks), and for the same five again; returns, of that last round, the number of
+    tokens that came from the prefix cache, by prompt."""
 
     def check(mixer, options=None, **changes):
         folder = vllm.write_folder(tmp_path / "folder", mixer, **changes)
