@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 
-from megatron_hypenet.training.metrics import loss_lines
+from megatron_hypenet.training.step_files import loss_lines
 
 
 def read_losses(path):

@@ -4,6 +4,7 @@ left for the whole run."""
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -45,7 +46,8 @@ class Screen:
         if is_main:
             log_file.parent.mkdir(parents=True, exist_ok=True)
             self._log = log_file.open("a", encoding="utf-8", buffering=1)
-            if stream.isatty():
+            # a terminal that moves no cursor (TERM=dumb) gets lines only
+            if stream.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown"):
                 self._bar = _bar(stream)
                 self._task = self._bar.add_task("", total=1.0)
                 self._bar.start()
@@ -55,7 +57,8 @@ class Screen:
         if not self.is_main:
             return
         if self._bar is not None:
-            self._bar.console.print(text, highlight=False, markup=False)
+            # the terminal breaks long lines: one that is copied or searched stays whole
+            self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
         else:
             print(text, file=self.stream, flush=True)
         if self._log is not None:

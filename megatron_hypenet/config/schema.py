@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -275,8 +275,9 @@ class StageConfig(Section):
     )
     eval_interval: PositiveInt | None = Field(
         default=None,
-        description="Steps between held-out losses in TensorBoard (eval/heldout-loss); "
-        "null takes one at the end only.",
+        description="Steps between evaluations on held-out text (eval/... in TensorBoard and the "
+        "log); null takes about ten in a stage, fewer where they would cost more than a twentieth "
+        "of its time. The last step is always evaluated.",
     )
     cuda_graphs: Switch = Field(
         default=True,
@@ -400,7 +401,10 @@ class SelectConfig(Section):
 
 
 class EvalConfig(Section):
-    """Measurements at the end of a stage and of the run."""
+    """Measurements during training and at the end of the run."""
+
+    quick_sequences: ClassVar[int] = 16
+    """Held-out sequences, and recall documents, of an evaluation during training."""
 
     seq_length: PositiveInt = Field(
         default=512, description="Tokens per sequence at length multiple 1."
@@ -528,3 +532,16 @@ class RunConfig(Section):
             raise KeyError(f"no stage {name!r}; stages are {', '.join(STAGES)}")
         config: StageConfig = getattr(self, name)
         return config
+
+    def eval_every(self, stage: StageConfig) -> int:
+        """Steps between evaluations in `stage`, one of this run's stages.
+
+        Unless it is set, a tenth of the stage, and at least so many that they take less than a
+        twentieth of its time: an evaluation sends 3 x quick_sequences sequences forward, a third of
+        them through two models, and training takes at least three times as long per token.
+        """
+        if stage.eval_interval is not None:
+            return stage.eval_interval
+        evaluated = 3 * self.eval.quick_sequences * self.eval.seq_length
+        cheap = -(-20 * 4 * evaluated // (3 * 3 * stage.tokens_per_step))
+        return max(-(-stage.train_iters // 10), cheap)

@@ -25,7 +25,7 @@ from megatron_hypenet.checkpoint.manifest import TEACHER_LICENSE
 from megatron_hypenet.checkpoint.retention import finish
 from megatron_hypenet.config.schema import STAGES, RunConfig
 from megatron_hypenet.errors import CheckpointError
-from megatron_hypenet.halo import build_stage, datasets
+from megatron_hypenet.halo import build_stage, datasets, tracking
 from megatron_hypenet.halo.report import (
     draw_importance,
     draw_report,
@@ -39,14 +39,20 @@ from megatron_hypenet.halo.tasks import from_init, halo_steps, required_checkpoi
 from megatron_hypenet.model.hypenet import HypeNetModel
 from megatron_hypenet.model.memory import release_memory
 from megatron_hypenet.parallel import groups
+from megatron_hypenet.parallel.agreement import from_first
 from megatron_hypenet.stages.base import StageModule
+from megatron_hypenet.stages.head import HeadStage
 from megatron_hypenet.stages.layer_sweep import score_layers
 from megatron_hypenet.stages.select import LayerScores, Selection, load_scores, load_selection, rank
 from megatron_hypenet.stages.spec import stage_spec
 from megatron_hypenet.supervision.heartbeat import PROGRESS
 from megatron_hypenet.training.loop import train
 from megatron_hypenet.training.metrics import StepRecord
+from megatron_hypenet.training.tags import EVAL, LM_LOSS, TEACHER
 from megatron_hypenet.untrusted.files import has_entry
+
+TEACHER_SCORES = "teacher_scores"
+"""The entry of the probe's record with what `Measure.quick` found of the teacher."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +130,8 @@ class Halo:
         datasets.check_lengths(self.run, self.folder)  # lengths may change after the data was made
         teacher = build_stage.load_teacher(self.run, self.folder.teacher)
         vocab_size = teacher.model_config.vocab_size
-        loss = datasets.measure(self.run, self.folder).probe_loss(teacher)
+        found = datasets.measure(self.run, self.folder).quick(teacher)
+        loss = found[LM_LOSS]
         limit = self.run.guard.max_teacher_loss or 0.9 * math.log(vocab_size)
         if not loss < limit:
             raise CheckpointError(
@@ -134,7 +141,7 @@ class Halo:
                 "Check the teacher's folder and that its "
                 "tokenizer belongs to it; guard.max_teacher_loss sets the limit"
             )
-        return {"teacher_loss": loss, "limit": limit}
+        return {"teacher_loss": loss, "limit": limit, TEACHER_SCORES: found}
 
     def do_stage(self, name: str) -> dict[str, Any]:
         """Train one stage from the run's own results."""
@@ -149,6 +156,7 @@ class Halo:
         self, name: str, *, teacher: Path | None = None, init: Path | None = None
     ) -> dict[str, Any]:
         """Train one stage to its end."""
+        constant = self._teacher_scores() if stage_spec(name).through_head else {}
         stage = build_stage.build_stage(name, self.run, teacher=teacher, init=init)
         self.log(build_stage.parameter_table(stage))
         self.folder.stage(name).mkdir(exist_ok=True)
@@ -158,7 +166,7 @@ class Halo:
             self.run.stage(name),
             self.run,
             self.folder.stage(name),
-            tensorboard_dir=self.folder.tensorboard / name,
+            trackers=partial(tracking.of_stage, self.run, self.folder, name, stage.layout),
             tokenizer_dir=tokenizer_dir(self.folder.teacher),
             extra={
                 **self._noted_by_teacher(),
@@ -166,7 +174,7 @@ class Halo:
             },
             on_step=self.on_step,
             on_pause=self.on_pause,
-            evaluate=self._heldout_loss_of(stage),
+            evaluate=self._evaluation_of(stage, constant),
             log=self.log,
         )
         del stage
@@ -186,12 +194,37 @@ class Halo:
             **({} if stated is None else {TEACHER_LICENSE: stated}),
         }
 
-    def _heldout_loss_of(self, stage: StageModule) -> Callable[[int], dict[str, float]]:
-        """Return the function whose values the training loop writes to TensorBoard every
-        eval_interval steps and at the end."""
+    def _evaluation_of(
+        self, stage: StageModule, teacher: Mapping[str, float]
+    ) -> Callable[[int], dict[str, float]]:
+        """Return the function whose values the training loop reports at every evaluation: the
+        stage's loss on held-out text, and what the student can do beside the `teacher`."""
         measure = datasets.measure(self.run, self.folder)
         seq_length = self.run.stage(stage.name).seq_length
-        return lambda step: {"eval/heldout-loss": measure.stage_loss(stage, seq_length)}
+        loss = stage_spec(stage.name).loss
+
+        def evaluate(_step: int) -> dict[str, float]:
+            student = measure.quick(stage) if isinstance(stage, HeadStage) else {}
+            values = {EVAL + name: value for name, value in student.items()}
+            if loss not in student:
+                values[EVAL + loss] = measure.stage_loss(stage, seq_length)
+            return values | {EVAL + TEACHER + name: value for name, value in teacher.items()}
+
+        return evaluate
+
+    def _teacher_scores(self) -> Mapping[str, float]:
+        """Return what the probe found of the teacher; measured now where it did not run, or ran
+        under an older version."""
+        found: Mapping[str, float] | None = from_first(
+            self.folder.records().get("probe", {}).get(TEACHER_SCORES)
+        )
+        if found is None:
+            PROGRESS.note("evaluate")
+            teacher = build_stage.load_teacher(self.run, self.folder.teacher)
+            found = datasets.measure(self.run, self.folder).quick(teacher)
+            del teacher
+            release_memory()
+        return found
 
     def do_select(self) -> dict[str, Any]:
         """Score every layer alone, then rank; an interrupted sweep continues."""
@@ -202,6 +235,7 @@ class Halo:
         if groups.rank() == 0:
             write_json(self.folder.mixers_file, selection.to_json())
             draw_importance(self.folder, selection)
+            tracking.show_selection(self.run, self.folder)
         return {"attention_layers": list(selection.attention_layers)}
 
     def _sweep(self) -> None:
@@ -269,6 +303,7 @@ class Halo:
         if groups.rank() == 0:
             write_report(self.run, self.folder, rows, report_seconds=time.monotonic() - start)
             draw_report(self.folder)
+            tracking.show_report(self.run, self.folder)
             if self.folder.export.is_dir():
                 self.note_figures(self.folder.export, read_report(self.folder))
         return {}

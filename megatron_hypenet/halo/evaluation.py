@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -21,12 +21,17 @@ from megatron_hypenet.parallel import groups
 from megatron_hypenet.parallel.cpu import device
 from megatron_hypenet.stages.base import MicroBatch, StageModule
 from megatron_hypenet.training.schedule import stage_loss
-
-PROBE_SEQUENCES = 16
-"""Number of held-out sequences for the check of the teacher."""
+from megatron_hypenet.training.tags import ACCURACY, LM_LOSS, RECALL
 
 Row = dict[str, Any]
 """One model in the report: heldout_loss, heldout_accuracy, and recall by length multiple."""
+
+
+class Scoring(Protocol):
+    """A model, or a training stage with one."""
+
+    def token_scores(self, input_ids: Tensor, /) -> tuple[Tensor, Tensor]:
+        """Score tokens as `HypeNetModel.token_scores` does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,15 +45,25 @@ class Measure:
     heldout: Callable[[int, int], Tensor]
     """(count, seq_length) -> held-out sequences, int64 [count or fewer, seq_length + 1]."""
 
-    def probe_loss(self, teacher: HypeNetModel) -> float:
-        """Measure the loss of the teacher on a little held-out text, in nats per token."""
+    def quick(self, model: Scoring) -> dict[str, float]:
+        """Measure loss in nats per token and accuracy in % on a little held-out text, and recall in
+        % over a few documents at the shortest length of the report; for the teacher before training
+        and for a student in between. Returns them by the names of `training/tags.py`."""
         settings = self.run.eval
-        loss, _ = heldout_loss(
-            _scores(teacher),
-            self.heldout(PROBE_SEQUENCES, settings.seq_length),
+        loss, accuracy = heldout_loss(
+            _scores(model),
+            self.heldout(settings.quick_sequences, settings.seq_length),
             batch_size=settings.batch_size,
         )
-        return loss
+        multiple = min(settings.length_multiples)
+        recall = recall_accuracy(
+            _scores(model),
+            self.task(settings.recall_pairs),
+            count=settings.quick_sequences,
+            seq_length=multiple * settings.seq_length,
+            batch_size=max(1, settings.batch_size // multiple),
+        )
+        return {LM_LOSS: loss, ACCURACY: accuracy, RECALL: recall}
 
     def selection_scores(self, model: HypeNetModel) -> dict[str, float]:
         """Measure recall accuracy and, instead of the paper's commonsense suite, next-token
@@ -91,14 +106,14 @@ class Measure:
         return {"model": name, "heldout_loss": loss, "heldout_accuracy": accuracy, "recall": recall}
 
     def stage_loss(self, stage: StageModule, seq_length: int) -> float:
-        """Return the mean loss of a training stage on held-out text of at most `seq_length` tokens;
-        the caller has set eval mode."""
+        """Return the mean loss of a training stage on a little held-out text of at most
+        `seq_length` tokens; the caller has set eval mode."""
         settings = self.run.eval
         total = 0.0
         # at most the report's length, which is known to fit the held-out text
         length = min(seq_length, settings.seq_length)
         unit = self.run.parallel.sequence_unit
-        texts = self.heldout(settings.heldout_sequences, max(length - length % unit, unit))
+        texts = self.heldout(settings.quick_sequences, max(length - length % unit, unit))
         for part in texts.split(settings.batch_size):
             loss = stage_loss(stage, MicroBatch(part.to(device())))
             total += float(groups.all_reduce_mean(loss)) * len(part)
@@ -109,6 +124,6 @@ class Measure:
         return 1 + len(self.run.eval.length_multiples)
 
 
-def _scores(model: HypeNetModel) -> TokenScores:
+def _scores(model: Scoring) -> TokenScores:
     """Return the model's token scores for ids on any device."""
     return lambda ids: model.token_scores(ids.to(device()))

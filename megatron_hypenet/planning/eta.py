@@ -78,16 +78,24 @@ def planned_work(run: RunConfig, teacher: ModelConfig, steps: Sequence[str]) -> 
     for name in STAGES:
         stage = run.stage(name)
         per_token = stage_spec(name).flops(teacher, student, stage.seq_length)
-        evaluated = settings.heldout_sequences * min(stage.seq_length, settings.seq_length)
-        often = stage.train_iters // stage.eval_interval if stage.eval_interval else 0
+        evaluated = settings.quick_sequences * min(stage.seq_length, settings.seq_length)
+        quick = _quick_flops(run, student) if stage_spec(name).through_head else 0.0
         planned[name] = Planned(
             flops=stage.train_iters * stage.tokens_per_step * per_token,
-            # backward is left out; the last step is always evaluated
-            evaluations=max(1, often),
-            evaluation_flops=evaluated * per_token / 3,
+            # the last step is always evaluated; backward is left out
+            evaluations=-(-stage.train_iters // run.eval_every(stage)),
+            evaluation_flops=evaluated * per_token / 3 + quick,
             saves=max(1, -(-stage.train_iters // stage.save_interval)),
         )
     return {name: planned.get(name, Planned()) for name in steps}
+
+
+def _quick_flops(run: RunConfig, student: ModelConfig) -> float:
+    """Work of one `Measure.quick`: held-out text, and recall documents at the shortest length."""
+    settings = run.eval
+    lengths = (settings.seq_length, min(settings.length_multiples) * settings.seq_length)
+    tokens = settings.quick_sequences
+    return tokens * sum(length * forward_flops(student, length) for length in lengths)
 
 
 def use_of(step: str) -> float:

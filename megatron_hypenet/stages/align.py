@@ -68,7 +68,7 @@ class AlignStage(StageModule):
 
     def forward(self, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Map tokens [b, t + 1] -> mean of the layer losses; metrics hold every layer's own as
-        align/layer_NN."""
+        align-layers/NN."""
         tokens = local_tokens(batch)
         with torch.no_grad():
             self.teacher.hidden(tokens.inputs, tokens.document_ids)
@@ -81,7 +81,9 @@ class AlignStage(StageModule):
         # this may run inside the teacher's pass, which has gradients disabled
         with torch.enable_grad():
             loss = torch.stack(list(losses.values())).sum() / self.model_config.num_layers
-        return loss, {f"align/layer_{layer:02d}": value.detach() for layer, value in losses.items()}
+        return loss, {
+            f"align-layers/{layer:02d}": value.detach() for layer, value in losses.items()
+        }
 
     def pipeline_step(self, pipeline: PipelineRun) -> None:
         """Run the teacher's trunk forward only; this rank differentiates its own layers' losses at
@@ -115,6 +117,7 @@ class AlignSpec(StageSpec):
     name = AlignStage.name
     needs_teacher = True
     through_head = False
+    loss = "align-mse"
 
     def build(self, source: ModelSource, config: StageConfig) -> AlignStage:
         """Build the trunk, and mixers initialised from its attention."""

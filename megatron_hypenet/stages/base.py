@@ -105,7 +105,7 @@ class StageModule(nn.Module, ABC):
     """
 
     name: ClassVar[str]
-    """The stage's name in configs, folders and metric tags."""
+    """The stage's name in configs and folders."""
 
     def __init__(self, model_config: ModelConfig) -> None:
         super().__init__()

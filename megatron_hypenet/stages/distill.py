@@ -48,7 +48,7 @@ class DistillStage(HeadStage):
             sequence_parallel=self.student.config.sequence_parallel,
             token_weights=None if tokens.answer_weights is None else tokens.answer_weights.t(),
         )
-        return loss, {"distill/kl": loss.detach()}
+        return loss, {"train/kl": loss.detach()}
 
 
 @register_stage
@@ -57,6 +57,7 @@ class DistillSpec(HeadSpec):
 
     name = DistillStage.name
     needs_teacher = True
+    loss = "kl"
     mfu = 0.49
 
     def build(self, source: ModelSource, config: StageConfig) -> DistillStage:

@@ -37,7 +37,7 @@ class FinetuneStage(HeadStage):
             sequence_parallel=self.student.config.sequence_parallel,
             token_weights=None if tokens.weights is None else tokens.weights.t(),
         )
-        return loss, {"finetune/lm_loss": loss.detach()}
+        return loss, {"train/lm-loss": loss.detach()}
 
 
 @register_stage
@@ -46,6 +46,7 @@ class FinetuneSpec(HeadSpec):
 
     name = FinetuneStage.name
     needs_teacher = False
+    loss = "lm-loss"
     mfu = 0.53
 
     def build(self, source: ModelSource, config: StageConfig) -> FinetuneStage:

@@ -73,8 +73,13 @@ class HeadStage(StageModule):
         """Return (loss, metrics) as `forward` gives them, from final hidden states [t, b, h] of
         student and teacher."""
 
-    def forward(self, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Map tokens [b, t + 1] -> (loss, metrics)."""
+    def forward(
+        self, batch: MicroBatch, *, scores: bool = False
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Map tokens [b, t + 1] -> (loss, metrics); with `scores`, what `token_scores` returns."""
+        if scores:
+            nll, correct = self.student.token_scores(batch.tokens)
+            return nll.mean(), {"nll": nll, "correct": correct}
         tokens = local_tokens(batch)
         teacher_hidden = None
         if self.frozen_teacher is not None:
@@ -83,6 +88,14 @@ class HeadStage(StageModule):
         return self.head_loss(
             tokens, self.student.hidden(tokens.inputs, tokens.document_ids), teacher_hidden
         )
+
+    def token_scores(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Score tokens by the student as `HypeNetModel.token_scores` does, on any layout, while the
+        engine trains it.
+
+        It goes through the call of this module, for which ZeRO-3 gathers the output head."""
+        _, found = self(MicroBatch(input_ids), scores=True)
+        return found["nll"], found["correct"]
 
     def pipeline_step(self, pipeline: PipelineRun) -> None:
         """Run the teacher forward for all micro-batches and keep its hidden states on the last

@@ -43,7 +43,10 @@ class StageSpec(ABC):
     """One training stage of HALO."""
 
     name: ClassVar[str]
-    """The stage's name in configs, folders and metric tags."""
+    """The stage's name in configs and folders."""
+    loss: ClassVar[str]
+    """The name of the quantity that it minimises, which is reported as train/NAME, and as eval/NAME
+    on held-out text. `lm-loss` is the student's next-token cross entropy."""
     needs_teacher: ClassVar[bool]
     """Whether the stage needs a frozen teacher."""
     through_head: ClassVar[bool]

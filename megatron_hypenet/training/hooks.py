@@ -127,8 +127,8 @@ class RecordingHook(Hook):
         )
 
     def on_eval(self, step: int, values: Mapping[str, float], seconds: float) -> None:
-        """Write the values to TensorBoard."""
-        self.recorder.points(step, values)
+        """Report the values."""
+        self.recorder.evaluation(step, values, seconds)
 
 
 class CallbackHook(Hook):

@@ -39,6 +39,8 @@ from megatron_hypenet.training.micro_batches import StepReader, TokenSource
 from megatron_hypenet.training.opening import Job, Opened, opened
 from megatron_hypenet.training.schedule import forward_backward
 from megatron_hypenet.training.stragglers import StepTimes
+from megatron_hypenet.training.trackers.base import Tracker
+from megatron_hypenet.training.trackers.tensorboard import TensorBoard
 
 
 def train(
@@ -48,7 +50,7 @@ def train(
     run: RunConfig,
     out_dir: Path | str,
     *,
-    tensorboard_dir: Path | None = None,
+    trackers: Callable[[int], Sequence[Tracker]] | None = None,
     tokenizer_dir: Path | None = None,
     extra: dict[str, Any] | None = None,
     on_step: Callable[[StepRecord], None] | None = None,
@@ -62,8 +64,10 @@ def train(
     Returns at once when that checkpoint exists and its files are verified. Otherwise it continues
     from the newest usable checkpoint; on the same layout the continuation is bit-equal. `on_step`
     is called with every step on every process, `on_pause` with "evaluate" or "save" and the seconds
-    for which training paused; `evaluate` gives extra TensorBoard points every
-    eval_interval steps and after the last. `extra` goes into the manifests. Raises DivergedError
+    for which training paused; `evaluate` gives points of held-out quantities at its interval
+    (`RunConfig.eval_every`) and after the last step. `trackers` opens what shows the points of the
+    steps after the given one; without it they go to TensorBoard files in <out_dir>/tb. `extra` goes
+    into the manifests. Raises DivergedError
     (weights unchanged since the last good step), SavedAndRequeue after a signal or STOP file,
     LayoutError when the stage does not fit the GPU, CheckpointError.
     """
@@ -78,7 +82,7 @@ def train(
         config=config,
         run=run,
         out_dir=Path(out_dir),
-        tensorboard_dir=tensorboard_dir or Path(out_dir) / "tb",
+        trackers=trackers or (lambda step: [TensorBoard(Path(out_dir) / "tb", step)]),
         tokenizer_dir=tokenizer_dir,
         extra=extra or {},
         log=log,
@@ -191,8 +195,9 @@ class _Loop:
 
     def _evaluate_if_due(self, end: StepEnd) -> None:
         """Evaluate at the interval and after the last step, where there is something to do."""
-        interval = self.config.eval_interval
-        if self.evaluate is None or not (end.last or (interval and end.step % interval == 0)):
+        if self.evaluate is None or not (
+            end.last or end.step % self.run.eval_every(self.config) == 0
+        ):
             return
         start = time.perf_counter()
         self.stage.eval()

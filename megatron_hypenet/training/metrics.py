@@ -1,66 +1,26 @@
-"""Report a training run: every loss to losses.jsonl, TensorBoard points and one line per log
-interval.
+"""Report a training run: every loss to losses.jsonl, points to metrics.jsonl and the trackers, and
+a line per log interval and evaluation.
 
-TensorBoard tags and units are in the table below; a stage adds its own (align/layer_00 ...,
-distill/kl, finetune/lm_loss).
+The tags of the points are in tags.py.
 """
 
 from __future__ import annotations
 
-import json
-import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Annotated, Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from megatron_hypenet.atomic_files import write_text
-from megatron_hypenet.errors import DataError
 from megatron_hypenet.training.short_text import short_count, short_time
+from megatron_hypenet.training.step_files import LOSSES, METRICS, LossLog, MetricsLog
+from megatron_hypenet.training.tags import EVAL, SPEED, TEACHER, TRAIN, tag_of
 from megatron_hypenet.training.throughput import Workload
-from megatron_hypenet.untrusted.files import FileKind, has_entry
-from megatron_hypenet.untrusted.json_text import parse_json, typed
-
-logger = logging.getLogger(__name__)
-
-_KIND = FileKind(
-    error=DataError,
-    advice="restore the file, or delete the damaged lines: the run goes on without them",
-    max_bytes=1 << 30,
-)
-
-TAGS = {
-    "loss": "mean stage loss since the last point (align: mean squared error; "
-    "distill and finetune: nats per token)",
-    "learning-rate": "of the last step",
-    "grad-norm": "global gradient norm of the last step, before clipping",
-    "tokens-per-second": "tokens of all processes per second, since the last point",
-    "tokens-per-second-per-gpu": "the same per process, each of which has one GPU (or is one on a "
-    "CPU)",
-    "tflops-per-gpu": "useful floating-point operations per second and process, "
-    "in units of 1e12 (model/flops.py)",
-    "mfu": "those over the GPU's dense bf16 peak, between 0 and 1; only for GPUs whose peak is "
-    "known",
-    "step-time-ms": "milliseconds per step, since the last point",
-    "step-time/min-ms": "of the time each rank spends in its own forward passes per step: "
-    "the fastest rank's (training/stragglers.py)",
-    "step-time/median-ms": "the median of the ranks; those above 1.3 times their peers' in three "
-    "intervals are named in slow-ranks",
-    "step-time/max-ms": "the slowest rank's",
-    "tokens-seen": "tokens consumed since the stage began",
-    "skipped-steps": "steps of this stage so far that were left out because their loss or gradient "
-    "was not finite",
-    "memory-gib": "peak GPU memory of the stage, or resident memory on a CPU, "
-    "of the rank where it is largest",
-}
-"""Tag -> meaning and unit; eval/* comes from the evaluation callback."""
+from megatron_hypenet.training.trackers.base import Tracker
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,7 +31,9 @@ class StepRecord:
     step: int
     train_iters: int
     loss: float
+    """The value of this step alone."""
     grad_norm: float
+    """The value of this step alone."""
     lr: float
     tokens_per_second: float
     """Tokens per second, averaged over the current log interval."""
@@ -82,14 +44,20 @@ class StepRecord:
     skipped: bool = False
     """True when the loss or the gradient was not finite and nothing was updated; loss and grad_norm
     are then NaN."""
+    mean_loss: float | None = None
+    """Mean of the losses since the last logged step; None where the loss itself is meant."""
+    mean_grad_norm: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     """The stage's metrics, averaged over the log interval; only on steps that are logged."""
 
     def line(self) -> str:
-        """Return the log line of this step."""
+        """Return the log line of the interval that ends with this step: loss, gradient norm and
+        speed are means over it."""
+        loss = self.loss if self.mean_loss is None else self.mean_loss
+        norm = self.grad_norm if self.mean_grad_norm is None else self.mean_grad_norm
         return (
-            f"iter {self.step}/{self.train_iters} | loss {self.loss:.4g} | gnorm "
-            f"{self.grad_norm:.3g} | lr {self.lr:.2e} | "
+            f"iter {self.step}/{self.train_iters} | loss {loss:.4g} | gnorm "
+            f"{norm:.3g} | lr {self.lr:.2e} | "
             f"{short_count(self.tokens_per_second)} tok/s{self._use()}"
             + ("" if self.eta_seconds is None else f" | eta {short_time(self.eta_seconds)}")
         )
@@ -113,87 +81,28 @@ class StepRecord:
         )
 
 
-class LossLog:
-    """The file losses.jsonl: one line per step with exact values (JSON keeps every bit of a float).
-    When a run continues, later lines are removed."""
-
-    def __init__(self, path: Path, resumed_step: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        records = loss_lines(path)
-        kept = [line for line, record in records if record.step <= resumed_step]
-        reached = max((record.step for _, record in records), default=0)
-        if reached < resumed_step:
-            logger.warning(
-                "%s ends at step %d, the run continues after step %d: the losses between are lost",
-                path,
-                reached,
-                resumed_step,
-            )
-        write_text(path, "".join(line + "\n" for line in kept))
-        self._stream: IO[str] = path.open("a", buffering=1)
-
-    def append(self, step: int, loss: float | None, grad_norm: float | None, lr: float) -> None:
-        """Add one step; a skipped one has no loss and no norm."""
-        self._stream.write(
-            json.dumps({"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr}) + "\n"
-        )
-
-    def close(self) -> None:
-        """Flush and close."""
-        self._stream.close()
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossLine:
-    """One line of losses.jsonl; entries of a later version are ignored."""
-
-    step: Annotated[int, Field(ge=1)]
-    loss: float | None
-    grad_norm: float | None
-    lr: float
-
-
-def loss_lines(path: Path) -> list[tuple[str, LossLine]]:
-    """Return the lines of a losses.jsonl and their parsed content, with ascending steps. An
-    incomplete last line, as a killed process leaves it, is dropped. DataError names the first line
-    that is damaged otherwise."""
-    if not has_entry(path):
-        return []
-    *lines, _torn = _KIND.read_bytes(path).split(b"\n")
-    found: list[tuple[str, LossLine]] = []
-    for number, content in enumerate(lines, start=1):
-        where = f"{path}, line {number}"
-        line = _KIND.decode(where, content)
-        record = typed(_KIND, where, parse_json(_KIND, where, line), LossLine)
-        if found and record.step <= found[-1][1].step:
-            _KIND.refuse(where, f"step {record.step} follows step {found[-1][1].step}")
-        found.append((line, record))
-    return found
-
-
 class Recorder:
-    """Writes the reports on rank 0. On other ranks it only measures time, so that all ranks make
+    """Writes the reports on the first process. On others it only measures time, so that all make
     records."""
 
     def __init__(
-        self, *, stage: str, train_iters: int, step: int, first: bool, out_dir: Path,
-        tensorboard_dir: Path,
+        self, *, stage: str, loss: str, train_iters: int, step: int, first: bool, out_dir: Path,
+        trackers: Sequence[Tracker] = (),
         log: Callable[[str], None] | None = None, workload: Workload | None = None,
         skipped_steps: int = 0,
     ) -> None:  # fmt: skip
+        """`loss` names the quantity that the stage minimises (`StageSpec.loss`); the recorder
+        closes the `trackers`, which only the first process has."""
         self.workload = workload
+        self.loss_tag = TRAIN + loss
         self.skipped_steps = skipped_steps
         self.stage = stage
         self.train_iters = train_iters
         self.first = first
         self._log = log or _print_line
-        self._losses = LossLog(out_dir / "losses.jsonl", step) if first else None
-        self._board: Any = None
-        if first:
-            from torch.utils.tensorboard import SummaryWriter
-
-            # from step 0 too: a start that ended before its first save may have written points
-            self._board = SummaryWriter(str(tensorboard_dir), purge_step=step + 1)
+        self._losses = LossLog(out_dir / LOSSES, step) if first else None
+        self._metrics = MetricsLog(out_dir / METRICS, step) if first else None
+        self._trackers = tuple(trackers)
         self._first: tuple[int, float] | None = None
         """The first step of this start, and when it was done."""
         self._restart(step)
@@ -203,6 +112,7 @@ class Recorder:
         self._from_step = step
         self._tokens = 0
         self._loss_sum = 0.0
+        self._norm_sum = 0.0
         self._num_losses = 0
 
     def step(
@@ -223,6 +133,7 @@ class Recorder:
             self.skipped_steps += 1
         else:
             self._loss_sum += loss
+            self._norm_sum += grad_norm
             self._num_losses += 1
         elapsed = max(time.perf_counter() - self._since, 1e-9)
         if self._losses is not None:
@@ -239,7 +150,12 @@ class Recorder:
             eta_seconds=eta,
             workload=self.workload,
             skipped=skipped,
+            mean_loss=self._mean(self._loss_sum),
+            mean_grad_norm=self._mean(self._norm_sum),
         )
+
+    def _mean(self, total: float) -> float:
+        return total / self._num_losses if self._num_losses else math.nan
 
     def _eta(self, step: int) -> float | None:
         moment = time.perf_counter()
@@ -263,20 +179,29 @@ class Recorder:
         """Log the interval that ends with `record`, and begin the next; `memory` is the fullest
         rank's `memory_gib`, `slow` names ranks that slow the others down."""
         steps = self.interval_steps(record.step)
-        if self._board is not None:
-            points = {
-                "loss": self._loss_sum / self._num_losses if self._num_losses else math.nan,
+        if self.first:
+            trained = {
                 "learning-rate": record.lr,
-                "grad-norm": record.grad_norm,
-                "tokens-per-second": record.tokens_per_second,
-                "step-time-ms": 1000 * (time.perf_counter() - self._since) / steps,
+                "grad-norm": self._mean(self._norm_sum),
                 "tokens-seen": tokens_seen,
                 "skipped-steps": self.skipped_steps,
+            }
+            speed = {
+                "tokens-per-second": record.tokens_per_second,
+                **self._use(record.tokens_per_second),
+                "step-time-ms": 1000 * (time.perf_counter() - self._since) / steps,
                 "memory-gib": memory,
             }
-            self.points(record.step, {**points, **self._use(record.tokens_per_second), **metrics})
+            points = {
+                **{TRAIN + name: value for name, value in trained.items()},
+                **{SPEED + name: value for name, value in speed.items()},
+                **metrics,
+                self.loss_tag: self._mean(self._loss_sum),
+            }
+            self.points(record.step, points)
             if slow:
-                self._board.add_text("step-time/slow-ranks", slow, record.step)
+                for tracker in self._trackers:
+                    tracker.text("speed/slow-ranks", slow, record.step)
             self._log(record.line() + (f" | slow: {slow}" if slow else ""))
         self._restart(record.step)
 
@@ -298,17 +223,24 @@ class Recorder:
         """Exclude `seconds` (a save, an evaluation) from the speed of the current interval."""
         self._since += seconds
 
+    def evaluation(self, step: int, values: Mapping[str, float], seconds: float) -> None:
+        """Report an evaluation on held-out text, which took `seconds`."""
+        if values:
+            self.points(step, {**values, SPEED + "evaluation-seconds": seconds})
+            self.note(evaluation_line(step, self.train_iters, values, seconds))
+
     def points(self, step: int, values: Mapping[str, float]) -> None:
-        """Write TensorBoard points at `step`."""
-        if self._board is not None:
-            for tag, value in values.items():
-                self._board.add_scalar(tag, value, step)
+        """Write the values of tags at `step` to metrics.jsonl and the trackers."""
+        if self._metrics is not None:
+            self._metrics.append(step, values)
+        for tracker in self._trackers:
+            tracker.scalars(step, values)
 
     def flush(self) -> None:
         """Write buffered points to the disk. This comes before a save, because a start that
         continues from the save does not write earlier points again."""
-        if self._board is not None:
-            self._board.flush()
+        for tracker in self._trackers:
+            tracker.flush()
 
     def note(self, text: str) -> None:
         """Log one line that is not a step: resumed, saved."""
@@ -317,10 +249,30 @@ class Recorder:
 
     def close(self) -> None:
         """Flush and close the files."""
-        if self._losses is not None:
-            self._losses.close()
-        if self._board is not None:
-            self._board.close()
+        for log in (self._losses, self._metrics):
+            if log is not None:
+                log.close()
+        for tracker in self._trackers:
+            tracker.close()
+
+
+def evaluation_line(
+    step: int, train_iters: int, values: Mapping[str, float], seconds: float
+) -> str:
+    """Return the log line of an evaluation: held-out quantities of the student, each with the
+    teacher's where that is known."""
+    parts = [f"held-out at iter {step}/{train_iters}"]
+    for tag, value in values.items():
+        name = tag.removeprefix(EVAL)
+        if name.startswith(TEACHER):
+            continue
+        about = tag_of(tag)
+        unit = " %" if about is not None and about.unit == "%" else ""
+        digits = ".1f" if unit else ".4g"
+        teacher = values.get(f"{EVAL}{TEACHER}{name}")
+        beside = "" if teacher is None else f" (teacher {teacher:{digits}}{unit})"
+        parts.append(f"{name} {value:{digits}}{unit}{beside}")
+    return " | ".join([*parts, short_time(seconds)])
 
 
 class MetricSums:

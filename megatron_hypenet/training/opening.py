@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from megatron_hypenet.engine.deepspeed.engine import TrainingEngine
 from megatron_hypenet.errors import ConfigError
 from megatron_hypenet.parallel import groups
 from megatron_hypenet.stages.base import StageModule
+from megatron_hypenet.stages.spec import stage_spec
 from megatron_hypenet.supervision.faults import out_of_gpu_memory, record_now
 from megatron_hypenet.supervision.heartbeat import PROGRESS
 from megatron_hypenet.supervision.signals import Requests
@@ -26,6 +27,7 @@ from megatron_hypenet.training.checkpointing import Saver
 from megatron_hypenet.training.metrics import Recorder, reset_peak_memory
 from megatron_hypenet.training.micro_batches import TokenSource
 from megatron_hypenet.training.throughput import Workload, peak_flops
+from megatron_hypenet.training.trackers.base import Tracker
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +39,8 @@ class Job:
     config: StageConfig
     run: RunConfig
     out_dir: Path
-    tensorboard_dir: Path
+    trackers: Callable[[int], Sequence[Tracker]]
+    """Opens what shows the points of the steps after the given one; called on the first process."""
     tokenizer_dir: Path | None
     extra: Mapping[str, Any]
     """Entries for the manifests of its checkpoints."""
@@ -134,13 +137,15 @@ def _load(job: Job, engine: TrainingEngine, checkpoint: Path) -> TrainState:
 
 
 def _recorder(job: Job, state: TrainState) -> Recorder:
+    first = groups.rank() == 0
     return Recorder(
         stage=job.stage.name,
+        loss=stage_spec(job.stage.name).loss,
         train_iters=job.config.train_iters,
         step=state.step,
-        first=groups.rank() == 0,
+        first=first,
         out_dir=job.out_dir,
-        tensorboard_dir=job.tensorboard_dir,
+        trackers=job.trackers(state.step) if first else (),
         log=job.log,
         workload=Workload(
             job.stage.flops_per_token(job.config.seq_length),

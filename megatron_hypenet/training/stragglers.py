@@ -59,9 +59,9 @@ class StepTimes:
         `steps` steps, slow ranks), the same on all processes."""
         seconds = groups.gather_numbers(self.clock.take() / max(steps, 1))
         points = {
-            "step-time/min-ms": 1000 * min(seconds),
-            "step-time/median-ms": 1000 * statistics.median(seconds),
-            "step-time/max-ms": 1000 * max(seconds),
+            "speed/rank-time-min-ms": 1000 * min(seconds),
+            "speed/rank-time-median-ms": 1000 * statistics.median(seconds),
+            "speed/rank-time-max-ms": 1000 * max(seconds),
         }
         return points, self._judge(seconds)
 

@@ -118,7 +118,7 @@ def test_alignment_losses_and_gradients(case, dtype):
     loss, metrics = AlignStage(teacher, mixers)(MicroBatch(tokens))
     assert error(loss, golden["stage1_loss"]) < LIMITS[dtype]
     for layer, want in enumerate(golden["stage1_loss_per_layer"]):
-        assert error(metrics[f"align/layer_{layer:02d}"], want) < LIMITS[dtype], layer
+        assert error(metrics[f"align-layers/{layer:02d}"], want) < LIMITS[dtype], layer
     loss.backward()
     for layer, mixer in mixers.items():
         sections = mixer.linear_in.weight.grad.split(list(mixer.local_sections.values()))

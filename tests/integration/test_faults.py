@@ -193,7 +193,7 @@ def test_one_run_goes_through_all_of_it(capfd, tmp_path, small_disk):
     named = [line for line in straight.said.splitlines() if "slow: rank 1 on" in line]
     assert [line.split(" | ")[0] for line in named] == ["iter 6/6"] and "rank 0 on" not in named[0]
     board = EventAccumulator(str(next(tmp_path.rglob("events.*")).parent)).Reload()
-    (text,) = board.Tensors("step-time/slow-ranks/text_summary")
+    (text,) = board.Tensors("speed/slow-ranks/text_summary")
     assert (
         text.step == 6 and text.tensor_proto.string_val[0].decode() == named[0].split("slow: ")[1]
     )

@@ -12,6 +12,7 @@ import time
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_hypenet.stages.spec import stage_spec
 from tests.integration.slurm.runs import (
     STAGES,
     event_time,
@@ -51,7 +52,7 @@ class DeadNode:
         restart_slurmd(self.cluster, self.node)
 
 
-def points(folder, tag="loss"):
+def points(folder, tag):
     """Return (step, value) of all points of a tag, as TensorBoard shows them."""
     board = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     return [(point.step, point.value) for point in board.Scalars(tag)]
@@ -119,7 +120,7 @@ def test_a_dead_node_is_replaced_and_the_run_ends_on_a_single_node(
         assert [row["loss"] for row in mine] == pytest.approx(
             [row["loss"] for row in undisturbed], rel=1e-5
         )
-        shown = points(out / "tb" / stage)
+        shown = points(out / "tb" / stage, f"train/{stage_spec(stage).loss}")
         assert [step for step, _ in shown] == [row["step"] for row in mine]
         assert [value for _, value in shown] == pytest.approx(
             [row["loss"] for row in mine], rel=1e-6

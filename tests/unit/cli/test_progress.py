@@ -132,3 +132,19 @@ def test_a_continued_run_keeps_its_log(tmp_path, time):
         screen.say("hello")
         screen.close()
     assert len((tmp_path / "logs" / "x.log").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("surroundings", [{}, {"NO_COLOR": "1"}, {"COLUMNS": "40"}])
+@pytest.mark.parametrize("kind", ["dumb", "xterm-256color", None])
+def test_a_line_stays_whole_in_every_terminal(tmp_path, time, monkeypatch, kind, surroundings):
+    monkeypatch.setenv("TERM", kind or "xterm")
+    for name, value in surroundings.items():
+        monkeypatch.setenv(name, value)
+    stream = io.StringIO() if kind is None else Terminal()
+    screen = make(tmp_path, time, stream)
+    line = "held-out at iter 40/400 | lm-loss 2.315 (teacher 2.25) | " + "recall 87.5 % " * 9
+    screen.train_line(line)
+    screen.close()
+    assert f"  {line}\n" in stream.getvalue()
+    assert ("\x1b" in stream.getvalue()) == (kind == "xterm-256color"), "only there is a bar"
+    assert line in (tmp_path / "logs" / "x.log").read_text()

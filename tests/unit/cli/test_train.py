@@ -46,10 +46,18 @@ def test_held_out_losses_reach_tensorboard_and_leave_training_alone(config, tmp_
     for name, words in (("often", often), ("seldom", [])):
         where = [f"output_dir={tmp_path / name}", f"parallel.zero_stage={zero_stage}"]
         assert run(["train", str(config), "--stage", "finetune", *where, *words]) == 0
+    of_student = tuple(
+        who + name for who in ("", "teacher-") for name in ("lm-loss", "accuracy", "recall")
+    )
     for stage in ("align", "distill", "finetune"):
         events = EventAccumulator(str(tmp_path / "often" / "tb" / stage)).Reload()
-        points = [(point.step, point.value) for point in events.Scalars("eval/heldout-loss")]
-        assert [step for step, _ in points] == [1, 2] and all(value > 0 for _, value in points)
+        of_stage = {"align": ("align-mse",), "distill": ("kl", *of_student), "finetune": of_student}
+        found = {tag for tag in events.Tags()["scalars"] if tag.startswith("eval/")}
+        assert found == {f"eval/{name}" for name in of_stage[stage]}
+        for tag in found:
+            points = [(point.step, point.value) for point in events.Scalars(tag)]
+            assert [step for step, _ in points] == [1, 2] and all(value > 0 for _, value in points)
+            assert ("teacher" not in tag) or points[0][1] == points[1][1]
         losses = [
             (tmp_path / name / stage / "losses.jsonl").read_text() for name in ("often", "seldom")
         ]

@@ -122,8 +122,8 @@ def leaf_keys(root: type[BaseModel], above: tuple[str, ...] = ()):
 
 def test_no_setting_is_without_effect(repo_root):
     """The test requires that each setting's name is read as an attribute somewhere outside the
-    schema, itself or through a property that is read there: a setting nobody reads misleads its
-    user."""
+    schema, itself or through a property or method that is read there: a setting nobody reads
+    misleads its user."""
     read = set()
     for path in (repo_root / "megatron_hypenet").rglob("*.py"):
         if path.name not in ("schema.py", "model.py"):
@@ -136,11 +136,7 @@ def test_no_setting_is_without_effect(repo_root):
         (repo_root / "megatron_hypenet" / "config" / "schema.py").read_text(encoding="utf-8")
     )
     for function in ast.walk(schema):
-        if (
-            isinstance(function, ast.FunctionDef)
-            and function.name in read
-            and "property" in map(ast.unparse, function.decorator_list)
-        ):
+        if isinstance(function, ast.FunctionDef) and function.name in read:
             read |= {node.attr for node in ast.walk(function) if isinstance(node, ast.Attribute)}
     assert [".".join(key) for key in leaf_keys(RunConfig) if key[-1] not in read] == []
 
@@ -161,3 +157,15 @@ def test_the_mixer_of_a_run_is_chosen_by_name():
     ):
         with pytest.raises(ValidationError, match=says):
             AlignConfig.model_validate({**STAGE, **wrong})
+
+
+def test_evaluations_are_few_and_cheap_unless_their_interval_is_set():
+    long = {**STAGE, "train_iters": 2000, "seq_length": 512}
+    settings = {**RUN, "align": {**long, "eval_interval": 7}, "distill": long}
+    run = RunConfig.model_validate({**settings, "eval": {"seq_length": 512}})
+    assert run.eval_every(run.align) == 7
+    assert run.eval_every(run.distill) == 200
+    # 10 steps of 512 tokens take less time than one evaluation of 48 sequences of 512
+    assert run.eval_every(run.finetune) > run.finetune.train_iters
+    forward_of_training = 3 * run.distill.tokens_per_step * run.eval_every(run.distill)
+    assert (16 * 2 + 32) * 512 < forward_of_training / 20

@@ -34,7 +34,10 @@ def test_without_a_gpu_nothing_is_captured_and_a_failed_capture_runs_eagerly(cap
         loss, metrics = graphs.replay(batch, first=True)
     assert "no CUDA graph" in caplog.text and not engine.sums.empty
     want, _ = stage(batch)
-    assert torch.equal(loss, want.detach()) and set(metrics) == {"align/layer_00", "align/layer_01"}
+    assert torch.equal(loss, want.detach()) and set(metrics) == {
+        "align-layers/00",
+        "align-layers/01",
+    }
     assert not graphs.takes(batch)
     engine.close()
 
@@ -187,7 +190,7 @@ def trained(wrap, *, factor=1.0, between=lambda engine: None):
         loss, metrics = forward_backward(
             engine, [MicroBatch(ToyData().batch(4 * step + at, 2, 8)) for at in (0, 2)]
         )
-        found += [float(loss), float(metrics["align/layer_00"]), engine.apply(0.05)]
+        found += [float(loss), float(metrics["align-layers/00"]), engine.apply(0.05)]
         between(engine)
     graphs = engine.graphs
     engine.close()

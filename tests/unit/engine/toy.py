@@ -32,7 +32,7 @@ class ToyStage(StageModule):
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         if self.poison is not None and (tokens == self.poison).any():
             loss = loss * (Trap.apply(loss) if self.poison_gradient else float("nan"))
-        return loss, {"align/layer_00": loss.detach() * 2, "align/layer_01": loss.detach() * 0}
+        return loss, {"align-layers/00": loss.detach() * 2, "align-layers/01": loss.detach() * 0}
 
     def flops_per_token(self, seq_length):
         return 1e6

@@ -1,5 +1,7 @@
 """Which material is measured, in which amounts."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -95,12 +97,18 @@ def test_a_stage_is_measured_by_its_own_loss_over_all_sequences(measure):
         shapes.append(tuple(batch.tokens.shape))
         return torch.tensor(float(len(shapes))), {}
 
-    assert measure.stage_loss(stage, 12) == pytest.approx((2 * 1 + 2 * 2 + 1 * 3) / 5)
+    few = dataclasses.replace(
+        measure, heldout=lambda count, length: torch.zeros(min(count, 5), length + 1)
+    )
+    assert few.stage_loss(stage, 12) == pytest.approx((2 * 1 + 2 * 2 + 1 * 3) / 5)
     assert shapes == [(2, 13), (2, 13), (1, 13)]
     measure.stage_loss(stage, 99)
-    assert shapes[-1] == (1, 17), "not longer than what the report reads"
+    assert shapes[3:] == [(2, 17)] * 8, "not longer than what the report reads"
 
 
-def test_the_probe_is_small(measure, calls):
-    assert measure.probe_loss(Model) == 2.5
-    assert calls == [("heldout", (module.PROBE_SEQUENCES, 17), 2)]
+def test_a_quick_look_is_small(measure, calls):
+    assert measure.quick(Model) == {"lm-loss": 2.5, "accuracy": 40.0, "recall": 20.0}
+    assert calls == [
+        ("heldout", (16, 17), 2),
+        ("task of 3", {"count": 16, "seq_length": 16, "batch_size": 2}),
+    ]

@@ -52,8 +52,10 @@ def test_work_grows_with_what_is_asked(tmp_path):
 def test_pauses_and_unequal_parts_are_planned(tmp_path):
     stage = {**STAGE, "train_iters": 10, "save_interval": 4, "eval_interval": 3}
     work = planned_work(config(tmp_path, align=stage), TEACHER, STEPS)
-    assert (work["align"].evaluations, work["align"].saves) == (3, 3)
+    assert (work["align"].evaluations, work["align"].saves) == (4, 3)  # and after the last step
     assert work["distill"].evaluations == 1 and work["align"].evaluation_flops > 0
+    # the student's language loss and recall come to the loss of the stage itself
+    assert work["finetune"].evaluation_flops > 2 * work["align"].evaluation_flops
     parts = work["report"].parts
     assert len(parts) == 4 * 5 and parts[4] > 8 * parts[1]  # 8 times as long, and attention
     assert sum(parts) == pytest.approx(work["report"].flops)

@@ -46,7 +46,7 @@ def test_loss_and_gradients_are_those_of_plain_torch(stage, batch):
     mixers, losses = expected_losses(batch.tokens)
     torch.stack(losses).mean().backward()
     torch.testing.assert_close(loss, torch.stack(losses).mean(), rtol=1e-12, atol=0)
-    assert list(metrics) == ["align/layer_00", "align/layer_01", "align/layer_02"]
+    assert list(metrics) == ["align-layers/00", "align-layers/01", "align-layers/02"]
     for got, want in zip(metrics.values(), losses, strict=True):
         torch.testing.assert_close(got, want.detach(), rtol=1e-12, atol=0)
         assert not got.requires_grad

@@ -27,7 +27,7 @@ def test_loss_and_gradients_are_those_of_whole_logits(student, teacher, batch, c
     )
     want.backward()
     torch.testing.assert_close(loss, want, rtol=1e-12, atol=0)
-    assert metrics == {"distill/kl": loss.detach()} and not metrics["distill/kl"].requires_grad
+    assert metrics == {"train/kl": loss.detach()} and not metrics["train/kl"].requires_grad
     for name, parameter in student.named_parameters():
         torch.testing.assert_close(
             got[name],

@@ -17,7 +17,7 @@ def test_loss_and_gradients_are_those_of_whole_logits(student, batch, chunk_toke
     want = F.cross_entropy(student(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
     want.backward()
     torch.testing.assert_close(loss, want, rtol=1e-12, atol=0)
-    assert metrics == {"finetune/lm_loss": loss.detach()}
+    assert metrics == {"train/lm-loss": loss.detach()}
     for name, parameter in student.named_parameters():
         torch.testing.assert_close(
             got[name],

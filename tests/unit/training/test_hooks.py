@@ -59,10 +59,10 @@ class Reports:
 
     def interval(self, record, metrics, tokens_seen, *, memory, slow):
         self.intervals.append((record.step, metrics["x"], tokens_seen, slow))
-        assert memory > 0 and "step-time/max-ms" in metrics
+        assert memory > 0 and "speed/rank-time-max-ms" in metrics
 
-    def points(self, step, values):
-        self.written.append((step, values))
+    def evaluation(self, step, values, seconds):
+        self.written.append((step, values, seconds))
 
 
 def test_metrics_are_means_over_the_steps_of_an_interval_that_were_not_skipped():
@@ -79,7 +79,7 @@ def test_metrics_are_means_over_the_steps_of_an_interval_that_were_not_skipped()
     assert reports.intervals == [(2, 2.5, 16, ""), (4, 7.0, 32, ""), (5, 3.0, 40, "")]
     assert ends[0].record.metrics == {} and ends[1].record.metrics == {"x": 2.5}
     hook.on_eval(5, {"eval/loss": 1.0}, 0.1)
-    assert reports.written == [(5, {"eval/loss": 1.0})]
+    assert reports.written == [(5, {"eval/loss": 1.0}, 0.1)]
 
 
 def test_progress_is_noted_and_the_first_step_is_not_measured(tmp_path):

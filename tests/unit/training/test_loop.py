@@ -26,7 +26,7 @@ from megatron_hypenet.supervision import signals
 from megatron_hypenet.training import loop
 from tests.losses import read_losses
 from tests.unit.engine.toy import VOCAB, ToyData, ToyStage, run_config, stage_config
-from tests.unit.training.test_metrics import scalars
+from tests.unit.training.trackers.test_tensorboard import scalars
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +70,7 @@ def test_trains_saves_and_returns_at_once_when_done(tmp_path):
     assert [record.step for record in records] == [1, 2, 3, 4, 5, 6]
     assert records[-1].loss < records[0].loss
     assert (
-        records[1].metrics["align/layer_00"] == pytest.approx(records[0].loss + records[1].loss)
+        records[1].metrics["align-layers/00"] == pytest.approx(records[0].loss + records[1].loss)
         and records[0].metrics == {}
     )
     assert [line.split(" | ")[0] for line in lines if line.startswith("iter")] == [
@@ -200,7 +200,7 @@ def test_divergence_names_step_layer_and_samples_and_saves_nothing(tmp_path, gra
             tmp_path / "a",
         )
     assert caught.value.exit_code == 7
-    assert ("align/layer_00" in str(caught.value)) == (not gradient)
+    assert ("align-layers/00" in str(caught.value)) == (not gradient)
     assert len(read_losses(tmp_path / "a" / "losses.jsonl")) == 4
     assert [folder.name for folder in fmt.iteration_folders(tmp_path / "a" / "checkpoints")] == [
         "iter_0000003"
@@ -239,7 +239,7 @@ def test_bad_steps_are_skipped_said_and_counted(tmp_path, gradient):
     what = (
         "the gradient norm is not finite"
         if gradient
-        else "the loss is nan; not finite here: align/layer_00, align/layer_01"
+        else "the loss is nan; not finite here: align-layers/00, align-layers/01"
     )
     left_out = (
         "nothing was updated, samples {} are left out ({} in a row, guard.max_skipped_steps=2)"
@@ -258,9 +258,9 @@ def test_bad_steps_are_skipped_said_and_counted(tmp_path, gradient):
         state.skipped_in_row,
     ) == (6, 24, 3, 3, 0)
     points = scalars(tmp_path / "a" / "tb")
-    assert [value for _, value in points["skipped-steps"]] == [1, 2, 3] and points["loss"][1][
-        1
-    ] == pytest.approx(records[2].loss)
+    assert [value for _, value in points["train/skipped-steps"]] == [1, 2, 3] and points[
+        "train/align-mse"
+    ][1][1] == pytest.approx(records[2].loss)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

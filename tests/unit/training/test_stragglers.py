@@ -41,7 +41,11 @@ def test_one_process_is_never_slow():
         points, slow = times.compare(5)
         assert (
             points
-            == {"step-time/min-ms": 100.0, "step-time/median-ms": 100.0, "step-time/max-ms": 100.0}
+            == {
+                "speed/rank-time-min-ms": 100.0,
+                "speed/rank-time-median-ms": 100.0,
+                "speed/rank-time-max-ms": 100.0,
+            }
             and slow == []
         )
 
@@ -56,9 +60,9 @@ def test_named_after_three_intervals_in_a_row(ranks):
     points, slow = compare(times, *slow_one)
     assert slow == [SlowRank(3, "n1", pytest.approx(2.0))] and named(slow) == "rank 3 on n1 2.0x"
     assert points == {
-        "step-time/min-ms": 100.0,
-        "step-time/median-ms": 100.0,
-        "step-time/max-ms": 200.0,
+        "speed/rank-time-min-ms": 100.0,
+        "speed/rank-time-median-ms": 100.0,
+        "speed/rank-time-max-ms": 200.0,
     }
     assert compare(times, *even)[1] == []
 

@@ -59,7 +59,7 @@ def test_equals_plain_adamw(zero_stage):
     for step, (loss, norm) in enumerate(want):
         got, metrics = forward_backward(engine, micro_batches(step))
         assert float(got) == pytest.approx(loss, rel=1e-6) and float(
-            metrics["align/layer_00"]
+            metrics["align-layers/00"]
         ) == pytest.approx(2 * loss, rel=1e-6)
         assert engine.apply(lr_at(step, config)) == pytest.approx(norm, rel=1e-5)
     assert engine.adam_step() == 4

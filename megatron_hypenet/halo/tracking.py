@@ -1,0 +1,91 @@
+"""What a run shows in its trackers beside the points of its stages: configuration, layout and
+versions as text, pictures, and the table of settings and results."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from megatron_hypenet.config.loader import dump_config
+from megatron_hypenet.config.schema import RunConfig
+from megatron_hypenet.halo.fingerprints import flat_settings
+from megatron_hypenet.halo.report import read_report
+from megatron_hypenet.halo.run_folder import RunFolder
+from megatron_hypenet.halo.task_runner import software
+from megatron_hypenet.parallel import groups
+from megatron_hypenet.parallel.cpu import device
+from megatron_hypenet.training.tags import LM_LOSS, RECALL, REPORT
+from megatron_hypenet.training.trackers.base import Tracker
+from megatron_hypenet.training.trackers.tensorboard import TensorBoard
+
+SELECTION = "selection"
+RESULTS = "report"
+"""Names of the parts of a run that are no training stage, as folders of TensorBoard."""
+
+
+def of_stage(
+    run: RunConfig, folder: RunFolder, stage: str, layers: Sequence[int], step: int
+) -> list[Tracker]:
+    """Open the trackers of a training stage for the steps after `step`, and show in them what it
+    runs with; `layers` per pipeline stage."""
+    trackers: list[Tracker] = [TensorBoard(folder.tensorboard / stage, step, layout=True)]
+    for tracker in trackers:
+        for tag, text in texts(run, layers).items():
+            tracker.text(tag, text)
+    return trackers
+
+
+def texts(run: RunConfig, layers: Sequence[int]) -> dict[str, str]:
+    """Return configuration, layout and versions by tag."""
+    parallel = run.parallel
+    found = software()
+    versions = {**found["versions"], "commit": found["git_commit"] or "not in a git checkout"}
+    layout = {
+        "processes": groups.world_size(),
+        "tensor parallel": parallel.tensor_model_parallel_size,
+        "pipeline parallel": parallel.pipeline_model_parallel_size,
+        "context parallel": parallel.context_parallel_size,
+        "data parallel": groups.world_size() // parallel.model_parallel_size,
+        "ZeRO stage": parallel.zero_stage,
+        "layers per pipeline stage": ", ".join(map(str, layers)),
+        "device": torch.cuda.get_device_name() if device().type == "cuda" else "CPU",
+    }
+    return {
+        "run/config": dump_config(run),
+        "run/layout": _table(layout),
+        "run/versions": _table(versions),
+    }
+
+
+def show_selection(run: RunConfig, folder: RunFolder) -> None:
+    """Show the picture of layer importances."""
+    for tracker in _anew(run, folder, SELECTION):
+        tracker.image("report/importance", folder.importance_plot.read_bytes())
+        tracker.close()
+
+
+def show_report(run: RunConfig, folder: RunFolder) -> None:
+    """Show the picture of the report, and its results for the last model beside the settings."""
+    row = read_report(folder)["rows"][-1]
+    metrics = {REPORT + LM_LOSS: row["heldout_loss"]}
+    for multiple, recall in row["recall"].items():
+        metrics[f"{REPORT}{RECALL}-{multiple}x"] = recall
+    for tracker in _anew(run, folder, RESULTS):
+        tracker.image("report/figure", folder.report_plot.read_bytes())
+        tracker.results(flat_settings(run.model_dump(mode="json")), metrics)
+        tracker.close()
+
+
+def _table(rows: Mapping[str, Any]) -> str:
+    width = max(map(len, rows))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+
+
+def _anew(run: RunConfig, folder: RunFolder, part: str) -> list[Tracker]:
+    """Open the trackers of a part that is shown as a whole, in the place of an earlier one."""
+    place = folder.tensorboard / part
+    shutil.rmtree(place, ignore_errors=True)
+    return [TensorBoard(place)]

@@ -1,0 +1,62 @@
+"""What a run's trackers show beside its points."""
+
+import json
+
+import pytest
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megatron_hypenet.config.schema import ParallelConfig
+from megatron_hypenet.halo import tracking
+from megatron_hypenet.halo.run_folder import RunFolder
+from megatron_hypenet.parallel import groups
+from tests.unit.halo.test_report import ROWS
+from tests.unit.halo.test_run_folder import config
+from tests.unit.training.trackers.test_tensorboard import PNG, scalars
+
+
+@pytest.fixture
+def folder(tmp_path):
+    groups.init_parallel(ParallelConfig())
+    return RunFolder(tmp_path / "run")
+
+
+def text_of(events, tag):
+    (event,) = events.Tensors(f"{tag}/text_summary")
+    lines = event.tensor_proto.string_val[0].decode().splitlines()
+    return "\n".join(line.removeprefix("    ") for line in lines)
+
+
+def test_a_stage_begins_with_configuration_layout_and_versions(folder):
+    run = config(folder.root)
+    for tracker in tracking.of_stage(run, folder, "distill", [2, 1], 0):
+        tracker.close()
+    events = EventAccumulator(str(folder.tensorboard / "distill")).Reload()
+    assert yaml.safe_load(text_of(events, "run/config"))["teacher"] == "teacher"
+    layout = text_of(events, "run/layout")
+    assert "layers per pipeline stage  2, 1" in layout and "ZeRO stage                 1" in layout
+    assert "torch" in text_of(events, "run/versions") and "commit" in text_of(
+        events, "run/versions"
+    )
+    assert "custom_scalars__config__" in events.Tags()["tensors"]
+
+
+def test_pictures_and_results_are_shown_anew(folder):
+    run = config(folder.root)
+    for place in (folder.report_file, folder.importance_plot):
+        place.parent.mkdir(parents=True)
+    folder.importance_plot.write_bytes(PNG)
+    folder.report_plot.write_bytes(PNG)
+    content = {"rows": ROWS, "seq_length": 16, "attention_layers": [0], "seconds": 1.0}
+    folder.report_file.write_text(json.dumps(content))
+    tracking.show_selection(run, folder)
+    tracking.show_report(run, folder)
+    tracking.show_report(run, folder)
+    assert scalars(folder.tensorboard / "report") == {
+        "report/lm-loss": [(0, pytest.approx(3.3))],
+        "report/recall-1x": [(0, 97.0)],
+        "report/recall-2x": [(0, 80.0)],
+    }
+    for part, tag in (("selection", "report/importance"), ("report", "report/figure")):
+        events = EventAccumulator(str(folder.tensorboard / part)).Reload()
+        assert len(events.Images(tag)) == 1

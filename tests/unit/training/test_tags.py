@@ -1,0 +1,49 @@
+"""One quantity a tag; every tag that a chart or a stage names is in the table."""
+
+import fnmatch
+import re
+
+from megatron_hypenet.config.schema import STAGES
+from megatron_hypenet.stages.spec import stage_spec
+from megatron_hypenet.training.tags import LAYOUT, TAGS, TEACHER, tag_of
+
+
+def test_a_tag_stands_for_one_quantity():
+    names = [tag.name for tag in TAGS]
+    assert len(set(names)) == len(names)
+    for name in names:
+        assert [other for other in names if fnmatch.fnmatchcase(name, other)] == [name]
+    assert {name.split("/")[0] for name in names} == {
+        *("train", "eval", "speed", "align-layers", "report")
+    }
+    assert all(tag.unit and tag.meaning for tag in TAGS)
+
+
+def test_every_stage_reports_its_loss_in_training_and_on_held_out_text():
+    losses = [stage_spec(name).loss for name in STAGES]
+    assert len(set(losses)) == len(STAGES)
+    for loss in losses:
+        assert tag_of(f"train/{loss}") and tag_of(f"eval/{loss}")
+        assert tag_of(f"train/{loss}").unit == tag_of(f"eval/{loss}").unit
+
+
+def test_what_is_known_of_the_teacher_is_known_of_the_student():
+    for tag in TAGS:
+        if TEACHER in tag.name:
+            assert tag_of(tag.name.replace(TEACHER, "")).unit == tag.unit
+
+
+def test_charts_show_tags_of_the_table_and_all_layers_in_one():
+    patterns = [one for charts in LAYOUT.values() for tags in charts.values() for one in tags]
+    shown = [tag.name.replace("*", "07") for tag in TAGS]
+    for pattern in patterns:
+        assert any(re.fullmatch(pattern, name) for name in shown), pattern
+    assert list(LAYOUT)[0].startswith("1.") and sorted(LAYOUT) == list(LAYOUT)
+    (layers,) = [one for one in patterns if one.startswith("align-layers")]
+    assert all(re.fullmatch(layers, f"align-layers/{layer:02d}") for layer in (0, 7, 35, 101))
+
+
+def test_unknown_names_are_not_guessed():
+    assert tag_of("loss") is None and tag_of("train/kl/x") is None
+    assert tag_of("align-layers/07").name == "align-layers/*"
+    assert tag_of("report/recall-8x").unit == "%"
