@@ -14,7 +14,9 @@ from megatron_hypenet.checkpoint.manifest import (
     read_manifest,
     verify_files,
 )
+from megatron_hypenet.checkpoint.places import is_run, trained_in
 from megatron_hypenet.config.model import ModelConfig
+from megatron_hypenet.config.paths import download_hint
 from megatron_hypenet.errors import CheckpointError, ConfigError
 from megatron_hypenet.untrusted.json_text import parse_json
 
@@ -22,21 +24,23 @@ logger = logging.getLogger(__name__)
 
 
 def resolve(path: Path | str, *, fall_back: bool = True) -> Path:
-    """Return the committed checkpoint meant by `path`: the folder itself, or the newest usable
-    iter_XXXXXXX folder in it or its checkpoints/.
+    """Return the committed checkpoint meant by `path`: the folder itself, the newest usable
+    iter_XXXXXXX folder in it or its checkpoints/, or that of the stage that a run trained last.
 
     With `fall_back`, an older save replaces a newest one that is uncommitted or damaged, with a
     warning that names both; without it that is an error, as for the checkpoint that a training
-    stage starts from. Raises CheckpointError.
+    stage starts from, and a run is one that names its stages. Raises CheckpointError.
     """
     path = Path(path)
     if fmt.is_committed(path):
         return path
     if not path.exists():
         raise CheckpointError(
-            f"{path} does not exist; give a checkpoint folder, or the run folder that holds its "
-            "iter_XXXXXXX folders"
+            f"{path} does not exist; give a checkpoint, or the folder of a stage or run that has "
+            f"one{download_hint(path)}"
         )
+    if is_run(path):
+        return _resolve_run(path, fall_back=fall_back)
     candidates = fmt.iteration_folders(path) or fmt.iteration_folders(path / fmt.CHECKPOINTS)
     skipped: list[str] = []
     for folder in reversed(candidates):
@@ -64,8 +68,24 @@ def resolve(path: Path | str, *, fall_back: bool = True) -> Path:
     raise CheckpointError(
         f"{path} is not a checkpoint: it has neither a {fmt.COMMITTED} marker (written last, "
         "so its save may not have finished) nor "
-        "iter_XXXXXXX folders; give a finished checkpoint, or the run folder that holds one"
+        "iter_XXXXXXX folders, and it is no run (config.yaml); give a finished checkpoint, or the "
+        "folder of a stage or run that holds one"
     )
+
+
+def _resolve_run(run: Path, *, fall_back: bool) -> Path:
+    """Return the checkpoint of the stage that a run trained last. Raises CheckpointError."""
+    stages = trained_in(run)
+    if not stages:
+        raise CheckpointError(
+            f"{run} is a run that has saved no checkpoint of a student yet; continue it with "
+            f"`hypenet run {run / fmt.CONFIG}`"
+        )
+    if not fall_back:
+        raise CheckpointError(
+            f"{run} is a run; say which of its checkpoints: {', '.join(map(str, stages))}"
+        )
+    return resolve(stages[0])
 
 
 def read_model_config(path: Path | str) -> ModelConfig:

@@ -25,10 +25,14 @@ def cancel(
 
     A step that runs is finished and saved first; under SLURM within its KillWait (30 s by default).
 
-    Example: hypenet cancel runs/demo
+    Example:
+
+      hypenet cancel runs/demo
     """
+    from megatron_hypenet.checkpoint.places import run_of
     from megatron_hypenet.cluster.jobs import Jobs, slurm
 
+    run_folder = run_of(run_folder)
     jobs = Jobs(run_folder)
     states = jobs.states()
     if not any(state.live for state in states.values()):

@@ -24,14 +24,14 @@ app = typer.Typer(
         "List, inspect, compare and prune checkpoints, whatever parallel layout wrote them.\n\n"
         "Only prune changes anything; tensors are read one at a time, on the CPU."
     ),
-    epilog="Example:  hypenet ckpt ls runs/quickstart  &&  hypenet ckpt inspect "
-    "runs/quickstart/finetune",
+    epilog="Examples:\n\nhypenet ckpt ls runs/quickstart\n\n"
+    "hypenet ckpt inspect runs/quickstart/finetune",
 )
 
 CkptArgument = Annotated[
     Path,
     typer.Argument(
-        metavar="CKPT", help="Checkpoint folder, or the run folder that holds iter_XXXXXXX."
+        metavar="CKPT", help="Checkpoint, or the folder of a stage or a run that has one."
     ),
 ]
 SHOWN = 20
@@ -48,7 +48,9 @@ def ls_command(
     """List every checkpoint below DIR: step, stage, size, whether it is usable, the layout that
     wrote it, and when.
 
-    Example:  hypenet ckpt ls runs/quickstart
+    Example:
+
+      hypenet ckpt ls runs/quickstart
     """
     from megatron_hypenet.checkpoint.survey import layout_text, survey
 
@@ -103,7 +105,9 @@ def inspect_command(
     """Show what one checkpoint holds: model, mixers, tensors, optimizer state, progress, layout and
     versions; exit code 5 when it is damaged.
 
-    Example:  hypenet ckpt inspect runs/quickstart/distill --hashes
+    Example:
+
+      hypenet ckpt inspect runs/quickstart/distill --hashes
     """
     from megatron_hypenet.checkpoint.survey import COMMITTED, describe
 
@@ -133,7 +137,7 @@ def diff_command(
     first: Annotated[
         Path,
         typer.Argument(
-            metavar="A", help="Checkpoint folder, or the run folder that holds iter_XXXXXXX."
+            metavar="A", help="Checkpoint, or the folder of a stage or a run that has one."
         ),
     ],
     second: Annotated[Path, typer.Argument(metavar="B", help="The other one.")],
@@ -148,7 +152,9 @@ def diff_command(
     Run settings (config.yaml) are shown but do not count: two layouts may have written the same
     state.
 
-    Example:  hypenet ckpt diff runs/a/finetune runs/b/finetune/checkpoints/iter_0000120
+    Example:
+
+      hypenet ckpt diff runs/a/finetune runs/b/finetune/checkpoints/iter_0000120
     """
     print(f"reading {first} and {second}", file=sys.stderr, flush=True)
     from megatron_hypenet.checkpoint.compare import compare
@@ -204,7 +210,9 @@ def prune_command(
     Only usable checkpoints are counted and deleted; damaged ones, and saves that are not finished,
     stay. A run that is under way is refused.
 
-    Example:  hypenet ckpt prune runs/quickstart --keep-last 1 --dry-run
+    Example:
+
+      hypenet ckpt prune runs/quickstart --keep-last 1 --dry-run
     """
     from megatron_hypenet.checkpoint.retention import delete, drop_optimizer, surplus
     from megatron_hypenet.checkpoint.survey import COMMITTED, survey

@@ -30,13 +30,14 @@ from megatron_hypenet.config.loader import (
     read_yaml,
 )
 from megatron_hypenet.config.model import ModelConfig
+from megatron_hypenet.config.paths import download_hint
 from megatron_hypenet.config.problems import Origins
 from megatron_hypenet.config.schema import STAGES, RunConfig
 from megatron_hypenet.errors import ConfigError, UsageError
 
 app = typer.Typer(
     help="Show, validate, list, copy or describe configurations.",
-    epilog="Example:  hypenet config show configs/run/demo.yaml --origin",
+    epilog="Example:\n\nhypenet config show configs/run/demo.yaml --origin",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -98,10 +99,14 @@ def validate(
 
     Example:
 
-      hypenet config validate configs/run/distill_2b.yaml teacher=T data=D
+      hypenet config validate configs/run/distill_2b.yaml teacher=/models/Qwen3-1.7B data=corpus
         --model configs/model/hypenet_2b.yaml --world-size 8
     """
+    from megatron_hypenet.config.bundled import preset
+
     words = collect_overrides(overrides, tp=tp, pp=pp, cp=cp)
+    for kind in ("run", "model"):
+        config = preset(config, kind)
     if is_model_file(config):
         if words or model is not None or world_size is not None:
             raise UsageError(
@@ -134,7 +139,7 @@ def check_and_warn(run: RunConfig, shape: ModelConfig | None, world_size: int | 
     if shape is None:
         typer.echo(
             f"note: teacher {run.teacher} is not here, so rules about its shape are left out; "
-            "--model names a shape",
+            f"--model names a shape{download_hint(run.teacher)}",
             err=True,
         )
     for line in layout_warnings(Layout(shape, run, world_size)):
@@ -153,7 +158,8 @@ def check_data_here(run: RunConfig) -> None:
         if path.exists() or is_pattern(path) or any(one.exists() for one in token_paths(path)):
             check_source(source)
         else:
-            typer.echo(f"note: data {path} is not here, so it is not looked at", err=True)
+            hint = download_hint(path, what="dataset")
+            typer.echo(f"note: data {path} is not here, so it is not looked at{hint}", err=True)
 
 
 def shape_if_present(path: Path) -> ModelConfig | None:
@@ -165,9 +171,9 @@ def shape_if_present(path: Path) -> ModelConfig | None:
         from megatron_hypenet.export.hf_config import model_config_from_hf, read_hf_config
 
         return model_config_from_hf(read_hf_config(path), where=str(path / "config.json"))
-    from megatron_hypenet.checkpoint.find import read_model_config
+    from megatron_hypenet.checkpoint.find import read_model_config, resolve
 
-    return read_model_config(path)
+    return read_model_config(resolve(path, fall_back=False))
 
 
 @app.command("list")

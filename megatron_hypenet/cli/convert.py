@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from megatron_hypenet.cli.options import DryRunOption, JsonOption
+from megatron_hypenet.config.bundled import bundled
 from megatron_hypenet.config.model import LogitsScaling, ModelConfig, check_logits_scaling
 from megatron_hypenet.errors import UsageError
 from megatron_hypenet.ownership import writing
@@ -24,8 +25,9 @@ app = typer.Typer(
         "Import a Hugging Face model, export a checkpoint, verify that both are the same model.\n\n"
         "Runs offline on a CPU, in pieces of some MB: a model of any size needs little memory."
     ),
-    epilog="Example:  hypenet convert import /models/Qwen3-1.7B teacher/  &&  hypenet convert "
-    "verify /models/Qwen3-1.7B teacher/",
+    rich_markup_mode=None,
+    epilog="Examples:\n\nhypenet convert import /models/Qwen3-1.7B teacher/\n\n"
+    "hypenet convert verify /models/Qwen3-1.7B teacher/",
 )
 
 HfArgument = Annotated[
@@ -37,7 +39,7 @@ HfArgument = Annotated[
 CkptArgument = Annotated[
     Path,
     typer.Argument(
-        metavar="CKPT_DIR", help="Checkpoint folder, or the run folder that holds iter_XXXXXXX."
+        metavar="CKPT_DIR", help="Checkpoint, or the folder of a stage or a run that has one."
     ),
 ]
 OverwriteOption = Annotated[
@@ -79,8 +81,11 @@ def import_command(
 ) -> None:
     """Import a Qwen3 or HypeNet folder as a checkpoint; config.json says which of the two it is.
 
-    Example:  hypenet convert import /models/Qwen3-1.7B teacher/
+    Example:
+
+      hypenet convert import /models/Qwen3-1.7B teacher/
     """
+    hf_dir = bundled(hf_dir)
     _announce("reading", hf_dir)
     from megatron_hypenet.checkpoint.format import refuse_existing
     from megatron_hypenet.export import from_hf, mapping
@@ -142,8 +147,10 @@ def export_command(
     """Write a checkpoint as a Hugging Face folder, offline and from the checkpoint alone: Qwen3 for
     a teacher, HypeNet with its code otherwise.
 
-    Example:  hypenet convert export runs/my_run out/HypeNet-2B --attn-logits-scaling 'hype 500'
-    --dtype bfloat16
+    Example:
+
+      hypenet convert export runs/my_run out/HypeNet-2B --attn-logits-scaling 'hype 500'
+        --dtype bfloat16
     """
     scaling = parse_scaling(attn_logits_scaling)
     _announce("reading", ckpt_dir)
@@ -202,8 +209,11 @@ def verify_command(
     """Compare all tensors bit by bit, then the logits of transformers and of Megatron-core; exit
     code 6 when they differ.
 
-    Example:  hypenet convert verify /models/Qwen3-1.7B teacher/
+    Example:
+
+      hypenet convert verify /models/Qwen3-1.7B teacher/
     """
+    hf_dir = bundled(hf_dir)
     _announce("reading", hf_dir)
     from megatron_hypenet.checkpoint import load
     from megatron_hypenet.export import verify

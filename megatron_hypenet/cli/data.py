@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from megatron_hypenet.cli.options import DryRunOption, JsonOption
+from megatron_hypenet.config.bundled import bundled
 from megatron_hypenet.errors import UsageError
 from megatron_hypenet.ownership import writing
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="Prepare and inspect training data.",
-    epilog="Example:  hypenet data prepare assets/tiny-qwen3/sample.txt build/sample --tokenizer "
+    epilog="Example:\n\nhypenet data prepare assets/tiny-qwen3/sample.txt build/sample --tokenizer "
     "assets/tiny-qwen3",
     no_args_is_help=True,
     add_completion=False,
@@ -133,14 +134,17 @@ def prepare(
     Examples:
 
       hypenet data prepare assets/tiny-qwen3/sample.txt build/sample --tokenizer assets/tiny-qwen3
-      hypenet data prepare 'crawl/*.jsonl.zst' /data/crawl --tokenizer /models/Qwen3-1.7B --text-key
-      content --workers 32
+
+      hypenet data prepare 'crawl/*.jsonl.zst' /data/crawl --tokenizer /models/Qwen3-1.7B
+        --text-key content --workers 32
+
       hypenet data prepare crawl /data/crawl --tokenizer /models/Qwen3-1.7B --slurm
-      --cluster my.yaml --tasks 64 --workers 16
+        --cluster my.yaml --tasks 64 --workers 16
     """
     from megatron_hypenet.cli.progress import corpus_progress
     from megatron_hypenet.data.prepare import CorpusJob, prepare_corpus_files
 
+    source, tokenizer = bundled(source), bundled(tokenizer)
     share = _part(part)
     job = CorpusJob(**_checked_job(source, out, tokenizer, text_key, messages_key), part=share)
     _refuse_existing(out, overwrite)
@@ -335,6 +339,7 @@ def inspect(
     opened = open_tokens(prefix)
     vocab_size = loaded = None
     if tokenizer is not None:
+        tokenizer = bundled(tokenizer)
         from megatron_hypenet.data.tokenizer import load_tokenizer, model_vocabulary
 
         loaded = load_tokenizer(tokenizer)

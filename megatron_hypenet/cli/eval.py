@@ -123,8 +123,11 @@ def evaluate(
 
 
 def _models(model: Path, beside: list[Path] | None) -> dict[str, Path]:
-    """Return the models by name."""
-    others = beside or ([model / TEACHER] if (model / TEACHER).is_dir() else [])
+    """Return the models by name; beside what lies in a run, its teacher unless others are given."""
+    from megatron_hypenet.checkpoint.places import run_around
+
+    run = run_around(model)
+    others = beside or ([run / TEACHER] if run is not None and (run / TEACHER).is_dir() else [])
     found = {path.resolve().name: path for path in (*others, model)}
     if len(found) < len(others) + 1:
         raise UsageError("two models have the same name; rename a folder, or leave one out")

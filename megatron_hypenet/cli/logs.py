@@ -46,8 +46,10 @@ def logs(
 
       hypenet logs runs/demo --first-error
     """
+    from megatron_hypenet.checkpoint.places import run_of
     from megatron_hypenet.cluster.jobs import Jobs
 
+    run_folder = run_of(run_folder)
     jobs = Jobs(run_folder)
     if job_id is None and started_here(jobs):
         show_local(run_folder, lines, rank, first_error=first_error, as_json=as_json)

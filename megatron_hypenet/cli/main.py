@@ -114,12 +114,13 @@ def run_verb(verb: str, args: list[str]) -> int:
         )
     import typer
 
-    from megatron_hypenet.cli import options
+    from megatron_hypenet.cli import examples, options
 
     # click's UsageError, wherever this typer keeps click
     usage_fault: Any = typer.BadParameter.__mro__[1]
     module = importlib.import_module(f"megatron_hypenet.cli.{verb}")
     options.expand_paths(module.app)
+    examples.keep_whole(module.app)
     command = typer.main.get_command(module.app)
     try:
         result = command.main(args=args, prog_name=f"hypenet {verb}", standalone_mode=False)

@@ -18,6 +18,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import typer
+
 from megatron_hypenet.errors import SetupError, UsageError
 from megatron_hypenet.process_place import launched_world_size
 
@@ -33,7 +35,7 @@ def examine_nodes(
     """Measure, print the table and the verdict; SetupError (exit 4) from the first process when
     nodes are to be left out."""
     if launched_world_size() is None:
-        raise SystemExit(
+        raise typer.Exit(
             _through_srun(folder, nodes=nodes, srun_arguments=srun_arguments, as_json=as_json)
         )
     if nodes is not None:

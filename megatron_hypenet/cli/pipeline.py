@@ -348,19 +348,20 @@ def show_plan(
 def teacher_shape(path: Path) -> ModelConfig:
     """Return the shape of the teacher, a Hugging Face folder or a checkpoint, from its headers
     alone. Raises CheckpointError, ConversionError."""
-    from megatron_hypenet.checkpoint.find import read_model_config
+    from megatron_hypenet.checkpoint.find import read_model_config, resolve
+    from megatron_hypenet.config.paths import download_hint
 
     if not path.exists():
         raise CheckpointError(
             f"teacher {path} does not exist; set teacher=PATH to a Hugging Face Qwen3 folder or a "
-            "converted checkpoint"
+            f"converted checkpoint{download_hint(path)}"
         )
     if (path / "config.json").is_file():
         from megatron_hypenet.export.plan import plan_import
 
         return plan_import(path).config
     try:
-        return read_model_config(path)
+        return read_model_config(resolve(path, fall_back=False))
     except CheckpointError as error:
         raise CheckpointError(
             f"teacher {path}: no Hugging Face folder (it has no config.json), "

@@ -22,6 +22,7 @@ from megatron_hypenet.cli.options import (
 )
 from megatron_hypenet.config.layout import SEQUENCE, ZERO, Layout
 from megatron_hypenet.config.loader import load_model_config, load_run_config
+from megatron_hypenet.config.paths import download_hint
 from megatron_hypenet.config.schema import STAGES, RunConfig
 from megatron_hypenet.errors import CheckpointError, LayoutError, UsageError
 
@@ -76,7 +77,7 @@ def plan(
 
     Example:
 
-      hypenet plan configs/run/distill_2b.yaml teacher=T data=D
+      hypenet plan configs/run/distill_2b.yaml teacher=/models/Qwen3-1.7B data=corpus
         --model configs/model/hypenet_9b.yaml --world-size 8 parallel.zero_stage=2
         distill.recompute=full finetune.recompute=full
     """
@@ -85,7 +86,7 @@ def plan(
     if shape is None:
         raise CheckpointError(
             f"teacher {run.teacher} is not here, and its shape is needed; "
-            "name one with --model configs/model/NAME.yaml"
+            f"name one with --model configs/model/NAME.yaml{download_hint(run.teacher)}"
         )
     check_and_warn(run, shape, world_size)
     from megatron_hypenet.halo.run_folder import RunFolder

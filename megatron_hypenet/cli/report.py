@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from megatron_hypenet.cli.options import JsonOption
+from megatron_hypenet.cli.status import RunArgument
 
 if TYPE_CHECKING:
     from megatron_hypenet.halo.run_folder import RunFolder
@@ -19,9 +19,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 @app.command()
 def report(
-    run_folder: Annotated[
-        Path, typer.Argument(metavar="RUN_DIR", help="Folder of a finished run, e.g. runs/demo.")
-    ],
+    run_folder: RunArgument,
     again: Annotated[
         bool, typer.Option("--again", help="Evaluate again, even when the report is there.")
     ] = False,
@@ -30,21 +28,19 @@ def report(
     """Show the report of a run; evaluate first what has not been evaluated, and draw the figures
     again.
 
-    Example: hypenet report runs/demo
+    Example:
+
+      hypenet report runs/demo
     """
+    from megatron_hypenet.checkpoint.places import run_of
     from megatron_hypenet.config.loader import load_run_config
-    from megatron_hypenet.errors import DataError
     from megatron_hypenet.halo.run_folder import RunFolder
     from megatron_hypenet.untrusted.files import has_entry
 
-    folder = RunFolder(run_folder)
-    if not has_entry(folder.config_file):
-        raise DataError(
-            f"{run_folder} is not a run folder: it has no config.yaml; give the output_dir of a run"
-        )
+    folder = RunFolder(run_of(run_folder))
     if again or not has_entry(folder.report_file):
         evaluate(
-            folder, load_run_config(folder.config_file, [f"output_dir={run_folder}"]), again=again
+            folder, load_run_config(folder.config_file, [f"output_dir={folder.root}"]), again=again
         )
     else:
         from megatron_hypenet.halo.report import draw_report

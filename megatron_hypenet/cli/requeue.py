@@ -33,12 +33,16 @@ def requeue(
     A running step is killed without warning and goes on from its last checkpoint; `touch
     RUN_DIR/SAVE_NOW` before it loses nothing.
 
-    Example: hypenet requeue runs/demo --exclude n7
+    Example:
+
+      hypenet requeue runs/demo --exclude n7
     """
+    from megatron_hypenet.checkpoint.places import run_of
     from megatron_hypenet.cluster.jobs import Jobs
     from megatron_hypenet.halo.run_folder import RunFolder
     from megatron_hypenet.ownership import refuse_if_owned
 
+    run_folder = run_of(run_folder)
     jobs = Jobs(run_folder)
     jobs.required()
     RunFolder(run_folder).refuse_stop()

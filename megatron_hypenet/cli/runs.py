@@ -24,11 +24,14 @@ def runs(
 ) -> None:
     """List the runs in a folder: state, step, iteration, and the last save.
 
-    Example: hypenet runs runs
+    Example:
+
+      hypenet runs runs
     """
+    from megatron_hypenet.checkpoint.places import run_around
     from megatron_hypenet.cluster.run_state import run_folders
 
-    rows = [row_of(place) for place in run_folders(folder)]
+    rows = [row_of(place) for place in run_folders(run_around(folder) or folder)]
     if as_json:
         print(json.dumps({"runs": rows}))
     elif rows:

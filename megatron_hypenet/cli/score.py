@@ -52,7 +52,7 @@ def score(
     checkpoint: Annotated[
         Path,
         typer.Argument(
-            metavar="CKPT_DIR", help="Checkpoint, or a folder of iter_XXXXXXX checkpoints."
+            metavar="CKPT_DIR", help="Checkpoint, or the folder of a stage or a run that has one."
         ),
     ],
     tokens: Annotated[
@@ -85,10 +85,10 @@ def score(
 
     Examples:
 
-      hypenet score runs/demo/finetune --tokens ids.safetensors --out out.safetensors --dtype
-      float64
+      hypenet score runs/demo/finetune --tokens ids.safetensors --out out.safetensors
+        --dtype float64
 
-      hypenet score runs/demo/finetune --tokens ids.safetensors --out out.safetensors --tp 2 --cp 2
+      hypenet score runs/demo/finetune --tokens ids.safetensors --out out.safetensors --cp 2
     """
     check_place(out, overwrite=overwrite)
     from megatron_hypenet.checkpoint.find import read_model_config, resolve

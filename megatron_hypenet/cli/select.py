@@ -44,7 +44,8 @@ class _ConfigByDefault(typer.core.TyperGroup):
 
 app = typer.Typer(
     help=__doc__,
-    epilog="Example:  hypenet select rank --scores scores.json --num-attention 7 --out mixers.json",
+    epilog="Example:\n\n"
+    "hypenet select rank --scores scores.json --num-attention 7 --out mixers.json",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -84,7 +85,9 @@ def rank(
 ) -> None:
     """Rank the layers of a scores file by importance and write which keep attention.
 
-    Example: hypenet select rank --scores scores.json --num-attention 7 --out mixers.json
+    Example:
+
+      hypenet select rank --scores scores.json --num-attention 7 --out mixers.json
     """
     from megatron_hypenet.atomic_files import write_json
     from megatron_hypenet.errors import UsageError
@@ -138,7 +141,9 @@ def sweep(
 
     An interrupted sweep continues. The word `sweep` may be left out.
 
-    Example: hypenet select configs/run/quickstart.yaml teacher=/models/Qwen3-0.6B data=corpus.txt
+    Example:
+
+      hypenet select configs/run/quickstart.yaml teacher=/models/Qwen3-0.6B data=corpus.txt
     """
     from megatron_hypenet.config.loader import load_run_config
 

@@ -27,7 +27,10 @@ _ITER_LINE = re.compile(r"^\S+\s+iter (\d+)/(\d+) \| (.*)$")
 
 RunArgument = Annotated[
     Path,
-    typer.Argument(metavar="RUN_DIR", help="Folder of a run (its output_dir), e.g. runs/demo."),
+    typer.Argument(
+        metavar="RUN_DIR",
+        help="Folder of a run (its output_dir), e.g. runs/demo, or a stage or checkpoint in it.",
+    ),
 ]
 
 
@@ -36,9 +39,13 @@ def status(run_folder: RunArgument, as_json: JsonOption = False) -> None:
     """Show whether a run runs, where, or why it stopped and how it goes on; and how far it is:
     step, iteration, loss, speed, time left, last save; under SLURM its jobs too.
 
-    Example: hypenet status runs/demo
+    Example:
+
+      hypenet status runs/demo
     """
-    found = status_of(run_folder)
+    from megatron_hypenet.checkpoint.places import run_of
+
+    found = status_of(run_of(run_folder))
     print(json.dumps(found) if as_json else "\n".join(lines_of(found)))
 
 

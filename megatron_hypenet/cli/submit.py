@@ -92,10 +92,11 @@ def submit(
 
     Examples:
 
-      hypenet submit configs/run/distill_2b.yaml
-        --cluster configs/cluster/h100_infiniband.yaml teacher=T data=D --nodes 8 --chain
+      hypenet submit configs/run/distill_2b.yaml --cluster configs/cluster/h100_infiniband.yaml
+        teacher=/models/Qwen3-1.7B data=corpus --nodes 4 --tp 2 --cp 2 --chain
 
-      hypenet submit configs/run/quickstart.yaml --cluster my.yaml cluster.requeue.limit=3 --dry-run
+      hypenet submit configs/run/quickstart.yaml --cluster my.yaml cluster.requeue.limit=3
+        teacher=/models/Qwen3-0.6B data=corpus.txt --dry-run
     """
     from megatron_hypenet.cli.pipeline import refuse_in_use
     from megatron_hypenet.config.cluster import load_cluster_config

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from megatron_hypenet.checkpoint.places import is_run
 from megatron_hypenet.errors import DataError, SetupError, UsageError
 from megatron_hypenet.slurm_environment import own_environment
 from megatron_hypenet.untrusted.files import FileKind, has_entry, inside
@@ -96,10 +97,10 @@ class Jobs:
     def __init__(self, run_folder: Path) -> None:
         """Read the record of jobs; DataError when `run_folder` is not a run folder or its record is
         damaged."""
-        if not has_entry(run_folder / "config.yaml"):
+        if not is_run(run_folder):
             raise DataError(
-                f"{run_folder} is not a run folder: it has no config.yaml; give the output_dir of "
-                "a run"
+                f"{run_folder} is not a run folder: it has no config.yaml of a run; give the "
+                "output_dir of a run"
             )
         self.folder = run_folder
         self.file = run_folder / "jobs.json"

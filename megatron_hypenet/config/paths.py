@@ -12,6 +12,7 @@ from pydantic import BeforeValidator
 
 _REFERENCE = re.compile(r"\$(?:\{([^}]*)\}?|([A-Za-z_][A-Za-z0-9_]*))")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
 def expanded(path: Path | str) -> Path:
@@ -40,6 +41,23 @@ def expanded(path: Path | str) -> Path:
             "or choose another name"
         )
     return result
+
+
+def download_hint(path: Path | str, *, what: str = "model") -> str:
+    """Return, as the end of a sentence, how to get what `path` names where it does not exist and
+    reads like a name on the Hugging Face hub (`Qwen/Qwen3-0.6B`); empty for any other path.
+
+    `what` is "model" or "dataset".
+    """
+    text = str(path)
+    if not _HUB_NAME.fullmatch(text) or Path(text).exists() or Path(text).parent.exists():
+        return ""
+    folder = Path(text).name
+    kind = "" if what == "model" else f" --repo-type {what}"
+    return (
+        f". If the {what} of that name on the Hugging Face hub is meant, which is not fetched by "
+        f"itself: `hf download {text}{kind} --local-dir {folder}`, then name {folder}"
+    )
 
 
 def _variable(text: str, match: re.Match[str]) -> str:

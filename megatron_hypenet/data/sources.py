@@ -15,6 +15,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_hypenet.config.paths import download_hint
 from megatron_hypenet.data.pairs import is_token_file
 from megatron_hypenet.errors import DataError
 from megatron_hypenet.untrusted.files import FileKind, inside, reason_of, shown
@@ -173,7 +174,7 @@ def _checked(path: Path) -> SourceFile:
     if not os.path.lexists(path):
         raise DataError(
             f"{path}: no such file; data takes files ({KINDS}), folders and patterns of them, and "
-            "prefixes of prepared .bin/.idx pairs."
+            f"prefixes of prepared .bin/.idx pairs{download_hint(path, what='dataset')}"
         )
     kind, codec = kind_of(path)
     if not kind:

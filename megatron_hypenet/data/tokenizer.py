@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_hypenet.config.paths import download_hint
 from megatron_hypenet.data.recall import RecallVocabulary
 from megatron_hypenet.errors import DataError
 from megatron_hypenet.untrusted.files import FileKind, has_entry
@@ -33,7 +34,7 @@ def load_tokenizer(folder: Path) -> Any:
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise DataError(
             f"{folder}: no tokenizer files ({', '.join(TOKENIZER_FILES)}); point to the folder of "
-            "a Hugging Face model."
+            f"a Hugging Face model{download_hint(folder)}"
         )
     from transformers import AutoTokenizer
     from transformers.utils import logging

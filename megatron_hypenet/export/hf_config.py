@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from megatron_hypenet.config.mixers import MixerSpec, default_mixer, mixer_specs, with_settings
 from megatron_hypenet.config.mixers.softmax_attn import ATTENTION
 from megatron_hypenet.config.model import MAX_LAYERS, ModelConfig
+from megatron_hypenet.config.paths import download_hint
 from megatron_hypenet.errors import ConfigError, ConversionError
 from megatron_hypenet.export.hf_folder import JSON
 from megatron_hypenet.untrusted.files import inside, shown
@@ -94,7 +95,7 @@ def read_hf_config(hf_dir: Path) -> HfConfig:
     if not (hf_dir / "config.json").is_file():
         raise ConversionError(
             f"{hf_dir}: no config.json; give a Hugging Face model folder (config.json, "
-            "*.safetensors, tokenizer files)"
+            f"*.safetensors, tokenizer files){download_hint(hf_dir)}"
         )
     return read_object(JSON, inside(hf_dir, "config.json", JSON))
 

@@ -15,7 +15,6 @@ import torch
 
 from megatron_hypenet.atomic_files import temporary_folder
 from megatron_hypenet.config.model import ModelConfig
-from megatron_hypenet.config.schema import STAGES
 from megatron_hypenet.errors import SetupError
 from megatron_hypenet.export import hf_config
 from megatron_hypenet.export.tensors import parse_dtype
@@ -31,15 +30,12 @@ def is_hf_folder(path: Path) -> bool:
 
 
 def meant(path: Path) -> Path:
-    """Return the Hugging Face folder or checkpoint meant by `path`: itself, or, in a run, the
-    export, or the stage that was trained last."""
+    """Return the Hugging Face folder or checkpoint meant by `path`: the export of a run, else
+    itself; which checkpoint of a run or stage, checkpoint/find.py decides."""
     if is_hf_folder(path):
         return path
     if is_hf_folder(path / EXPORT):
         return path / EXPORT
-    for stage in reversed(STAGES):
-        if (path / stage / "checkpoints").is_dir():
-            return path / stage
     return path
 
 

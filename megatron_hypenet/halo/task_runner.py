@@ -22,6 +22,7 @@ from megatron_hypenet.checkpoint.manifest import (
     verify_files,
 )
 from megatron_hypenet.config.loader import default_settings
+from megatron_hypenet.config.paths import download_hint
 from megatron_hypenet.config.schema import RunConfig
 from megatron_hypenet.data.pairs import token_paths
 from megatron_hypenet.data.sources import is_pattern
@@ -301,7 +302,10 @@ def identity_of(paths: Sequence[Path]) -> list[Any]:
     for path in paths:
         # a prepared prefix names two files, PREFIX.bin and PREFIX.idx
         if not (path.exists() or is_pattern(path) or token_paths(path)[0].exists()):
-            raise DataError(f"{path} does not exist; correct the path in the configuration")
+            raise DataError(
+                f"{path} does not exist; correct the path in the configuration"
+                + download_hint(path, what="dataset")
+            )
     return [content_of(path) for path in paths]
 
 

@@ -74,7 +74,9 @@ def test_an_interrupted_evaluation_continues(words, tmp_path, capsys, monkeypatc
 def test_a_run_is_compared_with_its_teacher(tmp_path, teacher):
     model = tmp_path / "run"
     (model / "teacher").mkdir(parents=True)
+    (model / "config.yaml").touch()
     assert list(verb._models(model, None)) == ["teacher", "run"]
+    assert list(verb._models(model / "distill", None)) == ["teacher", "distill"]
     assert list(verb._models(model, [teacher])) == ["tiny-qwen3", "run"]
 
 

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hypenet.config.paths import expanded
+from megatron_hypenet.config.paths import download_hint, expanded
 
 
 @pytest.fixture(autouse=True)
@@ -49,3 +49,13 @@ def test_what_stands_for_nothing_is_refused_by_name(text, says):
     with pytest.raises(ValueError, match=r".") as caught:
         expanded(text)
     assert says in str(caught.value)
+
+
+def test_names_of_the_hub_get_the_command_that_downloads(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    hint = download_hint(Path("Qwen/Qwen3-0.6B"))
+    assert "`hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B`, then name Qwen3-0.6B" in hint
+    assert "--repo-type dataset --local-dir text" in download_hint("lab/text", what="dataset")
+    (tmp_path / "runs").mkdir()
+    for other in ("runs/missing", "Qwen3-0.6B", "/models/x", "a/b/c", "../x", "./Qwen/x y"):
+        assert download_hint(other) == ""

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from megatron_hypenet.checkpoint.find import resolve
 from megatron_hypenet.checkpoint.save import write_weights
 from megatron_hypenet.config.schema import ParallelConfig
 from megatron_hypenet.errors import CheckpointError
@@ -22,6 +23,7 @@ def checkpoint(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "finetune"
     save = folder / "checkpoints" / "iter_0000001"
     save.parent.mkdir(parents=True)
+    (folder.parent / "config.yaml").touch()
     write_weights(save, whole_tensors(model), model.model_config, kind="student")
     return folder
 
@@ -39,7 +41,8 @@ def test_a_checkpoint_runs_through_a_temporary_folder(model, checkpoint):
 
 def test_a_run_means_its_export_or_the_stage_trained_last(checkpoint, tmp_path):
     run = checkpoint.parent
-    assert hf_model.meant(run) == checkpoint and hf_model.meant(checkpoint) == checkpoint
+    assert hf_model.meant(run) == run and hf_model.meant(checkpoint) == checkpoint
+    assert resolve(run) == resolve(checkpoint) == checkpoint / "checkpoints" / "iter_0000001"
     export_hf(checkpoint, tmp_path / "run" / "export")
     (tmp_path / "run" / "finetune" / "checkpoints").mkdir(parents=True)
     assert hf_model.meant(tmp_path / "run") == tmp_path / "run" / "export"
