@@ -78,7 +78,7 @@ def environment_of(given: Mapping[str, str]) -> dict[str, str]:
     )
 
 
-def tell(event: str, **fields: Any) -> None:
+def report(event: str, **fields: Any) -> None:
     """Send one line to the process that waits for the job; `tail` is cut to what fits."""
     line = json.dumps({"event": event, **fields})
     while len(line) > _LONGEST_LINE and fields.get("tail"):
@@ -102,7 +102,7 @@ class _Rank:
         """Wait until the command has ended and the waiting process knows; returns its code, 128 + n
         for signal n."""
         rank = int(environment.get("RANK", "-1"))
-        tell("started", rank=rank, pid=os.getpid())
+        report("started", rank=rank, pid=os.getpid())
         try:
             own = environment_of(environment)
         except SetupError as fault:
@@ -112,7 +112,7 @@ class _Rank:
             with contextlib.nullcontext() if rank == 0 else tempfile.TemporaryFile() as log:
                 code = self._await({**environment, **own}, log)
                 tail = _last_lines(log) if log is not None and code not in PEACEFUL else []
-        tell("ended", rank=rank, code=code, tail=tail)
+        report("ended", rank=rank, code=code, tail=tail)
         if code:
             # with this process DeepSpeed would end the others of this host, which may still be
             # writing; the waiting process says when

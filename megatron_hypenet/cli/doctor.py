@@ -259,7 +259,7 @@ def check_gpu_kernels() -> list[Finding]:
                 "run it where the training will run",
             )
         ]
-    from megatron_hypenet.model.kernel_guard import survey
+    from megatron_hypenet.model.kernel_guard import check_all_kernels
 
     fix = "update torch and triton together; runs use the torch form meanwhile"
     return [
@@ -269,7 +269,7 @@ def check_gpu_kernels() -> list[Finding]:
             str(check).removeprefix(f"{check.name}: "),
             "" if check.ok else fix,
         )
-        for check in survey(torch.device("cuda"))
+        for check in check_all_kernels(torch.device("cuda"))
     ]
 
 

@@ -43,13 +43,13 @@ def examine_nodes(
             "--nodes is for the command that starts srun; this process is one of its tasks already"
         )
     from megatron_hypenet.cli import processes
-    from megatron_hypenet.cluster.node_check import judge, survey
+    from megatron_hypenet.cluster.node_check import judge, measure_nodes
     from megatron_hypenet.parallel import groups
 
     processes.join()
     first = processes.is_rank0()
     try:
-        found = survey(folder, hosts=_hosts_of_ranks() if first else ())
+        found = measure_nodes(folder, hosts=_hosts_of_ranks() if first else ())
     finally:
         groups.destroy_parallel()
     verdict = judge(found)

@@ -92,7 +92,7 @@ def prepared(
     from megatron_hypenet.halo.changes import finish_redo
     from megatron_hypenet.halo.run_folder import RunFolder
     from megatron_hypenet.parallel import groups
-    from megatron_hypenet.supervision.events import told_of_end
+    from megatron_hypenet.supervision.events import commands_at_end
     from megatron_hypenet.supervision.faults import watched
     from megatron_hypenet.supervision.hang_watchdog import collective_minutes
     from megatron_hypenet.supervision.signals import leaving_at_once
@@ -115,7 +115,7 @@ def prepared(
         if is_main:
             words = processes.WORDS.get()
             stack.enter_context(recorded(folder.root, words, found.num_processes))
-            stack.enter_context(told_of_end(run.on_event, folder.root))
+            stack.enter_context(commands_at_end(run.on_event, folder.root))
         groups.barrier()
         screen = screen_of(run, folder, found)
         stack.callback(screen.close)
@@ -161,13 +161,13 @@ def announced(run: RunConfig, folder: RunFolder, screen: Screen, step: str, what
     """Say that a step starts, is skipped or is done, and tell the commands of `on_event` of a stage
     or a run that is done."""
     from megatron_hypenet.config.schema import STAGES
-    from megatron_hypenet.supervision.events import RUN_DONE, STAGE_DONE, tell
+    from megatron_hypenet.supervision.events import RUN_DONE, STAGE_DONE, run_commands
 
     screen.announce(step, what)
     last = step == list(screen.does)[-1]
     if screen.is_main and what.startswith("done") and (last or step in STAGES):
         event = RUN_DONE if last else STAGE_DONE
-        tell(run.on_event, event, root=folder.root, step=step, message=f"{step} is {what}")
+        run_commands(run.on_event, event, root=folder.root, step=step, message=f"{step} is {what}")
 
 
 def runner_of(run: RunConfig, folder: RunFolder, steps: list[Step], screen: Screen) -> Runner:

@@ -95,7 +95,7 @@ class Survey:
     """Hosts that never reported."""
 
 
-def survey(
+def measure_nodes(
     folder: Path, *, hosts: Sequence[str] = (), patience: float = PATIENCE_SECONDS
 ) -> Survey:
     """Measure all nodes; collective, called by every process of the launcher, the same answer on
@@ -158,14 +158,14 @@ def exchange_reports(
     """Return (the reports that came, by rank; hosts of those that did not). Raises SetupError where
     the first process gives no answer."""
     store = meeting.store
-    everybody = range(meeting.world_size)
+    all_ranks = range(meeting.world_size)
     store.set(_key(mine.rank), json.dumps(asdict(mine)))
     if mine.rank == 0:
-        silent = _silent(store, [_key(rank) for rank in everybody], patience)
-        came = [store.get(_key(rank)).decode() for rank in everybody if _key(rank) not in silent]
+        silent = _silent(store, [_key(rank) for rank in all_ranks], patience)
+        came = [store.get(_key(rank)).decode() for rank in all_ranks if _key(rank) not in silent]
         missing = dict.fromkeys(
             hosts[rank] if rank < len(hosts) else f"rank {rank}"
-            for rank in everybody
+            for rank in all_ranks
             if _key(rank) in silent
         )
         store.set(_ALL, json.dumps({"reports": came, "missing": list(missing)}))

@@ -36,7 +36,7 @@ NOISE = 4
 difference is allowed instead: gradients that are sums of thousands of terms of both signs consist
 mainly of rounding errors."""
 
-ROOM = 2 * 2**30
+LEAST_FREE_BYTES = 2 * 2**30
 """Bytes that must stay free beside the graphs, because collectives allocate their buffers later."""
 
 ROOM_TO_EVALUATE = 8 * 2**30
@@ -165,10 +165,10 @@ class CudaGraphs:
             )
         self._sums.forget()
         torch.cuda.empty_cache()
-        if (free := torch.cuda.mem_get_info()[0]) < ROOM:
+        if (free := torch.cuda.mem_get_info()[0]) < LEAST_FREE_BYTES:
             raise RuntimeError(
                 f"it leaves {free / 2**30:.1f} GiB of the GPU's memory free, "
-                f"less than {ROOM / 2**30:.0f}"
+                f"less than {LEAST_FREE_BYTES / 2**30:.0f}"
             )
 
     def make_room(self) -> None:

@@ -30,7 +30,7 @@ DOCTOR_USE = KernelUse(
     dtype=torch.bfloat16, head_dim=128, width=4096, hidden=4096, ffn=12_288, vocab_rows=151_936,
     tensor_ranks=1, context_ranks=1, documents=False, thorough=True,
 )  # fmt: skip
-"""The use that `survey` checks: 32 heads, the width and the MLP of Qwen3-8B, Qwen3's vocabulary."""
+"""The use that `check_all_kernels` checks: 32 heads, width and MLP of Qwen3-8B, its vocabulary."""
 
 
 def use_of(model: HypeNetModel, *, documents: bool, mixers: tuple[str, ...] = ()) -> KernelUse:
@@ -149,12 +149,12 @@ def _still_usable(where: torch.device, family: str, gpu: str) -> None:
         ) from error
 
 
-def survey(where: torch.device) -> Iterator[KernelCheck]:
+def check_all_kernels(where: torch.device) -> Iterator[KernelCheck]:
     """Check every family in every dtype, in the uses that it names: small and large heads, packed
     documents, states in and out, a whole and a split vocabulary."""
     for dtype in DOCTOR_DTYPES:
         for family in kernels.FAMILIES.values():
-            for change in family.surveyed:
+            for change in family.checked_uses:
                 use = replace(DOCTOR_USE, dtype=dtype, **change)
                 if family.fits(use):  # another package's kernels are checked where it is installed
                     yield family.check(where, use)

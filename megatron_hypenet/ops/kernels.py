@@ -57,7 +57,7 @@ class Family:
     """Whether a model with this use runs them."""
     checked_by: str
     """`module:function` of the check; by name, because checks import what they check."""
-    surveyed: tuple[Mapping[str, Any], ...]
+    checked_uses: tuple[Mapping[str, Any], ...]
     """The uses that the doctor checks, as changes of its own."""
 
     def check(self, where: torch.device, use: KernelUse) -> KernelCheck:
@@ -81,20 +81,20 @@ def kernel_family(
     fits: Callable[[KernelUse], bool],
     check: str,
     needs: tuple[str, ...] = (),
-    surveyed: tuple[Mapping[str, Any], ...] = ({},),
+    checked_uses: tuple[Mapping[str, Any], ...] = ({},),
 ) -> Callable[[Front], Front]:
     """Register a kernel family by decorating the function that chooses between the kernels and
     their torch form.
 
     Args:
         name: as HYPENET_DISABLE_KERNELS and messages spell it.
-        fits, surveyed: see `Family`.
+        fits, checked_uses: see `Family`.
         check: `module:function`, called with a device and the use.
         needs: families whose kernels these launch; they run only where those do."""
 
     def register(front: Front) -> Front:
         assert name not in FAMILIES, f"kernel family {name!r} is registered twice"
-        FAMILIES[name] = Family(name, fits, check, surveyed)
+        FAMILIES[name] = Family(name, fits, check, checked_uses)
         _needs[name] = needs
         _enabled[name] = not {name, "all"} & set(_words(os.environ.get(VARIABLE, "")))
         return front

@@ -67,7 +67,7 @@ def _runs(use: KernelUse) -> bool:
     fits=_runs,
     check="megatron_hypenet.ops.lightning_attn.selftest:check_lightning_mix_use",
     needs=("norm_rope", "lightning_attn", "gated_norm"),
-    surveyed=({"documents": True},),
+    checked_uses=({"documents": True},),
 )
 def lightning_mix(
     projected: Tensor,

@@ -85,7 +85,7 @@ def check_norm_rope(
 
     def run() -> Pairs:
         heads = 4
-        draw = drawer(device)
+        draw = normal_draws(device)
         x = (
             draw(tokens, 1, 2 * heads * head_dim)
             .to(dtype)[..., : heads * head_dim]
@@ -118,7 +118,7 @@ def check_gated_norm(
     """Check output and gradients. 600 rows are more than the programs of the backward kernel."""
 
     def run() -> Pairs:
-        draw = drawer(device)
+        draw = normal_draws(device)
         x = draw(tokens, 1, width).to(dtype)
         gate = draw(tokens, 1, 2 * width).to(dtype)[..., width:]
         weight = (1 + 0.1 * draw(width)).to(dtype)
@@ -141,7 +141,7 @@ def check_sigmoid_gate(
     """Check output and gradients; the gate is a slice of a wider projection."""
 
     def run() -> Pairs:
-        draw = drawer(device)
+        draw = normal_draws(device)
         x = draw(tokens, 1, width).to(dtype)
         gate = draw(tokens, 1, 2 * width).to(dtype)[..., width:]
 
@@ -162,7 +162,7 @@ def check_rms_norm(
     kernel has programs."""
 
     def run() -> Pairs:
-        draw = drawer(device)
+        draw = normal_draws(device)
         x, residual, dy, dtotal = (draw(tokens, 1, width).to(dtype) for _ in range(4))
         leaves = {"x": x, "weight": (1 + 0.1 * draw(width)).to(dtype)}
 
@@ -191,7 +191,7 @@ def check_swiglu(
     projection."""
 
     def run() -> Pairs:
-        draw = drawer(device)
+        draw = normal_draws(device)
         x = draw(tokens, 1, 3 * width).to(dtype)[..., : 2 * width]
         dy = draw(tokens, 1, width).to(dtype)
 
@@ -211,7 +211,7 @@ def check_gradient_sum(
     rounded once, from float64 to fp32."""
 
     def run() -> Pairs:
-        draw = drawer(device)
+        draw = normal_draws(device)
         pairs = {}
         sums = draw(count + 3)
         gradients = draw(count + 3).to(dtype)
@@ -242,7 +242,7 @@ def check_adamw(device: torch.device, dtype: torch.dtype, *, count: int = 10_000
     nothing."""
 
     def run() -> Pairs:
-        draw = drawer(device)
+        draw = normal_draws(device)
         betas = (0.9, 0.95)
         # tensors in a flat buffer begin at any offset
         weight, exp_avg, exp_avg_sq = (
@@ -311,7 +311,7 @@ def with_gradients(
     }
 
 
-def drawer(device: torch.device) -> Callable[..., Tensor]:
+def normal_draws(device: torch.device) -> Callable[..., Tensor]:
     """Return a function that draws normal fp32 tensors, the same on every device and in every
     process, without a global generator."""
     generator = torch.Generator().manual_seed(5)

@@ -1,4 +1,4 @@
-"""Commands of the user that are told what happens to a run: `on_event` of its configuration.
+"""Run the commands of the user that ask for events of a run: `on_event` of its configuration.
 
 Each is a line for the shell, which gets in its environment
 
@@ -32,7 +32,7 @@ FAILED = "failed"
 TIMEOUT_SECONDS = 60.0
 
 
-def tell(
+def run_commands(
     commands: Sequence[str],
     event: str,
     *,
@@ -73,12 +73,12 @@ def tell(
 
 
 @contextmanager
-def told_of_end(commands: Sequence[str], root: Path) -> Iterator[None]:
-    """Run the block, and tell `commands` when it ends by a stop or a fault."""
+def commands_at_end(commands: Sequence[str], root: Path) -> Iterator[None]:
+    """Run the block, and then `commands` if it ends by a stop or a fault."""
     try:
         yield
     except BaseException as fault:
         event = STOPPED if isinstance(fault, SavedAndRequeue) else FAILED
         text = str(fault) if isinstance(fault, HypenetError) else f"{type(fault).__name__}: {fault}"
-        tell(commands, event, root=root, message=text)
+        run_commands(commands, event, root=root, message=text)
         raise

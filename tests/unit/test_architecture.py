@@ -1,4 +1,4 @@
-"""Where things are: imports point left, each foreign library has one door, every module has its
+"""Where things are: imports point left, each foreign library has one place, every module has its
 mirrored test. What the code itself may say is in test_code_rules.py."""
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SEES["__main__"] = {"cli"}
 SEES["__init__"] = set()
 
 # library -> the places that may import it: a package (all its modules) or one module
-DOORS = {
+LIBRARY_PLACES = {
     "transformers": {"export", "data", "serve.vllm"},
     "vllm": {"serve.vllm"},
     "tokenizers": {"export", "data"},
@@ -116,10 +116,12 @@ def violations(root: Path, package: str = PACKAGE) -> list[str]:
                     found.append(f"{module} imports {name}: {part} may not see {target}")
             elif module not in PROBES:
                 found += [
-                    f"{module} imports {name}: {library} belongs to {', '.join(sorted(doors))}"
-                    for library, doors in DOORS.items()
+                    f"{module} imports {name}: {library} belongs to {', '.join(sorted(places))}"
+                    for library, places in LIBRARY_PLACES.items()
                     if (name == library or name.startswith(library + "."))
-                    and not any(module == door or module.startswith(door + ".") for door in doors)
+                    and not any(
+                        module == place or module.startswith(place + ".") for place in places
+                    )
                 ]
     return found
 

@@ -1,5 +1,5 @@
-"""The one door to DeepSpeed: engine configuration, one training step, and access to weights and
-optimizer state by parameter.
+"""The one place that runs DeepSpeed: engine configuration, one training step, and access to weights
+and optimizer state by parameter.
 
 DeepSpeed does data parallelism and ZeRO over Megatron's groups. What is handled here, found with
 DeepSpeed 0.19.8:

@@ -22,7 +22,7 @@ FAMILY = "gated_delta_rule"
     FAMILY,
     fits=lambda use: kernel_fits(use.dtype, use.head_dim),
     check="megatron_hypenet.ops.gated_delta_rule.selftest:check_gated_delta_rule_use",
-    surveyed=({"head_dim": 64, "thorough": False}, {"documents": True}),
+    checked_uses=({"head_dim": 64, "thorough": False}, {"documents": True}),
 )
 def gated_delta_rule(
     q: Tensor,

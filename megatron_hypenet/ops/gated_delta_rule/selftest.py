@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_hypenet.ops.gated_delta_rule.chunked import chunked_gated_delta_rule
 from megatron_hypenet.ops.gated_delta_rule.fla import Kernel, run_kernel
 from megatron_hypenet.ops.kernels import KernelUse
-from megatron_hypenet.ops.selftest import KernelCheck, Pairs, check, drawer
+from megatron_hypenet.ops.selftest import KernelCheck, Pairs, check, normal_draws
 
 LIMITS = {torch.bfloat16: 1.5e-2, torch.float16: 4e-3, torch.float32: 5e-3}
 """Relative RMS errors allowed. A triangular system of rounded products is solved in every chunk, so
@@ -43,7 +43,7 @@ def check_delta_rule(
     for a thorough check. `kernel` imports what is checked; that it cannot is a finding too."""
 
     def run() -> Pairs:
-        draw = drawer(where)
+        draw = normal_draws(where)
         d = use.head_dim
         shape = (1, tokens, heads, d)
         q, k = (torch.nn.functional.normalize(draw(*shape), dim=-1) for _ in range(2))

@@ -20,7 +20,7 @@ FAMILY = "kimi_delta_attention"
     FAMILY,
     fits=lambda use: kernel_fits(use.dtype, use.head_dim),
     check="megatron_hypenet.ops.kimi_delta_attention.selftest:check_kimi_delta_attention_use",
-    surveyed=({"head_dim": 64, "thorough": False}, {"documents": True}),
+    checked_uses=({"head_dim": 64, "thorough": False}, {"documents": True}),
 )
 def kimi_delta_attention(
     q: Tensor,

@@ -21,7 +21,7 @@ KERNEL_MAX_SEQUENCES = 65535
     "lightning_attn",
     fits=lambda use: kernel_fits(use.dtype, use.head_dim),
     check="megatron_hypenet.ops.lightning_attn.selftest:check_lightning_attn_use",
-    surveyed=({"head_dim": 64, "thorough": False}, {"documents": True}),
+    checked_uses=({"head_dim": 64, "thorough": False}, {"documents": True}),
 )
 def lightning_attn(
     q: Tensor,

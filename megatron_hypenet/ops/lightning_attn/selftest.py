@@ -21,7 +21,7 @@ from megatron_hypenet.ops.selftest import (
     KernelCheck,
     Pairs,
     check,
-    drawer,
+    normal_draws,
     with_gradients,
 )
 
@@ -52,7 +52,7 @@ def check_lightning(
         )
 
         heads = 4
-        draw = drawer(device)
+        draw = normal_draws(device)
         q, k = (draw(tokens, 1, heads, head_dim).to(dtype).transpose(0, 1) for _ in range(2))
         v = (
             draw(tokens, 1, 2 * heads * head_dim)
@@ -160,7 +160,7 @@ def check_lightning_mix(
         from megatron_hypenet.ops.lightning_attn.triton import ways
         from megatron_hypenet.ops.lightning_mix import lightning_mix
 
-        draw = drawer(device)
+        draw = normal_draws(device)
         width = heads * head_dim
         decay = log_decay(heads)
         projected = draw(tokens, 1, 4 * width).to(dtype)

@@ -363,7 +363,7 @@ class _Split:
     "vocab_loss",
     fits=lambda use: use.dtype != torch.float64,
     check="megatron_hypenet.parallel.vocab_loss.selftest:check_vocab_loss_use",
-    surveyed=({}, {"tensor_ranks": 2, "vocab_rows": 75_968}),
+    checked_uses=({}, {"tensor_ranks": 2, "vocab_rows": 75_968}),
 )
 def _terms(hidden: Tensor) -> ModuleType:
     """Choose Triton kernels where logits are fp32 on CUDA, torch elsewhere (and where Triton is not

@@ -132,7 +132,7 @@ def test_kernels_report_each_check(monkeypatch):
         KernelCheck("b", "dq", 1e-1, 8e-3),
         KernelCheck("c", "", float("inf"), 8e-3, "CompilationError: no such instruction"),
     ]
-    monkeypatch.setattr(kernel_guard, "survey", lambda device: iter(checks))
+    monkeypatch.setattr(kernel_guard, "check_all_kernels", lambda device: iter(checks))
     good, off, failed = doctor.check_gpu_kernels()
     assert (good.verdict, good.detail, good.fix) == ("ok", "o is off by 1.0e-03, limit 8.0e-03", "")
     assert (off.verdict, off.detail) == (

@@ -16,7 +16,7 @@ from megatron_hypenet.cluster.node_check import (
     examine,
     exchange_reports,
     judge,
-    survey,
+    measure_nodes,
 )
 from megatron_hypenet.errors import SetupError
 from megatron_hypenet.parallel.rendezvous import Meeting
@@ -141,6 +141,6 @@ def test_a_node_that_cannot_write_or_compute_says_so(tmp_path, monkeypatch):
 
 
 def test_one_process_measures_itself(tmp_path):
-    found = survey(tmp_path)
+    found = measure_nodes(tmp_path)
     assert len(found.nodes) == 1 and found.links == () and found.all_reduce_gib_per_second is None
     assert found.nodes[0].gemm_tflops > 0 and judge(found).problems == ()

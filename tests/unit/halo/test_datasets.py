@@ -1,4 +1,4 @@
-"""The text of a run, from files to training sequences and held-out material."""
+"""The text of a run, from files to training sequences and held-out text."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ SHORT = {"recall_sequences": 2, "heldout_sequences": 2, "seq_length": 128, "reca
 @pytest.fixture(scope="module")
 def world(repo_root, tmp_path_factory):
     """Provide a run folder with the bundled teacher imported, and a text of its own."""
-    root = tmp_path_factory.mktemp("material")
+    root = tmp_path_factory.mktemp("datasets")
     folder = RunFolder(root / "run")
     import_teacher(repo_root / "assets" / "tiny-qwen3", folder.teacher)
     text = root / "text.txt"

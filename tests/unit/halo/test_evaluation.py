@@ -1,4 +1,4 @@
-"""Which material is measured, in which amounts."""
+"""The data that evaluations read, and how much of it."""
 
 import dataclasses
 

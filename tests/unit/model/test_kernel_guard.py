@@ -239,7 +239,9 @@ def test_a_cpu_pays_nothing_and_a_gpu_is_looked_at(monkeypatch):
 
 @pytest.mark.gpu
 def test_every_kernel_is_right_on_this_gpu():
-    wrong = [str(found) for found in kernel_guard.survey(torch.device("cuda")) if not found.ok]
+    wrong = [
+        str(found) for found in kernel_guard.check_all_kernels(torch.device("cuda")) if not found.ok
+    ]
     assert not wrong, wrong
 
 
@@ -249,5 +251,5 @@ def test_the_doctor_sees_every_family_in_every_dtype(monkeypatch):
         monkeypatch.setattr(
             module, name, lambda where, dtype, name=name, **kwargs: seen.append((name, dtype))
         )
-    assert len(list(kernel_guard.survey(DEVICE))) == len(seen) == 36
+    assert len(list(kernel_guard.check_all_kernels(DEVICE))) == len(seen) == 36
     assert {name for name, _ in seen} == set(CHECKS) and len(set(seen)) == 30

@@ -1,4 +1,4 @@
-"""The loop trains, saves, continues bit for bit, and leaves by the right door.
+"""The loop trains, saves, continues bit for bit, and ends with the right exception.
 
 One file, because every test drives the same loop with the same toy stage."""
 
