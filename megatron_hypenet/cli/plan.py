@@ -94,7 +94,12 @@ def plan(
     from megatron_hypenet.planning.disk import disk_need, text_bytes
     from megatron_hypenet.planning.eta import planned_work
     from megatron_hypenet.planning.hours import hours_of
-    from megatron_hypenet.planning.layout_search import fits, fullest, needs
+    from megatron_hypenet.planning.layout_search import (
+        fits,
+        fullest,
+        needs,
+        teacher_and_student,
+    )
     from megatron_hypenet.training.throughput import PEAK_BF16, peak_flops
 
     peak = peak_flops(gpu)
@@ -105,8 +110,9 @@ def plan(
     others = fits(layout, gpu_memory * GIB)
     top = fullest(found)
     steps = [step.name for step in halo_steps(run, RunFolder(run.output_dir))]
+    teacher, _ = teacher_and_student(shape, run.align.spec)
     hours = hours_of(
-        planned_work(run, shape, steps),
+        planned_work(run, teacher, steps),
         gpus=layout.processes,
         peak=peak,
         recompute={name: getattr(run.stage(name), "recompute", "none") for name in STAGES},

@@ -1,6 +1,7 @@
 """hypenet plan: memory per stage, layouts that fit, and an exit code for scripts."""
 
 import json
+import re
 
 import pytest
 
@@ -71,6 +72,30 @@ def test_json(hypenet):
         rel=1e-6,
     )
     assert finetune["needed"] <= 140 * 2**30 and len(answer["layouts_that_fit"]) > 10
+
+
+@pytest.mark.parametrize("size", ["06b", "2b", "5b", "9b"])
+def test_each_preset_fits_the_gpus_that_it_names(hypenet, size):
+    gpus = "1" if size == "06b" else "8"
+    words = (f"distill_{size}", "teacher=T", "data=D", "--world-size", gpus)
+    code, out, err = hypenet(*words, "--model", f"configs/model/hypenet_{size}.yaml", "--json")
+    assert code == 0 and json.loads(out)["fits"], err
+
+
+def test_a_teachers_shape_and_its_students_take_the_same_hours(hypenet, tmp_path, repo_root):
+    """Otherwise the work of the teacher would be counted as that of the student."""
+    student = repo_root / "configs/model/hypenet_2b.yaml"
+    text = student.read_text(encoding="utf-8").replace("lightning_attn", "attn")
+    for key, value in (("attn_use_rope", "true"), ("attn_use_output_gate", "false")):
+        text = re.sub(f"^{key}: .*$", f"{key}: {value}", text, flags=re.MULTILINE)
+    text = re.sub("^attn_logits_scaling: .*$", "attn_logits_scaling: null", text, flags=re.M)
+    teacher = tmp_path / "teacher.yaml"
+    teacher.write_text(text)
+    hours = [
+        json.loads(hypenet(*WORDS, str(shape), "--world-size", "8", "--json")[1])["hours"]
+        for shape in (student, teacher)
+    ]
+    assert hours[0] == hours[1]
 
 
 def test_hours_and_costs_follow_from_gpus_and_price(hypenet):

@@ -207,7 +207,7 @@ def test_model_file_problems_name_the_nearest_key(tmp_path):
 
 def test_shipped_runs_need_only_what_they_say(repo_root):
     assert load_run_config(repo_root / "configs/run/demo.yaml")
-    for name in ("quickstart", "distill_2b"):
+    for name in ("quickstart", "distill_06b", "distill_2b", "distill_5b", "distill_9b"):
         path = repo_root / f"configs/run/{name}.yaml"
         assert load_run_config(path, ["teacher=t", "data=x.txt"])
         with pytest.raises(ConfigError) as caught:
@@ -215,14 +215,16 @@ def test_shipped_runs_need_only_what_they_say(repo_root):
         assert "2 problems" in str(caught.value) and "teacher: missing" in str(caught.value)
 
 
-def test_paper_scale_is_the_papers(repo_root):
-    run = load_run_config(repo_root / "configs/run/distill_2b.yaml", ["teacher=t", "data=x.txt"])
+@pytest.mark.parametrize(("size", "lr"), [("2b", 1e-4), ("5b", 5e-5), ("9b", 3e-5), ("06b", 1e-4)])
+def test_paper_scale_is_the_papers(repo_root, size, lr):
+    path = repo_root / f"configs/run/distill_{size}.yaml"
+    run = load_run_config(path, ["teacher=t", "data=x.txt"])
     tokens = {
         name: run.stage(name).tokens_per_step * run.stage(name).train_iters
         for name in ("align", "distill", "finetune")
     }
     assert tokens == {"align": 327_680_000, "distill": 983_040_000, "finetune": 1_048_576_000}
-    assert (run.align.lr, run.distill.lr, run.finetune.lr) == (1e-3, 1e-4, 1e-5)
+    assert (run.align.lr, run.distill.lr, run.finetune.lr) == (1e-3, lr, 1e-5)
 
 
 SCALARS = st.one_of(
