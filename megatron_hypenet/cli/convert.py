@@ -7,11 +7,13 @@ import json
 import math
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from megatron_hypenet.cli.engines import Engine, VllmOption, vllm_process
 from megatron_hypenet.cli.options import DryRunOption, JsonOption
 from megatron_hypenet.config.bundled import bundled
 from megatron_hypenet.config.model import LogitsScaling, ModelConfig, check_logits_scaling
@@ -65,6 +67,8 @@ WorkersOption = Annotated[
     ),
 ]
 GIB = 2**30
+NEW_TOKENS = 16
+"""Tokens that an engine decodes one by one."""
 
 
 @app.command("import")
@@ -202,6 +206,26 @@ def verify_command(
     tensors_only: Annotated[
         bool, typer.Option("--tensors-only", help="Compare the tensors and run no model.")
     ] = False,
+    engine: Annotated[
+        Engine | None,
+        typer.Option(
+            "--engine",
+            help="Also compare what serves the folder: hf is its code in transformers, vllm that "
+            "and vLLM.",
+            show_default=False,
+        ),
+    ] = None,
+    vllm: VllmOption = None,
+    bound: Annotated[
+        float | None,
+        typer.Option(
+            "--bound",
+            min=0.0,
+            help="Largest difference of a log-probability of an engine, in nats; default: by "
+            "--dtype.",
+            show_default=False,
+        ),
+    ] = None,
     workers: WorkersOption = None,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
@@ -209,10 +233,20 @@ def verify_command(
     """Compare all tensors bit by bit, then the logits of transformers and of Megatron-core; exit
     code 6 when they differ.
 
-    Example:
+    With --engine also log-probabilities as they are when the model serves: of single prompts,
+    batches, chunks, tokens one by one, and behind a cached prefix.
+
+    Examples:
 
       hypenet convert verify /models/Qwen3-1.7B teacher/
+
+      hypenet convert verify runs/demo/export runs/demo/finetune --engine vllm --vllm
+      .venv-vllm/bin/vllm
     """
+    if engine is None and (vllm is not None or bound is not None):
+        raise UsageError("--vllm and --bound are about an engine; add --engine hf or vllm")
+    if engine is not None and tensors_only:
+        raise UsageError("--engine runs models and --tensors-only runs none; give one of them")
     hf_dir = bundled(hf_dir)
     _announce("reading", hf_dir)
     from megatron_hypenet.checkpoint import load
@@ -221,6 +255,8 @@ def verify_command(
 
     if dtype not in verify.TOLERANCE:
         raise UsageError(f"--dtype {dtype}: use one of {', '.join(verify.TOLERANCE)}")
+    if engine is Engine.VLLM and dtype == "float64":
+        raise UsageError("--dtype float64: vLLM does not compute in it; use float32")
     started = time.monotonic()
     if dry_run:
         plan = plan_import(hf_dir)
@@ -232,19 +268,21 @@ def verify_command(
         }
         _finish({**result, "tensors": len(plan.weights)}, plan.config, started, as_json)
         return
-    try:
+    with ExitStack() as stack:
+        stack.callback(_end_groups)
+        asked: dict[str, Any] = {"num_tokens": num_tokens, "seed": seed}
+        if engine is not None:
+            asked |= _served(stack, engine, vllm, hf_dir, dtype, num_tokens, seed)
         report = verify.verify(
             hf_dir,
             ckpt_dir,
             dtype=dtype,
-            num_tokens=num_tokens,
-            seed=seed,
             logits=not tensors_only,
             workers=workers,
             progress=_progress,
+            bound=bound,
+            **asked,
         )
-    finally:
-        _end_groups()
     if as_json:
         print(
             json.dumps(
@@ -258,6 +296,35 @@ def verify_command(
     else:
         print(_verdict(report))
     report.require_ok()
+
+
+def _served(
+    stack: ExitStack,
+    engine: Engine,
+    vllm: Path | None,
+    hf_dir: Path,
+    dtype: str,
+    num_tokens: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Return what verify() is given: the engines, which live as long as `stack`, and the rows of
+    tokens."""
+    from megatron_hypenet.export import hf_model, verify
+    from megatron_hypenet.export.parity import ExportedCode
+
+    config = hf_model.read_config(hf_dir)
+    new = max(1, min(NEW_TOKENS, num_tokens // 3))
+    rows = verify.random_rows(config.vocab_size, num_tokens, seed)
+    engines: list[Any] = []
+    if engine is Engine.VLLM:
+        from megatron_hypenet.serve.vllm.parity import VllmEngine
+
+        process = stack.enter_context(vllm_process(vllm))
+        _progress(f"starting vLLM with {hf_dir} ({dtype})")
+        engines = [VllmEngine(process, hf_dir, dtype, least=num_tokens, new=new)]
+        rows = engines[0].rows(config.vocab_size, seed)
+    model = hf_model.load_model(hf_dir, config, dtype, hf_model.default_device())
+    return {"served": [ExportedCode(model, new), *engines], "rows": rows}
 
 
 def parse_scaling(text: str) -> LogitsScaling:
@@ -299,9 +366,38 @@ def _verdict(report: Any) -> str:
         )
         first = logits.first_diverging
         lines.append(f"layers   {'all agree' if first is None else f'first difference at {first}'}")
+    lines += _ways(report)
     lines += [f"note     {line}" for line in report.notes]
     lines.append("verdict  " + ("same model" if report.ok else "DIFFERENT"))
     return "\n".join(lines)
+
+
+def _ways(report: Any) -> list[str]:
+    """Return a table of what serves the folder, in nats."""
+    if not report.ways:
+        return []
+    cells = [("engine", "way", "tokens", "cached", "max diff", "mean diff", "")]
+    cells += [
+        (
+            way.engine,
+            way.way,
+            str(way.tokens),
+            str(way.cached or ""),
+            f"{way.max_diff:.2g}",
+            f"{way.mean_diff:.2g}",
+            "" if way.ok else f"beyond {report.bound:g}: {way.worst}",
+        )
+        for way in report.ways
+    ]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [f"served   log-probabilities in nats, bound {report.bound:g}"]
+    for row in cells:
+        left = "  ".join(cell.ljust(width) for cell, width in zip(row[:2], widths, strict=False))
+        numbers = (cell.rjust(width) for cell, width in zip(row[2:6], widths[2:6], strict=True))
+        lines.append(f"         {left}  {'  '.join(numbers)}  {row[6]}".rstrip())
+    if report.served_diverging is not None:
+        lines.append(f"         first difference at {report.served_diverging}")
+    return lines
 
 
 def _announce(action: str, path: Path) -> None:

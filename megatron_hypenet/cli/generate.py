@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from megatron_hypenet.cli.engines import Engine
 from megatron_hypenet.cli.options import DryRunOption, JsonOption
 from megatron_hypenet.errors import DataError, UsageError
 
@@ -22,13 +22,6 @@ if TYPE_CHECKING:
     from megatron_hypenet.export.generate import Generated, Sampling
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
-
-
-class Engine(StrEnum):
-    """What runs the model."""
-
-    HF = "hf"
-    VLLM = "vllm"
 
 
 @app.command()
@@ -215,10 +208,7 @@ def _engine(
         loaded = None if dry_run else offline.load(folder, dtype or weights_dtype(folder))
 
         def by_vllm(ids: list[int], sampling: Sampling, *, quiet: bool) -> Any:
-            found = offline.generate(loaded, ids, sampling)
-            if not quiet:
-                print(found.text, end="", flush=True)
-            return found
+            return offline.generate(loaded, ids, sampling, None if quiet else _show)
 
         return by_vllm
     from megatron_hypenet.export import generate as exported
@@ -227,10 +217,13 @@ def _engine(
     model = None if dry_run else load_model(folder, config, dtype, device or default_device())
 
     def by_transformers(ids: list[int], sampling: Sampling, *, quiet: bool) -> Any:
-        emit = None if quiet else lambda text: print(text, end="", flush=True)
-        return exported.generate(model, tokenizer, ids, sampling, emit)
+        return exported.generate(model, tokenizer, ids, sampling, None if quiet else _show)
 
     return by_transformers
+
+
+def _show(text: str) -> None:
+    print(text, end="", flush=True)
 
 
 def _print(numbers: dict[str, Any], *, as_json: bool) -> None:

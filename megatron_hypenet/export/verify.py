@@ -1,5 +1,5 @@
-"""Verify that a Hugging Face folder and a checkpoint hold the same model: equal bits, and equal
-logits from two implementations.
+"""Verify that a Hugging Face folder and a checkpoint hold the same model: equal bits, equal logits
+from two implementations, and equal log-probabilities from what serves it.
 
 transformers runs the folder (its own Qwen3, or this package's copy of the exported modelling code),
 Megatron-core runs the checkpoint, both on the same random token ids. Code that came with the folder
@@ -9,7 +9,7 @@ is never run.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from megatron_hypenet.checkpoint.shards import ShardReader
 from megatron_hypenet.checkpoint.stream import Meter, default_workers
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.errors import VerificationError
-from megatron_hypenet.export import hf_folder, layerwise, mapping
+from megatron_hypenet.export import hf_folder, layerwise, mapping, parity
 from megatron_hypenet.export.plan import ImportPlan, plan_import
 from megatron_hypenet.export.tensors import BLOCK_VALUES, SCRATCH, parse_dtype
 
@@ -92,6 +92,12 @@ class Report:
     """Differences that are allowed, such as another logit scaling."""
     tensors: TensorReport
     logits: LogitsReport | None
+    bound: float | None = None
+    """Largest accepted difference of a log-probability, in nats."""
+    ways: list[parity.Way] = field(default_factory=list)
+    """What serves the folder, beside the training model."""
+    served_diverging: str | None = None
+    """First place where the hidden states of an engine differ."""
 
     @property
     def ok(self) -> bool:
@@ -119,6 +125,18 @@ class Report:
                 f" {self.logits.dtype}), top-1 agreement {100 * self.logits.top1_agreement:.2f} "
                 f"%{where}"
             )
+        return lines + self._beyond()
+
+    def _beyond(self) -> list[str]:
+        """Return what is beyond the bound, and where it begins."""
+        lines = [
+            f"{way.engine}, {way.way}: a log-probability differs by {way.max_diff:.3g} nats "
+            f"(bound {self.bound:g}), {way.worst}"
+            for way in self.ways
+            if not way.ok
+        ]
+        if lines and self.served_diverging is not None:
+            lines.append(f"hidden states of the engine part at {self.served_diverging}")
         return lines
 
     def as_dict(self) -> dict[str, Any]:
@@ -145,10 +163,14 @@ def verify(
     logits: bool = True,
     workers: int | None = None,
     progress: Callable[[str], None] | None = None,
+    served: Sequence[parity.Served] = (),
+    rows: Tensor | None = None,
+    bound: float | None = None,
 ) -> Report:
     """Compare configuration and tensors, then (with `logits`) both models' logits on 2 x
-    `num_tokens` random token ids in `dtype`. `workers` threads read (None: as many as suit the
-    machine).
+    `num_tokens` random token ids in `dtype`, or on `rows` [b, t] where they are given, and what
+    `served` answers about these rows, within `bound` nats (None: that of `dtype`). `workers`
+    threads read (None: as many as suit the machine).
 
     Raises ConversionError, ConfigError or CheckpointError when a side cannot be read; differences
     are in the report."""
@@ -161,16 +183,38 @@ def verify(
     report = Report(str(hf_dir), str(folder), different, notes, tensors, None)
     # two models of different shape cannot be run side by side; the report already says so
     if logits and not different:
-        ids = torch.randint(
-            plan.config.vocab_size, (2, num_tokens), generator=torch.Generator().manual_seed(seed)
-        )
+        ids = random_rows(plan.config.vocab_size, num_tokens, seed) if rows is None else rows
         say(f"running the checkpoint in Megatron-core ({dtype})")
         rounded = None if tensors.cast_to is None else parse_dtype(tensors.cast_to)
         ours = layerwise.run_checkpoint(folder, plan.config, ids, dtype, rounded)
         say(f"running the folder in transformers ({dtype})")
         theirs = layerwise.run_hf(plan, ids, dtype, rounded)
         report.logits = compare_logits(theirs, ours, dtype)
+        report.bound = parity.BOUND[dtype] if bound is None else bound
+        for one in served:
+            say(f"on all ways: {one.name} ({dtype})")
+            _compare_served(report, one, ids, ours)
     return report
+
+
+def random_rows(vocab_size: int, num_tokens: int, seed: int) -> Tensor:
+    """Return token ids [2, num_tokens]."""
+    return torch.randint(vocab_size, (2, num_tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def _compare_served(report: Report, served: parity.Served, ids: Tensor, ours: list[Tensor]) -> None:
+    """Add what `served` answers to the report, and the first layer that differs where it can be
+    found."""
+    assert report.bound is not None and report.logits is not None
+    ways = parity.compare(served.name, served.answers(ids), ours[-1], report.bound)
+    report.ways += ways
+    if all(way.ok for way in ways):
+        return
+    states = served.states(ids[0])
+    if states is not None:
+        length = len(states[0])
+        wanted = [state[0, :length].float() for state in ours[:-1]]
+        report.served_diverging = first_difference(wanted, states, report.logits.tolerance)
 
 
 def compare_configs(folder: ModelConfig, checkpoint: ModelConfig) -> tuple[list[str], list[str]]:
@@ -283,16 +327,7 @@ def compare_logits(reference: list[Tensor], found: list[Tensor], dtype: str) -> 
             f"the checkpoint's {len(found) - 1}"
         )
     tolerance = TOLERANCE[dtype]
-    first = None
-    places = [
-        "the embedding",
-        *(f"layer {layer}" for layer in range(len(found) - 3)),
-        f"layer {len(found) - 3} or the final norm",
-    ]
-    for place, theirs, ours in zip(places, reference[:-1], found[:-1], strict=True):
-        if not _relative(theirs, ours) <= tolerance:
-            first = place
-            break
+    first = first_difference(reference[:-1], found[:-1], tolerance)
     theirs, ours = (states[-1].flatten(0, -2) for states in (reference, found))
     parts = [
         _differences(*pair) for pair in zip(theirs.split(_TOKENS), ours.split(_TOKENS), strict=True)
@@ -308,6 +343,22 @@ def compare_logits(reference: list[Tensor], found: list[Tensor], dtype: str) -> 
         tolerance=tolerance,
         first_diverging=first,
     )
+
+
+def first_difference(
+    reference: Sequence[Tensor], found: Sequence[Tensor], tolerance: float
+) -> str | None:
+    """Return the first place where hidden states differ (after the embedding, each layer, the final
+    norm) by more than `tolerance` of the largest, or None."""
+    places = [
+        "the embedding",
+        *(f"layer {layer}" for layer in range(len(found) - 2)),
+        f"layer {len(found) - 2} or the final norm",
+    ]
+    for place, theirs, ours in zip(places, reference, found, strict=True):
+        if not _relative(theirs, ours) <= tolerance:
+            return place
+    return None
 
 
 def _differences(theirs: Tensor, ours: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -77,6 +77,7 @@ MORE = {
     "run configs/run/distill_2b.yaml": DRY,
     "train configs/run/distill_2b.yaml": DRY,
     "score runs/demo/finetune --tokens ids.safetensors --out out.safetensors --cp": DRY,
+    "convert verify runs/demo/export": DRY,
     "eval": (*SHORT, "--lengths", "128"),
     "submit configs/run/quickstart.yaml": ("output_dir=runs/sent",),
     "serve": SERVE,
