@@ -23,6 +23,7 @@ from megatron_hypenet.checkpoint.manifest import (
     Manifest,
     file_problems,
     hash_problems,
+    is_as_written,
     is_part,
     read_manifest,
     refuse_damaged,
@@ -110,13 +111,21 @@ def comparing_hashes(folder: Path) -> Iterator[None]:
     CheckpointError at the end of the block when one differs: also in place of an error of the
     block, which may have come from the damage."""
     with ThreadPoolExecutor(1, "hashes") as pool:
-        compared = pool.submit(verify_files, folder, hashes=True, parts=WEIGHTS_PARTS)
+        compared = pool.submit(_compare_hashes, folder)
         try:
             yield
         except Exception:
             compared.result()
             raise
         compared.result()
+
+
+def _compare_hashes(folder: Path) -> None:
+    manifest = read_manifest(folder)
+    for name, entry in manifest.files.items():
+        if is_part(name, (fmt.WEIGHTS,)) and (folder / name).is_file():
+            is_as_written(folder / name, entry, past_cache=True)  # remembers the hash
+    verify_files(folder, hashes=True, parts=WEIGHTS_PARTS)
 
 
 def read_weights(path: Path | str, keys: Iterable[str] | None = None) -> dict[str, Tensor]:

@@ -25,7 +25,14 @@ from pydantic import ConfigDict, Field
 
 from megatron_hypenet.checkpoint import format as fmt
 from megatron_hypenet.errors import CheckpointError
-from megatron_hypenet.untrusted.files import FileKind, inside, reason_of, shown
+from megatron_hypenet.untrusted.files import (
+    FileKind,
+    inside,
+    read_at,
+    read_large,
+    reason_of,
+    shown,
+)
 from megatron_hypenet.untrusted.json_text import parse_json, typed
 
 logger = logging.getLogger(__name__)
@@ -131,14 +138,25 @@ def git_commit() -> str | None:
     return done.stdout.strip() or None if done.returncode == 0 else None
 
 
-def hash_file(path: Path) -> FileEntry:
-    """Return size and sha256 of one file, which is read once."""
+def hash_file(path: Path, *, past_cache: bool = False) -> FileEntry:
+    """Size and sha256 of one file, read once; of a large one the next block is read meanwhile.
+    `past_cache`: blocks that the page cache lacks are not put there."""
+    read = read_large if past_cache else read_at
     digest = hashlib.sha256()
     size = 0
-    with path.open("rb") as stream:
-        while block := stream.read(_CHUNK_BYTES):
+    with path.open("rb") as stream, ThreadPoolExecutor(1) as reader:
+        length = min(os.fstat(stream.fileno()).st_size + 1, _CHUNK_BYTES)
+        blocks = [memoryview(bytearray(length)) for _ in range(2)]
+        found = read(stream.fileno(), blocks[0], 0)
+        while found:
+            size += found
+            block, blocks = blocks[0][:found], blocks[::-1]
+            if found < length:
+                digest.update(block)
+                break
+            following = reader.submit(read, stream.fileno(), blocks[0], size)
             digest.update(block)
-            size += len(block)
+            found = following.result()
     return FileEntry(bytes=size, sha256=digest.hexdigest())
 
 
@@ -340,13 +358,13 @@ def is_part(name: str, parts: Collection[str]) -> bool:
     return not parts or name in parts or name.partition("/")[0] in parts
 
 
-def is_as_written(path: Path, entry: FileEntry) -> bool:
-    """Return whether a file has the size and hash of `entry`; its hash is cached as long as the
-    file does not change."""
+def is_as_written(path: Path, entry: FileEntry, *, past_cache: bool = False) -> bool:
+    """Return whether a file has the size and hash of `entry`; its hash is remembered as long as the
+    file does not change. `past_cache` as for `hash_file`."""
     try:
         key = _state_of(path)
         if key not in _hashed:
-            found = hash_file(path)
+            found = hash_file(path, past_cache=True) if past_cache else hash_file(path)
             if _state_of(path) != key:
                 return False  # it was changed meanwhile
             _hashed[key] = found

@@ -11,32 +11,28 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
-from torch.distributed.checkpoint.storage import WriteResult
 
+from megatron_hypenet.checkpoint.format import TENSORS_SUFFIX
 from megatron_hypenet.checkpoint.manifest import FileEntry, HashedFile
 from megatron_hypenet.checkpoint.shards import LazyTensor, Shard, StreamedTensor
 from megatron_hypenet.checkpoint.stream import FilePlan, Section, Values, write_files
 from megatron_hypenet.checkpoint.tensor_archive import MAX_BYTES, is_supported, tensor_archive
 from megatron_hypenet.errors import CheckpointError
 from megatron_hypenet.parallel.agreement import agree, gather_to_first, is_first, rank
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import Metadata
+    from torch.distributed.checkpoint.planner import SavePlan
+    from torch.distributed.checkpoint.storage import WriteResult
+
+# torch.distributed.checkpoint takes about a second to load: inside the functions that need it
 
 BACKEND = {
     "sharded_backend": "torch_dist",
@@ -88,7 +84,7 @@ class ShardWrite:
     @staticmethod
     def name_of(rank: int) -> str:
         """Return the one file that process `rank` writes into a folder, if it owns any piece."""
-        return f"__{rank}_0{DEFAULT_SUFFIX}"
+        return f"__{rank}_0{TENSORS_SUFFIX}"
 
     def write(self, *, cancelled: Callable[[], bool] = lambda: False) -> Written:
         """Write this process's pieces to disk, release each of them, and hash the file; call it
@@ -111,58 +107,25 @@ class ShardWrite:
                 results.append(_result(shard, self.name, start, length))
         return Written(tuple(results), stream.entry)
 
-    def stream(
-        self,
-        tensors: Sequence[StreamedTensor],
-        *,
-        workers: int | None,
-        progress: Callable[[str], None] | None,
-    ) -> Written:
-        """Write what `write` writes, to the byte, for whole tensors that are produced in pieces;
-        `tensors` are those of the shards, in order, and `workers` and `progress` as for
-        `stream.write_files`."""
-        assert self._shards is not None, "the shards of a folder are written once"
-        shards = self._shards
-        self._shards = None
-        sections: list[Section] = []
-        results = []
-        start = 0
-        for shard, tensor in zip(shards, tensors, strict=True):
-            archive = tensor_archive(tensor.shape, tensor.dtype)
-            sections += [
-                archive.head,
-                Values(
-                    num_bytes=archive.num_bytes,
-                    unit=tensor.unit * tensor.dtype.itemsize,
-                    fill=tensor.fill,
-                    trailer=archive.tail,
-                    trailer_bytes=archive.tail_bytes,
-                ),
-            ]
-            results.append(_result(shard, self.name, start, archive.length))
-            start += archive.length
-        plan = FilePlan(self.folder / self.name, sections, hashed=True)
-        (entry,) = write_files([plan], workers=workers, progress=progress)
-        return Written(tuple(results), entry)
-
     def finish(self, written: Sequence[Written]) -> None:
         """Write the folder's index from what every process wrote, in the order of ranks, plus
         Megatron's two files."""
         assert self._metadata is not None, "only the first process has the plan of the whole folder"
-        writer = _IndexWriter(self.folder)
+        from torch.distributed import checkpoint as dcp
+
+        class IndexWriter(dcp.FileSystemWriter):
+            """torch's writer of `.metadata`, without the (temporary, absolute) folder name that it
+            would record there."""
+
+            def storage_meta(self) -> None:
+                return None
+
+        writer = IndexWriter(self.folder)
         writer.set_up_storage_writer(True)
         writer.finish(self._metadata, [list(one.results) for one in written])
         (self.folder / "metadata.json").write_text(json.dumps(BACKEND))
         # megatron-core <= 0.18 refuses to load without it
         torch.save({}, self.folder / "common.pt")
-
-
-class _IndexWriter(dcp.FileSystemWriter):
-    """torch's writer of `.metadata`, without the (temporary, absolute) folder name that it would
-    record there."""
-
-    def storage_meta(self) -> StorageMeta | None:
-        return None
 
 
 def write_shards(folder: Path, shards: Iterable[Shard]) -> dict[str, FileEntry]:
@@ -183,16 +146,56 @@ def stream_shards(
     """Write the same as `write_shards` in bounded memory, with several threads, from tensors that
     are produced in pieces; see `stream.write_files`."""
     folder.mkdir(parents=True, exist_ok=True)
-    lazy = {
-        key: LazyTensor(tensor.shape, tensor.dtype, tensor.whole) for key, tensor in tensors.items()
-    }
-    plan = ShardWrite(folder, [Shard.whole(*item) for item in lazy.items()], alone=True)
-    written = (
-        plan.stream(list(tensors.values()), workers=workers, progress=progress)
-        if all(_streams(tensor) for tensor in tensors.values())
-        else plan.write()
-    )
-    return _finished(plan, written)
+    shards = [
+        Shard.whole(key, LazyTensor(tensor.shape, tensor.dtype, tensor.whole))
+        for key, tensor in tensors.items()
+    ]
+    if not all(_streams(tensor) for tensor in tensors.values()):
+        plan = ShardWrite(folder, shards, alone=True)
+        return _finished(plan, plan.write())
+    file = folder / ShardWrite.name_of(0)
+    with ThreadPoolExecutor(1, "loading") as loading:
+        loading.submit(_load_planner)  # while most of the time is spent outside of Python
+        places, entry = _stream(file, tensors.values(), workers, progress)
+    plan = ShardWrite(folder, shards, alone=True)  # whole tensors fit together in any case
+    results = [
+        _result(shard, plan.name, *place) for shard, place in zip(shards, places, strict=True)
+    ]
+    return _finished(plan, Written(tuple(results), entry))
+
+
+def _load_planner() -> None:
+    import torch.distributed.checkpoint.default_planner  # noqa: F401
+
+
+def _stream(
+    path: Path,
+    tensors: Iterable[StreamedTensor],
+    workers: int | None,
+    progress: Callable[[str], None] | None,
+) -> tuple[list[tuple[int, int]], FileEntry | None]:
+    """Write what `ShardWrite.write` writes, to the byte; returns first byte and length of each
+    tensor, and size and hash of the file."""
+    sections: list[Section] = []
+    places = []
+    start = 0
+    for tensor in tensors:
+        archive = tensor_archive(tensor.shape, tensor.dtype)
+        sections += [
+            archive.head,
+            Values(
+                num_bytes=archive.num_bytes,
+                unit=tensor.unit * tensor.dtype.itemsize,
+                fill=tensor.fill,
+                trailer=archive.tail,
+                trailer_bytes=archive.tail_bytes,
+            ),
+        ]
+        places.append((start, archive.length))
+        start += archive.length
+    plan = FilePlan(path, sections, hashed=True)
+    (entry,) = write_files([plan], workers=workers, progress=progress)
+    return places, entry
 
 
 def _streams(tensor: StreamedTensor) -> bool:
@@ -207,6 +210,10 @@ def _finished(plan: ShardWrite, written: Written) -> dict[str, FileEntry]:
 
 
 def _result(shard: Shard, file: str, start: int, length: int) -> WriteResult:
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import MetadataIndex
+    from torch.distributed.checkpoint.storage import WriteResult
+
     return WriteResult(
         MetadataIndex(shard.key, shard.offset), length, _StorageInfo(file, start, length)
     )
@@ -214,6 +221,18 @@ def _result(shard: Shard, file: str, start: int, length: int) -> WriteResult:
 
 def _plan(shards: Sequence[Shard]) -> SavePlan:
     """Plan one write per shard; data is not read."""
+    from torch.distributed.checkpoint.metadata import (
+        ChunkStorageMetadata,
+        MetadataIndex,
+        TensorProperties,
+    )
+    from torch.distributed.checkpoint.planner import (
+        SavePlan,
+        TensorWriteData,
+        WriteItem,
+        WriteItemType,
+    )
+
     items = []
     for shard in shards:
         chunk = ChunkStorageMetadata(
@@ -237,6 +256,9 @@ def _plan(shards: Sequence[Shard]) -> SavePlan:
 def _global_metadata(plans: list[SavePlan]) -> Metadata:
     """Return the index of all plans, without places on disk; ValueError when pieces overlap, leave
     holes or are written twice."""
+    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+    from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+
     writers: dict[MetadataIndex, int] = {}
     for writer, plan in enumerate(plans):
         for item in plan.items:

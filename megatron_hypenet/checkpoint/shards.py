@@ -209,7 +209,9 @@ class ShardReader(Mapping[str, Tensor]):
             if low < high:
                 place = self._located(piece, stored, streams)
                 part = target[low - first : high - first]
-                read_values(piece.file, streams[piece.file], place, low - begin, part)
+                read_values(
+                    piece.file, streams[piece.file], place, low - begin, part, past_cache=True
+                )
 
     def _rows(
         self,

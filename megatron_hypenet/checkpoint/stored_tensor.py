@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_hypenet.checkpoint.safety import MAX_MEMBER_BYTES, PICKLE
-from megatron_hypenet.untrusted.files import read_at, shown
+from megatron_hypenet.untrusted.files import read_at, read_large, shown
 from megatron_hypenet.untrusted.pickles import Global, Record, Stored, read_pickle
 from megatron_hypenet.untrusted.zips import StoredZip
 
@@ -115,14 +115,24 @@ def locate_tensor(
     return Located(first, num_bytes, offset, stride, _is_contiguous(size, stride))
 
 
-def read_values(path: Path, stream: BinaryIO, place: Located, first: int, target: Tensor) -> None:
+def read_values(
+    path: Path,
+    stream: BinaryIO,
+    place: Located,
+    first: int,
+    target: Tensor,
+    *,
+    past_cache: bool = False,
+) -> None:
     """Fill the contiguous `target` with the values of a contiguous stored tensor of its dtype, from
-    the value number `first` on; CheckpointError when the file has become shorter."""
+    the value number `first` on; CheckpointError when the file has become shorter. `past_cache`:
+    what the page cache lacks is not put there, for a reader that no other process follows."""
     if not target.numel():
         return
     view = memoryview(target.reshape(-1).view(torch.uint8).numpy().data)
     at = place.first + (place.offset + first) * target.element_size()
-    if read_at(stream.fileno(), view, at) != view.nbytes:
+    read = read_large if past_cache else read_at
+    if read(stream.fileno(), view, at) != view.nbytes:
         PICKLE.refuse(path, "it ends too early")
 
 

@@ -2,38 +2,33 @@
 order on the way, in bounded memory.
 
 A file is a list of sections in order: bytes that are known, values that a function produces from
-any place on, and bytes that depend on the checksum of the values before them. Places are known
-beforehand, so pieces are written wherever they are ready; what is hashed is what was written.
+any place on, and bytes that depend on the checksum of the values before them. It is cut into pieces
+of one size. Each is filled by any thread, then completed and hashed in order, then written by any
+thread; what is hashed is what is written.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import errno
 import hashlib
 import os
-import threading
 import time
 import zlib
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_hypenet.checkpoint.manifest import FileEntry
 from megatron_hypenet.checkpoint.ordered_work import one_thread_per_operation, run_in_order
+from megatron_hypenet.checkpoint.output_file import OutputFile
 from megatron_hypenet.checkpoint.tensor_archive import combined_crc
 from megatron_hypenet.errors import SetupError
 
-PIECE_BYTES = 8 << 20
-"""Largest piece, unless one unit of a section is larger."""
+PIECE_BYTES = 4 << 20
+"""Size of a piece: a multiple of output_file.BLOCK_BYTES."""
 MAX_WORKERS = 4
 """Default limit of threads: reading and checking take about as long as hashing, which one thread
 does."""
-_FLUSH_BYTES = 256 << 20
 _SAY_SECONDS = 5.0
-_fallocate = ctypes.CDLL(None, use_errno=True).fallocate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,9 +37,9 @@ class Values:
 
     num_bytes: int
     unit: int
-    """Pieces begin at multiples of this number of bytes."""
+    """`fill` is asked for multiples of this number of bytes, from multiples of it on."""
     fill: Callable[[int, memoryview], None]
-    """Called with the first byte of a piece, and the place for its bytes; from several threads."""
+    """Called with the first byte of a part, and the place for its bytes; from several threads."""
     trailer: Callable[[int], bytes] | None = None
     """The bytes behind the section, from the crc32 of its own."""
     trailer_bytes: int = 0
@@ -88,7 +83,7 @@ def write_files(
     """Write the files, one after the other, and return size and sha256 of those that are hashed.
 
     The content is the same for any number of `workers` (threads; None: as many as suit the
-    machine), and has reached the disk. Memory: PIECE_BYTES times 2 * workers + 2. `progress` gets
+    machine), and has reached the disk. Memory: PIECE_BYTES times 2 * workers + 4. `progress` gets
     a line every few seconds. SetupError, before anything is written, when the disk has less space
     than all files take; else the first failure in the order of a file. Files that were begun are
     left to the caller."""
@@ -111,16 +106,6 @@ def require_space(plans: Sequence[FilePlan]) -> None:
             f"cannot write {needed / 1e9:,.2f} GB into {folder.parent}: its disk has "
             f"{free / 1e9:,.2f} GB free; nothing was written. Free space or choose another folder"
         )
-
-
-@dataclass(slots=True)
-class _Piece:
-    """Part of a section: its bytes in the section and in the file."""
-
-    section: Values
-    first: int
-    num_bytes: int
-    place: int
 
 
 class Meter:
@@ -151,141 +136,137 @@ class Meter:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Values of one section that lie in one piece."""
+
+    section: Values
+    first: int
+    """First byte in the section."""
+    num_bytes: int
+    at: int
+    """First byte in the piece."""
+
+
 @dataclass(slots=True)
-class _Flusher:
-    """Brings a file to the disk while it is written, so that little is left at the end."""
+class _Piece:
+    """A stretch of the file."""
 
-    descriptor: int
-    written: int = 0
-    _busy: threading.Thread | None = field(default=None)
-
-    def add(self, num_bytes: int) -> None:
-        self.written += num_bytes
-        if self.written >= _FLUSH_BYTES and (self._busy is None or not self._busy.is_alive()):
-            self.written = 0
-            self._busy = threading.Thread(target=self._flush, daemon=True)
-            self._busy.start()
-
-    def _flush(self) -> None:
-        with contextlib.suppress(OSError):  # the last fsync reports it
-            os.fdatasync(self.descriptor)
-
-    def end(self) -> None:
-        if self._busy is not None:
-            self._busy.join()
+    num_bytes: int
+    parts: list[_Part] = field(default_factory=list)
+    known: list[tuple[int, bytes]] = field(default_factory=list)
+    """(first byte in the piece, content)."""
+    crcs: list[int] = field(default_factory=list)
+    """crc32 of each part of a section with a trailer, else 0."""
 
 
-def _pieces(sections: Sequence[Section]) -> tuple[list[_Piece], list[tuple[int, int, bytes]]]:
-    """Return (pieces in order, (number of pieces before it, place, content) of the known bytes)."""
-    pieces: list[_Piece] = []
-    known = []
+def _pieces(sections: Sequence[Section], total: int) -> list[_Piece]:
+    """Cut a file of `total` bytes."""
+    size = PIECE_BYTES
+    pieces = [_Piece(min(size, total - start)) for start in range(0, total, size)]
+
+    def stretches(place: int, num_bytes: int) -> Iterator[tuple[_Piece, int, int, int]]:
+        """(piece, first byte in it, first byte in the section, number of bytes)."""
+        done = 0
+        while done < num_bytes:
+            number, at = divmod(place + done, size)
+            count = min(size - at, num_bytes - done)
+            yield pieces[number], at, done, count
+            done += count
+
     place = 0
     for section in sections:
         if isinstance(section, bytes):
-            known.append((len(pieces), place, section))
+            for piece, at, first, count in stretches(place, len(section)):
+                piece.known.append((at, section[first : first + count]))
             place += len(section)
-            continue
-        step = max(section.unit, PIECE_BYTES // section.unit * section.unit)
-        for first in range(0, section.num_bytes, step):
-            num_bytes = min(step, section.num_bytes - first)
-            pieces.append(_Piece(section, first, num_bytes, place + first))
-        place += section.num_bytes + section.trailer_bytes
-    return pieces, known
+        else:
+            for piece, at, first, count in stretches(place, section.num_bytes):
+                piece.parts.append(_Part(section, first, count, at))
+            place += section.num_bytes + section.trailer_bytes
+    return pieces
 
 
 class _FileWriter:
-    """One file while it is written: pieces by several threads, everything else in order."""
+    """One file while it is written."""
 
     def __init__(self, plan: FilePlan, meter: Meter) -> None:
         self.plan = plan
         self.meter = meter
-        self.pieces, known = _pieces(plan.sections)
-        self.known = deque(known)
+        self.total = plan.num_bytes
+        self.pieces = _pieces(plan.sections, self.total)
         self.digest = hashlib.sha256()
-        # crc32 of the pieces of sections with a trailer, and of what was finished of a section
-        self.crcs = [0] * len(self.pieces)
         self.crc = 0
-        # the kernel lets one thread at a time write into a file, and the others spin meanwhile
-        self.writing = threading.Lock()
+        """crc32 of what was completed of a section."""
+        self.trailer = b""
+        """What is not in the file yet of the bytes behind the last section."""
 
     def write(self, workers: int) -> FileEntry | None:
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        self.descriptor = os.open(self.plan.path, flags, 0o666)
-        self.flusher = _Flusher(self.descriptor)
-        total = self.plan.num_bytes
+        self.file = OutputFile(self.plan.path, self.total)
         try:
-            if total:
-                _reserve(self.descriptor, total)
-            largest = max((piece.num_bytes for piece in self.pieces), default=0)
-            try:
-                run_in_order(
-                    len(self.pieces),
-                    self.produce,
-                    self.finish,
-                    workers=workers,
-                    buffer_bytes=largest,
-                )
-                self.put_known(len(self.pieces))
-            finally:
-                self.flusher.end()
-            os.fsync(self.descriptor)
-        finally:
-            os.close(self.descriptor)
+            run_in_order(
+                len(self.pieces),
+                self.produce,
+                self.complete,
+                afterwards=lambda index, content: self.file.write(content, index * PIECE_BYTES),
+                workers=workers,
+                buffer_bytes=min(PIECE_BYTES, self.total),
+            )
+        except BaseException:
+            self.file.abandon()
+            raise
+        self.file.close()
         if not self.plan.hashed:
             return None
-        return FileEntry(bytes=total, sha256=self.digest.hexdigest())
+        return FileEntry(bytes=self.total, sha256=self.digest.hexdigest())
 
     def produce(self, index: int, buffer: memoryview) -> int:
-        """Fill a buffer with a piece and write it to its place; in any order."""
+        """Fill a piece but for what depends on checksums; in any order."""
         piece = self.pieces[index]
-        target = buffer[: piece.num_bytes]
-        piece.section.fill(piece.first, target)
-        if piece.section.trailer is not None:
-            self.crcs[index] = zlib.crc32(target)
-        with self.writing:
-            _write_at(self.descriptor, target, piece.place)
+        for at, content in piece.known:
+            buffer[at : at + len(content)] = content
+        for part in piece.parts:
+            target = buffer[part.at : part.at + part.num_bytes]
+            _fill(part.section, part.first, target)
+            piece.crcs.append(0 if part.section.trailer is None else zlib.crc32(target))
         return piece.num_bytes
 
-    def finish(self, index: int, content: memoryview) -> None:
-        """Hash a piece that was written, with the known bytes before it; in order."""
-        self.put_known(index)
+    def complete(self, index: int, content: memoryview) -> None:
+        """Add what depends on checksums, and hash the piece; in order."""
         piece = self.pieces[index]
-        section = self.pieces[index].section
+        self.put_trailer(content, 0)
+        for part, crc in zip(piece.parts, piece.crcs, strict=True):
+            section = part.section
+            if section.trailer is None:
+                continue
+            self.crc = combined_crc(self.crc if part.first else 0, crc, part.num_bytes)
+            if part.first + part.num_bytes == section.num_bytes:
+                self.trailer = section.trailer(self.crc)
+                assert len(self.trailer) == section.trailer_bytes, "a trailer of another length"
+                self.put_trailer(content, part.at + part.num_bytes)
         if self.plan.hashed:
             self.digest.update(content)
-        if section.trailer is not None:
-            before = self.crc if piece.first else 0
-            self.crc = combined_crc(before, self.crcs[index], piece.num_bytes)
-            if piece.first + piece.num_bytes == section.num_bytes:
-                self.put(piece.place + piece.num_bytes, section.trailer(self.crc))
-        self.flusher.add(piece.num_bytes)
         self.meter.add(piece.num_bytes)
 
-    def put_known(self, before: int) -> None:
-        """Write the known bytes that lie before piece number `before`."""
-        while self.known and self.known[0][0] <= before:
-            _, place, content = self.known.popleft()
-            self.put(place, content)
-
-    def put(self, place: int, content: bytes) -> None:
-        with self.writing:
-            _write_at(self.descriptor, content, place)
-        if self.plan.hashed:
-            self.digest.update(content)
+    def put_trailer(self, content: memoryview, at: int) -> None:
+        """Put what fits of the trailer into a piece, from byte `at` on."""
+        now = self.trailer[: content.nbytes - at]
+        content[at : at + len(now)] = now
+        self.trailer = self.trailer[len(now) :]
 
 
-def _reserve(descriptor: int, num_bytes: int) -> None:
-    """Take a file's space on the disk at once: a full disk is known before the work, and writing
-    costs a fraction of what a growing file costs. Does nothing where the file system cannot."""
-    # not os.posix_fallocate: where the file system cannot, it writes into every block
-    failed = _fallocate(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(num_bytes))
-    if failed and ctypes.get_errno() in (errno.ENOSPC, errno.EDQUOT):
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-
-
-def _write_at(descriptor: int, content: bytes | memoryview, place: int) -> None:
-    view = memoryview(content)
-    while view.nbytes:
-        written = os.pwrite(descriptor, view, place)
-        place += written
-        view = view[written:]
+def _fill(section: Values, first: int, target: memoryview) -> None:
+    """Let a section fill `target`; units that lie in part outside of it are filled elsewhere."""
+    unit, last = section.unit, first + target.nbytes
+    start = -(-first // unit) * unit
+    stop = last if last == section.num_bytes else last // unit * unit
+    for low, high in ((first, min(start, last)), (start, stop), (max(start, stop), last)):
+        if low >= high:
+            continue
+        if (low, high) == (start, stop):
+            section.fill(low, target[low - first : high - first])
+            continue
+        begin = low // unit * unit
+        whole = memoryview(bytearray(min(unit, section.num_bytes - begin)))
+        section.fill(begin, whole)
+        target[low - first : high - first] = whole[low - begin : high - begin]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_hypenet.errors import ConversionError
-from megatron_hypenet.untrusted.files import FileKind, has_entry, inside, read_at, shown
+from megatron_hypenet.untrusted.files import FileKind, has_entry, inside, read_large, shown
 from megatron_hypenet.untrusted.json_text import read_object
 from megatron_hypenet.untrusted.safetensors_header import BITS, TensorHeader, read_header
 
@@ -153,7 +153,7 @@ class HfWeights(Mapping[str, "Tensor"]):
         view = memoryview(target.view(torch.uint8).numpy().data)
         try:
             with _WEIGHTS.open(path) as stream:
-                found = read_at(stream.fileno(), view, place)
+                found = read_large(stream.fileno(), view, place)
         except OSError as error:
             raise ConversionError(
                 f"{path}: {name} cannot be read ({error}); fetch the file again"

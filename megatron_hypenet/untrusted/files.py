@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import mmap
 import os
 import stat
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NoReturn
@@ -11,6 +15,9 @@ from typing import BinaryIO, NoReturn
 from megatron_hypenet.errors import HypenetError
 
 MIB = 1 << 20
+_BLOCK = 4096
+"""Direct reads begin and end at multiples of this."""
+_DIRECT_BYTES = 4 * MIB + 2 * _BLOCK
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +104,66 @@ def read_at(descriptor: int, target: memoryview, place: int) -> int:
             break
         done += found
     return done
+
+
+def read_large(descriptor: int, target: memoryview, place: int) -> int:
+    """Do what `read_at` does for a part of a large file that is read once: what the page cache
+    lacks comes from the disk directly (O_DIRECT), where the file system can do that, and leaves no
+    pages there. Sets the flags of `descriptor`, so no other thread may use it meanwhile."""
+    done = _cached(descriptor, target, place)
+    while done < target.nbytes:
+        found = _direct(descriptor, target[done:], place + done)
+        if not found:
+            break
+        done += found
+    if done < target.nbytes:
+        done += read_at(descriptor, target[done:], place + done)
+    return done
+
+
+def _cached(descriptor: int, target: memoryview, place: int) -> int:
+    """Read what the page cache holds of the bytes from `place` on, up to the first gap."""
+    done = 0
+    with contextlib.suppress(OSError):  # nothing is there, or this cannot be asked
+        while done < target.nbytes:
+            found = os.preadv(descriptor, [target[done:]], place + done, os.RWF_NOWAIT)
+            if not found:
+                break
+            done += found
+    return done
+
+
+def _direct(descriptor: int, target: memoryview, place: int) -> int:
+    """Read some of the bytes from `place` on past the page cache; 0 where that cannot be done, and
+    at the end of the file."""
+    buffer = _aligned.memory()
+    skipped = place % _BLOCK
+    wanted = min(len(buffer), -(-(skipped + target.nbytes) // _BLOCK) * _BLOCK)
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_DIRECT)
+        found = os.preadv(descriptor, [buffer[:wanted]], place - skipped) - skipped
+    except OSError:  # not on this file system; other failures come again without it
+        return 0
+    finally:
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags)
+    count = max(0, min(found, target.nbytes))
+    target[:count] = buffer[skipped : skipped + count]
+    return count
+
+
+class _Aligned(threading.local):
+    """Memory of each thread for direct reads, which need it aligned."""
+
+    _memory: memoryview | None = None
+
+    def memory(self) -> memoryview:
+        if self._memory is None:
+            self._memory = memoryview(mmap.mmap(-1, _DIRECT_BYTES))
+        return self._memory
+
+
+_aligned = _Aligned()
 
 
 def has_entry(path: Path) -> bool:

@@ -43,28 +43,37 @@ def test_files_without_values(tmp_path):
     assert (tmp_path / "a").read_bytes() == b"" and (tmp_path / "b").read_bytes() == b"x"
 
 
-def test_a_unit_larger_than_a_piece_stays_whole(tmp_path):
+@pytest.mark.parametrize(
+    ("unit", "want"),
+    [
+        (3000, [(0, 3000), (3000, 3000), (6000, 3000), (9000, 1000)]),
+        (40, [(first, 40) for first in range(0, 10_000, 40)]),
+    ],
+)
+def test_values_are_asked_for_in_units(tmp_path, unit, want):
     asked = []
-    source = values(CONTENT, unit=3000)
-    section = Values(
-        num_bytes=10_000,
-        unit=3000,
-        fill=lambda first, target: (asked.append((first, len(target))), source.fill(first, target)),
-    )
-    write_files([FilePlan(tmp_path / "a", [section])], workers=1)
-    assert asked == [(0, 3000), (3000, 3000), (6000, 3000), (9000, 1000)]
-    assert (tmp_path / "a").read_bytes() == CONTENT
+    source = values(CONTENT, unit=unit)
+
+    def fill(first, target):
+        asked.extend((at, min(unit, 10_000 - at)) for at in range(first, first + len(target), unit))
+        assert first % unit == 0 and (len(target) % unit == 0 or first + len(target) == 10_000)
+        source.fill(first, target)
+
+    section = Values(num_bytes=10_000, unit=unit, fill=fill)
+    write_files([FilePlan(tmp_path / "a", [b"x" * 17, section])], workers=1)
+    assert sorted(set(asked)) == want
+    assert (tmp_path / "a").read_bytes() == b"x" * 17 + CONTENT
 
 
 @pytest.mark.parametrize("workers", [1, 4])
 def test_the_first_failure_in_order_is_raised(tmp_path, workers):
     def fill(first, target):
-        if first >= 490:
-            time.sleep(0.02 if first == 490 else 0)
+        if first >= 500:
+            time.sleep(0.02 if first == 500 else 0)
             raise ValueError(first)
 
-    section = Values(num_bytes=5000, unit=7, fill=fill)
-    with pytest.raises(ValueError, match="^490$"):
+    section = Values(num_bytes=5000, unit=10, fill=fill)
+    with pytest.raises(ValueError, match="^500$"):
         write_files([FilePlan(tmp_path / "a", [section])], workers=workers)
 
 

@@ -1,13 +1,16 @@
+import fcntl
 import os
 
 import pytest
 
 from megatron_hypenet.errors import ConversionError
+from megatron_hypenet.untrusted import files
 from megatron_hypenet.untrusted.files import (
     FileKind,
     has_entry,
     inside,
     is_inside,
+    read_large,
     reason_of,
     shown,
 )
@@ -121,3 +124,34 @@ def test_a_name_that_cannot_be_read_is_not_absent(tmp_path):
         make()
         assert has_entry(path)
         path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize(("place", "count"), [(0, 100), (4095, 9000), (8191, 50_000), (49_000, 9)])
+def test_a_part_of_a_large_file_is_the_same_with_and_without_the_page_cache(
+    tmp_path, monkeypatch, cached, place, count
+):
+    monkeypatch.setattr(files, "_DIRECT_BYTES", 3 * 4096)
+    content = os.urandom(50_000)
+    with (tmp_path / "a").open("w+b") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+        if not cached:
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        flags = fcntl.fcntl(stream.fileno(), fcntl.F_GETFL)
+        target = memoryview(bytearray(count))
+        want = content[place : place + count]
+        assert read_large(stream.fileno(), target, place) == len(want)
+        assert target[: len(want)] == want
+        assert fcntl.fcntl(stream.fileno(), fcntl.F_GETFL) == flags
+
+
+def test_a_part_is_read_where_nothing_can_be_read_directly(tmp_path, monkeypatch):
+    (tmp_path / "a").write_bytes(b"0123456789")
+    monkeypatch.setattr(files, "_cached", lambda *_: 0)
+    monkeypatch.setattr(files, "_direct", lambda *_: 0)
+    target = memoryview(bytearray(5))
+    with (tmp_path / "a").open("rb") as stream:
+        assert read_large(stream.fileno(), target, 3) == 5
+    assert bytes(target) == b"34567"
