@@ -78,6 +78,12 @@ class HangError(HypenetError):
     exit_code = 8
 
 
+class QualityError(HypenetError):
+    """A model is worse than a bound that its run was given."""
+
+    exit_code = 9
+
+
 class PeerError(HypenetError):
     """Another process of the run ended while this one waited for it: an echo of that process's own
     error."""

@@ -105,6 +105,29 @@ def section_table(section: type[BaseModel], leave_out: frozenset[str] = frozense
     return lines
 
 
+def inner_sections(prefix: str, section: type[BaseModel]) -> list[str]:
+    """Return the sections inside a section, each with its keys; where these are sections of one
+    kind again, their keys once."""
+    lines = []
+    for name, field in section.model_fields.items():
+        inner = section_type(field.annotation)
+        if inner is None:
+            continue
+        lines += [f"### `{prefix}.{name}`", "", str(field.description), ""]
+        kinds = {
+            key: kind
+            for key, part in inner.model_fields.items()
+            if (kind := section_type(part.annotation)) is not None
+        }
+        if not kinds:
+            lines += [*section_table(inner), ""]
+            continue
+        (kind,) = set(kinds.values())
+        names = ", ".join(f"`{key}`" for key in kinds)
+        lines += [f"The keys of each of {names}:", "", *section_table(kind), ""]
+    return lines
+
+
 def page() -> str:
     """Return the whole page."""
     lines = [INTRO, "## Top level", "", *section_table(RunConfig), ""]
@@ -118,7 +141,7 @@ def page() -> str:
             lines += [f"The keys of [`{seen[section]}`](#{seen[section]}).", ""]
             continue
         seen[section] = name
-        lines += [*section_table(section), ""]
+        lines += [*section_table(section), "", *inner_sections(name, section)]
         if section is DataConfig:
             lines += [SOURCE, "", *section_table(SourceConfig), ""]
     lines += [

@@ -81,7 +81,8 @@ def help_text() -> str:
         "  hypenet run quickstart teacher=/models/Qwen3-0.6B data=corpus.txt\n\n"
         "Exit codes: 0 done, 1 internal, 2 usage, 3 config or layout, 4 environment, "
         "5 checkpoint or data, 6 verification,\n"
-        "7 diverged, 8 hang, 75 saved and asks to be started again. See docs/errors.md."
+        "7 diverged, 8 hang, 9 below a gate, 75 saved and asks to be started again. "
+        "See docs/errors.md."
     )
 
 

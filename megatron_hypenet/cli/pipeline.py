@@ -342,7 +342,7 @@ def show_plan(
         print(line)
     print(f"steps in {run.output_dir}:")
     for number, row in enumerate(rows, start=1):
-        print(f"  {number:>2}. {row['step']:<10}{row['state']:<7}{row['does']}")
+        print(f"  {number:>2}. {row['step']:<14}{row['state']:<7}{row['does']}")
 
 
 def teacher_shape(path: Path) -> ModelConfig:

@@ -35,12 +35,17 @@ Fraction = Annotated[float, Field(ge=0, le=1, strict=True)]
 Rate = Annotated[float, Field(gt=0, strict=True)]
 NotNegative = Annotated[float, Field(ge=0, strict=True)]
 BelowOne = Annotated[float, Field(ge=0, lt=1, strict=True)]
+Percent = Annotated[float, Field(gt=0, le=100, strict=True)]
 Switch = Annotated[bool, Field(strict=True)]
 
 Recompute = Literal["none", "selective", "full"]
 
 STAGES = ("align", "distill", "finetune")
 """The training stages in the order HALO runs them; layer selection sits between the first two."""
+
+
+GATES = {f"{stage}-gate": stage for stage in STAGES}
+"""Checks of the student between stages, and the stage that each comes after."""
 
 
 class Section(BaseModel):
@@ -400,6 +405,55 @@ class SelectConfig(Section):
     )
 
 
+class GateConfig(Section):
+    """Bounds that the student must keep after a training stage; where it does not, the run stops
+    with exit code 9. They may change at any time."""
+
+    max_loss_ratio: Rate | None = Field(
+        default=None,
+        description="Largest held-out loss of the student, as a multiple of the teacher's; null "
+        "sets no bound.",
+    )
+    min_recall: Percent | None = Field(
+        default=None,
+        description="Least recall of the student in %, at recall_multiple; null sets no bound.",
+    )
+    recall_multiple: PositiveInt = Field(
+        default=1, description="Multiple of eval.seq_length at which recall is measured."
+    )
+
+    @model_validator(mode="after")
+    def _multiple_is_used(self) -> Self:
+        if self.min_recall is None and self.recall_multiple != 1:
+            raise ValueError("recall_multiple says where min_recall holds; set min_recall too")
+        return self
+
+    @property
+    def is_set(self) -> bool:
+        """Whether there is a bound."""
+        return self.max_loss_ratio is not None or self.min_recall is not None
+
+
+class GatesConfig(Section):
+    """Bounds after each training stage: after the first, of the teacher with all layers
+    converted."""
+
+    align: GateConfig = Field(default=GateConfig(), description="After stage 1.")
+    distill: GateConfig = Field(default=GateConfig(), description="After stage 2.")
+    finetune: GateConfig = Field(default=GateConfig(), description="After stage 3.")
+
+    def after(self, stage: str) -> GateConfig:
+        """Return the bounds after training stage `stage`, one of STAGES."""
+        found: GateConfig = getattr(self, stage)
+        return found
+
+    @property
+    def multiples(self) -> list[int]:
+        """Multiples of eval.seq_length at which recall has a bound."""
+        gates = [self.after(stage) for stage in STAGES]
+        return [gate.recall_multiple for gate in gates if gate.min_recall is not None]
+
+
 class EvalConfig(Section):
     """Measurements during training and at the end of the run."""
 
@@ -420,6 +474,12 @@ class EvalConfig(Section):
     )
     heldout_sequences: PositiveInt = Field(default=64, description="Held-out sequences per length.")
     batch_size: PositiveInt = Field(default=8, description="Sequences per forward pass.")
+    gate: GatesConfig = Field(
+        default=GatesConfig(),
+        description="Bounds that the student must keep after a training stage (after stage 1: the "
+        "teacher with all layers converted). Where it does not, the run stops with exit code 9. "
+        "Bounds may change at any time.",
+    )
 
 
 class CheckpointConfig(Section):

@@ -23,9 +23,9 @@ from megatron_hypenet.checkpoint.load import (
 )
 from megatron_hypenet.checkpoint.manifest import TEACHER_LICENSE
 from megatron_hypenet.checkpoint.retention import finish
-from megatron_hypenet.config.schema import STAGES, RunConfig
+from megatron_hypenet.config.schema import GATES, STAGES, RunConfig
 from megatron_hypenet.errors import CheckpointError
-from megatron_hypenet.halo import build_stage, datasets, tracking
+from megatron_hypenet.halo import build_stage, datasets, gate, tracking
 from megatron_hypenet.halo.report import (
     draw_importance,
     draw_report,
@@ -84,6 +84,8 @@ class Halo:
     def _action(self, step: str) -> Callable[[], dict[str, Any]]:
         if step in STAGES:
             return partial(self.do_stage, step)
+        if step in GATES:
+            return partial(self.do_gate, GATES[step])
         action: Callable[[], dict[str, Any]] = getattr(self, f"do_{step}")
         return action
 
@@ -225,6 +227,24 @@ class Halo:
             del teacher
             release_memory()
         return found
+
+    def do_gate(self, stage: str) -> dict[str, Any]:
+        """Measure the student after a training stage and stop a run that fell below the bounds of
+        `eval.gate`. QualityError."""
+        bounds = self.run.eval.gate.after(stage)
+        PROGRESS.note("evaluate")
+        return gate.check(
+            stage,
+            bounds,
+            datasets.measure(self.run, self.folder),
+            teacher=lambda: build_stage.load_teacher(self.run, self.folder.teacher),
+            student=(
+                partial(self._student, stage)
+                if stage_spec(stage).through_head
+                else self._all_converted
+            ),
+            kept=self._of(stage),
+        )
 
     def do_select(self) -> dict[str, Any]:
         """Score every layer alone, then rank; an interrupted sweep continues."""

@@ -79,7 +79,8 @@ def check_lengths(run: RunConfig, folder: RunFolder) -> None:
                     partial(source.recall.document, 0, length, training=True),
                 )
             )
-    shortest = run.eval.seq_length * min(run.eval.length_multiples)
+    multiples = (*run.eval.length_multiples, *run.eval.gate.multiples)
+    shortest = run.eval.seq_length * min(multiples)
     for name, pairs, length in (
         ("select", run.select.recall_pairs, run.select.seq_length),
         ("eval", run.eval.recall_pairs, shortest),

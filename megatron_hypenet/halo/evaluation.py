@@ -89,21 +89,31 @@ class Measure:
     ) -> Row:
         """Return the measurements of one model for the report; `on_part` is called after each of
         num_parts() parts."""
-        settings = self.run.eval
-        texts = self.heldout(settings.heldout_sequences, settings.seq_length)
-        loss, accuracy = heldout_loss(_scores(model), texts, batch_size=settings.batch_size)
+        loss, accuracy = self.heldout_scores(model)
         on_part()
         recall = {}
-        for multiple in settings.length_multiples:
-            recall[str(multiple)] = recall_accuracy(
-                _scores(model),
-                self.task(settings.recall_pairs),
-                count=settings.recall_sequences,
-                seq_length=multiple * settings.seq_length,
-                batch_size=max(1, settings.batch_size // multiple),
-            )
+        for multiple in self.run.eval.length_multiples:
+            recall[str(multiple)] = self.recall(model, multiple)
             on_part()
         return {"model": name, "heldout_loss": loss, "heldout_accuracy": accuracy, "recall": recall}
+
+    def heldout_scores(self, model: Scoring) -> tuple[float, float]:
+        """Measure loss in nats per token and accuracy in % on the held-out text of the report."""
+        settings = self.run.eval
+        texts = self.heldout(settings.heldout_sequences, settings.seq_length)
+        return heldout_loss(_scores(model), texts, batch_size=settings.batch_size)
+
+    def recall(self, model: Scoring, multiple: int) -> float:
+        """Measure recall in % at `multiple` times the length of the held-out text, as the report
+        does."""
+        settings = self.run.eval
+        return recall_accuracy(
+            _scores(model),
+            self.task(settings.recall_pairs),
+            count=settings.recall_sequences,
+            seq_length=multiple * settings.seq_length,
+            batch_size=max(1, settings.batch_size // multiple),
+        )
 
     def stage_loss(self, stage: StageModule, seq_length: int) -> float:
         """Return the mean loss of a training stage on a little held-out text of at most

@@ -30,6 +30,7 @@ MAY_CHANGE = (
     "*.recompute",
     "checkpoint.*",
     "guard.*",
+    "eval.gate.*",
     "on_event",
 )
 """Settings that may differ when a run continues: they change where and how fast the run computes,

@@ -156,11 +156,11 @@ class Runner:
     def deciding(self, step: Step) -> list[str]:
         """Return the names of the steps whose results decide that of `step`: in the place of a
         check, what the check itself comes after."""
-        found: list[str] = []
+        found: dict[str, None] = {}  # a check may come after a step that is named beside it
         for earlier in step.after:
             before = self.steps[earlier]
-            found += [earlier] if before.decides else self.deciding(before)
-        return found
+            found |= dict.fromkeys([earlier] if before.decides else self.deciding(before))
+        return list(found)
 
     def is_done(self, name: str) -> bool:
         """Return whether step `name` needs no work: it finished with the present inputs, and its

@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_hypenet.checkpoint import format as fmt
 from megatron_hypenet.checkpoint.find import finished_checkpoint, is_whole
-from megatron_hypenet.config.schema import STAGES, RunConfig, SourceConfig
+from megatron_hypenet.config.schema import GATES, STAGES, RunConfig, SourceConfig
 from megatron_hypenet.errors import CheckpointError, ConfigError
 from megatron_hypenet.halo.run_folder import RunFolder
 from megatron_hypenet.halo.task_runner import Step, identity_of
@@ -63,7 +63,7 @@ def halo_steps(
     align, distill, finetune = (folder.stage(name) for name in ("align", "distill", "finetune"))
     chosen = (folder.scores_file, folder.mixers_file)
     reported = (folder.report_file, folder.report_plot)
-    return [
+    steps = [
         step(
             "teacher",
             "import the teacher",
@@ -132,6 +132,31 @@ def halo_steps(
         ),
         step("report", "evaluate and report", ("finetune", "select"), ("eval", "export"), reported),
     ]
+    for name, stage in GATES.items():
+        bounds = run.eval.gate.after(stage)
+        if bounds.is_set:
+            gate = step(
+                name,
+                f"check what the student is worth after {stage}",
+                (stage,),
+                ("eval", "export"),
+                (),
+                lambda bounds=bounds: bounds.model_dump(mode="json"),  # type: ignore[misc]
+                decides=False,
+            )
+            steps = _with_gate(steps, gate)
+    return steps
+
+
+def _with_gate(steps: list[Step], gate: Step) -> list[Step]:
+    """Put a gate behind the stage that it comes after, and before what comes after that stage."""
+    (stage,) = gate.after
+    at = [step.name for step in steps].index(stage) + 1
+    later = [
+        replace(step, after=(*step.after, gate.name)) if stage in step.after else step
+        for step in steps[at:]
+    ]
+    return [*steps[:at], gate, *later]
 
 
 def starts_from(steps: Iterable[Step]) -> dict[str, str]:
@@ -148,7 +173,12 @@ def _checked_lengths(run: RunConfig) -> list[Any]:
         run.guard.max_teacher_loss,
         [run.stage(name).seq_length for name in STAGES],
         [run.select.seq_length, run.select.recall_pairs],
-        [run.eval.seq_length, run.eval.recall_pairs, *run.eval.length_multiples],
+        [
+            run.eval.seq_length,
+            run.eval.recall_pairs,
+            *run.eval.length_multiples,
+            *sorted(set(run.eval.gate.multiples) - set(run.eval.length_multiples)),
+        ],
         run.data.model_dump(mode="json", exclude={"train", "heldout"}),
     ]
 

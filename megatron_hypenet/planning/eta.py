@@ -18,7 +18,7 @@ from typing import Any
 
 from megatron_hypenet.atomic_files import write_json
 from megatron_hypenet.config.model import ModelConfig
-from megatron_hypenet.config.schema import STAGES, RunConfig
+from megatron_hypenet.config.schema import GATES, STAGES, RunConfig
 from megatron_hypenet.errors import DataError
 from megatron_hypenet.model.flops import forward_flops
 from megatron_hypenet.stages.spec import stage_spec
@@ -87,7 +87,22 @@ def planned_work(run: RunConfig, teacher: ModelConfig, steps: Sequence[str]) -> 
             evaluation_flops=evaluated * per_token / 3 + quick,
             saves=max(1, -(-stage.train_iters // stage.save_interval)),
         )
+    for gate, before in GATES.items():
+        planned[gate] = Planned(flops=_gate_flops(run, teacher, before))
     return {name: planned.get(name, Planned()) for name in steps}
+
+
+def _gate_flops(run: RunConfig, teacher: ModelConfig, stage: str) -> float:
+    """Return the operations of the check after a training stage."""
+    settings, bounds = run.eval, run.eval.gate.after(stage)
+    flops = 0.0
+    if bounds.max_loss_ratio is not None:  # teacher and student
+        tokens = 2 * settings.heldout_sequences * settings.seq_length
+        flops += tokens * forward_flops(teacher, settings.seq_length)
+    if bounds.min_recall is not None:
+        length = bounds.recall_multiple * settings.seq_length
+        flops += settings.recall_sequences * length * forward_flops(teacher, length)
+    return flops
 
 
 def _quick_flops(run: RunConfig, student: ModelConfig) -> float:

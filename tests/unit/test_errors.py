@@ -18,6 +18,7 @@ EXIT_CODES = {
     "VerificationError": 6,
     "DivergedError": 7,
     "HangError": 8,
+    "QualityError": 9,
     "PeerError": 1,
     "SavedAndRequeue": 75,
 }

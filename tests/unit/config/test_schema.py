@@ -141,6 +141,22 @@ def test_no_setting_is_without_effect(repo_root):
     assert [".".join(key) for key in leaf_keys(RunConfig) if key[-1] not in read] == []
 
 
+def test_gates_are_bounds_in_their_ranges():
+    def gates(**bounds):
+        return RunConfig.model_validate({**RUN, "eval": {"gate": {"distill": bounds}}}).eval.gate
+
+    assert gates(min_recall=80.0, recall_multiple=4).multiples == [4] and not gates().multiples
+    assert gates(max_loss_ratio=1.2).after("distill").is_set
+    assert not gates(max_loss_ratio=1.2).after("align").is_set
+    for wrong in ({"min_recall": 101.0}, {"min_recall": 0.0}, {"max_loss_ratio": 0.0}):
+        with pytest.raises(ValidationError):
+            gates(**wrong)
+    with pytest.raises(ValidationError, match="set min_recall too"):
+        gates(max_loss_ratio=1.0, recall_multiple=2)
+    with pytest.raises(ValidationError):
+        RunConfig.model_validate({**RUN, "eval": {"gate": {"select": {}}}})
+
+
 def test_the_mixer_of_a_run_is_chosen_by_name():
     assert AlignConfig.model_validate(STAGE).spec == default_mixer()
     chosen = AlignConfig.model_validate(

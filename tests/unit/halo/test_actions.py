@@ -7,7 +7,7 @@ import torch
 
 from megatron_hypenet.checkpoint.load import read_manifest, read_model_config, read_weights, resolve
 from megatron_hypenet.config.loader import load_run_config
-from megatron_hypenet.errors import CheckpointError, ConfigError
+from megatron_hypenet.errors import CheckpointError, ConfigError, QualityError
 from megatron_hypenet.export.from_hf import import_hf
 from megatron_hypenet.halo.actions import Halo
 from megatron_hypenet.halo.run_folder import RunFolder
@@ -69,6 +69,24 @@ def test_every_step_leaves_what_the_next_one_needs(make):
     assert set(report["step_seconds"]) == set(runner.steps)
     assert json.loads((folder.export / "noted").read_text()) == report
     assert folder.report_plot.is_file() and folder.importance_plot.is_file()
+
+
+def test_a_gate_stops_a_run_and_another_bound_lets_it_go_on(make):
+    runner, _ = make("eval.gate.distill.max_loss_ratio=1e-3", "eval.gate.finetune.min_recall=40")
+    assert [name for name in runner.steps if "gate" in name] == ["distill-gate", "finetune-gate"]
+    with pytest.raises(QualityError, match="eval.gate.distill.max_loss_ratio=0.001"):
+        runner.run_all()
+    before = runner.folder.records()
+    assert list(before)[-1] == "distill"
+    runner, _ = make("eval.gate.distill.max_loss_ratio=100", "eval.gate.finetune.min_recall=40")
+    runner.run_all()
+    after = runner.folder.records()
+    assert {name: after[name] for name in before} == before
+    assert 0 < after["distill-gate"]["loss_ratio"] < 100
+    assert after["finetune-gate"]["recall"] == 50.0 and "report" in after
+    # bounds decide no result: without them, nothing that was trained is done again
+    runner, _ = make()
+    assert all(row["state"] == "done" for row in runner.plan())
 
 
 def test_training_moves_the_weights_of_its_stage(make):

@@ -43,6 +43,23 @@ def test_stages_start_from_the_student_of_the_task_before(tmp_path):
     }
 
 
+def test_a_gate_stands_between_its_stage_and_what_comes_after_that(tmp_path):
+    from megatron_hypenet.config.schema import GateConfig, GatesConfig
+
+    folder = RunFolder(tmp_path / "run")
+    run = config(folder.root)
+    gate = GatesConfig(distill=GateConfig(max_loss_ratio=1.5), align=GateConfig(min_recall=3.0))
+    gated = run.model_copy(update={"eval": run.eval.model_copy(update={"gate": gate})})
+    steps = {step.name: step for step in halo_steps(gated, folder)}
+    names = list(steps)
+    assert names[names.index("align") + 1] == "align-gate"
+    assert names[names.index("distill") + 1] == "distill-gate" and "finetune-gate" not in names
+    assert steps["finetune"].after == ("distill", "distill-gate")
+    assert steps["select"].after == ("align", "align-gate")
+    assert steps["assemble"].after == ("align", "select", "align-gate")
+    assert starts_from(steps.values()) == {"distill": "assemble", "finetune": "distill"}
+
+
 def test_an_action_belongs_to_each_step_by_name(tmp_path):
     folder = RunFolder(tmp_path / "run")
     steps = halo_steps(config(folder.root), folder, lambda name: lambda: {"did": name})

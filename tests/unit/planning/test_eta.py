@@ -61,6 +61,18 @@ def test_pauses_and_unequal_parts_are_planned(tmp_path):
     assert sum(parts) == pytest.approx(work["report"].flops)
 
 
+def test_a_gate_costs_what_it_measures(tmp_path):
+    def work(**bounds):
+        found = planned_work(
+            config(tmp_path, eval={"gate": {"distill": bounds}}), TEACHER, ["distill-gate"]
+        )
+        return found["distill-gate"].flops
+
+    assert work() == 0.0 < work(min_recall=50.0) < work(min_recall=50.0, recall_multiple=2)
+    # as many sequences, by teacher and student
+    assert work(max_loss_ratio=2.0) == pytest.approx(2 * work(min_recall=50.0))
+
+
 def test_distillation_costs_more_per_token_than_finetuning(tmp_path):
     work = planned_work(config(tmp_path), TEACHER, STEPS)
     assert work["distill"].flops > work["finetune"].flops
