@@ -139,8 +139,8 @@ def git_commit() -> str | None:
 
 
 def hash_file(path: Path, *, past_cache: bool = False) -> FileEntry:
-    """Size and sha256 of one file, read once; of a large one the next block is read meanwhile.
-    `past_cache`: blocks that the page cache lacks are not put there."""
+    """Return size and sha256 of one file, read once; of a large one the next block is read
+    meanwhile. `past_cache`: blocks that the page cache lacks are not put there."""
     read = read_large if past_cache else read_at
     digest = hashlib.sha256()
     size = 0

@@ -166,7 +166,7 @@ def _pieces(sections: Sequence[Section], total: int) -> list[_Piece]:
     pieces = [_Piece(min(size, total - start)) for start in range(0, total, size)]
 
     def stretches(place: int, num_bytes: int) -> Iterator[tuple[_Piece, int, int, int]]:
-        """(piece, first byte in it, first byte in the section, number of bytes)."""
+        """Yield (piece, first byte in it, first byte in the section, number of bytes)."""
         done = 0
         while done < num_bytes:
             number, at = divmod(place + done, size)

@@ -430,7 +430,7 @@ class GateConfig(Section):
 
     @property
     def is_set(self) -> bool:
-        """Whether there is a bound."""
+        """Return whether there is a bound."""
         return self.max_loss_ratio is not None or self.min_recall is not None
 
 
@@ -449,7 +449,7 @@ class GatesConfig(Section):
 
     @property
     def multiples(self) -> list[int]:
-        """Multiples of eval.seq_length at which recall has a bound."""
+        """Return the multiples of eval.seq_length at which recall has a bound."""
         gates = [self.after(stage) for stage in STAGES]
         return [gate.recall_multiple for gate in gates if gate.min_recall is not None]
 
@@ -594,7 +594,7 @@ class RunConfig(Section):
         return config
 
     def eval_every(self, stage: StageConfig) -> int:
-        """Steps between evaluations in `stage`, one of this run's stages.
+        """Return the steps between evaluations in `stage`, one of this run's stages.
 
         Unless it is set, a tenth of the stage, and at least so many that they take less than a
         twentieth of its time: an evaluation sends 3 x quick_sequences sequences forward, a third of

@@ -45,8 +45,8 @@ _SAMPLE_BYTES = 1 << 20
 
 
 def difference(stored: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
-    """`key: stored -> present` for every setting that differs and is not in MAY_CHANGE, by dotted
-    key."""
+    """Return `key: stored -> present` for every setting that differs and is not in MAY_CHANGE, by
+    dotted key."""
     old, new = flat_settings(stored), flat_settings(present)
     keys = [key for key in {**old, **new} if old.get(key) != new.get(key) and not _may_change(key)]
     return [f"{key}: {_shown(old, key)} there, {_shown(new, key)} now" for key in keys]

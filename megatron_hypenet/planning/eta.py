@@ -106,7 +106,8 @@ def _gate_flops(run: RunConfig, teacher: ModelConfig, stage: str) -> float:
 
 
 def _quick_flops(run: RunConfig, student: ModelConfig) -> float:
-    """Work of one `Measure.quick`: held-out text, and recall documents at the shortest length."""
+    """Count the work of one `Measure.quick`: held-out text, and recall documents at the shortest
+    length."""
     settings = run.eval
     lengths = (settings.seq_length, min(settings.length_multiples) * settings.seq_length)
     tokens = settings.quick_sequences

@@ -91,8 +91,8 @@ class Recorder:
         log: Callable[[str], None] | None = None, workload: Workload | None = None,
         skipped_steps: int = 0,
     ) -> None:  # fmt: skip
-        """`loss` names the quantity that the stage minimises (`StageSpec.loss`); the recorder
-        closes the `trackers`, which only the first process has."""
+        """Open the logs; `loss` names the quantity that the stage minimises (`StageSpec.loss`); the
+        recorder closes the `trackers`, which only the first process has."""
         self.workload = workload
         self.loss_tag = TRAIN + loss
         self.skipped_steps = skipped_steps

@@ -35,7 +35,7 @@ class OfStep(Protocol):
 
     @property
     def step(self) -> int:
-        """Its number, from 1."""
+        """Return the number of the step, from 1."""
 
 
 Line = TypeVar("Line", bound=OfStep)

@@ -54,8 +54,8 @@ def nothing_is_accepted(folder, out, said, whole):
 
 
 def exported_as_torch_reads_it(folder, out, said, whole):
-    """Every exported tensor is what torch's own reader finds in the checkpoint, and its shape what
-    model.json says."""
+    """Compare every exported tensor with what torch's own reader finds in the checkpoint, and its
+    shape what model.json says."""
     from safetensors.torch import load_file
     from torch.distributed import checkpoint as dcp
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict

@@ -108,7 +108,8 @@ FIRST = ("demo", "run quickstart teacher=/models/Qwen3-0.6B data=corpus.txt")
 
 
 def pages():
-    """Words of every help page: the top, each verb, and the commands of verbs that have some."""
+    """Yield the words of every help page: the top, each verb, and the commands of verbs that have
+    some."""
     yield ()
     for verb in main.VERBS:
         module = importlib.import_module(f"megatron_hypenet.cli.{verb}")
@@ -118,14 +119,14 @@ def pages():
 
 
 def printed(page):
-    """The text of a help page."""
+    """Return the text of a help page."""
     with contextlib.redirect_stdout(io.StringIO()) as out:
         assert main.run([*page, "--help"]) == 0
     return out.getvalue()
 
 
 def examples_in(text):
-    """Command lines without `hypenet`: lines that begin with it, and in the README with its
+    """Yield command lines without `hypenet`: lines that begin with it, and in the README with its
     path."""
     joined = text.replace("\\\n", " ")
     lines = re.findall(r"^ +(?:\$ )?(?:\.venv/bin/)?hypenet (\S.*)$", joined, re.MULTILINE)
@@ -139,7 +140,7 @@ ALL = list(dict.fromkeys([*FIRST, *(one for found in BY_PAGE.values() for one in
 
 
 def words_of(example):
-    """The words that are run for an example."""
+    """Return the words that are run for an example."""
     more = next((words for start, words in MORE.items() if example.startswith(start)), ())
     for text, instead in NAMES.items():
         example = example.replace(text, instead)
@@ -151,7 +152,7 @@ def words_of(example):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """The folder in which the examples run, with what they read."""
+    """Provide the folder in which the examples run, with what they read."""
     root = tmp_path_factory.mktemp("world")
     bundled = REPO_ROOT / "assets" / "tiny-qwen3"
     text = (bundled / "sample.txt").read_text()[:60_000]
@@ -187,7 +188,8 @@ def world(tmp_path_factory):
 
 @pytest.fixture
 def run(world, monkeypatch):
-    """Function from words of a command line to its exit code; SLURM's commands are stand-ins."""
+    """Provide a function from words of a command line to its exit code; SLURM's commands are
+    stand-ins."""
     monkeypatch.chdir(world)
     shutil.rmtree(world / "bin", ignore_errors=True)
     answers = Answers(world, monkeypatch)

@@ -36,8 +36,8 @@ sys.addaudithook(watch)
 
 @pytest.fixture(scope="module")
 def hypenet(repo_root, tmp_path_factory):
-    """Function from words to (exit code, stdout, stderr) of the installed command, in an empty
-    folder, its attribute `folder`; the environment is its attribute `prefix`."""
+    """Provide a function from words to (exit code, stdout, stderr) of the installed command, in an
+    empty folder, its attribute `folder`; the environment is its attribute `prefix`."""
     root = tmp_path_factory.mktemp("wheel")
     source = root / "source"
     for name in SOURCES:

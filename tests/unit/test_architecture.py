@@ -200,7 +200,7 @@ def unmirrored(package: Path, tests: Path) -> list[str]:
     return missing
 
 
-def test_imports_point_left_and_pass_through_doors(repo_root):
+def test_imports_point_left_and_libraries_stay_in_their_places(repo_root):
     assert violations(repo_root / PACKAGE) == []
 
     assert violations(repo_root / "launchers", "launchers") == []

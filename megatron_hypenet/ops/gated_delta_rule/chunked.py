@@ -186,8 +186,8 @@ def _split(x: Tensor, size: int) -> Tensor:
 
 
 def _pair_decays(log_decay: Tensor) -> Tensor:
-    """exp(sum of log decays of the tokens after j up to i) for j <= i, else 0: [.., C, k or 1] ->
-    [.., C, C, k or 1].
+    """Compute exp(sum of log decays of the tokens after j up to i) for j <= i, else 0: [.., C, k or
+    1] -> [.., C, C, k or 1].
 
     Every pair has a sum of its own: a difference of two running sums would lose the digits of weak
     decays that follow a strong one."""
@@ -198,7 +198,8 @@ def _pair_decays(log_decay: Tensor) -> Tensor:
 
 
 def _pair_products(left: Tensor, right: Tensor, decay: Tensor, masks: _Masks | None) -> Tensor:
-    """sum_c left_ic exp(G_ic - G_jc) right_jc for j <= i, else 0: [.., C, k] each -> [.., C, C]."""
+    """Compute sum_c left_ic exp(G_ic - G_jc) right_jc for j <= i, else 0: [.., C, k] each -> [..,
+    C, C]."""
     if decay.shape[-1] == 1:
         found = (left @ right.transpose(-1, -2)) * decay[..., 0]
     else:

@@ -176,8 +176,8 @@ def read_factor(
 
 
 def add_incoming(o: Tensor, q: Tensor, state: Tensor, factor: Tensor) -> Tensor:
-    """o + factor * (q S): o [n, c, h, v] and q [n, c, h, k] of n chunks, state [n, h, k, v], factor
-    [n or 1, c, h] -> like o.
+    """Compute o + factor * (q S): o [n, c, h, v] and q [n, c, h, k] of n chunks, state [n, h, k,
+    v], factor [n or 1, c, h] -> like o.
 
     The product runs in q's dtype and accumulates in the state's; gradients flow to o, q and the
     state."""

@@ -10,7 +10,7 @@ from megatron_hypenet.serve.vllm import process
 
 @pytest.fixture
 def program(tmp_path):
-    """The program vllm of an environment of its own."""
+    """Provide the program vllm of an environment of its own."""
     for name in ("vllm", "python"):
         (tmp_path / name).write_text("#!/bin/sh\n")
         (tmp_path / name).chmod(0o755)

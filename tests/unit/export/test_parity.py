@@ -58,7 +58,7 @@ def test_the_exported_code_agrees_on_every_way(hf_model_folder, student):
 
 @pytest.fixture
 def hf_model_folder(hf_model, tmp_path):
-    """(Hugging Face folder, checkpoint of the same model)."""
+    """Provide (Hugging Face folder, checkpoint of the same model)."""
 
     def build(student):
         folder = hf_model(student=student).write(tmp_path / "hf")

@@ -18,7 +18,7 @@ def test_settings_of_the_logit_scaling_that_make_no_sense(setting):
 def test_a_recurrence_computes_in_the_dtype_of_its_tensors_under_autocast():
     @remote.without_autocast
     def rule(x, y):
-        """Docstring."""
+        """Return a product."""
         return x @ y, x
 
     x = random(40, 40).float()
@@ -28,7 +28,7 @@ def test_a_recurrence_computes_in_the_dtype_of_its_tensors_under_autocast():
         assert (x @ y).dtype == torch.bfloat16
         assert torch.equal(rule(x, y)[0], want)
         assert torch.is_autocast_enabled("cpu")
-    assert rule.__doc__ == "Docstring."
+    assert rule.__doc__ == "Return a product."
 
 
 def test_a_torch_without_the_loop_is_named(monkeypatch):

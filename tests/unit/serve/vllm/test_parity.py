@@ -14,7 +14,7 @@ from tests import vllm_engine as vllm
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """(folder, engine that runs it, rows of tokens)."""
+    """Provide (folder, engine that runs it, rows of tokens)."""
     folder = vllm.write_folder(tmp_path_factory.mktemp("served") / "folder", "lightning-attn")
     with pytest.MonkeyPatch.context() as patch:
         for name, value in vllm.environment().items():
