@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,18 @@ class Piece:
     file: Path
     start: int
     length: int
+    stored_shape: Extents | None = None
+    """Shape with which its bytes were saved, where that begins with an axis of one more."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredObject:
+    """One object of a sharded folder that is no tensor: the bytes of a file that torch.save
+    wrote."""
+
+    file: Path
+    start: int
+    length: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +70,15 @@ class StoredTensor:
 def read_index(folder: Path) -> dict[str, StoredTensor]:
     """Return the tensors of a sharded folder by name. CheckpointError names what is damaged,
     missing or inconsistent."""
-    return _Index(folder).tensors()
+    return read_contents(folder)[0]
+
+
+def read_contents(
+    folder: Path, wanted: Callable[[str], bool] = lambda name: True
+) -> tuple[dict[str, StoredTensor], dict[str, StoredObject]]:
+    """Return the tensors of a sharded folder whose names are `wanted`, and its objects, by name;
+    see `read_index`. What is not wanted is not checked."""
+    return _Index(folder).contents(wanted)
 
 
 class _Index:
@@ -73,7 +93,9 @@ class _Index:
     def refuse(self, reason: str) -> Any:
         PICKLE.refuse(self.path, reason)
 
-    def tensors(self) -> dict[str, StoredTensor]:
+    def contents(
+        self, wanted: Callable[[str], bool]
+    ) -> tuple[dict[str, StoredTensor], dict[str, StoredObject]]:
         root = self.attributes(
             read_plain(self.path, PICKLE.read_bytes(self.path)),
             "Metadata",
@@ -81,18 +103,24 @@ class _Index:
         )
         places = self.places(root["storage_data"])
         found: dict[str, StoredTensor] = {}
+        objects: dict[str, StoredObject] = {}
         for name, entry in self.pairs(root["state_dict_metadata"], "state_dict_metadata"):
-            if not isinstance(name, str) or name in found:
+            if not isinstance(name, str) or name in found or name in objects:
                 self.refuse(
                     "a tensor's name is "
                     f"{shown(repr(name), 80) if isinstance(name, str) else 'no text'}, "
                     "or is there twice"
                 )
             if isinstance(entry, Record) and entry.what == Global(_MODULE, "BytesStorageMetadata"):
-                continue  # an object that is not a tensor is never read
+                if (name, ()) in places:
+                    file, start, length = places[name, ()]
+                    objects[name] = StoredObject(self.folder / file, start, length)
+                continue
+            if not wanted(name):
+                continue
             found[name] = self.tensor(name, entry, places)
         self.check_places([piece for tensor in found.values() for piece in tensor.pieces])
-        return found
+        return found, objects
 
     def tensor(
         self, name: str, entry: Any, places: dict[tuple[str, Extents], tuple[str, int, int]]

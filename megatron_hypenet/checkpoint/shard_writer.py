@@ -59,14 +59,22 @@ class ShardWrite:
     readable folder; the first process calls it.
     """
 
-    def __init__(self, folder: Path, shards: Iterable[Shard], *, alone: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        shards: Iterable[Shard],
+        *,
+        alone: bool = False,
+        objects: Mapping[str, bytes] | None = None,
+    ) -> None:
         """Raise CheckpointError on all processes when the shards of a key do not tile its global
-        shape exactly once."""
+        shape exactly once. `objects` are files of torch.save for what is no tensor, by key."""
         self.folder = folder
         self.name = self.name_of(0 if alone else rank())
         """This process's file."""
         self._shards: list[Shard] | None = list(shards)
-        plan = _plan(self._shards)
+        self._objects = dict(objects or {})
+        plan = _plan(self._shards, self._objects)
         plans = [plan] if alone else gather_to_first(plan)
         self._metadata: Metadata | None = None
         failure: CheckpointError | None = None
@@ -93,7 +101,7 @@ class ShardWrite:
         shards = self._shards
         self._shards = None
         shards.reverse()
-        if not shards:
+        if not shards and not self._objects:
             return Written((), None)
         results = []
         with HashedFile(self.folder / self.name) as stream:
@@ -104,12 +112,15 @@ class ShardWrite:
                 start = stream.tell()
                 torch.save(_compact(_data_of(shard)), stream)  # type: ignore[arg-type] # writes and flushes only
                 length = stream.tell() - start
-                results.append(_result(shard, self.name, start, length))
+                results.append(_result(shard.key, shard.offset, self.name, start, length))
+            for key, content in self._objects.items():
+                results.append(_result(key, None, self.name, stream.tell(), len(content)))
+                stream.write(content)
         return Written(tuple(results), stream.entry)
 
-    def finish(self, written: Sequence[Written]) -> None:
+    def finish(self, written: Sequence[Written], common: Mapping[str, Any] | None = None) -> None:
         """Write the folder's index from what every process wrote, in the order of ranks, plus
-        Megatron's two files."""
+        Megatron's two files, of which common.pt holds `common`."""
         assert self._metadata is not None, "only the first process has the plan of the whole folder"
         from torch.distributed import checkpoint as dcp
 
@@ -125,7 +136,7 @@ class ShardWrite:
         writer.finish(self._metadata, [list(one.results) for one in written])
         (self.folder / "metadata.json").write_text(json.dumps(BACKEND))
         # megatron-core <= 0.18 refuses to load without it
-        torch.save({}, self.folder / "common.pt")
+        torch.save(dict(common or {}), self.folder / "common.pt")
 
 
 def write_shards(folder: Path, shards: Iterable[Shard]) -> dict[str, FileEntry]:
@@ -145,23 +156,39 @@ def stream_shards(
 ) -> dict[str, FileEntry]:
     """Write the same as `write_shards` in bounded memory, with several threads, from tensors that
     are produced in pieces; see `stream.write_files`."""
+    shards = [Shard.whole(key, tensor) for key, tensor in tensors.items()]
+    return stream_pieces(folder, shards, workers=workers, progress=progress)
+
+
+def stream_pieces(
+    folder: Path,
+    shards: Sequence[Shard],
+    *,
+    objects: Mapping[str, bytes] | None = None,
+    common: Mapping[str, Any] | None = None,
+    workers: int | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, FileEntry]:
+    """Write pieces of tensors whose data are StreamedTensors, as `stream_shards` does whole ones,
+    with `objects` as in `ShardWrite` and `common` as in `ShardWrite.finish`. CheckpointError when
+    the pieces do not tile their tensors."""
     folder.mkdir(parents=True, exist_ok=True)
-    shards = [
-        Shard.whole(key, LazyTensor(tensor.shape, tensor.dtype, tensor.whole))
-        for key, tensor in tensors.items()
-    ]
-    if not all(_streams(tensor) for tensor in tensors.values()):
-        plan = ShardWrite(folder, shards, alone=True)
-        return _finished(plan, plan.write())
+    objects = objects or {}
+    tensors = [shard.data for shard in shards if isinstance(shard.data, StreamedTensor)]
+    if len(tensors) < len(shards) or not all(map(_streams, tensors)):
+        plan = ShardWrite(folder, shards, alone=True, objects=objects)
+        return _finished(plan, plan.write(), common)
     file = folder / ShardWrite.name_of(0)
     with ThreadPoolExecutor(1, "loading") as loading:
         loading.submit(_load_planner)  # while most of the time is spent outside of Python
-        places, entry = _stream(file, tensors.values(), workers, progress)
-    plan = ShardWrite(folder, shards, alone=True)  # whole tensors fit together in any case
+        places, entry = _stream(file, tensors, objects.values(), workers, progress)
+    plan = ShardWrite(folder, shards, alone=True, objects=objects)
+    keys = [(shard.key, shard.offset) for shard in shards] + [(key, None) for key in objects]
     results = [
-        _result(shard, plan.name, *place) for shard, place in zip(shards, places, strict=True)
+        _result(key, offset, plan.name, *place)
+        for (key, offset), place in zip(keys, places, strict=True)
     ]
-    return _finished(plan, Written(tuple(results), entry))
+    return _finished(plan, Written(tuple(results), entry), common)
 
 
 def _load_planner() -> None:
@@ -171,11 +198,12 @@ def _load_planner() -> None:
 def _stream(
     path: Path,
     tensors: Iterable[StreamedTensor],
+    objects: Iterable[bytes],
     workers: int | None,
     progress: Callable[[str], None] | None,
 ) -> tuple[list[tuple[int, int]], FileEntry | None]:
     """Write what `ShardWrite.write` writes, to the byte; returns first byte and length of each
-    tensor, and size and hash of the file."""
+    tensor and object, and size and hash of the file."""
     sections: list[Section] = []
     places = []
     start = 0
@@ -193,6 +221,10 @@ def _stream(
         ]
         places.append((start, archive.length))
         start += archive.length
+    for content in objects:
+        sections.append(content)
+        places.append((start, len(content)))
+        start += len(content)
     plan = FilePlan(path, sections, hashed=True)
     (entry,) = write_files([plan], workers=workers, progress=progress)
     return places, entry
@@ -204,23 +236,27 @@ def _streams(tensor: StreamedTensor) -> bool:
     return 0 < num_bytes <= MAX_BYTES and is_supported(tensor.dtype)
 
 
-def _finished(plan: ShardWrite, written: Written) -> dict[str, FileEntry]:
-    plan.finish([written])
+def _finished(
+    plan: ShardWrite, written: Written, common: Mapping[str, Any] | None = None
+) -> dict[str, FileEntry]:
+    plan.finish([written], common)
     return {} if written.file is None else {plan.name: written.file}
 
 
-def _result(shard: Shard, file: str, start: int, length: int) -> WriteResult:
+def _result(
+    key: str, offset: tuple[int, ...] | None, file: str, start: int, length: int
+) -> WriteResult:
+    """Return the place of a piece, or of an object, which has no offset."""
     from torch.distributed.checkpoint.filesystem import _StorageInfo
     from torch.distributed.checkpoint.metadata import MetadataIndex
     from torch.distributed.checkpoint.storage import WriteResult
 
-    return WriteResult(
-        MetadataIndex(shard.key, shard.offset), length, _StorageInfo(file, start, length)
-    )
+    return WriteResult(MetadataIndex(key, offset), length, _StorageInfo(file, start, length))
 
 
-def _plan(shards: Sequence[Shard]) -> SavePlan:
-    """Plan one write per shard; data is not read."""
+def _plan(shards: Sequence[Shard], objects: Iterable[str] = ()) -> SavePlan:
+    """Plan one write per shard and per object, of which `objects` are the keys; data is not
+    read."""
     from torch.distributed.checkpoint.metadata import (
         ChunkStorageMetadata,
         MetadataIndex,
@@ -233,7 +269,7 @@ def _plan(shards: Sequence[Shard]) -> SavePlan:
         WriteItemType,
     )
 
-    items = []
+    items = [WriteItem(index=MetadataIndex(key), type=WriteItemType.BYTE_IO) for key in objects]
     for shard in shards:
         chunk = ChunkStorageMetadata(
             offsets=torch.Size(shard.offset), sizes=torch.Size(shard.data.shape)
@@ -281,7 +317,11 @@ def _global_metadata(plans: list[SavePlan]) -> Metadata:
 
 
 def _data_of(shard: Shard) -> Tensor:
-    data = shard.data.load() if isinstance(shard.data, LazyTensor) else shard.data
+    data = shard.data
+    if isinstance(data, LazyTensor):
+        data = data.load()
+    elif isinstance(data, StreamedTensor):
+        data = data.whole()
     if tuple(data.shape) != tuple(shard.data.shape) or data.dtype != shard.data.dtype:
         raise CheckpointError(
             f"{shard.key}: announced as {shard.data.dtype} {tuple(shard.data.shape)}, "

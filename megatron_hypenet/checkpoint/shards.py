@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -84,12 +84,12 @@ class Shard:
     """One local piece of the global tensor `key`: `data` lies at `offset` inside `global_shape`."""
 
     key: str
-    data: Tensor | LazyTensor
+    data: Tensor | LazyTensor | StreamedTensor
     global_shape: tuple[int, ...]
     offset: tuple[int, ...]
 
     @classmethod
-    def whole(cls, key: str, data: Tensor | LazyTensor) -> Shard:
+    def whole(cls, key: str, data: Tensor | LazyTensor | StreamedTensor) -> Shard:
         """Return the shard that is the whole tensor."""
         return cls(key, data, tuple(data.shape), (0,) * len(data.shape))
 
@@ -98,8 +98,15 @@ class ShardReader(Mapping[str, Tensor]):
     """The tensors of one sharded folder by global name; each access reads that tensor whole, on the
     CPU, in its stored dtype."""
 
-    def __init__(self, folder: Path | str) -> None:
+    def __init__(
+        self, folder: Path | str, tensors: Mapping[str, StoredTensor] | None = None
+    ) -> None:
+        """Read the folder's index; or take its `tensors`, where the caller has read it."""
         self.folder = Path(folder)
+        self._places: dict[tuple[Path, int], Located] = {}
+        if tensors is not None:
+            self._tensors = dict(tensors)
+            return
         for name in ("metadata.json", METADATA):
             if not (self.folder / name).is_file():
                 raise CheckpointError(
@@ -109,7 +116,6 @@ class ShardReader(Mapping[str, Tensor]):
         if has_entry(self.folder / "common.pt"):
             check_common(self.folder / "common.pt")
         self._tensors = read_index(self.folder)
-        self._places: dict[tuple[Path, int], Located] = {}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -249,9 +255,10 @@ class ShardReader(Mapping[str, Tensor]):
                 streams[piece.file],
                 piece.start,
                 piece.length,
-                shape=piece.shape,
+                shape=piece.stored_shape or piece.shape,
                 dtype=stored.dtype,
             )
+            found = replace(found, stride=found.stride[len(found.stride) - len(piece.shape) :])
             self._places[piece.file, piece.start] = found
         return found
 

@@ -13,10 +13,20 @@ from typing import Annotated, Any
 
 import typer
 
+from megatron_hypenet.cli import convert_megatron
+from megatron_hypenet.cli.convert_output import (
+    CkptArgument,
+    DtypeOption,
+    OverwriteOption,
+    WorkersOption,
+    announce,
+    finish,
+    progress,
+)
 from megatron_hypenet.cli.engines import Engine, VllmOption, vllm_process
 from megatron_hypenet.cli.options import DryRunOption, JsonOption
 from megatron_hypenet.config.bundled import bundled
-from megatron_hypenet.config.model import LogitsScaling, ModelConfig, check_logits_scaling
+from megatron_hypenet.config.model import LogitsScaling, check_logits_scaling
 from megatron_hypenet.errors import UsageError
 from megatron_hypenet.ownership import writing
 
@@ -24,7 +34,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     help=(
-        "Import a Hugging Face model, export a checkpoint, verify that both are the same model.\n\n"
+        "Import a Hugging Face model, export a checkpoint, verify that both are the same model; "
+        "import from Megatron-LM's format and export to it.\n\n"
         "Runs offline on a CPU, in pieces of some MB: a model of any size needs little memory."
     ),
     rich_markup_mode=None,
@@ -38,35 +49,6 @@ HfArgument = Annotated[
         metavar="HF_DIR", help="Hugging Face folder: config.json, *.safetensors, tokenizer files."
     ),
 ]
-CkptArgument = Annotated[
-    Path,
-    typer.Argument(
-        metavar="CKPT_DIR", help="Checkpoint, or the folder of a stage or a run that has one."
-    ),
-]
-OverwriteOption = Annotated[
-    bool, typer.Option("--overwrite", help="Replace an earlier result at the destination.")
-]
-DtypeOption = Annotated[
-    str | None,
-    typer.Option(
-        "--dtype",
-        help="float32, bfloat16, float16 or float64; default: as stored.",
-        show_default=False,
-    ),
-]
-WorkersOption = Annotated[
-    int | None,
-    typer.Option(
-        "--workers",
-        min=1,
-        max=64,
-        help="Threads that read, check and write; the result is the same for any number. Default: "
-        "this machine's cores, at most 4.",
-        show_default=False,
-    ),
-]
-GIB = 2**30
 NEW_TOKENS = 16
 """Tokens that an engine decodes one by one."""
 
@@ -90,7 +72,7 @@ def import_command(
       hypenet convert import /models/Qwen3-1.7B teacher/
     """
     hf_dir = bundled(hf_dir)
-    _announce("reading", hf_dir)
+    announce("reading", hf_dir)
     from megatron_hypenet.checkpoint.format import refuse_existing
     from megatron_hypenet.export import from_hf, mapping
     from megatron_hypenet.export.plan import plan_import
@@ -121,9 +103,9 @@ def import_command(
                 dtype=dtype,
                 overwrite=overwrite,
                 workers=workers,
-                progress=_progress,
+                progress=progress,
             )
-    _finish(result, plan.config, started, as_json)
+    finish(result, plan.config, started, as_json)
 
 
 @app.command("export")
@@ -157,7 +139,7 @@ def export_command(
         --dtype bfloat16
     """
     scaling = parse_scaling(attn_logits_scaling)
-    _announce("reading", ckpt_dir)
+    announce("reading", ckpt_dir)
     from megatron_hypenet.export import to_hf
 
     started = time.monotonic()
@@ -186,9 +168,9 @@ def export_command(
                 **options,
                 overwrite=overwrite,
                 workers=workers,
-                progress=_progress,
+                progress=progress,
             )
-    _finish(result, plan.config, started, as_json)
+    finish(result, plan.config, started, as_json)
 
 
 @app.command("verify")
@@ -248,7 +230,7 @@ def verify_command(
     if engine is not None and tensors_only:
         raise UsageError("--engine runs models and --tensors-only runs none; give one of them")
     hf_dir = bundled(hf_dir)
-    _announce("reading", hf_dir)
+    announce("reading", hf_dir)
     from megatron_hypenet.checkpoint import load
     from megatron_hypenet.export import verify
     from megatron_hypenet.export.plan import plan_import
@@ -266,7 +248,7 @@ def verify_command(
             "destination": str(load.resolve(ckpt_dir)),
             "dry_run": True,
         }
-        _finish({**result, "tensors": len(plan.weights)}, plan.config, started, as_json)
+        finish({**result, "tensors": len(plan.weights)}, plan.config, started, as_json)
         return
     with ExitStack() as stack:
         stack.callback(_end_groups)
@@ -279,7 +261,7 @@ def verify_command(
             dtype=dtype,
             logits=not tensors_only,
             workers=workers,
-            progress=_progress,
+            progress=progress,
             bound=bound,
             **asked,
         )
@@ -296,6 +278,10 @@ def verify_command(
     else:
         print(_verdict(report))
     report.require_ok()
+
+
+app.command("to-megatron")(convert_megatron.to_megatron_command)
+app.command("from-megatron")(convert_megatron.from_megatron_command)
 
 
 def _served(
@@ -320,7 +306,7 @@ def _served(
         from megatron_hypenet.serve.vllm.parity import VllmEngine
 
         process = stack.enter_context(vllm_process(vllm))
-        _progress(f"starting vLLM with {hf_dir} ({dtype})")
+        progress(f"starting vLLM with {hf_dir} ({dtype})")
         engines = [VllmEngine(process, hf_dir, dtype, least=num_tokens, new=new)]
         rows = engines[0].rows(config.vocab_size, seed)
     model = hf_model.load_model(hf_dir, config, dtype, hf_model.default_device())
@@ -398,53 +384,3 @@ def _ways(report: Any) -> list[str]:
     if report.served_diverging is not None:
         lines.append(f"         first difference at {report.served_diverging}")
     return lines
-
-
-def _announce(action: str, path: Path) -> None:
-    # importing torch takes seconds: say what is going on first
-    _progress(f"{action} {path}")
-
-
-def _progress(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def _finish(result: dict[str, Any], config: ModelConfig, started: float, as_json: bool) -> None:
-    seconds = time.monotonic() - started
-    if as_json:
-        print(
-            json.dumps(
-                {
-                    **result,
-                    "seconds": round(seconds, 2),
-                    "peak_memory_gib": _peak_gib(),
-                    "model": config.model_dump(mode="json"),
-                }
-            )
-        )
-        return
-    softmax = len(config.attention_layers)
-    print(
-        f"{result['kind'] if 'kind' in result else 'model'}: {config.num_layers} layers ({softmax} "
-        f"softmax), hidden {config.hidden_size},"
-        f" heads {config.num_attention_heads}/{config.num_query_groups}, "
-        f"vocabulary {config.vocab_size},"
-        f" {'tied' if config.share_embeddings_and_output_weights else 'own'} head, "
-        f"{result['tensors']} tensors"
-    )
-    if result["dry_run"]:
-        print(
-            f"dry run: {result['source']} is complete and supported; nothing was written to "
-            f"{result['destination']}"
-        )
-    else:
-        print(
-            f"wrote {result['destination']} in {seconds:.1f} s, peak memory {_peak_gib():.2f} GiB"
-        )
-
-
-def _peak_gib() -> float:
-    import resource
-
-    # Linux counts in KiB
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB, 3)

@@ -38,7 +38,7 @@ from megatron_hypenet.errors import HypenetError, UsageError, exit_code_of, is_d
 VERBS: dict[str, str] = {
     "demo": "Run the whole pipeline on the bundled tiny teacher (CPU or GPU).",
     "doctor": "Check this machine: versions, devices, compilers, disk.",
-    "convert": "Import a Hugging Face model, export a checkpoint, verify both.",
+    "convert": "Import a Hugging Face or Megatron-LM model, export a checkpoint, verify both.",
     "train": "Run one training stage.",
     "run": "Run all stages in order; resumes where it stopped.",
     "select": "Choose the layers that keep softmax attention.",

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_hypenet.atomic_files import temporary_folder
 from megatron_hypenet.checkpoint import save
 from megatron_hypenet.checkpoint.format import is_committed, refuse_existing
 from megatron_hypenet.checkpoint.manifest import TEACHER_LICENSE
@@ -50,7 +49,7 @@ def import_hf(
     """
     hf_dir, ckpt_dir = Path(hf_dir), Path(ckpt_dir)
     refuse_existing(ckpt_dir, overwrite)
-    _refuse_foreign(ckpt_dir)
+    refuse_foreign(ckpt_dir)
     plan = plan_import(hf_dir)
     files = tokenizer.read(hf_dir)
     if plan.duplicate_head:
@@ -59,27 +58,31 @@ def import_hf(
         entry.ours: _streamed(plan, entry, kept_dtype(entry, _target_dtype(plan, entry, dtype)))
         for entry in plan.entries
     }
-    extra: dict[str, Any] = {
-        "hf_config": plan.hf_config,
-        "generation_config": hf_folder.read_generation_config(hf_dir),
-    }
-    if (stated := model_card.stated_license(hf_dir)) is not None:
-        extra[TEACHER_LICENSE] = stated
-    with temporary_folder() as staging:
-        for name, content in files.items():
-            (staging / name).write_bytes(content)
+    with tokenizer.in_a_folder(files) as tokenizer_dir:
         save.stream_weights(
             ckpt_dir,
             tensors,
             plan.config,
             kind=plan.kind,
-            tokenizer_dir=staging if files else None,
-            extra=extra,
+            tokenizer_dir=tokenizer_dir,
+            extra=origin_of(hf_dir, plan.hf_config),
             overwrite=overwrite,
             workers=workers,
             progress=progress,
         )
     return plan.config
+
+
+def origin_of(hf_dir: Path, raw: dict[str, Any]) -> dict[str, Any]:
+    """Return what the manifest of a checkpoint notes of the Hugging Face folder that its model came
+    from: `raw`, which is its config.json, its generation settings, and its licence."""
+    extra: dict[str, Any] = {
+        "hf_config": raw,
+        "generation_config": hf_folder.read_generation_config(hf_dir),
+    }
+    if (stated := model_card.stated_license(hf_dir)) is not None:
+        extra[TEACHER_LICENSE] = stated
+    return extra
 
 
 def _streamed(plan: ImportPlan, entry: mapping.Entry, dtype: torch.dtype) -> StreamedTensor:
@@ -134,7 +137,7 @@ def _target_dtype(plan: ImportPlan, entry: mapping.Entry, wanted: str | None) ->
     return parse_dtype(hf_folder.DTYPES[stored.pop()])  # plan_import refuses others
 
 
-def _refuse_foreign(target: Path) -> None:
+def refuse_foreign(target: Path) -> None:
     """Raise ConversionError unless an existing folder is a checkpoint or empty: a folder with other
     files (the model itself, for example) is never replaced."""
     if target.exists() and not (

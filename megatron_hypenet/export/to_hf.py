@@ -4,10 +4,7 @@ of some MB and with several threads."""
 from __future__ import annotations
 
 import math
-import os
-import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,21 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_hypenet.atomic_files import temporary_beside
-from megatron_hypenet.checkpoint import format as fmt
 from megatron_hypenet.checkpoint import load
 from megatron_hypenet.checkpoint.shards import ShardReader
 from megatron_hypenet.checkpoint.stream import FilePlan, Values, write_files
 from megatron_hypenet.config.model import LogitsScaling, ModelConfig, check_logits_scaling
-from megatron_hypenet.errors import (
-    CheckpointError,
-    ConfigError,
-    ConversionError,
-    SetupError,
-    is_disk_full,
-)
+from megatron_hypenet.errors import CheckpointError, ConfigError, ConversionError
 from megatron_hypenet.export import hf_config, hf_folder, mapping, model_card, tokenizer
 from megatron_hypenet.export.remote_code import remote_files
+from megatron_hypenet.export.staging import staged
 from megatron_hypenet.export.tensors import (
     SCRATCH,
     blocks_of,
@@ -151,7 +141,7 @@ def export_hf(
         hashes=False,
     )
     manifest = load.read_manifest(plan.folder)
-    with _staged(hf_dir, overwrite) as temporary:
+    with staged(hf_dir, refuse=lambda: refuse_existing(hf_dir, overwrite)) as temporary:
         with load.comparing_hashes(plan.folder):
             _write_weights(plan, temporary, workers, progress)
         main_dtype = str(plan.dtypes[mapping.HF_EMBEDDING]).removeprefix("torch.")
@@ -274,33 +264,3 @@ def refuse_existing(target: Path, overwrite: bool) -> None:
             f"{target} is not a Hugging Face folder (no config.json), so it is not replaced; "
             "choose another folder"
         )
-
-
-@contextmanager
-def _staged(target: Path, overwrite: bool) -> Iterator[Path]:
-    """Provide a temporary sibling that becomes `target` when the block succeeds and is removed
-    otherwise."""
-    temporary = temporary_beside(target)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        yield temporary
-        fmt.fsync_tree(temporary)
-        refuse_existing(target, overwrite)
-        aside = temporary_beside(target, kind="old")
-        if target.exists():
-            os.replace(target, aside)
-        os.replace(temporary, target)
-        shutil.rmtree(aside, ignore_errors=True)
-    except OSError as error:
-        if is_disk_full(error):
-            raise SetupError(
-                f"cannot write {target}: no space left on the disk; nothing was left there. "
-                "Free space or choose another folder"
-            ) from error
-        raise ConversionError(
-            f"cannot write {target}: {error}; nothing was left there. Choose another folder"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

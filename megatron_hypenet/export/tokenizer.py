@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from megatron_hypenet.atomic_files import temporary_folder
 from megatron_hypenet.errors import ConversionError
 from megatron_hypenet.untrusted.files import MIB, FileKind, has_entry, inside, reason_of, shown
 from megatron_hypenet.untrusted.json_text import parse_json, typed
@@ -111,6 +113,19 @@ def read(folder: Path) -> dict[str, bytes]:
         elif not content:
             _KIND.refuse(path, "an empty file")
     return contents
+
+
+@contextmanager
+def in_a_folder(files: Mapping[str, bytes]) -> Iterator[Path | None]:
+    """Yield a folder with these files that exists as long as the block runs; None when there are
+    none."""
+    if not files:
+        yield None
+        return
+    with temporary_folder() as folder:
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+        yield folder
 
 
 def export(source: Path, target: Path, say: Callable[[str], None] | None = None) -> None:

@@ -13,8 +13,15 @@ from torch.distributed.checkpoint.metadata import (
     MetadataIndex,
 )
 
-from megatron_hypenet.checkpoint.shard_index import METADATA, intersection, overlaps, read_index
-from megatron_hypenet.checkpoint.shard_writer import write_shards
+from megatron_hypenet.checkpoint.shard_index import (
+    METADATA,
+    StoredObject,
+    intersection,
+    overlaps,
+    read_contents,
+    read_index,
+)
+from megatron_hypenet.checkpoint.shard_writer import ShardWrite, write_shards
 from megatron_hypenet.checkpoint.shards import Shard
 from megatron_hypenet.errors import CheckpointError
 
@@ -162,3 +169,20 @@ def test_used_classes_are_torchs(folder):
         and isinstance(chunk_of(found), ChunkStorageMetadata)
         and isinstance(info_of(found), _StorageInfo)
     )
+
+
+def test_what_is_not_wanted_is_not_checked_and_objects_have_places(tmp_path):
+    shards = [Shard.whole("w", torch.ones(3)), Shard.whole("other.w", torch.ones(3))]
+    plan = ShardWrite(tmp_path, shards, alone=True, objects={"state/shard_0_1": b"content"})
+    plan.finish([plan.write()])
+
+    def with_a_hole(metadata):
+        del metadata.state_dict_metadata["other.w"].chunks[:]
+
+    changed(tmp_path, with_a_hole)
+    tensors, objects = read_contents(tmp_path, lambda name: not name.startswith("other."))
+    file = tmp_path / "__0_0.distcp"
+    assert set(tensors) == {"w"}
+    assert objects == {"state/shard_0_1": StoredObject(file, file.stat().st_size - 7, 7)}
+    with pytest.raises(CheckpointError, match="other.w do not cover"):
+        read_index(tmp_path)

@@ -7,7 +7,12 @@ import torch
 
 from megatron_hypenet.checkpoint import shard_writer, stream
 from megatron_hypenet.checkpoint.manifest import hash_file
-from megatron_hypenet.checkpoint.shard_writer import ShardWrite, stream_shards, write_shards
+from megatron_hypenet.checkpoint.shard_writer import (
+    ShardWrite,
+    stream_pieces,
+    stream_shards,
+    write_shards,
+)
 from megatron_hypenet.checkpoint.shards import LazyTensor, Shard, ShardReader, StreamedTensor
 from megatron_hypenet.errors import CheckpointError
 
@@ -113,8 +118,23 @@ def test_a_tensor_whose_archive_is_not_known_is_written_whole(tmp_path):
     assert all(torch.equal(reader[key], tensor) for key, tensor in tensors.items())
 
 
+def test_streamed_pieces_and_objects_give_the_bytes_of_write(tmp_path):
+    full = torch.randn(2, 6, 4)
+    objects = {"state/shard_0_1": b"some bytes"}
+    shards = [Shard("w", full[at : at + 1], full.shape, (at, 0, 0)) for at in range(2)]
+    (tmp_path / "whole").mkdir()
+    plan = ShardWrite(tmp_path / "whole", shards, alone=True, objects=objects)
+    plan.finish([plan.write()], {"iteration": 3})
+    streamed = [Shard(s.key, streamed_tensor(s.data), s.global_shape, s.offset) for s in shards]
+    stream_pieces(tmp_path / "streamed", streamed, objects=objects, common={"iteration": 3})
+    for file in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "streamed" / file.name).read_bytes() == file.read_bytes(), file.name
+    assert torch.equal(ShardReader(tmp_path / "streamed")["w"], full)
+    assert torch.load(tmp_path / "streamed/common.pt") == {"iteration": 3}
+
+
 def streamed_tensor(tensor):
     def read(first, target):
-        target.copy_(tensor.view(-1)[first : first + target.numel()])
+        target.copy_(tensor.reshape(-1)[first : first + target.numel()])
 
     return StreamedTensor(tuple(tensor.shape), tensor.dtype, 1, read)

@@ -138,6 +138,8 @@ PAGES = [
     "convert import",
     "convert export",
     "convert verify",
+    "convert to-megatron",
+    "convert from-megatron",
     "select rank",
     "select sweep",
     "data prepare",
