@@ -232,7 +232,7 @@ def _is_plain(value: object) -> bool:
 
 
 def _same(value: object, supported: object) -> bool:
-    """Equality in which True is not 1, while 0 is 0.0."""
+    """Return whether the two are equal, where True is not 1, while 0 is 0.0."""
     return (
         _is_plain(value)
         and value == supported

@@ -89,7 +89,7 @@ def ours_from_theirs(
 
 
 def _fused(config: ModelConfig, prefix: str) -> Assembled:
-    """linear_qkv [(heads + 2 * groups) * channels, hidden]."""
+    """Return linear_qkv [(heads + 2 * groups) * channels, hidden]."""
     section = f"{prefix}self_attention.{SECTION}"
     channels = config.kv_channels
     queries = config.heads_per_group * channels
@@ -103,7 +103,7 @@ def _fused(config: ModelConfig, prefix: str) -> Assembled:
 
 
 def _gate_and_up(config: ModelConfig, prefix: str, split: bool) -> Iterator[Assembled]:
-    """linear_fc1: [2 * ffn, hidden] with gate before up, or the two by themselves."""
+    """Yield linear_fc1, [2 * ffn, hidden] with gate before up, or the two by themselves."""
     rows, hidden = config.ffn_hidden_size, config.hidden_size
     if not split:
         yield Assembled(prefix + FC1, (2 * rows, hidden), (Block(prefix + FC1, 0, 2 * rows),))

@@ -36,7 +36,7 @@ class Assembled:
 
     @property
     def sources(self) -> list[str]:
-        """Names of the tensors whose rows it has."""
+        """Return the names of the tensors whose rows it has."""
         return list(dict.fromkeys(b.source for b in self.blocks if b.source is not None))
 
     def dtype(self, reader: ShardReader) -> torch.dtype:

@@ -47,11 +47,11 @@ class ToMegatronPlan:
 
     @property
     def vocab_rows(self) -> int:
-        """Rows of Megatron's embedding and head."""
+        """Return the number of rows of Megatron's embedding and head."""
         return self.padding.rows(self.config.vocab_size)
 
     def bytes(self) -> int:
-        """Size of all converted weights."""
+        """Return the size of all converted weights."""
         return sum(math.prod(t.shape) * self.dtypes[t.name].itemsize for t in self.tensors)
 
 

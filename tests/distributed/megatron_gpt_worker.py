@@ -75,7 +75,7 @@ def sharded(model: GPTModel, **metadata) -> dict:
 
 
 def stored_arguments(tp: int, pp: int, **changes) -> argparse.Namespace:
-    """Some of the arguments that a training of Megatron-LM stores, an enumeration among them."""
+    """Return some of the arguments that a training of Megatron-LM stores, an enumeration among them."""
     common = dist_checkpointing.load_common_state_dict(changes.pop("folder"))
     values = {**vars(common["args"]), **changes, "model_type": ModelType.encoder_or_decoder}
     return argparse.Namespace(

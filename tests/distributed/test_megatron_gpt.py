@@ -35,8 +35,8 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def folder(repo_root, tmp_path_factory):
-    """Teachers as checkpoints NAME-ckpt, in Megatron's form as NAME, and what Megatron made of
-    them."""
+    """Write teachers as checkpoints NAME-ckpt and in Megatron's form as NAME, and let Megatron make
+    its files of them."""
     folder = tmp_path_factory.mktemp("megatron")
     for name, golden in MODELS.items():
         hf = repo_root / "tests/golden/data" / golden / "qwen3"

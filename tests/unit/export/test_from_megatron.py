@@ -28,7 +28,7 @@ OURS = {
 
 
 def stacked(rows=64):
-    """Megatron's tensors of OURS, built as its modules hold them."""
+    """Return Megatron's tensors of OURS, built as its modules hold them."""
 
     def both(name):
         return torch.stack([OURS[f"decoder.layers.{layer}.{name}"] for layer in range(2)])
@@ -56,7 +56,7 @@ def stacked(rows=64):
 
 
 def cut(name, tensor, tp):
-    """Pieces of one layer and one of `tp` ranks each, as Megatron's modules are split."""
+    """Return pieces of one layer and one of `tp` ranks each, as Megatron's modules are split."""
     if not name.startswith("decoder.layers."):
         return [Shard.whole(name, tensor)]
     axis = 2 if "linear_proj" in name or "linear_fc2" in name else 1
@@ -77,7 +77,7 @@ def arguments(**changes):
 
 
 def write(folder, tensors=None, *, args=None, tp=1, common=None):
-    """A sharded folder of these tensors (None: all of them) with these arguments (None: those that
+    """Write a sharded folder of these tensors (None: all of them) with these arguments (None: those that
     go with it)."""
     tensors = stacked() if tensors is None else tensors
     shards = [shard for name, tensor in tensors.items() for shard in cut(name, tensor, tp)]
@@ -88,7 +88,7 @@ def write(folder, tensors=None, *, args=None, tp=1, common=None):
 
 
 def numbered():
-    """The tensors with a number for each layer, and gate and up by themselves."""
+    """Return the tensors with a number for each layer, and gate and up by themselves."""
     tensors = {}
     for key, tensor in stacked().items():
         rest = key.removeprefix("decoder.layers.")

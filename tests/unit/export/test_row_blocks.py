@@ -18,7 +18,7 @@ WHOLE = torch.cat([A[2:], B[:1], A[:2], B[1:], torch.zeros(2, 3)])
 
 @pytest.fixture
 def reader(tmp_path):
-    """ "a" in two pieces of columns, "b" whole, "c" in another dtype."""
+    """Write "a" in two pieces of columns, "b" whole, "c" in another dtype."""
     shards = [
         Shard("a", A[:, :1], (4, 3), (0, 0)),
         Shard("a", A[:, 1:], (4, 3), (0, 1)),

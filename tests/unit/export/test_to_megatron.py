@@ -17,7 +17,7 @@ CONFIG = tiny_teacher_config()
 
 
 def teacher(folder, config=CONFIG, **replaced):
-    """A checkpoint whose every tensor is a function of its name."""
+    """Write a checkpoint whose every tensor is a function of its name."""
     tensors = {
         entry.ours: named_normal(entry.ours, tuple(entry.shape), std=0.1, seed=0)
         for entry in mapping.entries(config)
