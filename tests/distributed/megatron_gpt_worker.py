@@ -74,13 +74,11 @@ def sharded(model: GPTModel, **metadata) -> dict:
     return model.sharded_state_dict(prefix="", metadata={"dp_cp_group": group, **metadata})
 
 
-def stored_arguments(tp: int, pp: int, **changes) -> argparse.Namespace:
-    """Return some of the arguments that a training of Megatron-LM stores, an enumeration among them."""
-    common = dist_checkpointing.load_common_state_dict(changes.pop("folder"))
-    values = {**vars(common["args"]), **changes, "model_type": ModelType.encoder_or_decoder}
-    return argparse.Namespace(
-        **{**values, "tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
-    )
+def stored_arguments(args: argparse.Namespace, case: dict) -> argparse.Namespace:
+    """Return what a training with `args` stores on the case's layout, an enumeration among it."""
+    sizes = {"tensor_model_parallel_size": case["tp"], "pipeline_model_parallel_size": case["pp"]}
+    kind = {"model_type": ModelType.encoder_or_decoder}
+    return argparse.Namespace(**{**vars(args), **sizes, **kind, **case["save"]})
 
 
 @torch.no_grad()
@@ -113,7 +111,7 @@ def run(folder: Path, case: dict) -> None:
         dist.barrier()
         state = sharded(model, **case.get("metadata", {}))
         if case["save"] is not None:
-            state["args"] = stored_arguments(tp, pp, folder=source, **case["save"])
+            state["args"] = stored_arguments(args, case)
             state["iteration"] = 7
         dist_checkpointing.save(state, str(target))
     parallel_state.destroy_model_parallel()

@@ -77,8 +77,8 @@ def arguments(**changes):
 
 
 def write(folder, tensors=None, *, args=None, tp=1, common=None):
-    """Write a sharded folder of these tensors (None: all of them) with these arguments (None: those that
-    go with it)."""
+    """Write a sharded folder of these tensors (None: all of them) with these arguments (None: those
+    that go with it)."""
     tensors = stacked() if tensors is None else tensors
     shards = [shard for name, tensor in tensors.items() for shard in cut(name, tensor, tp)]
     folder.mkdir(parents=True)
