@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from megatron_hypenet.config.mixers.gated_delta_net import GatedDeltaNetSpec
 from megatron_hypenet.model.mixers.base import Mixer, register_mixer
-from megatron_hypenet.ops.gated_delta_rule import gated_delta_rule, gated_delta_summary
+from megatron_hypenet.ops.gated_delta_rule import gated_delta_rule
 from megatron_hypenet.ops.l2_norm import l2_norm
 from megatron_hypenet.ops.rope import apply_rope
 from megatron_hypenet.parallel.context.delta_rule import context_delta_rule
@@ -46,7 +46,6 @@ class GatedDeltaNet(Mixer):
         q, k, v = (x.transpose(0, 1) for x in (q, k, v))
         o = context_delta_rule(
             gated_delta_rule,
-            gated_delta_summary,
             q,
             k,
             v,

@@ -18,7 +18,7 @@ from megatron_hypenet.model.mixers.gated_delta_net import (
     log_decay,
     unit_length,
 )
-from megatron_hypenet.ops.kimi_delta_attention import kimi_delta_attention, kimi_delta_summary
+from megatron_hypenet.ops.kimi_delta_attention import kimi_delta_attention
 from megatron_hypenet.ops.short_conv import short_conv
 from megatron_hypenet.parallel.context.delta_rule import context_delta_rule
 from megatron_hypenet.parallel.context.state_exchange import (
@@ -59,7 +59,6 @@ class KimiDeltaAttention(Mixer):
         step = self._expanded(parts["decay_down"], "decay_up")
         o = context_delta_rule(
             kimi_delta_attention,
-            kimi_delta_summary,
             q,
             k,
             v,

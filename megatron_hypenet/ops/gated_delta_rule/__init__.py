@@ -8,13 +8,13 @@ from megatron_hypenet.ops.gated_delta_rule.chunked import (
     chunked_gated_delta_rule,
     chunked_gated_delta_summary,
 )
-from megatron_hypenet.ops.gated_delta_rule.dispatch import gated_delta_rule, gated_delta_summary
+from megatron_hypenet.ops.gated_delta_rule.dispatch import DeltaRule, gated_delta_rule
 from megatron_hypenet.ops.gated_delta_rule.naive import naive_gated_delta_rule
 
 __all__ = [
+    "DeltaRule",
     "chunked_gated_delta_rule",
     "chunked_gated_delta_summary",
     "gated_delta_rule",
-    "gated_delta_summary",
     "naive_gated_delta_rule",
 ]

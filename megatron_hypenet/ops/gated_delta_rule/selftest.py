@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from megatron_hypenet.ops.gated_delta_rule.chunked import chunked_gated_delta_rule
-from megatron_hypenet.ops.gated_delta_rule.fla import Kernel, run_kernel
+from megatron_hypenet.ops.gated_delta_rule.dispatch import DeltaRule, gated_delta_rule
+from megatron_hypenet.ops.gated_delta_rule.fla import run_kernel
 from megatron_hypenet.ops.kernels import KernelUse
 from megatron_hypenet.ops.selftest import KernelCheck, Pairs, check, normal_draws
 
@@ -20,18 +21,11 @@ errors grow beyond those of one product; fla multiplies fp32 inputs in TF32."""
 
 def check_gated_delta_rule_use(where: torch.device, use: KernelUse) -> KernelCheck:
     """Return the check of family gated_delta_rule for a model's use of it."""
-
-    def kernel() -> Kernel:
-        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-
-        return chunk_gated_delta_rule
-
-    return check_delta_rule("gated_delta_rule", kernel, where, use)
+    return check_delta_rule(gated_delta_rule, where, use)
 
 
 def check_delta_rule(
-    name: str,
-    kernel: Callable[[], Kernel],
+    rule: DeltaRule,
     where: torch.device,
     use: KernelUse,
     *,
@@ -40,7 +34,7 @@ def check_delta_rule(
     heads: int = 4,
 ) -> KernelCheck:
     """Check outputs, final state and gradients, with an initial state under context parallelism or
-    for a thorough check. `kernel` imports what is checked; that it cannot is a finding too."""
+    for a thorough check. That the kernel cannot be imported is a finding too."""
 
     def run() -> Pairs:
         draw = normal_draws(where)
@@ -73,13 +67,13 @@ def check_delta_rule(
             labels = ["o", "final state", *(f"d {name}" for name in names)]
             return dict(zip(labels, results, strict=True))  # type: ignore[arg-type]
 
-        imported = kernel()
+        kernel = rule.load_kernel()
         exact = found(chunked_gated_delta_rule, torch.float64)
-        got = found(lambda *x, **y: run_kernel(imported, *x, **y), None)
+        got = found(lambda *x, **y: run_kernel(kernel, *x, **y), None)
         return {
             label: (got[label].detach(), exact[label].detach())  # type: ignore[attr-defined]
             for label in exact
         }
 
-    label = f"{name} head_dim {use.head_dim}{' packed' if use.documents else ''}"
+    label = f"{rule.family} head_dim {use.head_dim}{' packed' if use.documents else ''}"
     return check(label, use.dtype, LIMITS[use.dtype], run)

@@ -8,11 +8,12 @@ from megatron_hypenet.ops.lightning_attn.chunked import (
     chunked_lightning_attn,
     chunked_lightning_state,
 )
-from megatron_hypenet.ops.lightning_attn.decode import lightning_decode
+from megatron_hypenet.ops.lightning_attn.decode import StateSlots, lightning_decode
 from megatron_hypenet.ops.lightning_attn.dispatch import lightning_attn, lightning_state
 from megatron_hypenet.ops.lightning_attn.naive import naive_lightning_attn
 
 __all__ = [
+    "StateSlots",
     "chunked_lightning_attn",
     "chunked_lightning_state",
     "lightning_attn",

@@ -1,5 +1,7 @@
 """The step of `decode.py` as one Triton kernel: each state is read and written once, in place."""
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
@@ -7,6 +9,9 @@ from torch import Tensor
 
 from megatron_hypenet.ops.lightning_attn import triton as scan
 from megatron_hypenet.ops.lightning_attn.triton_plan import power_of_two
+
+if TYPE_CHECKING:
+    from megatron_hypenet.ops.lightning_attn.decode import StateSlots
 
 _TILE_ELEMENTS = 4096
 """Elements of a state that one program holds: four programs work on a head of 128 x 128."""
@@ -45,29 +50,22 @@ def decode_kernel(
 
 
 def triton_lightning_decode(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    states: Tensor,
-    slots: Tensor,
-    new: Tensor,
-    *,
-    scale: float,
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, states: "StateSlots", *, scale: float
 ) -> Tensor:
     """Compute `decode.lightning_decode` with the kernels, for bf16, fp16 and fp32 on CUDA, key and
     value dims up to 256."""
     n, h, dim_k = q.shape
     dim_v = v.shape[-1]
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    assert states.dtype == torch.float32 and states[0].is_contiguous()
+    cache = states.cache
+    assert cache.dtype == torch.float32 and cache[0].is_contiguous()
     decay = scan._log2_decay(log_decay, q.device)
     out = torch.empty(n, h, dim_v, dtype=q.dtype, device=q.device)
     block_k = power_of_two(dim_k)
     block_v = min(power_of_two(dim_v), max(16, _TILE_ELEMENTS // block_k))
     decode_kernel[(triton.cdiv(dim_v, block_v), h, n)](
-        q, k, v, out, states, slots, new.to(torch.uint8), decay, scale,
-        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2], states.stride(0),
+        q, k, v, out, cache, states.places, states.new.to(torch.uint8), decay, scale,
+        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2], cache.stride(0),
         dim_k=dim_k, dim_v=dim_v, block_k=block_k, block_v=block_v,
     )  # fmt: skip
     return out

@@ -3,11 +3,10 @@ matrix, M S + B, so M and B are what the ranks exchange (`state_exchange`, `Tran
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_hypenet.ops.gated_delta_rule import DeltaRule
 from megatron_hypenet.parallel.context.layout import check_document_ids
 from megatron_hypenet.parallel.context.state_algebra import Transition, continuing_chunks
 from megatron_hypenet.parallel.context.state_exchange import (
@@ -17,42 +16,8 @@ from megatron_hypenet.parallel.context.state_exchange import (
 )
 
 
-class DeltaRule(Protocol):
-    """A delta rule over whole rows; see `naive_gated_delta_rule` for the arguments."""
-
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        log_decay: Tensor,
-        beta: Tensor,
-        *,
-        scale: float,
-        initial_state: Tensor | None = None,
-        document_ids: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return outputs [b, t, h, v] and the final state [b, h, k, v]."""
-
-
-class DeltaSummary(Protocol):
-    """The effect of the tokens of a row on a state; see `chunked_gated_delta_summary`."""
-
-    def __call__(
-        self,
-        k: Tensor,
-        v: Tensor,
-        log_decay: Tensor,
-        beta: Tensor,
-        *,
-        document_ids: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return the transition [b, h, k, k] and the state from zero [b, h, k, v]."""
-
-
 def context_delta_rule(
     rule: DeltaRule,
-    summary: DeltaSummary,
     *inputs: Tensor,
     scale: float,
     group: dist.ProcessGroup,
@@ -61,17 +26,18 @@ def context_delta_rule(
     """Return this rank's outputs [b, t_local, h, v] of `rule` over whole sequences, in q's dtype.
 
     Args:
-        rule, summary: the recurrence, and the effect of a chunk on a state. inputs: q, k, v,
-        log_decay and beta of this rank's tokens, as `split_sequence` gives them. scale: factor of
-        the outputs. group: context-parallel ranks. document_ids: [b, t_local * ranks], see
-        `exchange_states`.
+        rule: the recurrence, with the effect of a chunk on a state.
+        inputs: q, k, v, log_decay and beta of this rank's tokens, as `split_sequence` gives them.
+        scale: factor of the outputs.
+        group: context-parallel ranks.
+        document_ids: [b, t_local * ranks], see `exchange_states`.
 
     Raises ValueError when t_local is odd or document_ids has another shape."""
     b, t = inputs[0].shape[:2]
     check_document_ids(document_ids, b, t * group.size())
     if group.size() == 1:
         return rule(*inputs, scale=scale, document_ids=document_ids)[0]
-    exchange = DeltaRuleExchange(rule, summary, scale)
+    exchange = DeltaRuleExchange(rule, scale)
     return exchange_states(exchange, *inputs, group=group, document_ids=document_ids)
 
 
@@ -79,9 +45,8 @@ class DeltaRuleExchange(ChunkExchange):
     """Summaries are the transition and the state from zero; outputs are computed once the incoming
     state is known."""
 
-    def __init__(self, rule: DeltaRule, summary: DeltaSummary, scale: float) -> None:
+    def __init__(self, rule: DeltaRule, scale: float) -> None:
         self.rule = rule
-        self.summary = summary
         self.scale = scale
 
     def combine(self, chunks: Chunks) -> Transition:
@@ -90,7 +55,7 @@ class DeltaRuleExchange(ChunkExchange):
 
     def local_summary(self, chunks: Chunks, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Compute M [2 b, h, k, k] and B [2 b, h, k, v] of each chunk; q is not used."""
-        return self.summary(*inputs[1:], document_ids=chunks.rows)
+        return self.rule.summary(*inputs[1:], document_ids=chunks.rows)
 
     def apply(
         self, chunks: Chunks, local: Tensor | None, incoming: Tensor, *inputs: Tensor

@@ -15,7 +15,7 @@ from megatron_hypenet.export.hf_remote.mixer_lightning_attn import (
     alibi_slopes,
 )
 from megatron_hypenet.export.hf_remote.ops_hypenet import rotate
-from megatron_hypenet.ops.lightning_attn import lightning_attn, lightning_decode
+from megatron_hypenet.ops.lightning_attn import StateSlots, lightning_attn, lightning_decode
 from megatron_hypenet.serve.vllm.layers import MixerParts, NormOverRanks, Positions
 from megatron_hypenet.serve.vllm.states import StateLayer, read_states, write_states
 
@@ -38,8 +38,8 @@ class LightningState(StateLayer):
     def decode(self, inputs: list[Tensor], slots: Tensor, new: Tensor) -> Tensor:
         """Decode as the base class says; inputs are q, k, v."""
         q, k, v = inputs
-        cache = self.kv_cache[0]
-        return lightning_decode(q, k, v, self.log_decay, cache, slots, new, scale=self.scale)
+        states = StateSlots(self.kv_cache[0], slots, new)
+        return lightning_decode(q, k, v, self.log_decay, states, scale=self.scale)
 
     def prefill(self, inputs: list[Tensor], slot: Tensor, new: bool) -> Tensor:
         """Process the tokens of one request, as the base class says."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron_hypenet.model.kernel_guard import DOCTOR_USE
+from megatron_hypenet.ops.gated_delta_rule import DeltaRule
 from megatron_hypenet.ops.gated_delta_rule.selftest import check_delta_rule
 from tests.unit.ops.gated_delta_rule.test_fla import kernel
 
@@ -20,9 +21,8 @@ def look(wrong=None, **changes):
     per_channel = changes.pop("per_channel", False)
     use = replace(USE, **changes)
     where = torch.device("cpu")
-    return check_delta_rule(
-        "x", lambda: tried, where, use, per_channel=per_channel, tokens=40, heads=2
-    )
+    rule = DeltaRule("x", lambda: tried)
+    return check_delta_rule(rule, where, use, per_channel=per_channel, tokens=40, heads=2)
 
 
 @pytest.mark.parametrize("per_channel", [False, True])
@@ -46,5 +46,5 @@ def test_a_kernel_that_cannot_be_imported_is_a_finding():
     def missing():
         raise ImportError("no such kernel")
 
-    found = check_delta_rule("x", missing, torch.device("cpu"), USE)
+    found = check_delta_rule(DeltaRule("x", missing), torch.device("cpu"), USE)
     assert not found.ok and "ImportError: no such kernel" in found.failure

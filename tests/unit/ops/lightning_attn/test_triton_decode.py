@@ -7,6 +7,7 @@ import torch
 pytest.importorskip("triton")
 
 from megatron_hypenet.ops.decay import log_decay
+from megatron_hypenet.ops.lightning_attn.decode import StateSlots
 from megatron_hypenet.ops.lightning_attn.triton_decode import triton_lightning_decode
 
 from .test_decode import SCALE, expected, inputs
@@ -33,7 +34,10 @@ def test_equals_the_definition(dims, dtype):
     given = [x.to(DEVICE) for x in (q, k, v)]
     cache = states.to(DEVICE)
     found = triton_lightning_decode(
-        *given, log_decay(2), cache, slots.to(DEVICE), new.to(DEVICE), scale=SCALE
+        *given,
+        log_decay(2),
+        StateSlots(cache, slots.to(DEVICE), new.to(DEVICE)),
+        scale=SCALE,
     )
     assert found.dtype == dtype
     assert relative(found, o) < LIMITS[dtype]
@@ -51,7 +55,10 @@ def test_reads_strided_rows_and_a_cache_with_gaps_between_its_states():
     o, after = expected(q, k, v, states, slots, new)
     parts = [x.unflatten(1, (3, 16)) for x in joined.chunk(3, dim=1)]
     found = triton_lightning_decode(
-        *parts, log_decay(3), cache, slots.to(DEVICE), new.to(DEVICE), scale=SCALE
+        *parts,
+        log_decay(3),
+        StateSlots(cache, slots.to(DEVICE), new.to(DEVICE)),
+        scale=SCALE,
     )
     assert relative(found, o) < 1e-6 and relative(cache, after) < 1e-6
     assert not pages[:, -7:].any()
@@ -61,5 +68,7 @@ def test_what_a_new_request_finds_in_its_slot_does_not_matter():
     q, k, v, states = (x.to(DEVICE) for x in inputs())
     states[:] = torch.nan
     slots, new = torch.arange(3, device=DEVICE), torch.ones(3, dtype=torch.bool, device=DEVICE)
-    found = triton_lightning_decode(q, k, v, log_decay(2), states, slots, new, scale=SCALE)
+    found = triton_lightning_decode(
+        q, k, v, log_decay(2), StateSlots(states, slots, new), scale=SCALE
+    )
     assert found.isfinite().all() and states[:3].isfinite().all()

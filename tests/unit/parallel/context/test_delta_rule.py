@@ -5,7 +5,7 @@ The whole mixers are in tests/unit/model/mixers/test_contract.py."""
 import pytest
 import torch
 
-from megatron_hypenet.ops.gated_delta_rule import gated_delta_rule, gated_delta_summary
+from megatron_hypenet.ops.gated_delta_rule import gated_delta_rule
 from megatron_hypenet.parallel.context.delta_rule import context_delta_rule
 from megatron_hypenet.parallel.context.layout import local_part, natural_order
 from tests.threaded_ranks import on_ranks
@@ -14,9 +14,7 @@ from tests.unit.ops.gated_delta_rule.inputs import drawn
 
 def computed(inputs, weight, group, ids):
     inputs = [x.detach().requires_grad_() for x in inputs]
-    o = context_delta_rule(
-        gated_delta_rule, gated_delta_summary, *inputs, scale=0.5, group=group, document_ids=ids
-    )
+    o = context_delta_rule(gated_delta_rule, *inputs, scale=0.5, group=group, document_ids=ids)
     return o.detach(), *torch.autograd.grad(o, inputs, weight)
 
 
