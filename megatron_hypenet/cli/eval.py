@@ -14,7 +14,18 @@ from typing import Annotated, Any
 
 import typer
 
-from megatron_hypenet.cli.options import DryRunOption, JsonOption
+from megatron_hypenet.cli import processes
+from megatron_hypenet.cli.engines import Engine, VllmOption
+from megatron_hypenet.cli.eval_models import Runner, checked_checkpoint
+from megatron_hypenet.cli.options import (
+    ContextParallelOption,
+    DryRunOption,
+    JsonOption,
+    PipelineParallelOption,
+    SequenceParallelOption,
+    TensorParallelOption,
+)
+from megatron_hypenet.config.schema import ParallelConfig
 from megatron_hypenet.errors import DataError, UsageError
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -31,7 +42,12 @@ def evaluate(
     model: Annotated[
         Path, typer.Argument(metavar="MODEL", help="Checkpoint, run, or Hugging Face folder.")
     ],
-    out: Annotated[Path, typer.Option("--out", help="Folder for eval.json and eval.png.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", help="Folder for eval.json and eval.png; default: eval/ of the model's run."
+        ),
+    ] = None,
     beside: Annotated[
         list[Path] | None,
         typer.Option("--beside", help="Another model to compare with; default: a run's teacher."),
@@ -66,6 +82,12 @@ def evaluate(
     device: Annotated[
         str | None, typer.Option("--device", help="cuda, cuda:1, cpu; default: a GPU if any.")
     ] = None,
+    engine: Annotated[Engine, typer.Option("--engine", help="transformers or vLLM.")] = Engine.HF,
+    vllm: VllmOption = None,
+    tp: TensorParallelOption = None,
+    pp: PipelineParallelOption = None,
+    cp: ContextParallelOption = None,
+    sp: SequenceParallelOption = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace another evaluation in --out.")
     ] = False,
@@ -84,15 +106,23 @@ def evaluate(
 
       hypenet eval /models/HypeNet-2B --beside /models/Qwen3-1.7B --out eval --questions mmlu.jsonl
     """
+    from megatron_hypenet.checkpoint.places import run_around
     from megatron_hypenet.data.probes import TASKS
     from megatron_hypenet.data.questions import read_questions
 
     models = _models(model, beside)
+    out, run = _place(out, run_around(model), model)
     named = list(TASKS) if tasks == "all" else [] if tasks == "none" else tasks.split(",")
     for task in named:
         if task not in TASKS:
             raise UsageError(f"--probes {task}: no task; choose from {', '.join(TASKS)}")
-    plan = {
+    layout = _layout(tp, pp, cp, sp)
+    if layout is not None and (engine is Engine.VLLM or device is not None):
+        raise UsageError(
+            "--tp, --pp, --cp and --sp are of the training model, which has no --engine and no "
+            "--device; give one or the other"
+        )
+    plan: dict[str, Any] = {
         "lengths": sorted(_numbers("--lengths", lengths, int, 16, 10**8)),
         "depths": sorted(_numbers("--depths", depths, float, 0, 1)),
         "tasks": named,
@@ -101,6 +131,8 @@ def evaluate(
         "seed": seed,
         "dtype": dtype,
         "models": {name: str(path.resolve()) for name, path in models.items()},
+        "engine": engine.value,
+        "layout": None if layout is None else layout.model_dump(mode="json", exclude_defaults=True),
         "text": text and _digest(text),
         "questions": {str(path): _digest(path) for path in questions or []},
     }
@@ -115,11 +147,59 @@ def evaluate(
     if dry_run:
         _say({"measurements": len(measures) * len(models), "done": len(_done(rows))}, as_json)
         return
+    if layout is not None:
+        _start(models, layout)
+    runner = Runner(
+        engine=engine,
+        dtype=dtype,
+        device=device,
+        vllm=vllm,
+        parallel=layout,
+        longest=max(plan["lengths"]),
+    )
     for name, path in models.items():
         todo = {key: call for key, call in measures.items() if (name, key) not in _done(rows)}
         if todo:
-            _run(name, path, todo, plan, words, rows, out, device)
-    _finish(out, rows, as_json=as_json)
+            _run(name, path, todo, plan, words, rows, out, runner)
+    if processes.is_rank0():
+        _finish(run, out, rows, as_json=as_json)
+
+
+def _place(out: Path | None, run: Path | None, model: Path) -> tuple[Path, Path | None]:
+    """Return where the results go, and the run that they belong to. UsageError without a place."""
+    from megatron_hypenet.eval.results import FOLDER
+
+    if out is None and run is None:
+        raise UsageError(f"{model} lies in no run; give --out FOLDER for the results")
+    return out or (run or Path()) / FOLDER, run
+
+
+def _layout(
+    tp: int | None, pp: int | None, cp: int | None, sequence_parallel: bool
+) -> ParallelConfig | None:
+    """Return the layout that is asked for, or None."""
+    if not (tp or pp or cp or sequence_parallel):
+        return None
+    return ParallelConfig(
+        tensor_model_parallel_size=tp or 1,
+        pipeline_model_parallel_size=pp or 1,
+        context_parallel_size=cp or 1,
+        sequence_parallel=sequence_parallel,
+    )
+
+
+def _start(models: dict[str, Path], layout: ParallelConfig) -> None:
+    """Check that the layout suits all models, and start its processes unless a launcher did."""
+    from megatron_hypenet.checkpoint.find import read_model_config
+    from megatron_hypenet.cli.pipeline import configure_logging
+    from megatron_hypenet.config.checks import check_model_layout
+
+    num_processes = processes.fixed(layout.model_parallel_size)
+    for path in models.values():
+        config = read_model_config(checked_checkpoint(path))
+        check_model_layout(config, layout, processes.join())
+    processes.start_here(num_processes)
+    configure_logging()
 
 
 def _models(model: Path, beside: list[Path] | None) -> dict[str, Path]:
@@ -162,19 +242,18 @@ def _digest(path: Path) -> str:
 def _earlier(out: Path, plan: dict[str, Any], *, overwrite: bool) -> list[dict[str, Any]]:
     """Return the rows of an interrupted evaluation with this plan. UsageError when another one is
     there."""
-    from megatron_hypenet.untrusted.files import FileKind
-    from megatron_hypenet.untrusted.json_text import read_object
+    from megatron_hypenet.eval.results import read_results
 
     file = out / FILE
     if overwrite or not file.exists():
         return []
-    found = read_object(FileKind(error=DataError, advice="add --overwrite"), file)
-    if found.get("plan") != json.loads(json.dumps(plan)):
+    earlier, rows = read_results(file)
+    if earlier != json.loads(json.dumps(plan)):
         raise UsageError(
             f"{file} is an evaluation of other models, files or settings; choose another --out, or "
             "--overwrite"
         )
-    return list(found["rows"])
+    return rows
 
 
 def _done(rows: list[dict[str, Any]]) -> set[tuple[str, str]]:
@@ -213,13 +292,16 @@ def _run(
     words: str | None,
     rows: list[dict[str, Any]],
     out: Path,
-    device: str | None,
+    runner: Runner,
 ) -> None:
-    """Measure one model; every measurement is in the file before the next begins."""
+    """Measure one model; every measurement is in the file before the next begins. All processes of
+    a layout compute, and the first one writes."""
     from megatron_hypenet.atomic_files import write_json
 
-    for place, (key, found) in enumerate(_measured(path, todo, plan, words, device), 1):
+    for place, (key, found) in enumerate(_measured(path, todo, plan, words, runner), 1):
         rows += [{"model": name, "measure": key, **row} for row in found]
+        if not processes.is_rank0():
+            continue
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / FILE, {"plan": plan, "rows": rows})
         scores = ", ".join(f"{row['score']:.3f}" for row in found[:3])
@@ -227,11 +309,7 @@ def _run(
 
 
 def _measured(
-    path: Path,
-    todo: dict[str, Measure],
-    plan: dict[str, Any],
-    words: str | None,
-    device: str | None,
+    path: Path, todo: dict[str, Measure], plan: dict[str, Any], words: str | None, runner: Runner
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Load the model, and yield each measurement's rows."""
     from types import SimpleNamespace
@@ -239,22 +317,8 @@ def _measured(
     import torch
 
     from megatron_hypenet.data.probes import Probes
-    from megatron_hypenet.data.tokenizer import encode, load_tokenizer
-    from megatron_hypenet.eval.suite import Model
-    from megatron_hypenet.export import hf_model
-    from megatron_hypenet.export.generate import Sampling, generate
-    from megatron_hypenet.export.token_losses import token_losses
 
-    with hf_model.as_hf_folder(path) as folder:
-        config = hf_model.read_config(folder)
-        tokenizer = load_tokenizer(folder)
-        place = device or hf_model.default_device()
-        loaded = hf_model.load_model(folder, config, plan["dtype"], place)
-        model = Model(
-            losses=lambda ids: token_losses(loaded, ids),
-            answer=lambda ids, most: generate(loaded, tokenizer, ids, Sampling(most)).text,
-            encode=lambda words: encode(tokenizer, words),
-        )
+    with runner.loaded(path) as model:
         tokens = None if words is None else model.encode(words)
         at = SimpleNamespace(
             model=model,
@@ -265,40 +329,29 @@ def _measured(
             yield key, call(at)
 
 
-def _finish(out: Path, rows: list[dict[str, Any]], *, as_json: bool) -> None:
-    """Draw the heat map and print the table, or all rows as JSON."""
-    from megatron_hypenet.eval import plots, suite
+def _finish(run: Path | None, out: Path, rows: list[dict[str, Any]], *, as_json: bool) -> None:
+    """Draw the heat map and print the table, or all rows as JSON; inside a run its TensorBoard
+    shows them too."""
+    from megatron_hypenet.eval import plots
+    from megatron_hypenet.eval.results import table
 
     mapped = [row for row in rows if "depth" in row]
     if mapped:
         plots.heat_maps(mapped, out / PICTURE)
+    if run is not None:
+        from megatron_hypenet.config.loader import load_run_config
+        from megatron_hypenet.halo.run_folder import RunFolder
+        from megatron_hypenet.halo.tracking import show_evaluation
+
+        folder = RunFolder(run)
+        settings = load_run_config(folder.config_file, [f"output_dir={run}"])
+        show_evaluation(settings, folder, rows, out / PICTURE if mapped else None)
     if as_json:
         print(json.dumps({"file": str(out / FILE), "rows": rows}))
     else:
-        print(table(suite.merged(rows), list(dict.fromkeys(row["model"] for row in rows))))
+        print(table(rows))
     written = [FILE, *([PICTURE] if mapped else [])]
     print(f"wrote {' and '.join(str(out / name) for name in written)}", file=sys.stderr)
-
-
-def table(rows: list[dict[str, Any]], models: list[str]) -> str:
-    """Format rows as text with a column per model: nats for losses, % for everything else."""
-    lines = [["task", "where", *models]]
-    for row in rows:
-        where = [f"{row['length']:,} tokens"] if "length" in row else []
-        where += [f"depth {row['depth']:g}"] if "depth" in row else []
-        where += [str(row[name]) for name in ("position", "way") if name in row]
-        scores = (row.get(model) for model in models)
-        digits = 3 if row["task"].startswith("loss") else 1
-        shown = ("" if score is None else f"{score:.{digits}f}" for score in scores)
-        lines.append([row["task"], ", ".join(where), *shown])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if column < 2 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
 
 
 def _say(numbers: dict[str, Any], as_json: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,6 +14,9 @@ from megatron_hypenet.cli.status import RunArgument
 
 if TYPE_CHECKING:
     from megatron_hypenet.halo.run_folder import RunFolder
+
+EVALUATION = Path("eval") / "eval.json"
+"""Where `hypenet eval` leaves its results in a run."""
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -81,8 +85,9 @@ def show(folder: RunFolder, *, as_json: bool) -> None:
     from megatron_hypenet.halo.report import read_report
 
     content = read_report(folder)
+    evaluation = evaluated(folder)
     if as_json:
-        print(json.dumps(content))
+        print(json.dumps({**content, **({"evaluation": evaluation} if evaluation else {})}))
         return
     from rich.console import Console
     from rich.table import Table
@@ -115,3 +120,16 @@ def show(folder: RunFolder, *, as_json: bool) -> None:
     ):
         print(f"{name + ':':<13}{place}")
     print(f"{'figure:':<13}{folder.report_plot}")
+    if evaluation:
+        from megatron_hypenet.eval import results
+
+        print(f"\nhypenet eval ({folder.root / EVALUATION}):\n{results.table(evaluation)}")
+
+
+def evaluated(folder: RunFolder) -> list[dict[str, Any]]:
+    """Return the rows that `hypenet eval` has left in the run, none where it did not run."""
+    from megatron_hypenet.eval.results import read_results
+    from megatron_hypenet.untrusted.files import has_entry
+
+    file = folder.root / EVALUATION
+    return read_results(file)[1] if has_entry(file) else []

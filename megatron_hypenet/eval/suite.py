@@ -1,7 +1,7 @@
 """What a model can do with long texts and with questions, as rows of one table.
 
 A row is {"task", "score", "count"} with "length", "position", "depth" or "way" where they apply.
-Models are seen through two functions: losses of given tokens, and the text that continues given
+Models are seen through two functions: scores of given tokens, and the text that continues given
 tokens."""
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_hypenet.data.probes import Probes, score
 from megatron_hypenet.data.questions import Question
 from megatron_hypenet.errors import DataError
+from megatron_hypenet.eval.heldout import TokenScores
 
 Row = dict[str, Any]
 NEW_TOKENS = 64
@@ -28,11 +29,13 @@ PLACE = ("task", "way", "length", "position", "depth")
 class Model:
     """A model to be evaluated."""
 
-    losses: Callable[[Tensor], Tensor]
-    """ids [b, t] -> nats [b, t - 1] on the CPU."""
+    score: TokenScores
+    """ids [b, t] -> nats [b, t - 1] and whether each token was the first choice, on the CPU."""
     answer: Callable[[Sequence[int], int], str]
     """ids, most new tokens -> the greedy continuation."""
     encode: Callable[[str], list[int]]
+    end_tokens: Sequence[int] = ()
+    """The tokens that end a text."""
 
 
 def loss_rows(model: Model, tokens: Tensor, length: int, count: int) -> list[Row]:
@@ -47,7 +50,8 @@ def loss_rows(model: Model, tokens: Tensor, length: int, count: int) -> list[Row
     rows = min(count, (len(tokens) - 1) // length)
     total = torch.zeros(length, dtype=torch.float64)
     for row in range(rows):
-        total += model.losses(tokens[None, row * length : (row + 1) * length + 1])[0].double()
+        sequence = tokens[None, row * length : (row + 1) * length + 1]
+        total += model.score(sequence)[0][0].double()
     by_token = total / rows
     whole = {"task": "loss", "length": length, "score": float(by_token.mean()), "count": rows}
     found: list[Row] = [whole]
@@ -115,7 +119,7 @@ def _likeliest(model: Model, question: Question) -> str:
 
     def loss(choice: str) -> float:
         ids = prompt + model.encode(f" {choice}")
-        return float(model.losses(torch.tensor([ids]))[0, len(prompt) - 1 :].mean())
+        return float(model.score(torch.tensor([ids]))[0][0, len(prompt) - 1 :].mean())
 
     return min(question.choices, key=loss)
 

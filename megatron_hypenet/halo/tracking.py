@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,12 +18,13 @@ from megatron_hypenet.halo.run_folder import RunFolder
 from megatron_hypenet.halo.task_runner import software
 from megatron_hypenet.parallel import groups
 from megatron_hypenet.parallel.cpu import device
-from megatron_hypenet.training.tags import LM_LOSS, RECALL, REPORT
+from megatron_hypenet.training.tags import BY_LENGTH, LM_LOSS, RECALL, REPORT, TASKS
 from megatron_hypenet.training.trackers.base import Tracker
 from megatron_hypenet.training.trackers.tensorboard import TensorBoard
 
 SELECTION = "selection"
 RESULTS = "report"
+EVALUATION = "tasks"
 """Names of the parts of a run that are no training stage, as folders of TensorBoard."""
 
 
@@ -77,6 +79,26 @@ def show_report(run: RunConfig, folder: RunFolder) -> None:
         tracker.image("report/figure", folder.report_plot.read_bytes())
         tracker.results(flat_settings(run.model_dump(mode="json")), metrics)
         tracker.close()
+
+
+def show_evaluation(
+    run: RunConfig, folder: RunFolder, rows: Sequence[Mapping[str, Any]], picture: Path | None
+) -> None:
+    """Show the rows of `hypenet eval`, a part for each model: scores by context length, as means
+    over depths, and the heat map in each."""
+    for model in dict.fromkeys(row["model"] for row in rows):
+        points: dict[tuple[int, str], list[float]] = {}
+        for row in rows:
+            if row["model"] == model and "position" not in row:
+                where = BY_LENGTH if row["task"] == "loss" else TASKS
+                tag = where + "/".join(str(row[key]) for key in ("task", "way") if key in row)
+                points.setdefault((row.get("length", 0), tag), []).append(row["score"])
+        for tracker in _anew(run, folder, f"{EVALUATION}/{model}"):
+            for (length, tag), scores in sorted(points.items()):
+                tracker.scalars(length, {tag: sum(scores) / len(scores)})
+            if picture is not None:
+                tracker.image("tasks/figure", picture.read_bytes())
+            tracker.close()
 
 
 def _table(rows: Mapping[str, Any]) -> str:

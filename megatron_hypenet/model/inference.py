@@ -68,6 +68,20 @@ def token_scores(model: HypeNetModel, input_ids: Tensor) -> tuple[Tensor, Tensor
     return nll[:, :-1], correct[:, :-1]
 
 
+@torch.no_grad()
+def first_choices(model: HypeNetModel, input_ids: Tensor) -> Tensor:
+    """input_ids [b, t] -> the likeliest next token behind each of them, int64 [b, t], on every
+    rank."""
+
+    def head(hidden: Tensor, _rows: slice) -> tuple[Tensor, ...]:
+        # under sequence parallelism the head gathers the ranks' tokens, which chunks would mix
+        size = len(hidden) if model.config.sequence_parallel else SCORE_CHUNK_TOKENS
+        return (torch.cat([model.logits_of(part).argmax(-1) for part in hidden.split(size)]),)
+
+    (found,) = _over_layout(model, input_ids, [(input_ids.new_empty(0), ())], head)
+    return found
+
+
 def _over_layout(
     model: HypeNetModel,
     input_ids: Tensor,

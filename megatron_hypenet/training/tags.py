@@ -14,6 +14,8 @@ EVAL = "eval/"
 SPEED = "speed/"
 ALIGN_LAYERS = "align-layers/"
 REPORT = "report/"
+TASKS = "tasks/"
+BY_LENGTH = "by-length/"
 
 TEACHER = "teacher-"
 """Begins the name of an evaluated quantity of the teacher, which is constant over a run."""
@@ -87,6 +89,11 @@ TAGS = (
     Tag("speed/evaluation-seconds", "s", "of one evaluation on held-out text"),
     Tag("report/lm-loss", "nats per token",
         "held-out loss of the finished student in the report; a column of the HPARAMS page"),
+    Tag("by-length/loss", "nats per token",
+        "`hypenet eval`: held-out loss; the axis of steps is the context length in tokens"),
+    Tag("tasks/*", "%",
+        "`hypenet eval`: right answers, mean over depths; the axis of steps is the context length "
+        "in tokens, 0 for questions"),
     Tag("report/recall-*x", "%",
         "recall of the finished student in the report, at a multiple of eval.seq_length; a column "
         "of the HPARAMS page"),
@@ -103,6 +110,7 @@ TEXTS = {
 
 IMAGES = {
     "report/importance": "importance of each layer's attention; the layers that keep it stand out",
+    "tasks/figure": "`hypenet eval`: eval.png, right answers by context length and depth",
     "report/figure": "report.png: curves, losses and recall by length",
 }
 """Tag -> meaning of every image."""

@@ -118,19 +118,21 @@ def generate(
     return Generated(tokens, "".join(pieces), ended, len(ids), seconds, first)
 
 
-def score(engine: Any, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
-    """Return the log-probabilities in nats of all tokens but the first, by prompt; the prompts are
-    computed together, and none of them from the prefix cache."""
+def score(engine: Any, prompts: Sequence[Sequence[int]]) -> list[tuple[list[float], list[bool]]]:
+    """Return the log-probabilities in nats of all tokens but the first, and whether each was the
+    likeliest, by prompt; the prompts are computed together, and none of them from the prefix
+    cache."""
     from vllm import SamplingParams
 
     asked = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-    return [
-        [
-            float(entry[token].logprob)
-            for token, entry in zip(ids[1:], one.prompt_logprobs[1:], strict=True)
+    found = []
+    for ids, one in zip(prompts, _answers(engine, prompts, asked), strict=True):
+        entries = [
+            entry[token] for token, entry in zip(ids[1:], one.prompt_logprobs[1:], strict=True)
         ]
-        for ids, one in zip(prompts, _answers(engine, prompts, asked), strict=True)
-    ]
+        logprobs = [float(entry.logprob) for entry in entries]
+        found.append((logprobs, [entry.rank == 1 for entry in entries]))
+    return found
 
 
 def continued(

@@ -61,16 +61,16 @@ class VllmEngine:
         """Return answers about `rows`, as this object has made them. SetupError when no token came
         from the prefix cache."""
         whole = rows[:, : self.length].tolist()
-        alone = self.process.score([whole[0][: self.piece]])
-        long = self.process.score([whole[0]])
+        ((alone, _),) = self.process.score([whole[0][: self.piece]])
+        ((long, _),) = self.process.score([whole[0]])
         parts = [whole[0][: self.length // 2], whole[1], whole[1][:2], whole[0]]
         together = self.process.score(parts)
         found = [
-            Answer("one prompt", 0, 1, whole[0][1 : self.piece], alone[0]),
-            Answer("chunks", 0, 1, whole[0][1:], long[0]),
+            Answer("one prompt", 0, 1, whole[0][1 : self.piece], alone),
+            Answer("chunks", 0, 1, whole[0][1:], long),
             *(
                 Answer("batch", row, 1, ids[1:], scores)
-                for row, ids, scores in zip((0, 1, 1, 0), parts, together, strict=True)
+                for row, ids, (scores, _) in zip((0, 1, 1, 0), parts, together, strict=True)
             ),
             *self._told,
         ]

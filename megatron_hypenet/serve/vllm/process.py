@@ -89,10 +89,11 @@ class EngineProcess:
         """Start the engine with options of vllm.LLM; returns whether it is eager."""
         return bool(self.ask("start", folder=str(folder), dtype=dtype, options=options))
 
-    def score(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Return log-probabilities in nats of all tokens but the first, by prompt."""
-        found: list[list[float]] = self.ask("score", prompts=[list(ids) for ids in prompts])
-        return found
+    def score(self, prompts: Sequence[Sequence[int]]) -> list[tuple[list[float], list[bool]]]:
+        """Return log-probabilities in nats of all tokens but the first, and whether each was the
+        likeliest, by prompt."""
+        found = self.ask("score", prompts=[list(ids) for ids in prompts])
+        return [(logprobs, likeliest) for logprobs, likeliest in found]
 
     def continued(
         self, prompts: Sequence[Sequence[int]], most: int, ends: Sequence[int] = ()

@@ -54,8 +54,8 @@ class Worker:
         self.engine = offline.load(Path(folder), dtype, skip_tokenizer_init=True, **options)
         return bool(self.engine.llm_engine.vllm_config.model_config.enforce_eager)
 
-    def score(self, prompts: list[list[int]]) -> list[list[float]]:
-        """Return log-probabilities of the prompts."""
+    def score(self, prompts: list[list[int]]) -> list[tuple[list[float], list[bool]]]:
+        """Return log-probabilities of the prompts, and which tokens were the likeliest."""
         from megatron_hypenet.serve.vllm import offline
 
         return offline.score(self.engine, prompts)

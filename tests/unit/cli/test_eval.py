@@ -1,11 +1,21 @@
 """`hypenet eval` as a user starts it."""
 
 import json
+import shutil
 
 import pytest
+import torch
+import yaml
 
+from megatron_hypenet.checkpoint.save import write_weights
 from megatron_hypenet.cli import eval as verb
 from megatron_hypenet.cli.main import run
+from megatron_hypenet.config.schema import ParallelConfig
+from megatron_hypenet.export.from_hf import import_hf
+from megatron_hypenet.export.to_hf import export_hf
+from megatron_hypenet.model.hypenet import build_model
+from tests import tiny_run
+from tests.tiny import tiny_model_config, whole_tensors
 
 
 @pytest.fixture(scope="module")
@@ -102,13 +112,80 @@ def test_two_models_of_one_name_are_refused(teacher, tmp_path, capsys):
     assert "the same name" in capsys.readouterr().err
 
 
-def test_the_table_lines_up():
-    rows = [
-        {"task": "loss", "length": 2048, "a": 1.23456, "b": 2.0},
-        {"task": "needle", "length": 2048, "depth": 0.5, "a": 100.0},
-    ]
-    assert verb.table(rows, ["a", "b"]).splitlines() == [
-        "task    where                        a      b",
-        "loss    2,048 tokens             1.235  2.000",
-        "needle  2,048 tokens, depth 0.5  100.0",
-    ]
+def test_inside_a_run_results_lie_in_it_and_its_tensorboard_and_report_show_them(
+    words, teacher, tmp_path, capsys
+):
+    from tests.unit.halo.test_report import ROWS
+    from tests.unit.training.trackers.test_tensorboard import scalars
+
+    run_folder = tmp_path / "run"
+    (run_folder / "report").mkdir(parents=True)
+    settings = yaml.safe_load(tiny_run.write_config(run_folder / "report").read_text())
+    (run_folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    content = {"rows": ROWS, "seq_length": 16, "attention_layers": [0], "seconds": 1.0}
+    (run_folder / "report" / "report.json").write_text(json.dumps(content))
+    shutil.copytree(teacher, run_folder / "export")
+    place = words.index("--out")
+    inside = ["eval", str(run_folder / "export"), *words[2:place], *words[place + 2 :]]
+    assert run(inside) == 0
+    rows = json.loads((run_folder / "eval" / "eval.json").read_text())["rows"]
+    shown = scalars(run_folder / "tb" / "tasks" / "export")
+    (loss,) = [row["score"] for row in rows if row["task"] == "loss"]
+    assert shown["by-length/loss"] == [(96, pytest.approx(loss))]
+    assert set(shown) >= {"tasks/needle", "tasks/q/generation"}
+    capsys.readouterr()
+    assert run(["report", str(run_folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["evaluation"] == rows
+    assert run(["report", str(run_folder)]) == 0
+    assert "needle  " in capsys.readouterr().out.split("hypenet eval (")[1]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(teacher, tmp_path_factory):
+    """Provide the checkpoint of a random student with the bundled teacher's tokenizer."""
+    root = tmp_path_factory.mktemp("layouts")
+    sizes = {"vocab_size": 2048, "num_query_groups": 2, "eos_token_id": 0}
+    model = build_model(tiny_model_config(**sizes), ParallelConfig(), dtype=torch.float32, seed=3)
+    write_weights(root / "plain", whole_tensors(model), model.model_config, kind="student")
+    export_hf(root / "plain", root / "hf")
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"):
+        shutil.copy(teacher / name, root / "hf")
+    import_hf(root / "hf", root / "student")
+    return root / "student"
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", ["--tp 2 --sp", "--pp 2", "--cp 2"])
+def test_any_layout_gives_the_rows_of_one_process(words, checkpoint, tmp_path, layout, capfd):
+    questions = tmp_path / "q.jsonl"
+    questions.write_text(questions.read_text() + '{"prompt": "The sky is", "answer": "x"}\n')
+    place = words.index("--device")
+    given = ["eval", str(checkpoint), *words[2:place], "--json"]
+    found = []
+    for name, more in (("one", ["--device", "cpu"]), ("many", layout.split())):
+        given[given.index("--out") + 1] = str(tmp_path / name)
+        capfd.readouterr()
+        assert run([*given, *more]) == 0
+        found.append(json.loads(capfd.readouterr().out)["rows"])
+    one, many = found
+    assert len(one) == len(many) > 5
+    for mine, theirs in zip(one, many, strict=True):
+        assert theirs == {**mine, "score": pytest.approx(mine["score"], rel=1e-5)}
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--cp", "2", "--engine", "vllm"], "give one or the other"),
+        (["--cp", "2"], "a layout is of the training model; import it first"),
+    ],
+)
+def test_layouts_are_of_checkpoints(words, more, says, capsys):
+    place = words.index("--device")
+    assert run([*words[:place], *more]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_outside_of_a_run_a_place_is_needed(teacher, capsys):
+    assert run(["eval", str(teacher)]) == 2
+    assert "lies in no run; give --out" in capsys.readouterr().err

@@ -60,3 +60,29 @@ def test_pictures_and_results_are_shown_anew(folder):
     for part, tag in (("selection", "report/importance"), ("report", "report/figure")):
         events = EventAccumulator(str(folder.tensorboard / part)).Reload()
         assert len(events.Images(tag)) == 1
+
+
+def test_an_evaluation_is_shown_by_model_over_the_context_length(folder, tmp_path):
+    def row(model, task, score, **more):
+        return {"model": model, "measure": "m", "task": task, "score": score, "count": 1, **more}
+
+    rows = [
+        row("teacher", "loss", 2.0, length=64),
+        row("run", "loss", 2.5, length=64),
+        row("run", "loss", 2.25, length=128),
+        row("run", "loss by position", 9.0, length=64, position="0-63"),
+        row("run", "needle", 100.0, length=64, depth=0.0),
+        row("run", "needle", 50.0, length=64, depth=1.0),
+        row("run", "quiz", 25.0, way="generation"),
+    ]
+    (tmp_path / "eval.png").write_bytes(PNG)
+    for _ in range(2):  # an evaluation that goes on is shown in the place of the earlier one
+        tracking.show_evaluation(config(folder.root), folder, rows, tmp_path / "eval.png")
+    place = folder.tensorboard / "tasks"
+    assert scalars(place / "teacher") == {"by-length/loss": [(64, 2.0)]}
+    assert scalars(place / "run") == {
+        "by-length/loss": [(64, 2.5), (128, 2.25)],
+        "tasks/needle": [(64, 75.0)],
+        "tasks/quiz/generation": [(0, 25.0)],
+    }
+    assert len(EventAccumulator(str(place / "run")).Reload().Images("tasks/figure")) == 1

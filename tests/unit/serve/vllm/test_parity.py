@@ -60,7 +60,7 @@ def test_the_first_layer_of_the_engine_that_differs_is_named(served, tmp_path):
 def test_a_prefix_cache_that_holds_nothing_is_an_error():
     class Forgetful:
         def score(self, prompts):
-            return [[0.0] * (len(ids) - 1) for ids in prompts]
+            return [([0.0] * (len(ids) - 1), []) for ids in prompts]
 
         def continued(self, prompts, most):
             return [{"tokens": [1] * most, "logprobs": [0.0] * most, "cached": 0} for _ in prompts]

@@ -13,20 +13,21 @@ PIECE_TOKENS = 2048
 
 
 @torch.inference_mode()
-def token_losses(model: Any, ids: Tensor, piece: int = PIECE_TOKENS) -> Tensor:
-    """ids [b, t] -> negative log likelihoods of the next tokens, fp32 [b, t - 1] on the CPU, in
-    nats."""
+def token_scores(model: Any, ids: Tensor, piece: int = PIECE_TOKENS) -> tuple[Tensor, Tensor]:
+    """ids [b, t] -> negative log likelihoods of the next tokens in nats, fp32 [b, t - 1], and
+    whether each was the model's first choice, bool [b, t - 1]; on the CPU."""
     from megatron_hypenet.export.hf_remote.generation_hypenet import CACHE
 
     ids = ids.to(model.device)
     cache = None
-    found = []
+    losses, firsts = [], []
     for start in range(0, ids.shape[1] - 1, piece):
         stop = min(start + piece, ids.shape[1] - 1)
         out = model(ids[:, start:stop], use_cache=True, **({} if cache is None else {CACHE: cache}))
         cache = out[CACHE]
         logits = out.logits.float().flatten(0, 1)
         targets = ids[:, start + 1 : stop + 1]
-        losses = F.cross_entropy(logits, targets.flatten(), reduction="none")
-        found.append(losses.view_as(targets).cpu())
-    return torch.cat(found, dim=1)
+        found = F.cross_entropy(logits, targets.flatten(), reduction="none")
+        losses.append(found.view_as(targets).cpu())
+        firsts.append((logits.argmax(-1).view_as(targets) == targets).cpu())
+    return torch.cat(losses, dim=1), torch.cat(firsts, dim=1)
