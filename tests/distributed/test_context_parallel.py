@@ -2,11 +2,11 @@
 gradients, with and without documents."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.processes import torchrun
 
 WORKER = Path(__file__).with_name("context_parallel_worker.py")
 
@@ -14,17 +14,8 @@ WORKER = Path(__file__).with_name("context_parallel_worker.py")
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_groups_of_every_size_reproduce_the_dense_definitions():
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=8",
-        str(WORKER),
-    ]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
-    checks = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    output = torchrun(WORKER, 8, timeout=280)
+    checks = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     names = {check["check"] for check in checks}
     for size in (1, 2, 4, 8):
         for op in ("lightning", "all_gather", "ring"):

@@ -2,32 +2,16 @@
 Attention exchanges is counted."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
+
+from tests.processes import tiny_benchmark
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_tiny_run_writes_its_table(repo_root, tmp_path):
-    command = [
-        sys.executable,
-        str(repo_root / "tools/bench/parallel.py"),
-        "--tiny",
-        "--out",
-        str(tmp_path),
-    ]
-    result = subprocess.run(
-        command,
-        env=os.environ | {"PYTHONPATH": str(repo_root)},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+def test_tiny_run_writes_its_table(tmp_path):
+    tiny_benchmark("parallel.py", tmp_path)
     (file,) = tmp_path.glob("parallel_*.json")
     rows = json.loads(file.read_text())
     one, two = (

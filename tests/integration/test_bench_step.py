@@ -1,31 +1,15 @@
 """The step benchmark runs each stage on a CPU and reports its speed."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
+from tests.processes import tiny_benchmark
+
 
 @pytest.mark.slow
-def test_tiny_run_writes_its_table(repo_root, tmp_path):
-    command = [
-        sys.executable,
-        str(repo_root / "tools/bench/step.py"),
-        "--tiny",
-        "--out",
-        str(tmp_path),
-    ]
-    result = subprocess.run(
-        command,
-        env=os.environ | {"PYTHONPATH": str(repo_root)},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+def test_tiny_run_writes_its_table(tmp_path):
+    tiny_benchmark("step.py", tmp_path)
     (file,) = tmp_path.glob("step_*.json")
     rows = json.loads(file.read_text())
     assert [row["stage"] for row in rows] == ["align", "distill", "finetune"]

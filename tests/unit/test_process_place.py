@@ -1,5 +1,4 @@
 import os
-import subprocess
 import sys
 
 import pytest
@@ -15,6 +14,7 @@ from megatron_hypenet.process_place import (
     place,
     threads_per_process,
 )
+from tests.processes import loaded_by
 
 MEETING = {"MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
 
@@ -165,13 +165,5 @@ def test_threads_share_the_cores():
 
 
 def test_launchers_import_nothing_heavy():
-    code = (
-        "import launchers.local, megatron_hypenet.process_place, sys; "
-        "print([name for name in ('torch', 'numpy', 'pydantic') if name in sys.modules])"
-    )
-    assert (
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        == "[]"
-    )
+    code = "import launchers.local, megatron_hypenet.process_place"
+    assert loaded_by(code, ("torch", "numpy", "pydantic")) == []

@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_hypenet.checkpoint.format import OPTIMIZER_STATES
+from megatron_hypenet.checkpoint import save
+from megatron_hypenet.checkpoint.format import OPTIMIZER_STATES, iteration_name
 from megatron_hypenet.config.model import ModelConfig
 
 
@@ -41,6 +42,15 @@ def tensors() -> dict[str, torch.Tensor]:
         "linear.weight.k": torch.randn(2, 8, generator=generator),
         "norm.weight": torch.randn(8, generator=generator).to(torch.bfloat16),
     }
+
+
+@pytest.fixture
+def run(tmp_path, tensors, model_config):
+    """Provide a folder with two checkpoints of weights, of steps 10 and 20."""
+    for step in (10, 20):
+        folder = tmp_path / "run" / "checkpoints" / iteration_name(step)
+        save.write_weights(folder, tensors, model_config, kind="student")
+    return tmp_path / "run"
 
 
 class FusedModel(torch.nn.Module):

@@ -3,27 +3,14 @@
 import logging
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 
 from megatron_hypenet.checkpoint import find, save
 from megatron_hypenet.checkpoint import format as fmt
 from megatron_hypenet.errors import CheckpointError
+from tests.processes import loaded_by
 from tests.reseal import reseal
-
-
-@pytest.fixture
-def run(tmp_path, tensors, model_config):
-    for step in (10, 20):
-        save.write_weights(
-            tmp_path / "run" / "checkpoints" / fmt.iteration_name(step),
-            tensors,
-            model_config,
-            kind="student",
-        )
-    return tmp_path / "run"
 
 
 def test_resolve_takes_the_newest_of_a_run(run):
@@ -114,13 +101,4 @@ def test_a_stage_is_finished_by_a_checkpoint_of_all_its_steps_that_is_whole(
 
 
 def test_no_tensor_library_is_imported():
-    code = (
-        "import megatron_hypenet.checkpoint.find, sys; print([name for name in ('torch', "
-        "'numpy') if name in sys.modules])"
-    )
-    assert (
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        == "[]"
-    )
+    assert loaded_by("import megatron_hypenet.checkpoint.find", ("torch", "numpy")) == []

@@ -12,18 +12,6 @@ from megatron_hypenet.checkpoint.state import TrainState
 from megatron_hypenet.errors import CheckpointError
 
 
-@pytest.fixture
-def run(tmp_path, tensors, model_config):
-    for step in (10, 20):
-        save.write_weights(
-            tmp_path / "run" / "checkpoints" / fmt.iteration_name(step),
-            tensors,
-            model_config,
-            kind="student",
-        )
-    return tmp_path / "run"
-
-
 def test_read_weights_takes_a_subset_and_names_what_is_missing(run, tensors):
     got = load.read_weights(run, ["norm.weight"])
     assert list(got) == ["norm.weight"] and torch.equal(got["norm.weight"], tensors["norm.weight"])

@@ -1,9 +1,7 @@
-import subprocess
-import sys
-
 import torch
 
 from megatron_hypenet.export.plan import plan_import
+from tests.processes import loaded_by
 from tests.unit.export.test_from_hf import NORM
 
 
@@ -22,8 +20,4 @@ def test_no_tensor_library_is_imported(hf_model, tmp_path):
         "import pathlib, sys; from megatron_hypenet.export.plan import plan_import; "
         "plan_import(pathlib.Path(sys.argv[1]))"
     )
-    code += "; print([name for name in ('torch', 'transformers') if name in sys.modules])"
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == "[]"
+    assert loaded_by(code, ("torch", "transformers"), folder) == []

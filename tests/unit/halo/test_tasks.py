@@ -1,13 +1,11 @@
 """The table of HALO's steps: which there are, what they read, and nothing heavy."""
 
-import subprocess
-import sys
-
 import pytest
 
 from megatron_hypenet.errors import ConfigError
 from megatron_hypenet.halo.run_folder import RunFolder
 from megatron_hypenet.halo.tasks import halo_steps, stage_name, starts_from
+from tests.processes import loaded_by
 from tests.unit.halo.test_run_folder import config
 
 
@@ -69,16 +67,7 @@ def test_an_action_belongs_to_each_step_by_name(tmp_path):
 
 
 def test_no_tensor_library_is_imported():
-    code = (
-        "import megatron_hypenet.halo.tasks, sys; print([name for name in ('torch', "
-        "'numpy') if name in sys.modules])"
-    )
-    assert (
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        == "[]"
-    )
+    assert loaded_by("import megatron_hypenet.halo.tasks", ("torch", "numpy")) == []
 
 
 @pytest.mark.parametrize(
