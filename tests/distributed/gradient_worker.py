@@ -1,10 +1,11 @@
 """Run by torchrun: one step's loss and gradients of each stage, and scores of whole sequences, in
 float64 on one layout after the other.
 
-    gradient_worker FOLDER CASES      CASES: JSON list of {name, stage, parallel, documents}
+    gradient_worker FOLDER CASES      CASES: JSON list of {name, stage, parallel, documents,
+[answers]}
 
-One process writes FOLDER/<stage>-<documents>.pt; several compare their pieces with it and print the
-largest relative differences.
+One process writes FOLDER/<stage>-<documents>[-answers].pt; several compare their pieces with it and
+print the largest relative differences.
 """
 
 import json
@@ -83,9 +84,11 @@ def one(folder, case):
         nll, correct = stage.student.token_scores(IDS)
         with torch.no_grad():
             found = {"nll": nll, "correct": correct.double(), "logits": stage.student(IDS)}
-    batches = step_batches(Tokens(), run.stage(name), 0, separate=documents)
+    masked = case.get("answers", False)
+    tokens = Tokens(answers_below=4 if masked else None)
+    batches = step_batches(tokens, run.stage(name), 0, separate=documents)
     found["loss"] = computed(stage, batches)
-    file = folder / f"{name}-{documents}.pt"
+    file = folder / f"{name}-{documents}{'-answers' if masked else ''}.pt"
     pieces = pieces_of_gradients(stage)
     if dist.get_world_size() == 1:
         whole = {

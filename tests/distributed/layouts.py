@@ -59,6 +59,11 @@ END_OF_DOCUMENT = 7
 class Tokens:
     """Tokens that depend on the sample index alone; one of them ends a document."""
 
+    def __init__(self, answers_below: int | None = None) -> None:
+        """With `answers_below`, so many of 11 tokens are answers, others in each sample; else there
+        is no such mask."""
+        self.answers_below = answers_below
+
     def batch(self, sample_start: int, count: int, seq_length: int) -> torch.Tensor:
         rows = [
             torch.randint(
@@ -72,7 +77,11 @@ class Tokens:
         return torch.stack(rows)
 
     def answers(self, sample_start: int, count: int, seq_length: int) -> torch.Tensor | None:
-        return None
+        if self.answers_below is None:
+            return None
+        place = torch.arange(seq_length + 1)
+        rows = [(place + 5 * (sample_start + row)) % 11 for row in range(count)]
+        return torch.stack(rows) < self.answers_below
 
     def document_ends(self, tokens: torch.Tensor, sample_start: int) -> torch.Tensor:
         return tokens == END_OF_DOCUMENT

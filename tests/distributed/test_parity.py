@@ -55,6 +55,8 @@ RECOMPUTE = {
     "tp2-sp-dp2-zero3": "full",
 }
 """Layouts whose stages 2 and 3 compute activations again in backward."""
+ANSWERS = {2: ("tp2-sp", "pp2", "cp2", "dp2"), 4: ("tp2-cp2", "cp2-pp2")}
+"""Layouts that also learn the answers of conversations alone; "dp2" is data parallelism only."""
 VARIANTS = {"": {}, "free": {"stage_changes": {"clip_grad": 0.0}}}
 """As the tests' settings are, and without clipping."""
 
@@ -87,7 +89,7 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("parity")
     write_models(root)
     finished(1, root, cases({"one": {}}, VARIANTS))
-    finished(1, root, gradient_cases({"one": {}}), GRADIENTS)
+    finished(1, root, gradient_cases({"one": {}}) + answer_cases({"one": {}}), GRADIENTS)
     return root
 
 
@@ -161,12 +163,23 @@ def gradient_cases(layouts, **more):
     ]
 
 
+def answer_cases(layouts):
+    """Stages 2 and 3 where only a part of the tokens counts; once with documents kept apart."""
+    wanted = gradient_cases(layouts, answers=True)
+    return [
+        case
+        for case in wanted
+        if case["stage"] != "align" and case["documents"] == (case["stage"] == "finetune")
+    ]
+
+
 @pytest.mark.parametrize("processes", [2, 4])
 def test_losses_gradients_and_scores_agree_in_float64(folder, processes):
     layouts = {
         name: parallel for name, parallel in LAYOUTS[processes].items() if "zero" not in name
     }
-    wanted = gradient_cases(layouts)
+    masked = {name: layouts.get(name, {}) for name in ANSWERS[processes]}
+    wanted = gradient_cases(layouts) + answer_cases(masked)
     found = [
         json.loads(line)
         for line in finished(processes, folder, wanted, GRADIENTS).splitlines()
@@ -180,3 +193,13 @@ def test_losses_gradients_and_scores_agree_in_float64(folder, processes):
     )
     assert len(found) == len(wanted)
     assert [row for row in found if not row["error"] <= 1e-12] == []
+
+
+def test_answers_alone_give_another_loss(folder):
+    """So the layouts above were compared with the mask in effect."""
+    for stage, documents in (("distill", False), ("finetune", True)):
+        losses = [
+            torch.load(folder / f"{stage}-{documents}{kind}.pt", weights_only=True)["loss"]
+            for kind in ("", "-answers")
+        ]
+        assert abs(losses[0] - losses[1]) > 1e-3 * losses[0]
