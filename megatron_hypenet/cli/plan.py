@@ -188,13 +188,13 @@ def hours_summary(hours: list[Hours], price: float | None) -> dict[str, dict[str
 
 def disk_line(need: DiskNeed, run: RunConfig) -> str:
     """Return what the run takes on the disk, and what is there for it."""
-    from megatron_hypenet.planning.disk import described, free_bytes
+    from megatron_hypenet.planning.disk import described, free_bytes, size_text
 
     there = free_bytes(run.output_dir)
     return (
-        f"disk: {need.peak / GIB:.1f} GiB in {run.output_dir} ({described(need)}); "
-        f"{there / GIB:.1f} GiB are there for it"
-        + (", which is too little" if there < need.peak else "")
+        f"disk: {size_text(need.peak)} in {run.output_dir} ({described(need)}); "
+        f"{size_text(there)} are free"
+        + (", which is too little: submit refuses it" if there < need.peak else "")
     )
 
 

@@ -185,7 +185,13 @@ def checked_scripts(
         )
     check_texts(settings)
     scripts = job_scripts(settings.output_dir, profile, chain=chain, on_event=settings.on_event)
-    from megatron_hypenet.planning.disk import disk_need, refuse_small_disk, text_bytes
+    from megatron_hypenet.planning.disk import (
+        disk_need,
+        free_bytes,
+        refuse_small_disk,
+        size_text,
+        text_bytes,
+    )
 
     found = pipeline.checked(
         settings,
@@ -196,7 +202,11 @@ def checked_scripts(
     )
     need = disk_need(found.shape, settings, text_bytes=text_bytes(settings))
     refuse_small_disk(need, settings.output_dir)
-    print(f"disk: up to {need.peak / 2**30:.1f} GiB in {settings.output_dir}", file=sys.stderr)
+    print(
+        f"disk: up to {size_text(need.peak)} in {settings.output_dir}, where "
+        f"{size_text(free_bytes(settings.output_dir))} are free",
+        file=sys.stderr,
+    )
     return scripts
 
 

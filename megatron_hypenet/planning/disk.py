@@ -111,15 +111,21 @@ def refuse_small_disk(need: DiskNeed, folder: Path) -> None:
     there = free_bytes(folder)
     if there < need.peak:
         raise SetupError(
-            f"output_dir={folder}: the run takes about {need.peak / 2**30:.1f} GiB on the disk "
-            f"({described(need)}), and {there / 2**30:.1f} GiB are there for it; choose another "
-            "disk, lower checkpoint.keep_last, or set checkpoint.finished=weights"
+            f"output_dir={folder}: the run takes about {size_text(need.peak)} on the disk "
+            f"({described(need)}), where {size_text(there)} are free, counting what the run "
+            "has there already; choose another disk, lower checkpoint.keep_last, or set "
+            "checkpoint.finished=weights"
         )
 
 
 def described(need: DiskNeed) -> str:
-    """Return the parts of a need in GiB, largest first."""
+    """Return the parts of a need, largest first."""
     parts = sorted(
         {**need.parts, "one save under way": need.saving}.items(), key=lambda one: -one[1]
     )
-    return ", ".join(f"{name} {size / 2**30:.1f}" for name, size in parts if size)
+    return ", ".join(f"{name} {size_text(size)}" for name, size in parts if size)
+
+
+def size_text(size: float) -> str:
+    """Return a number of bytes in GiB, or in MiB where that is less than one GiB."""
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"

@@ -164,7 +164,8 @@ def gradient_cases(layouts, **more):
 
 
 def answer_cases(layouts):
-    """Stages 2 and 3 where only a part of the tokens counts; once with documents kept apart."""
+    """Return cases of stages 2 and 3 in which a part of the tokens counts; one of the two keeps
+    documents apart."""
     wanted = gradient_cases(layouts, answers=True)
     return [
         case

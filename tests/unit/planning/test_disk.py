@@ -10,6 +10,7 @@ from megatron_hypenet.planning.disk import (
     disk_need,
     free_bytes,
     refuse_small_disk,
+    size_text,
     text_bytes,
 )
 from megatron_hypenet.planning.layout_search import teacher_and_student
@@ -38,7 +39,7 @@ def test_parts_follow_from_the_weights(run, repo_root):
     assert need.parts["distill"] == 2 * 14 * weights and need.saving == 14 * weights
     assert need.parts["data"] == 4e9 and need.parts["align"] < need.parts["distill"]
     assert need.peak == sum(need.parts.values()) + need.saving
-    assert described(need).startswith("distill ")
+    assert described(need).startswith(f"distill {28 * weights / 2**30:,.1f} GiB, ")
     small = disk_need(shape, run("checkpoint.finished=weights", "export.dtype=float32"))
     assert small.parts["distill"] == 2 * weights and small.parts["export"] == 4 * weights
     marked = disk_need(shape, run("checkpoint.keep_every=1"))
@@ -50,7 +51,7 @@ def test_a_small_disk_is_refused(run, repo_root, tmp_path):
     shape = load_model_config(repo_root / "configs" / "model" / "hypenet_2b.yaml")
     need = disk_need(shape, run())
     refuse_small_disk(disk_need(tiny_teacher_config(), run()), tmp_path)
-    with pytest.raises(SetupError, match="the run takes about .* GiB on the disk .data"):
+    with pytest.raises(SetupError, match="takes about .* GiB on the disk .data .* are free"):
         refuse_small_disk(disk_need(shape, run(), text_bytes=1e18), tmp_path / "not" / "yet")
     before = free_bytes(tmp_path / "run")
     assert before > 0 and need.peak > 0
@@ -62,3 +63,7 @@ def test_text_that_is_tokenized(run, tmp_path):
     assert text_bytes(run()) == 100
     (tmp_path / "b.txt.gz").write_bytes(b"\x1f\x8b" + bytes(98))
     assert text_bytes(run(f"data.heldout={tmp_path}/b.txt.gz")) == 500
+
+
+def test_small_sizes_are_in_mib():
+    assert [size_text(size) for size in (50 << 20, 3 << 29)] == ["50.0 MiB", "1.5 GiB"]
