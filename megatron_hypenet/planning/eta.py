@@ -21,6 +21,7 @@ from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.config.schema import GATES, STAGES, RunConfig
 from megatron_hypenet.errors import DataError
 from megatron_hypenet.model.flops import forward_flops
+from megatron_hypenet.planning.layout_search import teacher_and_student
 from megatron_hypenet.stages.spec import stage_spec
 from megatron_hypenet.untrusted.files import FileKind
 from megatron_hypenet.untrusted.json_text import read_typed
@@ -60,7 +61,8 @@ class Planned:
 
 def planned_work(run: RunConfig, teacher: ModelConfig, steps: Sequence[str]) -> dict[str, Planned]:
     """Return the work of each of `steps` (names) in this order, in floating-point operations."""
-    student = teacher.converted(run.align.spec)  # which layers will keep attention is not known yet
+    # which layers will keep attention is not known yet; that a quarter does decides the work
+    _, student = teacher_and_student(teacher, run.align.spec)
     sweep, settings = run.select, run.eval
     scored = (sweep.recall_sequences + sweep.heldout_sequences) * sweep.seq_length
     select = (teacher.num_layers + 1) * scored * forward_flops(teacher, sweep.seq_length)
@@ -77,7 +79,9 @@ def planned_work(run: RunConfig, teacher: ModelConfig, steps: Sequence[str]) -> 
     }
     for name in STAGES:
         stage = run.stage(name)
-        per_token = stage_spec(name).flops(teacher, student, stage.seq_length)
+        spec = stage_spec(name)
+        trained = spec.student_shape(teacher, student, run.align.spec)
+        per_token = spec.flops(teacher, trained, stage.seq_length)
         evaluated = settings.quick_sequences * min(stage.seq_length, settings.seq_length)
         quick = _quick_flops(run, student) if stage_spec(name).through_head else 0.0
         planned[name] = Planned(
