@@ -14,7 +14,7 @@ PAGES = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs").rg
 
 
 def commands(page: str, start: str) -> list[tuple[list[str], list[str]]]:
-    """Words of each indented command that begins with `start`, and the indented lines behind it."""
+    """Return the words of each indented command that begins with `start`, and the lines below."""
     found = []
     for block in re.findall(r"(?:^    .*\n)+", page, re.MULTILINE):
         lines = [line[4:] for line in block.replace("\\\n    ", " ").splitlines()]
