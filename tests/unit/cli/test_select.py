@@ -44,6 +44,23 @@ def test_json_is_one_object_on_stdout(scores, capsys):
     assert json.loads(capsys.readouterr().out)["attention_layers"] == [2]
 
 
+def test_evaluations_of_each_layer_are_ranked(tmp_path, capsys):
+    for layer, recall in enumerate((80.0, 20.0, 70.0)):
+        (tmp_path / str(layer)).mkdir()
+        rows = [
+            {"model": "m", "measure": "m", "task": task, "score": score, "count": 1}
+            for task, score in (("fda", recall), ("arc", 50.0))
+        ]
+        content = {"plan": {"models": {"m": "m"}}, "rows": rows}
+        (tmp_path / str(layer) / "eval.json").write_text(json.dumps(content))
+    tasks = ("--recall", "fda", "--commonsense", "arc")
+    assert rank(tmp_path, "--num-attention", "1", "--json", *tasks) == 0
+    assert json.loads(capsys.readouterr().out)["attention_layers"] == [1]
+    assert rank(tmp_path, "--num-attention", "1") == 2
+    assert "add --recall and --commonsense" in capsys.readouterr().err
+    assert rank(tmp_path / "0" / "eval.json", "--num-attention", "1", *tasks) == 2
+
+
 def test_dry_run_writes_nothing(scores, tmp_path):
     assert rank(scores, "--num-attention", "1", "--out", str(tmp_path / "m.json"), "--dry-run") == 0
     assert not (tmp_path / "m.json").exists()

@@ -14,6 +14,7 @@ from megatron_hypenet.stages.select import (
     load_selection,
     parse_scores,
     rank,
+    scores_of_evaluations,
 )
 
 METRIC = st.floats(min_value=0, max_value=100, allow_nan=False)
@@ -216,3 +217,36 @@ def test_a_selection_file_must_agree_with_the_model(tmp_path):
     path.write_text('{"mixer_types": ["attn", "lightning_attn"], "attention_layers": [1]}')
     with pytest.raises(DataError, match="disagree"):
         load_selection(path, num_layers=2)
+
+
+def evaluation(folder, layer, **scores):
+    """Write the evaluation of a model with one layer replaced, beside its teacher's."""
+    rows = [
+        {"model": model, "measure": "m", "task": task, "way": way, "score": score, "count": 1}
+        for task, ways in scores.items()
+        for way, score in ways.items()
+        for model, score in (("teacher", 99.0), ("student", score))
+    ]
+    (folder / str(layer)).mkdir()
+    content = {"plan": {"models": {"teacher": "t", "student": "s"}}, "rows": rows}
+    (folder / str(layer) / "eval.json").write_text(json.dumps(content))
+
+
+def test_scores_of_evaluations_are_means_of_the_named_tasks(tmp_path):
+    for layer in range(2):
+        evaluation(
+            tmp_path,
+            layer,
+            fda={"contains": 10.0 + layer},
+            swde={"contains": 30.0},
+            hellaswag={"acc": 1.0, "acc_norm": 40.0 + layer},
+        )
+    found = scores_of_evaluations(tmp_path, ["fda", "swde"], ["hellaswag:acc_norm"])
+    assert found == LayerScores(recall=(20.0, 20.5), commonsense=(40.0, 41.0))
+    with pytest.raises(DataError, match="task hellaswag has several metrics: choose hellaswag:acc"):
+        scores_of_evaluations(tmp_path, ["fda"], ["hellaswag"])
+    with pytest.raises(DataError, match="no row of task needle; it has fda, hellaswag, swde"):
+        scores_of_evaluations(tmp_path, ["needle"], ["fda"])
+    evaluation(tmp_path, 3)
+    with pytest.raises(DataError, match="no evaluation of layer 2, 2/eval.json"):
+        scores_of_evaluations(tmp_path, ["fda"], ["fda"])
