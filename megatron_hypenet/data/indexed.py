@@ -277,3 +277,13 @@ class TokenStream:
             for number, _, (begin, end) in self._overlaps(start, stop)
         ]
         return np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int64)
+
+
+def check_mask(prefix: Path, first: int, part: npt.NDArray[np.uint8]) -> None:
+    """Raise DataError unless a part of a pair's mask, from byte `first` on, holds 0 and 1 only."""
+    if part.size and (largest := int(part.max())) > 1:
+        place = first + int(np.argmax(part > 1))
+        raise DataError(
+            f"{mask_path(prefix)}: byte {place:,} is {largest}; a mask holds 0 and 1, and this one "
+            "is damaged. Run `hypenet data prepare` again"
+        )

@@ -272,7 +272,7 @@ def _members(file: SourceFile, stream: BinaryIO) -> Iterator[str]:
             try:
                 end = decoder.raw_decode(buffer, at)[1]
             except (ValueError, RecursionError) as error:
-                reason = shown(reason_of(error))
+                reason = shown(reason_of(error).partition("; use sys.")[0])
             else:
                 # a number at the end of the buffer may go on behind it
                 if end < len(buffer) or sign in '{["':

@@ -72,8 +72,10 @@ def _member(line: str, where: Where, key: str) -> Any:
         record = json.loads(line, object_pairs_hook=once)
     # ValueError also covers a number of thousands of digits
     except (ValueError, RecursionError) as error:
+        # Python tells programmers how to lift its limit of digits
+        reason = shown(reason_of(error).partition("; use sys.")[0])
         raise RecordError(
-            where, f"not JSON: {shown(reason_of(error))}; a .jsonl file has one object a line."
+            where, f"not JSON: {reason}; a .jsonl file has one object a line."
         ) from None
     if not isinstance(record, dict) or key not in record:
         known = ", ".join(sorted(record)) if isinstance(record, dict) else type(record).__name__

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from megatron_hypenet.data.indexed import TokenFile
-from megatron_hypenet.data.pairs import mask_path, token_paths
+from megatron_hypenet.data.indexed import TokenFile, check_mask
+from megatron_hypenet.data.pairs import token_paths
 from megatron_hypenet.errors import DataError
 
 _CHUNK = 1 << 22
@@ -65,12 +65,7 @@ def _count_answers(file: TokenFile) -> int | None:
     count = 0
     for start in range(0, len(file.mask), _CHUNK):
         part = file.mask[start : start + _CHUNK]
-        if (largest := int(part.max())) > 1:
-            place = start + int(np.argmax(part > 1))
-            raise DataError(
-                f"{mask_path(file.prefix)}: byte {place:,} is {largest}; a mask holds 0 and 1, and "
-                "this one is damaged. Run `hypenet data prepare` again"
-            )
+        check_mask(file.prefix, start, part)
         count += int(np.count_nonzero(part))
     return count
 

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_hypenet.atomic_files import temporary_beside
-from megatron_hypenet.data.indexed import ID_TYPES, INDEX_HEADER, INDEX_MAGIC, TokenFile
+from megatron_hypenet.data.indexed import ID_TYPES, INDEX_HEADER, INDEX_MAGIC, TokenFile, check_mask
 from megatron_hypenet.data.pairs import mask_path, token_paths
 from megatron_hypenet.errors import DataError, SetupError, is_disk_full
 
@@ -171,7 +171,8 @@ class TokenFileWriter:
         self.num_tokens += len(ids)
 
     def add_file(self, other: TokenFile) -> None:
-        """Append all documents of another pair with the same id type, a part at a time."""
+        """Append all documents of another pair with the same id type, a part at a time. DataError
+        when its mask is damaged."""
         assert other.tokens.dtype == self.dtype, "the caller compares the id types"
         start = 0
         for first in range(0, len(other.document_ends), _CHUNK):
@@ -182,9 +183,10 @@ class TokenFileWriter:
             start = int(ends[-1])
         for first in range(0, len(other.tokens), _CHUNK):
             last = min(first + _CHUNK, len(other.tokens))
-            self._files.add(
-                other.tokens[first:last], np.zeros(0, np.int32), other.mask_of(first, last)
-            )
+            mask = other.mask_of(first, last)
+            if mask is not None:
+                check_mask(other.prefix, first, mask)
+            self._files.add(other.tokens[first:last], np.zeros(0, np.int32), mask)
         self.num_documents += len(other.document_ends)
         self.num_tokens += len(other.tokens)
 

@@ -117,6 +117,8 @@ def test_marks_line_ends_and_other_fields_do_no_harm(tmp_path):
         (b'[{"text": "a"}, 5]', "row 2: no text under 'text' .found: int"),
         (b'[{"text": "\xff"}]', "row 1: not JSON: not UTF-8 text: a byte 0xff"),
         (b'{"text": "a"}\n{\n', "line 2: not JSON"),
+        (b'{"n": %s}' % (b"9" * 5000), "line 1: not JSON: .* 5000 digits; a .jsonl"),
+        (b'[{"n": %s}]' % (b"9" * 5000), "row 1: not JSON: .* 5000 digits; a .json"),
     ],
 )
 def test_bad_lists(tmp_path, content, message):

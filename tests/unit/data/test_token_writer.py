@@ -71,6 +71,17 @@ def test_a_mask_lies_beside_and_goes_with_its_text(tmp_path):
     assert not mask_path(prefix).exists() and open_tokens(prefix).mask is None
 
 
+def test_a_damaged_mask_is_not_copied(tmp_path):
+    with TokenFileWriter(tmp_path / "text", vocab_size=100, masked=True) as writer:
+        writer.add_documents(np.arange(3), np.array([3]), np.array([0, 1, 7], np.uint8))
+    with (
+        pytest.raises(DataError, match="byte 2 is 7; a mask holds 0 and 1"),
+        TokenFileWriter(tmp_path / "both", vocab_size=100, masked=True) as writer,
+    ):
+        writer.add_file(open_tokens(tmp_path / "text"))
+    assert not list(tmp_path.glob("both*"))
+
+
 def test_a_failed_write_leaves_nothing(tmp_path):
     with pytest.raises(RuntimeError):
         with TokenFileWriter(tmp_path / "text", vocab_size=100) as writer:
