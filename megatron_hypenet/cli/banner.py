@@ -20,8 +20,8 @@ def banner(run: RunConfig, teacher: ModelConfig, num_processes: int) -> list[str
     lines = [f"{device_name(num_processes)}, {dtype}; {layout_words(run, num_processes)}"]
     student = teacher.converted(run.align.spec)
     lines.append(
-        f"teacher {short(parameters(teacher))} parameters, {teacher.num_layers} layers; with "
-        f"{run.align.mixer} in all of them {short(parameters(student))}"
+        f"teacher {short(teacher.num_parameters)} parameters, {teacher.num_layers} layers; with "
+        f"{run.align.mixer} in all of them {short(student.num_parameters)}"
     )
     total = 0
     for name in STAGES:
@@ -61,15 +61,6 @@ def layout_words(run: RunConfig, num_processes: int) -> str:
     used = ", ".join(f"{axis} {size}" for axis, size in axes.items() if size > 1)
     noun = "process" if num_processes == 1 else "processes"
     return f"{num_processes} {noun}{f' ({used})' if used else ''}, ZeRO {parallel.zero_stage}"
-
-
-def parameters(model: ModelConfig) -> float:
-    """Return the number of weights of a model."""
-    per_layer = 3 * model.hidden_size * model.ffn_hidden_size + 2 * model.hidden_size
-    mixers = sum(model.spec(name).num_parameters(model) for name in model.mixer_types)
-    tables = 1 if model.share_embeddings_and_output_weights else 2
-    table = tables * model.vocab_size * model.hidden_size
-    return mixers + model.num_layers * per_layer + table + model.hidden_size
 
 
 def short(value: float) -> str:

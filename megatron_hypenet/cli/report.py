@@ -1,8 +1,10 @@
-"""The report of a run: losses and recall of teacher and student, time per step, figures."""
+"""The report of a run: losses and recall of teacher and student by length, curves, speed, as a page
+to hand on; and two runs beside each other."""
 
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +15,7 @@ from megatron_hypenet.cli.options import JsonOption
 from megatron_hypenet.cli.status import RunArgument
 
 if TYPE_CHECKING:
+    from megatron_hypenet.config.schema import RunConfig
     from megatron_hypenet.halo.run_folder import RunFolder
 
 EVALUATION = Path("eval") / "eval.json"
@@ -24,34 +27,89 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 @app.command()
 def report(
     run_folder: RunArgument,
+    compare: Annotated[
+        Path | None,
+        typer.Option(
+            "--compare",
+            metavar="RUN_DIR",
+            help="Another finished run: write a page with both, side by side, into the first one.",
+        ),
+    ] = None,
     again: Annotated[
         bool, typer.Option("--again", help="Evaluate again, even when the report is there.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show the report of a run; evaluate first what has not been evaluated, and draw the figures
-    again.
+    """Show the report of a run and write it as one HTML page that needs nothing else, and as a
+    picture; evaluate first what has not been evaluated.
 
-    Example:
+    Examples:
 
       hypenet report runs/demo
+
+      hypenet report runs/demo --compare runs/longer
     """
     from megatron_hypenet.checkpoint.places import run_of
     from megatron_hypenet.config.loader import load_run_config
+    from megatron_hypenet.errors import DataError
     from megatron_hypenet.halo.run_folder import RunFolder
     from megatron_hypenet.untrusted.files import has_entry
 
     folder = RunFolder(run_of(run_folder))
+    others = [] if compare is None else [RunFolder(run_of(compare))]
+    for other in others:
+        if not has_entry(other.report_file):
+            raise DataError(
+                f"{other.root} has no report to compare with; `hypenet report "
+                f"{shlex.quote(str(other.root))}` makes it"
+            )
     if again or not has_entry(folder.report_file):
         evaluate(
             folder, load_run_config(folder.config_file, [f"output_dir={folder.root}"]), again=again
         )
-    else:
-        from megatron_hypenet.halo.report import draw_report
+    pages = draw([folder, *others])
+    show(folder, pages, as_json=as_json)
 
-        with folder.owned():
-            draw_report(folder)
-    show(folder, as_json=as_json)
+
+def draw(folders: list[RunFolder]) -> list[Path]:
+    """Write the page of the first folder's run and, when there is a second one, the page of both
+    into the first; returns the pages."""
+    from megatron_hypenet.halo.report_data import run_data
+    from megatron_hypenet.halo.report_page import file_name, write_page
+
+    first = folders[0]
+    found = [
+        run_data(folder, readable(folder), label)
+        for folder, label in zip(folders, labels(folders), strict=True)
+    ]
+    with first.owned():
+        if len(found) == 1:
+            write_page(found, first.report_page, first.report_plot)
+            return [first.report_page]
+        page = first.report_page.with_name(f"compare_{file_name(found[1].label)}.html")
+        write_page(found, page, page.with_suffix(".png"))
+        return [page]
+
+
+def readable(folder: RunFolder) -> RunConfig | None:
+    """Return the configuration of a run; None where this version does not know all of it."""
+    from megatron_hypenet.config.loader import load_run_config
+    from megatron_hypenet.errors import ConfigError
+
+    try:
+        return load_run_config(folder.config_file, [f"output_dir={folder.root}"])
+    except ConfigError:
+        return None
+
+
+def labels(folders: list[RunFolder]) -> list[str]:
+    """Return the shortest ends of the folders' paths that tell them apart."""
+    paths = [folder.root.resolve() for folder in folders]
+    for length in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-length:]) for path in paths]
+        if len(set(names)) == len(set(paths)):
+            break
+    return names
 
 
 def evaluate(folder: RunFolder, run: Any, *, again: bool) -> None:
@@ -79,7 +137,7 @@ def evaluate(folder: RunFolder, run: Any, *, again: bool) -> None:
         ready.runner.run_step("report")
 
 
-def show(folder: RunFolder, *, as_json: bool) -> None:
+def show(folder: RunFolder, pages: list[Path], *, as_json: bool) -> None:
     """Print the report on stdout, as a table and the places of everything, or as the JSON that was
     stored."""
     from megatron_hypenet.halo.report import read_report
@@ -119,7 +177,9 @@ def show(folder: RunFolder, *, as_json: bool) -> None:
         ("report", folder.report_file),
     ):
         print(f"{name + ':':<13}{place}")
-    print(f"{'figure:':<13}{folder.report_plot}")
+    for page in pages:
+        print(f"{'page:':<13}{page}")
+        print(f"{'figure:':<13}{page.with_suffix('.png')}")
     if evaluation:
         from megatron_hypenet.eval import results
 

@@ -100,4 +100,4 @@ def run_all(
             from megatron_hypenet.cli.report import show
 
             ready.screen.close()
-            show(ready.folder, as_json=as_json)
+            show(ready.folder, [ready.folder.report_page], as_json=as_json)

@@ -230,6 +230,15 @@ class ModelConfig(BaseModel):
         return self.mixers.get(mixer) or mixer_spec(mixer)()
 
     @property
+    def num_parameters(self) -> int:
+        """Return the number of weights of a model of this shape."""
+        per_layer = 3 * self.hidden_size * self.ffn_hidden_size + 2 * self.hidden_size
+        mixers = sum(self.spec(name).num_parameters(self) for name in self.mixer_types)
+        tables = 1 if self.share_embeddings_and_output_weights else 2
+        table = tables * self.vocab_size * self.hidden_size
+        return mixers + self.num_layers * per_layer + table + self.hidden_size
+
+    @property
     def used_mixers(self) -> tuple[str, ...]:
         """Return the names of the mixers in this model, each once, in order of their first
         layer."""

@@ -21,16 +21,24 @@ def heldout_loss(
 
     Raises DataError when `texts` has no sequence.
     """
+    losses, accuracy = sequence_losses(token_scores, texts, batch_size=batch_size)
+    return sum(losses) / len(losses), accuracy
+
+
+def sequence_losses(
+    token_scores: TokenScores, texts: Tensor, *, batch_size: int
+) -> tuple[list[float], float]:
+    """Return the mean loss of each sequence of `texts`, in nats per token, and the next-token
+    accuracy in % over all of them; otherwise as `heldout_loss`."""
     if texts.ndim != 2 or texts.shape[0] == 0 or texts.shape[1] < 2:
         raise DataError(
             f"held-out evaluation got sequences of shape {list(texts.shape)}; "
             "give more held-out text or a shorter seq_length."
         )
-    loss = 0.0
-    correct = scored = 0
+    losses: list[float] = []
+    correct = 0
     for start in range(0, texts.shape[0], batch_size):
         nll, right = token_scores(texts[start : start + batch_size])
-        loss += nll.double().sum().item()
+        losses += nll.double().mean(dim=1).tolist()
         correct += int(right.sum().item())
-        scored += nll.numel()
-    return loss / scored, 100.0 * correct / scored
+    return losses, 100.0 * correct / (texts.shape[0] * (texts.shape[1] - 1))

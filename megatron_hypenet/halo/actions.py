@@ -28,11 +28,12 @@ from megatron_hypenet.errors import CheckpointError
 from megatron_hypenet.halo import build_stage, datasets, gate, tracking
 from megatron_hypenet.halo.report import (
     draw_importance,
-    draw_report,
     read_report,
     row_line,
     write_report,
 )
+from megatron_hypenet.halo.report_data import run_data
+from megatron_hypenet.halo.report_page import write_page
 from megatron_hypenet.halo.run_folder import RunFolder
 from megatron_hypenet.halo.task_runner import Runner, Step, read_json
 from megatron_hypenet.halo.tasks import from_init, halo_steps, required_checkpoint, starts_from
@@ -322,7 +323,12 @@ class Halo:
             release_memory()
         if groups.rank() == 0:
             write_report(self.run, self.folder, rows, report_seconds=time.monotonic() - start)
-            draw_report(self.folder)
+            label = self.folder.root.absolute().name
+            write_page(
+                [run_data(self.folder, self.run, label)],
+                self.folder.report_page,
+                self.folder.report_plot,
+            )
             tracking.show_report(self.run, self.folder)
             if self.folder.export.is_dir():
                 self.note_figures(self.folder.export, read_report(self.folder))

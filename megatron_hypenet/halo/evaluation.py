@@ -6,6 +6,7 @@ Recall documents use held-out text, so nothing that is evaluated was trained on.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,7 +15,9 @@ from torch import Tensor
 
 from megatron_hypenet.config.schema import RunConfig
 from megatron_hypenet.data.recall import RecallTask
-from megatron_hypenet.eval.heldout import TokenScores, heldout_loss
+from megatron_hypenet.errors import DataError
+from megatron_hypenet.eval.heldout import TokenScores, heldout_loss, sequence_losses
+from megatron_hypenet.eval.intervals import standard_error
 from megatron_hypenet.eval.recall import recall_accuracy
 from megatron_hypenet.model.hypenet import HypeNetModel
 from megatron_hypenet.parallel import groups
@@ -24,7 +27,8 @@ from megatron_hypenet.training.schedule import stage_loss
 from megatron_hypenet.training.tags import ACCURACY, LM_LOSS, RECALL
 
 Row = dict[str, Any]
-"""One model in the report: heldout_loss, heldout_accuracy, and recall by length multiple."""
+"""One model in the report: heldout_loss, heldout_accuracy, and recall and loss by length
+multiple."""
 
 
 class Scoring(Protocol):
@@ -89,13 +93,45 @@ class Measure:
     ) -> Row:
         """Return the measurements of one model for the report; `on_part` is called after each of
         num_parts() parts."""
-        loss, accuracy = self.heldout_scores(model)
+        settings = self.run.eval
+        loss, accuracy = self._loss_at(model, 1)
         on_part()
         recall = {}
-        for multiple in self.run.eval.length_multiples:
+        by_length = {"1": loss}
+        for multiple in settings.length_multiples:
             recall[str(multiple)] = self.recall(model, multiple)
+            # held-out text need not be long enough for every length
+            with contextlib.suppress(DataError):
+                if multiple != 1:
+                    by_length[str(multiple)], _ = self._loss_at(model, multiple)
             on_part()
-        return {"model": name, "heldout_loss": loss, "heldout_accuracy": accuracy, "recall": recall}
+        return {
+            "model": name,
+            "heldout_loss": loss["loss"],
+            "heldout_accuracy": accuracy,
+            "recall": recall,
+            "recall_questions": settings.recall_sequences * settings.recall_pairs,
+            "loss_by_length": by_length,
+        }
+
+    def _loss_at(self, model: Scoring, multiple: int) -> tuple[Row, float]:
+        """Return the held-out loss at `multiple` times the report's length, with its standard error
+        over sequences and their number, and the accuracy in %. The text is the same at every
+        length, cut into fewer sequences. Raises DataError when it is shorter than one."""
+        settings = self.run.eval
+        losses, accuracy = sequence_losses(
+            _scores(model),
+            self.heldout(
+                max(1, settings.heldout_sequences // multiple), multiple * settings.seq_length
+            ),
+            batch_size=max(1, settings.batch_size // multiple),
+        )
+        found = {
+            "loss": sum(losses) / len(losses),
+            "standard_error": standard_error(losses),
+            "sequences": len(losses),
+        }
+        return found, accuracy
 
     def heldout_scores(self, model: Scoring) -> tuple[float, float]:
         """Measure loss in nats per token and accuracy in % on the held-out text of the report."""

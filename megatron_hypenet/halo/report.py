@@ -1,14 +1,15 @@
-"""Write and draw report.json: losses and recall of a run's models, and the time of its tasks."""
+"""Write and read report.json: losses and recall of a run's models, and the time of its tasks."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from pydantic import Field
 
 from megatron_hypenet.atomic_files import write_json
+from megatron_hypenet.config.mixers.softmax_attn import ATTENTION
 from megatron_hypenet.config.schema import RunConfig
 from megatron_hypenet.errors import DataError
 from megatron_hypenet.halo.run_folder import RunFolder
@@ -59,13 +60,38 @@ def report_of(
     }
 
 
+Multiple = Annotated[str, Field(pattern="^[1-9][0-9]{0,5}$")]
+"""A multiple of the report's sequence length, as a key of JSON."""
+Nats = Annotated[float, Field(ge=0, le=1e6)]
+Seconds = Annotated[float, Field(ge=0, le=1e12)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Loss:
+    """Held-out loss at one length, in nats per token."""
+
+    loss: Nats
+    standard_error: Nats | None
+    sequences: Annotated[int, Field(gt=0)]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Row:
     """One model in report.json."""
 
     model: str
-    heldout_loss: float
-    recall: dict[Annotated[str, Field(pattern="^[1-9][0-9]{0,5}$")], float]
+    heldout_loss: Nats
+    recall: Annotated[dict[Multiple, Annotated[float, Field(ge=0, le=100)]], Field(min_length=1)]
+    recall_questions: Annotated[int, Field(gt=0)] | None = None
+    loss_by_length: dict[Multiple, _Loss] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Software:
+    """The code and libraries that made the report."""
+
+    versions: dict[str, str] = field(default_factory=dict)
+    git_commit: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +101,11 @@ class _Report:
     rows: Annotated[list[_Row], Field(min_length=1)]
     seq_length: Annotated[int, Field(gt=0, le=1 << 40)]
     attention_layers: list[int]
-    seconds: float
+    seconds: Seconds
+    step_seconds: dict[str, Seconds] = field(default_factory=dict)
+    mixer_types: list[str] = field(default_factory=list)
+    attn_logits_scaling: str | float | None = None
+    software: _Software | None = None
     train_seq_length: Annotated[int, Field(gt=0, le=1 << 40)] | None = None
 
 
@@ -94,15 +124,11 @@ def row_line(row: Mapping[str, Any]) -> str:
     return f"{row['model']}: held-out loss {row['heldout_loss']:.4f}, recall in %: {recall}"
 
 
-def draw_report(folder: RunFolder) -> None:
-    """Draw report.json as report.png."""
-    from megatron_hypenet.eval.plots import report
-
-    report(read_report(folder), folder.report_plot)
-
-
 def draw_importance(folder: RunFolder, selection: Selection) -> None:
     """Draw the importances of all layers as importance.png."""
     from megatron_hypenet.eval.plots import importance
 
-    importance(selection.importance, selection.attention_layers, folder.importance_plot)
+    mixer = next((name for name in selection.mixer_types if name != ATTENTION), "an RNN mixer")
+    importance(
+        selection.importance, selection.attention_layers, folder.importance_plot, mixer=mixer
+    )

@@ -2,7 +2,7 @@
 
     runs/NAME/  config.yaml  manifest.json  logs/  tb/  data/  teacher/  align/
                 selection/{scores.json,mixers.json,importance.png}
-                assembled/  distill/  finetune/  export/  report/{report.json,report.png}
+                assembled/  distill/  finetune/  export/  report/report.{json,html,png}
 
 A step is done when manifest.json records it with the fingerprint of its present inputs and its
 result is still there. The record is written after the result, so a step that was interrupted is run
@@ -132,6 +132,11 @@ class RunFolder:
     def report_file(self) -> Path:
         """Return the file of the report's numbers."""
         return self.root / "report" / "report.json"
+
+    @property
+    def report_page(self) -> Path:
+        """Return the path of the report as one HTML page."""
+        return self.root / "report" / "report.html"
 
     @property
     def report_plot(self) -> Path:

@@ -3,6 +3,7 @@ versions as text, pictures, and the table of settings and results."""
 
 from __future__ import annotations
 
+import fnmatch
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,13 @@ SELECTION = "selection"
 RESULTS = "report"
 EVALUATION = "tasks"
 """Names of the parts of a run that are no training stage, as folders of TensorBoard."""
+
+HPARAMS = (
+    "output_dir", "teacher", "align.mixer", "*.lr", "*.train_iters", "*.global_batch_size",
+    "distill.seq_length", "finetune.seq_length", "select.num_attention_layers",
+    "data.recall_fraction", "seed", "data.seed",
+)  # fmt: skip
+"""Settings by which finished runs are compared, as rules."""
 
 
 def of_stage(
@@ -77,7 +85,7 @@ def show_report(run: RunConfig, folder: RunFolder) -> None:
         metrics[f"{REPORT}{RECALL}-{multiple}x"] = recall
     for tracker in _anew(run, folder, RESULTS):
         tracker.image("report/figure", folder.report_plot.read_bytes())
-        tracker.results(flat_settings(run.model_dump(mode="json")), metrics)
+        tracker.results(_decisive(run), metrics)
         tracker.close()
 
 
@@ -99,6 +107,17 @@ def show_evaluation(
             if picture is not None:
                 tracker.image("tasks/figure", picture.read_bytes())
             tracker.close()
+
+
+def _decisive(run: RunConfig) -> dict[str, Any]:
+    """Return the settings of HPARAMS; all of them would hide these."""
+    flat = flat_settings(run.model_dump(mode="json"))
+    return {
+        key: flat[key]
+        for rule in HPARAMS
+        for key in sorted(flat)
+        if fnmatch.fnmatchcase(key, rule) and flat[key] is not None
+    }
 
 
 def _table(rows: Mapping[str, Any]) -> str:

@@ -72,6 +72,10 @@ def planned_work(run: RunConfig, teacher: ModelConfig, steps: Sequence[str]) -> 
         count * length * forward_flops(teacher, length)
         for count, length in zip(counts, lengths, strict=True)
     ]
+    # the text of the first part once more at every length, in fewer sequences
+    for part, multiple in enumerate(settings.length_multiples, start=1):
+        again = max(1, settings.heldout_sequences // multiple) if multiple != 1 else 0
+        row[part] += again * lengths[part] * forward_flops(teacher, lengths[part])
     report = EVALUATED_MODELS * sum(row)
     planned = {
         "select": Planned(flops=select),
@@ -114,8 +118,9 @@ def _quick_flops(run: RunConfig, student: ModelConfig) -> float:
     length."""
     settings = run.eval
     lengths = (settings.seq_length, min(settings.length_multiples) * settings.seq_length)
-    tokens = settings.quick_sequences
-    return tokens * sum(length * forward_flops(student, length) for length in lengths)
+    return settings.quick_sequences * sum(
+        length * forward_flops(student, length) for length in lengths
+    )
 
 
 def use_of(step: str) -> float:

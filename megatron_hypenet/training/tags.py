@@ -117,17 +117,17 @@ IMAGES = {
 
 LAYOUT: dict[str, dict[str, tuple[str, ...]]] = {
     "1. What the student can do": {
-        "language loss on held-out text, student and teacher (nats per token)": (
+        "held-out language loss, student and teacher": (
             "eval/lm-loss",
             "eval/teacher-lm-loss",
         ),
-        "recall, student and teacher (%)": ("eval/recall", "eval/teacher-recall"),
+        "held-out recall in %, student and teacher": ("eval/recall", "eval/teacher-recall"),
     },
     "2. What the stages minimise": {
         "stage 1: alignment error": ("train/align-mse", "eval/align-mse"),
         "stage 1: alignment error of every layer": ("align-layers/.*",),
-        "stage 2: KL from the teacher (nats per token)": ("train/kl", "eval/kl"),
-        "stage 3: language loss (nats per token)": ("train/lm-loss", "eval/lm-loss"),
+        "stage 2: KL from the teacher": ("train/kl", "eval/kl"),
+        "stage 3: language loss": ("train/lm-loss",),
     },
     "3. Optimiser and speed": {
         "gradient norm": ("train/grad-norm",),

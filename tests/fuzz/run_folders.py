@@ -143,7 +143,8 @@ def make_run_folder(folder):
     (folder / "error.json").write_text(json.dumps(record))
     row = {"model": "teacher", "heldout_loss": 1.5, "recall": {"1": 50.0}}
     (folder / "report").mkdir()
-    (folder / "report" / "report.png").touch()  # the command draws it anew
+    for picture in ("report.png", "report.html"):
+        (folder / "report" / picture).touch()  # the command writes it anew
     (folder / "report" / "report.json").write_text(
         json.dumps({"rows": [row], "seq_length": 16, "attention_layers": [0], "seconds": 2.5})
     )

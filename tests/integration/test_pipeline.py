@@ -127,6 +127,7 @@ def test_from_teacher_to_a_model_that_transformers_loads(world):
     run = world / "run"
     for file in (
         "report/report.png",
+        "report/report.html",
         "selection/importance.png",
         "logs/hypenet.log",
         "tb/distill",

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_hypenet.cli import pipeline
-from megatron_hypenet.cli.banner import banner, parameters, short
+from megatron_hypenet.cli.banner import banner, short
 from tests.unit.halo.test_run_folder import STAGE, config
 
 
@@ -15,7 +15,7 @@ def test_sizes_are_those_of_the_weights(repo_root):
     for path in (repo_root / "assets" / "tiny-qwen3").glob("*.safetensors"):
         with safe_open(path, "pt") as tensors:
             stored += sum(tensors.get_tensor(name).numel() for name in list(tensors.keys()))
-    assert parameters(shape) == stored
+    assert shape.num_parameters == stored
 
 
 def test_device_processes_tokens_and_disk_are_said(tmp_path, repo_root):

@@ -1,6 +1,7 @@
 """`hypenet report` as a user starts it."""
 
 import json
+import shutil
 
 import pytest
 
@@ -29,6 +30,26 @@ def test_a_report_is_shown_rebuilt_and_measured_again(finished, capsys):
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert rows == json.loads(before)["rows"]
     assert run(["report", str(finished), "--again"]) == 0
+
+
+def test_a_page_is_written_and_two_runs_are_compared(finished, tmp_path, capsys):
+    page = finished / "report" / "report.html"
+    assert page.read_text().count("data:image/svg+xml") >= 4, "the run itself wrote it"
+    page.unlink()
+    other = tmp_path / "b" / "run"
+    shutil.copytree(finished, other)
+    assert run(["report", str(finished), "--compare", str(other)]) == 0
+    both = finished / "report" / "compare_b_run.html"
+    out = capsys.readouterr().out
+    assert str(both) in out and str(both.with_suffix(".png")) in out
+    assert "HypeNet runs" in both.read_text() and both.with_suffix(".png").is_file()
+    (other / "report" / "report.json").unlink()
+    assert run(["report", str(finished), "--compare", str(other)]) == 5
+    assert "no report to compare with" in capsys.readouterr().err
+    assert run(["report", str(finished), "--compare", str(tmp_path)]) == 5
+    (finished / "config.yaml").open("a").write("later_setting: 1\n")
+    assert run(["report", str(finished)]) == 0
+    assert "another version" in page.read_text()
 
 
 def test_unfinished_and_foreign_folders_are_refused(tmp_path, capsys):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron_hypenet.config.schema import ParallelConfig
+from megatron_hypenet.errors import DataError
 from megatron_hypenet.halo import evaluation as module
 from megatron_hypenet.halo.evaluation import Measure
 from megatron_hypenet.parallel import groups
@@ -35,7 +36,15 @@ def calls(monkeypatch):
         return 2.5, 40.0
 
     monkeypatch.setattr(module, "recall_accuracy", recall)
+
+    def losses(token_scores, texts, *, batch_size):
+        seen.append(("losses", texts.shape, batch_size))
+        if texts.shape[1] > 100:
+            raise DataError("the text is too short")
+        return [2.0, 3.0], 40.0
+
     monkeypatch.setattr(module, "heldout_loss", loss)
+    monkeypatch.setattr(module, "sequence_losses", losses)
     return seen
 
 
@@ -66,7 +75,7 @@ def measure(tmp_path):
     )
 
 
-def test_a_row_measures_text_once_and_recall_at_every_length(measure, calls):
+def test_a_row_measures_text_and_recall_at_every_length(measure, calls):
     parts = []
     row = measure.row("student", Model, lambda: parts.append(1))
     assert row == {
@@ -74,11 +83,26 @@ def test_a_row_measures_text_once_and_recall_at_every_length(measure, calls):
         "heldout_loss": 2.5,
         "heldout_accuracy": 40.0,
         "recall": {"1": 20.0, "4": 30.0},
+        "recall_questions": 18,
+        "loss_by_length": {
+            name: {"loss": 2.5, "standard_error": 0.5, "sequences": 2} for name in ("1", "4")
+        },
     }
-    assert calls[0] == ("heldout", (5, 17), 2)
-    assert calls[1] == ("task of 3", {"count": 6, "seq_length": 16, "batch_size": 2})
-    assert calls[2] == ("task of 3", {"count": 6, "seq_length": 64, "batch_size": 1})
+    assert calls == [
+        ("losses", (5, 17), 2),
+        ("task of 3", {"count": 6, "seq_length": 16, "batch_size": 2}),
+        ("task of 3", {"count": 6, "seq_length": 64, "batch_size": 1}),
+        ("losses", (1, 65), 1),
+    ]
     assert len(parts) == measure.num_parts() == 3
+
+
+def test_a_length_that_the_text_does_not_reach_has_no_loss(measure, calls):
+    run = measure.run
+    longer = run.eval.model_copy(update={"length_multiples": (1, 8)})
+    far = dataclasses.replace(measure, run=run.model_copy(update={"eval": longer}))
+    row = far.row("student", Model)
+    assert list(row["loss_by_length"]) == ["1"] and list(row["recall"]) == ["1", "8"]
 
 
 def test_selection_scores_recall_and_text(measure, calls):
