@@ -1,6 +1,6 @@
 """Lightning Attention, one token at a time: the definition every faster form is tested against.
 
-Source: MODEL equation `S_t = gamma S_(t-1) + k_t v_t^T`, `o_t = scale q_t S_t` (arXiv 2601.22156).
+Source: arXiv 2601.22156: S_t = gamma S_(t-1) + k_t v_t^T, o_t = scale q_t S_t.
 Never casts: float64 in, float64 out. Shapes: b batch, t tokens, h heads, k key dim, v value dim."""
 
 import torch
