@@ -14,9 +14,8 @@ from megatron_hypenet.checkpoint.manifest import (
     read_manifest,
     verify_files,
 )
-from megatron_hypenet.checkpoint.places import is_run, trained_in
+from megatron_hypenet.checkpoint.places import is_run, refuse_missing, trained_in
 from megatron_hypenet.config.model import ModelConfig
-from megatron_hypenet.config.paths import download_hint
 from megatron_hypenet.errors import CheckpointError, ConfigError
 from megatron_hypenet.untrusted.json_text import parse_json
 
@@ -34,11 +33,7 @@ def resolve(path: Path | str, *, fall_back: bool = True) -> Path:
     path = Path(path)
     if fmt.is_committed(path):
         return path
-    if not path.exists():
-        raise CheckpointError(
-            f"{path} does not exist; give a checkpoint, or the folder of a stage or run that has "
-            f"one{download_hint(path)}"
-        )
+    refuse_missing(path)
     if is_run(path):
         return _resolve_run(path, fall_back=fall_back)
     candidates = fmt.iteration_folders(path) or fmt.iteration_folders(path / fmt.CHECKPOINTS)

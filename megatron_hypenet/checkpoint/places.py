@@ -13,7 +13,7 @@ from pathlib import Path
 from megatron_hypenet.checkpoint import format as fmt
 from megatron_hypenet.config.paths import download_hint
 from megatron_hypenet.config.schema import STAGES
-from megatron_hypenet.errors import DataError
+from megatron_hypenet.errors import CheckpointError, DataError
 from megatron_hypenet.untrusted.files import has_entry
 
 ASSEMBLED = "assembled"
@@ -30,6 +30,15 @@ def is_run(folder: Path) -> bool:
         or fmt.iteration_of(folder) is not None
         or (folder / fmt.MODEL_JSON).is_file()
     )
+
+
+def refuse_missing(path: Path) -> None:
+    """Raise CheckpointError where nothing is at `path`, from which a model is to be read."""
+    if not path.exists():
+        raise CheckpointError(
+            f"{path} does not exist; give a checkpoint, or the folder of a stage or run that has "
+            f"one{download_hint(path)}"
+        )
 
 
 def run_of(path: Path) -> Path:

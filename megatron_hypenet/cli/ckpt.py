@@ -156,11 +156,12 @@ def diff_command(
 
       hypenet ckpt diff runs/a/finetune runs/b/finetune/checkpoints/iter_0000120
     """
-    print(f"reading {first} and {second}", file=sys.stderr, flush=True)
-    from megatron_hypenet.checkpoint.compare import compare
     from megatron_hypenet.checkpoint.find import resolve
 
     folders = resolve(first), resolve(second)
+    print(f"reading {folders[0]} and {folders[1]}", file=sys.stderr, flush=True)
+    from megatron_hypenet.checkpoint.compare import compare
+
     report = compare(
         *folders,
         weights_only=weights_only,

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from megatron_hypenet.cli import completion
 from megatron_hypenet.cli.options import (
     ConfigArgument,
     ContextParallelOption,
@@ -69,7 +70,7 @@ def show(
     if origin:
         rows = list(settings_with_origin(run, origins))
         typer.echo(
-            json.dumps(rows)
+            json.dumps({"settings": [origin_row(*row) for row in rows]})
             if as_json
             else "\n".join(f"{key} = {value}    # {source}" for key, value, source in rows)
         )
@@ -200,7 +201,13 @@ def list_presets(as_json: JsonOption = False) -> None:
 
 @app.command()
 def copy(
-    name: Annotated[str, typer.Argument(help="Name of a preset; `hypenet config list` has all.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="Name of a preset; `hypenet config list` has all.",
+            autocompletion=completion.presets(),
+        ),
+    ],
     out: Annotated[
         Path | None, typer.Argument(help="File to write; default: NAME.yaml in this folder.")
     ] = None,
@@ -267,6 +274,11 @@ def settings_with_origin(run: RunConfig, origins: Origins) -> Iterator[tuple[str
                 yield ".".join(place), json.dumps(value), origins.get(place, "default")
 
     yield from walk(run.model_dump(mode="json"), ())
+
+
+def origin_row(key: str, value: str, origin: str) -> dict[str, object]:
+    """Return one setting with its origin, for machines."""
+    return {"key": key, "value": json.loads(value), "origin": origin}
 
 
 def is_model_file(path: Path) -> bool:

@@ -24,7 +24,7 @@ from megatron_hypenet.cli.convert_output import (
     progress,
 )
 from megatron_hypenet.cli.engines import Engine, VllmOption, vllm_process
-from megatron_hypenet.cli.options import DryRunOption, JsonOption
+from megatron_hypenet.cli.options import DryRunOption, JsonOption, check_dtype
 from megatron_hypenet.config.bundled import bundled
 from megatron_hypenet.config.model import LogitsScaling, check_logits_scaling
 from megatron_hypenet.errors import UsageError
@@ -71,17 +71,18 @@ def import_command(
 
       hypenet convert import /models/Qwen3-1.7B teacher/
     """
-    hf_dir = bundled(hf_dir)
-    announce("reading", hf_dir)
+    check_dtype(dtype)
     from megatron_hypenet.checkpoint.format import refuse_existing
+    from megatron_hypenet.export.hf_config import read_hf_config
+
+    hf_dir = bundled(hf_dir)
+    refuse_existing(ckpt_dir, overwrite)
+    read_hf_config(hf_dir)
+    announce("reading", hf_dir)
     from megatron_hypenet.export import from_hf, mapping
     from megatron_hypenet.export.plan import plan_import
-    from megatron_hypenet.export.tensors import parse_dtype
 
     started = time.monotonic()
-    if dtype is not None:
-        parse_dtype(dtype)
-    refuse_existing(ckpt_dir, overwrite)
     plan = plan_import(hf_dir)
     result = {
         "verb": "convert import",
@@ -139,6 +140,10 @@ def export_command(
         --dtype bfloat16
     """
     scaling = parse_scaling(attn_logits_scaling)
+    check_dtype(dtype)
+    from megatron_hypenet.checkpoint.find import resolve
+
+    resolve(ckpt_dir)
     announce("reading", ckpt_dir)
     from megatron_hypenet.export import to_hf
 
@@ -229,14 +234,17 @@ def verify_command(
         raise UsageError("--vllm and --bound are about an engine; add --engine hf or vllm")
     if engine is not None and tensors_only:
         raise UsageError("--engine runs models and --tensors-only runs none; give one of them")
+    check_dtype(dtype)
+    from megatron_hypenet.checkpoint.find import resolve
+    from megatron_hypenet.export.hf_config import read_hf_config
+
     hf_dir = bundled(hf_dir)
+    read_hf_config(hf_dir)
+    resolve(ckpt_dir)
     announce("reading", hf_dir)
-    from megatron_hypenet.checkpoint import load
     from megatron_hypenet.export import verify
     from megatron_hypenet.export.plan import plan_import
 
-    if dtype not in verify.TOLERANCE:
-        raise UsageError(f"--dtype {dtype}: use one of {', '.join(verify.TOLERANCE)}")
     if engine is Engine.VLLM and dtype == "float64":
         raise UsageError("--dtype float64: vLLM does not compute in it; use float32")
     started = time.monotonic()
@@ -245,7 +253,7 @@ def verify_command(
         result = {
             "verb": "convert verify",
             "source": str(hf_dir),
-            "destination": str(load.resolve(ckpt_dir)),
+            "destination": str(resolve(ckpt_dir)),
             "dry_run": True,
         }
         finish({**result, "tensors": len(plan.weights)}, plan.config, started, as_json)

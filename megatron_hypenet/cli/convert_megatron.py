@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from megatron_hypenet.checkpoint.places import refuse_missing
 from megatron_hypenet.cli.convert_output import (
     CkptArgument,
     DtypeOption,
@@ -18,7 +19,7 @@ from megatron_hypenet.cli.convert_output import (
     finish,
     progress,
 )
-from megatron_hypenet.cli.options import DryRunOption, JsonOption
+from megatron_hypenet.cli.options import DryRunOption, JsonOption, check_dtype
 from megatron_hypenet.config.bundled import bundled
 from megatron_hypenet.ownership import writing
 
@@ -60,6 +61,8 @@ def to_megatron_command(
 
       hypenet convert to-megatron teacher/ megatron_teacher/ --tp 2
     """
+    check_dtype(dtype)
+    refuse_missing(ckpt_dir)
     announce("reading", ckpt_dir)
     from megatron_hypenet.export import to_megatron as convert
     from megatron_hypenet.export.megatron_args import Padding
@@ -129,6 +132,7 @@ def from_megatron_command(
 
       hypenet convert from-megatron megatron_teacher/ teacher/ --hf /models/Qwen3-1.7B
     """
+    check_dtype(dtype)
     hf_dir = None if hf_dir is None else bundled(hf_dir)
     announce("reading", folder)
     from megatron_hypenet.checkpoint.format import refuse_existing

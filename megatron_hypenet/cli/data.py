@@ -144,14 +144,15 @@ def prepare(
     from megatron_hypenet.cli.progress import corpus_progress
     from megatron_hypenet.data.prepare import CorpusJob, prepare_corpus_files
 
-    source, tokenizer = bundled(source), bundled(tokenizer)
+    by_slurm = slurm or cluster is not None or tasks is not None
+    if by_slurm and not (slurm and cluster is not None and tasks is not None and part is None):
+        raise UsageError("--slurm needs --cluster PROFILE and --tasks N, and takes no --part")
     share = _part(part)
+    source, tokenizer = bundled(source), bundled(tokenizer)
     job = CorpusJob(**_checked_job(source, out, tokenizer, text_key, messages_key), part=share)
     _refuse_existing(out, overwrite)
     size = _text_bytes(job)
-    if slurm or cluster is not None or tasks is not None:
-        if not (slurm and cluster is not None and tasks is not None and part is None):
-            raise UsageError("--slurm needs --cluster PROFILE and --tasks N, and takes no --part")
+    if by_slurm and cluster is not None and tasks is not None:
         words = ["--tokenizer", str(tokenizer.absolute()), "--text-key", text_key]
         words = words if messages_key is None else [*words[:2], "--messages-key", messages_key]
         _submit(job, words, cluster, tasks, workers, overwrite, dry_run, as_json)

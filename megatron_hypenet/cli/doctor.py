@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 import typer
 
 from megatron_hypenet.cli.options import JsonOption
-from megatron_hypenet.errors import SetupError
+from megatron_hypenet.errors import SetupError, UsageError
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -62,6 +62,15 @@ def doctor(
         list[str] | None,
         typer.Option("--srun-arg", help="With --slurm: an argument for srun, repeatable."),
     ] = None,
+    note: Annotated[
+        Path | None,
+        typer.Option(
+            "--note",
+            metavar="DIR",
+            help="With --slurm: keep the nodes to leave out in this folder of runs, or of one run, "
+            "for requeue.exclude_faulty.",
+        ),
+    ] = None,
     kernels: Annotated[
         bool,
         typer.Option("--kernels", help="Also run the GPU kernels against float64; needs a GPU."),
@@ -79,10 +88,16 @@ def doctor(
 
       hypenet doctor --slurm --nodes 16 --srun-arg=--partition=gpu --srun-arg=--gpus-per-node=8
     """
+    if not slurm and (nodes is not None or srun_arg or note is not None):
+        raise UsageError("--nodes, --srun-arg and --note are for many nodes; add --slurm")
+    if slurm and kernels:
+        raise UsageError("--kernels is for this machine; leave it or --slurm out")
     if slurm:
         from megatron_hypenet.cli.node_doctor import examine_nodes
 
-        examine_nodes(folder, nodes=nodes, srun_arguments=srun_arg or [], as_json=as_json)
+        examine_nodes(
+            folder, nodes=nodes, srun_arguments=srun_arg or [], note=note, as_json=as_json
+        )
         return
     findings = examine(folder) + (check_gpu_kernels() if kernels else [])
     broken = [finding for finding in findings if finding.verdict == "broken"]

@@ -24,6 +24,8 @@ from megatron_hypenet.cli.options import (
     PipelineParallelOption,
     SequenceParallelOption,
     TensorParallelOption,
+    check_device,
+    check_dtype,
 )
 from megatron_hypenet.config.schema import ParallelConfig
 from megatron_hypenet.errors import DataError, UsageError
@@ -122,7 +124,9 @@ def evaluate(
 
       hypenet eval /models/HypeNet-2B --beside /models/Qwen3-1.7B --out eval --questions mmlu.jsonl
     """
-    from megatron_hypenet.checkpoint.places import run_around
+    check_dtype(dtype)
+    check_device(device)
+    from megatron_hypenet.checkpoint.places import refuse_missing, run_around
     from megatron_hypenet.data.probes import TASKS
     from megatron_hypenet.data.questions import read_questions
 
@@ -138,6 +142,8 @@ def evaluate(
             "--tp, --pp, --cp and --sp are of the training model, which has no --engine and no "
             "--device; give one or the other"
         )
+    for path in models.values():
+        refuse_missing(path)
     plan: dict[str, Any] = {
         "lengths": sorted(_numbers("--lengths", lengths, int, 16, 10**8)),
         "depths": sorted(_numbers("--depths", depths, float, 0, 1)),
@@ -149,8 +155,8 @@ def evaluate(
         "models": {name: str(path.resolve()) for name, path in models.items()},
         "engine": engine.value,
         "layout": None if layout is None else layout.model_dump(mode="json", exclude_defaults=True),
-        "text": text and _digest(text),
-        "questions": {str(path): _digest(path) for path in questions or []},
+        "text": text and _digest("--text", text),
+        "questions": {str(path): _digest("--questions", path) for path in questions or []},
     }
     harness = _harness(harness_tasks, include_path, fewshot, limit)
     if harness is not None:
@@ -290,13 +296,15 @@ def _harness_measures(harness: Tasks, fewshot: int | None, limit: int | None) ->
 def _digests(folder: Path) -> dict[str, str]:
     """Return the hashes of the files under a folder."""
     return {
-        str(file.relative_to(folder)): _digest(file)
+        str(file.relative_to(folder)): _digest("--include-path", file)
         for file in sorted(folder.rglob("*"))
         if file.is_file()
     }
 
 
-def _digest(path: Path) -> str:
+def _digest(option: str, path: Path) -> str:
+    if not path.is_file():
+        raise DataError(f"{option} {path}: no such file")
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 

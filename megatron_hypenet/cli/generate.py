@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from megatron_hypenet.cli.engines import Engine
-from megatron_hypenet.cli.options import DryRunOption, JsonOption
+from megatron_hypenet.cli.options import DryRunOption, JsonOption, check_device, check_dtype
 from megatron_hypenet.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -87,6 +87,11 @@ def generate(
         raise UsageError("--system is part of a chat template; add --chat")
     if not (temperature or (top_k == 0 and top_p == 1.0)):
         raise UsageError("--top-k and --top-p choose among samples; add --temperature, such as 0.7")
+    check_dtype(dtype)
+    check_device(device)
+    from megatron_hypenet.checkpoint.places import refuse_missing
+
+    refuse_missing(model)
     from megatron_hypenet.data.tokenizer import load_tokenizer
     from megatron_hypenet.export.generate import Sampling
     from megatron_hypenet.export.hf_model import as_hf_folder, read_config

@@ -60,6 +60,9 @@ VERBS: dict[str, str] = {
 }
 """Verb -> one line of help, in pipeline order; the module is megatron_hypenet.cli.<verb>."""
 
+COMPLETION_OPTIONS = ("--install-completion", "--show-completion")
+COMPLETION_VARIABLE = "_HYPENET_COMPLETE"
+"""Set by the shell's function when it asks for proposals; Typer makes the name of the program's."""
 VERSIONED = ("torch", "megatron-core", "deepspeed", "transformers")
 
 
@@ -75,7 +78,9 @@ def help_text() -> str:
         "Options:\n"
         "  --help      Show this text; `hypenet help VERB` explains a verb.\n"
         "  --version   Show the versions of this package and of the libraries under it.\n"
-        "  --debug     Show tracebacks; may stand anywhere on the line.\n\n"
+        "  --debug     Show tracebacks; may stand anywhere on the line.\n"
+        "  --install-completion, --show-completion\n"
+        "              Let bash, zsh or fish complete verbs, options, presets and settings.\n\n"
         "Examples:\n"
         "  hypenet demo\n"
         "  hypenet run quickstart teacher=/models/Qwen3-0.6B data=corpus.txt\n\n"
@@ -140,6 +145,10 @@ def run_verb(verb: str, args: list[str]) -> int:
 def dispatch(argv: Sequence[str], *, debug: bool = False) -> int:
     """Handle the top-level options, else run the verb; returns the exit code. `debug` is for
     processes that the verb may start."""
+    if os.environ.get(COMPLETION_VARIABLE) or (argv and argv[0] in COMPLETION_OPTIONS):
+        from megatron_hypenet.cli import completion
+
+        return completion.run(list(argv), VERBS)
     if not argv or argv[0] in ("--help", "-h") or list(argv) == ["help"]:
         print(help_text())
         return 0 if argv else UsageError.exit_code

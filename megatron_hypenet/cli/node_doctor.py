@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -30,13 +31,20 @@ _WAIT_SECONDS = 30
 
 
 def examine_nodes(
-    folder: Path, *, nodes: int | None, srun_arguments: list[str], as_json: bool
+    folder: Path,
+    *,
+    nodes: int | None,
+    srun_arguments: list[str],
+    note: Path | None,
+    as_json: bool,
 ) -> None:
     """Measure, print the table and the verdict; SetupError (exit 4) from the first process when
     nodes are to be left out."""
     if launched_world_size() is None:
         raise typer.Exit(
-            _through_srun(folder, nodes=nodes, srun_arguments=srun_arguments, as_json=as_json)
+            _through_srun(
+                folder, nodes=nodes, srun_arguments=srun_arguments, note=note, as_json=as_json
+            )
         )
     if nodes is not None:
         raise UsageError(
@@ -65,10 +73,31 @@ def examine_nodes(
             raise SetupError(
                 f"no node is fit to train; the cause may be common to all: {verdict.problems[0]}"
             )
+        if note is not None:
+            keep(note, verdict)
         count = f"{len(verdict.exclude)} node{'s are' if len(verdict.exclude) > 1 else ' is'}"
         raise SetupError(
             f"{count} not fit to train with the others; leave out: {exclude_option(verdict)}"
         )
+
+
+def keep(folder: Path, verdict: Verdict) -> None:
+    """Note the nodes to leave out in `folder`, where submit and requeue look for them."""
+    from megatron_hypenet.cluster.faulty_nodes import FaultyNode
+    from megatron_hypenet.cluster.faulty_nodes import note as write_note
+
+    now = time.time()
+    nodes = [
+        FaultyNode(
+            node=host,
+            why="doctor: "
+            + next((line for line in verdict.problems if line.startswith(f"{host} ")), "not fit"),
+            time=now,
+        )
+        for host in verdict.exclude
+    ]
+    if nodes:
+        write_note(folder, nodes)
 
 
 def _hosts_of_ranks() -> list[str]:
@@ -119,7 +148,12 @@ def as_text(found: Survey, verdict: Verdict) -> str:
 
 
 def srun_command(
-    folder: Path, *, nodes: int | None, srun_arguments: list[str], as_json: bool
+    folder: Path,
+    *,
+    nodes: int | None,
+    srun_arguments: list[str],
+    as_json: bool,
+    note: Path | None = None,
 ) -> list[str]:
     """Return the command that runs this check as one task for each GPU (one on each node without
     GPUs)."""
@@ -136,6 +170,7 @@ def srun_command(
         "--folder",
         str(folder.resolve()),
     ]
+    command += ["--note", str(note.resolve())] if note is not None else []
     return [*command, "--json"] if as_json else command
 
 
@@ -151,7 +186,12 @@ def tasks_per_node(srun_arguments: list[str], environment: Mapping[str, str]) ->
 
 
 def _through_srun(
-    folder: Path, *, nodes: int | None, srun_arguments: list[str], as_json: bool
+    folder: Path,
+    *,
+    nodes: int | None,
+    srun_arguments: list[str],
+    note: Path | None,
+    as_json: bool,
 ) -> int:
     if shutil.which("srun") is None:
         raise SetupError(
@@ -163,7 +203,9 @@ def _through_srun(
             "doctor --slurm outside an allocation: say how many nodes to look at with --nodes N "
             "(--srun-arg for the partition)"
         )
-    command = srun_command(folder, nodes=nodes, srun_arguments=srun_arguments, as_json=as_json)
+    command = srun_command(
+        folder, nodes=nodes, srun_arguments=srun_arguments, note=note, as_json=as_json
+    )
     print("+ " + shlex.join(command), file=sys.stderr, flush=True)
     code = subprocess.run(command, check=False).returncode
     return code if code < 128 else SetupError.exit_code  # a task that srun had to kill

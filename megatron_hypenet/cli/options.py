@@ -4,19 +4,23 @@ its short names."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from megatron_hypenet.cli import completion
 from megatron_hypenet.config.paths import expanded
 from megatron_hypenet.errors import UsageError
 
 ConfigArgument = Annotated[
     Path,
     typer.Argument(
-        metavar="CONFIG", help="Run configuration (YAML), e.g. configs/run/quickstart.yaml."
+        metavar="CONFIG",
+        help="Run configuration (YAML), or the name of a preset, e.g. quickstart.",
+        autocompletion=completion.presets("run"),
     ),
 ]
 OverridesArgument = Annotated[
@@ -24,6 +28,7 @@ OverridesArgument = Annotated[
     typer.Argument(
         metavar="KEY=VALUE",
         help="Settings that win over the file, e.g. align.lr=3e-4 teacher=PATH.",
+        autocompletion=completion.settings,
     ),
 ]
 TensorParallelOption = Annotated[
@@ -77,6 +82,7 @@ RedoOption = Annotated[
         "--redo-from",
         metavar="STEP",
         help="Do this step and what depends on it again; an interrupted command with it continues.",
+        autocompletion=completion.steps,
     ),
 ]
 LauncherOption = Annotated[
@@ -108,6 +114,7 @@ ShapeOption = Annotated[
     typer.Option(
         "--model",
         help="Model shape (YAML of configs/model) to go by, in the place of the teacher's.",
+        autocompletion=completion.presets("model"),
     ),
 ]
 WorldSizeOption = Annotated[
@@ -127,6 +134,23 @@ DryRunOption = Annotated[
         "--dry-run", help="Check everything and say what would happen; write and start nothing."
     ),
 ]
+
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+"""What a --dtype may be; export/tensors.py has torch's dtype of each."""
+_DEVICE = re.compile(r"cpu|cuda(:\d+)?")
+
+
+def check_dtype(dtype: str | None, choices: Sequence[str] = DTYPES) -> None:
+    """Raise UsageError for a --dtype that is none of `choices`, before anything is loaded."""
+    if dtype is not None and dtype not in choices:
+        raise UsageError(f"--dtype {dtype}: use one of {', '.join(choices)}")
+
+
+def check_device(device: str | None) -> None:
+    """Raise UsageError for a --device that is no name of a device, before anything is loaded."""
+    if device is not None and not _DEVICE.fullmatch(device):
+        raise UsageError(f"--device {device}: use cpu, cuda, or one GPU, such as cuda:1")
 
 
 def collect_overrides(

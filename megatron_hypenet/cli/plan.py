@@ -81,6 +81,11 @@ def plan(
         --model configs/model/hypenet_9b.yaml --world-size 8 parallel.zero_stage=2
         distill.recompute=full finetune.recompute=full
     """
+    from megatron_hypenet.training.throughput import PEAK_BF16, peak_flops
+
+    peak = peak_flops(gpu)
+    if peak is None:
+        raise UsageError(f"--gpu {gpu}: its peak is not known; use one of {', '.join(PEAK_BF16)}")
     run = load_run_config(config, collect_overrides(overrides, tp=tp, pp=pp, cp=cp))
     shape = load_model_config(model) if model else shape_if_present(run.teacher)
     if shape is None:
@@ -100,11 +105,7 @@ def plan(
         needs,
         teacher_and_student,
     )
-    from megatron_hypenet.training.throughput import PEAK_BF16, peak_flops
 
-    peak = peak_flops(gpu)
-    if peak is None:
-        raise UsageError(f"--gpu {gpu}: its peak is not known; use one of {', '.join(PEAK_BF16)}")
     layout = Layout(shape, run, world_size)
     found = needs(layout)
     others = fits(layout, gpu_memory * GIB)

@@ -107,6 +107,7 @@ def rank(
 
     if not cap > 0:
         raise UsageError(f"--cap={cap}: the largest importance must be above 0")
+    recurrent = _recurrent(mixer)
     if scores.is_dir():
         if not (recall and commonsense):
             raise UsageError(
@@ -118,7 +119,7 @@ def rank(
         raise UsageError("--recall and --commonsense choose among evaluations in a folder")
     else:
         layer_scores = load_scores(scores)
-    selection = rank_layers(layer_scores, num_attention, _recurrent(mixer), cap=cap)
+    selection = rank_layers(layer_scores, num_attention, recurrent, cap=cap)
     if out is not None and not dry_run:
         try:
             with writing(out):

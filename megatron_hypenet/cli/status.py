@@ -63,6 +63,7 @@ def status_of(run_folder: Path) -> dict[str, Any]:
         "run": str(run_folder),
         **asdict(found),
         "jobs": job_rows(jobs, states),
+        "faulty_nodes": faulty_rows(jobs),
         **progress,
     }
 
@@ -88,6 +89,23 @@ def job_rows(jobs: Jobs, states: Mapping[int, JobState]) -> list[dict[str, Any]]
             }
         )
     return rows
+
+
+def faulty_rows(jobs: Jobs) -> list[dict[str, Any]]:
+    """Return the nodes that something is held against, and whether the run leaves them out."""
+    from megatron_hypenet.cluster.faulty_nodes import faulty, left_out
+
+    limit = max((job.exclude_faulty for job in jobs.newest_of_each_part()), default=0)
+    out = left_out(jobs, limit)
+    return [
+        {
+            "node": one.node,
+            "why": one.why,
+            "seconds_ago": round(time.time() - one.time, 1),
+            "left_out": one.node in out,
+        }
+        for one in (faulty(jobs) if jobs.all else [])
+    ]
 
 
 def progress_of(run_folder: Path) -> dict[str, Any]:
@@ -230,6 +248,11 @@ def lines_of(found: dict[str, Any]) -> list[str]:
         lines.append(
             f"  job {row['id']:<8} {row['part']:<9} "
             f"{row['state']}{where}{left}{reason}{requeues}{note}"
+        )
+    for row in found["faulty_nodes"]:
+        what = "left out" if row["left_out"] else "suspect"
+        lines.append(
+            f"  {what:<12} {row['node']}: {row['why']}, {short_time(row['seconds_ago'])} ago"
         )
     step, iteration, save = found["step"], found["iteration"], found["last_save"]
     lines.append(

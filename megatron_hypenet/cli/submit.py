@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from megatron_hypenet.cli import completion
 from megatron_hypenet.cli.options import (
     ConfigArgument,
     ContextParallelOption,
@@ -45,7 +46,9 @@ def submit(
     cluster: Annotated[
         Path | None,
         typer.Option(
-            "--cluster", help="Cluster profile, e.g. configs/cluster/h100_infiniband.yaml."
+            "--cluster",
+            help="Cluster profile, e.g. configs/cluster/h100_infiniband.yaml.",
+            autocompletion=completion.presets("cluster"),
         ),
     ] = None,
     chain: Annotated[
@@ -120,7 +123,7 @@ def submit(
         settings, profile, chain=chain, overwrite=overwrite, redo_from=redo_from
     )
     if test_only:
-        try_out(scripts)
+        try_out(scripts, as_json=as_json)
     elif dry_run:
         show_scripts(scripts, as_json=as_json)
     else:
@@ -185,6 +188,13 @@ def checked_scripts(
         )
     check_texts(settings)
     scripts = job_scripts(settings.output_dir, profile, chain=chain, on_event=settings.on_event)
+    found = pipeline.checked(
+        settings,
+        overwrite=overwrite,
+        redo_from=redo_from,
+        world_size=profile.world_size,
+        on_gpus=profile.gpus_per_node > 0,
+    )
     from megatron_hypenet.planning.disk import (
         disk_need,
         free_bytes,
@@ -193,13 +203,6 @@ def checked_scripts(
         text_bytes,
     )
 
-    found = pipeline.checked(
-        settings,
-        overwrite=overwrite,
-        redo_from=redo_from,
-        world_size=profile.world_size,
-        on_gpus=profile.gpus_per_node > 0,
-    )
     need = disk_need(found.shape, settings, text_bytes=text_bytes(settings))
     refuse_small_disk(need, settings.output_dir)
     print(
@@ -241,14 +244,19 @@ def _texts(key: str, value: object) -> Iterator[tuple[str, str]]:
             yield from _texts(key, inner)
 
 
-def try_out(scripts: Sequence[JobScript]) -> None:
+def try_out(scripts: Sequence[JobScript], *, as_json: bool) -> None:
     """Let sbatch say whether each script could run and when; SetupError with its words when one
     could not."""
     from megatron_hypenet.cluster.jobs import slurm
 
+    said = []
     for script in scripts:
-        said = slurm("sbatch", "--test-only", stdin=script.text)
-        print(f"{script.path.name}: {said.strip().removeprefix('sbatch: ')}")
+        answer = slurm("sbatch", "--test-only", stdin=script.text)
+        said.append((script.path.name, answer.strip().removeprefix("sbatch: ")))
+        if not as_json:
+            print(": ".join(said[-1]))
+    if as_json:
+        print(json.dumps({"tested": [{"script": name, "says": text} for name, text in said]}))
 
 
 def show_scripts(scripts: Sequence[JobScript], *, as_json: bool) -> None:
@@ -297,8 +305,16 @@ def send(
             write_text(script.path, script.text)
             before = sent[-1].id if sent else after
             sent.append(
-                jobs.submit(script.path, script.part, after=before, exclude=profile.exclude)
+                jobs.submit(
+                    script.path,
+                    script.part,
+                    after=before,
+                    exclude=profile.exclude,
+                    exclude_faulty=profile.requeue.exclude_faulty,
+                )
             )
+        for node in sent[0].left_out:
+            print(f"left out: {node} (`hypenet status {folder.root}` says why)", file=sys.stderr)
     return sent
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from megatron_hypenet.cli import completion
 from megatron_hypenet.cli.options import (
     ConfigArgument,
     ContextParallelOption,
@@ -39,6 +40,7 @@ def train(
         typer.Option(
             "--stage",
             help=f"{', '.join(STAGES)}, or its number; default: the first that is not done.",
+            autocompletion=completion.stages,
         ),
     ] = "",
     init: Annotated[

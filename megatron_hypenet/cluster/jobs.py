@@ -59,7 +59,11 @@ class Job:
     after: int | None = None
     """The job that has to succeed before it starts."""
     exclude: tuple[str, ...] = ()
-    """Nodes it may not use."""
+    """Nodes it may not use, by the profile or by hand."""
+    left_out: tuple[str, ...] = ()
+    """Nodes that were left out by themselves (faulty_nodes.py)."""
+    exclude_faulty: int = 0
+    """The most nodes that may be."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,14 +131,25 @@ class Jobs:
         """Return the latest job for each part of the run, in the run's order."""
         return list({job.part: job for job in self.all}.values())
 
-    def submit(self, script: Path, part: str, *, after: int | None, exclude: Sequence[str]) -> Job:
-        """Hand `script` to sbatch, to start once job `after` has succeeded, and remember the job.
-        Raises SetupError."""
+    def submit(
+        self,
+        script: Path,
+        part: str,
+        *,
+        after: int | None,
+        exclude: Sequence[str],
+        exclude_faulty: int = 0,
+    ) -> Job:
+        """Hand `script` to sbatch, to start once job `after` has succeeded, and remember the job;
+        up to `exclude_faulty` nodes are left out beside `exclude`. Raises SetupError."""
+        from megatron_hypenet.cluster.faulty_nodes import left_out
+
+        faulty = left_out(self, exclude_faulty)
         words = ["sbatch", "--parsable"]
         if after is not None:
             words += [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"]
-        if exclude:
-            words.append(f"--exclude={','.join(exclude)}")
+        if nodes := dict.fromkeys((*exclude, *faulty)):
+            words.append(f"--exclude={','.join(nodes)}")
         answer = slurm(*words, str(script))
         # "ID;CLUSTER" where several clusters share a controller
         number = answer.strip().split(";")[0]
@@ -147,6 +162,8 @@ class Jobs:
             submitted=datetime.now(UTC).isoformat(timespec="seconds"),
             after=after,
             exclude=tuple(exclude),
+            left_out=faulty,
+            exclude_faulty=exclude_faulty,
         )
         self.all.append(job)
         from megatron_hypenet.atomic_files import write_json

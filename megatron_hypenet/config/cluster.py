@@ -111,6 +111,11 @@ class RequeueConfig(Section):
         description="Starts in a row that may end without a new checkpoint or a finished step; "
         "then the job stays down.",
     )
+    exclude_faulty: Count = Field(
+        default=0,
+        description="Nodes at most that submit and requeue leave out by themselves, because doctor "
+        "or faults of the run named them slow or broken; 0 leaves none out.",
+    )
 
 
 class ClusterConfig(Section):

@@ -56,6 +56,7 @@ _OWN_FILES = (
     "config.yaml",
     "manifest.json",
     "jobs.json",
+    "faulty_nodes.json",
     "timing.json",
     "start.json",
     "rates.json",

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 PEAK_BF16 = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -26,6 +24,8 @@ def peak_flops(name: str | None = None) -> float | None:
     """Return the peak dense bf16 operations per second of a GPU, this process's unless named; None
     on a CPU and for a GPU that is not listed."""
     if name is None:
+        import torch
+
         if not torch.cuda.is_available():
             return None
         name = torch.cuda.get_device_name()

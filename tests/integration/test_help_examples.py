@@ -89,9 +89,20 @@ AGAIN = {
     "score": ["out.safetensors"],
     "select rank": ["mixers.json"],
     "eval": ["eval", "runs/demo/eval"],
+    "convert from-megatron": ["teacher"],
     "data prepare crawl": ["data/crawl.bin", "data/crawl.idx"],
 }
 """Beginning of an example -> results of others that it would not replace."""
+
+WRITES = {
+    "convert import": ["teacher"],
+    "convert export": ["out"],
+    "convert to-megatron": ["megatron_teacher"],
+    "data prepare": ["build"],
+    "data merge": ["data/all.bin", "data/all.idx"],
+    "config copy": ["my_cluster.yaml"],
+}
+"""Command -> results of its example, removed before it is run once more."""
 
 NO_GPU = {"doctor --kernels": "kernels: run it where the training will run"}
 """Example -> the end of its error on a machine without a GPU, with exit code 4."""
@@ -134,12 +145,14 @@ def examples_in(text):
         yield " ".join(re.sub(r"\s+(# .*|> \S+)$", "", line).split())
 
 
+GROUPS = {page[:1] for page in pages() if len(page) == 2}
+"""Verbs that have commands."""
 BY_PAGE = {page: list(examples_in(printed(page))) for page in pages()}
 README = list(examples_in((REPO_ROOT / "README.md").read_text()))
 ALL = list(dict.fromkeys([*FIRST, *(one for found in BY_PAGE.values() for one in found), *README]))
 
 
-def words_of(example):
+def words_of(example, *added):
     """Return the words that are run for an example."""
     more = next((words for start, words in MORE.items() if example.startswith(start)), ())
     for text, instead in NAMES.items():
@@ -147,7 +160,7 @@ def words_of(example):
     words = shlex.split(example)
     # what follows -- belongs to another program
     place = words.index("--") if "--" in words else len(words)
-    return [*words[:place], *more, *words[place:]]
+    return [*words[:place], *more, *added, *words[place:]]
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +199,13 @@ def world(tmp_path_factory):
     return root
 
 
+def remove(path):
+    """Delete a file or folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+
+
 @pytest.fixture
 def run(world, monkeypatch):
     """Provide a function from words of a command line to its exit code; SLURM's commands are
@@ -202,13 +222,11 @@ def run(world, monkeypatch):
         shutil.copytree(export, published)
         (published / "chat_template.jinja").write_text("{{ messages[-1].content }}")
 
-    def call(example):
+    def call(example, *added):
         for name in next((AGAIN[start] for start in AGAIN if example.startswith(start)), ()):
-            shutil.rmtree(world / name) if (world / name).is_dir() else (
-                (world / name).unlink(missing_ok=True)
-            )
+            remove(world / name)
         # what one command remembers of its options is nothing to the next
-        return contextvars.copy_context().run(main.run, words_of(example))
+        return contextvars.copy_context().run(main.run, words_of(example, *added))
 
     return call
 
@@ -227,3 +245,14 @@ def test_an_example_runs(example, run, capsys):
     err = capsys.readouterr().err
     assert code == (4 if example in NO_GPU else 0), err
     assert err.rstrip().endswith(NO_GPU.get(example, "")), err
+
+
+LEAVES = {page: found[0] for page, found in BY_PAGE.items() if page and page not in GROUPS}
+
+
+@pytest.mark.parametrize("page", LEAVES, ids=" ".join)
+def test_with_json_stdout_is_one_object(page, run, world, capsys):
+    for name in WRITES.get(" ".join(page), ()):
+        remove(world / name)
+    assert run(LEAVES[page], *([] if "--json" in LEAVES[page] else ["--json"])) == 0
+    assert isinstance(json.loads(capsys.readouterr().out), dict)

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from tests.integration.slurm.runs import restart_slurmd
+from tests.integration.slurm.runs import restart_slurmd, submit
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
@@ -70,12 +70,23 @@ def harmed(cluster, node, harm):
         restart_slurmd(cluster, node)
 
 
-def test_a_node_that_cannot_write_is_to_be_left_out(cluster, tmp_path):
+def test_a_node_that_cannot_write_is_to_be_left_out(cluster, config, tmp_path):
     limit = 32 << 20  # of the size of a file, in bytes; less than what the check writes
     with harmed(cluster, "n2", lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))):
-        said = cluster.hypenet(*WORDS, "--folder", tmp_path, code=4)
+        said = cluster.hypenet(*WORDS, "--folder", tmp_path, "--note", tmp_path, code=4)
     assert f"problem: n2 (rank 1): writing to {tmp_path}: [Errno 27] File too large" in said
     assert "error: 1 node is not fit to train with the others; leave out: --exclude=n2" in said
+
+
+    # a job of a run beside the note goes to the other nodes; it waits, so that it costs nothing
+    out = tmp_path / "run"
+    words = ("cluster.requeue.exclude_faulty=1", "cluster.sbatch_args=['--begin=now+1hour']")
+    job = submit(cluster, config, out, *words)["run"]
+    assert "ExcNodeList=n2" in cluster.run("scontrol", "show", "job", job)
+    assert "left out     n2: doctor: n2 (rank 1): writing" in cluster.hypenet("status", out)
+    cluster.hypenet("requeue", out, "--include", "n2")
+    assert "ExcNodeList=(null)" in cluster.run("scontrol", "show", "job", job)
+    cluster.hypenet("cancel", out)
 
 
 @contextlib.contextmanager

@@ -47,7 +47,8 @@ def test_show_origin(hypenet):
     assert rows["align.lr"] == "0.001    # configs/stage/align.yaml"
     assert rows["eval.seq_length"] == "4096    # configs/run/distill_2b.yaml"
     assert rows["checkpoint.keep_every"] == "null    # default"
-    assert ["checkpoint.keep_every", "null", "default"] in json.loads(hypenet(*words, "--json")[1])
+    settings = json.loads(hypenet(*words, "--json")[1])["settings"]
+    assert {"key": "checkpoint.keep_every", "value": None, "origin": "default"} in settings
 
 
 def test_validate_says_what_is_trained(hypenet):

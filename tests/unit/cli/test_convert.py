@@ -93,7 +93,7 @@ def test_dry_run_fails_where_the_command_would(convert, golden, ckpt, tmp_path):
         convert("export", ckpt, tmp_path / "x", "--attn-logits-scaling", "hype 0.5", "--dry-run")[0]
         == 2
     )
-    assert convert("export", ckpt, tmp_path / "x", "--dtype", "fp8", "--dry-run")[0] == 5
+    assert convert("export", ckpt, tmp_path / "x", "--dtype", "fp8", "--dry-run")[0] == 2
 
 
 def test_logits_scaling_and_dtype_reach_the_folder(convert, ckpt, tmp_path):
@@ -143,7 +143,7 @@ def test_verify_finds_a_difference_and_exits_with_6(convert, golden, ckpt, tmp_p
         ((), 2, "Usage"),
         (("improt",), 2, "improt"),
         (("import", "only-one"), 2, "CKPT_DIR"),
-        (("verify", "a", "b", "--dtype", "int8"), 2, "--dtype int8: use one of float64, float32"),
+        (("verify", "a", "b", "--dtype", "int8"), 2, "--dtype int8: use one of float32, bfloat16"),
         (("import", "nowhere", "x"), 5, "nowhere: no config.json"),
         (("export", "nowhere", "x"), 5, "nowhere does not exist"),
     ],

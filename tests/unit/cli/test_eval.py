@@ -97,7 +97,7 @@ def test_a_run_is_compared_with_its_teacher(tmp_path, teacher):
         (["--probes", "none"], 2, "nothing to measure"),
         (["--lengths", "12x"], 2, "give numbers with commas"),
         (["--depths", "2"], 2, "must be 0 to 1"),
-        (["--text", "/nowhere/x"], 4, "/nowhere/x"),
+        (["--text", "/nowhere/x"], 5, "/nowhere/x"),
     ],
     ids=str,
 )

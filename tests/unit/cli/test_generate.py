@@ -82,7 +82,7 @@ def test_a_chat_keeps_what_was_said(chatty, monkeypatch, capsys):
         (["--chat", "--prompt", "a"], 5, "has no chat template"),
         (["--prompt", "a", "--engine", "vllm"], 4, "vLLM is not installed in this environment"),
         (["--file", "/nowhere/x"], 4, "/nowhere/x"),
-        (["--prompt", "a", "--dtype", "int7"], 5, "int7"),
+        (["--prompt", "a", "--dtype", "int7"], 2, "int7"),
     ],
     ids=str,
 )

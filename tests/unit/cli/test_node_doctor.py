@@ -97,10 +97,10 @@ def test_without_slurm_or_nodes_it_says_what_is_missing(tmp_path, monkeypatch):
     options = {"nodes": None, "srun_arguments": [], "as_json": False}
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(SetupError, match="srun, which is not on the PATH"):
-        examine_nodes(tmp_path, **options)
+        examine_nodes(tmp_path, note=None, **options)
     monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/srun")
     with pytest.raises(UsageError, match="--nodes N"):
-        examine_nodes(tmp_path, **options)
+        examine_nodes(tmp_path, note=None, **options)
 
 
 @pytest.mark.distributed

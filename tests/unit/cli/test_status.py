@@ -152,6 +152,7 @@ def test_a_line_per_job(row, says):
     found = {
         "run": "r",
         "jobs": [job],
+        "faulty_nodes": [],
         "step": None,
         "iteration": None,
         "last_save": None,
