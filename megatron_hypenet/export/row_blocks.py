@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -106,15 +107,17 @@ def _read(reader: ShardReader, name: str, first: int, target: Tensor) -> None:
     def read(first: int, block: Tensor) -> None:
         reader.read_values(name, first, block)
 
+    def blocks() -> Iterator[Tensor]:
+        return blocks_of(read, count, stored, reader.unit(name))
+
     read(first, values)
-    unit = reader.unit(name)
     where = str(reader.folder)
-    check_finite(name, values, lambda: blocks_of(read, count, stored, unit), where=where)
+    check_finite(name, values, blocks, where=where)
     if not plain:
         target.copy_(values)
         check_finite(
             f"{name} as {target.dtype}",
             target,
-            lambda: (block.to(target.dtype) for block in blocks_of(read, count, stored, unit)),
+            lambda: (block.to(target.dtype) for block in blocks()),
             where=where,
         )

@@ -30,6 +30,7 @@ from tests.fuzz.hf_folders import (
     make_model_with_tokenizer,
     tokenizer_works,
 )
+from tests.fuzz.megatron import imported_as_torch_reads_it, make_megatron
 from tests.fuzz.reading import TOKENIZER, call, verb
 from tests.fuzz.run_folders import (
     make_run_folder,
@@ -133,6 +134,18 @@ SUBJECTS = {
             "weights/.metadata": PICKLE,
             "weights/__0_0.distcp": ZIP,
             "weights/common.pt": ZIP,
+        },
+    ),
+    "megatron": Subject(
+        make=make_megatron,
+        read=verb("convert", "from-megatron", "FOLDER", "OUT"),
+        accepted=imported_as_torch_reads_it,
+        files={
+            "latest_checkpointed_iteration.txt": m.ANY,
+            "release/.metadata": PICKLE,
+            "release/__0_0.distcp": ZIP,
+            "release/common.pt": ZIP,
+            "release/metadata.json": JSON,
         },
     ),
     "train_state": Subject(
