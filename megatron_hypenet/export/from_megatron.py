@@ -39,6 +39,9 @@ _KIND = FileKind(
     advice="the checkpoint is damaged, restore it or use another one",
     max_bytes=1 << 16,
 )
+_MAX_GROUPS = 1 << 17
+"""Largest accepted number of groups in all layers together: a hundred times that of any model, and
+some tens of MB for the rows of a damaged one."""
 _ITERATION = re.compile(r"[0-9]{1,12}")
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -261,6 +264,11 @@ def _sizes(folder: Path, shapes: Shapes) -> dict[str, Any]:
     part = _first_layer(names.FC1_PARTS[0])
     ffn = shapes[part][0] if part in shapes else shape(_first_layer(names.FC1), 2)[0] // 2
     num_layers = min(max(layers) + 1, MAX_LAYERS)
+    if num_layers * groups > _MAX_GROUPS:
+        raise ConversionError(
+            f"{folder}: its tensors have {groups:,} groups in {num_layers:,} layers, more than any "
+            "model; the checkpoint is damaged or no model of Qwen3's form"
+        )
     return {
         "num_layers": num_layers,
         "hidden_size": hidden,

@@ -251,6 +251,23 @@ def test_other_tensors_are_refused(tmp_path, change, message):
     refused(tmp_path, message)
 
 
+def test_shapes_of_no_model_are_refused_before_rows_are_counted(tmp_path):
+    """65,536 groups of two channels in a layer, and the name of a layer 9,999."""
+    tensors = {
+        "embedding.word_embeddings.weight": torch.zeros(2, 1),
+        "decoder.layers.0.self_attention.q_layernorm.weight": torch.zeros(2),
+        "decoder.layers.0.self_attention.linear_proj.weight": torch.zeros(1, 2 << 16),
+        "decoder.layers.0.self_attention.linear_qkv.weight": torch.zeros(6 << 16, 1),
+        "decoder.layers.0.mlp.linear_fc1.weight": torch.zeros(2, 1),
+        "decoder.layers.9999.mlp.linear_fc1.weight": torch.zeros(2, 1),
+    }
+    (tmp_path / "m").mkdir()
+    shards = [Shard.whole(name, tensor) for name, tensor in tensors.items()]
+    plan = ShardWrite(tmp_path / "m", shards, alone=True)
+    plan.finish([plan.write()], common_state(arguments()))
+    refused(tmp_path, "65,536 groups in 10,000 layers, more than any model")
+
+
 def test_the_save_that_the_tracker_names_is_found(tmp_path):
     save_7 = write(tmp_path / "m" / "iter_0000007")
     tracker = tmp_path / "m" / "latest_checkpointed_iteration.txt"
