@@ -130,6 +130,12 @@ def commit(temporary: Path, target: Path, *, overwrite: bool) -> None:
     fsync_path(temporary / COMMITTED)
     fsync_path(temporary)
     refuse_existing(target, overwrite)
+    put_in_place(temporary, target)
+
+
+def put_in_place(temporary: Path, target: Path) -> None:
+    """Rename the folder `temporary` to `target`. A folder that is there comes back if the rename
+    fails, and is deleted after it."""
     aside = None
     if target.exists():
         aside = temporary_beside(target, kind="old")

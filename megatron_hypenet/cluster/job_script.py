@@ -57,7 +57,7 @@ def job_scripts(
     run_folder: Path, cluster: ClusterConfig, *, chain: bool, on_event: Sequence[str] = ()
 ) -> list[JobScript]:
     """Return the scripts of a run in order, from the configuration in its folder; `chain` gives
-    every training stage a job of its own, and `on_event` has the commands that are told of a new
+    every training stage a job of its own, and `on_event` has the commands that run at a new
     start.
 
     Raises ConfigError for paths that a job script cannot hold.

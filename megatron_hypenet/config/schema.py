@@ -581,7 +581,7 @@ class RunConfig(Section):
     guard: GuardConfig = Field(default=GuardConfig(), description="Guards.")
     on_event: tuple[str, ...] = Field(
         default=(),
-        description="Shell commands that are told when a stage is done, the run is done, has "
+        description="Shell commands that run when a stage is done, the run is done, has "
         "stopped or failed, or a job starts again: they get HYPENET_EVENT (stage_done, run_done, "
         "stopped, failed, requeued), HYPENET_RUN, HYPENET_STEP and HYPENET_MESSAGE.",
     )

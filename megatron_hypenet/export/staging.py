@@ -3,14 +3,13 @@ own way, with a marker (checkpoint/format.py)."""
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_hypenet.atomic_files import temporary_beside
-from megatron_hypenet.checkpoint.format import fsync_tree
+from megatron_hypenet.checkpoint.format import fsync_tree, put_in_place
 from megatron_hypenet.errors import ConversionError, SetupError, is_disk_full
 
 
@@ -30,11 +29,7 @@ def staged(target: Path, *, refuse: Callable[[], None]) -> Iterator[Path]:
         yield temporary
         fsync_tree(temporary)
         refuse()
-        aside = temporary_beside(target, kind="old")
-        if target.exists():
-            os.replace(target, aside)
-        os.replace(temporary, target)
-        shutil.rmtree(aside, ignore_errors=True)
+        put_in_place(temporary, target)
     except OSError as error:
         if is_disk_full(error):
             raise SetupError(

@@ -77,7 +77,6 @@ def test_a_node_that_cannot_write_is_to_be_left_out(cluster, config, tmp_path):
     assert f"problem: n2 (rank 1): writing to {tmp_path}: [Errno 27] File too large" in said
     assert "error: 1 node is not fit to train with the others; leave out: --exclude=n2" in said
 
-
     # a job of a run beside the note goes to the other nodes; it waits, so that it costs nothing
     out = tmp_path / "run"
     words = ("cluster.requeue.exclude_faulty=1", "cluster.sbatch_args=['--begin=now+1hour']")

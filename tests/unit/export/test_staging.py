@@ -1,6 +1,8 @@
 """A folder appears whole or not at all."""
 
 import errno
+import os
+from pathlib import Path
 
 import pytest
 
@@ -42,4 +44,25 @@ def test_what_appeared_meanwhile_is_kept(tmp_path):
 
     with pytest.raises(ConversionError, match="exists"), staged(tmp_path / "out", refuse=refuse):
         (tmp_path / "out").mkdir()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_was_there_comes_back_where_the_rename_fails(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/file").write_text("old")
+    rename = os.replace
+
+    def failing(source, target):
+        if Path(target) == tmp_path / "out" and not (tmp_path / "out").exists() and failures:
+            raise failures.pop()
+        rename(source, target)
+
+    failures = [OSError(errno.EIO, "Input/output error")]
+    monkeypatch.setattr(os, "replace", failing)
+    with (
+        pytest.raises(ConversionError, match="Input/output error"),
+        staged(tmp_path / "out", refuse=lambda: None) as temporary,
+    ):
+        (temporary / "file").write_text("new")
+    assert (tmp_path / "out/file").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
