@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from launchers.launch import Launch
 
 WORDS: ContextVar[tuple[str, ...]] = ContextVar("words after `hypenet`", default=())
-"""The command line that is being done; cli/main.py sets it."""
+"""The words of this process's command line; cli/main.py sets it."""
 
 LAUNCHERS = ("local", "hostfile")
 """What --launcher takes; SLURM has `hypenet submit`."""

@@ -66,7 +66,7 @@ class Layout:
     def tensor_sizes(self) -> dict[str, int]:
         """Return the sizes of the model, by name, that the tensor-parallel size must divide: those
         of every mixer, vocabulary and MLP."""
-        assert self.model is not None, "rules about the model are asked with a model only"
+        assert self.model is not None, "rules about the model are checked with a model only"
         slices = {
             name: size
             for spec in self.mixers
@@ -82,7 +82,7 @@ class Layout:
     def mixers(self) -> tuple[MixerSpec, ...]:
         """Return the mixers that the model's layers have, softmax attention first, and the one that
         stage 1 trains."""
-        assert self.model is not None, "rules about the model are asked with a model only"
+        assert self.model is not None, "rules about the model are checked with a model only"
         found = {name: self.model.spec(name) for name in (ATTENTION, *self.model.used_mixers)}
         for settings in map(self.run.stage, self.stages):
             if isinstance(settings, AlignConfig):

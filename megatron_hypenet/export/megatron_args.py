@@ -1,5 +1,5 @@
 """The arguments that Megatron-LM stores with a checkpoint: what `--use-checkpoint-args` reads, and
-what a conversion from Megatron knows of a model besides its tensors.
+what a conversion from Megatron needs to know of a model besides its tensors.
 
 They are an `argparse.Namespace` in the pickle `common.pt` (megatron-core up to 0.18), or in the
 object `common_state` among the tensors (from 0.19 on). That pickle is never unpickled: it is read

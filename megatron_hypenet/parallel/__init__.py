@@ -1,2 +1,2 @@
-"""Everything that knows about ranks: process groups, sharded norms and losses, and Megatron-core on
+"""Everything that depends on ranks: process groups, sharded norms and losses, and Megatron-core on
 machines without CUDA."""

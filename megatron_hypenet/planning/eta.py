@@ -1,6 +1,6 @@
 """Estimate the work of each step of a run, and from measured speeds the time that is left.
 
-Work is counted in floating-point operations as in model/flops.py. A step that is being done is
+Work is counted in floating-point operations as in model/flops.py. A step that runs is
 extrapolated from its own speed. A step that has not begun takes its work over the speed of the
 steps that were measured, in this start or an earlier one (<run folder>/rates.json), scaled by how
 well its kind uses the machine; steps that move files take as long as the import of the teacher did.
@@ -131,7 +131,7 @@ def use_of(step: str) -> float:
 
 @dataclass(slots=True)
 class _Current:
-    """The step that is being done."""
+    """The step that runs."""
 
     name: str
     began: float

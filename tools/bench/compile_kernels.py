@@ -6,9 +6,9 @@ with what they have.
     PYTHONPATH=FOLDER python tools/bench/compile_kernels.py     # with another Triton:
                                       # pip install --no-deps --target FOLDER triton==3.2.0
 
-A kernel that does not compile, or wants too much, is a line with FAILED or OVER, and the exit code
-is 1. Some versions of Triton end the whole process instead: the kernel is then the one after the
-last line."""
+A kernel that does not compile, or needs too much memory, is a line with FAILED or OVER, and the
+exit code is 1. Some versions of Triton end the whole process instead: the kernel is then the one
+after the last line."""
 
 from __future__ import annotations
 
@@ -271,7 +271,7 @@ def compiled(job: Job, capability: int) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Compile, print a line for each kernel; 1 when one failed or wants too much."""
+    """Compile, print a line for each kernel; returns 1 when one failed or needs too much memory."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

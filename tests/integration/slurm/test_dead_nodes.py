@@ -1,7 +1,7 @@
-"""A node dies without a word in the middle of a stage: the run goes on elsewhere, and later on
+"""A node fails without a message in the middle of a stage: the run goes on elsewhere, and later on
 fewer nodes, to the same result.
 
-Prints the seconds from the death to each stage of the recovery (pytest -s).
+Prints the seconds from the failure to each stage of the recovery (pytest -s).
 """
 
 import json
