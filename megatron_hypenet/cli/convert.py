@@ -26,7 +26,7 @@ from megatron_hypenet.cli.convert_output import (
 from megatron_hypenet.cli.engines import Engine, VllmOption, vllm_process
 from megatron_hypenet.cli.options import DryRunOption, JsonOption, check_dtype
 from megatron_hypenet.config.bundled import bundled
-from megatron_hypenet.config.model import LogitsScaling, check_logits_scaling
+from megatron_hypenet.config.model import LogitsScaling, ModelConfig, check_logits_scaling
 from megatron_hypenet.errors import UsageError
 from megatron_hypenet.ownership import writing
 
@@ -175,7 +175,32 @@ def export_command(
                 workers=workers,
                 progress=progress,
             )
+            result["figures"] = _note_figures(plan.folder, plan.config, hf_dir)
     finish(result, plan.config, started, as_json)
+
+
+def _note_figures(checkpoint: Path, config: ModelConfig, hf_dir: Path) -> bool:
+    """Put the figures of the run that a checkpoint lies in into the model card; returns whether
+    there are any about this model as it is exported."""
+    from megatron_hypenet.checkpoint.places import run_around
+    from megatron_hypenet.export.model_card import add_figures
+    from megatron_hypenet.halo.report import report_on
+    from megatron_hypenet.halo.run_folder import RunFolder
+
+    run = run_around(checkpoint)
+    report = None if run is None else report_on(RunFolder(run), checkpoint)
+    if report is None:
+        return False
+    measured = report.get("attn_logits_scaling")
+    if measured != config.attn_logits_scaling:
+        word = "off" if measured is None else str(measured)
+        progress(
+            f"note: the run's figures are of the logit scaling {word} and stay out of the model "
+            f"card; --attn-logits-scaling '{word}' exports that model"
+        )
+        return False
+    add_figures(hf_dir, report)
+    return True
 
 
 @app.command("verify")

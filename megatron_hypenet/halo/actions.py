@@ -30,6 +30,7 @@ from megatron_hypenet.halo.report import (
     draw_importance,
     read_report,
     row_line,
+    student_row,
     write_report,
 )
 from megatron_hypenet.halo.report_data import run_data
@@ -339,8 +340,11 @@ class Halo:
         return {
             "teacher": lambda: build_stage.load_teacher(self.run, self.folder.teacher),
             "all layers converted": self._all_converted,
-            "student after stage 2": lambda: self._student("distill"),
-            "student after stage 3": lambda: self._student("finetune"),
+            **{
+                student_row(stage): partial(self._student, stage)
+                for stage in STAGES
+                if stage_spec(stage).through_head
+            },
         }
 
     def _student(self, stage: str) -> HypeNetModel:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
 
 from megatron_hypenet.atomic_files import write_json
 from megatron_hypenet.config.mixers.softmax_attn import ATTENTION
-from megatron_hypenet.config.schema import RunConfig
+from megatron_hypenet.config.schema import STAGES, RunConfig
 from megatron_hypenet.errors import DataError
 from megatron_hypenet.halo.run_folder import RunFolder
 from megatron_hypenet.halo.task_runner import read_json, software
 from megatron_hypenet.stages.select import Selection
-from megatron_hypenet.untrusted.files import FileKind
+from megatron_hypenet.untrusted.files import FileKind, has_entry
 from megatron_hypenet.untrusted.json_text import read_object, typed
 
 FORMAT_VERSION = 1
@@ -116,6 +117,27 @@ def read_report(folder: RunFolder) -> dict[str, Any]:
     if any(row.recall.keys() != rows[0].recall.keys() for row in rows):
         _REPORT.refuse(folder.report_file, "its rows have different context lengths")
     return content
+
+
+def student_row(stage: str) -> str:
+    """Return what the report calls the student after a training stage."""
+    return f"student after stage {STAGES.index(stage) + 1}"
+
+
+def report_on(folder: RunFolder, checkpoint: Path) -> dict[str, Any] | None:
+    """Return the content of report.json up to the row of the model in `checkpoint`, which lies in
+    the run; None where the report is not about it. DataError when the report is damaged."""
+    records = folder.records()
+    place = str(checkpoint.absolute().relative_to(folder.root.absolute()))
+    stages = [name for name in STAGES if records.get(name, {}).get("checkpoint") == place]
+    if not stages or "report" not in records or not has_entry(folder.report_file):
+        return None
+    content = read_report(folder)
+    names = [row["model"] for row in content["rows"]]
+    own = student_row(stages[0])
+    if own not in names:
+        return None
+    return {**content, "rows": content["rows"][: names.index(own) + 1]}
 
 
 def row_line(row: Mapping[str, Any]) -> str:

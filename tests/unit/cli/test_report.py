@@ -25,6 +25,15 @@ def test_a_report_is_shown_rebuilt_and_measured_again(finished, capsys):
     assert run(["report", str(finished)]) == 0
     assert "teacher" in capsys.readouterr().out and (finished / "report" / "report.png").is_file()
     assert (finished / "report" / "report.json").read_bytes() == before
+    # the model card of an export by hand has the figures that the run's own export has
+    card = (finished / "export" / "README.md").read_text().partition("## Figures")[2]
+    assert "student after stage 3" in card
+    words = ["convert", "export", str(finished), str(finished / "again")]
+    assert run([*words, "--attn-logits-scaling", "hype 500"]) == 0
+    assert (finished / "again" / "README.md").read_text().partition("## Figures")[2] == card
+    assert run([*words, "--attn-logits-scaling", "off", "--overwrite"]) == 0
+    assert "## Figures" not in (finished / "again" / "README.md").read_text()
+    assert "the run's figures are of the logit scaling hype 500" in capsys.readouterr().err
     (finished / "report" / "report.json").unlink()
     assert run(["report", str(finished), "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]

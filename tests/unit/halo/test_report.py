@@ -53,6 +53,27 @@ def test_the_report_is_written_into_the_run_folder(tmp_path):
     assert content["seconds"] == pytest.approx(3.0) and content["rows"] == ROWS
 
 
+def test_a_report_is_about_the_checkpoints_that_its_run_ended_with(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.prepare(config(folder.root))
+    rows = [{**ROWS[1], "model": report.student_row(stage)} for stage in ("distill", "finetune")]
+    assert [row["model"] for row in rows] == ["student after stage 2", "student after stage 3"]
+    content = {"rows": [ROWS[0], *rows], "seq_length": 16, "attention_layers": [0], "seconds": 1.0}
+    folder.report_file.parent.mkdir()
+    folder.report_file.write_text(json.dumps(content))
+    last = "finetune/checkpoints/iter_0000002"
+    for stage in ("distill", "finetune"):
+        place = f"{stage}/checkpoints/iter_0000002"
+        folder.record(stage, "f", seconds=2.0, software={}, checkpoint=place)
+    assert report.report_on(folder, folder.root / last) is None  # of an unfinished run
+    folder.record("report", "f", seconds=2.0, software={})
+    assert report.report_on(folder, folder.root / last) == content
+    earlier = report.report_on(folder, folder.root / "distill/checkpoints/iter_0000002")
+    assert earlier["rows"] == content["rows"][:2]
+    for other in ("finetune/checkpoints/iter_0000001", "assembled"):
+        assert report.report_on(folder, folder.root / other) is None
+
+
 def test_a_row_reads_as_one_line():
     assert (
         report.row_line(ROWS[1]) == "student: held-out loss 3.3000, recall in %: 1x 97.0, 2x 80.0"
