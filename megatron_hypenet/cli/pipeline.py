@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_hypenet.cli import processes
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.config.schema import RunConfig
-from megatron_hypenet.errors import CheckpointError, UsageError
+from megatron_hypenet.errors import CheckpointError, SetupError, UsageError
 from megatron_hypenet.process_place import under_way
 
 if TYPE_CHECKING:
@@ -267,11 +267,24 @@ def checked(
     )
     check_run(shape, run, None if follows else num_processes)
     identity_of([source.path for source in run.data.every_source])
+    check_trackers(run)
     # processes that others start later (`world_size`) are not those that this environment tells of
     if world_size or (not under_way() and processes.join() is None):
         check_data(run, again=overwrite, on_gpus=on_gpus)
     lines = [] if overwrite or as_it_is else changed(run, folder, redo_from, init).lines()
     return Checked(shape, num_processes, tuple(lines))
+
+
+def check_trackers(run: RunConfig) -> None:
+    """Raise SetupError where a tracker is asked for whose library is not installed."""
+    import importlib.util
+
+    for name in type(run.trackers).model_fields:
+        if getattr(run.trackers, name) is not None and importlib.util.find_spec(name) is None:
+            raise SetupError(
+                f"trackers.{name} is set, and Python finds no module {name}; "
+                "pip install 'megatron-hypenet[trackers]', or leave the setting out"
+            )
 
 
 def check_data(run: RunConfig, *, again: bool, on_gpus: bool | None = None) -> None:

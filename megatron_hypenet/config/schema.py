@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import (
     BaseModel,
@@ -37,6 +38,7 @@ NotNegative = Annotated[float, Field(ge=0, strict=True)]
 BelowOne = Annotated[float, Field(ge=0, lt=1, strict=True)]
 Percent = Annotated[float, Field(gt=0, le=100, strict=True)]
 Switch = Annotated[bool, Field(strict=True)]
+Name = Annotated[str, Field(min_length=1)]
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -544,6 +546,44 @@ class GuardConfig(Section):
     )
 
 
+class WandbConfig(Section):
+    """Weights & Biases; WANDB_API_KEY or `wandb login` gives the key."""
+
+    project: Name = Field(description="Project that gets the run's stages, in a group of its name.")
+    entity: Name | None = Field(
+        default=None, description="User or team; null is the default of the account."
+    )
+    mode: Literal["online", "offline"] = Field(
+        default="online",
+        description="offline writes to tb/wandb in the run folder, which `wandb sync` sends later.",
+    )
+
+
+class MlflowConfig(Section):
+    """MLflow; MLFLOW_TRACKING_TOKEN, or _USERNAME and _PASSWORD, give access to a server."""
+
+    uri: Name = Field(
+        description="Address of a server (https://...), or a folder in which MLflow keeps files."
+    )
+    experiment: Name = Field(default="hypenet", description="Experiment that gets the run.")
+
+    @model_validator(mode="after")
+    def _without_password(self) -> Self:
+        if "@" in urlsplit(self.uri).netloc:
+            raise ValueError(
+                "uri holds a user or password, and the configuration is shown in logs: set "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
+            )
+        return self
+
+
+class TrackersConfig(Section):
+    """Where points go besides TensorBoard and metrics.jsonl; needs the extra `trackers`."""
+
+    wandb: WandbConfig | None = Field(default=None, description="Weights & Biases.")
+    mlflow: MlflowConfig | None = Field(default=None, description="MLflow.")
+
+
 class RunConfig(Section):
     """A whole HALO run: teacher in, Hugging Face HypeNet out."""
 
@@ -579,6 +619,9 @@ class RunConfig(Section):
         default=ExportConfig(), description="Export to Hugging Face format."
     )
     guard: GuardConfig = Field(default=GuardConfig(), description="Guards.")
+    trackers: TrackersConfig = Field(
+        default=TrackersConfig(), description="Trackers besides TensorBoard."
+    )
     on_event: tuple[str, ...] = Field(
         default=(),
         description="Shell commands that run when a stage is done, the run is done, has "

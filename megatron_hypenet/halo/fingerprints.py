@@ -32,6 +32,7 @@ MAY_CHANGE = (
     "guard.*",
     "eval.gate.*",
     "on_event",
+    "trackers.*",
 )
 """Settings that may differ when a run continues: they change where and how fast the run computes,
 when it is given up, or where its input lies, but not its results (up to rounding). Input files are

@@ -4,6 +4,9 @@ versions as text, pictures, and the table of settings and results."""
 from __future__ import annotations
 
 import fnmatch
+import hashlib
+import importlib
+import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +16,7 @@ import torch
 
 from megatron_hypenet.config.loader import dump_config
 from megatron_hypenet.config.schema import RunConfig
+from megatron_hypenet.errors import SetupError
 from megatron_hypenet.halo.fingerprints import flat_settings
 from megatron_hypenet.halo.report import read_report
 from megatron_hypenet.halo.run_folder import RunFolder
@@ -20,8 +24,10 @@ from megatron_hypenet.halo.task_runner import software
 from megatron_hypenet.parallel import groups
 from megatron_hypenet.parallel.cpu import device
 from megatron_hypenet.training.tags import BY_LENGTH, LM_LOSS, RECALL, REPORT, TASKS
-from megatron_hypenet.training.trackers.base import Tracker
+from megatron_hypenet.training.trackers.base import Guarded, Tracker
 from megatron_hypenet.training.trackers.tensorboard import TensorBoard
+
+logger = logging.getLogger(__name__)
 
 SELECTION = "selection"
 RESULTS = "report"
@@ -41,7 +47,8 @@ def of_stage(
 ) -> list[Tracker]:
     """Open the trackers of a training stage for the steps after `step`, and show in them what it
     runs with; `layers` per pipeline stage."""
-    trackers: list[Tracker] = [TensorBoard(folder.tensorboard / stage, step, layout=True)]
+    board = TensorBoard(folder.tensorboard / stage, step, layout=True)
+    trackers = [board, *_services(run, folder, stage)]
     for tracker in trackers:
         for tag, text in texts(run, layers).items():
             tracker.text(tag, text)
@@ -129,4 +136,36 @@ def _anew(run: RunConfig, folder: RunFolder, part: str) -> list[Tracker]:
     """Open the trackers of a part that is shown as a whole, in the place of an earlier one."""
     place = folder.tensorboard / part
     shutil.rmtree(place, ignore_errors=True)
-    return [TensorBoard(place)]
+    try:
+        return [TensorBoard(place), *_services(run, folder, part)]
+    except SetupError as error:  # the work is done, and a service is no reason to lose it
+        logger.warning("WARNING: %s", error)
+        return [TensorBoard(place)]
+
+
+def _services(run: RunConfig, folder: RunFolder, part: str) -> list[Tracker]:
+    """Open what `trackers` asks for. A part has the same name in every start of a run. Raises
+    SetupError for a library that is missing, and for a service that does not take the run."""
+    group = folder.root.absolute().name
+    place = f"{folder.root.absolute()}/{part}"
+    run_id = hashlib.sha256(place.encode()).hexdigest()[:16]
+    opened: list[Tracker] = []
+    for name, kind, config in (
+        ("wandb", "Wandb", run.trackers.wandb),
+        ("mlflow", "Mlflow", run.trackers.mlflow),
+    ):
+        if config is None:
+            continue
+        module = importlib.import_module(f"megatron_hypenet.training.trackers.{name}")
+        options = {"folder": folder.tensorboard} if name == "wandb" else {}
+        try:
+            tracker = getattr(module, kind)(
+                config, run_id=run_id, group=group, part=part, **options
+            )
+        except Exception as error:  # whatever a foreign client raises
+            raise SetupError(
+                f"trackers.{name}: {type(error).__name__}: {error}; set trackers.{name}=null to "
+                "run without it"
+            ) from error
+        opened.append(Guarded(tracker))
+    return opened

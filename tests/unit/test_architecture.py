@@ -36,6 +36,8 @@ LIBRARY_PLACES = {
     "deepspeed": {"engine.deepspeed"},
     "tensorboard": {"training.trackers.tensorboard"},
     "torch.utils.tensorboard": {"training.trackers.tensorboard"},
+    "wandb": {"training.trackers.wandb"},
+    "mlflow": {"training.trackers.mlflow"},
     "megatron.core.parallel_state": {"parallel.groups"},
     "matplotlib": {"eval.plots"},
     "typer": {"cli"},

@@ -185,3 +185,11 @@ def test_evaluations_are_few_and_cheap_unless_their_interval_is_set():
     assert run.eval_every(run.finetune) > run.finetune.train_iters
     forward_of_training = 3 * run.distill.tokens_per_step * run.eval_every(run.distill)
     assert (16 * 2 + 32) * 512 < forward_of_training / 20
+
+
+def test_a_password_in_an_address_is_refused_and_not_repeated():
+    settings = {**RUN, "trackers": {"mlflow": {"uri": "https://me:hunter2@mlflow.example/x"}}}
+    with pytest.raises(ValidationError, match="MLFLOW_TRACKING_PASSWORD"):
+        RunConfig.model_validate(settings)
+    kept = RunConfig.model_validate({**RUN, "trackers": {"mlflow": {"uri": "runs/mlflow"}}})
+    assert kept.trackers.mlflow.experiment == "hypenet" and kept.trackers.wandb is None

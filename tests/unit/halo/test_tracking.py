@@ -7,6 +7,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_hypenet.config.schema import ParallelConfig
+from megatron_hypenet.errors import SetupError
 from megatron_hypenet.halo import tracking
 from megatron_hypenet.halo.run_folder import RunFolder
 from megatron_hypenet.parallel import groups
@@ -86,3 +87,29 @@ def test_an_evaluation_is_shown_by_model_over_the_context_length(folder, tmp_pat
         "tasks/quiz/generation": [(0, 25.0)],
     }
     assert len(EventAccumulator(str(place / "run")).Reload().Images("tasks/figure")) == 1
+
+
+def test_a_service_that_fails_stops_a_stage_before_it_begins_and_not_a_report(
+    folder, tmp_path, caplog
+):
+    (tmp_path / "file").touch()  # in the place of a store
+    run = config(folder.root, trackers={"mlflow": {"uri": str(tmp_path / "file")}})
+    with pytest.raises(SetupError, match="trackers.mlflow: .*trackers.mlflow=null"):
+        tracking.of_stage(run, folder, "distill", [2, 1], 0)
+    folder.importance_plot.parent.mkdir(parents=True)
+    folder.importance_plot.write_bytes(PNG)
+    tracking.show_selection(run, folder)
+    assert "trackers.mlflow" in caplog.text
+    assert (folder.tensorboard / "selection").is_dir()
+
+
+def test_a_service_gets_what_tensorboard_gets(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    run = config(folder.root, trackers={"mlflow": {"uri": str(tmp_path / "store")}})
+    for tracker in tracking.of_stage(run, folder, "distill", [2, 1], 0):
+        tracker.scalars(1, {"train/kl": 0.5})
+        tracker.close()
+    assert scalars(folder.tensorboard / "distill")["train/kl"] == [(1, 0.5)]
+    (file,) = (tmp_path / "store").rglob("train/kl")
+    assert file.read_text().split()[1:] == ["0.5", "1"]
+    assert list((tmp_path / "store").rglob("run/config.txt"))

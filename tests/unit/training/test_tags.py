@@ -5,7 +5,7 @@ import re
 
 from megatron_hypenet.config.schema import STAGES
 from megatron_hypenet.stages.spec import stage_spec
-from megatron_hypenet.training.tags import LAYOUT, TAGS, TEACHER, tag_of
+from megatron_hypenet.training.tags import IMAGES, LAYOUT, TAGS, TEACHER, TEXTS, tag_of
 
 
 def test_a_tag_stands_for_one_quantity():
@@ -47,3 +47,16 @@ def test_unknown_names_are_not_guessed():
     assert tag_of("loss") is None and tag_of("train/kl/x") is None
     assert tag_of("align-layers/07").name == "align-layers/*"
     assert tag_of("report/recall-8x").unit == "%"
+
+
+def test_the_documentation_has_the_same_tables(repo_root):
+    page = (repo_root / "docs" / "monitoring.md").read_text(encoding="utf-8")
+    rows = {line for line in page.splitlines() if line.startswith("|")}
+    wanted = [f"| `{tag.name}` | {tag.unit} | {tag.meaning} |" for tag in TAGS]
+    wanted += [f"| `{name}` | {meaning} |" for name, meaning in {**TEXTS, **IMAGES}.items()]
+    for category, charts in LAYOUT.items():
+        for number, (title, tags) in enumerate(charts.items()):
+            shown = ", ".join(f"`{tag}`" for tag in tags)
+            wanted.append(f"| {category if number == 0 else ''} | {title} | {shown} |")
+    assert [row for row in wanted if row not in rows] == []
+    assert len(rows) == len(wanted) + 3 + 2, "three headings, two kinds of lines below"
