@@ -4,6 +4,7 @@ without a GPU and without weights."""
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -23,7 +24,7 @@ from megatron_hypenet.cli.options import (
 from megatron_hypenet.config.layout import SEQUENCE, ZERO, Layout
 from megatron_hypenet.config.loader import load_model_config, load_run_config
 from megatron_hypenet.config.paths import download_hint
-from megatron_hypenet.config.schema import STAGES, RunConfig
+from megatron_hypenet.config.schema import RunConfig
 from megatron_hypenet.errors import CheckpointError, LayoutError, UsageError
 
 if TYPE_CHECKING:
@@ -49,6 +50,24 @@ def plan(
     cp: ContextParallelOption = None,
     model: ShapeOption = None,
     world_size: WorldSizeOption = None,
+    gpus: Annotated[
+        int | None,
+        typer.Option(
+            "--gpus",
+            min=1,
+            metavar="N",
+            help="Plan for N GPUs with the layout that is estimated fastest, whatever the "
+            "configuration says of one.",
+        ),
+    ] = None,
+    scale_batch: Annotated[
+        bool,
+        typer.Option(
+            "--scale-batch",
+            help="Where a stage's batch has too few sequences for N GPUs, take more of them in "
+            "fewer steps: as many tokens in all.",
+        ),
+    ] = False,
     gpu_memory: Annotated[
         float,
         typer.Option(
@@ -71,21 +90,26 @@ def plan(
     """Say how much GPU memory each training stage takes, whether it fits, which layouts do, and how
     many hours and how much of the disk a run takes.
 
-    For bfloat16 on CUDA, from shapes alone; needs no GPU, no weights and no data. Hours are for the
-    share of the GPU's peak that each stage reached on an H100. Exit code 3 when a stage does not
-    fit.
+    For bfloat16 on CUDA, from shapes alone; needs no GPU, no weights and no data. Times are
+    estimates from rates measured on one and two H100s (docs/scaling.md). Exit code 3 when a stage
+    does not fit.
 
-    Example:
+    Examples:
+
+      hypenet plan configs/run/distill_9b.yaml teacher=/models/Qwen3-8B data=corpus
+        --model configs/model/hypenet_9b.yaml --gpus 64 --scale-batch
 
       hypenet plan configs/run/distill_2b.yaml teacher=/models/Qwen3-1.7B data=corpus
         --model configs/model/hypenet_9b.yaml --world-size 8 parallel.zero_stage=2
         distill.recompute=full finetune.recompute=full
     """
-    from megatron_hypenet.training.throughput import PEAK_BF16, peak_flops
+    from megatron_hypenet.planning.machine import machine
 
-    peak = peak_flops(gpu)
-    if peak is None:
-        raise UsageError(f"--gpu {gpu}: its peak is not known; use one of {', '.join(PEAK_BF16)}")
+    rates = machine(gpu)
+    if gpus is not None and world_size is not None:
+        raise UsageError("--gpus chooses a layout, --world-size keeps the configured one; give one")
+    if scale_batch and gpus is None:
+        raise UsageError("--scale-batch is for --gpus N")
     run = load_run_config(config, collect_overrides(overrides, tp=tp, pp=pp, cp=cp))
     shape = load_model_config(model) if model else shape_if_present(run.teacher)
     if shape is None:
@@ -93,7 +117,8 @@ def plan(
             f"teacher {run.teacher} is not here, and its shape is needed; "
             f"name one with --model configs/model/NAME.yaml{download_hint(run.teacher)}"
         )
-    check_and_warn(run, shape, world_size)
+    if gpus is None:
+        check_and_warn(run, shape, world_size)
     from megatron_hypenet.halo.run_folder import RunFolder
     from megatron_hypenet.halo.tasks import halo_steps
     from megatron_hypenet.planning.disk import disk_need, text_bytes
@@ -103,21 +128,27 @@ def plan(
         fits,
         fullest,
         needs,
+        scaled_batches,
         teacher_and_student,
     )
 
-    layout = Layout(shape, run, world_size)
+    layout = Layout(shape, run, gpus or world_size)
+    if scale_batch:
+        layout = scaled_batches(layout)
+    others = fits(layout, gpu_memory * GIB, rates)
+    if gpus is not None:
+        if not others:
+            raise LayoutError(
+                f"no layout on {gpus} GPUs of {gpu_memory:g} GiB fits and divides the batches; "
+                + ("use other --gpus" if scale_batch else "try --scale-batch, or other --gpus")
+            )
+        layout = layout.changed(others[0].change)
+    run = layout.run
     found = needs(layout)
-    others = fits(layout, gpu_memory * GIB)
     top = fullest(found)
     steps = [step.name for step in halo_steps(run, RunFolder(run.output_dir))]
     teacher, _ = teacher_and_student(shape, run.align.spec)
-    hours = hours_of(
-        planned_work(run, teacher, steps),
-        gpus=layout.processes,
-        peak=peak,
-        recompute={name: getattr(run.stage(name), "recompute", "none") for name in STAGES},
-    )
+    hours = hours_of(planned_work(run, teacher, steps), layout, rates)
     disk = disk_need(shape, run, text_bytes=text_bytes(run))
     if as_json:
         content = summary(layout, found, others, gpu_memory)
@@ -165,25 +196,48 @@ def table(layout: Layout, found: list[StageNeed]) -> list[str]:
 
 def hours_table(hours: list[Hours], gpu: str, gpus: int, price: float | None) -> list[str]:
     """Return one row per step that computes, and the sum."""
-    total = ("whole run", sum(row.hours for row in hours), sum(row.gpu_hours for row in hours))
-    heading = f"{'step':<10}{'hours':>10}{'GPU-hours':>12}" + (f"{'cost':>12}" if price else "")
+    from megatron_hypenet.planning.hours import Hours
+
+    whole = Hours(
+        step="whole run",
+        hours=sum(row.hours for row in hours),
+        gpu_hours=sum(row.gpu_hours for row in hours),
+    )
     lines = [
-        f"hours on {gpus} {gpu}, where each step reaches the share of the peak that it reached on "
-        "an H100; saves and moved files are left out",
-        heading,
+        f"estimated hours on {gpus} {gpu} (docs/scaling.md); saves and moved files are left out",
+        f"{'step':<10}{'hours':>10}{'GPU-hours':>12}"
+        + (f"{'cost':>12}" if price else "")
+        + f"{'s/step':>10}{'tokens/s/GPU':>14}{'MFU':>8}  most of a step",
     ]
-    for name, time, gpu_hours in [*((row.step, row.hours, row.gpu_hours) for row in hours), total]:
-        cost = f"{gpu_hours * price:12,.0f}" if price else ""
-        lines.append(f"{name:<10}{time:10.2f}{gpu_hours:12.1f}{cost}")
+    for row in [*hours, whole]:
+        line = f"{row.step:<10}{row.hours:10.2f}{row.gpu_hours:12.1f}"
+        if price:
+            line += f"{row.gpu_hours * price:12,.0f}"
+        if row.optimizer_step is not None:
+            line += f"{row.optimizer_step.total:10.3f}{row.tokens_per_second:14,.0f}"
+            line += f"{row.mfu:8.1%}  {row.optimizer_step.shares()}"
+        lines.append(line)
     return lines
 
 
-def hours_summary(hours: list[Hours], price: float | None) -> dict[str, dict[str, float]]:
+def hours_summary(hours: list[Hours], price: float | None) -> dict[str, dict[str, Any]]:
     """Return the hours by step, for machines."""
     return {
         row.step: {"hours": round(row.hours, 4), "gpu_hours": round(row.gpu_hours, 3)}
         | ({} if price is None else {"cost": round(row.gpu_hours * price, 2)})
+        | _step_summary(row)
         for row in hours
+    }
+
+
+def _step_summary(row: Hours) -> dict[str, Any]:
+    if row.optimizer_step is None:
+        return {}
+    return {
+        "step_seconds": round(row.optimizer_step.total, 6),
+        "tokens_per_second_per_gpu": round(row.tokens_per_second, 1),
+        "mfu": round(row.mfu, 4),
+        "seconds": {name: round(value, 6) for name, value in asdict(row.optimizer_step).items()},
     }
 
 
@@ -217,11 +271,12 @@ def advice(others: list[Fit], gpu_memory: float) -> list[str]:
     if not others:
         return [f"no layout on these GPUs fits {gpu_memory:g} GiB"]
     lines = [
-        f"layouts that fit {gpu_memory:g} GiB, least model parallelism first (the first "
+        f"layouts that fit {gpu_memory:g} GiB, fastest first by estimate (the first "
         f"{min(SHOWN, len(others))} of {len(others)}):"
     ]
     return lines + [
-        f"  {spelled(fit)}  ({fit.fullest.stage} {fit.fullest.memory.needed / GIB:.1f} GiB)"
+        f"  {spelled(fit)}  ({fit.hours:.2f} h, {fit.fullest.stage} "
+        f"{fit.fullest.memory.needed / GIB:.1f} GiB)"
         for fit in others[:SHOWN]
     ]
 
@@ -255,7 +310,12 @@ def summary(
         "fits": all(need.memory.needed <= gpu_memory * GIB for need in found),
         "stages": stages,
         "layouts_that_fit": [
-            {**fit.change, "stage": fit.fullest.stage, "needed": round(fit.fullest.memory.needed)}
+            {
+                **fit.change,
+                "stage": fit.fullest.stage,
+                "needed": round(fit.fullest.memory.needed),
+                "hours": round(fit.hours, 4),
+            }
             for fit in others
         ],
     }

@@ -1,4 +1,4 @@
-"""Find layouts whose training stages fit a GPU's memory, those that should be fastest first."""
+"""Find layouts whose training stages fit a GPU's memory, those that are estimated fastest first."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ from megatron_hypenet.config.mixers import MixerSpec
 from megatron_hypenet.config.mixers.softmax_attn import ATTENTION
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.config.schema import STAGES, HeadStageConfig, RunConfig
+from megatron_hypenet.planning.machine import Machine
 from megatron_hypenet.planning.memory import StageMemory, stage_memory
+from megatron_hypenet.planning.step_time import StepTime, step_time
 from megatron_hypenet.stages.spec import stage_spec
 
 SIZES = (1, 2, 4, 8)
@@ -45,6 +47,8 @@ class Fit:
 
     change: Change
     fullest: StageNeed
+    hours: float
+    """Estimated hours of the training stages."""
 
 
 def teacher_and_student(shape: ModelConfig, spec: MixerSpec) -> tuple[ModelConfig, ModelConfig]:
@@ -84,24 +88,64 @@ def needs(layout: Layout) -> list[StageNeed]:
     return found
 
 
+def step_times(layout: Layout, machine: Machine) -> dict[str, StepTime]:
+    """Return the estimated time of an optimizer step of each training stage of a valid layout with
+    a model."""
+    assert layout.model is not None and layout.dp_size is not None, (
+        "asked for valid layouts of a known model"
+    )
+    spec = layout.run.align.spec
+    teacher, student = teacher_and_student(layout.model, spec)
+    return {
+        name: step_time(
+            name,
+            teacher,
+            stage_spec(name).student_shape(teacher, student, spec),
+            layout.run.stage(name),
+            layout.parallel,
+            data_ranks=layout.dp_size,
+            machine=machine,
+        )
+        for name in layout.stages
+    }
+
+
 def fullest(found: Sequence[StageNeed]) -> StageNeed:
     """Return the stage that needs most."""
     return max(found, key=lambda need: need.memory.needed)
 
 
-def fits(layout: Layout, gpu_bytes: float) -> list[Fit]:
-    """Return every layout on these processes that obeys the rules and fits, in the estimated order
-    of
-    speed: little model parallelism first, then little recomputation, then a low ZeRO stage."""
+def fits(layout: Layout, gpu_bytes: float, machine: Machine) -> list[Fit]:
+    """Return every layout on these processes that obeys the rules and fits, the one whose training
+    stages are estimated to end first before the others."""
     found = []
     for change in _candidates(layout):
         changed = layout.changed(change)
         if layout_problems(changed):
             continue
         need = fullest(needs(changed))
-        if need.memory.needed <= gpu_bytes:
-            found.append(Fit(change, need))
-    return sorted(found, key=lambda fit: _cost(layout.changed(fit.change)))
+        if need.memory.needed > gpu_bytes:
+            continue
+        times = step_times(changed, machine)
+        seconds = sum(
+            changed.run.stage(name).train_iters * time.total for name, time in times.items()
+        )
+        found.append(Fit(change, need, seconds / 3600))
+    return sorted(found, key=lambda fit: (fit.hours, fit.change[ZERO]))
+
+
+def scaled_batches(layout: Layout) -> Layout:
+    """Return the run with batches that give every GPU a micro-batch, and as many fewer steps; a
+    stage whose batch is large enough stays as it is."""
+    change: dict[str, object] = {}
+    for name in layout.stages:
+        stage = layout.run.stage(name)
+        size = layout.processes * stage.micro_batch_size
+        if size > stage.global_batch_size:
+            sequences = stage.train_iters * stage.global_batch_size
+            change[f"{name}.global_batch_size"] = size
+            change[f"{name}.train_iters"] = max(1, round(sequences / size))
+    return layout.changed(change)
 
 
 def _candidates(layout: Layout) -> Iterator[Change]:
@@ -128,21 +172,3 @@ def _head_stages(run: RunConfig) -> dict[str, HeadStageConfig]:
     """Return the training stages that can recompute activations."""
     stages = {name: run.stage(name) for name in STAGES}
     return {name: stage for name, stage in stages.items() if isinstance(stage, HeadStageConfig)}
-
-
-def _cost(layout: Layout) -> tuple[int, ...]:
-    parallel = layout.parallel
-    recompute = max(RECOMPUTE.index(stage.recompute) for stage in _head_stages(layout.run).values())
-    full = recompute == len(RECOMPUTE) - 1  # a third more work
-    sizes = (
-        parallel.tensor_model_parallel_size,
-        parallel.pipeline_model_parallel_size,
-        parallel.context_parallel_size,
-    )
-    return (
-        full + parallel.model_parallel_size,
-        parallel.zero_stage == 3,
-        recompute,
-        parallel.zero_stage,
-        *sizes,
-    )

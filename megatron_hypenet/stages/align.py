@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from megatron_hypenet.config.mixers import MixerSpec
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.config.schema import StageConfig
-from megatron_hypenet.model.flops import BACKWARD, mixer_flops, mlp_flops
+from megatron_hypenet.model.flops import BACKWARD, mixer_flops
 from megatron_hypenet.model.hypenet import HypeNetModel
 from megatron_hypenet.model.pipeline_layout import layer_costs
 from megatron_hypenet.ops.dtypes import accumulation_dtype
@@ -35,7 +35,7 @@ from megatron_hypenet.stages.base import (
     local_tokens,
 )
 from megatron_hypenet.stages.footprint import COMPUTE_BYTES, Footprint, StageRank
-from megatron_hypenet.stages.spec import ModelSource, StageSpec, register_stage
+from megatron_hypenet.stages.spec import ModelSource, Passes, StageSpec, register_stage
 
 
 class AlignStage(StageModule):
@@ -131,22 +131,19 @@ class AlignSpec(StageSpec):
         known yet."""
         return teacher.converted(mixer)
 
-    def flops(self, teacher: ModelConfig, student: ModelConfig, seq_length: int) -> float:
-        """Count the FLOPs of the teacher's trunk up to the last mixer, and forward and backward of
-        every RNN mixer.
+    def passes(self, teacher: ModelConfig, student: ModelConfig) -> tuple[Passes, ...]:
+        """Return the teacher's trunk up to the last mixer, and every RNN mixer in both directions.
 
         The mixers' inputs are detached: only the output projection computes the gradient of its
         input; the input projections compute that of their weights alone."""
-        trunk = sum(mixer_flops(teacher, seq_length)) + (teacher.num_layers - 1) * mlp_flops(
-            teacher
+        return (
+            Passes(
+                model=teacher, projections=1, core=1, output=1, mlp=1, head=0, last_mlp=False
+            ),
+            Passes(
+                model=student, projections=2, core=3, output=3, mlp=0, head=0, compared=True
+            ),
         )
-        learned = 0.0
-        for name in student.mixer_types:
-            work = student.spec(name).flops(student, seq_length)
-            learned += (
-                work.total + (work.projections + work.output) + work.output + BACKWARD * work.core
-            )
-        return trunk + learned
 
     def layer_costs(
         self, teacher: ModelConfig, student: ModelConfig, seq_length: int

@@ -5,6 +5,7 @@ stage's specification adds up what it needs, and planning/memory.py turns the su
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from megatron_hypenet.config.model import ModelConfig
@@ -97,9 +98,10 @@ class StageRank:
         MLP."""
         hidden = model.hidden_size
         mlp = 3 * model.hidden_size * model.ffn_hidden_size + model.hidden_size
+        kinds = Counter(model.mixer_types[layer] for layer in self.layers)
         mixers = sum(
-            model.spec(model.mixer_types[layer]).num_parameters(model, self.tensor)
-            for layer in self.layers
+            count * model.spec(kind).num_parameters(model, self.tensor)
+            for kind, count in kinds.items()
         )
         own = (hidden + mlp) * len(self.layers)
         if trunk and self.last:

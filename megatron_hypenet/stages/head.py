@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from megatron_hypenet.config.mixers import MixerSpec
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.config.schema import HeadStageConfig
-from megatron_hypenet.model.flops import BACKWARD, forward_flops, head_flops, training_flops
+from megatron_hypenet.model.flops import BACKWARD, head_flops
 from megatron_hypenet.model.hypenet import HypeNetModel
 from megatron_hypenet.model.pipeline_layout import layer_costs
 from megatron_hypenet.parallel.vocab_loss.gradients import CHUNKS_PER_PRODUCT, chunk_size
@@ -31,7 +31,7 @@ from megatron_hypenet.stages.footprint import (
     Footprint,
     StageRank,
 )
-from megatron_hypenet.stages.spec import StageSpec, stage_spec
+from megatron_hypenet.stages.spec import Passes, StageSpec, stage_spec
 
 
 class HeadStage(StageModule):
@@ -146,11 +146,13 @@ class HeadSpec(StageSpec):
         """Return the student as it is."""
         return student
 
-    def flops(self, teacher: ModelConfig, student: ModelConfig, seq_length: int) -> float:
-        """Count the FLOPs of the student forward and backward, after the teacher forward where
-        there is one."""
-        before = forward_flops(teacher, seq_length) if self.needs_teacher else 0.0
-        return before + training_flops(student, seq_length)
+    def passes(self, teacher: ModelConfig, student: ModelConfig) -> tuple[Passes, ...]:
+        """Return the student forward and backward, after the teacher forward where there is one."""
+        frozen = Passes(model=teacher, projections=1, core=1, output=1, mlp=1, head=1)
+        trained = Passes(
+            model=student, projections=3, core=3, output=3, mlp=3, head=3, recomputes=True
+        )
+        return (frozen, trained) if self.needs_teacher else (trained,)
 
     def layer_costs(
         self, teacher: ModelConfig, student: ModelConfig, seq_length: int

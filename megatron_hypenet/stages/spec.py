@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from megatron_hypenet.config.mixers import MixerSpec
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.config.schema import STAGES, Recompute, StageConfig
+from megatron_hypenet.model.flops import head_flops, mlp_flops
 from megatron_hypenet.stages.footprint import Footprint, StageRank
 
 if TYPE_CHECKING:
@@ -37,6 +39,38 @@ class ModelSource(Protocol):
 
     def student(self, *, recompute: Recompute) -> HypeNetModel:
         """Return the student that the stage starts from."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Passes:
+    """How often a step of a stage computes each part of one model, in forward passes: 1 forward,
+    and in backward 1 each for the gradients of inputs and of weights."""
+
+    model: ModelConfig
+    projections: int
+    """Input projections of the mixers."""
+    core: int
+    """Operations between a mixer's projections."""
+    output: int
+    """Output projections of the mixers."""
+    mlp: int
+    head: int
+    last_mlp: bool = True
+    """Whether the last layer's MLP is computed."""
+    compared: bool = False
+    """Whether every mixer's output is compared with another model's."""
+    recomputes: bool = False
+    """Whether the stage's `recompute` setting applies: backward computes forward parts again."""
+
+    def flops(self, seq_length: int) -> float:
+        """Count the floating-point operations per token, without recomputation."""
+        model = self.model
+        total = (model.num_layers - (not self.last_mlp)) * self.mlp * mlp_flops(model)
+        for name in model.mixer_types:
+            work = model.spec(name).flops(model, seq_length)
+            total += self.projections * work.projections
+            total += self.core * work.core + self.output * work.output
+        return total + self.head * head_flops(model)
 
 
 class StageSpec(ABC):
@@ -67,9 +101,13 @@ class StageSpec(ABC):
         """Return the shape that trains, of a run whose finished student has the shape `student`."""
 
     @abstractmethod
+    def passes(self, teacher: ModelConfig, student: ModelConfig) -> tuple[Passes, ...]:
+        """Return what a step computes of each of its models; `student` is what trains
+        (`student_shape`)."""
+
     def flops(self, teacher: ModelConfig, student: ModelConfig, seq_length: int) -> float:
-        """Count the floating-point operations of a training step per token, over all ranks;
-        `student` is what trains (`student_shape`)."""
+        """Count the floating-point operations of a training step per token, over all ranks."""
+        return sum(passes.flops(seq_length) for passes in self.passes(teacher, student))
 
     @abstractmethod
     def layer_costs(

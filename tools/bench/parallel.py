@@ -1,12 +1,13 @@
-"""Layouts on two GPUs against one: the same numbers in bf16, and how well context parallelism
-scales stage 3.
+"""Layouts on two GPUs against one: the same numbers in bf16, how well context parallelism scales
+stage 3, and the speed of the other layouts.
 
     python tools/bench/parallel.py --out DIR         # two GPUs: HypeNet-2B layers, 64K and 128K
     python tools/bench/parallel.py --tiny --out DIR  # anywhere: two CPU processes, a tiny model
 
 Starts its own processes. Writes parallel_<gpu>_<yyyymm>.{json,md}. Efficiency is tokens/s of each
 GPU over those of one GPU with the same number of tokens of its own; "by work" counts FLOPs instead
-of tokens, because a token of a longer sequence attends to more."""
+of tokens, because a token of a longer sequence attends to more. For the other layouts it is the
+tokens/s of each GPU over those of one GPU that makes the same steps."""
 
 from __future__ import annotations
 
@@ -36,6 +37,8 @@ PARITY = {
     "DP2 ZeRO-1": (2, {"zero_stage": 1}),
     "DP2 ZeRO-3": (2, {"zero_stage": 3}),
 }
+OTHERS = ("one GPU", "TP2 + SP", "PP2", "DP2 ZeRO-3", "DP2 ZeRO-1")
+"""Layouts of the speed rows: steps of 8 sequences, as many on one GPU as on two."""
 
 
 def cases(tiny: bool) -> list[dict[str, Any]]:
@@ -91,6 +94,24 @@ def cases(tiny: bool) -> list[dict[str, Any]]:
                     "recompute": "full",
                 }
             )
+    for name in OTHERS:
+        processes, parallel = PARITY[name]
+        found.append(
+            {
+                "kind": "speed",
+                "layout": name,
+                "stage": "finetune",
+                "processes": processes,
+                "parallel": parallel,
+                **whole,
+                "seq_length": 64 if tiny else 16384,
+                "global_batch": 8,
+                "steps": 3,
+                "warmup": 1,
+                "by_name": False,
+                "recompute": "none",
+            }
+        )
     return found
 
 
@@ -249,6 +270,28 @@ def table(results: Sequence[dict[str, Any]]) -> str:
             f"{row['memory_gib']:.1f} | {share:.1%} | {by_work:.1%} "
             f"| {row['lightning_bytes_per_exchange']} |"
         )
+    speeds = [row for row in results if row["kind"] == "speed"]
+    if speeds:
+        lines += [
+            "",
+            "| layout | tokens x sequences | ms a step | tokens/s/GPU | MFU | memory GiB | "
+            "of one GPU |",
+            "|---|---|---|---|---|---|---|",
+        ]
+    for row in speeds:
+        sizes = f"{row['seq_length']} x {row['global_batch']}"
+        if "failed" in row:
+            lines.append(f"| {row['layout']} | {sizes} | failed | | | | |")
+            continue
+        each = row["tokens_per_second"] / row["processes"]
+        alone = [r for r in speeds if r["processes"] == 1 and "failed" not in r]
+        share = f"{each / alone[0]['tokens_per_second']:.1%}" if alone else "-"
+        seconds = sorted(row["seconds"])[len(row["seconds"]) // 2]
+        mfu = f"{row['mfu']:.1%}" if row["mfu"] else "-"
+        lines.append(
+            f"| {row['layout']} | {sizes} | {1e3 * seconds:.1f} | {each:.0f} | {mfu} | "
+            f"{row['memory_gib']:.1f} | {share} |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -259,7 +302,9 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--tiny", action="store_true", help="a tiny model on two CPU processes")
-    parser.add_argument("--only", default="", help="only cases of this kind: parity or efficiency")
+    parser.add_argument(
+        "--only", default="", help="only cases of this kind: parity, efficiency or speed"
+    )
     parser.add_argument("--stage", default="", help="only cases of this stage")
     parser.add_argument("--layout", action="append", help="only this layout; can be repeated")
     parser.add_argument(
@@ -278,7 +323,9 @@ def main() -> None:
                 json.dumps(
                     {
                         key: results[-1].get(key)
-                        for key in ("kind", "stage", "layout", "seq_length", "losses", "failed")
+                        for key in (
+                            "kind", "stage", "layout", "seq_length", "seconds", "losses", "failed"
+                        )  # fmt: skip
                     }
                 ),
                 flush=True,

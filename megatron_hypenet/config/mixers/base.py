@@ -160,6 +160,11 @@ class MixerSpec(BaseModel, ABC):
     """Chosen by a run that names no mixer; true for one recurrent mixer."""
     kernel_families: ClassVar[tuple[str, ...]] = ()
     """Kernel families that only layers with this mixer run."""
+    core_traffic: ClassVar[float] = 500.0
+    """Bytes per query channel and token that forward and backward of the operations between the
+    projections move, as far as time goes: their measured seconds on an H100 times its 3.0e12 bytes
+    per second. The default is that of operations that are not fused. Softmax attention's own
+    products are counted apart."""
     hf_keys: ClassVar[HfKeys]
 
     @abstractmethod

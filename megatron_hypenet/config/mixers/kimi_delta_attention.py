@@ -47,6 +47,7 @@ class KimiDeltaAttentionSpec(MixerSpec):
     """Taps of the convolution, needed with it; 4 is usual."""
 
     kernel_families = ("kimi_delta_attention",)
+    core_traffic = 940.0  # 10.5 ms a layer, 16,384 tokens: delta_mixers.py
     hf_keys = HfKeys(
         name="kda",
         spellings=("kimi_delta_attention",),

@@ -27,6 +27,7 @@ class SoftmaxAttnSpec(MixerSpec):
     """Grouped-query attention; its switches (`attn_use_rope` and others) are the model's."""
 
     recurrent = False
+    core_traffic = 65.0  # norms, RoPE and gate
     hf_keys = HfKeys(
         name=ATTENTION,
         prefix="attn_",

@@ -1,4 +1,4 @@
-"""Layouts that fit: they obey the rules, fit, and come in the order in which one would try them."""
+"""Layouts that fit: they obey the rules, fit, and the fastest by estimate comes first."""
 
 import pytest
 import yaml
@@ -8,7 +8,15 @@ from megatron_hypenet.config.layout import CONTEXT, PIPELINE, TENSOR, ZERO, Layo
 from megatron_hypenet.config.loader import load_run_config
 from megatron_hypenet.config.mixers import default_mixer
 from megatron_hypenet.config.model import ModelConfig
-from megatron_hypenet.planning.layout_search import fits, fullest, needs, teacher_and_student
+from megatron_hypenet.planning.layout_search import (
+    fits,
+    fullest,
+    needs,
+    scaled_batches,
+    step_times,
+    teacher_and_student,
+)
+from megatron_hypenet.planning.machine import H100
 
 GIB = 2**30
 
@@ -49,16 +57,33 @@ def test_every_stage_is_measured_where_it_needs_most(layout):
 
 def test_what_is_offered_obeys_the_rules_and_fits(layout):
     asked = layout("hypenet_9b", 8)
-    found = fits(asked, 79.1 * GIB)
+    found = fits(asked, 79.1 * GIB, H100)
     assert found and fullest(needs(asked)).memory.needed > 79.1 * GIB
+    assert [fit.hours for fit in found] == sorted(fit.hours for fit in found)
     for fit in found:
         changed = asked.changed(fit.change)
         assert not layout_problems(changed)
         assert fullest(needs(changed)).memory.needed == fit.fullest.memory.needed <= 79.1 * GIB
+    first = asked.changed(found[0].change)
+    times = step_times(first, H100)
+    seconds = sum(first.run.stage(name).train_iters * time.total for name, time in times.items())
+    assert found[0].hours == pytest.approx(seconds / 3600)
+
+
+def test_batches_grow_with_the_gpus_and_steps_shrink(layout):
+    asked = layout("hypenet_2b", 1024)
+    scaled = scaled_batches(asked).run
+    for name in ("align", "distill", "finetune"):
+        stage, before = scaled.stage(name), asked.run.stage(name)
+        assert stage.global_batch_size == 1024 * stage.micro_batch_size
+        tokens = stage.train_iters * stage.tokens_per_step
+        assert tokens == pytest.approx(before.train_iters * before.tokens_per_step, rel=0.01)
+    few = layout("hypenet_2b", 8)
+    assert scaled_batches(few).run == few.run, "these batches are large enough"
 
 
 def test_the_plainest_layout_comes_first(layout):
-    first = fits(layout("hypenet_2b", 8), 79.1 * GIB)[0].change
+    first = fits(layout("hypenet_2b", 8), 79.1 * GIB, H100)[0].change
     assert (first[TENSOR], first[PIPELINE], first[CONTEXT], first[ZERO]) == (1, 1, 1, 1)
     assert first["distill.recompute"] == first["finetune.recompute"] == "none"
-    assert fits(layout("hypenet_9b", 1), 79.1 * GIB) == []
+    assert fits(layout("hypenet_9b", 1), 79.1 * GIB, H100) == []
