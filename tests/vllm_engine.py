@@ -133,15 +133,30 @@ def inside(source: str):
 
 
 def engine(
-    work: Path, folder: Path, batches: list[list[list[int]]], *, fails: bool = False, **options
+    work: Path,
+    folder: Path,
+    batches: list[list[list[int]]],
+    *,
+    fails: bool = False,
+    aborted: tuple[int, ...] = (),
+    **options,
 ) -> dict:
     """Return the answers of a new engine to batches of prompts, one batch after the other: `tokens`
     and `cached` (tokens of the prompt that came from the prefix cache), by batch and prompt; with
-    `fails` the engine's output instead, as `said`."""
+    `fails` the engine's output instead, as `said`. Requests `aborted` of the first batch are given
+    before it with the others of that batch, and aborted half way; with `disable_log_stats=False`
+    the answer has the number of requests that were `preempted`."""
     order = work / "order.json"
     answer = work / "answer.json"
     order.write_text(
-        json.dumps({"folder": str(folder), "options": {**OPTIONS, **options}, "batches": batches})
+        json.dumps(
+            {
+                "folder": str(folder),
+                "options": {**OPTIONS, **options},
+                "batches": batches,
+                "aborted": aborted,
+            }
+        )
     )
     done = subprocess.run(
         [installed("python"), __file__, order, answer],
@@ -173,13 +188,25 @@ def answer(order: Path, target: Path) -> None:
     )
     tokens = []
     cached = []
+    if asked["aborted"]:
+        steps = llm.llm_engine
+        for place, ids in enumerate(asked["batches"][0]):
+            steps.add_request(str(place), {"prompt_token_ids": ids}, sampling)
+        for _ in range(NEW_TOKENS // 2):
+            steps.step()
+        steps.abort_request([str(place) for place in asked["aborted"]])
+        while steps.has_unfinished_requests():
+            steps.step()
     for batch in asked["batches"]:
         given = [{"prompt_token_ids": ids} for ids in batch]
         found = llm.generate(given, sampling, use_tqdm=False)
         tokens.append([list(one.outputs[0].token_ids) for one in found])
         cached.append([one.num_cached_tokens for one in found])
     seconds = [imported, started, time.monotonic() - start]
-    target.write_text(json.dumps({"tokens": tokens, "cached": cached, "seconds": seconds}))
+    counts = llm.get_metrics() if asked["options"].get("disable_log_stats") is False else []
+    preempted = sum(one.value for one in counts if one.name == "vllm:num_preemptions")
+    found = {"tokens": tokens, "cached": cached, "seconds": seconds, "preempted": preempted}
+    target.write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Requests of a step as vLLM describes them, and slots that several requests have in turn."""
 
 import pytest
+import torch
 
 from tests import vllm_engine as vllm
 
@@ -64,3 +65,20 @@ def test_requests_of_a_step():
 def test_without_a_prefix_cache_slots_are_used_again(same_tokens):
     options = {"enable_prefix_caching": False, "max_num_seqs": 2}
     assert same_tokens("lightning-attn", options) == [0] * len(vllm.PROMPT_TOKENS)
+
+
+@pytest.mark.slow
+def test_preempted_and_aborted_requests_leave_the_others_their_states(tmp_path):
+    """Twelve blocks of 64 tokens hold the prompts and not what is generated: requests lose their
+    slots and are computed again, and slots of aborted ones are taken over."""
+    folder = vllm.write_folder(tmp_path / "folder", "lightning-attn")
+    generator = torch.Generator().manual_seed(3)
+    prompts = [
+        torch.randint(127, (length,), generator=generator).tolist()
+        for length in (120, 250, 60, 190)
+    ]
+    right = vllm.reference(folder, prompts)
+    small = {"num_gpu_blocks_override": 12, "disable_log_stats": False}
+    found = vllm.engine(tmp_path, folder, [prompts, prompts[::-1]], aborted=(1, 2), **small)
+    assert found["tokens"] == [right, right[::-1]]
+    assert found["preempted"] > 0
