@@ -42,7 +42,7 @@ class TensorBoard(Tracker):
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Add the values at `step`; the first value of a tag carries its unit and meaning."""
-        from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+        from tensorboard.compat.proto.summary_pb2 import DataClass, Summary, SummaryMetadata
 
         found = []
         for name, value in values.items():
@@ -53,6 +53,8 @@ class TensorBoard(Tracker):
                 described = SummaryMetadata(
                     summary_description=f"{about.meaning} (unit: {about.unit})" if about else "",
                     plugin_data=SummaryMetadata.PluginData(plugin_name="scalars"),
+                    # TensorBoard's data server keeps descriptions of values with a class only
+                    data_class=DataClass.DATA_CLASS_SCALAR,
                 )
                 one.metadata.CopyFrom(described)
             found.append(one)

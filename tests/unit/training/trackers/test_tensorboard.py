@@ -5,6 +5,7 @@ import time
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.compat.proto.summary_pb2 import DataClass
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
@@ -67,6 +68,8 @@ def test_scalars_carry_their_meaning_once_and_texts_stay_as_they_are(tmp_path):
     (kl,) = [tag for tag in TAGS if tag.name == "train/kl"]
     about = events.SummaryMetadata("train/kl").summary_description
     assert about == f"{kl.meaning} (unit: nats per token)"
+    # without it the data server, which TensorBoard uses where it can, drops the description
+    assert events.SummaryMetadata("train/kl").data_class == DataClass.DATA_CLASS_SCALAR
     assert scalars(tmp_path)["train/kl"] == [(1, 0.5), (2, 1.0)]
     (text,) = events.Tensors("run/config/text_summary")
     assert text.tensor_proto.string_val[0].decode() == "    a: <b>\n      - c"
