@@ -5,16 +5,15 @@ Not a verb: every command that works on a run says it.
 
 from __future__ import annotations
 
-import shutil
-
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.config.schema import STAGES, ParallelConfig, RunConfig
 
 
 def banner(run: RunConfig, teacher: ModelConfig, num_processes: int) -> list[str]:
-    """Return lines with device, precision, processes, sizes, tokens and free disk; the device is
-    that of this process."""
+    """Return lines with device, precision, processes, sizes, tokens, and the disk that the run
+    takes beside the disk that is there; the device is that of this process."""
     from megatron_hypenet.halo.build_stage import compute_dtype
+    from megatron_hypenet.planning.disk import disk_need, free_bytes, size_text, text_bytes
 
     dtype = str(compute_dtype(run)).removeprefix("torch.")
     lines = [f"{device_name(num_processes)}, {dtype}; {layout_words(run, num_processes)}"]
@@ -32,8 +31,17 @@ def banner(run: RunConfig, teacher: ModelConfig, num_processes: int) -> list[str
             f"{stage.tokens_per_step:,} tokens a step, {stage.train_iters:,} steps, "
             f"{short(stage.tokens_per_step * stage.train_iters)} tokens"
         )
-    free = shutil.disk_usage(run.output_dir).free
-    lines.append(f"{short(total)} tokens in all; {free / 2**30:,.0f} GiB free in {run.output_dir}")
+    need = disk_need(teacher, run, text_bytes=text_bytes(run)).peak
+    there = free_bytes(run.output_dir)
+    lines.append(
+        f"{short(total)} tokens in all; takes up to {size_text(need)} in {run.output_dir}, where "
+        f"{size_text(there)} are free"
+    )
+    if there < need:
+        lines.append(
+            f"warning: the disk may become full; `hypenet plan {run.output_dir / 'config.yaml'}` "
+            "says what takes how much, checkpoint.finished=weights saves most"
+        )
     return lines
 
 

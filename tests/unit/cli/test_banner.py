@@ -32,7 +32,16 @@ def test_device_processes_tokens_and_disk_are_said(tmp_path, repo_root):
     assert lines[0].endswith("(tensor 2, data 2), ZeRO 2")
     assert lines[1].startswith("teacher 1.08 M parameters, ") and "lightning_attn" in lines[1]
     assert lines[4] == "finetune 2 x 512 = 1,024 tokens a step, 1,000 steps, 1.02 M tokens"
-    assert lines[5].startswith("1.02 M tokens in all; ") and str(tmp_path) in lines[5]
+    assert lines[5].startswith("1.02 M tokens in all; takes up to ") and str(tmp_path) in lines[5]
+    assert lines[5].endswith(" are free") and len(lines) == 6
+
+
+def test_a_disk_that_may_become_full_is_said(tmp_path, repo_root, monkeypatch):
+    shape = pipeline.teacher_shape(repo_root / "assets" / "tiny-qwen3")
+    monkeypatch.setattr("megatron_hypenet.planning.disk.free_bytes", lambda folder: 3 << 20)
+    *_, disk, warning = banner(config(tmp_path, device="cpu"), shape, 1)
+    assert disk.endswith("where 3.0 MiB are free")
+    assert warning.startswith("warning: the disk may become full; `hypenet plan ")
 
 
 @pytest.mark.parametrize(
