@@ -94,14 +94,11 @@ def changed(
     order = list(runner.steps)
     if redo_from is None:
         if found.loses:
-            raise ConfigError(_refusal(folder, found, found.again))
+            raise ConfigError(_refusal(runner, found))
         return found
-    wanted = tuple(name for name in order if redo_from in (name, *_before(runner, name)))
-    missed = [name for name in found.again if name not in wanted]
-    if any(name in COSTLY for name in missed):
-        raise ConfigError(
-            f"--redo-from {redo_from} comes too late: " + _refusal(folder, found, found.again)
-        )
+    wanted = _with_what_follows(runner, redo_from)
+    if not _covers(wanted, found):
+        raise ConfigError(f"--redo-from {redo_from} comes too late: {_refusal(runner, found)}")
     if records.content().get("redoing") == redo_from:
         return found  # it was begun by an earlier start, which this one continues
     begun = [name for name in wanted if _begun(runner, name)]
@@ -180,6 +177,24 @@ def _compared(runner: Runner, stored: Mapping[str, Any]) -> Change:
     )
 
 
+def _with_what_follows(runner: Runner, name: str) -> tuple[str, ...]:
+    """Return step `name` and the steps whose results it decides, in order."""
+    return tuple(one for one in runner.steps if name in (one, *_before(runner, one)))
+
+
+def _covers(steps: tuple[str, ...], found: Change) -> bool:
+    """Return whether all training and scores that would be done again are among `steps`."""
+    return all(name in steps for name in found.again if name in COSTLY)
+
+
+def _first_to_redo(runner: Runner, found: Change) -> str:
+    """Return the step for --redo-from: the first of those to be done again that decides all of the
+    costly ones among them, else the last before them that does. A check that comes first in order
+    need not decide any."""
+    candidates = (*found.again, *reversed(runner.steps))
+    return next(name for name in candidates if _covers(_with_what_follows(runner, name), found))
+
+
 def _before(runner: Runner, name: str) -> set[str]:
     """Return the steps that decide the result of step `name`, directly or not."""
     found: set[str] = set()
@@ -215,12 +230,13 @@ def _lengthened(runner: Runner, name: str, stored: Mapping[str, Any]) -> str:
     )
 
 
-def _refusal(folder: RunFolder, found: Change, again: tuple[str, ...]) -> str:
+def _refusal(runner: Runner, found: Change) -> str:
     listed = "".join(f"\n  - {line}" for line in found.what)
     advice = "".join(f"\n{line}" for line in found.longer) + _schedule_advice(found)
     return (
-        f"{folder.root} holds results of other settings or files:{listed}{advice}\n"
-        f"{', '.join(again)} would be done again: --redo-from {again[0]}\n"
+        f"{runner.folder.root} holds results of other settings or files:{listed}{advice}\n"
+        f"{', '.join(found.again)} would be done again: "
+        f"--redo-from {_first_to_redo(runner, found)}\n"
         "What comes before stays. Or restore the settings to keep everything, use another "
         "output_dir, or --overwrite to delete the run and start again."
     )

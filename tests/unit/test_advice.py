@@ -28,6 +28,14 @@ RAISED_BY = {
     "config/cluster.py": (),
     "config/sbatch_options.py": (),  # options of sbatch
     "cli/main.py": COMPUTING,
+    "cli/engines.py": ("generate", "eval", "convert"),
+    "cli/options.py": ("generate", "eval"),
+    "eval/harness.py": ("eval",),
+    "export/from_megatron.py": (),  # some are options of Megatron-LM
+    "export/megatron_args.py": ("convert",),
+    "export/row_blocks.py": ("convert",),
+    "export/to_megatron.py": ("convert",),
+    "halo/gate.py": COMPUTING,
     "export/to_hf.py": ("convert",),
     "halo/changes.py": COMPUTING,
     "halo/run_folder.py": COMPUTING,
