@@ -28,7 +28,7 @@ RAISED_BY = {
     "config/cluster.py": (),
     "config/sbatch_options.py": (),  # options of sbatch
     "cli/main.py": COMPUTING,
-    "cli/engines.py": ("generate", "eval", "convert"),
+    "cli/engines.py": ("eval", "convert"),
     "cli/options.py": ("generate", "eval"),
     "eval/harness.py": ("eval",),
     "export/from_megatron.py": (),  # some are options of Megatron-LM
