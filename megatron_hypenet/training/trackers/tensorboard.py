@@ -61,10 +61,12 @@ class TensorBoard(Tracker):
         self._writer.add_summary(Summary(value=found), step)
 
     def text(self, tag: str, text: str, step: int = 0) -> None:
-        """Show a text as it is: indented, which Markdown takes for a block of code."""
+        """Show a text; several lines are indented, which Markdown takes for code and leaves as they
+        are."""
         from torch.utils.tensorboard.summary import text as text_summary
 
-        block = "\n".join(f"    {line}" for line in text.splitlines())
+        lines = text.splitlines()
+        block = text if len(lines) < 2 else "\n".join(f"    {line}" for line in lines)
         self._writer.add_summary(text_summary(tag, block), step)
 
     def image(self, tag: str, png: bytes) -> None:

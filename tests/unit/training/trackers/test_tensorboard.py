@@ -63,8 +63,11 @@ def test_scalars_carry_their_meaning_once_and_texts_stay_as_they_are(tmp_path):
     for step in (1, 2):
         board.scalars(step, {"train/kl": step / 2, "eval/recall": math.nan})
     board.text("run/config", "a: <b>\n  - c")
+    board.text("speed/slow-ranks", "rank 1 on node7 1.6x", 2)
     board.close()
     events = EventAccumulator(str(tmp_path)).Reload()
+    (slow,) = events.Tensors("speed/slow-ranks/text_summary")
+    assert (slow.step, slow.tensor_proto.string_val[0]) == (2, b"rank 1 on node7 1.6x")
     (kl,) = [tag for tag in TAGS if tag.name == "train/kl"]
     about = events.SummaryMetadata("train/kl").summary_description
     assert about == f"{kl.meaning} (unit: nats per token)"
