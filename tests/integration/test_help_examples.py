@@ -1,4 +1,5 @@
-"""Every example in a help text, and every `hypenet` line of the README, runs as it is printed.
+"""Every example in a help text, and every `hypenet` line of the README and of the tutorial, runs
+as it is printed.
 
 All commands run in this process, in one folder. Only what no test can have is replaced, by the
 tables below: models of gigabytes by tiny ones, folders at / by folders here, hours of training by
@@ -32,6 +33,7 @@ NAMES = {
     # what has no folder of its own in a test
     "/models/": "models/",
     "/data/": "data/",
+    "/corpora/fineweb_edu": "corpus",
     "/scratch/": "scratch/",
     "/shared/": "shared/",
     # stands for names of the user's
@@ -39,6 +41,7 @@ NAMES = {
     " ...": " teacher=models/Qwen3-1.7B data=corpus",
     # runs that the examples suppose
     "runs/my_run": "runs/quickstart",
+    "runs/distill_06b": "runs/quickstart",
     "runs/other/distill": "runs/quickstart/distill",
     "runs/a/": "runs/quickstart/",
     "runs/b/": "runs/quickstart/",
@@ -69,7 +72,12 @@ MORE = {
     "train configs/run/quickstart.yaml teacher": (*ONE_STEP, "output_dir=runs/first"),
     "train configs/run/quickstart.yaml --stage align": (*ONE_STEP, "output_dir=runs/second"),
     "train configs/run/quickstart.yaml --stage 3": (*ONE_STEP, "output_dir=runs/third"),
+    "run quickstart teacher=/models/Qwen3-0.6B data=/data/fineweb_edu": (
+        *ONE_STEP,
+        "output_dir=runs/tutorial",
+    ),
     "run quickstart": ONE_STEP,
+    "run distill_06b": DRY,
     "run configs/run/quickstart.yaml": ONE_STEP,
     "select configs/run/quickstart.yaml": ONE_STEP,
     "demo --out runs/longer": DRY,  # minutes
@@ -148,7 +156,11 @@ def examples_in(text):
 GROUPS = {page[:1] for page in pages() if len(page) == 2}
 """Verbs that have commands."""
 BY_PAGE = {page: list(examples_in(printed(page))) for page in pages()}
-README = list(examples_in((REPO_ROOT / "README.md").read_text()))
+README = [
+    example
+    for page in ("README.md", "docs/tutorial.md")
+    for example in examples_in((REPO_ROOT / page).read_text())
+]
 ALL = list(dict.fromkeys([*FIRST, *(one for found in BY_PAGE.values() for one in found), *README]))
 
 
@@ -236,7 +248,7 @@ def test_every_page_has_an_example_of_its_own():
     for page, found in BY_PAGE.items():
         words = " ".join(page).removesuffix(" sweep")
         assert any(one.startswith(words) for one in found), page
-    assert len(README) > 15
+    assert len(README) > 25
 
 
 @pytest.mark.parametrize("example", ALL)
