@@ -141,7 +141,10 @@ def page() -> str:
             lines += [f"The keys of [`{seen[section]}`](#{seen[section]}).", ""]
             continue
         seen[section] = name
-        lines += [*section_table(section), "", *inner_sections(name, section)]
+        table = section_table(section)
+        if len(table) > 2:  # not of a section that holds other sections only
+            lines += [*table, ""]
+        lines += inner_sections(name, section)
         if section is DataConfig:
             lines += [SOURCE, "", *section_table(SourceConfig), ""]
     lines += [

@@ -22,10 +22,11 @@ PAGES = ROOT / "docs"
 BLOCK = re.compile(r"^(    \$ (hypenet plan (?:.*\\\n)*.*)\n)((?:    .*\n)+)", re.MULTILINE)
 
 
-def row_of(line: str) -> tuple[str, int]:
-    """Return what a line is about: its first word that is no number, and how many words it has."""
+def row_of(line: str) -> tuple[str, bool]:
+    """Return what a line is about: its first word that is no number, and whether it is one of the
+    memory table, which has a micro-batch (`4 x 512`)."""
     words = line.split()
-    return next((word for word in words if not word[0].isdigit()), ""), len(words)
+    return next((word for word in words if not word[0].isdigit()), ""), "x" in words
 
 
 def said(command: str) -> list[str]:
