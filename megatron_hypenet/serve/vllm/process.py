@@ -126,7 +126,7 @@ class EngineProcess:
             pass  # the answer below says why
         answer = self._answer()
         if "error" in answer:
-            raise SetupError(answer["error"])
+            raise SetupError(f"vLLM ({self.python}): {answer['error']}")
         return answer["found"]
 
     def _answer(self) -> dict[str, Any]:
