@@ -128,6 +128,7 @@ def _run(
         ],
         dim=-1,
     )
+    release_memory()  # the other model's layers come next
     return [*states[:-1], final, logits]
 
 
