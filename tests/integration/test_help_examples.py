@@ -41,6 +41,7 @@ NAMES = {
     " ...": " teacher=models/Qwen3-1.7B data=corpus",
     # runs that the examples suppose
     "runs/my_run": "runs/quickstart",
+    "--compare runs/longer": "--compare runs/quickstart",
     "runs/distill_06b": "runs/quickstart",
     "runs/other/distill": "runs/quickstart/distill",
     "runs/a/": "runs/quickstart/",
