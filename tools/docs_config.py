@@ -93,7 +93,7 @@ def default_text(field: FieldInfo) -> str:
 
 
 def section_table(section: type[BaseModel], leave_out: frozenset[str] = frozenset()) -> list[str]:
-    """Return Markdown rows of the plain keys of one section."""
+    """Return Markdown rows of the plain keys of one section; none where it has sections only."""
     lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for name, field in section.model_fields.items():
         if name in leave_out or section_type(field.annotation) is not None:
@@ -102,7 +102,7 @@ def section_table(section: type[BaseModel], leave_out: frozenset[str] = frozense
             f"| `{name}` | {type_name(field.annotation)} | {default_text(field)} | "
             f"{field.description} |"
         )
-    return lines
+    return lines if len(lines) > 2 else []
 
 
 def inner_sections(prefix: str, section: type[BaseModel]) -> list[str]:
