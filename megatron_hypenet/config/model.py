@@ -44,7 +44,7 @@ _HYPE_PATTERN = re.compile(r"hype(?:\s+(\d+(?:\.\d+)?))?")
 
 
 def check_logits_scaling(value: LogitsScaling) -> LogitsScaling:
-    """Accept "hype", "hype <a>" with a > 1, a positive number, or None; ValueError says what was
+    """Accept "hype", "hype A" with A > 1, a positive number, or None; ValueError says what was
     wrong otherwise."""
     if value is None:
         return None

@@ -171,8 +171,10 @@ class HypeNetModel(LanguageModule):
         return logits
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """input_ids [b, s] (whole sequences, the same on every rank of a replica) -> logits [b, s,
-        vocab] on every rank; for evaluation under any layout, for training on one process."""
+        """Return the logits [b, s, vocab] of whole sequences `input_ids` [b, s], on every rank.
+
+        All ranks of a replica get the same sequences. For evaluation under any layout, and for
+        training on one process; stages train through `hidden` instead."""
         return inference.logits(self, input_ids)
 
     def sharded_state_dict(
@@ -211,9 +213,10 @@ class HypeNetModel(LanguageModule):
 
     @torch.no_grad()
     def token_scores(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """input_ids [b, s] (whole sequences) -> negative log likelihood [b, s-1] (fp32, float64 for
-        float64 models) of each next token, and whether it was the model's first choice [b, s-1], on
-        every rank of any layout."""
+        """Score the tokens of whole sequences `input_ids` [b, s], on every rank of any layout.
+
+        Returns the negative log likelihood of each next token in nats [b, s - 1] (fp32, float64 for
+        float64 models), and whether it was the model's first choice [b, s - 1]."""
         return inference.token_scores(self, input_ids)
 
 

@@ -59,14 +59,14 @@ def train(
     log: Callable[[str], None] | None = None,
 ) -> Path:
     """Train `stage` to config.train_iters and return its final checkpoint,
-    <out_dir>/checkpoints/iter_XXXXXXX.
+    `OUT_DIR/checkpoints/iter_XXXXXXX`.
 
     Returns at once when that checkpoint exists and its files are verified. Otherwise it continues
     from the newest usable checkpoint; on the same layout the continuation is bit-equal. `on_step`
     is called with every step on every process, `on_pause` with "evaluate" or "save" and the seconds
     for which training paused; `evaluate` gives points of held-out quantities at its interval
     (`RunConfig.eval_every`) and after the last step. `trackers` opens what shows the points of the
-    steps after the given one; without it they go to TensorBoard files in <out_dir>/tb. `extra` goes
+    steps after the given one; without it they go to TensorBoard files in `OUT_DIR/tb`. `extra` goes
     into the manifests. Raises DivergedError
     (weights unchanged since the last good step), SavedAndRequeue after a signal or STOP file,
     LayoutError when the stage does not fit the GPU, CheckpointError.

@@ -88,6 +88,16 @@ def test_every_page_of_the_repository_is_built(site, pages):
     assert [page for page in pages if not html_of(site, page).is_file()] == []
 
 
+def test_no_placeholder_of_a_docstring_is_taken_for_html(site):
+    """`<name>` outside of backticks would be an element, and vanish."""
+    for path in (site / "docs" / "api").rglob("*.html"):
+        article = (
+            path.read_text(encoding="utf-8").partition("<article")[2].partition("</article")[0]
+        )
+        named = {tag for tag in re.findall(r"<([a-zA-Z][\w-]*)", article) if "_" in tag}
+        assert named == set(), path
+
+
 def test_nothing_is_fetched_from_elsewhere(site):
     for path in site.rglob("*.html"):
         page = Reader(path.read_text(encoding="utf-8"))
