@@ -27,6 +27,7 @@ from pydantic import (
 from megatron_hypenet.config.mixers import MixerSpec, mixer_spec, mixer_specs, with_settings
 from megatron_hypenet.config.mixers.softmax_attn import ATTENTION
 from megatron_hypenet.errors import ConfigError
+from megatron_hypenet.untrusted.files import findings, shown
 
 MAX_LAYERS = 10_000
 """Largest number of layers; this bound and the ones below keep a damaged file from allocating
@@ -49,7 +50,9 @@ def check_logits_scaling(value: LogitsScaling) -> LogitsScaling:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise ValueError(f"attn_logits_scaling must be 'hype <a>', a number or null, got {value!r}")
+        raise ValueError(
+            f"attn_logits_scaling must be 'hype <a>', a number or null, got {shown(repr(value))}"
+        )
     if isinstance(value, int | float):
         if not value > 0:
             raise ValueError(
@@ -60,11 +63,11 @@ def check_logits_scaling(value: LogitsScaling) -> LogitsScaling:
     if match is None:
         raise ValueError(
             "attn_logits_scaling must be 'hype', 'hype <a>' (e.g. 'hype 500'), a number or null, "
-            f"got {value!r}"
+            f"got {shown(repr(value))}"
         )
     if match.group(1) is not None and float(match.group(1)) <= 1:
         raise ValueError(
-            f"attn_logits_scaling 'hype <a>' divides by ln(a) and needs a > 1, got {value!r}"
+            f"attn_logits_scaling 'hype <a>' divides by ln(a) and needs a > 1, got {shown(value)!r}"
         )
     return " ".join(value.split())
 
@@ -141,7 +144,7 @@ class ModelConfig(BaseModel):
         known = mixer_specs()
         if unknown := sorted(set(map(str, value)) - set(known)):
             raise ValueError(
-                f"settings of unknown mixers {unknown}; known: {', '.join(sorted(known))}"
+                f"settings of unknown mixers {shown(unknown)}; known: {', '.join(sorted(known))}"
             )
         return {name: with_settings(name, settings) for name, settings in value.items()}
 
@@ -173,7 +176,8 @@ class ModelConfig(BaseModel):
         known = mixer_specs()
         if unknown := sorted(set(self.mixer_types) - set(known)):
             raise ValueError(
-                f"mixer_types: unknown mixers {unknown}; known mixers: {', '.join(sorted(known))}"
+                f"mixer_types: unknown mixers {shown(unknown)}; "
+                f"known mixers: {', '.join(sorted(known))}"
             )
         if unused := sorted(set(self.mixers) - set(self.mixer_types)):
             raise ValueError(
@@ -274,8 +278,5 @@ class ModelConfig(BaseModel):
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
-            problems = "; ".join(
-                f"{'.'.join(map(str, item['loc'])) or 'model'}: {item['msg']}"
-                for item in error.errors()
-            )
+            problems = "; ".join(findings(error, whole="model"))
             raise ConfigError(f"model configuration is invalid: {problems}") from error

@@ -31,7 +31,7 @@ from megatron_hypenet.export.from_hf import origin_of, refuse_foreign
 from megatron_hypenet.export.row_blocks import Assembled, streamed
 from megatron_hypenet.export.tensors import parse_dtype
 from megatron_hypenet.export.to_megatron import RELEASE, TRACKER
-from megatron_hypenet.untrusted.files import FileKind, has_entry, inside, shown
+from megatron_hypenet.untrusted.files import FileKind, findings, has_entry, inside, shown
 from megatron_hypenet.untrusted.json_text import read_object
 
 _KIND = FileKind(
@@ -331,8 +331,7 @@ def _from_arguments(
             }
         )
     except ValidationError as error:
-        first = error.errors()[0]
         raise ConversionError(
             f"{folder}: its tensors and arguments describe no model: "
-            f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+            + findings(error, whole="model")[0]
         ) from None

@@ -24,7 +24,7 @@ from megatron_hypenet.config.model import MAX_LAYERS, ModelConfig
 from megatron_hypenet.config.paths import download_hint
 from megatron_hypenet.errors import ConfigError, ConversionError
 from megatron_hypenet.export.hf_folder import JSON
-from megatron_hypenet.untrusted.files import inside, shown
+from megatron_hypenet.untrusted.files import findings, inside, shown
 from megatron_hypenet.untrusted.json_text import read_object
 
 HfConfig = dict[str, Any]
@@ -157,10 +157,7 @@ def model_config_from_hf(raw: HfConfig, *, where: str) -> ModelConfig:
         try:
             return ModelConfig.model_validate(fields)
         except ValidationError as error:
-            problems = [
-                f"{'.'.join(map(str, item['loc'])) or 'model'}: {item['msg']}"
-                for item in error.errors()
-            ]
+            problems = findings(error, whole="model")
     raise ConfigError(
         f"{where}: {len(problems)} setting(s) not supported:\n  " + "\n  ".join(problems)
     )

@@ -60,10 +60,11 @@ H100 = Machine(
     # GPU, as hosts of eight H100s have, of which four fifths are reached
     host_link=300e9,
     network=40e9,
-    host_latency=70e-6,
-    network_latency=140e-6,
+    # tools/bench/results/two_gpus_h100x2_202611.md; both wait for the host and depend on it
+    host_latency=180e-6,
+    network_latency=360e-6,
     launch=0.6e-3,
-    gathered_layer=1.9e-3,
+    gathered_layer=3.9e-3,
     gap=60e-6,
     shared_clock=1.02,
 )

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_hypenet.config.mixers import mixer_specs
 from megatron_hypenet.config.mixers.softmax_attn import ATTENTION
 from megatron_hypenet.config.model import MAX_LAYERS
 from megatron_hypenet.errors import ConfigError, DataError
@@ -224,6 +225,12 @@ def load_selection(path: Path, *, num_layers: int) -> Selection:
         raise DataError(
             f"{path}: {len(types)} mixer_types, but the teacher has {num_layers} layers; "
             "rank the scores of this teacher"
+        )
+    if unknown := sorted(set(types) - set(mixer_specs())):
+        _MIXERS.refuse(
+            path,
+            f"mixer_types names unknown mixers {shown(unknown)}; known mixers: "
+            + ", ".join(sorted(mixer_specs())),
         )
     if [layer for layer, kind in enumerate(types) if kind == ATTENTION] != sorted(layers):
         _MIXERS.refuse(

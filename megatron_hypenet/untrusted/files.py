@@ -10,9 +10,12 @@ import stat
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import TYPE_CHECKING, BinaryIO, NoReturn
 
 from megatron_hypenet.errors import HypenetError
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 MIB = 1 << 20
 _BLOCK = 4096
@@ -227,3 +230,12 @@ def shown(value: object, limit: int = 200) -> str:
         for c in text[: limit + 1]
     )
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def findings(error: ValidationError, *, whole: str) -> list[str]:
+    """Return pydantic's findings, each `place: what is wrong` in bounded length; `whole` is the
+    place of a finding about all values together."""
+    return [
+        f"{shown('.'.join(map(str, item['loc'])), 80) or whole}: {shown(item['msg'], 600)}"
+        for item in error.errors(include_url=False, include_context=False)
+    ]

@@ -94,11 +94,11 @@ POINTS = (
     _long(65536, 22404, gpus=2),
     _long(65536, 23974),
     _long(131072, 16928, gpus=2),
-    _two(3144.4, gpus=1),
+    _two(3221.1, gpus=1),
     _two(1595.3),
-    _two(1784.9, **{PP: 2}),
-    _two(2013.2, zero_stage=3),
-    _two(2110.6, **{TP: 2, "sequence_parallel": True}),
+    _two(1818.2, **{PP: 2}),
+    _two(2647.1, zero_stage=3),
+    _two(2278.2, **{TP: 2, "sequence_parallel": True}),
 )
 
 

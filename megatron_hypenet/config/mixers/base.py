@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megatron_hypenet.errors import ConfigError
+from megatron_hypenet.untrusted.files import findings
 
 if TYPE_CHECKING:
     from megatron_hypenet.config.model import ModelConfig
@@ -286,9 +287,7 @@ def with_settings(name: str, settings: object, *, strict: bool = False) -> Mixer
     try:
         return mixer_spec(name).model_validate(settings, strict=strict)
     except ValidationError as error:
-        problems = (
-            f"{name}.{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()
-        )
+        problems = (f"{name}.{line}" for line in findings(error, whole="settings"))
         raise ValueError("; ".join(problems)) from error
 
 

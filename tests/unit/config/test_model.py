@@ -72,6 +72,13 @@ def test_refused(change, says):
         make(**change)
 
 
+def test_a_message_is_bounded():
+    long = "x" * 99_999
+    with pytest.raises(ConfigError) as raised:
+        ModelConfig.from_json(json.dumps({**TEACHER, "attn_logits_scaling": long}))
+    assert len(str(raised.value)) < 2000
+
+
 def test_frozen():
     with pytest.raises(ValidationError, match="frozen"):
         make().num_layers = 5

@@ -217,6 +217,9 @@ def test_a_selection_file_must_agree_with_the_model(tmp_path):
     path.write_text('{"mixer_types": ["attn", "lightning_attn"], "attention_layers": [1]}')
     with pytest.raises(DataError, match="disagree"):
         load_selection(path, num_layers=2)
+    path.write_text('{"mixer_types": ["attn", "mamba3"], "attention_layers": [0]}')
+    with pytest.raises(DataError, match=r"unknown mixers \['mamba3'\]; known mixers: attn, "):
+        load_selection(path, num_layers=2)
 
 
 def evaluation(folder, layer, **scores):

@@ -2,11 +2,13 @@ import fcntl
 import os
 
 import pytest
+from pydantic import TypeAdapter, ValidationError
 
 from megatron_hypenet.errors import ConversionError
 from megatron_hypenet.untrusted import files
 from megatron_hypenet.untrusted.files import (
     FileKind,
+    findings,
     has_entry,
     inside,
     is_inside,
@@ -155,3 +157,14 @@ def test_a_part_is_read_where_nothing_can_be_read_directly(tmp_path, monkeypatch
     with (tmp_path / "a").open("rb") as stream:
         assert read_large(stream.fileno(), target, 3) == 5
     assert bytes(target) == b"34567"
+
+
+def test_findings_of_a_validation_are_bounded_lines():
+    with pytest.raises(ValidationError) as raised:
+        TypeAdapter(dict[str, int]).validate_python({"a" * 999: "b", "c": "d"})
+    lines = findings(raised.value, whole="model")
+    assert len(lines) == 2 and all(len(line) < 700 for line in lines)
+    assert lines[1].startswith("c: Input should be a valid integer")
+    with pytest.raises(ValidationError) as raised:
+        TypeAdapter(int).validate_python("x\ny")
+    assert findings(raised.value, whole="model")[0].startswith("model: Input should be")
