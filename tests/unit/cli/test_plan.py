@@ -115,7 +115,7 @@ def test_hours_and_costs_follow_from_gpus_and_price(hypenet):
 
 def test_the_example_of_the_readme_fits(hypenet, repo_root):
     readme = (repo_root / "README.md").read_text(encoding="utf-8")
-    command = readme[readme.index("hypenet plan configs/run/") :].split("\n\n")[0]
+    (command,) = re.findall(r"hypenet plan configs/run/(?:.*\\\n)*.*", readme)
     words = command.replace("\\\n", " ").replace("...", "X").split()[2:]
     assert hypenet(*words)[0] == 0
 
