@@ -25,6 +25,7 @@ from megatron_hypenet.cli.convert_output import (
 )
 from megatron_hypenet.cli.engines import Engine, VllmOption, vllm_process
 from megatron_hypenet.cli.options import DryRunOption, JsonOption, check_dtype
+from megatron_hypenet.cli.serve import find_vllm
 from megatron_hypenet.config.bundled import bundled
 from megatron_hypenet.config.model import LogitsScaling, ModelConfig, check_logits_scaling
 from megatron_hypenet.errors import UsageError
@@ -260,6 +261,10 @@ def verify_command(
     if engine is not None and tensors_only:
         raise UsageError("--engine runs models and --tensors-only runs none; give one of them")
     check_dtype(dtype)
+    if engine is Engine.VLLM and dtype == "float64":
+        raise UsageError("--dtype float64: vLLM does not compute in it; use float32")
+    if engine is Engine.VLLM and not dry_run:
+        find_vllm(vllm)
     from megatron_hypenet.checkpoint.find import resolve
     from megatron_hypenet.export.hf_config import read_hf_config
 
@@ -270,8 +275,6 @@ def verify_command(
     from megatron_hypenet.export import verify
     from megatron_hypenet.export.plan import plan_import
 
-    if engine is Engine.VLLM and dtype == "float64":
-        raise UsageError("--dtype float64: vLLM does not compute in it; use float32")
     started = time.monotonic()
     if dry_run:
         plan = plan_import(hf_dir)

@@ -22,9 +22,9 @@ def standard_error(values: Sequence[float]) -> float | None:
 def share_interval(percent: float, count: int) -> tuple[float, float]:
     """Return the ends, in %, of the 95 % interval of a share of which `percent` % of `count`
     independent trials came true: Wilson's score interval (Wilson 1927), which also has a width at
-    0 and 100 %."""
+    0 and 100 %. The share lies inside, whatever is rounded."""
     share = min(max(percent / 100, 0.0), 1.0)
     square = NORMAL_95**2 / count
     middle = (share + square / 2) / (1 + square)
     half = NORMAL_95 / (1 + square) * math.sqrt(share * (1 - share) / count + square / (4 * count))
-    return 100 * max(middle - half, 0.0), 100 * min(middle + half, 1.0)
+    return 100 * min(max(middle - half, 0.0), share), 100 * max(min(middle + half, 1.0), share)

@@ -45,7 +45,7 @@ def test_one_process_writes_for_all(align, tmp_path):
     assert ended.stdout == f"{tmp_path}/run/align/checkpoints/iter_0000003\n"
     assert (
         ended.stderr.count("starting 2 processes on this machine")
-        == ended.stderr.count("iter 3/3")
+        == ended.stderr.count("  iter 3/3 |")
         == 1
     )
 

@@ -64,7 +64,9 @@ def hypenet(repo_root, tmp_path_factory):
     # lines of a .pth file are only added to the path: an editable installation there is not found
     (own / "libraries.pth").write_text("\n".join(dict.fromkeys([libraries, *paths])) + "\n")
     notes = root / "read"
-    (own / "sitecustomize.py").write_text(
+    # not sitecustomize.py: Debian's Python has one of its own before every environment's
+    (own / "watch.pth").write_text("import watch_reads\n")
+    (own / "watch_reads.py").write_text(
         WATCH.format(
             root=str(repo_root), libraries=str(Path(libraries).parents[2]), notes=str(notes)
         )

@@ -24,6 +24,7 @@ RAISED_BY = {
     "data/workers.py": ("data",),
     "export/generate.py": ("generate", "eval"),
     "export/hf_model.py": ("generate", "eval"),
+    "planning/machine.py": ("plan",),
     "serve/vllm/model.py": (),  # an option of vLLM
     "config/cluster.py": (),
     "config/sbatch_options.py": (),  # options of sbatch

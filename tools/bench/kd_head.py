@@ -330,8 +330,8 @@ def write(record: dict, stem: Path) -> None:
         f"{key} {value}" for key, value in record["machine"].items()
     )
     text += "".join(f"\n\n{note}" for note in (COLUMNS, *record.get("notes", [])))
-    text += f"\n\n## Errors against float64\n{table(record['errors'])}\n\n"
-    text += f"## Time and memory, forward and backward\n{table(record['times'])}\n"
+    text += f"\n\n## Errors against float64\n\n{table(record['errors'])}\n\n"
+    text += f"## Time and memory, forward and backward\n\n{table(record['times'])}\n"
     stem.with_suffix(".md").write_text(text, encoding="utf-8")
     plot(record, stem.with_suffix(".png"))
 

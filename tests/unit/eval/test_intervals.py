@@ -24,3 +24,11 @@ def test_its_ends_solve_the_equation_that_defines_it():
     for end in share_interval(30.0, 50):
         p = end / 100
         assert abs(0.3 - p) == pytest.approx(1.959964 * math.sqrt(p * (1 - p) / 50))
+
+
+def test_a_share_lies_within_its_interval_whatever_is_rounded():
+    for count in (*range(1, 70), 256, 1000):
+        for hits in range(count + 1):
+            percent = 100 * hits / count
+            low, high = share_interval(percent, count)
+            assert 0 <= low <= percent <= high <= 100
