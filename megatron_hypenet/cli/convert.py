@@ -1,5 +1,5 @@
 """`hypenet convert`: Hugging Face folders to checkpoints and back, and the proof that both hold the
-same model."""
+same model. One file, because the three commands share options and what they print."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Evaluation of a model, beside others: losses by length and position, tasks over long contexts,
 questions of local files.
 
-Every measurement is written when it is done; the same command continues an interrupted one."""
+Every measurement is written when it is done; the same command continues an interrupted one. One
+file, because all of it reads the options of the one command; measuring is in eval/."""
 
 from __future__ import annotations
 

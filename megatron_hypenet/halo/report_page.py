@@ -1,5 +1,7 @@
 """Write report.html and report.png from what report_data.py read of one run, or of two to compare:
-one file each, that opens anywhere."""
+each opens anywhere by itself.
+
+One file, because the sections of the page are short and read one after the other."""
 
 from __future__ import annotations
 
