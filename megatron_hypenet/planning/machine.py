@@ -60,8 +60,9 @@ H100 = Machine(
     # GPU, as hosts of eight H100s have, of which four fifths are reached
     host_link=300e9,
     network=40e9,
-    # tools/bench/results/two_gpus_h100x2_202611.md; both wait for the host and depend on it
+    # tools/bench/results/two_gpus_h100x2_202611.md; another machine was faster in both
     host_latency=180e-6,
+    # not measured: twice as long over the network, and the host's time for about 60 kernels
     network_latency=360e-6,
     launch=0.6e-3,
     gathered_layer=3.9e-3,
