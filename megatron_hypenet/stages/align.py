@@ -137,12 +137,8 @@ class AlignSpec(StageSpec):
         The mixers' inputs are detached: only the output projection computes the gradient of its
         input; the input projections compute that of their weights alone."""
         return (
-            Passes(
-                model=teacher, projections=1, core=1, output=1, mlp=1, head=0, last_mlp=False
-            ),
-            Passes(
-                model=student, projections=2, core=3, output=3, mlp=0, head=0, compared=True
-            ),
+            Passes(model=teacher, projections=1, core=1, output=1, mlp=1, head=0, last_mlp=False),
+            Passes(model=student, projections=2, core=3, output=3, mlp=0, head=0, compared=True),
         )
 
     def layer_costs(

@@ -324,7 +324,13 @@ def main() -> None:
                     {
                         key: results[-1].get(key)
                         for key in (
-                            "kind", "stage", "layout", "seq_length", "seconds", "losses", "failed"
+                            "kind",
+                            "stage",
+                            "layout",
+                            "seq_length",
+                            "seconds",
+                            "losses",
+                            "failed",
                         )  # fmt: skip
                     }
                 ),
