@@ -19,13 +19,23 @@ from megatron_hypenet.config import sbatch_options
 from megatron_hypenet.config.loader import load_as
 from megatron_hypenet.config.model import PositiveInt
 from megatron_hypenet.config.schema import Count, Section
+from megatron_hypenet.untrusted.files import shown
 
 # the forms that sbatch takes: MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS
-_TIME = re.compile(r"\d+|\d+:\d\d|\d+:\d\d:\d\d|\d+-\d+|\d+-\d+:\d\d|\d+-\d+:\d\d:\d\d")
+_TIME = re.compile(r"\d+|\d+:\d\d|\d+:\d\d:\d\d|\d+-\d+|\d+-\d+:\d\d|\d+-\d+:\d\d:\d\d", re.ASCII)
+_LONGEST_TIME = 30
+_MEMORY = re.compile(r"[0-9]+[KMGTkmgt]?[Bb]?")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # variables by which a process finds its rank: the job script and srun set these for every start
 _PLACE = re.compile(
     r"RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT|PMIX?_.*|HYPENET_(UNDER_WAY|ATTEMPT_LOGS|HEAD_ADDRESS)"
+)
+# variables of slurm/job.sbatch.j2, those that it reads from SLURM, and those of bash that no script
+# may set
+_SCRIPTS_OWN = re.compile(
+    r"run|attempt|logs|command|listening|try|port|head|why|task|overran|code|fault|record|state"
+    r"|SLURM_JOB_ID|SLURM_JOB_NODELIST|SLURM_RESTART_COUNT"
+    r"|_|IFS|UID|EUID|PPID|SHELLOPTS|BASHOPTS|BASH_VERSINFO"
 )
 _SHELLS_OWN = re.compile(r"(SLURMD?|SBATCH|SALLOC|SRUN)_.*")
 
@@ -60,8 +70,37 @@ def _printable_lines(value: str) -> str:
 Line = Annotated[str, AfterValidator(_printable)]
 """Text without line breaks and other control characters."""
 
+
+def _not_blank(value: str) -> str:
+    if not value.strip():
+        raise ValueError(f"{value!r} is an empty text; leave the key out, or write null")
+    return value
+
+
+def _no_option(value: str) -> str:
+    if value.startswith("-"):
+        raise ValueError(f"{value!r} begins with -, which srun takes for an option of its own")
+    return value
+
+
+Word = Annotated[Line, AfterValidator(_not_blank)]
+"""Text of one line that says something."""
+
 Lines = Annotated[str, AfterValidator(_printable_lines)]
 """Text with line breaks and tabs, but without other control characters."""
+
+
+def _refuse_taken(name: str) -> None:
+    """Raise ValueError for a variable that the job itself sets."""
+    if _PLACE.fullmatch(name):
+        raise ValueError(
+            f"{name} tells a process its place, and the job sets it anew; leave it out"
+        )
+    if _SCRIPTS_OWN.fullmatch(name):
+        raise ValueError(
+            f"{name} is a variable of the job script, of bash or of SLURM, which the script needs "
+            "as it is; take another name, or set it where it is read"
+        )
 
 
 def seconds_of(limit: str) -> int:
@@ -123,7 +162,7 @@ class ClusterConfig(Section):
 
     nodes: PositiveInt = Field(description="Nodes of a job.")
     gpus_per_node: Count = Field(description="GPUs asked for on every node; 0 computes on CPUs.")
-    gpu_type: Line | None = Field(
+    gpu_type: Word | None = Field(
         default=None, description="GPU type as SLURM calls it (h100); null takes any."
     )
     tasks_per_node: PositiveInt | None = Field(
@@ -132,7 +171,7 @@ class ClusterConfig(Section):
     cpus_per_task: PositiveInt | None = Field(
         default=None, description="CPU cores per process; null takes the partition's default."
     )
-    memory: Line | None = Field(
+    memory: Word | None = Field(
         default=None,
         description="Memory per node as sbatch takes it (0: all of it); null takes the default.",
     )
@@ -148,14 +187,14 @@ class ClusterConfig(Section):
         description="Warning (SIGUSR2) this long before the limit; longer than one step and one "
         "save. SLURM may add 60 s.",
     )
-    partition: Line | None = Field(
+    partition: Word | None = Field(
         default=None, description="Partition; null takes the default one."
     )
-    account: Line | None = Field(default=None, description="Account that is charged.")
-    qos: Line | None = Field(default=None, description="Quality of service.")
-    exclude: tuple[Line, ...] = Field(default=(), description="Nodes not to use.")
+    account: Word | None = Field(default=None, description="Account that is charged.")
+    qos: Word | None = Field(default=None, description="Quality of service.")
+    exclude: tuple[Word, ...] = Field(default=(), description="Nodes not to use.")
     requeue: RequeueConfig = Field(default=RequeueConfig(), description="Starting again by itself.")
-    mail_user: Line | None = Field(
+    mail_user: Word | None = Field(
         default=None, description="Address that SLURM mails to; null mails nobody."
     )
     mail_type: tuple[MailType, ...] = Field(
@@ -173,7 +212,7 @@ class ClusterConfig(Section):
     setup: tuple[Lines, ...] = Field(
         default=(), description="Shell lines before the processes start, such as module load."
     )
-    python: Line | None = Field(
+    python: Annotated[Word, AfterValidator(_no_option)] | None = Field(
         default=None,
         description="Python that has this package; null is the one that submits, "
         "and python3 in a container.",
@@ -195,24 +234,40 @@ class ClusterConfig(Section):
         `0755` and `yes`."""
         for name, entry in value.items() if isinstance(value, dict) else ():
             if not isinstance(entry, str):
+                written = "null" if entry is None else shown(repr(entry), 60)
                 raise ValueError(
-                    f"{name}: {entry!r} is no text; put what the job is to get in quotes"
+                    f"{name}: {written} is no text; put what the job is to get in quotes"
                 )
+        return value
+
+    @field_validator("variables")
+    @classmethod
+    def _variable_names(cls, value: dict[str, str]) -> dict[str, str]:
+        for name in value:
+            if not _NAME.fullmatch(name):
+                raise ValueError(f"{shown(repr(name), 60)} is not a variable's name")
+            _refuse_taken(name)
         return value
 
     @field_validator("memory", mode="before")
     @classmethod
-    def _memory_text(cls, value: Any) -> Any:
-        return str(value) if type(value) is int else value
+    def _memory_form(cls, value: Any) -> Any:
+        text = str(value) if type(value) is int else value
+        if isinstance(text, str) and not _MEMORY.fullmatch(text):
+            raise ValueError(
+                f"expected a size as sbatch takes it, such as 500G, or 0 for all, got {value!r}"
+            )
+        return text
 
     @field_validator("time", mode="before")
     @classmethod
     def _time_form(cls, value: Any) -> Any:
         """Refuse numbers: YAML 1.1 reads 4:00:00 as 14400, so a number is not certain to mean
         minutes."""
-        if not isinstance(value, str) or not _TIME.fullmatch(value):
+        if not isinstance(value, str) or not _TIME.fullmatch(value) or len(value) > _LONGEST_TIME:
             raise ValueError(
-                f"expected a time limit in quotes, 'HH:MM:SS' or 'D-HH:MM:SS', got {value!r}"
+                "expected a time limit in quotes, 'HH:MM:SS' or 'D-HH:MM:SS', "
+                f"got {shown(repr(value), 60)}"
             )
         return value
 
@@ -225,10 +280,7 @@ class ClusterConfig(Section):
                     f"{name!r} is not a variable's name; values belong into `variables`, "
                     "secrets only into your shell"
                 )
-            if _PLACE.fullmatch(name):
-                raise ValueError(
-                    f"{name} tells a process its place, and the job sets it anew; leave it out"
-                )
+            _refuse_taken(name)
             if _SHELLS_OWN.fullmatch(name):
                 raise ValueError(
                     f"{name} belongs to the shell that submits, or to the job that it is in; "
@@ -260,15 +312,6 @@ class ClusterConfig(Section):
             raise ValueError(
                 f"grace_seconds={self.grace_seconds} leaves nothing of time={self.time!r}: "
                 "every start would be asked to stop at once"
-            )
-        bad = [name for name in self.variables if not _NAME.fullmatch(name)]
-        if bad:
-            raise ValueError(f"variables: {bad[0]!r} is not a variable's name")
-        taken = [name for name in self.variables if _PLACE.fullmatch(name)]
-        if taken:
-            raise ValueError(
-                f"variables: {taken[0]} tells a process its place, and the job sets it anew; "
-                "leave it out"
             )
         if self.tasks_per_node is not None and 0 < self.gpus_per_node < self.tasks_per_node:
             raise ValueError(

@@ -69,6 +69,10 @@ def _what(
     if kind == "value_error":
         return _bounded(message.removeprefix("Value error, "))
     text = (message[:1].lower() + message[1:]).removeprefix("input ")
+    if kind == "path_type":
+        text = "should be a path"
+    if value is None:
+        return f"{text}, got null"
     if isinstance(value, Plain):
         integer = "integer" if kind.startswith("int") or kind == "literal_error" else "number"
         looks = type(value_of(value)).__name__

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 from pydantic import ValidationError
 
@@ -73,16 +75,33 @@ def test_variables_arrive_as_they_are_written(tmp_path, text):
         (["variables={A-B: 1}"], "'A-B' is not a variable's name"),
         (
             ["variables={DEBUG: null}"],
-            "variables: DEBUG: None is no text; put what the job is to get in quotes",
+            "variables: DEBUG: null is no text; put what the job is to get in quotes",
         ),
         (["variables={DEBUG: [1]}"], "variables: DEBUG: [1] is no text"),
         (["grace_seconds=0"], "greater than or equal to 1"),
+        (["partition=''"], "partition: '' is an empty text; leave the key out, or write null"),
+        (["exclude=[' ']"], "' ' is an empty text"),
+        (["python=--wrap=id"], "begins with -, which srun takes for an option"),
+        (["memory=1:30"], "expected a size as sbatch takes it, such as 500G"),
+        (["memory=yes"], "expected a size as sbatch takes it, such as 500G"),
+        (["time='\u0661:00:00'"], "expected a time limit in quotes"),
     ],
 )
 def test_mistakes_are_named(tmp_path, words, says):
     with pytest.raises(ConfigError) as fault:
         profile(tmp_path, SMALL, *words)
     assert says in str(fault.value)
+
+
+def test_no_variable_replaces_one_of_the_job_script(tmp_path, repo_root):
+    text = (repo_root / "slurm" / "job.sbatch.j2").read_text()
+    its_own = set(re.findall(r"^ *(?:for )?([a-z]+)(?:=| in )", text, re.MULTILINE))
+    its_own |= set(re.findall(r"read -r ([a-z]+)", text))
+    assert {"run", "logs", "attempt", "port", "code", "record"} <= its_own
+    for name in its_own | {"UID", "SLURM_JOB_ID"}:
+        for words in (f"environment=[{name}]", f"variables={{{name}: x}}"):
+            with pytest.raises(ConfigError, match=rf"{name} (is a variable of|belongs to)"):
+                profile(tmp_path, SMALL, words)
 
 
 def test_all_mistakes_at_once(tmp_path):

@@ -21,6 +21,14 @@ def test_each_finding_carries_its_origin():
     assert "run.yaml: align: missing; set it in the file or as align=..." in found
 
 
+def test_what_is_null_is_called_so():
+    values = {"output_dir": None, "teacher": 5, "seed": None}
+    found = lines(values)
+    assert "run.yaml: output_dir: should be a path, got null" in found
+    assert "run.yaml: teacher: should be a path, got int 5" in found
+    assert "run.yaml: seed: should be a valid integer, got null" in found
+
+
 def test_key_of_another_section_is_pointed_to():
     found = lines({"tensor_model_parallel_size": 2})
     assert (
