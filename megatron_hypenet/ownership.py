@@ -27,6 +27,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 import shlex
 import socket
 import subprocess
@@ -192,9 +193,9 @@ def owning(
     Args:
         target: A folder, which has to exist with `inside`; else any file or folder to be written,
             in a folder that exists.
-        inside: Whether the owner is named in the folder itself. watch_seconds: How long an owner on
-        another machine without SLURM is watched. patience_seconds: How long to wait for an owner
-        that still runs before giving up.
+        inside: Whether the owner is named in the folder itself.
+        watch_seconds: How long an owner on another machine without SLURM is watched.
+        patience_seconds: How long to wait for an owner that still runs before giving up.
     """
     path = owner_file(target, inside=inside)
     mine = this_process()
@@ -315,8 +316,7 @@ def _known(found: Owner, mine: Owner) -> bool | None:
 
 def _is_over(job: str) -> bool:
     """Return whether SLURM says that a job has ended, or waits for another start. A running job
-    decides
-    nothing: a process may end before its job."""
+    decides nothing: a process may end before its job."""
     if not job.isdecimal():
         return False
     try:
@@ -438,7 +438,8 @@ def _is_local(path: Path) -> bool:
     best = ""
     kind = ""
     for fields in mounts:
-        place = fields[4].encode().decode("unicode_escape")
+        # only space, tab, line break and backslash are written as octal numbers
+        place = re.sub(r"\\([0-7]{3})", lambda found: chr(int(found.group(1), 8)), fields[4])
         if os.path.commonpath((real, place)) == place and len(place) >= len(best):
             best = place
             kind = fields[fields.index("-") + 1]

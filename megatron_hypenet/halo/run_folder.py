@@ -29,6 +29,7 @@ from typing import Any
 from megatron_hypenet import ownership
 from megatron_hypenet.atomic_files import is_temporary, sweep, write_json, write_text
 from megatron_hypenet.checkpoint import format as fmt
+from megatron_hypenet.checkpoint.manifest import FileEntry
 from megatron_hypenet.config.loader import dump_config, read_stored
 from megatron_hypenet.config.schema import STAGES, RunConfig
 from megatron_hypenet.errors import ConfigError, DataError, UsageError
@@ -342,6 +343,8 @@ class _Step:
     fingerprint: str
     seconds: float
     finished: str
+    written: dict[str, FileEntry] = field(default_factory=dict)
+    """Files that belong to no checkpoint, by their path in the run folder."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

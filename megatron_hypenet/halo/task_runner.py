@@ -7,17 +7,21 @@ and by which process. A task is called step here.
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_hypenet.checkpoint import format as fmt
 from megatron_hypenet.checkpoint.manifest import (
     WEIGHTS_PARTS,
+    FileEntry,
     git_commit,
+    hash_file,
+    is_as_written,
     library_versions,
     verify_files,
 )
@@ -37,6 +41,8 @@ from megatron_hypenet.halo.run_folder import RunFolder
 from megatron_hypenet.supervision.heartbeat import PROGRESS
 from megatron_hypenet.untrusted import json_text
 from megatron_hypenet.untrusted.files import FileKind
+
+logger = logging.getLogger(__name__)
 
 _RESULT = FileKind(error=DataError, advice="delete it to make it again")
 
@@ -63,6 +69,9 @@ class Step:
     checkpoint: Callable[[], Path | None] | None = None
     """Returns the checkpoint that the step leaves, or None when it is not complete; None for steps
     that leave none."""
+    files: Callable[[], Iterable[Path]] = tuple
+    """Returns the files in its results that are recorded with their hashes: those that belong to no
+    checkpoint. Damaged, they are made again."""
     decides: bool = True
     """False for a step that only checks: what comes after it depends on what comes before it."""
     length: int | None = None
@@ -95,10 +104,10 @@ class Runner:
 
         - `announce(step, what)` is called for every step: "skipped", "starts" or "done in 12.3 s".
         - `limited(steps)` is called when no other steps than these will be done.
-          - `may_start(step)` is called before a step that has work to do, and may end the run by
-            raising.
-        - `decided(decide)` returns the result of `decide` on the first process. -
-          `verify(checkpoint)` compares the weights of a finished step with their hashes.
+        - `may_start(step)` is called before a step that has work to do, and may end the run by
+          raising.
+        - `decided(decide)` returns the result of `decide` on the first process.
+        - `verify(checkpoint)` compares the weights of a finished step with their hashes.
           CheckpointError.
         """
         self.run = run
@@ -164,14 +173,35 @@ class Runner:
 
     def is_done(self, name: str) -> bool:
         """Return whether step `name` needs no work: it finished with the present inputs, and its
-        results exist, with a complete checkpoint."""
-        return self._is_done(name, self.fingerprint(name))
+        results exist, with a complete checkpoint and with the files that it wrote."""
+        return self._has_finished(name, self.fingerprint(name)) and not self._damaged(name)
 
-    def _is_done(self, name: str, fingerprint: str) -> bool:
+    def _has_finished(self, name: str, fingerprint: str) -> bool:
         step = self.steps[name]
         return self.folder.is_done(name, fingerprint, step.results) and (
             step.checkpoint is None or step.checkpoint() is not None
         )
+
+    def _damaged(self, name: str) -> list[Path]:
+        """Return the files of a finished step that are missing or not as it wrote them; the log
+        names them."""
+        written = self.folder.records()[name].get("written", {})
+        found = {self._relative(path): path for path in self.steps[name].files()}
+        damaged = [
+            self.folder.root / file
+            for file, entry in written.items()
+            if file not in found or not is_as_written(found[file], FileEntry(**entry))
+        ]
+        for path in damaged:
+            logger.warning("%s is not as step %s wrote it; the step is done again", path, name)
+        return damaged
+
+    def _written(self, step: Step) -> dict[str, dict[str, Any]]:
+        """Return size and hash of the files that a step has just written, as they are recorded."""
+        return {self._relative(path): asdict(hash_file(path)) for path in step.files()}
+
+    def _relative(self, path: Path) -> str:
+        return path.relative_to(self.folder.root).as_posix()
 
     def run_through(self, last: str) -> None:
         """Do every step up to and including `last` that `last` depends on and that is not done."""
@@ -187,20 +217,23 @@ class Runner:
             self.run_step(name)
 
     def run_step(self, name: str) -> None:
-        """Do one step unless it is done; results of an earlier attempt with other inputs are
-        removed, an attempt with the same inputs is continued."""
+        """Do one step unless it is done; results of an earlier attempt with other inputs, and
+        damaged ones, are removed, an attempt with the same inputs is continued."""
         step = self.steps[name]
 
-        def decide() -> tuple[str, bool, Path | None]:
+        def decide() -> tuple[str, bool, bool, Path | None]:
             fingerprint = self.fingerprint(name)
-            done = self._is_done(name, fingerprint)
+            finished = self._has_finished(name, fingerprint)
+            damaged = finished and bool(self._damaged(name))
+            done = finished and not damaged
             return (
                 fingerprint,
                 done,
+                damaged,
                 step.checkpoint() if done and step.checkpoint is not None else None,
             )
 
-        fingerprint, done, checkpoint = self.decided(decide)
+        fingerprint, done, damaged, checkpoint = self.decided(decide)
         if done:
             if checkpoint is not None:
                 self.verify(checkpoint)
@@ -209,7 +242,7 @@ class Runner:
         self.may_start(name)
         if self.is_main:
             basis = self.basis(name)
-            if not self.goes_on(name, basis):
+            if damaged or not self.goes_on(name, basis):
                 for result in step.results:
                     remove(result)
             self.folder.begin(name, basis)
@@ -233,6 +266,8 @@ class Runner:
                     f"step {name} ended without a whole checkpoint in {step.results[0]}; "
                     "start the same command again"
                 )
+            if written := self._written(step):
+                details = {**details, "written": written}
             self.folder.record(name, fingerprint, seconds=seconds, software=software(), **details)
         self.barrier()
         self.announce(name, f"done in {seconds:.1f} s")

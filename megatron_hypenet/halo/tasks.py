@@ -39,6 +39,7 @@ def halo_steps(
         results: tuple[Path, ...],
         inputs: Callable[[], Any] = lambda: None,
         alone: bool = False,
+        files: Callable[[], Iterable[Path]] = tuple,
         decides: bool = True,
     ) -> Step:
         config = run.stage(name) if name in STAGES else None
@@ -53,6 +54,7 @@ def halo_steps(
             inputs=inputs,
             alone=alone,
             checkpoint=checkpoint_of(run, folder, name),
+            files=files,
             decides=decides,
             length=config.train_iters if config else None,
             decay=config.decay_iters if config else None,
@@ -81,6 +83,7 @@ def halo_steps(
             (folder.data,),
             lambda: _texts(run),
             alone=True,
+            files=lambda: _files_in(folder.data),
         ),
         step(
             "probe",
@@ -129,6 +132,8 @@ def halo_steps(
             ("export",),
             (folder.export,),
             alone=True,
+            # the report adds its figures to the model card
+            files=lambda: (file for file in _files_in(folder.export) if file.name != "README.md"),
         ),
         step("report", "evaluate and report", ("finetune", "select"), ("eval", "export"), reported),
     ]
@@ -146,6 +151,11 @@ def halo_steps(
             )
             steps = _with_gate(steps, gate)
     return steps
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """Return the files in a folder and in those below it, in order."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def _with_gate(steps: list[Step], gate: Step) -> list[Step]:

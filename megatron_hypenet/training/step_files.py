@@ -132,16 +132,17 @@ def _continued(
     every_step: bool = False,
 ) -> IO[str]:
     """Open the file for more lines, without those after `resumed_step`. Where there is a line for
-    `every_step`, a gap is logged."""
+    `every_step`, missing ones are logged."""
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = [line for line, record in records if record.step <= resumed_step]
-    reached = max((record.step for _, record in records), default=0)
-    if every_step and reached < resumed_step:
+    lost = sorted(set(range(1, resumed_step + 1)) - {record.step for _, record in records})
+    if every_step and lost:
         logger.warning(
-            "%s ends at step %d, the run continues after step %d: the losses between are lost",
+            "%s lacks %d of the %d steps that are done, first step %d: their losses are lost",
             path,
-            reached,
+            len(lost),
             resumed_step,
+            lost[0],
         )
     write_text(path, "".join(line + "\n" for line in kept))
     return path.open("a", buffering=1)

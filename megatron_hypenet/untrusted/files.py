@@ -171,8 +171,7 @@ _aligned = _Aligned()
 
 def has_entry(path: Path) -> bool:
     """Return whether anything has this name, also a folder, or a symbolic link that leads nowhere
-    or in a
-    circle: then an optional file is not absent, and reading it reports the problem."""
+    or in a circle: then an optional file is not absent, and reading it reports the problem."""
     return os.path.lexists(path)
 
 

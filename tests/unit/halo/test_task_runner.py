@@ -239,10 +239,49 @@ def test_a_step_whose_checkpoint_is_not_whole_is_not_done(world):
     assert world.log == ["first"]
 
 
+def with_recorded_file(world):
+    runner = world.runner()
+    place = world.folder.root / "second"
+    runner.steps["second"] = replace(runner.steps["second"], files=lambda: [place])
+    return runner, place
+
+
+@pytest.mark.parametrize("damage", ["two", ""])
+def test_a_file_that_is_not_as_written_is_made_again(world, caplog, damage):
+    runner, place = with_recorded_file(world)
+    runner.run_all()
+    assert set(world.folder.records()["second"]["written"]) == {"second"}
+    place.write_text(damage)
+    assert [row["state"] for row in runner.plan()] == ["done", "to do", "to do"]
+    with_recorded_file(world)[0].run_all()
+    assert world.log == ["first", "second", "third", "second"]
+    assert place.read_text() == "one"
+    assert f"{place} is not as step second wrote it; the step is done again" in caplog.text
+
+
+def test_other_files_beside_those_that_were_written_do_not_matter(world):
+    runner, place = with_recorded_file(world)
+    runner.run_all()
+    other = place.with_name("other")
+    other.write_text("mine")
+    runner.steps["second"] = replace(runner.steps["second"], files=lambda: [place, other])
+    runner.run_all()
+    assert world.log == ["first", "second", "third"]
+
+
+def test_a_record_with_damaged_hashes_is_refused(world):
+    runner, _ = with_recorded_file(world)
+    runner.run_all()
+    text = world.folder.manifest_file.read_text()
+    world.folder.manifest_file.write_text(text.replace('"sha256": "', '"sha256": "x'))
+    with pytest.raises(DataError, match="steps.second.written.second.sha256"):
+        runner.run_all()
+
+
 def test_only_the_first_process_decides(world):
     world.runner().run_all()
     other = world.runner(
-        is_main=False, decided=lambda decide: ("fingerprint of the first", True, None)
+        is_main=False, decided=lambda decide: ("fingerprint of the first", True, False, None)
     )
     other.fingerprint = None
     other.run_step("first")

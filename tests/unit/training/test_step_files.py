@@ -71,4 +71,7 @@ def test_damage_in_the_losses_is_named_and_a_torn_end_is_not_damage(tmp_path, ca
     path.write_text(lines[0] + "\n" + lines[1][:20])
     LossLog(path, 3).close()
     assert path.read_text() == lines[0] + "\n"
-    assert "ends at step 1, the run continues after step 3" in caplog.text
+    assert "lacks 2 of the 3 steps that are done, first step 2" in caplog.text
+    path.write_text(lines[0] + "\n" + lines[2] + "\n")
+    LossLog(path, 3).close()
+    assert "lacks 1 of the 3 steps that are done, first step 2" in caplog.text
