@@ -39,6 +39,8 @@ Width = Annotated[int, Field(gt=0, le=1 << 24, strict=True)]
 Heads = Annotated[int, Field(gt=0, le=1 << 16, strict=True)]
 Vocabulary = Annotated[int, Field(gt=0, le=1 << 31, strict=True)]
 TokenId = Annotated[int, Field(ge=0, le=1 << 31, strict=True)]
+Number = Annotated[float, Field(strict=True)]
+Switch = Annotated[bool, Field(strict=True)]
 LogitsScaling = str | float | None
 
 _HYPE_PATTERN = re.compile(r"hype(?:\s+(\d+(?:\.\d+)?))?")
@@ -90,9 +92,11 @@ class ModelConfig(BaseModel):
         description="Channels of one head; even. Heads times channels need not equal hidden_size."
     )
     vocab_size: Vocabulary = Field(description="Rows of the embedding and of the output head.")
-    layernorm_epsilon: float = Field(default=1e-6, gt=0, description="Epsilon of every RMSNorm.")
-    rotary_base: float = Field(default=1e6, gt=0, description="RoPE theta.")
-    share_embeddings_and_output_weights: bool = Field(
+    layernorm_epsilon: Number = Field(
+        default=1e-6, gt=0, le=1, description="Epsilon of every RMSNorm."
+    )
+    rotary_base: Number = Field(default=1e6, gt=0, description="RoPE theta.")
+    share_embeddings_and_output_weights: Switch = Field(
         description="The output head is the embedding matrix; follows the teacher."
     )
     mixer_types: tuple[str, ...] = Field(
@@ -103,10 +107,10 @@ class ModelConfig(BaseModel):
         description="Settings of mixers by name, for those that have any; written only where there "
         "are some.",
     )
-    attn_use_rope: bool = Field(
+    attn_use_rope: Switch = Field(
         description="Softmax layers rotate q and k: true in a teacher, false (NoPE) in a student."
     )
-    attn_use_output_gate: bool = Field(
+    attn_use_output_gate: Switch = Field(
         description="Softmax layers gate their output: false in a teacher, true in a student."
     )
     attn_logits_scaling: LogitsScaling = Field(
@@ -117,7 +121,7 @@ class ModelConfig(BaseModel):
     max_position_embeddings: PositiveInt = Field(
         default=32768, description="Longest context the model claims; copied to the HF folder."
     )
-    init_method_std: float = Field(
+    init_method_std: Number = Field(
         default=0.02, gt=0, description="Standard deviation of freshly initialised matrices."
     )
     bos_token_id: TokenId | None = Field(

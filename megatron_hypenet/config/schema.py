@@ -27,7 +27,12 @@ from pydantic import (
 )
 
 from megatron_hypenet.config.mixers import MixerSpec, default_mixer, mixer_specs, with_settings
-from megatron_hypenet.config.model import LogitsScaling, PositiveInt, check_logits_scaling
+from megatron_hypenet.config.model import (
+    LogitsScaling,
+    PositiveInt,
+    Switch,
+    check_logits_scaling,
+)
 from megatron_hypenet.config.paths import PathSetting
 
 Count = Annotated[int, Field(ge=0, strict=True)]
@@ -37,7 +42,6 @@ Rate = Annotated[float, Field(gt=0, strict=True)]
 NotNegative = Annotated[float, Field(ge=0, strict=True)]
 BelowOne = Annotated[float, Field(ge=0, lt=1, strict=True)]
 Percent = Annotated[float, Field(gt=0, le=100, strict=True)]
-Switch = Annotated[bool, Field(strict=True)]
 Name = Annotated[str, Field(min_length=1)]
 
 Recompute = Literal["none", "selective", "full"]

@@ -12,9 +12,10 @@ from typing import Any
 
 from megatron_hypenet.config.paths import download_hint
 from megatron_hypenet.data.recall import RecallVocabulary
-from megatron_hypenet.errors import DataError
-from megatron_hypenet.untrusted.files import FileKind, has_entry
+from megatron_hypenet.errors import DataError, HypenetError
+from megatron_hypenet.untrusted.files import FileKind, has_entry, reason_of, shown
 from megatron_hypenet.untrusted.json_text import read_object
+from megatron_hypenet.untrusted.tokenizer_files import check_settings
 
 WORD_PIECE = re.compile(r"^[\u0120\u2581][a-z]{3,8}$")
 """A word with its leading space, as byte-level BPE (U+0120) and SentencePiece (U+2581) vocabularies
@@ -36,6 +37,9 @@ def load_tokenizer(folder: Path) -> Any:
             f"{folder}: no tokenizer files ({', '.join(TOKENIZER_FILES)}); point to the folder of "
             f"a Hugging Face model{download_hint(folder)}"
         )
+    check_settings(_MODEL_FILES, folder)
+    if has_entry(folder / "config.json"):
+        read_object(_MODEL_FILES, folder / "config.json")
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
@@ -48,11 +52,15 @@ def load_tokenizer(folder: Path) -> Any:
             return AutoTokenizer.from_pretrained(
                 str(folder), local_files_only=True, trust_remote_code=False
             )
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    # whatever it does not expect in a file ends in some exception; a panic of the tokenizers
+    # library derives from BaseException
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt | SystemExit | HypenetError):
+            raise
         raise DataError(
-            f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {error}); "
-            "its files are damaged or belong to another "
-            "version of transformers: copy them again from the model's original folder"
+            f"{folder}: the tokenizer cannot be loaded "
+            f"({type(error).__name__}: {shown(reason_of(error))}); its files are damaged or belong "
+            "to another version of transformers: copy them again from the model's original folder"
         ) from error
     finally:
         logging.set_verbosity(level)

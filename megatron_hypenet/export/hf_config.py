@@ -24,7 +24,7 @@ from megatron_hypenet.config.model import MAX_LAYERS, ModelConfig
 from megatron_hypenet.config.paths import download_hint
 from megatron_hypenet.errors import ConfigError, ConversionError
 from megatron_hypenet.export.hf_folder import JSON
-from megatron_hypenet.untrusted.files import findings, inside, shown
+from megatron_hypenet.untrusted.files import findings, has_entry, inside, shown
 from megatron_hypenet.untrusted.json_text import read_object
 
 HfConfig = dict[str, Any]
@@ -92,7 +92,7 @@ _WRITTEN_ELSEWHERE = (
 def read_hf_config(hf_dir: Path) -> HfConfig:
     """Return the folder's config.json as a dict; ConversionError when it is missing or not a JSON
     object."""
-    if not (hf_dir / "config.json").is_file():
+    if not has_entry(hf_dir / "config.json"):
         raise ConversionError(
             f"{hf_dir}: no config.json; give a Hugging Face model folder (config.json, "
             f"*.safetensors, tokenizer files){download_hint(hf_dir)}"
@@ -151,16 +151,26 @@ def model_config_from_hf(raw: HfConfig, *, where: str) -> ModelConfig:
         fields["attn_logits_scaling"] = raw.get("attn_logits_scaling")
         fields["mixers"] = _settings(raw, mixers)
     problems += _layer_types_problems(raw, fields["mixer_types"])
+    problems += _token_problems(raw)
     if kind == HYPENET:
         problems += _hypenet_problems(raw, _specs(mixers, fields["mixers"], problems))
     if not problems:
         try:
             return ModelConfig.model_validate(fields)
         except ValidationError as error:
-            problems = findings(error, whole="model")
+            problems = [_in_their_words(line) for line in findings(error, whole="model")]
     raise ConfigError(
         f"{where}: {len(problems)} setting(s) not supported:\n  " + "\n  ".join(problems)
     )
+
+
+def _in_their_words(finding: str) -> str:
+    """Return a finding about one of our fields with the name that the key has in config.json."""
+    place, colon, says = finding.partition(":")
+    theirs = {name: key for key, name in {**_REQUIRED, **_OPTIONAL}.items()}
+    theirs["share_embeddings_and_output_weights"] = "tie_word_embeddings"
+    theirs["rotary_base"] = "rope_theta"
+    return theirs.get(place, place) + colon + says
 
 
 def hf_config_from_model(
@@ -332,6 +342,18 @@ def _layer_types_problems(raw: HfConfig, mixers: Sequence[str]) -> list[str]:
     ]
 
 
+def _token_problems(raw: HfConfig) -> list[str]:
+    """Return the special tokens that the embedding has no row for."""
+    rows = raw.get("vocab_size")
+    return [
+        f"{key} = {_told(raw[key])}: the model has the tokens 0 to {rows - 1} (vocab_size)"
+        for key in _TOKENS
+        if type(rows) is int and rows > 0
+        for given in (raw[key] if isinstance(raw.get(key), list) else [raw.get(key)])
+        if type(given) is int and given >= rows
+    ]
+
+
 def _specs(
     mixers: Iterable[type[MixerSpec]], settings: Mapping[str, HfConfig], problems: list[str]
 ) -> list[MixerSpec]:
@@ -402,6 +424,9 @@ def _rotary_base(raw: HfConfig, problems: list[str]) -> float:
     theta = raw.get("rope_theta")
     found = {float(theta)} if _is_number(theta) else set()
     plain = True
+    if theta is not None and not found:
+        problems.append(f"rope_theta = {_told(theta)}: expected a number")
+        return 1.0
     for key, value in (("rope_parameters", parameters), ("rope_scaling", scaling)):
         if value is None:
             continue
@@ -455,8 +480,9 @@ def _as_count(value: object) -> int:
 
 def _first_token(value: object) -> object:
     """Return the first end token: Qwen3's chat models list several, and documents end with the
-    first."""
-    return value[0] if isinstance(value, list) and value else value
+    first. A list that holds anything but ids is left as it is, for ModelConfig to refuse."""
+    ids = isinstance(value, list) and value and all(type(entry) is int for entry in value)
+    return value[0] if isinstance(value, list) and ids else value
 
 
 def _token_like_origin(token: int | None, origin: object) -> object:

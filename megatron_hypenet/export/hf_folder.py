@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 GENERATION = "generation_config.json"
+ADAPTER = "adapter_config.json"
+"""Makes transformers load an adapter, and with it the base model that the adapter names."""
 JSON = FileKind(error=ConversionError, advice="fetch the folder again")
 """The small JSON files of a folder."""
 _WEIGHTS = FileKind(
@@ -62,6 +64,12 @@ class HfWeights(Mapping[str, "Tensor"]):
 
     def _read_index(self) -> dict[str, str] | None:
         path, single = self.hf_dir / INDEX, self.hf_dir / SINGLE
+        if has_entry(self.hf_dir / ADAPTER):
+            raise ConversionError(
+                f"{self.hf_dir / ADAPTER}: the folder holds an adapter, such as LoRA's, which is "
+                "not applied; merge it into the model and save that, or remove the adapter's files "
+                "if the model without it is meant"
+            )
         if not has_entry(path):
             if not has_entry(single):
                 raise ConversionError(f"{self.hf_dir}: {self._no_weights()}")
@@ -99,7 +107,7 @@ class HfWeights(Mapping[str, "Tensor"]):
 
     def _open(self, file: str) -> None:
         path = inside(self.hf_dir, file, _WEIGHTS)
-        if not path.is_file():
+        if not has_entry(path):
             raise ConversionError(
                 f"{self.hf_dir / INDEX}: names {path.name}, which is missing; "
                 "the download is incomplete, fetch it again"

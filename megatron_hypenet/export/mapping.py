@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from megatron_hypenet.config.mixers import ParamSpec
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.errors import ConversionError
+from megatron_hypenet.untrusted.files import shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -125,8 +126,9 @@ def check_names(expected: Iterable[str], found: Iterable[str], *, where: str) ->
     """Raise ConversionError with the first missing and the first unmapped tensors, and their
     counts, unless the two sets are equal."""
     expected, found = list(expected), list(found)
-    missing = sorted(set(expected) - set(found), key=expected.index)
-    extra = sorted(set(found) - set(expected))
+    present, wanted = set(found), set(expected)
+    missing = [name for name in dict.fromkeys(expected) if name not in present]
+    extra = sorted(present - wanted)
     problems = []
     if missing:
         problems.append(
@@ -134,7 +136,7 @@ def check_names(expected: Iterable[str], found: Iterable[str], *, where: str) ->
         )
     if extra:
         problems.append(
-            f"{len(extra)} tensors have no row in export/mapping.py, first {_first(extra)}"
+            f"{len(extra)} tensors do not belong to such a model, first {_first(extra)}"
         )
     if problems:
         raise ConversionError(
@@ -157,4 +159,4 @@ def check_shape(
 
 
 def _first(names: Sequence[str], count: int = 3) -> str:
-    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
+    return shown(", ".join(names[:count]), 300) + (", ..." if len(names) > count else "")

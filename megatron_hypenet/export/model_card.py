@@ -16,8 +16,10 @@ from megatron_hypenet.checkpoint.manifest import TEACHER_LICENSE, Manifest
 from megatron_hypenet.config.loader import read_stored
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.config.schema import STAGES
+from megatron_hypenet.errors import ConversionError
+from megatron_hypenet.export.hf_folder import JSON
 from megatron_hypenet.export.mapping import num_parameters
-from megatron_hypenet.untrusted.files import has_entry, shown
+from megatron_hypenet.untrusted.files import has_entry, inside, shown
 
 FILE = "README.md"
 _FIGURES = "\n## Figures\n"
@@ -51,11 +53,12 @@ vllm serve .   # this folder
 
 def stated_license(hf_dir: Path) -> str | None:
     """Return the licence that the model card of a Hugging Face folder states in its header, None
-    without one. A card is for readers, so one that cannot be read is no error."""
+    without one. A card is for readers, so one that cannot be read, or leads out of the folder, is
+    no error."""
     try:
-        with (hf_dir / FILE).open("rb") as stream:
+        with JSON.open(inside(hf_dir, FILE, JSON)) as stream:
             text = stream.read(_HEADER_BYTES).decode(errors="replace")
-    except OSError:
+    except (ConversionError, OSError):
         return None
     header = re.match(r"---[ \t]*\r?\n(.*?)^---", text, re.DOTALL | re.MULTILINE)
     found = header and _STATED.search(header[1].replace("\r", ""))

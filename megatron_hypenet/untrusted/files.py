@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import mmap
 import os
 import stat
@@ -16,11 +17,14 @@ from megatron_hypenet.errors import HypenetError
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
+    from pydantic_core import ErrorDetails
 
 MIB = 1 << 20
 _BLOCK = 4096
 """Direct reads begin and end at multiples of this."""
 _DIRECT_BYTES = 4 * MIB + 2 * _BLOCK
+_IN_WORDS = {"missing": "missing", "extra_forbidden": "unknown key"}
+"""pydantic's kinds of findings that need no value."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,10 +195,9 @@ def inside(folder: Path, name: object, kind: FileKind) -> Path:
         kind.refuse(folder, f"refers to {name!r}, which is not inside the folder")
     target = folder / path
     if not is_inside(folder, target):
-        kind.refuse(
-            target,
-            f"a symbolic link that leads out of the folder, to {shown(os.path.realpath(target))}",
-        )
+        found = os.path.realpath(target)
+        where = "in a circle" if os.path.islink(found) else f"out of the folder, to {shown(found)}"
+        kind.refuse(target, f"a symbolic link that leads {where}")
     return target
 
 
@@ -232,9 +235,20 @@ def shown(value: object, limit: int = 200) -> str:
 
 
 def findings(error: ValidationError, *, whole: str) -> list[str]:
-    """Return pydantic's findings, each `place: what is wrong` in bounded length; `whole` is the
-    place of a finding about all values together."""
+    """Return pydantic's findings, each `place: what is wrong, got VALUE` in bounded length; `whole`
+    is the place of a finding about all values together."""
     return [
-        f"{shown('.'.join(map(str, item['loc'])), 80) or whole}: {shown(item['msg'], 600)}"
+        f"{shown('.'.join(map(str, item['loc'])), 80) or whole}: {_what(item)}"
         for item in error.errors(include_url=False, include_context=False)
     ]
+
+
+def _what(item: ErrorDetails) -> str:
+    if item["type"] in _IN_WORDS:
+        return _IN_WORDS[item["type"]]
+    if item["type"] == "value_error":  # a rule of ours, which has said it all
+        return shown(item["msg"].removeprefix("Value error, "), 600)
+    message = (item["msg"][:1].lower() + item["msg"][1:]).removeprefix("input ")
+    value = item["input"]
+    written = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+    return f"{shown(message, 600)}, got {shown(written, 60)}"

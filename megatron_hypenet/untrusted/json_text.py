@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from megatron_hypenet.untrusted.files import FileKind, reason_of, shown
+from megatron_hypenet.untrusted.files import FileKind, findings, reason_of, shown
 
 T = TypeVar("T")
 
@@ -61,11 +61,7 @@ def typed(kind: FileKind, path: Path | str, value: Any, form: type[T]) -> T:
         # through JSON text: pydantic's strict mode accepts a list for a tuple from JSON only
         return adapter.validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
-        found = error.errors(include_url=False, include_context=False)
-        lines = [
-            f"{shown('.'.join(map(str, item['loc'])), 80) or 'the top'}: {_what(item)}"
-            for item in found
-        ]
+        lines = findings(error, whole="the top")
         kind.refuse(
             path, "; ".join(lines[:3]) + (f"; and {len(lines) - 3} more" if len(lines) > 3 else "")
         )
@@ -104,13 +100,6 @@ def parse_json(kind: FileKind, path: Path | str, text: str) -> Any:
 @functools.cache
 def _adapter(form: Any) -> TypeAdapter[Any]:
     return TypeAdapter(form)
-
-
-def _what(item: Any) -> str:
-    message = item["msg"][:1].lower() + item["msg"][1:]
-    if item["type"] == "missing":
-        return "missing"
-    return f"{message.removeprefix('input ')}, got {shown(repr(item['input']), 60)}"
 
 
 def _values(text: str) -> int:

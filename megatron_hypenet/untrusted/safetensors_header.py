@@ -78,7 +78,8 @@ def read_header(kind: FileKind, path: Path) -> dict[str, TensorHeader]:
     header = parse_json(kind, path, kind.decode(path, content))
     if not isinstance(header, dict):
         kind.refuse(path, "not a safetensors file: its header is no JSON object")
-    notes = header.pop(_METADATA, None) or {}
+    notes = header.pop(_METADATA, None)
+    notes = {} if notes is None else notes
     if not isinstance(notes, dict) or not all(isinstance(value, str) for value in notes.values()):
         kind.refuse(path, f"its {_METADATA} is no object of texts")
     found = sorted(

@@ -105,3 +105,16 @@ def tokenizer_works(folder, out, said, whole):
     for file in (out / "tokenizer").iterdir():
         assert not (folder / file.name).is_symlink()
     imported_as_it_says(folder, out, said, whole)
+
+
+def encoded(folder):
+    """Return ids as `data prepare --tokenizer FOLDER` makes them, and the number of tokens."""
+    from megatron_hypenet.data.tokenizer import encode, load_tokenizer
+
+    tokenizer = load_tokenizer(folder)
+    return [len(tokenizer), encode(tokenizer, "The quick brown fox")]
+
+
+def encoded_as_ids(folder, out, said, whole):
+    count, ids = json.loads(said)
+    assert ids and all(type(number) is int and 0 <= number < max(count, 1 << 20) for number in ids)

@@ -25,6 +25,8 @@ from tests.fuzz.configurations import (
     settings_are_the_files,
 )
 from tests.fuzz.hf_folders import (
+    encoded,
+    encoded_as_ids,
     imported_as_it_says,
     make_model,
     make_model_with_tokenizer,
@@ -109,6 +111,12 @@ SUBJECTS = {
         files=dict.fromkeys(TOKENIZER_JSON, JSON) | {"merges.txt": (m.change_lines, *m.ANY)},
         read=IMPORT,
         accepted=tokenizer_works,
+    ),
+    "tokenizer of a user": Subject(
+        make=make_model_with_tokenizer,
+        files=dict.fromkeys(TOKENIZER_JSON, JSON),
+        read=call(encoded),
+        accepted=encoded_as_ids,
     ),
     "checkpoint": Subject(
         make=make_checkpoint,

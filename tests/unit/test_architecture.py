@@ -29,7 +29,7 @@ SEES["__init__"] = set()
 LIBRARY_PLACES = {
     "transformers": {"export", "data", "serve.vllm"},
     "vllm": {"serve.vllm"},
-    "tokenizers": {"export", "data"},
+    "tokenizers": {"untrusted", "data"},
     "sentencepiece": {"export", "data"},
     "pyarrow": {"data.tables"},
     "zstandard": {"data.opening"},

@@ -168,7 +168,7 @@ def test_the_mixer_of_a_run_is_chosen_by_name():
         ({"mixer": "mamba"}, "mixer='mamba' is no RNN mixer"),
         (
             {"mixer_settings": {"conv_size": 4}},
-            "lightning_attn.conv_size: Extra inputs are not permitted",
+            "lightning_attn.conv_size: unknown key",
         ),
     ):
         with pytest.raises(ValidationError, match=says):

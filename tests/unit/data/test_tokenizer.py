@@ -36,6 +36,27 @@ def test_recall_words_are_whole_tokens(teacher):
     assert teacher.decode(ids) == f"\n[{teacher.decode([key])}{teacher.decode([value])} ]\n"
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("tokenizer.json", "[]", "cannot be loaded .TypeError"),
+        ("tokenizer.json", "[" * 100_000, "cannot be loaded .RecursionError"),
+        ("tokenizer_config.json", "null", "tokenizer_config.json: expected a JSON object"),
+        ("tokenizer_config.json", '{"eos_token": 5}', "eos_token.str: should be a valid string"),
+        ("tokenizer_config.json", '{"model": 1}', "cannot be loaded .AttributeError"),
+        ("config.json", "[]", "config.json: expected an object"),
+        ("config.json", '{"model_type": []}', "cannot be loaded .TypeError"),
+    ],
+)
+def test_any_damage_ends_in_one_error(tmp_path, repo_root, name, text, says):
+    for file in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+        shutil.copyfile(repo_root / "assets" / "tiny-qwen3" / file, tmp_path / file)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=says) as caught:
+        load_tokenizer(tmp_path)
+    assert len(str(caught.value).splitlines()) == 1
+
+
 def test_missing_and_damaged_folders(tmp_path, repo_root):
     with pytest.raises(DataError, match="no tokenizer files"):
         load_tokenizer(tmp_path)

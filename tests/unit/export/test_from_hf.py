@@ -115,7 +115,7 @@ def test_missing_and_unmapped_tensors_are_counted(hf_model, tmp_path):
     refused(
         model,
         tmp_path,
-        "2 of 35 tensors are missing, first .*gate_proj.*; 1 tensors have no row .*first "
+        "2 of 35 tensors are missing, first .*gate_proj.*; 1 tensors do not belong .*first "
         ".*q_proj.bias",
     )
 

@@ -114,7 +114,16 @@ def test_transformers_5_spelling():
         ({"qk_norm": False}, "qk_norm = False: supported is True"),
         ({"head_dim": None}, "head_dim is missing"),
         ({"num_key_value_heads": 3}, "num_query_groups=3 does not divide num_attention_heads=4"),
-        ({"hidden_size": "32"}, "hidden_size: Input should be a valid integer"),
+        ({"hidden_size": "32"}, "hidden_size: should be a valid integer, got '32'"),
+        ({"intermediate_size": 0}, "intermediate_size: should be greater than 0, got 0"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps: should be a valid number, got '1e-6'"),
+        ({"rms_norm_eps": True}, "rms_norm_eps: should be a valid number, got true"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings: should be a valid boolean"),
+        ({"tie_word_embeddings": 0}, "tie_word_embeddings: should be a valid boolean, got 0"),
+        ({"rope_theta": "1e6"}, "rope_theta = '1e6': expected a number"),
+        ({"eos_token_id": [None]}, r"eos_token_id: should be a valid integer, got \[None\]"),
+        ({"eos_token_id": 5000}, r"eos_token_id = 5000: the model has the tokens 0 to \d+"),
+        ({"pad_token_id": 5000}, r"pad_token_id = 5000: the model has the tokens 0 to \d+"),
     ],
 )
 @pytest.mark.parametrize("student", [False, True])

@@ -173,3 +173,14 @@ def test_values_from_any_place(hf_model, tmp_path):
     (tmp_path / "hf/model.safetensors").write_bytes(b"cut")
     with pytest.raises(ConversionError, match="cannot be read whole; fetch the file again"):
         weights.read_values(name, 33, target)
+
+
+def test_a_folder_in_the_place_of_weights_and_an_adapter_are_refused(hf_model, tmp_path):
+    folder = hf_model().write(tmp_path / "hf")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").mkdir()
+    with pytest.raises(ConversionError, match=r"safetensors: cannot be read: Is a directory"):
+        HfWeights(folder)
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConversionError, match="holds an adapter, such as LoRA's, which is not app"):
+        HfWeights(folder)

@@ -3,6 +3,7 @@ import pytest
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.errors import ConversionError
 from megatron_hypenet.export import mapping
+from megatron_hypenet.export.mapping import check_names
 
 QWEN3 = dict(
     num_query_groups=8,
@@ -86,7 +87,16 @@ def test_head_and_gate_rows_follow_the_configuration():
 def test_missing_and_extra_names_are_counted_and_named():
     with pytest.raises(
         ConversionError,
-        match=r"x: 2 of 4 tensors are missing, first c, d; 1 tensors have no row.*first q",
+        match=r"x: 2 of 4 tensors are missing, first c, d; 1 tensors do not belong.*first q",
     ):
         mapping.check_names(["a", "b", "c", "d"], ["a", "b", "q"], where="x")
     mapping.check_names(["a", "b"], ["b", "a"], where="x")
+
+
+def test_very_many_missing_tensors_are_counted_at_once():
+    names = [f"layer{number}.weight" for number in range(100_000)]
+    with pytest.raises(ConversionError, match="100000 of 100000 tensors are missing, first layer0"):
+        check_names(names, [], where="x")
+    with pytest.raises(ConversionError) as caught:
+        check_names([], ["a\0" * 5000], where="x")
+    assert len(str(caught.value)) < 700 and str(caught.value).isprintable()

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import yaml
 
@@ -103,3 +105,16 @@ def test_licence_of_a_card(exported, tmp_path, card, found):
     card_of_student = (exported(card) / "README.md").read_text()
     assert model_card.stated_license(tmp_path / "source") == found
     assert header_of(card_of_student).get("license") == found
+
+
+def test_a_card_that_is_no_file_of_the_folder_states_nothing(tmp_path):
+    private = tmp_path / "private.md"
+    private.write_text("---\nlicense: secret\n---\n")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    card = folder / "README.md"
+    card.symlink_to(private)
+    assert model_card.stated_license(folder) is None
+    card.unlink()
+    os.mkfifo(card)
+    assert model_card.stated_license(folder) is None

@@ -89,7 +89,7 @@ def test_symbolic_links_count_where_they_lead(tmp_path):
     assert inside(folder, "sub/new", KIND) == folder / "sub" / "new"
     refused(lambda: inside(folder, "far", KIND), "symbolic link that leads out of the folder")
     refused(lambda: inside(folder, "far/x", KIND), "symbolic link that leads out of the folder")
-    refused(lambda: inside(folder, "loop", KIND), "symbolic link that leads out of the folder")
+    refused(lambda: inside(folder, "loop", KIND), "symbolic link that leads in a circle")
     assert not is_inside(folder, folder / "far")
 
 
@@ -164,7 +164,7 @@ def test_findings_of_a_validation_are_bounded_lines():
         TypeAdapter(dict[str, int]).validate_python({"a" * 999: "b", "c": "d"})
     lines = findings(raised.value, whole="model")
     assert len(lines) == 2 and all(len(line) < 700 for line in lines)
-    assert lines[1].startswith("c: Input should be a valid integer")
+    assert lines[1].startswith("c: should be a valid integer, unable to parse")
     with pytest.raises(ValidationError) as raised:
         TypeAdapter(int).validate_python("x\ny")
-    assert findings(raised.value, whole="model")[0].startswith("model: Input should be")
+    assert findings(raised.value, whole="model")[0].startswith("model: should be")

@@ -27,7 +27,7 @@ def test_the_registry_finds_by_name_and_lists_what_it_knows():
 
 def test_wrong_settings_are_named():
     assert with_settings("lightning_attn", {}) == default_mixer()
-    with pytest.raises(ValueError, match="lightning_attn.depth: Extra inputs are not permitted"):
+    with pytest.raises(ValueError, match="lightning_attn.depth: unknown key"):
         with_settings("lightning_attn", {"depth": 3})
 
 
