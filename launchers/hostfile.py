@@ -35,12 +35,16 @@ from typing import Any
 
 from megatron_hypenet.errors import SetupError, UsageError
 from megatron_hypenet.process_place import chosen_port, is_host
-from megatron_hypenet.untrusted.files import MIB, FileKind, shown
+from megatron_hypenet.untrusted.files import MIB, FileKind, has_entry, shown
 
 HOSTFILE = FileKind(
     error=SetupError, advice="a hostfile has lines such as `worker-1 slots=8`", max_bytes=MIB
 )
 """What --hostfile names."""
+_VARIABLES = FileKind(
+    error=SetupError, advice="it has lines of the form NAME=VALUE, as DeepSpeed reads it"
+)
+"""DeepSpeed's file of variables."""
 
 CARRIED = (
     "GLOO_",
@@ -273,7 +277,7 @@ def variables(environment: Mapping[str, str], names: Sequence[str]) -> dict[str,
     found.pop("PYTHONPATH", None)  # DeepSpeed puts the working directory before it
     for folder in (Path.home(), Path()):
         path = folder / environment.get("DS_ENV_FILE", ".deepspeed_env")
-        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        for line in _VARIABLES.read_text(path).splitlines() if has_entry(path) else ():
             name, equals, value = line.partition("=")
             if not equals:
                 raise SetupError(f"{path}: {line!r} is not of the form NAME=VALUE")
@@ -284,13 +288,23 @@ def variables(environment: Mapping[str, str], names: Sequence[str]) -> dict[str,
                 f"--env {name}: it is not set here; export it, or leave the option out"
             )
         found[name] = environment[name]
-    broken = [name for name, value in found.items() if "\n" in value]
+    broken = [name for name, value in found.items() if not _is_one_line(value)]
     if broken:
         raise SetupError(
-            f"{broken[0]} has several lines, which DeepSpeed's launcher cannot hand on; "
-            "unset it here"
+            f"{broken[0]} has several lines or is no UTF-8 text, which DeepSpeed's launcher cannot "
+            "hand on; unset it here"
         )
     return found
+
+
+def _is_one_line(value: str) -> bool:
+    """Return whether the launcher, which reads the values as lines of a file, gets this one
+    whole."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # bytes that are not UTF-8, as Python keeps them
+        return False
+    return len(value.splitlines()) <= 1 and not value.endswith(("\n", "\r")) and "\0" not in value
 
 
 def environment_file(values: Mapping[str, str]) -> str:
@@ -314,12 +328,12 @@ def packed(word: str) -> str:
     stay as they are."""
     if re.fullmatch(r"[\w=:,./+-]+", word, re.ASCII):
         return word
-    return "@" + base64.urlsafe_b64encode(word.encode()).decode()
+    return "@" + base64.urlsafe_b64encode(os.fsencode(word)).decode()
 
 
 def unpacked(word: str) -> str:
     """Return what `packed` was given."""
-    return base64.urlsafe_b64decode(word[1:]).decode() if word.startswith("@") else word
+    return os.fsdecode(base64.urlsafe_b64decode(word[1:])) if word.startswith("@") else word
 
 
 def ssh_command(host: str, *words: str) -> list[str]:

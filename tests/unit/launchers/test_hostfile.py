@@ -254,8 +254,9 @@ def test_variables_go_by_name_and_secrets_never(ssh, tmp_path):
     ):
         with pytest.raises(UsageError, match=said):
             variables(mine, names)
-    with pytest.raises(SetupError, match="NCCL_X has several lines"):
-        variables({"NCCL_X": "a\nb"}, ())
+    for value in ("a\nb", "a\r", "a\u2028b", "a\udcff"):
+        with pytest.raises(SetupError, match="NCCL_X has several lines or is no UTF-8 text"):
+            variables({"NCCL_X": value}, ())
 
 
 def test_deepspeeds_file_of_variables_counts(ssh, tmp_path):
@@ -271,6 +272,9 @@ def test_deepspeeds_file_of_variables_counts(ssh, tmp_path):
     with pytest.raises(
         UsageError, match=r"\.deepspeed_env sets HF_TOKEN, which looks like a secret"
     ):
+        variables({}, ())
+    (tmp_path / ".deepspeed_env").write_bytes(b"A=\xff\n")
+    with pytest.raises(SetupError, match=r"\.deepspeed_env: not UTF-8 text"):
         variables({}, ())
     (tmp_path / ".deepspeed_env").write_text("export\n")
     with pytest.raises(SetupError, match="'export' is not of the form NAME=VALUE"):
