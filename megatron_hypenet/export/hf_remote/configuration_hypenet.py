@@ -68,7 +68,7 @@ class HypeNetConfig(PretrainedConfig):
     ) -> None:
         """Raise ValueError for settings that the modelling code does not implement."""
         switches = {name: kwargs.pop(name, supported) for name, supported in _SUPPORTED.items()}
-        kwargs.pop("layer_types", None)
+        layer_types = kwargs.pop("layer_types", None)
         super().__init__(**kwargs)
         self.tie_word_embeddings = tie_word_embeddings
         self.bos_token_id = bos_token_id
@@ -97,10 +97,7 @@ class HypeNetConfig(PretrainedConfig):
             )
         given = [_DEFAULT_MIXER] * num_hidden_layers if mixer_types is None else mixer_types
         self.mixer_types = [MIXERS[name].hf_names[0] if name in MIXERS else name for name in given]
-        # the words of inference engines, which size the caches of the layers by them
-        self.layer_types = [
-            "full_attention" if name == "attn" else "linear_attention" for name in self.mixer_types
-        ]
+        self.layer_types = _layer_types(self.mixer_types) if layer_types is None else layer_types
         for name, value in switches.items():
             # transformers 5 makes it an alias of rope_parameters
             if name != "rope_scaling" or value is not None:
@@ -154,11 +151,25 @@ class HypeNetConfig(PretrainedConfig):
                 f"mixer_types must name one of {sorted(MIXERS)} for {self.num_hidden_layers} "
                 f"layers, got {self.mixer_types}"
             )
+        kinds = {"full_attention", "linear_attention"}
+        if not isinstance(self.layer_types, list) or not kinds.issuperset(self.layer_types):
+            raise ValueError(
+                f"layer_types must name {' or '.join(sorted(kinds))} for each layer, "
+                f"got {self.layer_types!r}"
+            )
+        # they follow from the mixers; a teacher's may have come along
+        self.layer_types = _layer_types(self.mixer_types)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads={self.num_key_value_heads} must divide "
                 f"num_attention_heads={self.num_attention_heads}"
             )
+
+
+def _layer_types(mixer_types: Sequence[str]) -> list[str]:
+    """Return what kind of layer each mixer makes, in the words of inference engines, which size the
+    caches of the layers by them."""
+    return ["full_attention" if name == "attn" else "linear_attention" for name in mixer_types]
 
 
 def _listed(values: Sequence[Any]) -> str:

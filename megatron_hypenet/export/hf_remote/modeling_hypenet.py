@@ -246,6 +246,11 @@ class HypeNetModel(HypeNetPreTrainedModel):
         given = input_ids if inputs_embeds is None else inputs_embeds
         if given is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("give either input_ids or inputs_embeds")
+        if given.dim() != 3 - (inputs_embeds is None) or given.shape[1] == 0:
+            raise ValueError(
+                "expected input_ids [rows, tokens] or inputs_embeds [rows, tokens, hidden_size] "
+                f"of at least one token, got the shape {list(given.shape)}"
+            )
         memory = self._cache(given_cache(past_key_values, cache), use_cache)
         wanted = (
             self.config.output_hidden_states
@@ -340,9 +345,18 @@ def new_columns(
         raise ValueError(
             f"attention_mask must be [rows, tokens] = {either} of 0 and 1, got {shape}"
         )
-    new = attention_mask[:, -t:].bool()
+    new = attention_mask[:, -t:]
     # a compiled graph cannot depend on values: there every mask is applied
-    return None if look and not torch.compiler.is_compiling() and bool(new.all()) else new
+    if not look or torch.compiler.is_compiling():
+        return new.bool()
+    if bool((new == 1).all()):
+        return None
+    if not bool(((new == 0) | (new == 1)).all()):
+        raise ValueError(
+            "attention_mask must be 1 at real tokens and 0 at padding; it has other values, "
+            "as a mask has that is added to attention scores"
+        )
+    return new.bool()
 
 
 class HypeNetForCausalLM(HypeNetPreTrainedModel, HypeNetGenerationMixin):

@@ -54,6 +54,7 @@ def test_older_spelling_of_a_mixer(make_config):
         ({"mixer_types": ["attn", "mamba2", "attn"]}, "mixer_types must name"),
         ({"mixer_types": ["attn"]}, "for 3 layers"),
         ({"num_key_value_heads": 4}, "must divide num_attention_heads=6"),
+        ({"layer_types": ["sliding_attention"] * 3}, "layer_types must name full_attention or"),
     ],
 )
 def test_refuses_what_the_code_does_not_do(make_config, change, message):

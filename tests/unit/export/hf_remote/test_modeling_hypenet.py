@@ -193,6 +193,7 @@ def test_other_attention_kernels_are_refused(make_model, name):
         ({"attn_logits_scaling": "log"}, "attn_logits_scaling must be"),
         ({"lightning_nh": 3}, "lightning_nh=3"),
         ({"mixer_types": ["attn"]}, "for 3 layers"),
+        ({"layer_types": ["sliding_attention"] * 3}, "layer_types must name full_attention or"),
         ({"attn_implementation": "flex_attention"}, "HypeNet has .sdpa. and .eager"),
     ],
     ids=str,
@@ -292,6 +293,10 @@ def test_positions_are_checked(model):
         ({"past_key_values": "cache"}, "must be the HypeNetCache"),
         ({"attention_mask": torch.ones(2, 3)}, "attention_mask must be"),
         ({"attention_mask": torch.ones(2, 1, 4, 4)}, "attention_mask must be"),
+        ({"attention_mask": torch.tensor([[-1e9, 0, 0, 0]] * 2)}, "must be 1 at real tokens"),
+        ({"attention_mask": torch.full((2, 4), 2)}, "must be 1 at real tokens"),
+        ({"input_ids": tokens(1, 4)[0]}, r"input_ids \[rows, tokens\].*got the shape \[4\]"),
+        ({"input_ids": tokens(2, 4)[:, :0]}, r"at least one token, got the shape \[2, 0\]"),
         (
             {"inputs_embeds": torch.zeros(2, 4, 32, dtype=torch.float64)},
             "give either input_ids or inputs_embeds",
@@ -300,7 +305,7 @@ def test_positions_are_checked(model):
 )
 def test_refuses_what_it_cannot_do(model, inputs, message):
     with pytest.raises(ValueError, match=message):
-        model(tokens(2, 4), **inputs)
+        model(**{"input_ids": tokens(2, 4), **inputs})
 
 
 def test_tied_head_shares_storage(make_model):
