@@ -82,7 +82,8 @@ def step_hosts(environment: Mapping[str, str]) -> list[str]:
     counts = tasks_per_node(_text(environment, "SLURM_STEP_TASKS_PER_NODE"))
     if len(names) != len(counts):
         raise SetupError(
-            f"SLURM lists {len(names)} nodes (SLURM_STEP_NODELIST) and of tasks on {len(counts)}"
+            f"SLURM_STEP_NODELIST names {len(names)} nodes, and SLURM_STEP_TASKS_PER_NODE has "
+            f"counts for {len(counts)}: they belong to different steps; start this with srun anew"
         )
     return [name for name, count in zip(names, counts, strict=True) for _ in range(count)]
 

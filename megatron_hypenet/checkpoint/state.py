@@ -97,8 +97,8 @@ class TrainState:
         path = folder / fmt.TRAIN_STATE
         if not has_entry(path):
             raise CheckpointError(
-                f"{folder} has no {path.name}: it holds weights only and no run can continue from "
-                "it"
+                f"{folder} has no {path.name}: it holds weights only, and no run can continue from "
+                "it; --init starts a stage from such a checkpoint"
             )
         text = KIND.decode(path, read_listed(folder, fmt.TRAIN_STATE))
         return typed(KIND, path, parse_json(KIND, path, text), cls)

@@ -30,6 +30,7 @@ from megatron_hypenet.cli.options import (
 )
 from megatron_hypenet.config.schema import ParallelConfig
 from megatron_hypenet.errors import DataError, UsageError
+from megatron_hypenet.untrusted.files import FileKind
 
 if TYPE_CHECKING:
     from megatron_hypenet.eval.harness import Tasks
@@ -258,10 +259,9 @@ def _numbers(option: str, text: str, kind: type, least: float, most: float) -> l
 
 
 def _words(path: Path) -> str:
-    try:
-        words = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"--text {path}: no UTF-8 text (byte {error.start})") from error
+    words = FileKind(
+        error=DataError, advice="--text takes a text file in UTF-8", max_bytes=1 << 30
+    ).read_text(path)
     if not words.strip():
         raise DataError(f"--text {path}: it is empty; give held-out text")
     return words

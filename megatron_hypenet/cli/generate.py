@@ -17,11 +17,15 @@ import typer
 from megatron_hypenet.cli.engines import Engine
 from megatron_hypenet.cli.options import DryRunOption, JsonOption, check_device, check_dtype
 from megatron_hypenet.errors import DataError, UsageError
+from megatron_hypenet.untrusted.files import FileKind
 
 if TYPE_CHECKING:
     from megatron_hypenet.export.generate import Generated, Sampling
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+_MOST_PROMPT_BYTES = 64 << 20
+"""Largest prompt that is read; no model has a context of so many tokens."""
 
 
 @app.command()
@@ -160,13 +164,16 @@ def _typed() -> Iterator[str]:
 
 
 def _read(file: Path) -> str:
-    try:
-        raw = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{file}: no UTF-8 text (byte {error.start}); convert it to UTF-8"
-        ) from error
+    kind = FileKind(
+        error=DataError, advice="give a text file in UTF-8", max_bytes=_MOST_PROMPT_BYTES
+    )
+    if str(file) != "-":
+        file.stat()  # OSError, which names a file that is missing
+        return kind.read_text(file)
+    raw = sys.stdin.buffer.read(_MOST_PROMPT_BYTES + 1)
+    if len(raw) > _MOST_PROMPT_BYTES:
+        kind.refuse("stdin", f"more than {_MOST_PROMPT_BYTES:,} bytes")
+    return kind.decode("stdin", raw)
 
 
 def _ids(tokenizer: Any, turn: str, messages: list[dict[str, str]], *, chat: bool) -> list[int]:

@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hypenet.errors import DataError
-from megatron_hypenet.untrusted.files import FileKind
+from megatron_hypenet.untrusted.files import MIB, FileKind
 from megatron_hypenet.untrusted.json_text import parse_json
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-_KIND = FileKind(error=DataError, advice="give a JSON object a line, as docs/evaluation.md shows")
+_KIND = FileKind(
+    error=DataError,
+    advice="give a JSON object a line, as docs/evaluation.md shows",
+    max_bytes=256 * MIB,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +47,7 @@ class Question:
 def read_questions(path: Path) -> list[Question]:
     """Return the questions of a file. DataError, with the line, for one that is none, and for no
     lines."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: no UTF-8 text (byte {error.start})") from error
+    lines = _KIND.read_text(path).split("\n")
     found = [
         _question(parse_json(_KIND, path, line), f"{path}:{number}")
         for number, line in enumerate(lines, 1)

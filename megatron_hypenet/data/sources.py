@@ -123,7 +123,7 @@ def find_files(source: Path) -> Found:
         names = sorted(map(Path, glob.glob(str(source), recursive=True)))
         paths = [path for path in names if not path.is_dir()]
         if not paths:
-            raise DataError(f"{source}: no file has such a name")
+            raise DataError(f"{source}: no file has such a name; correct the pattern")
     elif source.is_dir():
         paths, left_out = _of_folder(source)
     else:

@@ -197,7 +197,7 @@ def _addresses(name: str, port: int) -> list[tuple[int, Any]]:
     except (OSError, UnicodeError) as error:
         raise SetupError(
             f"the address of rank 0, {name!r}, cannot be looked up on {socket.gethostname()}: "
-            f"{error}"
+            f"{error}; give an address that this machine knows, or {_ADVICE}"
         ) from error
 
 
@@ -240,7 +240,7 @@ def wait_for_all(meeting: Meeting, timeout: timedelta) -> None:
     except RuntimeError as error:
         raise SetupError(
             f"rank 0 has not said within {timeout.total_seconds():.0f} s whether all processes are "
-            f"there: {error}"
+            f"there: {error}; look at the log of rank 0"
         ) from error
     if found != "all":
         raise SetupError(

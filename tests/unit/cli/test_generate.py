@@ -82,6 +82,7 @@ def test_a_chat_keeps_what_was_said(chatty, monkeypatch, capsys):
         (["--chat", "--prompt", "a"], 5, "has no chat template"),
         (["--prompt", "a", "--engine", "vllm"], 4, "vLLM is not installed in this environment"),
         (["--file", "/nowhere/x"], 4, "/nowhere/x"),
+        (["--file", "/dev/zero"], 5, "/dev/zero: not a regular file"),
         (["--prompt", "a", "--dtype", "int7"], 2, "int7"),
     ],
     ids=str,
@@ -96,7 +97,7 @@ def test_no_text_is_refused(teacher, tmp_path, capsys):
     file = tmp_path / "x"
     file.write_bytes(b"\xff\xfe")
     assert run(["generate", str(teacher), "--file", str(file)]) == 5
-    assert "no UTF-8 text" in capsys.readouterr().err
+    assert "not UTF-8 text" in capsys.readouterr().err
 
 
 def test_more_than_the_model_claims_is_noted(teacher, capsys):

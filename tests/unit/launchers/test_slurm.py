@@ -138,5 +138,5 @@ def test_hosts_of_the_ranks(tmp_path, monkeypatch):
     assert slurm.step_hosts(
         {"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_STEP_TASKS_PER_NODE": "2,1"}
     ) == ["n1", "n1", "n2"]
-    with pytest.raises(SetupError, match=r"2 nodes .* and of tasks on 3"):
+    with pytest.raises(SetupError, match=r"names 2 nodes, .* counts for 3"):
         slurm.step_hosts({"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_STEP_TASKS_PER_NODE": "2,1,1"})
