@@ -1,5 +1,5 @@
-"""The interface of a HypeNet for `generate` of transformers 4.57 and 5.x: its cache, its inputs of
-each step, and refusals of what it cannot do.
+"""What a HypeNet takes: checks of its inputs, and its interface for `generate` of transformers 4.57
+and 5.x, with its cache, its inputs of each step, and refusals of what it cannot do.
 
 Shapes: b rows, t new tokens."""
 
@@ -61,6 +61,43 @@ def check_positions(given: Tensor, positions: Tensor, real: Tensor | None) -> No
         torch._assert_async(right, message)
     elif not bool(right):
         raise ValueError(message)
+
+
+def check_shape(given: Tensor, *, embedded: bool) -> None:
+    """Raise ValueError unless these are tokens [b, t] or, `embedded`, their embeddings [b, t, H],
+    of at least one token."""
+    if given.dim() != (3 if embedded else 2) or given.shape[1] == 0:
+        raise ValueError(
+            "expected input_ids [rows, tokens] or inputs_embeds [rows, tokens, hidden_size] "
+            f"of at least one token, got the shape {list(given.shape)}"
+        )
+
+
+def new_columns(
+    attention_mask: Tensor | None, b: int, t: int, past: int, *, look: bool = True
+) -> Tensor | None:
+    """Return the last t columns of a mask as bool [b, t], or None when all are real tokens; without
+    `look` every mask is given back, for a look waits for the device."""
+    if attention_mask is None:
+        return None
+    shape = list(getattr(attention_mask, "shape", [type(attention_mask).__name__]))
+    if shape not in ([b, t], [b, past + t]):
+        either = f"[{b}, {t}]" + (f" or, with the cached ones, [{b}, {past + t}]" if past else "")
+        raise ValueError(
+            f"attention_mask must be [rows, tokens] = {either} of 0 and 1, got {shape}"
+        )
+    new = attention_mask[:, -t:]
+    # a compiled graph cannot depend on values: there every mask is applied
+    if not look or torch.compiler.is_compiling():
+        return new.bool()
+    if bool((new == 1).all()):
+        return None
+    if not bool(((new == 0) | (new == 1)).all()):
+        raise ValueError(
+            "attention_mask must be 1 at real tokens and 0 at padding; it has other values, "
+            "as a mask has that is added to attention scores"
+        )
+    return new.bool()
 
 
 class HypeNetGenerationMixin(GenerationMixin):

@@ -22,7 +22,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from .cache_hypenet import HypeNetCache
 from .configuration_hypenet import HypeNetConfig
-from .generation_hypenet import CACHE, HypeNetGenerationMixin, check_positions, given_cache
+from .generation_hypenet import (
+    CACHE,
+    HypeNetGenerationMixin,
+    check_positions,
+    check_shape,
+    given_cache,
+    new_columns,
+)
 from .layers_hypenet import HypeNetRMSNorm
 from .mixers_hypenet import MIXERS
 from .ops_hypenet import Step, accumulation_dtype, causal_lm_loss, rope_tables
@@ -246,11 +253,7 @@ class HypeNetModel(HypeNetPreTrainedModel):
         given = input_ids if inputs_embeds is None else inputs_embeds
         if given is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("give either input_ids or inputs_embeds")
-        if given.dim() != 3 - (inputs_embeds is None) or given.shape[1] == 0:
-            raise ValueError(
-                "expected input_ids [rows, tokens] or inputs_embeds [rows, tokens, hidden_size] "
-                f"of at least one token, got the shape {list(given.shape)}"
-            )
+        check_shape(given, embedded=inputs_embeds is not None)
         memory = self._cache(given_cache(past_key_values, cache), use_cache)
         wanted = (
             self.config.output_hidden_states
@@ -330,33 +333,6 @@ class HypeNetModel(HypeNetPreTrainedModel):
             while keep_last and sum(y.shape[1] for y in kept[1:]) >= keep_last:
                 del kept[0]
         return torch.cat(kept, dim=1)
-
-
-def new_columns(
-    attention_mask: Tensor | None, b: int, t: int, past: int, *, look: bool = True
-) -> Tensor | None:
-    """Return the last t columns of a mask as bool [b, t], or None when all are real tokens; without
-    `look` every mask is given back, for a look waits for the device."""
-    if attention_mask is None:
-        return None
-    shape = list(getattr(attention_mask, "shape", [type(attention_mask).__name__]))
-    if shape not in ([b, t], [b, past + t]):
-        either = f"[{b}, {t}]" + (f" or, with the cached ones, [{b}, {past + t}]" if past else "")
-        raise ValueError(
-            f"attention_mask must be [rows, tokens] = {either} of 0 and 1, got {shape}"
-        )
-    new = attention_mask[:, -t:]
-    # a compiled graph cannot depend on values: there every mask is applied
-    if not look or torch.compiler.is_compiling():
-        return new.bool()
-    if bool((new == 1).all()):
-        return None
-    if not bool(((new == 0) | (new == 1)).all()):
-        raise ValueError(
-            "attention_mask must be 1 at real tokens and 0 at padding; it has other values, "
-            "as a mask has that is added to attention scores"
-        )
-    return new.bool()
 
 
 class HypeNetForCausalLM(HypeNetPreTrainedModel, HypeNetGenerationMixin):
