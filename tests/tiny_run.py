@@ -83,6 +83,9 @@ class Sequences:
     def answers(self, sample_start, count, seq_length):
         return None
 
+    def predicted(self, sample_start, count, seq_length):
+        return torch.ones(count, seq_length, dtype=torch.bool)
+
     def batch(self, sample_start: int, count: int, seq_length: int) -> torch.Tensor:
         """Return samples sample_start .. + count - 1."""
         return (
@@ -109,6 +112,7 @@ def fake_material(monkeypatch) -> None:
     monkeypatch.setattr(datasets, "prepare", prepare)
     monkeypatch.setattr(datasets, "check_lengths", lambda run, folder: None)
     monkeypatch.setattr(datasets, "training_data", lambda run, folder: Sequences())
+    monkeypatch.setattr(datasets, "selection_samples", lambda run, folder: Sequences())
     monkeypatch.setattr(datasets, "measure", measured)
     monkeypatch.setattr(
         "megatron_hypenet.halo.evaluation.recall_accuracy", lambda scores, task, **kwargs: 50.0

@@ -1,7 +1,7 @@
 """Choose the layers that keep softmax attention.
 
-`hypenet select CONFIG.yaml` swaps each layer of the teacher for its aligned RNN mixer, scores it,
-and ranks the layers. `hypenet select rank` only ranks a scores file, which may come from any
+`hypenet select CONFIG.yaml` measures every layer by the method `select.method` (halo, kl, gates,
+uniform) and ranks them. `hypenet select rank` only ranks a scores file, which may come from any
 evaluation harness; it needs no tensors and imports none.
 """
 
@@ -29,7 +29,8 @@ from megatron_hypenet.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from megatron_hypenet.stages.select import LayerScores, Selection
+    from megatron_hypenet.stages.selection.method import LayerScores
+    from megatron_hypenet.stages.selection.ranking import Selection
 
 
 class _ConfigByDefault(typer.core.TyperGroup):
@@ -59,7 +60,8 @@ def rank(
         Path,
         typer.Option(
             "--scores",
-            help='Scores file: {"layers": {"0": {"recall": .., "commonsense": ..}, ..}}, or a '
+            help="Scores file of hypenet select, or of another program: "
+            '{"layers": {"0": {"recall": .., "commonsense": ..}, ..}}; or a '
             "folder with LAYER/eval.json of hypenet eval.",
         ),
     ],
@@ -82,8 +84,11 @@ def rank(
         Path | None, typer.Option("--out", help="File for mixer_types and attention_layers (JSON).")
     ] = None,
     cap: Annotated[
-        float, typer.Option("--cap", help="Largest importance a layer can have.")
-    ] = 50.0,
+        float | None,
+        typer.Option(
+            "--cap", help="Largest importance a layer can have, of method halo; the default is 50."
+        ),
+    ] = None,
     mixer: Annotated[
         str | None,
         typer.Option(
@@ -102,10 +107,12 @@ def rank(
     from megatron_hypenet.atomic_files import write_json
     from megatron_hypenet.errors import UsageError
     from megatron_hypenet.ownership import writing
-    from megatron_hypenet.stages.select import load_scores, scores_of_evaluations
-    from megatron_hypenet.stages.select import rank as rank_layers
+    from megatron_hypenet.stages.selection.halo import HaloMethod, scores_of_evaluations
+    from megatron_hypenet.stages.selection.method import RankSettings
+    from megatron_hypenet.stages.selection.ranking import rank as rank_layers
+    from megatron_hypenet.stages.selection.scores import load_scores
 
-    if not cap > 0:
+    if cap is not None and not cap > 0:
         raise UsageError(f"--cap={cap}: the largest importance must be above 0")
     recurrent = _recurrent(mixer)
     if scores.is_dir():
@@ -119,7 +126,15 @@ def rank(
         raise UsageError("--recall and --commonsense choose among evaluations in a folder")
     else:
         layer_scores = load_scores(scores)
-    selection = rank_layers(layer_scores, num_attention, recurrent, cap=cap)
+    if cap is not None and layer_scores.method != HaloMethod.name:
+        raise UsageError(
+            f"--cap={cap}: {scores} has scores of method {layer_scores.method}, and only those of "
+            f"{HaloMethod.name} have a largest importance; leave --cap out"
+        )
+    settings = RankSettings(
+        num_attention=num_attention, **({} if cap is None else {"importance_cap": cap})
+    )
+    selection = rank_layers(layer_scores, settings, recurrent)
     if out is not None and not dry_run:
         try:
             with writing(out):
@@ -157,14 +172,17 @@ def sweep(
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Score every layer, then rank; teacher import and alignment are done first where the run
-    folder lacks them.
+    """Measure every layer by select.method, then rank; teacher import and alignment are done first
+    where the run folder lacks them.
 
     An interrupted sweep continues. The word `sweep` may be left out.
 
-    Example:
+    Examples:
 
       hypenet select configs/run/quickstart.yaml teacher=/models/Qwen3-0.6B data=corpus.txt
+
+      hypenet select configs/run/quickstart.yaml teacher=/models/Qwen3-0.6B data=corpus.txt
+        select.method=gates
     """
     from megatron_hypenet.config.loader import load_run_config
 
@@ -180,8 +198,10 @@ def sweep(
     with pipeline.prepared(run, overwrite=overwrite, redo_from=redo_from, nproc=nproc) as ready:
         ready.runner.run_through("select")
         if ready.is_main:
+            from megatron_hypenet.halo.layer_selection import chosen
+
             ready.screen.close()
-            show(*ready.halo.selection(), as_json=as_json)
+            show(*chosen(run, ready.folder), as_json=as_json)
             print(
                 f"wrote {ready.folder.scores_file} and {ready.folder.mixers_file}", file=sys.stderr
             )
@@ -199,14 +219,16 @@ def show(scores: LayerScores, selection: Selection, *, as_json: bool) -> None:
     order = sorted(
         range(scores.num_layers), key=lambda layer: (-selection.importance[layer], layer)
     )
+    kept = len(selection.attention_layers)
     table = Table(
-        title=f"{len(selection.attention_layers)} of {scores.num_layers} layers keep attention"
+        title=f"{kept} of {scores.num_layers} layers keep attention (method {scores.method})"
     )
-    for heading in ("rank", "layer", "recall", "commonsense", "importance"):
+    metrics = [name for name in scores.values if scores.values[name] != selection.importance]
+    for heading in ("rank", "layer", *metrics, "importance"):
         table.add_column(heading, justify="right")
     table.add_column("mixer")
     for position, layer in enumerate(order, start=1):
-        numbers = (scores.recall[layer], scores.commonsense[layer], selection.importance[layer])
+        numbers = (*(scores.values[name][layer] for name in metrics), selection.importance[layer])
         table.add_row(
             str(position),
             str(layer),

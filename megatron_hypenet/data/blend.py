@@ -183,16 +183,33 @@ class TrainData:
                 rows[row] = text.answers(start, start + seq_length + 1)
         return torch.from_numpy(rows)
 
+    def predicted(self, sample_start: int, count: int, seq_length: int) -> Tensor:
+        """Return the positions of these samples whose next token counts where recall is what
+        matters: in recall documents those before an answer, in text all, or those that its mask
+        says. bool [count, seq_length]."""
+        answers = self.answers(sample_start, count, seq_length)
+        rows = torch.ones(count, seq_length, dtype=torch.bool)
+        if answers is not None:
+            rows &= answers[:, 1:]  # the label of a position is the token behind it
+        for row, index in enumerate(range(sample_start, sample_start + count)):
+            if self._window(index, seq_length) is None:
+                _, places = self._document(index, seq_length)
+                rows[row] = False
+                rows[row, torch.from_numpy(places)] = True
+        return rows
+
     def sample(self, index: int, seq_length: int) -> np.ndarray:
         """Return one sample, int64 [seq_length + 1]."""
         found = self._window(index, seq_length)
         if found is None:
-            assert self.recall is not None, "the constructor refuses a share without a task"
-            return self.recall.document(self._recalls_before(index)[0], seq_length, training=True)[
-                0
-            ]
+            return self._document(index, seq_length)[0]
         text, start = found
         return text[start : start + seq_length + 1]
+
+    def _document(self, index: int, seq_length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the recall document of sample `index`, and the positions before its answers."""
+        assert self.recall is not None, "the constructor refuses a share without a task"
+        return self.recall.document(self._recalls_before(index)[0], seq_length, training=True)
 
     def windows_per_epoch(self, seq_length: int) -> int:
         """Return the number of windows of all texts. Raises DataError when one of them has none."""

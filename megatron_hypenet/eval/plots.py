@@ -91,12 +91,13 @@ def importance(
     attention_layers: Sequence[int],
     path: Path,
     *,
-    mixer: str = "an RNN mixer",
+    mixer: str,
+    axis: str,
 ) -> None:
     """Draw the bar chart of `importance_panel` at `path`."""
-    figure, (axis,) = _figure(max(6.0, 0.32 * len(values) + 2.0), 3.6)
-    importance_panel(values, attention_layers, mixer=mixer)(axis)
-    axis.spines[["top", "right"]].set_visible(False)
+    figure, (place,) = _figure(max(6.0, 0.32 * len(values) + 2.0), 3.6)
+    importance_panel(values, attention_layers, mixer=mixer, axis=axis)(place)
+    place.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
 
 
@@ -105,25 +106,27 @@ def importance_panel(
     attention_layers: Sequence[int],
     *,
     mixer: str,
+    axis: str,
     title: str = "Importance of each layer's attention",
 ) -> Panel:
-    """Return the bar chart of the importance of every layer's attention, in layer order; the layers
-    that keep softmax attention have another colour and a hatch."""
+    """Return the bar chart of the importance of every layer's attention, in layer order, with
+    `axis` as the name of its values; the layers that keep softmax attention have another colour and
+    a hatch."""
     kept = set(attention_layers)
 
-    def draw(axis: Any) -> None:
+    def draw(place: Any) -> None:
         from matplotlib.patches import Patch
 
         for layer, value in enumerate(values):
-            axis.bar(layer, value, **_look(layer in kept))
+            place.bar(layer, value, **_look(layer in kept))
         step = -(-len(values) // 24)
-        axis.set_xticks(range(0, len(values), step))
-        axis.set_xlabel("layer")
-        axis.set_ylabel("recall lost / language score lost")
-        _titled(axis, title)
+        place.set_xticks(range(0, len(values), step))
+        place.set_xlabel("layer")
+        place.set_ylabel(axis)
+        _titled(place, title)
         words = {True: "keeps softmax attention", False: f"becomes {mixer}"}
         handles = [Patch(label=text, **_look(which)) for which, text in words.items()]
-        axis.legend(handles=handles, frameon=False, fontsize=8)
+        place.legend(handles=handles, frameon=False, fontsize=8)
 
     return draw
 

@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_hypenet.atomic_files import write_json
 from megatron_hypenet.checkpoint.load import (
     read_manifest,
     read_model_config,
@@ -25,9 +24,8 @@ from megatron_hypenet.checkpoint.manifest import TEACHER_LICENSE
 from megatron_hypenet.checkpoint.retention import finish
 from megatron_hypenet.config.schema import GATES, STAGES, RunConfig
 from megatron_hypenet.errors import CheckpointError
-from megatron_hypenet.halo import build_stage, datasets, gate, tracking
+from megatron_hypenet.halo import build_stage, datasets, gate, layer_selection, tracking
 from megatron_hypenet.halo.report import (
-    draw_importance,
     read_report,
     row_line,
     student_row,
@@ -36,7 +34,7 @@ from megatron_hypenet.halo.report import (
 from megatron_hypenet.halo.report_data import run_data
 from megatron_hypenet.halo.report_page import write_page
 from megatron_hypenet.halo.run_folder import RunFolder
-from megatron_hypenet.halo.task_runner import Runner, Step, read_json
+from megatron_hypenet.halo.task_runner import Runner, Step
 from megatron_hypenet.halo.tasks import from_init, halo_steps, required_checkpoint, starts_from
 from megatron_hypenet.model.hypenet import HypeNetModel
 from megatron_hypenet.model.memory import release_memory
@@ -44,14 +42,12 @@ from megatron_hypenet.parallel import groups
 from megatron_hypenet.parallel.agreement import from_first
 from megatron_hypenet.stages.base import StageModule
 from megatron_hypenet.stages.head import HeadStage
-from megatron_hypenet.stages.layer_sweep import score_layers
-from megatron_hypenet.stages.select import LayerScores, Selection, load_scores, load_selection, rank
+from megatron_hypenet.stages.selection.ranking import load_selection
 from megatron_hypenet.stages.spec import stage_spec
 from megatron_hypenet.supervision.heartbeat import PROGRESS
 from megatron_hypenet.training.loop import train
 from megatron_hypenet.training.metrics import StepRecord
 from megatron_hypenet.training.tags import EVAL, LM_LOSS, TEACHER
-from megatron_hypenet.untrusted.files import has_entry
 
 TEACHER_SCORES = "teacher_scores"
 """The entry of the probe's record with what `Measure.quick` found of the teacher."""
@@ -106,13 +102,6 @@ class Halo:
     def _of(self, step: str) -> Path:
         """Return the checkpoint that a finished task left."""
         return required_checkpoint(self.run, self.folder, step)
-
-    def selection(self) -> tuple[LayerScores, Selection]:
-        """Return the scores and the choice that layer selection left."""
-        scores = load_scores(self.folder.scores_file)
-        return scores, rank(
-            scores, self._num_attention(), self.run.align.mixer, cap=self.run.select.importance_cap
-        )
 
     def do_teacher(self) -> dict[str, Any]:
         """Import the teacher."""
@@ -249,41 +238,25 @@ class Halo:
         )
 
     def do_select(self) -> dict[str, Any]:
-        """Score every layer alone, then rank; an interrupted sweep continues."""
-        self._sweep()
+        """Measure every layer by the run's method, then rank; an interrupted task continues."""
+        layer_selection.measure(
+            self.run,
+            self.folder,
+            self._of("align"),
+            progress=lambda done, total: self.on_part("select", done, total),
+        )
         release_memory()
         groups.barrier()
-        _, selection = self.selection()
+        scores, selection = layer_selection.chosen(self.run, self.folder)
+        self.log(layer_selection.cost_line(scores))
         if groups.rank() == 0:
-            write_json(self.folder.mixers_file, selection.to_json())
-            draw_importance(self.folder, selection)
-            tracking.show_selection(self.run, self.folder)
-        return {"attention_layers": list(selection.attention_layers)}
-
-    def _sweep(self) -> None:
-        teacher = build_stage.load_teacher(self.run, self.folder.teacher)
-        mixers = build_stage.load_aligned(self.run, teacher, self._of("align"))
-        measure = datasets.measure(self.run, self.folder)
-        total = teacher.model_config.num_layers
-        known = read_json(self.folder.scores_file) if has_entry(self.folder.scores_file) else None
-        # all processes have read the known scores before the first one adds to them
-        groups.barrier()
-
-        PROGRESS.note("evaluate")
-
-        def scored(result: dict[str, Any]) -> None:
-            PROGRESS.note("evaluate")
-            if groups.rank() == 0:
-                write_json(self.folder.scores_file, result)
-            self.on_part("select", len(result["layers"]), total)
-
-        score_layers(
-            teacher,
-            mixers,
-            lambda: measure.selection_scores(teacher),
-            known=known,
-            on_scored=scored,
-        )
+            layer_selection.write_choice(self.run, self.folder, scores, selection)
+        return {
+            "attention_layers": list(selection.attention_layers),
+            "method": scores.method,
+            "tokens": scores.tokens,
+            "scoring_seconds": scores.seconds,
+        }
 
     def do_assemble(self) -> dict[str, Any]:
         """Write the student that stage 2 starts from."""
@@ -360,11 +333,3 @@ class Halo:
         for layer, mixer in build_stage.load_aligned(self.run, teacher, self._of("align")).items():
             teacher.set_mixer(layer, mixer)
         return teacher
-
-    def _num_attention(self) -> int:
-        wanted = self.run.select.num_attention_layers
-        return (
-            max(1, read_model_config(self.folder.teacher).num_layers // 4)
-            if wanted is None
-            else wanted
-        )

@@ -14,6 +14,10 @@ from megatron_hypenet.data.corpus import Corpus, open_corpus, prepare_corpus
 from megatron_hypenet.errors import DataError
 from megatron_hypenet.halo.evaluation import Measure
 from megatron_hypenet.halo.run_folder import RunFolder
+from megatron_hypenet.stages.selection.method import HELDOUT, RECALL, TRAINING, selection_method
+
+_Attempt = tuple[str, Callable[[], Any]]
+"""A setting, and what raises DataError where the data does not fit it."""
 
 
 def prepare(run: RunConfig, folder: RunFolder, log: Callable[[str], None]) -> dict[str, Any]:
@@ -68,30 +72,22 @@ def check_lengths(run: RunConfig, folder: RunFolder) -> None:
     """Raise DataError with all problems when the text or a recall document does not fit the
     sequence length of a stage or measurement."""
     source, measured = training_data(run, folder), measure(run, folder)
-    attempts: list[tuple[str, Callable[[], Any]]] = []
+    attempts: list[_Attempt] = []
     for name in STAGES:
-        length = run.stage(name).seq_length
-        attempts.append((f"{name}.seq_length={length}", partial(source.windows_per_epoch, length)))
-        if source.recall is not None:
-            attempts.append(
-                (
-                    f"{name}.seq_length={length}",
-                    partial(source.recall.document, 0, length, training=True),
-                )
-            )
-    multiples = (*run.eval.length_multiples, *run.eval.gate.multiples)
-    shortest = run.eval.seq_length * min(multiples)
-    for name, pairs, length in (
-        ("select", run.select.recall_pairs, run.select.seq_length),
-        ("eval", run.eval.recall_pairs, shortest),
-    ):
-        text_length = run.select.seq_length if name == "select" else run.eval.seq_length
-        attempts.append(
-            (f"{name}.seq_length={text_length}", partial(measured.heldout, 1, text_length))
-        )
-        attempts.append(
-            (f"{name}.recall_pairs={pairs}", partial(_recall_document, measured, pairs, length))
-        )
+        attempts += _trained_on(name, run.stage(name).seq_length, source)
+    select, evaluation = run.select, run.eval
+    reads = selection_method(select.method).reads
+    if TRAINING in reads:
+        attempts += _trained_on("select", select.seq_length, selection_samples(run, folder))
+    if HELDOUT in reads:
+        attempts.append(_text("select", select.seq_length, measured))
+    if RECALL in reads:
+        attempts.append(_documents("select", select.recall_pairs, select.seq_length, measured))
+    shortest = evaluation.seq_length * min(
+        (*evaluation.length_multiples, *evaluation.gate.multiples)
+    )
+    attempts.append(_text("eval", evaluation.seq_length, measured))
+    attempts.append(_documents("eval", evaluation.recall_pairs, shortest, measured))
     problems: dict[str, None] = {}  # a dict keeps the order and drops repetitions
     for setting, attempt in attempts:
         try:
@@ -105,8 +101,23 @@ def check_lengths(run: RunConfig, folder: RunFolder) -> None:
         )
 
 
-def _recall_document(measured: Measure, num_pairs: int, seq_length: int) -> Any:
-    return measured.task(num_pairs).document(0, seq_length)
+def _trained_on(section: str, seq_length: int, source: TrainData) -> list[_Attempt]:
+    where = f"{section}.seq_length={seq_length}"
+    found: list[_Attempt] = [(where, partial(source.windows_per_epoch, seq_length))]
+    if source.recall is not None:
+        found.append((where, partial(source.recall.document, 0, seq_length, training=True)))
+    return found
+
+
+def _text(section: str, seq_length: int, measured: Measure) -> _Attempt:
+    return f"{section}.seq_length={seq_length}", partial(measured.heldout, 1, seq_length)
+
+
+def _documents(section: str, num_pairs: int, seq_length: int, measured: Measure) -> _Attempt:
+    return (
+        f"{section}.recall_pairs={num_pairs}",
+        lambda: measured.task(num_pairs).document(0, seq_length),
+    )
 
 
 def training_data(run: RunConfig, folder: RunFolder) -> TrainData:
@@ -114,6 +125,16 @@ def training_data(run: RunConfig, folder: RunFolder) -> TrainData:
     return _open(run, folder).training_data(
         recall_fraction=run.data.recall_fraction,
         recall_pairs=run.data.recall_pairs,
+        weights=run.data.weights,
+    )
+
+
+def selection_samples(run: RunConfig, folder: RunFolder) -> TrainData:
+    """Return the sequences that layer selection learns from: training text, and recall documents
+    over it in a share of their own."""
+    return _open(run, folder).training_data(
+        recall_fraction=run.select.gates.recall_fraction,
+        recall_pairs=run.select.recall_pairs,
         weights=run.data.weights,
     )
 

@@ -15,7 +15,7 @@ from megatron_hypenet.config.schema import STAGES, RunConfig
 from megatron_hypenet.errors import DataError
 from megatron_hypenet.halo.run_folder import RunFolder
 from megatron_hypenet.halo.task_runner import read_json, software
-from megatron_hypenet.stages.select import Selection
+from megatron_hypenet.stages.selection.ranking import Selection
 from megatron_hypenet.untrusted.files import FileKind, has_entry
 from megatron_hypenet.untrusted.json_text import read_object, typed
 
@@ -45,6 +45,7 @@ def report_of(
     steps = {name: record["seconds"] for name, record in records.items() if name != "report"} | {
         "report": round(seconds, 3)
     }
+    choice = records.get("select", {})
     return {
         "format_version": FORMAT_VERSION,
         "seq_length": run.eval.seq_length,
@@ -54,6 +55,11 @@ def report_of(
         "rows": [dict(row) for row in rows],
         "attention_layers": list(selection["attention_layers"]),
         "mixer_types": list(selection["mixer_types"]),
+        "selection": {
+            "method": choice.get("method"),
+            "tokens": choice.get("tokens"),
+            "seconds": choice.get("scoring_seconds"),
+        },
         "teacher_probe_loss": records.get("probe", {}).get("teacher_loss"),
         "step_seconds": steps,
         "seconds": round(sum(steps.values()), 3),
@@ -96,6 +102,15 @@ class _Software:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class _Selection:
+    """How the attention layers were chosen, and what that took."""
+
+    method: str | None = None
+    tokens: Annotated[int, Field(ge=0)] | None = None
+    seconds: Seconds | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class _Report:
     """The entries of report.json that are shown and drawn."""
 
@@ -106,6 +121,7 @@ class _Report:
     step_seconds: dict[str, Seconds] = field(default_factory=dict)
     mixer_types: list[str] = field(default_factory=list)
     attn_logits_scaling: str | float | None = None
+    selection: _Selection | None = None
     software: _Software | None = None
     train_seq_length: Annotated[int, Field(gt=0, le=1 << 40)] | None = None
 
@@ -146,11 +162,15 @@ def row_line(row: Mapping[str, Any]) -> str:
     return f"{row['model']}: held-out loss {row['heldout_loss']:.4f}, recall in %: {recall}"
 
 
-def draw_importance(folder: RunFolder, selection: Selection) -> None:
-    """Draw the importances of all layers as importance.png."""
+def draw_importance(folder: RunFolder, selection: Selection, *, axis: str) -> None:
+    """Draw the importances of all layers as importance.png; `axis` says what they are."""
     from megatron_hypenet.eval.plots import importance
 
     mixer = next((name for name in selection.mixer_types if name != ATTENTION), "an RNN mixer")
     importance(
-        selection.importance, selection.attention_layers, folder.importance_plot, mixer=mixer
+        selection.importance,
+        selection.attention_layers,
+        folder.importance_plot,
+        mixer=mixer,
+        axis=axis,
     )

@@ -18,9 +18,10 @@ from megatron_hypenet.eval.intervals import NORMAL_95, share_interval
 from megatron_hypenet.halo.fingerprints import flat_settings
 from megatron_hypenet.halo.report import read_report
 from megatron_hypenet.halo.run_folder import RunFolder
-from megatron_hypenet.stages.select import importance, load_scores
+from megatron_hypenet.stages.selection.method import RankSettings, selection_method
+from megatron_hypenet.stages.selection.scores import load_scores
 from megatron_hypenet.stages.spec import stage_spec
-from megatron_hypenet.training.short_text import short_time
+from megatron_hypenet.training.short_text import short_count, short_time
 from megatron_hypenet.training.step_files import LOSSES, METRICS, loss_lines, metrics_lines
 
 CURVE_POINTS = 200
@@ -85,6 +86,8 @@ class RunData:
     rows: Sequence[ModelRow]
     stages: Sequence[StageData]
     importance: Sequence[float]
+    selection_method: str
+    """The method of layer selection that the importances are of."""
     attention_layers: Sequence[int]
     mixer: str
     trained_at: int | None
@@ -115,13 +118,15 @@ def run_data(folder: RunFolder, run: RunConfig | None, label: str) -> RunData:
             "them"
         )
     settings = flat_settings(folder.stored_settings() or {})
+    method, importance = _importance(folder, settings, len(content["attention_layers"]), missing)
     return RunData(
         label=label,
         place=str(folder.root.absolute()),
         facts=_facts(folder, content, settings, missing),
         rows=rows,
         stages=stages,
-        importance=_importances(folder, settings, missing),
+        importance=importance,
+        selection_method=method,
         attention_layers=content["attention_layers"],
         mixer=str(settings.get("align.mixer", "an RNN mixer")),
         trained_at=content.get("train_seq_length"),
@@ -190,16 +195,21 @@ def thinned(points: Points, most: int = CURVE_POINTS) -> Points:
     return [(part[-1][0], sum(value for _, value in part) / len(part)) for part in parts]
 
 
-def _importances(
-    folder: RunFolder, settings: Mapping[str, Any], missing: list[str]
-) -> Sequence[float]:
+def _importance(
+    folder: RunFolder, settings: Mapping[str, Any], num_attention: int, missing: list[str]
+) -> tuple[str, Sequence[float]]:
+    """Return the method of layer selection and the importance of every layer; none where there are
+    no scores."""
     try:
-        return importance(
-            load_scores(folder.scores_file), cap=float(settings.get("select.importance_cap", 50.0))
+        scores = load_scores(folder.scores_file)
+        ranking = RankSettings(
+            num_attention=num_attention,
+            importance_cap=float(settings.get("select.importance_cap", 50.0)),
         )
+        return scores.method, selection_method(scores.method).importance(scores, ranking)
     except (HypenetError, OSError, TypeError, ValueError):
         missing.append("selection/scores.json is not there: no importance of layers")
-        return ()
+        return "", ()
 
 
 def _facts(
@@ -219,6 +229,7 @@ def _facts(
         "teacher's size": _size(folder.teacher),
         "student": f"{len(kept)} of {num_layers or 'its'} layers keep softmax attention "
         f"({', '.join(map(str, kept))}), the others have {settings.get('align.mixer', 'a mixer')}",
+        "layer selection": _selection(content.get("selection") or {}),
         "student's size": _size(folder.stage("finetune")),
         "training data": _listed(settings.get("data.train", "not recorded")),
         "its tokens": _count(data.get("train_tokens")),
@@ -233,6 +244,19 @@ def _facts(
         if not found[name]:
             missing.append(f"{name} is left out: its checkpoint is not in the folder")
     return [(name, value) for name, value in found.items() if value]
+
+
+def _selection(found: Mapping[str, Any]) -> str:
+    """Return the method and what it took, as far as the report has it."""
+    if found.get("method") is None:
+        return ""
+    tokens, seconds = found.get("tokens"), found.get("seconds")
+    parts = [
+        f"method {found['method']}",
+        "" if tokens is None else f"{short_count(tokens)} tokens read",
+        "" if seconds is None else short_time(seconds),
+    ]
+    return ", ".join(filter(None, parts))
 
 
 def _size(checkpoint: Path) -> str:

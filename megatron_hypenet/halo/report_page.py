@@ -16,6 +16,7 @@ from megatron_hypenet.atomic_files import write_text
 from megatron_hypenet.eval import plots
 from megatron_hypenet.eval.plots import Panel, Series
 from megatron_hypenet.halo.report_data import ModelRow, RunData, StageData, Value
+from megatron_hypenet.stages.selection.method import selection_method
 from megatron_hypenet.training.short_text import short_count, short_time
 from megatron_hypenet.training.tags import EVAL, LM_LOSS, RECALL, SPEED, TEACHER, TRAIN, tag_of
 
@@ -49,11 +50,6 @@ CURVES_ABOUT = (
 MEANWHILE_ABOUT = (
     "Loss and recall of the student while it was trained, beside the teacher's on the same few "
     "sequences at the shortest length, without the logit scaling of the finished model."
-)
-IMPORTANCE_ABOUT = (
-    "Each layer's attention was replaced alone by its aligned RNN mixer: the importance is the "
-    "recall that this costs over the next-token accuracy that it costs. The layers with the "
-    "largest values keep softmax attention."
 )
 SPEED_ABOUT = (
     "Tokens per second of all processes together (the median over the stage, evaluations and "
@@ -310,18 +306,21 @@ def _beside_teacher(
 
 
 def _importance(runs: Sequence[RunData]) -> _Section:
+    drawn = [run for run in runs if run.importance]
     return _Section(
         title="Importance of the layers",
-        about=IMPORTANCE_ABOUT,
+        about=" ".join(
+            dict.fromkeys(selection_method(run.selection_method).about for run in drawn)
+        ),
         panels=[
             plots.importance_panel(
                 run.importance,
                 run.attention_layers,
                 mixer=run.mixer,
+                axis=selection_method(run.selection_method).axis,
                 title=_named(runs, run, "importance of each layer's attention"),
             )
-            for run in runs
-            if run.importance
+            for run in drawn
         ],
     )
 

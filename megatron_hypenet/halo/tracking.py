@@ -23,7 +23,14 @@ from megatron_hypenet.halo.run_folder import RunFolder
 from megatron_hypenet.halo.task_runner import software
 from megatron_hypenet.parallel import groups
 from megatron_hypenet.parallel.cpu import device
-from megatron_hypenet.training.tags import BY_LENGTH, LM_LOSS, RECALL, REPORT, TASKS
+from megatron_hypenet.training.tags import (
+    BY_LENGTH,
+    LM_LOSS,
+    RECALL,
+    REPORT,
+    SELECTION_KL,
+    TASKS,
+)
 from megatron_hypenet.training.trackers.base import Guarded, Tracker
 from megatron_hypenet.training.trackers.tensorboard import TensorBoard
 
@@ -77,9 +84,15 @@ def texts(run: RunConfig, layers: Sequence[int]) -> dict[str, str]:
     }
 
 
-def show_selection(run: RunConfig, folder: RunFolder) -> None:
-    """Show the picture of layer importances."""
+def show_selection(
+    run: RunConfig, folder: RunFolder, cost: str, losses: Sequence[float] = ()
+) -> None:
+    """Show the picture of layer importances, what they cost, and the losses of the steps of a
+    method that learns."""
     for tracker in _anew(run, folder, SELECTION):
+        tracker.text("report/selection", cost)
+        for step, loss in enumerate(losses, start=1):
+            tracker.scalars(step, {SELECTION_KL: loss})
         tracker.image("report/importance", folder.importance_plot.read_bytes())
         tracker.close()
 

@@ -22,6 +22,7 @@ from megatron_hypenet.config.schema import GATES, STAGES, RunConfig
 from megatron_hypenet.errors import DataError
 from megatron_hypenet.model.flops import forward_flops
 from megatron_hypenet.planning.layout_search import teacher_and_student
+from megatron_hypenet.stages.selection.method import selection_method
 from megatron_hypenet.stages.spec import stage_spec
 from megatron_hypenet.untrusted.files import FileKind
 from megatron_hypenet.untrusted.json_text import read_typed
@@ -63,9 +64,10 @@ def planned_work(run: RunConfig, teacher: ModelConfig, steps: Sequence[str]) -> 
     """Return the work of each of `steps` (names) in this order, in floating-point operations."""
     # which layers will keep attention is not known yet; that a quarter does decides the work
     _, student = teacher_and_student(teacher, run.align.spec)
-    sweep, settings = run.select, run.eval
-    scored = (sweep.recall_sequences + sweep.heldout_sequences) * sweep.seq_length
-    select = (teacher.num_layers + 1) * scored * forward_flops(teacher, sweep.seq_length)
+    settings = run.eval
+    select = selection_method(run.select.method).flops(
+        run.select, teacher, teacher.converted(run.align.spec)
+    )
     lengths = [settings.seq_length, *(m * settings.seq_length for m in settings.length_multiples)]
     counts = [settings.heldout_sequences] + [settings.recall_sequences] * (len(lengths) - 1)
     row = [

@@ -17,6 +17,8 @@ REPORT = "report/"
 TASKS = "tasks/"
 BY_LENGTH = "by-length/"
 
+SELECTION_KL = "selection/kl"
+
 TEACHER = "teacher-"
 """Begins the name of an evaluated quantity of the teacher, which is constant over a run."""
 
@@ -53,6 +55,9 @@ TAGS = (
         "of this stage so far that were left out because their loss or gradient was not finite"),
     Tag("align-layers/*", "square of the activations",
         "stage 1: train/align-mse of one layer, counted from 0"),
+    Tag("selection/kl", "nats per token",
+        "layer selection by gates: KL divergence of the gated model from the teacher on the "
+        "sequences of a step, each a mean over the positions that count"),
     Tag("eval/align-mse", "square of the activations", "train/align-mse on held-out text"),
     Tag("eval/kl", "nats per token", "train/kl on held-out text"),
     Tag("eval/lm-loss", "nats per token",
@@ -104,6 +109,7 @@ TEXTS = {
     "run/config": "the resolved configuration, as in config.yaml",
     "run/layout": "processes, the axes they are spread over, layers per pipeline stage, device",
     "run/versions": "version and commit of this package, versions of its libraries",
+    "report/selection": "method, tokens and time of layer selection",
     "speed/slow-ranks": "ranks that slow the others down, with their nodes",
 }
 """Tag -> meaning of every text."""

@@ -40,7 +40,7 @@ def scores_are_numbers(folder, out, said, whole):
 
 
 def read_mixers(folder):
-    from megatron_hypenet.stages.select import load_selection
+    from megatron_hypenet.stages.selection.ranking import load_selection
 
     return load_selection(folder / "mixers.json", num_layers=4).to_json()
 

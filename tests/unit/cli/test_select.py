@@ -85,6 +85,20 @@ def test_missing_scores_and_bad_cap_are_refused(scores, tmp_path):
     assert rank(scores, "--num-attention", "1", "--cap", "0") == 2
 
 
+def test_scores_of_other_methods_are_ranked(tmp_path, capsys):
+    path = tmp_path / "scores.json"
+    layers = {str(layer): {"gate": gate} for layer, gate in enumerate((0.1, 0.9, 0.8, 0.2))}
+    path.write_text(json.dumps({"method": "gates", "num_attention_layers": 2, "layers": layers}))
+    assert rank(path, "--num-attention", "2") == 0
+    assert "(method gates)" in capsys.readouterr().out
+    assert rank(path, "--num-attention", "2", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["attention_layers"] == [1, 2]
+    assert rank(path, "--num-attention", "1") == 3
+    assert "a choice of 2 attention layers" in capsys.readouterr().err
+    assert rank(path, "--num-attention", "2", "--cap", "5") == 2
+    assert "only those of halo have a largest importance" in capsys.readouterr().err
+
+
 def test_a_sweep_scores_and_ranks_in_the_run_folder(tmp_path, monkeypatch, capsys):
     from tests import tiny_run
 

@@ -141,3 +141,29 @@ def test_answers_follow_the_tokens_through_a_blend_with_recall_documents():
             assert torch.equal(counted, row % 3 == 0) and torch.equal(last, row % 50 == 49)
     assert kinds == {"recall", "plain", "chat"}
     assert data().answers(0, 3, 10) is None
+
+
+def test_what_is_predicted_is_the_answers_of_recall_documents_and_all_of_a_text():
+    vocabulary = RecallVocabulary(
+        words=tuple(range(100, 200)), opening=(1,), separator=(), closing=(2,)
+    )
+    task = RecallTask(vocabulary, text(), seed=3, num_pairs=2)
+    mixed = data(recall=task, recall_fraction=0.5)
+    predicted = mixed.predicted(0, 6, 50)
+    assert predicted.shape == (6, 50) and predicted.dtype == torch.bool
+    documents = [row for row in range(6) if not predicted[row].all()]
+    assert len(documents) == 3
+    for number, row in enumerate(documents):
+        ids, answers = task.document(number, 50, training=True)
+        assert (mixed.sample(row, 50) == ids).all()
+        assert predicted[row].nonzero().flatten().tolist() == sorted(answers.tolist())
+    assert torch.equal(mixed.predicted(3, 2, 50), predicted[3:5])
+
+
+def test_a_mask_says_what_is_predicted_in_a_text():
+    mask = (np.arange(1000) % 3 == 0).astype(np.uint8)
+    masked = TrainData(
+        TokenStream([np.arange(1000, dtype=np.int32)], masks=[mask]), seed=3, vocab_size=1000
+    )
+    tokens = masked.batch(0, 4, 16)
+    assert torch.equal(masked.predicted(0, 4, 16), tokens[:, 1:] % 3 == 0)

@@ -6,7 +6,7 @@ PNG = b"\x89PNG"
 
 def test_importance_draws_a_file(tmp_path):
     path = tmp_path / "new" / "importance.png"
-    plots.importance((0.5, 50.0, 3.0), (1,), path)
+    plots.importance((0.5, 50.0, 3.0), (1,), path, mixer="kda", axis="share")
     assert path.read_bytes().startswith(PNG)
 
 
@@ -19,7 +19,8 @@ def axis_of(*panels):
 
 
 def test_the_legend_of_importances_has_the_colours_of_the_bars():
-    axis = axis_of(plots.importance_panel((0.5, 5.0), (1,), mixer="kda"))
+    axis = axis_of(plots.importance_panel((0.5, 5.0), (1,), mixer="kda", axis="share"))
+    assert axis.get_ylabel() == "share"
     bars = [patch.get_facecolor() for patch in axis.patches]
     shown = {
         text.get_text(): patch.get_facecolor()

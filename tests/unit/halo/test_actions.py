@@ -7,14 +7,17 @@ import torch
 
 from megatron_hypenet.checkpoint.load import read_manifest, read_model_config, read_weights, resolve
 from megatron_hypenet.config.loader import load_run_config
+from megatron_hypenet.config.schema import SELECTION_METHODS
 from megatron_hypenet.errors import CheckpointError, ConfigError, QualityError
 from megatron_hypenet.export.from_hf import import_hf
 from megatron_hypenet.halo.actions import Halo
 from megatron_hypenet.halo.run_folder import RunFolder
 from megatron_hypenet.halo.task_runner import Runner
 from megatron_hypenet.parallel import groups
-from megatron_hypenet.stages.select import load_scores
+from megatron_hypenet.stages.selection.scores import load_scores
 from tests import tiny_run
+
+GATES = ("select.gates.train_iters=2", "select.gates.global_batch_size=2")
 
 
 @pytest.fixture
@@ -185,6 +188,30 @@ def test_an_interrupted_sweep_continues(make, monkeypatch):
     )
     runner.run_step("select")
     assert len(scored) == 4  # the baseline and three layers, each once
+
+
+@pytest.mark.parametrize("method", SELECTION_METHODS)
+def test_every_method_leaves_the_files_of_layer_selection(make, method):
+    runner, _ = make(f"select.method={method}", "select.num_attention_layers=2", *GATES)
+    runner.run_through("select")
+    folder = runner.folder
+    scores = load_scores(folder.scores_file)
+    assert (scores.method, scores.num_layers) == (method, 3) and scores.seconds >= 0
+    assert (scores.tokens > 0) == (method != "uniform")
+    record = folder.records()["select"]
+    chosen = json.loads(folder.mixers_file.read_text())
+    assert record["attention_layers"] == chosen["attention_layers"]
+    assert len(chosen["attention_layers"]) == 2
+    assert (record["method"], record["tokens"]) == (method, scores.tokens)
+    assert folder.importance_plot.is_file() and (folder.tensorboard / "selection").is_dir()
+
+
+def test_another_method_is_another_selection(make):
+    runner, _ = make()
+    runner.run_through("select")
+    assert runner.is_done("select")
+    other, _ = make("select.method=uniform")
+    assert other.is_done("align") and not other.is_done("select")
 
 
 def test_a_choice_made_by_hand_is_assembled(make):

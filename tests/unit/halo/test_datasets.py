@@ -78,6 +78,41 @@ def test_what_does_not_fit_a_late_stage_is_found_at_once(world, tmp_path):
         )
 
 
+def test_only_what_the_method_of_selection_reads_has_to_fit(world):
+    """uniform reads nothing, gates training text, and halo held-out text and recall documents."""
+    folder, text = world
+    datasets.prepare(run_config(folder, text), folder, lambda line: None)
+
+    def check(**select):
+        run = run_config(folder, text)
+        run = run.model_copy(update={"select": run.select.model_copy(update=select)})
+        datasets.check_lengths(run, folder)
+
+    for method, said in [
+        ("halo", "select.seq_length=100000: the held-out text has"),
+        ("kl", "select.seq_length=100000: the held-out text has"),
+        ("gates", "select.seq_length=100000: the training text has"),
+    ]:
+        check(method=method)
+        with pytest.raises(DataError, match=said):
+            check(method=method, seq_length=100_000)
+    check(method="uniform", seq_length=100_000, recall_pairs=1000)
+    check(method="kl", recall_pairs=100)
+    for method in ("halo", "gates"):
+        with pytest.raises(DataError, match="needs at least"):
+            check(method=method, recall_pairs=100)
+
+
+def test_gates_learn_from_recall_documents_in_a_share_of_their_own(world):
+    folder, text = world
+    run = run_config(folder, text)
+    assert run.data.recall_fraction == 0.0
+    samples = datasets.selection_samples(run, folder)
+    counted = samples.predicted(0, 4, 128).sum(dim=1)
+    assert sorted(counted.tolist())[2:] == [128, 128] and 2 <= counted.min() <= counted.max()
+    assert sorted(counted.tolist())[1] < 128
+
+
 def test_a_teacher_without_tokenizer_is_refused(tmp_path):
     folder = RunFolder(tmp_path / "run")
     import_teacher(tiny_run.write_teacher(tmp_path / "qwen3"), folder.teacher)

@@ -26,6 +26,7 @@ ROWS = [
 RECORDS = {
     "probe": {"seconds": 1.0, "teacher_loss": 3.1},
     "align": {"seconds": 2.5},
+    "select": {"seconds": 3.0, "method": "kl", "tokens": 4096, "scoring_seconds": 2.75},
     "report": {"seconds": 100.0},
 }
 
@@ -35,9 +36,10 @@ def test_the_report_holds_rows_selection_and_times(tmp_path):
     content = report.report_of(config(tmp_path), ROWS, selection, RECORDS, 4.0)
     assert content["rows"] == ROWS and content["attention_layers"] == [1]
     assert (
-        content["step_seconds"] == {"probe": 1.0, "align": 2.5, "report": 4.0}
-        and content["seconds"] == 7.5
+        content["step_seconds"] == {"probe": 1.0, "align": 2.5, "select": 3.0, "report": 4.0}
+        and content["seconds"] == 10.5
     )
+    assert content["selection"] == {"method": "kl", "tokens": 4096, "seconds": 2.75}
     assert content["teacher_probe_loss"] == 3.1 and "torch" in content["software"]["versions"]
     json.dumps(content)
 

@@ -27,6 +27,7 @@ def content(rows):
         "attn_logits_scaling": "hype 500",
         "seconds": 75.0,
         "step_seconds": {"align": 60.0, "distill": 15.0},
+        "selection": {"method": "halo", "tokens": 4096, "seconds": 75.0},
         "software": {"versions": {"torch": "2.6"}, "git_commit": "abc"},
     }
 
@@ -94,6 +95,8 @@ def test_stages_have_curves_and_speed(tmp_path):
     facts = dict(found.facts)
     assert facts["its tokens"] == "5,000" and facts["commit"] == "abc"
     assert "1 of 2 layers keep softmax attention (1)" in facts["student"]
+    assert facts["layer selection"] == "method halo, 4.1k tokens read, 1m15s"
+    assert found.selection_method == "halo"
     assert len(found.importance) == 2 and found.importance[1] > found.importance[0]
     # models are not in this folder, and that is said
     assert [line for line in found.missing if "size is left out" in line] == list(found.missing)

@@ -50,7 +50,10 @@ def test_pictures_and_results_are_shown_anew(folder):
     folder.report_plot.write_bytes(PNG)
     content = {"rows": ROWS, "seq_length": 16, "attention_layers": [0], "seconds": 1.0}
     folder.report_file.write_text(json.dumps(content))
-    tracking.show_selection(run, folder)
+    tracking.show_selection(run, folder, "method gates, 4 tokens", [0.5, 0.25])
+    assert scalars(folder.tensorboard / "selection") == {"selection/kl": [(1, 0.5), (2, 0.25)]}
+    events = EventAccumulator(str(folder.tensorboard / "selection")).Reload()
+    assert text_of(events, "report/selection") == "method gates, 4 tokens"
     tracking.show_report(run, folder)
     tracking.show_report(run, folder)
     assert scalars(folder.tensorboard / "report") == {
@@ -98,7 +101,7 @@ def test_a_service_that_fails_stops_a_stage_before_it_begins_and_not_a_report(
         tracking.of_stage(run, folder, "distill", [2, 1], 0)
     folder.importance_plot.parent.mkdir(parents=True)
     folder.importance_plot.write_bytes(PNG)
-    tracking.show_selection(run, folder)
+    tracking.show_selection(run, folder, "method uniform")
     assert "trackers.mlflow" in caplog.text
     assert (folder.tensorboard / "selection").is_dir()
 

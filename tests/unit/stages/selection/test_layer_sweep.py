@@ -5,7 +5,9 @@ import torch
 
 from megatron_hypenet.config.mixers import default_mixer
 from megatron_hypenet.stages.aligned_mixers import AlignedMixers
-from megatron_hypenet.stages.layer_sweep import score_layers, swapped
+from megatron_hypenet.stages.selection.layer_sweep import score_layers, swapped
+
+METRICS = ("recall", "commonsense")
 
 
 @pytest.fixture
@@ -47,6 +49,7 @@ def test_every_layer_is_scored_alone_after_the_baseline(teacher, mixers):
         teacher,
         mixers,
         recorder(teacher, mixers, seen),
+        metrics=METRICS,
         on_scored=lambda payload: saved.append(len(payload["layers"])),
     )
     assert seen == [(), (0,), (1,), (2,)]
@@ -61,6 +64,8 @@ def test_what_is_known_is_not_measured_again(teacher, mixers):
         "baseline": {"recall": 1.0, "commonsense": 2.0},
         "layers": {"0": {"recall": 3.0, "commonsense": 4.0}},
     }
-    result = score_layers(teacher, mixers, recorder(teacher, mixers, seen), known=known)
+    result = score_layers(
+        teacher, mixers, recorder(teacher, mixers, seen), metrics=METRICS, known=known
+    )
     assert seen == [(1,), (2,)]
     assert result["baseline"] == known["baseline"] and result["layers"]["0"] == known["layers"]["0"]

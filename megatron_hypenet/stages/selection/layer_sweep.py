@@ -1,17 +1,16 @@
-"""The measurement behind layer selection: convert one layer, score, convert back."""
+"""Convert one layer, measure, convert back."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from megatron_hypenet.model.hypenet import HypeNetModel
 from megatron_hypenet.stages.aligned_mixers import AlignedMixers
-from megatron_hypenet.stages.select import METRICS
 
 Scores = dict[str, float]
-"""`recall` and `commonsense` of one model, higher is better."""
+"""Metrics of one model by name."""
 
 
 @contextmanager
@@ -34,14 +33,15 @@ def score_layers(
     mixers: AlignedMixers,
     evaluate: Callable[[], Scores],
     *,
+    metrics: Sequence[str],
     known: Mapping[str, Any] | None = None,
     on_scored: Callable[[dict[str, Any]], None] = lambda payload: None,
 ) -> dict[str, Any]:
-    """Score the teacher as it is, then with each layer swapped alone; the content of scores.json.
+    """Score the teacher as it is, then with each layer swapped alone; entries of scores.json.
 
-    `evaluate` measures the model in its present state. `known` is an earlier, perhaps unfinished
-    result: what it holds is not measured again. `on_scored` sees the result after every
-    measurement, so that it can be saved.
+    `evaluate` measures the `metrics` of the model in its present state. `known` is an earlier,
+    perhaps unfinished result: what it holds is not measured again. `on_scored` sees the result
+    after every measurement, so that it can be saved.
     """
     known = known or {}
     layers = dict(known.get("layers", {}))
@@ -51,17 +51,17 @@ def score_layers(
         "layers": layers,
     }
     if result["baseline"] is None:
-        result["baseline"] = _checked(evaluate())
+        result["baseline"] = _checked(evaluate(), metrics)
         on_scored(result)
     for layer in range(teacher.model_config.num_layers):
         if str(layer) in result["layers"]:
             continue
         with swapped(teacher, layer, mixers):
-            result["layers"][str(layer)] = _checked(evaluate())
+            result["layers"][str(layer)] = _checked(evaluate(), metrics)
         on_scored(result)
     return result
 
 
-def _checked(scores: Scores) -> Scores:
-    assert set(scores) >= set(METRICS), f"evaluate() must give {METRICS}, got {sorted(scores)}"
+def _checked(scores: Scores, metrics: Sequence[str]) -> Scores:
+    assert set(scores) >= set(metrics), f"evaluate() must give {metrics}, got {sorted(scores)}"
     return {name: float(value) for name, value in scores.items()}
