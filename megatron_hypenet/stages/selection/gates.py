@@ -19,8 +19,9 @@ not by a, so a gate near 0 or 1 still moves. Gates of the end are the scores.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.config.schema import SelectConfig
@@ -53,6 +54,16 @@ class GateState:
     square: float = 0.0
     losses: tuple[float, ...] = ()
     """The KL of every step so far, in nats."""
+
+    @classmethod
+    def of_json(cls, content: Mapping[str, Any]) -> GateState:
+        """Return the state that an unfinished scores file holds."""
+        return cls(
+            logits=tuple(content["logits"]),
+            momentum=tuple(content["momentum"]),
+            square=content["square"],
+            losses=tuple(content["losses"]),
+        )
 
     def moved(self, loss: float, gradient: Sequence[float], lr: float) -> GateState:
         """Return the state after a step with this loss and gradient by the gates."""
@@ -124,8 +135,8 @@ class GatesMethod(SelectionMethod):
         settings = work.settings.gates
         zeros = (0.0,) * work.num_layers
         state = GateState(logits=zeros, momentum=zeros)
-        if known := work.known.get("partial"):
-            state = replace(state, **{name: _tupled(value) for name, value in known.items()})
+        if "partial" in work.known:
+            state = GateState.of_json(work.known["partial"])
         count = settings.global_batch_size
         while (step := len(state.losses)) < settings.train_iters:
             place = (step * count, count, work.settings.seq_length)
@@ -182,7 +193,3 @@ _FAR = 50.0
 def _sigmoid(x: float) -> float:
     # exp of a negative number alone: it cannot overflow
     return math.exp(x) / (1.0 + math.exp(x)) if x < 0 else 1.0 / (1.0 + math.exp(-x))
-
-
-def _tupled(value: float | list[float]) -> float | tuple[float, ...]:
-    return tuple(value) if isinstance(value, list) else value

@@ -51,8 +51,10 @@ def older(tmp_path, monkeypatch):
     (tmp_path / "runs" / "x" / "selection" / "mixers.json").write_text("{}")
     folder = RunFolder(wanted().output_dir)
     stored = yaml.safe_load(dump_config(wanted()))
+    # which that version did not have
     for stage in ("align", "distill", "finetune"):
-        del stored[stage]["lr_decay_iters"]  # which that version did not have
+        del stored[stage]["lr_decay_iters"]
+    del stored["select"]["method"], stored["select"]["gates"]
     folder.config_file.write_text(yaml.safe_dump(stored))
     steps = {
         name: {"fingerprint": value, "seconds": 1.0, "finished": "2026-01-01T00:00:00+00:00"}

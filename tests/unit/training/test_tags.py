@@ -14,7 +14,7 @@ def test_a_tag_stands_for_one_quantity():
     for name in names:
         assert [other for other in names if fnmatch.fnmatchcase(name, other)] == [name]
     assert {name.split("/")[0] for name in names} == {
-        *("train", "eval", "speed", "align-layers", "tasks", "by-length", "report")
+        *("train", "eval", "speed", "align-layers", "tasks", "by-length", "report", "selection")
     }
     assert all(tag.unit and tag.meaning for tag in TAGS)
 
