@@ -16,9 +16,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from megatron_hypenet.config import sbatch_options
+from megatron_hypenet.config.fields import Count, Section
 from megatron_hypenet.config.loader import load_as
 from megatron_hypenet.config.model import PositiveInt
-from megatron_hypenet.config.schema import Count, Section
 from megatron_hypenet.untrusted.files import shown
 
 # the forms that sbatch takes: MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS

@@ -3,8 +3,9 @@ field says what it means.
 
 Sections follow the pipeline: what goes in (teacher, data), how it is spread (parallel, precision),
 the three training stages and the layer selection between them, then evaluation, checkpoints and
-export. docs/config.md is generated from the descriptions below. A default stands only where one
-value suits most runs; whatever depends on the model or the data has none and must be written down.
+export. The section of layer selection is in selection.py. docs/config.md is generated from the
+descriptions. A default stands only where one value suits most runs; whatever depends on the model
+or the data has none and must be written down.
 
 One file, because it is read as the list of all settings, half of it descriptions.
 """
@@ -13,12 +14,10 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Discriminator,
     Field,
     Tag,
@@ -26,6 +25,18 @@ from pydantic import (
     model_validator,
 )
 
+from megatron_hypenet.config.fields import (
+    BelowOne,
+    Count,
+    Fraction,
+    Name,
+    NotNegative,
+    Percent,
+    Rate,
+    Section,
+    Seed,
+    check_batches,
+)
 from megatron_hypenet.config.mixers import MixerSpec, default_mixer, mixer_specs, with_settings
 from megatron_hypenet.config.model import (
     LogitsScaling,
@@ -34,34 +45,15 @@ from megatron_hypenet.config.model import (
     check_logits_scaling,
 )
 from megatron_hypenet.config.paths import PathSetting
-
-Count = Annotated[int, Field(ge=0, strict=True)]
-Seed = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
-Fraction = Annotated[float, Field(ge=0, le=1, strict=True)]
-Rate = Annotated[float, Field(gt=0, strict=True)]
-NotNegative = Annotated[float, Field(ge=0, strict=True)]
-BelowOne = Annotated[float, Field(ge=0, lt=1, strict=True)]
-Percent = Annotated[float, Field(gt=0, le=100, strict=True)]
-Name = Annotated[str, Field(min_length=1)]
+from megatron_hypenet.config.selection import SelectConfig
 
 Recompute = Literal["none", "selective", "full"]
 
 STAGES = ("align", "distill", "finetune")
 """The training stages in the order HALO runs them; layer selection sits between the first two."""
 
-
-MethodName = Literal["halo", "kl", "gates", "uniform"]
-SELECTION_METHODS: tuple[str, ...] = get_args(MethodName)
-"""The methods of layer selection; each is a file of `stages/selection/`."""
-
 GATES = {f"{stage}-gate": stage for stage in STAGES}
 """Checks of the student between stages, and the stage that each comes after."""
-
-
-class Section(BaseModel):
-    """What all parts share: frozen after load, unknown keys refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class SourceConfig(Section):
@@ -248,11 +240,6 @@ class ParallelConfig(Section):
         )
 
 
-def _check_batches(micro: int, whole: int) -> None:
-    if whole % micro:
-        raise ValueError(f"micro_batch_size={micro} does not divide global_batch_size={whole}")
-
-
 class StageConfig(Section):
     """One training stage: how long, on what sizes, with which optimizer settings (AdamW)."""
 
@@ -310,7 +297,7 @@ class StageConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        _check_batches(self.micro_batch_size, self.global_batch_size)
+        check_batches(self.micro_batch_size, self.global_batch_size)
         if self.min_lr > self.lr:
             raise ValueError(
                 f"min_lr={self.min_lr:g} is above lr={self.lr:g}; the schedule only goes down"
@@ -389,79 +376,6 @@ class HeadStageConfig(StageConfig):
         "recurrent mixers between their projections: saves about a third for a few percent more "
         "time), or full (whole layers: least "
         "memory, a third more work).",
-    )
-
-
-class LayerGatesConfig(Section):
-    """How the method `gates` learns; other methods do not read this."""
-
-    train_iters: PositiveInt = Field(
-        default=40,
-        description="Steps of the gates; the weights are frozen. The gates of a model have settled "
-        "after some tens of steps (docs/selection.md).",
-    )
-    global_batch_size: PositiveInt = Field(
-        default=8, description="Sequences per step over all processes."
-    )
-    micro_batch_size: PositiveInt = Field(
-        default=1,
-        description="Sequences per pass on one data-parallel process. A backward pass goes through "
-        "the whole model here, with attention and RNN mixer in every layer, so it is smaller than "
-        "batch_size.",
-    )
-    lr: Rate = Field(
-        default=0.5,
-        description="Step size on the logits of the gates, whose gradient is scaled to a mean "
-        "square of about 1 over layers.",
-    )
-    recall_fraction: Fraction = Field(
-        default=0.5,
-        description="Share of recall documents among the sequences, where answers alone count; the "
-        "others are text. Recall alone keeps layers that look facts up; text alone seldom asks for "
-        "what is far back.",
-    )
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        _check_batches(self.micro_batch_size, self.global_batch_size)
-        return self
-
-
-class SelectConfig(Section):
-    """Which layers keep softmax attention."""
-
-    method: MethodName = Field(
-        default="halo",
-        description="How layers are chosen: halo converts one layer at a time and weighs lost "
-        "recall against lost accuracy; kl converts one at a time and takes the KL on text; gates "
-        "learns a gate for every layer, all together; uniform spaces them evenly and measures "
-        "nothing (docs/selection.md says when to use which).",
-    )
-    num_attention_layers: PositiveInt | None = Field(
-        default=None,
-        description="Softmax layers to keep; null keeps a quarter (num_layers // 4, at least 1).",
-    )
-    recall_sequences: PositiveInt = Field(
-        default=128, description="Recall documents scored per layer (halo)."
-    )
-    recall_pairs: PositiveInt = Field(
-        default=8,
-        description="Key-value pairs in one scored recall document (halo), and the most in one "
-        "that gates learn from.",
-    )
-    heldout_sequences: PositiveInt = Field(
-        default=64, description="Held-out sequences scored per layer (halo, kl)."
-    )
-    seq_length: PositiveInt = Field(
-        default=512, description="Tokens per sequence (halo, kl, gates)."
-    )
-    batch_size: PositiveInt = Field(default=8, description="Sequences per forward pass (halo, kl).")
-    importance_cap: Rate = Field(
-        default=50.0,
-        description="Largest importance a layer can have (halo); the paper caps at 50.",
-    )
-    gates: LayerGatesConfig = Field(
-        default=LayerGatesConfig(), description="How the method gates learns."
     )
 
 

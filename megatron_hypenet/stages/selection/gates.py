@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_hypenet.config.model import ModelConfig
-from megatron_hypenet.config.schema import SelectConfig
+from megatron_hypenet.config.selection import SelectConfig
 from megatron_hypenet.errors import DivergedError
 from megatron_hypenet.model.flops import forward_flops, mixer_flops
 from megatron_hypenet.stages.selection.method import (

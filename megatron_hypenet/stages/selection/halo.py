@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hypenet.config.model import ModelConfig
-from megatron_hypenet.config.schema import SelectConfig
+from megatron_hypenet.config.selection import SelectConfig
 from megatron_hypenet.errors import DataError
 from megatron_hypenet.eval.results import FILE, read_results
 from megatron_hypenet.model.flops import forward_flops

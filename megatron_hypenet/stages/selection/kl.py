@@ -9,7 +9,7 @@ states are computed once for all layers.
 from __future__ import annotations
 
 from megatron_hypenet.config.model import ModelConfig
-from megatron_hypenet.config.schema import SelectConfig
+from megatron_hypenet.config.selection import SelectConfig
 from megatron_hypenet.model.flops import forward_flops
 from megatron_hypenet.stages.selection.method import (
     HELDOUT,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from megatron_hypenet.config.model import ModelConfig
-from megatron_hypenet.config.schema import SELECTION_METHODS, SelectConfig
+from megatron_hypenet.config.selection import SELECTION_METHODS, SelectConfig
 
 if TYPE_CHECKING:
     from torch import Tensor

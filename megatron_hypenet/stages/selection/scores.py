@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hypenet.config.model import MAX_LAYERS
-from megatron_hypenet.config.schema import SELECTION_METHODS, SelectConfig
+from megatron_hypenet.config.selection import SELECTION_METHODS, SelectConfig
 from megatron_hypenet.errors import DataError
 from megatron_hypenet.stages.selection.method import LayerScores, selection_method
 from megatron_hypenet.untrusted.files import FileKind, has_entry, shown

@@ -7,7 +7,7 @@ i-th of K equal stretches, so that neither end of the model is favoured.
 from __future__ import annotations
 
 from megatron_hypenet.config.model import ModelConfig
-from megatron_hypenet.config.schema import SelectConfig
+from megatron_hypenet.config.selection import SelectConfig
 from megatron_hypenet.stages.selection.method import (
     Content,
     LayerScores,

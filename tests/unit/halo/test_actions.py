@@ -7,7 +7,7 @@ import torch
 
 from megatron_hypenet.checkpoint.load import read_manifest, read_model_config, read_weights, resolve
 from megatron_hypenet.config.loader import load_run_config
-from megatron_hypenet.config.schema import SELECTION_METHODS
+from megatron_hypenet.config.selection import SELECTION_METHODS
 from megatron_hypenet.errors import CheckpointError, ConfigError, QualityError
 from megatron_hypenet.export.from_hf import import_hf
 from megatron_hypenet.halo.actions import Halo

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_hypenet.config.mixers import default_mixer
-from megatron_hypenet.config.schema import SelectConfig
+from megatron_hypenet.config.selection import SelectConfig
 from megatron_hypenet.stages.aligned_mixers import AlignedMixers
 from megatron_hypenet.stages.selection.method import SelectionWork
 from tests.unit.stages.conftest import TEACHER

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_hypenet.config.mixers import default_mixer
-from megatron_hypenet.config.schema import SELECTION_METHODS, SelectConfig
+from megatron_hypenet.config.selection import SELECTION_METHODS, SelectConfig
 from megatron_hypenet.stages.selection.method import (
     HELDOUT,
     RECALL,
