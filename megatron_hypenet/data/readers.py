@@ -14,6 +14,7 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, BinaryIO, Literal, NoReturn
 
 from megatron_hypenet.data.opening import damage_named, open_bytes
@@ -200,7 +201,12 @@ def _checked_lines(file: SourceFile, text: io.TextIOWrapper, done: int) -> Itera
     """Yield the lines of a text; DataError for those that are no text."""
     number = done
     try:
-        for number, line in enumerate(text, start=done + 1):
+        for number, line in enumerate(iter(partial(text.readline, LINE_BYTES), ""), start=done + 1):
+            if len(line) >= LINE_BYTES:
+                raise RecordError(
+                    Where(str(file.path), "line", number),
+                    f"longer than {LINE_BYTES >> 20} MiB; break the text into lines.",
+                )
             if "\0" in line:
                 raise RecordError(
                     Where(str(file.path), "line", number),
@@ -209,7 +215,7 @@ def _checked_lines(file: SourceFile, text: io.TextIOWrapper, done: int) -> Itera
             yield line
     except UnicodeDecodeError:
         with open_bytes(file) as (raw, _):
-            for number, content in enumerate(raw, start=1):
+            for number, content in enumerate(iter(partial(raw.readline, LINE_BYTES), b""), start=1):
                 decoded(Where(str(file.path), "line", number), number, content)
         raise
 
@@ -290,16 +296,19 @@ def _members(file: SourceFile, stream: BinaryIO) -> Iterator[str]:
             continue
         elif sign:
             _refuse_row(file, number + 1, f"{sign!r} in the place of '{wanted}'")
-        more = _more(file, text, number + 1) if len(buffer) - at < LINE_BYTES else ""
+        # twice as much each time: a value that is not closed is read over and over from its start
+        held = len(buffer) - at
+        wished = min(max(BATCH_BYTES, held), LINE_BYTES - held)
+        more = _more(file, text, number + 1, wished) if wished > 0 else ""
         if not more:
             _refuse_row(file, number + 1, reason)
         buffer = buffer[at:] + more
         at = 0
 
 
-def _more(file: SourceFile, text: io.TextIOWrapper, row: int) -> str:
+def _more(file: SourceFile, text: io.TextIOWrapper, row: int, characters: int) -> str:
     try:
-        return text.read(BATCH_BYTES)
+        return text.read(characters)
     except UnicodeDecodeError as error:
         _refuse_row(file, row, f"not UTF-8 text: a byte 0x{error.object[error.start]:02x}")
 
@@ -307,7 +316,7 @@ def _more(file: SourceFile, text: io.TextIOWrapper, row: int) -> str:
 def _refuse_more(file: SourceFile, rest: str, text: io.TextIOWrapper) -> None:
     """Raise DataError when anything but space follows the list."""
     while not rest.strip():
-        if not (rest := _more(file, text, 0)):
+        if not (rest := _more(file, text, 0, BATCH_BYTES)):
             return
     raise DataError(f"{file.path}: not JSON: {shown(rest.strip(), 40)!r} follows the list.")
 

@@ -132,3 +132,17 @@ def test_long_lines_are_refused(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n' + b"x" * (3 << 20))
     with pytest.raises(DataError, match="line 2: longer than 1 MiB"):
         texts(tmp_path / "a.jsonl")
+    (tmp_path / "a.txt").write_bytes(b"a\n" + b"x" * (3 << 20))
+    with pytest.raises(DataError, match="line 2: longer than 1 MiB; break the text into lines"):
+        texts(tmp_path / "a.txt")
+
+
+def test_a_member_that_is_not_closed_is_not_read_over_and_over(tmp_path, monkeypatch):
+    asked = []
+    more = readers._more
+    monkeypatch.setattr(readers, "BATCH_BYTES", 1 << 10)
+    monkeypatch.setattr(readers, "_more", lambda *args: asked.append(args[3]) or more(*args))
+    (tmp_path / "a.json").write_bytes(b'[{"text": "a", "n": [' + b"1, " * (1 << 17))
+    with pytest.raises(DataError, match="row 1: not JSON"):
+        texts(tmp_path / "a.json")
+    assert len(asked) < 14
