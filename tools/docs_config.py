@@ -140,7 +140,13 @@ def page() -> str:
         if section in seen:
             lines += [f"The keys of [`{seen[section]}`](#{seen[section]}).", ""]
             continue
+        parent = next((seen[base] for base in section.__mro__ if base in seen), None)
         seen[section] = name
+        if parent is not None:
+            inherited = frozenset(section.__mro__[1].model_fields)
+            lines += [f"The keys of [`{parent}`](#{parent}), and:", ""]
+            lines += [*section_table(section, inherited), ""]
+            continue
         table = section_table(section)
         if len(table) > 2:  # not of a section that holds other sections only
             lines += [*table, ""]

@@ -7,6 +7,7 @@ all are listed in one LayoutError.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,13 @@ from typing import Any
 from megatron_hypenet.config.layout import Change, Layout, phrase
 from megatron_hypenet.config.layout_rules import RULES, Finding
 from megatron_hypenet.config.model import ModelConfig
-from megatron_hypenet.config.schema import STAGES, ParallelConfig, RunConfig
+from megatron_hypenet.config.schema import (
+    STAGES,
+    FinetuneConfig,
+    HeadStageConfig,
+    ParallelConfig,
+    RunConfig,
+)
 from megatron_hypenet.errors import ConfigError, LayoutError
 
 WAYS_OUT = 2
@@ -55,10 +62,11 @@ def check_run(
     model_config: ModelConfig | None, run_config: RunConfig, world_size: int | None
 ) -> None:
     """Check what spans a whole run: its layout for all stages, as `check_layout` does, and, where
-    the model is known, its layer selection. Raises LayoutError or ConfigError."""
+    the model is known, its layer selection and objectives. Raises LayoutError or ConfigError."""
     check_layout(model_config, run_config, world_size)
     if model_config is not None:
         check_model_fits_selection(model_config, run_config)
+        check_model_fits_objectives(model_config, run_config)
 
 
 def check_model_layout(
@@ -97,8 +105,9 @@ def layout_problems(layout: Layout) -> list[Problem]:
 
 
 def layout_warnings(layout: Layout) -> list[str]:
-    """Return warnings about layouts that are allowed but probably a mistake: training stages with
-    too few micro-batches to keep the pipeline busy."""
+    """Return warnings about what is allowed but probably a mistake: training stages with too few
+    micro-batches to keep the pipeline busy, or longer than what the teacher beside them can
+    read."""
     stages = layout.parallel.pipeline_model_parallel_size
     dp_size = layout.dp_size
     warnings = []
@@ -111,7 +120,20 @@ def layout_warnings(layout: Layout) -> list[str]:
                 f"stage idle for {idle:.0%} of the time; "
                 f"a smaller {name}.micro_batch_size or a larger {name}.global_batch_size gives more"
             )
-    return warnings
+    return warnings + _teacher_warnings(layout)
+
+
+def _teacher_warnings(layout: Layout) -> list[str]:
+    known = layout.model.max_position_embeddings if layout.model is not None else math.inf
+    stages = {name: layout.run.stage(name) for name in layout.stages}
+    return [
+        f"{name}: the teacher reads {name}.seq_length={stage.seq_length} tokens, but its config "
+        f"claims {known}; beyond that the student learns its mistakes: take a smaller "
+        f"{name}.teacher_weight, shorter sequences, or a teacher with a longer context"
+        for name, stage in stages.items()
+        if isinstance(stage, FinetuneConfig)
+        if stage.teacher_weight > 0 and stage.seq_length > known
+    ]
 
 
 def check_model_fits_selection(model_config: ModelConfig, run_config: RunConfig) -> None:
@@ -125,6 +147,20 @@ def check_model_fits_selection(model_config: ModelConfig, run_config: RunConfig)
             f"use at most {model_config.num_layers}, "
             f"or null for {max(1, model_config.num_layers // 4)}"
         )
+
+
+def check_model_fits_objectives(model_config: ModelConfig, run_config: RunConfig) -> None:
+    """Raise ConfigError when an objective counts as many tokens one by one as the vocabulary
+    has: nothing would be left for all others."""
+    for name in STAGES:
+        stage = run_config.stage(name)
+        k = stage.objective.k if isinstance(stage, HeadStageConfig) else None
+        if k is not None and k >= model_config.vocab_size:
+            raise ConfigError(
+                f"{name}.objective.k={k} is not below the model's "
+                f"vocab_size={model_config.vocab_size}; use fewer tokens, or kind=forward_kl, "
+                "which counts all of them"
+            )
 
 
 def _broken(layout: Layout) -> Findings:

@@ -3,8 +3,8 @@ field says what it means.
 
 Sections follow the pipeline: what goes in (teacher, data), how it is spread (parallel, precision),
 the three training stages and the layer selection between them, then evaluation, checkpoints and
-export. The section of layer selection is in selection.py. docs/config.md is generated from the
-descriptions. A default stands only where one value suits most runs; whatever depends on the model
+export. The sections of layer selection and of objectives are in selection.py and objective.py.
+docs/config.md is generated from the descriptions. A default stands only where one value suits most runs; whatever depends on the model
 or the data has none and must be written down.
 
 One file, because it is read as the list of all settings, half of it descriptions.
@@ -44,6 +44,7 @@ from megatron_hypenet.config.model import (
     Switch,
     check_logits_scaling,
 )
+from megatron_hypenet.config.objective import ObjectiveConfig
 from megatron_hypenet.config.paths import PathSetting
 from megatron_hypenet.config.selection import SelectConfig
 
@@ -363,6 +364,11 @@ class AlignConfig(StageConfig):
 class HeadStageConfig(StageConfig):
     """HALO stages 2 and 3: the whole student learns through its output head."""
 
+    objective: ObjectiveConfig = Field(
+        default=ObjectiveConfig(),
+        description="What the student minimises beside its teacher, at temperature 1: a divergence "
+        "of their next-token distributions, p of the teacher and q of the student.",
+    )
     vocab_chunk_tokens: PositiveInt | None = Field(
         default=None,
         description="Tokens whose logits exist at one time inside the loss; "
@@ -377,6 +383,25 @@ class HeadStageConfig(StageConfig):
         "time), or full (whole layers: least "
         "memory, a third more work).",
     )
+
+
+class FinetuneConfig(HeadStageConfig):
+    """HALO stage 3: next-token cross entropy on long sequences, perhaps beside the teacher."""
+
+    teacher_weight: Fraction = Field(
+        default=0.0,
+        description="Weight w of `objective` in the loss (1 - w) * cross entropy + w * objective. "
+        "0 needs no teacher; otherwise it runs beside the student at the length of this stage.",
+    )
+
+    @model_validator(mode="after")
+    def _objective_has_a_weight(self) -> Self:
+        if self.teacher_weight == 0 and self.objective != ObjectiveConfig():
+            raise ValueError(
+                f"objective.kind={self.objective.kind} has no effect with teacher_weight=0; "
+                "set teacher_weight, or leave the objective out"
+            )
+        return self
 
 
 class GateConfig(Section):
@@ -582,7 +607,7 @@ class RunConfig(Section):
     align: AlignConfig = Field(description="Stage 1, hidden-state alignment.")
     select: SelectConfig = Field(default=SelectConfig(), description="Layer selection.")
     distill: HeadStageConfig = Field(description="Stage 2, end-to-end distillation.")
-    finetune: HeadStageConfig = Field(description="Stage 3, long-context finetuning.")
+    finetune: FinetuneConfig = Field(description="Stage 3, long-context finetuning.")
     eval: EvalConfig = Field(default=EvalConfig(), description="Evaluation.")
     checkpoint: CheckpointConfig = Field(
         default=CheckpointConfig(), description="Checkpoints: writing and retention."

@@ -141,7 +141,7 @@ class Halo:
         spec = stage_spec(name)
         return self.do_training(
             name,
-            teacher=self.folder.teacher if spec.needs_teacher else None,
+            teacher=self.folder.teacher if spec.needs_teacher(self.run.stage(name)) else None,
             init=self._of(starts_from(self.steps())[name]) if spec.through_head else None,
         )
 
@@ -194,13 +194,14 @@ class Halo:
         stage's loss on held-out text, and what the student can do beside the `teacher`."""
         measure = datasets.measure(self.run, self.folder)
         seq_length = self.run.stage(stage.name).seq_length
-        loss = stage_spec(stage.name).loss
+        names = stage_spec(stage.name).quantities(self.run.stage(stage.name))
 
         def evaluate(_step: int) -> dict[str, float]:
             student = measure.quick(stage) if isinstance(stage, HeadStage) else {}
             values = {EVAL + name: value for name, value in student.items()}
-            if loss not in student:
-                values[EVAL + loss] = measure.stage_loss(stage, seq_length)
+            if names[0] not in student:
+                found = measure.stage_values(stage, seq_length, names)
+                values |= {EVAL + name: found[name] for name in names if name not in student}
             return values | {EVAL + TEACHER + name: value for name, value in teacher.items()}
 
         return evaluate

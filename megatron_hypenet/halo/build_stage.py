@@ -145,13 +145,13 @@ def build_stage(
 ) -> StageModule:
     """Return the stage module with all weights loaded.
 
-    `teacher` is needed by stages with `StageSpec.needs_teacher`, `init` (the student to start from)
+    `teacher` is needed where `StageSpec.needs_teacher` says so, `init` (the student to start from)
     by those with `through_head`. Raises CheckpointError.
     """
     spec = stage_spec(name)
     config = run.stage(name)
     shape = read_teacher_config(teacher) if teacher is not None else None
-    assert shape is not None or not spec.needs_teacher, f"{name} learns from a teacher"
+    assert shape is not None or not spec.needs_teacher(config), f"{name} learns from a teacher"
     if spec.through_head:
         assert init is not None, f"{name} starts from a student"
         start = read_student_config(name, init, teacher, shape)

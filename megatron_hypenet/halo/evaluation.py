@@ -7,7 +7,7 @@ Recall documents use held-out text, so nothing that is evaluated was trained on.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,7 +23,7 @@ from megatron_hypenet.model.hypenet import HypeNetModel
 from megatron_hypenet.parallel import groups
 from megatron_hypenet.parallel.cpu import device
 from megatron_hypenet.stages.base import MicroBatch, StageModule
-from megatron_hypenet.training.schedule import stage_loss
+from megatron_hypenet.training.schedule import stage_values
 from megatron_hypenet.training.tags import ACCURACY, LM_LOSS, RECALL
 
 Row = dict[str, Any]
@@ -151,19 +151,22 @@ class Measure:
             batch_size=max(1, settings.batch_size // multiple),
         )
 
-    def stage_loss(self, stage: StageModule, seq_length: int) -> float:
-        """Return the mean loss of a training stage on a little held-out text of at most
-        `seq_length` tokens; the caller has set eval mode."""
+    def stage_values(
+        self, stage: StageModule, seq_length: int, names: Sequence[str]
+    ) -> dict[str, float]:
+        """Return the means of a training stage's quantities `names`, its loss first, on a little
+        held-out text of at most `seq_length` tokens; the caller has set eval mode."""
         settings = self.run.eval
-        total = 0.0
+        totals = [0.0] * len(names)
         # at most the report's length, which is known to fit the held-out text
         length = min(seq_length, settings.seq_length)
         unit = self.run.parallel.sequence_unit
         texts = self.heldout(settings.quick_sequences, max(length - length % unit, unit))
         for part in texts.split(settings.batch_size):
-            loss = stage_loss(stage, MicroBatch(part.to(device())))
-            total += float(groups.all_reduce_mean(loss)) * len(part)
-        return total / len(texts)
+            found = stage_values(stage, MicroBatch(part.to(device())), names)
+            for index, value in enumerate(groups.all_reduce_mean(found).tolist()):
+                totals[index] += value * len(part)
+        return {name: total / len(texts) for name, total in zip(names, totals, strict=True)}
 
     def num_parts(self) -> int:
         """Return the number of calls of `on_part` in one row."""

@@ -179,7 +179,7 @@ def _stage(folder: RunFolder, run: RunConfig, name: str, missing: list[str]) -> 
             )
     return StageData(
         name=name,
-        loss=stage_spec(name).loss,
+        loss=stage_spec(name).loss(config),
         steps=config.train_iters,
         tokens=config.train_iters * config.tokens_per_step,
         seconds=folder.records().get(name, {}).get("seconds"),

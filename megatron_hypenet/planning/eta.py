@@ -87,7 +87,7 @@ def planned_work(run: RunConfig, teacher: ModelConfig, steps: Sequence[str]) -> 
         stage = run.stage(name)
         spec = stage_spec(name)
         trained = spec.student_shape(teacher, student, run.align.spec)
-        per_token = spec.flops(teacher, trained, stage.seq_length)
+        per_token = spec.flops(stage, teacher, trained)
         evaluated = settings.quick_sequences * min(stage.seq_length, settings.seq_length)
         quick = _quick_flops(run, student) if stage_spec(name).through_head else 0.0
         planned[name] = Planned(

@@ -52,7 +52,7 @@ def hours_of(planned: Mapping[str, Planned], layout: Layout, machine: Machine) -
             continue
         stage = layout.run.stage(step)
         trained = stage_spec(step).student_shape(teacher, student, spec)
-        flops = stage_spec(step).flops(teacher, trained, stage.seq_length) * stage.tokens_per_step
+        flops = stage_spec(step).flops(stage, teacher, trained) * stage.tokens_per_step
         seconds = times[step].total
         evaluating = forward / (gpus * machine.peak * FORWARD_USE)
         hours = (stage.train_iters * seconds + evaluating) / 3600

@@ -29,7 +29,7 @@ def placed(
     fewer layers than pipeline stages."""
     if parallel.pipeline_model_parallel_size == 1 or parallel.pipeline_layout is not None:
         return parallel
-    costs, head = stage_spec(name).layer_costs(teacher or student, student, stage.seq_length)
+    costs, head = stage_spec(name).layer_costs(stage, teacher or student, student)
     layout = balanced_layout(costs, parallel.pipeline_model_parallel_size, head=head)
     return parallel.model_copy(update={"pipeline_layout": layout})
 

@@ -127,7 +127,7 @@ def _micro_batch(
 ) -> StepTime:
     """Return the time of one micro-batch, forward and backward, on one pipeline stage."""
     found = StepTime()
-    for passes in stage_spec(name).passes(teacher, student):
+    for passes in stage_spec(name).passes(rank.config, teacher, student):
         recompute = rank.recompute if passes.recomputes else "none"
         for part in _layers(passes, rank, machine, recompute):
             found = found + part
@@ -222,9 +222,10 @@ def _head(passes: Passes, rank: StageRank, machine: Machine) -> StepTime:
     model = passes.model
     each = rank.tokens / rank.tensor
     seconds = _per_flop(rank.tokens, model.hidden_size, model.vocab_size / rank.tensor, machine)
+    moved = passes.head * LOGIT_TRAFFIC + passes.logit_traffic
     return StepTime(
         products=each * passes.head * head_flops(model) * seconds,
-        memory=each * passes.head * LOGIT_TRAFFIC * model.vocab_size / machine.memory,
+        memory=each * moved * model.vocab_size / machine.memory,
     )
 
 

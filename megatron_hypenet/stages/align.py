@@ -101,9 +101,9 @@ class AlignStage(StageModule):
 
         pipeline.flow(self.teacher, step, lambda index, hidden: None)
 
-    def flops_per_token(self, seq_length: int) -> float:
+    def flops_per_token(self, config: StageConfig) -> float:
         """Count the FLOPs of the teacher's trunk forward, the mixers forward and backward."""
-        return AlignSpec().flops(self.teacher.model_config, self.model_config, seq_length)
+        return AlignSpec().flops(config, self.teacher.model_config, self.model_config)
 
     def sharded_state_dict(self, prefix: str = "") -> dict[str, Any]:
         """Return the RNN mixers of all layers, under the names they have in a student."""
@@ -115,9 +115,15 @@ class AlignSpec(StageSpec):
     """An RNN mixer of every layer learns beside the teacher's trunk."""
 
     name = AlignStage.name
-    needs_teacher = True
     through_head = False
-    loss = "align-mse"
+
+    def quantities(self, config: StageConfig) -> tuple[str, ...]:
+        """Return the name of the alignment error."""
+        return ("align-mse",)
+
+    def needs_teacher(self, config: StageConfig) -> bool:
+        """Return True: the mixers learn from its attention."""
+        return True
 
     def build(self, source: ModelSource, config: StageConfig) -> AlignStage:
         """Build the trunk, and mixers initialised from its attention."""
@@ -131,7 +137,9 @@ class AlignSpec(StageSpec):
         known yet."""
         return teacher.converted(mixer)
 
-    def passes(self, teacher: ModelConfig, student: ModelConfig) -> tuple[Passes, ...]:
+    def passes(
+        self, config: StageConfig, teacher: ModelConfig, student: ModelConfig
+    ) -> tuple[Passes, ...]:
         """Return the teacher's trunk up to the last mixer, and every RNN mixer in both directions.
 
         The mixers' inputs are detached: only the output projection computes the gradient of its
@@ -142,12 +150,12 @@ class AlignSpec(StageSpec):
         )
 
     def layer_costs(
-        self, teacher: ModelConfig, student: ModelConfig, seq_length: int
+        self, config: StageConfig, teacher: ModelConfig, student: ModelConfig
     ) -> tuple[list[float], float]:
         """Count the FLOPs of the teacher's layers forward and the mixers in both directions; no
         head."""
-        frozen = layer_costs(teacher, seq_length)
-        mixers = mixer_flops(student, seq_length)
+        frozen = layer_costs(teacher, config.seq_length)
+        mixers = mixer_flops(student, config.seq_length)
         return [
             before + (1 + BACKWARD) * mixer for before, mixer in zip(frozen, mixers, strict=True)
         ], 0.0

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor, nn
 
 from megatron_hypenet.config.model import ModelConfig
+from megatron_hypenet.config.schema import StageConfig
 from megatron_hypenet.model.hypenet import HypeNetModel
 from megatron_hypenet.parallel import groups
 from megatron_hypenet.parallel.context.layout import split_sequence
@@ -127,7 +128,7 @@ class StageModule(nn.Module, ABC):
         """Return the layers per pipeline stage."""
 
     @abstractmethod
-    def flops_per_token(self, seq_length: int) -> float:
+    def flops_per_token(self, config: StageConfig) -> float:
         """Count the floating-point operations of one training step per token, over all ranks; see
         model/flops.py."""
 

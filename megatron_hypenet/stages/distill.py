@@ -1,5 +1,5 @@
-"""HALO stage 2: the whole student learns the teacher's next-token distribution (forward KL,
-temperature 1)."""
+"""HALO stage 2: the whole student learns the teacher's next-token distribution (temperature 1), by
+forward KL or another divergence."""
 
 from __future__ import annotations
 
@@ -7,48 +7,32 @@ from torch import Tensor
 
 from megatron_hypenet.config.schema import HeadStageConfig, StageConfig
 from megatron_hypenet.model.hypenet import HypeNetModel
-from megatron_hypenet.parallel import groups
-from megatron_hypenet.parallel.vocab_loss import linear_kl
+from megatron_hypenet.parallel.vocab_loss.objectives import Objective, objective_of
 from megatron_hypenet.stages.base import LocalTokens
-from megatron_hypenet.stages.head import HeadSpec, HeadStage
+from megatron_hypenet.stages.head import FORWARD_KL, HeadSpec, HeadStage, divergences
 from megatron_hypenet.stages.spec import ModelSource, register_stage
 
 
 class DistillStage(HeadStage):
-    """KL(teacher || student), mean over the input tokens that count, from final hidden states and
-    the two head weights.
-
-    Logits exist for `chunk_tokens` tokens at a time only, inside the loss; the teacher's own head
-    never runs.
-    """
+    """The divergence of the student from its teacher, mean over the input tokens that count."""
 
     name = "distill"
 
     def __init__(
-        self, student: HypeNetModel, teacher: HypeNetModel, *, chunk_tokens: int | None
+        self,
+        student: HypeNetModel,
+        teacher: HypeNetModel,
+        *,
+        chunk_tokens: int | None,
+        objective: Objective = FORWARD_KL,
     ) -> None:
-        super().__init__(student, teacher)
-        self.chunk_tokens = chunk_tokens
+        super().__init__(student, teacher, chunk_tokens=chunk_tokens, objective=objective)
 
     def head_loss(
         self, tokens: LocalTokens, hidden: Tensor, teacher_hidden: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the KL of the next-token distributions at every input token, or at those before an
-        answer's; labels are not used."""
-        assert self.frozen_teacher is not None and teacher_hidden is not None, (
-            "distillation has a teacher"
-        )
-        loss = linear_kl(
-            hidden,
-            self.student.head_weight(),
-            teacher_hidden,
-            self.frozen_teacher.head_weight(),
-            chunk_tokens=self.chunk_tokens,
-            group=groups.tensor_group(),
-            sequence_parallel=self.student.config.sequence_parallel,
-            token_weights=None if tokens.answer_weights is None else tokens.answer_weights.t(),
-        )
-        return loss, {"train/kl": loss.detach()}
+        """Return `divergence`."""
+        return self.divergence(tokens, hidden, teacher_hidden)
 
 
 @register_stage
@@ -56,12 +40,27 @@ class DistillSpec(HeadSpec):
     """The student learns beside its teacher."""
 
     name = DistillStage.name
-    needs_teacher = True
-    loss = "kl"
     mfu = 0.49
+
+    def quantities(self, config: StageConfig) -> tuple[str, ...]:
+        """Return the names of the objective's value and of forward KL."""
+        return divergences(config)
+
+    def needs_teacher(self, config: StageConfig) -> bool:
+        """Return True: the student learns from its logits."""
+        return True
+
+    def num_losses(self, config: StageConfig) -> int:
+        """Return 1, the objective."""
+        return 1
 
     def build(self, source: ModelSource, config: StageConfig) -> DistillStage:
         """Build the student that trains, then the teacher."""
         assert isinstance(config, HeadStageConfig), "distillation runs through the head"
         student = source.student(recompute=config.recompute)
-        return DistillStage(student, source.teacher(), chunk_tokens=config.vocab_chunk_tokens)
+        return DistillStage(
+            student,
+            source.teacher(),
+            chunk_tokens=config.vocab_chunk_tokens,
+            objective=objective_of(config.objective),
+        )

@@ -12,11 +12,14 @@ from torch import Tensor, nn
 
 from megatron_hypenet.config.mixers import MixerSpec
 from megatron_hypenet.config.model import ModelConfig
-from megatron_hypenet.config.schema import HeadStageConfig
+from megatron_hypenet.config.schema import HeadStageConfig, StageConfig
 from megatron_hypenet.model.flops import BACKWARD, head_flops
 from megatron_hypenet.model.hypenet import HypeNetModel
 from megatron_hypenet.model.pipeline_layout import layer_costs
+from megatron_hypenet.parallel import groups
+from megatron_hypenet.parallel.vocab_loss import linear_divergence
 from megatron_hypenet.parallel.vocab_loss.gradients import CHUNKS_PER_PRODUCT, chunk_size
+from megatron_hypenet.parallel.vocab_loss.objectives import ForwardKL, Objective, objective_of
 from megatron_hypenet.stages.base import (
     LocalTokens,
     MicroBatch,
@@ -33,6 +36,9 @@ from megatron_hypenet.stages.footprint import (
 )
 from megatron_hypenet.stages.spec import Passes, StageSpec, stage_spec
 
+FORWARD_KL = ForwardKL()
+"""What a student minimises beside its teacher unless the settings say otherwise."""
+
 
 class HeadStage(StageModule):
     """The module of a stage that trains through the output head.
@@ -42,9 +48,20 @@ class HeadStage(StageModule):
 
     student: HypeNetModel
 
-    def __init__(self, student: HypeNetModel, teacher: HypeNetModel | None = None) -> None:
+    def __init__(
+        self,
+        student: HypeNetModel,
+        teacher: HypeNetModel | None = None,
+        *,
+        chunk_tokens: int | None,
+        objective: Objective = FORWARD_KL,
+    ) -> None:
+        """Take the models, the largest number of tokens whose logits exist at one time, and what
+        the student minimises beside a teacher."""
         super().__init__(student.model_config)
         self.student = student
+        self.chunk_tokens = chunk_tokens
+        self.objective = objective
         self.__dict__["teacher"] = None
         if teacher is not None:
             self.attach_frozen("teacher", teacher)
@@ -60,11 +77,11 @@ class HeadStage(StageModule):
         """Return the layers per pipeline stage, the same for student and teacher."""
         return self.student.layout
 
-    def flops_per_token(self, seq_length: int) -> float:
+    def flops_per_token(self, config: StageConfig) -> float:
         """Count the FLOPs of the student forward and backward, after the teacher forward if there
         is one."""
         teacher = self.student if self.frozen_teacher is None else self.frozen_teacher
-        return stage_spec(self.name).flops(teacher.model_config, self.model_config, seq_length)
+        return stage_spec(self.name).flops(config, teacher.model_config, self.model_config)
 
     @abstractmethod
     def head_loss(
@@ -72,6 +89,32 @@ class HeadStage(StageModule):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return (loss, metrics) as `forward` gives them, from final hidden states [t, b, h] of
         student and teacher."""
+
+    def divergence(
+        self, tokens: LocalTokens, hidden: Tensor, teacher_hidden: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the objective between the next-token distributions of teacher and student, and the
+        metrics: its value, and forward KL beside it.
+
+        It is the mean over every input token, or over those before an answer's; labels are not
+        used. Logits exist for `chunk_tokens` tokens at a time only, inside the loss; the teacher's
+        own head never runs."""
+        assert self.frozen_teacher is not None and teacher_hidden is not None, (
+            "a divergence needs a teacher"
+        )
+        loss, kl = linear_divergence(
+            hidden,
+            self.student.head_weight(),
+            teacher_hidden,
+            self.frozen_teacher.head_weight(),
+            objective=self.objective,
+            chunk_tokens=self.chunk_tokens,
+            group=groups.tensor_group(),
+            sequence_parallel=self.student.config.sequence_parallel,
+            token_weights=None if tokens.answer_weights is None else tokens.answer_weights.t(),
+        )
+        found = {FORWARD_KL.quantity: kl, self.objective.quantity: loss.detach()}
+        return loss, {f"train/{name}": value for name, value in found.items()}
 
     def forward(
         self, batch: MicroBatch, *, scores: bool = False
@@ -146,24 +189,38 @@ class HeadSpec(StageSpec):
         """Return the student as it is."""
         return student
 
-    def passes(self, teacher: ModelConfig, student: ModelConfig) -> tuple[Passes, ...]:
+    @abstractmethod
+    def num_losses(self, config: StageConfig) -> int:
+        """Return the number of losses that go through the student's head by themselves."""
+
+    def passes(
+        self, config: StageConfig, teacher: ModelConfig, student: ModelConfig
+    ) -> tuple[Passes, ...]:
         """Return the student forward and backward, after the teacher forward where there is one."""
         frozen = Passes(model=teacher, projections=1, core=1, output=1, mlp=1, head=1)
+        beside = self.needs_teacher(config)
         trained = Passes(
-            model=student, projections=3, core=3, output=3, mlp=3, head=3, recomputes=True
+            model=student,
+            projections=3,
+            core=3,
+            output=3,
+            mlp=3,
+            head=3 * self.num_losses(config),
+            recomputes=True,
+            logit_traffic=_objective(config).traffic if beside else 0.0,
         )
-        return (frozen, trained) if self.needs_teacher else (trained,)
+        return (frozen, trained) if beside else (trained,)
 
     def layer_costs(
-        self, teacher: ModelConfig, student: ModelConfig, seq_length: int
+        self, config: StageConfig, teacher: ModelConfig, student: ModelConfig
     ) -> tuple[list[float], float]:
         """Count the FLOPs of the layers and heads of both models, the student's forward and
         backward."""
-        costs = [(1 + BACKWARD) * cost for cost in layer_costs(student, seq_length)]
-        heads = (1 + BACKWARD) * head_flops(student)
-        if not self.needs_teacher:
+        costs = [(1 + BACKWARD) * cost for cost in layer_costs(student, config.seq_length)]
+        heads = self.num_losses(config) * (1 + BACKWARD) * head_flops(student)
+        if not self.needs_teacher(config):
             return costs, heads
-        frozen = layer_costs(teacher, seq_length)
+        frozen = layer_costs(teacher, config.seq_length)
         return [
             before + cost for before, cost in zip(frozen, costs, strict=True)
         ], heads + head_flops(teacher)
@@ -175,19 +232,36 @@ class HeadSpec(StageSpec):
         waiting = 0.0
         # with several pipeline stages the teacher has seen all micro-batches before the student
         # begins
-        if self.needs_teacher and rank.last:
+        beside = self.needs_teacher(rank.config)
+        if beside and rank.last:
             waiting = rank.stream(teacher) * (rank.micro_batches if len(rank.layout) > 1 else 1)
         return Footprint(
             trained=rank.parameters(student),
-            frozen=rank.parameters(teacher) if self.needs_teacher else 0.0,
+            frozen=rank.parameters(teacher) if beside else 0.0,
             activations=rank.tokens * (saved * rank.in_flight + waiting),
             work=max(
                 layer_backward_bytes(rank, student),
-                loss_bytes(rank, student, logit_sets=2 if self.needs_teacher else 1)
+                loss_bytes(
+                    rank,
+                    student,
+                    logit_sets=_objective(rank.config).logit_sets if beside else 1,
+                    waiting=self.num_losses(rank.config) - 1,
+                )
                 if rank.last
                 else 0.0,
             ),
         )
+
+
+def divergences(config: StageConfig) -> tuple[str, ...]:
+    """Return the names of what `HeadStage.divergence` reports: the objective's value, and forward
+    KL."""
+    return tuple(dict.fromkeys((_objective(config).quantity, FORWARD_KL.quantity)))
+
+
+def _objective(config: StageConfig) -> Objective:
+    assert isinstance(config, HeadStageConfig), "a student learns through its head"
+    return objective_of(config.objective)
 
 
 def layer_backward_bytes(rank: StageRank, student: ModelConfig) -> float:
@@ -209,16 +283,16 @@ def layer_backward_bytes(rank: StageRank, student: ModelConfig) -> float:
     )
 
 
-def loss_bytes(rank: StageRank, student: ModelConfig, *, logit_sets: int) -> float:
+def loss_bytes(
+    rank: StageRank, student: ModelConfig, *, logit_sets: int, waiting: int = 0
+) -> float:
     """Return the bytes of the loss: the head's gradient in fp32, a chunk of logits and their
-    gradients (later a bf16 copy), gradient of hidden."""
+    gradients (later a bf16 copy), gradient of hidden. The gradients of `waiting` other losses are
+    there already."""
     vocab_rows = ceil(student.vocab_size / rank.tensor)
     limit = rank.config.vocab_chunk_tokens if isinstance(rank.config, HeadStageConfig) else None
     per_token = vocab_rows * (logit_sets * ACCUMULATION_BYTES + CHUNKS_PER_PRODUCT * COMPUTE_BYTES)
     chunk = chunk_size(rank.tokens, limit, per_token, torch.device("cuda")) * per_token
     head = vocab_rows * student.hidden_size
-    return (
-        ACCUMULATION_BYTES * head
-        + max(chunk, COMPUTE_BYTES * head)
-        + COMPUTE_BYTES * rank.tokens * student.hidden_size
-    )
+    gradients = ACCUMULATION_BYTES * head + COMPUTE_BYTES * rank.tokens * student.hidden_size
+    return (1 + waiting) * gradients + max(chunk, COMPUTE_BYTES * head)

@@ -61,6 +61,9 @@ class Passes:
     """Whether every mixer's output is compared with another model's."""
     recomputes: bool = False
     """Whether the stage's `recompute` setting applies: backward computes forward parts again."""
+    logit_traffic: float = 0.0
+    """Bytes per logit that the loss reads and writes beyond what its kernels on CUDA do, where it
+    has none."""
 
     def flops(self, seq_length: int) -> float:
         """Count the floating-point operations per token, without recomputation."""
@@ -78,17 +81,26 @@ class StageSpec(ABC):
 
     name: ClassVar[str]
     """The stage's name in configs and folders."""
-    loss: ClassVar[str]
-    """The name of the quantity that it minimises, which is reported as train/NAME, and as eval/NAME
-    on held-out text. `lm-loss` is the student's next-token cross entropy."""
-    needs_teacher: ClassVar[bool]
-    """Whether the stage needs a frozen teacher."""
     through_head: ClassVar[bool]
     """Whether a whole student trains through its output head; it then starts from a student."""
 
     mfu: ClassVar[float] = 0.4
     """Share of a GPU's dense bf16 peak that its steps reach, measured on an H100 (README.md,
     "Speed"); the estimate of time goes by it until a run has measured its own speed."""
+
+    @abstractmethod
+    def quantities(self, config: StageConfig) -> tuple[str, ...]:
+        """Return the names of the quantities that it reports as train/NAME, and as eval/NAME on
+        held-out text: first what it minimises, then its parts and what is computed beside it.
+        `lm-loss` is the student's next-token cross entropy."""
+
+    def loss(self, config: StageConfig) -> str:
+        """Return the name of the quantity that it minimises."""
+        return self.quantities(config)[0]
+
+    @abstractmethod
+    def needs_teacher(self, config: StageConfig) -> bool:
+        """Return whether the stage needs a frozen teacher."""
 
     @abstractmethod
     def build(self, source: ModelSource, config: StageConfig) -> StageModule:
@@ -101,17 +113,21 @@ class StageSpec(ABC):
         """Return the shape that trains, of a run whose finished student has the shape `student`."""
 
     @abstractmethod
-    def passes(self, teacher: ModelConfig, student: ModelConfig) -> tuple[Passes, ...]:
+    def passes(
+        self, config: StageConfig, teacher: ModelConfig, student: ModelConfig
+    ) -> tuple[Passes, ...]:
         """Return what a step computes of each of its models; `student` is what trains
         (`student_shape`)."""
 
-    def flops(self, teacher: ModelConfig, student: ModelConfig, seq_length: int) -> float:
+    def flops(self, config: StageConfig, teacher: ModelConfig, student: ModelConfig) -> float:
         """Count the floating-point operations of a training step per token, over all ranks."""
-        return sum(passes.flops(seq_length) for passes in self.passes(teacher, student))
+        return sum(
+            passes.flops(config.seq_length) for passes in self.passes(config, teacher, student)
+        )
 
     @abstractmethod
     def layer_costs(
-        self, teacher: ModelConfig, student: ModelConfig, seq_length: int
+        self, config: StageConfig, teacher: ModelConfig, student: ModelConfig
     ) -> tuple[list[float], float]:
         """Return the FLOPs per token of every layer, and of the head, for balancing a pipeline."""
 

@@ -140,7 +140,7 @@ def _recorder(job: Job, state: TrainState) -> Recorder:
     first = groups.rank() == 0
     return Recorder(
         stage=job.stage.name,
-        loss=stage_spec(job.stage.name).loss,
+        loss=stage_spec(job.stage.name).loss(job.config),
         train_iters=job.config.train_iters,
         step=state.step,
         first=first,
@@ -148,7 +148,7 @@ def _recorder(job: Job, state: TrainState) -> Recorder:
         trackers=job.trackers(state.step) if first else (),
         log=job.log,
         workload=Workload(
-            job.stage.flops_per_token(job.config.seq_length),
+            job.stage.flops_per_token(job.config),
             groups.world_size(),
             peak_flops(),
         ),

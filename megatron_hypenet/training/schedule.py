@@ -20,6 +20,7 @@ from megatron_hypenet.parallel.pipeline import run_pipeline
 from megatron_hypenet.stages.base import LocalTokens, MicroBatch, StageModule, local_tokens
 from megatron_hypenet.supervision.heartbeat import PROGRESS
 from megatron_hypenet.training.metrics import MetricSums
+from megatron_hypenet.training.tags import TRAIN
 
 LossAndMetrics = tuple[Tensor, dict[str, Tensor]]
 _LOSS = ""
@@ -56,16 +57,18 @@ def forward_backward(engine: TrainingEngine, batches: Iterable[MicroBatch]) -> L
 
 
 @torch.no_grad()
-def stage_loss(stage: StageModule, batch: MicroBatch) -> Tensor:
-    """Return the loss of one micro-batch without training, the same value on every pipeline
-    stage."""
+def stage_values(stage: StageModule, batch: MicroBatch, names: Sequence[str]) -> Tensor:
+    """Return the quantities `names` of one micro-batch without training, the stage's loss first
+    (`StageSpec.quantities`): [names], the same on every pipeline stage."""
     PROGRESS.note("evaluate")
-    loss, _ = (
+    loss, metrics = (
         stage(batch)
         if groups.pipeline_stage()[1] == 1
         else _pipelined(stage, [batch], train=False, clock=OwnTime())
     )
-    return groups.sum_over_pipeline(loss.detach().clone())
+    # what another pipeline stage computes is not among this one's metrics
+    others = [metrics.get(TRAIN + name, torch.zeros_like(loss)) for name in names[1:]]
+    return groups.sum_over_pipeline(torch.stack([loss.detach(), *others]))
 
 
 class _Results:

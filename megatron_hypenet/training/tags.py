@@ -42,11 +42,22 @@ TAGS = (
         "stage 1: squared difference between the outputs of RNN mixers and of attention, mean over "
         "layers, tokens, channels and the steps since the last point"),
     Tag("train/kl", "nats per token",
-        "stage 2: KL divergence of the student's next-token distribution from the teacher's, mean "
-        "over the steps since the last point"),
+        "stage 2, and stage 3 beside a teacher: forward KL divergence of the student's next-token "
+        "distribution from the teacher's, whatever is minimised, mean over the steps since the "
+        "last point"),
+    Tag("train/reverse-kl", "nats per token",
+        "the same with objective.kind reverse_kl: reverse KL divergence, which is minimised"),
+    Tag("train/jensen-shannon", "nats per token",
+        "the same with jensen_shannon: generalised Jensen-Shannon divergence with the run's beta"),
+    Tag("train/top-k-kl", "nats per token",
+        "the same with top_k: forward KL divergence over the run's k tokens and all others "
+        "together"),
     Tag("train/lm-loss", "nats per token",
         "stage 3: next-token cross entropy on training sequences, mean over the steps since the "
         "last point"),
+    Tag("train/mixed-loss", "nats per token",
+        "stage 3 beside a teacher: (1 - w) * train/lm-loss + w * the objective, which is "
+        "minimised; w is finetune.teacher_weight"),
     Tag("train/learning-rate", "1", "of the last step"),
     Tag("train/grad-norm", "1",
         "global gradient norm before clipping, mean over the steps since the last point"),
@@ -60,6 +71,10 @@ TAGS = (
         "sequences of a step, each a mean over the positions that count"),
     Tag("eval/align-mse", "square of the activations", "train/align-mse on held-out text"),
     Tag("eval/kl", "nats per token", "train/kl on held-out text"),
+    Tag("eval/reverse-kl", "nats per token", "train/reverse-kl on held-out text"),
+    Tag("eval/jensen-shannon", "nats per token", "train/jensen-shannon on held-out text"),
+    Tag("eval/top-k-kl", "nats per token", "train/top-k-kl on held-out text"),
+    Tag("eval/mixed-loss", "nats per token", "train/mixed-loss on held-out text"),
     Tag("eval/lm-loss", "nats per token",
         "next-token cross entropy of the student on held-out text, without the logit scaling of "
         "the export"),
@@ -132,8 +147,17 @@ LAYOUT: dict[str, dict[str, tuple[str, ...]]] = {
     "2. What the stages minimise": {
         "stage 1: alignment error": ("train/align-mse", "eval/align-mse"),
         "stage 1: alignment error of every layer": ("align-layers/.*",),
-        "stage 2: KL from the teacher": ("train/kl", "eval/kl"),
+        "stages 2 and 3: forward KL from the teacher": ("train/kl", "eval/kl"),
+        "stages 2 and 3: other objectives": (
+            "train/reverse-kl",
+            "eval/reverse-kl",
+            "train/jensen-shannon",
+            "eval/jensen-shannon",
+            "train/top-k-kl",
+            "eval/top-k-kl",
+        ),
         "stage 3: language loss": ("train/lm-loss",),
+        "stage 3: weighted sum beside a teacher": ("train/mixed-loss", "eval/mixed-loss"),
     },
     "3. Optimiser and speed": {
         "gradient norm": ("train/grad-norm",),

@@ -4,7 +4,7 @@ float64 on one layout after the other.
     gradient_worker FOLDER CASES      CASES: JSON list of {name, stage, parallel, documents,
 [answers]}
 
-One process writes FOLDER/<stage>-<documents>[-answers].pt; several compare their pieces with it and
+One process writes FOLDER/<stage>-<documents>[-answers][-<objective>].pt; several compare their pieces with it and
 print the largest relative differences.
 """
 
@@ -88,7 +88,9 @@ def one(folder, case):
     tokens = Tokens(answers_below=4 if masked else None)
     batches = step_batches(tokens, run.stage(name), 0, separate=documents)
     found["loss"] = computed(stage, batches)
-    file = folder / f"{name}-{documents}{'-answers' if masked else ''}.pt"
+    objective = case["head_changes"].get("objective")
+    kind = f"-{objective['kind']}" if objective else ""
+    file = folder / f"{name}-{documents}{'-answers' if masked else ''}{kind}.pt"
     pieces = pieces_of_gradients(stage)
     if dist.get_world_size() == 1:
         whole = {

@@ -112,6 +112,8 @@ def run_config(
     }
     align = {**stage, **(align_changes or {})}
     head = {**stage, "vocab_chunk_tokens": 7, **(head_changes or {})}
+    # an objective is for both stages that can have a teacher
+    finetune = {**head, "teacher_weight": 0.4} if "objective" in head else head
     inputs = {
         "output_dir": str(out),
         "teacher": "teacher",
@@ -119,7 +121,7 @@ def run_config(
         "precision": "float32",
     }
     return RunConfig.model_validate(
-        {**inputs, "align": align, "distill": head, "finetune": head, **changes}
+        {**inputs, "align": align, "distill": head, "finetune": finetune, **changes}
     )
 
 

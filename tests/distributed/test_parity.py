@@ -6,6 +6,7 @@ threshold is below the gradient norms, and runs without clipping show that no sc
 behind it. Gradients of one step, with and without separate documents, and the scores of whole
 sequences are compared in float64, where rounding hides nothing."""
 
+import itertools
 import json
 
 import pytest
@@ -57,6 +58,15 @@ RECOMPUTE = {
 """Layouts whose stages 2 and 3 compute activations again in backward."""
 ANSWERS = {2: ("tp2-sp", "pp2", "cp2", "dp2"), 4: ("tp2-cp2", "cp2-pp2")}
 """Layouts that also learn the answers of conversations alone; "dp2" is data parallelism only."""
+OBJECTIVES = {
+    "reverse_kl": {"kind": "reverse_kl"},
+    "jensen_shannon": {"kind": "jensen_shannon", "beta": 0.3},
+    "top_k": {"kind": "top_k", "k": 5},
+    "forward_kl": {"kind": "forward_kl"},
+}
+"""What stage 3 minimises beside cross entropy; all but the last in stage 2 too."""
+BESIDE_TEACHER = {2: ("tp2-sp", "pp2", "cp2"), 4: ("tp2-cp2",)}
+"""Layouts of stage 3 beside a teacher with each objective; stage 2 has them on the first."""
 VARIANTS = {"": {}, "free": {"stage_changes": {"clip_grad": 0.0}}}
 """As the tests' settings are, and without clipping."""
 
@@ -89,7 +99,9 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("parity")
     write_models(root)
     finished(1, root, cases({"one": {}}, VARIANTS))
-    finished(1, root, gradient_cases({"one": {}}) + answer_cases({"one": {}}), GRADIENTS)
+    alone = {"one": {}}
+    wanted = gradient_cases(alone) + answer_cases(alone) + objective_cases(alone)
+    finished(1, root, wanted, GRADIENTS)
     return root
 
 
@@ -174,13 +186,34 @@ def answer_cases(layouts):
     ]
 
 
+def objective_cases(layouts):
+    """Return cases of stages 2 and 3 with other objectives, a part of the tokens, and in stage 3
+    documents apart."""
+    first = next(iter(layouts))
+    return [
+        {
+            "name": name,
+            "stage": stage,
+            "parallel": parallel,
+            "documents": stage == "finetune",
+            "answers": True,
+            "head_changes": {"objective": objective},
+        }
+        for name, parallel in layouts.items()
+        for kind, objective in OBJECTIVES.items()
+        for stage in ("distill", "finetune")
+        if stage == "finetune" or (name == first and kind != "forward_kl")
+    ]
+
+
 @pytest.mark.parametrize("processes", [2, 4])
 def test_losses_gradients_and_scores_agree_in_float64(folder, processes):
     layouts = {
         name: parallel for name, parallel in LAYOUTS[processes].items() if "zero" not in name
     }
     masked = {name: layouts.get(name, {}) for name in ANSWERS[processes]}
-    wanted = gradient_cases(layouts) + answer_cases(masked)
+    taught = {name: layouts[name] for name in BESIDE_TEACHER[processes]}
+    wanted = gradient_cases(layouts) + answer_cases(masked) + objective_cases(taught)
     found = [
         json.loads(line)
         for line in finished(processes, folder, wanted, GRADIENTS).splitlines()
@@ -196,11 +229,13 @@ def test_losses_gradients_and_scores_agree_in_float64(folder, processes):
     assert [row for row in found if not row["error"] <= 1e-12] == []
 
 
-def test_answers_alone_give_another_loss(folder):
-    """So the layouts above were compared with the mask in effect."""
+def test_answers_alone_and_other_objectives_give_another_loss(folder):
+    """So the layouts above were compared with the mask and the objective in effect."""
     for stage, documents in (("distill", False), ("finetune", True)):
         losses = [
             torch.load(folder / f"{stage}-{documents}{kind}.pt", weights_only=True)["loss"]
-            for kind in ("", "-answers")
+            for kind in ("", "-answers", *(f"-answers-{objective}" for objective in OBJECTIVES))
+            if kind != "-answers-forward_kl" or stage == "finetune"
         ]
-        assert abs(losses[0] - losses[1]) > 1e-3 * losses[0]
+        pairs = itertools.combinations(losses, 2)
+        assert all(abs(one - other) > 1e-3 * one for one, other in pairs)

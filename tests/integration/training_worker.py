@@ -21,7 +21,7 @@ from megatron_hypenet.checkpoint import shard_writer
 from megatron_hypenet.checkpoint.format import iteration_name
 from megatron_hypenet.cli.main import report_fault
 from megatron_hypenet.config.mixers import default_mixer
-from megatron_hypenet.config.schema import HeadStageConfig, RunConfig
+from megatron_hypenet.config.schema import RunConfig
 from megatron_hypenet.model.hypenet import build_model
 from megatron_hypenet.parallel import groups
 from megatron_hypenet.stages.align import AlignStage
@@ -238,7 +238,7 @@ def train_stage(options: argparse.Namespace, run: RunConfig) -> Path:
     return train(
         stage,
         data,
-        HeadStageConfig(**run.finetune.model_dump()),
+        run.finetune,
         run,
         options.out / options.stage,
         on_step=on_step,

@@ -157,7 +157,7 @@ def work(case: dict[str, Any], out: Path) -> None:
     kernels = busiest_kernels(lambda: steps.run(1)) if case["profile"] else []
     steps.close()
     tokens_per_second = config.tokens_per_step / median(seconds)
-    flops = stage.flops_per_token(config.seq_length)
+    flops = stage.flops_per_token(config)
     peak = peak_flops()
     result = {
         **case,

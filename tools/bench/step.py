@@ -86,7 +86,7 @@ def measure(row: dict[str, Any], out: Path) -> None:
     learner = stage_spec(row["stage"]).student_shape(teacher, learner, mixer)
     (memory,) = stage_memory(row["stage"], teacher, learner, config, parallel, data_ranks=1)
     graphs = steps.engine.graphs
-    work = Workload(stage.flops_per_token(config.seq_length), 1, peak_flops())
+    work = Workload(stage.flops_per_token(config), 1, peak_flops())
     result = {
         **row,
         "losses": steps.losses,

@@ -12,6 +12,7 @@ import time
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_hypenet.config.loader import load_run_config
 from megatron_hypenet.stages.spec import stage_spec
 from tests.integration.slurm.runs import (
     STAGES,
@@ -114,13 +115,14 @@ def test_a_dead_node_is_replaced_and_the_run_ends_on_a_single_node(
         "2 micro-batches of 1 per process and step"
     )
     assert f"at iter {stopped}/40 {layout}" in run_log(out)
+    settings = load_run_config(out / "config.yaml")
     for stage in STAGES:
         mine, undisturbed = recorded(out, stage), recorded(calm, stage)
         assert [row["step"] for row in mine] == [row["step"] for row in undisturbed]
         assert [row["loss"] for row in mine] == pytest.approx(
             [row["loss"] for row in undisturbed], rel=1e-5
         )
-        shown = points(out / "tb" / stage, f"train/{stage_spec(stage).loss}")
+        shown = points(out / "tb" / stage, f"train/{stage_spec(stage).loss(settings.stage(stage))}")
         assert [step for step, _ in shown] == [row["step"] for row in mine]
         assert [value for _, value in shown] == pytest.approx(
             [row["loss"] for row in mine], rel=1e-6

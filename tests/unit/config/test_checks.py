@@ -250,6 +250,27 @@ def test_selection_cannot_keep_more_layers_than_there_are():
         check_model_fits_selection(MODEL, run(select={"num_attention_layers": 5}))
 
 
+def test_an_objective_leaves_some_tokens_for_the_rest():
+    def chosen(k):
+        return run(distill={**STAGE, "objective": {"kind": "top_k", "k": k}})
+
+    check_run(MODEL, chosen(MODEL.vocab_size - 1), 1)
+    with pytest.raises(ConfigError, match=rf"distill.objective.k={MODEL.vocab_size} is not below"):
+        check_run(MODEL, chosen(MODEL.vocab_size), 1)
+
+
+def test_a_teacher_beyond_its_context_is_warned_of():
+    def warnings(known, **changes):
+        model = MODEL.replace(max_position_embeddings=known)
+        return layout_warnings(Layout(model, run(finetune={**STAGE, **changes}), 1))
+
+    assert warnings(64, teacher_weight=0.5) == warnings(32) == []
+    (warning,) = warnings(32, teacher_weight=0.5)
+    assert "finetune.seq_length=64 tokens, but its config claims 32" in warning
+    alone = Layout(None, run(finetune={**STAGE, "teacher_weight": 0.5}), 1)
+    assert layout_warnings(alone) == []
+
+
 sizes = st.sampled_from([1, 1, 2, 3, 4, 6, 8, 16])
 
 

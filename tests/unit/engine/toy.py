@@ -34,7 +34,7 @@ class ToyStage(StageModule):
             loss = loss * (Trap.apply(loss) if self.poison_gradient else float("nan"))
         return loss, {"align-layers/00": loss.detach() * 2, "align-layers/01": loss.detach() * 0}
 
-    def flops_per_token(self, seq_length):
+    def flops_per_token(self, config):
         return 1e6
 
     def sharded_state_dict(self, prefix=""):

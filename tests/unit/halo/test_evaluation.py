@@ -113,20 +113,23 @@ def test_selection_scores_recall_and_text(measure, calls):
     ]
 
 
-def test_a_stage_is_measured_by_its_own_loss_over_all_sequences(measure):
+def test_a_stage_is_measured_by_its_own_quantities_over_all_sequences(measure):
     groups.init_parallel(ParallelConfig())
     shapes = []
 
     def stage(batch):
         shapes.append(tuple(batch.tokens.shape))
-        return torch.tensor(float(len(shapes))), {}
+        loss = torch.tensor(float(len(shapes)))
+        return loss, {"train/kl": 10 * loss, "train/other": loss}
 
     few = dataclasses.replace(
         measure, heldout=lambda count, length: torch.zeros(min(count, 5), length + 1)
     )
-    assert few.stage_loss(stage, 12) == pytest.approx((2 * 1 + 2 * 2 + 1 * 3) / 5)
+    mean = (2 * 1 + 2 * 2 + 1 * 3) / 5
+    found = few.stage_values(stage, 12, ("reverse-kl", "kl"))
+    assert found == pytest.approx({"reverse-kl": mean, "kl": 10 * mean})
     assert shapes == [(2, 13), (2, 13), (1, 13)]
-    measure.stage_loss(stage, 99)
+    measure.stage_values(stage, 99, ("loss",))
     assert shapes[3:] == [(2, 17)] * 8, "not longer than what the report reads"
 
 

@@ -22,7 +22,7 @@ class Stage(StageModule):
     def forward(self, batch):
         return self.layer(batch.tokens), {}
 
-    def flops_per_token(self, seq_length):
+    def flops_per_token(self, config):
         return 1.0
 
     def sharded_state_dict(self, prefix=""):

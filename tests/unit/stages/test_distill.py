@@ -6,8 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from megatron_hypenet.parallel.vocab_loss.objectives import JensenShannon, ReverseKL, TopK
 from megatron_hypenet.stages.base import MicroBatch
 from megatron_hypenet.stages.distill import DistillStage
+from megatron_hypenet.stages.head import FORWARD_KL
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 7, 1000])
@@ -61,8 +63,28 @@ def test_the_last_token_has_no_say(student, teacher, batch):
     assert stage(batch)[0] == stage(MicroBatch(changed))[0]
 
 
-def test_only_positions_before_an_answer_count(student, teacher, batch):
-    stage = DistillStage(student, teacher, chunk_tokens=8)
+OBJECTIVES = {
+    "reverse-kl": ReverseKL(),
+    "jensen-shannon": JensenShannon(0.3),
+    "top-k-kl": TopK(5),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_another_objective_is_reported_beside_forward_kl(student, teacher, batch, name):
+    plain, _ = DistillStage(student, teacher, chunk_tokens=8)(batch)
+    loss, metrics = DistillStage(student, teacher, chunk_tokens=8, objective=OBJECTIVES[name])(
+        batch
+    )
+    assert set(metrics) == {"train/kl", f"train/{name}"}
+    torch.testing.assert_close(metrics["train/kl"], plain.detach())
+    assert metrics[f"train/{name}"] == loss.detach() != plain.detach()
+
+
+@pytest.mark.parametrize("name", ["kl", *OBJECTIVES])
+def test_only_positions_before_an_answer_count(student, teacher, batch, name):
+    objective = OBJECTIVES.get(name, FORWARD_KL)
+    stage = DistillStage(student, teacher, chunk_tokens=8, objective=objective)
     total = stage(batch)[0]
     weights = torch.zeros(2, 11, dtype=torch.float32)
     parts = []

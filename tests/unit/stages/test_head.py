@@ -2,7 +2,8 @@
 
 import torch
 
-from megatron_hypenet.config.schema import HeadStageConfig, ParallelConfig
+from megatron_hypenet.config.schema import FinetuneConfig, HeadStageConfig, ParallelConfig
+from megatron_hypenet.parallel.vocab_loss.objectives import TopK, objective_of
 from megatron_hypenet.stages.base import MicroBatch, local_tokens
 from megatron_hypenet.stages.distill import DistillSpec, DistillStage
 from megatron_hypenet.stages.finetune import FinetuneSpec, FinetuneStage
@@ -40,7 +41,9 @@ def test_a_pipeline_gives_the_losses_of_forward(student, teacher, batch):
     other = MicroBatch(batch.tokens.flip(0))
     for stage in (
         DistillStage(student, teacher, chunk_tokens=8),
+        DistillStage(student, teacher, chunk_tokens=8, objective=TopK(3)),
         FinetuneStage(student, chunk_tokens=8),
+        FinetuneStage(student, teacher, chunk_tokens=8, teacher_weight=0.3),
     ):
         pipeline = OnePipelineStage(batch, other)
         stage.pipeline_step(pipeline)
@@ -49,8 +52,8 @@ def test_a_pipeline_gives_the_losses_of_forward(student, teacher, batch):
         assert pipeline.flows[:-1] == ([(teacher, False)] if stage.frozen_teacher else [])
 
 
-def rank(index=1, stages=(1, 2), **changes):
-    config = HeadStageConfig(
+def settings(kind=FinetuneConfig, **changes):
+    return kind(
         train_iters=1,
         seq_length=64,
         micro_batch_size=1,
@@ -59,7 +62,10 @@ def rank(index=1, stages=(1, 2), **changes):
         min_lr=1e-5,
         **changes,
     )
-    return StageRank(config, ParallelConfig(), 1, stages, index)
+
+
+def rank(index=1, stages=(1, 2), **changes):
+    return StageRank(settings(**changes), ParallelConfig(), 1, stages, index)
 
 
 def test_a_teacher_adds_its_weights_its_waiting_states_and_a_second_set_of_logits():
@@ -79,6 +85,29 @@ def test_the_loss_is_on_the_last_rank_alone():
 
 
 def test_layers_cost_more_beside_a_teacher():
-    alone, head = FinetuneSpec().layer_costs(TEACHER, STUDENT, 64)
-    beside, heads = DistillSpec().layer_costs(TEACHER, STUDENT, 64)
+    alone, head = FinetuneSpec().layer_costs(settings(), TEACHER, STUDENT)
+    beside, heads = DistillSpec().layer_costs(settings(), TEACHER, STUDENT)
     assert all(one < two for one, two in zip(alone, beside, strict=True)) and head < heads
+    mixed, both = FinetuneSpec().layer_costs(settings(teacher_weight=0.5), TEACHER, STUDENT)
+    assert mixed == beside and both == heads + head
+
+
+def test_a_teacher_in_stage_3_adds_what_it_adds_in_stage_2_and_one_more_loss():
+    mixed = FinetuneSpec().footprint(rank(teacher_weight=0.5), TEACHER, STUDENT)
+    beside = DistillSpec().footprint(rank(), TEACHER, STUDENT)
+    assert (mixed.frozen, mixed.activations) == (beside.frozen, beside.activations)
+    one, two = (loss_bytes(rank(), STUDENT, logit_sets=2, waiting=count) for count in (0, 1))
+    tokens = 64
+    gradients = 4 * STUDENT.vocab_size + 2 * tokens
+    assert two - one == gradients * STUDENT.hidden_size
+
+
+def test_an_objective_without_kernels_holds_more_logits_and_moves_more_bytes():
+    chosen = settings(HeadStageConfig, objective={"kind": "jensen_shannon"})
+    plain = settings(HeadStageConfig)
+    assert objective_of(chosen.objective).logit_sets > objective_of(plain.objective).logit_sets
+    (_, fused), (_, torch_only) = (
+        DistillSpec().passes(config, TEACHER, STUDENT) for config in (plain, chosen)
+    )
+    assert fused.logit_traffic == 0 < torch_only.logit_traffic
+    assert fused.flops(64) == torch_only.flops(64)

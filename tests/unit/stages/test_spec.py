@@ -5,8 +5,14 @@ import yaml
 
 from megatron_hypenet.config.mixers import default_mixer
 from megatron_hypenet.config.model import ModelConfig
-from megatron_hypenet.config.schema import STAGES, AlignConfig, HeadStageConfig, RunConfig
-from megatron_hypenet.model.flops import forward_flops, mixer_flops, mlp_flops, training_flops
+from megatron_hypenet.config.schema import STAGES, HeadStageConfig, RunConfig
+from megatron_hypenet.model.flops import (
+    forward_flops,
+    head_flops,
+    mixer_flops,
+    mlp_flops,
+    training_flops,
+)
 from megatron_hypenet.stages.spec import StageSpec, register_stage, stage_spec
 from tests.unit.stages.conftest import STUDENT, TEACHER, build
 
@@ -33,7 +39,6 @@ class Source:
 
 SETTINGS = {
     "train_iters": 1,
-    "seq_length": 11,
     "micro_batch_size": 2,
     "global_batch_size": 2,
     "lr": 1e-3,
@@ -41,12 +46,19 @@ SETTINGS = {
 }
 
 
+CONFIGS = {name: RunConfig.model_fields[name].annotation for name in STAGES}
+
+
+def configured(name, seq_length, **settings):
+    """Return settings of a stage."""
+    return CONFIGS[name](**SETTINGS, seq_length=seq_length, **settings)
+
+
 @pytest.mark.parametrize("name", STAGES)
 def test_every_stage_is_registered_and_its_settings_say_what_trains(name):
     spec = stage_spec(name)
     assert isinstance(spec, StageSpec) and spec.name == name
-    settings = RunConfig.model_fields[name].annotation
-    assert issubclass(settings, HeadStageConfig) == spec.through_head
+    assert issubclass(CONFIGS[name], HeadStageConfig) == spec.through_head
 
 
 def test_an_unknown_or_repeated_stage_is_refused():
@@ -57,38 +69,46 @@ def test_an_unknown_or_repeated_stage_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("name", "asked"),
+    ("name", "settings", "asked"),
     [
-        ("align", [("teacher", True)]),
-        ("distill", [("student", "full"), ("teacher", False)]),
-        ("finetune", [("student", "full")]),
+        ("align", {}, [("teacher", True)]),
+        ("distill", {"recompute": "full"}, [("student", "full"), ("teacher", False)]),
+        ("finetune", {"recompute": "full"}, [("student", "full")]),
+        ("finetune", {"teacher_weight": 0.5}, [("student", "none"), ("teacher", False)]),
     ],
 )
-def test_a_stage_is_built_from_the_models_it_needs(name, asked, batch):
+def test_a_stage_is_built_from_the_models_it_needs(name, settings, asked, batch):
     spec = stage_spec(name)
     source = Source()
-    config = (
-        HeadStageConfig(**SETTINGS, recompute="full")
-        if spec.through_head
-        else AlignConfig(**SETTINGS)
-    )
+    config = configured(name, 11, **settings)
     stage = spec.build(source, config)
     assert source.asked == asked and stage.name == name
-    assert spec.needs_teacher == any(kind == "teacher" for kind, _ in asked)
+    assert spec.needs_teacher(config) == any(kind == "teacher" for kind, _ in asked)
     shape = spec.student_shape(TEACHER, STUDENT, default_mixer())
     assert stage.model_config == shape
-    assert stage.flops_per_token(T) == spec.flops(TEACHER, shape, T)
-    stage(batch)[0].backward()
+    assert stage.flops_per_token(config) == spec.flops(config, TEACHER, shape)
+    loss, metrics = stage(batch)
+    loss.backward()
+    names = {f"train/{quantity}" for quantity in spec.quantities(config)}
+    assert names - {tag for tag in metrics if tag.startswith("train/")} <= {"train/align-mse"}
 
 
 def test_work_of_the_stages():
     every = TEACHER.converted(default_mixer())
-    finetune = stage_spec("finetune").flops(TEACHER, STUDENT, T)
+
+    def flops(name, student, **settings):
+        return stage_spec(name).flops(configured(name, T, **settings), TEACHER, student)
+
+    finetune = flops("finetune", STUDENT)
     assert finetune == training_flops(STUDENT, T)
-    assert stage_spec("distill").flops(TEACHER, STUDENT, T) == finetune + forward_flops(TEACHER, T)
-    assert stage_spec("align").flops(TEACHER, every, T) < sum(
-        mixer_flops(TEACHER, T)
-    ) + 2 * mlp_flops(TEACHER) + 3 * sum(mixer_flops(every, T))
+    beside = finetune + forward_flops(TEACHER, T)
+    assert flops("distill", STUDENT) == beside
+    # cross entropy and divergence go through the student's head by themselves
+    mixed = flops("finetune", STUDENT, teacher_weight=0.5)
+    assert mixed == pytest.approx(beside + 3 * head_flops(STUDENT))
+    assert flops("align", every) < sum(mixer_flops(TEACHER, T)) + 2 * mlp_flops(TEACHER) + 3 * sum(
+        mixer_flops(every, T)
+    )
 
 
 @pytest.mark.parametrize(
@@ -108,5 +128,5 @@ def test_published_sizes(repo_root, size, expected):
     for name, length in zip(STAGES, (512, 512, 16384), strict=True):
         spec = stage_spec(name)
         shape = spec.student_shape(teacher, student, default_mixer())
-        got.append(spec.flops(teacher, shape, length) / 1e9)
+        got.append(spec.flops(configured(name, length), teacher, shape) / 1e9)
     assert got == pytest.approx(expected, rel=0.01)
