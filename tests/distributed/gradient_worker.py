@@ -4,8 +4,8 @@ float64 on one layout after the other.
     gradient_worker FOLDER CASES      CASES: JSON list of {name, stage, parallel, documents,
 [answers]}
 
-One process writes FOLDER/<stage>-<documents>[-answers][-<objective>].pt; several compare their pieces with it and
-print the largest relative differences.
+One process writes FOLDER/<stage>-<documents>[-answers][-<objective>].pt; several compare their
+pieces with it and print the largest relative differences.
 """
 
 import json
