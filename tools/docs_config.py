@@ -140,12 +140,11 @@ def page() -> str:
         if section in seen:
             lines += [f"The keys of [`{seen[section]}`](#{seen[section]}).", ""]
             continue
-        parent = next((seen[base] for base in section.__mro__ if base in seen), None)
+        parent = next((other for other in seen if issubclass(section, other)), None)
         seen[section] = name
         if parent is not None:
-            inherited = frozenset(section.__mro__[1].model_fields)
-            lines += [f"The keys of [`{parent}`](#{parent}), and:", ""]
-            lines += [*section_table(section, inherited), ""]
+            lines += [f"The keys of [`{seen[parent]}`](#{seen[parent]}), and:", ""]
+            lines += [*section_table(section, frozenset(parent.model_fields)), ""]
             continue
         table = section_table(section)
         if len(table) > 2:  # not of a section that holds other sections only

@@ -3,6 +3,8 @@ vocabulary exchange, the loss of each token, and the gradient of the logits."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from types import ModuleType
 from typing import Protocol
 
@@ -56,16 +58,25 @@ class TeacherHead:
         return product(part, self.weight.t(), self._buffer[: len(part)])
 
 
-class ForwardKLLoss:
-    """Forward KL to a teacher with a head of its own, by terms with a kernel on CUDA."""
+class _TermsLoss(ABC):
+    """A loss by terms that have kernels on CUDA: of student logits and one tensor beside them."""
 
-    numbers = 5
+    def __init__(
+        self,
+        stats: Callable[[Tensor, Tensor], Tensor],
+        merge: Callable[[Tensor], Tensor],
+        gradient: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor], None],
+        stats_and_gradient: Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor],
+    ) -> None:
+        """Take the terms (`torch_terms.py` says what each computes)."""
+        self._stats = stats
+        self._merge = merge
+        self._gradient = gradient
+        self._stats_and_gradient = stats_and_gradient
 
-    def __init__(self, terms: ModuleType, teacher: TeacherHead) -> None:
-        self.terms = terms
-        self.teacher = teacher
-        # torch has the difference of both models' logits in memory too
-        self.logit_sets = 2 + (terms is torch_terms)
+    @abstractmethod
+    def beside(self, rows: slice) -> Tensor:
+        """Return what the terms take beside the student's logits of the tokens `rows`."""
 
     def chunk(
         self,
@@ -75,52 +86,54 @@ class ForwardKLLoss:
         out: Tensor | None,
         split: VocabSplit,
     ) -> Tensor:
-        """Compute `Loss.chunk` with one exchange of five numbers per token."""
-        teacher = self.teacher.logits(rows)
-        merged: Tensor
+        """Compute `Loss.chunk` with one exchange over the ranks."""
+        other = self.beside(rows)
         if out is not None and split.size == 1:
-            merged = self.terms.kl_stats_and_gradient(logits, teacher, weights, out)
-            return merged
-        local = self.terms.kl_merge(self.terms.kl_stats(logits, teacher))
-        merged = local if split.size == 1 else self.terms.kl_merge(split.gather_numbers(local))
+            return self._stats_and_gradient(logits, other, weights, out)
+        local = self._merge(self._stats(logits, other))
+        merged = local if split.size == 1 else self._merge(split.gather_numbers(local))
         if out is not None:
-            self.terms.kl_gradient(logits, teacher, local, merged, weights, out)
+            self._gradient(logits, other, local, merged, weights, out)
         return merged
+
+
+class ForwardKLLoss(_TermsLoss):
+    """Forward KL to a teacher with a head of its own."""
+
+    numbers = 5
+
+    def __init__(self, terms: ModuleType, teacher: TeacherHead) -> None:
+        super().__init__(
+            terms.kl_stats, terms.kl_merge, terms.kl_gradient, terms.kl_stats_and_gradient
+        )
+        self.teacher = teacher
+        # torch has the difference of both models' logits in memory too
+        self.logit_sets = 2 + (terms is torch_terms)
+
+    def beside(self, rows: slice) -> Tensor:
+        """Return the teacher's logits."""
+        return self.teacher.logits(rows)
 
     def per_token(self, numbers: Tensor) -> Tensor:
         """Return the divergence of each token [1, n]."""
         return torch_terms.kl_loss(numbers)[None]
 
 
-class CrossEntropyLoss:
+class CrossEntropyLoss(_TermsLoss):
     """Cross entropy of labels counted from this shard's first row of the vocabulary."""
 
     numbers = 3
     logit_sets = 1
 
     def __init__(self, terms: ModuleType, labels: Tensor) -> None:
-        self.terms = terms
+        super().__init__(
+            terms.ce_stats, terms.ce_merge, terms.ce_gradient, terms.ce_stats_and_gradient
+        )
         self.labels = labels
 
-    def chunk(
-        self,
-        rows: slice,
-        logits: Tensor,
-        weights: Tensor | None,
-        out: Tensor | None,
-        split: VocabSplit,
-    ) -> Tensor:
-        """Compute `Loss.chunk` with one exchange of three numbers per token."""
-        labels = self.labels[rows]
-        merged: Tensor
-        if out is not None and split.size == 1:
-            merged = self.terms.ce_stats_and_gradient(logits, labels, weights, out)
-            return merged
-        local = self.terms.ce_merge(self.terms.ce_stats(logits, labels))
-        merged = local if split.size == 1 else self.terms.ce_merge(split.gather_numbers(local))
-        if out is not None:
-            self.terms.ce_gradient(logits, labels, local, merged, weights, out)
-        return merged
+    def beside(self, rows: slice) -> Tensor:
+        """Return the labels."""
+        return self.labels[rows]
 
     def per_token(self, numbers: Tensor) -> Tensor:
         """Return the negative log likelihood of each label [1, n]."""

@@ -53,7 +53,8 @@ def older(tmp_path, monkeypatch):
     stored = yaml.safe_load(dump_config(wanted()))
     # which that version did not have
     for stage in ("align", "distill", "finetune"):
-        del stored[stage]["lr_decay_iters"]
+        for later in ("lr_decay_iters", "objective", "teacher_weight"):
+            stored[stage].pop(later, None)
     del stored["select"]["method"], stored["select"]["gates"]
     folder.config_file.write_text(yaml.safe_dump(stored))
     steps = {

@@ -91,7 +91,7 @@ def test_only_positions_before_an_answer_count(student, teacher, batch, name):
     for place in range(11):
         weights.zero_()
         weights[:, place] = 11.0
-        parts.append(stage(replace(batch, answer_weights=weights.clone()))[0])
+        parts.append(stage(replace(batch, answer_weights=weights.clone()))[0].detach())
         # weights of labels are for losses with labels
         assert stage(replace(batch, token_weights=weights.clone()))[0] == total
     torch.testing.assert_close(torch.stack(parts).mean(), total)
