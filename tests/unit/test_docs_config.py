@@ -32,4 +32,4 @@ def test_rows_read_like_yaml(docs_config):
     assert "| `adam_betas` | list of number | `[0.9, 0.95]` |" in page
     assert "| `heldout` | path or source or null | `null` |" in page
     assert "| `sequence_parallel` | true or false | `false` |" in page
-    assert "The keys of [`distill`](#distill)." in page
+    assert "The keys of [`distill`](#distill), and:" in page
