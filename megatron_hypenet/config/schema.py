@@ -4,8 +4,8 @@ field says what it means.
 Sections follow the pipeline: what goes in (teacher, data), how it is spread (parallel, precision),
 the three training stages and the layer selection between them, then evaluation, checkpoints and
 export. The sections of layer selection and of objectives are in selection.py and objective.py.
-docs/config.md is generated from the descriptions. A default stands only where one value suits most runs; whatever depends on the model
-or the data has none and must be written down.
+docs/config.md is generated from the descriptions. A default stands only where one value suits most
+runs; whatever depends on the model or the data has none and must be written down.
 
 One file, because it is read as the list of all settings, half of it descriptions.
 """

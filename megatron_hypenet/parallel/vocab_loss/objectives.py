@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_hypenet.config.schema import ObjectiveConfig
+from megatron_hypenet.config.objective import ObjectiveConfig
 from megatron_hypenet.parallel.vocab_loss.losses import ForwardKLLoss, Loss, TeacherHead
 from megatron_hypenet.parallel.vocab_loss.split import VocabSplit
 

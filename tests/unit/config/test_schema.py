@@ -94,26 +94,6 @@ def test_stage_refused(change, says):
         AlignConfig.model_validate({**STAGE, **change})
 
 
-@pytest.mark.parametrize(
-    ("objective", "says"),
-    [
-        (
-            {"beta": 0.5},
-            "beta=0.5 has no effect with kind=forward_kl: it belongs to jensen_shannon",
-        ),
-        ({"kind": "top_k", "k": 4, "beta": 0.5}, "beta=0.5 has no effect with kind=top_k"),
-        ({"kind": "reverse_kl", "k": 4}, "k=4 has no effect with kind=reverse_kl: .* top_k"),
-        ({"kind": "top_k"}, "kind=top_k needs k"),
-        ({"kind": "jensen_shannon", "beta": 1.0}, "less than 1"),
-        ({"kind": "kl"}, "'forward_kl', 'reverse_kl', 'jensen_shannon' or 'top_k'"),
-        ({"kind": "top_k", "k": 0}, "greater than 0"),
-    ],
-)
-def test_an_objective_has_its_own_parameters_alone(objective, says):
-    with pytest.raises(ValidationError, match=says):
-        HeadStageConfig.model_validate({**STAGE, "objective": objective})
-
-
 def test_an_objective_of_stage_3_needs_a_weight():
     chosen = {**STAGE, "objective": {"kind": "reverse_kl"}}
     with pytest.raises(ValidationError, match="reverse_kl has no effect with teacher_weight=0"):

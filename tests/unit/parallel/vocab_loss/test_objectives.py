@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_hypenet.config.schema import ObjectiveConfig
+from megatron_hypenet.config.objective import ObjectiveConfig
 from megatron_hypenet.parallel.vocab_loss import linear_divergence
 from megatron_hypenet.parallel.vocab_loss.objectives import (
     Divergence,
