@@ -15,6 +15,7 @@ from pydantic_core import PydanticUndefined
 
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.config.problems import section_type
+from megatron_hypenet.config.rope import Llama3Scaling, YarnScaling
 from megatron_hypenet.config.schema import DataConfig, RunConfig, SourceConfig
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "config.md"
@@ -54,6 +55,14 @@ SOURCE = """A source is a path, or a path with settings: `{path: chats.jsonl, we
 messages_key: messages}`."""
 
 
+_BY_NAME: dict[Any, str] = {
+    SourceConfig: "source",
+    Llama3Scaling: "`rope_type: llama3`",
+    YarnScaling: "`rope_type: yarn`",
+}
+"""Values that are sections of their own."""
+
+
 def type_name(annotation: Any) -> str:
     """Write the annotation as a reader would say it: `int`, `path or null`, `cosine or
     constant`."""
@@ -69,8 +78,8 @@ def type_name(annotation: Any) -> str:
         return f"list of {' or '.join(sorted(inner))}"
     if annotation is type(None):
         return "null"
-    if annotation is SourceConfig:
-        return "source"
+    if annotation in _BY_NAME:
+        return _BY_NAME[annotation]
     return {
         "str": "text",
         "Path": "path",

@@ -66,7 +66,8 @@ def import_command(
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Import a Qwen3 or HypeNet folder as a checkpoint; config.json says which of the two it is.
+    """Import a folder as a checkpoint; config.json says whether it is a teacher's (Qwen3, Llama,
+    Qwen2) or a HypeNet's.
 
     Example:
 
@@ -132,8 +133,8 @@ def export_command(
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a checkpoint as a Hugging Face folder, offline and from the checkpoint alone: Qwen3 for
-    a teacher, HypeNet with its code otherwise.
+    """Write a checkpoint as a Hugging Face folder, offline and from the checkpoint alone: that of
+    its family for a teacher, HypeNet with its code otherwise.
 
     Example:
 

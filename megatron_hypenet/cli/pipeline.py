@@ -366,8 +366,8 @@ def teacher_shape(path: Path) -> ModelConfig:
 
     if not path.exists():
         raise CheckpointError(
-            f"teacher {path} does not exist; set teacher=PATH to a Hugging Face Qwen3 folder or a "
-            f"converted checkpoint{download_hint(path)}"
+            f"teacher {path} does not exist; set teacher=PATH to a Hugging Face folder (Qwen3, "
+            f"Llama or Qwen2) or a converted checkpoint{download_hint(path)}"
         )
     if (path / "config.json").is_file():
         from megatron_hypenet.export.plan import plan_import
@@ -379,7 +379,8 @@ def teacher_shape(path: Path) -> ModelConfig:
         raise CheckpointError(
             f"teacher {path}: no Hugging Face folder (it has no config.json), "
             f"and no checkpoint either: {error}. "
-            "Set teacher=PATH to a Hugging Face Qwen3 folder or a converted checkpoint"
+            "Set teacher=PATH to a Hugging Face folder (Qwen3, Llama or Qwen2) or a converted "
+            "checkpoint"
         ) from error
 
 

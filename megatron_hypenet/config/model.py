@@ -1,8 +1,9 @@
 """The shape of one model; the same class describes teacher and student.
 
-Names are megatron-core's. A teacher (Qwen3) is the configuration whose layers are all softmax, with
-RoPE and without an output gate; a student keeps softmax ("attn") in some layers and has an RNN
-mixer in the others.
+Names are megatron-core's. A teacher (Qwen3, Llama, Qwen2) is the configuration whose layers are all
+softmax, with RoPE and without an output gate; a student keeps softmax ("attn") in some layers and
+has an RNN mixer in the others. What is particular to the teacher's family, norms of q and k, biases
+and the scaling of RoPE, its student keeps.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pydantic import (
 
 from megatron_hypenet.config.mixers import MixerSpec, mixer_spec, mixer_specs, with_settings
 from megatron_hypenet.config.mixers.softmax_attn import ATTENTION
+from megatron_hypenet.config.rope import RopeScaling, YarnScaling
 from megatron_hypenet.errors import ConfigError
 from megatron_hypenet.untrusted.files import findings, shown
 
@@ -43,6 +45,12 @@ Number = Annotated[float, Field(strict=True)]
 Switch = Annotated[bool, Field(strict=True)]
 LogitsScaling = str | float | None
 
+_LATER_FIELDS: dict[str, object] = {
+    "mixers": {},
+    "rope_scaling": None,
+    "qk_layernorm": True,
+    "add_qkv_bias": False,
+}
 _HYPE_PATTERN = re.compile(r"hype(?:\s+(\d+(?:\.\d+)?))?")
 
 
@@ -96,6 +104,20 @@ class ModelConfig(BaseModel):
         default=1e-6, gt=0, le=1, description="Epsilon of every RMSNorm."
     )
     rotary_base: Number = Field(default=1e6, gt=0, description="RoPE theta.")
+    rope_scaling: RopeScaling | None = Field(
+        default=None,
+        description="Scaling of RoPE's frequencies, null for plain RoPE; written only where set.",
+    )
+    qk_layernorm: Switch = Field(
+        default=True,
+        description="Softmax layers normalise q and k per head, as in the teacher: true for Qwen3, "
+        "false for Llama and Qwen2; written only where false.",
+    )
+    add_qkv_bias: Switch = Field(
+        default=False,
+        description="The projections of q, k and v have biases, as in the teacher: true for Qwen2; "
+        "written only where true.",
+    )
     share_embeddings_and_output_weights: Switch = Field(
         description="The output head is the embedding matrix; follows the teacher."
     )
@@ -153,11 +175,13 @@ class ModelConfig(BaseModel):
         return {name: with_settings(name, settings) for name, settings in value.items()}
 
     @model_serializer(mode="wrap")
-    def _without_empty_settings(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave `mixers` out when it is empty, as in files written before mixers had settings."""
+    def _without_later_fields(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out fields that have the value of all files written before there were such
+        fields."""
         values: dict[str, Any] = handler(self)
-        if not values.get("mixers"):
-            values.pop("mixers", None)
+        for name, before in _LATER_FIELDS.items():
+            if values.get(name) == before:
+                values.pop(name, None)
         return values
 
     @model_validator(mode="after")
@@ -196,7 +220,8 @@ class ModelConfig(BaseModel):
 
     @property
     def is_teacher(self) -> bool:
-        """Return true for the plain Qwen3 shape: all layers softmax, RoPE on, no output gate."""
+        """Return true for the shape of a Transformer: all layers softmax, RoPE on, no output
+        gate."""
         return (
             len(self.attention_layers) == self.num_layers
             and self.attn_use_rope
@@ -257,7 +282,16 @@ class ModelConfig(BaseModel):
         RoPE (HyPE).
 
         `settings` are specifications whose settings the student takes; those of unused mixers are
-        left out."""
+        left out. Norms of q and k, biases and RoPE's frequencies stay the teacher's. ConfigError
+        for a teacher with YaRN."""
+        if isinstance(self.rope_scaling, YarnScaling):
+            raise ConfigError(
+                f"rope_scaling = {self.rope_scaling.model_dump()}: a teacher with YaRN can be "
+                "imported, scored and exported, but no student can be made of it: HyPE reaches "
+                "long contexts with the frequencies that the weights were trained with. Set "
+                "rope_scaling to null in the config.json of the teacher's folder (rope_type "
+                "'default' in rope_parameters) and import it again"
+            )
         types = tuple(mixer_types)
         given = {spec.name: spec for spec in (*self.mixers.values(), *settings)}
         kept = {

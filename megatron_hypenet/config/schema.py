@@ -589,7 +589,8 @@ class RunConfig(Section):
         "export, report."
     )
     teacher: PathSetting = Field(
-        description="Teacher: a Hugging Face Qwen3 folder or a converted checkpoint."
+        description="Teacher: a Hugging Face folder (dense Qwen3, Llama or Qwen2) or a converted "
+        "checkpoint."
     )
     data: DataConfig = Field(
         description="Training and held-out data; on the command line data=PATH sets data.train."

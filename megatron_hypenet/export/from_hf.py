@@ -1,5 +1,5 @@
-"""Import a Hugging Face folder (Qwen3 or HypeNet) as a committed checkpoint, in pieces of some
-MB and with several threads."""
+"""Import a Hugging Face folder (a teacher or a HypeNet) as a committed checkpoint, in pieces of
+some MB and with several threads."""
 
 from __future__ import annotations
 

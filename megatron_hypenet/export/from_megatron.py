@@ -285,6 +285,7 @@ def _check_same_model(
 ) -> None:
     if not config.is_teacher:
         raise ConversionError(f"{where} describes a HypeNet student; give the teacher's folder")
+    megatron_args.check_family(config, where=where)
     different = [
         f"{name} is {value} in the tensors and {getattr(config, name)} in config.json"
         for name, value in sizes.items()

@@ -1,11 +1,11 @@
-"""Hugging Face's config.json <-> ModelConfig, for Qwen3 and for HypeNet in both published
-spellings.
+"""Hugging Face's config.json <-> ModelConfig, for teachers (Qwen3, Llama, Qwen2) and for HypeNet in
+both published spellings.
 
 A key that asks for an unsupported computation is refused, all such keys in one ConfigError; a key
 that changes nothing (token ids, generation defaults, options of mixers that the model does not use)
-is carried in the checkpoint's manifest. Both spellings of transformers 4 (`rope_theta`,
-`torch_dtype`) and 5 (`rope_parameters`, `dtype`) are read; the former are written, since both
-versions understand them.
+is carried in the checkpoint's manifest. Both spellings of transformers 4 (`torch_dtype`) and 5
+(`dtype`) are read; the former is written, since both versions understand it. What the families of
+teachers differ in is in `hf_families.py`, RoPE in `hf_rope.py`.
 
 One file, because each key is read and written by the same tables.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -22,21 +22,23 @@ from megatron_hypenet.config.mixers import MixerSpec, default_mixer, mixer_specs
 from megatron_hypenet.config.mixers.softmax_attn import ATTENTION
 from megatron_hypenet.config.model import MAX_LAYERS, ModelConfig
 from megatron_hypenet.config.paths import download_hint
+from megatron_hypenet.config.rope import YarnScaling
 from megatron_hypenet.errors import ConfigError, ConversionError
+from megatron_hypenet.export.hf_families import TEACHERS, teacher_family
 from megatron_hypenet.export.hf_folder import JSON
+from megatron_hypenet.export.hf_rope import read_rope, written_rope
 from megatron_hypenet.untrusted.files import findings, has_entry, inside, shown
 from megatron_hypenet.untrusted.json_text import read_object
 
 HfConfig = dict[str, Any]
 
-QWEN3 = "qwen3"
 HYPENET = "hypenet"
 _ARCHITECTURES = {
-    "Qwen3ForCausalLM": QWEN3,
+    **{family.architecture: name for name, family in TEACHERS.items()},
     "HypeNetForCausalLM": HYPENET,
     "HybridForCausalLM": HYPENET,
 }
-_MODEL_TYPES = {"qwen3": QWEN3, "hypenet": HYPENET, "hybrid": HYPENET}
+_MODEL_TYPES = {**{name: name for name in TEACHERS}, "hypenet": HYPENET, "hybrid": HYPENET}
 
 _REQUIRED = {
     "num_hidden_layers": "num_layers",
@@ -64,7 +66,11 @@ _SWITCHES: HfConfig = {
     "quantization_config": None,
 }
 """Switches of every model and the one value each may have. A key that is absent has that value."""
-_QK_NORM_SWITCHES = ("qk_norm", "use_qk_norm", "attn_use_qk_norm")
+_QK_NORM_SWITCH = "attn_use_qk_norm"
+_QK_NORM_SWITCHES = ("qk_norm", "use_qk_norm", _QK_NORM_SWITCH)
+_QKV_BIAS_SWITCH = "qkv_bias"
+"""The keys of a HypeNet's config.json that say whether its softmax layers normalise q and k (true
+where it is left out), and whether q, k and v have biases (false)."""
 _LAYER_TYPES = {False: "full_attention", True: "linear_attention"}
 """Entry of `layer_types` for a layer whose mixer is recurrent or not: the words of transformers and
 of inference engines, which size the caches of the layers by them."""
@@ -75,7 +81,7 @@ _EXPERT_KEYS = (
     "moe_intermediate_size",
     "num_experts_per_tok",
 )
-_QWEN3_ONLY = ("max_window_layers", "use_sliding_window", "sliding_window", "layer_types")
+_TEACHERS_ONLY = ("max_window_layers", "use_sliding_window", "sliding_window", "layer_types")
 _WRITTEN_ELSEWHERE = (
     "_name_or_path",
     "architectures",
@@ -101,8 +107,8 @@ def read_hf_config(hf_dir: Path) -> HfConfig:
 
 
 def family(raw: Mapping[str, Any]) -> str | None:
-    """Return `qwen3`, `hypenet`, or None for an unknown model. The architecture decides, then the
-    model type.
+    """Return `hypenet`, the model type of a teacher's family, or None for an unknown model. The
+    architecture decides, then the model type.
 
     Published HypeNets use several model types; their architecture, switches and tensor names
     identify them."""
@@ -113,7 +119,7 @@ def family(raw: Mapping[str, Any]) -> str | None:
         and str(architectures[0]) in _ARCHITECTURES
     ):
         found = _ARCHITECTURES[str(architectures[0])]
-        other = None if found == QWEN3 else found
+        other = found if found == HYPENET else None
         return found if _MODEL_TYPES.get(str(model_type or found), other) == found else None
     return None if architectures else _MODEL_TYPES.get(str(model_type))
 
@@ -127,12 +133,23 @@ def model_config_from_hf(raw: HfConfig, *, where: str) -> ModelConfig:
             f"{where}: model_type {_told(raw.get('model_type'))} with architectures "
             f"{_told(raw.get('architectures'))} is not supported;"
             f" supported model types are {sorted(_MODEL_TYPES)} with architectures "
-            f"{sorted(_ARCHITECTURES)} (dense Qwen3 and HypeNet)"
+            f"{sorted(_ARCHITECTURES)}: dense Qwen3, Llama and Qwen2, and HypeNet"
         )
-    mixers = described_mixers(_known_mixers(raw)) if kind == HYPENET else ()
+    teacher = TEACHERS.get(kind)
+    if teacher is not None:
+        raw = teacher.completed(raw)
+    mixers = () if teacher is not None else described_mixers(_known_mixers(raw))
     switches = {key: value for mixer in mixers for key, value in mixer.hf_keys.switches.items()}
     problems = _switch_problems(raw, {**_SWITCHES, **switches})
-    fields: HfConfig = {"attn_use_rope": kind == QWEN3, "attn_use_output_gate": kind == HYPENET}
+    fields: HfConfig = {
+        "attn_use_rope": teacher is not None,
+        "attn_use_output_gate": teacher is None,
+        "qk_layernorm": raw.get(_QK_NORM_SWITCH) is not False,
+        "add_qkv_bias": raw.get(_QKV_BIAS_SWITCH) is True,
+    }
+    if teacher is not None:
+        fields |= {"qk_layernorm": teacher.qk_layernorm, "add_qkv_bias": teacher.add_qkv_bias}
+    problems += _attention_problems(raw, fields)
     fields["share_embeddings_and_output_weights"] = raw.get("tie_word_embeddings", False)
     for key, name in _REQUIRED.items():
         if raw.get(key) is None:
@@ -141,8 +158,9 @@ def model_config_from_hf(raw: HfConfig, *, where: str) -> ModelConfig:
             fields[name] = raw[key]
     fields |= {name: raw[key] for key, name in _OPTIONAL.items() if raw.get(key) is not None}
     fields |= {key: _first_token(raw[key]) for key in _TOKENS if raw.get(key) is not None}
-    fields["rotary_base"] = _rotary_base(raw, problems)
-    if kind == QWEN3:
+    theta = None if teacher is None else teacher.default_theta
+    fields["rotary_base"], fields["rope_scaling"] = read_rope(raw, problems, default_theta=theta)
+    if teacher is not None:
         fields["mixer_types"] = (ATTENTION,) * min(
             _as_count(raw.get("num_hidden_layers")), MAX_LAYERS
         )
@@ -150,9 +168,11 @@ def model_config_from_hf(raw: HfConfig, *, where: str) -> ModelConfig:
         fields["mixer_types"] = _mixer_types(raw, problems)
         fields["attn_logits_scaling"] = raw.get("attn_logits_scaling")
         fields["mixers"] = _settings(raw, mixers)
+        if isinstance(fields["rope_scaling"], YarnScaling):
+            problems.append("rope_scaling of a HypeNet has rope_type yarn: supported is llama3")
     problems += _layer_types_problems(raw, fields["mixer_types"])
     problems += _token_problems(raw)
-    if kind == HYPENET:
+    if teacher is None:
         problems += _hypenet_problems(raw, _specs(mixers, fields["mixers"], problems))
     if not problems:
         try:
@@ -176,31 +196,23 @@ def _in_their_words(finding: str) -> str:
 def hf_config_from_model(
     config: ModelConfig, *, torch_dtype: str, origin: HfConfig | None = None
 ) -> HfConfig:
-    """Return config.json of a model: Qwen3 for a teacher, HypeNet (with our remote code) otherwise.
-    `origin` is the config.json it came from, whose harmless extra keys are kept."""
+    """Return config.json of a model: that of its family for a teacher, HypeNet (with our remote
+    code) otherwise. `origin` is the config.json it came from, whose harmless extra keys are kept.
+    """
     out: HfConfig = {key: getattr(config, name) for key, name in {**_REQUIRED, **_OPTIONAL}.items()}
-    out |= {
-        key: value
-        for key, value in _SWITCHES.items()
-        if key in ("attention_bias", "attention_dropout", "hidden_act")
-    }
-    out |= {
-        "rope_theta": _plain(config.rotary_base),
-        "rope_scaling": None,
-        "torch_dtype": torch_dtype,
-        "use_cache": True,
-    }
+    out |= {key: _SWITCHES[key] for key in ("attention_dropout", "hidden_act")}
+    out |= written_rope(config.rotary_base, config.rope_scaling)
+    out |= {"torch_dtype": torch_dtype, "use_cache": True}
     out["tie_word_embeddings"] = config.share_embeddings_and_output_weights
     out |= {
         key: _token_like_origin(getattr(config, key), (origin or {}).get(key)) for key in _TOKENS
     }
     if config.is_teacher:
-        out |= {"architectures": ["Qwen3ForCausalLM"], "model_type": QWEN3}
-        out |= {
-            "use_sliding_window": False,
-            "sliding_window": None,
-            "max_window_layers": config.num_layers,
-        }
+        teacher = teacher_family(config)
+        out |= {"architectures": [teacher.architecture], "model_type": teacher.model_type}
+        out |= teacher.switches
+        if "sliding_window" in teacher.switches:
+            out["max_window_layers"] = config.num_layers
     else:
         out |= _hypenet_keys(config)
     carried = {
@@ -216,11 +228,15 @@ def _hypenet_keys(config: ModelConfig) -> HfConfig:
         raise ConfigError(
             f"a model with attn_use_rope={config.attn_use_rope}, "
             f"attn_use_output_gate={config.attn_use_output_gate} and mixers"
-            f" {sorted(set(config.mixer_types))} is neither Qwen3 (all attn, RoPE, "
+            f" {sorted(set(config.mixer_types))} is neither a teacher (all attn, RoPE, "
             "no gate) nor HypeNet (no RoPE, gate):"
             " it has no Hugging Face form"
         )
-    out: HfConfig = {}
+    out: HfConfig = {"attention_bias": False}
+    if not config.qk_layernorm:
+        out[_QK_NORM_SWITCH] = False
+    if config.add_qkv_bias:
+        out[_QKV_BIAS_SWITCH] = True
     for mixer in described_mixers(config.used_mixers):
         keys = mixer.hf_keys
         spec = config.spec(mixer.name)
@@ -301,7 +317,7 @@ def _settings(raw: HfConfig, mixers: Iterable[type[MixerSpec]]) -> dict[str, HfC
 def _carry(key: str, *, teacher: bool) -> bool:
     """Return whether a key of the original config.json is written again: not the keys that this
     module writes, nor those of the other family."""
-    if key in _WRITTEN_ELSEWHERE or (not teacher and key in _QWEN3_ONLY):
+    if key in _WRITTEN_ELSEWHERE or (not teacher and key in _TEACHERS_ONLY):
         return False
     mixers_keys = {key for mixer in mixer_specs().values() for key in mixer.hf_keys.known}
     return not (teacher and key in {*mixers_keys, "mixer_types", "attn_logits_scaling"})
@@ -313,16 +329,22 @@ def _switch_problems(raw: HfConfig, supported: HfConfig) -> list[str]:
     ]
     problems = [f"{key} = {_told(raw[key])}: supported is {value!r}" for key, value in wrong]
     problems += [
-        f"{key} = {_told(raw[key])}: supported is True (q and k are normalised)"
-        for key in _QK_NORM_SWITCHES
-        if raw.get(key) is False
-    ]
-    problems += [
         f"{key} = {_told(raw[key])}: supported are dense models only, without experts"
         for key in _EXPERT_KEYS
         if raw.get(key)
     ]
     return problems
+
+
+def _attention_problems(raw: HfConfig, fields: HfConfig) -> list[str]:
+    """Compare switches of norms and biases, which may be left out, with what the model has."""
+    meant = {key: fields["qk_layernorm"] for key in _QK_NORM_SWITCHES}
+    meant[_QKV_BIAS_SWITCH] = fields["add_qkv_bias"]
+    return [
+        f"{key} = {_told(raw[key])}: supported is {_told(value)}"
+        for key, value in meant.items()
+        if raw.get(key) is not None and not _same(raw[key], value)
+    ]
 
 
 def _layer_types_problems(raw: HfConfig, mixers: Sequence[str]) -> list[str]:
@@ -417,53 +439,6 @@ def _mixer_types(raw: HfConfig, problems: list[str]) -> tuple[str, ...]:
     return tuple(spellings.get(str(name), str(name)) for name in given)
 
 
-def _rotary_base(raw: HfConfig, problems: list[str]) -> float:
-    """Return RoPE theta from either spelling; anything but plain RoPE goes to `problems`."""
-    parameters = raw.get("rope_parameters")
-    scaling = raw.get("rope_scaling")
-    theta = raw.get("rope_theta")
-    found = {float(theta)} if _is_number(theta) else set()
-    plain = True
-    if theta is not None and not found:
-        problems.append(f"rope_theta = {_told(theta)}: expected a number")
-        return 1.0
-    for key, value in (("rope_parameters", parameters), ("rope_scaling", scaling)):
-        if value is None:
-            continue
-        if not isinstance(value, dict) or not _is_plain_rope(value):
-            problems.append(
-                f"{key} = {_told(value)}: supported is plain RoPE, null or {{'rope_type': "
-                f"'default', 'rope_theta': <theta>}}"
-            )
-            plain = False
-        if isinstance(value, dict) and _is_number(inner := value.get("rope_theta")):
-            found.add(float(inner))
-    if not found and not plain:
-        return 1.0  # an unknown form may or may not have a theta
-    if len(found) != 1:
-        stated = f"states different values {sorted(found)}" if found else "is missing"
-        problems.append(f"rope_theta {stated}; give it once, as rope_theta or in rope_parameters")
-        return 1.0
-    return found.pop()
-
-
-def _is_plain_rope(parameters: Mapping[str, Any]) -> bool:
-    harmless = {
-        "rope_type": "default",
-        "type": "default",
-        "partial_rotary_factor": 1.0,
-        "rope_theta": parameters.get("rope_theta"),
-    }
-    return all(
-        value is None or (key in harmless and _same(value, harmless[key]))
-        for key, value in parameters.items()
-    )
-
-
-def _is_number(value: object) -> TypeGuard[int | float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def _told(value: object) -> str:
     """Return a value of config.json for a message."""
     return shown(repr(value), 120)
@@ -479,7 +454,7 @@ def _as_count(value: object) -> int:
 
 
 def _first_token(value: object) -> object:
-    """Return the first end token: Qwen3's chat models list several, and documents end with the
+    """Return the first end token: chat models list several, and documents end with the
     first. A list that holds anything but ids is left as it is, for ModelConfig to refuse."""
     ids = isinstance(value, list) and value and all(type(entry) is int for entry in value)
     return value[0] if isinstance(value, list) and ids else value
@@ -487,7 +462,3 @@ def _first_token(value: object) -> object:
 
 def _token_like_origin(token: int | None, origin: object) -> object:
     return origin if isinstance(origin, list) and origin and origin[0] == token else token
-
-
-def _plain(number: float) -> float | int:
-    return int(number) if float(number).is_integer() else number

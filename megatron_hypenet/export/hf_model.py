@@ -1,7 +1,7 @@
 """Models for inference by transformers, from a Hugging Face folder, a checkpoint or a run.
 
 The modelling code that came with a folder is never run: a HypeNet runs this package's copy, a
-teacher transformers' Qwen3."""
+teacher transformers' own model of its family."""
 
 from __future__ import annotations
 

@@ -72,8 +72,8 @@ def run_checkpoint(
 def run_hf(
     plan: ImportPlan, ids: Tensor, dtype: str, rounded: torch.dtype | None = None
 ) -> list[Tensor]:
-    """Return the same as `run_checkpoint` from transformers: its Qwen3 with the folder's own
-    settings, or this package's modelling code with the folder's weights."""
+    """Return the same as `run_checkpoint` from transformers: its own model of a teacher with the
+    folder's settings, or this package's modelling code with the folder's weights."""
     weights = plan.weights
     probe = _probe(ids)
 
@@ -229,8 +229,8 @@ def _write_layer(plan: ImportPlan, layer: int, x: Tensor, folder: Path, dtype: s
 
 
 def _layer_config(plan: ImportPlan, layer: int, x: Tensor, dtype: str) -> Mapping[str, Any]:
-    """Return config.json of the one-layer model; of a Qwen3 folder with everything that it says
-    itself."""
+    """Return config.json of the one-layer model; of a teacher's folder with everything that it
+    says itself."""
     tokens = x.shape[0] * x.shape[1]
     one = _one_layer(plan.config, layer, tokens)
     if not plan.config.is_teacher:

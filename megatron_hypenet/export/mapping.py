@@ -1,11 +1,11 @@
 """The one table between our tensor names and Hugging Face's, used for import, export and
 verification.
 
-Qwen3 and HypeNet share it: a teacher is the case without output gates. Shapes are written with the
-letters V vocab_size, H hidden_size, F ffn_hidden_size. The rows of a mixer are the parameters of
-its specification (config/mixers/). A tensor without a row, or a row without a tensor, is an error
-in either direction. No tensor library is imported here, because names and shapes are known without
-weights.
+Teachers and HypeNet share it: a teacher is the case without output gates. Shapes are written with
+the letters V vocab_size, H hidden_size, F ffn_hidden_size. The rows of a mixer are the parameters
+of its specification (config/mixers/). A tensor without a row, or a row without a tensor, is an
+error in either direction. No tensor library is imported here, because names and shapes are known
+without weights.
 """
 
 from __future__ import annotations

@@ -168,6 +168,23 @@ def _by_name(value: Any, path: Path, what: str) -> dict[str, Any]:
     return found
 
 
+def check_family(config: ModelConfig, *, where: str) -> None:
+    """Raise ConversionError for a teacher that these conversions do not know: one without norms of
+    q and k, with biases, or with scaled RoPE."""
+    other = {
+        "qk_layernorm": (config.qk_layernorm, True),
+        "add_qkv_bias": (config.add_qkv_bias, False),
+        "rope_scaling": (config.rope_scaling, None),
+    }
+    found = [f"{name}={value!r}" for name, (value, wanted) in other.items() if value != wanted]
+    if found:
+        raise ConversionError(
+            f"{where} is a teacher with {', '.join(found)}: to-megatron and from-megatron convert "
+            "Qwen3 teachers with plain RoPE alone (norms of q and k, no biases); `hypenet convert "
+            "import` and `export` convert Llama and Qwen2 too"
+        )
+
+
 def problems_of(arguments: Mapping[str, Any], config: ModelConfig) -> list[str]:
     """Return what in the arguments is not supported, or is not so in a model of this shape."""
     problems = [

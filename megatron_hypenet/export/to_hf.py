@@ -18,6 +18,7 @@ from megatron_hypenet.checkpoint.stream import FilePlan, Values, write_files
 from megatron_hypenet.config.model import LogitsScaling, ModelConfig, check_logits_scaling
 from megatron_hypenet.errors import CheckpointError, ConfigError, ConversionError
 from megatron_hypenet.export import hf_config, hf_folder, mapping, model_card, tokenizer
+from megatron_hypenet.export.hf_families import teacher_family
 from megatron_hypenet.export.remote_code import remote_files
 from megatron_hypenet.export.staging import staged
 from megatron_hypenet.export.tensors import (
@@ -50,7 +51,9 @@ class ExportPlan:
     @property
     def family(self) -> str:
         """Return the model type of the exported folder."""
-        return hf_config.QWEN3 if self.config.is_teacher else hf_config.HYPENET
+        if self.config.is_teacher:
+            return teacher_family(self.config).model_type
+        return hf_config.HYPENET
 
     def bytes(self) -> int:
         """Return the size of all exported weights."""
@@ -104,7 +107,7 @@ def with_logits_scaling(config: ModelConfig, value: LogitsScaling) -> ModelConfi
         raise ConfigError(str(error)) from error
     if value is not None and config.is_teacher:
         raise ConfigError(
-            f"attn_logits_scaling = {value!r} asked for a Qwen3 teacher, "
+            f"attn_logits_scaling = {value!r} asked for a teacher, "
             "which has no logit scaling; leave it out, or export the student"
         )
     return config.replace(attn_logits_scaling=value)
@@ -124,7 +127,7 @@ def export_hf(
     """Write `hf_dir` so that transformers loads it offline; returns the exported model's
     configuration.
 
-    A teacher becomes a Qwen3 folder; anything else a HypeNet folder with our modelling code
+    A teacher becomes a folder of its family; anything else a HypeNet folder with our modelling code
     (trust_remote_code). Weights keep their dtype unless `dtype` names another, and must be finite.
     The folder appears complete or not at all. Raises CheckpointError, ConfigError, ConversionError.
     `workers` threads read, check and write in pieces of some MB, while the checkpoint's files are

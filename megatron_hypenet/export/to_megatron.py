@@ -21,7 +21,12 @@ from megatron_hypenet.checkpoint.shards import Shard, ShardReader
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.errors import ConversionError
 from megatron_hypenet.export import mapping, megatron_names
-from megatron_hypenet.export.megatron_args import Padding, arguments_of, common_state
+from megatron_hypenet.export.megatron_args import (
+    Padding,
+    arguments_of,
+    check_family,
+    common_state,
+)
 from megatron_hypenet.export.row_blocks import Assembled, streamed
 from megatron_hypenet.export.staging import staged
 from megatron_hypenet.export.tensors import parse_dtype
@@ -75,6 +80,7 @@ def plan_to_megatron(
             "Megatron's GPTModel cannot hold: to-megatron converts Qwen3 teachers, and "
             "`hypenet convert export` a student"
         )
+    check_family(config, where=str(folder))
     reader = load.open_weights(folder, hashes=hashes)
     entries = mapping.entries(config)
     mapping.check_names((entry.ours for entry in entries), reader, where=str(folder))

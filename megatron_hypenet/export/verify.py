@@ -1,9 +1,9 @@
 """Verify that a Hugging Face folder and a checkpoint hold the same model: equal bits, equal logits
 from two implementations, and equal log-probabilities from what serves it.
 
-transformers runs the folder (its own Qwen3, or this package's copy of the exported modelling code),
-Megatron-core runs the checkpoint, both on the same random token ids. Code that came with the folder
-is never run.
+transformers runs the folder (its own model of a teacher, or this package's copy of the exported
+modelling code), Megatron-core runs the checkpoint, both on the same random token ids. Code that
+came with the folder is never run.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ def read_teacher_config(folder: Path) -> ModelConfig:
             f"{folder} is not a teacher: a teacher has softmax attention with RoPE and without "
             "output gate in every layer, this has "
             f"{len(config.attention_layers)} softmax layers of {config.num_layers}; "
-            "point teacher to a Qwen3 model"
+            "point teacher to a Qwen3, Llama or Qwen2 model"
         )
     return config
 

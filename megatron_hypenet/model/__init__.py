@@ -1,2 +1,2 @@
-"""HypeNet and its Qwen3 teacher as Megatron-core modules: mixers, layer specs, the model, and
+"""HypeNet and its teacher as Megatron-core modules: mixers, layer specs, the model, and
 attention-to-RNN weight transfer."""

@@ -21,6 +21,7 @@ from megatron_hypenet.model.mixers import Mixer, without_extra_state
 from megatron_hypenet.model.mixers.softmax_attn import SoftmaxAttn
 from megatron_hypenet.model.pipeline_layout import pipeline_layout
 from megatron_hypenet.model.specs import block_spec, transformer_config
+from megatron_hypenet.ops.rope import scaled_frequencies
 from megatron_hypenet.parallel import groups
 from megatron_hypenet.parallel.context.layout import split_sequence
 from megatron_hypenet.parallel.cpu import device
@@ -68,6 +69,10 @@ class HypeNetModel(LanguageModule):
             use_cpu_initialization=config.use_cpu_initialization,
             cp_group=self.pg_collection.cp,
         )
+        if model_config.rope_scaling is not None:
+            self.rotary_pos_emb.inv_freq = scaled_frequencies(
+                self.rotary_pos_emb.inv_freq, model_config.rotary_base, model_config.rope_scaling
+            )
         self.decoder = TransformerBlock(
             config=config,
             spec=block_spec(model_config, layout, stage, trunk_only=trunk_only),

@@ -32,14 +32,16 @@ STUDENT = tiny_model_config(
 STAGES = ("align", "distill", "finetune")
 
 
-def write_models(folder: Path, mixer: str | None = None, settings: dict | None = None) -> None:
+def write_models(
+    folder: Path, mixer: str | None = None, settings: dict | None = None, **changes: object
+) -> None:
     """Write teacher and student checkpoints whose every tensor is a function of its name; `mixer`
-    in place of the default one."""
-    student = STUDENT
+    in place of the default one, and `changes` of both shapes."""
+    teacher, student = (config.replace(**changes) for config in (TEACHER, STUDENT))
     if mixer is not None:
         types = (name if name == "attn" else mixer for name in STUDENT.mixer_types)
-        student = STUDENT.with_mixers(types, [with_settings(mixer, settings or {})])
-    for kind, config in (("teacher", TEACHER), ("student", student)):
+        student = student.with_mixers(types, [with_settings(mixer, settings or {})])
+    for kind, config in (("teacher", teacher), ("student", student)):
         tensors = {}
         for entry in entries(config):
             shape = tuple(entry.shape)

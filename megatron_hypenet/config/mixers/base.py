@@ -43,6 +43,7 @@ class Init:
 
 
 ONES = Init("constant", 1.0)
+ZEROS = Init("constant", 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,31 +217,43 @@ class MixerSpec(BaseModel, ABC):
         )
 
 
-def attention_parameters(model: ModelConfig, *, kv_size: int) -> tuple[ParamSpec, ...]:
-    """Return the six parameters of Qwen3's attention, with `kv_size` rows of k and of v; weight
-    transfer copies them to a mixer that has them."""
+def attention_parameters(
+    model: ModelConfig, *, kv_size: int, qk_norm: bool = True
+) -> tuple[ParamSpec, ...]:
+    """Return the parameters of the teacher's attention, with `kv_size` rows of k and of v; weight
+    transfer copies them to a mixer that has them. With `qk_norm` also norms of q and k, which are
+    fresh where the teacher has none."""
     drawn = Init("normal", 0.0, model.init_method_std)
     hidden = model.hidden_size
+    rows = {"q": model.query_size, "k": kv_size, "v": kv_size}
 
-    def section(letter: str, rows: int) -> ParamSpec:
+    def section(letter: str) -> ParamSpec:
         return ParamSpec(
-            name=SECTION + letter, shape=(rows, hidden), tp_dim=0, init=drawn,
+            name=SECTION + letter, shape=(rows[letter], hidden), tp_dim=0, init=drawn,
             hf_names=(f"{letter}_proj.weight",), source=SECTION + letter,
+        )  # fmt: skip
+
+    def bias(letter: str) -> ParamSpec:
+        name = f"{letter}_bias"
+        return ParamSpec(
+            name=name, shape=(rows[letter],), tp_dim=0, init=ZEROS,
+            hf_names=(f"{letter}_proj.bias",), source=name,
         )  # fmt: skip
 
     def norm(letter: str) -> ParamSpec:
         name = f"{letter}_norm.weight"
         return ParamSpec(
             name=name, shape=(model.kv_channels,), tp_dim=None, init=ONES, hf_names=(name,),
-            source=name,
+            source=name if model.qk_layernorm else "",
         )  # fmt: skip
 
     output = ParamSpec(
         name=OUTPUT, shape=(hidden, model.query_size), tp_dim=1, init=drawn,
         hf_names=("o_proj.weight",), source=OUTPUT,
     )  # fmt: skip
-    keys_and_values = section("k", kv_size), section("v", kv_size)
-    return (section("q", model.query_size), norm("q"), norm("k"), output, *keys_and_values)
+    norms = (norm("q"), norm("k")) if qk_norm else ()
+    biases = tuple(map(bias, "qkv")) if model.add_qkv_bias else ()
+    return (section("q"), *norms, output, section("k"), section("v"), *biases)
 
 
 def gate_parameter(model: ModelConfig, hf_name: str) -> ParamSpec:

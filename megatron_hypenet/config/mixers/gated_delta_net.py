@@ -39,7 +39,7 @@ class GatedDeltaNetSpec(MixerSpec):
     expand_kv: bool = False
     """Keys and values for every query head, not for groups of them as in the teacher."""
     qk_norm: bool = True
-    """RMSNorm of each head of q and k, taken over from the teacher."""
+    """RMSNorm of each head of q and k, taken over from the teacher if it has one."""
     rope: bool = True
     """q and k are rotated by position, as HyPE does in RNN layers."""
     gate: bool = True
@@ -89,9 +89,8 @@ class GatedDeltaNetSpec(MixerSpec):
         """Return the attention's parameters, a gate, and per head: decay rate, step size, write
         size."""
         heads = model.num_attention_heads
-        taken = attention_parameters(model, kv_size=self.key_heads(model) * model.kv_channels)
-        if not self.qk_norm:
-            taken = tuple(one for one in taken if not one.name.endswith("_norm.weight"))
+        kv_size = self.key_heads(model) * model.kv_channels
+        taken = attention_parameters(model, kv_size=kv_size, qk_norm=self.qk_norm)
         gates = [("beta", "b_proj", heads), ("decay", "a_proj", heads)]
         if self.gate:
             gates.insert(0, ("gate", "g_proj", model.query_size))

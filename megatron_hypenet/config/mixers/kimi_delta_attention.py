@@ -38,7 +38,7 @@ class KimiDeltaAttentionSpec(MixerSpec):
     projections."""
 
     qk_norm: bool = True
-    """RMSNorm of each head of q and k, taken over from the teacher."""
+    """RMSNorm of each head of q and k, taken over from the teacher if it has one."""
     rope: bool = True
     """q and k are rotated by position, as HyPE does in RNN layers."""
     conv: bool = False
@@ -84,9 +84,7 @@ class KimiDeltaAttentionSpec(MixerSpec):
         heads = model.num_attention_heads
         width = model.query_size
         d = model.kv_channels
-        taken = attention_parameters(model, kv_size=width)
-        if not self.qk_norm:
-            taken = tuple(one for one in taken if not one.name.endswith("_norm.weight"))
+        taken = attention_parameters(model, kv_size=width, qk_norm=self.qk_norm)
         sections = (
             ("beta", "b_proj", heads),
             ("decay_down", "f_a_proj", d),

@@ -53,8 +53,8 @@ class LightningAttnSpec(MixerSpec):
     )
 
     def parameters(self, model: ModelConfig) -> tuple[ParamSpec, ...]:
-        """Return q, k, v and gate for all heads, the per-head norms, and the norm over all
-        heads."""
+        """Return q, k, v and gate for all heads, the per-head norms, fresh ones where the teacher
+        has none, and the norm over all heads."""
         return (
             *attention_parameters(model, kv_size=model.query_size),
             gate_parameter(model, "z_proj.weight"),

@@ -35,9 +35,9 @@ class SoftmaxAttnSpec(MixerSpec):
     )
 
     def parameters(self, model: ModelConfig) -> tuple[ParamSpec, ...]:
-        """Return q for all heads, k and v for the groups, and the output gate if the model has
-        one."""
-        shared = attention_parameters(model, kv_size=model.kv_size)
+        """Return q for all heads, k and v for the groups, norms, biases and the output gate if the
+        model has them."""
+        shared = attention_parameters(model, kv_size=model.kv_size, qk_norm=model.qk_layernorm)
         if not model.attn_use_output_gate:
             return shared
         return (*shared, gate_parameter(model, "o_gate.weight"))
@@ -49,10 +49,13 @@ class SoftmaxAttnSpec(MixerSpec):
     def saved_activations(
         self, model: ModelConfig, tensor_ranks: int, recompute: Recompute
     ) -> float:
-        """Count the sections, normalised q and k, and o, with a gate also the product; selective
-        recomputation changes nothing here."""
+        """Count the sections, normalised or rotated q and k, and o, with a gate also the product;
+        selective recomputation changes nothing here."""
         gated = model.query_size if model.attn_use_output_gate else 0
-        inside = 2 * model.query_size + model.kv_size + gated
+        changed = model.query_size + model.kv_size
+        if not (model.qk_layernorm or model.attn_use_rope):
+            changed = 0
+        inside = changed + model.query_size + gated
         return (sum(self.sections(model).values()) + inside) / tensor_ranks
 
     def layout_rules(self, model: ModelConfig) -> LayoutRules:

@@ -7,14 +7,13 @@ from transformers import PretrainedConfig
 
 from .layers_hypenet import HypeNetMixer
 from .mixers_hypenet import MIXERS
-from .ops_hypenet import hype_constant
+from .ops_hypenet import Llama3Scaling, hype_constant, llama3_scaling
 
 _SUPPORTED = {
     "attention_bias": False,
     "attn_use_rope": False,
     "attn_use_output_gate": True,
     "hidden_act": "silu",
-    "rope_scaling": None,
 }
 """The only value of each of these switches that the modelling code implements; mixers say which
 values theirs may have."""
@@ -37,7 +36,9 @@ class HypeNetConfig(PretrainedConfig):
     gated) or a recurrent mixer, such as "lightning-attn" (linear attention with a fixed decay per
     head, with RoPE). The keys of a mixer that no layer has are kept and mean nothing.
     `attn_logits_scaling` multiplies the queries of the softmax layers at 0-based position t: "hype
-    <a>" by ln(t + a) / ln(a), plain "hype" with a = 362, a number by itself, None not at all.
+    <a>" by ln(t + a) / ln(a), plain "hype" with a = 362, a number by itself, None not at all. From
+    its teacher a HypeNet has `attn_use_qk_norm` (softmax layers normalise q and k per head),
+    `qkv_bias` (biases of q, k and v in all layers) and `rope_scaling` (null, or Llama 3's).
     """
 
     model_type = "hypenet"
@@ -54,6 +55,8 @@ class HypeNetConfig(PretrainedConfig):
         head_dim: int = 128,
         mixer_types: list[str] | None = None,
         attn_logits_scaling: str | float | None = None,
+        attn_use_qk_norm: bool = True,
+        qkv_bias: bool = False,
         rms_norm_eps: float = 1e-6,
         rope_theta: float | None = None,
         max_position_embeddings: int = 32768,
@@ -64,6 +67,7 @@ class HypeNetConfig(PretrainedConfig):
         eos_token_id: int | list[int] | None = None,
         pad_token_id: int | None = None,
         rope_parameters: dict[str, Any] | None = None,
+        rope_scaling: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         """Raise ValueError for settings that the modelling code does not implement."""
@@ -82,26 +86,31 @@ class HypeNetConfig(PretrainedConfig):
         self.num_attention_heads = num_attention_heads
         self.num_key_value_heads = num_key_value_heads
         self.attn_logits_scaling = attn_logits_scaling
+        self.attn_use_qk_norm = attn_use_qk_norm
+        self.qkv_bias = qkv_bias
         self.rms_norm_eps = rms_norm_eps
         self.max_position_embeddings = max_position_embeddings
         self.initializer_range = initializer_range
         self.use_cache = use_cache
         # transformers 5 keeps theta inside rope_parameters
-        rope = rope_parameters or {}
+        rope = rope_parameters or rope_scaling or {}
         self.rope_theta = float(
             rope_theta if rope_theta is not None else rope.get("rope_theta", 1e6)
         )
-        if rope.get("rope_type", "default") != "default":
+        if rope.get("rope_theta") not in (None, self.rope_theta):
             raise ValueError(
-                f"HypeNet has plain RoPE only, got rope_parameters={rope_parameters!r}"
+                f"HypeNet has one rope_theta, here {self.rope_theta}, got rope_parameters={rope!r}"
             )
+        if llama3_scaling(rope) is not None:
+            if hasattr(type(self), "rope_scaling"):  # transformers 5
+                self.rope_parameters = {**rope, "rope_theta": self.rope_theta}
+            else:
+                self.rope_scaling = rope
         given = [_DEFAULT_MIXER] * num_hidden_layers if mixer_types is None else mixer_types
         self.mixer_types = [MIXERS[name].hf_names[0] if name in MIXERS else name for name in given]
         self.layer_types = _layer_types(self.mixer_types) if layer_types is None else layer_types
         for name, value in switches.items():
-            # transformers 5 makes it an alias of rope_parameters
-            if name != "rope_scaling" or value is not None:
-                setattr(self, name, value)
+            setattr(self, name, value)
         for mixer in self.mixers:
             for name, values in mixer.settings(self).items():
                 if isinstance(values, range):
@@ -117,6 +126,15 @@ class HypeNetConfig(PretrainedConfig):
         """Return the mixers that layers have, each once; without those that this code does not
         know."""
         return tuple(dict.fromkeys(MIXERS[name] for name in self.mixer_types if name in MIXERS))
+
+    @property
+    def llama3_scaling(self) -> Llama3Scaling | None:
+        """Return the scaling of RoPE's frequencies, None for plain RoPE."""
+        return llama3_scaling(self._rope())
+
+    def _rope(self) -> dict[str, Any] | None:
+        """Return what transformers 5 calls rope_parameters and transformers 4 rope_scaling."""
+        return getattr(self, "rope_parameters", None) or getattr(self, "rope_scaling", None)
 
     def check(self) -> None:
         """Raise ValueError for a mixer, a switch or a size that the modelling code does not
@@ -137,12 +155,15 @@ class HypeNetConfig(PretrainedConfig):
         ]
         if wrong:
             raise ValueError(f"this HypeNet code does not implement {', '.join(wrong)}")
-        rope = getattr(self, "rope_parameters", None)
-        if rope is not None and rope != {"rope_type": "default", "rope_theta": self.rope_theta}:
+        rope = self._rope()
+        llama3_scaling(rope)
+        if (rope or {}).get("rope_theta") not in (None, self.rope_theta):
             raise ValueError(
-                f"HypeNet has plain RoPE with rope_theta={self.rope_theta}, "
-                f"got rope_parameters={rope!r}"
+                f"HypeNet has one rope_theta, here {self.rope_theta}, got rope_parameters={rope!r}"
             )
+        for name in ("attn_use_qk_norm", "qkv_bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is true or false, got {getattr(self, name)!r}")
         hype_constant(self.attn_logits_scaling)
         if not MIXERS.keys() >= set(self.mixer_types) or (
             len(self.mixer_types) != self.num_hidden_layers

@@ -50,16 +50,18 @@ class HypeNetMixer(nn.Module):
         gate: str | None = None,
         qk_norm: bool = True,
     ) -> None:
-        """Build the projections; `kv_heads`: heads of k and v, None for those of softmax attention;
-        `gate`: name of the gate's projection, None without."""
+        """Build the projections, those of q, k and v with biases if the model has any; `kv_heads`:
+        heads of k and v, None for those of softmax attention; `gate`: name of the gate's
+        projection, None without."""
         super().__init__()
         self.config = config
         self.gate_name = gate
         query_size = config.num_attention_heads * config.head_dim
         kv_size = (kv_heads or config.num_key_value_heads) * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        biased = config.qkv_bias
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=biased)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=biased)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=biased)
         if gate is not None:
             self.add_module(gate, nn.Linear(config.hidden_size, query_size, bias=False))
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)

@@ -21,8 +21,8 @@ class HypeNetSoftmaxMixer(HypeNetMixer):
     steps_in_place = True
 
     def __init__(self, config: PretrainedConfig) -> None:
-        """Read sizes from the configuration."""
-        super().__init__(config, gate="o_gate")
+        """Read sizes and switches from the configuration."""
+        super().__init__(config, gate="o_gate", qk_norm=config.attn_use_qk_norm)
 
     @staticmethod
     def shared(config: PretrainedConfig, positions: Tensor, dtype: torch.dtype) -> Tensor | None:

@@ -162,7 +162,10 @@ class HypeNetModel(HypeNetPreTrainedModel):
         at: Tensor | None,
     ) -> Step:
         dtype = accumulation_dtype(x.dtype)
-        cos, sin = rope_tables(self.config.head_dim, self.config.rope_theta, positions, dtype)
+        config = self.config
+        cos, sin = rope_tables(
+            config.head_dim, config.rope_theta, positions, dtype, config.llama3_scaling
+        )
         shared = {
             mixer.hf_names[0]: mixer.shared(self.config, positions, dtype)
             for mixer in self.config.mixers

@@ -121,14 +121,53 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
 
+class Llama3Scaling(NamedTuple):
+    """Settings of RoPE whose long wavelengths are stretched, as Llama 3.1 does it."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: float
+
+
+def llama3_scaling(settings: dict[str, Any] | None) -> Llama3Scaling | None:
+    """Return the scaling that `rope_scaling` or `rope_parameters` of config.json describes, None
+    for plain RoPE; ValueError for another one."""
+    given = {key: value for key, value in (settings or {}).items() if value is not None}
+    kind = given.pop("rope_type", given.get("type", "default"))
+    for name in ("type", "rope_theta"):
+        given.pop(name, None)
+    if given.get("partial_rotary_factor") == 1.0:
+        del given["partial_rotary_factor"]
+    if kind == "default" and not given:
+        return None
+    fits = kind == "llama3" and given.keys() == set(Llama3Scaling._fields)
+    if fits and all(type(value) in (int, float) and value > 0 for value in given.values()):
+        return Llama3Scaling(**{name: float(value) for name, value in given.items()})
+    raise ValueError(
+        f"HypeNet has plain RoPE or that of Llama 3 (rope_type llama3 with "
+        f"{', '.join(Llama3Scaling._fields)}), got {settings!r}"
+    )
+
+
 def rope_tables(
-    head_dim: int, theta: float, positions: Tensor, dtype: torch.dtype
+    head_dim: int,
+    theta: float,
+    positions: Tensor,
+    dtype: torch.dtype,
+    scaling: Llama3Scaling | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return cos, sin [b or 1, 1, t, d] of positions [b or 1, t]. Angles are computed in fp64 so
     that positions near 10^6 stay exact."""
     angle_dtype = torch.float32 if positions.device.type == "mps" else torch.float64
     channels = torch.arange(0, head_dim, 2, device=positions.device, dtype=angle_dtype)
-    angles = positions[:, None, :, None].to(angle_dtype) * theta ** (-channels / head_dim)
+    frequencies = theta ** (-channels / head_dim)
+    if scaling is not None:
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        frequencies = frequencies * (kept + (1 - kept) / scaling.factor)
+    angles = positions[:, None, :, None].to(angle_dtype) * frequencies
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 

@@ -28,6 +28,7 @@ from megatron_hypenet.config.mixers.base import OUTPUT, SECTION, ParamSpec
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.errors import ConfigError
 from megatron_hypenet.model.transfer import fresh_parameter, repeat_groups
+from megatron_hypenet.ops.rope import apply_rope
 from megatron_hypenet.parallel.fused_sections import split_factory
 from megatron_hypenet.parallel.norm import RMSNorm, sum_gradient
 from megatron_hypenet.parallel.recompute import DropOutput
@@ -170,7 +171,7 @@ class Mixer(MegatronModule, ABC):
     def mix_projected(
         self, projected: Tensor, rotary_pos_emb: Tensor | None, document_ids: Tensor | None
     ) -> Tensor:
-        """Map all sections [s, b, local rows] as `linear_in` gives them -> the result of `mix`."""
+        """Map all sections [s, b, local rows], biases added, -> the result of `mix`."""
         parts = dict(
             zip(
                 self.local_sections,
@@ -195,6 +196,8 @@ class Mixer(MegatronModule, ABC):
         `packed_seq_params` is Megatron's name for the description of packed documents; here it
         carries the document ids."""
         projected, _ = self.linear_in(hidden_states)
+        if self.model.add_qkv_bias:
+            projected = projected + self._bias()
 
         def mixed(projected: Tensor) -> Tensor:
             return self.mix_projected(projected, rotary_pos_emb, packed_seq_params)
@@ -206,6 +209,18 @@ class Mixer(MegatronModule, ABC):
         output, _ = self.linear_proj(drop.checkpoint(mixed, projected))
         drop.discard_output_and_register_recompute(output)
         return output, None
+
+    def _bias(self) -> Tensor:
+        """Return the biases of this rank's sections, zeros for those without: [local rows]."""
+        weight = self.linear_in.weight
+        return torch.cat(
+            [
+                self.weight(name)
+                if (name := f"{section}_bias") in self.param_specs
+                else weight.new_zeros(rows)
+                for section, rows in self.local_sections.items()
+            ]
+        )
 
     def _recomputes(self) -> bool:
         """Return whether backward recomputes everything between the projections (Megatron's
@@ -223,6 +238,17 @@ class Mixer(MegatronModule, ABC):
         """[s, b, heads * head_dim] -> [s, b, heads, head_dim]."""
         return x.unflatten(-1, (-1, self.head_dim))
 
+    def normalised(self, letter: str, x: Tensor, angles: Tensor | None) -> Tensor:
+        """Return the section x [s, b, heads * head_dim] of q or k, which `letter` says, as heads
+        [s, b, heads, head_dim]: after the norm of its name, where the mixer has one, and RoPE,
+        where there are angles [s, 1, 1, head_dim]."""
+        heads = self.heads(x)
+        norm = getattr(self, f"{letter}_norm", None)
+        if norm is not None:
+            normal: Tensor = norm(heads, angles)
+            return normal
+        return heads if angles is None else apply_rope(heads, angles)
+
     def section_weight(self, name: str) -> Tensor:
         """Return this rank's rows of one section of the input projection, a view [rows,
         hidden_size]."""
@@ -236,8 +262,9 @@ class Mixer(MegatronModule, ABC):
     @torch.no_grad()
     def init_from_attention(self, attention: "Mixer", *, seed: int) -> Self:
         """Apply HALO's weight transfer (arXiv 2601.22156): every parameter with a source is copied
-        from the softmax layer that this mixer replaces, key and value rows repeated for each query
-        head of their group; the others are drawn by name and `seed`, the same on every layout.
+        from the softmax layer that this mixer replaces, key and value rows (and biases) repeated
+        for each query head of their group; the others are drawn by name and `seed`, the same on
+        every layout.
         Returns itself. TypeError where this is softmax attention, or the other is not."""
         if not self.spec.recurrent:
             raise TypeError(f"{type(self).__name__} does not take over attention weights")

@@ -14,7 +14,6 @@ from megatron_hypenet.config.mixers.gated_delta_net import GatedDeltaNetSpec
 from megatron_hypenet.model.mixers.base import Mixer, register_mixer
 from megatron_hypenet.ops.gated_delta_rule import gated_delta_rule
 from megatron_hypenet.ops.l2_norm import l2_norm
-from megatron_hypenet.ops.rope import apply_rope
 from megatron_hypenet.parallel.context.delta_rule import context_delta_rule
 from megatron_hypenet.parallel.norm import RMSNorm
 
@@ -36,10 +35,11 @@ class GatedDeltaNet(Mixer):
         self, parts: dict[str, Tensor], rotary_pos_emb: Tensor | None, document_ids: Tensor | None
     ) -> Tensor:
         """Run the delta rule over the sequence, one norm per head, then the gate."""
-        q, k, v = (self.heads(self._activated(parts[name])) for name in "qkv")
+        q, k, v = (self._activated(parts[name]) for name in "qkv")
         angles = rotary_pos_emb if self.spec.rope else None
-        q = unit_length(q, self, "q_norm", angles)
-        k = unit_length(k, self, "k_norm", angles)
+        q = l2_norm(self.normalised("q", q, angles))
+        k = l2_norm(self.normalised("k", k, angles))
+        v = self.heads(v)
         copies = q.shape[2] // k.shape[2]
         k, v = (x.repeat_interleave(copies, dim=2) for x in (k, v))
         # [b, t, heads, head_dim], the op's order
@@ -61,17 +61,6 @@ class GatedDeltaNet(Mixer):
 
     def _activated(self, x: Tensor) -> Tensor:
         return x if self.spec.activation is None else F.silu(x)
-
-
-def unit_length(x: Tensor, mixer: Mixer, norm_name: str, angles: Tensor | None) -> Tensor:
-    """Return x [s, b, heads, head_dim] of q or k after the mixer's norm of this name, if it has
-    one, RoPE, if there are angles, and the L2 norm."""
-    norm = getattr(mixer, norm_name, None)
-    if norm is not None:
-        x = norm(x, angles)
-    elif angles is not None:
-        x = apply_rope(x, angles)
-    return l2_norm(x)
 
 
 def log_decay(rate: Tensor, x: Tensor, bias: Tensor) -> Tensor:

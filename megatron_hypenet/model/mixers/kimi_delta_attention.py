@@ -16,9 +16,9 @@ from megatron_hypenet.model.mixers.base import Mixer, register_mixer
 from megatron_hypenet.model.mixers.gated_delta_net import (
     at_least_float32,
     log_decay,
-    unit_length,
 )
 from megatron_hypenet.ops.kimi_delta_attention import kimi_delta_attention
+from megatron_hypenet.ops.l2_norm import l2_norm
 from megatron_hypenet.ops.short_conv import short_conv
 from megatron_hypenet.parallel.context.delta_rule import context_delta_rule
 from megatron_hypenet.parallel.context.state_exchange import (
@@ -50,10 +50,11 @@ class KimiDeltaAttention(Mixer):
         mixed = [parts[name] for name in "qkv"]
         if self.spec.conv:
             mixed = self._convolved(mixed, document_ids)
-        q, k, v = (self.heads(x) for x in mixed)
+        q, k, v = mixed
         angles = rotary_pos_emb if self.spec.rope else None
-        q = unit_length(q, self, "q_norm", angles)
-        k = unit_length(k, self, "k_norm", angles)
+        q = l2_norm(self.normalised("q", q, angles))
+        k = l2_norm(self.normalised("k", k, angles))
+        v = self.heads(v)
         # [b, t, heads, head_dim], the op's order
         q, k, v = (x.transpose(0, 1) for x in (q, k, v))
         step = self._expanded(parts["decay_down"], "decay_up")

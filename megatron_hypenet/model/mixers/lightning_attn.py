@@ -85,8 +85,8 @@ class LightningAttn(Mixer):
         """Run the decayed recurrence over the sequence, then one norm over all heads, then the
         gate."""
         assert rotary_pos_emb is not None, "the model passes RoPE angles to every layer"
-        q = self.q_norm(self.heads(parts["q"]), rotary_pos_emb)
-        k = self.k_norm(self.heads(parts["k"]), rotary_pos_emb)
+        q = self.normalised("q", parts["q"], rotary_pos_emb)
+        k = self.normalised("k", parts["k"], rotary_pos_emb)
         # the op's order: [b, t, heads, head_dim]
         q, k, v = (x.transpose(0, 1) for x in (q, k, self.heads(parts["v"])))
         # copied in the first call only, so that later calls wait for nothing

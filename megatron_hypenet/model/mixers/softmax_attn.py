@@ -1,8 +1,7 @@
-"""Softmax attention: a student's NoPE, gated layer, and with other switches the Qwen3 teacher's
-layer.
+"""Softmax attention: a student's NoPE, gated layer, and with other switches its teacher's layer.
 
-Source: arXiv 2601.22156 (HyPE: no RoPE, output gate, logit scaling at inference); Qwen3 for grouped
-heads and per-head norms."""
+Source: arXiv 2601.22156 (HyPE: no RoPE, output gate, logit scaling at inference); Qwen3, Llama and
+Qwen2 for grouped heads, with per-head norms or without."""
 
 import math
 from typing import Any, Literal
@@ -28,14 +27,17 @@ class SoftmaxAttn(Mixer):
         self.method: Literal["all_gather", "ring"] = (
             "ring" if self.config.cp_comm_type == "p2p" else "all_gather"
         )
+        rope = self.model.rope_scaling if self.model.attn_use_rope else None
+        attention_scale = 1.0 if rope is None else rope.attention_scale
+        self.scale = attention_scale / math.sqrt(self.head_dim)
 
     def mix(
         self, parts: dict[str, Tensor], rotary_pos_emb: Tensor | None, document_ids: Tensor | None
     ) -> Tensor:
         """Attend to all earlier positions, then apply the gate."""
         angles = rotary_pos_emb if self.model.attn_use_rope else None
-        q = self.q_norm(self.heads(parts["q"]), angles)
-        k = self.k_norm(self.heads(parts["k"]), angles)
+        q = self.normalised("q", parts["q"], angles)
+        k = self.normalised("k", parts["k"], angles)
         v = self.heads(parts["v"])
         if self.logits_scaling is not None:
             scale = logits_scale(
@@ -50,7 +52,7 @@ class SoftmaxAttn(Mixer):
             q,
             k,
             v,
-            scale=1.0 / math.sqrt(self.head_dim),
+            scale=self.scale,
             group=self.context_group,
             document_ids=document_ids,
             method=self.method,

@@ -39,15 +39,21 @@ class MixerParts(nn.Module):
         gate: str | None = None,
         qk_norm: bool = True,
     ) -> None:
-        """Build the projections; `kv_heads`: heads of k and v over all ranks; `gate`: name of the
-        gate's projection."""
+        """Build the projections, those of q, k and v with biases if the model has any; `kv_heads`:
+        heads of k and v over all ranks; `gate`: name of the gate's projection."""
         super().__init__()
         hidden = config.hidden_size
         heads = config.num_attention_heads
         options: dict[str, Any] = {"bias": False, "quant_config": quant_config}
         self.head_dim: int = config.head_dim
         self.qkv_proj = QKVParallelLinear(
-            hidden, self.head_dim, heads, kv_heads, prefix=f"{prefix}.qkv_proj", **options
+            hidden,
+            self.head_dim,
+            heads,
+            kv_heads,
+            bias=config.qkv_bias,
+            quant_config=quant_config,
+            prefix=f"{prefix}.qkv_proj",
         )
         self.num_heads: int = self.qkv_proj.num_heads
         self.num_kv_heads: int = self.qkv_proj.num_kv_heads

@@ -28,6 +28,7 @@ class SoftmaxLayer(MixerParts):
             prefix,
             kv_heads=config.num_key_value_heads,
             gate="o_gate",
+            qk_norm=config.attn_use_qk_norm,
         )
         self.filled = cached_head_size(self.head_dim)
         self.attn = Attention(

@@ -111,7 +111,13 @@ class Trunk(nn.Module):
     def _positions(self, positions: Tensor) -> Positions:
         """Return positions [T], from 0 in each request."""
         config = self.config
-        tables = rope_tables(config.head_dim, config.rope_theta, positions[None], torch.float32)
+        tables = rope_tables(
+            config.head_dim,
+            config.rope_theta,
+            positions[None],
+            torch.float32,
+            config.llama3_scaling,
+        )
         scale = query_scale(config.attn_logits_scaling, positions[None], torch.float32)
         cos, sin = (table[0, 0][:, None] for table in tables)
         return Positions(cos, sin, None if scale is None else scale[0, 0][:, None])

@@ -50,9 +50,55 @@ def test_json_round_trip_is_exact():
     assert text.endswith("}\n") and list(json.loads(text))[0] == "num_layers"
 
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+
+
+def test_later_fields_are_written_only_where_they_say_something():
+    later = {"qk_layernorm": False, "add_qkv_bias": True, "rope_scaling": LLAMA3}
+    assert not set(later) & set(json.loads(make().to_json()))
+    config = make(**later)
+    assert later.items() <= json.loads(config.to_json()).items()
+    assert ModelConfig.from_json(config.to_json()) == config
+
+
+def test_a_student_keeps_norms_biases_and_frequencies_of_its_teacher():
+    teacher = make(qk_layernorm=False, add_qkv_bias=True, rope_scaling=LLAMA3)
+    student = teacher.with_mixers(["lightning_attn", "attn", "lightning_attn", "attn"])
+    names = {
+        mixer: {parameter.name for parameter in student.spec(mixer).parameters(student)}
+        for mixer in ("attn", "lightning_attn")
+    }
+    assert student.rope_scaling == teacher.rope_scaling
+    assert {"q_bias", "k_bias", "v_bias"} <= names["attn"] & names["lightning_attn"]
+    assert "q_norm.weight" not in names["attn"]
+    assert {"q_norm.weight", "k_norm.weight"} <= names["lightning_attn"]
+
+
+def test_parameters_count_biases_and_norms():
+    plain = make().num_parameters
+    assert make(qk_layernorm=False).num_parameters == plain - 4 * 2 * 16
+    assert make(add_qkv_bias=True).num_parameters == plain + 4 * (64 + 2 * 32)
+
+
+def test_no_student_of_a_teacher_with_yarn():
+    teacher = make(rope_scaling=YARN)
+    with pytest.raises(ConfigError, match="yarn.*no student can be made of it"):
+        teacher.with_mixers(["attn"] * 4)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
+        ({"qk_layernorm": "no"}, "qk_layernorm"),
+        ({"add_qkv_bias": 1}, "add_qkv_bias"),
+        ({"rope_scaling": {**LLAMA3, "rope_type": "linear"}}, "rope_scaling"),
         ({"num_query_groups": 3}, "num_query_groups=3 does not divide num_attention_heads=4"),
         ({"kv_channels": 15}, "kv_channels=15 is odd"),
         ({"mixer_types": ("attn",) * 3}, "3 entries for num_layers=4"),

@@ -194,8 +194,14 @@ def test_a_students_hugging_face_folder_is_refused(tmp_path):
     write(tmp_path / "m")
     hf = hugging_face(tmp_path / "hf", tiny_model_config())
     refused(tmp_path, "describes a HypeNet student", hf_dir=hf)
-    (hf / "config.json").write_text('{"model_type": "llama"}')
-    refused(tmp_path, "model_type 'llama'", ConfigError, hf_dir=hf)
+    (hf / "config.json").write_text('{"model_type": "mistral"}')
+    refused(tmp_path, "model_type 'mistral'", ConfigError, hf_dir=hf)
+
+
+def test_the_folder_of_a_llama_is_refused_by_name(tmp_path):
+    write(tmp_path / "m")
+    hf = hugging_face(tmp_path / "hf", qk_layernorm=False)
+    refused(tmp_path, "a teacher with qk_layernorm=False: to-megatron and from-meg", hf_dir=hf)
 
 
 @pytest.mark.parametrize(

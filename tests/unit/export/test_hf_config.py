@@ -94,9 +94,10 @@ def test_transformers_5_spelling():
         ({"attention_dropout": 0.1}, "attention_dropout = 0.1: supported is 0.0"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu': supported is 'silu'"),
         (
-            {"rope_scaling": {"type": "yarn", "factor": 4.0}},
-            "rope_scaling = .*yarn.*supported is plain RoPE",
+            {"rope_scaling": {"type": "linear", "factor": 4.0}},
+            "rope_scaling = .*linear.*supported is plain RoPE",
         ),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling = .*original_max_posit"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "rope_parameters = .*yarn"),
         (
             {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}},
@@ -205,7 +206,7 @@ def test_all_problems_are_listed_at_once():
 @pytest.mark.parametrize(
     "change",
     [
-        {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
+        {"model_type": "mistral", "architectures": ["MistralForCausalLM"]},
         {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]},
         {"model_type": "hypenet"},  # contradicts the architecture
         {"architectures": ["Qwen3ForSequenceClassification"]},
@@ -311,12 +312,7 @@ def test_a_link_out_of_the_folder_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "rope",
     [
-        {
-            "rope_type": "yarn",
-            "factor": 4.0,
-            "original_max_position_embeddings": 256,
-            "rope_theta": 1e4,
-        },
+        {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4},
         {"full_attention": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}},
         "yarn",
     ],
@@ -329,4 +325,4 @@ def test_yarn_alone_is_what_is_wrong_with_yarn(rope):
     } | {"rope_parameters": rope}
     with pytest.raises(ConfigError, match="rope_parameters = .*yarn") as failure:
         hf_config.model_config_from_hf(raw, where="here")
-    assert "1 setting" in str(failure.value) and "missing" not in str(failure.value)
+    assert "1 setting" in str(failure.value) and "theta is missing" not in str(failure.value)

@@ -85,6 +85,13 @@ def test_another_dtype_is_written_when_asked_for(tmp_path):
     assert {reader.dtype(name) for name in reader} == {torch.bfloat16}
 
 
+def test_a_teacher_of_another_family_is_refused_by_name(tmp_path):
+    teacher(tmp_path / "ckpt", tiny_teacher_config(qk_layernorm=False, add_qkv_bias=True))
+    with pytest.raises(ConversionError, match="qk_layernorm=False, add_qkv_bias=True: to-megatron"):
+        to_megatron(tmp_path / "ckpt", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]
+
+
 def test_a_student_is_refused_in_one_sentence(tmp_path):
     teacher(tmp_path / "ckpt", tiny_model_config())
     with pytest.raises(ConversionError, match="is a HypeNet student .*convert export") as caught:

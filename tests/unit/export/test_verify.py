@@ -43,6 +43,22 @@ def test_same_model(pair, student, tied):
     report.require_ok()
 
 
+@pytest.mark.parametrize("mixer", ["lightning_attn", "gated_delta_net", "kimi_delta_attention"])
+def test_a_student_with_biases_and_without_norms(pair, mixer):
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    }
+    of_teacher = {"qk_layernorm": False, "add_qkv_bias": True, "rope_scaling": scaling}
+    changes = {"mixer_types": (mixer, "attn", mixer), **of_teacher}
+    report = verify.verify(*pair(student=True, **changes), dtype="float64", num_tokens=20)
+    report.require_ok()
+    assert report.logits.max_rel_diff < 1e-6
+
+
 def test_one_changed_weight_is_found_and_located(pair):
     def change(tensors):
         tensors["model.layers.1.self_attn.v_proj.weight"][0] += 1.0

@@ -1,6 +1,7 @@
 """HALO's steps on a random tiny teacher: what each leaves, and what stops a run."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from megatron_hypenet.config.loader import load_run_config
 from megatron_hypenet.config.selection import SELECTION_METHODS
 from megatron_hypenet.errors import CheckpointError, ConfigError, QualityError
 from megatron_hypenet.export.from_hf import import_hf
+from megatron_hypenet.export.to_hf import export_hf
+from megatron_hypenet.export.verify import verify
 from megatron_hypenet.halo.actions import Halo
 from megatron_hypenet.halo.run_folder import RunFolder
 from megatron_hypenet.halo.task_runner import Runner
@@ -72,6 +75,51 @@ def test_every_step_leaves_what_the_next_one_needs(make):
     assert set(report["step_seconds"]) == set(runner.steps)
     assert json.loads((folder.export / "noted").read_text()) == report
     assert folder.report_plot.is_file() and folder.importance_plot.is_file()
+
+
+LLAMA = {
+    "qk_layernorm": False,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+}
+QWEN2 = {"qk_layernorm": False, "add_qkv_bias": True}
+
+
+@pytest.mark.parametrize(("family", "changes"), [("llama", LLAMA), ("qwen2", QWEN2)])
+def test_a_teacher_of_another_family_becomes_a_student_that_keeps_its_kind(
+    make, tmp_path, family, changes
+):
+    shape = tiny_run.TEACHER.replace(**changes)
+    source = tiny_run.write_teacher(tmp_path / family, shape=shape)
+    runner, halo = make(f"teacher={source}")
+    folder = runner.folder
+    exports = replace(halo, export_student=export_hf)
+    Runner(runner.run, folder, exports.steps()).run_all()
+    assert read_manifest(resolve(folder.stage("align"))).hf_config["model_type"] == family
+    student = read_model_config(folder.stage("finetune"))
+    assert student == shape.with_mixers(student.mixer_types).replace(
+        max_position_embeddings=student.max_position_embeddings
+    )
+    report = verify(folder.export, folder.stage("finetune"), dtype="float64", num_tokens=24)
+    report.require_ok()
+    assert report.logits.max_rel_diff < 1e-6
+    raw = json.loads((folder.export / "config.json").read_text())
+    assert raw["attn_use_qk_norm"] is False
+    assert raw.get("qkv_bias", False) == student.add_qkv_bias
+
+
+def test_no_run_starts_from_a_teacher_with_yarn(make, tmp_path):
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    shape = tiny_run.TEACHER.replace(rope_scaling=yarn)
+    runner, _ = make(f"teacher={tiny_run.write_teacher(tmp_path / 'yarn', shape=shape)}")
+    with pytest.raises(ConfigError, match="no student can be made of it"):
+        runner.run_all()
+    assert "align" not in runner.folder.records()
 
 
 def test_a_gate_stops_a_run_and_another_bound_lets_it_go_on(make):

@@ -32,8 +32,23 @@ def test_theta_may_stand_in_rope_parameters(make_config):
     assert (
         make_config(rope_parameters={"rope_type": "default", "rope_theta": 9.0}).rope_theta == 9.0
     )
-    with pytest.raises(ValueError, match="plain RoPE only"):
+    with pytest.raises(ValueError, match="plain RoPE or that of Llama 3.*yarn"):
         make_config(rope_parameters={"rope_type": "yarn", "rope_theta": 9.0})
+
+
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_llama3_scaling_survives_saving(make_config, tmp_path, key):
+    settings = dict(
+        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
+    )
+    given = {"rope_type": "llama3", **settings}
+    config = make_config(rope_theta=777.0, attn_use_qk_norm=False, qkv_bias=True, **{key: given})
+    assert config.llama3_scaling._asdict() == settings
+    config.save_pretrained(tmp_path)
+    again = HypeNetConfig.from_pretrained(tmp_path)
+    assert again.llama3_scaling == config.llama3_scaling and again.rope_theta == 777.0
+    assert again.qkv_bias and not again.attn_use_qk_norm
+    assert make_config().llama3_scaling is None
 
 
 def test_older_spelling_of_a_mixer(make_config):
@@ -50,7 +65,11 @@ def test_older_spelling_of_a_mixer(make_config):
         ({"attn_use_rope": True}, "attn_use_rope=True .supported: False"),
         ({"lightning_use_short_conv": True}, "lightning_use_short_conv=True"),
         ({"lightning_nkv": 2}, "lightning_nkv=2 .supported: 6"),
-        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling="),
+        ({"rope_scaling": {"type": "yarn"}}, "plain RoPE or that of Llama 3.*yarn"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
+        ({"rope_parameters": {"rope_theta": 5.0}, "rope_theta": 6.0}, "one rope_theta, here 6.0"),
+        ({"attn_use_qk_norm": None}, "attn_use_qk_norm is true or false, got None"),
+        ({"qkv_bias": 1}, "qkv_bias is true or false, got 1"),
         ({"mixer_types": ["attn", "mamba2", "attn"]}, "mixer_types must name"),
         ({"mixer_types": ["attn"]}, "for 3 layers"),
         ({"num_key_value_heads": 4}, "must divide num_attention_heads=6"),

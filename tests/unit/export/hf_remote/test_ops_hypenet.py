@@ -4,7 +4,9 @@ import sys
 import pytest
 import torch
 
+from megatron_hypenet.config.rope import Llama3Scaling
 from megatron_hypenet.export.hf_remote import ops_hypenet as remote
+from megatron_hypenet.ops.rope import scaled_frequencies
 
 from .conftest import close, random
 
@@ -77,3 +79,37 @@ def test_rope_rotates_halves_by_relative_position():
         for i, a in enumerate(angles)
     ]
     close((turned_q * turned_k).sum(), sum(pair.real for pair in pairs).sum())
+
+
+def test_scaled_frequencies_are_those_of_the_training_model():
+    settings = dict(
+        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
+    )
+    given = {"rope_type": "llama3", "rope_theta": 100.0, **settings}
+    cos, sin = remote.rope_tables(
+        16, 100.0, torch.tensor([[3]]), torch.float64, remote.llama3_scaling(given)
+    )
+    plain = 100.0 ** (-torch.arange(0, 16, 2, dtype=torch.float64) / 16)
+    angles = 3 * scaled_frequencies(plain, 100.0, Llama3Scaling(**settings))
+    close(cos[0, 0, 0], torch.cat((angles, angles)).cos())
+    close(sin[0, 0, 0], torch.cat((angles, angles)).sin())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rope_type": "yarn", "factor": 2.0},
+        {"rope_type": "llama3", "factor": 8.0},
+        {"rope_type": "default", "factor": 8.0},
+        {"partial_rotary_factor": 0.5},
+    ],
+)
+def test_other_scalings_are_refused(settings):
+    with pytest.raises(ValueError, match="plain RoPE or that of Llama 3"):
+        remote.llama3_scaling(settings)
+
+
+def test_plain_rope_in_all_its_spellings():
+    for settings in (None, {}, {"rope_type": "default", "rope_theta": 5.0}, {"type": None}):
+        assert remote.llama3_scaling(settings) is None
+    assert remote.llama3_scaling({"rope_theta": 5.0, "partial_rotary_factor": 1.0}) is None

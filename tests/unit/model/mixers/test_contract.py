@@ -26,6 +26,8 @@ from tests.unit.engine.toy import stage_config
 
 MIXERS = sorted(registered_mixers())
 RECURRENT = [name for name in MIXERS if mixer_specs()[name].recurrent]
+NO_NORMS_BUT_BIASES = {"qk_layernorm": False, "add_qkv_bias": True}
+"""What a teacher may have (Qwen2) and its student keeps."""
 HEADS = [(1, 1), (2, 1), (4, 2), (6, 3), (5, 5), (12, 4)]
 
 
@@ -244,6 +246,52 @@ def test_recurrent_mixers_take_over_attention_weights(name, heads, groups):
     assert all(
         torch.equal(a, b) for a, b in zip(mixer.parameters(), again.parameters(), strict=True)
     )
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_biases_are_parameters_like_the_others(name, tmp_path):
+    """They are counted, get a gradient, are added to their sections alone, and are stored."""
+    model = build(name, **NO_NORMS_BUT_BIASES)
+    config = model.model_config
+    mixer = model.mixer(0)
+    found = {key: tuple(tensor.shape) for key, tensor in whole_tensors(mixer).items()}
+    assert found == {parameter.name: parameter.shape for parameter in mixer.spec.parameters(config)}
+    assert {"q_bias", "k_bias", "v_bias"} <= set(found)
+    assert mapping.num_parameters(config) == sum(p.numel() for p in model.parameters())
+    model(torch.randint(0, 61, (2, 9))).square().sum().backward()
+    for key, parameter in mixer.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, key
+    with torch.no_grad():
+        for letter in "qkv":
+            mixer.get_parameter(f"{letter}_bias").normal_()
+        bias = mixer._bias()
+        for section, part in zip(
+            mixer.local_sections, bias.split(list(mixer.local_sections.values())), strict=True
+        ):
+            own = f"{section}_bias"
+            assert torch.equal(part, getattr(mixer, own) if own in found else 0 * part), section
+    raw = hf_config.hf_config_from_model(config, torch_dtype="float32")
+    assert hf_config.model_config_from_hf(raw, where="x") == hf_settings(config)
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_recurrent_mixers_take_over_biases_and_draw_norms_that_are_missing(name):
+    teacher = build_model(
+        tiny_teacher_config(2, **NO_NORMS_BUT_BIASES), ParallelConfig(), dtype=torch.float64, seed=4
+    )
+    attention = teacher.mixer(1)
+    with torch.no_grad():
+        for letter in "qkv":
+            attention.get_parameter(f"{letter}_bias").normal_()
+    mixer = build(name, **NO_NORMS_BUT_BIASES).mixer(1).init_from_attention(attention, seed=9)
+    assert torch.equal(mixer.q_bias, attention.q_bias)
+    for letter in "kv":
+        mine, theirs = (one.get_parameter(f"{letter}_bias") for one in (mixer, attention))
+        copies = len(mine) // len(theirs)
+        heads = theirs.view(-1, mixer.head_dim).repeat_interleave(copies, dim=0)
+        assert torch.equal(mine.view(-1, mixer.head_dim), heads)
+    assert torch.equal(mixer.q_norm.weight, torch.ones_like(mixer.q_norm.weight))
+    assert not hasattr(attention, "q_norm")
 
 
 @pytest.mark.parametrize("name", RECURRENT)
