@@ -15,10 +15,13 @@ import torch
 
 from megatron_hypenet.atomic_files import temporary_folder
 from megatron_hypenet.config.model import ModelConfig
-from megatron_hypenet.errors import SetupError
+from megatron_hypenet.errors import ConversionError, SetupError
 from megatron_hypenet.export import hf_config
+from megatron_hypenet.export.hf_folder import read_generation_config
+from megatron_hypenet.export.plan import plan_import
 from megatron_hypenet.export.tensors import parse_dtype
 from megatron_hypenet.export.to_hf import export_hf
+from megatron_hypenet.untrusted.files import reason_of, shown
 
 EXPORT = "export"
 """Where a run keeps its Hugging Face folder."""
@@ -56,10 +59,11 @@ def as_hf_folder(path: Path) -> Iterator[Path]:
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """Return the model of a Hugging Face folder. ConfigError or ConversionError for one that this
-    package does not know."""
-    raw = hf_config.read_hf_config(folder)
-    return hf_config.model_config_from_hf(raw, where=str(folder / "config.json"))
+    """Return the model of a Hugging Face folder, whose weights are there in full. ConfigError or
+    ConversionError for one that this package does not know, and for weights that are damaged or of
+    another model: transformers would fill the missing ones with random numbers."""
+    read_generation_config(folder)
+    return plan_import(folder).config
 
 
 def weights_dtype(folder: Path) -> str:
@@ -70,7 +74,8 @@ def weights_dtype(folder: Path) -> str:
 
 def load_model(folder: Path, config: ModelConfig, dtype: str | None, device: str) -> Any:
     """Return the model of a Hugging Face folder, for inference, on `device`; `dtype` None is that
-    of its weights. SetupError where the device has too little memory."""
+    of its weights. ConversionError where transformers cannot read it, SetupError where the device
+    has too little memory."""
     from transformers import AutoModelForCausalLM
 
     from megatron_hypenet.export.hf_remote.configuration_hypenet import HypeNetConfig
@@ -78,14 +83,25 @@ def load_model(folder: Path, config: ModelConfig, dtype: str | None, device: str
 
     dtype = dtype or weights_dtype(folder)
     options: dict[str, Any] = {"dtype": parse_dtype(dtype), "local_files_only": True}
-    with _quiet():
-        if config.is_teacher:
-            model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **options)
-        else:
-            plain = hf_config.hf_config_from_model(config, torch_dtype=dtype)
-            model = HypeNetForCausalLM.from_pretrained(
-                folder, config=HypeNetConfig.from_dict(plain), **options
-            )
+    # safetensors alone: other weights are pickles
+    options["use_safetensors"] = True
+    try:
+        with _quiet():
+            if config.is_teacher:
+                model = AutoModelForCausalLM.from_pretrained(
+                    folder, trust_remote_code=False, **options
+                )
+            else:
+                plain = hf_config.hf_config_from_model(config, torch_dtype=dtype)
+                model = HypeNetForCausalLM.from_pretrained(
+                    folder, config=HypeNetConfig.from_dict(plain), **options
+                )
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ConversionError(
+            f"{folder}: transformers cannot load it ({type(error).__name__}: "
+            f"{shown(reason_of(error))}); its config.json or generation_config.json is damaged, or "
+            "belongs to another version: fetch the folder again"
+        ) from error
     try:
         return model.eval().to(torch.device(device))
     except torch.OutOfMemoryError as error:

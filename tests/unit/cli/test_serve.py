@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 
 import pytest
@@ -86,7 +87,7 @@ def test_what_cannot_be_served_is_named(run_folder, vllm, tmp_path, capsys):
     assert run(["serve", str(run_folder / "ckpt"), *program]) == 5
     assert "export it first: hypenet convert export" in capsys.readouterr().err
     old = tmp_path / "old"
-    old.mkdir()
+    shutil.copytree(run_folder / "export", old)
     config = json.loads((run_folder / "export" / "config.json").read_text())
     del config["layer_types"]
     (old / "config.json").write_text(json.dumps(config))

@@ -1,10 +1,11 @@
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from megatron_hypenet.checkpoint.find import resolve
 from megatron_hypenet.checkpoint.save import write_weights
 from megatron_hypenet.config.schema import ParallelConfig
-from megatron_hypenet.errors import CheckpointError
+from megatron_hypenet.errors import CheckpointError, ConversionError
 from megatron_hypenet.export import hf_model
 from megatron_hypenet.export.to_hf import export_hf
 from megatron_hypenet.model.hypenet import build_model
@@ -57,3 +58,49 @@ def test_what_is_neither_is_named(tmp_path):
         hf_model.as_hf_folder(tmp_path / "no"),
     ):
         pass
+
+
+def cut_off(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def without_a_tensor(folder):
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def pickled(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def with_wrong_settings(folder):
+    (folder / "generation_config.json").write_text("[]")
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (cut_off, "not a complete safetensors file"),
+        (without_a_tensor, "1 of .* tensors are missing, first model.norm.weight"),
+        (pickled, "no model.safetensors .*, only pytorch_model.bin; only safetensors are read"),
+        (with_wrong_settings, "generation_config.json: expected an object"),
+    ],
+)
+def test_a_damaged_folder_is_refused_before_it_runs(checkpoint, tmp_path, damage, says):
+    folder = tmp_path / "folder"
+    export_hf(checkpoint, folder)
+    assert hf_model.read_config(folder)
+    damage(folder)
+    with pytest.raises(ConversionError, match=says):
+        hf_model.read_config(folder)
+
+
+def test_what_transformers_cannot_read_is_named(checkpoint, tmp_path):
+    folder = tmp_path / "folder"
+    export_hf(checkpoint, folder)
+    config = hf_model.read_config(folder)
+    (folder / "generation_config.json").write_text('{"max_new_tokens": "many"}')
+    with pytest.raises(ConversionError, match="transformers cannot load it"):
+        hf_model.load_model(folder, config, "float32", "cpu")
