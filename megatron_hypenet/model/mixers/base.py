@@ -24,9 +24,8 @@ from megatron.core.transformer.utils import (
 )
 from torch import Tensor
 
-from megatron_hypenet.config.mixers.base import OUTPUT, SECTION, ParamSpec
+from megatron_hypenet.config.mixers.base import OUTPUT, SECTION, ParamSpec, mixer_spec
 from megatron_hypenet.config.model import ModelConfig
-from megatron_hypenet.errors import ConfigError
 from megatron_hypenet.model.transfer import fresh_parameter, repeat_groups
 from megatron_hypenet.ops.rope import apply_rope
 from megatron_hypenet.parallel.fused_sections import split_factory
@@ -353,10 +352,6 @@ def registered_mixers() -> dict[str, type[Mixer]]:
 
 
 def mixer_class(name: str) -> type[Mixer]:
-    """Return the mixer registered as `name`; ConfigError lists the known ones."""
-    try:
-        return _REGISTRY[name]
-    except KeyError:
-        raise ConfigError(
-            f"mixer_types: unknown mixer {name!r}; known mixers: {', '.join(sorted(_REGISTRY))}"
-        ) from None
+    """Return the mixer registered as `name`; ConfigError, which lists the known ones, where no
+    specification has that name."""
+    return _REGISTRY[mixer_spec(name).name]
