@@ -29,10 +29,10 @@ write() { # FILE WHAT: standard input below a line that says what it is
 
 for version in 3.11 3.12; do
   short=py${version/./}
-  resolve $version pyproject.toml requirements/build.in --extra dev --extra docs --extra trackers --extra gpu | write "cuda-$short.txt" "Python $version with CUDA"
+  resolve $version pyproject.toml requirements/build.in --extra dev --extra docs --extra trackers --extra gguf --extra gpu | write "cuda-$short.txt" "Python $version with CUDA"
   # the same versions without what only CUDA needs: a CPU build of torch has none of it, and another build pins it by itself
   grep -vE '^(#|nvidia-|cuda-)' "$work/new/cuda-$short.txt" >"$work/shared"
-  resolve $version pyproject.toml requirements/build.in --extra dev --extra docs --extra trackers --constraint "$work/shared" |
+  resolve $version pyproject.toml requirements/build.in --extra dev --extra docs --extra trackers --extra gguf --constraint "$work/shared" |
     grep -vE '^(nvidia-|cuda-)' | write "cpu-$short.txt" "Python $version without CUDA"
 done
 

@@ -41,7 +41,7 @@ def asked(root: Path, *extras: str) -> list[Requirement]:
 def test_every_dependency_is_locked_inside_its_range(repo_root, name):
     versions = locked(repo_root / "requirements" / f"{name}.txt")
     python = "3.11" if name.endswith("311") else "3.12"
-    extras = ["dev", "docs", *(["gpu"] if name.startswith("cuda") else [])]
+    extras = ["dev", "docs", "gguf", *(["gpu"] if name.startswith("cuda") else [])]
     for requirement in asked(repo_root, *extras):
         if requirement.marker is not None and not requirement.marker.evaluate(
             {**ENVIRONMENT, "python_version": python}
