@@ -101,9 +101,10 @@ def take(blocks: list[str], limit: int) -> str:
 def prepare(out: Path) -> None:
     """Turn packages into `out`: tokenizer/, train.npy and heldout.npy (uint16), sample.txt and
     heldout.txt, sources.json."""
+    from tools import debian_text
     from tools import tiny_teacher_corpus as corpus
 
-    corpus.fetch(corpus.SOURCES, out / "packages")
+    debian_text.fetch(corpus.SOURCES, out / "packages")
     seen: set[bytes] = set()
     splits: dict[str, list[tuple[str, bool]]] = {"train": [], "heldout": []}
     table = []
