@@ -103,11 +103,11 @@ class _ProseParser(html.parser.HTMLParser):
             self._text.append(data)
 
 
-def read_html(pattern: str) -> Callable[[Path], Iterator[Document]]:
-    """Make a reader of every page matching the glob `pattern` under the package folder."""
+def read_html(*patterns: str) -> Callable[[Path], Iterator[Document]]:
+    """Make a reader of every page matching one of the glob `patterns` under the package folder."""
 
     def read(root: Path) -> Iterator[Document]:
-        for path in sorted(root.glob(pattern)):
+        for path in sorted(path for pattern in patterns for path in root.glob(pattern)):
             parser = _ProseParser()
             parser.feed(path.read_text(encoding="utf-8", errors="ignore"))
             parser.flush()

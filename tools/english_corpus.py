@@ -41,6 +41,8 @@ from tools.debian_text import (  # noqa: E402
     Package,
     Source,
     fetch,
+    read_austen,
+    read_bible,
     read_html,
 )
 
@@ -191,14 +193,87 @@ def grouped(entries: Iterable[Document]) -> Iterator[Document]:
         yield group
 
 
-def _pages(package: str, title: str, licence: str, pattern: str) -> Source:
-    return Source(package, title, licence, read_html(f"usr/share/{pattern}"))
+def read_rst(pattern: str) -> Callable[[Path], Iterator[Document]]:
+    """Make a reader of reStructuredText: paragraphs that are not indented and neither headings nor
+    directives, with the marks around words taken off."""
 
+    def read(root: Path) -> Iterator[Document]:
+        for path in sorted(root.glob(pattern)):
+            paragraphs = re.split(r"\n\s*\n", text_of(path))
+            prose = [p for p in paragraphs if re.match(r"\S", p) and not p.startswith((".. ", ":"))]
+            yield [
+                _without_roles(p) for p in prose if not re.search(r"^([=~^*+#\"-])\1{3,}", p, re.M)
+            ]
+
+    return read
+
+
+_UNDERLINE = r"^([=~^*+#\"-])\1{3,}"
+
+
+def _without_roles(text: str) -> str:
+    """Return reStructuredText without its inline marks."""
+    text = re.sub(r"`([^`<]+?)\s*<[^`>]*>`_?_?", r"\1", re.sub(r":[\w:+-]+:(?=`)", "", text))
+    text = re.sub(r"``?([^`]+)``?_?_?|\*\*?([^*\s][^*]*)\*\*?", r"\1\2", text)
+    return re.sub(r"::\s*$", ":", re.sub(r"^(?:[-*#] |\d+[.)] )", "", text))
+
+
+def _html(package: str, title: str, licence: str, *patterns: str) -> Source:
+    return Source(package, title, licence, read_html(*(f"usr/share/{p}" for p in patterns)))
+
+
+def _rst(package: str, title: str, licence: str, folder: str) -> Source:
+    return Source(package, title, licence, read_rst(f"usr/share/doc/{folder}/_sources/**/*.txt"))
+
+
+def _dictionary(name: str, title: str, licence: str) -> Source:
+    return Source(f"dict-{name}", title, licence, read_dictionary(name))
+
+
+_RUST_BOOKS = ("book", "edition-guide", "embedded-book", "nomicon", "reference", "rustc")
 
 SOURCES = (
-    _pages("anarchism", "An Anarchist FAQ", "GPL-2", "doc/anarchism/html/*.html"),
-    Source("dict-gcide", "GNU Collaborative Dictionary", "GPL-3+", read_dictionary("gcide")),
-)
+    Source(
+        "bible-kjv-text", "King James Bible", "public domain", read_bible, needs=("bible-kjv",)
+    ),
+    Source("r-cran-janeaustenr", "Jane Austen, six novels", "public domain", read_austen),
+    _html("anarchism", "An Anarchist FAQ", "GPL-2", "doc/anarchism/html/*.html"),
+    _dictionary("gcide", "GNU Collaborative International Dictionary", "GPL-2+"),
+    _dictionary("foldoc", "Free On-line Dictionary of Computing", "GFDL-1.2+"),
+    _dictionary("jargon", "The Jargon File", "public domain"),
+    _dictionary("devil", "The Devil's Dictionary", "public domain"),
+    Source("wordnet-base", "WordNet 3.0, explanations", "WordNet 3.0", read_wordnet),
+    Source("miscfiles", "Declaration and constitution of the United States", "public domain",
+           read_text("usr/share/state/*.gz")),
+    Source("fortunes", "Fortune cookies", "BSD-4-clause (collection)", read_fortunes),
+    Source("perl-doc", "Perl documentation", "GPL-1+ or Artistic",
+           read_pod("usr/share/perl/*/pod/*.pod")),
+    _html("debian-handbook", "The Debian Administrator's Handbook", "CC-BY-SA-3.0 or GPL-2+",
+          "doc/debian-handbook/html/en-US/*.html"),
+    _html("debian-reference-en", "Debian Reference", "GPL-2+", "debian-reference/*.en.html"),
+    _html("gnome-user-docs", "GNOME help", "CC-BY-SA-3.0", "help/C/**/*.page"),
+    _html("gimp-help-en", "GIMP help", "GFDL-1.2+", "gimp/2.0/help/en/*.html"),
+    _html("libreoffice-help-en-us", "LibreOffice help", "MPL-2.0",
+          "libreoffice/help/en-US/text/**/*.html"),
+    _html("postgresql-doc-15", "PostgreSQL documentation", "PostgreSQL",
+          "doc/postgresql-doc-15/html/*.html"),
+    _html("apache2-doc", "Apache HTTP Server documentation", "Apache-2.0",
+          "doc/apache2-doc/manual/en/**/*.html"),
+    _html("sqlite3-doc", "SQLite documentation", "public domain", "doc/sqlite3/**/*.html"),
+    _html("git-doc", "Git documentation", "GPL-2", "doc/git-doc/**/*.html"),
+    _html("octave-doc", "GNU Octave manual", "GPL-3+", "doc/octave/octave.html/*.html"),
+    _html("rust-doc", "The Rust books", "MIT or Apache-2.0",
+          *(f"doc/rust-doc/html/{book}/**/*.html" for book in _RUST_BOOKS)),
+    _html("python-django-doc", "Django documentation", "BSD-3-clause",
+          "doc/python-django-doc/html/**/*.html"),
+    _rst("linux-doc-6.1", "Linux kernel documentation", "GPL-2", "linux-doc-6.1/html"),
+    _rst("python3.11-doc", "Python documentation", "PSF-2.0", "python3.11/html"),
+    _rst("python-pandas-doc", "pandas documentation", "BSD-3-clause", "python-pandas-doc/html"),
+    _rst("python-sklearn-doc", "scikit-learn documentation", "BSD-3-clause",
+         "python-sklearn-doc/html"),
+    _rst("python-astropy-doc", "Astropy documentation", "BSD-3-clause", "python-astropy-doc/html"),
+)  # fmt: skip
+"""Titles and licences as the packages' copyright files have them; Debian 12."""
 
 
 @dataclass(frozen=True)

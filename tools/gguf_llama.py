@@ -104,7 +104,7 @@ def write_weights(path: Path, header: GgufHeader, config: dict[str, Any], target
     """Write the tensors as bf16 safetensors under Hugging Face's names; ConversionError for one
     that is missing, left over, of another shape, or not finite."""
     import torch
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     expected = expected_tensors(config)
     if wrong := sorted(expected.keys() ^ header.tensors.keys()):
@@ -121,7 +121,8 @@ def write_weights(path: Path, header: GgufHeader, config: dict[str, Any], target
         if ".attn_q." in name or ".attn_k." in name:
             values = half_split_rows(values, config["head_dim"])
         weights[theirs] = values.to(torch.bfloat16)
-    save_file(weights, target, metadata={"format": "pt"})
+    # not save_file, which gives the file to its owner alone
+    target.write_bytes(save(weights, metadata={"format": "pt"}))
 
 
 def expected_tensors(config: dict[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -17,7 +17,7 @@ import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
-from tools.debian_text import Document, Source, read_austen, read_bible, read_html
+from tools.debian_text import Document, Source, fetch, read_austen, read_bible, read_html
 
 BLOCK_CHARACTERS = 12_000
 
@@ -102,6 +102,11 @@ SOURCES = (
         False,
     ),
 )
+
+
+def fetch_packages(folder: Path) -> None:
+    """Download the packages of all sources and unpack them into `folder/<package>`."""
+    fetch(SOURCES, folder)
 
 
 def blocks(source: Source, root: Path, seen: set[bytes]) -> Iterator[str]:

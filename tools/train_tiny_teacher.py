@@ -101,10 +101,9 @@ def take(blocks: list[str], limit: int) -> str:
 def prepare(out: Path) -> None:
     """Turn packages into `out`: tokenizer/, train.npy and heldout.npy (uint16), sample.txt and
     heldout.txt, sources.json."""
-    from tools import debian_text
     from tools import tiny_teacher_corpus as corpus
 
-    debian_text.fetch(corpus.SOURCES, out / "packages")
+    corpus.fetch_packages(out / "packages")
     seen: set[bytes] = set()
     splits: dict[str, list[tuple[str, bool]]] = {"train": [], "heldout": []}
     table = []

@@ -22,6 +22,7 @@ from tools.english_corpus import (
     read_dictionary,
     read_fortunes,
     read_pod,
+    read_rst,
     read_text,
     read_wordnet,
 )
@@ -38,7 +39,7 @@ def page(number: int) -> str:
 
 @pytest.fixture
 def tree(tmp_path):
-    """An unpacked package with ten pages."""
+    """Write an unpacked package with ten pages."""
     folder = tmp_path / "roots" / "stories" / "usr/share/doc/stories"
     folder.mkdir(parents=True)
     for number in range(10):
@@ -125,6 +126,15 @@ def test_perl_pages_lose_commands_code_and_marks(tmp_path):
     assert words == ["Use $x->{y} and bold text, see the page or 1 < 2.", "More."]
 
 
+def test_restructured_text_loses_headings_directives_and_marks(tmp_path):
+    (tmp_path / "a.rst.txt").write_text(
+        "Title\n=====\n\nSee :ref:`the page <label>`, ``code`` and *stress*;\n`a link <x>`_ too::\n"
+        "\n    code()\n\n.. note:: hidden\n\n- **An** item.\n\n:field: x\n"
+    )
+    (found,) = read_rst("*.rst.txt")(tmp_path)
+    assert found == ["See the page, code and stress;\na link too:", "An item."]
+
+
 def test_a_dictionary_is_read_by_its_index(tmp_path):
     folder = tmp_path / "usr/share/dictd"
     folder.mkdir(parents=True)
@@ -203,7 +213,7 @@ def test_a_package_without_text_is_an_error_and_nothing_is_left(tree, tmp_path):
 
 @pytest.fixture
 def apt(tmp_path, tree, monkeypatch):
-    """An apt-get that has one package, built by dpkg-deb."""
+    """Put an apt-get on the path that has one package, built by dpkg-deb."""
     control = tree / "stories" / "DEBIAN"
     control.mkdir()
     (control / "control").write_text(

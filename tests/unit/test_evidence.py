@@ -138,7 +138,8 @@ sys.exit(int(os.environ.get("CODE", "0")))
 
 @pytest.fixture
 def program(tmp_path, monkeypatch):
-    """In the place of the package: a program that notes its calls, so that pieces cost nothing."""
+    """Put a program that notes its calls in the place of the package, so that pieces cost
+    nothing."""
     package = tmp_path / "path" / "megatron_hypenet"
     package.mkdir(parents=True)
     (package / "__main__.py").write_text(PROGRAM)

@@ -31,7 +31,7 @@ IDS = [
 
 
 def interleaved(weight: np.ndarray) -> np.ndarray:
-    """Rows [heads * head_dim, hidden] in llama.cpp's order, one at a time."""
+    """Return rows [heads * head_dim, hidden] in llama.cpp's order."""
     heads = weight.reshape(-1, HEAD_DIM, weight.shape[1])
     order = [row + half * HEAD_DIM // 2 for row in range(HEAD_DIM // 2) for half in (0, 1)]
     return heads[:, order].reshape(weight.shape)
@@ -39,7 +39,7 @@ def interleaved(weight: np.ndarray) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def llama():
-    """A Llama of random weights, and its tensors under GGUF's names in llama.cpp's order."""
+    """Make a Llama of random weights, and its tensors under GGUF's names in llama.cpp's order."""
     torch.manual_seed(5)
     config = LlamaConfig(
         hidden_size=HIDDEN, intermediate_size=FFN, num_hidden_layers=LAYERS, vocab_size=len(WORDS),
@@ -122,7 +122,7 @@ def write_gguf(path, tensors, *, kinds=None, leave_out=(), **settings):
 
 
 def wheel_of(tmp_path, file, **changes):
-    """A wheel that holds the GGUF `file`, and what is known of it."""
+    """Write a wheel that holds the GGUF `file`; return it, and what is known of it."""
     release = Release(
         package="tiny 1.0",
         model="tiny/model.gguf",

@@ -5,13 +5,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from megatron_hypenet.config.schema import STAGES  # noqa: E402
 
 CONFIG = "configs/run/smollm2_135m.yaml"
-STEPS = {"align": 763, "distill": 3357, "finetune": 229}
-"""Optimizer steps of the main line: 25, 110 and 15 M tokens."""
-TOKENS_PER_STEP = {"align": 64 * 512, "distill": 64 * 512, "finetune": 8 * 8192}
+STEPS = dict(zip(STAGES, (763, 3357, 229), strict=True))
+"""Optimizer steps of the main line by stage: 25, 110 and 15 M tokens."""
+TOKENS_PER_STEP = dict(zip(STAGES, (64 * 512, 64 * 512, 8 * 8192), strict=True))
 LAYERS, ATTENTION_LAYERS = 30, 7
 
 

@@ -30,7 +30,7 @@ def tensor(name="a", shape=(2,), kind=0, offset=0) -> bytes:
 
 
 def written(path, settings=(), tensors=(), data=64, version=3, counts=None):
-    """A whole file by hand, so that each part of it can be wrong."""
+    """Write a whole file by hand, so that each part of it can be wrong."""
     head = b"GGUF" + struct.pack("<I", version)
     head += struct.pack("<QQ", *(counts or (len(tensors), len(settings))))
     head += b"".join((*settings, *tensors))
