@@ -15,10 +15,8 @@ from tools.evidence import pack, run
 from tools.evidence.experiments import (
     CONFIG,
     EXPERIMENTS,
-    LAYERS,
     STEPS,
     TOKENS_PER_STEP,
-    evenly,
     experiment,
     tokens,
 )
@@ -38,14 +36,12 @@ def test_every_experiment_is_a_valid_run_of_at_most_150_million_tokens(repo_root
         settings = load_run_config(repo_root / CONFIG, list(one.words))
         assert one.after is not None or tokens(one.words) <= 150.1e6
         assert all(settings.stage(s).warmup_iters <= settings.stage(s).train_iters for s in STEPS)
-        assert one.attention_layers is None or set(one.attention_layers) < set(range(LAYERS))
         assert one.after is None or experiment(one.after)
     assert len({one.name for one in EXPERIMENTS}) == len(EXPERIMENTS)
     for millions in (5, 15, 50):
         assert (
             abs(tokens(experiment(f"tokens_{millions}m").words) / 1e6 - millions) < 0.05 * millions
         )
-    assert evenly(2, 8) == (2, 6)
 
 
 def files_of(tmp_path):
@@ -105,13 +101,13 @@ def place_of(tmp_path):
 
 def test_commands_name_settings_data_and_lengths(tmp_path):
     place = place_of(tmp_path)
-    found = commands(experiment("even_layers"), place, tmp_path / "runs" / "even_layers")
-    assert [step for step, _ in found] == ["sweep", "run", "eval_loss", "eval_needle"]
-    assert found[1][1][:2] == ["run", "c.yaml"] and "seed=5" in found[1][1]
-    assert found[0][1][2:] == found[1][1][1:]  # the same run
-    assert f"teacher={tmp_path / 'data' / 'smollm2'}" in found[1][1]
+    found = commands(experiment("select_kl"), place, tmp_path / "runs" / "select_kl")
+    assert [step for step, _ in found] == ["run", "eval_loss", "eval_needle"]
+    assert found[0][1][:2] == ["run", "c.yaml"] and "seed=5" in found[0][1]
+    assert f"teacher={tmp_path / 'data' / 'smollm2'}" in found[0][1]
+    assert found[0][1][-1] == "select.method=kl"
     # the teacher is measured once: elsewhere the student is evaluated outside of its run
-    assert found[2][1][1].endswith("student/even_layers")
+    assert found[1][1][1].endswith("student/select_kl")
     (main, *_) = commands(experiment("main"), place, tmp_path / "runs" / "main")[1:]
     assert main[1][1].endswith("main/run")
 

@@ -17,7 +17,6 @@ CONFIG = "configs/run/smollm2_135m.yaml"
 STEPS = dict(zip(STAGES, (763, 3357, 229), strict=True))
 """Optimizer steps of the main line by stage: 25, 110 and 15 M tokens."""
 TOKENS_PER_STEP = dict(zip(STAGES, (64 * 512, 64 * 512, 8 * 8192), strict=True))
-LAYERS, ATTENTION_LAYERS = 30, 7
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +27,6 @@ class Experiment:
     question: str
     words: tuple[str, ...] = ()
     """Settings that differ from the configuration, as `hypenet run` takes them."""
-    attention_layers: tuple[int, ...] | None = None
-    """Layers that keep softmax attention; None: those that HALO's selection chooses."""
     after: str | None = None
     """An experiment whose finished run this one continues from a copy of."""
     loss_lengths: tuple[int, ...] = (512, 2048, 8192, 32768)
@@ -57,11 +54,6 @@ def tokens(words: Iterable[str] = ()) -> int:
         if dot:
             steps[stage] = int(rest)
     return sum(TOKENS_PER_STEP[stage] * count for stage, count in steps.items())
-
-
-def evenly(count: int, layers: int) -> tuple[int, ...]:
-    """Return `count` of `layers` layers at equal distances, none at the very beginning."""
-    return tuple(round((number + 0.5) * layers / count) for number in range(count))
 
 
 def _seed(number: int) -> tuple[str, ...]:
@@ -96,13 +88,21 @@ EXPERIMENTS = (
     Experiment(
         name="no_alignment",
         question="mixers start from attention's weights, not from stage 1",
-        words=("align.train_iters=1", "align.warmup_iters=0", "align.lr=1e-12", "align.min_lr=0"),
-        attention_layers=evenly(ATTENTION_LAYERS, LAYERS),
+        words=(
+            "align.train_iters=1",
+            "align.warmup_iters=0",
+            "align.lr=1e-12",
+            "align.min_lr=0",
+            "select.method=uniform",
+        ),
     ),
-    Experiment(
-        name="even_layers",
-        question="evenly spread softmax layers, not selected ones",
-        attention_layers=evenly(ATTENTION_LAYERS, LAYERS),
+    *(
+        Experiment(
+            name=f"select_{method}",
+            question=f"softmax layers chosen by the method {method}",
+            words=(f"select.method={method}",),
+        )
+        for method in ("uniform", "kl", "gates")
     ),
     *(
         Experiment(
@@ -116,7 +116,7 @@ EXPERIMENTS = (
         )
     ),
 )
-"""No alignment is compared with even_layers, since unaligned mixers cannot be scored."""
+"""no_alignment is compared with select_uniform: mixers that were not aligned cannot be scored."""
 
 
 def experiment(name: str) -> Experiment:
@@ -132,9 +132,8 @@ def main() -> None:
     print("| experiment | question | M tokens | settings |\n|---|---|---|---|")
     for one in EXPERIMENTS:
         count = 0.0 if one.after else tokens(one.words) / 1e6
-        layers = "" if one.attention_layers is None else f" softmax layers {one.attention_layers}"
-        settings = " ".join(f"`{word}`" for word in one.words) + layers
-        print(f"| {one.name} | {one.question} | {count:.0f} | {settings.strip()} |")
+        settings = " ".join(f"`{word}`" for word in one.words)
+        print(f"| {one.name} | {one.question} | {count:.0f} | {settings} |")
 
 
 if __name__ == "__main__":

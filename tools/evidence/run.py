@@ -97,13 +97,8 @@ def settings(one: Experiment, place: Place, folder: Path) -> list[str]:
 
 def commands(one: Experiment, place: Place, folder: Path) -> list[tuple[str, list[str]]]:
     """Return the experiment's commands by name, in order, as words behind `hypenet`."""
-    words = settings(one, place, folder)
-    found = []
-    if one.attention_layers is not None:
-        found.append(("sweep", ["select", "sweep", place.config, *words]))
-    found.append(("run", ["run", place.config, *words]))
-    # outside of its run a model is evaluated without the run's teacher
-    model = folder / "run" if one.with_teacher else folder / "student" / one.name
+    found = [("run", ["run", place.config, *settings(one, place, folder)])]
+    model = folder / "run" if one.with_teacher else _student(one, folder)
     text = ["--text", str(place.data / "heldout.txt")]
     for kind, lengths, more in (
         ("loss", one.loss_lengths, ["--probes", "none", "--loss-count", "8"]),
@@ -113,6 +108,12 @@ def commands(one: Experiment, place: Place, folder: Path) -> list[tuple[str, lis
         out = ["--out", str(folder / f"eval_{kind}")]
         found.append((f"eval_{kind}", ["eval", str(model), *text, *sizes, *more, *out]))
     return found
+
+
+def _student(one: Experiment, folder: Path) -> Path:
+    """Return where the export is put aside: outside of its run, a model is evaluated without the
+    run's teacher."""
+    return folder / "student" / one.name
 
 
 def do(one: Experiment, place: Place, out: Path, clock: Clock) -> None:
@@ -143,7 +144,8 @@ def do(one: Experiment, place: Place, out: Path, clock: Clock) -> None:
         if code:
             tail = (folder / "evidence.log").read_text(errors="replace")[-2000:]
             raise Failed(f"{one.name}: {step} ended with exit code {code}:\n{tail}")
-        _after(one, step, folder)
+        if step == "run" and not one.with_teacher:
+            shutil.copytree(folder / "run" / "export", _student(one, folder), dirs_exist_ok=True)
     _collect(one.name, folder, out)
 
 
@@ -172,22 +174,6 @@ def _hypenet(words: Sequence[str], log: Path, seconds: float) -> int:
     # an evaluation has nothing to save, and ends by the signal; what it measured is in its file
     stopped = (-signal.SIGTERM, -signal.SIGKILL, 128 + signal.SIGTERM)
     return SavedAndRequeue.exit_code if code in stopped else code
-
-
-def _after(one: Experiment, step: str, folder: Path) -> None:
-    """Do what follows a command: set the softmax layers, and put the student aside."""
-    if step == "sweep" and one.attention_layers is not None:
-        chosen = folder / "run" / "selection" / "mixers.json"
-        content = json.loads(chosen.read_text())
-        rnn = next(kind for kind in content["mixer_types"] if kind != "attn")
-        layers = range(len(content["mixer_types"]))
-        content["attention_layers"] = list(one.attention_layers)
-        content["mixer_types"] = ["attn" if i in one.attention_layers else rnn for i in layers]
-        write_json(chosen, content)
-    if step == "run" and not one.with_teacher:
-        student = folder / "student" / one.name
-        shutil.rmtree(student, ignore_errors=True)
-        shutil.copytree(folder / "run" / "export", student)
 
 
 def _continue_copy(source: Path, folder: Path) -> None:
