@@ -1,13 +1,11 @@
 """Layouts that fit: they obey the rules, fit, and the fastest by estimate comes first."""
 
 import pytest
-import yaml
 
 from megatron_hypenet.config.checks import layout_problems
 from megatron_hypenet.config.layout import CONTEXT, PIPELINE, TENSOR, ZERO, Layout
-from megatron_hypenet.config.loader import load_run_config
+from megatron_hypenet.config.loader import load_model_config, load_run_config
 from megatron_hypenet.config.mixers import default_mixer
-from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.planning.layout_search import (
     fits,
     fullest,
@@ -24,9 +22,7 @@ GIB = 2**30
 @pytest.fixture
 def layout(repo_root):
     def of(model, world_size, *words):
-        shape = ModelConfig.model_validate(
-            yaml.safe_load((repo_root / "configs" / "model" / f"{model}.yaml").read_text())
-        )
+        shape = load_model_config(repo_root / "configs" / "model" / f"{model}.yaml")
         run = load_run_config(
             repo_root / "configs" / "run" / "distill_2b.yaml", ["teacher=T", "data=D", *words]
         )

@@ -6,10 +6,9 @@ import subprocess
 import sys
 
 import pytest
-import yaml
 
+from megatron_hypenet.config.loader import load_model_config
 from megatron_hypenet.config.mixers import default_mixer
-from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.config.schema import HeadStageConfig, ParallelConfig
 from megatron_hypenet.planning import memory
 from megatron_hypenet.planning.layout_search import teacher_and_student
@@ -24,9 +23,7 @@ GIB = 2**30
 
 @pytest.fixture
 def model(repo_root):
-    return lambda name: ModelConfig.model_validate(
-        yaml.safe_load((repo_root / "configs" / "model" / f"{name}.yaml").read_text())
-    )
+    return lambda name: load_model_config(repo_root / "configs" / "model" / f"{name}.yaml")
 
 
 def config(batch, length, *, ranks=1, micro_batches=1, **changes):

@@ -1,10 +1,9 @@
 """The registry of stages, and what planning asks a stage, over all of them."""
 
 import pytest
-import yaml
 
+from megatron_hypenet.config.loader import load_model_config
 from megatron_hypenet.config.mixers import default_mixer
-from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.config.schema import STAGES, HeadStageConfig, RunConfig
 from megatron_hypenet.model.flops import (
     forward_flops,
@@ -118,9 +117,7 @@ def test_work_of_the_stages():
 def test_published_sizes(repo_root, size, expected):
     """The numbers are GFLOP per token of the three stages at 512, 512 and 16,384 tokens, worked out
     by hand from the layer formulas."""
-    student = ModelConfig.model_validate(
-        yaml.safe_load((repo_root / f"configs/model/hypenet_{size}.yaml").read_text())
-    )
+    student = load_model_config(repo_root / f"configs/model/hypenet_{size}.yaml")
     teacher = student.replace(
         mixer_types=("attn",) * student.num_layers, attn_use_rope=True, attn_use_output_gate=False
     )
