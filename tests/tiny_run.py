@@ -59,12 +59,14 @@ def write_config(root: Path, **changes) -> Path:
         "finetune": STAGE,
         "select": {
             "recall_sequences": 2,
+            "recall_pairs": 2,
             "heldout_sequences": 2,
             "seq_length": 16,
             "batch_size": 2,
         },
         "eval": {
             "recall_sequences": 2,
+            "recall_pairs": 2,
             "heldout_sequences": 2,
             "seq_length": 16,
             "batch_size": 2,

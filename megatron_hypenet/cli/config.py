@@ -148,12 +148,13 @@ def check_and_warn(run: RunConfig, shape: ModelConfig | None, world_size: int | 
 
 
 def check_data_here(run: RunConfig) -> None:
-    """Look at the files and the first document of each source of data that is here; a note on
-    stderr names the others. Raises DataError."""
-    from megatron_hypenet.data.check import check_source
+    """Look at the lengths of recall documents, and at the files and the first document of each
+    source of data that is here; a note on stderr names the others. Raises DataError."""
+    from megatron_hypenet.data.check import check_recall_lengths, check_source
     from megatron_hypenet.data.pairs import token_paths
     from megatron_hypenet.data.sources import is_pattern
 
+    check_recall_lengths(run)
     for source in run.data.every_source:
         path = source.path
         if path.exists() or is_pattern(path) or any(one.exists() for one in token_paths(path)):

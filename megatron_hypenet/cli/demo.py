@@ -34,8 +34,11 @@ def demo(
     cp: ContextParallelOption = None,
     nproc: ProcessesOption = None,
     out: Annotated[
-        Path, typer.Option("--out", help="Run folder; an unfinished demo in it is continued.")
-    ] = Path("runs/demo"),
+        Path | None,
+        typer.Option(
+            "--out", help="Run folder (runs/demo); an unfinished demo in it is continued."
+        ),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Delete an earlier demo in --out and start again.")
     ] = False,
@@ -53,7 +56,7 @@ def demo(
       hypenet demo --out runs/longer distill.train_iters=600
     """
     from megatron_hypenet.config.loader import load_run_config
-    from megatron_hypenet.errors import SetupError
+    from megatron_hypenet.errors import SetupError, UsageError
 
     if not CONFIG.is_file():
         raise SetupError(
@@ -61,9 +64,12 @@ def demo(
             "package; install it again"
         )
     processes.use_all_cores()
-    settings = load_run_config(
-        CONFIG, [*collect_overrides(overrides, tp=tp, pp=pp, cp=cp), f"output_dir={out}"]
-    )
+    words = collect_overrides(overrides, tp=tp, pp=pp, cp=cp)
+    if out is not None:
+        if any(word.startswith("output_dir=") for word in words):
+            raise UsageError("--out and output_dir= are the same setting; give one of them")
+        words = [*words, f"output_dir={out}"]
+    settings = load_run_config(CONFIG, words)
     from megatron_hypenet.cli.run import run_all
 
     run_all(

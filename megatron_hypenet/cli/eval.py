@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +17,7 @@ import typer
 
 from megatron_hypenet.cli import processes
 from megatron_hypenet.cli.engines import Engine, VllmOption
-from megatron_hypenet.cli.eval_models import Runner, checked_checkpoint
+from megatron_hypenet.cli.eval_models import Replaced, Runner, checked_checkpoint, replaced_in
 from megatron_hypenet.cli.options import (
     ContextParallelOption,
     DryRunOption,
@@ -59,6 +59,16 @@ def evaluate(
         list[Path] | None,
         typer.Option("--beside", help="Another model to compare with; default: a run's teacher."),
     ] = None,
+    replace_layer: Annotated[
+        int | None,
+        typer.Option(
+            "--replace-layer",
+            min=0,
+            metavar="LAYER",
+            help="Measure the run's teacher with this layer's attention replaced by its aligned "
+            "mixer, for `hypenet select rank`.",
+        ),
+    ] = None,
     text: Annotated[
         Path | None,
         typer.Option("--text", help="Held-out text (UTF-8): its loss, and filler of the tasks."),
@@ -95,6 +105,9 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option("--limit", min=1, help="Most documents of each of --tasks.")
     ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Ask --tasks through the tokenizer's chat template.")
+    ] = False,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the documents.")] = 0,
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="float32, bfloat16, ...; default: the weights'.")
@@ -128,24 +141,18 @@ def evaluate(
     """
     check_dtype(dtype)
     check_device(device)
-    from megatron_hypenet.checkpoint.places import refuse_missing, run_around
-    from megatron_hypenet.data.probes import TASKS
+    from megatron_hypenet.checkpoint.places import run_around
     from megatron_hypenet.data.questions import read_questions
 
-    models = _models(model, beside)
-    out, run = _place(out, run_around(model), model)
-    named = list(TASKS) if tasks == "all" else [] if tasks == "none" else tasks.split(",")
-    for task in named:
-        if task not in TASKS:
-            raise UsageError(f"--probes {task}: no task; choose from {', '.join(TASKS)}")
-    layout = _layout(tp, pp, cp, sp)
+    models, replaced = _models(model, beside, replace_layer, out)
+    out, run = _place(out, None if replaced else run_around(model), model)
+    named = _probes(tasks)
+    layout = _layout(tp, pp, cp, sp, always=replaced is not None)
     if layout is not None and (engine is Engine.VLLM or device is not None):
         raise UsageError(
-            "--tp, --pp, --cp and --sp are of the training model, which has no --engine and no "
-            "--device; give one or the other"
+            "--tp, --pp, --cp, --sp and --replace-layer are of the training model, which has no "
+            "--engine and no --device; give one or the other"
         )
-    for path in models.values():
-        refuse_missing(path)
     plan: dict[str, Any] = {
         "lengths": sorted(_numbers("--lengths", lengths, int, 16, 10**8)),
         "depths": sorted(_numbers("--depths", depths, float, 0, 1)),
@@ -159,10 +166,12 @@ def evaluate(
         "layout": None if layout is None else layout.model_dump(mode="json", exclude_defaults=True),
         "text": text and _digest("--text", text),
         "questions": {str(path): _digest("--questions", path) for path in questions or []},
+        **({} if replaced is None else {"replaced": replaced.described()}),
     }
-    harness = _harness(harness_tasks, include_path, fewshot, limit)
+    asking = {"fewshot": fewshot, "limit": limit, **({"chat": True} if chat else {})}
+    harness = _harness(harness_tasks, include_path, asking)
     if harness is not None:
-        plan["tasks of lm-eval"] = {"fewshot": fewshot, "limit": limit}
+        plan["tasks of lm-eval"] = dict(asking)
         if include_path is not None:
             plan["tasks of lm-eval"]["files"] = _digests(include_path)
     words = None if text is None else _words(text)
@@ -176,7 +185,7 @@ def evaluate(
     rows = _earlier(out, plan, overwrite=overwrite)
     measures = _measures(plan, text, asked)
     if harness is not None:
-        measures |= _harness_measures(harness, fewshot, limit)
+        measures |= _harness_measures(harness, asking)
     if dry_run:
         _say({"measurements": len(measures) * len(models), "done": len(_done(rows))}, as_json)
         return
@@ -189,6 +198,7 @@ def evaluate(
         vllm=vllm,
         parallel=layout,
         longest=max(plan["lengths"]),
+        replaced=replaced,
     )
     for name, path in models.items():
         todo = {key: call for key, call in measures.items() if (name, key) not in _done(rows)}
@@ -207,11 +217,25 @@ def _place(out: Path | None, run: Path | None, model: Path) -> tuple[Path, Path 
     return out or (run or Path()) / FOLDER, run
 
 
+def _with_replaced(
+    model: Path, layer: int, beside: list[Path] | None, out: Path | None
+) -> tuple[dict[str, Path], Replaced]:
+    """Return the teacher of the model's run, under a name that says what is replaced in it.
+    UsageError for what does not go with it."""
+    if beside or out is None:
+        raise UsageError(
+            "--replace-layer measures one model of many: give --out FOLDER/LAYER, for "
+            "`hypenet select rank --scores FOLDER`, and no --beside"
+        )
+    teacher, replaced = replaced_in(model, layer)
+    return {f"layer {layer} replaced": teacher}, replaced
+
+
 def _layout(
-    tp: int | None, pp: int | None, cp: int | None, sequence_parallel: bool
+    tp: int | None, pp: int | None, cp: int | None, sequence_parallel: bool, *, always: bool
 ) -> ParallelConfig | None:
-    """Return the layout that is asked for, or None."""
-    if not (tp or pp or cp or sequence_parallel):
+    """Return the layout that is asked for, or None unless there is `always` one."""
+    if not (tp or pp or cp or sequence_parallel or always):
         return None
     return ParallelConfig(
         tensor_model_parallel_size=tp or 1,
@@ -235,16 +259,35 @@ def _start(models: dict[str, Path], layout: ParallelConfig) -> None:
     configure_logging()
 
 
-def _models(model: Path, beside: list[Path] | None) -> dict[str, Path]:
-    """Return the models by name; beside what lies in a run, its teacher unless others are given."""
-    from megatron_hypenet.checkpoint.places import run_around
+def _probes(tasks: str) -> list[str]:
+    """Return the long-context tasks that are asked for. UsageError for a name that is none."""
+    from megatron_hypenet.data.probes import TASKS
 
+    named = list(TASKS) if tasks == "all" else [] if tasks == "none" else tasks.split(",")
+    for task in named:
+        if task not in TASKS:
+            raise UsageError(f"--probes {task}: no task; choose from {', '.join(TASKS)}")
+    return named
+
+
+def _models(
+    model: Path, beside: list[Path] | None, layer: int | None, out: Path | None
+) -> tuple[dict[str, Path], Replaced | None]:
+    """Return the models by name; beside what lies in a run, its teacher unless others are given.
+    With `layer` it is the run's teacher, and what is replaced in it. UsageError or CheckpointError
+    for what does not go together or is not there."""
+    from megatron_hypenet.checkpoint.places import refuse_missing, run_around
+
+    for path in (model, *(beside or [])):
+        refuse_missing(path)
+    if layer is not None:
+        return _with_replaced(model, layer, beside, out)
     run = run_around(model)
     others = beside or ([run / TEACHER] if run is not None and (run / TEACHER).is_dir() else [])
     found = {path.resolve().name: path for path in (*others, model)}
     if len(found) < len(others) + 1:
         raise UsageError("two models have the same name; rename a folder, or leave one out")
-    return found
+    return found, None
 
 
 def _numbers(option: str, text: str, kind: type, least: float, most: float) -> list[Any]:
@@ -268,13 +311,14 @@ def _words(path: Path) -> str:
 
 
 def _harness(
-    names: str | None, include_path: Path | None, fewshot: int | None, limit: int | None
+    names: str | None, include_path: Path | None, asking: Mapping[str, Any]
 ) -> Tasks | None:
     """Return the tasks of lm-eval that are asked for. UsageError for what belongs to none."""
     if names is None:
-        if include_path is not None or fewshot is not None or limit is not None:
+        if include_path is not None or any(value is not None for value in asking.values()):
             raise UsageError(
-                "--include-path, --fewshot and --limit are about tasks of lm-eval; add --tasks NAME"
+                "--include-path, --fewshot, --limit and --chat are about tasks of lm-eval; add "
+                "--tasks NAME"
             )
         return None
     if include_path is not None and not include_path.is_dir():
@@ -284,11 +328,11 @@ def _harness(
     return Tasks(list(dict.fromkeys(names.split(","))), include_path)
 
 
-def _harness_measures(harness: Tasks, fewshot: int | None, limit: int | None) -> dict[str, Measure]:
-    """Return a measurement for each task of lm-eval."""
+def _harness_measures(harness: Tasks, asking: Mapping[str, Any]) -> dict[str, Measure]:
+    """Return a measurement for each task of lm-eval; `asking` are keywords of `Tasks.rows`."""
     return {
         f"lm-eval {name}": lambda at, name=name: harness.rows(  # type: ignore[misc]
-            at.model, name, fewshot=fewshot, limit=limit
+            at.model, name, **asking
         )
         for name in harness.names
     }

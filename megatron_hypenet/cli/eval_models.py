@@ -5,11 +5,11 @@ Not a verb: `hypenet eval` uses it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_hypenet.cli.engines import Engine, vllm_process
 from megatron_hypenet.config.schema import ParallelConfig
@@ -17,9 +17,54 @@ from megatron_hypenet.errors import UsageError
 
 if TYPE_CHECKING:
     from megatron_hypenet.eval.suite import Model
+    from megatron_hypenet.model.hypenet import HypeNetModel
 
 LEAST_LENGTH = 4096
 """Tokens that vLLM makes room for, when no longer texts are asked for."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Replaced:
+    """One layer of a run's teacher whose attention is replaced by its aligned RNN mixer."""
+
+    layer: int
+    aligned: Path
+    """The checkpoint of stage 1."""
+
+    @property
+    def mixer(self) -> str:
+        """Return the name of the RNN mixer."""
+        from megatron_hypenet.checkpoint.find import read_model_config
+
+        return read_model_config(self.aligned).mixer_types[0]
+
+    def described(self) -> dict[str, Any]:
+        """Return what eval.json says of it."""
+        return {"layer": self.layer, "aligned": str(self.aligned)}
+
+    def put_into(self, teacher: HypeNetModel) -> None:
+        """Replace the layer, on the pipeline stage that has it."""
+        from megatron_hypenet.halo.build_stage import load_aligned
+
+        mixers = load_aligned(teacher, self.aligned)
+        if str(self.layer) in mixers.mixers:
+            teacher.set_mixer(self.layer, mixers.of_layer(self.layer))
+
+
+def replaced_in(model: Path, layer: int) -> tuple[Path, Replaced]:
+    """Return the teacher of the run that `model` is or lies in, and what is replaced in it.
+    UsageError for a layer that it does not have; CheckpointError before stage 1 is done."""
+    from megatron_hypenet.checkpoint.find import read_model_config, resolve
+    from megatron_hypenet.checkpoint.places import run_of
+    from megatron_hypenet.config.schema import STAGES
+    from megatron_hypenet.halo.run_folder import RunFolder
+
+    folder = RunFolder(run_of(model))
+    aligned = resolve(folder.stage(STAGES[0]), fall_back=False)
+    count = read_model_config(folder.teacher).num_layers
+    if layer >= count:
+        raise UsageError(f"--replace-layer {layer}: the teacher has layers 0 to {count - 1}")
+    return folder.teacher, Replaced(layer=layer, aligned=aligned)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,12 +82,14 @@ class Runner:
     """The layout of the training model; None where an engine runs an exported one."""
     longest: int = 0
     """Tokens of the longest text."""
+    replaced: Replaced | None = None
+    """What differs from the checkpoint of a teacher, on a layout."""
 
     @contextmanager
     def loaded(self, path: Path) -> Iterator[Model]:
         """Load a checkpoint, a run's model or a Hugging Face folder, until the end of the block."""
         if self.parallel is not None:
-            with _on_layout(path, self.parallel, self.dtype) as model:
+            with _on_layout(path, self.parallel, self.dtype, self.replaced) as model:
                 yield model
             return
         from megatron_hypenet.export.hf_model import as_hf_folder
@@ -69,6 +116,7 @@ class Runner:
             answer=lambda ids, most: generate(loaded, tokenizer, ids, Sampling(most)).text,
             encode=lambda words: encode(tokenizer, words),
             end_tokens=end_tokens(loaded),
+            chat=chat_of(tokenizer),
         )
 
     @contextmanager
@@ -98,11 +146,15 @@ class Runner:
                 text: str = tokenizer.decode(found, skip_special_tokens=True)
                 return text
 
-            yield Model(score, answer, lambda words: encode(tokenizer, words), ends)
+            yield Model(
+                score, answer, lambda words: encode(tokenizer, words), ends, chat_of(tokenizer)
+            )
 
 
 @contextmanager
-def _on_layout(path: Path, parallel: ParallelConfig, dtype: str | None) -> Iterator[Model]:
+def _on_layout(
+    path: Path, parallel: ParallelConfig, dtype: str | None, replaced: Replaced | None
+) -> Iterator[Model]:
     """Build the training model of a checkpoint on all processes of a layout. An answer computes the
     whole text again for every token, because there is no cache."""
     import torch
@@ -131,8 +183,10 @@ def _on_layout(path: Path, parallel: ParallelConfig, dtype: str | None) -> Itera
     ends = model_end_of(place) or ([] if config.eos_token_id is None else [config.eos_token_id])
     try:
         model = build_model(config, parallel, dtype=getattr(torch, dtype or _stored_dtype(folder)))
-        guard_kernels(model)
+        guard_kernels(model, mixers=() if replaced is None else (replaced.mixer,))
         load_model(model, folder)
+        if replaced is not None:
+            replaced.put_into(model)
         model.eval()
 
         def score(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -149,9 +203,26 @@ def _on_layout(path: Path, parallel: ParallelConfig, dtype: str | None) -> Itera
             text: str = tokenizer.decode(new, skip_special_tokens=True)
             return text
 
-        yield Model(score, answer, lambda words: encode(tokenizer, words), ends)
+        yield Model(score, answer, lambda words: encode(tokenizer, words), ends, chat_of(tokenizer))
     finally:
         destroy_parallel()
+
+
+def chat_of(tokenizer: Any) -> Callable[[list[dict[str, str]], bool], str] | None:
+    """Return the function `Model.chat` of a tokenizer."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+
+    def chat(messages: list[dict[str, str]], answers: bool) -> str:
+        text: str = tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            add_generation_prompt=answers,
+            continue_final_message=not answers,
+        )
+        return text
+
+    return chat
 
 
 def checked_checkpoint(path: Path) -> Path:

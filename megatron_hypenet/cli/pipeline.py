@@ -147,7 +147,8 @@ def screen_of(run: RunConfig, folder: RunFolder, found: Checked) -> Screen:
     """Return the output of this process, with a clock that knows the speeds of earlier starts."""
     from megatron_hypenet.cli.progress import Screen
     from megatron_hypenet.halo.tasks import halo_steps
-    from megatron_hypenet.planning.eta import Clock, planned_work, read_rates, write_rates
+    from megatron_hypenet.planning.eta import Clock, read_rates, write_rates
+    from megatron_hypenet.planning.planned_work import planned_work
 
     steps = [step.name for step in halo_steps(run, folder)]
     clock = Clock(planned_work(run, found.shape, steps), read_rates(folder.root))
@@ -288,15 +289,21 @@ def check_trackers(run: RunConfig) -> None:
 
 
 def check_data(run: RunConfig, *, again: bool, on_gpus: bool | None = None) -> None:
-    """Look at every source of data: its files and its first document. Raises DataError.
+    """Look at the lengths of recall documents, and at the files and the first document of every
+    source of data. Raises DataError.
 
     A large text is refused where GPUs would wait for it, unless it was tokenized before and is not
     to be done `again`.
     """
-    from megatron_hypenet.data.check import check_source, refuse_large_text
+    from megatron_hypenet.data.check import (
+        check_recall_lengths,
+        check_source,
+        refuse_large_text,
+    )
     from megatron_hypenet.data.pairs import INDEX_FILE
     from megatron_hypenet.halo.run_folder import RunFolder
 
+    check_recall_lengths(run)
     sizes = [check_source(source) for source in run.data.every_source]
     done = (RunFolder(run.output_dir).data / INDEX_FILE).is_file() and not again
     if done or run.device == "cpu" or not any(sizes):

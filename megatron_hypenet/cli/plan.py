@@ -122,7 +122,6 @@ def plan(
     from megatron_hypenet.halo.run_folder import RunFolder
     from megatron_hypenet.halo.tasks import halo_steps
     from megatron_hypenet.planning.disk import disk_need, text_bytes
-    from megatron_hypenet.planning.eta import planned_work
     from megatron_hypenet.planning.hours import hours_of
     from megatron_hypenet.planning.layout_search import (
         fits,
@@ -131,6 +130,7 @@ def plan(
         scaled_batches,
         teacher_and_student,
     )
+    from megatron_hypenet.planning.planned_work import planned_work
 
     layout = Layout(shape, run, gpus or world_size)
     if scale_batch:

@@ -25,6 +25,9 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 _STEP_LINE = re.compile(r"^\S+ \[(\d+)/(\d+)\] (\w+): (.*)$")
 _ITER_LINE = re.compile(r"^\S+\s+iter (\d+)/(\d+) \| (.*)$")
 
+_NOT_FORESEEN = {"eta": "", "eta_seconds": None, "whole_run": "", "whole_run_seconds": None}
+"""The times of a run that does not run: what it said last was true only if it had gone on."""
+
 RunArgument = Annotated[
     Path,
     typer.Argument(
@@ -53,12 +56,14 @@ def status_of(run_folder: Path) -> dict[str, Any]:
     """Return everything that `status` says, as plain data: times in seconds, speeds in tokens per
     second."""
     from megatron_hypenet.cluster.jobs import Jobs
-    from megatron_hypenet.cluster.run_state import state_of
+    from megatron_hypenet.cluster.run_state import RUNNING, state_of
 
     jobs = Jobs(run_folder)
     progress = progress_of(run_folder)
     states = jobs.states()
     found = state_of(run_folder, progress["finished"], jobs.newest_of_each_part(), states)
+    if progress["iteration"] is not None and found.state != RUNNING:
+        progress["iteration"] |= _NOT_FORESEEN
     return {
         "run": str(run_folder),
         **asdict(found),
@@ -230,9 +235,22 @@ def state_lines(found: dict[str, Any]) -> list[str]:
     return lines
 
 
+def speed_of(iteration: Mapping[str, Any], *, runs: bool) -> str:
+    """Say the speed of a training stage, and how long it and the run still take while they run."""
+    from megatron_hypenet.training.short_text import short_count, short_time
+
+    speed = iteration["tokens_per_second"]
+    said = f"{'unknown' if speed is None else short_count(speed)} tokens/s"
+    if not runs:
+        return f"{said} when it last ran"
+    eta = iteration["eta_seconds"]
+    whole = f"; whole run: {iteration['whole_run']}" if iteration["whole_run"] else ""
+    return f"{said}, this stage: {'time' if eta is None else short_time(eta)} left{whole}"
+
+
 def lines_of(found: dict[str, Any]) -> list[str]:
     """Format `status_of` as readable text."""
-    from megatron_hypenet.training.short_text import short_count, short_time
+    from megatron_hypenet.training.short_text import short_time
 
     lines = [found["run"], *state_lines(found)]
     for row in found["jobs"]:
@@ -254,6 +272,8 @@ def lines_of(found: dict[str, Any]) -> list[str]:
         lines.append(
             f"  {what:<12} {row['node']}: {row['why']}, {short_time(row['seconds_ago'])} ago"
         )
+    from megatron_hypenet.cluster.run_state import RUNNING
+
     step, iteration, save = found["step"], found["iteration"], found["last_save"]
     lines.append(
         f"  step         {step['name']} ({step['place']}/{step['of']}): {step['what']}"
@@ -263,13 +283,7 @@ def lines_of(found: dict[str, Any]) -> list[str]:
     if iteration and step and "done" not in step["what"]:
         loss = "" if iteration["loss"] is None else f", loss {iteration['loss']:.4g}"
         lines.append(f"  iteration    {iteration['number']}/{iteration['of']}{loss}")
-        speed = iteration["tokens_per_second"]
-        eta = iteration["eta_seconds"]
-        whole = f"; whole run: {iteration['whole_run']}" if iteration["whole_run"] else ""
-        lines.append(
-            f"  speed        {'unknown' if speed is None else short_count(speed)} tokens/s, "
-            f"this stage: {'time' if eta is None else short_time(eta)} left{whole}"
-        )
+        lines.append(f"  speed        {speed_of(iteration, runs=found['state'] == RUNNING)}")
     lines.append(
         f"  last save    {save['checkpoint']}, {short_time(save['seconds_ago'])} ago"
         if save

@@ -21,6 +21,7 @@ from megatron_hypenet.supervision.start_record import StartRecord, read_start
 if TYPE_CHECKING:
     from megatron_hypenet.cluster.jobs import Job, JobState
 
+RUNNING = "running"
 LAST_STEP = "report"
 """The step with which a run is done."""
 
@@ -54,14 +55,14 @@ def state_of(
     known = states or {}
     for job in jobs:
         if (state := known.get(job.id)) is not None and state.live:
-            word = "waiting" if state.state == "PENDING" else "running"
+            word = "waiting" if state.state == "PENDING" else RUNNING
             where = f"SLURM job {job.id}" + (f" on {state.nodes}" if state.nodes else "")
             return RunState(state=word, where=where, why=state.reason)
     owner, lives = owner_of(folder)
     start = read_start(folder)
     if owner is not None and lives is not False:
         return RunState(
-            state="running",
+            state=RUNNING,
             where=f"process {owner.pid} on {owner.host}",
             host=owner.host,
             pid=owner.pid,

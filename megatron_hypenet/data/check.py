@@ -5,15 +5,19 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_hypenet.config.schema import SourceConfig
+from megatron_hypenet.config.schema import STAGES, RunConfig, SourceConfig
 from megatron_hypenet.data.places import Fields
 from megatron_hypenet.data.readers import parts_of, read_batches
 from megatron_hypenet.data.records import documents_of
 from megatron_hypenet.data.sources import Found, find_files, is_prepared
 from megatron_hypenet.errors import DataError
 
+LEAST_FACT_TOKENS = 4
+"""Tokens of a fact in a recall document, at least: bracket, key, value and bracket. A tokenizer may
+need more, which is found before it reads the text."""
 MOST_TEXT_BYTES = 10**9
 """Text of a run that a GPU job tokenizes by itself, in bytes on the disk: a few minutes."""
 
@@ -60,6 +64,55 @@ def check_source(source: SourceConfig) -> int:
     found = find_files(source.path)
     check_text(found, Fields(source.text_key, source.messages_key), source.path)
     return found.size
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecallUse:
+    """A place where a run makes recall documents."""
+
+    setting: str
+    """The setting to change, with its value."""
+    num_pairs: int
+    seq_length: int
+
+
+def recall_uses(run: RunConfig) -> list[RecallUse]:
+    """Return the places where a run makes recall documents whatever its layer selection reads:
+    stages that train on some, and evaluations at the shortest length."""
+    found = [
+        RecallUse(
+            setting=f"{name}.seq_length={run.stage(name).seq_length}",
+            num_pairs=run.data.recall_pairs,
+            seq_length=run.stage(name).seq_length,
+        )
+        for name in (STAGES if run.data.recall_fraction > 0 else ())
+    ]
+    shortest = min((*run.eval.length_multiples, *run.eval.gate.multiples))
+    pairs, length = run.eval.recall_pairs, run.eval.seq_length * shortest
+    setting = f"eval.recall_pairs={pairs}"
+    return [*found, RecallUse(setting=setting, num_pairs=pairs, seq_length=length)]
+
+
+def check_recall_lengths(run: RunConfig) -> None:
+    """Raise DataError when recall documents cannot fit whatever the tokenizer is."""
+    problems: dict[str, None] = {}  # a dict keeps the order and drops repetitions
+    for use in recall_uses(run):
+        least = 2 * use.num_pairs * LEAST_FACT_TOKENS
+        if use.seq_length < least:
+            problems[
+                f"{use.setting}: a recall document with {use.num_pairs} facts needs at least "
+                f"{least} tokens; seq_length is {use.seq_length}. Use a longer seq_length or fewer "
+                "recall pairs."
+            ] = None
+    refuse_recall(list(problems))
+
+
+def refuse_recall(problems: Sequence[str]) -> None:
+    """Raise DataError with all problems of a run's recall documents, if there are any."""
+    if problems:
+        raise DataError(
+            "the recall documents do not fit the configuration:\n  - " + "\n  - ".join(problems)
+        )
 
 
 def refuse_large_text(sources: Sequence[SourceConfig], tokenizer: Path) -> None:

@@ -44,13 +44,15 @@ def prepare_corpus(
     tokenizer_dir: Path, folder: Path, *,
     vocab_size: int,
     model_end: int | Sequence[int] | None = None, log: Callable[[str], None] = lambda text: None,
+    check: Callable[[RecallVocabulary], None] = lambda vocabulary: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Make the token files of a run in `folder`; a source that has not changed since the last call
     is not tokenized again, and a prepared pair that has not changed is not checked for foreign ids
     again.
 
-    `model_end` is the end-of-text token of the model's configuration. Returns what corpus.json
-    holds. Raises DataError as `prepare_file`, `open_tokens` and `scan_ids` do.
+    `model_end` is the end-of-text token of the model's configuration; `check` is called with what
+    the tokenizer spells facts by, before any text is tokenized. Returns what corpus.json holds.
+    Raises DataError as `prepare_file`, `open_tokens` and `scan_ids` do.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(tokenizer_dir)
@@ -100,6 +102,7 @@ def prepare_corpus(
         }
 
     vocabulary = recall_vocabulary(tokenizer)
+    check(vocabulary)
     content = {
         "vocab_size": vocab_size,
         "end_of_document": end.id,

@@ -51,10 +51,32 @@ class RecallVocabulary:
         """Return the tokens of one whole statement."""
         return len(self.opening) + 1 + len(self.separator) + 1 + len(self.closing)
 
+    def check(self, num_pairs: int, seq_length: int) -> None:
+        """Raise DataError when recall documents with `num_pairs` facts cannot be made in
+        `seq_length` tokens: every fact is stated and asked for, with words of its own."""
+        if len(self.words) < 4 * num_pairs:
+            raise DataError(
+                f"the tokenizer has {len(self.words)} one-token words of 3 to 8 letters; "
+                f"{num_pairs} recall pairs need "
+                f"{4 * num_pairs}. Use fewer recall pairs, or a tokenizer with a larger vocabulary."
+            )
+        refuse_short(num_pairs, seq_length, self.fact_tokens)
+
     @property
     def answer_offset(self) -> int:
         """Index, within a statement, of the token whose successor is the value."""
         return len(self.opening) + len(self.separator)
+
+
+def refuse_short(num_pairs: int, seq_length: int, fact_tokens: int) -> None:
+    """Raise DataError when statements and questions of `num_pairs` facts, of `fact_tokens` tokens
+    each, are longer than `seq_length`."""
+    least = 2 * num_pairs * fact_tokens
+    if seq_length < least:
+        raise DataError(
+            f"a recall document with {num_pairs} facts needs at least {least} tokens; seq_length "
+            f"is {seq_length}. Use a longer seq_length or fewer recall pairs."
+        )
 
 
 class RecallTask:
@@ -67,12 +89,7 @@ class RecallTask:
 
         Raises DataError when the vocabulary has fewer than 4 words a fact, or the stream is empty.
         """
-        if len(vocabulary.words) < 4 * num_pairs:
-            raise DataError(
-                f"the tokenizer has {len(vocabulary.words)} one-token words of 3 to 8 letters; "
-                f"{num_pairs} recall pairs need "
-                f"{4 * num_pairs}. Use fewer recall pairs, or a tokenizer with a larger vocabulary."
-            )
+        vocabulary.check(num_pairs, 2 * num_pairs * vocabulary.fact_tokens)
         if len(filler) < 2:
             raise DataError(
                 "the filler text of the recall documents is empty; give a text with at least one "
@@ -83,12 +100,6 @@ class RecallTask:
         self.seed = seed
         self.num_pairs = num_pairs
         self._words = np.asarray(vocabulary.words, dtype=np.int64)
-
-    def minimum_seq_length(self, num_pairs: int | None = None) -> int:
-        """Return the shortest `seq_length` that holds every fact and every question."""
-        return (
-            2 * (self.num_pairs if num_pairs is None else num_pairs) * self.vocabulary.fact_tokens
-        )
 
     def document(
         self, index: int, seq_length: int, *, training: bool = False
@@ -108,12 +119,7 @@ class RecallTask:
                 key=[self.seed & (2**64 - 1), (2 * index + int(training)) & (2**64 - 1)]
             )
         )
-        if seq_length < self.minimum_seq_length():
-            raise DataError(
-                f"a recall document with {self.num_pairs} facts needs at least "
-                f"{self.minimum_seq_length()} tokens; seq_length is "
-                f"{seq_length}. Use a longer seq_length or fewer recall pairs."
-            )
+        refuse_short(self.num_pairs, seq_length, self.vocabulary.fact_tokens)
         num_pairs = int(rng.integers(2, self.num_pairs + 1)) if training else self.num_pairs
         words = rng.choice(self._words, size=2 * num_pairs, replace=False)
         facts = [self._fact(words[2 * i], words[2 * i + 1]) for i in range(num_pairs)]

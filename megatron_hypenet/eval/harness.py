@@ -53,12 +53,23 @@ class Tasks:
         known = set(self.manager.all_tasks)
         return [name for name in self.names if name not in known]
 
-    def rows(self, model: Model, name: str, *, fewshot: int | None, limit: int | None) -> list[Row]:
+    def rows(
+        self,
+        model: Model,
+        name: str,
+        *,
+        fewshot: int | None = None,
+        limit: int | None = None,
+        chat: bool = False,
+    ) -> list[Row]:
         """Evaluate one task, or a group of them, and return a row per task and metric. `fewshot`
-        None leaves the number of examples to the task; `limit` bounds the documents of a task.
-        DataError when its data cannot be had, or it asks for what the model cannot do."""
+        None leaves the number of examples to the task; `limit` bounds the documents of a task;
+        `chat` asks through the chat template, examples as turns of the conversation. DataError when
+        its data cannot be had, or it asks for what the model cannot do."""
         from lm_eval.evaluator import simple_evaluate
 
+        if chat and model.chat is None:
+            raise DataError("the model's tokenizer has no chat template; leave out --chat")
         with _one_message(name):
             found = simple_evaluate(
                 model=language_model(model),
@@ -67,6 +78,8 @@ class Tasks:
                 limit=limit,
                 task_manager=self.manager,
                 log_samples=False,
+                apply_chat_template=chat,
+                fewshot_as_multiturn=chat,
                 bootstrap_iters=0,
             )
         return [
@@ -124,6 +137,18 @@ def language_model(model: Model) -> Any:
         def tok_encode(self, string: str, **_options: Any) -> list[int]:
             """Encode without special tokens."""
             return model.encode(string)
+
+        @property
+        def tokenizer_name(self) -> str:
+            """Return a name by which lm-eval keeps prompts apart; it keeps none here."""
+            return ""
+
+        def apply_chat_template(
+            self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+        ) -> str:
+            """Write a conversation with the tokenizer's template."""
+            assert model.chat is not None, "asked for only where there is one"
+            return model.chat(chat_history, add_generation_prompt)
 
         def _loglikelihood_tokens(
             self, requests: list[Any], disable_tqdm: bool = False

@@ -36,6 +36,9 @@ class Model:
     encode: Callable[[str], list[int]]
     end_tokens: Sequence[int] = ()
     """The tokens that end a text."""
+    chat: Callable[[list[dict[str, str]], bool], str] | None = None
+    """messages, whether the assistant speaks next (else it goes on with the last message) -> text,
+    by the tokenizer's chat template; None where it has none."""
 
 
 def loss_rows(model: Model, tokens: Tensor, length: int, count: int) -> list[Row]:

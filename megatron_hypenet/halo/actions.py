@@ -123,7 +123,9 @@ class Halo:
         datasets.check_lengths(self.run, self.folder)  # lengths may change after the data was made
         teacher = build_stage.load_teacher(self.run, self.folder.teacher)
         vocab_size = teacher.model_config.vocab_size
-        found = datasets.measure(self.run, self.folder).quick(teacher)
+        found = datasets.measure(self.run, self.folder).quick(
+            teacher, partial(self.on_part, "probe")
+        )
         loss = found[LM_LOSS]
         limit = self.run.guard.max_teacher_loss or 0.9 * math.log(vocab_size)
         if not loss < limit:
@@ -331,6 +333,6 @@ class Halo:
         """Return the teacher with every layer's attention replaced by its aligned RNN mixer:
         alignment without selection or distillation."""
         teacher = build_stage.load_teacher(self.run, self.folder.teacher)
-        for layer, mixer in build_stage.load_aligned(self.run, teacher, self._of("align")).items():
+        for layer, mixer in build_stage.load_aligned(teacher, self._of("align")).items():
             teacher.set_mixer(layer, mixer)
         return teacher

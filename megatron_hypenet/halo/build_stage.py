@@ -100,12 +100,11 @@ def read_teacher_config(folder: Path) -> ModelConfig:
     return config
 
 
-def load_aligned(run: RunConfig, teacher: HypeNetModel, folder: Path) -> AlignedMixers:
+def load_aligned(teacher: HypeNetModel, folder: Path) -> AlignedMixers:
     """Return the RNN mixers that stage 1 trained, for the layers of `teacher`."""
     trained = read_model_config(folder)
-    mixers = AlignedMixers.from_teacher(
-        teacher, trained.spec(trained.mixer_types[0]), seed=run.seed
-    )
+    # every parameter is read, so that the seed decides nothing
+    mixers = AlignedMixers.from_teacher(teacher, trained.spec(trained.mixer_types[0]), seed=0)
     load_model(mixers, folder)
     return mixers
 

@@ -10,7 +10,9 @@ from typing import Any
 from megatron_hypenet.checkpoint.load import read_manifest, read_model_config, tokenizer_dir
 from megatron_hypenet.config.schema import STAGES, RunConfig
 from megatron_hypenet.data.blend import TrainData
+from megatron_hypenet.data.check import RecallUse, recall_uses, refuse_recall
 from megatron_hypenet.data.corpus import Corpus, open_corpus, prepare_corpus
+from megatron_hypenet.data.recall import RecallVocabulary
 from megatron_hypenet.errors import DataError
 from megatron_hypenet.halo.evaluation import Measure
 from megatron_hypenet.halo.run_folder import RunFolder
@@ -50,6 +52,7 @@ def prepare(run: RunConfig, folder: RunFolder, log: Callable[[str], None]) -> di
         vocab_size=model.vocab_size,
         model_end=model_end,
         log=log,
+        check=partial(check_recall, run),
     )
     for source in made["train"] if run.data.separate_documents else ():
         if source.get("end_tokens") == 0:
@@ -66,6 +69,24 @@ def prepare(run: RunConfig, folder: RunFolder, log: Callable[[str], None]) -> di
         if made["heldout"] is None
         else {**counts, "heldout_tokens": made["heldout"]["tokens"]}
     )
+
+
+def check_recall(run: RunConfig, vocabulary: RecallVocabulary) -> None:
+    """Raise DataError with all problems when the recall documents of a stage or measurement cannot
+    be made with a tokenizer."""
+    problems: dict[str, None] = {}  # a dict keeps the order and drops repetitions
+    select = run.select
+    uses = recall_uses(run)
+    if RECALL in selection_method(select.method).reads:
+        setting = f"select.recall_pairs={select.recall_pairs}"
+        pairs, length = select.recall_pairs, select.seq_length
+        uses.append(RecallUse(setting=setting, num_pairs=pairs, seq_length=length))
+    for use in uses:
+        try:
+            vocabulary.check(use.num_pairs, use.seq_length)
+        except DataError as error:
+            problems[f"{use.setting}: {error}"] = None
+    refuse_recall(list(problems))
 
 
 def check_lengths(run: RunConfig, folder: RunFolder) -> None:

@@ -49,16 +49,20 @@ class Measure:
     heldout: Callable[[int, int], Tensor]
     """(count, seq_length) -> held-out sequences, int64 [count or fewer, seq_length + 1]."""
 
-    def quick(self, model: Scoring) -> dict[str, float]:
+    def quick(
+        self, model: Scoring, on_part: Callable[[int, int], None] = lambda count, total: None
+    ) -> dict[str, float]:
         """Measure loss in nats per token and accuracy in % on a little held-out text, and recall in
         % over a few documents at the shortest length of the report; for the teacher before training
-        and for a student in between. Returns them by the names of `training/tags.py`."""
+        and for a student in between. Returns them by the names of `training/tags.py`; `on_part` is
+        called with the parts done, of two."""
         settings = self.run.eval
         loss, accuracy = heldout_loss(
             _scores(model),
             self.heldout(settings.quick_sequences, settings.seq_length),
             batch_size=settings.batch_size,
         )
+        on_part(1, 2)
         multiple = min(settings.length_multiples)
         recall = recall_accuracy(
             _scores(model),
@@ -67,6 +71,7 @@ class Measure:
             seq_length=multiple * settings.seq_length,
             batch_size=max(1, settings.batch_size // multiple),
         )
+        on_part(2, 2)
         return {LM_LOSS: loss, ACCURACY: accuracy, RECALL: recall}
 
     def selection_scores(self, model: HypeNetModel) -> dict[str, float]:

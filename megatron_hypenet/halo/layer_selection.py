@@ -75,7 +75,7 @@ def measure(
 
 def _models(run: RunConfig, folder: RunFolder, aligned: Path) -> tuple[HypeNetModel, AlignedMixers]:
     teacher = build_stage.load_teacher(run, folder.teacher)
-    return teacher, build_stage.load_aligned(run, teacher, aligned)
+    return teacher, build_stage.load_aligned(teacher, aligned)
 
 
 def chosen(run: RunConfig, folder: RunFolder) -> tuple[LayerScores, Selection]:

@@ -1,28 +1,28 @@
 """Estimate the work of each step of a run, and from measured speeds the time that is left.
 
 Work is counted in floating-point operations as in model/flops.py. A step that runs is
-extrapolated from its own speed. A step that has not begun takes its work over the speed of the
-steps that were measured, in this start or an earlier one (<run folder>/rates.json), scaled by how
-well its kind uses the machine; steps that move files take as long as the import of the teacher did.
-There is no estimate before a step that computes has been measured.
+extrapolated from its own speed. A step that has not begun takes its work over a speed that was
+measured, in this start or an earlier one (<run folder>/rates.json): a training stage over that of
+another stage, scaled by how well their kinds use the machine, and a step of forward passes alone
+over that of other forward passes (the check of the teacher, layer selection, evaluations during
+training), because the two kinds of work differ between machines by more than their operations say.
+Steps that move files take as long as the import of the teacher did. There is no estimate before a
+training stage has been measured where one is left.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_hypenet.atomic_files import write_json
-from megatron_hypenet.config.model import ModelConfig
-from megatron_hypenet.config.schema import GATES, STAGES, RunConfig
+from megatron_hypenet.config.schema import STAGES
 from megatron_hypenet.errors import DataError
-from megatron_hypenet.model.flops import forward_flops
-from megatron_hypenet.planning.layout_search import teacher_and_student
-from megatron_hypenet.stages.selection.method import selection_method
+from megatron_hypenet.planning.planned_work import Planned
 from megatron_hypenet.stages.spec import stage_spec
 from megatron_hypenet.untrusted.files import FileKind
 from megatron_hypenet.untrusted.json_text import read_typed
@@ -30,11 +30,13 @@ from megatron_hypenet.untrusted.json_text import read_typed
 FILE = "rates.json"
 _KIND = FileKind(error=DataError, advice="it is measured again", max_bytes=1 << 20)
 
-EVALUATED_MODELS = 4
-"""Models in the report: teacher, all layers converted, after distillation, after finetuning."""
-
 FORWARD_USE = 0.4
-"""Share of the peak that forward passes alone are taken to reach, as `StageSpec.mfu`."""
+"""Share of the peak that forward passes alone are taken to reach, as `StageSpec.mfu`; it counts
+where no forward passes have been measured."""
+
+DRAWING = 3.0
+"""Time of the report's figures and page over that of the one figure of layer selection: 2.9 s and
+0.9 s in the recorded demo of tests/unit/planning/demo_timings.json."""
 
 EVALUATION = "evaluate"
 SAVE = "save"
@@ -43,86 +45,7 @@ _MARKS = 400
 """Progress reports that are remembered of a step."""
 _SETTLED_MARKS = 3
 _SETTLED_SECONDS = 1.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Planned:
-    """The work of a step."""
-
-    flops: float = 0.0
-    """Operations without those of evaluations; 0 for steps that move files."""
-    evaluations: int = 0
-    """Held-out evaluations inside a training stage."""
-    evaluation_flops: float = 0.0
-    """Operations of each of them."""
-    saves: int = 0
-    parts: tuple[float, ...] = ()
-    """Work of the parts that it reports, where they differ."""
-
-
-def planned_work(run: RunConfig, teacher: ModelConfig, steps: Sequence[str]) -> dict[str, Planned]:
-    """Return the work of each of `steps` (names) in this order, in floating-point operations."""
-    # which layers will keep attention is not known yet; that a quarter does decides the work
-    _, student = teacher_and_student(teacher, run.align.spec)
-    settings = run.eval
-    select = selection_method(run.select.method).flops(
-        run.select, teacher, teacher.converted(run.align.spec)
-    )
-    lengths = [settings.seq_length, *(m * settings.seq_length for m in settings.length_multiples)]
-    counts = [settings.heldout_sequences] + [settings.recall_sequences] * (len(lengths) - 1)
-    row = [
-        count * length * forward_flops(teacher, length)
-        for count, length in zip(counts, lengths, strict=True)
-    ]
-    # the text of the first part once more at every length, in fewer sequences
-    for part, multiple in enumerate(settings.length_multiples, start=1):
-        again = max(1, settings.heldout_sequences // multiple) if multiple != 1 else 0
-        row[part] += again * lengths[part] * forward_flops(teacher, lengths[part])
-    report = EVALUATED_MODELS * sum(row)
-    planned = {
-        "select": Planned(flops=select),
-        "report": Planned(flops=report, parts=tuple(EVALUATED_MODELS * row)),
-    }
-    for name in STAGES:
-        stage = run.stage(name)
-        spec = stage_spec(name)
-        trained = spec.student_shape(teacher, student, run.align.spec)
-        per_token = spec.flops(stage, teacher, trained)
-        evaluated = settings.quick_sequences * min(stage.seq_length, settings.seq_length)
-        quick = _quick_flops(run, student) if stage_spec(name).through_head else 0.0
-        planned[name] = Planned(
-            flops=stage.train_iters * stage.tokens_per_step * per_token,
-            # the last step is always evaluated; backward is left out
-            evaluations=-(-stage.train_iters // run.eval_every(stage)),
-            evaluation_flops=evaluated * per_token / 3 + quick,
-            saves=max(1, -(-stage.train_iters // stage.save_interval)),
-        )
-    for gate, before in GATES.items():
-        planned[gate] = Planned(flops=_gate_flops(run, teacher, before))
-    return {name: planned.get(name, Planned()) for name in steps}
-
-
-def _gate_flops(run: RunConfig, teacher: ModelConfig, stage: str) -> float:
-    """Return the operations of the check after a training stage."""
-    settings, bounds = run.eval, run.eval.gate.after(stage)
-    flops = 0.0
-    if bounds.max_loss_ratio is not None:  # teacher and student
-        tokens = 2 * settings.heldout_sequences * settings.seq_length
-        flops += tokens * forward_flops(teacher, settings.seq_length)
-    if bounds.min_recall is not None:
-        length = bounds.recall_multiple * settings.seq_length
-        flops += settings.recall_sequences * length * forward_flops(teacher, length)
-    return flops
-
-
-def _quick_flops(run: RunConfig, student: ModelConfig) -> float:
-    """Count the work of one `Measure.quick`: held-out text, and recall documents at the shortest
-    length."""
-    settings = run.eval
-    lengths = (settings.seq_length, min(settings.length_multiples) * settings.seq_length)
-    return settings.quick_sequences * sum(
-        length * forward_flops(student, length) for length in lengths
-    )
+"""Reports and seconds of a training stage before its speed counts: the first steps are slower."""
 
 
 def use_of(step: str) -> float:
@@ -151,8 +74,12 @@ class Rate:
     seconds: float = 0.0
     """Seconds of all starts that worked on it."""
     before_seconds: float = 0.0
-    """Seconds before its first progress: models are built and loaded, kernels compiled."""
+    """Seconds before its first part: models are built and loaded, kernels compiled."""
+    after_seconds: float = 0.0
+    """Seconds after its last part: results are written and drawn."""
     evaluate_seconds: float = 0.0
+    forward_flops_per_second: float = 0.0
+    """Operations per second of the evaluations inside a training stage of a whole student."""
     save_seconds: float = 0.0
 
 
@@ -167,6 +94,7 @@ class Clock:
     ) -> None:
         """`known` are the measurements of earlier starts of this run."""
         self.now = now
+        self.order = tuple(planned)
         self.left = dict(planned)
         self.rates = dict(known or {})
         self.start = now()
@@ -204,9 +132,22 @@ class Clock:
 
     def pause(self, kind: str, seconds: float) -> None:
         """Record that an evaluation or a save inside the current step took `seconds`."""
-        self._pauses.setdefault(kind, []).append(seconds)
-        if self._current is not None:
-            self._current.paused += seconds
+        taken = self._pauses.setdefault(kind, [])
+        taken.append(seconds)
+        if self._current is None:
+            return
+        self._current.paused += seconds
+        name = self._current.name
+        rate = self.rates.setdefault(name, Rate())
+        late = taken[len(taken) // 2 :]  # the first one compiles, too
+        seconds = sum(late) / len(late)
+        if kind == SAVE:
+            rate.save_seconds = seconds
+            return
+        rate.evaluate_seconds = seconds
+        planned = self.left.get(name, Planned())
+        if name in STAGES and stage_spec(name).through_head and seconds > 0:
+            rate.forward_flops_per_second = planned.evaluation_flops / seconds
 
     def finish(self, step: str) -> None:
         """Record that `step` is done."""
@@ -215,6 +156,9 @@ class Clock:
         if current is not None and current.name == step:
             rate = self.rates.setdefault(step, Rate())
             rate.seconds += self.now() - current.began
+            if current.marks:
+                last = current.marks[-1]
+                rate.after_seconds = self.now() - last[0] - (current.paused - last[2])
             self._current = None
 
     def end(self) -> None:
@@ -238,8 +182,10 @@ class Clock:
         return 0.0 if eta is None or over + eta <= 0 else over / (over + eta)
 
     def eta(self) -> float | None:
-        """Return the seconds to the end; None before a step that computes was measured."""
-        if self._speed() is None and any(work.flops for work in self.left.values()):
+        """Return the seconds to the end; None before what is left can be told from a measured
+        speed."""
+        computes = [name for name, work in self.left.items() if work.flops]
+        if any(self._flops_per_second(name) is None for name in computes):
             return None
         seconds = 0.0
         for name in self.left:
@@ -249,37 +195,46 @@ class Clock:
 
     def _measure(self, current: _Current) -> None:
         """Take the speed of the current step from its reports."""
-        planned = self.left.get(current.name)
-        first = current.marks[0]
+        planned = self.left.get(current.name, Planned())
         rate = self.rates.setdefault(current.name, Rate())
-        if len(current.marks) == 1 and planned is not None and planned.flops:
-            rate.before_seconds = first[0] - current.began
+        trains = current.name in STAGES
+        first, last = current.marks[0], current.marks[-1]
         # the beginning is slower: kernels are compiled, caches filled; and machines are shared
-        begin = current.marks[len(current.marks) // 2]
-        last = current.marks[-1]
+        begin = current.marks[(len(current.marks) - 1) // 2]
         busy = (last[0] - begin[0]) - (last[2] - begin[2])
-        settled = len(current.marks) >= _SETTLED_MARKS and last[0] - first[0] >= _SETTLED_SECONDS
-        if planned is not None and planned.flops and settled and busy > 0 and last[1] > begin[1]:
+        settled = not trains or (
+            len(current.marks) >= _SETTLED_MARKS and last[0] - first[0] >= _SETTLED_SECONDS
+        )
+        if planned.flops and settled and busy > 0 and last[1] > begin[1]:
             rate.flops_per_second = planned.flops * (last[1] - begin[1]) / busy
-        for kind, name in ((EVALUATION, "evaluate_seconds"), (SAVE, "save_seconds")):
-            if taken := self._pauses[kind]:
-                setattr(rate, name, sum(taken) / len(taken))
-
-    def _speed(self) -> float | None:
-        """Return the operations per second of work that uses the whole machine, by the step that
-        was measured last."""
-        for name in (*reversed(STAGES), "select", "report"):
-            rate = self.rates.get(name)
-            if rate is not None and rate.flops_per_second > 0:
-                return rate.flops_per_second / use_of(name)
-        return None
+            part = min(first[1], current.marks[1][1] - first[1])
+            own = part * planned.flops / rate.flops_per_second
+            rate.before_seconds = max(0.0, first[0] - current.began - own)
 
     def _flops_per_second(self, step: str) -> float | None:
-        rate = self.rates.get(step)
-        if rate is not None and rate.flops_per_second > 0:
-            return rate.flops_per_second
-        speed = self._speed()
-        return None if speed is None else speed * use_of(step)
+        """Return the operations per second of a step: its own, or by the latest step of its kind
+        that was measured; None where nothing is known."""
+        own = self.rates.get(step)
+        if own is not None and own.flops_per_second > 0:
+            return own.flops_per_second
+        forward = self._forward_speed()
+        if step not in STAGES and forward is not None:
+            return forward
+        for name in reversed(STAGES):
+            rate = self.rates.get(name, Rate())
+            if rate.flops_per_second > 0:
+                return rate.flops_per_second / use_of(name) * use_of(step)
+        return None
+
+    def _forward_speed(self) -> float | None:
+        """Return the operations per second of forward passes alone, by the latest step that had
+        some; None where they were not measured."""
+        for name in reversed(self.order):
+            rate = self.rates.get(name, Rate())
+            found = rate.forward_flops_per_second if name in STAGES else rate.flops_per_second
+            if found > 0:
+                return found
+        return None
 
     def _whole(self, step: str) -> float:
         """Return the seconds that a step takes which has not begun in this start."""
@@ -287,7 +242,12 @@ class Clock:
         if not planned.flops:
             moved = self.rates.get(step) or self.rates.get("teacher")
             return moved.seconds if moved is not None else 0.0
-        return self._before(step) + self._computing(step, 1.0) + self._pauses_left(step, 1.0)
+        return (
+            self._before(step)
+            + self._computing(step, 1.0)
+            + self._pauses_left(step, 1.0)
+            + self._after(step)
+        )
 
     def _rest(self) -> float:
         """Return the seconds that the current step still takes."""
@@ -304,21 +264,39 @@ class Clock:
         if not planned.flops or not current.marks:
             return max(0.0, self._whole(current.name) - since)
         left = 1.0 - current.marks[-1][1]
-        computing = self._computing(current.name, left)
-        return max(0.0, computing - since) + self._pauses_left(current.name, left)
+        running = self._computing(current.name, left) + self._after(current.name)
+        return max(0.0, running - since) + self._pauses_left(current.name, left)
 
     def _computing(self, step: str, share: float) -> float:
         speed = self._flops_per_second(step)
         return 0.0 if not speed else share * self.left[step].flops / speed
 
     def _before(self, step: str) -> float:
-        """Return the seconds before the first progress of a step: its own of an earlier start, or
-        those of the steps that were measured."""
+        """Return the seconds before the first part of a step: its own of an earlier start, or those
+        of the steps of its kind that were measured."""
+        return self._like(step, "before_seconds")
+
+    def _after(self, step: str) -> float:
+        """Return the seconds after the last part of a step, as `_before`; the figures of a report
+        that has not been made take DRAWING times those of layer selection."""
+        own = self.rates.get(step, Rate()).after_seconds
+        drawn = self.rates.get("select", Rate()).after_seconds
+        if step == "report" and not own and drawn:
+            return DRAWING * drawn
+        return self._like(step, "after_seconds")
+
+    def _like(self, step: str, name: str) -> float:
+        """Return a time of a step that its work does not decide: its own of an earlier start, or
+        the mean of those of the steps of its kind."""
         own = self.rates.get(step)
-        if own is not None and own.before_seconds > 0:
-            return own.before_seconds
-        taken = [rate.before_seconds for rate in self.rates.values() if rate.before_seconds > 0]
-        return sum(taken) / len(taken) if taken else 0.0
+        if own is not None and getattr(own, name) > 0:
+            return float(getattr(own, name))
+        kind = [
+            getattr(rate, name)
+            for other, rate in self.rates.items()
+            if (other in STAGES) == (step in STAGES) and getattr(rate, name) > 0
+        ]
+        return sum(kind) / len(kind) if kind else 0.0
 
     def _pauses_left(self, step: str, share: float) -> float:
         """Return the seconds of the evaluations and saves in the last `share` of a step."""
@@ -326,7 +304,7 @@ class Clock:
         if not planned.evaluations:
             return 0.0
         rate = self.rates.get(step, Rate())
-        speed = self._flops_per_second(step)
+        speed = self._forward_speed() or self._flops_per_second(step)
         evaluation = rate.evaluate_seconds or (planned.evaluation_flops / speed if speed else 0.0)
         save = rate.save_seconds or max(
             (other.save_seconds for other in self.rates.values()), default=0.0

@@ -8,11 +8,15 @@ from dataclasses import dataclass
 
 from megatron_hypenet.config.layout import Layout
 from megatron_hypenet.config.schema import STAGES
-from megatron_hypenet.planning.eta import FORWARD_USE, Planned
+from megatron_hypenet.planning.eta import FORWARD_USE
 from megatron_hypenet.planning.layout_search import step_times, teacher_and_student
 from megatron_hypenet.planning.machine import Machine
+from megatron_hypenet.planning.planned_work import Planned
 from megatron_hypenet.planning.step_time import StepTime
 from megatron_hypenet.stages.spec import stage_spec
+
+SECONDS_ONLY = ("probe",)
+"""Steps that compute for seconds, which no hours are given for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +47,7 @@ def hours_of(planned: Mapping[str, Planned], layout: Layout, machine: Machine) -
     teacher, student = teacher_and_student(layout.model, spec)
     found = []
     for step, work in planned.items():
-        if not work.flops:
+        if not work.flops or step in SECONDS_ONLY:
             continue
         forward = work.evaluations * work.evaluation_flops
         if step not in STAGES:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from megatron_hypenet.config.mixers import MixerSpec
@@ -64,6 +64,11 @@ class Passes:
     logit_traffic: float = 0.0
     """Bytes per logit that the loss reads and writes beyond what its kernels on CUDA do, where it
     has none."""
+
+    def forward(self) -> Passes:
+        """Return the same without backward."""
+        once = ("projections", "core", "output", "mlp", "head")
+        return replace(self, **{name: min(1, getattr(self, name)) for name in once})
 
     def flops(self, seq_length: int) -> float:
         """Count the floating-point operations per token, without recomputation."""
@@ -123,6 +128,15 @@ class StageSpec(ABC):
         """Count the floating-point operations of a training step per token, over all ranks."""
         return sum(
             passes.flops(config.seq_length) for passes in self.passes(config, teacher, student)
+        )
+
+    def forward_flops(
+        self, config: StageConfig, teacher: ModelConfig, student: ModelConfig
+    ) -> float:
+        """Count the floating-point operations per token of the stage's loss alone."""
+        return sum(
+            passes.forward().flops(config.seq_length)
+            for passes in self.passes(config, teacher, student)
         )
 
     @abstractmethod

@@ -63,7 +63,7 @@ def advised(said, pattern):
 @pytest.mark.parametrize("change", ["align.lr=5e-4", "distill.lr=5e-4", "data.seed=3"])
 def test_a_change_that_costs_training_names_a_step_from_which_it_is_accepted(hypenet, verb, change):
     if verb == "select sweep" and change == "distill.lr=5e-4":
-        change = "select.seq_length=8"
+        change = "select.seq_length=32"
     code, said = hypenet(f"{verb} run.yaml {change} --dry-run")
     assert code == 3 and "would be done again" in said
     redo = advised(said, r"(--redo-from \w+)")

@@ -164,10 +164,10 @@ def scale_table() -> str:
     """Return a Markdown table of whole runs with the layout that is estimated fastest."""
     from megatron_hypenet.config.layout import Layout
     from megatron_hypenet.config.loader import load_model_config, load_run_config
-    from megatron_hypenet.planning.eta import planned_work
     from megatron_hypenet.planning.hours import hours_of
     from megatron_hypenet.planning.layout_search import fits, scaled_batches, teacher_and_student
     from megatron_hypenet.planning.machine import H100
+    from megatron_hypenet.planning.planned_work import planned_work
 
     steps = ("align", "select", "distill", "finetune", "report")
     lines = [

@@ -64,7 +64,8 @@ class HaloMethod(SelectionMethod):
 
         def scored(result: Content) -> None:
             work.save(content(result))
-            work.progress(len(result["layers"]), work.num_layers)
+            # the teacher as it is comes first
+            work.progress(1 + len(result["layers"]), 1 + work.num_layers)
 
         return content(
             score_layers(

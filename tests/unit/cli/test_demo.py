@@ -33,6 +33,14 @@ def tiny(tmp_path, monkeypatch):
     return tmp_path
 
 
+def test_the_folder_is_said_in_either_way_and_once(tiny, capsys):
+    there = tiny / "there"
+    assert run(["demo", f"output_dir={there}", "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["config"]["output_dir"] == str(there)
+    assert run(["demo", f"output_dir={there}", "--out", str(tiny / "here"), "--dry-run"]) == 2
+    assert "are the same setting; give one of them" in capsys.readouterr().err
+
+
 def test_the_demo_runs_everything_into_its_folder(tiny, capsys):
     assert run(["demo", "--out", str(tiny / "here"), "finetune.train_iters=1", "--json"]) == 0
     content = json.loads(capsys.readouterr().out)

@@ -5,7 +5,8 @@ import io
 import pytest
 
 from megatron_hypenet.cli.progress import Screen
-from megatron_hypenet.planning.eta import Clock, Planned
+from megatron_hypenet.planning.eta import Clock
+from megatron_hypenet.planning.planned_work import Planned
 from megatron_hypenet.training.metrics import StepRecord
 
 

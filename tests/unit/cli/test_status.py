@@ -4,6 +4,7 @@ import pytest
 
 from megatron_hypenet.cli import main as cli
 from megatron_hypenet.cli.status import last_lines, last_save, lines_of, number_of, seconds_of
+from megatron_hypenet.halo.run_folder import RunFolder
 
 LOG = """\
 2026-11-23T12:58:10 [4/10] align: stage 1: align an RNN mixer per layer
@@ -74,22 +75,31 @@ def test_a_run_without_jobs_has_a_status_too(tmp_path, capsys):
         and f"go on with   hypenet run {folder}/config.yaml" in out
         and "align (4/10)" in out
         and "2/6, loss 42.05" in out
-        and "2.6k tokens/s, this stage: 5s left" in out
+        # the time that it said last would be true only if it ran
+        and "2.6k tokens/s when it last ran" in out
+        and "left" not in out
     )
     assert cli.run(["status", str(folder), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["iteration"]["number"] == 2 and found["state"] == "new"
     assert found["iteration"]["tokens_per_second"] == 2600.0
+    assert found["iteration"]["eta_seconds"] is found["iteration"]["whole_run_seconds"] is None
     # the heartbeat is newer than the log, and exact
     (folder / "heartbeat").mkdir()
     beat = {"stage": "align", "iteration": 3, "train_iters": 6, "loss": None}
     beat |= {"tokens_per_second": 2612.5, "eta_seconds": 3.25}
     (folder / "heartbeat" / "rank_00000.json").write_text(json.dumps(beat))
-    assert cli.run(["status", str(folder), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)["iteration"]
-    assert (found["number"], found["tokens_per_second"], found["eta_seconds"]) == (3, 2612.5, 3.25)
-    assert cli.run(["status", str(folder)]) == 0
-    assert "  iteration    3/6\n" in capsys.readouterr().out
+    with RunFolder(folder).owned():
+        assert cli.run(["status", str(folder), "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["state"] == "running"
+        found = found["iteration"]
+        values = (found["number"], found["tokens_per_second"], found["eta_seconds"])
+        assert values == (3, 2612.5, 3.25)
+        assert cli.run(["status", str(folder)]) == 0
+        out = capsys.readouterr().out
+    assert "  iteration    3/6\n" in out
+    assert "2.6k tokens/s, this stage: 3s left; whole run: 48s left" in out
 
 
 @pytest.mark.parametrize(

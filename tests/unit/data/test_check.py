@@ -6,9 +6,10 @@ import pytest
 
 from megatron_hypenet.config.schema import SourceConfig
 from megatron_hypenet.data import check
-from megatron_hypenet.data.check import check_source, refuse_large_text
+from megatron_hypenet.data.check import check_recall_lengths, check_source, refuse_large_text
 from megatron_hypenet.data.token_writer import TokenFileWriter
 from megatron_hypenet.errors import DataError
+from tests.unit.halo.test_run_folder import STAGE, config
 
 CHAT = json.dumps({"m": [{"role": "assistant", "content": "a"}]})
 
@@ -67,3 +68,26 @@ def test_large_text_is_refused_with_the_command_that_prepares_it(tmp_path, monke
     (tmp_path / "b.txt").write_text("b" * 30)
     with pytest.raises(DataError, match=r"b.tokens --tokenizer"):
         refuse_large_text(sources, tmp_path / "T")
+
+
+def test_recall_documents_that_no_tokenizer_could_write_are_refused(tmp_path):
+    stage = {**STAGE, "seq_length": 32}
+    sections = {name: stage for name in ("align", "distill", "finetune")}
+    measured = {"recall_pairs": 4, "seq_length": 32, "length_multiples": [1, 2]}
+    check_recall_lengths(config(tmp_path, **sections, eval=measured))
+    data = {"train": ["a.txt"], "recall_fraction": 0.1, "recall_pairs": 5}
+    run = config(
+        tmp_path,
+        **{**sections, "finetune": {**stage, "seq_length": 40}},
+        data=data,
+        eval={**measured, "recall_pairs": 8},
+    )
+    with pytest.raises(DataError) as caught:
+        check_recall_lengths(run)
+    says = "a recall document with 5 facts needs at least 40 tokens; seq_length is 32"
+    assert [line.partition(". Use")[0] for line in str(caught.value).splitlines()[1:]] == [
+        f"  - align.seq_length=32: {says}",
+        f"  - distill.seq_length=32: {says}",
+        "  - eval.recall_pairs=8: a recall document with 8 facts needs at least 64 tokens; "
+        "seq_length is 32",
+    ]

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,33 @@ def test_likelihoods_rolling_texts_and_answers(lm_eval):
         harness.language_model(Model(None, None, encode))
 
 
+def test_a_chat_template_writes_question_and_examples(lm_eval, tasks):
+    asked = []
+
+    def chat(messages, answers):
+        asked.append([message["role"] for message in messages])
+        return "".join(f"<{one['role']}>{one['content']}" for one in messages) + (
+            "<assistant>" if answers else ""
+        )
+
+    prompts = []
+
+    def answer(ids, most):
+        prompts.append("".join(map(chr, ids)))
+        return "b"
+
+    plain = asked_model()
+    model = replace(plain, answer=answer, chat=chat)
+    found = harness.Tasks(["toy_said"], tasks)
+    found.rows(model, "toy_said", limit=1)
+    assert prompts == ["It is a truth"]
+    found.rows(model, "toy_said", limit=1, fewshot=1, chat=True)
+    assert asked == [["user", "assistant", "user"]]  # the example is a turn of its own
+    assert prompts[1].endswith("<user>It is a truth<assistant>")
+    with pytest.raises(DataError, match="no chat template; leave out --chat"):
+        found.rows(plain, "toy_said", chat=True)
+
+
 def test_data_that_are_not_there_are_one_message(lm_eval, tasks):
     file = tasks / "toy_said.yaml"
     file.write_text(file.read_text().replace("data.jsonl", "gone.jsonl"))
@@ -151,6 +179,7 @@ def test_without_lm_eval_it_says_what_to_install(monkeypatch):
     ("words", "says"),
     [
         (["--limit", "3"], "add --tasks NAME"),
+        (["--chat"], "add --tasks NAME"),
         (["--tasks", "x", "--include-path", "/nowhere"], "no folder; name one with YAML files"),
     ],
 )

@@ -110,7 +110,7 @@ def test_the_student_holds_what_was_assembled(world, assembled):
 
 
 def test_aligned_mixers_come_back(world, teacher):
-    mixers = build_stage.load_aligned(config(world), teacher, world / "align")
+    mixers = build_stage.load_aligned(teacher, world / "align")
     stored = read_weights(world / "align")
     for name, tensor in whole_tensors(mixers).items():
         assert torch.equal(tensor, stored[name]), name

@@ -68,14 +68,17 @@ def test_what_does_not_fit_a_late_stage_is_found_at_once(world, tmp_path):
         datasets.prepare(run_config(folder, text, seq_length=100_000), elsewhere, lambda line: None)
     for name in ("align", "distill", "finetune"):
         assert f"{name}.seq_length=100000: the training text has" in str(caught.value)
+    # recall documents need no text to be tokenized first
+    said = []
     with pytest.raises(
         DataError, match="align.seq_length=32: a recall document with 8 facts needs at least"
     ):
         datasets.prepare(
             run_config(folder, text, seq_length=32, recall_fraction=0.5),
-            elsewhere,
-            lambda line: None,
+            RunFolderWith(folder, tmp_path / "other"),
+            said.append,
         )
+    assert not any("tokenizing" in line for line in said)
 
 
 def test_only_what_the_method_of_selection_reads_has_to_fit(world):

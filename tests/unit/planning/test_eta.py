@@ -1,81 +1,16 @@
 """Planned work and the time that is left."""
 
+import json
+from pathlib import Path
+
 import pytest
 
-from megatron_hypenet.config.model import ModelConfig
-from megatron_hypenet.planning.eta import (
-    EVALUATION,
-    SAVE,
-    Clock,
-    Planned,
-    Rate,
-    planned_work,
-    read_rates,
-    write_rates,
-)
-from tests.unit.halo.test_run_folder import STAGE, config
-
-TEACHER = ModelConfig(
-    num_layers=4,
-    hidden_size=32,
-    ffn_hidden_size=64,
-    num_attention_heads=4,
-    num_query_groups=2,
-    kv_channels=8,
-    vocab_size=100,
-    share_embeddings_and_output_weights=True,
-    mixer_types=("attn",) * 4,
-    attn_use_rope=True,
-    attn_use_output_gate=False,
-)
-
-
-STEPS = (
-    "teacher", "data", "probe", "align", "select", "assemble", "distill", "finetune", "export",
-    "report",
-)  # fmt: skip
-
-
-def test_work_grows_with_what_is_asked(tmp_path):
-    base = planned_work(config(tmp_path), TEACHER, STEPS)
-    longer = planned_work(config(tmp_path, distill={**STAGE, "train_iters": 4}), TEACHER, STEPS)
-    assert longer["distill"].flops == 2 * base["distill"].flops
-    assert longer["align"] == base["align"]
-    wider = planned_work(config(tmp_path, eval={"length_multiples": [1]}), TEACHER, STEPS)
-    assert wider["report"].flops < base["report"].flops and wider["select"] == base["select"]
-    assert tuple(base) == STEPS
-    assert [name for name, work in base.items() if not work.flops] == [
-        *("teacher", "data", "probe", "assemble", "export")
-    ]
-
-
-def test_pauses_and_unequal_parts_are_planned(tmp_path):
-    stage = {**STAGE, "train_iters": 10, "save_interval": 4, "eval_interval": 3}
-    work = planned_work(config(tmp_path, align=stage), TEACHER, STEPS)
-    assert (work["align"].evaluations, work["align"].saves) == (4, 3)  # and after the last step
-    assert work["distill"].evaluations == 1 and work["align"].evaluation_flops > 0
-    # the student's language loss and recall come to the loss of the stage itself
-    assert work["finetune"].evaluation_flops > 2 * work["align"].evaluation_flops
-    parts = work["report"].parts
-    assert len(parts) == 4 * 5 and parts[4] > 8 * parts[1]  # 8 times as long, and attention
-    assert sum(parts) == pytest.approx(work["report"].flops)
-
-
-def test_a_gate_costs_what_it_measures(tmp_path):
-    def work(**bounds):
-        found = planned_work(
-            config(tmp_path, eval={"gate": {"distill": bounds}}), TEACHER, ["distill-gate"]
-        )
-        return found["distill-gate"].flops
-
-    assert work() == 0.0 < work(min_recall=50.0) < work(min_recall=50.0, recall_multiple=2)
-    # as many sequences, by teacher and student
-    assert work(max_loss_ratio=2.0) == pytest.approx(2 * work(min_recall=50.0))
-
-
-def test_distillation_costs_more_per_token_than_finetuning(tmp_path):
-    work = planned_work(config(tmp_path), TEACHER, STEPS)
-    assert work["distill"].flops > work["finetune"].flops
+from megatron_hypenet.cli.demo import CONFIG
+from megatron_hypenet.cli.pipeline import teacher_shape
+from megatron_hypenet.config.loader import load_run_config
+from megatron_hypenet.planning.eta import EVALUATION, SAVE, Clock, Rate, read_rates, write_rates
+from megatron_hypenet.planning.planned_work import Planned, planned_work
+from tests.unit.planning.test_planned_work import STEPS
 
 
 class World:
@@ -233,3 +168,67 @@ def test_damaged_rates_are_measured_again(tmp_path):
     (tmp_path / "rates.json").write_text("{")
     assert read_rates(tmp_path) == {}
     write_rates(tmp_path / "none" / "x", {})
+
+
+DEMO = [
+    "align.train_iters=100", "distill.train_iters=280", "finetune.train_iters=8",
+    "align.save_interval=50", "distill.save_interval=140",
+]  # fmt: skip
+"""What the run was given whose calls of its clock are in demo_timings.json."""
+
+
+def recorded(repo_root, since=0):
+    """Return the clock's plan for that demo, and its calls: seconds (of CPU time of one thread,
+    which other work on the machine does not stretch), name and arguments."""
+    run = load_run_config(CONFIG, DEMO)
+    work = planned_work(run, teacher_shape(repo_root / "assets" / "tiny-qwen3"), STEPS)
+    calls = json.loads((Path(__file__).parent / "demo_timings.json").read_text())
+    return work, [call for call in calls if call[0] >= since]
+
+
+def replayed(world, calls):
+    """Make the calls at their times; returns (time, said) after each."""
+    said = []
+    for moment, name, *arguments in calls:
+        world.time = moment
+        getattr(world.clock, name)(*arguments)
+        said.append((moment, world.clock.eta()))
+    return said
+
+
+def assert_close(said, start, end):
+    """Every estimate from a tenth of the time on is within 1.5 times the truth, or 3 s."""
+    late = [pair for pair in said if pair[0] >= start + 0.1 * (end - start)]
+    assert len(late) > 15
+    for time, eta in late:
+        true = end - time
+        assert eta is not None and (abs(eta - true) <= 3.0 or 1 / 1.5 < eta / true < 1.5), (
+            time, eta, true,
+        )  # fmt: skip
+
+
+def test_a_recorded_demo_is_foreseen(repo_root):
+    work, calls = recorded(repo_root)
+    assert_close(replayed(World(work), calls), 0.0, calls[-1][0])
+
+
+@pytest.mark.parametrize("stopped", [60.0, 130.0, 190.0], ids=["distill", "late", "report"])
+def test_a_recorded_demo_is_foreseen_after_a_resume(repo_root, tmp_path, stopped):
+    work, calls = recorded(repo_root)
+    first = World(work)
+    replayed(first, [call for call in calls if call[0] < stopped])
+    first.clock.end()
+    write_rates(tmp_path, first.clock.rates)
+    again = World(work, read_rates(tmp_path))
+    done = [call[2] for call in calls if call[0] < stopped and call[1] == "finish"]
+    for step in done:
+        again.clock.skip(step)
+    again.time = stopped
+    (step,) = {call[2] for call in calls if call[0] < stopped and call[1] == "begin"} - {*done}
+    again.clock.begin(step)
+    rest = [call for call in calls if call[0] >= stopped]
+    if step == "report":  # it begins anew
+        began = next(call[0] for call in calls if call[1:] == ["begin", "report"])
+        rest = [[stopped + call[0] - began, *call[1:]] for call in calls if call[0] >= began]
+    assert again.clock.eta() is not None  # from the first line
+    assert_close(replayed(again, rest), stopped, rest[-1][0])

@@ -4,10 +4,11 @@ import pytest
 
 from megatron_hypenet.config.layout import Layout
 from megatron_hypenet.config.loader import load_model_config, load_run_config
-from megatron_hypenet.planning.eta import FORWARD_USE, Planned, planned_work
+from megatron_hypenet.planning.eta import FORWARD_USE
 from megatron_hypenet.planning.hours import hours_of
 from megatron_hypenet.planning.layout_search import step_times, teacher_and_student
 from megatron_hypenet.planning.machine import H100
+from megatron_hypenet.planning.planned_work import Planned, planned_work
 
 SHOWN = ("align", "select", "distill", "finetune", "report")
 
