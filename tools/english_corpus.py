@@ -408,7 +408,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tokenizer", type=Path, help="a model folder: count its tokens")
     parser.add_argument("--packages", type=Path, help="where .deb files are kept (OUT.packages)")
     parser.add_argument("--only", help="names of packages, with commas; default: all of them")
-    parser.add_argument("--heldout", type=float, default=0.02, help="share of documents held out")
+    parser.add_argument("--heldout", type=float, default=0.03, help="share of documents held out")
     parser.add_argument("--seed", type=int, default=20261127, help="of the order and the split")
     options = parser.parse_args(arguments)
     try:
