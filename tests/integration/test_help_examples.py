@@ -80,6 +80,11 @@ MORE = {
     "run quickstart": ONE_STEP,
     "run distill_06b": DRY,
     "run configs/run/quickstart.yaml": ONE_STEP,
+    "select configs/run/quickstart.yaml teacher=/models/Qwen3-0.6B data=corpus.txt select.method": (
+        *ONE_STEP,
+        "select.gates.train_iters=1",
+        "output_dir=runs/gates",
+    ),
     "select configs/run/quickstart.yaml": ONE_STEP,
     "demo --out runs/longer": DRY,  # minutes
     "demo": (*ONE_STEP[:-1], "data.train=[corpus.txt]", "data.heldout=corpus.txt"),
