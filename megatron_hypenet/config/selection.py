@@ -20,8 +20,8 @@ class LayerGatesConfig(Section):
 
     train_iters: PositiveInt = Field(
         default=40,
-        description="Steps of the gates; the weights are frozen. The gates of a model have settled "
-        "after some tens of steps (docs/selection.md).",
+        description="Steps of the gates; the weights are frozen. Those of the bundled "
+        "teacher have taken their places after 12 (docs/evidence/selection.md).",
     )
     global_batch_size: PositiveInt = Field(
         default=8, description="Sequences per step over all processes."
