@@ -260,7 +260,9 @@ def test_biases_are_parameters_like_the_others(name, tmp_path):
     assert mapping.num_parameters(config) == sum(p.numel() for p in model.parameters())
     model(torch.randint(0, 61, (2, 9))).square().sum().backward()
     for key, parameter in mixer.named_parameters():
-        assert parameter.grad is not None and parameter.grad.abs().max() > 0, key
+        # without norms and RoPE the bias of k shifts all scores of a query alike
+        least = 0 if (name, key) == ("attn", "k_bias") else 1e-9
+        assert parameter.grad is not None and parameter.grad.abs().max() >= least, key
     with torch.no_grad():
         for letter in "qkv":
             mixer.get_parameter(f"{letter}_bias").normal_()
