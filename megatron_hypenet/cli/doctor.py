@@ -127,6 +127,7 @@ def examine(folder: Path) -> list[Finding]:
             check_import("megatron.core", "megatron-core"),
             check_import("deepspeed", "deepspeed"),
         ],
+        check_transformer_engine,
         check_compilers,
         lambda: [check_memory(), check_disk(folder)],
     ]
@@ -257,6 +258,19 @@ def check_import(module: str, package: str) -> Finding:
         )
         return Finding(f"import {module}", "broken", detail, f"reinstall {package}: make install")
     return Finding(f"import {module}", "ok", "works")
+
+
+def check_transformer_engine() -> list[Finding]:
+    """Check whether Transformer Engine, which only model.transformer_impl=transformer_engine needs,
+    fits this torch and CUDA."""
+    from megatron_hypenet.model import transformer_engine as engine
+
+    name = engine.PACKAGE
+    if (version := engine.version_of(name)) is None:
+        return [Finding(name, "note", "not installed; optional", engine.INSTALL)]
+    if fault := engine.import_fault():
+        return [Finding(name, "note", f"does not work: {fault}", engine.INSTALL)]
+    return [Finding(name, "ok", f"{version}, works with this torch and CUDA")]
 
 
 def check_gpu_kernels() -> list[Finding]:

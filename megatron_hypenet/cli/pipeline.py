@@ -269,11 +269,26 @@ def checked(
     check_run(shape, run, None if follows else num_processes)
     identity_of([source.path for source in run.data.every_source])
     check_trackers(run)
+    if not world_size:
+        check_gpu_software(run)
     # processes that others start later (`world_size`) are not those that this environment tells of
     if world_size or (not under_way() and processes.join() is None):
         check_data(run, again=overwrite, on_gpus=on_gpus)
     lines = [] if overwrite or as_it_is else changed(run, folder, redo_from, init).lines()
     return Checked(shape, num_processes, tuple(lines))
+
+
+def check_gpu_software(run: RunConfig) -> None:
+    """Raise SetupError where the run asks for Transformer Engine or FP8 and this machine lacks what
+    they need."""
+    if run.model.transformer_impl == "transformer_engine":
+        from megatron_hypenet.model import transformer_engine
+
+        transformer_engine.require("model.transformer_impl=transformer_engine")
+    if run.fp8.used:
+        from megatron_hypenet.model.fp8_layers import require_fp8_gpu
+
+        require_fp8_gpu("fp8.teacher" if run.fp8.teacher else "fp8.student")
 
 
 def check_trackers(run: RunConfig) -> None:

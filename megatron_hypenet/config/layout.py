@@ -23,6 +23,9 @@ SEQUENCE = "parallel.sequence_parallel"
 PIPELINE_LAYOUT = "parallel.pipeline_layout"
 ZERO = "parallel.zero_stage"
 OFFLOAD = "parallel.offload_optimizer"
+IMPL = "model.transformer_impl"
+FP8_TEACHER = "fp8.teacher"
+FP8_STUDENT = "fp8.student"
 
 Change = Mapping[str, object]
 """Settings to change: dotted key (section.name) or PROCESSES -> value."""
@@ -88,6 +91,22 @@ class Layout:
             if isinstance(settings, AlignConfig):
                 found.setdefault(settings.mixer, settings.spec)
         return tuple(found.values())
+
+    @property
+    def fp8_sizes(self) -> dict[str, int]:
+        """Return the sizes, by name, of what the linear layers on one tensor-parallel rank read and
+        write."""
+        assert self.model is not None, "rules about the model are checked with a model only"
+        tp = self.parallel.tensor_model_parallel_size
+        found = {
+            "hidden_size": self.model.hidden_size,
+            "ffn_hidden_size / tensor size": self.model.ffn_hidden_size // tp,
+        }
+        for spec in self.mixers:
+            rows = sum(spec.sections(self.model).values())
+            found[f"rows of {spec.name}'s input projection / tensor size"] = rows // tp
+        found["query_size / tensor size"] = self.model.query_size // tp
+        return found
 
     def changed(self, change: Change) -> Layout:
         """Return this layout with other settings; the result is not validated."""

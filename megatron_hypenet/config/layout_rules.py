@@ -14,6 +14,9 @@ from dataclasses import dataclass
 
 from megatron_hypenet.config.layout import (
     CONTEXT,
+    FP8_STUDENT,
+    FP8_TEACHER,
+    IMPL,
     OFFLOAD,
     PIPELINE,
     PIPELINE_LAYOUT,
@@ -26,6 +29,7 @@ from megatron_hypenet.config.layout import (
     even_layout,
     multiples_near,
 )
+from megatron_hypenet.config.schema import HeadStageConfig
 
 NEAREST = 8
 """Number of neighbouring sizes that a rule proposes."""
@@ -294,6 +298,96 @@ def global_batch(layout: Layout) -> Iterator[Finding]:
         )
 
 
+FP8_UNIT = 16
+BLOCK_UNIT = 128
+"""What sizes in FP8 are multiples of: for matrix products, and for blocks with a scale each."""
+
+
+def transformer_engine_zero(layout: Layout) -> Iterator[Finding]:
+    """Require ZeRO 0 to 2 with Transformer Engine, whose layers keep references to weights that
+    ZeRO-3 frees after use."""
+    run = layout.run
+    if run.model.transformer_impl == "transformer_engine" and run.parallel.zero_stage == 3:
+        lifted: Change = {IMPL: "local", FP8_STUDENT: None}
+        yield Finding(
+            "",
+            "parallel.zero_stage=3 with model.transformer_impl=transformer_engine: its layers keep "
+            "weights that ZeRO-3 takes away",
+            ({ZERO: 2}, {ZERO: 1}, lifted),
+        )
+
+
+def fp8_sizes(layout: Layout) -> Iterator[Finding]:
+    """Require layers whose sizes on one rank suit products in FP8: multiples of 16, of 128 with
+    blockwise scales."""
+    fp8 = layout.run.fp8
+    if layout.model is None or not fp8.used:
+        return
+    unit = BLOCK_UNIT if fp8.student == "blockwise" else FP8_UNIT
+    broken = ", ".join(f"{name} {size}" for name, size in layout.fp8_sizes.items() if size % unit)
+    if broken:
+        asked = " and ".join(
+            f"{key}={value}"
+            for key, value in ((FP8_TEACHER, fp8.teacher), (FP8_STUDENT, fp8.student))
+            if value
+        )
+        off: Change = {FP8_TEACHER: False, FP8_STUDENT: None}
+        smaller = [
+            layout.with_tensor(size)
+            for size in divisors_near(layout.parallel.tensor_model_parallel_size, 1)
+        ]
+        yield Finding(
+            "",
+            f"{asked} needs sizes that are multiples of {unit}; this model has {broken}",
+            ({FP8_STUDENT: "current"}, *smaller, *map(layout.on_fitting_processes, smaller), off),
+        )
+
+
+def fp8_tokens(layout: Layout) -> Iterator[Finding]:
+    """Require that a rank's tokens of a micro-batch suit products in FP8, which the gradient of a
+    weight sums over: multiples of 16, of 128 with blockwise scales."""
+    fp8 = layout.run.fp8
+    if fp8.student is None:
+        return
+    parallel = layout.parallel
+    unit = BLOCK_UNIT if fp8.student == "blockwise" else FP8_UNIT
+    parts = parallel.context_parallel_size * (
+        parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    )
+    for name in layout.stages:
+        stage = layout.run.stage(name)
+        if not isinstance(stage, HeadStageConfig):
+            continue
+        tokens = stage.micro_batch_size * stage.seq_length
+        if tokens % (unit * parts):
+            key = f"{name}.seq_length"
+            near = multiples_near(math.lcm(unit * parts, parallel.sequence_unit), stage.seq_length)
+            yield Finding(
+                name,
+                f"{name}.micro_batch_size={stage.micro_batch_size} * {key}={stage.seq_length} "
+                f"tokens over {parts} ranks are no multiple of {unit}, as "
+                f"{FP8_STUDENT}={fp8.student} needs",
+                (*({key: length} for length in near), {FP8_STUDENT: None}),
+            )
+
+
+def fp8_recompute(layout: Layout) -> Iterator[Finding]:
+    """Require scales that need no history where norms are recomputed: a second pass would change
+    delayed scales again."""
+    if layout.run.fp8.student != "delayed":
+        return
+    for name in layout.stages:
+        stage = layout.run.stage(name)
+        if isinstance(stage, HeadStageConfig) and stage.recompute == "selective":
+            key = f"{name}.recompute"
+            yield Finding(
+                name,
+                f"{key}=selective with {FP8_STUDENT}=delayed: recomputation would change the "
+                "scales a second time",
+                ({FP8_STUDENT: "current"}, {key: "none"}, {key: "full"}),
+            )
+
+
 RULES: dict[str, Rule] = {
     "tensor-slices": tensor_slices,
     "sequence-parallel": sequence_parallel,
@@ -305,5 +399,9 @@ RULES: dict[str, Rule] = {
     "sequence-split": sequence_split,
     "chunk-halo": chunk_halo,
     "global-batch": global_batch,
+    "transformer-engine-zero": transformer_engine_zero,
+    "fp8-sizes": fp8_sizes,
+    "fp8-tokens": fp8_tokens,
+    "fp8-recompute": fp8_recompute,
 }
 """Every rule under the name that messages and docs/errors.md give it."""

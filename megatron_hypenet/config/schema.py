@@ -25,6 +25,7 @@ from pydantic import (
     model_validator,
 )
 
+from megatron_hypenet.config.computation import Fp8Config, ModelConfigOfRun
 from megatron_hypenet.config.fields import (
     BelowOne,
     Count,
@@ -293,7 +294,8 @@ class StageConfig(Section):
         "launching every kernel: faster where "
         "launches take longer than they run. Takes effect with bfloat16, zero_stage 0 or 1, "
         "one GPU per replica, recompute none, and "
-        "documents not kept apart; a replay is compared with launched kernels first.",
+        "documents not kept apart, without fp8.student=delayed; a replay is compared with launched "
+        "kernels first.",
     )
 
     @model_validator(mode="after")
@@ -529,6 +531,12 @@ class GuardConfig(Section):
         description="Largest teacher loss on held-out text before training starts; "
         "null means 0.9 * ln(vocab_size).",
     )
+    max_fp8_kl: Rate = Field(
+        default=0.02,
+        description="Largest KL(teacher || teacher with fp8.teacher) in nats per token on held-out "
+        "text before training starts. A student learns the FP8 teacher, so it cannot come nearer "
+        "to the true one than this; the bundled teacher, whose students end at 0.27, has 0.009.",
+    )
     max_skipped_steps: Count = Field(
         default=3,
         description="Training steps in a row whose loss or gradient may be not finite: "
@@ -601,6 +609,10 @@ class RunConfig(Section):
         description="Type of weights and activations while training; auto is bfloat16 on CUDA, "
         "float32 on CPU.",
     )
+    model: ModelConfigOfRun = Field(
+        default=ModelConfigOfRun(), description="How the model's layers are computed."
+    )
+    fp8: Fp8Config = Field(default=Fp8Config(), description="Matrix products in FP8.")
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="Where to compute; auto takes CUDA when present."
     )
@@ -626,6 +638,30 @@ class RunConfig(Section):
         "stopped or failed, or a job starts again: they get HYPENET_EVENT (stage_done, run_done, "
         "stopped, failed, requeued), HYPENET_RUN, HYPENET_STEP and HYPENET_MESSAGE.",
     )
+
+    @model_validator(mode="after")
+    def _fp8_can_be_computed(self) -> Self:
+        if self.fp8.student and self.model.transformer_impl != "transformer_engine":
+            raise ValueError(
+                f"fp8.student={self.fp8.student} is computed by Transformer Engine; set "
+                "model.transformer_impl=transformer_engine too, or fp8.student=null"
+            )
+        asked = [
+            setting
+            for setting, is_set in (
+                ("fp8.teacher=true", self.fp8.teacher),
+                (
+                    "model.transformer_impl=transformer_engine",
+                    self.model.transformer_impl == "transformer_engine",
+                ),
+            )
+            if is_set
+        ]
+        if asked and self.device == "cpu":
+            raise ValueError(f"{' and '.join(asked)} with device=cpu: both need a GPU")
+        if asked and self.precision == "float32":
+            raise ValueError(f"{' and '.join(asked)} with precision=float32: use bfloat16 or auto")
+        return self
 
     def stage(self, name: str) -> StageConfig:
         """Return the settings of training stage `name`, one of STAGES."""

@@ -23,7 +23,7 @@ from megatron_hypenet.checkpoint.load import (
 from megatron_hypenet.checkpoint.manifest import TEACHER_LICENSE
 from megatron_hypenet.checkpoint.retention import finish
 from megatron_hypenet.config.schema import GATES, STAGES, RunConfig
-from megatron_hypenet.errors import CheckpointError
+from megatron_hypenet.errors import CheckpointError, QualityError
 from megatron_hypenet.halo import build_stage, datasets, gate, layer_selection, tracking
 from megatron_hypenet.halo.report import (
     read_report,
@@ -36,10 +36,12 @@ from megatron_hypenet.halo.report_page import write_page
 from megatron_hypenet.halo.run_folder import RunFolder
 from megatron_hypenet.halo.task_runner import Runner, Step
 from megatron_hypenet.halo.tasks import from_init, halo_steps, required_checkpoint, starts_from
+from megatron_hypenet.model.fp8_layers import fp8_divergence
 from megatron_hypenet.model.hypenet import HypeNetModel
 from megatron_hypenet.model.memory import release_memory
 from megatron_hypenet.parallel import groups
 from megatron_hypenet.parallel.agreement import from_first
+from megatron_hypenet.parallel.cpu import device
 from megatron_hypenet.stages.base import StageModule
 from megatron_hypenet.stages.head import HeadStage
 from megatron_hypenet.stages.selection.ranking import load_selection
@@ -136,7 +138,36 @@ class Halo:
                 "Check the teacher's folder and that its "
                 "tokenizer belongs to it; guard.max_teacher_loss sets the limit"
             )
-        return {"teacher_loss": loss, "limit": limit, TEACHER_SCORES: found}
+        return {
+            "teacher_loss": loss,
+            "limit": limit,
+            TEACHER_SCORES: found,
+            **(self._fp8_effect(teacher) if self.run.fp8.teacher else {}),
+        }
+
+    def _fp8_effect(self, teacher: HypeNetModel) -> dict[str, float]:
+        """Measure what FP8 does to the teacher's predictions on held-out text; QualityError where
+        it is more than the run's bound."""
+        settings = self.run.eval
+        text = datasets.measure(self.run, self.folder).heldout(
+            settings.quick_sequences, settings.seq_length
+        )
+        # whole logits of two batches exist at a time
+        kl, same = fp8_divergence(teacher, text[:, :-1].to(device()).split(1))
+        self.log(
+            f"fp8.teacher: KL {kl:.2e} nats per token from the teacher in "
+            f"{str(teacher.config.params_dtype).removeprefix('torch.')}, the same first choice for "
+            f"{same:.2%} of {text[:, :-1].numel()} tokens"
+        )
+        limit = self.run.guard.max_fp8_kl
+        if not kl <= limit:
+            raise QualityError(
+                f"the teacher in FP8 (fp8.teacher=true) predicts other text than itself: its KL on "
+                f"held-out text is {kl:.2e} nats per token, the limit is {limit:.2e} "
+                f"(guard.max_fp8_kl), and {same:.2%} of its first choices are the same; set "
+                "fp8.teacher=false, or the limit higher if the student's own KL will be far above"
+            )
+        return {"fp8_kl": kl, "fp8_same_choice": same}
 
     def do_stage(self, name: str) -> dict[str, Any]:
         """Train one stage from the run's own results."""

@@ -21,10 +21,12 @@ from megatron_hypenet.checkpoint.load import (
 )
 from megatron_hypenet.checkpoint.save import write_weights
 from megatron_hypenet.checkpoint.shards import LazyTensor, ShardReader
+from megatron_hypenet.config.computation import Fp8Config, Fp8Recipe
 from megatron_hypenet.config.mixers import MixerSpec
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.config.schema import ParallelConfig, Recompute, RunConfig
 from megatron_hypenet.errors import CheckpointError
+from megatron_hypenet.model.fp8_layers import require_fp8_gpu
 from megatron_hypenet.model.hypenet import HypeNetModel, build_model
 from megatron_hypenet.model.kernel_guard import guard_kernels
 from megatron_hypenet.model.transfer import fresh_parameter
@@ -53,12 +55,16 @@ def load_hypenet(
     trunk_only: bool = False,
     parallel: ParallelConfig | None = None,
     recompute: Recompute = "none",
+    fp8: Fp8Recipe | None = None,
 ) -> HypeNetModel:
     """Return the model of a checkpoint in the run's dtype and layout, filled strictly; a trunk
     leaves the tensors after the last mixer unread.
 
     `parallel` is the run's layout with the pipeline stages settled, where they are needed;
-    `recompute` is for a model that trains."""
+    `recompute` and `fp8` are for a model that trains. Raises SetupError where this GPU has no FP8
+    products and the run asks for them."""
+    if run.fp8.used:
+        require_fp8_gpu("fp8.teacher" if run.fp8.teacher else "fp8.student")
     parallel = parallel or run.parallel
     model = build_model(
         read_whole_config(folder),
@@ -67,9 +73,16 @@ def load_hypenet(
         seed=run.seed,
         trunk_only=trunk_only,
         recompute=recompute,
+        impl=run.model.transformer_impl,
+        fp8=fp8,
     )
     check_placement(model)
-    guard_kernels(model, documents=run.data.separate_documents, mixers=(run.align.mixer,))
+    guard_kernels(
+        model,
+        documents=run.data.separate_documents,
+        mixers=(run.align.mixer,),
+        fp8=run.fp8.teacher,
+    )
     load_model(model, folder, allow_unused=trunk_only)
     return model
 
@@ -126,6 +139,10 @@ class _Checkpoints:
     def seed(self) -> int:
         return self.run.seed
 
+    @property
+    def fp8(self) -> Fp8Config:
+        return self.run.fp8
+
     def teacher(self, *, trunk_only: bool = False) -> HypeNetModel:
         assert self.teacher_folder is not None, "the stage has a teacher"
         return load_teacher(
@@ -135,7 +152,11 @@ class _Checkpoints:
     def student(self, *, recompute: Recompute) -> HypeNetModel:
         assert self.student_folder is not None, "the stage starts from a student"
         return load_hypenet(
-            self.run, self.student_folder, parallel=self.parallel, recompute=recompute
+            self.run,
+            self.student_folder,
+            parallel=self.parallel,
+            recompute=recompute,
+            fp8=self.run.fp8.student,
         )
 
 

@@ -20,6 +20,7 @@ MAY_CHANGE = (
     "data.heldout",
     "parallel.*",
     "device",
+    "model.transformer_impl",
     "*.micro_batch_size",
     "*.log_interval",
     "*.save_interval",

@@ -100,6 +100,7 @@ def halo_steps(
             ("probe",),
             ("align", *training),
             (align,),
+            lambda: _in_fp8(teacher=run.fp8.teacher),
         ),
         step("select", "score and rank the layers", ("align",), ("select",), chosen),
         step(
@@ -117,6 +118,7 @@ def halo_steps(
             ("assemble",),
             ("distill", *training),
             (distill,),
+            lambda: _in_fp8(teacher=run.fp8.teacher, student=run.fp8.student),
         ),
         step(
             "finetune",
@@ -124,6 +126,10 @@ def halo_steps(
             ("distill",),
             ("finetune", *training),
             (finetune,),
+            lambda: _in_fp8(
+                teacher=run.fp8.teacher and run.finetune.teacher_weight > 0,
+                student=run.fp8.student,
+            ),
         ),
         step(
             "export",
@@ -177,6 +183,11 @@ def starts_from(steps: Iterable[Step]) -> dict[str, str]:
     return {stage: task for stage, task in first.items() if task in (*STAGES, "assemble")}
 
 
+def _in_fp8(**what: bool | str | None) -> dict[str, Any] | None:
+    """Return what a stage computes in FP8; None where that is nothing, as before there was FP8."""
+    return {name: value for name, value in what.items() if value} or None
+
+
 def _checked_lengths(run: RunConfig) -> list[Any]:
     """Return the settings that the probe compares with teacher and text."""
     return [
@@ -190,6 +201,7 @@ def _checked_lengths(run: RunConfig) -> list[Any]:
             *sorted(set(run.eval.gate.multiples) - set(run.eval.length_multiples)),
         ],
         run.data.model_dump(mode="json", exclude={"train", "heldout"}),
+        *([run.guard.max_fp8_kl] if run.fp8.teacher else []),
     ]
 
 

@@ -14,6 +14,7 @@ from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
+from megatron_hypenet.config.computation import Fp8Recipe, TransformerImpl
 from megatron_hypenet.config.model import LogitsScaling, ModelConfig
 from megatron_hypenet.config.schema import ParallelConfig, Recompute
 from megatron_hypenet.model import inference
@@ -75,7 +76,9 @@ class HypeNetModel(LanguageModule):
             )
         self.decoder = TransformerBlock(
             config=config,
-            spec=block_spec(model_config, layout, stage, trunk_only=trunk_only),
+            spec=block_spec(
+                model_config, layout, stage, trunk_only=trunk_only, impl=config.transformer_impl
+            ),
             pre_process=self.pre_process,
             post_process=self.post_process,
             post_layer_norm=not trunk_only,
@@ -233,14 +236,17 @@ def build_model(
     seed: int | None = None,
     trunk_only: bool = False,
     recompute: Recompute = "none",
+    impl: TransformerImpl = "local",
+    fp8: Fp8Recipe | None = None,
 ) -> HypeNetModel:
     """Return a model with fresh random weights on this process's device; callers load weights into
     it.
 
     Starts the process groups if none exist. `seed` fixes the random weights; `recompute` says what
-    training recomputes in backward. ConfigError names an unknown mixer."""
+    training recomputes in backward; `impl` and `fp8` choose the layers and their products in
+    training. ConfigError names an unknown mixer."""
     groups.init_parallel(parallel, seed=1234 if seed is None else seed)
     layout = pipeline_layout(model_config, parallel)
-    config = transformer_config(model_config, parallel, dtype, layout, recompute)
+    config = transformer_config(model_config, parallel, dtype, layout, recompute, impl, fp8)
     model = HypeNetModel(config, model_config, parallel, layout, trunk_only=trunk_only)
     return model.to(device=device(), dtype=dtype)

@@ -7,7 +7,8 @@ parallelism the rows go through as micro-batches; results are gathered on every 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -91,6 +92,28 @@ def _over_layout(
     """Run the model and, on the last stage, `head(hidden [s, b, h], rows)` -> tensors [s, b, ...]
     of this rank's tokens; returns them for whole sequences, [b, t, ...], on every rank. `results`
     names dtype and device (by an empty tensor) and trailing shape of each."""
+    with _without_fp8(model):
+        return _gathered(model, input_ids, results, head)
+
+
+@contextmanager
+def _without_fp8(model: HypeNetModel) -> Iterator[None]:
+    """Compute in the model's dtype, as the exported model will: FP8 is for training, where the
+    tokens are a multiple of 16."""
+    config = model.config
+    recipe, config.fp8 = config.fp8, None
+    try:
+        yield
+    finally:
+        config.fp8 = recipe
+
+
+def _gathered(
+    model: HypeNetModel,
+    input_ids: Tensor,
+    results: list[tuple[Tensor, tuple[int, ...]]],
+    head: Callable[[Tensor, slice], tuple[Tensor, ...]],
+) -> tuple[Tensor, ...]:
     group = model.pg_collection.cp
     length = input_ids.shape[1]
     local_ids = split_sequence(_padded(model, input_ids), group, dim=1)

@@ -33,8 +33,11 @@ DOCTOR_USE = KernelUse(
 """The use that `check_all_kernels` checks: 32 heads, width and MLP of Qwen3-8B, its vocabulary."""
 
 
-def use_of(model: HypeNetModel, *, documents: bool, mixers: tuple[str, ...] = ()) -> KernelUse:
-    """Return the kernels' use by this model, and by mixers that will be trained beside it."""
+def use_of(
+    model: HypeNetModel, *, documents: bool, mixers: tuple[str, ...] = (), fp8: bool = False
+) -> KernelUse:
+    """Return the kernels' use by this model, and by mixers that will be trained beside it; `fp8`
+    says whether its linear layers, or a teacher's, will be put in FP8."""
     shape = model.model_config
     ranks = model.parallel.tensor_model_parallel_size
     return KernelUse(
@@ -48,6 +51,7 @@ def use_of(model: HypeNetModel, *, documents: bool, mixers: tuple[str, ...] = ()
         context_ranks=model.parallel.context_parallel_size,
         documents=documents,
         mixers=frozenset((*shape.mixer_types, *mixers)),
+        fp8=fp8,
     )
 
 
@@ -68,7 +72,11 @@ _looked_at: set[KernelUse] = set()
 
 
 def guard_kernels(
-    model: HypeNetModel, *, documents: bool = False, mixers: tuple[str, ...] = ()
+    model: HypeNetModel,
+    *,
+    documents: bool = False,
+    mixers: tuple[str, ...] = (),
+    fp8: bool = False,
 ) -> None:
     """Check the kernels that `model` will run, and disable the families that fail; collective over
     all ranks, once per use and process.
@@ -80,7 +88,7 @@ def guard_kernels(
     if where.type == "cuda":
         with torch.enable_grad():
             guard(
-                use_of(model, documents=documents, mixers=mixers),
+                use_of(model, documents=documents, mixers=mixers, fp8=fp8),
                 where,
                 torch.cuda.get_device_name(where),
             )

@@ -1,13 +1,13 @@
-"""The MLP of every layer: Megatron's parallel linear layers around SwiGLU's product."""
+"""The MLP of every layer: parallel linear layers around SwiGLU's product."""
 
 from typing import Any
 
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 
+from megatron_hypenet.model.linear_layers import mlp_submodules, save_original_inputs
 from megatron_hypenet.ops.swiglu import swiglu
 from megatron_hypenet.parallel.groups import tensor_group
 from megatron_hypenet.parallel.recompute import DropOutput
@@ -30,10 +30,12 @@ class SwiGLU(MLP):
         (0.16), or the groups and more too (0.19)."""
         super().__init__(
             config,
-            MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+            mlp_submodules(config.transformer_impl),
             ffn_hidden_size=config.ffn_hidden_size,
             tp_group=tensor_group() if pg_collection is None else pg_collection.tp,
         )
+        if config.fp8 and config.recompute_granularity == "selective":
+            save_original_inputs(self.linear_fc2)  # Megatron's layer does it for linear_fc1
 
     def forward(
         self, hidden_states: Tensor, per_token_scale: None = None, **unused: Any

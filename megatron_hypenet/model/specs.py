@@ -14,10 +14,12 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from megatron.core.utils import init_method_normal
 
+from megatron_hypenet.config.computation import Fp8Recipe, TransformerImpl
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.config.schema import ParallelConfig, Recompute
 from megatron_hypenet.model.layer import PreNormLayer
-from megatron_hypenet.model.mixers import MixerSubmodules, mixer_class
+from megatron_hypenet.model.linear_layers import mixer_submodules
+from megatron_hypenet.model.mixers import mixer_class
 from megatron_hypenet.model.mlp import SwiGLU
 from megatron_hypenet.model.pipeline_layout import layers_of_stage
 from megatron_hypenet.parallel.cpu import device
@@ -38,20 +40,39 @@ _RECOMPUTE: dict[Recompute, dict[str, Any]] = {
 }
 
 
+_FP8_RECIPE: dict[Fp8Recipe, dict[str, Any]] = {
+    "current": {"fp8": "hybrid", "fp8_recipe": "tensorwise"},
+    # the largest value of 16 steps, as one small step would make the next one overflow
+    "delayed": {
+        "fp8": "hybrid",
+        "fp8_recipe": "delayed",
+        "fp8_amax_history_len": 16,
+        "fp8_amax_compute_algo": "max",
+    },
+    # a scale for every 128 values leaves no need of e5m2's range in gradients
+    "blockwise": {"fp8": "e4m3", "fp8_recipe": "blockwise"},
+}
+"""Megatron's names for the recipes, with e5m2 for gradients in the first two ("hybrid")."""
+
+
 def transformer_config(
     model: ModelConfig,
     parallel: ParallelConfig,
     dtype: torch.dtype,
     layout: tuple[int, ...] = (),
     recompute: Recompute = "none",
+    impl: TransformerImpl = "local",
+    fp8: Fp8Recipe | None = None,
 ) -> TransformerConfig:
     """Return Megatron's configuration of a model in one dtype (float64 too) on one layout, `layout`
-    being the layers per pipeline stage where there are several."""
+    being the layers per pipeline stage where there are several; `fp8` is for a model that trains
+    with Transformer Engine's layers (`impl`)."""
+    assert fp8 is None or impl == "transformer_engine", "FP8 training is Transformer Engine's"
     init = init_method_normal(model.init_method_std)
     # for "layernorm"; "core_attn" is read by the mixers, and the MLP goes by the granularity
     use_in_megatron()
-    # This warning of Megatron's is about Transformer Engine's attention, which these mixers do not
-    # use.
+    # This warning of Megatron's is about context parallelism in Transformer Engine's attention,
+    # which these mixers do not use.
     warnings.filterwarnings(
         "ignore", message="If you are using transformer_engine as the transformer implementation"
     )
@@ -87,6 +108,10 @@ def transformer_config(
         gradient_accumulation_fusion=False,
         # (Megatron's spelling.) Checkpoint keys carry the global layer index, since layers differ.
         hetereogenous_dist_checkpoint=True,
+        transformer_impl=impl,
+        # else Transformer Engine keeps FP8 weights until it is told of an update
+        disable_parameter_transpose_cache=True,
+        **({} if fp8 is None else _FP8_RECIPE[fp8]),
         **_RECOMPUTE[recompute],
         attention_softmax_in_fp32=dtype != torch.float64,
     )
@@ -102,26 +127,33 @@ def _megatron_layout(layout: tuple[int, ...]) -> list[list[str]]:
 
 
 def block_spec(
-    model: ModelConfig, layout: tuple[int, ...], stage: int, *, trunk_only: bool = False
+    model: ModelConfig,
+    layout: tuple[int, ...],
+    stage: int,
+    *,
+    trunk_only: bool = False,
+    impl: TransformerImpl = "local",
 ) -> TransformerBlockSubmodules:
     """Return the specs of the layers on one pipeline stage. `trunk_only` leaves out the last
     layer's MLP: nothing after the last mixer is built."""
     last = model.num_layers - 1
     layers = [
-        layer_spec(model, model.mixer_types[i], with_mlp=not (trunk_only and i == last))
+        layer_spec(model, model.mixer_types[i], with_mlp=not (trunk_only and i == last), impl=impl)
         for i in layers_of_stage(layout, stage)
     ]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
 
 
-def layer_spec(model: ModelConfig, mixer: str, *, with_mlp: bool = True) -> ModuleSpec:
+def layer_spec(
+    model: ModelConfig, mixer: str, *, with_mlp: bool = True, impl: TransformerImpl = "local"
+) -> ModuleSpec:
     """Return one pre-norm decoder layer: norm, mixer, residual, norm, SwiGLU, residual."""
     return ModuleSpec(
         PreNormLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=ModuleSpec(
-                mixer_class(mixer), params={"model": model}, submodules=MixerSubmodules()
+                mixer_class(mixer), params={"model": model}, submodules=mixer_submodules(impl)
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm if with_mlp else IdentityOp,

@@ -43,6 +43,8 @@ class KernelUse:
     """Whether packed documents are kept apart."""
     mixers: frozenset[str] = frozenset()
     """Names of the mixers in the model, or that will be trained beside it."""
+    fp8: bool = False
+    """Whether a frozen teacher's linear layers are in FP8."""
     thorough: bool = False
     """Check every variant of a kernel, whether or not a model uses it, as `hypenet doctor
     --kernels` does."""

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_hypenet.ops.adamw import AdamWStep, fused_adamw
+from megatron_hypenet.ops.fp8_linear import quantize_rows, torch_quantize_rows
 from megatron_hypenet.ops.gated_norm import fused_gated_norm
 from megatron_hypenet.ops.gradient_sum import fused_gradient_sum
 from megatron_hypenet.ops.kernels import KernelUse
@@ -204,6 +205,28 @@ def check_swiglu(
     return check(f"swiglu width {width}", dtype, ROUNDING_LIMITS[dtype], run)
 
 
+def check_fp8_rows(
+    device: torch.device, dtype: torch.dtype, *, width: int, tokens: int = 64
+) -> KernelCheck:
+    """Check scales and values against rounding in float64, with rows of zeros and of tiny and huge
+    values."""
+
+    def run() -> Pairs:
+        x = (normal_draws(device)(tokens, width)).to(dtype)
+        x[1] = 0.0
+        x[2] *= 1e-20
+        x[3] *= 1e20
+        values, scales = quantize_rows(x)
+        wanted, exact = torch_quantize_rows(x.double())
+        assert torch.equal(values[1].float(), torch.zeros(width, device=device)), "zeros stay zero"
+        return {
+            "scales": (scales, exact),
+            "values": (values.double(), wanted.double()),
+        }
+
+    return check(f"fp8_rows width {width}", dtype, ROUNDING_LIMITS[dtype], run)
+
+
 def check_gradient_sum(
     device: torch.device, dtype: torch.dtype, *, count: int = 10_000
 ) -> KernelCheck:
@@ -341,6 +364,11 @@ def check_adamw_use(where: torch.device, use: KernelUse) -> KernelCheck:
 def check_swiglu_use(where: torch.device, use: KernelUse) -> KernelCheck:
     """Return the check of family swiglu for a model's use of it."""
     return check_swiglu(where, use.dtype, width=use.ffn)
+
+
+def check_fp8_rows_use(where: torch.device, use: KernelUse) -> KernelCheck:
+    """Return the check of family fp8_rows for a model's use of it."""
+    return check_fp8_rows(where, use.dtype, width=use.ffn)
 
 
 def check_gradient_sum_use(where: torch.device, use: KernelUse) -> KernelCheck:

@@ -82,6 +82,7 @@ def needs(layout: Layout) -> list[StageNeed]:
             layout.run.stage(name),
             layout.parallel,
             data_ranks=layout.dp_size,
+            fp8=layout.run.fp8,
         )
         index = max(range(len(parts)), key=lambda at: parts[at].needed)
         found.append(StageNeed(name, index, parts[index]))

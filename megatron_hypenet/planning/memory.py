@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_hypenet.config.computation import Fp8Config
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.config.schema import ParallelConfig, StageConfig
 from megatron_hypenet.engine.deepspeed.config import BUCKET_ELEMENTS
@@ -71,24 +72,25 @@ def stage_memory(
     parallel: ParallelConfig,
     *,
     data_ranks: int,
+    fp8: Fp8Config | None = None,
 ) -> list[StageMemory]:
     """Return the memory of training stage `name` on every pipeline stage, for a bfloat16 model on
     CUDA.
 
     `student` has the shape that trains (`StageSpec.student_shape`). `data_ranks` are the replicas:
-    processes over tensor * pipeline * context. Raises LayoutError for a layout without enough
-    layers."""
+    processes over tensor * pipeline * context; `fp8` says what is computed in FP8. Raises
+    LayoutError for a layout without enough layers."""
     spec = stage_spec(name)
     settled = placed(name, config, parallel, teacher, student)
     layout = pipeline_layout(student, settled)
     found = []
     for index in range(len(layout)):
-        rank = StageRank(config, settled, data_ranks, layout, index)
+        rank = StageRank(config, settled, data_ranks, layout, index, fp8 or Fp8Config())
         held = spec.footprint(rank, teacher, student)
         found.append(
             StageMemory(
                 **_states(rank, held.trained),
-                teacher=COMPUTE_BYTES * held.frozen,
+                teacher=COMPUTE_BYTES * held.frozen - held.frozen_fp8,
                 activations=COMPUTE_BYTES * held.activations,
                 work=held.work,
             )

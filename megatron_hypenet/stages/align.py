@@ -18,10 +18,12 @@ import torch
 from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from torch import Tensor, nn
 
+from megatron_hypenet.config.computation import Fp8Config
 from megatron_hypenet.config.mixers import MixerSpec
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.config.schema import StageConfig
 from megatron_hypenet.model.flops import BACKWARD, mixer_flops
+from megatron_hypenet.model.fp8_layers import quantize
 from megatron_hypenet.model.hypenet import HypeNetModel
 from megatron_hypenet.model.pipeline_layout import layer_costs
 from megatron_hypenet.ops.dtypes import accumulation_dtype
@@ -45,10 +47,12 @@ class AlignStage(StageModule):
     name = "align"
     teacher: HypeNetModel
 
-    def __init__(self, teacher: HypeNetModel, mixers: AlignedMixers) -> None:
+    def __init__(
+        self, teacher: HypeNetModel, mixers: AlignedMixers, *, fp8: Fp8Config | None = None
+    ) -> None:
         """`teacher` (best built with trunk_only=True) is changed in place: its attention modules
         are wrapped for good."""
-        super().__init__(mixers.model_config)
+        super().__init__(mixers.model_config, fp8)
         self.mixers = mixers
         self.attach_frozen("teacher", teacher)
         split = teacher.config.sequence_parallel
@@ -101,9 +105,10 @@ class AlignStage(StageModule):
 
         pipeline.flow(self.teacher, step, lambda index, hidden: None)
 
-    def flops_per_token(self, config: StageConfig) -> float:
-        """Count the FLOPs of the teacher's trunk forward, the mixers forward and backward."""
-        return AlignSpec().flops(config, self.teacher.model_config, self.model_config)
+    @property
+    def teacher_shape(self) -> ModelConfig:
+        """Return the shape of the teacher."""
+        return self.teacher.model_config
 
     def sharded_state_dict(self, prefix: str = "") -> dict[str, Any]:
         """Return the RNN mixers of all layers, under the names they have in a student."""
@@ -128,7 +133,10 @@ class AlignSpec(StageSpec):
     def build(self, source: ModelSource, config: StageConfig) -> AlignStage:
         """Build the trunk, and mixers initialised from its attention."""
         trunk = source.teacher(trunk_only=True)
-        return AlignStage(trunk, AlignedMixers.from_teacher(trunk, source.mixer, seed=source.seed))
+        mixers = AlignedMixers.from_teacher(trunk, source.mixer, seed=source.seed)
+        if source.fp8.teacher:
+            quantize(trunk)
+        return AlignStage(trunk, mixers, fp8=source.fp8)
 
     def student_shape(
         self, teacher: ModelConfig, student: ModelConfig, mixer: MixerSpec
@@ -145,7 +153,16 @@ class AlignSpec(StageSpec):
         The mixers' inputs are detached: only the output projection computes the gradient of its
         input; the input projections compute that of their weights alone."""
         return (
-            Passes(model=teacher, projections=1, core=1, output=1, mlp=1, head=0, last_mlp=False),
+            Passes(
+                model=teacher,
+                projections=1,
+                core=1,
+                output=1,
+                mlp=1,
+                head=0,
+                last_mlp=False,
+                frozen=True,
+            ),
             Passes(model=student, projections=2, core=3, output=3, mlp=0, head=0, compared=True),
         )
 
@@ -168,6 +185,7 @@ class AlignSpec(StageSpec):
         return Footprint(
             trained=sum(mixer.num_parameters(student, rank.tensor) for mixer in mixers),
             frozen=rank.parameters(teacher, trunk=True),
+            frozen_fp8=rank.linear_parameters(teacher, trunk=True) if rank.fp8.teacher else 0.0,
             activations=rank.tokens * (inside + 2 * rank.stream(student) * len(mixers)),
             work=COMPUTE_BYTES * (rank.tokens * rank.mlp_work(teacher)),
         )

@@ -10,7 +10,8 @@ from torch import nn
 from megatron_hypenet.config.mixers import MixerSpec
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.model.hypenet import HypeNetModel
-from megatron_hypenet.model.mixers import Mixer, MixerSubmodules, mixer_class
+from megatron_hypenet.model.linear_layers import mixer_submodules
+from megatron_hypenet.model.mixers import Mixer, mixer_class
 
 
 class AlignedMixers(nn.Module):
@@ -31,10 +32,11 @@ class AlignedMixers(nn.Module):
         config = teacher.model_config.converted(spec)
         build = mixer_class(spec.name)
         weight = next(teacher.parameters())
+        submodules = mixer_submodules(teacher.config.transformer_impl)
         mixers = {}
         for block in teacher.decoder.layers:
             mixer = build(
-                teacher.config, MixerSubmodules(), block.layer_number, config, teacher.pg_collection
+                teacher.config, submodules, block.layer_number, config, teacher.pg_collection
             )
             mixer.to(weight.device, weight.dtype)
             mixers[block.layer_number - 1] = mixer.init_from_attention(

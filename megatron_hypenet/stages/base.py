@@ -11,11 +11,13 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
+from megatron_hypenet.config.computation import Fp8Config
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.config.schema import StageConfig
 from megatron_hypenet.model.hypenet import HypeNetModel
 from megatron_hypenet.parallel import groups
 from megatron_hypenet.parallel.context.layout import split_sequence
+from megatron_hypenet.stages.spec import stage_spec
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +110,12 @@ class StageModule(nn.Module, ABC):
     name: ClassVar[str]
     """The stage's name in configs and folders."""
 
-    def __init__(self, model_config: ModelConfig) -> None:
+    def __init__(self, model_config: ModelConfig, fp8: Fp8Config | None = None) -> None:
         super().__init__()
         self.model_config = model_config
         """Shape of the student that this stage saves."""
+        self.fp8 = fp8 or Fp8Config()
+        """What is computed in FP8."""
 
     @abstractmethod
     def forward(self, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -127,10 +131,27 @@ class StageModule(nn.Module, ABC):
     def layout(self) -> tuple[int, ...]:
         """Return the layers per pipeline stage."""
 
+    @property
     @abstractmethod
+    def teacher_shape(self) -> ModelConfig:
+        """Return the shape of the teacher; the student's own where there is none."""
+
+    @property
+    def replayable(self) -> bool:
+        """Return whether the same micro-batch gives the same loss and gradients again, so that a
+        CUDA graph can hold it."""
+        return True
+
     def flops_per_token(self, config: StageConfig) -> float:
         """Count the floating-point operations of one training step per token, over all ranks; see
         model/flops.py."""
+        spec = stage_spec(self.name)
+        return spec.flops(config, self.teacher_shape, self.model_config)
+
+    def fp8_flops_per_token(self, config: StageConfig) -> float:
+        """Count those of `flops_per_token` that are computed in FP8."""
+        spec = stage_spec(self.name)
+        return spec.fp8_flops(config, self.teacher_shape, self.model_config, self.fp8)
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters for the optimizer, by local name."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from megatron_hypenet.config.computation import Fp8Config
 from megatron_hypenet.config.schema import HeadStageConfig, StageConfig
+from megatron_hypenet.model.fp8_layers import quantize
 from megatron_hypenet.model.hypenet import HypeNetModel
 from megatron_hypenet.parallel.vocab_loss.objectives import Objective, objective_of
 from megatron_hypenet.stages.base import LocalTokens
@@ -25,8 +27,9 @@ class DistillStage(HeadStage):
         *,
         chunk_tokens: int | None,
         objective: Objective = FORWARD_KL,
+        fp8: Fp8Config | None = None,
     ) -> None:
-        super().__init__(student, teacher, chunk_tokens=chunk_tokens, objective=objective)
+        super().__init__(student, teacher, chunk_tokens=chunk_tokens, objective=objective, fp8=fp8)
 
     def head_loss(
         self, tokens: LocalTokens, hidden: Tensor, teacher_hidden: Tensor | None
@@ -58,9 +61,13 @@ class DistillSpec(HeadSpec):
         """Build the student that trains, then the teacher."""
         assert isinstance(config, HeadStageConfig), "distillation runs through the head"
         student = source.student(recompute=config.recompute)
+        teacher = source.teacher()
+        if source.fp8.teacher:
+            quantize(teacher)
         return DistillStage(
             student,
-            source.teacher(),
+            teacher,
             chunk_tokens=config.vocab_chunk_tokens,
             objective=objective_of(config.objective),
+            fp8=source.fp8,
         )

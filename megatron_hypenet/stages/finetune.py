@@ -5,7 +5,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from megatron_hypenet.config.computation import Fp8Config
 from megatron_hypenet.config.schema import FinetuneConfig, HeadStageConfig, StageConfig
+from megatron_hypenet.model.fp8_layers import quantize
 from megatron_hypenet.model.hypenet import HypeNetModel
 from megatron_hypenet.parallel import groups
 from megatron_hypenet.parallel.vocab_loss import linear_cross_entropy
@@ -34,9 +36,10 @@ class FinetuneStage(HeadStage):
         chunk_tokens: int | None,
         teacher_weight: float = 0.0,
         objective: Objective = FORWARD_KL,
+        fp8: Fp8Config | None = None,
     ) -> None:
         assert (teacher is None) == (teacher_weight == 0), "a teacher has a weight"
-        super().__init__(student, teacher, chunk_tokens=chunk_tokens, objective=objective)
+        super().__init__(student, teacher, chunk_tokens=chunk_tokens, objective=objective, fp8=fp8)
         self.teacher_weight = teacher_weight
 
     def head_loss(
@@ -91,10 +94,14 @@ class FinetuneSpec(HeadSpec):
         """Build the student that trains, then the teacher if there is one."""
         assert isinstance(config, HeadStageConfig), "finetuning runs through the head"
         student = source.student(recompute=config.recompute)
+        teacher = source.teacher() if self.needs_teacher(config) else None
+        if teacher is not None and source.fp8.teacher:
+            quantize(teacher)
         return FinetuneStage(
             student,
-            source.teacher() if self.needs_teacher(config) else None,
+            teacher,
             chunk_tokens=config.vocab_chunk_tokens,
             teacher_weight=teacher_weight(config),
             objective=objective_of(config.objective),
+            fp8=source.fp8,
         )

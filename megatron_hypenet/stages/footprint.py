@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+from megatron_hypenet.config.computation import Fp8Config
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.config.schema import HeadStageConfig, ParallelConfig, Recompute, StageConfig
 from megatron_hypenet.model.pipeline_layout import layers_of_stage
@@ -25,6 +26,8 @@ class Footprint:
     """Weights that train, in elements."""
     frozen: float = 0.0
     """Weights of a frozen teacher, in elements."""
+    frozen_fp8: float = 0.0
+    """Elements of `frozen` in FP8, a byte each; their scales take a thousandth of that."""
     activations: float
     """Elements of saved activations, and of a teacher's hidden states that are kept until their
     loss."""
@@ -43,6 +46,7 @@ class StageRank:
     layout: tuple[int, ...]
     """Layers per pipeline stage."""
     index: int
+    fp8: Fp8Config = Fp8Config()
 
     @property
     def tensor(self) -> int:
@@ -111,6 +115,33 @@ class StageRank:
             own += hidden
             tables += not (self.first and model.share_embeddings_and_output_weights)
         return mixers + (own + tables * model.vocab_size * hidden) / self.tensor
+
+    def linear_parameters(self, model: ModelConfig, *, trunk: bool = False) -> float:
+        """Return how many of `parameters` belong to the layers' linear modules, which FP8 can
+        hold."""
+        mlp = 3 * model.hidden_size * model.ffn_hidden_size
+        total = float(mlp * (len(self.layers) - (trunk and self.last)))
+        for layer in self.layers:
+            # two operations per weight and token
+            work = model.spec(model.mixer_types[layer]).flops(model, seq_length=1)
+            total += (work.projections + work.output) / 2
+        return total / self.tensor
+
+    def held_in_fp8(self, model: ModelConfig) -> float:
+        """Return how many elements more a student holds until backward when it trains in FP8, where
+        the inputs of its linear modules are saved in one byte (fewer elements, so this may be
+        negative) and both forms of its weights, as they are and transposed, are kept beside them.
+
+        Under full recomputation that is one layer's at a time; under selective the inputs are kept
+        as they are."""
+        if self.fp8.student is None or self.recompute == "full":
+            return 0.0
+        weights = 2 * self.linear_parameters(model) / COMPUTE_BYTES
+        if self.recompute == "selective":
+            return weights
+        inner = (model.query_size + model.ffn_hidden_size) / self.tensor
+        inputs = len(self.layers) * (2 * self.stream(model) + inner)
+        return weights - self.tokens * self.in_flight * inputs / COMPUTE_BYTES
 
     def saved_activations(self, model: ModelConfig, layer: int, recompute: Recompute) -> float:
         """Return the elements per token that one layer keeps for backward."""

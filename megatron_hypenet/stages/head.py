@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron_hypenet.config.computation import Fp8Config
 from megatron_hypenet.config.mixers import MixerSpec
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.config.schema import HeadStageConfig, StageConfig
@@ -34,7 +35,7 @@ from megatron_hypenet.stages.footprint import (
     Footprint,
     StageRank,
 )
-from megatron_hypenet.stages.spec import Passes, StageSpec, stage_spec
+from megatron_hypenet.stages.spec import Passes, StageSpec
 
 FORWARD_KL = ForwardKL()
 """What a student minimises beside its teacher unless the settings say otherwise."""
@@ -55,10 +56,11 @@ class HeadStage(StageModule):
         *,
         chunk_tokens: int | None,
         objective: Objective = FORWARD_KL,
+        fp8: Fp8Config | None = None,
     ) -> None:
-        """Take the models, the largest number of tokens whose logits exist at one time, and what
-        the student minimises beside a teacher."""
-        super().__init__(student.model_config)
+        """Take the models, the largest number of tokens whose logits exist at one time, what the
+        student minimises beside a teacher, and what is computed in FP8."""
+        super().__init__(student.model_config, fp8)
         self.student = student
         self.chunk_tokens = chunk_tokens
         self.objective = objective
@@ -77,11 +79,17 @@ class HeadStage(StageModule):
         """Return the layers per pipeline stage, the same for student and teacher."""
         return self.student.layout
 
-    def flops_per_token(self, config: StageConfig) -> float:
-        """Count the FLOPs of the student forward and backward, after the teacher forward if there
-        is one."""
+    @property
+    def teacher_shape(self) -> ModelConfig:
+        """Return the shape of the teacher; the student's own where there is none."""
         teacher = self.student if self.frozen_teacher is None else self.frozen_teacher
-        return stage_spec(self.name).flops(config, teacher.model_config, self.model_config)
+        return teacher.model_config
+
+    @property
+    def replayable(self) -> bool:
+        """Return false for FP8's delayed scales, which every step changes."""
+        config = self.student.config
+        return not (config.fp8 and config.fp8_recipe == "delayed")
 
     @abstractmethod
     def head_loss(
@@ -197,7 +205,7 @@ class HeadSpec(StageSpec):
         self, config: StageConfig, teacher: ModelConfig, student: ModelConfig
     ) -> tuple[Passes, ...]:
         """Return the student forward and backward, after the teacher forward where there is one."""
-        frozen = Passes(model=teacher, projections=1, core=1, output=1, mlp=1, head=1)
+        frozen = Passes(model=teacher, projections=1, core=1, output=1, mlp=1, head=1, frozen=True)
         beside = self.needs_teacher(config)
         trained = Passes(
             model=student,
@@ -238,7 +246,9 @@ class HeadSpec(StageSpec):
         return Footprint(
             trained=rank.parameters(student),
             frozen=rank.parameters(teacher) if beside else 0.0,
-            activations=rank.tokens * (saved * rank.in_flight + waiting),
+            frozen_fp8=rank.linear_parameters(teacher) if beside and rank.fp8.teacher else 0.0,
+            activations=rank.tokens * (saved * rank.in_flight + waiting)
+            + rank.held_in_fp8(student),
             work=max(
                 layer_backward_bytes(rank, student),
                 loss_bytes(

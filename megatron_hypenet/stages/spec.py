@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
+from megatron_hypenet.config.computation import Fp8Config
 from megatron_hypenet.config.mixers import MixerSpec
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.config.schema import STAGES, Recompute, StageConfig
@@ -33,6 +34,11 @@ class ModelSource(Protocol):
     @property
     def seed(self) -> int:
         """Return the seed of fresh weights."""
+
+    @property
+    def fp8(self) -> Fp8Config:
+        """Return what is computed in FP8; the stage quantises its teacher itself, once nothing
+        more is taken from its weights."""
 
     def teacher(self, *, trunk_only: bool = False) -> HypeNetModel:
         """Return the teacher, perhaps without what follows its last mixer."""
@@ -65,6 +71,9 @@ class Passes:
     """Bytes per logit that the loss reads and writes beyond what its kernels on CUDA do, where it
     has none."""
 
+    frozen: bool = False
+    """Whether this is the teacher, which may be in FP8 apart from the student."""
+
     def forward(self) -> Passes:
         """Return the same without backward."""
         once = ("projections", "core", "output", "mlp", "head")
@@ -73,12 +82,17 @@ class Passes:
     def flops(self, seq_length: int) -> float:
         """Count the floating-point operations per token, without recomputation."""
         model = self.model
+        core = sum(model.spec(name).flops(model, seq_length).core for name in model.mixer_types)
+        return self.linear_flops(seq_length) + self.core * core + self.head * head_flops(model)
+
+    def linear_flops(self, seq_length: int) -> float:
+        """Count those of the layers' linear modules, which FP8 can compute."""
+        model = self.model
         total = (model.num_layers - (not self.last_mlp)) * self.mlp * mlp_flops(model)
         for name in model.mixer_types:
             work = model.spec(name).flops(model, seq_length)
-            total += self.projections * work.projections
-            total += self.core * work.core + self.output * work.output
-        return total + self.head * head_flops(model)
+            total += self.projections * work.projections + self.output * work.output
+        return total
 
 
 class StageSpec(ABC):
@@ -137,6 +151,16 @@ class StageSpec(ABC):
         return sum(
             passes.forward().flops(config.seq_length)
             for passes in self.passes(config, teacher, student)
+        )
+
+    def fp8_flops(
+        self, config: StageConfig, teacher: ModelConfig, student: ModelConfig, fp8: Fp8Config
+    ) -> float:
+        """Count those of `flops` that are computed in FP8."""
+        return sum(
+            passes.linear_flops(config.seq_length)
+            for passes in self.passes(config, teacher, student)
+            if (fp8.teacher if passes.frozen else fp8.student and self.through_head)
         )
 
     @abstractmethod

@@ -73,11 +73,16 @@ class StepRecord:
             if work.num_devices > 1
             else ""
         )
+        if share is None:
+            return each
+        of_fp8 = (
+            f" ({work.utilisation(self.tokens_per_second):.1%} of fp8's)"
+            if work.fp8_flops_per_token
+            else ""
+        )
         return (
-            each
-            if share is None
-            else f"{each} | {work.tflops_per_device(self.tokens_per_second):.0f} TFLOP/s/gpu | mfu "
-            f"{share:.1%}"
+            f"{each} | {work.tflops_per_device(self.tokens_per_second):.0f} TFLOP/s/gpu | mfu "
+            f"{share:.1%}{of_fp8}"
         )
 
 
@@ -213,7 +218,12 @@ class Recorder:
             "tflops-per-gpu": self.workload.tflops_per_device(tokens_per_second),
         }
         share = self.workload.mfu(tokens_per_second)
-        return points if share is None else {**points, "mfu": share}
+        if share is None:
+            return points
+        points["mfu"] = share
+        if self.workload.fp8_flops_per_token:
+            points["utilisation"] = self.workload.utilisation(tokens_per_second) or 0.0
+        return points
 
     def interval_steps(self, step: int) -> int:
         """Return the number of steps of the current interval, up to and including `step`."""

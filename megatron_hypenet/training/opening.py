@@ -151,6 +151,7 @@ def _recorder(job: Job, state: TrainState) -> Recorder:
             job.stage.flops_per_token(job.config),
             groups.world_size(),
             peak_flops(),
+            job.stage.fp8_flops_per_token(job.config),
         ),
         skipped_steps=state.skipped_steps,
     )

@@ -95,6 +95,9 @@ TAGS = (
         "useful floating-point operations per process (model/flops.py)"),
     Tag("speed/mfu", "between 0 and 1",
         "those over the GPU's dense bf16 peak; only for GPUs whose peak is known"),
+    Tag("speed/utilisation", "between 0 and 1",
+        "the time of those at the peak of the precision in which each is computed, over the time "
+        "taken; only with FP8, whose peak is twice bf16's"),
     Tag("speed/step-time-ms", "ms", "per step, since the last point"),
     Tag("speed/rank-time-min-ms", "ms",
         "of the time each rank spends in its own forward passes per step: the fastest rank's "

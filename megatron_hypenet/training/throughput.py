@@ -20,6 +20,10 @@ PEAK_BF16 = {
 sheets; the first match counts."""
 
 
+FP8_RATE = 2.0
+"""Dense FP8 operations per second over bf16's, in the same data sheets, of GPUs that have FP8."""
+
+
 def peak_flops(name: str | None = None) -> float | None:
     """Return the peak dense bf16 operations per second of a GPU, this process's unless named; None
     on a CPU and for a GPU that is not listed."""
@@ -41,7 +45,9 @@ class Workload:
     """FLOPs per token of a training step, over all devices; see model/flops.py."""
     num_devices: int = 1
     peak: float | None = None
-    """Peak FLOP/s of one device, None when unknown."""
+    """Peak bf16 FLOP/s of one device, None when unknown."""
+    fp8_flops_per_token: float = 0.0
+    """Operations among `flops_per_token` in FP8."""
 
     def tflops_per_device(self, tokens_per_second: float) -> float:
         """Return the operations per second of one device, in units of 1e12."""
@@ -55,3 +61,12 @@ class Workload:
             if self.peak is None
             else self.tflops_per_device(tokens_per_second) * 1e12 / self.peak
         )
+
+    def utilisation(self, tokens_per_second: float) -> float | None:
+        """Return the time that the operations take at the peak of the precision in which each is
+        computed, over the time that they take, between 0 and 1: `mfu` where there is no FP8."""
+        share = self.mfu(tokens_per_second)
+        if share is None:
+            return None
+        saved = self.fp8_flops_per_token * (1 - 1 / FP8_RATE)
+        return share * (self.flops_per_token - saved) / self.flops_per_token

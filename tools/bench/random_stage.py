@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor
 
 from megatron_hypenet.checkpoint.shards import tensor_pieces
+from megatron_hypenet.config.computation import Fp8Config, Fp8Recipe, TransformerImpl
+from megatron_hypenet.config.loader import load_model_config
 from megatron_hypenet.config.mixers import MixerSpec, default_mixer
 from megatron_hypenet.config.mixers.softmax_attn import ATTENTION
 from megatron_hypenet.config.model import ModelConfig
@@ -68,9 +69,7 @@ def model_config(
 ) -> ModelConfig:
     """Return a student of configs/model, perhaps with its first layers only, a smaller vocabulary,
     and another RNN mixer."""
-    config = ModelConfig.model_validate(
-        yaml.safe_load((ROOT / "configs" / "model" / f"{name}.yaml").read_text())
-    )
+    config = load_model_config(ROOT / "configs" / "model" / f"{name}.yaml")
     layers = num_layers or config.num_layers
     if mixer is not None:
         types = (name if name == ATTENTION else mixer.name for name in config.mixer_types)
@@ -93,6 +92,8 @@ class _RandomModels:
     by_name: bool
     mixer: MixerSpec
     seed: int = 2
+    impl: TransformerImpl = "local"
+    fp8: Fp8Config = Fp8Config()
 
     def teacher(self, *, trunk_only: bool = False) -> HypeNetModel:
         """Build a teacher with weights of seed 1."""
@@ -100,7 +101,7 @@ class _RandomModels:
 
     def student(self, *, recompute: Recompute) -> HypeNetModel:
         """Build a student with weights of seed 2."""
-        return self._model(self.student_shape, self.seed, recompute=recompute)
+        return self._model(self.student_shape, self.seed, recompute=recompute, fp8=self.fp8.student)
 
     def _model(
         self,
@@ -109,10 +110,18 @@ class _RandomModels:
         *,
         trunk_only: bool = False,
         recompute: Recompute = "none",
+        fp8: Fp8Recipe | None = None,
     ) -> HypeNetModel:
         dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
         built = build_model(
-            shape, self.parallel, dtype=dtype, seed=seed, trunk_only=trunk_only, recompute=recompute
+            shape,
+            self.parallel,
+            dtype=dtype,
+            seed=seed,
+            trunk_only=trunk_only,
+            recompute=recompute,
+            impl=self.impl,
+            fp8=fp8,
         )
         if self.by_name:
             _fill_by_name(built, seed)
@@ -127,6 +136,8 @@ def build(
     *,
     by_name: bool = False,
     mixer: MixerSpec | None = None,
+    impl: TransformerImpl = "local",
+    fp8: Fp8Config | None = None,
 ) -> StageModule:
     """Build stage `name` in bfloat16 on CUDA, float32 on a CPU, with `mixer` in place of the
     default RNN mixer. `by_name` draws each weight from its name, the same on every layout
@@ -136,7 +147,10 @@ def build(
     teacher, _ = teacher_and_student(student, mixer)
     trained = spec.student_shape(teacher, student, mixer)
     parallel = placed(name, config, parallel, teacher, trained)
-    return spec.build(_RandomModels(teacher, trained, parallel, by_name, mixer), config)
+    models = _RandomModels(
+        teacher, trained, parallel, by_name, mixer, impl=impl, fp8=fp8 or Fp8Config()
+    )
+    return spec.build(models, config)
 
 
 @torch.no_grad()

@@ -52,6 +52,7 @@ def measure(row: dict[str, Any], out: Path) -> None:
     from random_stage import TimedSteps, build, median, model_config
 
     from megatron_hypenet.checkpoint.manifest import library_versions
+    from megatron_hypenet.config.computation import Fp8Config
     from megatron_hypenet.config.mixers import default_mixer, mixer_spec
     from megatron_hypenet.config.schema import HeadStageConfig, ParallelConfig
     from megatron_hypenet.parallel import groups
@@ -76,7 +77,8 @@ def measure(row: dict[str, Any], out: Path) -> None:
     )
     mixer = mixer_spec(row["mixer"])() if row["mixer"] else default_mixer()
     student = model_config(row["model"], num_layers=row["layers"], mixer=mixer)
-    stage = build(row["stage"], student, config, parallel, mixer=mixer)
+    fp8 = Fp8Config(teacher=row["fp8_teacher"], student=row["fp8_student"])
+    stage = build(row["stage"], student, config, parallel, mixer=mixer, impl=row["impl"], fp8=fp8)
     steps = TimedSteps(stage, config, parallel)
     steps.run(row["warmup"])
     with GpuPower() as power:
@@ -84,9 +86,16 @@ def measure(row: dict[str, Any], out: Path) -> None:
     speed = config.tokens_per_step / median(steps.seconds)
     teacher, learner = teacher_and_student(student, mixer)
     learner = stage_spec(row["stage"]).student_shape(teacher, learner, mixer)
-    (memory,) = stage_memory(row["stage"], teacher, learner, config, parallel, data_ranks=1)
+    (memory,) = stage_memory(
+        row["stage"], teacher, learner, config, parallel, data_ranks=1, fp8=fp8
+    )
     graphs = steps.engine.graphs
-    work = Workload(stage.flops_per_token(config), 1, peak_flops())
+    work = Workload(
+        stage.flops_per_token(config),
+        1,
+        peak_flops(),
+        stage.fp8_flops_per_token(config),
+    )
     result = {
         **row,
         "losses": steps.losses,
@@ -95,6 +104,7 @@ def measure(row: dict[str, Any], out: Path) -> None:
         "ratio": speed / row["reference"],
         "tflops": work.tflops_per_device(speed),
         "mfu": work.mfu(speed),
+        "utilisation": work.utilisation(speed),
         "memory_gib": memory_gib(),
         "estimated_gib": memory.total / 2**30,
         "replayed": graphs is not None and graphs.captured,
@@ -154,6 +164,9 @@ def rows(options: argparse.Namespace) -> list[dict[str, Any]]:
         "zero_stage": options.zero_stage,
         "cuda_graphs": not options.no_cuda_graphs,
         "mixer": options.mixer,
+        "impl": options.impl,
+        "fp8_teacher": options.fp8_teacher,
+        "fp8_student": options.fp8_student,
     }
     chosen = {"recompute": options.recompute} if options.recompute else {}
     if options.tiny:
@@ -267,6 +280,18 @@ def main() -> None:
         "--no-cuda-graphs",
         action="store_true",
         help="launch every kernel, also of small micro-batches",
+    )
+    parser.add_argument(
+        "--impl",
+        default="local",
+        choices=["local", "transformer_engine"],
+        help="whose linear layers and attention run",
+    )
+    parser.add_argument("--fp8-teacher", action="store_true", help="a teacher in FP8")
+    parser.add_argument(
+        "--fp8-student",
+        choices=["current", "delayed", "blockwise"],
+        help="a student's linear layers in FP8; with --impl transformer_engine",
     )
     parser.add_argument("--zero-stage", type=int, default=1, choices=[0, 1, 2, 3])
     parser.add_argument(

@@ -118,6 +118,7 @@ class TrainingEngine:
                 torch.cuda.is_available()
                 and parallel.model_parallel_size == 1
                 and stage.cuda_graphs
+                and module.replayable
                 and not recomputes
             ):
                 self.graphs = CudaGraphs(

@@ -6,7 +6,6 @@ import pkgutil
 
 from megatron_hypenet.model.mixers.base import (
     Mixer,
-    MixerSubmodules,
     mixer_class,
     register_mixer,
     registered_mixers,
@@ -18,7 +17,6 @@ for _module in pkgutil.iter_modules(__path__):
 
 __all__ = [
     "Mixer",
-    "MixerSubmodules",
     "mixer_class",
     "register_mixer",
     "registered_mixers",

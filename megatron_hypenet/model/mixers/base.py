@@ -8,13 +8,11 @@ tokens."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
@@ -26,20 +24,12 @@ from torch import Tensor
 
 from megatron_hypenet.config.mixers.base import OUTPUT, SECTION, ParamSpec, mixer_spec
 from megatron_hypenet.config.model import ModelConfig
+from megatron_hypenet.model.linear_layers import MixerSubmodules, save_original_inputs
 from megatron_hypenet.model.transfer import fresh_parameter, repeat_groups
 from megatron_hypenet.ops.rope import apply_rope
 from megatron_hypenet.parallel.fused_sections import split_factory
 from megatron_hypenet.parallel.norm import RMSNorm, sum_gradient
 from megatron_hypenet.parallel.recompute import DropOutput
-
-
-@dataclass
-class MixerSubmodules:
-    """The parallel linear layers that a mixer is built from (Megatron's own, or Transformer
-    Engine's)."""
-
-    linear_in: Any = ColumnParallelLinear
-    linear_proj: Any = RowParallelLinear
 
 
 class Mixer(MegatronModule, ABC):
@@ -211,12 +201,12 @@ class Mixer(MegatronModule, ABC):
 
     def _bias(self) -> Tensor:
         """Return the biases of this rank's sections, zeros for those without: [local rows]."""
-        weight = self.linear_in.weight
+        dtype, device = self.config.params_dtype, self.linear_in.weight.device
         return torch.cat(
             [
                 self.weight(name)
                 if (name := f"{section}_bias") in self.param_specs
-                else weight.new_zeros(rows)
+                else torch.zeros(rows, dtype=dtype, device=device)
                 for section, rows in self.local_sections.items()
             ]
         )
@@ -232,6 +222,10 @@ class Mixer(MegatronModule, ABC):
             and self.config.recompute_granularity == "selective"
             and "core_attn" in self.config.recompute_modules
         )
+
+    def set_for_recompute_input_layernorm(self) -> None:
+        """Prepare FP8 layers for selective recomputation (Megatron's layer calls this)."""
+        save_original_inputs(self.linear_in, self.linear_proj)
 
     def heads(self, x: Tensor) -> Tensor:
         """[s, b, heads * head_dim] -> [s, b, heads, head_dim]."""
@@ -326,8 +320,8 @@ class Mixer(MegatronModule, ABC):
 
 
 def without_extra_state(state: ShardedStateDict) -> ShardedStateDict:
-    """Leave out the `_extra_state` objects of Megatron's linear layers: empty without FP8, and
-    stored as pickles."""
+    """Leave out the `_extra_state` objects of Megatron's and Transformer Engine's layers: stored as
+    pickles, and empty but for FP8's delayed scales, which the next step finds again."""
     return {key: value for key, value in state.items() if not key.endswith("_extra_state")}
 
 

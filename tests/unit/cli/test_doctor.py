@@ -7,6 +7,7 @@ import pytest
 
 from megatron_hypenet.cli import doctor
 from megatron_hypenet.cli.main import run
+from megatron_hypenet.model import transformer_engine
 
 
 def verdicts(findings):
@@ -140,3 +141,21 @@ def test_kernels_report_each_check(monkeypatch):
         "dq is off by 1.0e-01, limit 8.0e-03",
     ) and "torch form" in off.fix
     assert (failed.verdict, failed.detail) == ("broken", "CompilationError: no such instruction")
+
+
+@pytest.mark.parametrize(
+    ("version", "fault", "verdict", "says"),
+    [
+        (None, "", "note", "not installed; optional"),
+        ("2.20.2", "2.20.2 does not import with torch", "note", "does not work: 2.20.2 does not"),
+        ("2.20.2", "", "ok", "2.20.2, works with this torch and CUDA"),
+    ],
+)
+def test_the_doctor_says_whether_transformer_engine_fits(
+    monkeypatch, version, fault, verdict, says
+):
+    monkeypatch.setattr(transformer_engine, "version_of", lambda package: version)
+    monkeypatch.setattr(transformer_engine, "import_fault", lambda: fault)
+    (found,) = doctor.check_transformer_engine()
+    assert found.verdict == verdict and says in found.detail
+    assert bool(found.fix) == (verdict == "note")

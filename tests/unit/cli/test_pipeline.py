@@ -9,7 +9,13 @@ import pytest
 from megatron_hypenet.checkpoint.load import read_model_config, resolve
 from megatron_hypenet.cli import pipeline
 from megatron_hypenet.config.loader import load_run_config
-from megatron_hypenet.errors import CheckpointError, LayoutError, SavedAndRequeue, UsageError
+from megatron_hypenet.errors import (
+    CheckpointError,
+    LayoutError,
+    SavedAndRequeue,
+    SetupError,
+    UsageError,
+)
 from megatron_hypenet.parallel import groups
 from tests import tiny_run
 
@@ -190,3 +196,24 @@ def test_an_owner_that_was_killed_is_replaced(run, somebody_else):
 def test_a_rank_and_a_job_do_not_ask_twice(run, somebody_else, monkeypatch):
     monkeypatch.setenv("HYPENET_UNDER_WAY", "1")
     pipeline.refuse_in_use(run.output_dir)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("model.transformer_impl=transformer_engine",), "and Transformer Engine .*pip install"),
+        (("fp8.teacher=true",), "fp8.teacher needs a GPU"),
+    ],
+)
+def test_what_this_machine_lacks_is_named_before_anything_starts(tmp_path, words, says):
+    tiny_run.write_teacher(tmp_path / "qwen3")
+    changes = {"device": "auto", "precision": "auto"}
+    sized = tiny_run.tiny_teacher_config(2, hidden_size=32, ffn_hidden_size=48)
+    tiny_run.write_teacher(tmp_path / "sized", shape=sized)
+    path = tiny_run.write_config(tmp_path, **changes, teacher=str(tmp_path / "sized"))
+    settings = load_run_config(path, words)
+    with pytest.raises(SetupError, match=says) as told:
+        pipeline.checked(settings)
+    assert told.value.exit_code == 4 and not settings.output_dir.exists()
+    # a job's processes look for themselves, where they will run
+    assert pipeline.checked(settings, world_size=1).num_processes == 1

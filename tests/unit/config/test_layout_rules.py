@@ -67,3 +67,50 @@ def test_every_size_that_is_sliced_is_looked_at(size, broken):
         Layout(MODEL.replace(**{size: broken}, **heads), run(axes(tp=2)))
     )
     assert finding.says.endswith(f"does not divide the model's {size}={broken}")
+
+
+ENGINE = {"transformer_impl": "transformer_engine"}
+
+
+@pytest.mark.parametrize(
+    ("rule", "changes"),
+    [
+        ("transformer-engine-zero", {"parallel": {"zero_stage": 3}, "model": ENGINE}),
+        ("fp8-sizes", {"model": ENGINE, "fp8": {"student": "blockwise"}}),
+        (
+            "fp8-tokens",
+            {
+                "model": ENGINE,
+                "fp8": {"student": "current"},
+                "distill": {**STAGE, "micro_batch_size": 1, "seq_length": 24},
+            },
+        ),
+        (
+            "fp8-recompute",
+            {
+                "model": ENGINE,
+                "fp8": {"student": "delayed"},
+                "finetune": {**STAGE, "recompute": "selective"},
+            },
+        ),
+    ],
+)
+def test_what_does_not_combine_with_fp8_is_named_with_a_way_out(rule, changes):
+    layout = Layout(MODEL, run(**changes))
+    found = list(RULES[rule](layout))
+    assert [name for name, ask in RULES.items() if list(ask(layout))] == [rule]
+    lifted = [
+        change for change in found[0].proposals if not list(RULES[rule](layout.changed(change)))
+    ]
+    assert len(lifted) >= 2
+
+
+def test_rules_about_fp8_leave_other_runs_and_stage_1_alone():
+    odd = {**STAGE, "micro_batch_size": 1, "seq_length": 24}
+    assert list(RULES["fp8-tokens"](Layout(MODEL, run(distill=odd)))) == []
+    aligned = run(model=ENGINE, fp8={"student": "current"}, align=odd)
+    assert list(RULES["fp8-tokens"](Layout(MODEL, aligned))) == []
+    narrow = MODEL.replace(hidden_size=72)
+    assert list(RULES["fp8-sizes"](Layout(narrow, run()))) == []
+    (found,) = RULES["fp8-sizes"](Layout(narrow, run(fp8={"teacher": True})))
+    assert found.says.startswith("fp8.teacher=True needs") and "hidden_size 72" in found.says

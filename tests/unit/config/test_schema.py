@@ -205,3 +205,31 @@ def test_a_password_in_an_address_is_refused_and_not_repeated():
         RunConfig.model_validate(settings)
     kept = RunConfig.model_validate({**RUN, "trackers": {"mlflow": {"uri": "runs/mlflow"}}})
     assert kept.trackers.mlflow.experiment == "hypenet" and kept.trackers.wandb is None
+
+
+ENGINE = {"transformer_impl": "transformer_engine"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"fp8": {"student": "current"}}, "set model.transformer_impl=transformer_engine too"),
+        ({"fp8": {"teacher": True}, "device": "cpu"}, "fp8.teacher=true with device=cpu"),
+        ({"model": ENGINE, "device": "cpu"}, "model.transformer_impl=.* with device=cpu"),
+        (
+            {"fp8": {"teacher": True}, "model": ENGINE, "precision": "float32"},
+            "fp8.teacher=true and model.transformer_impl=.* with precision=float32",
+        ),
+        ({"fp8": {"student": "mxfp8"}}, "current"),
+    ],
+)
+def test_fp8_that_cannot_be_computed_is_refused(changes, says):
+    with pytest.raises(ValidationError, match=says):
+        RunConfig.model_validate({**RUN, **changes})
+
+
+def test_fp8_is_off_unless_it_is_asked_for():
+    run = RunConfig.model_validate(RUN)
+    assert not run.fp8.used and run.model.transformer_impl == "local"
+    asked = {"model": ENGINE, "fp8": {"teacher": True, "student": "blockwise"}}
+    assert RunConfig.model_validate({**RUN, **asked}).fp8.used

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megatron_hypenet.checkpoint.load import read_manifest, read_model_config, read_weights, resolve
+from megatron_hypenet.checkpoint.save import write_weights
 from megatron_hypenet.config.loader import load_run_config
 from megatron_hypenet.config.selection import SELECTION_METHODS
 from megatron_hypenet.errors import CheckpointError, ConfigError, QualityError
@@ -14,11 +15,14 @@ from megatron_hypenet.export.from_hf import import_hf
 from megatron_hypenet.export.to_hf import export_hf
 from megatron_hypenet.export.verify import verify
 from megatron_hypenet.halo.actions import Halo
+from megatron_hypenet.halo.build_stage import load_hypenet
 from megatron_hypenet.halo.run_folder import RunFolder
 from megatron_hypenet.halo.task_runner import Runner
+from megatron_hypenet.model.transformer_engine import PACKAGE, version_of
 from megatron_hypenet.parallel import groups
 from megatron_hypenet.stages.selection.scores import load_scores
 from tests import tiny_run
+from tests.tiny import whole_tensors
 
 GATES = ("select.gates.train_iters=2", "select.gates.global_batch_size=2")
 
@@ -286,3 +290,72 @@ def test_too_many_attention_layers_are_refused(make):
     runner, _ = make("select.num_attention_layers=4")
     with pytest.raises(ConfigError, match="num_attention=4 is out of range for 3"):
         runner.run_through("select")
+
+
+def test_the_probe_measures_what_fp8_does_to_the_teacher_and_stops_above_the_bound(
+    make, monkeypatch
+):
+    monkeypatch.setattr("megatron_hypenet.halo.build_stage.require_fp8_gpu", lambda setting: None)
+    words = ("device=auto", "precision=auto", "fp8.teacher=true")
+    runner, _ = make(*words)
+    runner.run_through("probe")
+    found = runner.folder.records()["probe"]
+    assert 0 < found["fp8_kl"] < 0.02 and 0.5 < found["fp8_same_choice"] <= 1
+    strict, _ = make(*words, "guard.max_fp8_kl=1e-9", "output_dir=" + str(runner.folder.root) + "2")
+    with pytest.raises(QualityError, match=r"fp8\.teacher=true.*limit is 1\.00e-09.*max_fp8_kl"):
+        strict.run_through("probe")
+
+
+def test_fp8_decides_the_stages_that_compute_in_it(make):
+    runner, _ = make()
+    taught, _ = make("device=auto", "precision=auto", "fp8.teacher=true")
+    plain, _ = make("device=auto", "precision=auto")
+    engine = "model.transformer_impl=transformer_engine"
+    moved, _ = make("device=auto", "precision=auto", engine)
+    learnt, _ = make("device=auto", "precision=auto", engine, "fp8.student=current")
+
+    def own(found):
+        """Return the stages whose own inputs differ from those of the plain run."""
+        return [
+            name
+            for name in ("align", "distill", "finetune")
+            if found.steps[name].inputs() != plain.steps[name].inputs()
+        ]
+
+    assert own(taught) == ["align", "distill"]
+    assert own(learnt) == ["distill", "finetune"]
+    # whose layers run decides nothing, so a run may change it
+    assert [moved.basis(name) for name in moved.steps if name != "teacher"] == [
+        plain.basis(name) for name in plain.steps if name != "teacher"
+    ]
+    assert runner.steps["align"].inputs() is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    version_of(PACKAGE) is None, reason="this is about Transformer Engine, which is optional"
+)
+def test_a_stage_goes_on_in_the_other_implementation_and_back(make, tmp_path):
+    words = ("device=cuda", "precision=bfloat16")
+    other = "model.transformer_impl=transformer_engine"
+    moved = f"output_dir={tmp_path / 'moved'}"
+    for length, more in ((2, ()), (4, (other,)), (6, ())):
+        runner, _ = make(*words, moved, f"distill.train_iters={length}", *more)
+        runner.run_through("distill")
+        assert resolve(runner.folder.stage("distill")).name == f"iter_000000{length}"
+    stayed, _ = make(*words, f"output_dir={tmp_path / 'stayed'}", "distill.train_iters=6")
+    stayed.run_through("distill")
+    found, wanted = (read_weights(one.folder.stage("distill")) for one in (runner, stayed))
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name], rtol=2e-2, atol=4e-3, msg=name)
+    # the same weights are the same files, whichever layers hold them
+    files = []
+    for impl in ("local", "transformer_engine"):
+        run = load_run_config(tmp_path / "run.yaml", [*words, f"model.transformer_impl={impl}"])
+        model = load_hypenet(run, runner.folder.stage("distill"))
+        out = tmp_path / f"checkpoint-{impl}"
+        write_weights(out, whole_tensors(model), model.model_config, kind="student")
+        export_hf(out, tmp_path / f"hf-{impl}")
+        files.append((tmp_path / f"hf-{impl}" / "model.safetensors").read_bytes())
+    assert files[0] == files[1]

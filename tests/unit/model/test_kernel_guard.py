@@ -15,7 +15,7 @@ from megatron_hypenet.config.mixers import mixer_specs
 from megatron_hypenet.errors import ConfigError, SetupError
 from megatron_hypenet.model import kernel_guard
 from megatron_hypenet.model.kernel_guard import families_of, guard, use_of
-from megatron_hypenet.ops import kernels, selftest
+from megatron_hypenet.ops import fp8_linear, kernels, selftest
 from megatron_hypenet.ops.gated_norm import triton as gated_norm_kernels
 from megatron_hypenet.ops.kernels import KernelUse
 from megatron_hypenet.ops.lightning_attn import selftest as lightning_selftest
@@ -32,7 +32,8 @@ OTHERS = {
     for family in spec.kernel_families
 }
 """Families of mixers that the model here does not have; their kernels are not this package's."""
-EVERY = set(kernels.FAMILIES) - OTHERS
+EVERY = set(kernels.FAMILIES) - OTHERS - {"fp8_rows"}
+"""Without those of a teacher in FP8, whose kernel a use has to ask for."""
 MODULES = (selftest, lightning_selftest, vocab_selftest)
 CHECKS = {
     name: (module, check)
@@ -168,6 +169,7 @@ def test_a_family_disabled_by_hand_is_not_run_and_off_for_all(monkeypatch):
         ({"tensor_ranks": 2}, EVERY - {"gated_norm", "lightning_mix"}),
         ({"width": 32768}, EVERY - {"gated_norm", "lightning_mix"}),
         ({"hidden": 256}, EVERY - {"rms_norm"}),
+        ({"fp8": True}, EVERY),  # float32: FP8 goes with bfloat16
         (
             {"mixers": frozenset({"attn"})},
             EVERY - {"lightning_attn", "lightning_mix", "gated_norm"},
@@ -247,9 +249,11 @@ def test_every_kernel_is_right_on_this_gpu():
 
 def test_the_doctor_sees_every_family_in_every_dtype(monkeypatch):
     seen = []
+    # as on a GPU that has FP8
+    monkeypatch.setattr(fp8_linear, "kernel_fits", lambda dtype: dtype == torch.bfloat16)
     for name, (module, _) in CHECKS.items():
         monkeypatch.setattr(
             module, name, lambda where, dtype, name=name, **kwargs: seen.append((name, dtype))
         )
-    assert len(list(kernel_guard.check_all_kernels(DEVICE))) == len(seen) == 36
-    assert {name for name, _ in seen} == set(CHECKS) and len(set(seen)) == 30
+    assert len(list(kernel_guard.check_all_kernels(DEVICE))) == len(seen) == 37
+    assert {name for name, _ in seen} == set(CHECKS) and len(set(seen)) == 31

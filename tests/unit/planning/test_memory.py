@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from megatron_hypenet.config.computation import Fp8Config
 from megatron_hypenet.config.loader import load_model_config
 from megatron_hypenet.config.mixers import default_mixer
 from megatron_hypenet.config.schema import HeadStageConfig, ParallelConfig
@@ -38,10 +39,11 @@ def config(batch, length, *, ranks=1, micro_batches=1, **changes):
     )
 
 
-def estimate(shape, name, stage, *, ranks=1, **parallel):
+def estimate(shape, name, stage, *, ranks=1, fp8=None, **parallel):
     teacher, student = teacher_and_student(shape, default_mixer())
     student = stage_spec(name).student_shape(teacher, student, default_mixer())
-    return stage_memory(name, teacher, student, stage, ParallelConfig(**parallel), data_ranks=ranks)
+    layout = ParallelConfig(**parallel)
+    return stage_memory(name, teacher, student, stage, layout, data_ranks=ranks, fp8=fp8)
 
 
 @pytest.mark.parametrize(("batch", "measured"), [(4, 15.30), (24, 26.59)])
@@ -49,6 +51,26 @@ def test_what_an_h100_counted(model, batch, measured):
     """The figure is the peak of allocated memory that tools/bench/step.py printed for stage 1 of
     HypeNet-2B on an H100 80GB, torch 2.11, 2026-11-23."""
     (found,) = estimate(model("hypenet_2b"), "align", config(batch, 512))
+    assert found.total / GIB == pytest.approx(measured, rel=0.01)
+
+
+TEACHER = Fp8Config(teacher=True)
+BOTH = Fp8Config(teacher=True, student="current")
+
+
+@pytest.mark.parametrize(
+    ("stage", "batch", "length", "fp8", "measured"),
+    [
+        ("align", 24, 512, None, 26.51),
+        ("align", 24, 512, TEACHER, 25.24),
+        ("distill", 12, 512, TEACHER, 50.82),
+        ("distill", 12, 512, BOTH, 51.94),
+        ("finetune", 1, 16_384, BOTH, 69.69),
+    ],
+)
+def test_what_an_h100_counted_with_fp8(model, stage, batch, length, fp8, measured):
+    """Figures of tools/bench/results/fp8_h100_202611.md."""
+    (found,) = estimate(model("hypenet_2b"), stage, config(batch, length), fp8=fp8)
     assert found.total / GIB == pytest.approx(measured, rel=0.01)
 
 

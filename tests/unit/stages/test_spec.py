@@ -2,6 +2,7 @@
 
 import pytest
 
+from megatron_hypenet.config.computation import Fp8Config
 from megatron_hypenet.config.loader import load_model_config
 from megatron_hypenet.config.mixers import default_mixer
 from megatron_hypenet.config.schema import STAGES, HeadStageConfig, RunConfig
@@ -23,6 +24,7 @@ class Source:
 
     mixer = default_mixer()
     seed = 3
+    fp8 = Fp8Config()
 
     def __init__(self):
         self.asked = []
@@ -127,3 +129,37 @@ def test_published_sizes(repo_root, size, expected):
         shape = spec.student_shape(teacher, student, default_mixer())
         got.append(spec.flops(configured(name, length), teacher, shape) / 1e9)
     assert got == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "fp8", "models"),
+    [
+        ("align", Fp8Config(teacher=True, student="current"), "teacher"),
+        ("distill", Fp8Config(teacher=True), "teacher"),
+        ("distill", Fp8Config(student="current"), "student"),
+        ("finetune", Fp8Config(teacher=True, student="current"), "student"),
+        ("finetune", Fp8Config(teacher=True), ""),
+    ],
+)
+def test_fp8_computes_the_linear_layers_of_the_models_that_are_in_it(name, fp8, models):
+    spec = stage_spec(name)
+    teacher, student = TEACHER, STUDENT
+    of_teacher, of_student = (
+        3 * shape.num_layers * shape.hidden_size * shape.ffn_hidden_size
+        + sum(
+            parameter.numel
+            for kind in shape.mixer_types
+            for parameter in shape.spec(kind).parameters(shape)
+            if "linear" in parameter.name
+        )
+        for shape in (teacher, student)
+    )
+    last_mlp = 3 * teacher.hidden_size * teacher.ffn_hidden_size if name == "align" else 0
+    wanted = {
+        "": 0,
+        "teacher": 2 * (of_teacher - last_mlp),
+        "student": 6 * of_student,
+    }[models]
+    config = configured(name, T)
+    assert spec.fp8_flops(config, teacher, student, fp8) == wanted
+    assert spec.fp8_flops(config, teacher, student, Fp8Config()) == 0
