@@ -23,9 +23,10 @@ def torchrun(worker: Path, processes: int, *arguments: object, timeout: float = 
     return _output(command, timeout)
 
 
-def tiny_benchmark(script: str, out: Path) -> None:
-    """Run a script of tools/bench with `--tiny`, from the checkout alone."""
+def tiny_benchmark(script: str, out: Path, *words: str) -> None:
+    """Run a script of tools/bench with `--tiny` and `words`, from the checkout alone."""
     command = [sys.executable, str(ROOT / "tools/bench" / script), "--tiny", "--out", str(out)]
+    command += words
     _output(command, 280, os.environ | {"PYTHONPATH": str(ROOT)})
 
 

@@ -15,7 +15,7 @@ def test_tiny_run_writes_its_table(tmp_path):
     (file,) = tmp_path.glob("parallel_*.json")
     rows = json.loads(file.read_text())
     one, two = (
-        next(row for row in rows if row["kind"] == "parity" and row["layout"] == name)
+        next(row for row in rows if row["name"] == f"parity, {name}")["measured"]["distill"]
         for name in ("one GPU", "CP2")
     )
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-5) and two[
@@ -24,7 +24,11 @@ def test_tiny_run_writes_its_table(tmp_path):
     # of configs/model/tiny.yaml
     heads = 4
     width = 16
-    assert {row["lightning_bytes_per_exchange"] for row in rows if row["layout"] == "CP2"} == {
-        2 * heads * width * width * 4
+    sent = {
+        found["lightning_bytes_per_exchange"]
+        for row in rows
+        if row["layout"] == "CP2"
+        for found in row["measured"].values()
     }
-    assert "| CP2 |" in next(tmp_path.glob("parallel_*.md")).read_text()
+    assert sent == {2 * heads * width * width * 4}
+    assert "| 128 tokens, CP2 |" in next(tmp_path.glob("parallel_*.md")).read_text()

@@ -3,12 +3,14 @@ leave, write the report."""
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
+import signal
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +19,42 @@ from figures import Panel, bars
 Row = dict[str, Any]
 
 
-def measured(command: Sequence[str], case: Row) -> Row:
+def measured(
+    command: Sequence[str],
+    case: Row,
+    *,
+    timeout: float | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Row:
     """Return the JSON that `command --out FILE` writes; what went wrong is part of the result:
-    `case` with the end of stderr as `failed`."""
-    environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    `case` with what was written until then, and the end of stderr as `failed`.
+
+    After `timeout` seconds the command and the processes that it started are killed.
+    `environment` is added to this process's."""
+    own = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), **(environment or {})}
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "result.json"
-        finished = subprocess.run(
-            [*command, "--out", str(out)],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if finished.returncode or not out.exists():
-            return {**case, "failed": finished.stderr[-3000:]}
-        result: Row = json.loads(out.read_text())
+        out, log = Path(folder) / "result.json", Path(folder) / "stderr"
+        with log.open("wb") as stderr:
+            # a session of its own, so that what it starts can be killed with it
+            process = subprocess.Popen(
+                [*command, "--out", str(out)],
+                env=os.environ | own,
+                stdout=subprocess.DEVNULL,
+                stderr=stderr,
+                start_new_session=True,
+            )
+            try:
+                failed = process.wait(timeout) != 0
+            except subprocess.TimeoutExpired:
+                failed = True
+                log.write_text(f"took longer than {timeout:.0f} s")
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        result: Row = json.loads(out.read_text()) if out.exists() else {}
+        if failed or not result:
+            return {**case, **result, "failed": log.read_text(errors="replace")[-3000:]}
         return result
 
 

@@ -4,9 +4,10 @@ step benchmarks time."""
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,11 +65,11 @@ def model_config(
     name: str,
     *,
     num_layers: int | None = None,
-    vocab_size: int | None = None,
     mixer: MixerSpec | None = None,
+    changes: Mapping[str, Any] | None = None,
 ) -> ModelConfig:
-    """Return a student of configs/model, perhaps with its first layers only, a smaller vocabulary,
-    and another RNN mixer."""
+    """Return a student of configs/model, perhaps with its first layers only, another RNN mixer, and
+    other `changes` of its shape."""
     config = load_model_config(ROOT / "configs" / "model" / f"{name}.yaml")
     layers = num_layers or config.num_layers
     if mixer is not None:
@@ -77,8 +78,8 @@ def model_config(
     return config.replace(
         num_layers=layers,
         mixer_types=config.mixer_types[:layers],
-        vocab_size=vocab_size or config.vocab_size,
         attn_logits_scaling=None,
+        **(changes or {}),
     )
 
 

@@ -18,10 +18,11 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-TP = "tensor_model_parallel_size"
-PP = "pipeline_model_parallel_size"
-CP = "context_parallel_size"
+import estimates  # noqa: E402
+from layout_case import CP, PP, TP  # noqa: E402
+
 STEP = "step_h100_202611.md"
 DELTA = "delta_mixers_h100_202611.md"
 TWO = "parallel_h100x2_202611.md"
@@ -107,15 +108,11 @@ def estimate(point: Point) -> Any:
     from megatron_hypenet.config.loader import load_model_config
     from megatron_hypenet.config.mixers import mixer_spec
     from megatron_hypenet.config.schema import AlignConfig, HeadStageConfig, ParallelConfig
-    from megatron_hypenet.planning.layout_search import teacher_and_student
-    from megatron_hypenet.planning.machine import H100
-    from megatron_hypenet.planning.step_time import step_time
     from megatron_hypenet.stages.spec import stage_spec
 
     shape = load_model_config(ROOT / "configs/model/hypenet_2b.yaml")
     spec = mixer_spec(point.mixer)()
     kinds = ["attn" if kind == "attn" else point.mixer for kind in shape.mixer_types]
-    teacher, student = teacher_and_student(shape.with_mixers(kinds, (spec,)), spec)
     settings: dict[str, Any] = {
         "train_iters": 1,
         "seq_length": point.tokens,
@@ -124,21 +121,19 @@ def estimate(point: Point) -> Any:
         "lr": 1e-4,
         "min_lr": 1e-4,
     }
-    parallel = ParallelConfig.model_validate(point.parallel)
     config = (
         HeadStageConfig(**settings, recompute=point.recompute)
         if stage_spec(point.stage).through_head
         else AlignConfig(**settings)
     )
-    return step_time(
+    return estimates.estimate(
         point.stage,
-        teacher,
-        stage_spec(point.stage).student_shape(teacher, student, spec),
+        shape.with_mixers(kinds, (spec,)),
+        spec,
         config,
-        parallel,
-        data_ranks=point.gpus // parallel.model_parallel_size,
-        machine=H100,
-    )
+        ParallelConfig.model_validate(point.parallel),
+        point.gpus,
+    ).time
 
 
 def points_table() -> str:
