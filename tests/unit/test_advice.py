@@ -19,6 +19,7 @@ COMPUTING = ("run", "train", "select", "demo", "submit")
 
 RAISED_BY = {
     "checkpoint/format.py": ("convert",),
+    "checkpoint/state.py": ("train",),
     "cluster/prepare_jobs.py": ("data",),
     "data/journal.py": ("data",),
     "data/workers.py": ("data",),
@@ -30,6 +31,7 @@ RAISED_BY = {
     "config/sbatch_options.py": (),  # options of sbatch
     "cli/main.py": COMPUTING,
     "cli/engines.py": ("eval", "convert"),
+    "cli/eval_models.py": ("eval",),
     "cli/options.py": ("generate", "eval"),
     "eval/harness.py": ("eval",),
     "export/from_megatron.py": (),  # some are options of Megatron-LM

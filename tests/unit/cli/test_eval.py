@@ -85,9 +85,14 @@ def test_a_run_is_compared_with_its_teacher(tmp_path, teacher):
     model = tmp_path / "run"
     (model / "teacher").mkdir(parents=True)
     (model / "config.yaml").touch()
-    assert list(verb._models(model, None)) == ["teacher", "run"]
-    assert list(verb._models(model / "distill", None)) == ["teacher", "distill"]
-    assert list(verb._models(model, [teacher])) == ["tiny-qwen3", "run"]
+    (model / "distill").mkdir()
+
+    def names(path, beside=None):
+        return list(verb._models(path, beside, layer=None, out=None)[0])
+
+    assert names(model) == ["teacher", "run"]
+    assert names(model / "distill") == ["teacher", "distill"]
+    assert names(model, [teacher]) == ["tiny-qwen3", "run"]
 
 
 @pytest.mark.parametrize(

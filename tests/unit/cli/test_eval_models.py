@@ -13,7 +13,7 @@ from megatron_hypenet.config.mixers import default_mixer
 from megatron_hypenet.config.schema import ParallelConfig
 from megatron_hypenet.model.hypenet import build_model
 from megatron_hypenet.stages.aligned_mixers import AlignedMixers
-from megatron_hypenet.stages.layer_sweep import swapped
+from megatron_hypenet.stages.selection.layer_sweep import swapped
 from tests import vllm_engine as vllm
 from tests.tiny import tiny_teacher_config, whole_tensors
 

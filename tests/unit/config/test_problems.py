@@ -40,8 +40,8 @@ def test_key_of_another_section_is_pointed_to():
 def test_hopeless_key_lists_the_section():
     found = lines({"guard": {"qqq": 1}})
     assert (
-        "run.yaml: guard.qqq: unknown key; keys here are max_teacher_loss, max_skipped_steps, "
-        "hang_timeout_seconds" in found
+        "run.yaml: guard.qqq: unknown key; keys here are max_teacher_loss, max_fp8_kl, "
+        "max_skipped_steps, hang_timeout_seconds" in found
     )
 
 

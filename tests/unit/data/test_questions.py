@@ -40,5 +40,5 @@ def test_what_is_no_question_is_named_with_its_line(tmp_path, line, says):
 def test_other_encodings_are_refused(tmp_path):
     file = tmp_path / "q.jsonl"
     file.write_bytes(b"\xff\xfe")
-    with pytest.raises(DataError, match="no UTF-8"):
+    with pytest.raises(DataError, match="not UTF-8"):
         read_questions(file)

@@ -4,6 +4,7 @@ import torch
 from megatron_hypenet.errors import ConfigError
 from megatron_hypenet.ops import (
     adamw,
+    fp8_linear,
     gated_norm,
     gradient_sum,
     kernels,
@@ -62,6 +63,9 @@ def chosen(monkeypatch):
     monkeypatch.setattr(rms_norm, "fused_rms_norm", lambda *args: kernel)
     monkeypatch.setattr(swiglu, "fused_swiglu", lambda *args: kernel)
     monkeypatch.setattr(sigmoid_gate, "fused_sigmoid_gate", lambda *args: kernel)
+    monkeypatch.setattr(
+        "megatron_hypenet.ops.fp8_linear.triton.quantize_rows", lambda *args: kernel
+    )
     summed, updated = [], []
     monkeypatch.setattr(adamw, "fused_adamw", lambda *args: updated.append(args))
     monkeypatch.setattr(gradient_sum, "fused_gradient_sum", lambda *args, add: summed.append(add))
@@ -82,6 +86,7 @@ def chosen(monkeypatch):
         "vocab_loss": vocab_loss._terms(x) is not torch_terms,
         "gradient_sum": summed == [True],
         "adamw": len(updated) == 1,
+        "fp8_rows": fp8_linear.quantize_rows(x.reshape(-1, 32)) is kernel,
     }
     return {family for family, runs in found.items() if runs}
 
