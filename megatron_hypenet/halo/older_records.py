@@ -40,6 +40,8 @@ _MIGHT_CHANGE = (
     ),
     "guard.max_skipped_steps",
     "guard.hang_timeout_seconds",
+    # which came later; `added` leaves out what may change
+    "guard.max_fp8_kl",
 )
 _SETTINGS = {"data": ("data",), "probe": ("guard", "precision")}
 """Sections that shaped a step then, where these were others than now."""

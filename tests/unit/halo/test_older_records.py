@@ -55,7 +55,8 @@ def older(tmp_path, monkeypatch):
     for stage in ("align", "distill", "finetune"):
         for later in ("lr_decay_iters", "objective", "teacher_weight"):
             stored[stage].pop(later, None)
-    del stored["select"]["method"], stored["select"]["gates"]
+    del stored["select"]["method"], stored["select"]["gates"], stored["guard"]["max_fp8_kl"]
+    del stored["fp8"], stored["model"]
     folder.config_file.write_text(yaml.safe_dump(stored))
     steps = {
         name: {"fingerprint": value, "seconds": 1.0, "finished": "2026-01-01T00:00:00+00:00"}
