@@ -13,6 +13,7 @@ writes into build/english
 and keeps packages in build/english.packages. Paragraphs are prose (code, tables and headings are
 left out) and occur once in the whole corpus; which documents are held out depends on the seed and
 on their text alone, so no paragraph is on both sides and the order of files does not matter.
+One file, because a third of it is the list of packages, each with its reader.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@ may lift the problem, best first.
 
 A rule may propose many settings; config/checks.py applies every proposal, keeps those that lift the
 problem, and prefers those that break nothing else. docs/errors.md explains each rule under its name
-in RULES.
+in RULES. One file, because a rule is read beside the others that its proposals may break.
 """
 
 from __future__ import annotations
