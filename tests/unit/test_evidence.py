@@ -77,6 +77,13 @@ def test_parts_are_bounded_and_join_to_the_same_files(tmp_path):
         pack.pack(tmp_path / "parts", files, 4000)
 
 
+def test_a_name_that_leaves_the_folder_is_refused(tmp_path):
+    pack.pack(tmp_path / "parts", {"../outside": UNPACK}, 4000)
+    done = unpacked(tmp_path, tmp_path / "parts")
+    assert done.returncode == 1 and "../outside in the parts is no plain file" in done.stderr
+    assert not (tmp_path / "outside").exists()
+
+
 def test_a_part_that_is_missing_or_damaged_is_named(tmp_path):
     pack.pack(tmp_path / "parts", files_of(tmp_path), 4000)
     part = tmp_path / "parts" / "02" / "part"
