@@ -30,6 +30,7 @@ import os
 import re
 import shlex
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -212,8 +213,8 @@ def owning(
     finally:
         stop.set()
         thread.join()
-        if _names(descriptor, mine):
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
+            if not _is_of_another(_read(descriptor), mine) and _is_still(descriptor, path):
                 path.unlink()
         os.close(descriptor)
 
@@ -250,6 +251,11 @@ def _take(
         ) from error
     taken = False
     try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise _Unwritable(
+                f"{path}: not an ordinary file, and it marks a folder that is in use; delete it, "
+                "or choose another place"
+            )
         locked, found = _lock(descriptor), _read(descriptor)
         lives = not locked or (found is not None and _lives(found, mine, path, watch_seconds))
         if not _is_still(descriptor, path):
@@ -267,8 +273,8 @@ def _take(
             _write(descriptor, mine)
         if not _is_local(path):
             time.sleep(_NETWORK_SETTLE_SECONDS)
-            if not _names_in(path, mine):
-                raise UsageError(_refusal(target, path, _read_path(path)))
+            if _is_of_another(found := _read_path(path), mine):
+                raise UsageError(_refusal(target, path, found))
         taken = True
         return descriptor
     finally:
@@ -345,7 +351,7 @@ def _beat(target: Path, path: Path, descriptor: int, mine: Owner, stop: threadin
     while not stop.wait(BEAT_SECONDS):
         beat += 1
         try:
-            if not _names(descriptor, mine) or not _is_still(descriptor, path):
+            if _is_of_another(_read(descriptor), mine) or not _is_still(descriptor, path):
                 # to save and leave in good order would be to write where another process writes
                 print(
                     f"error: {path} no longer names this process: {target} was taken over, "
@@ -391,14 +397,10 @@ def _read_path(path: Path) -> Owner | None:
         os.close(descriptor)
 
 
-def _names(descriptor: int, mine: Owner) -> bool:
-    found = _read(descriptor)
-    return found is not None and found.token == mine.token
-
-
-def _names_in(path: Path, mine: Owner) -> bool:
-    found = _read_path(path)
-    return found is not None and found.token == mine.token
+def _is_of_another(found: Owner | None, mine: Owner) -> bool:
+    """Return whether a record names another owner. None names nobody: a full disk leaves the file
+    empty."""
+    return found is not None and found.token != mine.token
 
 
 def _lock(descriptor: int) -> bool:

@@ -1,5 +1,6 @@
 """Owners are real processes here; those of other machines are files with other contents."""
 
+import errno
 import json
 import os
 import signal
@@ -207,6 +208,40 @@ def test_the_beat_grows(tmp_path, monkeypatch):
         ):
             time.sleep(0.02)
         assert json.loads((tmp_path / FILE).read_text())["beat"] >= 2
+
+
+def test_an_owner_goes_on_where_its_record_does_not_fit_on_the_disk(tmp_path, monkeypatch):
+    """A full disk leaves the file empty, which is no sign of another owner; the next beat that fits
+    writes the record."""
+    monkeypatch.setattr(ownership, "BEAT_SECONDS", 0.02)
+    monkeypatch.setattr(os, "_exit", lambda code: pytest.fail(f"ended with code {code}"))
+    write = ownership._write
+    tries = []
+
+    def full_at_first(descriptor, owner):
+        tries.append(owner.beat)
+        if len(tries) < 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(descriptor, owner)
+
+    monkeypatch.setattr(ownership, "_write", full_at_first)
+    with owning(tmp_path, inside=True):
+        assert (tmp_path / FILE).read_text() == ""
+        deadline = time.monotonic() + 5
+        while time.monotonic() < deadline and not (tmp_path / FILE).read_text():
+            time.sleep(0.02)
+        assert json.loads((tmp_path / FILE).read_text())["beat"] >= 3
+    assert not (tmp_path / FILE).exists()
+    tries.clear()
+    with owning(tmp_path, inside=True):
+        pass
+    assert not (tmp_path / FILE).exists()
+
+
+def test_a_marker_that_is_no_ordinary_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / FILE)
+    with pytest.raises(UsageError, match="not an ordinary file"):
+        owning(tmp_path, inside=True, patience_seconds=0).__enter__()
 
 
 def test_a_target_has_its_owner_beside_it_and_leftovers_go(tmp_path):
