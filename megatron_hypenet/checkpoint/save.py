@@ -121,6 +121,8 @@ def copy_tokenizer(source: Path | None, folder: Path) -> None:
             "or leave it out"
         )
     shutil.copytree(source, folder / fmt.TOKENIZER, copy_function=shutil.copyfile)
+    # copytree gives it the mode of its source, which may be a private temporary folder
+    shutil.copymode(folder, folder / fmt.TOKENIZER)
 
 
 def begin_save(

@@ -10,7 +10,7 @@ from megatron_hypenet.errors import CheckpointError, SetupError
 
 
 def test_writes_everything_a_reader_needs(tmp_path, tensors, model_config):
-    (tmp_path / "tok").mkdir()
+    (tmp_path / "tok").mkdir(mode=0o700)
     (tmp_path / "tok" / "tokenizer.json").write_text("{}")
     folder = save.write_weights(
         tmp_path / "ck",
@@ -22,6 +22,8 @@ def test_writes_everything_a_reader_needs(tmp_path, tensors, model_config):
     )
     assert load.read_model_config(folder) == model_config
     assert (load.tokenizer_dir(folder) / "tokenizer.json").read_text() == "{}"
+    # who may read the weights may read the tokenizer, which came from a private folder
+    assert (folder / "tokenizer").stat().st_mode == (folder / "weights").stat().st_mode
     assert load.read_manifest(folder).hf_config == {"model_type": "qwen3"}
     assert str(tmp_path).encode() not in b"".join(
         path.read_bytes() for path in folder.rglob("*") if path.is_file()
