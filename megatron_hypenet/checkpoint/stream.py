@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_hypenet.byte_sizes import size_text
 from megatron_hypenet.checkpoint.manifest import FileEntry
 from megatron_hypenet.checkpoint.ordered_work import one_thread_per_operation, run_in_order
 from megatron_hypenet.checkpoint.output_file import OutputFile
@@ -103,8 +104,8 @@ def require_space(plans: Sequence[FilePlan]) -> None:
     free = status.f_bavail * status.f_frsize
     if needed > free:
         raise SetupError(
-            f"cannot write {needed / 1e9:,.2f} GB into {folder.parent}: its disk has "
-            f"{free / 1e9:,.2f} GB free; nothing was written. Free space or choose another folder"
+            f"cannot write {size_text(needed)} into {folder.parent}: its disk has "
+            f"{size_text(free)} free; nothing was written. Free space or choose another folder"
         )
 
 

@@ -12,8 +12,9 @@ from megatron_hypenet.config.schema import STAGES, ParallelConfig, RunConfig
 def banner(run: RunConfig, teacher: ModelConfig, num_processes: int) -> list[str]:
     """Return lines with device, precision, processes, sizes, tokens, and the disk that the run
     takes beside the disk that is there; the device is that of this process."""
+    from megatron_hypenet.byte_sizes import size_text
     from megatron_hypenet.halo.build_stage import compute_dtype
-    from megatron_hypenet.planning.disk import disk_need, free_bytes, size_text, text_bytes
+    from megatron_hypenet.planning.disk import disk_need, free_bytes, text_bytes
 
     dtype = str(compute_dtype(run)).removeprefix("torch.")
     lines = [f"{device_name(num_processes)}, {dtype}; {layout_words(run, num_processes)}"]

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from megatron_hypenet.byte_sizes import size_text
 from megatron_hypenet.cli.options import DryRunOption, JsonOption
 from megatron_hypenet.errors import CheckpointError, VerificationError
 
@@ -453,18 +454,6 @@ def _cut(lines: list[str]) -> list[str]:
         if len(lines) > SHOWN
         else lines
     )
-
-
-def size_text(count: int) -> str:
-    """Format bytes with a binary unit."""
-    value = float(count)
-    unit = "B"
-    for bigger in ("KiB", "MiB", "GiB", "TiB"):
-        if value < 1024:
-            break
-        value = value / 1024
-        unit = bigger
-    return f"{count} B" if unit == "B" else f"{value:.1f} {unit}"
 
 
 def print_table(rows: Sequence[tuple[str, ...]]) -> None:

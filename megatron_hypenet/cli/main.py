@@ -5,8 +5,8 @@ Convention for a verb module (`megatron_hypenet/cli/<verb>.py`):
 - it exposes `app = typer.Typer(add_completion=False, rich_markup_mode=None)`: help then reads as
   the docstring is laid out. One registered command makes `hypenet VERB ...`; several make `hypenet
   VERB COMMAND ...`;
-- its top imports only the standard library, typer, `megatron_hypenet.errors` and
-  `megatron_hypenet.config`. Everything heavy (torch, transformers, megatron, deepspeed, our other
+- its top imports only the standard library, typer, and `errors`, `byte_sizes` and `config` of this
+  package. Everything heavy (torch, transformers, megatron, deepspeed, our other
   packages) is imported inside the function that needs it: a test holds `--help` to it;
 - it is listed in VERBS below with its one line of help, in pipeline order;
 - a failure the user can act on raises a `megatron_hypenet.errors` class: it becomes the exit code
@@ -33,7 +33,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from megatron_hypenet import __version__
-from megatron_hypenet.errors import HypenetError, UsageError, exit_code_of, is_disk_full
+from megatron_hypenet.errors import HypenetError, SetupError, UsageError, exit_code_of, is_disk_full
 
 VERBS: dict[str, str] = {
     "demo": "Run the whole pipeline on the bundled tiny teacher (CPU or GPU).",
@@ -159,10 +159,22 @@ def dispatch(argv: Sequence[str], *, debug: bool = False) -> int:
         return 0
     if argv[0].startswith("-"):
         raise UsageError(f"unknown option '{argv[0]}' before the verb\nsee hypenet --help")
+    _require_current_folder()
     from megatron_hypenet.cli import processes
 
     processes.WORDS.set((*argv, *(["--debug"] if debug else [])))
     return run_verb(argv[0], list(argv[1:]))
+
+
+def _require_current_folder() -> None:
+    """Raise SetupError where the current folder was deleted: relative paths mean nothing there, and
+    torch's libraries end the process when they are loaded."""
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise SetupError(
+            "the current folder was deleted; go to another one (`cd`) and start the command again"
+        ) from error
 
 
 def report_fault(fault: BaseException, debug: bool) -> int:

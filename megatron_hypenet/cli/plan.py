@@ -243,7 +243,8 @@ def _step_summary(row: Hours) -> dict[str, Any]:
 
 def disk_line(need: DiskNeed, run: RunConfig) -> str:
     """Return what the run takes on the disk, and what is there for it."""
-    from megatron_hypenet.planning.disk import described, free_bytes, size_text
+    from megatron_hypenet.byte_sizes import size_text
+    from megatron_hypenet.planning.disk import described, free_bytes
 
     there = free_bytes(run.output_dir)
     return (

@@ -195,11 +195,11 @@ def checked_scripts(
         world_size=profile.world_size,
         on_gpus=profile.gpus_per_node > 0,
     )
+    from megatron_hypenet.byte_sizes import size_text
     from megatron_hypenet.planning.disk import (
         disk_need,
         free_bytes,
         refuse_small_disk,
-        size_text,
         text_bytes,
     )
 

@@ -71,7 +71,7 @@ class Step:
     that leave none."""
     files: Callable[[], Iterable[Path]] = tuple
     """Returns the files in its results that are recorded with their hashes: those that belong to no
-    checkpoint. Damaged, they are made again."""
+    checkpoint. Damaged, they are written again."""
     decides: bool = True
     """False for a step that only checks: what comes after it depends on what comes before it."""
     length: int | None = None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 
+from megatron_hypenet.byte_sizes import size_text
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.config.schema import STAGES, ParallelConfig, RunConfig, StageConfig
 from megatron_hypenet.errors import SetupError
@@ -124,8 +125,3 @@ def described(need: DiskNeed) -> str:
         {**need.parts, "one save under way": need.saving}.items(), key=lambda one: -one[1]
     )
     return ", ".join(f"{name} {size_text(size)}" for name, size in parts if size)
-
-
-def size_text(size: float) -> str:
-    """Return a number of bytes in GiB, or in MiB where that is less than one GiB."""
-    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"

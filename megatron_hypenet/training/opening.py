@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_hypenet.byte_sizes import size_text
 from megatron_hypenet.checkpoint import format as fmt
 from megatron_hypenet.checkpoint.load import load_training
 from megatron_hypenet.checkpoint.state import TrainState
@@ -169,8 +170,8 @@ def _warn_of_small_disk(job: Job, engine: TrainingEngine, recorder: Recorder) ->
     free = shutil.disk_usage(job.out_dir).free
     if free < needed:
         recorder.note(
-            f"warning: two checkpoints need about {needed / 2**30:.1f} GiB, "
-            f"{job.out_dir} has {free / 2**30:.1f} GiB free"
+            f"warning: two checkpoints need about {size_text(needed)}, "
+            f"{job.out_dir} has {size_text(free)} free"
         )
 
 

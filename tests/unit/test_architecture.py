@@ -10,9 +10,9 @@ import pytest
 
 PACKAGE = "megatron_hypenet"
 ORDER = [
-    "errors", "untrusted", "atomic_files", "slurm_environment", "ownership", "terminal",
-    "process_place", "config", "ops", "parallel", "model", "data", "eval", "stages", "checkpoint",
-    "supervision", "engine", "training", "planning", "halo", "cluster", "cli",
+    "errors", "byte_sizes", "untrusted", "atomic_files", "slurm_environment", "ownership",
+    "terminal", "process_place", "config", "ops", "parallel", "model", "data", "eval", "stages",
+    "checkpoint", "supervision", "engine", "training", "planning", "halo", "cluster", "cli",
 ]  # fmt: skip
 SEES = {part: set(ORDER[: index + 1]) for index, part in enumerate(ORDER)}
 # beside the line: export sees six parts only, and only the command may use it

@@ -5,7 +5,6 @@ import torch
 
 from megatron_hypenet.checkpoint import format as fmt
 from megatron_hypenet.checkpoint import save
-from megatron_hypenet.cli.ckpt import size_text
 from megatron_hypenet.cli.main import run
 from megatron_hypenet.config.model import ModelConfig
 from tests.tiny import tiny_teacher_config
@@ -129,15 +128,6 @@ def test_long_lists_are_cut(ckpt, tmp_path):
         and "... and 9 more (see --json)" in out
         and "largest     w29: max abs diff 29" in out
     )
-
-
-def test_sizes():
-    assert [size_text(n) for n in (0, 1023, 1536, 3 * 2**30)] == [
-        "0 B",
-        "1023 B",
-        "1.5 KiB",
-        "3.0 GiB",
-    ]
 
 
 def test_prune_deletes_older_saves_and_leaves_damaged_ones(ckpt, stage):

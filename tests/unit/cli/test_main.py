@@ -120,6 +120,14 @@ def test_debug_after_two_dashes_is_left_alone():
     assert cli.split_debug(["--debug", "score", "--", "x"]) == (["score", "--", "x"], True)
 
 
+def test_current_folder_that_was_deleted_is_named(capsys, monkeypatch, tmp_path):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    code, _, err = invoke(capsys, "runs", ".")
+    assert code == 4 and err.startswith("error: the current folder was deleted; ")
+
+
 def test_interrupt_exits_130(capsys, monkeypatch):
     raising(monkeypatch, KeyboardInterrupt())
     assert invoke(capsys, "run")[0] == 130

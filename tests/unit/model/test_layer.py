@@ -108,7 +108,7 @@ def test_with_the_kernels_it_is_close_and_no_sum_beside_a_norm_is_left(
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("documents", [None, DOCUMENTS])
 def test_a_model_is_the_same_whatever_is_made_again(monkeypatch, recompute, documents):
-    """Against Megatron's layers that keep everything; with "layernorm" made again the outputs of
+    """Against Megatron's layers that keep everything; with "layernorm" recomputed the outputs of
     norms are dropped."""
     results, drops = [], []
     monkeypatch.setattr(

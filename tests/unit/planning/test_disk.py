@@ -10,7 +10,6 @@ from megatron_hypenet.planning.disk import (
     disk_need,
     free_bytes,
     refuse_small_disk,
-    size_text,
     text_bytes,
 )
 from megatron_hypenet.planning.layout_search import teacher_and_student
@@ -63,7 +62,3 @@ def test_text_that_is_tokenized(run, tmp_path):
     assert text_bytes(run()) == 100
     (tmp_path / "b.txt.gz").write_bytes(b"\x1f\x8b" + bytes(98))
     assert text_bytes(run(f"data.heldout={tmp_path}/b.txt.gz")) == 500
-
-
-def test_small_sizes_are_in_mib():
-    assert [size_text(size) for size in (50 << 20, 3 << 29)] == ["50.0 MiB", "1.5 GiB"]

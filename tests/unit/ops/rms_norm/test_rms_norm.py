@@ -262,7 +262,7 @@ def test_a_gradient_without_memory_of_its_own(op):
 
 
 def test_the_kernel_keeps_its_inputs_and_returns_a_storage_of_its_own():
-    """What is dropped and made again frees exactly the output."""
+    """What is dropped and recomputed frees exactly the output."""
     pytest.importorskip("triton")
     kept = []
     x = torch.randn(3, 2, 520, device=DEVICE, requires_grad=True)
