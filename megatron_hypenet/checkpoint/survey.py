@@ -37,6 +37,7 @@ _AXES = {
     "world": "processes",
     "tensor": "tp",
     "pipeline": "pp",
+    "virtual_pipeline": "vp",
     "context": "cp",
     "data": "dp",
     "zero_stage": "zero",

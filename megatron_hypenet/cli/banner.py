@@ -64,6 +64,7 @@ def layout_words(run: RunConfig, num_processes: int) -> str:
     axes = {
         "tensor": parallel.tensor_model_parallel_size,
         "pipeline": parallel.pipeline_model_parallel_size,
+        "chunks per stage": parallel.virtual_pipeline_model_parallel_size,
         "context": parallel.context_parallel_size,
         "data": num_processes // parallel.model_parallel_size,
     }

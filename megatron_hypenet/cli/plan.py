@@ -21,7 +21,7 @@ from megatron_hypenet.cli.options import (
     WorldSizeOption,
     collect_overrides,
 )
-from megatron_hypenet.config.layout import SEQUENCE, ZERO, Layout
+from megatron_hypenet.config.layout import SEQUENCE, VIRTUAL, ZERO, Layout
 from megatron_hypenet.config.loader import load_model_config, load_run_config
 from megatron_hypenet.config.paths import download_hint
 from megatron_hypenet.config.schema import RunConfig
@@ -173,9 +173,11 @@ def plan(
 def table(layout: Layout, found: list[StageNeed]) -> list[str]:
     """Return one row per training stage, in GiB."""
     parallel = layout.parallel
+    each = parallel.virtual_pipeline_model_parallel_size
+    chunks = f" with {each} chunks a stage" if parallel.interleaved else ""
     lines = [
         f"{layout.processes} GPUs: tensor {parallel.tensor_model_parallel_size}, "
-        f"pipeline {parallel.pipeline_model_parallel_size}, "
+        f"pipeline {parallel.pipeline_model_parallel_size}{chunks}, "
         f"context {parallel.context_parallel_size}, data {layout.dp_size}, "
         f"ZeRO {parallel.zero_stage}; GiB on the fullest GPU",
         f"{'stage':<10}{'micro-batch':>14}"
@@ -289,6 +291,7 @@ def spelled(fit: Fit) -> str:
         f"{flag} {fit.change[f'parallel.{name}_parallel_size']}" for name, flag in names.items()
     ]
     settings = {ZERO: fit.change[ZERO]} | ({SEQUENCE: True} if fit.change[SEQUENCE] else {})
+    settings |= {VIRTUAL: fit.change[VIRTUAL]} if fit.change[VIRTUAL] != 1 else {}
     settings |= {key: value for key, value in fit.change.items() if key.endswith(".recompute")}
     return " ".join([*sizes, *(f"{key}={str(value).lower()}" for key, value in settings.items())])
 

@@ -20,6 +20,7 @@ TENSOR = "parallel.tensor_model_parallel_size"
 PIPELINE = "parallel.pipeline_model_parallel_size"
 CONTEXT = "parallel.context_parallel_size"
 SEQUENCE = "parallel.sequence_parallel"
+VIRTUAL = "parallel.virtual_pipeline_model_parallel_size"
 PIPELINE_LAYOUT = "parallel.pipeline_layout"
 ZERO = "parallel.zero_stage"
 OFFLOAD = "parallel.offload_optimizer"
@@ -131,9 +132,18 @@ class Layout:
 
     def with_pipeline(self, size: int) -> dict[str, object]:
         """Return the change to another pipeline size; an explicit layout is removed, because it is
-        for the old size."""
-        off = {PIPELINE_LAYOUT: None} if self.parallel.pipeline_layout is not None else {}
+        for the old size, and a size of 1 has no chunks that could take turns."""
+        off: dict[str, object] = {}
+        if self.parallel.pipeline_layout is not None:
+            off[PIPELINE_LAYOUT] = None
+        if size == 1 and self.parallel.interleaved:
+            off[VIRTUAL] = 1
         return {PIPELINE: size, **off}
+
+    def with_chunks(self, number: int) -> dict[str, object]:
+        """Return the change to so many chunks per pipeline stage; an explicit layout is removed."""
+        off = {PIPELINE_LAYOUT: None} if self.parallel.pipeline_layout is not None else {}
+        return {VIRTUAL: number, **off}
 
     def on_fitting_processes(self, change: Change) -> dict[str, object]:
         """Return `change` together with the nearest number of processes that its replicas fill; the

@@ -22,6 +22,7 @@ from megatron_hypenet.config.layout import (
     PIPELINE_LAYOUT,
     PROCESSES,
     SEQUENCE,
+    VIRTUAL,
     ZERO,
     Change,
     Layout,
@@ -95,48 +96,64 @@ def sequence_parallel(layout: Layout) -> Iterator[Finding]:
 
 
 def pipeline_layers(layout: Layout) -> Iterator[Finding]:
-    """Require that every pipeline stage has at least one layer."""
+    """Require that every pipeline stage has at least one layer, and each of its chunks."""
     model = layout.model
-    pp = layout.parallel.pipeline_model_parallel_size
-    if model is None or pp <= model.num_layers:
+    parallel = layout.parallel
+    pp = parallel.pipeline_model_parallel_size
+    if model is None or pp == 1 or parallel.num_chunks <= model.num_layers:
         return
+    count = model.num_layers
+    most = max(1, count // parallel.virtual_pipeline_model_parallel_size)
     smaller: list[Change] = [
-        layout.with_pipeline(size)
-        for size in range(model.num_layers, max(0, model.num_layers - NEAREST), -1)
+        layout.with_pipeline(size) for size in range(most, max(0, most - NEAREST), -1)
     ]
     single: Change = {
         **layout.with_pipeline(1),
-        CONTEXT: pp * layout.parallel.context_parallel_size,
+        CONTEXT: pp * parallel.context_parallel_size,
     }
-    says = (
-        f"parallel.pipeline_model_parallel_size={pp} exceeds the model's "
-        f"num_layers={model.num_layers}"
-    )
+    says = f"{PIPELINE}={pp} exceeds the model's num_layers={count}"
+    if parallel.interleaved:
+        says = (
+            f"{PIPELINE}={pp} * {VIRTUAL}={parallel.virtual_pipeline_model_parallel_size} chunks "
+            f"exceed the model's num_layers={count}"
+        )
+        if pp <= count:
+            smaller = [layout.with_chunks(count // pp), layout.with_chunks(1), *smaller]
     yield Finding("", says, (*smaller, single, *map(layout.on_fitting_processes, smaller)))
 
 
 def pipeline_layout(layout: Layout) -> Iterator[Finding]:
-    """Require that a written layout has one positive number per pipeline stage, and places every
-    layer of the model once."""
-    asked = layout.parallel.pipeline_layout
-    stages = layout.parallel.pipeline_model_parallel_size
+    """Require that a written layout has one positive number per pipeline stage, or per chunk, and
+    places every layer of the model once."""
+    parallel = layout.parallel
+    asked = parallel.pipeline_layout
+    stages = parallel.num_chunks
     if asked is None:
         return
     total = layout.model.num_layers if layout.model else max(sum(asked), stages)
     faults = []
     if len(asked) != stages:
+        chunks = (
+            f" * {VIRTUAL}={parallel.virtual_pipeline_model_parallel_size}"
+            if parallel.interleaved
+            else ""
+        )
         faults.append(
-            f"has {len(asked)} entries for parallel.pipeline_model_parallel_size={stages}"
+            f"has {len(asked)} entries for {PIPELINE}={parallel.pipeline_model_parallel_size}"
+            f"{chunks}"
         )
     if layout.model and sum(asked) != total:
         faults.append(f"places {sum(asked)} layers of the model's num_layers={total}")
     if 0 in asked:
-        faults.append(f"leaves stage {asked.index(0)} without layers")
+        part = "chunk" if parallel.interleaved else "stage"
+        faults.append(f"leaves {part} {asked.index(0)} without layers")
     if faults:
         even: list[Change] = (
             [{PIPELINE_LAYOUT: even_layout(total, stages)}] if 1 < stages <= total else []
         )
         as_written: Change = {PIPELINE: len(asked)}
+        if parallel.interleaved:
+            as_written = {PIPELINE: len(asked), VIRTUAL: 1}
         proposals = (
             *even,
             {PIPELINE_LAYOUT: None},
@@ -146,6 +163,53 @@ def pipeline_layout(layout: Layout) -> Iterator[Finding]:
         )
         yield Finding(
             "", f"parallel.pipeline_layout={list(asked)} {' and '.join(faults)}", proposals
+        )
+
+
+def interleaved_stages(layout: Layout) -> Iterator[Finding]:
+    """Require several pipeline stages where stages have several chunks: with one, nothing takes
+    turns."""
+    parallel = layout.parallel
+    if not parallel.interleaved or parallel.pipeline_model_parallel_size > 1:
+        return
+    more: list[Change] = [layout.with_pipeline(size) for size in (2, 4, 8)]
+    yield Finding(
+        "",
+        f"{VIRTUAL}={parallel.virtual_pipeline_model_parallel_size} with {PIPELINE}=1: there are "
+        "no pipeline stages whose chunks could take turns",
+        (layout.with_chunks(1), *more, *map(layout.on_fitting_processes, more)),
+    )
+
+
+def interleaved_micro_batches(layout: Layout) -> Iterator[Finding]:
+    """Require micro-batches in multiples of the pipeline size where stages have several chunks: as
+    many go through a chunk before its stage turns to the next."""
+    parallel = layout.parallel
+    pp = parallel.pipeline_model_parallel_size
+    dp_size = layout.dp_size
+    if not parallel.interleaved or dp_size is None:
+        return
+    for name in layout.stages:
+        stage = layout.run.stage(name)
+        unit = stage.micro_batch_size * dp_size
+        count, left = divmod(stage.global_batch_size, unit)
+        if left or count % pp == 0:  # another rule reports what is left
+            continue
+        share = count * stage.micro_batch_size
+        micro = [
+            {f"{name}.micro_batch_size": size}
+            for size in divisors_near(share, stage.micro_batch_size)
+            if share // size % pp == 0
+        ][:1]
+        batch = [
+            {f"{name}.global_batch_size": size}
+            for size in multiples_near(unit * pp, stage.global_batch_size)
+        ]
+        yield Finding(
+            name,
+            f"{name} has {count} micro-batches per step, no multiple of {PIPELINE}={pp}, as "
+            f"{VIRTUAL}={parallel.virtual_pipeline_model_parallel_size} needs",
+            (*micro, *batch, layout.with_chunks(1)),
         )
 
 
@@ -393,6 +457,8 @@ RULES: dict[str, Rule] = {
     "sequence-parallel": sequence_parallel,
     "pipeline-layers": pipeline_layers,
     "pipeline-layout": pipeline_layout,
+    "interleaved-stages": interleaved_stages,
+    "interleaved-micro-batches": interleaved_micro_batches,
     "pipeline-zero": pipeline_zero,
     "pipeline-offload": pipeline_offload,
     "whole-replicas": whole_replicas,

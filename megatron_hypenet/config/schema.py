@@ -3,7 +3,8 @@ field says what it means.
 
 Sections follow the pipeline: what goes in (teacher, data), how it is spread (parallel, precision),
 the three training stages and the layer selection between them, then evaluation, checkpoints and
-export. The sections of layer selection and of objectives are in selection.py and objective.py.
+export. The sections of layout, layer selection and objectives are in parallel.py, selection.py and
+objective.py.
 docs/config.md is generated from the descriptions. A default stands only where one value suits most
 runs; whatever depends on the model or the data has none and must be written down.
 
@@ -12,7 +13,6 @@ One file, because it is read as the list of all settings, half of it description
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 from urllib.parse import urlsplit
@@ -46,6 +46,7 @@ from megatron_hypenet.config.model import (
     check_logits_scaling,
 )
 from megatron_hypenet.config.objective import ObjectiveConfig
+from megatron_hypenet.config.parallel import ParallelConfig
 from megatron_hypenet.config.paths import PathSetting
 from megatron_hypenet.config.selection import SelectConfig
 
@@ -172,74 +173,6 @@ class DataConfig(Section):
 def as_source(entry: Path | SourceConfig) -> SourceConfig:
     """Return a path among the sources with the default settings."""
     return entry if isinstance(entry, SourceConfig) else SourceConfig(path=entry)
-
-
-class ParallelConfig(Section):
-    """How the processes share the work. Data parallelism is what is left: world size / (tensor *
-    pipeline * context)."""
-
-    tensor_model_parallel_size: PositiveInt = Field(
-        default=1, description="Processes that split every matrix (--tp)."
-    )
-    pipeline_model_parallel_size: PositiveInt = Field(
-        default=1, description="Groups of consecutive layers on different processes (--pp)."
-    )
-    context_parallel_size: PositiveInt = Field(
-        default=1, description="Processes that split every sequence (--cp)."
-    )
-    sequence_parallel: Switch = Field(
-        default=False,
-        description="Split norms and residuals over the tensor-parallel processes too.",
-    )
-    # a stage of 0 layers is left to config/layout_rules.py, which knows the model and can say what
-    # would fit
-    pipeline_layout: Annotated[tuple[Count, ...], Field(min_length=1)] | None = Field(
-        default=None,
-        description="Layers per pipeline stage, first to last, e.g. [8, 10, 10]; "
-        "null balances the stages by mixer cost.",
-    )
-    context_parallel_method: Literal["all_gather", "ring"] = Field(
-        default="all_gather",
-        description="How softmax attention gets the keys of the other context-parallel processes: "
-        "all_gather fetches all at once, "
-        "ring passes them on one by one and needs less memory.",
-    )
-    zero_stage: Literal[0, 1, 2, 3] = Field(
-        default=1,
-        description="DeepSpeed ZeRO: 0 replicates, 1 shards optimizer state, 2 also gradients, "
-        "3 also weights.",
-    )
-    gradient_exchange: Literal["float32", "bfloat16"] = Field(
-        default="float32",
-        description="Type in which data-parallel processes add up the gradients of a bfloat16 "
-        "model: float32 loses nothing, bfloat16 sends "
-        "half the bytes and rounds every sum.",
-    )
-    offload_optimizer: Switch = Field(
-        default=False,
-        description="Keep optimizer state and update in CPU memory: slower steps, less GPU memory.",
-    )
-
-    @property
-    def model_parallel_size(self) -> int:
-        """Return the number of processes that hold one replica of the model and of its sequence."""
-        return (
-            self.tensor_model_parallel_size
-            * self.pipeline_model_parallel_size
-            * self.context_parallel_size
-        )
-
-    @property
-    def sequence_unit(self) -> int:
-        """Return the number that sequence lengths are multiples of: two chunks per context-parallel
-        process, each process's tokens split again for sequence parallelism."""
-        context = self.context_parallel_size
-        unit = 2 * context if context > 1 else 1
-        return (
-            math.lcm(unit, context * self.tensor_model_parallel_size)
-            if self.sequence_parallel
-            else unit
-        )
 
 
 class StageConfig(Section):

@@ -30,6 +30,7 @@ from megatron_hypenet.model.fp8_layers import require_fp8_gpu
 from megatron_hypenet.model.hypenet import HypeNetModel, build_model
 from megatron_hypenet.model.kernel_guard import guard_kernels
 from megatron_hypenet.model.transfer import fresh_parameter
+from megatron_hypenet.parallel import groups
 from megatron_hypenet.parallel.cpu import device
 from megatron_hypenet.planning.layer_placement import check_placement, placed, placement_table
 from megatron_hypenet.stages.aligned_mixers import AlignedMixers
@@ -270,6 +271,7 @@ def parameter_table(stage: StageModule) -> str:
             f"  {'frozen (teacher)':<18}{len(list(teacher.parameters())):>5} tensors {frozen:>14,} "
             "parameters"
         )
-    if len(stage.layout) > 1:
-        lines.append(placement_table(stage.layout, stage.model_config))
+    num_stages = groups.pipeline_stage()[1]
+    if num_stages > 1:
+        lines.append(placement_table(stage.layout, stage.model_config, num_stages))
     return "\n".join(lines)

@@ -74,7 +74,10 @@ def texts(run: RunConfig, layers: Sequence[int]) -> dict[str, str]:
         "context parallel": parallel.context_parallel_size,
         "data parallel": groups.world_size() // parallel.model_parallel_size,
         "ZeRO stage": parallel.zero_stage,
-        "layers per pipeline stage": ", ".join(map(str, layers)),
+        "chunks per pipeline stage": parallel.virtual_pipeline_model_parallel_size,
+        "layers per chunk" if parallel.interleaved else "layers per pipeline stage": ", ".join(
+            map(str, layers)
+        ),
         "device": torch.cuda.get_device_name() if device().type == "cuda" else "CPU",
     }
     return {

@@ -91,7 +91,7 @@ class Place:
 def quantized_layers(model: HypeNetModel) -> Iterator[Place]:
     """Make an FP8 form of each linear layer between embedding and head on this pipeline stage; the
     model stays as it is."""
-    for layer in model.decoder.layers:
+    for layer in model.layers:
         for parent in (layer.self_attention, layer.mlp):
             for name, linear in list(parent.named_children()):
                 if name in _SPLIT:

@@ -18,6 +18,7 @@ from megatron_hypenet.config.computation import Fp8Recipe, TransformerImpl
 from megatron_hypenet.config.model import LogitsScaling, ModelConfig
 from megatron_hypenet.config.schema import ParallelConfig, Recompute
 from megatron_hypenet.model import inference
+from megatron_hypenet.model.layer import PreNormLayer
 from megatron_hypenet.model.mixers import Mixer, without_extra_state
 from megatron_hypenet.model.mixers.softmax_attn import SoftmaxAttn
 from megatron_hypenet.model.pipeline_layout import pipeline_layout
@@ -26,6 +27,38 @@ from megatron_hypenet.ops.rope import scaled_frequencies
 from megatron_hypenet.parallel import groups
 from megatron_hypenet.parallel.context.layout import split_sequence
 from megatron_hypenet.parallel.cpu import device
+
+
+class DecoderChunk(TransformerBlock):
+    """Consecutive layers on one pipeline stage, the form in which Megatron's schedules take a
+    model; the last one of a model ends with the final norm."""
+
+    model_type = ModelType.encoder_or_decoder
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
+        """Take hidden states from the chunk before (Megatron's schedules call this)."""
+        super().set_input_tensor(
+            input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+        )
+
+
+class DecoderChunks(torch.nn.ModuleList):
+    """Several chunks of a pipeline stage, which lie apart in the model."""
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> ShardedStateDict:
+        """Return the sharded state of all chunks; in checkpoints a layer goes by its number in the
+        model, whatever chunk it lies in."""
+        chunks: Any = self
+        return {
+            f"{prefix}{index}.{name.removeprefix(prefix)}": tensor
+            for index, chunk in enumerate(chunks)
+            for name, tensor in chunk.sharded_state_dict(prefix, sharded_offsets, metadata).items()
+        }
 
 
 class HypeNetModel(LanguageModule):
@@ -41,8 +74,9 @@ class HypeNetModel(LanguageModule):
         *,
         trunk_only: bool = False,
     ) -> None:
-        """`layout` is the number of layers per pipeline stage; `trunk_only` builds nothing after
-        the last mixer (no last MLP, final norm or head): the trunk of hidden-state alignment."""
+        """`layout` is the number of layers per chunk of the pipeline; `trunk_only` builds nothing
+        after the last mixer (no last MLP, final norm or head): the trunk of hidden-state
+        alignment."""
         super().__init__(config=config, pg_collection=groups.collection())
         self.model_config = model_config
         self.parallel = parallel
@@ -51,7 +85,7 @@ class HypeNetModel(LanguageModule):
         stage, num_stages = groups.pipeline_stage()
         self.pre_process = stage == 0
         self.post_process = stage == num_stages - 1
-        self.model_type = ModelType.encoder_or_decoder
+        self.vp_size = None  # this module is the whole stage; Megatron means a chunk by it
         self.share_embeddings_and_output_weights = (
             model_config.share_embeddings_and_output_weights and not trunk_only
         )
@@ -74,16 +108,21 @@ class HypeNetModel(LanguageModule):
             self.rotary_pos_emb.inv_freq = scaled_frequencies(
                 self.rotary_pos_emb.inv_freq, model_config.rotary_base, model_config.rope_scaling
             )
-        self.decoder = TransformerBlock(
-            config=config,
-            spec=block_spec(
-                model_config, layout, stage, trunk_only=trunk_only, impl=config.transformer_impl
-            ),
-            pre_process=self.pre_process,
-            post_process=self.post_process,
-            post_layer_norm=not trunk_only,
-            pg_collection=self.pg_collection,
-        )
+        chunks = [
+            DecoderChunk(
+                config=config,
+                spec=block_spec(
+                    model_config, layout, index, trunk_only=trunk_only, impl=config.transformer_impl
+                ),
+                pre_process=index == 0,
+                post_process=index == len(layout) - 1,
+                post_layer_norm=not trunk_only,
+                pg_collection=self.pg_collection,
+                vp_stage=index // num_stages if parallel.interleaved else None,
+            )
+            for index in range(stage, len(layout), num_stages)
+        ]
+        self.decoder = DecoderChunks(chunks) if parallel.interleaved else chunks[0]
         if self.post_process and not trunk_only:
             self.output_layer = ColumnParallelLinear(
                 config.hidden_size,
@@ -100,9 +139,20 @@ class HypeNetModel(LanguageModule):
         if (self.pre_process or self.post_process) and not trunk_only:
             self.setup_embeddings_and_output_layer()
 
+    @property
+    def chunks(self) -> tuple[DecoderChunk, ...]:
+        """Return the chunks of this pipeline stage, one unless they are interleaved."""
+        chunks: Any = self.decoder if self.parallel.interleaved else (self.decoder,)
+        return tuple(chunks)
+
+    @property
+    def layers(self) -> tuple[PreNormLayer, ...]:
+        """Return the layers of this pipeline stage, in order."""
+        return tuple(layer for chunk in self.chunks for layer in chunk.layers)
+
     def mixer(self, layer: int) -> Mixer:
         """Return the mixer of a global layer index that lies on this pipeline stage."""
-        for block in self.decoder.layers:
+        for block in self.layers:
             if block.layer_number == layer + 1:
                 return block.self_attention
         raise KeyError(f"layer {layer} is not on this pipeline stage")
@@ -110,7 +160,7 @@ class HypeNetModel(LanguageModule):
     def set_mixer(self, layer: int, mixer: torch.nn.Module) -> None:
         """Put another mixer (or a wrapper with a mixer's call) into a layer of this pipeline
         stage."""
-        for block in self.decoder.layers:
+        for block in self.layers:
             if block.layer_number == layer + 1:
                 block.self_attention = mixer
                 return
@@ -123,12 +173,6 @@ class HypeNetModel(LanguageModule):
         for module in self.modules():
             if isinstance(module, SoftmaxAttn):
                 module.logits_scaling = self.model_config.attn_logits_scaling
-
-    def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
-        """Take hidden states from the previous pipeline stage (Megatron's schedules call this)."""
-        self.decoder.set_input_tensor(
-            input_tensor[0] if isinstance(input_tensor, list) else input_tensor
-        )
 
     def head_weight(self) -> Tensor:
         """Return this rank's rows of the output head, [vocab / tp, hidden_size]; the embedding
@@ -149,15 +193,18 @@ class HypeNetModel(LanguageModule):
             return []
         return [self.shared_embedding_or_output_weight()]
 
-    def hidden(self, input_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
-        """Run this rank's tokens through the layers of this pipeline stage: the schedule's step,
-        and with one stage the whole trunk.
+    def hidden(
+        self, input_ids: Tensor, document_ids: Tensor | None = None, *, chunk: int = 0
+    ) -> Tensor:
+        """Run this rank's tokens through a chunk of this pipeline stage: the schedule's step, and
+        with one stage the whole trunk.
 
         input_ids [b, s] are this context-parallel rank's tokens; document_ids [b, s * context
         ranks] cover the whole sequence, or are None when each row is one document. Returns [s, b,
-        h] (s / tp under sequence parallelism): on the last stage after the final norm (before it
-        for a trunk), on other stages the input of the next one."""
-        x = self.embedding(input_ids=input_ids, position_ids=None) if self.pre_process else None
+        h] (s / tp under sequence parallelism): from the model's last chunk after the final norm
+        (before it for a trunk), from others the input of the next one."""
+        block = self.chunks[chunk]
+        x = self.embedding(input_ids=input_ids, position_ids=None) if block.pre_process else None
         # `packed_seq` only means that angles of all positions come back; this rank's zigzag part is
         # cut from them here.
         angles = self.rotary_pos_emb(
@@ -165,7 +212,7 @@ class HypeNetModel(LanguageModule):
         )
         angles = split_sequence(angles, self.pg_collection.cp, dim=0)
         # Megatron passes `packed_seq_params` on to the mixers without using it.
-        return self.decoder(
+        return block(
             hidden_states=x,
             attention_mask=None,
             rotary_pos_emb=angles,
@@ -209,8 +256,7 @@ class HypeNetModel(LanguageModule):
             states.append(x.transpose(0, 1))
 
         handles = [
-            layer.register_forward_pre_hook(keep_input, with_kwargs=True)
-            for layer in self.decoder.layers
+            layer.register_forward_pre_hook(keep_input, with_kwargs=True) for layer in self.layers
         ]
         try:
             final = self.hidden(input_ids)

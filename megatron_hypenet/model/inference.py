@@ -135,9 +135,14 @@ def _gathered(
             target[rows] = part
 
     run_pipeline(
-        model, len(pieces), seq_length=local_ids.shape[1] * group.size(), micro_batch_size=size,
-        step=lambda index: model.hidden(pieces[index]), finish=keep, train=False,
-    )  # fmt: skip
+        model.chunks,
+        len(pieces),
+        seq_length=local_ids.shape[1] * group.size(),
+        micro_batch_size=size,
+        step=lambda index, chunk: model.hidden(pieces[index], chunk=chunk),
+        finish=keep,
+        train=False,
+    )
     return tuple(groups.broadcast_from_last_stage(tensor) for tensor in found)
 
 

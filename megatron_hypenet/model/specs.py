@@ -21,7 +21,7 @@ from megatron_hypenet.model.layer import PreNormLayer
 from megatron_hypenet.model.linear_layers import mixer_submodules
 from megatron_hypenet.model.mixers import mixer_class
 from megatron_hypenet.model.mlp import SwiGLU
-from megatron_hypenet.model.pipeline_layout import layers_of_stage
+from megatron_hypenet.model.pipeline_layout import layers_of_chunk
 from megatron_hypenet.parallel.cpu import device
 from megatron_hypenet.parallel.norm import RMSNorm
 from megatron_hypenet.parallel.recompute import use_in_megatron
@@ -65,8 +65,8 @@ def transformer_config(
     fp8: Fp8Recipe | None = None,
 ) -> TransformerConfig:
     """Return Megatron's configuration of a model in one dtype (float64 too) on one layout, `layout`
-    being the layers per pipeline stage where there are several; `fp8` is for a model that trains
-    with Transformer Engine's layers (`impl`)."""
+    being the layers per chunk of the pipeline where there are several; `fp8` is for a model that
+    trains with Transformer Engine's layers (`impl`)."""
     assert fp8 is None or impl == "transformer_engine", "FP8 training is Transformer Engine's"
     init = init_method_normal(model.init_method_std)
     # for "layernorm"; "core_attn" is read by the mixers, and the MLP goes by the granularity
@@ -99,6 +99,7 @@ def transformer_config(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         pipeline_model_parallel_layout=_megatron_layout(layout) if len(layout) > 1 else None,
+        **_interleaving(parallel),
         context_parallel_size=parallel.context_parallel_size,
         # Megatron's names for the two methods
         cp_comm_type="p2p" if parallel.context_parallel_method == "ring" else "all_gather",
@@ -117,29 +118,42 @@ def transformer_config(
     )
 
 
+def _interleaving(parallel: ParallelConfig) -> dict[str, Any]:
+    """Return Megatron's settings for several chunks per pipeline stage. Its interleaved schedule
+    exchanges with both neighbours at once; of two stages both are the same process, whose messages
+    only the unbatched exchange keeps apart, and that one overlaps them with computation."""
+    if not parallel.interleaved:
+        return {}
+    return {
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size,
+        "overlap_p2p_comm": True,
+        "batch_p2p_comm": False,
+    }
+
+
 def _megatron_layout(layout: tuple[int, ...]) -> list[list[str]]:
-    """Return layers per stage in Megatron's notation of a free layout: the embedding begins the
-    first stage, the loss ends the last."""
-    stages = [["decoder"] * count for count in layout]
-    stages[0].insert(0, "embedding")
-    stages[-1].append("loss")
-    return stages
+    """Return layers per chunk in Megatron's notation of a free layout: the embedding begins the
+    first chunk, the loss ends the last."""
+    chunks = [["decoder"] * count for count in layout]
+    chunks[0].insert(0, "embedding")
+    chunks[-1].append("loss")
+    return chunks
 
 
 def block_spec(
     model: ModelConfig,
     layout: tuple[int, ...],
-    stage: int,
+    chunk: int,
     *,
     trunk_only: bool = False,
     impl: TransformerImpl = "local",
 ) -> TransformerBlockSubmodules:
-    """Return the specs of the layers on one pipeline stage. `trunk_only` leaves out the last
+    """Return the specs of the layers of one chunk of the pipeline. `trunk_only` leaves out the last
     layer's MLP: nothing after the last mixer is built."""
     last = model.num_layers - 1
     layers = [
         layer_spec(model, model.mixer_types[i], with_mlp=not (trunk_only and i == last), impl=impl)
-        for i in layers_of_stage(layout, stage)
+        for i in layers_of_chunk(layout, chunk)
     ]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
 

@@ -49,6 +49,9 @@ def init_parallel(
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor_model_parallel_size,
             pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=(
+                parallel.virtual_pipeline_model_parallel_size if parallel.interleaved else None
+            ),
             context_parallel_size=parallel.context_parallel_size,
             distributed_timeout_minutes=math.ceil(minutes),
         )

@@ -14,6 +14,7 @@ from megatron_hypenet.config.layout import (
     PIPELINE_LAYOUT,
     SEQUENCE,
     TENSOR,
+    VIRTUAL,
     ZERO,
     Change,
     Layout,
@@ -151,6 +152,7 @@ def scaled_batches(layout: Layout) -> Layout:
 
 def _candidates(layout: Layout) -> Iterator[Change]:
     processes = layout.processes
+    chunks = layout.parallel.virtual_pipeline_model_parallel_size
     for tensor, pipeline, context in product(SIZES, repeat=3):
         if processes % (tensor * pipeline * context):
             continue
@@ -160,6 +162,7 @@ def _candidates(layout: Layout) -> Iterator[Change]:
             yield {
                 TENSOR: tensor,
                 PIPELINE: pipeline,
+                VIRTUAL: chunks if pipeline > 1 else 1,
                 CONTEXT: context,
                 SEQUENCE: tensor > 1,
                 PIPELINE_LAYOUT: None,

@@ -84,7 +84,7 @@ def stage_memory(
     settled = placed(name, config, parallel, teacher, student)
     layout = pipeline_layout(student, settled)
     found = []
-    for index in range(len(layout)):
+    for index in range(settled.pipeline_model_parallel_size):
         rank = StageRank(config, settled, data_ranks, layout, index, fp8 or Fp8Config())
         held = spec.footprint(rank, teacher, student)
         found.append(

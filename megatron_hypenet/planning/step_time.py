@@ -6,7 +6,9 @@ state. Assumptions:
 
 - products, memory traffic and attention do not overlap; collectives of tensor, sequence and context
   parallelism are not hidden, nor is the exchange of gradients, which ends a step
-- pipelines run one micro-batch forward, one backward (1F1B), and all stages wait for the slowest
+- pipelines run one micro-batch forward, one backward (1F1B), and all stages wait for the slowest;
+  with several chunks per stage the schedule is followed pass by pass (model/pipeline_schedule.py).
+  What one chunk sends to the next is not hidden
 - every GPU of a group is on one host while the group has at most as many ranks as a host has GPUs
   (tensor ranks are neighbours, then context, then data, then pipeline)
 - loading of data, saves and evaluations are left out
@@ -25,6 +27,7 @@ from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.config.schema import ParallelConfig, StageConfig
 from megatron_hypenet.model.flops import head_flops, mlp_flops
 from megatron_hypenet.model.pipeline_layout import pipeline_layout
+from megatron_hypenet.model.pipeline_schedule import step_length
 from megatron_hypenet.planning.layer_placement import placed
 from megatron_hypenet.planning.machine import Machine
 from megatron_hypenet.stages.footprint import ACCUMULATION_BYTES, COMPUTE_BYTES, StageRank
@@ -67,6 +70,8 @@ class StepTime:
     """Exchange of keys, values and states."""
     gather: float = 0.0
     """Weights under ZeRO-3."""
+    pipeline: float = 0.0
+    """Hidden states sent to the next chunk of the pipeline, and their gradients back."""
     bubble: float = 0.0
     """Time in which a pipeline stage waits for the others."""
     data: float = 0.0
@@ -110,16 +115,29 @@ def step_time(
     enough layers."""
     settled = placed(name, config, parallel, teacher, student)
     layout = pipeline_layout(student, settled)
-    ranks = [StageRank(config, settled, data_ranks, layout, index) for index in range(len(layout))]
-    parts = [_micro_batch(name, teacher, student, rank, machine) for rank in ranks]
-    slowest = max(parts, key=lambda part: part.total)
+    num_stages = settled.pipeline_model_parallel_size
+    ranks = [StageRank(config, settled, data_ranks, layout, index) for index in range(num_stages)]
+    # each chunk as a stage of its own
+    apart = settled.model_copy(
+        update={
+            "pipeline_model_parallel_size": len(layout),
+            "virtual_pipeline_model_parallel_size": 1,
+        }
+    )
+    chunks = [StageRank(config, apart, data_ranks, layout, index) for index in range(len(layout))]
+    parts = [_micro_batch(name, teacher, student, chunk, machine) for chunk in chunks]
+    stages = [sum(parts[stage::num_stages], StepTime()) for stage in range(num_stages)]
+    slowest = max(stages, key=lambda part: part.total)
     micro_batches = ranks[0].micro_batches
     end = max(
         (_step_end(name, teacher, student, rank, machine) for rank in ranks),
         key=lambda part: part.total,
     )
-    waiting = StepTime(bubble=(len(layout) - 1) * slowest.total)
-    return slowest.scaled(micro_batches) + waiting + end
+    idle = (num_stages - 1) * slowest.total
+    if settled.interleaved:
+        length = step_length([part.total for part in parts], num_stages, micro_batches)
+        idle = length - micro_batches * slowest.total
+    return slowest.scaled(micro_batches) + StepTime(bubble=idle) + end
 
 
 def _micro_batch(
@@ -133,7 +151,9 @@ def _micro_batch(
             found = found + part
         if rank.last and passes.head:
             found = found + _head(passes, rank, machine)
-    several = rank.tensor * rank.parallel.context_parallel_size * len(rank.layout) > 1
+    if rank.stages > 1:
+        found = found + StepTime(pipeline=_pipeline_exchange(name, teacher, student, rank, machine))
+    several = rank.tensor * rank.parallel.context_parallel_size * rank.stages > 1
     if rank.data_ranks > 1 or several:
         slower = machine.shared_clock - 1
         found = found + StepTime(products=slower * found.products)
@@ -278,6 +298,22 @@ def _context_exchange(
     # gradients of keys and values go back in fp32
     backward = 2 * trains if mixer == ATTENTION else trains
     return (forward + backward) * moved / bandwidth + (forward + trains) * latency
+
+
+def _pipeline_exchange(
+    name: str, teacher: ModelConfig, student: ModelConfig, rank: StageRank, machine: Machine
+) -> float:
+    """Return the seconds in which a chunk of the pipeline sends a micro-batch's hidden states to
+    the next one, for each model that runs, and its gradients to the one before."""
+    within = rank.tensor * rank.parallel.context_parallel_size * rank.data_ranks
+    bandwidth, latency = _link(2, within, machine)
+    seconds = 0.0
+    for passes in stage_spec(name).passes(rank.config, teacher, student):
+        moved = COMPUTE_BYTES * rank.tokens * rank.stream(passes.model)
+        # only a model whose loss is behind its last layer sends gradients
+        ways = (not rank.last) + (passes.head > 1 and not rank.first)
+        seconds += ways * (moved / bandwidth + latency)
+    return seconds
 
 
 def _gathered(model: ModelConfig, rank: StageRank, machine: Machine, *, trains: bool) -> float:

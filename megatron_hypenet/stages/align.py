@@ -12,6 +12,7 @@ the squared error saves its difference in the model's dtype only.
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -56,18 +57,22 @@ class AlignStage(StageModule):
         self.mixers = mixers
         self.attach_frozen("teacher", teacher)
         split = teacher.config.sequence_parallel
+        own = dict(mixers.items())
         taps = tuple(
-            AlignmentTap(layer, teacher.mixer(layer), mixer, sequence_parallel=split)
-            for layer, mixer in mixers.items()
+            tuple(
+                AlignmentTap(layer, teacher.mixer(layer), own[layer], sequence_parallel=split)
+                for layer in (block.layer_number - 1 for block in chunk.layers)
+            )
+            for chunk in teacher.chunks
         )
-        for tap in taps:
+        for tap in chain.from_iterable(taps):
             teacher.set_mixer(tap.layer, tap)
         self.__dict__["taps"] = taps
 
     @property
     def layout(self) -> tuple[int, ...]:
-        """Return the layers per pipeline stage; each RNN mixer is on the rank of the layer whose
-        output it learns."""
+        """Return the layers per chunk of the pipeline; each RNN mixer is on the rank of the layer
+        whose output it learns."""
         return self.teacher.layout
 
     def forward(self, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -78,10 +83,10 @@ class AlignStage(StageModule):
             self.teacher.hidden(tokens.inputs, tokens.document_ids)
         return self.layer_losses()
 
-    def layer_losses(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return (loss, metrics) after a pass of the teacher: the part of the mean over all layers
-        that belongs to this process's layers."""
-        losses = {tap.layer: tap.take_loss() for tap in self.__dict__["taps"]}
+    def layer_losses(self, chunk: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return (loss, metrics) after a pass of a chunk of the teacher: the part of the mean over
+        all layers that belongs to the chunk's layers."""
+        losses = {tap.layer: tap.take_loss() for tap in self.__dict__["taps"][chunk]}
         # this may run inside the teacher's pass, which has gradients disabled
         with torch.enable_grad():
             loss = torch.stack(list(losses.values())).sum() / self.model_config.num_layers
@@ -94,10 +99,11 @@ class AlignStage(StageModule):
         once, and no gradient is sent back."""
         tokens = pipeline.tokens
 
-        def step(index: int) -> Tensor:
+        def step(index: int, chunk: int) -> Tensor:
+            part = tokens[index]
             with pipeline.working():
-                output = self.teacher.hidden(tokens[index].inputs, tokens[index].document_ids)
-                loss, metrics = self.layer_losses()
+                output = self.teacher.hidden(part.inputs, part.document_ids, chunk=chunk)
+                loss, metrics = self.layer_losses(chunk)
             if pipeline.train:
                 loss.backward(gradient=finite_or_nan(loss) / len(tokens))
             pipeline.add(loss, metrics)

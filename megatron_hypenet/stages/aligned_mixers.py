@@ -34,7 +34,7 @@ class AlignedMixers(nn.Module):
         weight = next(teacher.parameters())
         submodules = mixer_submodules(teacher.config.transformer_impl)
         mixers = {}
-        for block in teacher.decoder.layers:
+        for block in teacher.layers:
             mixer = build(
                 teacher.config, submodules, block.layer_number, config, teacher.pg_collection
             )

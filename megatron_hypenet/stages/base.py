@@ -83,20 +83,21 @@ class PipelineRun(Protocol):
     def flow(
         self,
         model: HypeNetModel,
-        step: Callable[[int], Tensor],
+        step: Callable[[int, int], Tensor],
         finish: Callable[[int, Tensor], Tensor | None],
         *,
         train: bool = False,
     ) -> None:
-        """Send every micro-batch through `model`: `step(i)` runs this rank's layers, `finish(i,
-        hidden)` gets the final hidden states on the last stage, and gives the loss with `train`
-        (parallel/pipeline.py)."""
+        """Send every micro-batch through `model`: `step(i, c)` runs chunk c of this rank's layers,
+        `finish(i, hidden)` gets the final hidden states on the last stage, and gives the loss with
+        `train` (parallel/pipeline.py)."""
 
     def working(self) -> AbstractContextManager[None]:
         """Measure a block as this rank's own work, without waiting for other ranks."""
 
     def add(self, loss: Tensor, metrics: Mapping[str, Tensor]) -> None:
-        """Count one micro-batch's loss and metrics."""
+        """Count what this rank has of a micro-batch's loss and metrics, or what one of its chunks
+        has."""
 
 
 class StageModule(nn.Module, ABC):
@@ -129,7 +130,7 @@ class StageModule(nn.Module, ABC):
     @property
     @abstractmethod
     def layout(self) -> tuple[int, ...]:
-        """Return the layers per pipeline stage."""
+        """Return the layers per chunk of the pipeline, in order: per stage, unless interleaved."""
 
     @property
     def teacher_shape(self) -> ModelConfig:

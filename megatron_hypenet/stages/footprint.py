@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from megatron_hypenet.config.computation import Fp8Config
 from megatron_hypenet.config.model import ModelConfig
 from megatron_hypenet.config.schema import HeadStageConfig, ParallelConfig, Recompute, StageConfig
-from megatron_hypenet.model.pipeline_layout import layers_of_stage
+from megatron_hypenet.model.pipeline_layout import chunks_of_stage
 
 COMPUTE_BYTES = 2
 ACCUMULATION_BYTES = 4
@@ -44,7 +44,7 @@ class StageRank:
     parallel: ParallelConfig
     data_ranks: int
     layout: tuple[int, ...]
-    """Layers per pipeline stage."""
+    """Layers per chunk of the pipeline, in order."""
     index: int
     fp8: Fp8Config = Fp8Config()
 
@@ -54,6 +54,11 @@ class StageRank:
         return self.parallel.tensor_model_parallel_size
 
     @property
+    def stages(self) -> int:
+        """Return the number of pipeline stages."""
+        return len(self.layout) // self.parallel.virtual_pipeline_model_parallel_size
+
+    @property
     def first(self) -> bool:
         """Return whether the embedding is here."""
         return self.index == 0
@@ -61,12 +66,13 @@ class StageRank:
     @property
     def last(self) -> bool:
         """Return whether the output head is here."""
-        return self.index == len(self.layout) - 1
+        return self.index == self.stages - 1
 
     @property
-    def layers(self) -> range:
+    def layers(self) -> list[int]:
         """Return the global indices of the layers that are here."""
-        return layers_of_stage(self.layout, self.index)
+        chunks = chunks_of_stage(self.layout, self.index, self.stages)
+        return [layer for layers in chunks for layer in layers]
 
     @property
     def tokens(self) -> int:
@@ -83,10 +89,16 @@ class StageRank:
         return self.config.num_micro_batches(self.data_ranks)
 
     @property
-    def in_flight(self) -> int:
+    def in_flight(self) -> float:
         """Return the number of micro-batches whose activations are held at one time: under 1F1B,
-        one for this stage and for each that follows."""
-        return min(len(self.layout) - self.index, self.micro_batches)
+        one for this stage and for each that follows. Interleaved, a stage begins more passes before
+        the first comes back, each of a part of its layers."""
+        chunks = self.parallel.virtual_pipeline_model_parallel_size
+        following = self.stages - self.index - 1
+        if chunks == 1:
+            return min(1 + following, self.micro_batches)
+        begun = 1 + 2 * following + (chunks - 1) * self.stages
+        return min(begun, chunks * self.micro_batches) / chunks
 
     @property
     def recompute(self) -> Recompute:

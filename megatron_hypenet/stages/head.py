@@ -76,7 +76,7 @@ class HeadStage(StageModule):
 
     @property
     def layout(self) -> tuple[int, ...]:
-        """Return the layers per pipeline stage, the same for student and teacher."""
+        """Return the layers per chunk of the pipeline, the same for student and teacher."""
         return self.student.layout
 
     @property
@@ -159,15 +159,16 @@ class HeadStage(StageModule):
             def keep(index: int, hidden: Tensor) -> None:
                 waiting[index] = hidden
 
-            pipeline.flow(
-                teacher,
-                lambda index: teacher.hidden(tokens[index].inputs, tokens[index].document_ids),
-                keep,
-            )
+            def teacher_step(index: int, chunk: int) -> Tensor:
+                part = tokens[index]
+                return teacher.hidden(part.inputs, part.document_ids, chunk=chunk)
 
-        def student_step(index: int) -> Tensor:
+            pipeline.flow(teacher, teacher_step, keep)
+
+        def student_step(index: int, chunk: int) -> Tensor:
+            part = tokens[index]
             with pipeline.working():
-                return self.student.hidden(tokens[index].inputs, tokens[index].document_ids)
+                return self.student.hidden(part.inputs, part.document_ids, chunk=chunk)
 
         def loss_of(index: int, hidden: Tensor) -> Tensor:
             loss, metrics = self.head_loss(tokens[index], hidden, waiting[index])
@@ -242,7 +243,7 @@ class HeadSpec(StageSpec):
         # begins
         beside = self.needs_teacher(rank.config)
         if beside and rank.last:
-            waiting = rank.stream(teacher) * (rank.micro_batches if len(rank.layout) > 1 else 1)
+            waiting = rank.stream(teacher) * (rank.micro_batches if rank.stages > 1 else 1)
         return Footprint(
             trained=rank.parameters(student),
             frozen=rank.parameters(teacher) if beside else 0.0,

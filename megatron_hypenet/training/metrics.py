@@ -299,9 +299,9 @@ class MetricSums:
             known = self._sums.get(tag)
             self._sums[tag] = value.detach().clone() if known is None else known + value.detach()
 
-    def means(self) -> dict[str, Tensor]:
-        """Return the means of what was added."""
-        return {tag: value / self.count for tag, value in self._sums.items()}
+    def means(self, count: int) -> dict[str, Tensor]:
+        """Return the means over `count` steps or micro-batches of what was added in parts."""
+        return {tag: value / count for tag, value in self._sums.items()}
 
     def take(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Return the means since the last call on the host, after `reduce` (mean over data-parallel

@@ -30,6 +30,9 @@ from megatron_hypenet.training.micro_batches import TokenSource
 from megatron_hypenet.training.throughput import Workload, peak_flops
 from megatron_hypenet.training.trackers.base import Tracker
 
+CHUNKS = "virtual_pipeline"
+"""The axis of a recorded layout that is there only where it is above 1."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
@@ -52,11 +55,13 @@ class Job:
     def layout(self) -> dict[str, int]:
         """Return the number of processes per axis, as a checkpoint records them."""
         parallel = self.run.parallel
+        chunks = parallel.virtual_pipeline_model_parallel_size
         return {
             "world": groups.world_size(),
             "data": groups.data_size(),
             "tensor": parallel.tensor_model_parallel_size,
             "pipeline": parallel.pipeline_model_parallel_size,
+            **({CHUNKS: chunks} if parallel.interleaved else {}),
             "context": parallel.context_parallel_size,
             "zero_stage": parallel.zero_stage,
         }
@@ -179,6 +184,8 @@ def _what_changed(job: Job, stored: Mapping[str, int]) -> str:
     """Say how the layout differs from that of the checkpoint, and what becomes of the global batch;
     empty when it does not differ."""
     now = job.layout
+    if CHUNKS in {**stored, **now}:
+        stored, now = ({CHUNKS: 1, **sizes} for sizes in (stored, now))
     num_micro_batches = job.config.num_micro_batches(groups.data_size())
     changed = [
         f"{axis} {stored[axis]} -> {size}"

@@ -53,7 +53,7 @@ def forward_backward(engine: TrainingEngine, batches: Iterable[MicroBatch]) -> L
     assert results.count == engine.num_micro_batches, (
         f"{results.count} micro-batches for {engine.num_micro_batches}"
     )
-    return results.take()
+    return results.take(results.count)
 
 
 @torch.no_grad()
@@ -84,8 +84,8 @@ class _Results:
     def add(self, loss: Tensor, metrics: Mapping[str, Tensor]) -> None:
         self._sums.add({_LOSS: loss, **metrics})
 
-    def take(self) -> LossAndMetrics:
-        means = self._sums.means()
+    def take(self, micro_batches: int) -> LossAndMetrics:
+        means = self._sums.means(micro_batches)
         return means.pop(_LOSS), means
 
 
@@ -113,7 +113,7 @@ class _PipelineRun:
     def flow(
         self,
         model: HypeNetModel,
-        step: Callable[[int], Tensor],
+        step: Callable[[int, int], Tensor],
         finish: Callable[[int, Tensor], Tensor | None],
         *,
         train: bool = False,
@@ -121,12 +121,12 @@ class _PipelineRun:
         """Send every micro-batch through `model`."""
         rows, length = self.tokens[0].inputs.shape
 
-        def noted(index: int) -> Tensor:
+        def noted(index: int, chunk: int) -> Tensor:
             PROGRESS.note(self._phase)
-            return step(index)
+            return step(index, chunk)
 
         run_pipeline(
-            model,
+            model.chunks,
             len(self.tokens),
             seq_length=length * groups.context_group().size(),
             micro_batch_size=rows,
@@ -140,11 +140,12 @@ class _PipelineRun:
         return self._clock.working()
 
     def add(self, loss: Tensor, metrics: Mapping[str, Tensor]) -> None:
-        """Count one micro-batch's loss and metrics."""
+        """Count what this rank has of a micro-batch's loss and metrics, or what one of its chunks
+        has."""
         self._results.add(loss, metrics)
 
     def results(self) -> LossAndMetrics:
         """Return the means over the micro-batches; the loss is zero on ranks that compute none."""
         if not self._results.count:
             self._results.add(torch.zeros((), device=self.tokens[0].inputs.device), {})
-        return self._results.take()
+        return self._results.take(len(self.tokens))

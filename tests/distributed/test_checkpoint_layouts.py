@@ -18,11 +18,12 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 TP = "tensor_model_parallel_size"
 PP = "pipeline_model_parallel_size"
 CP = "context_parallel_size"
+CHUNKS = "virtual_pipeline_model_parallel_size"
 LAYOUTS = {
     "tp2-sp-pp2": {TP: 2, PP: 2, "sequence_parallel": True},
     "pp4-uneven": {PP: 4, "pipeline_layout": [1, 2, 1, 1]},
     "pp2-dp2": {PP: 2},
-    "cp2-pp2": {CP: 2, PP: 2},
+    "cp2-pp2-chunks": {CP: 2, PP: 2, CHUNKS: 2, "pipeline_layout": [1, 1, 2, 1]},
     "tp2-dp2-zero2": {TP: 2, "zero_stage": 2},
     "tp2-cp2-zero3": {TP: 2, CP: 2, "zero_stage": 3},
     "dp4-zero3": {"zero_stage": 3},

@@ -21,11 +21,13 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 TP = "tensor_model_parallel_size"
 PP = "pipeline_model_parallel_size"
 CP = "context_parallel_size"
+CHUNKS = "virtual_pipeline_model_parallel_size"
 LAYOUTS = {
     2: {
         "tp2": {TP: 2},
         "tp2-sp": {TP: 2, "sequence_parallel": True},
         "pp2": {PP: 2},
+        "pp2-chunks-uneven": {PP: 2, CHUNKS: 2, "pipeline_layout": [1, 1, 2, 1]},
         "cp2": {CP: 2},
         "cp2-ring": {CP: 2, "context_parallel_method": "ring"},
         "dp2-zero1": {"zero_stage": 1},
@@ -37,9 +39,10 @@ LAYOUTS = {
         "pp4-uneven": {PP: 4, "pipeline_layout": [1, 2, 1, 1]},
         "cp4": {CP: 4},
         "tp2-pp2": {TP: 2, PP: 2},
-        "tp2-sp-pp2": {TP: 2, PP: 2, "sequence_parallel": True},
+        "tp2-sp-pp2-chunks": {TP: 2, PP: 2, CHUNKS: 2, "sequence_parallel": True},
         "tp2-cp2": {TP: 2, CP: 2},
         "cp2-pp2": {CP: 2, PP: 2},
+        "cp2-pp2-chunks": {CP: 2, PP: 2, CHUNKS: 2},
         "tp2-dp2-zero1": {TP: 2},
         "tp2-sp-dp2-zero3": {TP: 2, "sequence_parallel": True, "zero_stage": 3},
     },
@@ -52,7 +55,8 @@ steps' sum, 0.03); such weights are few, which the root mean square shows."""
 RECOMPUTE = {
     "tp2-sp": "selective",
     "dp2-zero3": "selective",
-    "tp2-sp-pp2": "selective",
+    "tp2-sp-pp2-chunks": "selective",
+    "cp2-pp2-chunks": "full",
     "tp2-sp-dp2-zero3": "full",
 }
 """Layouts whose stages 2 and 3 compute activations again in backward."""

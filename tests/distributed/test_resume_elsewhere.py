@@ -15,9 +15,11 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 TP = "tensor_model_parallel_size"
 PP = "pipeline_model_parallel_size"
 CP = "context_parallel_size"
+CHUNKS = "virtual_pipeline_model_parallel_size"
 JOURNEY = (
     {TP: 2, PP: 1},
     {TP: 1, PP: 2},
+    {PP: 2, CHUNKS: 2},
     {CP: 2, "zero_stage": 1},
     {"zero_stage": 3},
     {TP: 2, "sequence_parallel": True, "zero_stage": 2, "offload_optimizer": True},

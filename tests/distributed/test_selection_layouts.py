@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.distributed.layouts import write_models
-from tests.distributed.test_parity import CP, PP, TP, finished
+from tests.distributed.test_parity import CHUNKS, CP, PP, TP, finished
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -20,7 +20,7 @@ LAYOUTS = {
     4: {
         "dp4": {},  # one rank has no rows
         "tp2-sp-pp2": {TP: 2, PP: 2, "sequence_parallel": True},
-        "cp2-pp2": {CP: 2, PP: 2},
+        "cp2-pp2-chunks": {CP: 2, PP: 2, CHUNKS: 2},
         "tp2-dp2": {TP: 2},
     },
 }

@@ -150,11 +150,11 @@ class Comparison:
 
         rows, length = parts[0].inputs.shape
         run_pipeline(
-            self.model,
+            self.model.chunks,
             len(parts),
             seq_length=length * groups.context_group().size(),
             micro_batch_size=rows,
-            step=lambda index: self.model.hidden(parts[index].inputs),
+            step=lambda index, chunk: self.model.hidden(parts[index].inputs, chunk=chunk),
             finish=scaled,
             train=train,
         )

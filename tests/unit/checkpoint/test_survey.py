@@ -118,6 +118,10 @@ def test_texts():
     assert (
         survey.layout_text({"world": 1, "pipeline_layout": [3, 5]})
         == "1 process, pipeline_layout=[3, 5]"
+    )
+    assert (
+        survey.layout_text({"world": 2, "pipeline": 2, "virtual_pipeline": 4})
+        == "2 processes, pp2 vp4"
         and survey.layout_text({}) == "-"
     )
     assert (

@@ -126,6 +126,25 @@ def test_valid_layouts_pass(parallel, world):
             r"pipeline-layout: .* leaves stage 1 without layers; use .*=\[2, 1, 1\] or null$",
         ),
         (
+            axes(pp=2, virtual_pipeline_model_parallel_size=3),
+            None,
+            r"pipeline-layers: .*=2 \* .*=3 chunks exceed the model's num_layers=4; "
+            r"use parallel.virtual_pipeline_model_parallel_size=2 or 1$",
+        ),
+        (
+            axes(pp=2, virtual_pipeline_model_parallel_size=2, pipeline_layout=[2, 0, 2]),
+            None,
+            r"has 3 entries for .*=2 \* .*virtual.*=2 and leaves chunk 1 without layers; "
+            r"use parallel.pipeline_layout=\[1, 1, 1, 1\] or null$",
+        ),
+        (
+            axes(virtual_pipeline_model_parallel_size=2),
+            None,
+            r"interleaved-stages: .*=2 with .*=1: there are no .*; use "
+            r"parallel.virtual_pipeline_model_parallel_size=1, "
+            r"or parallel.pipeline_model_parallel_size=2$",
+        ),
+        (
             axes(pipeline_layout=[2, 2]),
             None,
             r"use parallel.pipeline_layout=null, or parallel.pipeline_model_parallel_size=2$",
@@ -294,6 +313,7 @@ def layouts(draw):
         zero_stage=draw(st.integers(0, 3)),
         offload_optimizer=draw(st.booleans()),
         pipeline_layout=draw(st.none() | st.lists(st.integers(0, 6), min_size=1, max_size=6)),
+        virtual_pipeline_model_parallel_size=draw(st.sampled_from([1, 1, 2, 3])),
     )
     stages = {}
     for name in ("align", "distill", "finetune"):

@@ -17,6 +17,13 @@ from tests.unit.config.test_checks import MODEL, STAGE, axes, run
         ("sequence-parallel", axes(sequence_parallel=True), None),
         ("pipeline-layers", axes(pp=5), None),
         ("pipeline-layout", axes(pp=2, pipeline_layout=[4, 0]), None),
+        ("pipeline-layers", axes(pp=2, virtual_pipeline_model_parallel_size=3), None),
+        (
+            "pipeline-layout",
+            axes(pp=2, virtual_pipeline_model_parallel_size=2, pipeline_layout=[2, 2]),
+            None,
+        ),
+        ("interleaved-stages", axes(virtual_pipeline_model_parallel_size=2), None),
         ("pipeline-zero", axes(pp=2, zero_stage=3), None),
         ("pipeline-offload", axes(pp=2, offload_optimizer=True), None),
         ("whole-replicas", axes(tp=2, pp=2), 6),
@@ -41,6 +48,24 @@ def test_a_short_convolution_reads_from_the_chunk_before_only():
         and {"align.seq_length": 116} in found[0].proposals
     )
     assert list(RULES["chunk-halo"](Layout(MODEL, settings))) == []
+
+
+def test_chunks_need_whole_rounds_of_micro_batches():
+    chunked = axes(pp=2, virtual_pipeline_model_parallel_size=2)
+    three = {**STAGE, "global_batch_size": 6}
+    layout = Layout(MODEL, run(chunked, distill=three))
+    assert [name for name, ask in RULES.items() if list(ask(layout))] == [
+        "interleaved-micro-batches"
+    ]
+    (finding,) = RULES["interleaved-micro-batches"](layout)
+    assert finding.where == "distill" and "distill has 3 micro-batches per step" in finding.says
+    assert finding.proposals == (
+        {"distill.micro_batch_size": 1},
+        {"distill.global_batch_size": 4},
+        {"distill.global_batch_size": 8},
+        {"parallel.virtual_pipeline_model_parallel_size": 1},
+    )
+    assert list(RULES["interleaved-micro-batches"](Layout(MODEL, run(chunked)))) == []
 
 
 def test_every_rule_is_explained_to_users(repo_root):

@@ -111,13 +111,6 @@ def test_batch_arithmetic():
     assert [stage.num_micro_batches(dp) for dp in (1, 2, 4)] == [4, 2, 1]
 
 
-def test_model_parallel_size():
-    parallel = ParallelConfig(
-        tensor_model_parallel_size=2, pipeline_model_parallel_size=3, context_parallel_size=4
-    )
-    assert parallel.model_parallel_size == 24
-
-
 def test_training_data_may_not_be_empty():
     with pytest.raises(ValidationError, match="at least 1"):
         RunConfig.model_validate({**RUN, "data": {"train": []}})

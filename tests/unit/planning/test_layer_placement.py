@@ -37,8 +37,7 @@ def test_a_layer_that_is_missing_or_held_twice_is_found(monkeypatch):
         model_config = STUDENT
         layout = (4, 4)
 
-        class decoder:  # noqa: N801
-            layers = ()
+        layers = ()
 
     for held in ([[0, 1, 2, 3], [3, 4, 5, 6, 7]], [[0, 1, 2], [4, 5, 6, 7]]):
         monkeypatch.setattr(groups, "gather_over_pipeline", lambda mine, held=held: held)
@@ -46,9 +45,19 @@ def test_a_layer_that_is_missing_or_held_twice_is_found(monkeypatch):
             check_placement(Model())
     monkeypatch.setattr(groups, "gather_over_pipeline", lambda mine: [[0, 1, 2, 3], [4, 5, 6, 7]])
     check_placement(Model())
+    monkeypatch.setattr(groups, "gather_over_pipeline", lambda mine: [[0, 1, 4, 5], [2, 3, 6, 7]])
+    check_placement(Model())  # two chunks on each stage
 
 
 def test_the_table_names_layers_and_mixers():
-    lines = placement_table((5, 3), STUDENT).splitlines()
+    lines = placement_table((5, 3), STUDENT, 2).splitlines()
     assert lines[0].strip() == "pipeline stage 0: layers 0-4 (5 lightning_attn)"
     assert lines[1].strip() == "pipeline stage 1: layers 5-7 (2 lightning_attn, 1 attn)"
+    lines = placement_table((3, 2, 2, 1), STUDENT, 2).splitlines()
+    assert lines[1].strip() == "pipeline stage 1: layers 3-4, 7-7 (2 lightning_attn, 1 attn)"
+
+
+def test_chunks_of_a_stage_are_balanced_too():
+    found = layout("distill", virtual_pipeline_model_parallel_size=2)
+    assert len(found) == 4 and sum(found) == 8 and found[-1] == 1
+    assert layout("align", virtual_pipeline_model_parallel_size=2) == (2, 2, 2, 2)

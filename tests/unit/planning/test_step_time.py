@@ -97,6 +97,24 @@ def test_a_pipeline_waits_for_its_ends_and_less_with_more_micro_batches(finetune
     assert many.bubble / many.total == pytest.approx(1 / 17, abs=0.01)
 
 
+def test_chunks_that_take_turns_wait_less_and_send_more(finetune):
+    plain, two, four = (
+        finetune(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=chunks)
+        for chunks in (1, 2, 4)
+    )
+    assert plain.bubble > 2 * max(two.bubble, four.bubble) and min(two.bubble, four.bubble) > 0
+    assert two.total < 0.95 * plain.total and four.total < 0.95 * plain.total
+    # the first stage sends each chunk's hidden states, and gradients of all but its first
+    assert two.pipeline == pytest.approx(3 * plain.pipeline) and plain.pipeline > 0
+    assert four.pipeline == pytest.approx(7 * plain.pipeline)
+    even = finetune(
+        pipeline_model_parallel_size=2,
+        virtual_pipeline_model_parallel_size=2,
+        pipeline_layout=(7, 7, 7, 7),
+    )
+    assert even.total > two.total, "the head weighs several layers"
+
+
 def test_recomputation_costs_a_forward_pass(finetune):
     none, selective, full = (finetune(recompute=how) for how in ("none", "selective", "full"))
     assert selective.products == none.products and selective.memory > none.memory

@@ -50,6 +50,24 @@ def test_the_first_of_several_stages_holds_most_micro_batches():
     assert [list(rank.layers) for rank in ranks] == [[0], [1], [2]]
 
 
+def test_chunks_hold_more_passes_of_a_part_of_the_layers():
+    def ranks(micro_batches, chunks):
+        settings = config().model_copy(update={"global_batch_size": 2 * micro_batches})
+        parallel = ParallelConfig(
+            pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=chunks
+        )
+        layout = (1,) * (2 * chunks)
+        return [StageRank(settings, parallel, 1, layout, index) for index in range(2)]
+
+    assert [rank.in_flight for rank in ranks(8, 1)] == [2, 1]
+    assert [rank.in_flight for rank in ranks(8, 2)] == [5 / 2, 3 / 2]
+    assert [rank.in_flight for rank in ranks(8, 4)] == [9 / 4, 7 / 4]
+    assert [rank.in_flight for rank in ranks(2, 4)] == [2, 7 / 4], "there are no more"
+    first, last = ranks(8, 2)
+    assert (first.layers, last.layers) == ([0, 2], [1, 3])
+    assert (first.first, first.last, last.first, last.last) == (True, False, False, True)
+
+
 def test_recomputation_is_a_setting_of_head_stages():
     head = StageRank(config(HeadStageConfig, recompute="full"), ParallelConfig(), 1, (1,), 0)
     assert head.recompute == "full"

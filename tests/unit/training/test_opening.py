@@ -89,6 +89,14 @@ def test_a_full_gpu_leaves_as_advice(tmp_path):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
 
+def test_chunks_are_part_of_the_layout_where_there_are_several(tmp_path):
+    plain = job(tmp_path).layout
+    chunks = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
+    run = run_config(tmp_path).model_copy(update={"parallel": ParallelConfig(**chunks)})
+    assert "virtual_pipeline" not in plain
+    assert job(tmp_path, run=run).layout == {**plain, "pipeline": 2, "virtual_pipeline": 2}
+
+
 def test_a_checkpoint_is_continued_and_the_layout_compared(tmp_path):
     loop.train(
         ToyStage(), ToyData(), stage_config(train_iters=3), run_config(tmp_path), tmp_path / "a",
@@ -103,6 +111,8 @@ def test_a_checkpoint_is_continued_and_the_layout_compared(tmp_path):
         " on another layout (world 4 -> 1); the global batch stays 4: 2 micro-batches of 2 per "
         "process and step"
     )
+    said = opening._what_changed(job(tmp_path), {**job(tmp_path).layout, "virtual_pipeline": 2})
+    assert said.startswith(" on another layout (virtual_pipeline 2 -> 1); ")
     other = run_config(tmp_path, data={"train": ["x.txt"], "seed": 7})
     with (
         pytest.raises(ConfigError, match="data.seed=7"),
