@@ -18,6 +18,7 @@ from fresh_process import Row, measured
 
 TP = "tensor_model_parallel_size"
 PP = "pipeline_model_parallel_size"
+CHUNKS = "virtual_pipeline_model_parallel_size"
 CP = "context_parallel_size"
 SP = "sequence_parallel"
 ZERO = "zero_stage"
