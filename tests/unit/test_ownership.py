@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -216,24 +217,30 @@ def test_an_owner_goes_on_where_its_record_does_not_fit_on_the_disk(tmp_path, mo
     monkeypatch.setattr(ownership, "BEAT_SECONDS", 0.02)
     monkeypatch.setattr(os, "_exit", lambda code: pytest.fail(f"ended with code {code}"))
     write = ownership._write
-    tries = []
+    space = threading.Event()
+    refused = []
 
-    def full_at_first(descriptor, owner):
-        tries.append(owner.beat)
-        if len(tries) < 4:
+    def on_a_small_disk(descriptor, owner):
+        if not space.is_set():
+            refused.append(owner.beat)
             raise OSError(errno.ENOSPC, "No space left on device")
         write(descriptor, owner)
 
-    monkeypatch.setattr(ownership, "_write", full_at_first)
-    with owning(tmp_path, inside=True):
-        assert (tmp_path / FILE).read_text() == ""
-        deadline = time.monotonic() + 5
-        while time.monotonic() < deadline and not (tmp_path / FILE).read_text():
+    def wait_for(condition):
+        deadline = time.monotonic() + 20
+        while not condition():
+            assert time.monotonic() < deadline
             time.sleep(0.02)
-        assert json.loads((tmp_path / FILE).read_text())["beat"] >= 3
-    assert not (tmp_path / FILE).exists()
-    tries.clear()
+
+    monkeypatch.setattr(ownership, "_write", on_a_small_disk)
     with owning(tmp_path, inside=True):
+        wait_for(lambda: len(refused) > 3)
+        assert (tmp_path / FILE).read_text() == ""
+        space.set()
+        wait_for(lambda: (tmp_path / FILE).read_text())
+    assert not (tmp_path / FILE).exists()
+    space.clear()
+    with owning(tmp_path, inside=True):  # nor does a file stay that was never written
         pass
     assert not (tmp_path / FILE).exists()
 
