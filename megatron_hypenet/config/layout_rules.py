@@ -207,7 +207,8 @@ def interleaved_micro_batches(layout: Layout) -> Iterator[Finding]:
         ]
         yield Finding(
             name,
-            f"{name} has {count} micro-batches per step, no multiple of {PIPELINE}={pp}, as "
+            f"{name} has {count} micro-batch{'es' if count > 1 else ''} per step, no multiple of "
+            f"{PIPELINE}={pp}, as "
             f"{VIRTUAL}={parallel.virtual_pipeline_model_parallel_size} needs",
             (*micro, *batch, layout.with_chunks(1)),
         )

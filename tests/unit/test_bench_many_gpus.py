@@ -44,6 +44,16 @@ def test_rows_for_more_gpus_are_named_and_not_run(bench, gpus, monkeypatch):
     assert all(f"- not run: {name} (needs " in said for name in larger)
 
 
+def test_two_gpus_time_a_pipeline_with_chunks_that_take_turns(bench):
+    rows = {row["name"]: row for row in bench.scaling_cases(2, tiny=False)}
+    plain = "stage 3, 8 x 16384 tokens, PP2"
+    for chunks in (2, 4):
+        row = rows[f"{plain}, {chunks} chunks"]
+        assert row["parallel"]["virtual_pipeline_model_parallel_size"] == chunks
+        assert (row["global_batch"], row["goal"]) == (8, 0.93)
+        assert row["baseline"] == rows[plain]["baseline"]
+
+
 def test_a_row_is_left_out_when_its_time_is_not_left(bench, monkeypatch):
     monkeypatch.setattr(bench, "run_case", lambda script, row, **unused: row)
     rows = [row for row in bench.cases(8, tiny=False) if row["group"] == "scaling"]

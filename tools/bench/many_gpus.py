@@ -130,9 +130,8 @@ def scaling_cases(gpus: int, tiny: bool) -> Iterator[Row]:
     yield timed(alone, "finetune", "scaling", 1, global_batch=8, **several)
     size = 2 if gpus == 2 else 4
     layouts = {f"TP{size} + SP": {TP: size, SP: True}, f"PP{size}": {PP: size}}
-    if gpus == 2:  # four stages would hold more micro-batches than 80 GB have room for
-        # the tiny model has too few layers for four chunks
-        for chunks in (2,) if tiny else (2, 4):
+    if gpus == 2 and not tiny:  # of four stages the first holds more than 80 GB have room for
+        for chunks in (2, 4):
             layouts[f"PP2, {chunks} chunks"] = {PP: 2, CHUNKS: chunks}
     for layout, parallel in layouts.items():
         name = f"stage 3, {4 * size} x {length} tokens, {layout}"

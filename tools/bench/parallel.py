@@ -111,6 +111,7 @@ def cases(tiny: bool) -> list[Row]:
             scales=False,
         )
         for name in OTHERS
+        if not tiny or CHUNKS not in LAYOUTS[name][1]
     ]
 
 
