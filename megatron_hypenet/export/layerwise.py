@@ -56,7 +56,7 @@ def run_checkpoint(
         load.load_sharded(_LayerReader(reader, layer, x), model.sharded_state_dict(prefix=""))
         model.set_attn_logits_scaling(config.attn_logits_scaling)
         _round_weights(model.eval(), rounded, model.embedding)
-        before, after = _around(model.decoder.final_layernorm, model, probe)
+        before, after = _around(model.get_submodule("decoder.final_layernorm"), model, probe)
         return before.transpose(0, 1).cpu(), after.transpose(0, 1).cpu()
 
     def rows(name: str, first: int, count: int) -> Tensor:

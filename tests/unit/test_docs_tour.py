@@ -48,8 +48,9 @@ def missing_names(page: str, package: Path) -> list[str]:
 
 def missing_paths(page: str, root: Path) -> list[str]:
     """Return each path in backticks that begins with a folder of the repository and does not exist;
-    paths with placeholders (capital letters, `*`) are left out."""
-    folders = {path.name for path in root.iterdir() if path.is_dir()}
+    paths with placeholders (capital letters, `*`) and in build/, which commands write, are left
+    out."""
+    folders = {path.name for path in root.iterdir() if path.is_dir()} - {"build"}
     found = re.findall(r"`([\w.]+/[\w./*-]*)`", page)
     return [
         path

